@@ -1,0 +1,1 @@
+"""The `scoreray` command, the demo, and what starts things on clusters."""

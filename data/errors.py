@@ -1,0 +1,38 @@
+"""What can go wrong outside the code, each with the exit status that the command line gives it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ScorerayError(Exception):
+    """Base of the errors that a person should read as one line, without a traceback."""
+
+    exit_status = 1
+
+
+class UserError(ScorerayError, ValueError):
+    """The caller's mistake: a wrong name, value, shape or configuration."""
+
+    exit_status = 2
+
+
+class StorageError(ScorerayError):
+    """The object store can't be read or written (missing bucket, wrong credentials, no space, no answer)."""
+
+    exit_status = 3
+
+
+class DataError(ScorerayError):
+    """Bytes that are not what the manifest or a checkpoint's marker says they are."""
+
+    exit_status = 3
+
+
+def nearest(name: str, accepted: Iterable[str]) -> str:
+    """The end of an error message about an unknown `name`: the closest accepted one, and all of them."""
+    names = sorted(accepted)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}accepted: {', '.join(names)}"

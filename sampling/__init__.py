@@ -1,0 +1,1 @@
+"""Noise grids, samplers, loading of checkpoints and the generation of samples."""

@@ -1,0 +1,1 @@
+"""Processes, the denoiser, networks, objectives, the sharded engine, checkpoints and the training run."""

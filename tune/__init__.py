@@ -1,0 +1,1 @@
+"""Searches over noise schedules and weightings."""
