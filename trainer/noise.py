@@ -1,0 +1,112 @@
+"""Random numbers that are pure functions of (seed, stream, position, element).
+
+Training draws no numbers from a generator with state. A sample's noise is a hash of its place in the run, so it is
+the same on any rank, at any world size, after any resume, and no state of a generator is ever saved. The hash is the
+finalizer of SplitMix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic that torch has on every device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# One stream per use, so that two uses at the same position never share a number.
+STREAM_SIGMA = 1
+STREAM_NOISE = 2
+STREAM_LABEL_DROPOUT = 3
+STREAM_PROBE = 4
+STREAM_CHAIN = 5
+
+_BITS = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def uniform(
+    seed: int,
+    positions: Tensor,
+    shape: tuple[int, ...] = (),
+    *,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), float32 a rounding of float64.
+
+    positions: int64 [B], a sample's place in the run. shape: of one sample's numbers. Returns [B, *shape].
+    An element depends on its index in the flattened `shape` only, never on the other positions in the call.
+    """
+    hashed = _hash(seed, _on(positions, device), math.prod(shape), stream)
+    # The half keeps 0 and 1 out: 23 bits and a half are exact in float32, 52 bits and a half in float64.
+    bits, wide = (52, torch.float64) if dtype == torch.float64 else (23, torch.float32)
+    values = _shift(hashed, 64 - bits).to(wide).add_(0.5).mul_(2.0**-bits)
+    return values.to(dtype).reshape(len(positions), *shape)
+
+
+def normal(
+    seed: int,
+    positions: Tensor,
+    shape: tuple[int, ...] = (),
+    *,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal numbers, [B, *shape]; arguments as for `uniform`.
+
+    Box-Muller makes two of each 64-bit hash: 32 bits of radius, which end the tails at 6.77 sigma, and 32 of angle.
+    """
+    count = math.prod(shape)
+    hashed = _hash(seed, _on(positions, device), (count + 1) // 2, stream)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    radius = _shift(hashed, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = hashed.to(torch.int32).to(wide).mul_(math.pi * 2.0**-31)
+    pairs = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=-1)
+    return pairs.flatten(1)[:, :count].to(dtype).reshape(len(positions), *shape)
+
+
+def rademacher(
+    seed: int, positions: Tensor, shape: tuple[int, ...] = (), *, stream: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """-1 or 1 with equal probability, [B, *shape]; arguments as for `uniform`."""
+    hashed = _hash(seed, positions, math.prod(shape), stream)
+    return (hashed >= 0).to(dtype).mul_(2.0).sub_(1.0).reshape(len(positions), *shape)
+
+
+def _on(positions: Tensor, device: torch.device | str | None) -> Tensor:
+    return positions if device is None else positions.to(device)
+
+
+def _hash(seed: int, positions: Tensor, count: int, stream: int) -> Tensor:
+    """[B, count] int64, each a hash of its (seed, stream, position, element)."""
+    base = _mix_int(_mix_int(seed + _GOLDEN) + stream * _GOLDEN)
+    keys = _mix(positions.to(torch.int64) * _signed(_GOLDEN) + _signed(base))
+    # Elements are hashed before they meet the position: two positions then share single values by chance at most,
+    # never a run of them, as counters that overlap would.
+    elements = _mix(torch.arange(1, count + 1, device=positions.device) * _signed(_GOLDEN))
+    return _mix(keys[:, None] + elements)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (_shift(z, 30) ^ z).mul_(_signed(_FACTORS[0]))
+    z = (_shift(z, 27) ^ z).mul_(_signed(_FACTORS[1]))
+    return _shift(z, 31) ^ z
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """The unsigned shift to the right (int64's own copies the sign)."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix_int(z: int) -> int:
+    z &= _BITS
+    z = ((z ^ (z >> 30)) * _FACTORS[0]) & _BITS
+    z = ((z ^ (z >> 27)) * _FACTORS[1]) & _BITS
+    return z ^ (z >> 31)
+
+
+def _signed(z: int) -> int:
+    z &= _BITS
+    return z - (1 << 64) if z >> 63 else z
