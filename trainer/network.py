@@ -1,0 +1,49 @@
+"""Every network that a config can name, and how to build and to weigh one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.trainer.dit import DiT, DiTConfig
+from scoreray.trainer.unet import UNet, UNetConfig
+
+NetworkConfig = Annotated[UNetConfig | DiTConfig, Field(discriminator="kind")]
+
+NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {"unet": UNet, "dit": DiT}
+
+
+def build_network(config: NetworkConfig, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
+    """The network that `config` describes, for samples of `image_shape` and `num_classes` classes (0: no classes).
+
+    network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training.
+    Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
+    """
+    if config.kind not in NETWORKS:
+        raise UserError(f"network.kind: '{config.kind}' is unknown; {nearest(config.kind, NETWORKS)}")
+    return NETWORKS[config.kind](config, image_shape, num_classes)
+
+
+def flops(network: nn.Module, image_shape: Sequence[int]) -> int:
+    """Floating-point operations of one sample's forward pass (a multiply-add is two); training costs three times it.
+
+    Nothing is computed: it runs on the meta device. Call it before an engine shards the parameters.
+    """
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    x = torch.empty(1, *image_shape, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(network, meta, (x, torch.empty(1, device="meta")))
+    return counter.get_total_flops()
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
