@@ -1,0 +1,250 @@
+"""Objects under a URL: `open_store("s3://bucket/prefix")` or `open_store("some/folder")`, one interface for both.
+
+A store holds nothing but its URL: it can be pickled, sent to a Ray worker and used after a fork. Every failure is a
+StorageError of one line that names the URL, what is wrong and the mend.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scoreray.data.errors import StorageError, UserError
+
+TEMPORARY = ".part-"  # what a write that was killed may leave in a folder; never listed
+BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+class NotFound(StorageError):
+    """There is no such key."""
+
+
+@dataclass(frozen=True)
+class Store(abc.ABC):
+    """Bytes by key. Keys are relative, '/'-separated and the same on every kind of store."""
+
+    root: str
+
+    @abc.abstractmethod
+    def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The object's bytes, or as a slice does, those of [start, end). Raises NotFound, StorageError."""
+
+    @abc.abstractmethod
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Writes the object whole or not at all, replacing an earlier one. A Path is a local file to upload."""
+
+    @abc.abstractmethod
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Writes the object only if there is none: True if it is now ours, False if one was there before.
+
+        On S3 an answer can be lost after the write took place; the repeated request then finds its own object and
+        the result is False. Who must tell these apart writes something unique and reads it back.
+        """
+
+    @abc.abstractmethod
+    def size(self, key: str) -> int:
+        """Bytes of the object. Raises NotFound."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(key, bytes) of every object whose key starts with `prefix`, sorted by key."""
+
+    @abc.abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Removes the objects. One that is already gone is no error."""
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except NotFound:
+            return False
+        return True
+
+    def url(self, key: str = "") -> str:
+        return f"{self.root}/{_checked(key)}" if key else self.root
+
+    def child(self, prefix: str) -> Store:
+        """The store of the keys below `prefix/`."""
+        return type(self)(f"{self.root}/{_checked(prefix.rstrip('/'))}")
+
+    def check_writable(self) -> None:
+        """Writes, reads back and removes a small object, so that a run finds out before it starts, not after."""
+        key, data = f"scoreray-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        self.put(key, data)
+        found = self.get(key)
+        self.delete([key])
+        if found != data:
+            raise StorageError(f"{self.url(key)}: read back other bytes than were written; is the store consistent?")
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """The store at `s3://bucket/prefix`, `file:///folder` or a plain path. Does not touch it yet.
+
+    S3's endpoint, region and credentials come from where every AWS tool takes them: AWS_ENDPOINT_URL[_S3], AWS_REGION,
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile in ~/.aws, or the machine's role. Raises UserError.
+    """
+    text = os.fspath(url)
+    if text.startswith("s3://"):
+        from scoreray.data.store_s3 import S3Store  # boto3 takes 0.2 s to import: only for those who need it
+
+        bucket = text[5:].partition("/")[0]
+        if not BUCKET_NAME.fullmatch(bucket):
+            raise UserError(
+                f"'{text}': '{bucket}' can't be a bucket's name (3 to 63 of a-z, 0-9, '-' and '.'); "
+                "write s3://BUCKET/PREFIX"
+            )
+        prefix = "/".join(part for part in text[5:].split("/")[1:] if part)
+        return S3Store(f"s3://{bucket}/{_checked(prefix)}" if prefix else f"s3://{bucket}")
+    if text.startswith("file://"):
+        text = text[7:]
+    if not text or "\0" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
+        raise UserError(f"'{text}' is no URL that can be opened; accepted: s3://BUCKET/PREFIX or a path")
+    return PathStore(os.path.abspath(os.path.expanduser(text)))
+
+
+def _checked(key: str) -> str:
+    """`key` if it stays below the root, on a path as on S3."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\0" in key or parts[-1].startswith(TEMPORARY):
+        raise StorageError(f"'{key}' can't be the key of an object: a relative name without '..' is needed")
+    return key
+
+
+class PathStore(Store):
+    """Files below a folder. A write goes to a temporary file, is synced and then renamed: whole or not there."""
+
+    def _path(self, key: str) -> Path:
+        return Path(self.root, _checked(key))
+
+    def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        path = self._path(key)
+        with _explained(path), open(path, "rb") as file:
+            if start:
+                file.seek(start)
+            return file.read() if end is None else file.read(max(0, end - (start or 0)))
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        path = self._path(key)
+        with _explained(path), _temporary(path, data) as temporary:
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with _explained(path), _temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+            return True
+
+    def size(self, key: str) -> int:
+        path = self._path(key)
+        with _explained(path):
+            if path.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "is a folder")
+            return path.stat().st_size
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        found = []
+        top = os.path.join(self.root, os.path.dirname(prefix)) if prefix else self.root
+        with _explained(Path(top)):
+            for folder, _, names in os.walk(top):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    key = os.path.relpath(path, self.root)
+                    if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                        with contextlib.suppress(FileNotFoundError):  # removed since
+                            found.append((key, os.stat(path).st_size))
+        return sorted(found)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            path = self._path(key)
+            with _explained(path), contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            for folder in path.parents:  # as on S3, a folder without objects does not exist
+                if not folder.is_relative_to(self.root) or folder == Path(self.root):
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
+    """A synced file with `data` beside `path`, removed at the end if it still has its temporary name."""
+    for attempt in range(10):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+            break
+        except FileNotFoundError:  # a concurrent delete() removed the empty folder
+            if attempt == 9:
+                raise
+    try:
+        with open(descriptor, "wb") as file:
+            if isinstance(data, Path):
+                with open(data, "rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+            else:
+                file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+            os.fsync(file.fileno())
+        yield name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_umask() -> int:
+    """The process's umask; it can only be read by setting it, so once, before any thread runs."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
+
+_MENDS = {
+    errno.ENOSPC: "no space left on this disk; free some, or give a URL on another",
+    errno.EDQUOT: "the disk quota is used up; free some space, or give a URL on another disk",
+    errno.EACCES: "permission denied; check the owner and mode of the file and its folders",
+    errno.EPERM: "not permitted; check the owner and mode of the file and its folders",
+    errno.EROFS: "this file system is read-only; give a URL that can be written to",
+    errno.EISDIR: "is a folder, a file was expected",
+    errno.ENOTDIR: "a part of this path is a file, a folder was expected",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.EIO: "the disk reports an error; see the kernel's log",
+}
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"{path}: no such file") from error
+    except OSError as error:
+        mend = _MENDS.get(error.errno or 0, f"{error.strerror or error}")
+        raise StorageError(f"{path}: {mend}") from error

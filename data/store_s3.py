@@ -1,0 +1,238 @@
+"""Objects in an S3 bucket, through boto3: one client per process, retries with backoff, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+import botocore.exceptions
+import urllib3.exceptions
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+
+from scoreray.data.errors import StorageError
+from scoreray.data.store import NotFound, Store, _checked
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 60.0  # how long a store that does not answer is asked again, on top of botocore's own attempts
+MULTIPART_BYTES = 64 << 20  # objects above this are uploaded in parts
+CODES_NO_KEY = {"NoSuchKey", "404", "NotFound"}
+CODES_CREDENTIALS = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+CODES_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
+CODES_BUSY = {"500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "Throttling",
+              "RequestLimitExceeded", "RequestTimeout", "OperationAborted"}  # fmt: skip
+
+T = TypeVar("T")
+
+
+class Unanswered(StorageError):
+    """No usable answer came (busy, cut off, timed out): worth asking again."""
+
+
+class S3Store(Store):
+    """Objects of s3://bucket/prefix."""
+
+    @property
+    def _bucket(self) -> str:
+        return self.root[5:].partition("/")[0]
+
+    def _at(self, key: str) -> dict[str, str]:
+        prefix = self.root[5:].partition("/")[2]
+        return {"Bucket": self._bucket, "Key": f"{prefix}/{_checked(key)}" if prefix else _checked(key)}
+
+    def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        if end is not None and end <= (start or 0):
+            return b""
+        ranged = start is not None or end is not None
+        extra = {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"} if ranged else {}
+
+        def read() -> bytes:
+            try:
+                answer = client().get_object(**self._at(key), **extra)
+            except botocore.exceptions.ClientError as error:
+                if error.response["Error"].get("Code") in ("InvalidRange", "416"):
+                    return b""
+                raise
+            with contextlib.closing(answer["Body"]) as body:
+                data = body.read()  # raises when shorter than Content-Length
+            if ranged and "ContentRange" not in answer and (start or end is not None):
+                return data[start or 0 : end]  # a server that does not know ranges sent all of it
+            return data
+
+        return _ask(self.url(key), read)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        at = self._at(key)
+        if isinstance(data, Path):
+            config = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4)
+            _ask(self.url(key), lambda: client().upload_file(str(data), at["Bucket"], at["Key"], Config=config))
+        else:
+            _ask(self.url(key), lambda: client().put_object(**at, Body=data))
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        def write() -> bool:
+            try:
+                client().put_object(**self._at(key), Body=data, IfNoneMatch="*")
+            except botocore.exceptions.ClientError as error:
+                if error.response["Error"].get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
+                    return False
+                raise
+            return True
+
+        return _ask(self.url(key), write)
+
+    def size(self, key: str) -> int:
+        def head() -> int:
+            try:
+                return client().head_object(**self._at(key))["ContentLength"]
+            except botocore.exceptions.ClientError as error:
+                if error.response["Error"].get("Code") in CODES_NO_KEY:
+                    client().list_objects_v2(Bucket=self._bucket, MaxKeys=1)  # a HEAD can't tell a missing bucket
+                raise
+
+        return _ask(self.url(key), head)
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        folder = self.root[5:].partition("/")[2]
+        skip = len(folder) + 1 if folder else 0
+
+        def pages() -> list[tuple[str, int]]:
+            found = []
+            full = f"{folder}/{prefix}" if folder else prefix
+            for page in client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=full):
+                found += [(item["Key"][skip:], item["Size"]) for item in page.get("Contents", [])]
+            return sorted((key, size) for key, size in found if not key.endswith("/"))
+
+        return _ask(self.url(), pages)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        objects = [{"Key": self._at(key)["Key"]} for key in keys]
+        for i in range(0, len(objects), 1000):  # the API's limit
+            answer = _ask(self.url(), partial(self._delete, objects[i : i + 1000]))
+            for failed in answer.get("Errors", []):
+                if failed.get("Code") not in CODES_NO_KEY:
+                    reason = failed.get("Message") or failed.get("Code")
+                    raise StorageError(f"s3://{self._bucket}/{failed.get('Key')}: can't be deleted: {reason}")
+
+    def _delete(self, objects: Sequence[dict[str, str]]) -> Any:
+        return client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+
+
+_clients: dict[tuple[str | None, ...], Any] = {}
+_lock = threading.Lock()
+
+
+def _forget_clients() -> None:
+    """A forked child has its own connections and locks."""
+    global _lock
+    _clients.clear()
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_clients)
+
+
+def client() -> Any:
+    """This process's S3 client for the endpoint and credentials that the environment names now."""
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+             "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")  # fmt: skip
+    key = tuple(os.environ.get(name) for name in names)
+    with _lock:
+        if key not in _clients:
+            _clients[key] = boto3.session.Session().client(
+                "s3",
+                region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+                config=Config(
+                    s3={"addressing_style": "path"},
+                    retries={"mode": "standard", "total_max_attempts": 4},
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                    connect_timeout=5,
+                    read_timeout=20,
+                    max_pool_connections=32,
+                ),
+            )
+        return _clients[key]
+
+
+num_retries = 0  # of this process, beyond botocore's own; for metrics
+
+
+def _ask(url: str, request: Callable[[], T]) -> T:
+    """The answer to `request`, asked again with backoff while the store is busy or cut off, up to PATIENCE_S."""
+    global num_retries
+    deadline = time.monotonic() + PATIENCE_S
+    for attempt in range(1000):
+        try:
+            return request()
+        except Exception as error:
+            explained = _explain(url, error)
+            if explained is None:
+                raise
+            wait_s = min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
+            if not isinstance(explained, Unanswered) or time.monotonic() + wait_s > deadline:
+                raise explained from error
+            num_retries += 1
+            log.warning("asking again (%d): %s", attempt + 1, explained)
+            time.sleep(wait_s)
+    raise AssertionError("unreachable: the deadline ends the loop")
+
+
+def _explain(url: str, error: Exception) -> StorageError | None:
+    """The one-line error for what boto3 raised, or None when it is not about storage."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    known = botocore.exceptions
+    if isinstance(error, boto3.exceptions.S3UploadFailedError):
+        error = error.__context__ if isinstance(error.__context__, Exception) else error
+    if isinstance(error, known.ClientError):
+        return _explain_answer(url, endpoint, error)
+    if isinstance(error, known.NoCredentialsError | known.PartialCredentialsError):
+        return StorageError(
+            f"{url}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
+        )
+    if isinstance(error, known.EndpointConnectionError | known.ConnectTimeoutError | known.ProxyConnectionError):
+        return Unanswered(f"{url}: the endpoint {endpoint} is not reachable; check AWS_ENDPOINT_URL and the network")
+    if isinstance(error, known.SSLError):
+        return StorageError(f"{url}: no trusted TLS connection to {endpoint}; check its certificate, AWS_CA_BUNDLE")
+    if isinstance(error, known.HTTPClientError | urllib3.exceptions.HTTPError | ConnectionError | TimeoutError):
+        return Unanswered(f"{url}: the connection to {endpoint} broke off ({type(error).__name__})")
+    if isinstance(error, known.BotoCoreError | boto3.exceptions.Boto3Error):
+        return StorageError(f"{url}: {' '.join(str(error).split())}")
+    if isinstance(error, OSError):
+        return StorageError(f"{url}: {error.filename or ''} {error.strerror or error}")
+    return None
+
+
+def _explain_answer(url: str, endpoint: str, error: botocore.exceptions.ClientError) -> StorageError:
+    code = str(error.response["Error"].get("Code", ""))
+    status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    bucket = url[5:].partition("/")[0]
+    if code == "NoSuchBucket":
+        return StorageError(f"{url}: bucket '{bucket}' does not exist at {endpoint}; create it or mend the URL")
+    if code in CODES_EXPIRED:
+        return StorageError(f"{url}: the credentials have expired; get new ones and run the same command again")
+    if code in CODES_NO_KEY:
+        return NotFound(f"{url}: no such object")
+    if code in CODES_BUSY or status in CODES_BUSY:
+        return Unanswered(f"{url}: {endpoint} is busy ({code or status})")
+    if code in CODES_CREDENTIALS or status == "403":
+        return StorageError(
+            f"{url}: credentials refused ({code}) at {endpoint}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            f"AWS_ENDPOINT_URL and the policy of bucket '{bucket}'"
+        )
+    if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        return StorageError(f"{url}: bucket '{bucket}' lies in another region; set AWS_REGION to it")
+    if code in ("XAmzContentSHA256Mismatch", "BadDigest", "IncompleteBody", "RequestTimeTooSkewed"):
+        return Unanswered(f"{url}: the request arrived damaged or late ({code}); check the network and the clock")
+    message = " ".join(str(error.response["Error"].get("Message") or code or status).split())
+    return StorageError(f"{url}: {endpoint} refused: {message}")
