@@ -1,0 +1,101 @@
+"""Options of samplers: name, type, range and default all stand in the sampler's signature and are checked from it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scoreray.data.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, to stand in an Annotated[float, Range(...)] of a sampler's signature."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.high == math.inf else ']'}"
+
+
+POSITIVE = Range(0, open_low=True)
+NOT_NEGATIVE = Range(0)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a sampler: `kind` is its type; `bounds` for numbers, `choices` for words."""
+
+    name: str
+    kind: type
+    default: Any
+    bounds: Range | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def accepted(self) -> str:
+        """What may be given, in words for a message."""
+        if self.choices:
+            what = "one of " + ", ".join(self.choices)
+        elif self.bounds is not None:
+            what = f"{'an integer' if self.kind is int else 'a number'} in {self.bounds}"
+        else:
+            what = "true or false" if self.kind is bool else f"a {self.kind.__name__}"
+        return what + (" or none" if self.optional else "")
+
+    def check(self, value: Any) -> Any:
+        """`value`, as this option's type; raises UserError."""
+        if value is None and self.optional:
+            return None
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = {
+            bool: isinstance(value, bool),
+            str: value in self.choices,
+            int: number and value == int(value) if number and math.isfinite(value) else False,
+            float: number and math.isfinite(value),
+        }.get(self.kind, isinstance(value, self.kind))
+        if not fits or (self.bounds is not None and value not in self.bounds):
+            hint = f" ({nearest(value, self.choices)})" if self.kind is str and isinstance(value, str) else ""
+            raise UserError(f"{self.name} = {value!r}: must be {self.accepted}{hint}")
+        return self.kind(value) if self.kind in (bool, str, int, float) else value
+
+
+@functools.cache
+def options_of(sampler: Callable[..., Any]) -> dict[str, Option]:
+    """The options of a sampler by name: its keyword-only parameters."""
+    hints = typing.get_type_hints(sampler, include_extras=True)
+    keyword_only = [p for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {p.name: _option(p.name, hints[p.name], p.default) for p in keyword_only}
+
+
+def check_options(name: str, sampler: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`options` checked against the signature of `sampler`; raises UserError that names the nearest option."""
+    known = options_of(sampler)
+    for key in options:
+        if key not in known:
+            have = nearest(key, known) if known else "it takes none"
+            raise UserError(f"sampler '{name}' has no option '{key}': {have}")
+    return {key: known[key].check(value) for key, value in options.items()}
+
+
+def _option(name: str, hint: Any, default: Any) -> Option:
+    bounds, optional = None, False
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, bounds = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        hint, optional = next(part for part in typing.get_args(hint) if part is not type(None)), True
+    if typing.get_origin(hint) is Literal:
+        return Option(name, str, default, None, typing.get_args(hint), optional)
+    return Option(name, hint, default, bounds, (), optional)

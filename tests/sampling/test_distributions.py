@@ -1,0 +1,126 @@
+"""Stochastic samplers end in the data's distribution: stationary variances, moments, sliced Wasserstein distances."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from scoreray.sampling.langevin import relative_step, variance_ratio
+from scoreray.sampling.noise import SampleNoise
+from scoreray.sampling.samplers import SAMPLERS, sample
+from scoreray.sampling.sigmas import from_process, geometric, karras
+from scoreray.trainer.process import VP, SubVP
+
+COUNT = 4000
+
+
+def run(denoiser, name, sigmas, *, count=COUNT, dims=2, first_seed=0, **options):
+    noise = SampleNoise(range(first_seed, first_seed + count))
+    x = float(sigmas[0]) * noise.normal((count, dims), torch.float64)
+    return sample(denoiser, x, sigmas, sampler=name, generator=noise, **options)
+
+
+SETTINGS = {
+    # Every sampler with enough steps that what is left is the spread of a finite sample.
+    "ddpm": (karras(100, 0.02, 20.0), {}),
+    "ddpm large": (from_process(VP(), 300), {"variance": "large"}),
+    "ddim": (karras(60, 0.02, 20.0), {"eta": 0.6}),
+    "reverse_sde": (geometric(300, 0.02, 20.0), {}),
+    "reverse_sde vp": (from_process(VP(), 400), {"process": VP()}),
+    "reverse_sde sub-vp": (from_process(SubVP(), 400), {"process": SubVP()}),
+    "predictor_corrector": (geometric(200, 0.02, 20.0), {}),
+    "edm_sde": (karras(50, 0.02, 20.0), {"s_churn": 20.0, "s_noise": 1.0}),
+    "dpmpp_2m_sde": (karras(40, 0.02, 20.0), {}),
+    "dpmpp_2m_sde heun": (karras(40, 0.02, 20.0), {"solver": "heun"}),
+    "dpmpp_3m_sde": (karras(40, 0.02, 20.0), {}),
+    "ncsn": (geometric(25, 0.02, 20.0), {"num_steps": 30, "epsilon": 0.1 * 0.02**2}),
+    "ncsnv2": (geometric(200, 0.02, 20.0), {}),
+    "heun": (karras(30, 0.02, 20.0), {}),
+    "unipc": (karras(30, 0.02, 20.0), {}),
+    "rk45": (karras(30, 0.02, 20.0), {"rtol": 1e-3, "atol": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_samples_of_a_mixture_have_its_moments_and_its_projections(setting, mixture, distance):
+    sigmas, options = SETTINGS[setting]
+    samples = run(mixture, setting.split()[0], sigmas, **options)
+    covariance = mixture.covariance
+    # The mean of N samples is off by std / sqrt(N), a second moment by about sqrt(2) variance / sqrt(N); five of each,
+    # and 2% for what finite steps leave.
+    variance = covariance.diagonal().max().item()
+    assert (samples.mean(0) - mixture.mean).abs().max() < 5 * math.sqrt(variance / COUNT) + 0.02 * math.sqrt(variance)
+    assert (torch.cov(samples.T) - covariance).abs().max() < (5 * math.sqrt(2 / COUNT) + 0.02) * variance
+    # The distance of two exact sets of this size, from eight pairs, is what perfect sampling shows.
+    floor = torch.tensor([distance(mixture.draw(COUNT, 2 * i), mixture.draw(COUNT, 2 * i + 1)) for i in range(8)])
+    assert distance(samples, mixture.draw(COUNT, 99)) < floor.mean() + 4 * floor.std() + 0.02 * math.sqrt(variance)
+
+
+def test_every_stochastic_sampler_stands_in_these_tests():
+    own = {"langevin", "sgld"}  # below
+    deterministic = {"euler", "dpm2", "dpmpp_2m"}  # equal to or as `heun`; orders are tested
+    assert {name.split()[0] for name in SETTINGS} | own | deterministic == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("step", [0.1, 0.5, 1.0])
+def test_unadjusted_langevin_has_its_known_stationary_variance(step, make_gaussian):
+    # s^2 / (1 - eps / (2 s^2)) for the smoothed data's s^2 = 0.5^2 + 0.3^2; 40,000 chains, so off by 5 sqrt(2 / N).
+    count, variance = 40_000, 0.5**2 + 0.3**2
+    eps = step * variance
+    x = run(
+        make_gaussian(1.0, 0.5), "langevin", [1.0, 0.3, 0.0], count=count, dims=1,
+        step_size=eps, num_steps=math.ceil(12 / step),
+    )  # fmt: skip
+    expected = variance / (1 - eps / (2 * variance))
+    assert x.var().item() == pytest.approx(expected, rel=5 * math.sqrt(2 / count))
+    assert x.mean().item() == pytest.approx(1.0, abs=5 * math.sqrt(expected / count))
+
+
+def test_sgld_forgets_the_noise_of_its_score_as_its_steps_shrink(make_gaussian):
+    # A score with noise of variance w^2 adds (eps / 2)^2 w^2 a step to eps of the sampler's own: a relative eps w^2 / 4,
+    # so Langevin with a constant step stays too wide, and decreasing steps lose the excess.
+    exact = make_gaussian(0.0, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    sigma = 0.3
+    variance = 0.5**2 + sigma**2
+
+    def minibatch(x, levels):
+        score_noise = 6.0 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return exact(x, levels) + sigma**2 * score_noise
+
+    settings = {"count": 8000, "dims": 1}
+    levels = [1.0, sigma, 0.0]
+    constant = run(minibatch, "langevin", levels, step_size=0.1, num_steps=300, **settings).var().item()
+    shrinking = run(minibatch, "sgld", levels, step_size=0.2, decay=1.0, num_steps=600, **settings).var().item()
+    expected = variance * (1 + 0.1 * 36 / 2) / (1 - 0.1 / (2 * variance))
+    assert constant == pytest.approx(expected, rel=5 * math.sqrt(2 / 8000))
+    last = 0.2 / 61  # the step at the end; its excess is eps w^2 / 4 of the variance, and lags behind a little
+    assert shrinking == pytest.approx(variance * (1 + last * 36 / 4), rel=0.03 + 5 * math.sqrt(2 / 8000))
+
+
+def test_annealed_langevin_finds_the_weights_of_modes_that_plain_langevin_does_not(mixture):
+    start = torch.tensor([[-1.5, -0.5]], dtype=torch.float64).repeat(1000, 1)
+    plain = sample(mixture, start, [1.0, 0.02, 0.0], sampler="langevin", generator=range(1000), num_steps=750)
+    annealed = run(mixture, "ncsn", geometric(25, 0.02, 20.0), count=1000, num_steps=30)
+    stayed = (torch.cdist(plain, mixture.means).argmin(1) == 0).double().mean()
+    fair = (torch.cdist(annealed, mixture.means).argmin(1) == 0).double().mean()
+    assert stayed > 0.99
+    assert fair.item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 1000))
+
+
+def test_technique_4_of_ncsnv2_finds_the_papers_step():
+    ratio = 5000 ** (1 / 231)
+    assert relative_step(ratio, 5) * 0.01**2 == pytest.approx(6.2e-6, rel=0.02)
+    best = abs(variance_ratio(relative_step(ratio, 5), ratio, 5) - 1)
+    assert all(best <= abs(variance_ratio(other, ratio, 5) - 1) for other in (0.02, 0.05, 0.06, 0.064, 0.075, 0.5))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_variance_ratio_is_what_langevin_does_at_a_level_to_pure_noise(steps):
+    # Data at a point: x has variance (ratio sigma)^2 before the level's steps and variance_ratio sigma^2 after them.
+    relative, ratio, variance = 0.1, 1.3, 1.3**2
+    for _ in range(steps):
+        variance = variance * (1 - relative) ** 2 + 2 * relative
+    assert variance_ratio(relative, ratio, steps) == pytest.approx(variance, rel=1e-12)
