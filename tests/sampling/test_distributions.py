@@ -79,8 +79,8 @@ def test_unadjusted_langevin_has_its_known_stationary_variance(step, make_gaussi
 
 
 def test_sgld_forgets_the_noise_of_its_score_as_its_steps_shrink(make_gaussian):
-    # A score with noise of variance w^2 adds (eps / 2)^2 w^2 a step to eps of the sampler's own: a relative eps w^2 / 4,
-    # so Langevin with a constant step stays too wide, and decreasing steps lose the excess.
+    # A score with noise of variance w^2 adds (eps / 2)^2 w^2 a step to the sampler's own eps: a relative eps w^2 / 4.
+    # So Langevin with a constant step stays too wide, and decreasing steps lose the excess.
     exact = make_gaussian(0.0, 0.5)
     generator = torch.Generator().manual_seed(0)
     sigma = 0.3
