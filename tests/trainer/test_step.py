@@ -1,0 +1,156 @@
+"""The training module: randomness from (seed, position) alone, in fp32, in bf16 and under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scoreray.trainer.denoiser import PARAMETERIZATIONS, Denoiser
+from scoreray.trainer.objective import OBJECTIVES, DenoisingObjective, EDMObjective, SlicedVRObjective
+from scoreray.trainer.process import EDM, PROCESSES, VP
+from scoreray.trainer.sigma_sampling import LogNormal
+from scoreray.trainer.step import TrainingModule, to_unit_range
+from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned
+
+B = 12
+POSITIONS = torch.arange(100, 100 + B)
+
+
+class Small(nn.Module):
+    """A convolution that keeps the labels it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.labels: Tensor | None = None
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        self.labels = class_labels
+        return self.last(torch.tanh(self.first(x) + c_noise[:, None, None, None].to(x.dtype)))
+
+
+def module(objective=None, parameterization="edm", process=None, seed=5) -> TrainingModule:
+    denoiser = Denoiser(Small(), parameterization)
+    return TrainingModule(denoiser, objective or EDMObjective(), process or EDM(), seed=seed, global_batch_size=B)
+
+
+def images() -> Tensor:
+    return torch.randint(0, 256, (B, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+LABELS = torch.arange(B) % 10
+
+
+def test_bytes_become_minus_one_to_one_and_floats_stay():
+    bytes_ = torch.tensor([0, 255], dtype=torch.uint8)
+    assert to_unit_range(bytes_).tolist() == [-1.0, 1.0]
+    points = torch.randn(3, 2)
+    assert to_unit_range(points) is points
+    assert to_unit_range(points.double()).dtype == torch.float64
+    assert to_unit_range(points.bfloat16()).dtype == torch.float32
+
+
+def test_the_default_step_is_edm_s_by_hand():
+    from scoreray.trainer import noise
+
+    step = module()
+    loss, sigma = step(images(), LABELS, POSITIONS)
+    u = noise.uniform(5, POSITIONS, stream=noise.STREAM_SIGMA, dtype=torch.float64)
+    torch.testing.assert_close(sigma, (-1.2 + 1.2 * torch.special.ndtri(u)).exp().float())
+    x0 = images().float() / 127.5 - 1
+    s = sigma[:, None, None, None]
+    x = x0 + s * noise.normal(5, POSITIONS, (1, 4, 4), stream=noise.STREAM_NOISE)
+    c_skip, c_out = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25).sqrt()
+    denoised = c_skip * x + c_out * step.denoiser.network(x / (s**2 + 0.25).sqrt(), sigma.log() / 4)
+    expected = ((s**2 + 0.25) / (s * 0.5) ** 2 * (denoised - x0) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_sample_s_loss_is_the_same_in_any_micro_batch(kind):
+    objective = OBJECTIVES[kind](sigma_sampling=LogNormal(stratified=True))
+    step = module(objective)
+    loss, sigma = step(images(), LABELS, POSITIONS)
+    parts = [step(images()[i : i + 3], LABELS[i : i + 3], POSITIONS[i : i + 3]) for i in range(0, B, 3)]
+    assert torch.equal(torch.cat([part[1] for part in parts]), sigma)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), loss, rtol=1e-4, atol=1e-5)
+
+
+def test_another_seed_or_position_gives_another_noise_and_the_same_gives_the_same():
+    loss, sigma = module()(images(), LABELS, POSITIONS)
+    again = module()(images(), LABELS, POSITIONS)
+    assert torch.equal(again[0], loss)
+    for other in (module(seed=6)(images(), LABELS, POSITIONS), module()(images(), LABELS, POSITIONS + B)):
+        assert (other[1] != sigma).all()
+        assert (other[0] != loss).all()
+
+
+def test_labels_are_hidden_at_the_rate_asked_for_by_position():
+    step = module(EDMObjective(label_dropout=0.25))
+    many = torch.arange(8000)
+    labels = torch.full((8000,), 3)
+    points = torch.zeros(8000, 1, 1, 1)
+    step(points, labels, many)
+    hidden = step.denoiser.network.labels == -1
+    assert abs(hidden.float().mean() - 0.25) < 4.5 * (0.25 * 0.75 / 8000) ** 0.5
+    step(points[:50], labels[:50], many[100:150])
+    assert torch.equal(step.denoiser.network.labels == -1, hidden[100:150])
+    step = module()
+    step(points[:4], labels[:4], many[:4])
+    assert torch.equal(step.denoiser.network.labels, labels[:4])
+    step(points[:4], None, many[:4])
+    assert step.denoiser.network.labels is None
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("kind", ["edm", "sliced_vr"])
+def test_bf16_weights_and_autocast_give_float32_losses_near_those_of_fp32(kind, parameterization):
+    objective = OBJECTIVES[kind](sigma_sampling=LogNormal())
+    exact, _ = module(objective, parameterization)(images(), LABELS, POSITIONS)
+    half = module(objective, parameterization).bfloat16()
+    loss, sigma = half(images(), LABELS, POSITIONS)
+    loss.mean().backward()
+    assert (loss.dtype, sigma.dtype) == (torch.float32, torch.float32)
+    assert half.denoiser.network.first.weight.grad.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = module(objective, parameterization)(images(), LABELS, POSITIONS)
+    for other in (loss, cast):
+        assert other.dtype == torch.float32
+        assert ((other - exact).abs() / (exact.abs() + exact.abs().mean())).max() < 0.1
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_weighting_trains_on_every_process(process, weighting):
+    step = module(DenoisingObjective(WEIGHTINGS[weighting]()), process=PROCESSES[process]())
+    loss, sigma = step(images(), LABELS, POSITIONS)
+    loss.mean().backward()
+    assert loss.isfinite().all()
+    assert (sigma > 0).all()
+    assert all(p.grad.isfinite().all() for p in step.parameters())
+
+
+def test_what_a_weighting_learns_is_an_ordinary_parameter_or_buffer():
+    learned = module(EDMObjective(Learned()))
+    assert {name.split(".")[0] for name, _ in learned.named_parameters()} == {"denoiser", "weighting"}
+    adaptive = module(EDMObjective(Adaptive()))
+    assert [name for name, _ in adaptive.named_buffers()] == ["weighting.ratio"]
+    assert not list(module().named_buffers())
+
+
+@pytest.mark.parametrize("objective", [EDMObjective(), EDMObjective(Learned()), DenoisingObjective()], ids=str)
+def test_a_step_compiles_into_one_graph(objective):
+    torch._dynamo.reset()
+    process = VP()
+    eager = module(objective, process=process)
+    compiled = torch.compile(module(objective, process=process), backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(images(), LABELS, POSITIONS), eager(images(), LABELS, POSITIONS), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_points_in_float64_train_too():
+    step = module(SlicedVRObjective()).double()
+    loss, _ = step(torch.randn(B, 1, 2, 1, dtype=torch.float64), None, POSITIONS)
+    assert loss.isfinite().all()
