@@ -79,7 +79,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)
         h = self.attention(modulated(x, shift1, scale1))
         x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training))
-        h = self.mlp_out(F.gelu(self.mlp_in(modulated(x, shift2, scale2)), approximate="tanh"))
+        h = self.mlp_out(F.gelu(self.mlp_in(modulated(x, shift2, scale2))))
         return torch.addcmul(x, gate2, F.dropout(h, self.dropout, self.training))
 
 
@@ -94,6 +94,7 @@ class DiT(nn.Module):
         super().__init__()
         channels, height, width = image_size(image_shape, config.patch_size)
         self.config = config
+        self.num_classes = num_classes
         patch_channels = channels * config.patch_size**2
         self.patch_in = nn.Linear(patch_channels, config.hidden_size)
         grid = height // config.patch_size, width // config.patch_size

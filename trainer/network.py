@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.trainer import checks
 from scoreray.trainer.dit import DiT, DiTConfig
 from scoreray.trainer.unet import UNet, UNetConfig
 
-NetworkConfig = Annotated[UNetConfig | DiTConfig, Field(discriminator="kind")]
+NetworkConfig = UNetConfig | DiTConfig
 
 NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {"unet": UNet, "dit": DiT}
 
@@ -26,9 +25,7 @@ def build_network(config: NetworkConfig, image_shape: Sequence[int], num_classes
     network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training.
     Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
     """
-    if config.kind not in NETWORKS:
-        raise UserError(f"network.kind: '{config.kind}' is unknown; {nearest(config.kind, NETWORKS)}")
-    return NETWORKS[config.kind](config, image_shape, num_classes)
+    return checks.choose("network.kind", config.kind, NETWORKS)(config, image_shape, num_classes)
 
 
 def flops(network: nn.Module, image_shape: Sequence[int]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from scoreray.data.errors import UserError
@@ -214,7 +215,7 @@ def test_attention_equals_the_fused_kernel():
 
 
 def test_a_config_is_read_by_its_kind():
-    read = TypeAdapter(NetworkConfig).validate_python
+    read = TypeAdapter(Annotated[NetworkConfig, Field(discriminator="kind")]).validate_python
     assert read({"kind": "dit", "hidden_size": 32, "num_heads": 4}) == DiTConfig(hidden_size=32, num_heads=4)
     assert read({"kind": "unet", "channel_mult": [1, 2]}) == UNetConfig(channel_mult=(1, 2))
     with pytest.raises(ValidationError, match="hidden_sise"):
