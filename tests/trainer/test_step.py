@@ -10,7 +10,7 @@ from scoreray.trainer.denoiser import PARAMETERIZATIONS, Denoiser
 from scoreray.trainer.objective import OBJECTIVES, DenoisingObjective, EDMObjective, SlicedVRObjective
 from scoreray.trainer.process import EDM, PROCESSES, VP
 from scoreray.trainer.sigma_sampling import LogNormal
-from scoreray.trainer.step import TrainingModule, to_unit_range
+from scoreray.trainer.step import TrainingModule, to_uint8, to_unit_range
 from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned
 
 B = 12
@@ -50,6 +50,12 @@ def test_bytes_become_minus_one_to_one_and_floats_stay():
     assert to_unit_range(points) is points
     assert to_unit_range(points.double()).dtype == torch.float64
     assert to_unit_range(points.bfloat16()).dtype == torch.float32
+
+
+def test_every_byte_comes_back_and_what_is_outside_is_clipped():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_unit_range(every)), every)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_the_default_step_is_edm_s_by_hand():
