@@ -1,0 +1,232 @@
+"""The `scoreray` command: one verb each, one line for a mistake, an exit status that scripts can use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scoreray.data.errors import ScorerayError, UserError
+
+app = typer.Typer(
+    name="scoreray",
+    help="Train score-based generative models on Ray, draw samples from them. A URL is s3://bucket/prefix or a path.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Pack, check and look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers print.")]
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    local_s3: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SCORERAY_LOCAL_S3",
+            help="Run an S3 server on this folder while the command runs, and send s3:// there.",
+        ),
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("scoreray"))
+        raise typer.Exit
+    if local_s3 is not None:
+        context.with_resource(_local_s3(local_s3))
+
+
+@contextlib.contextmanager
+def _local_s3(folder: Path) -> Iterator[None]:
+    from scoreray.data.local_s3 import LocalS3
+
+    with LocalS3(folder) as server:
+        os.environ.update(server.env)
+        yield
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option(help="Seconds instead of minutes; the samples are then blurs.")] = False,
+    workers: Annotated[int, typer.Option(help="Training workers.", min=1, max=16)] = 2,
+    fresh: Annotated[bool, typer.Option(help="Start over where a demo has already run in this folder.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole line on this machine: pack, train on Ray from S3, draw samples, show them."""
+    from scoreray.cluster.demo import run_demo
+
+    result = run_demo(out, quick=quick, workers=workers, fresh=fresh, verbose=verbose)
+    typer.echo(json.dumps(result.answer()) if as_json else result.text())
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Start over under the next unused name (name-2, ...).")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check the config and what it names.")] = False,
+    print_config: Annotated[bool, typer.Option(help="Print the whole config, defaults included, and stop.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a score network. The same command again goes on from the newest committed checkpoint."""
+    from scoreray.trainer.config import dump_config, load_config
+
+    loaded = load_config(config, overrides or ())
+    if print_config:
+        typer.echo(dump_config(loaded), nl=False)
+        return
+    from scoreray.cluster.training import train_to_end
+    from scoreray.trainer.run import check_run, prepare_run
+
+    if check:
+        check_run(loaded)
+        typer.echo(f"{config}: good")
+        return
+    result = train_to_end(prepare_run(loaded, fresh=fresh), verbose=verbose)
+    typer.echo(json.dumps(result.answer()) if as_json else result.text())
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
+    out: Annotated[str, typer.Option(help="A folder or prefix for pictures, or a .npz.")],
+    count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    sampler: Annotated[str, typer.Option(help="heun, euler, ddim, dpmpp_2m, edm_sde, ...")] = "heun",
+    steps: Annotated[int, typer.Option(help="Noise levels.", min=1)] = 18,
+    seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
+    class_label: Annotated[str | None, typer.Option(help="A class's name or number; all in turn if left out.")] = None,
+    ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. S_churn=40.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw samples from a trained model."""
+    from scoreray.cluster.display import bar
+    from scoreray.sampling.generate import Request, generate, write_samples
+    from scoreray.sampling.load import load
+
+    request = Request(
+        count=count,
+        sampler=sampler,
+        steps=steps,
+        seed=seed,
+        class_label=class_label,
+        batch_size=batch_size,
+        options=_options(option or []),
+    )
+    denoiser = load(checkpoint, ema)
+    with bar("sample", count, "samples") as progress:
+        places = write_samples(generate(denoiser, request, lambda n: progress.advance(progress.task_ids[0], n)), out)
+    if as_json:
+        info = denoiser.info
+        answer = {
+            "out": places,
+            "count": count,
+            "checkpoint": info.url,
+            "images_seen": info.images_seen,
+            "ema": info.ema,
+        }
+        typer.echo(json.dumps(answer))
+    else:
+        typer.echo(f"{count} samples of {denoiser.info.url} (EMA {denoiser.info.ema}): {', '.join(places)}")
+
+
+@data_app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="Image folders (class = folder), .npz, or IDX images (.gz or not).")],
+    url: Annotated[str, typer.Argument(help="Where the shards and the manifest go.")],
+    image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None,
+    image_format: Annotated[str, typer.Option(help="png, jpg or npy.")] = "png",
+    samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one shard.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle at packing.", min=0)] = 0,
+    name: Annotated[str | None, typer.Option(help="The data set's name; default: the source's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Images into WebDataset shards and a manifest. Run again after a kill, it goes on."""
+    from scoreray.cluster.packing import pack_with_bar
+
+    manifest = pack_with_bar(
+        source,
+        url,
+        name=name,
+        image_size=image_size,
+        image_format=image_format,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+    )
+    if as_json:
+        typer.echo(json.dumps({"url": url, "num_samples": manifest.num_samples, "num_shards": len(manifest.shards)}))
+    else:
+        typer.echo(f"next: scoreray train CONFIG data.url={url}")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--option {pair}: write NAME=VALUE, e.g. S_churn=40")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def main() -> None:
+    """Entry point: runs a verb and turns what went wrong into one line and an exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        app(standalone_mode=False)
+    except ScorerayError as error:
+        _fail(str(error), error.exit_status)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from what is committed", 130)
+    except BrokenPipeError:
+        os._exit(1)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            usage = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
+            _fail(error.format_message() + usage, 2)
+        import traceback
+
+        traceback.print_exc()
+        _fail(f"this is a bug in scoreray: {type(error).__name__}: {error}", 1)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"scoreray: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a person sees while something runs: one line that tells how far, how fast and how long still."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from scoreray.trainer.loop import Progress as TrainProgress
+
+QUIET_LINE_EVERY_S = 10.0
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line for the person, beside the progress bars."""
+    console.print(text, markup=False)
+
+
+class TrainLine:
+    """The progress of a training run; a bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, total: int) -> None:
+        self._terminal = console.is_terminal
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("train"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+            TextColumn("{task.fields[facts]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, facts="starting workers")
+
+    def __enter__(self) -> TrainLine:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: TrainProgress) -> None:
+        rate = "" if math.isnan(progress.images_per_s) else f"{progress.images_per_s:,.0f} img/s"
+        facts = f"loss {progress.loss:.4f}  {rate}"
+        if progress.data_stall > 0.01:
+            facts += f"  waiting for data {progress.data_stall:.0%}"
+        self._bar.update(self._task, completed=progress.images, facts=facts)
+        now = time.monotonic()
+        if not self._terminal and (now - self._last_line > QUIET_LINE_EVERY_S or progress.images >= progress.total):
+            self._last_line = now
+            left = (progress.total - progress.images) / progress.images_per_s if progress.images_per_s > 0 else math.nan
+            left_text = "" if math.isnan(left) else f"  {left:,.0f} s left"
+            say(f"train {progress.images:,}/{progress.total:,} images  {facts}{left_text}")
+
+
+@contextmanager
+def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
+    """A bar for anything counted; call `.advance(0, n)` on it."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn(name),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=not sys.stderr.isatty(),
+    )
+    progress.add_task(name, total=total)
+    with progress:
+        yield progress

@@ -1,0 +1,110 @@
+"""Connecting to Ray: the cluster that RAY_ADDRESS names, or one of our own on this machine that ends with us."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from scoreray.data.errors import UserError
+
+# Must be set before `import ray` (and are inherited by every process that Ray starts).
+QUIET_AND_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listeners bind to loopback
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@contextlib.contextmanager
+def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
+    """A Ray cluster for the duration: RAY_ADDRESS's if that is set, else an embedded one with `num_cpus` slots.
+
+    The embedded one listens on loopback only, asks for a token that only this process and its children have, sends
+    no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
+    reached.
+    """
+    for name, value in QUIET_AND_LOCAL.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            message = str(error).splitlines()[0]
+            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster could be reached there: {message}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _own_token(), _short_folder() as folder:
+        ray.init(
+            num_cpus=num_cpus or os.cpu_count(),
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=level,
+            configure_logging=True,
+            object_store_memory=_object_store_bytes(),
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """Token authentication with a token that is in this process's environment and nowhere on disk."""
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _short_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets and logs: short, as a socket's path may have 107 characters."""
+    base = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+    if len(base) > 40:
+        base = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="sr-", dir=base))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _object_store_bytes() -> int:
+    """A small object store: only configs and progress pass through it, and /dev/shm may be small in a container."""
+    with contextlib.suppress(OSError):
+        return max(80 << 20, min(256 << 20, shutil.disk_usage("/dev/shm").free // 4))
+    return 128 << 20

@@ -1,0 +1,83 @@
+"""`scoreray train` from a checked config to a trained run, with its progress shown."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from scoreray.cluster.display import TrainLine, say
+from scoreray.cluster.local_ray import connected
+from scoreray.data.errors import UserError
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.config import Config
+from scoreray.trainer.loop import read_metrics, run_store
+from scoreray.trainer.run import fit
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left."""
+
+    run: str
+    checkpoint: str
+    images_seen: int
+    loss: float | None
+    seconds: float
+
+    def answer(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def text(self) -> str:
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return (
+            f"trained to {self.images_seen:,} images{loss} in {self.seconds:,.0f} s; checkpoint {self.checkpoint}\n"
+            f"next: scoreray sample {self.run} --count 64 --out samples"
+        )
+
+
+def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
+    """Run a config that `prepare_run` returned until its last image, on RAY_ADDRESS's cluster or on this machine."""
+    run = run_store(config)
+    started, total = time.monotonic(), config.duration.images
+    before = latest(run)
+    if before is not None and before.images_seen >= total:
+        say(f"run '{config.run.name}' has already seen its {before.images_seen:,} images (--fresh starts another)")
+    else:
+        if before is not None:
+            say(f"run '{config.run.name}' goes on from {before.images_seen:,} images ({before.url})")
+        low, high = config.scaling.range
+        with connected(num_cpus=_slots(config), verbose=verbose):
+            _check_resources(config)
+            workers = f"{low}" if low == high else f"{low} to {high}"
+            say(f"run '{config.run.name}': {workers} workers, ZeRO-{config.engine.zero_stage}, to {run.url()}")
+            with TrainLine(total) as line:
+                fit(config, line)
+    checkpoint = latest(run)
+    if checkpoint is None:
+        raise UserError(f"{run.url()}: training ended without a checkpoint")
+    records = read_metrics(run)
+    loss = records[-1]["loss"] if records else None
+    return TrainResult(run.url(), checkpoint.url, checkpoint.images_seen, loss, time.monotonic() - started)
+
+
+def _slots(config: Config) -> int:
+    """CPU slots of an embedded cluster: enough for the workers that were asked for, also on a smaller machine."""
+    import math
+    import os
+
+    return max(os.cpu_count() or 1, math.ceil(config.scaling.range[1] * config.scaling.cpus_per_worker))
+
+
+def _check_resources(config: Config) -> None:
+    """Refuse before Ray Train waits for resources that the cluster does not have."""
+    import ray
+
+    total, low = ray.cluster_resources(), config.scaling.range[0]
+    needs = {"CPU": low * config.scaling.cpus_per_worker, "GPU": float(low) if config.scaling.use_gpu else 0.0}
+    for name, amount in needs.items():
+        if amount > total.get(name, 0.0):
+            raise UserError(
+                f"scaling.workers: {low} workers need {amount:g} {name}, the cluster has {total.get(name, 0):g}; "
+                "ask for fewer, or connect to a larger cluster with RAY_ADDRESS"
+            )

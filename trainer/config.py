@@ -1,0 +1,314 @@
+"""The configuration of a run: YAML into frozen typed sections, with dotted overrides and all mistakes at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.data.order import default_lanes
+from scoreray.trainer.denoiser import DenoiserConfig
+from scoreray.trainer.ema import EMAConfig
+from scoreray.trainer.network import NetworkConfig
+from scoreray.trainer.objective import EDMObjective, ObjectiveConfig
+from scoreray.trainer.optimizer import OptimizerConfig
+from scoreray.trainer.process import EDM, Process
+from scoreray.trainer.unet import UNetConfig
+from scoreray.trainer.units import Count
+
+
+def _workers(value: Any) -> Any:
+    ends = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    good = all(isinstance(end, int) and not isinstance(end, bool) and end >= 1 for end in ends)
+    if not good or len(ends) not in (1, 2) or ends[0] > ends[-1]:
+        raise ValueError(f"{value!r} is not accepted; it should be a number from 1, or [fewest, most]")
+    return ends[0] if len(ends) == 1 else tuple(ends)
+
+
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError("a run's name has letters, digits, '.', '_' and '-' only, 100 at most")
+    return name
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Where the run lives: everything it writes goes under `<storage>/<name>`."""
+
+    name: Annotated[str, AfterValidator(_run_name)]
+    storage: str
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class DataSection(Section):
+    """The packed data set (`scoreray data pack`) and how much of it makes one optimizer step."""
+
+    url: str
+    global_batch_size: Count = 256
+    num_lanes: Count | None = None
+    shuffle_block: Count | None = None
+    prefetch_batches: int = Field(4, ge=1, le=1024)
+
+
+class EngineSection(Section):
+    """How one step is computed. None of it changes what is learnt, except `precision`, by rounding.
+
+    `micro_batch_size`: rows per forward pass on one worker; None takes the worker's whole share of the batch.
+    `precision`: "bf16" keeps bf16 weights with fp32 masters; "auto" takes bf16 where the device gains from it.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    micro_batch_size: Count | None = None
+    offload: Literal["none", "optimizer"] = "none"
+    compile: bool = False
+
+
+class ScalingSection(Section):
+    """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster."""
+
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1, gt=0)
+    max_failures: int = Field(8, ge=-1)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+class DurationSection(Section):
+    images: Count
+
+
+class CheckpointSection(Section):
+    """A checkpoint every so many images (and at the end); the newest `keep` stay."""
+
+    every_images: Count = 1_000_000
+    keep: int = Field(3, ge=1)
+
+
+class LogSection(Section):
+    """A line of metrics every so many images."""
+
+    every_images: Count = 10_000
+
+
+class Config(Section):
+    """A whole run. Keys and defaults: `scoreray train --print-config CONFIG`."""
+
+    run: RunSection
+    data: DataSection
+    process: Annotated[Process, Field(discriminator="kind")] = EDM()
+    network: NetworkConfig = UNetConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    objective: Annotated[ObjectiveConfig, Field(discriminator="kind")] = EDMObjective()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    engine: EngineSection = EngineSection()
+    scaling: ScalingSection = ScalingSection()
+    duration: DurationSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Config:
+        """The global batch is the config's at every world size, so each allowed size must divide it."""
+        batch, micro = self.data.global_batch_size, self.engine.micro_batch_size
+        low, high = self.scaling.range
+        lanes = self.data.num_lanes or default_lanes(batch)
+        if batch % lanes:
+            raise ValueError(f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}")
+        for workers in range(low, high + 1):
+            if lanes % workers:
+                fitting = math.lcm(*range(low, high + 1))
+                mend = "set data.num_lanes to" if batch % fitting == 0 else "make data.global_batch_size"
+                raise ValueError(
+                    f"data.global_batch_size: {batch} in {lanes} lanes can't be shared by {workers} workers, one of "
+                    f"scaling.workers {self.scaling.workers}; {mend} a multiple of {fitting}"
+                )
+            if micro and (batch // workers) % micro:
+                raise ValueError(
+                    f"engine.micro_batch_size: {micro} does not divide the {batch // workers} rows that each of "
+                    f"{workers} workers has of data.global_batch_size {batch}"
+                )
+        return self
+
+
+# Keys that may change when a run goes on: they decide where and how long it computes, not what.
+CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "engine.zero_stage", "engine.micro_batch_size",
+              "engine.offload", "engine.compile", "data.url", "data.prefetch_batches", "duration")  # fmt: skip
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The validated config of a YAML file (or a plain dict) with `section.key=value` overrides applied.
+
+    Raises one UserError that lists every mistake, a line each.
+    """
+    name = "config" if isinstance(source, dict) else str(source)
+    raw = _with_default_kinds(_override(_read(source), overrides))
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        mistakes = [_describe(mistake) for mistake in error.errors(include_url=False)]
+        head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
+        raise UserError(head + "\n  ".join(mistakes)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole config as YAML, every default written out; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def differing_keys(old: Config, new: Config) -> list[str]:
+    """Dotted keys that differ and that a run may not change while it goes on, each with both values."""
+    old_values, new_values = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    keys = [key for key in sorted(old_values.keys() | new_values.keys()) if old_values.get(key) != new_values.get(key)]
+    changeable = tuple(key for key in CHANGEABLE if key != "duration" or new.optimizer.schedule != "cosine")
+    return [
+        f"{key}: {old_values.get(key)} there, {new_values.get(key)} here"
+        for key in keys
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in changeable)
+    ]
+
+
+def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(source, dict):
+        return source
+    try:
+        raw = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: a config is a mapping of sections, this is {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it."""
+    raw = _copy(raw)
+    for override in sorted(overrides, key=lambda text: not re.match(r"[\w.]*\bkind=", text)):
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+            raise UserError(
+                f"'{override}' is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"'{override}': the value is not YAML") from None
+        *path, leaf = key.split(".")
+        section = raw
+        for part in path:
+            child = section.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise UserError(f"'{override}': {part} is {child!r}, not a section")
+            section = child
+        if leaf == "kind" and section.get("kind", value) != value:
+            section.clear()
+        section[leaf] = value
+    return raw
+
+
+def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with the default `kind` wherever a section that has one leaves it out."""
+    defaults = {name: field.get_default() for name, field in Config.model_fields.items() if not field.is_required()}
+
+    def fill(section: Any, default: Any) -> Any:
+        if isinstance(section, dict) and hasattr(default, "kind"):
+            section.setdefault("kind", default.kind)
+            if section["kind"] == default.kind:
+                for key in section:
+                    section[key] = fill(section[key], getattr(default, key, None))
+        return section
+
+    return {key: fill(value, defaults.get(key)) for key, value in _copy(raw).items()}
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def _describe(mistake: Any) -> str:
+    """One line for one pydantic error: dotted key, value, what is accepted."""
+    key, _ = _walk(mistake["loc"])
+    kind, value = mistake["type"], mistake.get("input")
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        _, section = _walk(mistake["loc"][:-1])
+        return f"{key}: unknown key; {nearest(key.rpartition('.')[2], _fields_of(section))}"
+    if kind in ("missing", "missing_argument"):
+        return f"{key}: missing"
+    if kind == "union_tag_invalid":
+        expected = [tag.strip(" '") for tag in mistake["ctx"]["expected_tags"].split(",")]
+        return f"{key}.kind: unknown '{mistake['ctx']['tag']}'; {nearest(str(mistake['ctx']['tag']), expected)}"
+    if kind == "value_error":
+        message = str(mistake["ctx"]["error"])
+        return message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
+    shown = "a section" if isinstance(value, dict) else repr(value)
+    return f"{key}: {shown} is not accepted; it should be {mistake['msg'].removeprefix('Input should be ')}"
+
+
+def _walk(location: tuple[Any, ...]) -> tuple[str, Any]:
+    """Dotted key of a pydantic error location, without the union tags in it, and the type that lies there."""
+    parts: list[str] = []
+    here: Any = Config
+    for part in location:
+        members = [_plain(member) for member in typing.get_args(here)] if _is_union(here) else []
+        tagged = [member for member in members if _kind_of(member) == part]
+        if tagged:
+            here = tagged[0]
+            continue
+        parts.append(str(part))
+        here = _plain(_fields_of(here).get(part))
+    return ".".join(parts), here
+
+
+def _plain(annotation: Any) -> Any:
+    while typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _kind_of(annotation: Any) -> str | None:
+    kind = _fields_of(annotation).get("kind")
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Literal else None
+
+
+def _fields_of(annotation: Any) -> dict[str, Any]:
+    """Names and types of the keys of a section."""
+    if not isinstance(annotation, type):
+        return {}
+    if issubclass(annotation, BaseModel):
+        return {name: _plain(field.annotation) for name, field in annotation.model_fields.items()}
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        return {field.name: hints[field.name] for field in dataclasses.fields(annotation) if field.init}
+    return {}

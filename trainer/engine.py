@@ -1,0 +1,283 @@
+"""Engines: what turns a loss into an update of weights, moments and averages, on one process or sharded over many.
+
+Both engines own the module (in the compute precision), fp32 masters and one `AveragingAdamW`, and show their state
+as fragments (see `fragments.py`). `FlatEngine` needs torch alone: one flat buffer, replicated on every rank.
+`DeepSpeedEngine` partitions optimizer state (ZeRO-1), gradients (2) and parameters (3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from scoreray.data.errors import ScorerayError, UserError
+from scoreray.trainer.config import Config
+from scoreray.trainer.fragments import MASTER, Fragment
+from scoreray.trainer.optimizer import AveragingAdamW
+
+
+class NonFiniteError(ScorerayError):
+    """Loss or gradient is NaN or infinite; raised before the optimizer step, so nothing has been changed by it."""
+
+
+class Engine(Protocol):
+    """`module` computes losses; `backward` each micro-batch's mean loss, then `step` once."""
+
+    module: Any
+    optimizer: AveragingAdamW
+    device: torch.device
+    num_micro_batches: int
+    replicated: bool
+    """every rank holds the whole state, so one rank's fragments are a checkpoint"""
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+    def step(self, learning_rate: float, decays: list[float]) -> float:
+        """Update everything; returns the gradient's norm before clipping. Raises NonFiniteError, changing nothing."""
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of the state, one fragment per parameter that it holds a part of."""
+        ...
+
+    def publish(self, num_steps: int) -> None:
+        """After masters and state were written through `fragments`: derive the module's weights from them."""
+        ...
+
+
+def build_engine(module: torch.nn.Module, config: Config, *, world_size: int, device: torch.device) -> Engine:
+    """The engine that `config` asks for; `module` has fp32 parameters, equal on all ranks."""
+    precision = resolve_precision(config.engine.precision, device)
+    rows = config.data.global_batch_size // world_size
+    num_micro_batches = rows // (config.engine.micro_batch_size or rows)
+    if config.engine.zero_stage == 0:
+        return FlatEngine(module, config, precision, world_size, num_micro_batches, device)
+    return DeepSpeedEngine(module, config, precision, world_size, num_micro_batches, device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """torch.bfloat16 or float32; "auto" takes bf16 on GPUs and on CPUs with matrix units for it."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    gains = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if gains else torch.float32
+
+
+class FlatEngine:
+    """Replicated training with all parameters, gradients and state in flat buffers: one fused update, no DeepSpeed.
+
+    With several ranks, gradients are averaged in fp32 by one all-reduce.
+    """
+
+    replicated = True
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: Config,
+        precision: torch.dtype,
+        world_size: int,
+        num_micro_batches: int,
+        device: torch.device,
+    ) -> None:
+        self.device, self.num_micro_batches = device, num_micro_batches
+        self._world_size, self._clip = world_size, config.optimizer.gradient_clip
+        module.to(device)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._slices: list[tuple[str, int, int]] = []
+        offset = 0
+        for name, parameter in named:
+            self._slices.append((name, offset, parameter.numel()))
+            offset += parameter.numel()
+        self._master = torch.nn.Parameter(torch.cat([p.detach().float().reshape(-1) for _, p in named]))
+        self._master.grad = torch.zeros_like(self._master)
+        half = precision != torch.float32
+        self._weights = self._master.detach().to(precision) if half else self._master.detach()
+        self._gradient = torch.zeros_like(self._weights) if half else self._master.grad
+        for (_, start, length), (_, parameter) in zip(self._slices, named, strict=True):
+            parameter.data = self._weights[start : start + length].view(parameter.shape)
+            parameter.grad = self._gradient[start : start + length].view(parameter.shape)
+        self.optimizer = AveragingAdamW([self._master], config.optimizer, config.ema)
+        self.optimizer.init_state(self._master)
+        self.module: Any = torch.compile(module) if config.engine.compile else module
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self.num_micro_batches).backward()
+        if self._gradient is not self._master.grad:
+            self._master.grad.add_(self._gradient)  # type: ignore[union-attr]
+            self._gradient.zero_()
+
+    def step(self, learning_rate: float, decays: list[float]) -> float:
+        gradient = self._master.grad
+        assert gradient is not None
+        if self._world_size > 1:
+            dist.all_reduce(gradient)
+            gradient.div_(self._world_size)
+        norm = float(torch.linalg.vector_norm(gradient))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient's norm is {norm}")
+        if 0 < self._clip < norm:
+            gradient.mul_(self._clip / norm)
+        self.optimizer.prepare_step(learning_rate, decays)
+        self.optimizer.step()
+        gradient.zero_()
+        self._copy_to_weights()
+        return norm
+
+    def fragments(self) -> Iterator[Fragment]:
+        state = self.optimizer.state[self._master]
+        for name, start, length in self._slices:
+            end = start + length
+            tensors = {MASTER: self._master.detach()[start:end]}
+            tensors |= {key: state[key][start:end] for key in self.optimizer.state_keys}
+            yield Fragment(name, 0, length, tensors)
+
+    def publish(self, num_steps: int) -> None:
+        self.optimizer.state[self._master]["step"].fill_(num_steps)
+        self._copy_to_weights()
+
+    def _copy_to_weights(self) -> None:
+        if self._weights.dtype != self._master.dtype:
+            self._weights.copy_(self._master.detach())
+
+
+class DeepSpeedEngine:
+    """ZeRO stages 1, 2 and 3 by DeepSpeed around our optimizer. The default process group must exist."""
+
+    replicated = False
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: Config,
+        precision: torch.dtype,
+        world_size: int,
+        num_micro_batches: int,
+        device: torch.device,
+    ) -> None:
+        import deepspeed
+
+        # A C++ extension for inference that DeepSpeed would compile at start on a CPU; training does not use it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.device, self.num_micro_batches = device, num_micro_batches
+        self._stage = config.engine.zero_stage
+        self._micro_batches_done = 0
+        parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._names = {id(parameter): name for name, parameter in parameters}
+        self.optimizer = AveragingAdamW([p for _, p in parameters], config.optimizer, config.ema)
+        if device.type == "cuda":
+            module.to(device)
+        settings = deepspeed_settings(config, precision, world_size, num_micro_batches)
+        self._engine, self._sharded, _, _ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        if config.engine.compile:
+            self._engine.compile()
+        self.module = self._engine
+        for partition in self._partitions():
+            self.optimizer.init_state(partition)
+        self.optimizer.before_update = self._refuse_non_finite
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss)
+        self._micro_batches_done += 1
+        if self._micro_batches_done < self.num_micro_batches:
+            self._engine.step()
+
+    def step(self, learning_rate: float, decays: list[float]) -> float:
+        self._micro_batches_done = 0
+        self.optimizer.prepare_step(learning_rate, decays)
+        self._engine.step()
+        if self._sharded.overflow:
+            raise NonFiniteError("the gradient's norm is not finite")
+        return float(self._sharded._global_grad_norm)
+
+    def _refuse_non_finite(self) -> None:
+        norm = float(self._sharded._global_grad_norm)
+        if not math.isfinite(norm) or norm < 0:  # DeepSpeed's norm helpers report NaN as -1
+            raise NonFiniteError("the gradient's norm is not finite")
+
+    def _partitions(self) -> list[torch.Tensor]:
+        if self._stage == 3:
+            return list(self._sharded.fp32_partitioned_groups_flat)
+        return list(self._sharded.single_partition_of_fp32_groups)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, start, length, partition, offset in self._layout():
+            state = self.optimizer.state[partition]
+            end = offset + length
+            tensors = {MASTER: partition.detach()[offset:end]}
+            tensors |= {key: state[key][offset:end] for key in self.optimizer.state_keys}
+            yield Fragment(name, start, length, tensors)
+
+    def _layout(self) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
+        """(parameter, its first element here, how many, the flat partition that holds them, offset in it)."""
+        if self._stage == 3:
+            for group, partition in zip(
+                self._sharded.fp16_groups, self._sharded.fp32_partitioned_groups_flat, strict=True
+            ):
+                offset = 0
+                for parameter in group:
+                    share = parameter.ds_tensor.ds_numel
+                    start = share * dist.get_rank()
+                    length = min(share, parameter.ds_numel - start)
+                    if length > 0:
+                        yield self._names[id(parameter)], start, length, partition, offset
+                    offset += share
+            return
+        for group, partition in zip(
+            self._sharded.bit16_groups, self._sharded.single_partition_of_fp32_groups, strict=True
+        ):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield self._names[id(parameter)], here.start, here.numel, partition, there.start
+
+    def publish(self, num_steps: int) -> None:
+        for partition in self._partitions():
+            self.optimizer.state[partition]["step"].fill_(num_steps)
+        if self._stage < 3:
+            self._sharded.update_lp_params()
+            for i in range(len(self._sharded.bit16_groups)):
+                self._sharded._update_model_bit16_weights(i)
+            return
+        for i in range(len(self._sharded.fp16_groups)):
+            self._sharded._reassign_or_swap_out_partitioned_parameters(i)
+        persistent = self._sharded.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+
+def deepspeed_settings(
+    config: Config, precision: torch.dtype, world_size: int, num_micro_batches: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for this run."""
+    engine = config.engine
+    if engine.offload != "none" and engine.zero_stage == 0:
+        raise UserError("engine.offload: needs engine.zero_stage 1, 2 or 3")
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if engine.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    half = precision == torch.bfloat16
+    return {
+        "train_batch_size": config.data.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.data.global_batch_size // world_size // num_micro_batches,
+        "gradient_accumulation_steps": num_micro_batches,
+        "zero_optimization": zero,
+        "bf16": {"enabled": half},
+        # Gradients are summed in fp32 also where weights are bf16 (stage 1 in bf16 would take another optimizer class).
+        "data_types": {"grad_accum_dtype": "fp32"} if half and engine.zero_stage > 1 else {},
+        "communication_data_type": "fp32",
+        "gradient_clipping": config.optimizer.gradient_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

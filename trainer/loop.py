@@ -1,0 +1,283 @@
+"""The training loop: validate, build, resume, then batches until the run has seen its images.
+
+It needs neither Ray nor (with engine.zero_stage=0) DeepSpeed: `train(config)` on one process is the whole of it, for a
+laptop, a profiler or a debugger. Started once per rank, it is what Ray Train runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scoreray.data.manifest import Manifest
+from scoreray.data.store import Store, open_store
+from scoreray.data.stream import Batch, Stream
+from scoreray.trainer.checkpoint import CheckpointWriter, latest
+from scoreray.trainer.config import Config
+from scoreray.trainer.engine import Engine, NonFiniteError, build_engine
+from scoreray.trainer.step import build_training_module
+
+METRICS = "metrics"
+SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.0032 ... 100, half decades
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured since the record before; one line of the run's metrics."""
+
+    images: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    images_per_s: float
+    data_stall: float
+    """share of the wall time that the step waited for data"""
+    sigma_losses: list[float | None] = field(default_factory=list)
+    """mean loss by noise level, between the `SIGMA_EDGES`; None where no sample fell"""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, for a person who watches: sent often, kept nowhere."""
+
+    images: int
+    total: int
+    loss: float
+    images_per_s: float
+    data_stall: float
+    committed: int
+
+
+def run_store(config: Config) -> Store:
+    """Everything that the run writes lies under this."""
+    return open_store(f"{config.run.storage.rstrip('/')}/{config.run.name}")
+
+
+def train(
+    config: Config,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> int:
+    """Train until `duration.images`, from the newest committed checkpoint if there is one; returns images seen.
+
+    Every rank calls it; with world_size > 1 torch's default process group must exist. Randomness is a function of
+    (seed, position), so the same config gives the same weights whether or not it was interrupted.
+    """
+    device = torch.device(device)
+    run = run_store(config)
+    batch_size, total = config.data.global_batch_size, config.duration.images
+    manifest = Manifest.load(open_store(config.data.url))
+    torch.manual_seed(config.run.seed)
+    module = build_training_module(config, manifest)
+    shapes = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    engine = build_engine(module, config, world_size=world_size, device=device)
+
+    images_seen = num_steps = 0
+    checkpoint = latest(run)
+    if checkpoint is not None:
+        checkpoint.restore(engine.fragments(), module)
+        images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
+        engine.publish(num_steps)
+
+    about = {
+        "config": config.model_dump(mode="json"),
+        "shapes": shapes,
+        "state_keys": list(engine.optimizer.state_keys),
+        "image_shape": list(manifest.shape),
+        "classes": list(manifest.classes),
+    }
+    writer = CheckpointWriter(
+        run, attempt=_shared_token(world_size), rank=rank, world_size=world_size, keep=config.checkpoint.keep
+    )
+    stream = Stream(
+        config.data.url,
+        global_batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+        position=images_seen,
+        num_lanes=config.data.num_lanes,
+        shuffle_block=config.data.shuffle_block,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+    meter = _Meter(world_size, device)
+    lines: list[str] = []
+    try:
+        while images_seen < total:
+            batch = meter.waiting(lambda: next(stream))
+            learning_rate = config.optimizer.rate(images_seen + batch_size, total)
+            decays = config.ema.decays(num_steps + 1, batch_size)
+            _seed_dropout(config.run.seed, rank, images_seen)
+            norm = _step(engine, batch, learning_rate, decays, meter, world_size)
+            before, images_seen, num_steps = images_seen, images_seen + batch_size, num_steps + 1
+
+            last = images_seen >= total
+            save = last or _crosses(before, images_seen, config.checkpoint.every_images)
+            if save or _crosses(before, images_seen, config.log.every_images):
+                record = meter.record(images_seen, learning_rate, norm)
+                lines.append(json.dumps(asdict(record)))
+            if save:
+                segment = "".join(line + "\n" for line in lines)
+                key = f"{METRICS}/{images_seen:012d}.jsonl"
+                writer.save(
+                    images_seen,
+                    num_steps,
+                    list(engine.fragments()) if rank == 0 or not engine.replicated else [],
+                    module,
+                    about,
+                    before_commit=lambda key=key, segment=segment: run.put(key, segment.encode()),  # type: ignore[misc]
+                )
+                lines.clear()
+            if rank == 0:
+                meter.show(watch, images_seen, total, writer.last_commit)
+        writer.wait()
+        if rank == 0:
+            meter.show(watch, images_seen, total, writer.last_commit, always=True)
+    finally:
+        stream.close()
+        writer.close()
+    return images_seen
+
+
+def read_metrics(run: Store) -> list[dict[str, Any]]:
+    """A run's committed records, oldest first."""
+    newest = latest(run)
+    end = newest.images_seen if newest else 0
+    records: list[dict[str, Any]] = []
+    for key, _ in run.list(METRICS + "/"):
+        if int(key.rpartition("/")[2].split(".")[0]) <= end:
+            records += [json.loads(line) for line in run.get(key).splitlines()]
+    return records
+
+
+def _step(
+    engine: Engine, batch: Batch, learning_rate: float, decays: list[float], meter: _Meter, world_size: int
+) -> float:
+    """One optimizer step on this rank's share of the global batch; returns the gradient's norm."""
+    losses, sigmas = [], []
+    rows = len(batch.images) // engine.num_micro_batches
+    images, labels, positions = (
+        tensor.to(engine.device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.position)
+    )
+    for i in range(engine.num_micro_batches):
+        part = slice(i * rows, (i + 1) * rows)
+        loss, sigma = engine.module(images[part], labels[part], positions[part])
+        engine.backward(loss.mean())
+        losses.append(loss.detach())
+        sigmas.append(sigma)
+    loss, sigma = torch.cat(losses), torch.cat(sigmas)
+    try:
+        norm = engine.step(learning_rate, decays)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {_blame(loss, sigma, batch, world_size)}") from None
+    meter.add(loss, sigma)
+    return norm
+
+
+def _blame(loss: torch.Tensor, sigma: torch.Tensor, batch: Batch, world_size: int) -> str:
+    """Which samples of all ranks have a non-finite loss; every rank calls it, as every rank saw the norm."""
+    bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
+    mine = [(int(batch.index[i]), float(sigma[i]), float(loss[i])) for i in bad]
+    everyones: list[Any] = [mine]
+    if world_size > 1:
+        everyones = [None] * world_size
+        dist.all_gather_object(everyones, mine)
+    found = [entry for entries in everyones for entry in entries]
+    if not found:
+        return "every sample's loss is finite, so the backward pass overflowed: lower the learning rate or clip"
+    index, level, value = found[0]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"loss {value} at sample {index} (sigma {level:.4g}){more}; nothing was changed by this step"
+
+
+def _crosses(before: int, after: int, every: int) -> bool:
+    return before // every != after // every
+
+
+def _seed_dropout(seed: int, rank: int, images_seen: int) -> None:
+    """Generator state is a function of where the run is, so none is saved (after Karras 2024's training loop)."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + images_seen) % 2**63)
+
+
+def _shared_token(world_size: int) -> str:
+    """A name for this start of the worker group, the same on all ranks."""
+    token = [uuid.uuid4().hex[:8]]
+    if world_size > 1:
+        dist.broadcast_object_list(token, src=0)
+    return token[0]
+
+
+class _Meter:
+    """Means since the last record, kept on the device so that a step needs no synchronisation for them."""
+
+    def __init__(self, world_size: int, device: torch.device) -> None:
+        self._world_size = world_size
+        self._edges = torch.tensor(SIGMA_EDGES, device=device)
+        self._sums = torch.zeros(2, len(SIGMA_EDGES) + 1, dtype=torch.float64, device=device)
+        self._since = self._window_start = time.perf_counter()
+        self._waited_s = self._window_waited_s = 0.0
+        self._window_images, self._shown, self._rate, self._stall = 0, 0.0, math.nan, 0.0
+        self._loss = torch.full((), math.nan, device=device)
+
+    def waiting(self, fetch: Callable[[], Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = fetch()
+        waited = time.perf_counter() - start
+        self._waited_s += waited
+        self._window_waited_s += waited
+        return batch
+
+    def add(self, loss: torch.Tensor, sigma: torch.Tensor) -> None:
+        bucket = torch.bucketize(sigma.float(), self._edges)
+        self._sums[0].index_add_(0, bucket, loss.double())
+        self._sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
+        self._loss = loss.mean()
+        self._window_images += len(loss) * self._world_size
+
+    def record(self, images: int, learning_rate: float, norm: float) -> Record:
+        """Averaged over all ranks: every rank calls it."""
+        if self._world_size > 1:
+            dist.all_reduce(self._sums)
+        sums, counts = self._sums.tolist()
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        record = Record(
+            images=images,
+            loss=sum(sums) / max(sum(counts), 1.0),
+            learning_rate=learning_rate,
+            gradient_norm=norm,
+            images_per_s=sum(counts) / elapsed,
+            data_stall=self._waited_s / elapsed,
+            sigma_losses=[s / c if c else None for s, c in zip(sums, counts, strict=True)],
+        )
+        self._sums.zero_()
+        self._since, self._waited_s = time.perf_counter(), 0.0
+        return record
+
+    def show(
+        self,
+        watch: Callable[[Progress], None],
+        images: int,
+        total: int,
+        commit: tuple[int, float] | None,
+        always: bool = False,
+    ) -> None:
+        now = time.perf_counter()
+        if now - self._shown < 0.5 and not always:
+            return
+        elapsed = now - self._window_start
+        if elapsed > 3.0 or math.isnan(self._rate):
+            self._rate, self._stall = self._window_images / elapsed, self._window_waited_s / elapsed
+            self._window_start, self._window_images, self._window_waited_s = now, 0, 0.0
+        self._shown = now
+        watch(Progress(images, total, float(self._loss), self._rate, self._stall, commit[0] if commit else 0))

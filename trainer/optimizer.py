@@ -1,0 +1,116 @@
+"""AdamW whose step also averages the weights that it updates, so that EMA is optimizer state (design, idea 5).
+
+Under ZeRO an optimizer sees this rank's flat fp32 slice of the masters; so do the averages: they cost no
+communication and are partitioned, saved and resharded exactly as the moments are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.ema import EMAConfig
+from scoreray.trainer.units import Count, CountOrZero
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate as a function of images seen.
+
+    `schedule`: after a linear warm-up over `warmup_images`, "constant"; "cosine" down to 0 at the run's end; or
+    "inverse_sqrt": learning_rate / sqrt(max(images / decay_images, 1)) (Karras 2024, eq. 67).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    warmup_images: CountOrZero = 0
+    decay_images: Count = 10_000_000
+
+    def __post_init__(self) -> None:
+        if not (0 < self.learning_rate < math.inf):
+            raise UserError(f"optimizer.learning_rate: {self.learning_rate} must be positive and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas: {list(self.betas)} must both lie in [0, 1)")
+        if self.eps <= 0 or self.weight_decay < 0 or self.gradient_clip < 0:
+            raise UserError("optimizer: eps must be positive, weight_decay and gradient_clip at least 0")
+
+    def rate(self, images_seen: int, total_images: int) -> float:
+        """Learning rate of the step that ends at `images_seen` of `total_images`."""
+        rate = self.learning_rate
+        if self.schedule == "cosine":
+            rate *= 0.5 + 0.5 * math.cos(math.pi * min(images_seen / total_images, 1.0))
+        elif self.schedule == "inverse_sqrt":
+            rate /= math.sqrt(max(images_seen / self.decay_images, 1.0))
+        return rate * min(images_seen / self.warmup_images, 1.0) if self.warmup_images else rate
+
+
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW (decoupled weight decay) that also keeps exponential moving averages of its parameters.
+
+    Parameters are whatever it is given: whole tensors, or a rank's flat partition. `prepare_step` must be called
+    before each step. Each state tensor has the parameter's shape: `exp_avg`, `exp_avg_sq`, `ema_<name>`.
+
+    `before_update`: called once a step before anything changes; raising there leaves weights and state as they were.
+    """
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, ema: EMAConfig) -> None:
+        super().__init__(
+            params,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema_keys = tuple(f"ema_{name}" for name in ema.names)
+        self.before_update: Callable[[], None] | None = None
+        self._decays = [0.0] * len(self.ema_keys)
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the state tensors that a checkpoint must hold for each parameter beside the master."""
+        return MOMENTS + self.ema_keys
+
+    def prepare_step(self, learning_rate: float, decays: list[float]) -> None:
+        """Set the next step's learning rate and each average's decay (`EMAConfig.decays`)."""
+        for group in self.param_groups:
+            group["lr"] = learning_rate
+        self._decays = decays
+
+    def init_state(self, parameter: torch.Tensor, step: int = 0) -> dict[str, Any]:
+        """The state of `parameter`, made if it has none: moments 0, averages equal to the parameter."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            for key in self.ema_keys:
+                state[key] = parameter.detach().clone(memory_format=torch.preserve_format)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.before_update is not None:
+            self.before_update()
+        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in updated:
+            self.init_state(parameter)
+        super().step()
+        for key, decay in zip(self.ema_keys, self._decays, strict=True):
+            averages = [self.state[parameter][key] for parameter in updated]
+            if averages:
+                torch._foreach_lerp_(averages, updated, 1.0 - decay)

@@ -1,0 +1,21 @@
+"""Numbers as people write them in a config."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+_SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_count(value: Any) -> Any:
+    """'200k', '1.5M' and '2G' as integers; anything else as it is, for pydantic to judge."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kMG])", value.strip())):
+        return round(float(match[1].replace("_", "")) * _SUFFIXES[match[2]])
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
