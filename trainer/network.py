@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scoreray.trainer import checks
 from scoreray.trainer.dit import DiT, DiTConfig
+from scoreray.trainer.mlp import MLP, MLPConfig
 from scoreray.trainer.unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig | DiTConfig
+NetworkConfig = UNetConfig | DiTConfig | MLPConfig
 
-NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {"unet": UNet, "dit": DiT}
+NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {"unet": UNet, "dit": DiT, "mlp": MLP}
 
 
 def build_network(config: NetworkConfig, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
