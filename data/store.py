@@ -70,11 +70,11 @@ class Store(abc.ABC):
         return True
 
     def url(self, key: str = "") -> str:
-        return f"{self.root}/{_checked(key)}" if key else self.root
+        return f"{self.root}/{check_key(key)}" if key else self.root
 
     def child(self, prefix: str) -> Store:
         """The store of the keys below `prefix/`."""
-        return type(self)(f"{self.root}/{_checked(prefix.rstrip('/'))}")
+        return type(self)(f"{self.root}/{check_key(prefix.rstrip('/'))}")
 
     def check_writable(self) -> None:
         """Writes, reads back and removes a small object, so that a run finds out before it starts, not after."""
@@ -103,7 +103,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
                 "write s3://BUCKET/PREFIX"
             )
         prefix = "/".join(part for part in text[5:].split("/")[1:] if part)
-        return S3Store(f"s3://{bucket}/{_checked(prefix)}" if prefix else f"s3://{bucket}")
+        return S3Store(f"s3://{bucket}/{check_key(prefix)}" if prefix else f"s3://{bucket}")
     if text.startswith("file://"):
         text = text[7:]
     if not text or "\0" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
@@ -111,7 +111,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     return PathStore(os.path.abspath(os.path.expanduser(text)))
 
 
-def _checked(key: str) -> str:
+def check_key(key: str) -> str:
     """`key` if it stays below the root, on a path as on S3."""
     parts = key.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\0" in key or parts[-1].startswith(TEMPORARY):
@@ -123,7 +123,7 @@ class PathStore(Store):
     """Files below a folder. A write goes to a temporary file, is synced and then renamed: whole or not there."""
 
     def _path(self, key: str) -> Path:
-        return Path(self.root, _checked(key))
+        return Path(self.root, check_key(key))
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         path = self._path(key)

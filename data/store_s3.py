@@ -20,7 +20,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from scoreray.data.errors import StorageError
-from scoreray.data.store import NotFound, Store, _checked
+from scoreray.data.store import NotFound, Store, check_key
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class S3Store(Store):
 
     def _at(self, key: str) -> dict[str, str]:
         prefix = self.root[5:].partition("/")[2]
-        return {"Bucket": self._bucket, "Key": f"{prefix}/{_checked(key)}" if prefix else _checked(key)}
+        return {"Bucket": self._bucket, "Key": f"{prefix}/{check_key(key)}" if prefix else check_key(key)}
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         if end is not None and end <= (start or 0):

@@ -1,0 +1,164 @@
+"""Looking at a data set: `verify` checks every byte, `summary` says what it holds, `picture_grid` shows images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scoreray.data.decode import decode
+from scoreray.data.errors import DataError, StorageError
+from scoreray.data.manifest import Manifest, digest
+from scoreray.data.order import Run
+from scoreray.data.reader import Reader, Stats
+from scoreray.data.store import Store, open_store
+
+GRID_BACKGROUND = 48
+GRID_PIXELS = 720  # about how wide a grid of small images is made
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`sigma_data` and `sigma_max` are what a run on this data set should start from."""
+
+    name: str
+    url: str
+    num_samples: int
+    num_shards: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    class_counts: dict[str, int]
+    mean: list[float]
+    sigma_data: float
+    sigma_max: float
+
+
+def summary(url: str) -> Summary:
+    """What the data set at `url` holds, from its manifest and a few samples."""
+    store = open_store(url)
+    manifest = Manifest.load(store)
+    samples = read_samples(url, range(0, manifest.num_samples, max(1, manifest.num_samples // 256)))
+    return Summary(
+        name=manifest.name,
+        url=store.url(),
+        num_samples=manifest.num_samples,
+        num_shards=len(manifest.shards),
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        shape=tuple(manifest.shape),
+        dtype=manifest.dtype,
+        class_counts=dict(zip(manifest.classes, manifest.class_counts, strict=True)),
+        mean=manifest.mean,
+        sigma_data=manifest.sigma_data,
+        sigma_max=suggested_sigma_max(samples),
+    )
+
+
+def suggested_sigma_max(samples: torch.Tensor) -> float:
+    """The largest distance between two of the samples [N, ...], in the model's range: noise of this size makes any of
+    them reachable from any other (Song & Ermon 2020, Technique 1)."""
+    values = samples.float().flatten(1)
+    if samples.dtype == torch.uint8:
+        values = values / 127.5 - 1
+    return float(torch.pdist(values).max()) if len(values) > 1 else 1.0
+
+
+def read_samples(url: str, numbers: range | list[int]) -> torch.Tensor:
+    """Samples by their numbers in the manifest: uint8 [n, C, H, W] or float32 [n, ...]."""
+    store = open_store(url)
+    manifest = Manifest.load(store)
+    reader = Reader(store, manifest, Stats())
+    firsts = reader.first_samples
+    arrays = []
+    for number in numbers:
+        if not 0 <= number < manifest.num_samples:
+            raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
+        shard = int(np.searchsorted(firsts, number, side="right")) - 1
+        members, records = reader.read([Run(shard, number - int(firsts[shard]), 1)])
+        arrays.append(_decoded(manifest, members[0], int(records["format"][0]), partial(reader.name_of, number)))
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _decoded(manifest: Manifest, data: bytes, code: int, name: Callable[[], str]) -> np.ndarray:
+    dtype = np.dtype(manifest.dtype)
+    array = decode(data, code, tuple(manifest.shape), dtype, name)
+    return array.transpose(2, 0, 1) if dtype == np.uint8 else array
+
+
+def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Every problem of the data set, by name; an empty list if it is whole. One shard is in memory at a time.
+
+    Checks each shard's size and SHA-256, the index, each member's digest, and that each sample decodes to the shape
+    and type that the manifest says. `progress` is called with (shards done, shards in all).
+    """
+    store = open_store(url)
+    manifest = Manifest.load(store)
+    problems = []
+    reader = Reader(store, manifest, Stats())
+    index_sha256 = hashlib.sha256()
+    for number in range(len(manifest.shards)):
+        try:
+            records = reader.records(number)
+            index_sha256.update(records.tobytes())
+            problems += _verify_shard(store, manifest, reader, number, records)
+        except (DataError, StorageError) as error:
+            problems.append(str(error))
+        if progress:
+            progress(number + 1, len(manifest.shards))
+    if not problems and index_sha256.hexdigest() != manifest.index.sha256:
+        problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's")
+    return problems
+
+
+def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int, records: np.ndarray) -> list[str]:
+    shard = manifest.shards[number]
+    data = store.get(shard.name)
+    problems = []
+    if len(data) != shard.bytes:
+        problems.append(f"{store.url(shard.name)}: {len(data)} bytes, the manifest says {shard.bytes}")
+    elif hashlib.sha256(data).hexdigest() != shard.sha256:
+        problems.append(f"{store.url(shard.name)}: its SHA-256 is not the manifest's")
+    for place in range(len(records)):
+        start, size = int(records["offset"][place]), int(records["size"][place])
+        member = data[start : start + size]
+        name = partial(reader.name, number, place)
+        if digest(member) != int(records["digest"][place]):
+            problems.append(f"{name()}: its bytes are not those of the index")
+            continue
+        try:
+            _decoded(manifest, member, int(records["format"][place]), name)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
+
+
+def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) -> Image.Image:
+    """A picture of images [N, C, H, W], C 1 or 3: uint8, or floats in [-1, 1] (others are clipped).
+
+    Small images are enlarged by whole factors with nearest neighbour, so that their pixels are seen as they are.
+    `columns`: None makes it about square.
+    """
+    array = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
+        raise ValueError(f"images of shape {tuple(array.shape)}: [N, C, H, W] with C 1 or 3 is needed")
+    if images.dtype not in (torch.uint8, np.dtype(np.uint8)):
+        array = np.nan_to_num(array * 127.5 + 127.5, nan=0.0)
+    array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    n, _, height, width = array.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    scale = max(1, GRID_PIXELS // (columns * width))
+    gap = max(1, 2 * scale // 3)
+    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), GRID_BACKGROUND)
+    canvas = canvas.astype(np.uint8)
+    for i, image in enumerate(array):
+        large = image.repeat(scale, 1).repeat(scale, 2).transpose(1, 2, 0)
+        y = gap + i // columns * (height * scale + gap)
+        x = gap + i % columns * (width * scale + gap)
+        canvas[y : y + height * scale, x : x + width * scale] = large  # one channel is spread over three
+    return Image.fromarray(canvas)

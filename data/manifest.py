@@ -1,0 +1,174 @@
+"""What a data set is: `manifest.json` (counts, sizes, hashes, statistics) and `index.bin` (one record per sample).
+
+Both come from outside and are checked as such. The manifest grows with the number of shards; records are read per
+shard, and never all at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.store import NotFound, Store, check_key
+
+MANIFEST = "manifest.json"
+INDEX = "index.bin"
+VERSION = 1
+MAX_MANIFEST_BYTES = 1 << 29  # 2e6 shards
+MAX_VALUES = 1 << 28  # of one sample
+
+FORMATS = {"png": 1, "jpg": 2, "npy": 3}  # of a member, as the record's `format` says it
+FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
+
+# One sample in index.bin, little-endian: where its member's bytes lie in the shard, its class (-1: none), its format,
+# and the first 8 bytes of the member's SHA-256, so that a ranged read can be verified.
+RECORD = np.dtype(
+    {
+        "names": ["offset", "size", "label", "format", "digest"],
+        "formats": ["<u8", "<u4", "<i4", "u1", "<u8"],
+        "offsets": [0, 8, 12, 16, 24],
+        "itemsize": 32,
+    }
+)
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(gt=0, lt=1 << 62)]
+
+
+def digest(data: bytes) -> int:
+    """A member's digest as its record holds it."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar. `records_sha256` is that of its part of the index."""
+
+    name: Annotated[str, Field(max_length=1024)]
+    num_samples: Count
+    bytes: Count
+    sha256: Sha256
+    records_sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Index:
+    name: Annotated[str, Field(max_length=1024)]
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A packed data set. Sample i is the i-th of the shards in their order.
+
+    shape: (C, H, W) of images, any for arrays.  dtype: "uint8" (images) or "float32" (arrays, used as they are).
+    mean: per channel, and sigma_data: the standard deviation of all values, both in the range that the model sees,
+    [-1, 1] for images (x / 127.5 - 1).  class_counts: samples of each class, in the order of `classes`.
+    packing: SHA-256 of what was packed and how; the same pack again is recognised by it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    version: Literal[1]
+    name: Annotated[str, Field(max_length=200)]
+    shape: Annotated[list[Annotated[int, Field(gt=0, le=1 << 20)]], Field(min_length=1, max_length=6)]
+    dtype: Literal["uint8", "float32"]
+    num_samples: Count
+    classes: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=1_000_000)]
+    class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
+    mean: Annotated[list[float], Field(max_length=1 << 20)]
+    sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    index: Index
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    packing: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (self.index.name, *(shard.name for shard in self.shards)):
+            check_key(name)
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("two shards have the same name")
+        if sum(shard.num_samples for shard in self.shards) != self.num_samples:
+            raise ValueError("num_samples is not the sum over the shards")
+        if self.index.bytes != self.num_samples * RECORD.itemsize:
+            raise ValueError(f"the index needs {RECORD.itemsize} bytes a sample")
+        if math.prod(self.shape) > MAX_VALUES:
+            raise ValueError(f"a sample of {math.prod(self.shape)} values is above the limit of {MAX_VALUES}")
+        if self.dtype == "uint8" and len(self.shape) != 3:
+            raise ValueError("images have the shape (C, H, W)")
+        if len(self.class_counts) != len(self.classes):
+            raise ValueError("classes and class_counts differ in length")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError("mean is not finite")
+
+    def to_json(self) -> str:
+        """For people too: a field a line, a shard a line."""
+        fields = asdict(self)
+        shards = ",\n  ".join(json.dumps(shard) for shard in fields.pop("shards"))
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+        return "{\n" + ",\n".join(lines) + f',\n "shards": [\n  {shards}\n ]\n}}\n'
+
+    @staticmethod
+    def from_json(text: bytes | str, url: str = MANIFEST) -> Manifest:
+        """Raises DataError, naming `url` and the first field that is wrong."""
+        try:
+            return _ADAPTER.validate_json(text, strict=True)
+        except ValidationError as error:
+            first: Any = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise DataError(f"{url}: no manifest of this version: {where}: {first['msg']}") from error
+        except StorageError as error:
+            raise DataError(f"{url}: {error}") from error
+
+    @staticmethod
+    def load(store: Store) -> Manifest:
+        """The data set's manifest. Raises UserError when there is none, DataError when it is not valid."""
+        url = store.url(MANIFEST)
+        try:
+            size = store.size(MANIFEST)
+        except NotFound as error:
+            unfinished = "; a pack has begun there: run it again to finish it" if store.list("packing/") else ""
+            raise UserError(
+                f"{store.url()}: no data set here ({MANIFEST} is missing){unfinished}; "
+                "make one: scoreray data pack SOURCE URL"
+            ) from error
+        if size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{url}: {size} bytes is above the limit of {MAX_MANIFEST_BYTES}")
+        return Manifest.from_json(store.get(MANIFEST), url)
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Stored bytes of a sample, tar headers included, on average."""
+        return sum(shard.bytes for shard in self.shards) / self.num_samples
+
+    def first_samples(self) -> np.ndarray:
+        """int64 [num_shards + 1]: the number of each shard's first sample; the last is num_samples."""
+        counts = np.fromiter((shard.num_samples for shard in self.shards), np.int64, len(self.shards))
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def read_records(store: Store, manifest: Manifest, shard: int, first_sample: int) -> np.ndarray:
+    """The verified records of one shard, RECORD [num_samples]; `first_sample` is the shard's. Raises DataError."""
+    entry = manifest.shards[shard]
+    start = first_sample * RECORD.itemsize
+    data = store.get(manifest.index.name, start, start + entry.num_samples * RECORD.itemsize)
+    if hashlib.sha256(data).hexdigest() != entry.records_sha256:
+        raise DataError(
+            f"{store.url(manifest.index.name)}: the records of shard '{entry.name}' (bytes {start} on) are not those "
+            "of the manifest; pack the data set again"
+        )
+    records = np.frombuffer(data, RECORD)
+    ends = records["offset"] + records["size"].astype(np.uint64)
+    if len(records) and (int(ends.max()) > entry.bytes or not set(np.unique(records["format"])) <= set(FORMAT_NAMES)):
+        raise DataError(f"{store.url(manifest.index.name)}: the records of shard '{entry.name}' point outside it")
+    return records

@@ -1,0 +1,174 @@
+"""The order of samples: a pure function of (counts, seed, epoch), the same at every world size.
+
+Positions count the run's samples: position p = e N + q is the q-th of epoch e. A fixed number of lanes L deals them
+out, lane(p) = p mod L. In each epoch the shards are permuted and put end to end on a ring, the ring is turned by a
+random amount and cut into L contiguous slices, one a lane, each exactly as long as the lane has positions in this
+epoch. A lane goes through its slice in blocks and shuffles inside each. So every sample has exactly one position an
+epoch, whatever N, the batch and the world size; a rank owns lanes, reads few long ranges, and a change of world size
+only hands lanes over.
+
+Random numbers are raw Philox words at a counter made of (epoch, lane, block), sorted into permutations: unlike the
+methods of numpy's Generator, these never change with numpy's version.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scoreray.data.errors import UserError
+
+MOST_LANES = 128
+EPOCHS_KEPT = 3
+BLOCKS_KEPT = 256
+_SHARDS, _TURN, _BLOCK = 0, 1, 2  # what a stream of random words is for
+
+
+@dataclass(frozen=True)
+class Run:
+    """Samples that lie side by side: `count` records of shard `shard`, from its record `first` on."""
+
+    shard: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a lane reads at once. `samples` int64 [n]: numbers in the manifest, as the lane hands them out.
+    `slots` int64 [n]: where each lies in `runs` put end to end."""
+
+    runs: list[Run]
+    samples: np.ndarray
+    slots: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    permuted: np.ndarray  # shard numbers
+    starts: np.ndarray  # [num_shards + 1] in the permuted order
+    turn: int
+    lane_first: np.ndarray  # [L] the lane's first position, minus e N
+    lane_start: np.ndarray  # [L + 1] where the lane's slice begins on the ring
+
+
+class Order:
+    """Order of `counts` samples (of each shard).
+
+    Args:
+      counts: samples of each shard.
+      seed: of the run.
+      num_lanes: fixed for the run; every world size must divide it.
+      shuffle_block: samples that a lane shuffles at once.
+    """
+
+    def __init__(self, counts: Sequence[int] | np.ndarray, *, seed: int, num_lanes: int, shuffle_block: int) -> None:
+        if num_lanes < 1 or shuffle_block < 1:
+            raise UserError(f"num_lanes {num_lanes} and shuffle_block {shuffle_block} must be at least 1")
+        self.counts = np.asarray(counts, np.int64)
+        self.num_samples = int(self.counts.sum())
+        self.seed, self.num_lanes, self.shuffle_block = seed, num_lanes, shuffle_block
+        self._first_samples = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], Block] = OrderedDict()
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(epoch, lane, block, place in the block) of each position, int64 [n] all."""
+        positions = np.asarray(positions, np.int64)
+        epoch, rest = np.divmod(positions, self.num_samples)
+        lane = positions % self.num_lanes
+        first = (lane - epoch * self.num_samples) % self.num_lanes  # of the lane in this epoch
+        block, place = np.divmod((rest - first) // self.num_lanes + self._stagger(lane), self.shuffle_block)
+        return epoch, lane, block, place - np.where(block == 0, self._stagger(lane), 0)
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """The samples' numbers in the manifest, int64 [n]."""
+        epoch, lane, block, place = self.locate(positions)
+        keys = np.stack([epoch, lane, block], 1)
+        found = np.empty(len(place), np.int64)
+        groups, inverse = np.unique(keys, axis=0, return_inverse=True)
+        by_group = np.argsort(inverse.ravel(), kind="stable")
+        ends = np.searchsorted(inverse.ravel()[by_group], np.arange(len(groups) + 1))
+        for g, (e, l, b) in enumerate(groups.tolist()):
+            which = by_group[ends[g] : ends[g + 1]]
+            found[which] = self.block(e, l, b).samples[place[which]]
+        return found
+
+    def num_blocks(self, epoch: int, lane: int) -> int:
+        """How many blocks the lane goes through in this epoch."""
+        state = self._epoch(epoch)
+        size = int(state.lane_start[lane + 1] - state.lane_start[lane])
+        return -(-(size + self._stagger(lane)) // self.shuffle_block) if size else 0
+
+    def block(self, epoch: int, lane: int, block: int) -> Block:
+        key = (epoch, lane, block)
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+            return self._blocks[key]
+        state = self._epoch(epoch)
+        stagger = self._stagger(lane)
+        size = int(state.lane_start[lane + 1] - state.lane_start[lane])
+        start = max(0, block * self.shuffle_block - stagger)
+        count = min((block + 1) * self.shuffle_block - stagger, size) - start
+        if count <= 0:
+            raise IndexError(f"lane {lane} has no block {block} in epoch {epoch}")
+        runs = self._runs(state, int(state.lane_start[lane]) + start, count)
+        numbers = np.concatenate([np.arange(run.count) + run.first + self._first_samples[run.shard] for run in runs])
+        slots = np.argsort(self._random(count, _BLOCK, epoch, lane, block), kind="stable")
+        made = self._blocks[key] = Block(runs, numbers[slots], slots)
+        if len(self._blocks) > BLOCKS_KEPT:
+            self._blocks.popitem(last=False)
+        return made
+
+    def _stagger(self, lane: Any) -> Any:
+        """How much shorter a lane's first block is: spreads the lanes' reads over time."""
+        return lane * self.shuffle_block // self.num_lanes % self.shuffle_block
+
+    def _runs(self, state: _Epoch, start: int, count: int) -> list[Run]:
+        """The samples [start, start + count) of the ring, as runs of shards."""
+        runs = []
+        while count:
+            at = (start + state.turn) % self.num_samples
+            k = int(np.searchsorted(state.starts, at, side="right")) - 1
+            taken = min(count, int(state.starts[k + 1]) - at)
+            runs.append(Run(int(state.permuted[k]), at - int(state.starts[k]), taken))
+            start, count = start + taken, count - taken
+        return runs
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            permuted = np.argsort(self._random(len(self.counts), _SHARDS, epoch, 0, 0), kind="stable")
+            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[permuted])])
+            turn = int(self._random(1, _TURN, epoch, 0, 0)[0] % np.uint64(self.num_samples))
+            lanes = np.arange(self.num_lanes, dtype=np.int64)
+            first = (lanes - epoch * self.num_samples) % self.num_lanes
+            sizes = np.maximum(0, (self.num_samples - first + self.num_lanes - 1) // self.num_lanes)
+            lane_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+            self._epochs[epoch] = _Epoch(permuted, starts, turn, first, lane_start)
+            if len(self._epochs) > EPOCHS_KEPT:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _random(self, n: int, purpose: int, epoch: int, lane: int, block: int) -> np.ndarray:
+        """n random words, uint64; a function of the arguments and the seed alone."""
+        counter = [0, block, (lane << 8) + purpose, epoch]  # the low word counts the draws
+        return np.random.Philox(counter=counter, key=[self.seed % (1 << 64), 0x5C0E]).random_raw(n)
+
+
+def default_lanes(global_batch_size: int, world_sizes: Iterable[int] = (1,)) -> int:
+    """The number of lanes for a run that may take any of `world_sizes`: of the divisors of the global batch up to
+    MOST_LANES, the one with which most other world sizes could be taken too. Raises UserError if there is none."""
+    needed = math.lcm(*world_sizes)
+    if global_batch_size % needed:
+        raise UserError(
+            f"global_batch_size {global_batch_size} is not divisible by every world size that the run may take "
+            f"({', '.join(map(str, sorted(world_sizes)))}); take a multiple of {needed}"
+        )
+    divisors = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+    fitting = [n for n in divisors if n % needed == 0 and n <= max(MOST_LANES, needed)]
+    return max(fitting, key=lambda n: (sum(n % d == 0 for d in divisors), n))
