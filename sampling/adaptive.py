@@ -44,16 +44,27 @@ def rk45(
     of Euler to 0 ends it. Every row has its own steps, so that its result does not depend on its batch-mates; a row
     that is done waits, evaluated in place. Raises ScorerayError when a row needs more than `max_steps` steps.
     """
-    end = math.log(sigmas[-2])
-    at = torch.full((len(x),), math.log(sigmas[0]), dtype=torch.float64, device=x.device)
-    step = torch.full_like(at, math.log(sigmas[1] / sigmas[0]) if sigmas[1] > 0 else 0.0)
+    first_step = math.log(sigmas[0] / max(sigmas[1], sigmas[-2]))
+    x = yield from integrate(x, sigmas[0], sigmas[-2], first_step, rtol, atol, max_steps)
+    denoised = yield x, sigmas[-2]
+    return denoised
+
+
+def integrate(
+    x: Tensor, begin: float, end: float, first_step: float, rtol: float, atol: float, max_steps: int
+) -> Steps:
+    """The probability-flow ODE from noise level `begin` to `end`, up or down; `first_step` in ln sigma, positive."""
+    at = torch.full((len(x),), math.log(begin), dtype=torch.float64, device=x.device)
+    finish, direction = math.log(end), math.copysign(1.0, end - begin)
+    size = torch.full_like(at, first_step)
     slope = yield from _slope(x, at)
     may_grow = torch.full_like(at, 10.0)
     for _ in range(max_steps):
-        active = at > end
+        active = at != finish
         if not bool(active.any()):
-            break
-        step = torch.where(active, torch.maximum(step, end - at), 0.0)
+            return x
+        size = torch.minimum(size, (finish - at).abs())
+        step = direction * size
         slopes = [slope]
         for node, weights in zip(NODES, STAGES, strict=True):
             ahead = x + _rows(step, x) * _weighted(weights, slopes)
@@ -63,18 +74,17 @@ def rk45(
         accepted = active & (error <= 1)
         x = torch.where(_rows(accepted, x), ahead, x)
         slope = torch.where(_rows(accepted, x), slopes[-1], slope)
-        landed = torch.where(step <= end - at + 1e-12, end, at + step)
+        landed = torch.where(size >= (finish - at).abs() - 1e-12, finish, at + step)
         at = torch.where(accepted, landed, at)
-        step = step * torch.minimum(0.9 * error.clamp_min(1e-10).pow(-0.2), may_grow).clamp_min(0.2)
+        size = size * torch.minimum(0.9 * error.clamp_min(1e-10).pow(-0.2), may_grow).clamp_min(0.2)
         may_grow = torch.where(accepted, 10.0, 1.0)
-    else:
-        rows = torch.nonzero(at > end).flatten().tolist()
-        raise ScorerayError(
-            f"rk45 was not done after max_steps = {max_steps} in rows {rows[:8]}: raise it or the tolerances, "
-            "and check that the denoiser's values are finite"
-        )
-    denoised = yield x, sigmas[-2]
-    return denoised
+    if not bool((at != finish).any()):
+        return x
+    rows = torch.nonzero(at != finish).flatten().tolist()
+    raise ScorerayError(
+        f"the adaptive solver was not done after max_steps = {max_steps} in rows {rows[:8]}: raise it or the "
+        "tolerances, and check that the denoiser's values are finite"
+    )
 
 
 def _slope(x: Tensor, log_sigma: Tensor) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
