@@ -140,7 +140,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, str]]:
         Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / "mixed" / name)
     (folder / "broken").mkdir()
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / "broken" / "a.png")
-    (folder / "broken" / "b.png").write_bytes((folder / "broken" / "a.png").read_bytes()[:60])
+    (folder / "broken" / "b.png").write_bytes((folder / "broken" / "a.png").read_bytes()[:45])
     (folder / "deep").mkdir()
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "deep" / "a.png")
     (folder / "not.npz").write_bytes(b"PK\x03\x04 nonsense")
