@@ -10,14 +10,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scoreray.data.errors import UserError
 from scoreray.trainer import checks
+from scoreray.trainer.buffers import ExactBuffers
 from scoreray.trainer.denoiser import tweedie
 
 
-class Mixture(nn.Module):
+class Mixture(ExactBuffers):
     """sum_k w_k N(means_k, std^2 I), and its exact denoiser at any noise level.
 
     mixture(x [B, ...], sigma [B] or a number, class_labels int64 [B] or None) -> E[x_0 | x] [B, ...], in x's dtype,

@@ -7,7 +7,6 @@ A weight of another error is one of this: |score error|^2 is |D - x_0|^2 / sigma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +16,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.trainer import checks
+from scoreray.trainer.buffers import ExactBuffers
 from scoreray.trainer.process import Process
 
 
@@ -205,7 +205,7 @@ class LearnedWeight(nn.Module):
         return (sigma**-2 + self.sigma_data**-2) * error * (-u).exp() + u
 
 
-class AdaptiveWeight(nn.Module):
+class AdaptiveWeight(ExactBuffers):
     """loss = error / E(sigma). E starts at c_out^2, the error of an EDM network that outputs 0.
 
     In training mode each call updates E after using it, with the samples of all ranks, so that all hold the same E.
@@ -218,13 +218,6 @@ class AdaptiveWeight(nn.Module):
         super().__init__()
         self.sigma_data, self.num_bins, self.half_life = sigma_data, config.num_bins, config.half_life
         self.register_buffer("ratio", torch.ones(config.num_bins))  # E / c_out^2, smooth where E is not
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveWeight:
-        """A running mean needs float32, whatever precision the module around it is cast to."""
-        kept = self.ratio
-        super()._apply(fn, recurse)
-        self.ratio = kept.to(self.ratio.device)
-        return self
 
     def forward(self, error: Tensor, sigma: Tensor) -> Tensor:
         low, high = self.LN_SIGMA
