@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from scoreray.sampling.langevin import relative_step, variance_ratio
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import SAMPLERS, sample
 from scoreray.sampling.sigmas import from_process, geometric, karras
+from scoreray.trainer.ladder import step_size, variance_ratio
 from scoreray.trainer.process import VP, SubVP
 
 COUNT = 4000
@@ -110,17 +110,24 @@ def test_annealed_langevin_finds_the_weights_of_modes_that_plain_langevin_does_n
     assert fair.item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 1000))
 
 
-def test_technique_4_of_ncsnv2_finds_the_papers_step():
-    ratio = 5000 ** (1 / 231)
-    assert relative_step(ratio, 5) * 0.01**2 == pytest.approx(6.2e-6, rel=0.02)
-    best = abs(variance_ratio(relative_step(ratio, 5), ratio, 5) - 1)
-    assert all(best <= abs(variance_ratio(other, ratio, 5) - 1) for other in (0.02, 0.05, 0.06, 0.064, 0.075, 0.5))
+def test_ncsnv2_takes_the_step_of_technique_4_for_its_ladder(mixture):
+    sigmas, settings = geometric(232, 0.01, 50.0), {"count": 3, "num_steps": 5}
+    chosen = run(mixture, "ncsnv2", sigmas, **settings)
+    stated = run(mixture, "ncsnv2", sigmas, epsilon=step_size(0.01, 5000 ** (1 / 231), 5), **settings)
+    torch.testing.assert_close(chosen, stated)
+    other = run(mixture, "ncsnv2", sigmas, epsilon=5e-6, **settings)
+    assert (chosen - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("steps", [1, 5, 50])
-def test_variance_ratio_is_what_langevin_does_at_a_level_to_pure_noise(steps):
-    # Data at a point: x has variance (ratio sigma)^2 before the level's steps and variance_ratio sigma^2 after them.
-    relative, ratio, variance = 0.1, 1.3, 1.3**2
-    for _ in range(steps):
-        variance = variance * (1 - relative) ** 2 + 2 * relative
-    assert variance_ratio(relative, ratio, steps) == pytest.approx(variance, rel=1e-12)
+def test_ncsnv2s_levels_leave_pure_noise_of_their_own_size():
+    # Data at a point, D = 0: what is left before the last denoising has the variance that technique 4 aims at.
+    sigmas = geometric(40, 0.01, 1.0)
+    noise = SampleNoise(range(4000))
+    x = noise.normal((4000, 1), torch.float64)
+    end = sample(lambda x, s: 0 * x, x, sigmas, sampler="ncsnv2", generator=noise, num_steps=5, denoise=False)
+    ratio = 100 ** (1 / 39)
+    variance = 1.0
+    for _ in range(40):  # the variance over sigma^2, level after level
+        variance = variance_ratio(step_size(0.01, ratio, 5), 0.01, variance**0.5, 5)
+        variance *= ratio**2
+    assert end.var().item() == pytest.approx(variance / ratio**2 * 0.01**2, rel=5 * math.sqrt(2 / 4000))

@@ -36,7 +36,7 @@ def test_a_gaussians_log_likelihood_is_exact_to_a_thousandth_of_a_nat(trace, ste
 
 
 def test_a_mixtures_log_likelihood_is_exact_to_a_thousandth_of_a_nat(mixture):
-    x = torch.cat([mixture.draw(60, 0), torch.tensor([[0.0, 0.0], [3.0, -3.0]], dtype=torch.float64)])
+    x = torch.cat([mixture.draw(60, 0), torch.tensor([[0.0, 0.0]], dtype=torch.float64)])
     found = log_likelihood(mixture, x, trace="exact", data_mean=mixture.mean, data_std=1.1)
     assert (found.nats - mixture_nats(mixture, x)).abs().max() < 1e-3
     near = found.nats[:60] - mixture_nats(mixture, x[:60], sigma=0.0)  # of the data itself, not smoothed by sigma_min
