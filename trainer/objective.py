@@ -7,7 +7,8 @@ Stein's identity gives the same error in expectation from D and its Jacobian alo
     E |D - x_0|^2 = E |D - x|^2 + 2 sigma^2 tr dD/dx - d sigma^2,
 
 which for D = x + sigma^2 s is implicit score matching, 2 sigma^4 (tr ds/dx + |s|^2 / 2), plus a constant
-(Hyvarinen 2005; Stein 1981). So any weighting goes with any objective, and their losses can be compared.
+(Hyvarinen 2005; Stein 1981). Contrastive divergence has the gradient of the same error. So any weighting goes with any
+objective, and all but the contrastive losses can be compared.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from scoreray.trainer import checks
+from scoreray.data.errors import UserError
+from scoreray.trainer import checks, noise
+from scoreray.trainer.contrastive import denoiser_divergence
 from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.sigma_sampling import LadderUniform, LogNormal, SigmaSampling, UniformT
-from scoreray.trainer.weighting import EDMWeighting, Sigma2, Velocity, Weighting
+from scoreray.trainer.weighting import Adaptive, EDMWeighting, Learned, Sigma2, Velocity, Weighting
 
 AnyWeighting = Annotated[Weighting, Field(discriminator="kind")]
 AnySampling = Annotated[SigmaSampling, Field(discriminator="kind")]
@@ -115,6 +118,26 @@ class SlicedVRObjective(_Objective):
         checks.at_least("objective", 1, num_probes=self.num_probes)
 
 
+@dataclass(frozen=True)
+class ContrastiveObjective(_Objective):
+    """Contrastive divergence of an energy by short-run Langevin at each noise level (Hinton 2002; Nijkamp 2019).
+
+    num_steps of size step_size sigma^2 from the noised sample ("data") or from pure noise ("noise"); needs an energy
+    parameterization. Scaled so that its gradient is comparable to the other objectives' (`contrastive`).
+    """
+
+    num_steps: int = 1
+    step_size: float = 0.1
+    start: Literal["data", "noise"] = "data"
+    _: KW_ONLY
+    kind: Literal["contrastive"] = "contrastive"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.at_least("objective", 1, num_steps=self.num_steps)
+        checks.positive("objective", step_size=self.step_size)
+
+
 ObjectiveConfig = (
     EDMObjective
     | DenoisingObjective
@@ -123,6 +146,7 @@ ObjectiveConfig = (
     | ImplicitObjective
     | SlicedObjective
     | SlicedVRObjective
+    | ContrastiveObjective
 )
 
 JACOBIAN_OBJECTIVES = (ImplicitObjective, SlicedObjective, SlicedVRObjective)
@@ -135,6 +159,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "implicit": ImplicitObjective,
     "sliced": SlicedObjective,
     "sliced_vr": SlicedVRObjective,
+    "contrastive": ContrastiveObjective,
 }
 
 
@@ -143,28 +168,75 @@ def needs_second_derivatives(objective: ObjectiveConfig, parameterization: str) 
     return isinstance(objective, JACOBIAN_OBJECTIVES) or parameterization.startswith("energy_")
 
 
+def check_objective(objective: ObjectiveConfig, parameterization: str) -> None:
+    """Raises UserError where an objective can't train a parameterization."""
+    if not isinstance(objective, ContrastiveObjective):
+        return
+    if not parameterization.startswith("energy_"):
+        raise UserError(
+            f"objective 'contrastive' needs an energy, and denoiser.parameterization is '{parameterization}': choose "
+            "energy_dot, energy_residual or energy_norm"
+        )
+    if isinstance(objective.weighting, Adaptive | Learned):
+        raise UserError(
+            f"objective 'contrastive' has a gradient but no error that weighting '{objective.weighting.kind}' could "
+            "learn from: choose another weighting"
+        )
+
+
+def draw_probes(
+    objective: ObjectiveConfig, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor | None:
+    """The random directions [B, P, *shape] that `loss_per_sample` needs beside the noise; None where it needs none."""
+    if isinstance(objective, SlicedObjective | SlicedVRObjective):
+        draw = noise.rademacher if objective.probe == "rademacher" else noise.normal
+        return draw(seed, positions, (objective.num_probes, *shape), stream=noise.STREAM_PROBE, dtype=dtype)
+    if isinstance(objective, ContrastiveObjective):
+        count = objective.num_steps + (objective.start == "noise")
+        return noise.normal(seed, positions, (count, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
+    return None
+
+
 def loss_per_sample(
     objective: ObjectiveConfig,
     weighting: Callable[[Tensor, Tensor], Tensor],
     denoiser: Denoiser,
     x0: Tensor,
     sigma: Tensor,
-    noise: Tensor,
+    z: Tensor,
     class_labels: Tensor | None = None,
     probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss [B], error [B]) of x0 [B, ...] at sigma [B] with this noise [B, ...].
+    """(loss [B], error [B]) of x0 [B, ...] at sigma [B] with the standard normal z [B, ...].
 
     The error is the denoising error per dimension (an unbiased estimate of it, that can be negative, for implicit and
     sliced objectives); the loss is what `weighting(error, sigma)` (`weighting.build_weighting`) makes of it.
-    Sliced objectives need probes [B, num_probes, ...]. Nothing here waits for the device or draws a number.
+    Some need `draw_probes`. Nothing here waits for the device or draws a number.
     """
-    x = x0 + sigma.reshape(-1, *(1,) * (x0.ndim - 1)) * noise
+    x = x0 + sigma.reshape(-1, *(1,) * (x0.ndim - 1)) * z
     if isinstance(objective, JACOBIAN_OBJECTIVES):
         error = _stein_error(objective, denoiser, x, sigma, class_labels, probes)
+    elif isinstance(objective, ContrastiveObjective):
+        error = _contrastive_error(objective, denoiser, x, sigma, class_labels, probes)
     else:
         error = (denoiser.denoise(x, sigma, class_labels) - x0).flatten(1).square().mean(1)
     return weighting(error, sigma), error.detach()
+
+
+def _contrastive_error(
+    objective: ContrastiveObjective,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    class_labels: Tensor | None,
+    probes: Tensor | None,
+) -> Tensor:
+    assert probes is not None, "contrastive divergence needs probes"
+    start = None
+    if objective.start == "noise":
+        width = (sigma**2 + denoiser.sigma_data**2).sqrt().reshape(-1, *(1,) * (x.ndim - 1))
+        start, probes = width * probes[:, -1], probes[:, :-1]
+    return denoiser_divergence(denoiser, x, sigma, class_labels, probes, step_size=objective.step_size, start=start)
 
 
 def _stein_error(

@@ -13,8 +13,8 @@ from scoreray.trainer.layers import allow_double_backward
 from scoreray.trainer.network import build_network
 from scoreray.trainer.objective import (
     ObjectiveConfig,
-    SlicedObjective,
-    SlicedVRObjective,
+    check_objective,
+    draw_probes,
     loss_per_sample,
     needs_second_derivatives,
 )
@@ -40,6 +40,7 @@ class TrainingModule(nn.Module):
         self, denoiser: Denoiser, objective: ObjectiveConfig, process: Process, *, seed: int, global_batch_size: int
     ):
         super().__init__()
+        check_objective(objective, denoiser.parameterization)
         self.denoiser = denoiser
         self.objective, self.process = objective, process
         self.seed, self.global_batch_size = seed, global_batch_size
@@ -55,7 +56,7 @@ class TrainingModule(nn.Module):
         )
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
         labels = None if labels is None else self._hide(labels, positions)
-        probes = self._probes(positions, shape, x0.dtype)
+        probes = draw_probes(self.objective, self.seed, positions, shape, x0.dtype)
         loss, _ = loss_per_sample(self.objective, self.weighting, self.denoiser, x0, sigma, z, labels, probes)
         return loss.float(), sigma.float()
 
@@ -64,13 +65,6 @@ class TrainingModule(nn.Module):
             return labels
         u = noise.uniform(self.seed, positions, stream=noise.STREAM_LABEL_DROPOUT)
         return labels.masked_fill(u < self.objective.label_dropout, -1)
-
-    def _probes(self, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        if not isinstance(self.objective, SlicedObjective | SlicedVRObjective):
-            return None
-        draw = noise.rademacher if self.objective.probe == "rademacher" else noise.normal
-        shape = (self.objective.num_probes, *shape)
-        return draw(self.seed, positions, shape, stream=noise.STREAM_PROBE, dtype=dtype)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.noise import normal, rademacher
 from scoreray.trainer.objective import (
     OBJECTIVES,
+    ContrastiveObjective,
     DDPMObjective,
     DenoisingObjective,
     EDMObjective,
@@ -23,15 +24,18 @@ from scoreray.trainer.objective import (
     ObjectiveConfig,
     SlicedObjective,
     SlicedVRObjective,
+    check_objective,
     loss_per_sample,
 )
 from scoreray.trainer.process import VP
-from scoreray.trainer.sigma_sampling import LadderUniform, LogNormal, UniformT
-from scoreray.trainer.weighting import Constant, EDMWeighting, Sigma2, Velocity, build_weighting
+from scoreray.trainer.sigma_sampling import LadderUniform, LogNormal, LogUniform, UniformT
+from scoreray.trainer.step import TrainingModule
+from scoreray.trainer.weighting import Adaptive, Constant, EDMWeighting, Sigma2, Velocity, build_weighting
 
 F64 = torch.float64
 D = 3
-every_objective = pytest.mark.parametrize("objective", [cls() for cls in OBJECTIVES.values()], ids=lambda o: o.kind)
+ERRORS = [cls() for name, cls in OBJECTIVES.items() if name != "contrastive"]  # which has the gradient, not the value
+every_objective = pytest.mark.parametrize("objective", ERRORS, ids=lambda o: o.kind)
 
 
 def estimates(objective, denoiser, data, sigma, count, num_probes=1, weighting=None) -> Tensor:
@@ -39,7 +43,7 @@ def estimates(objective, denoiser, data, sigma, count, num_probes=1, weighting=N
     positions = torch.arange(count)
     x0 = data(normal(1, positions, (D,), dtype=F64))
     z = normal(2, positions, (D,), dtype=F64)
-    probes = rademacher(3, positions, (num_probes, D), dtype=F64)
+    probes = (rademacher if objective.kind != "contrastive" else normal)(3, positions, (num_probes, D), dtype=F64)
     weight = build_weighting(weighting or Constant(), VP(), denoiser.sigma_data)
     return loss_per_sample(objective, weight, denoiser, x0, torch.full((count,), sigma, dtype=F64), z, probes=probes)[0]
 
@@ -113,6 +117,49 @@ def test_their_gradients_agree_in_expectation_too():
     for objective in (ImplicitObjective(), SlicedVRObjective(), SlicedObjective()):
         assert (gradient(objective, 0) - clean).norm() < 8 * spread
         assert (gradient(objective, 0) - clean).norm() < 0.15 * clean.norm()
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_contrastive_divergence_from_the_data_has_the_gradient_of_score_matching_for_small_steps(num_steps):
+    count, sigma = 50_000, torch.full((50_000,), 1.0, dtype=F64)
+    x0, z = two_points(normal(1, torch.arange(count), (D,), dtype=F64)), normal(2, torch.arange(count), (D,), dtype=F64)
+    chain = normal(3, torch.arange(count), (num_steps, D), dtype=F64)
+
+    def gradient(objective, probes):
+        denoiser = Denoiser(Tanh(), "energy_residual")
+        weight = build_weighting(Constant(), VP(), 0.5)
+        loss_per_sample(objective, weight, denoiser, x0, sigma, z, probes=probes)[0].mean().backward()
+        return torch.cat([p.grad.flatten() for p in denoiser.parameters()])
+
+    objective = ContrastiveObjective(num_steps=num_steps, step_size=2e-3)
+    # Steps of both signs: their first order, whose noise grows as the step shrinks, cancels.
+    contrast = (gradient(objective, chain) + gradient(objective, -chain)) / 2
+    exact = gradient(ImplicitObjective(), None)
+    assert (contrast - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("start", ["data", "noise"])
+def test_contrastive_divergence_of_the_true_energy_has_no_gradient_wherever_its_chains_begin(start):
+    """Gaussian data and the energy of its own density: nothing is left to learn, as there is with other data."""
+    denoiser = Denoiser(Tanh(), "energy_dot", 0.7)
+    last = denoiser.network.body[2]
+    for parameter in last.parameters():
+        parameter.data.zero_()  # e(x) = 0 leaves the quadratic, which is the energy of N(0, sigma_data^2 + sigma^2)
+    objective = ContrastiveObjective(Constant(), LogUniform(0.5, 1.0), num_steps=30, step_size=0.02, start=start)
+    step = TrainingModule(denoiser, objective, VP(), seed=0, global_batch_size=20_000)
+    data = 0.7 * normal(9, torch.arange(20_000), (D,), dtype=F64)
+    settled, off = (
+        torch.autograd.grad(step(x, None, torch.arange(20_000))[0].mean(), last.weight)[0].norm()
+        for x in (data, 2 * data)
+    )
+    assert settled < 0.1 * off
+
+
+def test_contrastive_divergence_needs_an_energy_and_a_weighting_that_does_not_read_its_loss():
+    with pytest.raises(UserError, match=r"needs an energy, and denoiser\.parameterization is 'edm'"):
+        TrainingModule(Denoiser(Tanh()), ContrastiveObjective(), VP(), seed=0, global_batch_size=1)
+    with pytest.raises(UserError, match="no error that weighting 'adaptive' could learn from"):
+        check_objective(ContrastiveObjective(Adaptive()), "energy_dot")
 
 
 def test_rademacher_probes_have_no_variance_on_a_diagonal_jacobian():

@@ -77,11 +77,11 @@ def test_the_default_step_is_edm_s_by_hand():
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_sample_s_loss_is_the_same_in_any_micro_batch(kind):
     objective = OBJECTIVES[kind](sigma_sampling=LogNormal(stratified=True))
-    step = module(objective)
+    step = module(objective, "energy_dot" if kind == "contrastive" else "edm")
     loss, sigma = step(images(), LABELS, POSITIONS)
     parts = [step(images()[i : i + 3], LABELS[i : i + 3], POSITIONS[i : i + 3]) for i in range(0, B, 3)]
     assert torch.equal(torch.cat([part[1] for part in parts]), sigma)
-    torch.testing.assert_close(torch.cat([part[0] for part in parts]), loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), loss, rtol=1e-4, atol=1e-4)
 
 
 def test_another_seed_or_position_gives_another_noise_and_the_same_gives_the_same():

@@ -1,0 +1,149 @@
+"""RBMs against enumeration: Z, conditionals, what Gibbs leaves invariant, what contrastive divergence learns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.contrastive import PersistentChains, contrastive_loss, gibbs_divergence
+from scoreray.trainer.rbm import RBM, GaussianBernoulliRBM, _states
+
+F64 = torch.float64
+
+
+def randomise(model, scale=0.7):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = parameter.data + scale * torch.randn(parameter.shape, generator=generator)
+    return model.double()
+
+
+def binary(num_visible=5, num_hidden=3) -> RBM:
+    return randomise(RBM(num_visible, num_hidden))
+
+
+def gaussian(num_visible=2, num_hidden=3) -> GaussianBernoulliRBM:
+    model = randomise(GaussianBernoulliRBM(num_visible, num_hidden, 0.6))
+    model.log_std.data.fill_(math.log(0.6))
+    return model
+
+
+def test_free_energy_sums_the_hidden_units_out():
+    for model, v in ((binary(), _states(torch.zeros(5, dtype=F64))), (gaussian(), torch.randn(20, 2, dtype=F64))):
+        h = _states(torch.zeros(3, dtype=F64))
+        energies = torch.stack([model.energy(v, state.expand(len(v), -1)) for state in h])
+        torch.testing.assert_close(model.free_energy(v), -torch.logsumexp(-energies, 0))
+
+
+def test_the_partition_function_of_a_binary_rbm_is_the_sum_over_all_states_by_either_layer():
+    for shape in ((5, 3), (3, 5)):
+        model = binary(*shape)
+        v = _states(torch.zeros(shape[0], dtype=F64))
+        torch.testing.assert_close(model.log_partition(), torch.logsumexp(-model.free_energy(v), 0))
+
+
+def test_the_density_of_a_gaussian_rbm_integrates_to_one():
+    model = gaussian()
+    axis = torch.linspace(-12, 12, 600, dtype=F64)
+    grid = torch.cartesian_prod(axis, axis)
+    density = (-model.free_energy(grid) - model.log_partition()).exp().detach()
+    assert float(density.sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=1e-8)
+
+
+def test_the_score_of_a_gaussian_rbm_is_minus_the_gradient_of_its_free_energy():
+    model, v = gaussian(), torch.randn(20, 2, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.free_energy(v).sum(), v)
+    torch.testing.assert_close(model.score(v), -gradient)
+
+
+def test_block_gibbs_on_a_binary_rbm_reaches_its_exact_distribution():
+    model, generator = binary(), torch.Generator().manual_seed(1)
+    states = _states(torch.zeros(5, dtype=F64))
+    exact = (-model.free_energy(states) - model.log_partition()).exp()
+    count = 20_000
+    v = model.gibbs(torch.zeros(count, 5, dtype=F64), 60, generator)
+    place = (v @ (2.0 ** torch.arange(4, -1, -1, dtype=F64))).long()
+    seen = torch.bincount(place, minlength=32) / count
+    assert ((seen - exact).abs() < 4.5 * (exact * (1 - exact) / count).sqrt() + 1e-12).all()
+
+
+def test_block_gibbs_on_a_gaussian_rbm_reaches_the_moments_of_its_mixture():
+    model, generator = gaussian(), torch.Generator().manual_seed(1)
+    h = _states(torch.zeros(3, dtype=F64))
+    shift = h @ model.weight.T
+    log_weight = h @ model.hidden_bias + (shift @ model.visible_bias + shift.square().sum(1) / 2) / model.variance
+    weight, means = log_weight.softmax(0), model.visible_bias + shift
+    mean = weight @ means
+    second = weight @ (means**2 + model.variance)
+    count = 20_000
+    v = model.gibbs(torch.zeros(count, 2, dtype=F64), 200, generator)
+    for values, expected in ((v, mean), (v**2, second)):
+        assert ((values.mean(0) - expected).abs() < 4.5 * values.std(0) / math.sqrt(count)).all()
+
+
+def test_contrastive_divergence_with_exact_samples_has_the_gradient_of_the_likelihood():
+    model = binary()
+    states = _states(torch.zeros(5, dtype=F64))
+    data = states[[3, 3, 17, 9]]
+    likelihood = model.free_energy(data).mean() + model.log_partition()
+    expected = torch.autograd.grad(likelihood, list(model.parameters()))
+    probability = (-model.free_energy(states) - model.log_partition()).exp().detach()
+    # every state, as often as the model draws it: the mean over negatives is then exact
+    loss = model.free_energy(data).mean() - (probability * model.free_energy(states)).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), expected)
+    sampled = contrastive_loss(
+        model.free_energy, data, model.gibbs(torch.zeros(50_000, 5, dtype=F64), 60, torch.Generator().manual_seed(0))
+    )
+    for got, want in zip(torch.autograd.grad(sampled, list(model.parameters())), expected, strict=True):
+        assert (got - want).abs().max() < 4.5 * 0.5 / math.sqrt(50_000)
+
+
+@pytest.mark.parametrize("persistent", [False, True], ids=["cd", "pcd"])
+def test_contrastive_divergence_learns_an_enumerated_distribution(persistent):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    states = _states(torch.zeros(4))
+    teacher = binary(4, 2).float()
+    target = (-teacher.free_energy(states) - teacher.log_partition()).exp().detach()
+    model = RBM(4, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    chains = PersistentChains(torch.zeros(512, 4), restart=0.0)
+
+    @torch.no_grad()
+    def divergence() -> float:
+        log_model = -model.free_energy(states) - model.log_partition()
+        return float((target * (target.log() - log_model)).sum())
+
+    before = divergence()
+    for _ in range(500):
+        data = states[torch.multinomial(target, 512, replacement=True, generator=generator)]
+        start, places = chains.take(data, generator) if persistent else (data, torch.arange(512))
+        loss, ends = gibbs_divergence(model, data, start, 2, generator)
+        chains.put(ends, places)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # A batch of 512 leaves about (15 states) / (2 x 512) = 0.015 nats of noise to a perfect learner's estimate.
+    assert before > 0.15
+    assert divergence() < 0.02
+
+
+def test_persistent_chains_come_back_to_their_places_and_restart_at_the_rate_asked_for():
+    chains = PersistentChains(torch.zeros(1000, 2), restart=0.3)
+    taken, places = chains.take(torch.ones(1000, 2), torch.Generator().manual_seed(0))
+    assert abs(taken[:, 0].mean() - 0.3) < 4.5 * math.sqrt(0.21 / 1000)
+    chains.put(taken + 5, places)
+    assert torch.equal(chains.pool[places], taken + 5)
+    assert sorted(places.tolist()) == list(range(1000))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="21 units: 20 at most"):
+        RBM(21, 21).log_partition()
+    with pytest.raises(UserError, match="std is 0"):
+        GaussianBernoulliRBM(2, 2, 0.0)
+    with pytest.raises(UserError, match="num_hidden is 0"):
+        RBM(2, 0)
