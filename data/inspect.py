@@ -14,7 +14,6 @@ from PIL import Image
 from scoreray.data.decode import decode
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.manifest import Manifest, digest
-from scoreray.data.order import Run
 from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import Store, open_store
 
@@ -73,14 +72,12 @@ def read_samples(url: str, numbers: range | list[int]) -> torch.Tensor:
     store = open_store(url)
     manifest = Manifest.load(store)
     reader = Reader(store, manifest, Stats())
-    firsts = reader.first_samples
     arrays = []
     for number in numbers:
         if not 0 <= number < manifest.num_samples:
             raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
-        shard = int(np.searchsorted(firsts, number, side="right")) - 1
-        members, records = reader.read([Run(shard, number - int(firsts[shard]), 1)])
-        arrays.append(_decoded(manifest, members[0], int(records["format"][0]), partial(reader.name_of, number)))
+        member, code, _ = reader.read_one(number)
+        arrays.append(_decoded(manifest, member, code, partial(reader.name_of, number)))
     return torch.from_numpy(np.stack(arrays))
 
 

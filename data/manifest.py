@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,7 @@ RECORD = np.dtype(
     }
 )
 
+Get = Callable[[str, int, int], bytes]  # (key, start, end)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0, lt=1 << 62)]
 
@@ -157,18 +159,26 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
-def read_records(store: Store, manifest: Manifest, shard: int, first_sample: int) -> np.ndarray:
-    """The verified records of one shard, RECORD [num_samples]; `first_sample` is the shard's. Raises DataError."""
+def read_records(get: Get, url: str, manifest: Manifest, shard: int, first_sample: int) -> np.ndarray:
+    """The verified records of one shard, RECORD [num_samples].
+
+    Args:
+      get: of the data set's store.
+      url: of the index, for messages.
+      first_sample: the number of the shard's first sample.
+
+    Raises DataError.
+    """
     entry = manifest.shards[shard]
     start = first_sample * RECORD.itemsize
-    data = store.get(manifest.index.name, start, start + entry.num_samples * RECORD.itemsize)
+    data = get(manifest.index.name, start, start + entry.num_samples * RECORD.itemsize)
     if hashlib.sha256(data).hexdigest() != entry.records_sha256:
         raise DataError(
-            f"{store.url(manifest.index.name)}: the records of shard '{entry.name}' (bytes {start} on) are not those "
-            "of the manifest; pack the data set again"
+            f"{url}: the records of shard '{entry.name}' (bytes {start} on) are not those of the manifest; "
+            "pack the data set again"
         )
     records = np.frombuffer(data, RECORD)
     ends = records["offset"] + records["size"].astype(np.uint64)
-    if len(records) and (int(ends.max()) > entry.bytes or not set(np.unique(records["format"])) <= set(FORMAT_NAMES)):
-        raise DataError(f"{store.url(manifest.index.name)}: the records of shard '{entry.name}' point outside it")
+    if int(ends.max()) > entry.bytes or not set(np.unique(records["format"])) <= set(FORMAT_NAMES):
+        raise DataError(f"{url}: the records of shard '{entry.name}' point outside it")
     return records

@@ -14,9 +14,11 @@ methods of numpy's Generator, these never change with numpy's version.
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from scoreray.data.errors import UserError
 MOST_LANES = 128
 EPOCHS_KEPT = 3
 BLOCKS_KEPT = 256
+Key = tuple[int, int, int]  # epoch, lane, block
 _SHARDS, _TURN, _BLOCK = 0, 1, 2  # what a stream of random words is for
 
 
@@ -53,7 +56,6 @@ class _Epoch:
     permuted: np.ndarray  # shard numbers
     starts: np.ndarray  # [num_shards + 1] in the permuted order
     turn: int
-    lane_first: np.ndarray  # [L] the lane's first position, minus e N
     lane_start: np.ndarray  # [L + 1] where the lane's slice begins on the ring
 
 
@@ -75,7 +77,8 @@ class Order:
         self.seed, self.num_lanes, self.shuffle_block = seed, num_lanes, shuffle_block
         self._first_samples = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], Block] = OrderedDict()
+        self._blocks: OrderedDict[Key, Block] = OrderedDict()
+        self._lock = threading.Lock()  # of both
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(epoch, lane, block, place in the block) of each position, int64 [n] all."""
@@ -86,17 +89,20 @@ class Order:
         block, place = np.divmod((rest - first) // self.num_lanes + self._stagger(lane), self.shuffle_block)
         return epoch, lane, block, place - np.where(block == 0, self._stagger(lane), 0)
 
+    def by_block(self, positions: np.ndarray) -> list[tuple[Key, np.ndarray, np.ndarray]]:
+        """The positions by the block that they lie in: (block, rows of `positions`, places in the block)."""
+        epoch, lane, block, place = self.locate(positions)
+        rows = np.lexsort((block, epoch, lane))
+        epoch, lane, block, place = epoch[rows], lane[rows], block[rows], place[rows]
+        changes = (np.diff(lane) != 0) | (np.diff(epoch) != 0) | (np.diff(block) != 0)
+        cuts = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
+        return [((int(epoch[i]), int(lane[i]), int(block[i])), rows[i:j], place[i:j]) for i, j in pairwise(cuts)]
+
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """The samples' numbers in the manifest, int64 [n]."""
-        epoch, lane, block, place = self.locate(positions)
-        keys = np.stack([epoch, lane, block], 1)
-        found = np.empty(len(place), np.int64)
-        groups, inverse = np.unique(keys, axis=0, return_inverse=True)
-        by_group = np.argsort(inverse.ravel(), kind="stable")
-        ends = np.searchsorted(inverse.ravel()[by_group], np.arange(len(groups) + 1))
-        for g, (e, l, b) in enumerate(groups.tolist()):
-            which = by_group[ends[g] : ends[g + 1]]
-            found[which] = self.block(e, l, b).samples[place[which]]
+        found = np.empty(len(positions), np.int64)
+        for key, rows, places in self.by_block(positions):
+            found[rows] = self.block(*key).samples[places]
         return found
 
     def num_blocks(self, epoch: int, lane: int) -> int:
@@ -107,9 +113,10 @@ class Order:
 
     def block(self, epoch: int, lane: int, block: int) -> Block:
         key = (epoch, lane, block)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+                return self._blocks[key]
         state = self._epoch(epoch)
         stagger = self._stagger(lane)
         size = int(state.lane_start[lane + 1] - state.lane_start[lane])
@@ -120,9 +127,11 @@ class Order:
         runs = self._runs(state, int(state.lane_start[lane]) + start, count)
         numbers = np.concatenate([np.arange(run.count) + run.first + self._first_samples[run.shard] for run in runs])
         slots = np.argsort(self._random(count, _BLOCK, epoch, lane, block), kind="stable")
-        made = self._blocks[key] = Block(runs, numbers[slots], slots)
-        if len(self._blocks) > BLOCKS_KEPT:
-            self._blocks.popitem(last=False)
+        made = Block(runs, numbers[slots], slots)
+        with self._lock:
+            self._blocks[key] = made
+            if len(self._blocks) > BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
         return made
 
     def _stagger(self, lane: Any) -> Any:
@@ -141,18 +150,22 @@ class Order:
         return runs
 
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            permuted = np.argsort(self._random(len(self.counts), _SHARDS, epoch, 0, 0), kind="stable")
-            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[permuted])])
-            turn = int(self._random(1, _TURN, epoch, 0, 0)[0] % np.uint64(self.num_samples))
-            lanes = np.arange(self.num_lanes, dtype=np.int64)
-            first = (lanes - epoch * self.num_samples) % self.num_lanes
-            sizes = np.maximum(0, (self.num_samples - first + self.num_lanes - 1) // self.num_lanes)
-            lane_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-            self._epochs[epoch] = _Epoch(permuted, starts, turn, first, lane_start)
+        with self._lock:
+            if epoch in self._epochs:
+                return self._epochs[epoch]
+        permuted = np.argsort(self._random(len(self.counts), _SHARDS, epoch, 0, 0), kind="stable")
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[permuted])])
+        turn = int(self._random(1, _TURN, epoch, 0, 0)[0] % np.uint64(self.num_samples))
+        lanes = np.arange(self.num_lanes, dtype=np.int64)
+        first = (lanes - epoch * self.num_samples) % self.num_lanes  # the lane's first position, minus e N
+        sizes = np.maximum(0, (self.num_samples - first + self.num_lanes - 1) // self.num_lanes)
+        lane_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        made = _Epoch(permuted, starts, turn, lane_start)
+        with self._lock:
+            self._epochs[epoch] = made
             if len(self._epochs) > EPOCHS_KEPT:
                 self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return made
 
     def _random(self, n: int, purpose: int, epoch: int, lane: int, block: int) -> np.ndarray:
         """n random words, uint64; a function of the arguments and the seed alone."""

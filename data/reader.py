@@ -6,19 +6,17 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
 from scoreray.data.errors import DataError
+from scoreray.data.hedge import HedgedGet
 from scoreray.data.manifest import RECORD, Manifest, digest, read_records
 from scoreray.data.order import Run
 from scoreray.data.store import NotFound, Store
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_GAP_BYTES = 64 << 10  # what lies between two members is read along with them up to this
@@ -33,8 +31,29 @@ class Stats:
     samples: int = 0
     bytes_read: int = 0
     requests: int = 0
-    rereads: int = 0
+    hedged: int = 0  # asked twice because the first answer was slow
+    rereads: int = 0  # asked again because the bytes were wrong
     stall_s: float = 0.0
+
+
+class Quarantine:
+    """Samples that can't be read, by number, and why; up to `budget` of them."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.samples: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, sample: int, reason: str) -> None:
+        """Counts and logs a sample once. Raises DataError when the budget is used up."""
+        with self._lock:
+            if sample in self.samples:
+                return
+            self.samples[sample] = reason
+            count = len(self.samples)
+        log.warning("quarantined (%d of at most %d): %s", count, self.budget, reason)
+        if count > self.budget:
+            raise DataError(f"more than {self.budget} samples (the budget) are quarantined; the last: {reason}")
 
 
 class Reader:
@@ -43,23 +62,38 @@ class Reader:
     Memory: the records of `shards_kept` shards (32 bytes a sample), and what read() returns.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, stats: Stats, shards_kept: int = 16) -> None:
-        self.store, self.manifest, self.stats = store, manifest, stats
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        stats: Stats,
+        shards_kept: int = 16,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        self.store, self.manifest, self.stats, self.quarantine = store, manifest, stats, quarantine
+        self._get = HedgedGet(store.get) if store.is_remote else store.get
         self.first_samples = manifest.first_samples()
         self._shards_kept = shards_kept
         self._records: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
     def records(self, shard: int) -> np.ndarray:
-        """The shard's records, RECORD [num_samples], verified."""
+        """The shard's records, RECORD [num_samples], verified. These can't be quarantined."""
+        first = int(self.first_samples[shard])
         with self._lock:
             if shard in self._records:
                 self._records.move_to_end(shard)
                 return self._records[shard]
-        try:
-            found = self._again(partial(read_records, self.store, self.manifest, shard, int(self.first_samples[shard])))
-        except NotFound as error:
-            raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
+        for attempt in range(REREADS + 1):
+            try:
+                found = read_records(self._get, self.store.url(self.manifest.index.name), self.manifest, shard, first)
+                break
+            except NotFound as error:
+                raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
+            except DataError:
+                if attempt == REREADS:
+                    raise
+                time.sleep(0.05 * 2**attempt)
         self._count(found.nbytes, 1)
         with self._lock:
             self._records[shard] = found
@@ -67,32 +101,62 @@ class Reader:
                 self._records.popitem(last=False)
         return found
 
-    def read(self, runs: list[Run]) -> tuple[list[bytes], np.ndarray]:
-        """(members, records) of the runs' samples, in their order. Raises DataError naming shard, sample, offset."""
-        members: list[bytes] = []
+    def read(self, runs: list[Run]) -> tuple[list[bytes | None], np.ndarray]:
+        """(members, records) of the runs' samples, in their order; None for a member that is quarantined.
+
+        Raises DataError naming shard, sample and offset.
+        """
+        members: list[bytes | None] = []
         parts = []
         for run in runs:
             records = self.records(run.shard)[run.first : run.first + run.count]
             parts.append(records)
             for i, j in _requests(records):
-                first = run.first + i
-                members += self._again(partial(self._read, run.shard, first, records[i:j]))
+                members += self._read(run.shard, run.first + i, records[i:j])
         return members, np.concatenate(parts) if parts else np.zeros(0, RECORD)
 
-    def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes]:
+    def read_one(self, sample: int) -> tuple[bytes, int, int]:
+        """(member, format, label) of one sample. Raises DataError, whatever may be quarantined."""
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        place = sample - int(self.first_samples[shard])
+        record = self.records(shard)[place : place + 1]
+        member = self._read(shard, place, record)[0]
+        if member is None:
+            raise DataError(f"{self.name(shard, place)}: quarantined")
+        return member, int(record["format"][0]), int(record["label"][0])
+
+    def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
+        """The members of neighbouring records in one request, asked again while one of them is wrong."""
         name = self.manifest.shards[shard].name
         starts, sizes = records["offset"].tolist(), records["size"].tolist()
-        low, high = starts[0], max(starts[-1] + sizes[-1], starts[0])
-        try:
-            data = self.store.get(name, low, high)
-        except NotFound as error:
-            raise DataError(f"{error}; the manifest lists this shard: is the data set whole?") from error
-        self._count(len(data), 1)
-        members = [data[start - low : start - low + size] for start, size in zip(starts, sizes, strict=True)]
-        for i, (member, expected) in enumerate(zip(members, records["digest"].tolist(), strict=True)):
-            if digest(member) != expected:
-                cut = " (the shard is cut)" if len(data) < high - low else ""
-                raise DataError(f"{self.name(shard, first + i)}: its bytes are not those of the index{cut}")
+        low, high = starts[0], starts[-1] + sizes[-1]
+        expected = records["digest"].tolist()
+        problem, bad = "", list(range(len(records)))
+        members: list[bytes | None] = [None] * len(records)
+        for attempt in range(REREADS + 1):
+            try:
+                data = self._get(name, low, high)
+            except NotFound as error:
+                problem = f"{error}; the manifest lists this shard: is the data set whole?"
+                break
+            self._count(len(data), 1)
+            for i in bad:
+                member = data[starts[i] - low : starts[i] - low + sizes[i]]
+                members[i] = member if digest(member) == expected[i] else None
+            bad = [i for i in bad if members[i] is None]
+            if not bad:
+                return members
+            problem = "its bytes are not those of the index" + (" (the shard is cut)" if len(data) < high - low else "")
+            if attempt < REREADS:
+                log.warning("%s: %s; reading again", self.name(shard, first + bad[0]), problem)
+                with self._lock:
+                    self.stats.rereads += 1
+                time.sleep(0.05 * 2**attempt)
+        for i in bad:
+            reason = f"{self.name(shard, first + i)}: {problem}"
+            if self.quarantine is None:
+                raise DataError(reason)
+            self.quarantine.add(int(self.first_samples[shard]) + first + i, reason)
         return members
 
     def name(self, shard: int, place: int) -> str:
@@ -105,24 +169,16 @@ class Reader:
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         return self.name(shard, sample - int(self.first_samples[shard]))
 
-    def _again(self, read: Callable[[], T]) -> T:
-        """read(), a few times while the bytes are wrong: what a network damaged is whole the next time."""
-        for attempt in range(REREADS + 1):
-            try:
-                return read()
-            except DataError as error:
-                if attempt == REREADS or isinstance(error.__cause__, NotFound):
-                    raise
-                log.warning("reading again (%d): %s", attempt + 1, error)
-                with self._lock:
-                    self.stats.rereads += 1
-                time.sleep(0.05 * 2**attempt)
-        raise AssertionError("unreachable")
+    def close(self) -> None:
+        if isinstance(self._get, HedgedGet):
+            self._get.close()
 
     def _count(self, num_bytes: int, requests: int) -> None:
         with self._lock:
             self.stats.bytes_read += num_bytes
             self.stats.requests += requests
+            if isinstance(self._get, HedgedGet):
+                self.stats.hedged = self._get.num_hedged
 
 
 def _requests(records: np.ndarray) -> Iterator[tuple[int, int]]:

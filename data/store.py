@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from scoreray.data.errors import StorageError, UserError
 
@@ -33,6 +34,7 @@ class Store(abc.ABC):
     """Bytes by key. Keys are relative, '/'-separated and the same on every kind of store."""
 
     root: str
+    is_remote: ClassVar[bool] = False  # an answer may take long, or come damaged
 
     @abc.abstractmethod
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:

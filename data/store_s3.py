@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import boto3
 import botocore.exceptions
@@ -25,6 +25,7 @@ from scoreray.data.store import NotFound, Store, check_key
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0  # how long a store that does not answer is asked again, on top of botocore's own attempts
+BODY_S, LEAST_BYTES_PER_S = 10.0, 1e6  # an answer of n bytes may take BODY_S + n / LEAST_BYTES_PER_S
 MULTIPART_BYTES = 64 << 20  # objects above this are uploaded in parts
 CODES_NO_KEY = {"NoSuchKey", "404", "NotFound"}
 CODES_CREDENTIALS = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
@@ -41,6 +42,8 @@ class Unanswered(StorageError):
 
 class S3Store(Store):
     """Objects of s3://bucket/prefix."""
+
+    is_remote: ClassVar[bool] = True
 
     @property
     def _bucket(self) -> str:
@@ -64,7 +67,7 @@ class S3Store(Store):
                     return b""
                 raise
             with contextlib.closing(answer["Body"]) as body:
-                data = body.read()  # raises when shorter than Content-Length
+                data = _body(body, int(answer["ContentLength"]))
             if ranged and "ContentRange" not in answer and (start or end is not None):
                 return data[start or 0 : end]  # a server that does not know ranges sent all of it
             return data
@@ -186,6 +189,22 @@ def _ask(url: str, request: Callable[[], T]) -> T:
             log.warning("asking again (%d): %s", attempt + 1, explained)
             time.sleep(wait_s)
     raise AssertionError("unreachable: the deadline ends the loop")
+
+
+def _body(body: Any, size: int) -> bytes:
+    """`size` bytes of an answer, within a time that grows with them: a server that trickles would else hold us for
+    ever, as each byte restarts the socket's own time-out."""
+    deadline = time.monotonic() + BODY_S + size / LEAST_BYTES_PER_S
+    parts, missing = [], size
+    while missing:
+        part = body._raw_stream.read1(min(missing, 1 << 20))  # what is there; StreamingBody itself waits for all
+        if not part:
+            raise ConnectionError(f"{missing} of {size} bytes are missing")
+        parts.append(part)
+        missing -= len(part)
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"{missing} of {size} bytes had not come in time")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _explain(url: str, error: Exception) -> StorageError | None:

@@ -1,0 +1,202 @@
+"""Blocks of a rank's lanes, read ahead: the rows that a stream's batches are made of.
+
+While a lane hands out one block, its next one is being read. Nothing here runs on the training thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from scoreray.data.decode import decode
+from scoreray.data.errors import DataError
+from scoreray.data.order import Key, Order
+from scoreray.data.reader import Reader
+
+READ_THREADS = 8
+STAND_INS = 16  # samples that are tried in the place of a quarantined one
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that was read, in the order in which it is handed out. `members` is empty when they are in the cache,
+    a member is None when it is quarantined."""
+
+    samples: np.ndarray
+    labels: np.ndarray
+    formats: np.ndarray
+    members: list[bytes | None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples in the order of their positions; `members` is empty when they are in the cache."""
+
+    positions: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray
+    formats: np.ndarray
+    members: list[bytes | None]
+
+    def part(self, start: int, end: int) -> Rows:
+        return Rows(
+            self.positions[start:end],
+            self.index[start:end],
+            self.labels[start:end],
+            self.formats[start:end],
+            self.members[start:end],
+        )
+
+
+class Blocks:
+    """The blocks that positions lie in, and the next ones of their lanes, read by several threads.
+
+    A data set that decoded takes up to `cache_bytes` is kept decoded, as far as it has been read.
+    """
+
+    def __init__(self, reader: Reader, order: Order, cache_bytes: int) -> None:
+        self.reader, self.order = reader, order
+        manifest = reader.manifest
+        self.dtype = np.dtype(manifest.dtype)
+        self.shape = tuple(manifest.shape)
+        self.stored_shape = (*self.shape[1:], self.shape[0]) if self.dtype == np.uint8 else self.shape  # channels last
+        num_bytes = manifest.num_samples * int(np.prod(self.shape)) * self.dtype.itemsize
+        self._cache = _Cache(manifest.num_samples, self.stored_shape, self.dtype) if num_bytes <= cache_bytes else None
+        self._asked: dict[Key, Future[Block]] = {}
+        self._threads: ThreadPoolExecutor | None = None
+
+    def rows(self, positions: np.ndarray, stop: threading.Event) -> Rows:
+        """The samples at `positions` (ascending), waiting for them to be read."""
+        if self._cache is not None and self._cache.is_whole:
+            samples = self.order.samples(positions)
+            return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), [])
+        groups = self.order.by_block(positions)
+        newest: dict[int, Key] = {}
+        for key, _, _ in groups:
+            self._ask(key)
+            newest[key[1]] = max(key, newest.get(key[1], key))
+        for key in newest.values():
+            self._ask(self._next(key))
+        index, labels = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        formats = np.zeros(len(positions), np.uint8)
+        members: list[bytes | None] = [None] * len(positions) if self._cache is None else []
+        for key, rows, places in groups:
+            block = self._wait(key, stop)
+            index[rows], labels[rows] = block.samples[places], block.labels[places]
+            if self._cache is None:
+                formats[rows] = block.formats[places]
+                for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                    members[row] = block.members[place]
+        for key in [key for key in self._asked if key < newest.get(key[1], key)]:
+            del self._asked[key]
+        return Rows(positions, index, labels, formats, members)
+
+    def decode(self, rows: Rows, out: np.ndarray) -> None:
+        """The rows' samples into `out` [n, H, W, C] or [n, ...]. Where one stands in for a quarantined sample, the
+        index and label in `rows` become its own. Raises DataError."""
+        if self._cache is not None:
+            np.take(self._cache.values, rows.index, axis=0, out=out)
+            rows.index[:] = self._cache.source[rows.index]
+        else:
+            self._decode(rows.index, rows.labels, rows.formats, rows.members, out)
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._asked.clear()
+
+    def _decode(
+        self,
+        index: np.ndarray,
+        labels: np.ndarray,
+        formats: np.ndarray,
+        members: list[bytes | None],
+        out: np.ndarray,
+    ) -> None:
+        name_of, shape, dtype = self.reader.name_of, self.shape, self.dtype
+        for row, (sample, code, member) in enumerate(zip(index.tolist(), formats.tolist(), members, strict=True)):
+            try:
+                if member is None:
+                    raise DataError(f"{name_of(sample)}: quarantined")
+                out[row] = decode(member, code, shape, dtype, partial(name_of, sample))
+            except DataError as error:
+                if self.reader.quarantine is None:
+                    raise
+                self.reader.quarantine.add(sample, str(error))
+                index[row], labels[row] = self._stand_in(sample, out[row])
+
+    def _stand_in(self, sample: int, out: np.ndarray) -> tuple[int, int]:
+        """Decodes another sample in the place of `sample`: a function of its number, so the same on every rank."""
+        n = self.reader.manifest.num_samples
+        step = max(1, int(n * 0.6180339887))  # golden section: away from a shard that is bad as a whole
+        for k in range(1, STAND_INS + 1):
+            other = (sample + k * step) % n
+            name = partial(self.reader.name_of, other)
+            try:
+                member, code, label = self.reader.read_one(other)
+                out[...] = decode(member, code, self.shape, self.dtype, name)
+                return other, label
+            except DataError:
+                continue
+        raise DataError(
+            f"{self.reader.name_of(sample)}: quarantined, and so are {STAND_INS} that could stand in for it"
+        )
+
+    def _ask(self, key: Key) -> None:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(READ_THREADS, "scoreray-read")
+        if key not in self._asked:
+            self._asked[key] = self._threads.submit(self._read, key)
+
+    def _wait(self, key: Key, stop: threading.Event) -> Block:
+        while not self._asked[key].done() and not stop.is_set():
+            wait([self._asked[key]], timeout=0.2)
+        return self._asked[key].result(timeout=0)
+
+    def _next(self, key: Key) -> Key:
+        epoch, lane, block = key
+        while block + 1 >= self.order.num_blocks(epoch, lane):  # a lane may have no sample in a short epoch
+            epoch, block = epoch + 1, -1
+        return epoch, lane, block + 1
+
+    def _read(self, key: Key) -> Block:
+        """Runs in a reading thread."""
+        block, cache = self.order.block(*key), self._cache
+        if cache is not None and cache.has[block.samples].all():
+            return Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8), [])
+        read, records = self.reader.read(block.runs)
+        labels, formats = records["label"].astype(np.int64)[block.slots], records["format"][block.slots]
+        members = [read[slot] for slot in block.slots.tolist()]
+        if cache is None:
+            return Block(block.samples, labels, formats, members)
+        source = block.samples.copy()
+        values = np.empty((len(source), *self.stored_shape), self.dtype)
+        self._decode(source, labels, formats, members, values)
+        cache.put(block.samples, source, labels, values)
+        return Block(block.samples, labels, np.zeros(0, np.uint8), [])
+
+
+class _Cache:
+    """A small data set, decoded, as far as it has been read. `source`: the sample whose value is kept."""
+
+    def __init__(self, num_samples: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.values = np.empty((num_samples, *shape), dtype)  # pages are taken when first written to
+        self.labels = np.empty(num_samples, np.int64)
+        self.source = np.arange(num_samples)
+        self.has = np.zeros(num_samples, bool)
+        self._missing = num_samples
+        self._lock = threading.Lock()
+
+    @property
+    def is_whole(self) -> bool:
+        return self._missing == 0
+
+    def put(self, samples: np.ndarray, source: np.ndarray, labels: np.ndarray, values: np.ndarray) -> None:
+        self.values[samples], self.labels[samples], self.source[samples] = values, labels, source
+        with self._lock:
+            self._missing -= int((~self.has[samples]).sum())
+            self.has[samples] = True

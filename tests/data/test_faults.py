@@ -1,0 +1,235 @@
+"""Faults between the stream and a real S3 server: no wrong byte is accepted, no sample lost, no wait without end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import shutil
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import scoreray.data.hedge as hedge
+import scoreray.data.store_s3 as store_s3
+from scoreray.data.errors import DataError, StorageError
+from scoreray.data.local_s3 import LocalS3
+from scoreray.data.manifest import Manifest
+from scoreray.data.store import open_store
+from scoreray.data.stream import Batch, Stream
+
+
+def refusal(status: str, code: str) -> bytes:
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>said the proxy</Message></Error>"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return f"{head}\r\n\r\n{body}".encode()
+
+
+REFUSALS = {"busy": refusal("503 Slow Down", "SlowDown"), "expired": refusal("400 Bad Request", "ExpiredToken")}
+
+
+class FaultProxy:
+    """Passes one request a connection on to `upstream`; `fault()` says what happens to the answer to a GET."""
+
+    def __init__(self, upstream: tuple[str, int], fault: Callable[[], str]) -> None:
+        self.upstream, self.fault = upstream, fault
+        self.done: Counter[str] = Counter()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            request = connection.recv(65536)
+            while request and b"\r\n\r\n" not in request:
+                request += connection.recv(65536)
+            if not request:
+                return
+            kind = self.fault() if request.startswith(b"GET") and b"/shards/" in request.split(b"\r\n")[0] else ""
+            self.done[kind] += 1
+            if kind in REFUSALS:
+                connection.sendall(REFUSALS[kind])
+                return
+            head, body = self._answer(request)
+            if kind == "reset":
+                connection.sendall(head + body[: len(body) // 2])
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends RST
+            elif kind == "cut":
+                connection.sendall(head + body[: len(body) // 2])
+            elif kind == "short":  # at a tar block, with a Content-Length that says so: nothing in HTTP tells
+                size = max(512, len(body) // 2 // 512 * 512)
+                lines = [b"Content-Length: %d" % size if l.lower().startswith(b"content-length") else l
+                         for l in head.split(b"\r\n")]  # fmt: skip
+                connection.sendall(b"\r\n".join(lines) + body[:size])
+            elif kind == "flip":
+                at = len(body) // 3
+                connection.sendall(head + body[:at] + bytes([body[at] ^ 4]) + body[at + 1 :])
+            elif kind == "slow":
+                connection.sendall(head)
+                for i in range(len(body)):
+                    try:
+                        connection.sendall(body[i : i + 1])
+                    except OSError:
+                        return
+                    time.sleep(0.2)
+            else:
+                connection.sendall(head + body)
+
+    def _answer(self, request: bytes) -> tuple[bytes, bytes]:
+        with socket.create_connection(self.upstream) as server:
+            head, _, rest = request.partition(b"\r\n\r\n")
+            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+            server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + rest)
+            answer = b"".join(iter(lambda: server.recv(1 << 20), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return head + b"\r\n\r\n", body
+
+
+@pytest.fixture
+def through_proxy(
+    packed: tuple[str, Manifest], s3_url: str, local_s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Callable[[], str]], FaultProxy]]:
+    """Puts the packed data set to S3; called with a fault, sends what comes after through a proxy that does it."""
+    local, remote = open_store(packed[0]), open_store(s3_url)
+    for key, _ in local.list():
+        remote.put(key, local.get(key))
+    proxies = []
+
+    def start(fault: Callable[[], str]) -> FaultProxy:
+        port = int(local_s3.env["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        proxies.append(FaultProxy(("127.0.0.1", port), fault))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxies[-1].url)
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.server.close()
+
+
+def read(url: str, num_batches: int, **options) -> list[Batch]:
+    with Stream(
+        url, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=0, **options
+    ) as stream:
+        return list(itertools.islice(stream, num_batches))
+
+
+FAULTS = ("busy", "reset", "cut", "short", "flip", "slow")
+
+
+def test_with_every_fault_at_a_tenth_of_the_requests_the_batches_are_the_same(
+    packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hedge, "LEAST_S", 0.3)
+    expected = read(packed[0], 42)  # two epochs
+    chance = random.Random(0)
+    lock = threading.Lock()
+
+    def fault() -> str:
+        with lock:
+            which = int(chance.random() * 10)
+        return FAULTS[which] if which < len(FAULTS) else ""
+
+    proxy = through_proxy(fault)
+    started = time.monotonic()
+    with Stream(s3_url, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=0) as stream:
+        found = list(itertools.islice(stream, 42))
+    assert time.monotonic() - started < 60
+    assert all(proxy.done[kind] > 0 for kind in FAULTS), proxy.done
+    assert stream.stats.rereads > 0
+    assert stream.stats.hedged > 0
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.position, b.position)
+
+
+def test_a_server_that_only_trickles_is_given_up_in_bounded_time(
+    s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_s3, "BODY_S", 0.5)
+    monkeypatch.setattr(store_s3, "PATIENCE_S", 1.0)
+    through_proxy(lambda: "slow")
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"shards/00000\d.tar: the connection to http://127.* broke off"):
+        read(s3_url, 5)
+    assert time.monotonic() - started < 20
+
+
+def test_bytes_that_stay_wrong_are_refused_by_name(s3_url: str, through_proxy: Callable) -> None:
+    through_proxy(lambda: "flip")
+    with pytest.raises(DataError, match=r"s3://.*shards/00000\d.tar: sample \d+ at byte \d+: its bytes are not those"):
+        read(s3_url, 5)
+
+
+def test_expired_credentials_are_said_at_once(s3_url: str, through_proxy: Callable) -> None:
+    proxy = through_proxy(lambda: "expired")
+    with pytest.raises(StorageError, match="the credentials have expired; get new ones and run the same command again"):
+        read(s3_url, 5)
+    assert proxy.done["expired"] <= 8, "no request is repeated"
+
+
+def test_a_name_that_does_not_resolve_is_an_endpoint_out_of_reach(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_s3, "PATIENCE_S", 0.2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://storage.invalid:9000")
+    with pytest.raises(StorageError, match=r"the endpoint http://storage.invalid:9000 is not reachable"):
+        read(s3_url, 1)
+
+
+@pytest.fixture
+def damaged(packed: tuple[str, Manifest], tmp_path: Path) -> str:
+    """A copy with a flipped byte in each of three members of shard 1, and no shard 5."""
+    url = tmp_path / "set"
+    shutil.copytree(packed[0], url)
+    path = url / packed[1].shards[1].name
+    data = bytearray(path.read_bytes())
+    for block in (1, 5, 9):  # members lie in blocks of 512: header, png, header, cls
+        data[512 * block + 50] ^= 255
+    path.write_bytes(data)
+    return str(url)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_quarantined_samples_are_named_counted_and_stood_in_for(
+    damaged: str, packed: tuple[str, Manifest], cache_bytes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = {int(p): int(i) for b in read(packed[0], 63) for p, i in zip(b.position, b.index, strict=True)}
+    found: dict[int, int] = {}
+    with caplog.at_level(logging.WARNING), Stream(
+        damaged, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=cache_bytes,
+        quarantine=5,
+    ) as stream:  # fmt: skip
+        for batch in itertools.islice(stream, 63):  # three epochs
+            numbers = batch.images[:, 0, 0, 0].long() * 256 + batch.images[:, 0, 0, 1].long()
+            assert torch.equal(numbers % 7, batch.labels)
+            found |= {int(p): int(i) for p, i in zip(batch.position, batch.index, strict=True)}
+    bad = set(stream.quarantined)
+    assert len(bad) == 3
+    assert all("000001.tar: sample" in reason for reason in stream.quarantined.values())
+    assert sum(record.getMessage().startswith("quarantined") for record in caplog.records) == 3
+    assert set(found) == set(whole)
+    assert {whole[p] for p in whole if whole[p] != found[p]} == bad
+    assert bad.isdisjoint(found.values())
+
+
+def test_a_budget_that_is_used_up_ends_the_run(damaged: str, packed: tuple[str, Manifest]) -> None:
+    with pytest.raises(DataError, match=r"more than 2 samples \(the budget\) are quarantined; the last: .*000001.tar"):
+        read(damaged, 63, quarantine=2)
+    Path(damaged, packed[1].shards[5].name).unlink()
+    with pytest.raises(DataError, match=r"more than 20 samples .*000005.tar"):
+        read(damaged, 63, quarantine=20)
