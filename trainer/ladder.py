@@ -7,17 +7,20 @@ num_levels: L}` trains on it. Techniques 1, 2 and 4 are of Song & Ermon 2020.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
-from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import norm
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer import checks
 from scoreray.trainer.buffers import ExactBuffers
+from scoreray.trainer.dit import DiTConfig
+from scoreray.trainer.mlp import MLPConfig
+from scoreray.trainer.unet import UNetConfig
 
 Conditioning = Literal["learned", "none"]
 
@@ -34,9 +37,7 @@ class Ladder:
 
     def sigmas(self) -> Tensor:
         """[num_levels], descending, float64."""
-        return torch.logspace(
-            math.log10(self.sigma_max), math.log10(self.sigma_min), self.num_levels, dtype=torch.float64
-        )
+        return _geometric(self.sigma_max, self.sigma_min, self.num_levels)
 
 
 def suggest_ladder(data: Tensor, sigma_min: float = 0.01, steps_per_level: int = 5) -> Ladder:
@@ -66,13 +67,14 @@ def ladder_ratio(dimension: int) -> float:
     Solves Phi(sqrt(2 d)(g - 1) + 3 g) - Phi(sqrt(2 d)(g - 1) - 3 g) = 0.5 for g.
     """
     checks.at_least("ladder", 1, dimension=dimension)
-    return float(brentq(lambda ratio: overlap(ratio, dimension) - 0.5, 1.0, 100.0))
+    return _bisect(lambda ratio: overlap(ratio, dimension) - 0.5, 1.0, 100.0)
 
 
 def overlap(ratio: float, dimension: int) -> float:
     """How far the shell of one level lies inside three standard deviations of the next one's (technique 2)."""
     shift = math.sqrt(2 * dimension) * (ratio - 1)
-    return float(norm.cdf(shift + 3 * ratio) - norm.cdf(shift - 3 * ratio))
+    below = lambda z: math.erfc(-z / math.sqrt(2)) / 2  # noqa: E731
+    return below(shift + 3 * ratio) - below(shift - 3 * ratio)
 
 
 def levels_needed(sigma_max: float, sigma_min: float, dimension: int) -> int:
@@ -86,17 +88,14 @@ def step_size(sigma_min: float, ratio: float, steps_per_level: int) -> float:
     s_T^2 is the variance at the end of a level's T Langevin steps, begun at the level before. Where several
     epsilons do equally well it is the smallest.
     """
-    tail = lambda log_eps: variance_ratio(math.exp(log_eps), sigma_min, ratio, steps_per_level)  # noqa: E731
-    low, high = math.log(1e-9 * sigma_min**2), math.log(1.999 * sigma_min**2)
+    excess = lambda log_eps: variance_ratio(math.exp(log_eps), sigma_min, ratio, steps_per_level) - 1  # noqa: E731
     # The ratio falls from gamma^2 at epsilon 0 to one minimum and rises again until Langevin is unstable, at 2 sigma^2.
-    coarse = torch.linspace(low, high, 400, dtype=torch.float64).tolist()
-    best = min(range(1, len(coarse) - 1), key=lambda i: tail(coarse[i]))
-    bottom = minimize_scalar(
-        tail, bounds=(coarse[best - 1], coarse[best + 1]), method="bounded", options={"xatol": 1e-9}
-    )
-    if tail(bottom.x) >= 1:
-        return math.exp(bottom.x)
-    return math.exp(brentq(lambda log_eps: tail(log_eps) - 1, low, bottom.x))
+    low, high = math.log(1e-9 * sigma_min**2), math.log(1.999 * sigma_min**2)
+    a, b = low, high
+    while b - a > 1e-10:
+        left, right = a + (b - a) / 3, b - (b - a) / 3
+        a, b = (a, right) if excess(left) < excess(right) else (left, b)
+    return math.exp(a if excess(a) >= 0 else _bisect(excess, low, a))
 
 
 def variance_ratio(epsilon: float, sigma_min: float, ratio: float, steps_per_level: int) -> float:
@@ -104,6 +103,30 @@ def variance_ratio(epsilon: float, sigma_min: float, ratio: float, steps_per_lev
     kept = 1 - epsilon / sigma_min**2
     stationary = 2 * epsilon / (sigma_min**2 * (1 - kept**2))
     return kept ** (2 * steps_per_level) * (ratio**2 - stationary) + stationary
+
+
+@dataclass(frozen=True)
+class LadderNetworkConfig:
+    """A network that knows the rungs of a geometric ladder only (`OnLadder`), around any other network."""
+
+    network: Annotated[UNetConfig | DiTConfig | MLPConfig, Field(discriminator="kind")] = field(default=UNetConfig())
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    num_levels: int = 232
+    conditioning: Conditioning = "learned"
+    _: KW_ONLY
+    kind: Literal["ladder"] = "ladder"
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.positive("network", sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        checks.ordered("network", "sigma_min", "sigma_max", self.sigma_min, self.sigma_max)
+        checks.at_least("network", 2, num_levels=self.num_levels)
+
+    def sigmas(self) -> Tensor:
+        """[num_levels], descending, float64."""
+        return _geometric(self.sigma_max, self.sigma_min, self.num_levels)
 
 
 class OnLadder(ExactBuffers):
@@ -137,3 +160,15 @@ class OnLadder(ExactBuffers):
         if self.codes is None:
             return self.network(x, torch.zeros_like(c_noise), class_labels)
         return self.network(x, self.codes(self.rung(c_noise)).squeeze(1), class_labels)
+
+
+def _geometric(sigma_max: float, sigma_min: float, num_levels: int) -> Tensor:
+    return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), num_levels, dtype=torch.float64)
+
+
+def _bisect(falling: Callable[[float], float], low: float, high: float) -> float:
+    """The root between `low`, where the function is above 0, and `high`, where it is below."""
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return (low + high) / 2

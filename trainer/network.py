@@ -12,12 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scoreray.trainer import checks
 from scoreray.trainer.dit import DiT, DiTConfig
+from scoreray.trainer.ladder import LadderNetworkConfig, OnLadder
 from scoreray.trainer.mlp import MLP, MLPConfig
 from scoreray.trainer.unet import UNet, UNetConfig
 
-NetworkConfig = UNetConfig | DiTConfig | MLPConfig
+NetworkConfig = UNetConfig | DiTConfig | MLPConfig | LadderNetworkConfig
 
-NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {"unet": UNet, "dit": DiT, "mlp": MLP}
+
+def _on_ladder(config: LadderNetworkConfig, image_shape: Sequence[int], num_classes: int) -> OnLadder:
+    return OnLadder(build_network(config.network, image_shape, num_classes), config.sigmas(), config.conditioning)
+
+
+NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {
+    "unet": UNet,
+    "dit": DiT,
+    "mlp": MLP,
+    "ladder": _on_ladder,
+}
 
 
 def build_network(config: NetworkConfig, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import pytest
 import torch
+from pydantic import Field, TypeAdapter
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.ladder import (
+    LadderNetworkConfig,
     OnLadder,
     ladder_ratio,
     largest_distance,
@@ -20,7 +23,7 @@ from scoreray.trainer.ladder import (
     variance_ratio,
 )
 from scoreray.trainer.mlp import MLPConfig
-from scoreray.trainer.network import build_network
+from scoreray.trainer.network import NetworkConfig, build_network, flops
 from scoreray.trainer.process import VE
 
 CIFAR_RATIO = 5000 ** (1 / 231)
@@ -85,6 +88,18 @@ def test_a_ladder_network_sees_the_nearest_rung():
     c_noise = sigmas.log() / 4
     torch.testing.assert_close(network(x, c_noise), network.network(x, c_noise))  # as yet, rungs have their own levels
     assert torch.equal(network(x, (sigmas * 1.2).log() / 4), network(x, c_noise))
+
+
+def test_a_config_puts_any_network_on_a_ladder():
+    union = TypeAdapter(Annotated[NetworkConfig, Field(discriminator="kind")])
+    for inner in ({"kind": "mlp", "hidden_size": 8}, {"kind": "unet", "model_channels": 8}):
+        config = union.validate_python({"kind": "ladder", "num_levels": 5, "network": inner})
+        network = build_network(config, (1, 4, 4), 2)
+        assert network.log_sigmas.shape == (5,)
+        assert network(torch.ones(3, 1, 4, 4), torch.zeros(3)).shape == (3, 1, 4, 4)
+        assert flops(network, (1, 4, 4)) > 0
+    with pytest.raises(UserError, match="num_levels is 1"):
+        LadderNetworkConfig(num_levels=1)
 
 
 def test_rungs_stay_where_they_are_when_the_weights_become_bf16():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from scoreray.trainer.denoiser import PARAMETERIZATIONS, Denoiser
 from scoreray.trainer.objective import OBJECTIVES, DenoisingObjective, EDMObjective, SlicedVRObjective
 from scoreray.trainer.process import EDM, PROCESSES, VP
-from scoreray.trainer.sigma_sampling import LogNormal
+from scoreray.trainer.sigma_sampling import LogNormal, UniformT
 from scoreray.trainer.step import TrainingModule, to_uint8, to_unit_range
 from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned
 
@@ -160,3 +160,31 @@ def test_points_in_float64_train_too():
     step = module(SlicedVRObjective()).double()
     loss, _ = step(torch.randn(B, 1, 2, 1, dtype=torch.float64), None, POSITIONS)
     assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_step_never_waits_for_the_device(kind, process):
+    """Tensors of the meta device have no values: whatever would read one, and so wait for a GPU, fails."""
+    with torch.device("meta"):
+        step = module(
+            OBJECTIVES[kind](sigma_sampling=UniformT(stratified=True), label_dropout=0.1),
+            "energy_dot" if kind == "contrastive" else "edm",
+            PROCESSES[process](),
+        )
+        loss, sigma = step(
+            torch.empty(B, 1, 4, 4, dtype=torch.uint8),
+            torch.empty(B, dtype=torch.int64),
+            torch.empty(B, dtype=torch.int64),
+        )
+        loss.mean().backward()
+    assert loss.device.type == sigma.device.type == "meta"
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_no_weighting_waits_for_the_device(weighting):
+    with torch.device("meta"):
+        step = module(DenoisingObjective(WEIGHTINGS[weighting]()), process=VP())
+        positions = torch.empty(B, dtype=torch.int64)
+        loss, _ = step(torch.empty(B, 1, 4, 4), None, positions)
+    assert loss.device.type == "meta"
