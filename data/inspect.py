@@ -91,7 +91,7 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     """Every problem of the data set, by name; an empty list if it is whole. One shard is in memory at a time.
 
     Checks each shard's size and SHA-256, the index, each member's digest, and that each sample decodes to the shape
-    and type that the manifest says. `progress` is called with (shards done, shards in all).
+    and type that the manifest says. `progress` is called with (samples done, samples in all) after each shard.
     """
     store = open_store(url)
     manifest = Manifest.load(store)
@@ -106,7 +106,7 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
         except (DataError, StorageError) as error:
             problems.append(str(error))
         if progress:
-            progress(number + 1, len(manifest.shards))
+            progress(int(reader.first_samples[number + 1]), manifest.num_samples)
     if not problems and index_sha256.hexdigest() != manifest.index.sha256:
         problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's")
     return problems

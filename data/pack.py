@@ -107,7 +107,7 @@ def pack(
       seed: of the permutation in which samples are packed.
       workers: threads that make shards; each holds one in memory.
       map_shards: does `map(function, shard numbers)`, in order, in another way (on a cluster) than by `workers`.
-      progress: called with (shards done, shards in all).
+      progress: called with (samples done, samples in all) after each shard.
 
     Raises UserError for a source or URL that can't be used, DataError for an image that can't be read, StorageError.
     """
@@ -145,9 +145,11 @@ def _map_in_threads(workers: int, make: Callable[[int], Packed], numbers: Iterab
 
 
 def _watched(done: Iterable[Packed], plan: Plan, progress: Callable[[int, int], None] | None) -> Iterator[Packed]:
-    for count, packed in enumerate(done, 1):
+    num_samples = 0
+    for packed in done:
+        num_samples += packed.shard.num_samples
         if progress:
-            progress(count, plan.num_shards)
+            progress(num_samples, plan.source.num_samples)
         yield packed
 
 

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 MAX_GAP_BYTES = 64 << 10  # what lies between two members is read along with them up to this
 MAX_REQUEST_BYTES = 16 << 20
-REREADS = 3  # of bytes that are not what the index says: the fault may be the network's
+REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
+REREAD_S = 0.5  # the longest pause before one
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Reader:
         self._get = HedgedGet(store.get) if store.is_remote else store.get
         self.first_samples = manifest.first_samples()
         self._shards_kept = shards_kept
+        self._attempts = 1 + REREADS if store.is_remote else 1
         self._records: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -84,16 +86,16 @@ class Reader:
             if shard in self._records:
                 self._records.move_to_end(shard)
                 return self._records[shard]
-        for attempt in range(REREADS + 1):
+        for attempt in range(self._attempts):
             try:
                 found = read_records(self._get, self.store.url(self.manifest.index.name), self.manifest, shard, first)
                 break
             except NotFound as error:
                 raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
             except DataError:
-                if attempt == REREADS:
+                if attempt + 1 == self._attempts:
                     raise
-                time.sleep(0.05 * 2**attempt)
+                self._pause(attempt)
         self._count(found.nbytes, 1)
         with self._lock:
             self._records[shard] = found
@@ -133,7 +135,7 @@ class Reader:
         expected = records["digest"].tolist()
         problem, bad = "", list(range(len(records)))
         members: list[bytes | None] = [None] * len(records)
-        for attempt in range(REREADS + 1):
+        for attempt in range(self._attempts):
             try:
                 data = self._get(name, low, high)
             except NotFound as error:
@@ -147,11 +149,9 @@ class Reader:
             if not bad:
                 return members
             problem = "its bytes are not those of the index" + (" (the shard is cut)" if len(data) < high - low else "")
-            if attempt < REREADS:
+            if attempt + 1 < self._attempts:
                 log.warning("%s: %s; reading again", self.name(shard, first + bad[0]), problem)
-                with self._lock:
-                    self.stats.rereads += 1
-                time.sleep(0.05 * 2**attempt)
+                self._pause(attempt)
         for i in bad:
             reason = f"{self.name(shard, first + i)}: {problem}"
             if self.quarantine is None:
@@ -168,6 +168,11 @@ class Reader:
     def name_of(self, sample: int) -> str:
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         return self.name(shard, sample - int(self.first_samples[shard]))
+
+    def _pause(self, attempt: int) -> None:
+        with self._lock:
+            self.stats.rereads += 1
+        time.sleep(min(REREAD_S, 0.05 * 2**attempt))
 
     def close(self) -> None:
         if isinstance(self._get, HedgedGet):
