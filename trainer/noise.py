@@ -60,10 +60,7 @@ def normal(
     """
     count = math.prod(shape)
     hashed = _hash(seed, _on(positions, device), (count + 1) // 2, stream)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    radius = _shift(hashed, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = hashed.to(torch.int32).to(wide).mul_(math.pi * 2.0**-31)
-    pairs = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=-1)
+    pairs = _box_muller(hashed, torch.float64 if dtype == torch.float64 else torch.float32)
     return pairs.flatten(1)[:, :count].to(dtype).reshape(len(positions), *shape)
 
 
@@ -87,6 +84,13 @@ def _hash(seed: int, positions: Tensor, count: int, stream: int) -> Tensor:
     # never a run of them, as counters that overlap would.
     elements = _mix(torch.arange(1, count + 1, device=positions.device) * _signed(_GOLDEN))
     return _mix(keys[:, None] + elements)
+
+
+def _box_muller(hashed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two normals of each 64-bit hash, [..., 2]: 32 bits of radius, never of ln 0, and 32 of angle."""
+    radius = _shift(hashed, 32).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = hashed.to(torch.int32).to(dtype).mul_(math.pi * 2.0**-31)
+    return torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=-1)
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -84,6 +84,15 @@ def test_uniform_never_reaches_its_ends():
     assert torch.tensor([0, 2**23 - 1]).float().add(0.5).mul(2.0**-23).tolist() == [2.0**-24, 1 - 2.0**-24]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_extreme_hashes_give_the_ends_of_the_tails_and_nothing_infinite(dtype):
+    extremes = torch.tensor([0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32)])
+    radius = noise._box_muller(extremes, dtype).square().sum(-1).sqrt()
+    assert radius.isfinite().all()
+    assert float(radius.max()) == pytest.approx(math.sqrt(66 * math.log(2)))  # u = 2^-33
+    assert float(radius.min()) < 1e-4
+
+
 def test_negative_and_huge_seeds_and_positions_are_accepted():
     positions = torch.tensor([0, 2**62, -1])
     values = [noise.normal(seed, positions, (8,)) for seed in (0, -1, 2**63 + 5, 2**70)]

@@ -104,6 +104,7 @@ def test_implicit_sliced_and_denoising_score_matching_agree_in_expectation(param
     for objective in (ImplicitObjective(), SlicedVRObjective(), SlicedObjective()):
         values = estimates(objective, denoiser, two_points, sigma, 40_000).detach()
         assert near(values - clean, 0.0), objective.kind
+    assert near(estimates(SlicedVRObjective(), denoiser, two_points, sigma, 40_000, num_probes=3).detach() - clean, 0.0)
 
 
 def test_their_gradients_agree_in_expectation_too():

@@ -163,6 +163,9 @@ def test_float32_is_as_exact_as_float32_can_be(process):
     for name in ("alpha", "sigma", "noise_to_signal", "diffusion"):
         single, double = getattr(process, name)(t), getattr(process, name)(t.double())
         torch.testing.assert_close(single.double(), double, rtol=6e-8, atol=0, msg=name)
+    ones, zeros = torch.ones(len(t), 1), torch.zeros(len(t), 1)
+    for x0, z, name in ((ones, zeros, "alpha"), (zeros, ones, "sigma")):
+        assert torch.equal(process.perturb(x0, t, z).squeeze(1), getattr(process, name)(t))
 
 
 @every_process
