@@ -7,13 +7,18 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from scoreray.cluster.local_ray import stop
 from scoreray.data.errors import ScorerayError, UserError
+
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click, under a private name
+STOPPED = "stopped; the same command goes on from what is committed"
 
 app = typer.Typer(
     name="scoreray",
@@ -196,31 +201,24 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: runs a verb and turns what went wrong into one line and an exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    signal.signal(signal.SIGTERM, stop)
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except ScorerayError as error:
         _fail(str(error), error.exit_status)
-    except typer.Abort:
-        _fail("stopped", 130)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from what is committed", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail(STOPPED, 130)
+    except ClickException as error:
+        context = getattr(error, "ctx", None)
+        _fail(error.format_message().rstrip(".") + (f"; see {context.command_path} --help" if context else ""), 2)
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            usage = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
-            _fail(error.format_message() + usage, 2)
-        import traceback
-
         traceback.print_exc()
         _fail(f"this is a bug in scoreray: {type(error).__name__}: {error}", 1)
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+    if status == 130:  # how typer reports Ctrl-C
+        _fail(STOPPED, 130)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str, status: int) -> None:

@@ -20,7 +20,7 @@ console = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """A line for the person, beside the progress bars."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 class TrainLine:

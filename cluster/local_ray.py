@@ -7,6 +7,9 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ QUIET_AND_LOCAL = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_DEDUP_LOGS": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long Ray's agents outlive a driver that was killed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
@@ -36,8 +39,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
     reached.
     """
-    for name, value in QUIET_AND_LOCAL.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     import ray
 
     if ray.is_initialized():
@@ -57,7 +59,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
         finally:
             ray.shutdown()
         return
-    with _own_token(), _short_folder() as folder:
+    with _short_folder() as folder:
         ray.init(
             num_cpus=num_cpus or os.cpu_count(),
             include_dashboard=False,
@@ -68,26 +70,28 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             _temp_dir=str(folder),
             _node_ip_address="127.0.0.1",
         )
+        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         try:
             yield
         finally:
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def _own_token() -> Iterator[None]:
-    """Token authentication with a token that is in this process's environment and nowhere on disk."""
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def stop(*_: object) -> None:
+    """A handler that makes SIGTERM what Ctrl-C is: everything is closed in order."""
+    raise KeyboardInterrupt
+
+
+def _set_environment() -> None:
+    """What Ray reads from the environment when it is imported: so before that, and for the rest of this process.
+
+    An embedded cluster gets a token that is in this process's environment and nowhere on disk.
+    """
+    for name, value in QUIET_AND_LOCAL.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextlib.contextmanager
@@ -97,10 +101,16 @@ def _short_folder() -> Iterator[Path]:
     if len(base) > 40:
         base = "/tmp"
     folder = Path(tempfile.mkdtemp(prefix="sr-", dir=base))
+    # Removes the folder also when this process is killed: the pipe closes with it, however it ends.
+    remover = subprocess.Popen(
+        ["sh", "-c", 'cat >/dev/null; sleep 8; rm -rf "$0"', str(folder)], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        remover.kill()
+        remover.wait()
 
 
 def _object_store_bytes() -> int:

@@ -29,3 +29,12 @@ def s3_url(local_s3: LocalS3, request: pytest.FixtureRequest) -> str:
     """A prefix of its own for this test: s3://scoreray-tests/<test>."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
     return f"s3://scoreray-tests/{os.getpid()}-{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(local_s3: LocalS3) -> Iterator[None]:
+    """One embedded Ray cluster for the session; its workers see the S3 server."""
+    from scoreray.cluster.local_ray import connected
+
+    with connected(num_cpus=4):
+        yield

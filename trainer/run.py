@@ -7,6 +7,7 @@ a run survives the death of a worker, of Ray Train's controller and of the drive
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 import threading
@@ -204,6 +205,14 @@ def _trainer_class() -> Any:
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             policy = FinalErrors(self.run_config.failure_config)
             return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
+
+        def _create_default_callbacks(self) -> Any:
+            # The cleaner asks the State API, which only a dashboard serves: in vain on an embedded cluster, which needs
+            # no cleaning, as it ends with this process.
+            callbacks = super()._create_default_callbacks()
+            if "RAY_ADDRESS" in os.environ:
+                return callbacks
+            return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
         def _register_sigint_handler(self, controller: Any) -> None:
             self._controller = controller  # Ctrl-C stays Python's own: `fit` then calls `abort`

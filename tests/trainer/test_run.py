@@ -1,0 +1,204 @@
+"""A run on Ray: killed, it goes on and ends bitwise where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.pack import pack
+from scoreray.trainer.checkpoint import committed, latest
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.run import fit, prepare_run, stored_config
+
+BATCH, TOTAL = 32, 1280
+
+
+@pytest.fixture(scope="module")
+def data_url(local_s3: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """600 small labelled pictures, so that a run sees them a little more than twice."""
+    rng = np.random.default_rng(0)
+    source = tmp_path_factory.mktemp("source") / "pictures.npz"
+    images = rng.integers(0, 256, (600, 8, 8), dtype=np.uint8)
+    np.savez(source, images=images, labels=rng.integers(0, 3, 600, dtype=np.uint8))
+    url = f"s3://scoreray-tests/{os.getpid()}-run-data"
+    pack(str(source), url, name="pictures", samples_per_shard=100)
+    return url
+
+
+def settings(data_url: str, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "run": {"name": name, "storage": f"s3://scoreray-tests/{os.getpid()}-runs"},
+        "data": {"url": data_url, "global_batch_size": BATCH},
+        "network": {"kind": "unet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "dropout": 0.1},
+        "engine": {"zero_stage": 2, "precision": "fp32"},
+        "scaling": {"workers": 2},
+        "duration": {"images": TOTAL},
+        "checkpoint": {"every_images": 320, "keep": 2},
+        "log": {"every_images": 160},
+        **changes,
+    }
+
+
+def outcome(config: Config) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+    """Every tensor of the newest checkpoint, and the losses of all records."""
+    checkpoint = latest(run_store(config))
+    assert checkpoint is not None
+    assert checkpoint.images_seen == TOTAL
+    state = {f"{key}/{n}": t for key in ("master", *checkpoint.marker["state_keys"]) for n, t in
+             checkpoint.full_state(key).items()}  # fmt: skip
+    return state, [(record["images"], record["loss"]) for record in read_metrics(run_store(config))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ray_cluster: None, data_url: str) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+    config = prepare_run(load_config(settings(data_url, "uninterrupted")))
+    assert fit(config) == TOTAL
+    return outcome(config)
+
+
+def assert_same(config: Config, uninterrupted: tuple[dict[str, torch.Tensor], list[tuple[int, float]]]) -> None:
+    state, losses = outcome(config)
+    assert losses == uninterrupted[1]
+    assert state.keys() == uninterrupted[0].keys()
+    for name, tensor in uninterrupted[0].items():
+        assert torch.equal(state[name], tensor), name
+
+
+def training_workers(root: psutil.Process) -> list[psutil.Process]:
+    return [process for process in root.children(recursive=True) if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def test_a_run_commits_and_keeps_the_newest_checkpoints(uninterrupted: Any, data_url: str) -> None:
+    run = run_store(load_config(settings(data_url, "uninterrupted")))
+    assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [960, 1280]
+    assert [images for images, _ in uninterrupted[1]] == [160 * i for i in range(1, 9)]
+    assert stored_config(run) == load_config(settings(data_url, "uninterrupted"))
+
+
+def test_a_killed_worker_changes_nothing(uninterrupted: Any, data_url: str) -> None:
+    """SIGKILL to one of two workers between two checkpoints: Ray Train restarts them, at the right image."""
+    config = prepare_run(load_config(settings(data_url, "worker-killed")))
+    killed: list[int] = []
+
+    def kill_once(progress: Any) -> None:
+        if not killed and progress.images > 480:
+            victim = training_workers(psutil.Process())[-1]
+            killed.append(victim.pid)
+            os.kill(victim.pid, signal.SIGKILL)
+
+    assert fit(config, kill_once) == TOTAL
+    assert killed
+    assert_same(config, uninterrupted)
+
+
+def test_a_killed_driver_resumes_by_the_same_command(uninterrupted: Any, data_url: str, tmp_path: Path) -> None:
+    """SIGKILL to `scoreray train` and all of its processes' parent: nothing stays behind, the same command goes on."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings(data_url, "driver-killed")))
+    config = load_config(file)
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    deadline = time.monotonic() + 120
+    while latest(run_store(config)) is None:
+        assert time.monotonic() < deadline, "no checkpoint within 120 s"
+        assert driver.poll() is None, "the run ended before it could be killed"
+        family = psutil.Process(driver.pid).children(recursive=True)
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from" in done.stderr
+    assert_same(config, uninterrupted)
+
+
+def test_one_process_without_ray_trains_the_same(uninterrupted: Any, data_url: str) -> None:
+    """One rank, no Ray, no DeepSpeed: the same samples and noise, so the same loss to rounding of the reduction."""
+    changes = {"engine": {"zero_stage": 0, "precision": "fp32"}, "scaling": {"workers": 1}}
+    settings_without_dropout = settings(data_url, "alone", **changes)
+    config = prepare_run(load_config(settings_without_dropout, ["duration.images=320", "network.dropout=0"]))
+    train(config)
+    two = prepare_run(load_config(settings(data_url, "two"), ["duration.images=320", "network.dropout=0"]))
+    fit(two)
+    alone, together = (read_metrics(run_store(c)) for c in (config, two))
+    for one, other in zip(alone, together, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted: Any, data_url: str) -> None:
+    config = load_config(settings(data_url, "uninterrupted"))
+    started = time.monotonic()
+    assert fit(prepare_run(config)) == TOTAL
+    assert time.monotonic() - started < 5  # no worker was started
+
+
+def test_another_config_is_refused_by_key(uninterrupted: Any, data_url: str) -> None:
+    other = load_config(settings(data_url, "uninterrupted"), ["optimizer.learning_rate=0.5", "ema.stds=[0.2]"])
+    with pytest.raises(UserError, match=r"(?s)ema\.stds.*optimizer\.learning_rate: 0.0002 there, 0.5 here"):
+        prepare_run(other)
+    fresh = prepare_run(other, fresh=True)
+    assert fresh.run.name == "uninterrupted-2"
+    assert prepare_run(other, fresh=True).run.name == "uninterrupted-3"
+
+
+def test_what_does_not_change_the_result_may_change(uninterrupted: Any, data_url: str) -> None:
+    same = load_config(
+        settings(data_url, "uninterrupted"), ["scaling.workers=1", "engine.zero_stage=0", "log.every_images=320"]
+    )
+    assert prepare_run(same) == same
+
+
+def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
+    """A flipped byte in a shard is no reason to try again: one error that names the shard, within seconds."""
+    from scoreray.data.store import open_store
+
+    store, copy = open_store(data_url), open_store(tmp_path / "damaged")
+    for key, _ in store.list():
+        data = bytearray(store.get(key))
+        if key.endswith(".tar"):
+            data[560] ^= 0xFF
+        copy.put(key, bytes(data))
+    config = prepare_run(load_config(settings(copy.url(), "damaged")))
+    with pytest.raises(DataError, match=r"\.tar"):
+        fit(config)
+
+
+def test_ctrl_c_ends_workers_and_exits_130(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings(data_url, "interrupted", duration={"images": 1_000_000})))
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while latest(run_store(load_config(file))) is None:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.1)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    killer = threading.Timer(60, driver.kill)
+    killer.start()
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate()
+    killer.cancel()
+    assert driver.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "goes on" in errors
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
