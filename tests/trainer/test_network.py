@@ -63,6 +63,12 @@ def test_no_labels_is_the_null_class(config):
 
 
 @each_network
+def test_a_network_says_how_many_classes_it_knows(config):
+    assert build_network(config, IMAGE, 4).num_classes == 4
+    assert build_network(config, IMAGE).num_classes == 0
+
+
+@each_network
 def test_without_classes_labels_change_nothing(config):
     network = trained(config, num_classes=0)
     x, c_noise, labels = inputs()
