@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scoreray.trainer import checks
 from scoreray.trainer.buffers import ExactBuffers
-from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.denoiser import Denoiser, like
 
 
 class GibbsModel(Protocol):
@@ -64,10 +64,9 @@ def denoiser_divergence(
     energy difference times 2 sigma^4 / (K e d) has, for small steps from the data, the gradient of the implicit score
     matching error (Hyvarinen 2007): so weightings mean here what they mean elsewhere. Its value is not that error.
     """
-    level = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     with torch.no_grad():
         score = lambda y: denoiser.score(y, sigma, class_labels)  # noqa: E731
-        negatives = langevin_chain(score, x if start is None else start, step_size * level**2, noises)
+        negatives = langevin_chain(score, x if start is None else start, step_size * like(sigma, x) ** 2, noises)
     difference = denoiser.energy(x, sigma, class_labels) - denoiser.energy(negatives, sigma, class_labels)
     return difference * 2 * sigma**2 / (step_size * noises.shape[1] * x[0].numel())
 
@@ -92,7 +91,7 @@ class PersistentChains(ExactBuffers):
         checks.at_least("chains.pool", count, size=len(self.pool))
         places = torch.randperm(len(self.pool), generator=generator, device=device)[:count]
         anew = torch.rand(count, generator=generator, device=device) < self.restart
-        return torch.where(anew.reshape(-1, *(1,) * (fresh.ndim - 1)), fresh, self.pool[places]), places
+        return torch.where(like(anew, fresh), fresh, self.pool[places]), places
 
     def put(self, chains: Tensor, places: Tensor) -> None:
         """The chains' ends go where they were taken."""

@@ -130,9 +130,9 @@ class Denoiser(nn.Module):
         if output.shape != x.shape:
             raise UserError(f"the network gave {tuple(output.shape)} for x {tuple(x.shape)}: both must be the same")
         if self.parameterization == "score":
-            output = output / _like(sigma, x)
+            output = output / like(sigma, x)
         a, b = COEFFICIENTS["edm" if self.readout else self.parameterization](sigma, self.sigma_data)
-        return (_like(a, x) * x + _like(b, x) * output).to(x.dtype)
+        return (like(a, x) * x + like(b, x) * output).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """grad ln p(x; sigma), [B, ...] like x, by Tweedie's formula."""
@@ -156,7 +156,7 @@ class Denoiser(nn.Module):
 
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         """c_in x in the dtype of the network's weights."""
-        scaled = x * _like((sigma**2 + self.sigma_data**2).rsqrt(), x)
+        scaled = x * like((sigma**2 + self.sigma_data**2).rsqrt(), x)
         return scaled.to(_network_dtype(self.network, scaled.dtype))
 
     def _output(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -174,9 +174,14 @@ class Denoiser(nn.Module):
             )
 
 
+def like(per_sample: Tensor, x: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to meet x [B, ...]."""
+    return per_sample.reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def tweedie(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """The score (denoised - x) / sigma^2 for x [B, ...] and sigma [B] (Robbins 1956; Efron 2011)."""
-    return (denoised - x) / _like(sigma.to(x.dtype) ** 2, x)
+    return (denoised - x) / like(sigma.to(x.dtype) ** 2, x)
 
 
 def convert(value: Tensor, x: Tensor, sigma: Tensor | float, source: str, target: str, sigma_data: float) -> Tensor:
@@ -190,7 +195,7 @@ def convert(value: Tensor, x: Tensor, sigma: Tensor | float, source: str, target
     a_source, b_source = source_pair(wide, sigma_data)
     a_target, b_target = target_pair(wide, sigma_data)
     of_x, of_value = (a_source - a_target) / b_target, b_source / b_target
-    return (_like(of_x, x) * x + _like(of_value, x) * value).to(value.dtype)
+    return (like(of_x, x) * x + like(of_value, x) * value).to(value.dtype)
 
 
 def check_inputs(x: Tensor, sigma: Tensor | float, class_labels: Tensor | None, num_classes: int | None) -> None:
@@ -238,8 +243,3 @@ def _network_dtype(network: Any, default: torch.dtype) -> torch.dtype:
     for parameter in network.parameters():
         return parameter.dtype
     return default
-
-
-def _like(per_sample: Tensor, x: Tensor) -> Tensor:
-    """[B] as [B, 1, ...], to meet x [B, ...]."""
-    return per_sample.reshape(-1, *(1,) * (x.ndim - 1))

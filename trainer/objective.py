@@ -24,7 +24,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.trainer import checks, noise
 from scoreray.trainer.contrastive import denoiser_divergence
-from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.denoiser import Denoiser, like
 from scoreray.trainer.sigma_sampling import LadderUniform, LogNormal, SigmaSampling, UniformT
 from scoreray.trainer.weighting import Adaptive, EDMWeighting, Learned, Sigma2, Velocity, Weighting
 
@@ -213,7 +213,7 @@ def loss_per_sample(
     sliced objectives); the loss is what `weighting(error, sigma)` (`weighting.build_weighting`) makes of it.
     Some need `draw_probes`. Nothing here waits for the device or draws a number.
     """
-    x = x0 + sigma.reshape(-1, *(1,) * (x0.ndim - 1)) * z
+    x = x0 + like(sigma, x0) * z
     if isinstance(objective, JACOBIAN_OBJECTIVES):
         error = _stein_error(objective, denoiser, x, sigma, class_labels, probes)
     elif isinstance(objective, ContrastiveObjective):
@@ -234,8 +234,8 @@ def _contrastive_error(
     assert probes is not None, "contrastive divergence needs probes"
     start = None
     if objective.start == "noise":
-        width = (sigma**2 + denoiser.sigma_data**2).sqrt().reshape(-1, *(1,) * (x.ndim - 1))
-        start, probes = width * probes[:, -1], probes[:, :-1]
+        width = (sigma**2 + denoiser.sigma_data**2).sqrt()
+        start, probes = like(width, x) * probes[:, -1], probes[:, :-1]
     return denoiser_divergence(denoiser, x, sigma, class_labels, probes, step_size=objective.step_size, start=start)
 
 

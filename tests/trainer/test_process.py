@@ -177,6 +177,24 @@ def test_derivatives_work_under_inference_mode_and_with_scalar_times(process):
     torch.testing.assert_close(inside, (process.drift(x, t.expand(4)), process.diffusion(t)))
 
 
+class Ellipse(GaussianProcess):
+    """What a new process takes: alpha and sigma (here VP's with a noise of half the size at the end)."""
+
+    def _alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return (-3 * t).exp()
+
+    def _sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (-torch.expm1(-6 * t)).sqrt()
+
+
+def test_a_process_is_two_functions_and_nothing_else():
+    process, t = Ellipse(), torch.linspace(0.01, 1, 30, dtype=F64)
+    torch.testing.assert_close(process.drift(torch.ones_like(t), t), -3 * torch.ones_like(t))
+    torch.testing.assert_close(process.diffusion(t) ** 2, 1.5 * torch.ones_like(t))
+    torch.testing.assert_close(process.time(process.noise_to_signal(t)), t)
+    assert process.sigma_range()[0] == 0
+
+
 Union = TypeAdapter(Annotated[Process, Field(discriminator="kind")])
 
 

@@ -119,6 +119,23 @@ def test_adaptive_state_is_a_buffer_that_stays_float32_and_ignores_what_is_not_f
     assert (module.ratio != 1).sum() == 1
 
 
+def test_adaptive_state_is_that_of_the_whole_batch_on_every_rank(monkeypatch):
+    error, sigma = torch.linspace(0.1, 2, 40), torch.logspace(-2, 1, 40)
+    alone = build_weighting(Adaptive(half_life=10.0), VP(), SD)
+    alone(error, sigma)
+    sent = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sent.append(sums.clone()))
+    halves = [(error[::2], sigma[::2]), (error[1::2], sigma[1::2])]
+    for half in halves:
+        build_weighting(Adaptive(half_life=10.0), VP(), SD)(*half)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.copy_(sent[0] + sent[1]))
+    for half in halves:
+        rank = build_weighting(Adaptive(half_life=10.0), VP(), SD)
+        rank(*half)
+        torch.testing.assert_close(rank.ratio, alone.ratio)
+
+
 @pytest.mark.parametrize("config", [cls() for cls in WEIGHTINGS.values()], ids=lambda c: c.kind)
 def test_every_weighting_gives_a_finite_loss_of_its_inputs_dtype(config):
     sigma = torch.logspace(-2, 2, 9)
