@@ -22,8 +22,7 @@ try:
 except ImportError:  # no wheel for this platform: Pillow decodes the same, at a third of the speed
     pyspng = None
 
-MAX_PIXELS = 1 << 26
-MAX_TEXT_BYTES = 1 << 20
+MAX_PIXELS = 1 << 25
 
 
 def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name: Callable[[], str]) -> np.ndarray:
@@ -50,11 +49,27 @@ def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name
     return array
 
 
+def look(data: bytes, code: int) -> tuple[tuple[int, ...], str]:
+    """(shape, dtype) as a manifest says them, of a sample that nothing is known of yet. Raises DataError."""
+    try:
+        channels = 1 if code == FORMATS["jpg"] and simplejpeg.decode_jpeg_header(data)[2] == "Gray" else 3
+        array = _DECODERS[code](data, (channels, 0, 0))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"the first sample can't be decoded: {' '.join(str(error).split())}") from error
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3):
+        return (array.shape[2], *array.shape[:2]), "uint8"
+    if array.dtype == np.float32 and array.ndim:
+        return array.shape, "float32"
+    raise DataError(f"the first sample is {array.dtype} {array.shape}; grey or RGB uint8, or float32, is needed")
+
+
 def _png(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
         raise DataError("is no png")
     width, height = struct.unpack(">II", data[16:24])
-    _check_pixels(width, height)
+    _check_size(width, height, shape)
     if pyspng is None:
         return _pillow(data, "PNG")
     array = pyspng.load(data)
@@ -63,7 +78,7 @@ def _png(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 def _jpg(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height)
+    _check_size(width, height, shape)
     return simplejpeg.decode_jpeg(data, colorspace="GRAY" if shape[0] == 1 else "RGB")
 
 
@@ -88,7 +103,10 @@ def _pillow(data: bytes, format: str) -> np.ndarray:
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def _check_pixels(width: int, height: int) -> None:
+def _check_size(width: int, height: int, shape: tuple[int, ...]) -> None:
+    """Before a pixel is decoded: a header of a few bytes may announce any number of them."""
+    if shape[1] and (height, width) != tuple(shape[1:]):
+        raise DataError(f"is {width} x {height} pixels, the manifest says {shape[2]} x {shape[1]}")
     if not 0 < width * height <= MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
 

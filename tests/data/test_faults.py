@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import random
@@ -54,7 +55,7 @@ class FaultProxy:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(OSError):  # the client may have left
             request = connection.recv(65536)
             while request and b"\r\n\r\n" not in request:
                 request += connection.recv(65536)
@@ -82,10 +83,7 @@ class FaultProxy:
             elif kind == "slow":
                 connection.sendall(head)
                 for i in range(len(body)):
-                    try:
-                        connection.sendall(body[i : i + 1])
-                    except OSError:
-                        return
+                    connection.sendall(body[i : i + 1])
                     time.sleep(0.2)
             else:
                 connection.sendall(head + body)

@@ -1,0 +1,168 @@
+"""Members of a tar that somebody else made: every step bounded, plain files only, names used for grouping alone.
+
+Python's tarfile follows whatever a header says (a 2.5 KB tar can hang it, CVE-2026-11972) and takes a tar that is cut
+between two members for a whole one. Here a tar is refused, with the reason and the offset, unless it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from scoreray.data.errors import DataError
+
+BLOCK = 512
+WINDOW_BYTES = 8 << 20
+MAX_MEMBER_BYTES = 64 << 20
+MAX_EXTENDED_BYTES = 64 << 10  # of a PAX or GNU long-name header
+MAX_NAME = 1024
+FILES, FOLDER, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0", b"7"), b"5", b"L", b"x", b"g"
+REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
+PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".dill", ".joblib")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A plain file: `offset` is where its bytes lie in the tar."""
+
+    name: str
+    offset: int
+    data: bytes
+
+
+class Tape:
+    """A tar's bytes from its start to its end, hashed on the way; a window of it is in memory."""
+
+    def __init__(self, get: Callable[[int, int], bytes], size: int) -> None:
+        self._get, self.size, self.position = get, size, 0
+        self._window, self._start = b"", 0
+        self._sha256 = hashlib.sha256()
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes. Raises DataError when fewer are left."""
+        if n > self.size - self.position:
+            raise DataError(f"byte {self.position}: {n} bytes are announced, {self.size - self.position} are left")
+        end = self.position + n
+        while end > self._start + len(self._window):
+            fresh_start = self._start + len(self._window)
+            fresh = self._get(fresh_start, min(self.size, max(end, fresh_start + WINDOW_BYTES)))
+            if not fresh:
+                raise DataError(f"byte {fresh_start}: the shard is cut")
+            self._sha256.update(fresh)
+            self._window, self._start = self._window[self.position - self._start :] + fresh, self.position
+        found = self._window[self.position - self._start : end - self._start]
+        self.position = end
+        return found
+
+    def sha256(self) -> str:
+        """Of the whole tar, when all of it was taken."""
+        assert self.position == self.size
+        return self._sha256.hexdigest()
+
+
+def members(tape: Tape) -> Iterator[Member]:
+    """The plain files of the tar, in order. Raises DataError with the offset of what is wrong or not accepted."""
+    long_name, long_size = "", None
+    while True:
+        at = tape.position
+        header = tape.take(BLOCK)
+        if not any(header):
+            return _check_end(tape)
+        if _octal(header[148:156], at) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
+            raise DataError(f"byte {at}: the header's checksum is wrong")
+        kind = header[156:157]
+        size = _octal(header[124:136], at)
+        if kind in (LONG_NAME, PAX, PAX_GLOBAL):
+            if size > MAX_EXTENDED_BYTES or long_name or long_size is not None:
+                raise DataError(f"byte {at}: an extended header of {size} bytes, or a second one for the same member")
+            data = _padded(tape, size)
+            if kind == LONG_NAME:
+                long_name = _text(data.rstrip(b"\0"), at)
+            else:
+                name, announced = _pax(data, at)
+                if kind == PAX:
+                    long_name, long_size = name, announced
+            continue
+        name, size = long_name or _short_name(header, at), size if long_size is None else long_size
+        long_name, long_size = "", None
+        _check_name(name, at)
+        if kind == FOLDER:
+            if size:
+                raise DataError(f"byte {at}: '{name}': a folder with {size} bytes")
+            continue
+        if kind not in FILES:
+            raise DataError(f"byte {at}: '{name}' is {REFUSED.get(kind, f'of the unknown kind {kind!r}')}: not read")
+        if size > MAX_MEMBER_BYTES:
+            raise DataError(f"byte {at}: '{name}' has {size} bytes, the limit is {MAX_MEMBER_BYTES}")
+        offset = tape.position
+        yield Member(name, offset, _padded(tape, size))
+
+
+def _padded(tape: Tape, size: int) -> bytes:
+    data = tape.take(size)
+    tape.take(-size % BLOCK)
+    return data
+
+
+def _check_end(tape: Tape) -> None:
+    """After the first block of zeros, which was taken, there is another, and nothing but zeros."""
+    at = tape.position
+    if tape.size - at < BLOCK:
+        raise DataError(f"byte {at}: the tar's end marker is cut")
+    while tape.position < tape.size:
+        if any(tape.take(min(1 << 16, tape.size - tape.position))):
+            raise DataError(f"byte {at}: there is more after the tar's end marker")
+
+
+def _octal(field: bytes, at: int) -> int:
+    """A number of a header: octal digits, or big-endian with the first bit set (GNU)."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b" \0")
+    if not all(byte in b"01234567" for byte in digits):
+        raise DataError(f"byte {at}: {field!r} in a header is no number")
+    return int(digits or b"0", 8)
+
+
+def _short_name(header: bytes, at: int) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+    return _text(prefix + b"/" + name if prefix else name, at)
+
+
+def _text(data: bytes, at: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {at}: a name that is not UTF-8") from error
+
+
+def _pax(data: bytes, at: int) -> tuple[str, int | None]:
+    """(path, size) of PAX records '<length> <key>=<value>\\n'; what else they say has no meaning here."""
+    path, size = "", None
+    while data:
+        length, _, _ = data[:8].partition(b" ")
+        if not length.isdigit() or not len(length) + 3 <= int(length) <= len(data):
+            raise DataError(f"byte {at}: a PAX header that is not well-formed")
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        data = data[int(length) :]
+        if key == b"path":
+            path = _text(value, at)
+        elif key == b"size":
+            if not value.isdigit() or len(value) > 19:
+                raise DataError(f"byte {at}: {value[:32]!r} is no size")
+            size = int(value)
+        elif key.startswith(b"GNU.sparse"):
+            raise DataError(f"byte {at}: a sparse file: not read")
+    return path, size
+
+
+def _check_name(name: str, at: int) -> None:
+    shown = ascii(name[:80])
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise DataError(f"byte {at}: {shown} can't be a member's name")
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+        raise DataError(f"byte {at}: the name {shown} leaves the tar: not read")
+    if name.lower().endswith(PICKLES):
+        raise DataError(f"byte {at}: {shown} is a pickle, which can run code: not read; pack without it")

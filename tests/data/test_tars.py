@@ -1,0 +1,284 @@
+"""Tars that somebody else made: indexed where they lie, and refused by name when they are not what they should be."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import pickle
+import random
+import shutil
+import struct
+import tarfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+import scoreray.data.index_tars as module
+from scoreray.data.decode import decode
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.index_tars import TarsPlan, index_tar, samples
+from scoreray.data.inspect import read_samples, verify
+from scoreray.data.manifest import FORMATS, RECORD, Manifest, digest
+from scoreray.data.pack import encode, pack
+from scoreray.data.store import open_store
+from scoreray.data.stream import Stream
+from scoreray.data.tars import Tape
+
+RAN: list[str] = []
+
+
+def image(number: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def write_tars(folder: Path, num_tars: int = 3, each: int = 20) -> None:
+    """As most people write them: with webdataset's TarWriter, which makes a PAX header a member."""
+    folder.mkdir()
+    for tar in range(num_tars):
+        with webdataset.TarWriter(str(folder / f"train-{tar:04d}.tar")) as writer:
+            for i in range(tar * each, (tar + 1) * each):
+                png = encode(image(i), "png")
+                writer.write({"__key__": f"a folder/{i:06d}", "png": png, "cls": i % 5, "json": {"n": i}})
+
+
+@pytest.mark.parametrize("kind", ["path", "s3"])
+def test_existing_webdataset_tars_are_indexed_where_they_lie(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    write_tars(tmp_path / "tars")
+    url = str(tmp_path / "tars")
+    if kind == "s3":
+        url = request.getfixturevalue("s3_url")
+        for path in (tmp_path / "tars").iterdir():
+            open_store(url).put(path.name, path)
+    before = dict(open_store(url).list())
+    manifest = pack(url, url, name="mine")
+    assert before.items() < dict(open_store(url).list()).items(), "the tars are as they were"
+    assert (manifest.num_samples, manifest.shape, manifest.class_counts) == (60, [3, 8, 8], [12] * 5)
+    values = np.stack([image(i) for i in range(60)]) / 127.5 - 1
+    assert manifest.sigma_data == pytest.approx(values.std(), rel=1e-9)
+    assert manifest.mean == pytest.approx(values.mean((0, 1, 2)), rel=1e-6)
+    assert verify(url) == []
+    with Stream(url, global_batch_size=20, rank=0, world_size=1, seed=0) as stream:
+        seen = {
+            int(n): (x, int(y))
+            for b in itertools.islice(stream, 3)
+            for n, x, y in zip(b.index, b.images, b.labels, strict=True)
+        }
+    assert all(torch.equal(seen[i][0], torch.from_numpy(image(i).transpose(2, 0, 1))) for i in range(60))
+    assert all(seen[i][1] == i % 5 for i in range(60))
+    assert pack(url, url, name="mine") == manifest
+
+
+def test_tars_are_not_copied_or_resized(tmp_path: Path) -> None:
+    write_tars(tmp_path / "tars", 1)
+    with pytest.raises(UserError, match="indexed where they lie, not copied; give it as the URL too"):
+        pack(tmp_path / "tars", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="image_size and samples_per_shard can't be given"):
+        pack(tmp_path / "tars", tmp_path / "tars", image_size=32)
+
+
+class Mischief:
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return RAN.append, ("code ran",)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data), kind, link
+    tar.addfile(info, io.BytesIO(data))
+
+
+def made(*entries: tuple, format: int = tarfile.USTAR_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for entry in entries:
+            add(tar, *entry)
+    return out.getvalue()
+
+
+PNG = encode(image(0), "png")
+GOOD = [(f"{i:03d}.png", encode(image(i), "png")) for i in range(4)]
+PAX = made((f"{'x' * 200}.png", PNG), format=tarfile.PAX_FORMAT)
+GREY = encode(image(0)[:, :, :1], "png")
+
+
+def with_header(data: bytes, at: int, start: int, value: bytes) -> bytes:
+    """A header at `at` changed, with its checksum mended."""
+    header = bytearray(data[at : at + 512])
+    header[start : start + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return data[:at] + bytes(header) + data[at + 512 :]
+
+
+def bomb() -> bytes:
+    """A png of 30000 x 30000 pixels in a few kB."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
+    ihdr = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1 << 20), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+HOSTILE = {
+    "pickle": (made(*GOOD, ("004.png", PNG), ("004.pkl", pickle.dumps(Mischief()))), "is a pickle"),
+    "pickled npy": (made(*GOOD, ("004.npy", b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|O', 'fortran_order': False, "
+                         b"'shape': (1,), }".ljust(117) + b"\n" + pickle.dumps(Mischief()))), "004.npy"),
+    "symlink": (made(*GOOD, ("004.png", b"", tarfile.SYMTYPE, "/etc/passwd")), "004.png' is a symbolic link"),
+    "hard link": (made(*GOOD, ("004.png", b"", tarfile.LNKTYPE, "000.png")), "is a hard link"),
+    "device": (made(*GOOD, ("004.png", b"", tarfile.CHRTYPE)), "is a device"),
+    "parent": (made(*GOOD, ("../004.png", PNG)), "leaves the tar"),
+    "absolute": (made(*GOOD, ("/etc/004.png", PNG)), "leaves the tar"),
+    "no printable name": (made(*GOOD, ("0\n04.png", PNG)), "can't be a member's name"),
+    "duplicate member": (made(*GOOD, GOOD[3]), "'003.png' comes twice"),
+    "unsorted": (made(*GOOD, ("000.cls", b"1")), "sample '000' comes twice, or its members lie apart"),
+    "two images": (made(*GOOD, ("003.jpg", b"x")), "has two images"),
+    "no image": (made(*GOOD, ("004.cls", b"1")), "sample '004' has no image"),
+    "bad class": (made(*GOOD, ("003.cls", b"cat")), "is no class number"),
+    "huge class": (made(*GOOD, ("003.cls", b"2000000000")), "class 2000000000, the limit"),
+    "other size": (made(*GOOD, ("004.png", encode(image(4, 9), "png"))), "is 9 x 9 pixels, the manifest says 8 x 8"),
+    "other channels": (made(*GOOD, ("004.png", GREY)), "004.png"),
+    "bomb": (made(*GOOD, ("004.png", bomb())), "30000 x 30000 pixels"),
+    "no png": (made(*GOOD, ("004.png", b"GIF89a")), "is no png"),
+    "huge size": (with_header(made(*GOOD), 0, 124, b"77777777777\0"), "the limit is"),
+    "huge binary size": (with_header(made(*GOOD), 0, 124, b"\x80" + b"\xff" * 11), "the limit is"),
+    "size past the end": (with_header(made(*GOOD), 0, 124, b"%011o\0" % 40960), "are announced"),
+    "huge pax header": (with_header(PAX, 0, 124, b"%011o\0" % (1 << 20)), "an extended header of 1048576 bytes"),
+    "pax length 0": (PAX[:512] + b"000" + PAX[515:], "PAX header that is not well-formed"),
+    "pax length too long": (PAX[:512] + b"999" + PAX[515:], "PAX header that is not well-formed"),
+    "pax upon pax": (PAX[:1024] + PAX, "a second one for the same member"),
+    "cut at a member": (made(*GOOD)[: 2 * 1024], "0 are left"),
+    "cut in the end": (made(*GOOD)[: 4 * 1024 + 512], "end marker is cut"),
+    "empty": (made(), "holds no sample"),
+    "no bytes": (b"", "0 are left"),
+    "gzipped": (zlib.compress(made(*GOOD)), "."),
+    "more after the end": (made(*GOOD) + made(*GOOD), "more after the tar's end"),
+    "text": (b"hello " * 1000, "header"),
+}  # fmt: skip
+
+
+def index(folder: Path, data: bytes) -> list[str]:
+    """Indexes `data` as the second of two tars and reads all of it back; what verify() finds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(made(*GOOD))
+    (folder / "1.tar").write_bytes(data)
+    plan = TarsPlan(
+        str(folder), "x", [("0.tar", (folder / "0.tar").stat().st_size), ("1.tar", len(data))], (3, 8, 8), "uint8"
+    )
+    started = time.perf_counter()
+    try:
+        packed = index_tar(plan, 1)
+    finally:
+        assert time.perf_counter() - started < 5
+    problems = []
+    for record in np.frombuffer(packed.records, RECORD):
+        member = data[int(record["offset"]) :][: int(record["size"])]
+        if digest(member) != int(record["digest"]):
+            problems.append("digest")
+        decode(member, int(record["format"]), (3, 8, 8), np.dtype("uint8"), lambda: "sample")
+    return problems
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tar_is_refused_by_name_and_runs_nothing(name: str, tmp_path: Path) -> None:
+    data, message = HOSTILE[name]
+    with pytest.raises(DataError, match=message) as caught:
+        index(tmp_path / "tars", data)
+    assert "1.tar: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert RAN == []
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    out = bytearray(data)
+    kind = chance.randrange(5)
+    if kind == 0:  # bits, anywhere
+        for _ in range(chance.randint(1, 8)):
+            out[chance.randrange(len(out))] ^= 1 << chance.randrange(8)
+    elif kind == 1:  # a header's field, with the checksum right
+        at = 1024 * chance.randrange(4)
+        start = chance.choice([0, 100, 124, 136, 156, 257, 345])
+        return with_header(data, at, start, bytes(chance.randrange(256) for _ in range(chance.randint(1, 12))))
+    elif kind == 2:  # cut, mostly at a block
+        return data[: chance.choice([512, 512, 1]) * chance.randrange(1, len(data) // 512)]
+    elif kind == 3:  # blocks out of order
+        i, j = (512 * chance.randrange(len(data) // 512) for _ in range(2))
+        out[i : i + 512], out[j : j + 512] = data[j : j + 512], data[i : i + 512]
+    else:  # blocks twice
+        i = 512 * chance.randrange(len(data) // 512)
+        out[i:i] = data[i : i + 512 * chance.randint(1, 4)]
+    return bytes(out)
+
+
+def test_a_thousand_mutated_tars_are_refused_or_whole_and_none_takes_long(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    base = made(*GOOD)
+    refusals = []
+    for _ in range(1000):
+        try:
+            assert index(tmp_path / "tars", mutated(base, chance)) == []
+        except DataError as error:
+            refusals.append(str(error))
+    assert 500 < len(refusals) < 1000
+    assert all("1.tar: " in refusal for refusal in refusals)
+    assert RAN == []
+
+
+def test_a_mutated_shard_of_a_packed_set_never_gives_other_images(packed: tuple[str, Manifest], tmp_path: Path) -> None:
+    """With the manifest's digests every change of a member is seen; what else lies in a tar is not looked at."""
+    url = tmp_path / "set"
+    shutil.copytree(packed[0], url)
+    path = url / packed[1].shards[2].name
+    base = path.read_bytes()
+    numbers = list(range(128, 192))
+    expected = read_samples(packed[0], numbers)
+    chance = random.Random(1)
+    refusals = []
+    for _ in range(60):
+        path.write_bytes(mutated(base, chance))
+        try:
+            assert torch.equal(read_samples(str(url), numbers), expected)
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 20
+    assert all("000002.tar: sample" in refusal for refusal in refusals)
+
+
+def test_members_longer_than_the_window_and_long_names_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scoreray.data.tars.WINDOW_BYTES", 700)
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        entries = [(f"{'long/' * 25}{i}.png", encode(image(i, 32), "png")) for i in range(5)]
+        data = made(("folder", b"", tarfile.DIRTYPE), *entries, format=format)
+        tape = Tape(lambda start, end, data=data: data[start:end], len(data))
+        found = list(samples(tape))
+        assert [(m.name, m.data) for m, _ in found] == entries
+        assert all(data[m.offset :].startswith(m.data) for m, _ in found)
+        assert tape.sha256() == hashlib.sha256(data).hexdigest()
+
+
+def test_jpg_and_grey_tars_are_recognised(tmp_path: Path) -> None:
+    for name, picture, shape in [("rgb", image(1, 16), [3, 16, 16]), ("grey", image(1, 16)[:, :, :1], [1, 16, 16])]:
+        (tmp_path / name).mkdir()
+        data = made(*((f"{i}.jpeg", encode(np.ascontiguousarray(np.roll(picture, i, 0)), "jpg")) for i in range(3)))
+        (tmp_path / name / "a.tar").write_bytes(data)
+        assert pack(tmp_path / name, tmp_path / name).shape == shape
+        first = Image.open(io.BytesIO(data[512 : 512 + 100_000]))
+        assert (
+            abs(
+                np.asarray(first).astype(int)
+                - read_samples(str(tmp_path / name), [0])[0].numpy().transpose(1, 2, 0).squeeze()
+            ).max()
+            <= 2
+        )
+    assert module.SUFFIXES["jpeg"] == FORMATS["jpg"]
