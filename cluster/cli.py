@@ -187,6 +187,56 @@ def pack(
         typer.echo(f"next: scoreray train CONFIG data.url={url}")
 
 
+@data_app.command()
+def verify(
+    url: Annotated[str, typer.Argument(help="A packed data set.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a data set against its manifest; exit status 3 when something is wrong."""
+    from scoreray.cluster.display import counted
+    from scoreray.data.inspect import verify as problems_of
+
+    with counted("verify", "samples") as progress:
+        problems = problems_of(url, progress)
+    if as_json:
+        typer.echo(json.dumps({"url": url, "problems": problems}))
+    else:
+        typer.echo("\n".join(problems) if problems else f"{url}: every shard is what the manifest says")
+    if problems:
+        raise typer.Exit(3)
+
+
+@data_app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="A packed data set.")],
+    picture: Annotated[Path | None, typer.Option(help="Where the picture grid goes (PNG).")] = None,
+    count: Annotated[int, typer.Option(help="Samples in the picture.", min=1, max=1024)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """What a data set holds: counts, sizes, suggested sigma_data and sigma_max, and a picture of its samples."""
+    from dataclasses import asdict
+
+    from scoreray.data.inspect import picture_grid, read_samples, summary
+
+    found = asdict(summary(url))
+    if picture is not None:
+        if len(found["shape"]) != 3:
+            raise UserError(f"--picture: samples of shape {list(found['shape'])} are no pictures")
+        step = max(1, found["num_samples"] // count)
+        try:
+            picture_grid(read_samples(url, range(0, found["num_samples"], step)[:count])).save(picture)
+        except OSError as error:
+            raise UserError(f"--picture {picture}: can't be written: {error.strerror or error}") from None
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for key, value in found.items():
+        shown = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else value
+        typer.echo(f"{key:13} {f'{shown:,}' if isinstance(shown, int) else shown}")
+    if picture is not None:
+        typer.echo(f"{'picture':13} {picture}")
+
+
 def _options(pairs: list[str]) -> dict[str, Any]:
     import yaml
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -80,3 +80,10 @@ def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
     progress.add_task(name, total=total)
     with progress:
         yield progress
+
+
+@contextmanager
+def counted(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for what tells (done, in all) itself."""
+    with bar(name, 1, unit) as progress:
+        yield lambda done, total: progress.update(progress.task_ids[0], completed=done, total=total)

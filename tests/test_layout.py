@@ -1,0 +1,125 @@
+"""The package is what its layout promises: one-way imports, a wheel that holds everything, presets that are valid."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from scoreray.trainer.config import load_config
+
+ROOT = Path(__file__).parent.parent
+ORDER = ("data", "trainer", "sampling", "tune", "cluster")
+WITHOUT_RAY = (
+    "process",
+    "denoiser",
+    "unet",
+    "dit",
+    "mlp",
+    "network",
+    "step",
+    "loop",
+    "objective",
+    "optimizer",
+    "engine",
+)
+
+
+def imported(tree: ast.AST, anywhere: bool = True) -> set[str]:
+    nodes = ast.walk(tree) if anywhere else ast.iter_child_nodes(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_go_one_way(folder: str) -> None:
+    later = ORDER[ORDER.index(folder) + 1 :]
+    for file in (ROOT / folder).glob("*.py"):
+        names = imported(ast.parse(file.read_text()))
+        for other in later:
+            assert not any(name.startswith(f"scoreray.{other}") for name in names), f"{file} imports {other}"
+        assert not any(name.split(".")[0] in ORDER for name in names), f"{file}: import scoreray.<folder> instead"
+
+
+def test_the_mathematics_needs_neither_ray_nor_deepspeed() -> None:
+    files = [ROOT / "trainer" / f"{name}.py" for name in WITHOUT_RAY] + list((ROOT / "sampling").glob("*.py"))
+    code = "import sys\n" + "".join(
+        f"import scoreray.{f.parent.name}.{f.stem}\n" for f in files if f.stem != "__init__"
+    )
+    code += "assert not {'ray', 'deepspeed'} & set(sys.modules), {'ray', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_folders_are_flat_and_listed() -> None:
+    """A subpackage that is not listed would work editable and be missing from the wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(settings["packages"]) == sorted(f"scoreray.{folder}" for folder in ORDER)
+    assert settings["package-dir"] == {f"scoreray.{folder}": folder for folder in ORDER}
+    for folder in ORDER:
+        assert not list((ROOT / folder).glob("*/*.py"))
+        assert (ROOT / folder / "py.typed").exists()
+        assert (ROOT / "tests" / "typing" / "scoreray" / folder).resolve() == ROOT / folder
+
+
+def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(source)], check=True)
+    for folder in (*ORDER, "pyproject.toml", "README.md"):  # what is not committed yet counts too
+        subprocess.run(["cp", "-r", str(ROOT / folder), str(source)], check=True)
+    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, timeout=200)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        f"scoreray/{folder}/{path.name}"
+        for folder in ORDER
+        for path in (ROOT / folder).iterdir()
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert wanted <= names, sorted(wanted - names)
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", str(site), str(wheel)], check=True)
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv[0] = 'scoreray'; " + (
+        "from scoreray.cluster import cli; assert cli.__file__.startswith(sys.path[0]), cli.__file__; cli.main()"
+    )
+    # -S would drop dependencies too; -P and the prepended site make the wheel's copy win over the editable one
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_presets_are_valid(preset: str) -> None:
+    config = load_config(ROOT / "configs" / preset)
+    assert config.duration.images >= config.data.global_batch_size
+
+
+def test_the_shipped_images_are_small_and_licensed() -> None:
+    assert (ROOT / "data" / "fashion-mnist.npz").stat().st_size < 6_000_000
+    assert "MIT" in (ROOT / "data" / "fashion-mnist.LICENSE").read_text()
+
+
+def test_the_readmes_tree_is_the_tree() -> None:
+    """One line per module, from its docstring: `python docs/update_readme.py` writes it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text()
+    assert module.updated(readme) == readme, "run python docs/update_readme.py"

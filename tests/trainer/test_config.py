@@ -1,0 +1,116 @@
+"""Configs: typed, every mistake at once and in one line each, overrides, equal after a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.config import differing_keys, dump_config, load_config
+from scoreray.trainer.process import VP
+
+MINIMAL: dict[str, Any] = {
+    "run": {"name": "a", "storage": "s3://bucket/runs"},
+    "data": {"url": "s3://bucket/data"},
+    "duration": {"images": "200k"},
+}
+
+
+def test_defaults_round_trip() -> None:
+    config = load_config(MINIMAL)
+    assert config.duration.images == 200_000
+    assert load_config(yaml.safe_load(dump_config(config))) == config
+    assert load_config(config.model_dump(mode="json")) == config
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    wrong = {
+        **MINIMAL,
+        "optimizer": {"learning_rate": "fast"},
+        "engine": {"zero_stage": 7},
+        "netwrk": {},
+        "process": {"kind": "vpp"},
+        "duration": {"images": -1},
+    }
+    with pytest.raises(UserError) as caught:
+        load_config(wrong)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "config: 5 mistakes"
+    for key, hint in (
+        ("optimizer.learning_rate", "'fast'"),
+        ("engine.zero_stage", "0, 1, 2 or 3"),
+        ("netwrk", "did you mean 'network'?"),
+        ("process.kind", "did you mean 'vp'?"),
+        ("duration.images", "-1"),
+    ):
+        assert any(line.strip().startswith(key) and hint in line for line in lines[1:]), (key, lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("process.sigma_mx=3", "did you mean 'sigma_max'"),
+        ("optimizer.lr=1", "optimizer.lr: unknown key"),
+        ("objective.weighting.kind=min_snrr", "did you mean 'min_snr'"),
+        ("scaling.workers=[4,2]", "scaling.workers"),
+        ("scaling.workers=0", "scaling.workers"),
+        ("scaling.workers=3", "data.global_batch_size: 256 in 128 lanes can't be shared by 3 workers"),
+        ("scaling.workers=[2,4]", "a multiple of 12"),
+        ("engine.micro_batch_size=100", "does not divide the 256 rows"),
+        ("data.num_lanes=100", "does not divide data.global_batch_size"),
+        ("run.name=../x", "run.name"),
+        ("ema.stds=[]", "no length is tracked"),
+        ("ema.stds=[0.1,0.1]", "names a length twice"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas"),
+        ("duration.images=many", "duration.images"),
+        ("duration", "is not an override"),
+        ("run.name.x=1", "not a section"),
+        ("process.sigma_min=[", "not YAML"),
+    ],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(MINIMAL, [override])
+    assert message in str(caught.value)
+
+
+def test_overrides_reach_any_key_and_kind() -> None:
+    config = load_config(MINIMAL, ["process.beta_max=10", "process.kind=vp", "optimizer.learning_rate=1e-3"])
+    assert config.process == VP(beta_max=10.0)
+    assert config.optimizer.learning_rate == 1e-3
+    nested = load_config(MINIMAL, ["objective.sigma_sampling.P_mean=-0.5"])
+    assert nested.objective.sigma_sampling.P_mean == -0.5  # type: ignore[union-attr]
+
+
+def test_a_new_kind_drops_the_old_kinds_keys(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({**MINIMAL, "process": {"kind": "ve", "sigma_max": 90}}))
+    assert load_config(file, ["process.kind=vp"]).process == VP()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1, 2]", "mapping"), ("a: [", "not YAML"), ("\xff", "mapping"), ("", "mapping")],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=f"{message}|can't be read"):
+        load_config(file)
+    with pytest.raises(UserError, match="no such config"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_differing_keys_leave_out_what_may_change() -> None:
+    old = load_config(MINIMAL)
+    assert (
+        differing_keys(old, load_config(MINIMAL, ["scaling.workers=4", "engine.zero_stage=3", "duration.images=1M"]))
+        == []
+    )
+    assert differing_keys(old, load_config(MINIMAL, ["run.seed=1"])) == ["run.seed: 0 there, 1 here"]
+    cosine = load_config(MINIMAL, ["optimizer.schedule=cosine"])
+    longer = load_config(MINIMAL, ["optimizer.schedule=cosine", "duration.images=1M"])
+    assert differing_keys(cosine, longer) == ["duration.images: 200000 there, 1000000 here"]
