@@ -221,9 +221,12 @@ def _as_batch(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def _check_sigma(sigma: Tensor) -> None:
-    good = (sigma > 0) & sigma.isfinite()
-    if not bool(good.all()):
-        raise UserError(f"sigma is {sigma[~good][0].item()}: give finite noise levels above 0")
+    if not len(sigma):
+        return
+    low, high = sigma.aminmax()
+    if not 0 < float(low) <= float(high) < math.inf:  # NaN comes through both, and compares as false
+        bad = sigma[~((sigma > 0) & sigma.isfinite())]
+        raise UserError(f"sigma is {bad[0].item()}: give finite noise levels above 0")
 
 
 def _check_labels(class_labels: Tensor, num_classes: int | None) -> None:

@@ -369,8 +369,8 @@ def _ddpm_table(beta_min: float, beta_max: float, num_steps: int, device: torch.
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    t = t.contiguous()  # forward-mode AD refuses an expanded tensor
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    """d function / dt, element by element. Reverse mode: torch's forward mode costs milliseconds on a CPU here."""
+    return torch.func.grad(lambda s: function(s).sum())(t)
 
 
 def _wide(t: Time, like: Tensor | None = None) -> Tensor:

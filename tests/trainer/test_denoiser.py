@@ -205,6 +205,7 @@ def test_denoising_compiles_into_one_graph():
         ({"sigma": float("nan")}, "sigma is nan"),
         ({"sigma": torch.tensor([1.0, 1.0, -2.0, 1.0, 1.0])}, "sigma is -2.0"),
         ({"sigma": torch.tensor([1.0, 1.0, float("nan"), 1.0, 1.0])}, "sigma is nan"),
+        ({"sigma": torch.tensor([1.0, float("inf"), 1.0, 1.0, 1.0])}, "sigma is inf"),
         ({"sigma": torch.ones(4)}, r"sigma has shape \(4,\) and x \(5, 2, 4, 4\)"),
         ({"class_labels": torch.tensor([0, 1, 2, 3, 0])}, "class label 3 is out of range: the network knows 0 to 2"),
         ({"class_labels": torch.tensor([0, 1, -2, 2, 0])}, "class label -2 is out of range"),
@@ -216,6 +217,11 @@ def test_bad_input_is_named(change, message):
     x, sigma, labels = batch()
     with pytest.raises(UserError, match=message):
         Denoiser(conv())(**{"x": x, "sigma": sigma, "class_labels": labels, **change})
+
+
+def test_an_empty_batch_stays_empty():
+    x, sigma, labels = batch(count=0)
+    assert Denoiser(conv())(x, sigma, labels).shape == (0, 2, 4, 4)
 
 
 def test_nan_inputs_are_named_where_they_are_asked_about():

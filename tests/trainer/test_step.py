@@ -11,7 +11,7 @@ from scoreray.trainer.objective import OBJECTIVES, DenoisingObjective, EDMObject
 from scoreray.trainer.process import EDM, PROCESSES, VP
 from scoreray.trainer.sigma_sampling import LogNormal, UniformT
 from scoreray.trainer.step import TrainingModule, to_uint8, to_unit_range
-from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned
+from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned, Likelihood
 
 B = 12
 POSITIONS = torch.arange(100, 100 + B)
@@ -146,7 +146,11 @@ def test_what_a_weighting_learns_is_an_ordinary_parameter_or_buffer():
     assert not list(module().named_buffers())
 
 
-@pytest.mark.parametrize("objective", [EDMObjective(), EDMObjective(Learned()), DenoisingObjective()], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [EDMObjective(), EDMObjective(Learned()), DenoisingObjective(Likelihood())],
+    ids=lambda o: o.weighting.kind,
+)
 def test_a_step_compiles_into_one_graph(objective):
     torch._dynamo.reset()
     process = VP()
