@@ -72,6 +72,7 @@ def overhead(batch: int, device: torch.device, compiled: bool, repeats: int) -> 
     """For each sampler: us of its own per call, and what that is of a network call, in percent."""
     torch.manual_seed(0)
     network = build_network(UNetConfig(model_channels=32, channel_mult=(1, 2, 2), head_channels=32), SHAPE)
+    parameters = num_parameters(network)
     network = network.to(device).eval().requires_grad_(False)
     denoiser = Denoiser(torch.compile(network) if compiled else network)
     x = 80 * SampleNoise(range(batch)).normal((batch, *SHAPE)).to(device)
@@ -86,7 +87,7 @@ def overhead(batch: int, device: torch.device, compiled: bool, repeats: int) -> 
             {
                 "sampler": sampler,
                 "batch": batch,
-                "parameters": num_parameters(network),
+                "parameters": parameters,
                 "network_ms": bare * 1e3,
                 "own_us": own * 1e6,
                 "own_percent": 100 * own / bare,
