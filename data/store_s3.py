@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -52,6 +54,9 @@ class S3Store(Store):
     def _at(self, key: str) -> dict[str, str]:
         prefix = self.root[5:].partition("/")[2]
         return {"Bucket": self._bucket, "Key": f"{prefix}/{check_key(key)}" if prefix else check_key(key)}
+
+    def check_writable(self) -> None:
+        _brief().run(super().check_writable)
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         if end is not None and end <= (start or 0):
@@ -131,6 +136,13 @@ class S3Store(Store):
         return client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
 
 
+def _brief() -> Context:
+    """A context in which a store that does not answer is given up soon: for checks that a person waits for."""
+    context = copy_context()
+    context.run(_patience_s.set, 2.0)
+    return context
+
+
 _clients: dict[tuple[str | None, ...], Any] = {}
 _lock = threading.Lock()
 
@@ -168,13 +180,14 @@ def client() -> Any:
         return _clients[key]
 
 
+_patience_s: ContextVar[float] = ContextVar("patience_s", default=math.inf)  # less than PATIENCE_S, where set
 num_retries = 0  # of this process, beyond botocore's own; for metrics
 
 
 def _ask(url: str, request: Callable[[], T]) -> T:
     """The answer to `request`, asked again with backoff while the store is busy or cut off, up to PATIENCE_S."""
     global num_retries
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + min(PATIENCE_S, _patience_s.get())
     for attempt in range(1000):
         try:
             return request()

@@ -6,7 +6,6 @@ and block size, hands out the same samples at any world size.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -113,7 +112,9 @@ class Stream:
         shards_kept = 2 * (self._end_lane - self._first_lane) + 4
         self._reader = Reader(store, self.manifest, self.stats, shards_kept, self._quarantine)
         self._blocks = Blocks(self._reader, self.order, cache_bytes)
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
+        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
+        self._slots = threading.Semaphore(prefetch_batches)
+        self._scratch: np.ndarray | None = None
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -137,6 +138,7 @@ class Stream:
             self._producer.start()
         started = time.perf_counter()
         ready = self._ready.get()
+        self._slots.release()
         self.stats.stall_s += time.perf_counter() - started
         if isinstance(ready, BaseException):
             self._error = ready
@@ -169,8 +171,8 @@ class Stream:
 
     def _hand_over(self, ready: Batch | BaseException) -> None:
         while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._ready.put(ready, timeout=0.2)
+            if self._slots.acquire(timeout=0.2):
+                self._ready.put(ready)
                 return
 
     def _batches(self, start: int) -> Iterator[Batch]:
@@ -195,15 +197,20 @@ class Stream:
                 decoders.shutdown(wait=False, cancel_futures=True)
 
     def _batch(self, rows: Rows, decoders: ThreadPoolExecutor | None) -> Batch:
-        n = len(rows.positions)
-        images = np.empty((n, *self._blocks.stored_shape), self._blocks.dtype)
+        n, dtype = len(rows.positions), self._blocks.dtype
+        if dtype == np.uint8 and self.manifest.shape[0] > 1:  # to be copied, as decoders put the channels last
+            if self._scratch is None:
+                self._scratch = np.empty((n, *self._blocks.stored_shape), dtype)
+            images = self._scratch
+        else:
+            images = np.empty((n, *self._blocks.stored_shape), dtype)
         if decoders:
             cuts = [n * i // self._num_decoders for i in range(self._num_decoders + 1)]
             list(decoders.map(lambda i, j: self._blocks.decode(rows.part(i, j), images[i:j]), cuts[:-1], cuts[1:]))
         else:
             self._blocks.decode(rows, images)
-        if images.dtype == np.uint8:
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if dtype == np.uint8:
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # of one channel: no copy
         # Copies, as a batch must not keep the rows of its neighbours alive.
         arrays = [torch.from_numpy(a) for a in (images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())]
         return Batch(*(array.pin_memory() for array in arrays)) if self._pin_memory else Batch(*arrays)

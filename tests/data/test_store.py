@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,6 +140,10 @@ def test_wrong_and_absent_credentials_are_told_apart(s3_url: str, monkeypatch: p
 
 def test_an_endpoint_that_does_not_answer_is_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="is not reachable"):
+        open_store(s3_url).check_writable()
+    assert time.monotonic() - started < 20, "somebody waits for this check"
     monkeypatch.setattr(store_s3, "PATIENCE_S", 0.1)
     with pytest.raises(StorageError, match=r"the endpoint http://127.0.0.1:9 is not reachable; check AWS_ENDPOINT_URL"):
         open_store(s3_url).get("key")

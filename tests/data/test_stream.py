@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -257,6 +258,28 @@ def test_what_is_read_is_what_is_needed(packed: tuple[str, Manifest]) -> None:
                 read_records = sum(part.nbytes for part in stream._reader._records.values())
                 fetched += stream.stats.bytes_read - read_records
         assert fetched / needed < 1.1 + 8 * 64 / manifest.num_samples  # the next epoch's first blocks are read too
+
+
+def test_a_stream_of_1e9_samples_in_1e5_shards_opens_at_once_in_little_memory(tmp_path: Path) -> None:
+    shards = [{"name": f"{i}.tar", "num_samples": 10_000, "bytes": 2 << 20, "sha256": f"{i:064x}",
+               "records_sha256": f"{i:064x}"} for i in range(100_000)]  # fmt: skip
+    head = {"version": 1, "name": "large", "shape": [1, 28, 28], "dtype": "uint8", "num_samples": 10**9, "classes": [],
+            "class_counts": [], "mean": [0.0], "sigma_data": 0.5,
+            "index": {"name": "index.bin", "bytes": 32 * 10**9, "sha256": "0" * 64}}  # fmt: skip
+    (tmp_path / MANIFEST).write_text(json.dumps(head | {"shards": shards}))
+    del shards
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, started = resident_bytes(), time.process_time()
+    stream = Stream(
+        str(tmp_path), global_batch_size=256, rank=3, world_size=8, seed=0, position=7 * 10**9 + 256 * 12345
+    )
+    samples = stream.order.samples(np.arange(stream.position, stream.position + 256))
+    assert time.process_time() - started < 1
+    assert resident_bytes() - before < 300 << 20
+    assert len(set(samples.tolist())) == 256
 
 
 def test_s3_gives_the_same_batches_as_a_folder(packed: tuple[str, Manifest], s3_url: str) -> None:

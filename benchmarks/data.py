@@ -1,0 +1,167 @@
+"""Samples a second of the stream against stock webdataset and against decoding alone, in one run on this machine.
+
+    python benchmarks/data.py [--repeats 5] [--json]
+
+Every figure is the median of the repeats, which take turns so that a busy machine slows all alike. One process; the
+stream's own threads are part of it. "from memory": decoding members that are in memory, no tar, no order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pyspng
+import simplejpeg
+import webdataset
+from PIL import Image
+
+from scoreray.data import fashion_mnist_path
+from scoreray.data.local_s3 import LocalS3
+from scoreray.data.manifest import Manifest
+from scoreray.data.order import Order, Run
+from scoreray.data.pack import pack
+from scoreray.data.reader import Reader, Stats
+from scoreray.data.store import open_store
+from scoreray.data.stream import Stream
+
+BATCH = 256
+
+
+Seconds = tuple[float, float]  # of the clock, of the CPU (all threads of this process)
+
+
+def timed(work: Callable[[], object]) -> Seconds:
+    started = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - started[0], time.process_time() - started[1]
+
+
+def jpg_source(path: Path, num_images: int = 6000) -> Path:
+    """64 x 64 colour images with some structure (enlarged garments, tinted), as .npz."""
+    with np.load(fashion_mnist_path()) as archive:
+        grey, labels = archive["images"][:num_images], archive["labels"][:num_images]
+    large = np.stack([np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC)) for image in grey])
+    tint = np.random.default_rng(0).uniform(0.4, 1, (num_images, 1, 1, 3))
+    np.savez(path, images=(large[..., None] * tint).astype(np.uint8), labels=labels)
+    return path
+
+
+def stream(url: str, num_batches: int, **options: int) -> Seconds:
+    """Of `num_batches` batches, after the first ones."""
+    # 32 lanes of blocks of 256: what a data set of some 100,000 images gets by default; this one is smaller.
+    with Stream(
+        url, global_batch_size=BATCH, rank=0, world_size=1, seed=0, cache_bytes=0, num_lanes=32, shuffle_block=256,
+        **options,
+    ) as batches:  # fmt: skip
+        list(itertools.islice(batches, 4))
+        return timed(lambda: list(itertools.islice(batches, num_batches)))
+
+
+def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds:
+    """The same number of samples through webdataset's usual pipeline: shuffle, decode, batches of arrays."""
+    pipeline = webdataset.WebDataset(tars * 4, shardshuffle=False).shuffle(1000)
+    if callable(decoder):
+        pipeline = pipeline.to_tuple("png;jpg", "cls").map_tuple(decoder, int)
+    else:
+        pipeline = pipeline.decode(decoder).to_tuple("png;jpg", "cls")
+    batches = iter(pipeline.batched(BATCH))
+    list(itertools.islice(batches, 4))
+    return timed(lambda: list(itertools.islice(batches, num_batches)))
+
+
+def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarray]) -> Seconds:
+    manifest = Manifest.load(open_store(url))
+    reader = Reader(open_store(url), manifest, Stats())
+    members = [member for member in reader.read([Run(0, 0, manifest.shards[0].num_samples)])[0] if member is not None]
+    some = list(itertools.islice(itertools.cycle(members), num_batches * BATCH))
+    return timed(lambda: deque(map(decoder, some), maxlen=0))
+
+
+def over_read(url: str, world_size: int) -> float:
+    """Bytes fetched over bytes of the shards, for an epoch of all ranks together."""
+    manifest = Manifest.load(open_store(url))
+    fetched = 0
+    order = Order([s.num_samples for s in manifest.shards], seed=0, num_lanes=64, shuffle_block=64)
+    for rank in range(world_size):
+        stats = Stats()
+        reader = Reader(open_store(url), manifest, stats, shards_kept=10**6)
+        for lane in range(rank * 64 // world_size, (rank + 1) * 64 // world_size):
+            for block in range(order.num_blocks(0, lane)):
+                reader.read(order.block(0, lane, block).runs)
+        fetched += stats.bytes_read
+    return fetched / sum(shard.bytes for shard in manifest.shards)
+
+
+def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callable, stock_decoder: str) -> dict:
+    url, num_batches = str(folder / name), 60
+    manifest = pack(source, url, image_format=name, samples_per_shard=2000)
+    tars = [f"{url}/{shard.name}" for shard in manifest.shards]
+    with LocalS3(folder / f"s3-{name}") as server:
+        os.environ.update(server.env)
+        server.create_bucket("benchmark")
+        remote = open_store("s3://benchmark/set")
+        for key, _ in open_store(url).list():
+            remote.put(key, open_store(url).get(key))
+        ways: dict[str, Callable[[], Seconds]] = {
+            "decode from memory": lambda: from_memory(url, num_batches, decoder),
+            "scoreray, local": lambda: stream(url, num_batches),
+            "scoreray, local, 2 decoding threads": lambda: stream(url, num_batches, decode_threads=2),
+            "scoreray, S3 on this machine": lambda: stream(remote.url(), num_batches),
+            "webdataset, same decoder": lambda: stock(tars, num_batches, decoder),
+            "webdataset, its own decoder": lambda: stock(tars, num_batches, stock_decoder),
+        }
+        seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
+        for _ in range(repeats):
+            for way, run in ways.items():
+                seconds[way].append(run())
+    per = 1e6 / (num_batches * BATCH)
+    result: dict[str, object] = {}
+    for i, clock in enumerate(("wall", "CPU")):
+        us = {way: statistics.median(took[i] for took in runs) * per for way, runs in seconds.items()}
+        ours = us["scoreray, local"]
+        result |= {
+            f"{clock} us per sample": {way: round(value, 1) for way, value in us.items()},
+            f"{clock}: times webdataset, same decoder": round(us["webdataset, same decoder"] / ours, 2),
+            f"{clock}: times webdataset, its own decoder": round(us["webdataset, its own decoder"] / ours, 2),
+            f"{clock}: of decode from memory": round(us["decode from memory"] / ours, 2),
+            f"{clock}: S3 of local": round(ours / us["scoreray, S3 on this machine"], 2),
+        }
+    return result | {"bytes fetched over needed": {w: round(over_read(url, w), 3) for w in (1, 8, 64)}}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--json", action="store_true")
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory(prefix="scoreray-benchmark-") as name:
+        folder = Path(name)
+        results = {
+            "28x28 png": measure("png", fashion_mnist_path(), folder, options.repeats, pyspng.load, "l8"),
+            "64x64 jpg": measure(
+                "jpg", jpg_source(folder / "jpg.npz"), folder, options.repeats, simplejpeg.decode_jpeg, "rgb8"
+            ),
+        }
+    if options.json:
+        print(json.dumps(results))
+        return
+    for what, result in results.items():
+        print(what)
+        for key, value in result.items():
+            print(f"  {key}: {value}")
+
+
+if __name__ == "__main__":
+    main()
