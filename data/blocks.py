@@ -72,6 +72,7 @@ class Blocks:
     def rows(self, positions: np.ndarray, stop: threading.Event) -> Rows:
         """The samples at `positions` (ascending), waiting for them to be read."""
         if self._cache is not None and self._cache.is_whole:
+            self._asked.clear()
             samples = self.order.samples(positions)
             return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), [])
         groups = self.order.by_block(positions)

@@ -37,8 +37,8 @@ class HedgedGet:
             with self._lock:
                 self.num_hedged += 1
             requests.append(threads.submit(self._get, key, start, end))
-            finished = wait(requests, return_when=FIRST_COMPLETED).done
-            requests.sort(key=lambda request: request not in finished or request.exception() is not None)
+            wait(requests, return_when=FIRST_COMPLETED)
+            requests.sort(key=_rank)
         data = requests[0].result()  # of two that failed, either says why
         with self._lock:
             self._took.append(time.monotonic() - started)
@@ -47,3 +47,10 @@ class HedgedGet:
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _rank(request: Future[bytes]) -> int:
+    """Answered before under way before failed."""
+    if not request.done():
+        return 1
+    return 0 if request.exception() is None else 2

@@ -80,11 +80,11 @@ class Manifest:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     version: Literal[1]
-    name: Annotated[str, Field(max_length=200)]
+    name: Annotated[str, Field(max_length=255)]
     shape: Annotated[list[Annotated[int, Field(gt=0, le=1 << 20)]], Field(min_length=1, max_length=6)]
     dtype: Literal["uint8", "float32"]
     num_samples: Count
-    classes: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=1_000_000)]
+    classes: Annotated[list[Annotated[str, Field(max_length=255)]], Field(max_length=1_000_000)]
     class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
     mean: Annotated[list[float], Field(max_length=1 << 20)]
     sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)]
