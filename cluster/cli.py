@@ -122,9 +122,12 @@ def sample(
     steps: Annotated[int, typer.Option(help="Noise levels.", min=1)] = 18,
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
     class_label: Annotated[str | None, typer.Option(help="A class's name or number; all in turn if left out.")] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance; 1 is none, 2 strengthens the class.")
+    ] = 1.0,
     ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
-    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. S_churn=40.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw samples from a trained model."""
@@ -138,6 +141,7 @@ def sample(
         steps=steps,
         seed=seed,
         class_label=class_label,
+        guidance=guidance,
         batch_size=batch_size,
         options=_options(option or []),
     )
@@ -244,7 +248,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--option {pair}: write NAME=VALUE, e.g. S_churn=40")
+            raise UserError(f"--option {pair}: write NAME=VALUE, e.g. s_churn=40")
         options[name] = yaml.safe_load(value)
     return options
 

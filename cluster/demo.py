@@ -24,6 +24,7 @@ from scoreray.trainer.run import prepare_run
 BUCKET = "scoreray"
 DATA_URL = f"s3://{BUCKET}/data/fashion-mnist"
 NUM_SAMPLES = 64
+GUIDANCE = 2.0
 NEEDED_BYTES = 1 << 30
 
 
@@ -48,7 +49,7 @@ class DemoResult:
             f"  {here / 'summary.html'}   what was done, with what, on one page\n"
             f"  {here / 'config.yaml'}    the run's whole config\n"
             "\nNext:\n"
-            f"  {local} sample {self.trained.run} --class-label sneaker --count 16 --out sneakers\n"
+            f"  {local} sample {self.trained.run} --class-label sneaker --guidance 2 --count 16 --out sneakers\n"
             f"  {local} data inspect {DATA_URL}\n"
             "  scoreray data pack FOLDER_OF_IMAGES URL     # your own images, then\n"
             "  scoreray train configs/cifar10.yaml data.url=URL"
@@ -95,7 +96,9 @@ def _draw(trained: TrainResult, config: Config, out: Path) -> float:
     started = time.monotonic()
     denoiser = load(trained.checkpoint)
     with bar("sample", NUM_SAMPLES, "samples") as progress:
-        batches = generate(denoiser, Request(NUM_SAMPLES), lambda n: progress.advance(progress.task_ids[0], n))
+        batches = generate(
+            denoiser, Request(NUM_SAMPLES, guidance=GUIDANCE), lambda n: progress.advance(progress.task_ids[0], n)
+        )
         images = torch.cat([x for x, _ in batches])
     (out / "samples.png").write_bytes(png_of_sheet(to_uint8(images)))
     return time.monotonic() - started
@@ -106,7 +109,7 @@ def _report(trained: TrainResult, config: Config, out: Path, samples_s: float) -
     (out / "config.yaml").write_text(dump_config(config))
     loss_picture(records, out / "loss.png")
     (out / "summary.html").write_text(
-        summary_page(config, records, trained, num_samples=NUM_SAMPLES, samples_s=samples_s)
+        summary_page(config, records, trained, num_samples=NUM_SAMPLES, samples_s=samples_s, guidance=GUIDANCE)
     )
 
 

@@ -26,7 +26,6 @@ QUIET_AND_LOCAL = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long Ray's agents outlive a driver that was killed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
@@ -94,6 +93,14 @@ def _set_environment() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+# Runs beside us and cleans up also when this process is killed: the pipe closes with it, however it ends. Ray's agents
+# would outlive their raylet by a minute; they are known by the log files that they have open in our folder.
+_CLEAN_UP = """cat >/dev/null; sleep 3
+for p in /proc/[0-9]*; do ls -l "$p/fd" 2>/dev/null | grep -qF " $0/" && kill -9 "${p#/proc/}"; done
+sleep 1; rm -rf "$0"
+"""
+
+
 @contextlib.contextmanager
 def _short_folder() -> Iterator[Path]:
     """A folder for Ray's sockets and logs: short, as a socket's path may have 107 characters."""
@@ -101,10 +108,7 @@ def _short_folder() -> Iterator[Path]:
     if len(base) > 40:
         base = "/tmp"
     folder = Path(tempfile.mkdtemp(prefix="sr-", dir=base))
-    # Removes the folder also when this process is killed: the pipe closes with it, however it ends.
-    remover = subprocess.Popen(
-        ["sh", "-c", 'cat >/dev/null; sleep 8; rm -rf "$0"', str(folder)], stdin=subprocess.PIPE, start_new_session=True
-    )
+    remover = subprocess.Popen(["sh", "-c", _CLEAN_UP, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield folder
     finally:

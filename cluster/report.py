@@ -49,7 +49,13 @@ def _by_sigma(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def summary_page(
-    config: Config, records: list[dict[str, Any]], trained: TrainResult, *, num_samples: int, samples_s: float
+    config: Config,
+    records: list[dict[str, Any]],
+    trained: TrainResult,
+    *,
+    num_samples: int,
+    samples_s: float,
+    guidance: float,
 ) -> str:
     """One HTML page beside samples.png, loss.png and config.yaml; nothing in it comes from elsewhere."""
     rates = sorted(record["images_per_s"] for record in records[1:] or records)
@@ -68,7 +74,7 @@ def summary_page(
         "process": config.process.kind,
         "objective": config.objective.kind,
         "EMA drawn from": config.ema.names[0],
-        "samples": f"{num_samples} in {samples_s:.1f} s, Heun, 18 steps",
+        "samples": f"{num_samples} in {samples_s:.1f} s: Heun, 18 steps, classes in turn, guidance {guidance:g}",
     }
     table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
     return f"""<!doctype html>

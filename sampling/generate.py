@@ -13,6 +13,7 @@ import torch
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.inspect import picture_grid
 from scoreray.data.store import open_store
+from scoreray.sampling.guidance import ClassifierFree
 from scoreray.sampling.load import LoadedDenoiser
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import SAMPLERS, sample
@@ -26,6 +27,7 @@ class Request:
     """Which samples: `count` of them, numbered, each with a seed of its own, so sample i is the same in any batch.
 
     class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes.
+    guidance: classifier-free, 1 for none; needs a model that was trained with label dropout.
     """
 
     count: int
@@ -33,6 +35,7 @@ class Request:
     steps: int = 18
     seed: int = 0
     class_label: str | int | None = None
+    guidance: float = 1.0
     batch_size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -56,6 +59,7 @@ def generate(
     info, device = denoiser.info, next(denoiser.parameters()).device
     sigmas = info.sigmas(request.steps)
     label = info.class_number(request.class_label)
+    guided = denoiser if request.guidance == 1 else ClassifierFree(denoiser, request.guidance)
     for first in range(0, request.count, request.batch_size):
         last = min(first + request.batch_size, request.count)
         seeds = request.sample_seeds(first, last).to(device)
@@ -64,7 +68,7 @@ def generate(
             labels = torch.arange(first, last, device=device) % len(info.classes)
         noise = SampleNoise(seeds).normal((last - first, *info.image_shape), torch.float32, device)
         x = sample(
-            denoiser,
+            guided,
             noise * float(sigmas[0]),
             sigmas,
             sampler=request.sampler,

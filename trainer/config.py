@@ -19,7 +19,7 @@ from scoreray.data.order import default_lanes
 from scoreray.trainer.denoiser import DenoiserConfig
 from scoreray.trainer.ema import EMAConfig
 from scoreray.trainer.network import NetworkConfig
-from scoreray.trainer.objective import EDMObjective, ObjectiveConfig
+from scoreray.trainer.objective import EDMObjective, ObjectiveConfig, check_objective, needs_second_derivatives
 from scoreray.trainer.optimizer import OptimizerConfig
 from scoreray.trainer.process import EDM, Process
 from scoreray.trainer.unet import UNetConfig
@@ -122,6 +122,17 @@ class Config(Section):
     duration: DurationSection
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Config:
+        parameterization = self.denoiser.parameterization
+        check_objective(self.objective, parameterization)
+        if self.engine.compile and needs_second_derivatives(self.objective, parameterization):
+            raise ValueError(
+                f"engine.compile: objective '{self.objective.kind}' with parameterization '{parameterization}' "
+                "differentiates twice, which torch.compile can't; set engine.compile=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Config:

@@ -66,6 +66,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("ema.stds=[0.1,0.1]", "names a length twice"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas"),
         ("duration.images=many", "duration.images"),
+        ("objective.kind=contrastive", "choose energy_dot"),
         ("duration", "is not an override"),
         ("run.name.x=1", "not a section"),
         ("process.sigma_min=[", "not YAML"),

@@ -1,0 +1,224 @@
+"""Training speed as ratios: the bare step against engines of ours, and the demo's full run against a bare loop.
+
+    python benchmarks/step.py [--workers 2] [--images 8192] [--full]
+
+In one run, on this machine: a bare torch loop (same network, batch, precision, AdamW; no EMA, no data pipeline, no
+logging) on each of `workers` processes, gradients averaged by one all-reduce, against engines of ours in the same
+processes; with --full also `fit` on Ray with data from a local S3 server, EMA, logging and commits, as the demo trains.
+Rounds are interleaved, the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+ROUNDS, STEPS, WARM_UP = 5, 12, 3
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.rank is not None:
+        rank_main(arguments)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rates.json"
+        ranks = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    __file__,
+                    "--rank",
+                    str(rank),
+                    "--port",
+                    str(port),
+                    "--out",
+                    str(out),
+                    "--workers",
+                    str(arguments.workers),
+                ],
+                env=environment(rank),
+            )
+            for rank in range(arguments.workers)
+        ]
+        if sum(rank.wait() for rank in ranks):
+            sys.exit(1)
+        rates = json.loads(out.read_text())
+        if arguments.full:
+            rates["full run (Ray, S3, EMA, commits), ZeRO-2"] = [full_run(Path(folder), arguments)]
+    bare = statistics.median(rates["bare torch loop"])
+    print(f"{'case':45} images/s   ratio   (demo's network and batch, {arguments.workers} workers, 1 thread each)")
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        print(f"{name:45} {rate:8.1f}   {rate / bare:5.3f}   min {min(values):.1f} max {max(values):.1f}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--images", type=int, default=16384, help="of the full run")
+    parser.add_argument("--full", action="store_true", help="also the whole run on Ray, and a bare loop beside it")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def environment(rank: int) -> dict[str, str]:
+    from scoreray.cluster.demo import demo_config
+    from scoreray.trainer.run import worker_environment
+
+    threads = {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)}
+    return {**os.environ, **worker_environment(demo_config()), **threads}
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    """Every case on this rank, interleaved; rank 0 writes the rates."""
+    import torch
+    import torch.distributed as dist
+
+    from scoreray.cluster.demo import demo_config
+    from scoreray.trainer.engine import resolve_precision
+
+    torch.set_num_threads(1)
+    rank, world = arguments.rank, arguments.workers
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{arguments.port}", rank=rank, world_size=world)
+    config = demo_config(workers=world)
+    precision = resolve_precision(config.engine.precision, torch.device("cpu"))
+    rows = config.data.global_batch_size // world
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randint(0, 256, (rows, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (rows,), generator=generator)
+
+    cases = {"bare torch loop": bare_step(config, precision, images, labels, world)}
+    for stage in (0, 1, 2, 3):
+        cases[f"engine, zero_stage {stage}, with EMA"] = engine_step(config, stage, images, labels, world)
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(ROUNDS + 1):
+        for name, step in cases.items():
+            for k in range(WARM_UP if round_ == 0 else STEPS):
+                if k == 0:
+                    dist.barrier()
+                    start = time.perf_counter()
+                step(k)
+            dist.barrier()
+            if round_:
+                rates[name].append(STEPS * rows * world / (time.perf_counter() - start))
+    if rank == 0:
+        arguments.out.write_text(json.dumps(rates))
+
+
+def module_of(config, world):  # type: ignore[no-untyped-def]
+    import torch
+
+    from scoreray.trainer.denoiser import Denoiser
+    from scoreray.trainer.network import build_network
+    from scoreray.trainer.step import TrainingModule
+
+    torch.manual_seed(0)
+    network = build_network(config.network, (1, 28, 28), 10)
+    denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data)
+    batch = config.data.global_batch_size
+    return TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
+
+
+def bare_step(config, precision, images, labels, world):  # type: ignore[no-untyped-def]
+    """What one writes by hand: EDM's loss in a few lines, torch's noise, one all-reduce, fused AdamW, clipping.
+
+    In bf16 its weights are bf16 with fp32 masters, as ours are.
+    """
+    import torch
+    import torch.distributed as dist
+
+    network = module_of(config, world).denoiser.network.to(precision)
+    weights = list(network.parameters())
+    masters = [torch.nn.Parameter(w.detach().float().clone()) for w in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=config.optimizer.betas, fused=True)
+    objective, sd = config.objective, config.denoiser.sigma_data
+    mean, std = objective.sigma_sampling.P_mean, objective.sigma_sampling.P_std
+
+    def step(k: int) -> None:
+        x0 = images.float() / 127.5 - 1
+        sigma = (torch.randn(len(x0)) * std + mean).exp()
+        s = sigma.view(-1, 1, 1, 1)
+        x = x0 + s * torch.randn_like(x0)
+        output = network((x * (s**2 + sd**2).rsqrt()).to(precision), sigma.log() / 4, labels).float()
+        denoised = sd**2 / (s**2 + sd**2) * x + s * sd * (s**2 + sd**2).rsqrt() * output
+        loss = ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0).square()).mean()
+        loss.backward()
+        flat = torch.cat([w.grad.flatten().float() for w in weights])
+        if world > 1:
+            dist.all_reduce(flat)
+            flat /= world
+        for master, part in zip(masters, flat.split([w.numel() for w in weights]), strict=True):
+            master.grad = part.view_as(master)
+        torch.nn.utils.clip_grad_norm_(masters, config.optimizer.gradient_clip or float("inf"))
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+        for weight in weights:
+            weight.grad = None
+
+    return step
+
+
+def engine_step(config, stage, images, labels, world):  # type: ignore[no-untyped-def]
+    import torch
+
+    from scoreray.trainer.engine import build_engine
+
+    section = config.engine.model_copy(update={"zero_stage": stage})
+    config = config.model_copy(update={"engine": section})
+    engine = build_engine(module_of(config, world), config, world_size=world, device=torch.device("cpu"))
+    count = 0
+
+    def step(k: int) -> None:
+        nonlocal count
+        count += 1
+        positions = torch.arange(len(images)) + count * len(images)
+        loss, _ = engine.module(images, labels, positions)
+        engine.backward(loss.mean())
+        engine.step(1e-4, config.ema.decays(count, config.data.global_batch_size))
+
+    return step
+
+
+def full_run(folder: Path, arguments: argparse.Namespace) -> float:
+    """Median rate of the demo's run, from its own metrics: waiting for data, logging and commits are all inside."""
+    from scoreray.cluster.demo import BUCKET, DATA_URL, demo_config
+    from scoreray.cluster.packing import pack_with_bar
+    from scoreray.cluster.training import train_to_end
+    from scoreray.data import fashion_mnist_path
+    from scoreray.data.local_s3 import LocalS3
+    from scoreray.trainer.loop import read_metrics, run_store
+    from scoreray.trainer.run import prepare_run
+
+    with LocalS3(folder / "s3") as server:
+        os.environ.update(server.env)
+        server.create_bucket(BUCKET)
+        pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000)
+        section = {"images": arguments.images}
+        config = demo_config(workers=arguments.workers)
+        config = config.model_copy(update={"duration": config.duration.model_copy(update=section)})
+        config = prepare_run(config)
+        train_to_end(config)
+        records = read_metrics(run_store(config))[1:]
+        images = records[-1]["images"] - records[0]["images"]
+        seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in pairwise(records))
+        return images / seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Bad input gets one clear line and the right exit status, and leaves nothing behind that a later run trips over."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import yaml
+
+from scoreray.cluster import cli
+from scoreray.data.local_s3 import LocalS3
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def scoreray(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """The command: in this process, or where the environment matters in one of its own."""
+    if env is not None:
+        command = [sys.executable, "-m", "scoreray.cluster.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+    out, errors = io.StringIO(), io.StringIO()
+    handler, status = signal.getsignal(signal.SIGTERM), 0
+    with (
+        mock.patch.object(sys, "argv", ["scoreray", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
+
+
+def assert_refused(result: subprocess.CompletedProcess, status: int, *words: str) -> None:
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1] if status != 2 else result.stderr.strip()
+    assert line.startswith("scoreray: "), result.stderr
+    for word in words:
+        assert word in line, line
+
+
+@pytest.fixture(scope="module")
+def packed(local_s3: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> str:
+    source = tmp_path_factory.mktemp("source") / "pictures.npz"
+    rng = np.random.default_rng(0)
+    np.savez(source, images=rng.integers(0, 256, (96, 8, 8), dtype=np.uint8), labels=np.arange(96) % 3)
+    url = f"s3://scoreray-tests/{os.getpid()}-cli-data"
+    result = scoreray("data", "pack", str(source), url, "--samples-per-shard", "40", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"url": url, "num_samples": 96, "num_shards": 3}
+    return url
+
+
+@pytest.fixture
+def config_file(packed: str, tmp_path: Path) -> Path:
+    settings: dict[str, Any] = {
+        "run": {"name": "cli", "storage": f"s3://scoreray-tests/{os.getpid()}-cli-runs"},
+        "data": {"url": packed, "global_batch_size": 16},
+        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+        "duration": {"images": 32},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.mark.parametrize(
+    "verb", [[], ["train"], ["sample"], ["demo"], ["data"], ["data", "pack"], ["data", "verify"], ["data", "inspect"]]
+)
+def test_every_verb_has_help(verb: list[str]) -> None:
+    result = scoreray(*verb, "--help")
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+
+
+def test_usage_mistakes() -> None:
+    assert_refused(scoreray("trian"), 2, "'train'")
+    assert_refused(scoreray("train"), 2, "CONFIG")
+    assert_refused(scoreray("sample", "x", "--out", "y", "--count", "0"), 2, "count")
+
+
+def test_the_config_is_checked_before_anything_starts(config_file: Path) -> None:
+    result = scoreray("train", str(config_file), "optimizer.lr=1", "engine.zero_stage=9")
+    assert_refused(result, 2, "optimizer.lr", "engine.zero_stage")
+    assert_refused(scoreray("train", "absent.yaml"), 2, "absent.yaml")
+
+
+def test_storage_that_cannot_be_used(config_file: Path) -> None:
+    check = ["train", str(config_file), "--check"]
+    assert scoreray(*check).stdout.strip().endswith("good")
+    assert_refused(scoreray(*check, "data.url=s3://no-such-bucket/data"), 3, "no-such-bucket")
+    assert_refused(scoreray(*check, "run.storage=s3://no-such-bucket/runs"), 3, "no-such-bucket")
+    assert_refused(scoreray(*check, "data.url=s3://scoreray-tests/nothing"), 2, "nothing")
+    assert_refused(scoreray(*check, env={"AWS_SECRET_ACCESS_KEY": "wrong"}), 3, "credentials")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": endpoint, "AWS_ENDPOINT_URL_S3": endpoint}), 3, endpoint)
+
+
+def test_more_workers_than_the_cluster_has_are_refused(ray_cluster: None, config_file: Path) -> None:
+    """Before Ray Train would wait for them."""
+    result = scoreray("train", str(config_file), "scaling.use_gpu=true", "run.name=gpu")
+    assert_refused(result, 2, "GPU", "RAY_ADDRESS")
+
+
+def test_sampling_what_is_not_there(config_file: Path, packed: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert_refused(scoreray("sample", "s3://scoreray-tests/no-run", "--out", out), 2, "no-run")
+    assert_refused(scoreray("sample", packed, "--out", out), 2, "neither a run")
+    assert_refused(scoreray("sample", packed, "--out", out, "--sampler", "huen"), 2, "did you mean 'heun'")
+    assert not Path(out).exists()
+
+
+def test_a_trained_run_is_sampled_from_the_command_line(ray_cluster: None, config_file: Path, tmp_path: Path) -> None:
+    overrides = ["scaling.workers=1", "engine.zero_stage=1"]
+    trained = scoreray("train", str(config_file), *overrides, "--json")
+    assert trained.returncode == 0, trained.stderr
+    answer = json.loads(trained.stdout)
+    assert answer["images_seen"] == 32
+    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    common = ["sample", answer["run"], "--count", "5", "--steps", "4", "--seed", "3", "--ema", "0.1"]
+    assert scoreray(*common, "--out", str(a)).returncode == 0
+    assert scoreray(*common, "--out", str(b), "--batch-size", "2").returncode == 0
+    with np.load(a) as first, np.load(b) as second:
+        assert first["images"].shape == (5, 8, 8, 1)
+        # Rows of other batches: equal up to how a CPU kernel sums, which is below half of 1/255 but for rare ties.
+        assert np.abs(first["images"].astype(int) - second["images"].astype(int)).max() <= 1
+        assert list(first["labels"]) == [0, 1, 2, 0, 1]
+    folder = scoreray(*common[:2], "--count", "3", "--steps", "2", "--out", str(tmp_path / "folder"))
+    assert folder.returncode == 0
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "samples.png"]
+    assert_refused(scoreray(*common[:2], "--out", str(a), "--class-label", "9"), 2, "class '9'")
+    assert_refused(scoreray(*common[:2], "--out", str(a), "--ema", "0.2"), 2, "0.050, 0.100")
+    assert_refused(
+        scoreray(*common[:2], "--out", str(a), "--option", "s_churm=4", "--sampler", "edm_sde"), 2, "s_churn"
+    )
+
+
+def test_data_commands(packed: str, tmp_path: Path) -> None:
+    assert scoreray("data", "verify", packed).returncode == 0
+    picture = tmp_path / "look.png"
+    result = scoreray("data", "inspect", packed, "--picture", str(picture), "--json")
+    assert json.loads(result.stdout)["num_samples"] == 96
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert_refused(scoreray("data", "inspect", packed, "--picture", "/proc/x.png"), 2, "/proc/x.png")
+    assert_refused(scoreray("data", "pack", str(tmp_path / "absent"), packed), 2, "absent")
+
+
+def test_a_damaged_data_set_is_told_by_name(packed: str, tmp_path: Path) -> None:
+    from scoreray.data.store import open_store
+
+    store, copy = open_store(packed), open_store(tmp_path)
+    for key, _ in store.list():
+        data = bytearray(store.get(key))
+        if key.endswith(".tar") and "1" in key:
+            data[560] ^= 1
+        copy.put(key, bytes(data))
+    result = scoreray("data", "verify", str(tmp_path))
+    assert result.returncode == 3
+    assert ".tar" in result.stdout
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    from scoreray.data.errors import UserError
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=str(port)), LocalS3(tmp_path / "s3", port=port):
+            pass
+
+
+def test_a_demo_that_cannot_write_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(scoreray("demo", "--out", str(tmp_path / "file" / "out")), 3, "--out")

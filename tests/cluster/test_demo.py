@@ -1,0 +1,45 @@
+"""The demo, whole: every link real, its pictures there; a second call trains nothing again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scoreray.trainer.config import load_config
+
+
+@pytest.mark.slow
+def test_the_quick_demo(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "demo", "--quick", "--json", "--out", str(out)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    answer = json.loads(first.stdout)
+    for name in answer["files"]:
+        assert (out / name).stat().st_size > 500, name
+    config = load_config(out / "config.yaml")
+    assert answer["images_seen"] == config.duration.images
+    assert config.scaling.workers == 2
+    assert config.engine.zero_stage == 2
+    sheet = np.asarray(Image.open(out / "samples.png"))
+    assert min(sheet.shape[:2]) > 400
+    assert sheet.std() > 20
+    page = (out / "summary.html").read_text()
+    assert "samples.png" in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+    samples = (out / "samples.png").read_bytes()
+    started = time.monotonic()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "already seen" in second.stderr
+    assert time.monotonic() - started < 60  # nothing was trained
+    assert (out / "samples.png").read_bytes() == samples
