@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from scoreray.data.decode import decode
+from scoreray.data.decode import decode_into
 from scoreray.data.errors import DataError
 from scoreray.data.order import Key, Order
 from scoreray.data.reader import Reader
@@ -29,7 +29,7 @@ class Block:
     samples: np.ndarray
     labels: np.ndarray
     formats: np.ndarray
-    members: list[bytes | None]
+    members: np.ndarray  # of bytes or None
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rows:
     index: np.ndarray
     labels: np.ndarray
     formats: np.ndarray
-    members: list[bytes | None]
+    members: np.ndarray  # of bytes or None
 
     def part(self, start: int, end: int) -> Rows:
         return Rows(
@@ -74,7 +74,7 @@ class Blocks:
         if self._cache is not None and self._cache.is_whole:
             self._asked.clear()
             samples = self.order.samples(positions)
-            return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), [])
+            return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), np.empty(0, object))
         groups = self.order.by_block(positions)
         newest: dict[int, Key] = {}
         for key, _, _ in groups:
@@ -84,14 +84,13 @@ class Blocks:
             self._ask(self._next(key))
         index, labels = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         formats = np.zeros(len(positions), np.uint8)
-        members: list[bytes | None] = [None] * len(positions) if self._cache is None else []
+        members = np.empty(len(positions) if self._cache is None else 0, object)
         for key, rows, places in groups:
             block = self._wait(key, stop)
             index[rows], labels[rows] = block.samples[places], block.labels[places]
             if self._cache is None:
                 formats[rows] = block.formats[places]
-                for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-                    members[row] = block.members[place]
+                members[rows] = block.members[places]
         for key in [key for key in self._asked if key < newest.get(key[1], key)]:
             del self._asked[key]
         return Rows(positions, index, labels, formats, members)
@@ -115,15 +114,17 @@ class Blocks:
         index: np.ndarray,
         labels: np.ndarray,
         formats: np.ndarray,
-        members: list[bytes | None],
+        members: np.ndarray,
         out: np.ndarray,
     ) -> None:
-        name_of, shape, dtype = self.reader.name_of, self.shape, self.dtype
-        for row, (sample, code, member) in enumerate(zip(index.tolist(), formats.tolist(), members, strict=True)):
+        name_of = self.reader.name_of
+        for row, (sample, code, member) in enumerate(
+            zip(index.tolist(), formats.tolist(), members.tolist(), strict=True)
+        ):
             try:
                 if member is None:
                     raise DataError(f"{name_of(sample)}: quarantined")
-                out[row] = decode(member, code, shape, dtype, partial(name_of, sample))
+                decode_into(out[row], member, code, partial(name_of, sample))
             except DataError as error:
                 if self.reader.quarantine is None:
                     raise
@@ -139,7 +140,7 @@ class Blocks:
             name = partial(self.reader.name_of, other)
             try:
                 member, code, label = self.reader.read_one(other)
-                out[...] = decode(member, code, self.shape, self.dtype, name)
+                decode_into(out, member, code, name)
                 return other, label
             except DataError:
                 continue
@@ -168,17 +169,19 @@ class Blocks:
         """Runs in a reading thread."""
         block, cache = self.order.block(*key), self._cache
         if cache is not None and cache.has[block.samples].all():
-            return Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8), [])
+            return Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8), np.empty(0, object))
         read, records = self.reader.read(block.runs)
         labels, formats = records["label"].astype(np.int64)[block.slots], records["format"][block.slots]
-        members = [read[slot] for slot in block.slots.tolist()]
+        members = np.empty(len(read), object)
+        members[:] = read
+        members = members[block.slots]
         if cache is None:
             return Block(block.samples, labels, formats, members)
         source = block.samples.copy()
         values = np.empty((len(source), *self.stored_shape), self.dtype)
         self._decode(source, labels, formats, members, values)
         cache.put(block.samples, source, labels, values)
-        return Block(block.samples, labels, np.zeros(0, np.uint8), [])
+        return Block(block.samples, labels, np.zeros(0, np.uint8), np.empty(0, object))
 
 
 class _Cache:

@@ -35,25 +35,32 @@ def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name
 
     Raises DataError, naming the sample, when the bytes are damaged or hold another shape, type or format.
     """
+    out = np.empty((*shape[1:], shape[0]) if dtype == np.uint8 else shape, dtype)
+    decode_into(out, data, code, name)
+    return out
+
+
+def decode_into(out: np.ndarray, data: bytes, code: int, name: Callable[[], str]) -> None:
+    """As decode(), into `out`: [H, W, C] uint8 or the array, contiguous."""
     try:
-        array = _DECODERS[code](data, shape)
+        array = _DECODERS[code](data, out)
     except DataError as error:
         raise DataError(f"{name()}: {error}") from error
     except Exception as error:  # a decoder of untrusted bytes may raise anything
         raise DataError(
             f"{name()}: can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
-    expected = (*shape[1:], shape[0]) if dtype == np.uint8 else shape
-    if array.shape != expected or array.dtype != dtype:
-        raise DataError(f"{name()}: holds {array.dtype} {array.shape}, the manifest says {dtype} {expected}")
-    return array
+    if array is out:
+        return
+    if array.shape != out.shape or array.dtype != out.dtype:
+        raise DataError(f"{name()}: holds {array.dtype} {array.shape}, the manifest says {out.dtype} {out.shape}")
+    out[...] = array
 
 
 def look(data: bytes, code: int) -> tuple[tuple[int, ...], str]:
     """(shape, dtype) as a manifest says them, of a sample that nothing is known of yet. Raises DataError."""
     try:
-        channels = 1 if code == FORMATS["jpg"] and simplejpeg.decode_jpeg_header(data)[2] == "Gray" else 3
-        array = _DECODERS[code](data, (channels, 0, 0))
+        array = _DECODERS[code](data, None)
     except DataError:
         raise
     except Exception as error:
@@ -65,24 +72,32 @@ def look(data: bytes, code: int) -> tuple[tuple[int, ...], str]:
     raise DataError(f"the first sample is {array.dtype} {array.shape}; grey or RGB uint8, or float32, is needed")
 
 
-def _png(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+# A decoder is given what to decode into, or None when nothing is known of the sample yet; it returns that or an array.
+
+
+def _png(data: bytes, out: np.ndarray | None) -> np.ndarray:
     if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
         raise DataError("is no png")
     width, height = struct.unpack(">II", data[16:24])
-    _check_size(width, height, shape)
+    _check_size(width, height, out)
     if pyspng is None:
         return _pillow(data, "PNG")
     array = pyspng.load(data)
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def _jpg(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(width, height, shape)
-    return simplejpeg.decode_jpeg(data, colorspace="GRAY" if shape[0] == 1 else "RGB")
+def _jpg(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height, out)
+    if out is None:
+        return simplejpeg.decode_jpeg(data, colorspace="GRAY" if colours == "Gray" else "RGB")
+    if out.ndim != 3 or out.dtype != np.uint8 or out.shape[2] not in (1, 3):
+        raise DataError(f"is a jpg, the manifest says {out.dtype} {out.shape}")
+    simplejpeg.decode_jpeg(data, colorspace="GRAY" if out.shape[2] == 1 else "RGB", buffer=out)
+    return out
 
 
-def _npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+def _npy(data: bytes, out: np.ndarray | None) -> np.ndarray:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
@@ -103,15 +118,15 @@ def _pillow(data: bytes, format: str) -> np.ndarray:
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def _check_size(width: int, height: int, shape: tuple[int, ...]) -> None:
+def _check_size(width: int, height: int, out: np.ndarray | None) -> None:
     """Before a pixel is decoded: a header of a few bytes may announce any number of them."""
-    if shape[1] and (height, width) != tuple(shape[1:]):
-        raise DataError(f"is {width} x {height} pixels, the manifest says {shape[2]} x {shape[1]}")
+    if out is not None and (height, width) != out.shape[:2]:
+        raise DataError(f"is {width} x {height} pixels, the manifest says {' x '.join(map(str, out.shape[1::-1]))}")
     if not 0 < width * height <= MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
 
 
-_DECODERS: dict[int, Callable[[bytes, tuple[int, ...]], np.ndarray]] = {
+_DECODERS: dict[int, Callable[[bytes, np.ndarray | None], np.ndarray]] = {
     FORMATS["png"]: _png,
     FORMATS["jpg"]: _jpg,
     FORMATS["npy"]: _npy,
