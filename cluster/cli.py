@@ -217,12 +217,16 @@ def inspect(
     count: Annotated[int, typer.Option(help="Samples in the picture.", min=1, max=1024)] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """What a data set holds: counts, sizes, suggested sigma_data and sigma_max, and a picture of its samples."""
+    """What a data set holds: counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its samples."""
     from dataclasses import asdict
 
     from scoreray.data.inspect import picture_grid, read_samples, summary
+    from scoreray.trainer.ladder import suggest_ladder
+    from scoreray.trainer.step import to_unit_range
 
     found = asdict(summary(url))
+    some = range(0, found["num_samples"], max(1, found["num_samples"] // 1024))
+    found["ladder"] = asdict(suggest_ladder(to_unit_range(read_samples(url, some))))
     if picture is not None:
         if len(found["shape"]) != 3:
             raise UserError(f"--picture: samples of shape {list(found['shape'])} are no pictures")
@@ -235,10 +239,14 @@ def inspect(
         typer.echo(json.dumps(found))
         return
     for key, value in found.items():
-        shown = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else value
-        typer.echo(f"{key:13} {f'{shown:,}' if isinstance(shown, int) else shown}")
+        shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
+        typer.echo(f"{key:13} {shown}")
     if picture is not None:
         typer.echo(f"{'picture':13} {picture}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

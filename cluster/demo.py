@@ -25,6 +25,14 @@ BUCKET = "scoreray"
 DATA_URL = f"s3://{BUCKET}/data/fashion-mnist"
 NUM_SAMPLES = 64
 GUIDANCE = 2.0
+QUICK = (
+    "duration.images=8k",
+    "checkpoint.every_images=4k",
+    "log.every_images=500",
+    "optimizer.learning_rate=8e-3",
+    "optimizer.warmup_images=1k",
+    "ema.stds=[0.08]",
+)
 NEEDED_BYTES = 1 << 30
 
 
@@ -77,12 +85,7 @@ def demo_config(*, quick: bool = False, workers: int = 2) -> Config:
     preset = files("scoreray.cluster") / "demo.yaml"
     overrides = [f"scaling.workers={workers}"]
     if quick:
-        overrides += [
-            "run.name=demo-quick",
-            "duration.images=4096",
-            "checkpoint.every_images=2048",
-            "log.every_images=512",
-        ]
+        overrides += ["run.name=demo-quick", *QUICK]
     return load_config(str(preset), overrides)
 
 

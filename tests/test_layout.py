@@ -123,3 +123,12 @@ def test_the_readmes_tree_is_the_tree() -> None:
     spec.loader.exec_module(module)
     readme = (ROOT / "README.md").read_text()
     assert module.updated(readme) == readme, "run python docs/update_readme.py"
+
+
+def test_the_config_page_names_every_key() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    for section, values in config.model_dump().items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{section}` |")]
+        keys = [] if section in ("process", "network") else values
+        assert all(f"`{key}`" in row for key in keys), (section, list(keys))

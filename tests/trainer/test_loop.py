@@ -1,0 +1,119 @@
+"""The loop on one process, without Ray and DeepSpeed: resume is bitwise, records are complete, divergence is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.errors import UserError
+from scoreray.data.pack import pack
+from scoreray.trainer.checkpoint import committed, latest
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.engine import NonFiniteError
+from scoreray.trainer.loop import Progress, read_metrics, run_store, train
+from scoreray.trainer.run import check_run, prepare_run
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "p.npz", images=rng.integers(0, 256, (100, 8, 8), dtype=np.uint8), labels=np.arange(100) % 3)
+    pack(str(folder / "p.npz"), str(folder / "packed"))
+    return str(folder / "packed")
+
+
+def config(data_url: str, storage: Path, *overrides: str) -> Config:
+    settings: dict[str, Any] = {
+        "run": {"name": "run", "storage": str(storage)},
+        "data": {"url": data_url, "global_batch_size": 16},
+        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": 0.2},
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "duration": {"images": 320},
+        "checkpoint": {"every_images": 100},
+        "log": {"every_images": 50},
+    }
+    return prepare_run(load_config(settings, overrides))
+
+
+def final(c: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
+    checkpoint = latest(run_store(c))
+    assert checkpoint is not None
+    losses = [record["loss"] for record in read_metrics(run_store(c))]
+    return checkpoint.full_state() | checkpoint.full_state("ema_0.050"), losses
+
+
+@pytest.mark.parametrize("stop_at", [16, 112, 208, 304])
+def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(data_url: str, tmp_path: Path, stop_at: int) -> None:
+    whole = config(data_url, tmp_path / "whole")
+    assert train(whole) == 320
+    broken = config(data_url, tmp_path / "broken")
+    seen = 0
+
+    class Stop(Exception):
+        pass
+
+    def stop(batch_end: int) -> None:
+        nonlocal seen
+        seen = batch_end
+        if batch_end >= stop_at:
+            raise Stop
+
+    from scoreray.trainer import loop
+
+    original = loop._step
+
+    def counted(*arguments: Any) -> float:
+        result = original(*arguments)
+        stop(seen + 16)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", counted)
+        with pytest.raises(Stop):
+            train(broken)
+    assert train(broken) == 320
+    for one, other in zip(final(whole)[0].values(), final(broken)[0].values(), strict=True):
+        assert torch.equal(one, other)
+    assert final(whole)[1] == final(broken)[1]
+
+
+def test_micro_batches_do_not_change_what_is_learnt(data_url: str, tmp_path: Path) -> None:
+    whole = config(data_url, tmp_path / "a", "network.dropout=0")
+    parts = config(data_url, tmp_path / "b", "network.dropout=0", "engine.micro_batch_size=4")
+    train(whole)
+    train(parts)
+    assert final(parts)[1] == pytest.approx(final(whole)[1], rel=1e-4)
+
+
+def test_records_cover_every_image_once(data_url: str, tmp_path: Path) -> None:
+    c = config(data_url, tmp_path)
+    shown: list[Progress] = []
+    train(c, watch=shown.append)
+    records = read_metrics(run_store(c))
+    images = [record["images"] for record in records]
+    assert images == sorted(set(images))
+    assert images[-1] == 320
+    assert all(len(record["sigma_losses"]) == 11 for record in records)
+    assert shown[-1].images == shown[-1].committed == 320
+    assert len(committed(run_store(c))) == c.checkpoint.keep
+
+
+def test_divergence_stops_before_the_step_and_names_sample_and_sigma(data_url: str, tmp_path: Path) -> None:
+    c = config(data_url, tmp_path, "optimizer.learning_rate=1e30", "optimizer.gradient_clip=0")
+    with pytest.raises(NonFiniteError, match=r"sample \d+ \(sigma [\d.e+-]+\)"):
+        train(c)
+
+
+def test_fits_are_checked_before_the_run(data_url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="patch_size"):
+        config(data_url, tmp_path, "network.kind=dit", "network.patch_size=3")
+    c = config(data_url, tmp_path)
+    check_run(c)
+    with pytest.raises(UserError, match=re.escape("no data set here")):
+        check_run(load_config(c.model_dump(mode="json"), [f"data.url={tmp_path}/absent"]))
