@@ -7,6 +7,7 @@ data in that folder from one start to the next. It dies with the process that st
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -188,8 +189,9 @@ class LocalS3:
             self._process.kill()
             self._process.wait()
             for port in self._ports:  # the server's own, left behind by SIGKILL
-                for name in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + 10000}.sock"):
-                    name.unlink(missing_ok=True)
+                for kind, number in itertools.product(("*", "*-grpc"), (port, port + 10000)):
+                    for name in Path("/tmp").glob(f"seaweedfs-{kind}-{number}.sock"):
+                        name.unlink(missing_ok=True)
         self._process = None
 
 

@@ -68,6 +68,13 @@ def test_the_server_dies_with_a_killed_parent_and_its_data_can_be_opened_again(
         for name, value in third.env.items():
             monkeypatch.setenv(name, value)
         assert open_store("s3://bucket").get("key") == b"kept"
+        ports = third._ports
+    assert not [
+        name
+        for name in os.listdir("/tmp")
+        for port in ports
+        if name.endswith((f"-{port}.sock", f"-{port + 10000}.sock"))
+    ]
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
