@@ -199,7 +199,9 @@ def verify(
     """Check every byte of a data set against its manifest; exit status 3 when something is wrong."""
     from scoreray.cluster.display import counted
     from scoreray.data.inspect import verify as problems_of
+    from scoreray.data.store import open_store
 
+    open_store(url).check_reachable()
     with counted("verify", "samples") as progress:
         problems = problems_of(url, progress)
     if as_json:
@@ -221,9 +223,11 @@ def inspect(
     from dataclasses import asdict
 
     from scoreray.data.inspect import picture_grid, read_samples, summary
+    from scoreray.data.store import open_store
     from scoreray.trainer.ladder import suggest_ladder
     from scoreray.trainer.step import to_unit_range
 
+    open_store(url).check_reachable()
     found = asdict(summary(url))
     some = range(0, found["num_samples"], max(1, found["num_samples"] // 1024))
     found["ladder"] = asdict(suggest_ladder(to_unit_range(read_samples(url, some))))

@@ -58,8 +58,8 @@ class TrainLine:
         now = time.monotonic()
         if not self._terminal and (now - self._last_line > QUIET_LINE_EVERY_S or progress.images >= progress.total):
             self._last_line = now
-            left = max(0, progress.total - progress.images) / progress.images_per_s if progress.images_per_s > 0 else math.nan
-            left_text = "" if math.isnan(left) else f"  {left:,.0f} s left"
+            left = max(0, progress.total - progress.images)
+            left_text = f"  {left / progress.images_per_s:,.0f} s left" if progress.images_per_s > 0 else ""
             say(f"train {progress.images:,}/{progress.total:,} images  {facts}{left_text}")
 
 

@@ -78,6 +78,9 @@ class Store(abc.ABC):
         """The store of the keys below `prefix/`."""
         return type(self)(f"{self.root}/{check_key(prefix.rstrip('/'))}")
 
+    def check_reachable(self) -> None:  # noqa: B027 (a path always is)
+        """Tells a person within seconds that the store does not answer, where later requests would be patient."""
+
     def check_writable(self) -> None:
         """Writes, reads back and removes a small object, so that a run finds out before it starts, not after."""
         key, data = f"scoreray-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes

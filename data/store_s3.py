@@ -58,6 +58,9 @@ class S3Store(Store):
     def check_writable(self) -> None:
         _brief().run(super().check_writable)
 
+    def check_reachable(self) -> None:
+        _brief().run(self.exists, "scoreray-probe")
+
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         if end is not None and end <= (start or 0):
             return b""

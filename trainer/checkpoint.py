@@ -183,6 +183,7 @@ def open_checkpoint(store: Store, folder: str) -> Checkpoint:
 def find(url: str) -> Checkpoint:
     """The checkpoint that a person means: a run (its newest committed one) or one checkpoint's own folder."""
     store = open_store(url.rstrip("/"))
+    store.check_reachable()
     if store.exists(MARKER):
         parent, _, name = url.rstrip("/").rpartition("/")
         return open_checkpoint(open_store(parent), name)

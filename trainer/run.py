@@ -58,7 +58,9 @@ def check_run(config: Config) -> None:
 
     Raises UserError, StorageError or DataError.
     """
-    manifest = Manifest.load(open_store(config.data.url))
+    data = open_store(config.data.url)
+    data.check_reachable()
+    manifest = Manifest.load(data)
     with torch.device("meta"):
         build_training_module(config, manifest)
     run_store(config).check_writable()

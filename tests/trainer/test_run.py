@@ -24,7 +24,7 @@ from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.run import fit, prepare_run, stored_config
 
-BATCH, TOTAL = 32, 1280
+BATCH, TOTAL = 32, 3200
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def training_workers(root: psutil.Process) -> list[psutil.Process]:
 
 def test_a_run_commits_and_keeps_the_newest_checkpoints(uninterrupted: Any, data_url: str) -> None:
     run = run_store(load_config(settings(data_url, "uninterrupted")))
-    assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [960, 1280]
-    assert [images for images, _ in uninterrupted[1]] == [160 * i for i in range(1, 9)]
+    assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [2880, 3200]
+    assert [images for images, _ in uninterrupted[1]] == [160 * i for i in range(1, 21)]
     assert stored_config(run) == load_config(settings(data_url, "uninterrupted"))
 
 
@@ -95,7 +95,7 @@ def test_a_killed_worker_changes_nothing(uninterrupted: Any, data_url: str) -> N
     killed: list[int] = []
 
     def kill_once(progress: Any) -> None:
-        if not killed and progress.images > 480:
+        if not killed and progress.images > 1000:
             victim = training_workers(psutil.Process())[-1]
             killed.append(victim.pid)
             os.kill(victim.pid, signal.SIGKILL)
