@@ -16,6 +16,7 @@ from scoreray.trainer.layers import (
     Attention,
     Embedding,
     call_block,
+    check_call,
     from_patches,
     image_size,
     require,
@@ -87,14 +88,14 @@ class DiT(nn.Module):
     """network(x [B, C, H, W], c_noise [B], class_labels int64 [B] or None) -> [B, C, H, W], in x's dtype.
 
     H and W are those of `image_shape` (C, H, W); patch_size divides them. The output is 0 before training.
-    Raises UserError when the config does not fit. Peebles and Xie 2023, with the query-key norm of Dehghani 2023.
+    Raises UserError when the config or x does not fit. Peebles and Xie 2023, with the query-key norm of Dehghani 2023.
     """
 
     def __init__(self, config: DiTConfig, image_shape: Sequence[int], num_classes: int = 0):
         super().__init__()
         channels, height, width = image_size(image_shape, config.patch_size)
         self.config = config
-        self.num_classes = num_classes
+        self.num_classes, self.image_shape = num_classes, (channels, height, width)
         patch_channels = channels * config.patch_size**2
         self.patch_in = nn.Linear(patch_channels, config.hidden_size)
         grid = height // config.patch_size, width // config.patch_size
@@ -109,6 +110,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        check_call(x, c_noise, tuple(x.shape[1:]) == self.image_shape, str(self.image_shape))
         patches = to_patches(x.to(self.patch_in.weight.dtype), self.config.patch_size)
         h = self.patch_in(patches.flatten(2).mT)
         h = h + self.positions.to(h.dtype)

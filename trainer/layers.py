@@ -44,6 +44,14 @@ def image_size(image_shape: Sequence[int], patch_size: int) -> tuple[int, int, i
     return channels, height, width
 
 
+def check_call(x: Tensor, c_noise: Tensor, accepted: bool, shape: str) -> None:
+    """Raise a UserError unless x [B, ...] is `accepted` (else `shape` says what is) and has one c_noise a sample."""
+    if not accepted:
+        raise UserError(f"samples of shape {tuple(x.shape[1:])}: this network was built for {shape}")
+    if c_noise.shape != x.shape[:1]:
+        raise UserError(f"c_noise of shape {tuple(c_noise.shape)} for {len(x)} samples: give one noise level a sample")
+
+
 def sinusoids(c_noise: Tensor, channels: int) -> Tensor:
     """Cosines and sines [B, channels] of `c_noise` [B] at geometrically spaced frequencies, in float32 or wider."""
     dtype = torch.promote_types(c_noise.dtype, torch.float32)

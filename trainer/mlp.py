@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from scoreray.data.errors import UserError
 from scoreray.trainer import checks
-from scoreray.trainer.layers import Embedding, zero_
+from scoreray.trainer.layers import Embedding, check_call, zero_
 
 SINUSOID_CHANNELS = 32
 
@@ -34,7 +33,7 @@ class MLPConfig:
 
 
 class MLP(nn.Module):
-    """network(x [B, ...], c_noise [B], class_labels int64 [B] or None) -> the shape of x, 0 before training.
+    """network(x [B, ...], c_noise [B], class_labels int64 [B] or None) -> x's shape and dtype, 0 before training.
 
     Residual layers that noise level and class scale and shift; smooth (SiLU), so that it can be differentiated twice.
     Raises UserError where the samples are not of `shape`.
@@ -50,13 +49,12 @@ class MLP(nn.Module):
         self.last = zero_(nn.Linear(width, size))
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"samples of shape {tuple(x.shape[1:])}: this network was built for {self.shape}")
+        check_call(x, c_noise, tuple(x.shape[1:]) == self.shape, str(self.shape))
         embedding = self.embedding(c_noise, class_labels)
-        h = self.first(x.flatten(1))
+        h = self.first(x.flatten(1).to(self.first.weight.dtype))
         for layer in self.layers:
             h = layer(h, embedding)
-        return self.last(F.silu(h)).view(x.shape)
+        return self.last(F.silu(h)).view(x.shape).to(x.dtype)
 
 
 class Layer(nn.Module):

@@ -17,6 +17,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from scoreray.data.errors import UserError
 from scoreray.trainer import checks
 
 Time = Tensor | float
@@ -26,7 +27,8 @@ class GaussianProcess:
     """What every process shares. A new one gives `_alpha` and `_sigma`, float64 to float64 and differentiable.
 
     t is a number or a tensor of any shape; where it meets x [B, ...], a number, a scalar tensor or [B]. All is computed
-    in float64 and comes back in the dtype of t (of x where x is given), float32 for a Python number.
+    in float64 and comes back in the dtype of t (of x where x is given), float32 for a Python number. A number that is
+    negative or not finite raises UserError; values of a tensor are not looked at, which would wait for a device.
     `_time_of`, the inverse of the noise-to-signal ratio, is a bisection unless the process knows better.
     """
 
@@ -78,6 +80,8 @@ class GaussianProcess:
 
     def time(self, noise_to_signal: Time) -> Tensor:
         """The t at which sigma(t) / alpha(t) has this value, the inverse of `noise_to_signal`."""
+        if not isinstance(noise_to_signal, Tensor):
+            checks.positive("process", noise_to_signal=noise_to_signal)
         return self._time_of(_wide(noise_to_signal)).to(_dtype(noise_to_signal))
 
     def log_snr(self, t: Time) -> Tensor:
@@ -94,6 +98,7 @@ class GaussianProcess:
 
         Geometric for VE (the ladder of NCSN), the DDPM's own steps for DDPM(num_steps=num_levels).
         """
+        checks.at_least("ladder", 1, num_levels=num_levels)
         t = torch.linspace(self.t_max, self.t_min, num_levels, dtype=torch.float64)
         return self.noise_to_signal(t)
 
@@ -107,6 +112,8 @@ class GaussianProcess:
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """A sample of the transition kernel, alpha(t) x0 + sigma(t) noise, in the dtype of x0 [B, ...]."""
+        if noise.shape != x0.shape:
+            raise UserError(f"noise of shape {tuple(noise.shape)} for x0 {tuple(x0.shape)}: both must be the same")
         wide = _wide(t, x0)
         return _scaled(self._alpha(wide), x0) + _scaled(self._sigma(wide), noise)
 
@@ -377,6 +384,8 @@ def _wide(t: Time, like: Tensor | None = None) -> Tensor:
     """t in float64, on the device of x where there is one."""
     if isinstance(t, Tensor):
         return t.to(torch.float64)
+    if not (math.isfinite(t) and t >= 0):
+        raise UserError(f"t is {t}: give a finite time from 0 up")
     return torch.full((), t, dtype=torch.float64, device=None if like is None else like.device)
 
 
@@ -386,6 +395,8 @@ def _dtype(t: Time) -> torch.dtype:
 
 def _scaled(factor: Tensor, x: Tensor) -> Tensor:
     """factor (scalar or [B]) times x [B, ...], in the dtype of x."""
+    if factor.ndim and factor.shape != x.shape[:1]:
+        raise UserError(f"t has shape {tuple(factor.shape)} and x {tuple(x.shape)}: give a number or one per sample")
     return factor.to(x.dtype).reshape(factor.shape + (1,) * (x.ndim - 1 if factor.ndim else 0)) * x
 
 

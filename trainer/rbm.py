@@ -41,9 +41,16 @@ class _Bipartite(nn.Module):
         """v | h, all units at once, [B, num_visible]."""
         raise NotImplementedError
 
+    def _check(self, v: Tensor) -> None:
+        units = len(self.visible_bias)
+        if v.ndim != 2 or v.shape[1] != units or v.dtype != self.weight.dtype:
+            raise UserError(f"v is {v.dtype} {tuple(v.shape)}: this machine takes {self.weight.dtype} [B, {units}]")
+
     @torch.no_grad()
     def gibbs(self, v: Tensor, num_sweeps: int, generator: torch.Generator | None = None) -> Tensor:
         """v [B, num_visible] after `num_sweeps` sweeps of block Gibbs: hidden layer, then visible layer."""
+        checks.at_least("gibbs", 0, num_sweeps=num_sweeps)
+        self._check(v)
         for _ in range(num_sweeps):
             v = self.sample_visible(self.sample_hidden(v, generator), generator)
         return v
@@ -58,6 +65,7 @@ class RBM(_Bipartite):
 
     def free_energy(self, v: Tensor) -> Tensor:
         """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
+        self._check(v)
         return -(v @ self.visible_bias) - F.softplus(self.hidden_logits(v)).sum(1)
 
     def hidden_logits(self, v: Tensor) -> Tensor:
@@ -97,6 +105,7 @@ class GaussianBernoulliRBM(_Bipartite):
 
     def free_energy(self, v: Tensor) -> Tensor:
         """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
+        self._check(v)
         quadratic = (v - self.visible_bias).square().sum(1) / (2 * self.variance)
         return quadratic - F.softplus(self.hidden_logits(v)).sum(1)
 

@@ -17,6 +17,7 @@ from scoreray.trainer.layers import (
     Attention,
     Embedding,
     call_block,
+    check_call,
     from_patches,
     image_size,
     require,
@@ -104,7 +105,7 @@ class UNet(nn.Module):
     """network(x [B, C, H, W], c_noise [B], class_labels int64 [B] or None) -> [B, C, H, W], in x's dtype.
 
     Any height and width that patch_size divides; odd feature maps are halved upwards and cropped on the way back.
-    The output is 0 before training. Raises UserError when the config does not fit `image_shape` (C, H, W).
+    The output is 0 before training. Raises UserError when the config or x does not fit `image_shape` (C, H, W).
     Architecture: Ho 2020, Song 2021 (DDPM++), Dhariwal 2021 (ADM), as put together in Karras 2022.
     """
 
@@ -112,7 +113,7 @@ class UNet(nn.Module):
         super().__init__()
         channels, height, _ = image_size(image_shape, config.patch_size)
         self.config = config
-        self.num_classes = num_classes
+        self.num_classes, self.channels = num_classes, channels
         widths = [config.model_channels * mult for mult in config.channel_mult]
         heights = [height // config.patch_size]
         for _ in widths[1:]:
@@ -154,6 +155,9 @@ class UNet(nn.Module):
         self.conv_out = zero_(nn.Conv2d(width, patch_channels, 3, padding=1))
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        patch = self.config.patch_size
+        fits = x.ndim == 4 and x.shape[1] == self.channels and not x.shape[2] % patch and not x.shape[3] % patch
+        check_call(x, c_noise, fits, f"({self.channels}, H, W), H and W multiples of {patch}")
         emb = self.embedding(c_noise, class_labels)
         recompute = self.config.activation_checkpointing and self.training
         h = self.conv_in(to_patches(x.to(self.conv_in.weight.dtype), self.config.patch_size))

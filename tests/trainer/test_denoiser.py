@@ -209,6 +209,7 @@ def test_denoising_compiles_into_one_graph():
         ({"sigma": torch.ones(4)}, r"sigma has shape \(4,\) and x \(5, 2, 4, 4\)"),
         ({"class_labels": torch.tensor([0, 1, 2, 3, 0])}, "class label 3 is out of range: the network knows 0 to 2"),
         ({"class_labels": torch.tensor([0, 1, -2, 2, 0])}, "class label -2 is out of range"),
+        ({"x": torch.zeros(5, 2, 4, 4, dtype=torch.uint8)}, "x is torch.uint8: give floating-point samples"),
         ({"class_labels": torch.zeros(5)}, "class_labels are torch.float32"),
         ({"class_labels": torch.zeros(3, dtype=torch.long)}, "one integer for each of the 5 samples"),
     ],

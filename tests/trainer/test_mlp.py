@@ -48,11 +48,6 @@ def test_it_has_second_derivatives_in_float64():
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_bf16_weights_take_float32_noise_levels():
-    out = trained().bfloat16()(X.bfloat16(), C_NOISE, LABELS)
-    assert out.dtype == torch.bfloat16
-
-
 def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"samples of shape \(3,\): this network was built for \(2,\)"):
         trained()(torch.ones(5, 3), C_NOISE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Annotated
 
@@ -13,13 +14,16 @@ from torch import nn
 from scoreray.data.errors import UserError
 from scoreray.trainer.dit import DiTConfig
 from scoreray.trainer.layers import Attention, allow_double_backward, sinusoids
+from scoreray.trainer.mlp import MLPConfig
 from scoreray.trainer.network import NetworkConfig, build_network, flops, num_parameters
 from scoreray.trainer.unet import UNetConfig
 
 UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(6,))
 DIT = DiTConfig(patch_size=4, hidden_size=16, depth=2, num_heads=2)
 IMAGE = (3, 12, 8)
-each_network = pytest.mark.parametrize("config", [UNET, DIT], ids=lambda config: config.kind)
+MLP = MLPConfig(hidden_size=16, num_layers=2)
+each_network = pytest.mark.parametrize("config", [UNET, DIT, MLP], ids=lambda config: config.kind)
+each_image_network = pytest.mark.parametrize("config", [UNET, DIT], ids=lambda config: config.kind)
 
 
 def trained(config: NetworkConfig, image_shape: tuple[int, ...] = IMAGE, num_classes: int = 4) -> nn.Module:
@@ -128,7 +132,7 @@ def test_second_derivatives_reach_every_parameter_that_acts(config):
 
     parameters = dict(network.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss(x), parameters.values()), strict=True))
-    name = next(name for name in parameters if name.endswith("qkv.weight"))
+    name = next(name for name in parameters if name.endswith(("qkv.weight", "inside.weight")))
     parameter, step = parameters[name], 1e-5
     direction = gradients[name] / gradients[name].norm()
     with torch.no_grad():
@@ -148,7 +152,25 @@ def test_compiles_as_one_graph(config):
     compiled(*inputs()).sum().backward()
 
 
-@each_network
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@each_image_network
+def test_inductor_computes_what_eager_does_forwards_and_backwards(config):
+    """fullgraph: a graph break is an error. Only the order of sums differs, so float32 agrees to rounding."""
+    network = trained(config)
+
+    def output_and_gradients(call) -> list[torch.Tensor]:
+        network.zero_grad()
+        output = call(*inputs())
+        output.square().mean().backward()
+        return [output.detach(), *(p.grad.clone() for p in network.parameters())]
+
+    got = output_and_gradients(torch.compile(network, fullgraph=True))
+    for actual, expected in zip(got, output_and_gradients(network), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-7)
+
+
+@each_image_network
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less(config):
     def gradients_and_kept_bytes(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
         network = trained(replace(config, activation_checkpointing=checkpointing, dropout=0.1))
@@ -189,6 +211,30 @@ def test_state_has_no_buffers_and_the_seed_decides_the_weights(config):
     first, again = state(), state()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not list(build_network(config, IMAGE, 4).buffers())
+
+
+@each_network
+@pytest.mark.parametrize(
+    ("x", "c_noise", "message"),
+    [
+        (torch.zeros(4, 1, 12, 8), torch.zeros(4), r"samples of shape \(1, 12, 8\): this network was built for \(3,"),
+        (torch.zeros(3, 12, 8), torch.zeros(3), r"samples of shape \(12, 8\)"),
+        (torch.zeros(4, 3, 12, 8), torch.zeros(3), r"c_noise of shape \(3,\) for 4 samples"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_named(config, x, c_noise, message):
+    with pytest.raises(UserError, match=message):
+        build_network(config, IMAGE)(x, c_noise)
+
+
+def test_networks_of_one_size_refuse_another_and_a_unet_wants_whole_patches():
+    for config in (DIT, MLP):
+        with pytest.raises(UserError, match=r"samples of shape \(3, 8, 12\): this network was built for \(3, 12, 8\)"):
+            build_network(config, IMAGE)(torch.zeros(4, 3, 8, 12), torch.zeros(4))
+    with pytest.raises(UserError, match="multiples of 4"):
+        build_network(replace(UNET, patch_size=4, attention_resolutions=()), IMAGE)(
+            torch.zeros(4, 3, 12, 6), torch.zeros(4)
+        )
 
 
 def test_flops_and_parameters_of_a_layer_counted_by_hand():

@@ -220,3 +220,20 @@ def test_a_config_chooses_a_process_by_its_kind():
 def test_impossible_values_are_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: VP().time(0.0), "noise_to_signal is 0.0: give a finite number above 0"),
+        (lambda: VP().time(math.inf), "noise_to_signal is inf"),
+        (lambda: VP().alpha(-0.1), "t is -0.1: give a finite time from 0 up"),
+        (lambda: VP().perturb(torch.zeros(3, 2), math.nan, torch.zeros(3, 2)), "t is nan"),
+        (lambda: VP().drift(torch.zeros(3, 2), torch.ones(2)), r"t has shape \(2,\) and x \(3, 2\)"),
+        (lambda: VP().perturb(torch.zeros(3, 2), 0.5, torch.zeros(2, 2)), r"noise of shape \(2, 2\) for x0 \(3, 2\)"),
+        (lambda: VP().ladder(0), "num_levels is 0: give 1 or more"),
+    ],
+)
+def test_impossible_arguments_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()

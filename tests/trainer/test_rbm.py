@@ -147,3 +147,9 @@ def test_mistakes_are_named():
         GaussianBernoulliRBM(2, 2, 0.0)
     with pytest.raises(UserError, match="num_hidden is 0"):
         RBM(2, 0)
+    with pytest.raises(UserError, match=r"v is torch.float32 \(2, 5\): this machine takes torch.float32 \[B, 4\]"):
+        RBM(4, 3).free_energy(torch.zeros(2, 5))
+    with pytest.raises(UserError, match=r"v is torch\.float64"):
+        GaussianBernoulliRBM(4, 3).gibbs(torch.zeros(2, 4, dtype=torch.float64), 1)
+    with pytest.raises(UserError, match="num_sweeps is -1"):
+        RBM(4, 3).gibbs(torch.zeros(2, 4), -1)
