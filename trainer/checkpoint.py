@@ -32,6 +32,7 @@ from scoreray.trainer.fragments import MASTER, Fragment, StoredFragment, overlap
 
 FOLDER = "checkpoints"
 MARKER = "COMMITTED.json"
+OWNER = "owner"  # holds the token of the newest start of the run; an older one that still lives may not commit
 FORMAT = 1
 BUFFERS = "buffers"
 
@@ -207,6 +208,7 @@ class CheckpointWriter:
     """Saves a rank's share in the background; on rank 0, commits when every rank's share has arrived.
 
     Ranks meet through the store alone, so training goes on while files travel and no collective is involved.
+    Making one on rank 0 takes the run over: a writer of an earlier start raises UserError instead of committing.
     `attempt`: a token shared by the ranks of this start of the worker group; names of two attempts never meet.
     """
 
@@ -217,6 +219,8 @@ class CheckpointWriter:
         self._pending: Any = None
         self._stop = threading.Event()
         self.last_commit: tuple[int, float] | None = None
+        if rank == 0:
+            run.put(OWNER, attempt.encode())
 
     def save(
         self,
@@ -266,11 +270,20 @@ class CheckpointWriter:
         self._run.put(f"{folder}/{share}.json", json.dumps(files).encode())
         if self._rank == 0:
             marker = {**about, "world_size": self._world_size, "files": self._collect(folder), "time": time.time()}
+            self._check_owner()
             if before_commit is not None:
                 before_commit()
             self._run.put(f"{folder}/{MARKER}", json.dumps(marker).encode())
             self.last_commit = (about["images_seen"], time.time())
             self._clean()
+
+    def _check_owner(self) -> None:
+        owner = self._run.get(OWNER).decode(errors="replace")
+        if owner != self._attempt:
+            raise UserError(
+                f"{self._run.url()}: another start of this run ({owner}) has taken over from this one "
+                f"({self._attempt}), which ends without committing"
+            )
 
     def _put(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="scoreray-") as temporary:

@@ -106,6 +106,22 @@ def test_without_its_marker_a_checkpoint_does_not_exist(tmp_path: Path) -> None:
     assert not [key for key, _ in store.list() if "000000000200" in key]
 
 
+def test_an_older_start_of_the_run_cannot_commit(tmp_path: Path) -> None:
+    """A worker group that was taken for dead and goes on, or the same command twice: the newest start has the run."""
+    store = open_store(tmp_path)
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+    old, new = (CheckpointWriter(store, attempt=name, rank=0, world_size=1, keep=2) for name in ("old", "new"))
+    old.save(100, 10, fragments(state(100), 0, 1), torch.nn.Module(), about)
+    with pytest.raises(UserError, match=r"another start of this run \(new\)"):
+        old.wait()
+    assert latest(store) is None
+    new.save(110, 11, fragments(state(110), 0, 1), torch.nn.Module(), about)
+    new.wait()
+    newest = latest(store)
+    assert newest is not None
+    assert newest.images_seen == 110
+
+
 def test_a_rank_that_never_arrives_is_no_commit(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     writer = CheckpointWriter(store, attempt="one", rank=0, world_size=2, keep=2, timeout_s=0.2)
