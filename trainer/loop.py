@@ -82,7 +82,9 @@ def train(
     module = build_training_module(config, manifest)
     shapes = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
     engine = build_engine(module, config, world_size=world_size, device=device)
-
+    writer = CheckpointWriter(
+        run, attempt=_shared_token(world_size), rank=rank, world_size=world_size, keep=config.checkpoint.keep
+    )
     images_seen = num_steps = 0
     checkpoint = latest(run)
     if checkpoint is not None:
@@ -97,9 +99,6 @@ def train(
         "image_shape": list(manifest.shape),
         "classes": list(manifest.classes),
     }
-    writer = CheckpointWriter(
-        run, attempt=_shared_token(world_size), rank=rank, world_size=world_size, keep=config.checkpoint.keep
-    )
     stream = Stream(
         config.data.url,
         global_batch_size=batch_size,
