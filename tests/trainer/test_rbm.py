@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.contrastive import PersistentChains, contrastive_loss, gibbs_divergence
+from scoreray.trainer.contrastive import PersistentChains, contrastive_loss, gibbs_divergence, langevin_chain
 from scoreray.trainer.rbm import RBM, GaussianBernoulliRBM, _states
 
 F64 = torch.float64
@@ -129,6 +129,33 @@ def test_contrastive_divergence_learns_an_enumerated_distribution(persistent):
     # A batch of 512 leaves about (15 states) / (2 x 512) = 0.015 nats of noise to a perfect learner's estimate.
     assert before > 0.15
     assert divergence() < 0.02
+
+
+@pytest.mark.parametrize("persistent", [False, True], ids=["cd", "pcd"])
+def test_contrastive_divergence_by_langevin_learns_a_gaussian_as_its_chain_sees_it(persistent):
+    """E = a x^2 / 2: chains of step e settle at the variance 1 / (a (1 - e a / 2)), so CD stops at the data's.
+
+    That is a = (1 - sqrt(1 - 2 e / s^2)) / e, with the chains' own bias in it, and not 1 / s^2.
+    """
+    std, step, count = 0.8, 0.2, 4096
+    generator = torch.Generator().manual_seed(0)
+    a = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    score, energy = (lambda x: -a * x), (lambda x: a * x.square().sum(1) / 2)
+    chains = PersistentChains(torch.zeros(count, 1, dtype=F64), restart=0.0)
+    seen = []
+    for _ in range(400):
+        data = std * torch.randn(count, 1, generator=generator, dtype=F64)
+        begin, places = chains.take(data, generator) if persistent else (data, torch.arange(count))
+        noises = torch.randn(count, 2, 1, generator=generator, dtype=F64)
+        ends = langevin_chain(score, begin, step, noises)
+        chains.put(ends, places)
+        (gradient,) = torch.autograd.grad(contrastive_loss(energy, data, ends), a)
+        with torch.no_grad():
+            a.sub_(gradient)
+        seen.append(a.item())
+    expected = (1 - math.sqrt(1 - 2 * step / std**2)) / step
+    assert abs(expected - 1 / std**2) > 0.3
+    assert sum(seen[200:]) / 200 == pytest.approx(expected, rel=0.02)
 
 
 def test_persistent_chains_come_back_to_their_places_and_restart_at_the_rate_asked_for():
