@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from scoreray.trainer.loop import Progress as TrainProgress
 
@@ -63,6 +64,13 @@ class TrainLine:
             say(f"train {progress.images:,}/{progress.total:,} images  {facts}{left_text}")
 
 
+class _Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
 @contextmanager
 def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
     """A bar for anything counted; call `.advance(0, n)` on it."""
@@ -71,6 +79,7 @@ def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
         TextColumn(name),
         BarColumn(bar_width=None),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        _Rate(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
