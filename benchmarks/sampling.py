@@ -1,14 +1,15 @@
-"""What samplers cost and what they give.
+"""What samplers cost and what they give; under 4 minutes on 2 cores.
 
-    python benchmarks/sampling.py [--out DIR] [--batch 16 64] [--compile] [--skip-error]
+    python benchmarks/sampling.py [--out DIR] [--batch 16 64] [--only overhead error compile]
 
-1. Overhead: the time that a sampler and its driver add to the network's calls, with a U-Net of 1.7 M parameters on
-   32 x 32 x 3, at each batch size. The driver's own time is measured with a network that does nothing and set against
-   the network's time, which is less at the mercy of a busy machine than the difference of two long runs; for some
-   samplers that difference is shown too, as the median over interleaved pairs.
-2. Error against nfe: every sampler on a mixture of Gaussians with its exact denoiser; a table and a picture.
+1. overhead: the time that a sampler and its driver add to the network's calls, with a U-Net of 1.9 M parameters on
+   32 x 32 x 3. Their own time is taken with a denoiser that does nothing and set against one call of the real one: the
+   difference of two long runs would drown in a busy machine's noise. For two samplers it is shown too, as the median
+   over interleaved pairs.
+2. error: every sampler on a mixture of Gaussians with its exact denoiser, at growing numbers of calls.
+3. compile: a U-Net's and a DiT's forward pass eager and under torch.compile (inductor), the best of alternating calls.
 
-Writes sampling.json, sampling.md and sampling.png to DIR.
+Prints tables, and writes sampling.json and sampling.png to DIR.
 """
 
 from __future__ import annotations
@@ -18,120 +19,178 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from scoreray.sampling.compare import error_against_nfe
+from scoreray.sampling.gallery import save_small
 from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.pictures import draw_error_against_nfe
+from scoreray.sampling.pictures import DETERMINISTIC, draw_error_against_nfe
 from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.sigmas import karras
 from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.dit import DiTConfig
 from scoreray.trainer.network import build_network, num_parameters
 from scoreray.trainer.targets import ring
 from scoreray.trainer.unet import UNetConfig
 
 SHAPE = (3, 32, 32)
-NULL_STEPS = 100
-REAL_STEPS = 6
-PAIRED = ("euler", "heun", "dpmpp_2m", "ddpm")
+NULL_STEPS = 40
+PAIRED = {"dpmpp_2m": 4, "ddpm": 4}  # steps of each
+NUM_PAIRS = 9
+BUDGETS = (8, 12, 18, 32, 64, 128)
+COMPILED = {
+    "U-Net": (UNetConfig(model_channels=32, channel_mult=(1, 2), num_blocks=1, patch_size=2), SHAPE),
+    "DiT": (DiTConfig(patch_size=4, hidden_size=128, depth=4, num_heads=4), SHAPE),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--compile", action="store_true", help="time a torch.compile'd network too")
-    parser.add_argument("--skip-error", action="store_true", help="only the overhead")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     title = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    lines = [f"# Samplers: cost and error ({title})", ""]
     record: dict[str, object] = {"machine": title}
-    for compiled in [False, True] if arguments.compile else [False]:
-        rows = [row for batch in arguments.batch for row in overhead(batch, device, compiled, arguments.repeats)]
-        record["overhead_compiled" if compiled else "overhead"] = rows
-        lines += overhead_table(rows, compiled)
-    if not arguments.skip_error:
-        results, floor = error_against_nfe(ring())
-        record["error"] = {"floor": floor, "runs": [vars(result) for result in results]}
-        lines += error_table(results, floor)
-        draw_error_against_nfe(results, floor).savefig(arguments.out / "sampling.png", dpi=130)
+    print(f"# Samplers: cost and error ({title})\n")
+    for part in arguments.only:
+        record[part], table = PARTS[part](arguments, device)
+        print("\n".join([*table, ""]), flush=True)
+    print(f"{time.perf_counter() - began:.0f} s in all.")
     (arguments.out / "sampling.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.out / "sampling.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
-def overhead(batch: int, device: torch.device, compiled: bool, repeats: int) -> list[dict[str, object]]:
-    """For each sampler: us of its own per call, and what that is of a network call, in percent."""
+def overhead(arguments: argparse.Namespace, device: torch.device) -> tuple[object, list[str]]:
+    """For each sampler and batch: milliseconds of its own per call, and what that is of a network call in percent."""
     torch.manual_seed(0)
     network = build_network(UNetConfig(model_channels=32, channel_mult=(1, 2, 2), head_channels=32), SHAPE)
     parameters = num_parameters(network)
-    network = network.to(device).eval().requires_grad_(False)
-    denoiser = Denoiser(torch.compile(network) if compiled else network)
-    x = 80 * SampleNoise(range(batch)).normal((batch, *SHAPE)).to(device)
-    bare = bare_call_s(denoiser, x, repeats)
-    rows = []
-    for sampler in SAMPLERS:
-        if sampler in ADAPTIVE:
-            continue
-        own = own_cost_s(sampler, x, repeats)
-        pairs = [pair_s(sampler, denoiser, x) for _ in range(repeats if sampler in PAIRED else 0)]
-        rows.append(
-            {
-                "sampler": sampler,
-                "batch": batch,
-                "parameters": parameters,
-                "network_ms": bare * 1e3,
-                "own_us": own * 1e6,
-                "own_percent": 100 * own / bare,
-                "difference_percent": 100 * (statistics.median(a / b for a, b in pairs) - 1) if pairs else None,
-            }
-        )
-    return rows
+    denoiser = Denoiser(network.to(device).eval().requires_grad_(False))
+    rows: dict[str, dict[str, object]] = {name: {} for name in SAMPLERS if name not in ADAPTIVE}
+    network_ms, pairs = {}, []
+    for batch in arguments.batch:
+        x = 80 * SampleNoise(range(batch)).normal((batch, *SHAPE)).to(device)
+        sigma = torch.ones(batch, device=device)
+        network_ms[batch] = 1e3 * best(lambda: denoiser(x, sigma), device, 6)  # noqa: B023
+        for name, row in rows.items():
+            row[str(batch)] = 1e3 * own_cost_s(name, x)
+        for name, steps in PAIRED.items() if batch == min(arguments.batch) else ():
+            ratios = [difference(name, steps, denoiser, x) for _ in range(NUM_PAIRS)]
+            low, middle, high = (100 * (f(ratios) - 1) for f in (min, statistics.median, max))
+            pairs.append(f"{name} at batch {batch} {middle:+.1f}% ({low:+.1f} to {high:+.1f})")
+    heads = [f"batch {batch}: own ms | of a network call" for batch in arguments.batch]
+    table = [
+        f"## Overhead per call, U-Net of {parameters / 1e6:.2f} M on 32 x 32 x 3",
+        "",
+        "A network call takes " + ", ".join(f"{ms:.0f} ms at batch {batch}" for batch, ms in network_ms.items()) + ".",
+        "",
+        "| sampler | " + " | ".join(heads) + " |",
+        "|---" * (1 + 2 * len(heads)) + "|",
+    ]
+    for name, row in rows.items():
+        cells = [f"{row[str(b)]:.2f} | {100 * row[str(b)] / network_ms[b]:.2f}%" for b in arguments.batch]  # type: ignore[operator]
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
+    table += ["", f"Whole runs against bare loops, median (range) of {NUM_PAIRS} pairs: " + "; ".join(pairs) + "."]
+    return {"network_ms": network_ms, "own_ms": rows, "pairs": pairs}, table
 
 
-def bare_call_s(denoiser: Denoiser, x: torch.Tensor, repeats: int) -> float:
-    sigma = torch.full((len(x),), 1.0, device=x.device)
-    with torch.no_grad():
-        denoiser(x, sigma)
-        return min(timed(lambda: denoiser(x, sigma), x.device) for _ in range(2 * repeats))
-
-
-def own_cost_s(sampler: str, x: torch.Tensor, repeats: int) -> float:
+def own_cost_s(sampler: str, x: torch.Tensor) -> float:
     """Seconds per call that sampler and driver take with a denoiser that only hands out a tensor made before."""
-    denoised, sigmas = torch.zeros_like(x), karras(NULL_STEPS)
-    options = {"num_steps": 1} if sampler.startswith("ncsn") else {}
-    seeds = torch.arange(len(x))
+    denoised, sigmas, seeds = torch.zeros_like(x), karras(NULL_STEPS), torch.arange(len(x))
+    options = options_of(sampler)
     calls = num_calls(sampler, sigmas, **options)
     run = lambda: drive(start(sampler, x, sigmas, seeds, **options), lambda x, sigma: denoised)  # noqa: E731
-    run()
-    return min(timed(run, x.device) for _ in range(max(3, repeats // 2))) / calls
+    return best(run, x.device, 3) / calls
 
 
-def pair_s(sampler: str, denoiser: Denoiser, x: torch.Tensor) -> tuple[float, float]:
-    """Seconds of one sampling run, and of a bare loop of as many calls right after it."""
-    sigmas, seeds = karras(REAL_STEPS), torch.arange(len(x))
-    options = {"num_steps": 1} if sampler.startswith("ncsn") else {}
-    calls = num_calls(sampler, sigmas, **options)
-    levels = [torch.full((len(x),), 1.0, device=x.device) for _ in range(calls)]
+def difference(sampler: str, num_steps: int, denoiser: Denoiser, x: torch.Tensor) -> float:
+    """The time of one sampling run over that of a bare loop of as many calls right after it."""
+    sigmas, seeds = karras(num_steps), torch.arange(len(x))
+    sigma, calls = torch.ones(len(x), device=x.device), num_calls(sampler, sigmas)
 
     def bare() -> None:
-        with torch.no_grad():
-            for sigma in levels:
-                denoiser(x, sigma)
+        for _ in range(calls):
+            denoiser(x, sigma)
 
-    sampled = timed(lambda: drive(start(sampler, x, sigmas, seeds, **options), denoiser), x.device)
-    return sampled, timed(bare, x.device)
+    sampled = timed(lambda: drive(start(sampler, x, sigmas, seeds), denoiser), x.device)
+    return sampled / timed(bare, x.device)
 
 
-def timed(run, device: torch.device) -> float:
+def error(arguments: argparse.Namespace, device: torch.device) -> tuple[object, list[str]]:
+    """Distance to the data, and to the ODE's exact ends, by the number of network calls."""
+    results, floor = error_against_nfe(ring(), budgets=BUDGETS, count=1024)
+    save_small(draw_error_against_nfe(results, floor), arguments.out / "sampling.png")
+    table = [
+        "## Error against nfe: ring of 8 Gaussians, exact denoiser, Karras grid",
+        "",
+        "nfe: sliced Wasserstein distance of 1,024 samples to as many exact ones (two exact sets are "
+        f"{floor:.4f} apart); in brackets, for deterministic samplers, the rms distance to the ODE's exact ends.",
+        "",
+        "| sampler | few calls | more | many |",
+        "|---|---|---|---|",
+    ]
+    for sampler in dict.fromkeys(result.sampler for result in results):
+        own = [result for result in results if result.sampler == sampler]
+        exact = sampler in DETERMINISTIC or sampler == "ddim"
+        cells = [
+            f"{r.nfe}: {r.distance:.3f}" + (f" ({r.ode_error:.1e})" if exact else "")
+            for r in (own[0], own[len(own) // 2], own[-1])
+        ]
+        table.append(f"| {sampler} | " + " | ".join(cells) + " |")
+    return {"floor": floor, "runs": [vars(result) for result in results]}, table
+
+
+def compiled(arguments: argparse.Namespace, device: torch.device) -> tuple[object, list[str]]:
+    """Forward passes eager and under torch.compile, and how far apart their outputs are."""
+    batch = arguments.batch[0]
+    table = [
+        f"## torch.compile (inductor, no graph breaks allowed), forward pass, batch {batch} of 32 x 32 x 3",
+        "",
+        "| network | parameters | eager ms | compiled ms | speed-up | largest difference | compiling s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    record = {}
+    for name, (config, shape) in COMPILED.items():
+        torch.manual_seed(0)
+        network = build_network(config, shape)
+        for parameter in network.parameters():  # a new network gives 0 whatever its input
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        network = network.to(device).eval().requires_grad_(False)
+        x, c_noise = torch.randn(batch, *shape, device=device), torch.linspace(-1.5, 1, batch, device=device)
+        fast = torch.compile(network, fullgraph=True)
+        began = time.perf_counter()
+        output = fast(x, c_noise)
+        compiling = time.perf_counter() - began
+        expected = network(x, c_noise)
+        off = float((output - expected).abs().max() / expected.abs().max())
+        rounds = [[timed(lambda n=n: n(x, c_noise), device) for n in (network, fast)] for _ in range(25)]  # noqa: B023
+        eager, quick = (1e3 * min(times) for times in zip(*rounds, strict=True))
+        record[name] = {"eager_ms": eager, "compiled_ms": quick, "relative_difference": off, "compiling_s": compiling}
+        table.append(
+            f"| {name} | {num_parameters(build_network(config, shape)) / 1e6:.2f} M | {eager:.1f} | {quick:.1f} "
+            f"| {eager / quick:.2f} | {off:.0e} of the largest output | {compiling:.0f} |"
+        )
+    return record, table
+
+
+def options_of(sampler: str) -> dict[str, int]:
+    return {"num_steps": 1} if sampler.startswith("ncsn") else {}
+
+
+def best(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    run()
+    with torch.no_grad():
+        return min(timed(run, device) for _ in range(repeats))
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -141,42 +200,7 @@ def timed(run, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def overhead_table(rows: list[dict[str, object]], compiled: bool) -> list[str]:
-    first = rows[0]
-    lines = [
-        f"## Overhead, {'compiled' if compiled else 'eager'} U-Net of {first['parameters'] / 1e6:.2f} M on 32 x 32 x 3",
-        "",
-        "| sampler | batch | network ms a call | sampler's own us a call | of the network | long runs' difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        difference = "" if row["difference_percent"] is None else f"{row['difference_percent']:+.1f}%"
-        lines.append(
-            f"| {row['sampler']} | {row['batch']} | {row['network_ms']:.1f} | {row['own_us']:.0f} "
-            f"| {row['own_percent']:.2f}% | {difference} |"
-        )
-    return [*lines, ""]
-
-
-def error_table(results, floor: float) -> list[str]:
-    lines = [
-        "## Error against nfe: ring of 8 Gaussians, exact denoiser, Karras grid",
-        "",
-        f"Sliced Wasserstein distance of 2,048 samples to as many exact ones; two exact sets are {floor:.4f} apart. In",
-        "brackets the rms distance to the probability-flow ODE's exact ends, for deterministic samplers.",
-        "",
-        "| sampler | " + " | ".join("nfe: distance (ode error)" for _ in range(3)) + " |",
-        "|---|---|---|---|",
-    ]
-    deterministic = {"euler", "ddim", "heun", "dpm2", "dpmpp_2m", "unipc", "rk45"}
-    for sampler in dict.fromkeys(result.sampler for result in results):
-        own = [result for result in results if result.sampler == sampler]
-        shown = [own[0], own[len(own) // 2], own[-1]]
-        cells = [
-            f"{r.nfe}: {r.distance:.4f}" + (f" ({r.ode_error:.1e})" if sampler in deterministic else "") for r in shown
-        ]
-        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+PARTS = {"overhead": overhead, "error": error, "compile": compiled}
 
 
 if __name__ == "__main__":

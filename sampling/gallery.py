@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.sampling import pictures, pictures_trained
@@ -47,9 +49,17 @@ def make(name: str, folder: Path) -> str:
     torch.manual_seed(0)
     figure = PICTURES[name]()
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    pictures.plt.close(figure)
+    save_small(figure, folder / f"{name}.png")
     return f"{folder / name}.png, {time.perf_counter() - began:.0f} s"
+
+
+def save_small(figure: pictures.Figure, path: Path) -> None:
+    """Writes a figure as a PNG of 256 colours, half the bytes and as good to look at, and closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    pictures.plt.close(figure)
+    picture = Image.open(buffer).convert("RGB")
+    picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

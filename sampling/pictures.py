@@ -119,7 +119,7 @@ def langevin_modes() -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.7), layout="constrained")
     for ax, (name, points) in zip(axes, drawn.items(), strict=True):
         ax.scatter(*points.T, s=2, color=COLORS[0], alpha=0.5)
-        _bare(ax, f"{name}: {100 * (points.sum(1) < 0).double().mean():.0f}% below", 2.2)
+        _bare(ax, f"{name}: {100 * (points.sum(1) < 0).double().mean():.0f}% in the lower cloud", 2.2)
     return figure
 
 
@@ -186,10 +186,12 @@ def inverse() -> Figure:
         x = 80.0 * noise.normal((count, 2), torch.float64)
         given = inpaint(target, picture, known, data_std=0.5, method=method)
         points = sample(given, x, karras(60), sampler="ddpm", generator=noise)
-        ax.hist(points[:, 1].numpy(), bins=60, range=(-1.3, 1.3), density=True, color=COLORS[0], alpha=0.55)
+        ax.hist(
+            points[:, 1].numpy(), bins=60, range=(-1.3, 1.3), density=True, color=COLORS[0], alpha=0.55, label="samples"
+        )
         ax.plot(slice_, exact, color=INK, lw=1.2, label="exact")
         ax.set_ylim(0, 1.2 * exact.max())
-        _label(ax, f"inpaint, method {method}", "the coordinate that is not", "", legend=True)
+        _label(ax, f"inpaint, method {method}", "the coordinate that is not known", "density", legend=True)
     return figure
 
 

@@ -53,7 +53,7 @@ def weightings(steps: int = 1000) -> plt.Figure:
         sampling = LogUniform(stratified=True)
         denoiser = train(EDMObjective(weighting=WEIGHTINGS[name](), sigma_sampling=sampling), data, steps)
         ax.loglog(levels, [excess(denoiser, target, x0, float(s)) for s in levels], color=color, lw=1.4, label=name)
-    _label(ax, "Error above the exact denoiser's, over c_out^2", "noise level sigma", "", legend=True)
+    _label(ax, "Distance to the exact denoiser by noise level", "noise level sigma", "|D - exact D|^2 / c_out^2", True)
     return figure
 
 
