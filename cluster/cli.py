@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+# Before torch is imported: threads that spin while they wait make a busy machine crawl, and sleeping ones cost little.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import typer
 
 from scoreray.cluster.local_ray import stop
 from scoreray.data.errors import ScorerayError, UserError
 
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click, under a private name
+_servers: list[Any] = []  # the S3 server of --local-s3, while it runs
 STOPPED = "stopped; the same command goes on from what is committed"
 
 app = typer.Typer(
@@ -66,7 +70,14 @@ def _local_s3(folder: Path) -> Iterator[None]:
 
     with LocalS3(folder) as server:
         os.environ.update(server.env)
+        _servers.append(server)
         yield
+
+
+def _make_bucket(url: str) -> None:
+    """On a server of our own (--local-s3), the bucket of a URL that is about to be written to."""
+    if _servers and url.startswith("s3://"):
+        _servers[-1].create_bucket(url[5:].partition("/")[0])
 
 
 @app.command()
@@ -109,6 +120,7 @@ def train(
         check_run(loaded)
         typer.echo(f"{config}: good")
         return
+    _make_bucket(loaded.run.storage)
     result = train_to_end(prepare_run(loaded, fresh=fresh), verbose=verbose)
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 
@@ -132,7 +144,7 @@ def sample(
 ) -> None:
     """Draw samples from a trained model."""
     from scoreray.cluster.display import bar
-    from scoreray.sampling.generate import Request, generate, write_samples
+    from scoreray.sampling.generate import Request, check_writable, generate, write_samples
     from scoreray.sampling.load import load
 
     request = Request(
@@ -146,6 +158,7 @@ def sample(
         options=_options(option or []),
     )
     denoiser = load(checkpoint, ema)
+    check_writable(out)
     with bar("sample", count, "samples") as progress:
         places = write_samples(generate(denoiser, request, lambda n: progress.advance(progress.task_ids[0], n)), out)
     if as_json:
@@ -176,6 +189,7 @@ def pack(
     """Images into WebDataset shards and a manifest. Run again after a kill, it goes on."""
     from scoreray.cluster.packing import pack_with_bar
 
+    _make_bucket(url)
     manifest = pack_with_bar(
         source,
         url,
@@ -275,6 +289,9 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail(STOPPED, 130)
     except ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(2)
         context = getattr(error, "ctx", None)
         _fail(error.format_message().rstrip(".") + (f"; see {context.command_path} --help" if context else ""), 2)
     except BrokenPipeError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from importlib.resources import files
@@ -49,7 +51,8 @@ class DemoResult:
         return {"folder": str(self.folder), "files": list(names), "seconds": self.seconds, **self.trained.answer()}
 
     def text(self) -> str:
-        here, local = self.folder, f"scoreray --local-s3 {self.folder / 's3'}"
+        here, command = self.folder, typed_command()
+        local = f"{command} --local-s3 {shlex.quote(str(self.folder / 's3'))}"
         return (
             f"\nDone in {self.seconds:.0f} s. Look at\n"
             f"  {here / 'samples.png'}    {NUM_SAMPLES} samples, drawn from the EMA weights\n"
@@ -59,9 +62,17 @@ class DemoResult:
             "\nNext:\n"
             f"  {local} sample {self.trained.run} --class-label sneaker --guidance 2 --count 16 --out sneakers\n"
             f"  {local} data inspect {DATA_URL}\n"
-            "  scoreray data pack FOLDER_OF_IMAGES URL     # your own images, then\n"
-            "  scoreray train configs/cifar10.yaml data.url=URL"
+            f"  {command} data pack FOLDER_OF_IMAGES DATA --image-size 32     # your own images, then, on a GPU\n"
+            f"  {command} train configs/cifar10.yaml data.url=DATA run.storage=RUNS"
         )
+
+
+def typed_command() -> str:
+    """How a person calls this program from here: by name, or by path where the name is not found."""
+    if shutil.which("scoreray"):
+        return "scoreray"
+    program = Path(sys.argv[0]).absolute()
+    return shlex.quote(os.path.relpath(program)) if program.name == "scoreray" else "python -m scoreray.cluster.cli"
 
 
 def run_demo(out: Path, *, quick: bool, workers: int, fresh: bool, verbose: bool) -> DemoResult:

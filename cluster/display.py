@@ -33,11 +33,10 @@ class TrainLine:
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("train"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+            BarColumn(bar_width=None if console.width > 100 else 8),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TextColumn("{task.fields[facts]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not self._terminal,
         )
@@ -51,17 +50,18 @@ class TrainLine:
         self._bar.stop()
 
     def __call__(self, progress: TrainProgress) -> None:
+        done = min(progress.images, progress.total)  # the last batch may pass the end
         rate = "" if math.isnan(progress.images_per_s) else f"{progress.images_per_s:,.0f} img/s"
         facts = f"loss {progress.loss:.4f}  {rate}"
-        if progress.data_stall > 0.01:
-            facts += f"  waiting for data {progress.data_stall:.0%}"
-        self._bar.update(self._task, completed=progress.images, facts=facts)
+        if progress.data_stall > 0.05:
+            facts += f"  data stall {progress.data_stall:.0%}"
+        self._bar.update(self._task, completed=done, facts=facts)
         now = time.monotonic()
         if not self._terminal and (now - self._last_line > QUIET_LINE_EVERY_S or progress.images >= progress.total):
             self._last_line = now
             left = max(0, progress.total - progress.images)
             left_text = f"  {left / progress.images_per_s:,.0f} s left" if progress.images_per_s > 0 else ""
-            say(f"train {progress.images:,}/{progress.total:,} images  {facts}{left_text}")
+            say(f"train {done:,}/{progress.total:,} images  {facts}{left_text}")
 
 
 class _Rate(ProgressColumn):
@@ -89,6 +89,9 @@ def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
     progress.add_task(name, total=total)
     with progress:
         yield progress
+    if not console.is_terminal:
+        task = progress.tasks[0]
+        say(f"{name}: {task.completed:,.0f} {unit} in {task.elapsed or 0:.1f} s")
 
 
 @contextmanager

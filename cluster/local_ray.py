@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.run import SCRATCH
 
 # Must be set before `import ray` (and are inherited by every process that Ray starts).
 QUIET_AND_LOCAL = {
@@ -48,6 +50,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray").setLevel(level)
     if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
         try:
             ray.init(address=address, log_to_driver=verbose, logging_level=level)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -59,6 +62,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             ray.shutdown()
         return
     with _short_folder() as folder:
+        os.environ[SCRATCH] = str(folder)
         ray.init(
             num_cpus=num_cpus or os.cpu_count(),
             include_dashboard=False,
@@ -74,6 +78,17 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             yield
         finally:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Seconds, where Ray would try for a minute and a half. Raises UserError when nothing listens there."""
+    host, colon, port = address.rpartition("//")[2].partition("/")[0].rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", or a form that only Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error.strerror or error})") from None
 
 
 def stop(*_: object) -> None:
@@ -112,6 +127,7 @@ def _short_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
+        os.environ.pop(SCRATCH, None)
         shutil.rmtree(folder, ignore_errors=True)
         remover.kill()
         remover.wait()

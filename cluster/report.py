@@ -48,6 +48,16 @@ def _by_sigma(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return levels, losses
 
 
+def _precision(config: Config) -> str:
+    import torch
+
+    from scoreray.trainer.engine import resolve_precision
+
+    if config.engine.precision != "auto" or config.scaling.use_gpu:
+        return config.engine.precision
+    return f"auto: {str(resolve_precision('auto', torch.device('cpu'))).removeprefix('torch.')} on this CPU"
+
+
 def summary_page(
     config: Config,
     records: list[dict[str, Any]],
@@ -65,11 +75,11 @@ def summary_page(
         "checkpoint": trained.checkpoint,
         "data": config.data.url,
         "images seen": f"{trained.images_seen:,}",
-        "last loss": "-" if trained.loss is None else f"{trained.loss:.4f}",
+        "mean loss of the last record": "-" if trained.loss is None else f"{trained.loss:.4f}",
         "training rate": f"{rates[len(rates) // 2]:,.0f} images/s (median)" if rates else "-",
         "waiting for data": f"{max(record['data_stall'] for record in records[-3:]):.1%}" if records else "-",
         "workers": f"{low if low == high else f'{low} to {high}'}, DeepSpeed ZeRO-{config.engine.zero_stage}",
-        "precision": config.engine.precision,
+        "precision": _precision(config),
         "network": config.network.kind,
         "process": config.process.kind,
         "objective": config.objective.kind,

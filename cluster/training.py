@@ -52,7 +52,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
             workers = f"{low}" if low == high else f"{low} to {high}"
             say(f"run '{config.run.name}': {workers} workers, ZeRO-{config.engine.zero_stage}, to {run.url()}")
             with TrainLine(total) as line:
-                fit(config, line)
+                fit(config, line, say)
     checkpoint = latest(run)
     if checkpoint is None:
         raise UserError(f"{run.url()}: training ended without a checkpoint")

@@ -24,6 +24,10 @@ class StorageError(ScorerayError):
     exit_status = 3
 
 
+class Unanswered(StorageError):
+    """No usable answer came (busy, cut off, timed out): worth asking again."""
+
+
 class DataError(ScorerayError):
     """Bytes that are not what the manifest or a checkpoint's marker says they are."""
 

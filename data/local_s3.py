@@ -26,10 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import StorageError, UserError
 
 log = logging.getLogger(__name__)
 
+LEAST_FREE_BYTES = 200 << 20
 START_S = 60.0  # measured: 1 to 4 s; a machine under load takes longer
 # Runs between fork and the server: asks the kernel for SIGKILL when the parent ends, and leaves if it already has.
 DIE_WITH_PARENT = """
@@ -68,8 +69,19 @@ class LocalS3:
 
     def start(self) -> LocalS3:
         program = _program()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            self._lock = _locked(self.folder)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: no S3 server can keep its data here: {error.strerror or error}"
+            ) from None
+        if free < LEAST_FREE_BYTES:
+            self.stop()
+            raise StorageError(
+                f"{self.folder}: {free >> 20} MiB are free on its disk, an S3 server needs {LEAST_FREE_BYTES >> 20} MiB"
+            )
         try:
             access_key, secret_key = _keys(self.folder)
             (self.folder / "data").mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from scoreray.data.errors import StorageError
+from scoreray.data.errors import StorageError, Unanswered, UserError
 from scoreray.data.store import NotFound, Store, check_key
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,6 @@ CODES_BUSY = {"500", "502", "503", "504", "InternalError", "ServiceUnavailable",
               "RequestLimitExceeded", "RequestTimeout", "OperationAborted"}  # fmt: skip
 
 T = TypeVar("T")
-
-
-class Unanswered(StorageError):
-    """No usable answer came (busy, cut off, timed out): worth asking again."""
 
 
 class S3Store(Store):
@@ -166,6 +162,9 @@ def client() -> Any:
              "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")  # fmt: skip
     key = tuple(os.environ.get(name) for name in names)
     with _lock:
+        for name in names[:2]:
+            if os.environ.get(name) and "://" not in os.environ[name]:
+                raise UserError(f"{name}={os.environ[name]}: an endpoint starts with http:// or https://")
         if key not in _clients:
             _clients[key] = boto3.session.Session().client(
                 "s3",

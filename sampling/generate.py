@@ -80,6 +80,11 @@ def generate(
         done(last - first)
 
 
+def check_writable(url: str) -> None:
+    """Finds out before samples are drawn whether `write_samples` can put them there. Raises StorageError, UserError."""
+    open_store((url.rpartition("/")[0] or ".") if url.endswith(".npz") else url).check_writable()
+
+
 def write_samples(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], url: str) -> list[str]:
     """Writes all samples and returns where. A url ending in .npz: one file (samples, labels); else a folder or
     prefix of pictures 000000.png, ... with a sheet of the first of them, samples.png.

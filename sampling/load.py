@@ -63,10 +63,13 @@ def load(checkpoint_url: str, ema: str | None = None, device: torch.device | str
     Raises UserError (no such checkpoint or length), DataError (bytes are not what was committed), StorageError.
     """
     checkpoint = find(checkpoint_url)
-    config = load_config(checkpoint.marker["config"])
+    try:
+        config = load_config(checkpoint.marker["config"])
+        shape, classes = tuple(checkpoint.marker["image_shape"]), tuple(checkpoint.marker["classes"])
+    except (KeyError, TypeError, UserError) as error:
+        raise DataError(f"{checkpoint.url}: its marker does not describe a model: {error}") from None
     name = "none" if ema == "none" else config.ema.choose(ema)
     state = checkpoint.full_state("master" if name == "none" else f"ema_{name}")
-    shape, classes = tuple(checkpoint.marker["image_shape"]), tuple(checkpoint.marker["classes"])
     network = build_network(config.network, shape, len(classes))
     weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     try:

@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.errors import DataError, StorageError, Unanswered, UserError
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.fragments import MASTER, Fragment, StoredFragment, overlaps
 
@@ -310,7 +310,7 @@ class CheckpointWriter:
                     break
                 except NotFound:
                     if self._stop.is_set() or time.monotonic() > deadline:
-                        raise StorageError(f"{self._run.url(folder)}: rank {rank}'s share did not arrive") from None
+                        raise Unanswered(f"{self._run.url(folder)}: rank {rank}'s share did not arrive") from None
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, 1.0)
         return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -81,7 +82,7 @@ class ScalingSection(Section):
 
     workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     use_gpu: bool = False
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, le=1024)
     max_failures: int = Field(8, ge=-1)
 
     @property
@@ -112,7 +113,7 @@ class Config(Section):
     run: RunSection
     data: DataSection
     process: Annotated[Process, Field(discriminator="kind")] = EDM()
-    network: NetworkConfig = UNetConfig()
+    network: Annotated[NetworkConfig, Field(discriminator="kind")] = UNetConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     objective: Annotated[ObjectiveConfig, Field(discriminator="kind")] = EDMObjective()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -158,6 +159,8 @@ class Config(Section):
         return self
 
 
+MOST_KEYS = 10_000
+
 # Keys that may change when a run goes on: they decide where and how long it computes, not what.
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "engine.zero_stage", "engine.micro_batch_size",
               "engine.offload", "engine.compile", "data.url", "data.prefetch_batches", "duration")  # fmt: skip
@@ -169,7 +172,13 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Raises one UserError that lists every mistake, a line each.
     """
     name = "config" if isinstance(source, dict) else str(source)
-    raw = _with_default_kinds(_override(_read(source), overrides))
+    try:
+        raw = _read(source)
+        if sum(1 for _ in itertools.islice(_leaves(raw), MOST_KEYS + 1)) > MOST_KEYS:
+            raise UserError(f"{name}: more than {MOST_KEYS} keys (an alias counts as what it stands for): not a config")
+        raw = _with_default_kinds(_override(raw, overrides))
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply, or within itself: not a config") from None
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

@@ -6,7 +6,6 @@ a run survives the death of a worker, of Ray Train's controller and of the drive
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
@@ -16,19 +15,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 
-from scoreray.data.errors import DataError, ScorerayError, StorageError, UserError
+from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
-from scoreray.trainer.engine import NonFiniteError
 from scoreray.trainer.loop import Progress, run_store
 from scoreray.trainer.step import build_training_module
 
 CONFIG_FILE = "config.yaml"
-FINAL_ERRORS = (UserError, DataError, NonFiniteError)  # starting again would only meet them again
 POLL_S = 0.25
+SCRATCH = "SCORERAY_SCRATCH"  # a folder that whoever started Ray removes, also after a SIGKILL
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> Config:
@@ -45,6 +44,9 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
         return config
     there = stored_config(run)
     differing = differing_keys(there, config)
+    if differing and latest(run) is None:  # nothing was trained under it: nothing would be mixed
+        run.put(CONFIG_FILE, dump_config(config).encode())
+        return config
     if differing:
         raise UserError(
             f"run '{config.run.name}' exists at {run.url()} with another config; "
@@ -69,22 +71,30 @@ def check_run(config: Config) -> None:
 def stored_config(run: Store) -> Config:
     """The config that made a run."""
     try:
-        text = run.get(CONFIG_FILE).decode()
+        return load_config(yaml.safe_load(run.get(CONFIG_FILE).decode()))
     except NotFound:
         raise UserError(f"{run.url()}: not a run ({CONFIG_FILE} is missing)") from None
-    import yaml
+    except (UserError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{run.url(CONFIG_FILE)}: not the config of a run: {reason}; mend it, or --fresh") from None
 
-    return load_config(yaml.safe_load(text))
 
-
-def fit(config: Config, watch: Callable[[Progress], None] = lambda progress: None) -> int:
+def fit(
+    config: Config,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> int:
     """Train `config` (see `prepare_run`) on the connected Ray cluster; returns images seen.
 
-    Blocks; `watch` is called from another thread, a few times a second. Raises the error that ended the run as it
+    Blocks; `watch` is called from another thread, a few times a second, `note` with a line when workers are started
+    again. Raises the error that ended the run as it
     was raised on the worker. KeyboardInterrupt ends the workers and leaves the newest committed checkpoint.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    from scoreray.trainer.ray_train import OneMachineConfig, RunTrainer, cause
 
     images_seen = _images_committed(config)
     if images_seen >= config.duration.images:
@@ -92,10 +102,12 @@ def fit(config: Config, watch: Callable[[Progress], None] = lambda progress: Non
     monitor = ray.remote(num_cpus=0)(_Monitor).remote()
     low, high = config.scaling.range
     done = threading.Event()
-    watcher = threading.Thread(target=_follow, args=(monitor, watch, done), daemon=True)
-    with tempfile.TemporaryDirectory(prefix="scoreray-train-") as scratch:
-        trainer = _trainer_class()(
+    watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
+    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
+        trainer = RunTrainer(
             _train_on_worker,
+            monitor=monitor,
+            torch_config=TorchConfig() if "RAY_ADDRESS" in os.environ else OneMachineConfig(folder=scratch),
             train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),
@@ -116,7 +128,7 @@ def fit(config: Config, watch: Callable[[Progress], None] = lambda progress: Non
             trainer.abort()
             raise
         except Exception as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         finally:
             done.set()
             watcher.join(timeout=5)
@@ -131,10 +143,12 @@ def worker_environment(config: Config) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
         "MALLOC_TOP_PAD_": str(64 << 20),
-        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while others work make a busy machine crawl
     }
     if not config.scaling.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
+    if "RAY_ADDRESS" not in os.environ:
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     return environment
 
 
@@ -167,75 +181,37 @@ class _Monitor:
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
+        self._notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self._notes.append(line)
 
     def update(self, progress: Progress) -> None:
         self._progress = progress
 
-    def read(self) -> Progress | None:
-        return self._progress
+    def read(self) -> tuple[Progress | None, list[str]]:
+        """The newest progress, and the notes since the last call."""
+        notes, self._notes = self._notes, []
+        return self._progress, notes
 
 
-def _follow(monitor: Any, watch: Callable[[Progress], None], done: threading.Event) -> None:
+def _follow(
+    monitor: Any, watch: Callable[[Progress], None], note: Callable[[str], None], done: threading.Event
+) -> None:
     import ray
 
     shown = None
     while not done.wait(POLL_S):
         try:
-            progress = ray.get(monitor.read.remote(), timeout=10)
+            progress, notes = ray.get(monitor.read.remote(), timeout=10)
         except Exception:  # the cluster is going away, or is too busy to say; the run itself tells
             time.sleep(1)
             continue
+        for line in notes:
+            note(line)
         if progress is not None and progress != shown:
             watch(progress)
             shown = progress
-
-
-def _trainer_class() -> Any:
-    """TorchTrainer that does not start again after an error that is final, and that can be aborted from Python."""
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-
-    class FinalErrors(DefaultFailurePolicy):
-        def make_decision(self, training_failed_error: Any) -> Any:
-            if isinstance(_cause(training_failed_error), FINAL_ERRORS):
-                return FailureDecision.RAISE
-            return super().make_decision(training_failed_error)
-
-    class RunTrainer(TorchTrainer):
-        _controller: Any = None
-
-        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-            policy = FinalErrors(self.run_config.failure_config)
-            return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
-
-        def _create_default_callbacks(self) -> Any:
-            # The cleaner asks the State API, which only a dashboard serves: in vain on an embedded cluster, which needs
-            # no cleaning, as it ends with this process.
-            callbacks = super()._create_default_callbacks()
-            if "RAY_ADDRESS" in os.environ:
-                return callbacks
-            return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            self._controller = controller  # Ctrl-C stays Python's own: `fit` then calls `abort`
-
-        def abort(self) -> None:
-            import ray
-
-            if self._controller is not None:
-                with contextlib.suppress(Exception):  # the actor exits in this call: its death is the good answer
-                    ray.get(self._controller.abort.remote(), timeout=10)
-
-    return RunTrainer
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray Train raises, else Ray's error itself."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
-    ours = [cause for cause in causes if isinstance(cause, ScorerayError)]
-    final = [cause for cause in ours if isinstance(cause, FINAL_ERRORS)]
-    return (final or ours or [error])[0]
 
 
 def _images_committed(config: Config) -> int:
@@ -249,6 +225,6 @@ def _unused_name(config: Config) -> Config:
         name = base if number == 1 else f"{base}-{number}"
         section = config.run.model_copy(update={"name": name})
         candidate = config.model_copy(update={"run": section})
-        if not run_store(candidate).exists(CONFIG_FILE):
+        if not run_store(candidate).exists(CONFIG_FILE) or latest(run_store(candidate)) is None:
             return candidate
     raise StorageError(f"{config.run.storage}: no unused name like '{base}-N' is left")

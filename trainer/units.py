@@ -17,5 +17,5 @@ def parse_count(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, lt=10**12)]  # checkpoints are named by 12 digits
 CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]

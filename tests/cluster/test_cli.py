@@ -187,6 +187,19 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             pass
 
 
+def test_a_folder_that_cannot_hold_an_s3_server(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(scoreray("--local-s3", str(tmp_path / "file"), "data", "verify", "s3://abc/x"), 3, "file")
+    assert_refused(scoreray("--local-s3", "/proc/nowhere", "data", "verify", "s3://abc/x"), 3, "/proc/nowhere")
+
+
+def test_more_that_people_get_wrong(config_file: Path, packed: str) -> None:
+    check = ["train", str(config_file), "--check"]
+    assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": "127.0.0.1:99"}), 2, "http://")
+    nobody = {"RAY_ADDRESS": "127.0.0.1:1"}
+    assert_refused(scoreray("train", str(config_file), "run.name=nobody", env=nobody), 2, "RAY_ADDRESS", "127.0.0.1:1")
+
+
 def test_a_demo_that_cannot_write_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(scoreray("demo", "--out", str(tmp_path / "file" / "out")), 3, "--out")

@@ -66,6 +66,11 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("ema.stds=[0.1,0.1]", "names a length twice"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas"),
         ("duration.images=many", "duration.images"),
+        ("network.num_blokcs=1", "network.num_blokcs: unknown key; did you mean 'num_blocks'"),
+        ("network.kind=foo", "network.kind: unknown 'foo'"),
+        ("network=5", "network"),
+        ("scaling.cpus_per_worker=.inf", "scaling.cpus_per_worker"),
+        ("duration.images=99999999999999", "duration.images"),
         ("objective.kind=contrastive", "choose energy_dot"),
         ("duration", "is not an override"),
         ("run.name.x=1", "not a section"),
@@ -90,6 +95,21 @@ def test_a_new_kind_drops_the_old_kinds_keys(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({**MINIMAL, "process": {"kind": "ve", "sigma_max": 90}}))
     assert load_config(file, ["process.kind=vp"]).process == VP()
+
+
+def test_a_file_that_grows_or_holds_itself_is_refused(tmp_path: Path) -> None:
+    bomb = "a: &a {x: 1}\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} {{{', '.join(f'k{k}: *{chr(97 + i)}' for k in range(9))}}}\n" for i in range(11)
+    )
+    file = tmp_path / "c.yaml"
+    for text, message in (
+        (bomb, "more than"),
+        ("run: &r {storage: *r}", "within itself"),
+        ("[" * 20000, "nested|not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(file)
 
 
 @pytest.mark.parametrize(

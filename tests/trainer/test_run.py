@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import subprocess
@@ -17,10 +18,11 @@ import pytest
 import torch
 import yaml
 
-from scoreray.data.errors import DataError, UserError
+from scoreray.data.errors import DataError, StorageError, Unanswered, UserError
 from scoreray.data.pack import pack
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.engine import NonFiniteError
 from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.run import fit, prepare_run, stored_config
 
@@ -63,10 +65,19 @@ def outcome(config: Config) -> tuple[dict[str, torch.Tensor], list[tuple[int, fl
     return state, [(record["images"], record["loss"]) for record in read_metrics(run_store(config))]
 
 
+listening: set[str] = set()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(ray_cluster: None, data_url: str) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
     config = prepare_run(load_config(settings(data_url, "uninterrupted")))
-    assert fit(config) == TOTAL
+
+    def look(progress: Any) -> None:
+        family = {process.pid for process in psutil.Process().children(recursive=True)}
+        connections = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in family]
+        listening.update(c.laddr.ip for c in connections)
+
+    assert fit(config, look) == TOTAL
     return outcome(config)
 
 
@@ -87,6 +98,21 @@ def test_a_run_commits_and_keeps_the_newest_checkpoints(uninterrupted: Any, data
     assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [2880, 3200]
     assert [images for images, _ in uninterrupted[1]] == [160 * i for i in range(1, 21)]
     assert stored_config(run) == load_config(settings(data_url, "uninterrupted"))
+
+
+def test_everything_listens_on_loopback_only(uninterrupted: Any) -> None:
+    """Ray, its workers, the process group and the S3 server, while a run trained."""
+    assert listening
+    assert all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in listening), listening
+
+
+def test_only_what_may_pass_is_tried_again() -> None:
+    from scoreray.trainer.ray_train import is_final
+
+    for error in (UserError("x"), DataError("x"), NonFiniteError("x"), StorageError("no space left")):
+        assert is_final(error)
+    assert not is_final(Unanswered("busy"))
+    assert not is_final(RuntimeError("connection reset by a peer that was killed"))
 
 
 def test_a_killed_worker_changes_nothing(uninterrupted: Any, data_url: str) -> None:
