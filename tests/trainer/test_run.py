@@ -182,7 +182,11 @@ def test_another_config_is_refused_by_key(uninterrupted: Any, data_url: str) -> 
         prepare_run(other)
     fresh = prepare_run(other, fresh=True)
     assert fresh.run.name == "uninterrupted-2"
-    assert prepare_run(other, fresh=True).run.name == "uninterrupted-3"
+    # A name under which nothing was trained is still free, and its config may be replaced.
+    again = load_config(settings(data_url, "uninterrupted"), ["optimizer.learning_rate=0.25"])
+    claimed = prepare_run(again, fresh=True)
+    assert claimed.run.name == "uninterrupted-2"
+    assert stored_config(run_store(claimed)) == claimed
 
 
 def test_what_does_not_change_the_result_may_change(uninterrupted: Any, data_url: str) -> None:
