@@ -87,8 +87,8 @@ def fit(
     """Train `config` (see `prepare_run`) on the connected Ray cluster; returns images seen.
 
     Blocks; `watch` is called from another thread, a few times a second, `note` with a line when workers are started
-    again. Raises the error that ended the run as it
-    was raised on the worker. KeyboardInterrupt ends the workers and leaves the newest committed checkpoint.
+    again. Raises the error that ended the run as it was raised on the worker. KeyboardInterrupt ends the workers and
+    leaves the newest committed checkpoint.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -107,7 +107,7 @@ def fit(
         trainer = RunTrainer(
             _train_on_worker,
             monitor=monitor,
-            torch_config=TorchConfig() if "RAY_ADDRESS" in os.environ else OneMachineConfig(folder=scratch),
+            torch_config=OneMachineConfig(folder=scratch) if on_one_machine() else TorchConfig(),
             train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),
@@ -118,7 +118,7 @@ def fit(
                 name=config.run.name,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                worker_runtime_env={"env_vars": worker_environment(config)},
+                worker_runtime_env={"env_vars": worker_environment(config, loopback=on_one_machine())},
             ),
         )
         watcher.start()
@@ -136,8 +136,15 @@ def fit(
     return _images_committed(config)
 
 
-def worker_environment(config: Config) -> dict[str, str]:
-    """Environment variables that a training worker must have from its start."""
+def on_one_machine() -> bool:
+    """Whether the connected cluster is an embedded one, of this machine alone."""
+    import ray
+
+    return "RAY_ADDRESS" not in os.environ and sum(bool(node["Alive"]) for node in ray.nodes()) == 1
+
+
+def worker_environment(config: Config, *, loopback: bool = False) -> dict[str, str]:
+    """Environment variables that a training worker must have from its start; `loopback`: gloo keeps to it."""
     environment = {
         # Large tensors from the heap instead of fresh mappings: page faults cost a third of a small step on a CPU.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -147,7 +154,7 @@ def worker_environment(config: Config) -> dict[str, str]:
     }
     if not config.scaling.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
-    if "RAY_ADDRESS" not in os.environ:
+    if loopback:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     return environment
 
