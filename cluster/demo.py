@@ -86,7 +86,7 @@ def run_demo(out: Path, *, quick: bool, workers: int, fresh: bool, verbose: bool
         pack_with_bar(str(fashion_mnist_path()), DATA_URL, name="fashion-mnist", samples_per_shard=1000)
         config = prepare_run(demo_config(quick=quick, workers=workers), fresh=fresh)
         trained = train_to_end(config, verbose=verbose)
-        samples_s = _draw(trained, config, out)
+        samples_s = _draw(trained, out)
         _report(trained, config, out, samples_s)
     return DemoResult(out, trained, time.monotonic() - started)
 
@@ -100,7 +100,7 @@ def demo_config(*, quick: bool = False, workers: int = 2) -> Config:
     return load_config(str(preset), overrides)
 
 
-def _draw(trained: TrainResult, config: Config, out: Path) -> float:
+def _draw(trained: TrainResult, out: Path) -> float:
     import torch
 
     from scoreray.sampling.generate import Request, generate, png_of_sheet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +65,6 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
 
 def _slots(config: Config) -> int:
     """CPU slots of an embedded cluster: enough for the workers that were asked for, also on a smaller machine."""
-    import math
-    import os
-
     return max(os.cpu_count() or 1, math.ceil(config.scaling.range[1] * config.scaling.cpus_per_worker))
 
 

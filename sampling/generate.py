@@ -12,7 +12,7 @@ import torch
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.inspect import picture_grid
-from scoreray.data.store import open_store
+from scoreray.data.store import Store, open_store
 from scoreray.sampling.guidance import ClassifierFree
 from scoreray.sampling.load import LoadedDenoiser
 from scoreray.sampling.noise import SampleNoise
@@ -82,24 +82,23 @@ def generate(
 
 def check_writable(url: str) -> None:
     """Finds out before samples are drawn whether `write_samples` can put them there. Raises StorageError, UserError."""
-    open_store((url.rpartition("/")[0] or ".") if url.endswith(".npz") else url).check_writable()
+    _place(url)[0].check_writable()
 
 
 def write_samples(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], url: str) -> list[str]:
     """Writes all samples and returns where. A url ending in .npz: one file (samples, labels); else a folder or
     prefix of pictures 000000.png, ... with a sheet of the first of them, samples.png.
     """
-    if url.endswith(".npz"):
+    store, name = _place(url)
+    if name:
         parts = list(batches)
         samples = torch.cat([x for x, _ in parts])
         array = to_uint8(samples).permute(0, 2, 3, 1).numpy() if samples.ndim == 4 else samples.numpy()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, images=array, labels=torch.cat([y for _, y in parts]).numpy())
-        parent, _, name = url.rpartition("/")
-        store = open_store(parent or ".")
         store.put(name, buffer.getvalue())
         return [store.url(name)]
-    store, number = open_store(url), 0
+    number = 0
     first: list[torch.Tensor] = []
     for x, _ in batches:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -113,6 +112,14 @@ def write_samples(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], url: str
     sheet = torch.cat(first)[:MAX_SHEET]
     store.put("samples.png", png_of_sheet(sheet))
     return [store.url("samples.png")]
+
+
+def _place(url: str) -> tuple[Store, str]:
+    """The store that samples go to, and the file's name in it where they are to be one .npz ("" else)."""
+    if not url.endswith(".npz"):
+        return open_store(url), ""
+    parent, _, name = url.rpartition("/")
+    return open_store(parent or "."), name
 
 
 def png(image: torch.Tensor) -> bytes:

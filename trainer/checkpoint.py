@@ -11,12 +11,13 @@ can read what any other wrote (`fragments.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +105,24 @@ class Checkpoint:
         except Exception:
             raise DataError(f"{self.url}: holds no '{key}'; was another EMA length or optimizer tracked?") from None
 
-    def _verified(self, file: str) -> _VerifiedFile:
-        about = self.marker["files"][file]
-        return _VerifiedFile(self.store, f"{self.folder}/{file}", about["bytes"], about["sha256"])
+    @contextlib.contextmanager
+    def _verified(self, file: str) -> Iterator[Path]:
+        """A local copy of a file whose size and SHA-256 are the marker's, while it is used. Raises DataError."""
+        key, size = f"{self.folder}/{file}", self.marker["files"][file]["bytes"]
+        digest, chunk = hashlib.sha256(), 64 << 20
+        with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
+            path = Path(folder, "file.safetensors")
+            with open(path, "wb") as local:
+                for start in range(0, max(size, 1), chunk):
+                    try:
+                        data = self.store.get(key, start, min(start + chunk, size))
+                    except NotFound:
+                        raise DataError(f"{self.store.url(key)}: missing from a committed checkpoint") from None
+                    digest.update(data)
+                    local.write(data)
+            if path.stat().st_size != size or digest.hexdigest() != self.marker["files"][file]["sha256"]:
+                raise DataError(f"{self.store.url(key)}: its bytes are not those that were committed (SHA-256)")
+            yield path
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         file = f"{BUFFERS}.safetensors"
@@ -121,36 +137,6 @@ class Checkpoint:
             return
         for name, value in self._buffers().items():
             targets[name].copy_(value)
-
-
-class _VerifiedFile:
-    """Context manager: a local copy of an object whose size and SHA-256 have been checked. Raises DataError."""
-
-    def __init__(self, store: Store, key: str, size: int, sha256: str) -> None:
-        self._store, self._key, self._size, self._sha256 = store, key, size, sha256
-
-    def __enter__(self) -> str:
-        self._temporary = tempfile.TemporaryDirectory(prefix="scoreray-")
-        path = Path(self._temporary.name, "file.safetensors")
-        digest, chunk = hashlib.sha256(), 64 << 20
-        try:
-            with open(path, "wb") as local:
-                for start in range(0, max(self._size, 1), chunk):
-                    data = self._store.get(self._key, start, min(start + chunk, self._size))
-                    digest.update(data)
-                    local.write(data)
-            if path.stat().st_size != self._size or digest.hexdigest() != self._sha256:
-                raise DataError(f"{self._store.url(self._key)}: its bytes are not those that were committed (SHA-256)")
-        except NotFound:
-            self._temporary.cleanup()
-            raise DataError(f"{self._store.url(self._key)}: missing from a committed checkpoint") from None
-        except BaseException:
-            self._temporary.cleanup()
-            raise
-        return str(path)
-
-    def __exit__(self, *exc: object) -> None:
-        self._temporary.cleanup()
 
 
 def committed(run: Store) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pydantic import ConfigDict
 
@@ -75,6 +76,7 @@ def name_of_std(std: float) -> str:
     return f"{std:.3f}"
 
 
+@lru_cache
 def power_of_std(std: float) -> float:
     """gamma of the power function t^gamma whose averaging profile has relative standard deviation `std`.
 

@@ -131,12 +131,8 @@ class FlatEngine:
         return norm
 
     def fragments(self) -> Iterator[Fragment]:
-        state = self.optimizer.state[self._master]
-        for name, start, length in self._slices:
-            end = start + length
-            tensors = {MASTER: self._master.detach()[start:end]}
-            tensors |= {key: state[key][start:end] for key in self.optimizer.state_keys}
-            yield Fragment(name, 0, length, tensors)
+        for name, offset, length in self._slices:
+            yield _fragment(self.optimizer, name, 0, length, self._master, offset)
 
     def publish(self, num_steps: int) -> None:
         self.optimizer.state[self._master]["step"].fill_(num_steps)
@@ -145,6 +141,15 @@ class FlatEngine:
     def _copy_to_weights(self) -> None:
         if self._weights.dtype != self._master.dtype:
             self._weights.copy_(self._master.detach())
+
+
+def _fragment(
+    optimizer: AveragingAdamW, name: str, start: int, length: int, flat: torch.Tensor, offset: int
+) -> Fragment:
+    """Elements [start, start + length) of a parameter, which lie in `flat` and its optimizer state from `offset` on."""
+    state, here = optimizer.state[flat], slice(offset, offset + length)
+    tensors = {MASTER: flat.detach()[here]} | {key: state[key][here] for key in optimizer.state_keys}
+    return Fragment(name, start, length, tensors)
 
 
 class DeepSpeedEngine:
@@ -210,11 +215,7 @@ class DeepSpeedEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, start, length, partition, offset in self._layout():
-            state = self.optimizer.state[partition]
-            end = offset + length
-            tensors = {MASTER: partition.detach()[offset:end]}
-            tensors |= {key: state[key][offset:end] for key in self.optimizer.state_keys}
-            yield Fragment(name, start, length, tensors)
+            yield _fragment(self.optimizer, name, start, length, partition, offset)
 
     def _layout(self) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
         """(parameter, its first element here, how many, the flat partition that holds them, offset in it)."""

@@ -91,13 +91,9 @@ class ImplicitObjective(_Objective):
 
 
 @dataclass(frozen=True)
-class SlicedObjective(_Objective):
-    """Sliced score matching: trace and norm through random projections v (Song 2019b, eq. 7)."""
-
+class _Sliced(_Objective):
     num_probes: int = 1
     probe: Probe = "rademacher"
-    _: KW_ONLY
-    kind: Literal["sliced"] = "sliced"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,17 +101,19 @@ class SlicedObjective(_Objective):
 
 
 @dataclass(frozen=True)
-class SlicedVRObjective(_Objective):
+class SlicedObjective(_Sliced):
+    """Sliced score matching: trace and norm through random projections v (Song 2019b, eq. 7)."""
+
+    _: KW_ONLY
+    kind: Literal["sliced"] = "sliced"
+
+
+@dataclass(frozen=True)
+class SlicedVRObjective(_Sliced):
     """Sliced score matching with reduced variance: the norm exactly, the trace through v (Song 2019b, eq. 8)."""
 
-    num_probes: int = 1
-    probe: Probe = "rademacher"
     _: KW_ONLY
     kind: Literal["sliced_vr"] = "sliced_vr"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.at_least("objective", 1, num_probes=self.num_probes)
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,11 @@ class AveragingAdamW(torch.optim.AdamW):
             group["lr"] = learning_rate
         self._decays = decays
 
-    def init_state(self, parameter: torch.Tensor, step: int = 0) -> dict[str, Any]:
+    def init_state(self, parameter: torch.Tensor) -> dict[str, Any]:
         """The state of `parameter`, made if it has none: moments 0, averages equal to the parameter."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             for key in self.ema_keys:

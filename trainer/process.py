@@ -170,14 +170,12 @@ class VE(GaussianProcess):
 
 
 @dataclass(frozen=True)
-class VP(GaussianProcess):
-    """Variance preserving, DDPM in continuous time: alpha = e^(-B/2), B the integral of beta(t) (Song 2021)."""
+class _LinearBeta(GaussianProcess):
+    """alpha = e^(-B/2), B the integral of a beta(t) that rises linearly from beta_min to beta_max."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-5
-    _: KW_ONLY
-    kind: Literal["vp"] = "vp"
 
     def __post_init__(self) -> None:
         _check_betas(self.beta_min, self.beta_max)
@@ -189,6 +187,14 @@ class VP(GaussianProcess):
 
     def _alpha(self, t: Tensor) -> Tensor:
         return (-_beta_integral(self, t) / 2).exp()
+
+
+@dataclass(frozen=True)
+class VP(_LinearBeta):
+    """Variance preserving, DDPM in continuous time: alpha = e^(-B/2), B the integral of beta(t) (Song 2021)."""
+
+    _: KW_ONLY
+    kind: Literal["vp"] = "vp"
 
     def _sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(-_beta_integral(self, t))).sqrt()
@@ -198,25 +204,11 @@ class VP(GaussianProcess):
 
 
 @dataclass(frozen=True)
-class SubVP(GaussianProcess):
+class SubVP(_LinearBeta):
     """Sub-VP: VP's alpha with the smaller sigma = 1 - e^(-B), so that g^2 = beta (1 - e^(-2B)) (Song 2021)."""
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-5
     _: KW_ONLY
     kind: Literal["sub_vp"] = "sub_vp"
-
-    def __post_init__(self) -> None:
-        _check_betas(self.beta_min, self.beta_max)
-        _check_times(self.t_min, 1.0)
-
-    @property
-    def sampling_t_min(self) -> float:
-        return max(self.t_min, 1e-3)
-
-    def _alpha(self, t: Tensor) -> Tensor:
-        return (-_beta_integral(self, t) / 2).exp()
 
     def _sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-_beta_integral(self, t))
@@ -357,12 +349,12 @@ PROCESSES: dict[str, type[Process]] = {
 }
 
 
-def _beta_integral(process: VP | SubVP, t: Tensor) -> Tensor:
+def _beta_integral(process: _LinearBeta, t: Tensor) -> Tensor:
     """B(t), the integral of beta(t) = beta_min + t (beta_max - beta_min)."""
     return t * (process.beta_min + t * ((process.beta_max - process.beta_min) / 2))
 
 
-def _beta_time(process: VP | SubVP, integral: Tensor) -> Tensor:
+def _beta_time(process: _LinearBeta, integral: Tensor) -> Tensor:
     """The t at which B(t) is `integral`; the root in the form without cancellation at small t."""
     slope = process.beta_max - process.beta_min
     return 2 * integral / (process.beta_min + (process.beta_min**2 + 2 * slope * integral).sqrt())

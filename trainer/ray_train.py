@@ -36,6 +36,11 @@ def is_final(error: BaseException) -> bool:
     return isinstance(error, FINAL_ERRORS) and not isinstance(error, Unanswered)
 
 
+def on_one_machine() -> bool:
+    """Whether the connected cluster is an embedded one, of this machine alone."""
+    return "RAY_ADDRESS" not in os.environ and sum(bool(node["Alive"]) for node in ray.nodes()) == 1
+
+
 class RunFailurePolicy(DefaultFailurePolicy):
     """Retries as Ray Train does, but never after an error that is final; tells `monitor` why it starts again."""
 
@@ -102,7 +107,7 @@ class RunTrainer(TorchTrainer):
         # The cleaner asks the State API, which only a dashboard serves: in vain on an embedded cluster, which needs
         # no cleaning, as it ends with this process.
         callbacks = super()._create_default_callbacks()
-        if "RAY_ADDRESS" in os.environ:
+        if not on_one_machine():
             return callbacks
         return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 

@@ -22,7 +22,7 @@ from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
-from scoreray.trainer.loop import Progress, run_store
+from scoreray.trainer.loop import Progress, run_store, train
 from scoreray.trainer.step import build_training_module
 
 CONFIG_FILE = "config.yaml"
@@ -94,20 +94,21 @@ def fit(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from scoreray.trainer.ray_train import OneMachineConfig, RunTrainer, cause
+    from scoreray.trainer.ray_train import OneMachineConfig, RunTrainer, cause, on_one_machine
 
     images_seen = _images_committed(config)
     if images_seen >= config.duration.images:
         return images_seen
     monitor = ray.remote(num_cpus=0)(_Monitor).remote()
     low, high = config.scaling.range
+    alone = on_one_machine()
     done = threading.Event()
     watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
         trainer = RunTrainer(
             _train_on_worker,
             monitor=monitor,
-            torch_config=OneMachineConfig(folder=scratch) if on_one_machine() else TorchConfig(),
+            torch_config=OneMachineConfig(folder=scratch) if alone else TorchConfig(),
             train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),
@@ -118,7 +119,7 @@ def fit(
                 name=config.run.name,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                worker_runtime_env={"env_vars": worker_environment(config, loopback=on_one_machine())},
+                worker_runtime_env={"env_vars": worker_environment(config, loopback=alone)},
             ),
         )
         watcher.start()
@@ -134,13 +135,6 @@ def fit(
             watcher.join(timeout=5)
             ray.kill(monitor)
     return _images_committed(config)
-
-
-def on_one_machine() -> bool:
-    """Whether the connected cluster is an embedded one, of this machine alone."""
-    import ray
-
-    return "RAY_ADDRESS" not in os.environ and sum(bool(node["Alive"]) for node in ray.nodes()) == 1
 
 
 def worker_environment(config: Config, *, loopback: bool = False) -> dict[str, str]:
@@ -165,9 +159,6 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 
     import ray.train
     import ray.train.torch
-    import torch
-
-    from scoreray.trainer.loop import train
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     context = ray.train.get_context()
