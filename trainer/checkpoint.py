@@ -105,24 +105,8 @@ class Checkpoint:
         except Exception:
             raise DataError(f"{self.url}: holds no '{key}'; was another EMA length or optimizer tracked?") from None
 
-    @contextlib.contextmanager
-    def _verified(self, file: str) -> Iterator[Path]:
-        """A local copy of a file whose size and SHA-256 are the marker's, while it is used. Raises DataError."""
-        key, size = f"{self.folder}/{file}", self.marker["files"][file]["bytes"]
-        digest, chunk = hashlib.sha256(), 64 << 20
-        with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
-            path = Path(folder, "file.safetensors")
-            with open(path, "wb") as local:
-                for start in range(0, max(size, 1), chunk):
-                    try:
-                        data = self.store.get(key, start, min(start + chunk, size))
-                    except NotFound:
-                        raise DataError(f"{self.store.url(key)}: missing from a committed checkpoint") from None
-                    digest.update(data)
-                    local.write(data)
-            if path.stat().st_size != size or digest.hexdigest() != self.marker["files"][file]["sha256"]:
-                raise DataError(f"{self.store.url(key)}: its bytes are not those that were committed (SHA-256)")
-            yield path
+    def _verified(self, file: str) -> contextlib.AbstractContextManager[Path]:
+        return verified_copy(self.store, f"{self.folder}/{file}", self.marker["files"][file])
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         file = f"{BUFFERS}.safetensors"
@@ -137,6 +121,25 @@ class Checkpoint:
             return
         for name, value in self._buffers().items():
             targets[name].copy_(value)
+
+
+@contextlib.contextmanager
+def verified_copy(store: Store, key: str, about: dict[str, Any]) -> Iterator[Path]:
+    """A local copy of an object whose size and SHA-256 are those of `about`, while it is used. Raises DataError."""
+    size, digest, chunk = about["bytes"], hashlib.sha256(), 64 << 20
+    with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
+        path = Path(folder, "file.safetensors")
+        with open(path, "wb") as local:
+            for start in range(0, max(size, 1), chunk):
+                try:
+                    data = store.get(key, start, min(start + chunk, size))
+                except NotFound:
+                    raise DataError(f"{store.url(key)}: missing, though it was committed") from None
+                digest.update(data)
+                local.write(data)
+        if path.stat().st_size != size or digest.hexdigest() != about["sha256"]:
+            raise DataError(f"{store.url(key)}: its bytes are not those that were committed (SHA-256)")
+        yield path
 
 
 def committed(run: Store) -> list[str]:
