@@ -128,7 +128,7 @@ class Blocks:
             except DataError as error:
                 if self.reader.quarantine is None:
                     raise
-                self.reader.quarantine.add(sample, str(error))
+                self.reader.put_aside(sample, str(error))
                 index[row], labels[row] = self._stand_in(sample, out[row])
 
     def _stand_in(self, sample: int, out: np.ndarray) -> tuple[int, int]:

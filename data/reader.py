@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scoreray.data.errors import DataError
+from scoreray.data.errors import DataError, StorageError
 from scoreray.data.hedge import HedgedGet
 from scoreray.data.manifest import RECORD, Manifest, digest, read_records
 from scoreray.data.order import Run
+from scoreray.data.quarantine import Quarantine, Unreadable
 from scoreray.data.store import NotFound, Store
+from scoreray.data.tars import BLOCK, key_in
 
 log = logging.getLogger(__name__)
 
@@ -35,26 +37,6 @@ class Stats:
     hedged: int = 0  # asked twice because the first answer was slow
     rereads: int = 0  # asked again because the bytes were wrong
     stall_s: float = 0.0
-
-
-class Quarantine:
-    """Samples that can't be read, by number, and why; up to `budget` of them."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.samples: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    def add(self, sample: int, reason: str) -> None:
-        """Counts and logs a sample once. Raises DataError when the budget is used up."""
-        with self._lock:
-            if sample in self.samples:
-                return
-            self.samples[sample] = reason
-            count = len(self.samples)
-        log.warning("quarantined (%d of at most %d): %s", count, self.budget, reason)
-        if count > self.budget:
-            raise DataError(f"more than {self.budget} samples (the budget) are quarantined; the last: {reason}")
 
 
 class Reader:
@@ -129,7 +111,9 @@ class Reader:
 
     def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
         """The members of neighbouring records in one request, asked again while one of them is wrong."""
-        name = self.manifest.shards[shard].name
+        name, missing = self.manifest.shards[shard].name, False
+        if self.quarantine is not None and name in self.quarantine.missing:
+            return [None] * len(records)
         starts, sizes = records["offset"].tolist(), records["size"].tolist()
         low, high = starts[0], starts[-1] + sizes[-1]
         expected = records["digest"].tolist()
@@ -137,10 +121,12 @@ class Reader:
         members: list[bytes | None] = [None] * len(records)
         for attempt in range(self._attempts):
             try:
-                data = self._get(name, low, high)
+                data, missing = self._get(name, low, high), False
             except NotFound as error:
-                problem = f"{error}; the manifest lists this shard: is the data set whole?"
-                break
+                problem, missing = f"{error}; the manifest lists this shard: is the data set whole?", True
+                if attempt + 1 < self._attempts:  # a store under stress may say so of what is there
+                    self._pause(attempt)
+                continue
             self._count(len(data), 1)
             for i in bad:
                 member = data[starts[i] - low : starts[i] - low + sizes[i]]
@@ -152,12 +138,31 @@ class Reader:
             if attempt + 1 < self._attempts:
                 log.warning("%s: %s; reading again", self.name(shard, first + bad[0]), problem)
                 self._pause(attempt)
+        if self.quarantine is None:
+            raise DataError(problem if missing else f"{self.name(shard, first + bad[0])}: {problem}")
+        if missing:
+            entry = self.manifest.shards[shard]
+            self.quarantine.add(
+                Unreadable(
+                    entry.name, int(self.first_samples[shard]), entry.num_samples, 0, "", "there is no such shard"
+                )
+            )
+            return [None] * len(records)
         for i in bad:
-            reason = f"{self.name(shard, first + i)}: {problem}"
-            if self.quarantine is None:
-                raise DataError(reason)
-            self.quarantine.add(int(self.first_samples[shard]) + first + i, reason)
+            self.put_aside(int(self.first_samples[shard]) + first + i, problem)
         return members
+
+    def put_aside(self, sample: int, reason: str) -> None:
+        """A sample into the quarantine. Raises DataError when its budget is used up."""
+        assert self.quarantine is not None
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        name = self.manifest.shards[shard].name
+        offset = int(self.records(shard)["offset"][sample - int(self.first_samples[shard])])
+        try:
+            key = key_in(self._get(name, max(0, offset - BLOCK), offset))
+        except StorageError:
+            key = ""
+        self.quarantine.add(Unreadable(name, sample, 1, offset, key, reason.removeprefix(f"{self.name_of(sample)}: ")))
 
     def name(self, shard: int, place: int) -> str:
         """What a sample is called in messages: shard, number, offset."""

@@ -21,7 +21,8 @@ from scoreray.data.blocks import Blocks, Rows
 from scoreray.data.errors import UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.order import Order, default_lanes
-from scoreray.data.reader import Quarantine, Reader, Stats
+from scoreray.data.quarantine import Quarantine, Unreadable
+from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import open_store
 
 BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: two blocks a lane
@@ -61,7 +62,7 @@ class Stream:
       cache_bytes: a data set that decoded is no larger is kept in memory.
       pin_memory: page-locked batches, for a copy to a GPU that overlaps with work.
       quarantine: samples that may be unreadable; each is logged, listed in `.quarantined` and another stands in for it
-        (its number is in Batch.index). 0: the first one raises.
+        (its number is in Batch.index). 0: the first one raises. A Quarantine also holds what was found before.
 
     Memory: two blocks a lane of encoded samples (256 MB in all ranks together, by default), the waiting batches, the
     records of the shards in use, and, up to `cache_bytes`, a decoded data set.
@@ -84,7 +85,7 @@ class Stream:
         decode_threads: int = 1,
         cache_bytes: int = CACHE_BYTES,
         pin_memory: bool = False,
-        quarantine: int = 0,
+        quarantine: int | Quarantine = 0,
         manifest: Manifest | None = None,
     ) -> None:
         self.num_lanes = _check_sizes(global_batch_size, rank, world_size, num_lanes)
@@ -108,7 +109,9 @@ class Stream:
         self._num_decoders, self._pin_memory = decode_threads, pin_memory
         self._first_lane = rank * self.num_lanes // world_size
         self._end_lane = (rank + 1) * self.num_lanes // world_size
-        self._quarantine = Quarantine(quarantine) if quarantine else None
+        if isinstance(quarantine, int):
+            quarantine = Quarantine(quarantine) if quarantine else None  # type: ignore[assignment]
+        self._quarantine: Quarantine | None = quarantine  # type: ignore[assignment]
         shards_kept = 2 * (self._end_lane - self._first_lane) + 4
         self._reader = Reader(store, self.manifest, self.stats, shards_kept, self._quarantine)
         self._blocks = Blocks(self._reader, self.order, cache_bytes)
@@ -120,9 +123,9 @@ class Stream:
         self._error: BaseException | None = None
 
     @property
-    def quarantined(self) -> dict[int, str]:
-        """Samples that could not be read, by number, and why."""
-        return dict(self._quarantine.samples) if self._quarantine else {}
+    def quarantined(self) -> list[Unreadable]:
+        """What could not be read in the batches that were handed out, by sample."""
+        return self._quarantine.found if self._quarantine is not None else []
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -146,6 +149,9 @@ class Stream:
             raise ready
         self.position += self.global_batch_size
         self.stats.samples += len(ready.index)
+        if self._quarantine:
+            wanted = self.order.samples(ready.position.numpy())
+            self._quarantine.settle(wanted[wanted != ready.index.numpy()])
         return ready
 
     def __enter__(self) -> Stream:

@@ -69,7 +69,7 @@ def members(tape: Tape) -> Iterator[Member]:
         header = tape.take(BLOCK)
         if not any(header):
             return _check_end(tape)
-        if _octal(header[148:156], at) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
+        if _octal(header[148:156], at) != _checksum(header):
             raise DataError(f"byte {at}: the header's checksum is wrong")
         kind = header[156:157]
         size = _octal(header[124:136], at)
@@ -129,6 +129,23 @@ def _short_name(header: bytes, at: int) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return _text(prefix + b"/" + name if prefix else name, at)
+
+
+def key_in(header: bytes) -> str:
+    """The key of the member that a header is of, for messages; "" if it is none."""
+    try:
+        if len(header) == BLOCK and _octal(header[148:156], 0) == _checksum(header):
+            name = _short_name(header, 0)
+            _check_name(name, 0)
+            folder, slash, stem = name.rpartition("/")
+            return folder + slash + stem.partition(".")[0]
+    except DataError:
+        pass
+    return ""
+
+
+def _checksum(header: bytes) -> int:
+    return sum(header[:148]) + sum(header[156:]) + 8 * 32
 
 
 def _text(data: bytes, at: int) -> str:

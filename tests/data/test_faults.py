@@ -23,6 +23,7 @@ import scoreray.data.store_s3 as store_s3
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.local_s3 import LocalS3
 from scoreray.data.manifest import Manifest
+from scoreray.data.quarantine import Quarantine
 from scoreray.data.store import open_store
 from scoreray.data.stream import Batch, Stream
 
@@ -120,10 +121,12 @@ def through_proxy(
         proxy.server.close()
 
 
+def stream_of(url: str, **options) -> Stream:
+    return Stream(url, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=0, **options)
+
+
 def read(url: str, num_batches: int, **options) -> list[Batch]:
-    with Stream(
-        url, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=0, **options
-    ) as stream:
+    with stream_of(url, **options) as stream:
         return list(itertools.islice(stream, num_batches))
 
 
@@ -219,9 +222,12 @@ def test_quarantined_samples_are_named_counted_and_stood_in_for(
             numbers = batch.images[:, 0, 0, 0].long() * 256 + batch.images[:, 0, 0, 1].long()
             assert torch.equal(numbers % 7, batch.labels)
             found |= {int(p): int(i) for p, i in zip(batch.position, batch.index, strict=True)}
-    bad = set(stream.quarantined)
+    bad = {entry.sample for entry in stream.quarantined}
     assert len(bad) == 3
-    assert all("000001.tar: sample" in reason for reason in stream.quarantined.values())
+    for number, entry in enumerate(stream.quarantined):
+        assert (entry.shard, entry.count, entry.offset) == ("shards/000001.tar", 1, 512 * (1 + 4 * number))
+        assert entry.key == f"{entry.sample:08d}"
+        assert entry.reason == "its bytes are not those of the index"
     assert sum(record.getMessage().startswith("quarantined") for record in caplog.records) == 3
     assert set(found) == set(whole)
     assert {whole[p] for p in whole if whole[p] != found[p]} == bad
@@ -234,3 +240,33 @@ def test_a_budget_that_is_used_up_ends_the_run(damaged: str, packed: tuple[str, 
     Path(damaged, packed[1].shards[5].name).unlink()
     with pytest.raises(DataError, match=r"more than 20 samples .*000005.tar"):
         read(damaged, 63, quarantine=20)
+
+
+def test_a_missing_shard_is_one_line_and_counts_its_samples_once(
+    damaged: str, packed: tuple[str, Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = packed[1].shards[5]
+    Path(damaged, shard.name).unlink()
+    with caplog.at_level(logging.WARNING), stream_of(damaged, quarantine=shard.num_samples + 3) as stream:
+        for batch in itertools.islice(stream, 63):
+            assert not ((batch.index >= 320) & (batch.index < 384)).any()
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("000005.tar" in line for line in lines) == 1, lines
+    assert any("shards/000005.tar: samples 320 to 383: there is no such shard" in line for line in lines)
+    assert [entry.count for entry in stream.quarantined] == [1, 1, 1, 64]
+
+
+def test_what_is_quarantined_is_a_function_of_the_positions_gone_through(damaged: str) -> None:
+    """Reading ahead finds more, and a run that goes on finds what it knows: neither counts."""
+    with stream_of(damaged, quarantine=5) as stream:
+        wanted = [stream.order.samples(b.position.numpy()) for b in itertools.islice(stream, 21)]
+    where = sorted((k, s) for k, samples in enumerate(wanted) for s in (64, 65, 66) if s in samples)
+    assert len(where) == 3, "an epoch has them all"
+    for cut in {k for k, _ in where}:
+        with stream_of(damaged, quarantine=5) as first:
+            list(itertools.islice(first, cut))
+        assert {e.sample for e in first.quarantined} == {s for k, s in where if k < cut}
+        again = Quarantine(3, first.quarantined)
+        with stream_of(damaged, position=first.position, quarantine=again) as rest:
+            list(itertools.islice(rest, 42))
+        assert [e.sample for e in rest.quarantined] == [64, 65, 66]
