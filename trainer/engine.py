@@ -18,6 +18,7 @@ from scoreray.data.errors import ScorerayError, UserError
 from scoreray.trainer.config import Config
 from scoreray.trainer.fragments import MASTER, Fragment
 from scoreray.trainer.optimizer import AveragingAdamW
+from scoreray.trainer.planner import choose_stage, memory_of_rank
 
 
 class NonFiniteError(ScorerayError):
@@ -50,12 +51,34 @@ class Engine(Protocol):
 
 def build_engine(module: torch.nn.Module, config: Config, *, world_size: int, device: torch.device) -> Engine:
     """The engine that `config` asks for; `module` has fp32 parameters, equal on all ranks."""
+    config, _ = settle_stage(config, module, world_size=world_size, device=device)
     precision = resolve_precision(config.engine.precision, device)
     rows = config.data.global_batch_size // world_size
     num_micro_batches = rows // (config.engine.micro_batch_size or rows)
     if config.engine.zero_stage == 0:
         return FlatEngine(module, config, precision, world_size, num_micro_batches, device)
     return DeepSpeedEngine(module, config, precision, world_size, num_micro_batches, device)
+
+
+def settle_stage(
+    config: Config, module: torch.nn.Module, *, world_size: int, device: torch.device
+) -> tuple[Config, str]:
+    """`config` with a number for engine.zero_stage "auto", equal on all ranks (which all call it), and the reason."""
+    if config.engine.zero_stage != "auto":
+        return config, ""
+    memory = torch.tensor(memory_of_rank(device), device=device)
+    if world_size > 1:
+        dist.all_reduce(memory, op=dist.ReduceOp.MIN)
+    stage, why = choose_stage(
+        sum(p.numel() for p in module.parameters() if p.requires_grad),
+        world_size,
+        int(memory),
+        half=resolve_precision(config.engine.precision, device) != torch.float32,
+        num_averages=len(config.ema.names),
+        offload=config.engine.offload != "none",
+    )
+    engine = config.engine.model_copy(update={"zero_stage": stage})
+    return config.model_copy(update={"engine": engine}), why
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -121,6 +144,7 @@ class FlatEngine:
             gradient.div_(self._world_size)
         norm = float(torch.linalg.vector_norm(gradient))
         if not math.isfinite(norm):
+            gradient.zero_()
             raise NonFiniteError(f"the gradient's norm is {norm}")
         if 0 < self._clip < norm:
             gradient.mul_(self._clip / norm)
@@ -187,7 +211,7 @@ class DeepSpeedEngine:
         self.module = self._engine
         for partition in self._partitions():
             self.optimizer.init_state(partition)
-        self.optimizer.before_update = self._refuse_non_finite
+        self.optimizer.may_update = self._norm_is_finite
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
@@ -199,14 +223,13 @@ class DeepSpeedEngine:
         self._micro_batches_done = 0
         self.optimizer.prepare_step(learning_rate, decays)
         self._engine.step()
-        if self._sharded.overflow:
+        if self._sharded.overflow or not self._norm_is_finite():
             raise NonFiniteError("the gradient's norm is not finite")
         return float(self._sharded._global_grad_norm)
 
-    def _refuse_non_finite(self) -> None:
+    def _norm_is_finite(self) -> bool:
         norm = float(self._sharded._global_grad_norm)
-        if not math.isfinite(norm) or norm < 0:  # DeepSpeed's norm helpers report NaN as -1
-            raise NonFiniteError("the gradient's norm is not finite")
+        return math.isfinite(norm) and norm >= 0  # DeepSpeed's norm helpers report NaN as -1
 
     def _partitions(self) -> list[torch.Tensor]:
         if self._stage == 3:

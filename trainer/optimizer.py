@@ -25,6 +25,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OptimizerConfig:
     """AdamW and its learning rate as a function of images seen.
 
+    `skip_nonfinite`: how many steps of a run may have a loss or gradient that is not finite; such a step changes
+    nothing and is counted. One more stops the run; the default stops at the first.
     `schedule`: after a linear warm-up over `warmup_images`, "constant"; "cosine" down to 0 at the run's end; or
     "inverse_sqrt": learning_rate / sqrt(max(images / decay_images, 1)) (Karras 2024, eq. 67).
     """
@@ -39,6 +41,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
     warmup_images: CountOrZero = 0
     decay_images: Count = 10_000_000
+    skip_nonfinite: CountOrZero = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.learning_rate < math.inf):
@@ -64,7 +67,8 @@ class AveragingAdamW(torch.optim.AdamW):
     Parameters are whatever it is given: whole tensors, or a rank's flat partition. `prepare_step` must be called
     before each step. Each state tensor has the parameter's shape: `exp_avg`, `exp_avg_sq`, `ema_<name>`.
 
-    `before_update`: called once a step before anything changes; raising there leaves weights and state as they were.
+    `may_update`: asked before anything changes (once a step, or once for each part of a step that comes in parts);
+    False leaves weights and state as they are.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, ema: EMAConfig) -> None:
@@ -77,7 +81,7 @@ class AveragingAdamW(torch.optim.AdamW):
             fused=True,
         )
         self.ema_keys = tuple(f"ema_{name}" for name in ema.names)
-        self.before_update: Callable[[], None] | None = None
+        self.may_update: Callable[[], bool] | None = None
         self._decays = [0.0] * len(self.ema_keys)
 
     @property
@@ -104,8 +108,8 @@ class AveragingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        if self.before_update is not None:
-            self.before_update()
+        if self.may_update is not None and not self.may_update():
+            return
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in updated:
             self.init_state(parameter)

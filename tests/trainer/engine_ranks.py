@@ -107,6 +107,7 @@ def main() -> None:
         except NonFiniteError:
             facts[name]["refused"] = True
         save(engine, module, FOLDER / f"{name}-{WORLD}-after-refusal")
+        facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
     # A checkpoint of any case continues in any other: same masters, moments and averages, then the same next step.
     for source in ("flat-1", "zero3-2") if WORLD == 2 else ():
         for name in ("flat", "zero1", "zero2", "zero3"):

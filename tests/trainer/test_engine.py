@@ -81,6 +81,13 @@ def test_a_non_finite_gradient_stops_before_the_step(trained: Path, name: str) -
         assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)
 
 
+@pytest.mark.parametrize("name", ["flat", "flat-micro", "zero1", "zero2", "zero2-micro", "zero3", "zero2-offload"])
+def test_a_refused_step_leaves_nothing_for_the_next(trained: Path, name: str) -> None:
+    """The step after it has the gradient that it has where nothing was refused: none of the NaNs stayed in a buffer."""
+    two = facts(trained, 2)
+    assert two[name]["next norm"] == pytest.approx(two["flat-1-in-flat"]["norms"][0], rel=1e-4)
+
+
 @pytest.mark.parametrize("source", ["flat-1", "zero3-2"])
 @pytest.mark.parametrize("name", ["flat", "zero1", "zero2", "zero3"])
 def test_resharding_is_bitwise(trained: Path, source: str, name: str) -> None:
