@@ -2,8 +2,10 @@
 
     <run>/checkpoints/000000012800-3f9a1c02/      images seen, and the attempt that wrote it
         rank-00000.safetensors                    this rank's fragments: "<state>/<parameter>@<start>" -> [length] fp32
-        rank-00000.json                           their table, the file's size and SHA-256; says this rank is done
+        rank-00000-001.safetensors                more of them, where one file would be large
+        rank-00000.json                           their table, the files' sizes and SHA-256; says this rank is done
         COMMITTED.json                            the marker, written last: the files' hashes, and what was trained
+    <run>/snapshots/000000012800-3f9a1c02/        the averages alone, in fp16, kept for good: what `posthoc.py` mixes
 
 No file is a pickle. A file is read only after its SHA-256 was found to be the marker's. Any world size and ZeRO stage
 can read what any other wrote (`fragments.py`).
@@ -32,10 +34,12 @@ from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.fragments import MASTER, Fragment, StoredFragment, overlaps
 
 FOLDER = "checkpoints"
+SNAPSHOTS = "snapshots"
 MARKER = "COMMITTED.json"
 OWNER = "owner"  # holds the token of the newest start of the run; an older one that still lives may not commit
 FORMAT = 1
 BUFFERS = "buffers"
+PART_BYTES = 512 << 20  # a share beyond this goes on in another file, so that readers of a range read little else
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Checkpoint:
         module = torch.nn.Module()
         self.restore((Fragment(name, 0, len(values), {key: values}) for name, values in flat.items()), module)
         state = {name: values.view(shapes[name]) for name, values in flat.items()}
-        return state | self._buffers()
+        return state | self.buffers()
 
     def _stored(self) -> dict[str, list[StoredFragment]]:
         stored: dict[str, list[StoredFragment]] = {}
@@ -108,7 +112,8 @@ class Checkpoint:
     def _verified(self, file: str) -> contextlib.AbstractContextManager[Path]:
         return verified_copy(self.store, f"{self.folder}/{file}", self.marker["files"][file])
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The module's buffers by name."""
         file = f"{BUFFERS}.safetensors"
         if file not in self.marker["files"]:
             return {}
@@ -119,7 +124,7 @@ class Checkpoint:
         targets = dict(module.named_buffers())
         if not targets:
             return
-        for name, value in self._buffers().items():
+        for name, value in self.buffers().items():
             targets[name].copy_(value)
 
 
@@ -142,10 +147,10 @@ def verified_copy(store: Store, key: str, about: dict[str, Any]) -> Iterator[Pat
         yield path
 
 
-def committed(run: Store) -> list[str]:
-    """Folders of a run's committed checkpoints, oldest first."""
+def committed(run: Store, place: str = FOLDER) -> list[str]:
+    """Folders of a run's committed checkpoints (or `SNAPSHOTS`), oldest first."""
     end = "/" + MARKER
-    return sorted(key.removesuffix(end) for key, _ in run.list(FOLDER + "/") if key.endswith(end))
+    return sorted(key.removesuffix(end) for key, _ in run.list(place + "/") if key.endswith(end))
 
 
 def latest(run: Store) -> Checkpoint | None:
@@ -219,11 +224,13 @@ class CheckpointWriter:
         module: torch.nn.Module,
         about: dict[str, Any],
         before_commit: Callable[[], None] | None = None,
+        snapshot: Sequence[str] = (),
     ) -> None:
         """Copy the state and return; writing goes on behind. Waits for the save before this one first.
 
         `about` (rank 0): what the marker says beside the files: config, shapes, state_keys. `before_commit` (rank 0)
-        writes what must be there once the checkpoint is. Errors of a save are raised by the next call or `wait`.
+        writes what must be there once the checkpoint is. `snapshot`: state keys that are also kept on their own, for
+        good; they are committed before the checkpoint is. Errors of a save are raised by the next call or `wait`.
         """
         self.wait()
         tensors = {
@@ -235,9 +242,8 @@ class CheckpointWriter:
         buffers = {}
         if self._rank == 0:
             buffers = {name: b.detach().to("cpu", copy=True).contiguous() for name, b in module.named_buffers()}
-        folder = f"{FOLDER}/{images_seen:012d}-{self._attempt}"
         about = {"format": FORMAT, "images_seen": images_seen, "num_steps": num_steps, **about}
-        self._pending = self._pool.submit(self._write, folder, tensors, table, buffers, about, before_commit)
+        self._pending = self._pool.submit(self._write, tensors, table, buffers, about, before_commit, snapshot)
 
     def wait(self) -> None:
         """Until the last save is committed (rank 0) or its share is stored (others)."""
@@ -250,9 +256,27 @@ class CheckpointWriter:
         self._stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _write(self, folder: str, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any) -> None:
-        share = f"rank-{self._rank:05d}"
-        files = {f"{share}.safetensors": {**self._put(f"{folder}/{share}.safetensors", tensors), "fragments": table}}
+    def _write(
+        self, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any, snapshot: Sequence[str]
+    ) -> None:
+        name = f"{about['images_seen']:012d}-{self._attempt}"
+        if snapshot:
+            averages = {key: _halved(t) for key, t in tensors.items() if key.partition("/")[0] in snapshot}
+            self._commit(f"{SNAPSHOTS}/{name}", averages, table, buffers, {**about, "state_keys": list(snapshot)})
+        self._commit(f"{FOLDER}/{name}", tensors, table, buffers, about, before_commit)
+        if self._rank == 0:
+            self.last_commit = (about["images_seen"], time.time())
+            self._clean()
+
+    def _commit(
+        self, folder: str, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any = None
+    ) -> None:
+        """This rank's share; on rank 0 also the marker, when every share has arrived."""
+        share, files = f"rank-{self._rank:05d}", {}
+        for number, part in enumerate(_parts(tensors, table)):
+            file = f"{share}-{number:03d}.safetensors" if number else f"{share}.safetensors"
+            ours = {key: tensors[key] for key in tensors if key.partition("/")[2] in part}
+            files[file] = {**self._put(f"{folder}/{file}", ours), "fragments": list(part.values())}
         if buffers:
             name = f"{BUFFERS}.safetensors"
             files[name] = {**self._put(f"{folder}/{name}", buffers), "fragments": []}
@@ -263,8 +287,6 @@ class CheckpointWriter:
             if before_commit is not None:
                 before_commit()
             self._run.put(f"{folder}/{MARKER}", json.dumps(marker).encode())
-            self.last_commit = (about["images_seen"], time.time())
-            self._clean()
 
     def _check_owner(self) -> None:
         owner = self._run.get(OWNER).decode(errors="replace")
@@ -306,12 +328,36 @@ class CheckpointWriter:
 
     def _clean(self) -> None:
         """Remove committed checkpoints beyond `keep`, and what killed attempts left; markers go first."""
-        keys = [key for key, _ in self._run.list(FOLDER + "/")]
+        keys = [key for place in (FOLDER, SNAPSHOTS) for key, _ in self._run.list(place + "/")]
         folders = committed(self._run)
         kept = set(folders[-self._keep :])
         mine = f"-{self._attempt}"
         old = {folder for folder in folders if folder not in kept}
-        orphans = {key.rpartition("/")[0] for key in keys} - set(folders)
+        orphans = {key.rpartition("/")[0] for key in keys} - set(folders) - set(committed(self._run, SNAPSHOTS))
         gone = old | {folder for folder in orphans if not folder.endswith(mine)}
         self._run.delete([f"{folder}/{MARKER}" for folder in sorted(old)])
         self._run.delete([key for key in keys if key.rpartition("/")[0] in gone])
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp16, unless a value is out of its range."""
+    half = tensor.half()
+    return half if bool(torch.isfinite(half).all()) else tensor
+
+
+def _parts(tensors: dict[str, torch.Tensor], table: list[list[Any]]) -> list[dict[str, list[Any]]]:
+    """The fragments of `table` by key ("parameter@start"), in groups of at most `PART_BYTES` (or one fragment)."""
+    sizes: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        fragment = key.partition("/")[2]
+        sizes[fragment] = sizes.get(fragment, 0) + tensor.nbytes
+    parts: list[dict[str, list[Any]]] = [{}]
+    filled = 0
+    for row in table:
+        key = f"{row[0]}@{row[1]}"
+        if parts[-1] and filled + sizes[key] > PART_BYTES:
+            parts.append({})
+            filled = 0
+        parts[-1][key] = row
+        filled += sizes[key]
+    return parts

@@ -24,7 +24,7 @@ from scoreray.trainer.objective import EDMObjective, ObjectiveConfig, check_obje
 from scoreray.trainer.optimizer import OptimizerConfig
 from scoreray.trainer.process import EDM, Process
 from scoreray.trainer.unet import UNetConfig
-from scoreray.trainer.units import Count
+from scoreray.trainer.units import Count, CountOrZero
 
 
 def _workers(value: Any) -> Any:
@@ -95,10 +95,16 @@ class DurationSection(Section):
 
 
 class CheckpointSection(Section):
-    """A checkpoint every so many images (and at the end); the newest `keep` stay."""
+    """A checkpoint every so many images (and at the end); the newest `keep` stay.
+
+    `snapshot_every_images`: with the first checkpoint after each so many images the averages alone are kept too, in
+    fp16 and for good (2 bytes per parameter and EMA length each), from which `scoreray export --ema` makes lengths that
+    were not tracked; 0 keeps none.
+    """
 
     every_images: Count = 1_000_000
     keep: int = Field(3, ge=1)
+    snapshot_every_images: CountOrZero = 0
 
 
 class LogSection(Section):

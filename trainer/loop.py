@@ -91,6 +91,7 @@ def train(
         checkpoint.restore(engine.fragments(), module)
         images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
         engine.publish(num_steps)
+    saved = images_seen
 
     about = {
         "config": config.model_dump(mode="json"),
@@ -127,6 +128,8 @@ def train(
                 record = meter.record(images_seen, learning_rate, norm)
                 lines.append(json.dumps(asdict(record)))
             if save:
+                snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images or 2**63)
+                saved = images_seen
                 segment = "".join(line + "\n" for line in lines)
                 key = f"{METRICS}/{images_seen:012d}.jsonl"
                 writer.save(
@@ -136,6 +139,7 @@ def train(
                     module,
                     about,
                     before_commit=lambda key=key, segment=segment: run.put(key, segment.encode()),  # type: ignore[misc]
+                    snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 lines.clear()
             if rank == 0:
