@@ -96,7 +96,7 @@ def over_read(url: str, world_size: int) -> float:
     order = Order([s.num_samples for s in manifest.shards], seed=0, num_lanes=64, shuffle_block=64)
     for rank in range(world_size):
         stats = Stats()
-        reader = Reader(open_store(url), manifest, stats, shards_kept=10**6)
+        reader = Reader(open_store(url), manifest, stats, records_kept=10**6)
         for lane in range(rank * 64 // world_size, (rank + 1) * 64 // world_size):
             for block in range(order.num_blocks(0, lane)):
                 reader.read(order.block(0, lane, block).runs)

@@ -17,6 +17,7 @@ from scoreray.data.decode import decode, decode_class, look
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
 from scoreray.data.packing import Packed
+from scoreray.data.records import records_sha256
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.data.tars import Member, Tape, members
 
@@ -139,7 +140,7 @@ def index_tar(plan: TarsPlan, number: int) -> Packed:
             raise DataError("holds no sample")
         array = np.zeros(len(records), RECORD)
         array[:] = records
-        shard = Shard(key, len(records), size, tape.sha256(), hashlib.sha256(array.tobytes()).hexdigest())
+        shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
     return Packed(shard, sums.tolist(), squares, class_counts if any(class_counts) else [], array.tobytes())
 
 

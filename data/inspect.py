@@ -15,6 +15,7 @@ from scoreray.data.decode import decode
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.manifest import Manifest, digest
 from scoreray.data.reader import Reader, Stats
+from scoreray.data.records import chunk_digests
 from scoreray.data.store import Store, open_store
 
 GRID_BACKGROUND = 48
@@ -97,16 +98,18 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     manifest = Manifest.load(store)
     problems = []
     reader = Reader(store, manifest, Stats())
-    index_sha256 = hashlib.sha256()
+    index_sha256, digests = hashlib.sha256(), []
     for number in range(len(manifest.shards)):
         try:
             records = reader.records(number)
             index_sha256.update(records.tobytes())
+            digests.append(chunk_digests(records.tobytes()))
             problems += _verify_shard(store, manifest, reader, number, records)
         except (DataError, StorageError) as error:
             problems.append(str(error))
         if progress:
             progress(int(reader.first_samples[number + 1]), manifest.num_samples)
+    index_sha256.update(b"".join(digests))
     if not problems and index_sha256.hexdigest() != manifest.index.sha256:
         problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's")
     return problems

@@ -1,7 +1,7 @@
 """What a data set is: `manifest.json` (counts, sizes, hashes, statistics) and `index.bin` (one record per sample).
 
-Both come from outside and are checked as such. The manifest grows with the number of shards; records are read per
-shard, and never all at once.
+Both come from outside and are checked as such. The manifest grows with the number of shards; records are read by
+chunks (records.py), and never all at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from scoreray.data.store import NotFound, Store, check_key
 
 MANIFEST = "manifest.json"
 INDEX = "index.bin"
-VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 29  # 2e6 shards
 MAX_VALUES = 1 << 28  # of one sample
 
@@ -39,6 +38,8 @@ RECORD = np.dtype(
     }
 )
 
+CHUNK = 128  # records that are verified together
+
 Get = Callable[[str, int, int], bytes]  # (key, start, end)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0, lt=1 << 62)]
@@ -51,7 +52,7 @@ def digest(data: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar. `records_sha256` is that of its part of the index."""
+    """One tar. `records_sha256` is that of its part of the index, made of its chunks' ones."""
 
     name: Annotated[str, Field(max_length=1024)]
     num_samples: Count
@@ -79,7 +80,7 @@ class Manifest:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    version: Literal[1]
+    version: Literal[2]
     name: Annotated[str, Field(max_length=255)]
     shape: Annotated[list[Annotated[int, Field(gt=0, le=1 << 20)]], Field(min_length=1, max_length=6)]
     dtype: Literal["uint8", "float32"]
@@ -99,8 +100,9 @@ class Manifest:
             raise ValueError("two shards have the same name")
         if sum(shard.num_samples for shard in self.shards) != self.num_samples:
             raise ValueError("num_samples is not the sum over the shards")
-        if self.index.bytes != self.num_samples * RECORD.itemsize:
-            raise ValueError(f"the index needs {RECORD.itemsize} bytes a sample")
+        num_chunks = sum(-(-shard.num_samples // CHUNK) for shard in self.shards)
+        if self.index.bytes != self.num_samples * RECORD.itemsize + num_chunks * 32:
+            raise ValueError(f"the index needs {RECORD.itemsize} bytes a sample and 32 for each {CHUNK} of a shard")
         if math.prod(self.shape) > MAX_VALUES:
             raise ValueError(f"a sample of {math.prod(self.shape)} values is above the limit of {MAX_VALUES}")
         if self.dtype == "uint8" and len(self.shape) != 3:
@@ -125,7 +127,8 @@ class Manifest:
         except ValidationError as error:
             first: Any = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise DataError(f"{url}: no manifest of this version: {where}: {first['msg']}") from error
+            mend = "; pack the data set again" if where == "version" else ""
+            raise DataError(f"{url}: no manifest of this version: {where}: {first['msg']}{mend}") from error
         except StorageError as error:
             raise DataError(f"{url}: {error}") from error
 
@@ -157,28 +160,3 @@ class Manifest:
 
 
 _ADAPTER = TypeAdapter(Manifest)
-
-
-def read_records(get: Get, url: str, manifest: Manifest, shard: int, first_sample: int) -> np.ndarray:
-    """The verified records of one shard, RECORD [num_samples].
-
-    Args:
-      get: of the data set's store.
-      url: of the index, for messages.
-      first_sample: the number of the shard's first sample.
-
-    Raises DataError.
-    """
-    entry = manifest.shards[shard]
-    start = first_sample * RECORD.itemsize
-    data = get(manifest.index.name, start, start + entry.num_samples * RECORD.itemsize)
-    if hashlib.sha256(data).hexdigest() != entry.records_sha256:
-        raise DataError(
-            f"{url}: the records of shard '{entry.name}' (bytes {start} on) are not those of the manifest; "
-            "pack the data set again"
-        )
-    records = np.frombuffer(data, RECORD)
-    ends = records["offset"] + records["size"].astype(np.uint64)
-    if int(ends.max()) > entry.bytes or not set(np.unique(records["format"])) <= set(FORMAT_NAMES):
-        raise DataError(f"{url}: the records of shard '{entry.name}' point outside it")
-    return records

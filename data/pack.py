@@ -26,6 +26,7 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.data.index_tars import plan_tars, tars_at
 from scoreray.data.manifest import FORMATS, RECORD, Manifest, Shard, digest
 from scoreray.data.packing import Mapper, Packed, carry_out
+from scoreray.data.records import records_sha256
 from scoreray.data.sources import Source, open_source
 from scoreray.data.store import open_store
 
@@ -165,7 +166,7 @@ def make_shard(plan: ImagesPlan, number: int) -> tuple[bytes | None, Packed]:
         len(numbers),
         len(data),
         hashlib.sha256(data).hexdigest(),
-        hashlib.sha256(records.tobytes()).hexdigest(),
+        records_sha256(records.tobytes()),
     )
     return data, Packed(shard, sums.tolist(), squares, class_counts.tolist(), records.tobytes())
 

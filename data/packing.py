@@ -17,7 +17,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from scoreray.data.errors import UserError
-from scoreray.data.manifest import INDEX, MANIFEST, RECORD, Index, Manifest, Shard
+from scoreray.data.manifest import INDEX, MANIFEST, Index, Manifest, Shard
+from scoreray.data.records import chunk_digests, index_bytes, records_sha256
 from scoreray.data.store import NotFound, Store, open_store
 
 PLAN = "packing/plan"
@@ -136,7 +137,7 @@ def _from_record(data: bytes) -> Packed:
     described, _, records = data.partition(b"\n")
     fields = json.loads(described)
     shard = Shard(*fields["shard"])
-    if hashlib.sha256(records).hexdigest() != shard.records_sha256:
+    if records_sha256(records) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
     return Packed(shard, fields["sums"], fields["squares"], fields["class_counts"], records)
 
@@ -146,6 +147,7 @@ def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable
     shards: list[Shard] = []
     sums, squares, num_samples = np.zeros(1), 0.0, 0
     counts: list[int] = [0] * len(plan.classes or [])
+    digests: list[bytes] = []
     index_sha256 = hashlib.sha256()
     with tempfile.NamedTemporaryFile(prefix="scoreray-index-") as index:
         for packed in done:
@@ -156,8 +158,11 @@ def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable
             counts = [a + b for a, b in zip(counts, [*packed.class_counts, *[0] * len(counts)], strict=False)]
             index.write(packed.records)
             index_sha256.update(packed.records)
+            digests.append(chunk_digests(packed.records))
             if progress:
                 progress(num_samples, plan.total_samples(shards))
+        index.write(b"".join(digests))
+        index_sha256.update(b"".join(digests))
         index.flush()
         store.put(INDEX, Path(index.name))
     mean, sigma_data = statistics(sums, squares, num_samples * math.prod(plan.shape), plan.dtype)
@@ -165,7 +170,7 @@ def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable
         raise UserError(f"{plan.name}: all samples are the same, nothing can be learned from them")
     dtype: Literal["uint8", "float32"] = "uint8" if plan.dtype == "uint8" else "float32"
     manifest = Manifest(
-        version=1,
+        version=2,
         name=plan.name,
         shape=list(plan.shape),
         dtype=dtype,
@@ -174,7 +179,7 @@ def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable
         class_counts=counts,
         mean=mean,
         sigma_data=sigma_data,
-        index=Index(INDEX, num_samples * RECORD.itemsize, index_sha256.hexdigest()),
+        index=Index(INDEX, index_bytes(shard.num_samples for shard in shards), index_sha256.hexdigest()),
         shards=shards,
         packing=plan.sha256,
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,13 +13,15 @@ import numpy as np
 
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.hedge import HedgedGet
-from scoreray.data.manifest import RECORD, Manifest, digest, read_records
+from scoreray.data.manifest import CHUNK, RECORD, Manifest
 from scoreray.data.order import Run
 from scoreray.data.quarantine import Quarantine, Unreadable
+from scoreray.data.records import Records
 from scoreray.data.store import NotFound, Store
 from scoreray.data.tars import BLOCK, key_in
 
 log = logging.getLogger(__name__)
+sha256 = hashlib.sha256
 
 MAX_GAP_BYTES = 64 << 10  # what lies between two members is read along with them up to this
 MAX_REQUEST_BYTES = 16 << 20
@@ -42,7 +44,7 @@ class Stats:
 class Reader:
     """Reads runs of samples from a data set's shards; used by several threads.
 
-    Memory: the records of `shards_kept` shards (32 bytes a sample), and what read() returns.
+    Memory: `records_kept` records of 32 bytes, and what read() returns.
     """
 
     def __init__(
@@ -50,40 +52,36 @@ class Reader:
         store: Store,
         manifest: Manifest,
         stats: Stats,
-        shards_kept: int = 16,
+        records_kept: int = 1 << 16,
         quarantine: Quarantine | None = None,
     ) -> None:
         self.store, self.manifest, self.stats, self.quarantine = store, manifest, stats, quarantine
         self._get = HedgedGet(store.get) if store.is_remote else store.get
         self.first_samples = manifest.first_samples()
-        self._shards_kept = shards_kept
         self._attempts = 1 + REREADS if store.is_remote else 1
-        self._records: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        index = store.url(manifest.index.name)
+        self._records = Records(self._get_index, manifest, index, -(-records_kept // CHUNK))
 
-    def records(self, shard: int) -> np.ndarray:
-        """The shard's records, RECORD [num_samples], verified. These can't be quarantined."""
-        first = int(self.first_samples[shard])
-        with self._lock:
-            if shard in self._records:
-                self._records.move_to_end(shard)
-                return self._records[shard]
+    def records(self, shard: int, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Records [start, start + count) of the shard, RECORD [count], verified. These can't be quarantined."""
+        if count is None:
+            count = self.manifest.shards[shard].num_samples - start
         for attempt in range(self._attempts):
             try:
-                found = read_records(self._get, self.store.url(self.manifest.index.name), self.manifest, shard, first)
-                break
+                return self._records.read(shard, start, count)
             except NotFound as error:
                 raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
             except DataError:
                 if attempt + 1 == self._attempts:
                     raise
                 self._pause(attempt)
-        self._count(found.nbytes, 1)
-        with self._lock:
-            self._records[shard] = found
-            while len(self._records) > self._shards_kept:
-                self._records.popitem(last=False)
-        return found
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _get_index(self, key: str, start: int, end: int) -> bytes:
+        data = self._get(key, start, end)
+        self._count(len(data), 1)
+        return data
 
     def read(self, runs: list[Run]) -> tuple[list[bytes | None], np.ndarray]:
         """(members, records) of the runs' samples, in their order; None for a member that is quarantined.
@@ -93,17 +91,17 @@ class Reader:
         members: list[bytes | None] = []
         parts = []
         for run in runs:
-            records = self.records(run.shard)[run.first : run.first + run.count]
+            records = self.records(run.shard, run.first, run.count)
             parts.append(records)
             for i, j in _requests(records):
                 members += self._read(run.shard, run.first + i, records[i:j])
-        return members, np.concatenate(parts) if parts else np.zeros(0, RECORD)
+        return members, parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, RECORD), *parts])
 
     def read_one(self, sample: int) -> tuple[bytes, int, int]:
         """(member, format, label) of one sample. Raises DataError, whatever may be quarantined."""
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         place = sample - int(self.first_samples[shard])
-        record = self.records(shard)[place : place + 1]
+        record = self.records(shard, place, 1)
         member = self._read(shard, place, record)[0]
         if member is None:
             raise DataError(f"{self.name(shard, place)}: quarantined")
@@ -116,7 +114,7 @@ class Reader:
             return [None] * len(records)
         starts, sizes = records["offset"].tolist(), records["size"].tolist()
         low, high = starts[0], starts[-1] + sizes[-1]
-        expected = records["digest"].tolist()
+        expected = records["digest"].tobytes()  # 8 bytes each
         problem, bad = "", list(range(len(records)))
         members: list[bytes | None] = [None] * len(records)
         for attempt in range(self._attempts):
@@ -128,9 +126,12 @@ class Reader:
                     self._pause(attempt)
                 continue
             self._count(len(data), 1)
+            found = [data[start - low : start - low + size] for start, size in zip(starts, sizes, strict=True)]
+            digests = b"".join([sha256(member).digest()[:8] for member in found])
+            if digests == expected:
+                return found  # type: ignore[return-value]
             for i in bad:
-                member = data[starts[i] - low : starts[i] - low + sizes[i]]
-                members[i] = member if digest(member) == expected[i] else None
+                members[i] = found[i] if digests[8 * i : 8 * i + 8] == expected[8 * i : 8 * i + 8] else None
             bad = [i for i in bad if members[i] is None]
             if not bad:
                 return members
@@ -157,7 +158,7 @@ class Reader:
         assert self.quarantine is not None
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         name = self.manifest.shards[shard].name
-        offset = int(self.records(shard)["offset"][sample - int(self.first_samples[shard])])
+        offset = int(self.records(shard, sample - int(self.first_samples[shard]), 1)["offset"][0])
         try:
             key = key_in(self._get(name, max(0, offset - BLOCK), offset))
         except StorageError:
@@ -166,7 +167,7 @@ class Reader:
 
     def name(self, shard: int, place: int) -> str:
         """What a sample is called in messages: shard, number, offset."""
-        offset = int(self.records(shard)["offset"][place])
+        offset = int(self.records(shard, place, 1)["offset"][0])
         number = int(self.first_samples[shard]) + place
         return f"{self.store.url(self.manifest.shards[shard].name)}: sample {number} at byte {offset}"
 

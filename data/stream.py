@@ -19,7 +19,7 @@ import torch
 
 from scoreray.data.blocks import Blocks, Rows
 from scoreray.data.errors import UserError
-from scoreray.data.manifest import Manifest
+from scoreray.data.manifest import CHUNK, Manifest
 from scoreray.data.order import Order, default_lanes
 from scoreray.data.quarantine import Quarantine, Unreadable
 from scoreray.data.reader import Reader, Stats
@@ -61,8 +61,8 @@ class Stream:
       decode_threads: for one thread, the prefetching thread decodes itself.
       cache_bytes: a data set that decoded is no larger is kept in memory.
       pin_memory: page-locked batches, for a copy to a GPU that overlaps with work.
-      quarantine: samples that may be unreadable; each is logged, listed in `.quarantined` and another stands in for it
-        (its number is in Batch.index). 0: the first one raises. A Quarantine also holds what was found before.
+      quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
+        another stands in for it (its number is in Batch.index). None: the first one raises.
 
     Memory: two blocks a lane of encoded samples (256 MB in all ranks together, by default), the waiting batches, the
     records of the shards in use, and, up to `cache_bytes`, a decoded data set.
@@ -85,7 +85,7 @@ class Stream:
         decode_threads: int = 1,
         cache_bytes: int = CACHE_BYTES,
         pin_memory: bool = False,
-        quarantine: int | Quarantine = 0,
+        quarantine: Quarantine | None = None,
         manifest: Manifest | None = None,
     ) -> None:
         self.num_lanes = _check_sizes(global_batch_size, rank, world_size, num_lanes)
@@ -109,11 +109,9 @@ class Stream:
         self._num_decoders, self._pin_memory = decode_threads, pin_memory
         self._first_lane = rank * self.num_lanes // world_size
         self._end_lane = (rank + 1) * self.num_lanes // world_size
-        if isinstance(quarantine, int):
-            quarantine = Quarantine(quarantine) if quarantine else None  # type: ignore[assignment]
-        self._quarantine: Quarantine | None = quarantine  # type: ignore[assignment]
-        shards_kept = 2 * (self._end_lane - self._first_lane) + 4
-        self._reader = Reader(store, self.manifest, self.stats, shards_kept, self._quarantine)
+        self._quarantine = quarantine
+        records_kept = 2 * (self._end_lane - self._first_lane) * (self.shuffle_block + 2 * CHUNK) + 16 * CHUNK
+        self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine)
         self._blocks = Blocks(self._reader, self.order, cache_bytes)
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)
@@ -149,7 +147,7 @@ class Stream:
             raise ready
         self.position += self.global_batch_size
         self.stats.samples += len(ready.index)
-        if self._quarantine:
+        if self._quarantine is not None and not self._quarantine.is_empty:
             wanted = self.order.samples(ready.position.numpy())
             self._quarantine.settle(wanted[wanted != ready.index.numpy()])
         return ready

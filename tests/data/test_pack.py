@@ -195,7 +195,7 @@ def test_verify_lists_every_problem_by_name(source: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ('"version": 1|"version": 2', "version"),
+        ('"version": 2|"version": 1', "version"),
         ('"num_samples": 501|"num_samples": 502', "num_samples is not the sum"),
         ('shards/000003.tar|../../etc/passwd', "can't be the key"),
         ('shards/000003.tar|/etc/passwd', "can't be the key"),
@@ -204,7 +204,7 @@ def test_verify_lists_every_problem_by_name(source: Path, tmp_path: Path) -> Non
         ('"packing"|"__class__"', "__class__"),
         ('[1, 12, 12]|[1, 1000000, 1000000]', "above the limit"),
         ('[1, 12, 12]|[1, -12, 12]', "greater than 0"),
-        ('"version": 1|"version": "1"', "version"),
+        ('"version": 2|"version": "2"', "version"),
         ('{|[', "the whole"),
     ],
 )  # fmt: skip
