@@ -175,6 +175,32 @@ def sample(
         typer.echo(f"{count} samples of {denoiser.info.url} (EMA {denoiser.info.ema}): {', '.join(places)}")
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")],
+    ema: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="EMA length, again for more; all tracked ones if left out, 'none' for raw weights. "
+            "One that was not tracked is made of the run's snapshots and checkpoints."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model for inference: safetensors, one per EMA length, and a page of JSON."""
+    from scoreray.cluster.export import export_model
+
+    _make_bucket(out)
+    page = export_model(checkpoint, out, ema or [])
+    if as_json:
+        typer.echo(json.dumps({"out": out, **page}))
+        return
+    for name, about in page["files"].items():
+        typer.echo(f"EMA {name}: {out.rstrip('/')}/{about['file']} ({about['bytes'] / 1e6:,.1f} MB)")
+    typer.echo(f"next: scoreray sample {out} --count 64 --out samples")
+
+
 @data_app.command()
 def pack(
     source: Annotated[str, typer.Argument(help="Image folders (class = folder), .npz, or IDX images (.gz or not).")],

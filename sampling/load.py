@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.sampling.export import PREFIX, RAW, ExportedModel, find_exported
 from scoreray.sampling.sigmas import karras
-from scoreray.trainer.checkpoint import find
+from scoreray.trainer.checkpoint import Checkpoint, find
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.ema import name_of_std
 from scoreray.trainer.network import build_network
 
-PREFIX = "denoiser.network."  # where the network lies in the training module
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
 
 
@@ -56,26 +58,41 @@ class LoadedDenoiser(Denoiser):
 
 
 def load(checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None) -> LoadedDenoiser:
-    """The denoiser of a committed checkpoint.
+    """The denoiser of a committed checkpoint, or of an exported model.
 
-    checkpoint_url: a run (its newest committed checkpoint) or one checkpoint's folder, `s3://` or a path.
-    ema: a tracked length ("0.050"), None for the run's first one, "none" for the weights without averaging.
+    checkpoint_url: a run (its newest committed checkpoint), one checkpoint's folder, or an exported model (its folder
+    or one of its safetensors files), `s3://` or a path.
+    ema: a length that is there ("0.050"), None for the first one, "none" for the weights without averaging.
     Raises UserError (no such checkpoint or length), DataError (bytes are not what was committed), StorageError.
     """
-    checkpoint = find(checkpoint_url)
+    source = find_exported(checkpoint_url) or find(checkpoint_url)
+    page = source.page if isinstance(source, ExportedModel) else source.marker
     try:
-        config = load_config(checkpoint.marker["config"])
-        shape, classes = tuple(checkpoint.marker["image_shape"]), tuple(checkpoint.marker["classes"])
+        config = load_config(page["config"])
+        shape, classes, images_seen = tuple(page["image_shape"]), tuple(page["classes"]), int(page["images_seen"])
     except (KeyError, TypeError, UserError) as error:
-        raise DataError(f"{checkpoint.url}: its marker does not describe a model: {error}") from None
-    name = "none" if ema == "none" else config.ema.choose(ema)
-    state = checkpoint.full_state("master" if name == "none" else f"ema_{name}")
+        raise DataError(f"{checkpoint_url}: does not describe a model: {error}") from None
+    name, weights = _weights(source, config, ema)
     network = build_network(config.network, shape, len(classes))
-    weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"{checkpoint.url}: does not fit its own config: {' '.join(str(error).split())}") from None
+        raise DataError(f"{checkpoint_url}: does not fit its own config: {' '.join(str(error).split())}") from None
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data)
-    denoiser.info = ModelInfo(checkpoint.url, checkpoint.images_seen, name, shape, classes, config)
+    url = source.store.url() if isinstance(source, ExportedModel) else source.url
+    denoiser.info = ModelInfo(url, images_seen, name, shape, classes, config)
     return denoiser.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _weights(source: Checkpoint | ExportedModel, config: Config, ema: str | None) -> tuple[str, dict[str, Any]]:
+    """The length that is meant by `ema`, and the network's weights at it."""
+    if isinstance(source, ExportedModel):
+        try:
+            name = ema if ema in (None, RAW) else name_of_std(float(ema))
+        except ValueError:
+            name = ema
+        name = name or source.chosen or next(iter(source.page["files"]))
+        return name, source.weights(name)
+    name = RAW if ema == RAW else config.ema.choose(ema)
+    state = source.full_state("master" if name == RAW else f"ema_{name}")
+    return name, {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}

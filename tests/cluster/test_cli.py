@@ -79,7 +79,7 @@ def config_file(packed: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["train"], ["sample"], ["demo"], ["data"], ["data", "pack"], ["data", "verify"], ["data", "inspect"]]
+    "verb", [[], ["train"], ["sample"], ["export"], ["demo"], ["data"], ["data", "pack"], ["data", "verify"], ["data", "inspect"]]
 )
 def test_every_verb_has_help(verb: list[str]) -> None:
     result = scoreray(*verb, "--help")

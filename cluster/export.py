@@ -1,0 +1,79 @@
+"""`scoreray export`: a checkpoint's averages as models for inference, those that were not tracked made on Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from scoreray.cluster.display import counted, say
+from scoreray.cluster.local_ray import connected
+from scoreray.data.errors import UserError, nearest
+from scoreray.sampling.export import RAW, export
+from scoreray.trainer.checkpoint import Checkpoint, find
+from scoreray.trainer.ema import name_of_std
+from scoreray.trainer.posthoc import Mix, find_mix, in_turn, reconstruct
+
+ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes longer than mixing them here
+
+
+def export_model(url: str, out: str, lengths: Sequence[str] = ()) -> dict[str, Any]:
+    """Export a committed checkpoint (see `sampling/export.py`); a length that was not tracked is reconstructed.
+
+    Ranges of parameters are mixed as Ray tasks where RAY_ADDRESS names a cluster or there is much to read.
+    """
+    checkpoint = find(url)
+    names = [_name(checkpoint, length) for length in lengths]
+    mixes = {}
+    for name in names:
+        if name != RAW and f"ema_{name}" not in checkpoint.marker["state_keys"]:
+            mixes[name] = find_mix(checkpoint, float(name))
+            stored = len(mixes[name].parts)
+            say(f"EMA {name}: made of the averages of {stored} steps, to {mixes[name].residual:.2%} of its profile")
+    with _tasks(mixes.values()) as each:
+        states = {name: partial(reconstruct, checkpoint, mix, each) for name, mix in mixes.items()}
+        page = export(checkpoint, out, names, states=states)
+    return {**page, "residuals": {name: mix.residual for name, mix in mixes.items()}}
+
+
+def _name(checkpoint: Checkpoint, length: str) -> str:
+    tracked = [key.removeprefix("ema_") for key in checkpoint.marker["state_keys"] if key.startswith("ema_")]
+    if length in (*tracked, RAW):
+        return length
+    try:
+        return name_of_std(float(length))
+    except ValueError:
+        raise UserError(f"--ema {length}: not a length; {nearest(length, [*tracked, RAW])}, or a number") from None
+
+
+@contextlib.contextmanager
+def _tasks(mixes: Iterable[Mix]) -> Iterator[Callable[..., Any]]:
+    """How to call a task for each of many inputs: here, or on Ray."""
+    num_bytes = sum(
+        about["bytes"] for mix in mixes for stored, _ in mix.parts for about in stored.marker["files"].values()
+    )
+    if not num_bytes or ("RAY_ADDRESS" not in os.environ and num_bytes < ON_RAY_FROM_BYTES):
+        yield in_turn
+        return
+    with connected():
+        yield on_ray
+
+
+def on_ray(task: Callable[..., Any], inputs: Iterable[tuple]) -> Iterator[Any]:
+    """The task's results, each called as a Ray task, in the order in which they are done."""
+    import ray
+
+    remote = ray.remote(num_cpus=1)(task)
+    waiting = [remote.remote(*one) for one in inputs]
+    total = len(waiting)
+    with counted("average", "parts") as progress:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            for one in done:
+                try:
+                    yield ray.get(one)
+                except ray.exceptions.RayTaskError as error:
+                    raise getattr(error, "cause", error) from None
+            progress(total - len(waiting), total)

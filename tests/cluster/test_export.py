@@ -1,0 +1,134 @@
+"""Exported models: what inference needs and nothing else, whole or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scoreray.cluster.export import export_model, on_ray
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.pack import pack
+from scoreray.sampling.export import export
+from scoreray.sampling.load import load
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.posthoc import find_mix, reconstruct
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("export")
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
+    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
+    pack(str(folder / "p.npz"), str(folder / "packed"))
+    config = load_config(
+        {
+            "run": {"name": "run", "storage": str(folder / "runs")},
+            "data": {"url": str(folder / "packed"), "global_batch_size": 8},
+            "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+            "engine": {"zero_stage": 0, "precision": "fp32"},
+            "duration": {"images": 256},
+            "checkpoint": {"every_images": 32, "keep": 1, "snapshot_every_images": 32},
+        }
+    )
+    train(config)
+    return config
+
+
+def test_an_exported_model_is_the_checkpoints(config: Config, tmp_path: Path) -> None:
+    """Every tracked length, by folder and by file, gives bitwise what loading the checkpoint gives."""
+    run, out = run_store(config).url(), str(tmp_path / "model")
+    page = export(run, out)
+    names = sorted(path.name for path in Path(out).iterdir())
+    assert names == ["ema-0.050.safetensors", "ema-0.100.safetensors", "model.json"]
+    assert list(page["files"]) == ["0.050", "0.100"]
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 2.0])
+    for source, ema in ((out, None), (out, "0.1"), (f"{out}/ema-0.100.safetensors", None)):
+        exported = load(source, ema)
+        original = load(run, exported.info.ema)
+        assert exported.info.ema == ("0.050" if (source, ema) == (out, None) else "0.100")
+        assert torch.equal(exported(x, sigma), original(x, sigma))
+        assert exported.info.images_seen == 256
+        assert exported.info.classes == original.info.classes
+    weights = load_file(f"{out}/ema-0.050.safetensors")
+    assert weights.keys() == original.network.state_dict().keys()
+    assert not any(key.startswith(("exp_avg", "master")) for key in weights)
+
+
+def test_raw_weights_and_unknown_lengths(config: Config, tmp_path: Path) -> None:
+    page = export(run_store(config).url(), str(tmp_path), ["none"])
+    assert page["files"]["none"]["file"] == "weights-none.safetensors"
+    assert load(str(tmp_path), "none").info.ema == "none"
+    assert load(str(tmp_path)).info.ema == "none"
+    with pytest.raises(UserError, match=r"'0\.200'.*accepted: none"):
+        load(str(tmp_path), "0.2")
+    with pytest.raises(UserError, match="did you mean 'none'"):
+        export_model(run_store(config).url(), str(tmp_path), ["nnoe"])
+
+
+def test_what_is_not_whole_is_refused(config: Config, tmp_path: Path) -> None:
+    run = run_store(config)
+    out = tmp_path / "model"
+    with pytest.raises(UserError, match="neither a run"):
+        export(run.url("metrics"), str(out))
+    newest = latest(run)
+    assert newest is not None
+    marker = run.get(f"{newest.folder}/COMMITTED.json")
+    run.delete([f"{newest.folder}/COMMITTED.json"])
+    with pytest.raises(UserError, match="neither a run"):
+        export(newest.url, str(out))
+    assert not (out / "model.json").exists()
+    run.put(f"{newest.folder}/COMMITTED.json", marker)
+    export(newest, str(out))
+    file = out / "ema-0.050.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="SHA-256"):
+        load(str(out))
+    load(str(out), "0.1")
+    (out / "model.json").write_text("{}")
+    with pytest.raises(DataError, match=r"model\.json"):
+        load(str(out))
+    (out / "model.json").unlink()
+    with pytest.raises(UserError, match=r"no model\.json lies beside it"):
+        load(str(file))
+
+
+def test_a_damaged_checkpoint_is_not_exported(config: Config, tmp_path: Path) -> None:
+    run = run_store(config)
+    newest = latest(run)
+    assert newest is not None
+    key = f"{newest.folder}/rank-00000.safetensors"
+    original = run.get(key)
+    run.put(key, original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        with pytest.raises(DataError, match="SHA-256"):
+            export(newest, str(tmp_path))
+        assert not (tmp_path / "model.json").exists()
+    finally:
+        run.put(key, original)
+
+
+def test_a_length_that_was_not_tracked(config: Config, tmp_path: Path) -> None:
+    answer = export_model(run_store(config).url(), str(tmp_path), ["0.07", "0.1"])
+    assert list(answer["files"]) == ["0.070", "0.100"]
+    assert answer["residuals"]["0.070"] < 0.03
+    assert load(str(tmp_path)).info.ema == "0.070"
+    json.loads((tmp_path / "model.json").read_text())
+
+
+def test_ray_tasks_make_the_same(ray_cluster: Any, config: Config) -> None:
+    newest = latest(run_store(config))
+    assert newest is not None
+    mix = find_mix(newest, 0.07)
+    here, there = reconstruct(newest, mix), reconstruct(newest, mix, on_ray)
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
