@@ -17,12 +17,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.order import default_lanes
+from scoreray.trainer import fits
 from scoreray.trainer.denoiser import DenoiserConfig
 from scoreray.trainer.ema import EMAConfig
 from scoreray.trainer.network import NetworkConfig
-from scoreray.trainer.objective import EDMObjective, ObjectiveConfig, check_objective, needs_second_derivatives
+from scoreray.trainer.objective import EDMObjective, ObjectiveConfig
 from scoreray.trainer.optimizer import OptimizerConfig
 from scoreray.trainer.process import EDM, Process
+from scoreray.trainer.rbm import MachineConfig
 from scoreray.trainer.unet import UNetConfig
 from scoreray.trainer.units import Count, CountOrZero
 
@@ -54,13 +56,19 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """The packed data set (`scoreray data pack`) and how much of it makes one optimizer step."""
+    """The packed data set (`scoreray data pack`) and how much of it makes one optimizer step.
+
+    `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
+    another one, up to `quarantine_budget` samples in the whole run.
+    """
 
     url: str
     global_batch_size: Count = 256
     num_lanes: Count | None = None
     shuffle_block: Count | None = None
     prefetch_batches: int = Field(4, ge=1, le=1024)
+    on_error: Literal["stop", "quarantine"] = "stop"
+    quarantine_budget: Count = 1000
 
 
 class EngineSection(Section):
@@ -119,7 +127,7 @@ class Config(Section):
     run: RunSection
     data: DataSection
     process: Annotated[Process, Field(discriminator="kind")] = EDM()
-    network: Annotated[NetworkConfig, Field(discriminator="kind")] = UNetConfig()
+    network: Annotated[NetworkConfig | MachineConfig, Field(discriminator="kind")] = UNetConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     objective: Annotated[ObjectiveConfig, Field(discriminator="kind")] = EDMObjective()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -131,45 +139,47 @@ class Config(Section):
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
-    def _objective_fits(self) -> Config:
-        parameterization = self.denoiser.parameterization
-        check_objective(self.objective, parameterization)
-        if self.engine.compile and needs_second_derivatives(self.objective, parameterization):
-            raise ValueError(
-                f"engine.compile: objective '{self.objective.kind}' with parameterization '{parameterization}' "
-                "differentiates twice, which torch.compile can't; set engine.compile=false"
-            )
+    def _parts_fit(self) -> Config:
+        found = fits.mistakes(
+            self.network,
+            self.process,
+            self.denoiser,
+            self.objective,
+            self.data.global_batch_size,
+            self.engine.compile,
+        )
+        fits.refuse(found + self._batch_mistakes())
         return self
 
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Config:
+    def _batch_mistakes(self) -> list[str]:
         """The global batch is the config's at every world size, so each allowed size must divide it."""
         batch, micro = self.data.global_batch_size, self.engine.micro_batch_size
         low, high = self.scaling.range
         lanes = self.data.num_lanes or default_lanes(batch)
         if batch % lanes:
-            raise ValueError(f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}")
+            return [f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}"]
         for workers in range(low, high + 1):
             if lanes % workers:
                 fitting = math.lcm(*range(low, high + 1))
                 mend = "set data.num_lanes to" if batch % fitting == 0 else "make data.global_batch_size"
-                raise ValueError(
+                return [
                     f"data.global_batch_size: {batch} in {lanes} lanes can't be shared by {workers} workers, one of "
                     f"scaling.workers {self.scaling.workers}; {mend} a multiple of {fitting}"
-                )
+                ]
             if micro and (batch // workers) % micro:
-                raise ValueError(
+                return [
                     f"engine.micro_batch_size: {micro} does not divide the {batch // workers} rows that each of "
                     f"{workers} workers has of data.global_batch_size {batch}"
-                )
-        return self
+                ]
+        return []
 
 
 MOST_KEYS = 10_000
 
 # Keys that may change when a run goes on: they decide where and how long it computes, not what.
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "engine.zero_stage", "engine.micro_batch_size",
-              "engine.offload", "engine.compile", "data.url", "data.prefetch_batches", "duration")  # fmt: skip
+              "engine.offload", "engine.compile", "data.url", "data.prefetch_batches", "data.on_error",
+              "data.quarantine_budget", "duration")  # fmt: skip
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -188,7 +198,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        mistakes = [_describe(mistake) for mistake in error.errors(include_url=False)]
+        mistakes = [line for one in error.errors(include_url=False) for line in _describe(one).splitlines()]
         head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
         raise UserError(head + "\n  ".join(mistakes)) from None
 

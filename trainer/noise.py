@@ -18,6 +18,10 @@ STREAM_NOISE = 2
 STREAM_LABEL_DROPOUT = 3
 STREAM_PROBE = 4
 STREAM_CHAIN = 5
+STREAM_RESTART = 6
+STREAM_BINARIZE = 7
+
+_CHAIN_DRAWS = 1 << 20  # a chain's draws have the streams from here on, one each
 
 _BITS = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -70,6 +74,23 @@ def rademacher(
     """-1 or 1 with equal probability, [B, *shape]; arguments as for `uniform`."""
     hashed = _hash(seed, positions, math.prod(shape), stream)
     return (hashed >= 0).to(dtype).mul_(2.0).sub_(1.0).reshape(len(positions), *shape)
+
+
+class ChainNoise:
+    """Numbers for chains at `positions` int64 [B], each draw a stream of its own: no count of draws is fixed before."""
+
+    def __init__(self, seed: int, positions: Tensor) -> None:
+        self._seed, self._positions, self._draw = seed, positions, _CHAIN_DRAWS
+
+    def uniform(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next draw, uniform in (0, 1), [B, *shape]."""
+        self._draw += 1
+        return uniform(self._seed, self._positions, shape, stream=self._draw, dtype=dtype)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next draw, standard normal, [B, *shape]."""
+        self._draw += 1
+        return normal(self._seed, self._positions, shape, stream=self._draw, dtype=dtype)
 
 
 def _on(positions: Tensor, device: torch.device | str | None) -> Tensor:

@@ -21,12 +21,11 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from scoreray.data.errors import UserError
 from scoreray.trainer import checks, noise
-from scoreray.trainer.contrastive import denoiser_divergence
+from scoreray.trainer.contrastive import PersistentChains, denoiser_divergence
 from scoreray.trainer.denoiser import Denoiser, like
 from scoreray.trainer.sigma_sampling import LadderUniform, LogNormal, SigmaSampling, UniformT
-from scoreray.trainer.weighting import Adaptive, EDMWeighting, Learned, Sigma2, Velocity, Weighting
+from scoreray.trainer.weighting import EDMWeighting, Sigma2, Velocity, Weighting
 
 AnyWeighting = Annotated[Weighting, Field(discriminator="kind")]
 AnySampling = Annotated[SigmaSampling, Field(discriminator="kind")]
@@ -118,22 +117,33 @@ class SlicedVRObjective(_Sliced):
 
 @dataclass(frozen=True)
 class ContrastiveObjective(_Objective):
-    """Contrastive divergence of an energy by short-run Langevin at each noise level (Hinton 2002; Nijkamp 2019).
+    """Contrastive divergence of an energy by short chains (Hinton 2002).
 
-    num_steps of size step_size sigma^2 from the noised sample ("data") or from pure noise ("noise"); needs an energy
-    parameterization. Scaled so that its gradient is comparable to the other objectives' (`contrastive`).
+    `chain`: "langevin" for an energy parameterization, at each noise level, num_steps of step_size sigma^2 with
+    noise_scale times Langevin's noise; "gibbs" for the machines of `network.kind` rbm and gaussian_rbm, num_steps
+    block-Gibbs sweeps, without noise levels and weighting.
+    `start`: where chains begin: at the (noised) sample ("data"), at noise ("noise"; Nijkamp 2019), or where they ended
+    last ("persistent"; Tieleman 2008; Du 2019): num_chains of them, None for one a sample of the global batch, each
+    beginning anew with probability `restart` and each at a noise level of its own, that its samples share.
     """
 
     num_steps: int = 1
     step_size: float = 0.1
-    start: Literal["data", "noise"] = "data"
+    start: Literal["data", "noise", "persistent"] = "data"
+    chain: Literal["langevin", "gibbs"] = "langevin"
+    noise_scale: float = 1.0
+    num_chains: int | None = None
+    restart: float = 0.0
     _: KW_ONLY
     kind: Literal["contrastive"] = "contrastive"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.at_least("objective", 1, num_steps=self.num_steps)
-        checks.positive("objective", step_size=self.step_size)
+        checks.positive("objective", step_size=self.step_size, noise_scale=self.noise_scale)
+        checks.fraction("objective", restart=self.restart)
+        if self.num_chains is not None:
+            checks.at_least("objective", 1, num_chains=self.num_chains)
 
 
 ObjectiveConfig = (
@@ -166,22 +176,6 @@ def needs_second_derivatives(objective: ObjectiveConfig, parameterization: str) 
     return isinstance(objective, JACOBIAN_OBJECTIVES) or parameterization.startswith("energy_")
 
 
-def check_objective(objective: ObjectiveConfig, parameterization: str) -> None:
-    """Raises UserError where an objective can't train a parameterization."""
-    if not isinstance(objective, ContrastiveObjective):
-        return
-    if not parameterization.startswith("energy_"):
-        raise UserError(
-            f"objective 'contrastive' needs an energy, and denoiser.parameterization is '{parameterization}': choose "
-            "energy_dot, energy_residual or energy_norm"
-        )
-    if isinstance(objective.weighting, Adaptive | Learned):
-        raise UserError(
-            f"objective 'contrastive' has a gradient but no error that weighting '{objective.weighting.kind}' could "
-            "learn from: choose another weighting"
-        )
-
-
 def draw_probes(
     objective: ObjectiveConfig, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor | None:
@@ -190,7 +184,7 @@ def draw_probes(
         draw = noise.rademacher if objective.probe == "rademacher" else noise.normal
         return draw(seed, positions, (objective.num_probes, *shape), stream=noise.STREAM_PROBE, dtype=dtype)
     if isinstance(objective, ContrastiveObjective):
-        count = objective.num_steps + (objective.start == "noise")
+        count = objective.num_steps + (objective.start != "data")
         return noise.normal(seed, positions, (count, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
     return None
 
@@ -204,18 +198,21 @@ def loss_per_sample(
     z: Tensor,
     class_labels: Tensor | None = None,
     probes: Tensor | None = None,
+    positions: Tensor | None = None,
+    chains: PersistentChains | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss [B], error [B]) of x0 [B, ...] at sigma [B] with the standard normal z [B, ...].
 
     The error is the denoising error per dimension (an unbiased estimate of it, that can be negative, for implicit and
     sliced objectives); the loss is what `weighting(error, sigma)` (`weighting.build_weighting`) makes of it.
-    Some need `draw_probes`. Nothing here waits for the device or draws a number.
+    Some need `draw_probes`; persistent chains go on from, and in training mode back to, the `chains` of `positions`.
+    Nothing here waits for the device or draws a number.
     """
     x = x0 + like(sigma, x0) * z
     if isinstance(objective, JACOBIAN_OBJECTIVES):
         error = _stein_error(objective, denoiser, x, sigma, class_labels, probes)
     elif isinstance(objective, ContrastiveObjective):
-        error = _contrastive_error(objective, denoiser, x, sigma, class_labels, probes)
+        error = _contrastive_error(objective, denoiser, x, sigma, class_labels, probes, positions, chains)
     else:
         error = (denoiser.denoise(x, sigma, class_labels) - x0).flatten(1).square().mean(1)
     return weighting(error, sigma), error.detach()
@@ -228,13 +225,29 @@ def _contrastive_error(
     sigma: Tensor,
     class_labels: Tensor | None,
     probes: Tensor | None,
+    positions: Tensor | None,
+    chains: PersistentChains | None,
 ) -> Tensor:
     assert probes is not None, "contrastive divergence needs probes"
     start = None
-    if objective.start == "noise":
+    if objective.start != "data":
         width = (sigma**2 + denoiser.sigma_data**2).sqrt()
         start, probes = like(width, x) * probes[:, -1], probes[:, :-1]
-    return denoiser_divergence(denoiser, x, sigma, class_labels, probes, step_size=objective.step_size, start=start)
+    if chains is not None and start is not None and positions is not None:
+        start = chains.take(positions, start)
+    error, ends = denoiser_divergence(
+        denoiser,
+        x,
+        sigma,
+        class_labels,
+        probes,
+        step_size=objective.step_size,
+        noise_scale=objective.noise_scale,
+        start=start,
+    )
+    if chains is not None and positions is not None and chains.training:
+        chains.put(positions, ends)
+    return error
 
 
 def _stein_error(

@@ -8,15 +8,59 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer import checks
+from scoreray.trainer import checks, noise
+from scoreray.trainer.contrastive import gibbs_divergence
+from scoreray.trainer.noise import ChainNoise
 
 MOST_ENUMERATED = 20
+
+Source = torch.Generator | ChainNoise | None
+"""Where a chain's random numbers come from; None is torch's global generator."""
+
+
+@dataclass(frozen=True)
+class RBMConfig:
+    """A machine of binary units. Data in [-1, 1] become 0 and 1: above 0 is 1 ("threshold"), or 1 with the probability
+    (x + 1) / 2, drawn anew each time that a sample is seen ("sample"; Salakhutdinov & Murray 2008)."""
+
+    num_hidden: int = 256
+    binarize: Literal["threshold", "sample"] = "threshold"
+    _: KW_ONLY
+    kind: Literal["rbm"] = "rbm"
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.at_least("network", 1, num_hidden=self.num_hidden)
+
+
+@dataclass(frozen=True)
+class GaussianRBMConfig:
+    """A machine with continuous visible units; `std` is theirs given the hidden ones, at the start of training."""
+
+    num_hidden: int = 256
+    std: float = 0.5
+    _: KW_ONLY
+    kind: Literal["gaussian_rbm"] = "gaussian_rbm"
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.at_least("network", 1, num_hidden=self.num_hidden)
+        checks.positive("network", std=self.std)
+
+
+MachineConfig = RBMConfig | GaussianRBMConfig
 
 
 class _Bipartite(nn.Module):
@@ -25,62 +69,123 @@ class _Bipartite(nn.Module):
     def __init__(self, num_visible: int, num_hidden: int):
         super().__init__()
         checks.at_least("rbm", 1, num_visible=num_visible, num_hidden=num_hidden)
+        self.num_visible, self.num_hidden = num_visible, num_hidden
         self.weight = nn.Parameter(0.01 * torch.randn(num_visible, num_hidden))
         self.visible_bias = nn.Parameter(torch.zeros(num_visible))
         self.hidden_bias = nn.Parameter(torch.zeros(num_hidden))
+
+    def forward(self, v: Tensor, start: Tensor, num_sweeps: int, source: Source = None) -> tuple[Tensor, Tensor]:
+        """Contrastive divergence of v [B, num_visible] by chains from `start`: (loss [B], where they end).
+
+        What a training step calls, so that an engine that shards parameters has them whole meanwhile.
+        """
+        return gibbs_divergence(self, v, start, num_sweeps, source)
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
+        raise NotImplementedError
 
     def hidden_logits(self, v: Tensor) -> Tensor:
         """ln p(h = 1 | v) / p(h = 0 | v), [B, num_hidden]."""
         raise NotImplementedError
 
-    def sample_hidden(self, v: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_hidden(self, v: Tensor, source: Source = None) -> Tensor:
         """h | v, all units at once, [B, num_hidden] of 0 and 1."""
-        return _bernoulli(self.hidden_logits(v), generator)
+        return _bernoulli(self.hidden_logits(v), source)
 
-    def sample_visible(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
         """v | h, all units at once, [B, num_visible]."""
         raise NotImplementedError
 
+    def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """Data x [B, ...] in [-1, 1] as visible units [B, num_visible]."""
+        raise NotImplementedError
+
+    def picture(self, v: Tensor) -> Tensor:
+        """Visible units as data in [-1, 1], [B, num_visible]."""
+        raise NotImplementedError
+
+    def fresh(self, source: ChainNoise) -> Tensor:
+        """Where chains begin that begin at no data, [B, num_visible]; no parameter in it."""
+        raise NotImplementedError
+
     def _check(self, v: Tensor) -> None:
-        units = len(self.visible_bias)
-        if v.ndim != 2 or v.shape[1] != units or v.dtype != self.weight.dtype:
-            raise UserError(f"v is {v.dtype} {tuple(v.shape)}: this machine takes {self.weight.dtype} [B, {units}]")
+        units = self.num_visible
+        if v.ndim != 2 or v.shape[1] != units or v.dtype != self.dtype:
+            raise UserError(f"v is {v.dtype} {tuple(v.shape)}: this machine takes {self.dtype} [B, {units}]")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the units and of all arithmetic: that of the parameters, float32 where they are narrower.
+
+        Differences of free energies are what is learnt from, and bfloat16 has no digits left in them.
+        """
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def _wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, visible and hidden bias in `dtype`."""
+        return self.weight.to(self.dtype), self.visible_bias.to(self.dtype), self.hidden_bias.to(self.dtype)
 
     @torch.no_grad()
-    def gibbs(self, v: Tensor, num_sweeps: int, generator: torch.Generator | None = None) -> Tensor:
+    def gibbs(self, v: Tensor, num_sweeps: int, source: Source = None) -> Tensor:
         """v [B, num_visible] after `num_sweeps` sweeps of block Gibbs: hidden layer, then visible layer."""
         checks.at_least("gibbs", 0, num_sweeps=num_sweeps)
         self._check(v)
         for _ in range(num_sweeps):
-            v = self.sample_visible(self.sample_hidden(v, generator), generator)
+            v = self.sample_visible(self.sample_hidden(v, source), source)
         return v
 
 
 class RBM(_Bipartite):
     """Binary units: E(v, h) = -v . b - h . c - v W h, v in {0, 1}^num_visible, h in {0, 1}^num_hidden (Hinton 2002)."""
 
+    def __init__(self, num_visible: int, num_hidden: int, binarize: str = RBMConfig.binarize):
+        super().__init__(num_visible, num_hidden)
+        self.binarize = binarize
+
     def energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v [B, num_visible], h [B, num_hidden]) -> [B]."""
-        return -(v @ self.visible_bias) - h @ self.hidden_bias - ((v @ self.weight) * h).sum(1)
+        weight, visible_bias, hidden_bias = self._wide
+        return -(v @ visible_bias) - h @ hidden_bias - ((v @ weight) * h).sum(1)
 
     def free_energy(self, v: Tensor) -> Tensor:
         """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
         self._check(v)
-        return -(v @ self.visible_bias) - F.softplus(self.hidden_logits(v)).sum(1)
+        return -(v @ self._wide[1]) - F.softplus(self.hidden_logits(v)).sum(1)
 
     def hidden_logits(self, v: Tensor) -> Tensor:
-        return v @ self.weight + self.hidden_bias
+        weight, _, hidden_bias = self._wide
+        return v @ weight + hidden_bias
 
-    def sample_visible(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
         """v | h, all units at once, [B, num_visible] of 0 and 1."""
-        return _bernoulli(h @ self.weight.T + self.visible_bias, generator)
+        weight, visible_bias, _ = self._wide
+        return _bernoulli(h @ weight.T + visible_bias, source)
+
+    def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """Data x [B, ...] in [-1, 1] as 0 and 1, [B, num_visible]: by `binarize` of RBMConfig."""
+        x = x.flatten(1).to(self.dtype)
+        if self.binarize == "threshold":
+            return (x > 0).to(self.dtype)
+        u = noise.uniform(seed, positions, tuple(x.shape[1:]), stream=noise.STREAM_BINARIZE, dtype=x.dtype)
+        return (u < (x + 1) / 2).to(self.dtype)
+
+    def picture(self, v: Tensor) -> Tensor:
+        return 2 * v - 1
+
+    def fresh(self, source: ChainNoise) -> Tensor:
+        """Units that are 0 or 1 with equal probability."""
+        u = source.uniform((self.num_visible,), self.dtype)
+        return (u < 0.5).to(self.dtype)
 
     def log_partition(self) -> Tensor:
         """ln Z, exactly, by enumerating the smaller layer. Raises UserError above 20 units."""
-        if self.weight.shape[0] <= self.weight.shape[1]:
-            return torch.logsumexp(-self.free_energy(_states(self.visible_bias)), 0)
-        h = _states(self.hidden_bias)
-        return torch.logsumexp(h @ self.hidden_bias + F.softplus(h @ self.weight.T + self.visible_bias).sum(1), 0)
+        weight, visible_bias, hidden_bias = self._wide
+        if weight.shape[0] <= weight.shape[1]:
+            return torch.logsumexp(-self.free_energy(_states(visible_bias)), 0)
+        h = _states(hidden_bias)
+        return torch.logsumexp(h @ hidden_bias + F.softplus(h @ weight.T + visible_bias).sum(1), 0)
 
 
 class GaussianBernoulliRBM(_Bipartite):
@@ -92,48 +197,90 @@ class GaussianBernoulliRBM(_Bipartite):
     def __init__(self, num_visible: int, num_hidden: int, std: float = 1.0):
         super().__init__(num_visible, num_hidden)
         checks.positive("rbm", std=std)
-        self.log_std = nn.Parameter(torch.tensor(math.log(std)))
+        self.log_std = nn.Parameter(torch.tensor([math.log(std)]))  # [1]: DeepSpeed can't share out a scalar
 
     @property
     def variance(self) -> Tensor:
-        return (2 * self.log_std).exp()
+        return (2 * self.log_std.to(self.dtype)).exp().squeeze(0)
 
     def energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v [B, num_visible], h [B, num_hidden]) -> [B]."""
-        quadratic = (v - self.visible_bias).square().sum(1) / (2 * self.variance)
-        return quadratic - h @ self.hidden_bias - ((v @ self.weight) * h).sum(1) / self.variance
+        weight, visible_bias, hidden_bias = self._wide
+        quadratic = (v - visible_bias).square().sum(1) / (2 * self.variance)
+        return quadratic - h @ hidden_bias - ((v @ weight) * h).sum(1) / self.variance
 
     def free_energy(self, v: Tensor) -> Tensor:
         """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
         self._check(v)
-        quadratic = (v - self.visible_bias).square().sum(1) / (2 * self.variance)
+        quadratic = (v - self._wide[1]).square().sum(1) / (2 * self.variance)
         return quadratic - F.softplus(self.hidden_logits(v)).sum(1)
 
     def hidden_logits(self, v: Tensor) -> Tensor:
-        return v @ self.weight / self.variance + self.hidden_bias
+        weight, _, hidden_bias = self._wide
+        return v @ weight / self.variance + hidden_bias
 
     def score(self, v: Tensor) -> Tensor:
         """grad_v ln p(v) = (b + W E[h | v] - v) / s^2, [B, num_visible]."""
-        mean = self.visible_bias + self.hidden_logits(v).sigmoid() @ self.weight.T
+        weight, visible_bias, _ = self._wide
+        mean = visible_bias + self.hidden_logits(v).sigmoid() @ weight.T
         return (mean - v) / self.variance
 
-    def sample_visible(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
         """v | h, all units at once, [B, num_visible]."""
-        mean = self.visible_bias + h @ self.weight.T
-        z = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + self.log_std.exp() * z
+        weight, visible_bias, _ = self._wide
+        mean = visible_bias + h @ weight.T
+        if isinstance(source, ChainNoise):
+            z = source.normal(tuple(mean.shape[1:]), mean.dtype)
+        else:
+            z = torch.randn(mean.shape, generator=source, dtype=mean.dtype, device=mean.device)
+        return mean + self.variance.sqrt() * z
+
+    def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """Data x [B, ...] as they are, [B, num_visible]."""
+        return x.flatten(1).to(self.dtype)
+
+    def picture(self, v: Tensor) -> Tensor:
+        return v
+
+    def fresh(self, source: ChainNoise) -> Tensor:
+        """Standard normal numbers."""
+        return source.normal((self.num_visible,), self.dtype)
 
     def log_partition(self) -> Tensor:
         """ln Z, exactly, by enumerating the hidden layer. Raises UserError above 20 units."""
-        h = _states(self.hidden_bias)
-        shift = h @ self.weight.T
-        mean_term = (shift @ self.visible_bias + shift.square().sum(1) / 2) / self.variance
-        gaussian = len(self.visible_bias) / 2 * (2 * math.pi * self.variance).log()
-        return torch.logsumexp(h @ self.hidden_bias + mean_term, 0) + gaussian
+        weight, visible_bias, hidden_bias = self._wide
+        h = _states(hidden_bias)
+        shift = h @ weight.T
+        mean_term = (shift @ visible_bias + shift.square().sum(1) / 2) / self.variance
+        gaussian = len(visible_bias) / 2 * (2 * math.pi * self.variance).log()
+        return torch.logsumexp(h @ hidden_bias + mean_term, 0) + gaussian
 
 
-def _bernoulli(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    u = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
+Machine = RBM | GaussianBernoulliRBM
+
+
+def _rbm(config: RBMConfig, num_visible: int) -> RBM:
+    return RBM(num_visible, config.num_hidden, config.binarize)
+
+
+def _gaussian_rbm(config: GaussianRBMConfig, num_visible: int) -> GaussianBernoulliRBM:
+    return GaussianBernoulliRBM(num_visible, config.num_hidden, config.std)
+
+
+MACHINES: dict[str, Callable[[Any, int], Machine]] = {"rbm": _rbm, "gaussian_rbm": _gaussian_rbm}
+"""Machines by the word that chooses one in a config (`network.kind`)."""
+
+
+def build_machine(config: MachineConfig, shape: Sequence[int]) -> Machine:
+    """The machine that `config` describes, a visible unit for each value of a sample of `shape`."""
+    return checks.choose("network.kind", config.kind, MACHINES)(config, math.prod(shape))
+
+
+def _bernoulli(logits: Tensor, source: Source) -> Tensor:
+    if isinstance(source, ChainNoise):
+        u = source.uniform(tuple(logits.shape[1:]), logits.dtype)
+    else:
+        u = torch.rand(logits.shape, generator=source, dtype=logits.dtype, device=logits.device)
     return (u < logits.sigmoid()).to(logits.dtype)
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from scoreray.trainer import noise
+from scoreray.trainer.contrastive import PersistentChains
 from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.fits import chain_mistakes, label_mistakes, objective_mistakes, refuse
 from scoreray.trainer.layers import allow_double_backward
 from scoreray.trainer.network import build_network
 from scoreray.trainer.objective import (
+    ContrastiveObjective,
     ObjectiveConfig,
-    check_objective,
     draw_probes,
     loss_per_sample,
     needs_second_derivatives,
 )
 from scoreray.trainer.process import Process
+from scoreray.trainer.rbm import Machine, MachineConfig, build_machine
 from scoreray.trainer.sigma_sampling import sample_sigma
 from scoreray.trainer.weighting import build_weighting
 
@@ -33,38 +37,94 @@ class TrainingModule(nn.Module):
     uint8 images become [-1, 1]; floating-point ones are used as they are. Noise, noise level, label dropout and probes
     are functions of (seed, position): a sample's loss does not depend on its rank, its micro-batch or the world size.
     The network may compute in bf16, by its weights or under autocast; what stands around it stays float32.
-    Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`.
+    Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`. `shape` of a sample: persistent
+    chains need it; their pool is the buffer `chains.pool`.
     """
 
     def __init__(
-        self, denoiser: Denoiser, objective: ObjectiveConfig, process: Process, *, seed: int, global_batch_size: int
+        self,
+        denoiser: Denoiser,
+        objective: ObjectiveConfig,
+        process: Process,
+        *,
+        seed: int,
+        global_batch_size: int,
+        shape: Sequence[int] = (),
     ):
         super().__init__()
-        check_objective(objective, denoiser.parameterization)
+        refuse(
+            objective_mistakes(objective, denoiser.parameterization)
+            + chain_mistakes(objective, global_batch_size)
+            + label_mistakes(objective, int(getattr(denoiser.network, "num_classes", 0)))
+        )
         self.denoiser = denoiser
         self.objective, self.process = objective, process
         self.seed, self.global_batch_size = seed, global_batch_size
         self.weighting = build_weighting(objective.weighting, process, denoiser.sigma_data)
+        self.chains = build_chains(objective, seed, global_batch_size, shape)
         if needs_second_derivatives(objective, denoiser.parameterization):
             allow_double_backward(denoiser)
 
     def forward(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         x0 = to_unit_range(images)
         shape = tuple(x0.shape[1:])
-        sigma = sample_sigma(
-            self.objective.sigma_sampling, self.process, self.seed, positions, self.global_batch_size, x0.dtype
-        )
+        sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
         labels = None if labels is None else self._hide(labels, positions)
         probes = draw_probes(self.objective, self.seed, positions, shape, x0.dtype)
-        loss, _ = loss_per_sample(self.objective, self.weighting, self.denoiser, x0, sigma, z, labels, probes)
+        loss, _ = loss_per_sample(
+            self.objective, self.weighting, self.denoiser, x0, sigma, z, labels, probes, positions, self.chains
+        )
         return loss.float(), sigma.float()
+
+    def _sigma(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        batch = self.global_batch_size
+        if self.chains is not None:  # a chain stays at its noise level, so its samples come at that one
+            positions, batch = positions % self.chains.count, self.chains.count
+        return sample_sigma(self.objective.sigma_sampling, self.process, self.seed, positions, batch, dtype)
 
     def _hide(self, labels: Tensor, positions: Tensor) -> Tensor:
         if not self.objective.label_dropout:
             return labels
         u = noise.uniform(self.seed, positions, stream=noise.STREAM_LABEL_DROPOUT)
         return labels.masked_fill(u < self.objective.label_dropout, -1)
+
+
+class MachineModule(nn.Module):
+    """TrainingModule's counterpart for the machines of `rbm`: contrastive divergence by block Gibbs, no noise level.
+
+    The loss [B] is the free energy of the sample less that of its chain's end; sigma is 0. All random numbers are
+    functions of (seed, position). The machine lies where a denoiser's network does, `denoiser.network.*`, so that
+    checkpoints of both are loaded and exported by the same code.
+    """
+
+    def __init__(self, machine: Machine, objective: ContrastiveObjective, *, seed: int, global_batch_size: int):
+        super().__init__()
+        refuse(chain_mistakes(objective, global_batch_size))
+        self.denoiser = nn.ModuleDict({"network": machine})
+        self.objective, self.seed = objective, seed
+        self.chains = build_chains(objective, seed, global_batch_size, (machine.num_visible,))
+
+    def forward(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+        machine: Any = self.denoiser["network"]
+        v = machine.visible(to_unit_range(images), self.seed, positions)
+        source = noise.ChainNoise(self.seed, positions)
+        start = v if self.objective.start == "data" else machine.fresh(source)
+        if self.chains is not None:
+            start = self.chains.take(positions, start)
+        loss, ends = machine(v, start, self.objective.num_steps, source)
+        if self.chains is not None and self.training:
+            self.chains.put(positions, ends)
+        return loss.float(), torch.zeros_like(loss, dtype=torch.float32)
+
+
+def build_chains(
+    objective: ObjectiveConfig, seed: int, global_batch_size: int, shape: Sequence[int]
+) -> PersistentChains | None:
+    """The pool of an objective whose chains persist, None for any other."""
+    if not isinstance(objective, ContrastiveObjective) or objective.start != "persistent":
+        return None
+    return PersistentChains(objective.num_chains or global_batch_size, tuple(shape), objective.restart, seed)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -79,13 +139,19 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def build_training_module(config: Config, manifest: Manifest) -> TrainingModule:
+def build_training_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
     """The module that `config` trains on data of this manifest. Weights come from torch's global generator."""
+    seed, batch = config.run.seed, config.data.global_batch_size
+    if isinstance(config.network, MachineConfig):
+        assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
+        machine = build_machine(config.network, manifest.shape)
+        return MachineModule(machine, config.objective, seed=seed, global_batch_size=batch)
     network = build_network(config.network, manifest.shape, len(manifest.classes))
     return TrainingModule(
         Denoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data),
         config.objective,
         config.process,
-        seed=config.run.seed,
-        global_batch_size=config.data.global_batch_size,
+        seed=seed,
+        global_batch_size=batch,
+        shape=manifest.shape,
     )

@@ -83,6 +83,56 @@ def test_bad_overrides(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+RBM = ["network.kind=rbm", "objective.kind=contrastive", "objective.chain=gibbs"]
+ENERGY = ["denoiser.parameterization=energy_dot", "objective.kind=contrastive"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["network.kind=rbm"], ["objective.kind: 'edm' can't train network.kind 'rbm'; choose objective.kind contr"]),
+        (RBM[:2], ["objective.chain: network.kind 'rbm' moves by 'gibbs', not by 'langevin'"]),
+        (
+            [*RBM, "process.kind=vp", "denoiser.sigma_data=1", "engine.compile=true", "scaling.workers=3"],
+            ["process: network.kind 'rbm' knows no noise level", "denoiser: ", "engine.compile: ", "can't be shared"],
+        ),
+        ([*RBM, "objective.step_size=0.2"], ["objective.step_size: chains of block Gibbs have none"]),
+        ([*RBM, "objective.weighting.kind=edm"], ["objective.weighting: chains of block Gibbs have none"]),
+        ([*RBM, "network.binarize=no"], ["network.binarize: False is not accepted"]),
+        ([*RBM, "network.num_hidden=0"], ["network.num_hidden is 0: give 1 or more"]),
+        (["network.kind=gaussian_rbm", *RBM[1:], "network.std=0"], ["network.std is 0"]),
+        (["objective.kind=contrastive", "objective.chain=gibbs"], ["'gibbs' moves the layers of an RBM"]),
+        ([*ENERGY, "objective.restart=0.1"], ["objective.restart: 0.1 is for chains that persist"]),
+        ([*ENERGY, "objective.start=persistent", "objective.num_chains=300"], ["is no multiple of data.global_batch"]),
+        ([*ENERGY, "objective.start=persistnt"], ["objective.start: 'persistnt' is not accepted"]),
+        ([*ENERGY, "objective.weighting.kind=adaptive"], ["no error that weighting 'adaptive' could learn from"]),
+        ([*ENERGY, "engine.compile=true"], ["differentiates twice"]),
+    ],
+)
+def test_parts_that_do_not_go_together_are_told_a_line_each(overrides: list[str], messages: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(MINIMAL, overrides)
+    lines = [line.strip() for line in str(caught.value).removeprefix("config: ").splitlines()]
+    found = lines[1:] if lines[0].endswith("mistakes") else lines
+    assert len(found) == len(messages)
+    for line, message in zip(found, messages, strict=True):
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        RBM,
+        [*RBM, "objective.start=persistent", "objective.num_chains=512", "network.binarize=sample"],
+        ["network.kind=gaussian_rbm", *RBM[1:], "objective.num_steps=5"],
+        [*ENERGY, "objective.start=persistent", "objective.restart=0.05", "objective.noise_scale=0.5"],
+    ],
+)
+def test_machines_and_persistent_chains_are_chosen_by_words_and_come_back_from_yaml(overrides: list[str]) -> None:
+    config = load_config(MINIMAL, overrides)
+    assert load_config(yaml.safe_load(dump_config(config))) == config
+
+
 def test_overrides_reach_any_key_and_kind() -> None:
     config = load_config(MINIMAL, ["process.beta_max=10", "process.kind=vp", "optimizer.learning_rate=1e-3"])
     assert config.process == VP(beta_max=10.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.fits import objective_mistakes, refuse
 from scoreray.trainer.noise import normal, rademacher
 from scoreray.trainer.objective import (
     OBJECTIVES,
@@ -24,7 +25,6 @@ from scoreray.trainer.objective import (
     ObjectiveConfig,
     SlicedObjective,
     SlicedVRObjective,
-    check_objective,
     loss_per_sample,
 )
 from scoreray.trainer.process import VP
@@ -160,7 +160,7 @@ def test_contrastive_divergence_needs_an_energy_and_a_weighting_that_does_not_re
     with pytest.raises(UserError, match=r"needs an energy, and denoiser\.parameterization is 'edm'"):
         TrainingModule(Denoiser(Tanh()), ContrastiveObjective(), VP(), seed=0, global_batch_size=1)
     with pytest.raises(UserError, match="no error that weighting 'adaptive' could learn from"):
-        check_objective(ContrastiveObjective(Adaptive()), "energy_dot")
+        refuse(objective_mistakes(ContrastiveObjective(Adaptive()), "energy_dot"))
 
 
 def test_rademacher_probes_have_no_variance_on_a_diagonal_jacobian():

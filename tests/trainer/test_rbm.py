@@ -94,9 +94,9 @@ def test_contrastive_divergence_with_exact_samples_has_the_gradient_of_the_likel
     # every state, as often as the model draws it: the mean over negatives is then exact
     loss = model.free_energy(data).mean() - (probability * model.free_energy(states)).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), expected)
-    sampled = contrastive_loss(
-        model.free_energy, data, model.gibbs(torch.zeros(50_000, 5, dtype=F64), 60, torch.Generator().manual_seed(0))
-    )
+    many = data.repeat(12_500, 1)
+    negatives = model.gibbs(torch.zeros(50_000, 5, dtype=F64), 60, torch.Generator().manual_seed(0))
+    sampled = contrastive_loss(model.free_energy, many, negatives).mean()
     for got, want in zip(torch.autograd.grad(sampled, list(model.parameters())), expected, strict=True):
         assert (got - want).abs().max() < 4.5 * 0.5 / math.sqrt(50_000)
 
@@ -110,7 +110,7 @@ def test_contrastive_divergence_learns_an_enumerated_distribution(persistent):
     target = (-teacher.free_energy(states) - teacher.log_partition()).exp().detach()
     model = RBM(4, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    chains = PersistentChains(torch.zeros(512, 4), restart=0.0)
+    chains = PersistentChains(512, (4,))
 
     @torch.no_grad()
     def divergence() -> float:
@@ -118,13 +118,13 @@ def test_contrastive_divergence_learns_an_enumerated_distribution(persistent):
         return float((target * (target.log() - log_model)).sum())
 
     before = divergence()
-    for _ in range(500):
+    for positions in torch.arange(500 * 512).split(512):
         data = states[torch.multinomial(target, 512, replacement=True, generator=generator)]
-        start, places = chains.take(data, generator) if persistent else (data, torch.arange(512))
+        start = chains.take(positions, torch.zeros(512, 4)) if persistent else data
         loss, ends = gibbs_divergence(model, data, start, 2, generator)
-        chains.put(ends, places)
+        chains.put(positions, ends)
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
         optimizer.step()
     # A batch of 512 leaves about (15 states) / (2 x 512) = 0.015 nats of noise to a perfect learner's estimate.
     assert before > 0.15
@@ -141,15 +141,15 @@ def test_contrastive_divergence_by_langevin_learns_a_gaussian_as_its_chain_sees_
     generator = torch.Generator().manual_seed(0)
     a = torch.tensor(3.0, dtype=F64, requires_grad=True)
     score, energy = (lambda x: -a * x), (lambda x: a * x.square().sum(1) / 2)
-    chains = PersistentChains(torch.zeros(count, 1, dtype=F64), restart=0.0)
+    chains = PersistentChains(count, (1,))
     seen = []
-    for _ in range(400):
+    for positions in torch.arange(400 * count).split(count):
         data = std * torch.randn(count, 1, generator=generator, dtype=F64)
-        begin, places = chains.take(data, generator) if persistent else (data, torch.arange(count))
+        begin = chains.take(positions, torch.zeros_like(data)) if persistent else data
         noises = torch.randn(count, 2, 1, generator=generator, dtype=F64)
         ends = langevin_chain(score, begin, step, noises)
-        chains.put(ends, places)
-        (gradient,) = torch.autograd.grad(contrastive_loss(energy, data, ends), a)
+        chains.put(positions, ends)
+        (gradient,) = torch.autograd.grad(contrastive_loss(energy, data, ends).mean(), a)
         with torch.no_grad():
             a.sub_(gradient)
         seen.append(a.item())
@@ -158,13 +158,24 @@ def test_contrastive_divergence_by_langevin_learns_a_gaussian_as_its_chain_sees_
     assert sum(seen[200:]) / 200 == pytest.approx(expected, rel=0.02)
 
 
-def test_persistent_chains_come_back_to_their_places_and_restart_at_the_rate_asked_for():
-    chains = PersistentChains(torch.zeros(1000, 2), restart=0.3)
-    taken, places = chains.take(torch.ones(1000, 2), torch.Generator().manual_seed(0))
-    assert abs(taken[:, 0].mean() - 0.3) < 4.5 * math.sqrt(0.21 / 1000)
-    chains.put(taken + 5, places)
-    assert torch.equal(chains.pool[places], taken + 5)
-    assert sorted(places.tolist()) == list(range(1000))
+def test_persistent_chains_begin_fresh_go_on_and_begin_anew_at_the_rate_asked_for():
+    chains = PersistentChains(1000, (2,), restart=0.3)
+    positions = torch.arange(1000)
+    assert (chains.take(positions, torch.ones(1000, 2)) == 1).all()
+    chains.put(positions, torch.full((1000, 2), 6.0))
+    later = chains.take(positions + 5000, torch.ones(1000, 2))
+    anew = later[:, 0] == 1
+    assert (later[~anew] == 6).all()
+    assert abs(anew.float().mean() - 0.3) < 4.5 * math.sqrt(0.21 / 1000)
+    some = torch.tensor([5999, 5003])
+    assert torch.equal(chains.take(some, torch.ones(2, 2)), later[some - 5000])
+
+
+def test_persistent_chains_keep_their_precision_in_a_module_that_is_cast():
+    chains = PersistentChains(2, (1,))
+    chains.put(torch.arange(2), torch.tensor([[0.1], [1 / 3]]))
+    torch.nn.Sequential(chains).bfloat16()
+    assert chains.pool.flatten().tolist() == torch.tensor([0.1, 1 / 3]).tolist()
 
 
 def test_mistakes_are_named():
