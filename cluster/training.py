@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scoreray.cluster.display import TrainLine, say
 from scoreray.cluster.local_ray import connected
 from scoreray.data.errors import UserError
+from scoreray.data.quarantine import Entries, Unreadable
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.loop import read_metrics, run_store
+from scoreray.trainer.quarantined import FOLDER, read_quarantined
 from scoreray.trainer.run import fit
+
+MOST_NAMED = 10  # samples that could not be read, in the last lines of a run; the others are in its folder
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,26 @@ class TrainResult:
     images_seen: int
     loss: float | None
     seconds: float
+    quarantined: list[Unreadable] = field(default_factory=list)
 
     def answer(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return asdict(self)
 
     def text(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         return (
             f"trained to {self.images_seen:,} images{loss} in {self.seconds:,.0f} s; checkpoint {self.checkpoint}\n"
+            f"{self._unreadable()}"
             f"next: scoreray sample {self.run} --count 64 --out samples"
         )
+
+    def _unreadable(self) -> str:
+        if not self.quarantined:
+            return ""
+        lines = [f"  {entry.text()}\n" for entry in self.quarantined[:MOST_NAMED]]
+        if len(self.quarantined) > MOST_NAMED:
+            lines.append(f"  and {len(self.quarantined) - MOST_NAMED} more: {self.run}/{FOLDER}/\n")
+        return f"could not read {Entries(self.quarantined).num_samples:,} samples:\n" + "".join(lines)
 
 
 def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
@@ -60,7 +74,8 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
         raise UserError(f"{run.url()}: training ended without a checkpoint")
     records = read_metrics(run)
     loss = records[-1]["loss"] if records else None
-    return TrainResult(run.url(), checkpoint.url, checkpoint.images_seen, loss, time.monotonic() - started)
+    return TrainResult(run.url(), checkpoint.url, checkpoint.images_seen, loss, time.monotonic() - started,
+                       read_quarantined(run))  # fmt: skip
 
 
 def _slots(config: Config) -> int:

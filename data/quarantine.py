@@ -83,8 +83,9 @@ class Quarantine:
         self._met, self._found = Entries(known), Entries(known)
         self._lock = threading.Lock()
 
-    def __bool__(self) -> bool:
-        return self._met.num_samples > 0
+    @property
+    def is_empty(self) -> bool:
+        return self._met.num_samples == 0
 
     def add(self, entry: Unreadable) -> None:
         """Counts and logs an entry once. Raises DataError when the budget is used up."""

@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from scoreray.data.stream import Batch, Stream
 from scoreray.trainer.checkpoint import CheckpointWriter, latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.engine import Engine, NonFiniteError, build_engine
+from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.step import build_training_module
 
 METRICS = "metrics"
@@ -42,6 +43,8 @@ class Record:
     """share of the wall time that the step waited for data"""
     sigma_losses: list[float | None] = field(default_factory=list)
     """mean loss by noise level, between the `SIGMA_EDGES`; None where no sample fell"""
+    quarantined: int = 0
+    """samples that could not be read, in the whole run so far"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def train(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     watch: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Train until `duration.images`, from the newest committed checkpoint if there is one; returns images seen.
 
@@ -100,6 +104,7 @@ def train(
         "image_shape": list(manifest.shape),
         "classes": list(manifest.classes),
     }
+    unreadable = QuarantineLog(run, config.data, world_size)
     stream = Stream(
         config.data.url,
         global_batch_size=batch_size,
@@ -110,6 +115,7 @@ def train(
         num_lanes=config.data.num_lanes,
         shuffle_block=config.data.shuffle_block,
         prefetch_batches=config.data.prefetch_batches,
+        quarantine=unreadable.quarantine,
     )
     meter = _Meter(world_size, device)
     lines: list[str] = []
@@ -126,19 +132,22 @@ def train(
             save = last or _crosses(before, images_seen, config.checkpoint.every_images)
             if save or _crosses(before, images_seen, config.log.every_images):
                 record = meter.record(images_seen, learning_rate, norm)
+                num_quarantined = unreadable.gather(stream, note if rank == 0 else lambda line: None)
+                record = replace(record, quarantined=num_quarantined)
                 lines.append(json.dumps(asdict(record)))
             if save:
                 snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images or 2**63)
                 saved = images_seen
                 segment = "".join(line + "\n" for line in lines)
-                key = f"{METRICS}/{images_seen:012d}.jsonl"
+                segments = [(f"{METRICS}/{images_seen:012d}.jsonl", segment.encode())]
+                segments += filter(None, [unreadable.segment(images_seen)])
                 writer.save(
                     images_seen,
                     num_steps,
                     list(engine.fragments()) if rank == 0 or not engine.replicated else [],
                     module,
                     about,
-                    before_commit=lambda key=key, segment=segment: run.put(key, segment.encode()),  # type: ignore[misc]
+                    before_commit=lambda segments=segments: [run.put(*segment) for segment in segments],  # type: ignore[misc]
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 lines.clear()

@@ -87,8 +87,8 @@ def fit(
     """Train `config` (see `prepare_run`) on the connected Ray cluster; returns images seen.
 
     Blocks; `watch` is called from another thread, a few times a second, `note` with a line when workers are started
-    again. Raises the error that ended the run as it was raised on the worker. KeyboardInterrupt ends the workers and
-    leaves the newest committed checkpoint.
+    again or a sample can't be read. Raises the error that ended the run as it was raised on the worker.
+    KeyboardInterrupt ends the workers and leaves the newest committed checkpoint.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -171,6 +171,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         device=device,
         watch=lambda progress: monitor.update.remote(progress),
+        note=lambda line: monitor.note.remote(line),
     )
 
 

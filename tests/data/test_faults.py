@@ -216,7 +216,7 @@ def test_quarantined_samples_are_named_counted_and_stood_in_for(
     found: dict[int, int] = {}
     with caplog.at_level(logging.WARNING), Stream(
         damaged, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=cache_bytes,
-        quarantine=5,
+        quarantine=Quarantine(5),
     ) as stream:  # fmt: skip
         for batch in itertools.islice(stream, 63):  # three epochs
             numbers = batch.images[:, 0, 0, 0].long() * 256 + batch.images[:, 0, 0, 1].long()
@@ -236,10 +236,10 @@ def test_quarantined_samples_are_named_counted_and_stood_in_for(
 
 def test_a_budget_that_is_used_up_ends_the_run(damaged: str, packed: tuple[str, Manifest]) -> None:
     with pytest.raises(DataError, match=r"more than 2 samples \(the budget\) are quarantined; the last: .*000001.tar"):
-        read(damaged, 63, quarantine=2)
+        read(damaged, 63, quarantine=Quarantine(2))
     Path(damaged, packed[1].shards[5].name).unlink()
     with pytest.raises(DataError, match=r"more than 20 samples .*000005.tar"):
-        read(damaged, 63, quarantine=20)
+        read(damaged, 63, quarantine=Quarantine(20))
 
 
 def test_a_missing_shard_is_one_line_and_counts_its_samples_once(
@@ -247,7 +247,7 @@ def test_a_missing_shard_is_one_line_and_counts_its_samples_once(
 ) -> None:
     shard = packed[1].shards[5]
     Path(damaged, shard.name).unlink()
-    with caplog.at_level(logging.WARNING), stream_of(damaged, quarantine=shard.num_samples + 3) as stream:
+    with caplog.at_level(logging.WARNING), stream_of(damaged, quarantine=Quarantine(shard.num_samples + 3)) as stream:
         for batch in itertools.islice(stream, 63):
             assert not ((batch.index >= 320) & (batch.index < 384)).any()
     lines = [record.getMessage() for record in caplog.records]
@@ -258,12 +258,12 @@ def test_a_missing_shard_is_one_line_and_counts_its_samples_once(
 
 def test_what_is_quarantined_is_a_function_of_the_positions_gone_through(damaged: str) -> None:
     """Reading ahead finds more, and a run that goes on finds what it knows: neither counts."""
-    with stream_of(damaged, quarantine=5) as stream:
+    with stream_of(damaged, quarantine=Quarantine(5)) as stream:
         wanted = [stream.order.samples(b.position.numpy()) for b in itertools.islice(stream, 21)]
     where = sorted((k, s) for k, samples in enumerate(wanted) for s in (64, 65, 66) if s in samples)
     assert len(where) == 3, "an epoch has them all"
     for cut in {k for k, _ in where}:
-        with stream_of(damaged, quarantine=5) as first:
+        with stream_of(damaged, quarantine=Quarantine(5)) as first:
             list(itertools.islice(first, cut))
         assert {e.sample for e in first.quarantined} == {s for k, s in where if k < cut}
         again = Quarantine(3, first.quarantined)

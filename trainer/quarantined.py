@@ -1,0 +1,70 @@
+"""Samples that a run could not read (`data.on_error: quarantine`): gathered over ranks, committed with checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as dist
+
+from scoreray.data.errors import DataError
+from scoreray.data.quarantine import Entries, Quarantine, Unreadable, over_budget
+from scoreray.data.store import Store
+from scoreray.data.stream import Stream
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.config import DataSection
+
+FOLDER = "quarantined"  # under the run: one file of JSON lines for each checkpoint that found more
+
+
+def read_quarantined(run: Store) -> list[Unreadable]:
+    """What a run could not read up to its newest committed checkpoint, by sample."""
+    newest = latest(run)
+    found = Entries()
+    for key, _ in run.list(FOLDER + "/"):
+        if newest and int(key.rpartition("/")[2].split(".")[0]) <= newest.images_seen:
+            for line in run.get(key).splitlines():
+                found.add(Unreadable(**json.loads(line)))
+    return list(found)
+
+
+class QuarantineLog:
+    """The run's list on every rank, the same on all after `gather()`; on a run that stops at the first error, nothing.
+
+    Entries are keyed by sample and follow from the positions gone through, so those that a run meets again, after a
+    restart or in its next epoch, count once.
+    """
+
+    def __init__(self, run: Store, data: DataSection, world_size: int) -> None:
+        self.quarantine: Quarantine | None = None
+        self._run, self._world_size, self._budget = run, world_size, data.quarantine_budget
+        self._found, self._committed = Entries(), set[Unreadable]()
+        if data.on_error == "quarantine":
+            self._found = Entries(read_quarantined(run))
+            self._committed = set(self._found)
+            self.quarantine = Quarantine(self._budget, self._found)
+
+    def gather(self, stream: Stream, note: Callable[[str], None]) -> int:
+        """The number of samples quarantined in the run so far; every rank calls it. `note` gets a line for each entry
+        that is new. Raises DataError, on every rank, when those of all ranks together are above the budget."""
+        if self.quarantine is None:
+            return 0
+        everyones: list[Any] = [stream.quarantined]
+        if self._world_size > 1:
+            everyones = [None] * self._world_size
+            dist.all_gather_object(everyones, stream.quarantined)
+        for entry in (entry for entries in everyones for entry in entries):
+            if self._found.add(entry):
+                note(f"quarantined: {entry.text()}")
+                if self._found.num_samples > self._budget:
+                    raise DataError(over_budget(self._budget, entry))
+        return self._found.num_samples
+
+    def segment(self, images_seen: int) -> tuple[str, bytes] | None:
+        """(key, bytes) of what was found since the last call, to be put with the checkpoint; None if nothing was."""
+        fresh = [entry for entry in self._found if entry not in self._committed]
+        self._committed |= set(fresh)
+        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in fresh)
+        return (f"{FOLDER}/{images_seen:012d}.jsonl", lines.encode()) if fresh else None
