@@ -14,7 +14,7 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.data.inspect import picture_grid
 from scoreray.data.store import Store, open_store
 from scoreray.sampling.guidance import ClassifierFree
-from scoreray.sampling.load import LoadedDenoiser
+from scoreray.sampling.load import LoadedDenoiser, ModelInfo
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import SAMPLERS, sample
 from scoreray.trainer.step import to_uint8
@@ -51,33 +51,40 @@ class Request:
         """Seeds int64 of samples [first, last); no two samples of any two requests with different seeds share one."""
         return torch.arange(first, last, dtype=torch.int64) + (self.seed << 32)
 
+    def labels(self, first: int, last: int, info: ModelInfo) -> torch.Tensor:
+        """Classes int64 of samples [first, last), -1 for none. Raises UserError for a class that is not there."""
+        if self.class_label is None and info.classes:
+            return torch.arange(first, last) % len(info.classes)
+        return torch.full((last - first,), info.class_number(self.class_label), dtype=torch.int64)
+
 
 def generate(
     denoiser: LoadedDenoiser, request: Request, done: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (samples float32 [b, ...] in the model's range, labels int64 [b]) batch by batch; `done(b)` after each."""
-    info, device = denoiser.info, next(denoiser.parameters()).device
-    sigmas = info.sigmas(request.steps)
-    label = info.class_number(request.class_label)
-    guided = denoiser if request.guidance == 1 else ClassifierFree(denoiser, request.guidance)
     for first in range(0, request.count, request.batch_size):
         last = min(first + request.batch_size, request.count)
-        seeds = request.sample_seeds(first, last).to(device)
-        labels = torch.full((last - first,), label, dtype=torch.int64, device=device)
-        if request.class_label is None and info.classes:
-            labels = torch.arange(first, last, device=device) % len(info.classes)
-        noise = SampleNoise(seeds).normal((last - first, *info.image_shape), torch.float32, device)
-        x = sample(
-            guided,
-            noise * float(sigmas[0]),
-            sigmas,
-            sampler=request.sampler,
-            generator=seeds,
-            class_labels=labels,
-            **request.options,
-        )
-        yield x.cpu(), labels.cpu()
+        labels = request.labels(first, last, denoiser.info)
+        yield draw(denoiser, request, first, labels), labels
         done(last - first)
+
+
+def draw(denoiser: LoadedDenoiser, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+    """Samples first, first + 1, ... of a request in one batch, float32 [b, ...], of `labels` int64 [b] (-1: none)."""
+    device = next(denoiser.parameters()).device
+    sigmas = denoiser.info.sigmas(request.steps)
+    guided = denoiser if request.guidance == 1 else ClassifierFree(denoiser, request.guidance)
+    seeds = request.sample_seeds(first, first + len(labels)).to(device)
+    noise = SampleNoise(seeds).normal((len(labels), *denoiser.info.image_shape), torch.float32, device)
+    return sample(
+        guided,
+        noise * float(sigmas[0]),
+        sigmas,
+        sampler=request.sampler,
+        generator=seeds,
+        class_labels=labels.to(device),
+        **request.options,
+    ).cpu()
 
 
 def check_writable(url: str) -> None:
