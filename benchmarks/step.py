@@ -208,7 +208,7 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> float:
     with LocalS3(folder / "s3") as server:
         os.environ.update(server.env)
         server.create_bucket(BUCKET)
-        pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000)
+        pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000, workers=1)
         section = {"images": arguments.images}
         config = demo_config(workers=arguments.workers)
         config = config.model_copy(update={"duration": config.duration.model_copy(update=section)})

@@ -203,30 +203,59 @@ def export(
 
 @data_app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="Image folders (class = folder), .npz, or IDX images (.gz or not).")],
-    url: Annotated[str, typer.Argument(help="Where the shards and the manifest go.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder of images (class = subfolder; here or in S3), .npz, IDX (.gz or not), or tars."),
+    ],
+    url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they lie.")],
     image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None,
-    image_format: Annotated[str, typer.Option(help="png, jpg or npy.")] = "png",
-    samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one shard.", min=1)] = None,
+    image_format: Annotated[
+        str | None, typer.Option(help="png (default), jpg (lossy) or npy. With it, tars are made into new ones.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
+    ] = None,
+    no_classes: Annotated[bool, typer.Option("--no-classes", help="Subfolders are not classes.")] = False,
+    skip_bad: Annotated[
+        int, typer.Option(help="Leave out up to so many samples that can't be read; each is named.", min=0)
+    ] = 0,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(help="Samples in one shard. Default: as many as make about 64 MB.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle at packing.", min=0)] = 0,
     name: Annotated[str | None, typer.Option(help="The data set's name; default: the source's.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Shards made at once by Ray. Default: one a core, of RAY_ADDRESS's cluster if set.", min=1),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Images into WebDataset shards and a manifest. Run again after a kill, it goes on."""
+    """Images into WebDataset shards and a manifest. Run again after a kill, it goes on. The same source and options
+    give the same bytes, whatever --workers is. Tars that lie at URL already are indexed in place."""
     from scoreray.cluster.packing import pack_with_bar
 
     _make_bucket(url)
-    manifest = pack_with_bar(
+    manifest, left_out = pack_with_bar(
         source,
         url,
+        workers=workers,
         name=name,
         image_size=image_size,
         image_format=image_format,
+        channels=channels,
+        labelled=not no_classes,
+        skip_bad=skip_bad,
         samples_per_shard=samples_per_shard,
         seed=seed,
     )
     if as_json:
-        typer.echo(json.dumps({"url": url, "num_samples": manifest.num_samples, "num_shards": len(manifest.shards)}))
+        answer = {
+            "url": url,
+            "num_samples": manifest.num_samples,
+            "num_shards": len(manifest.shards),
+            "left_out": left_out,
+        }
+        typer.echo(json.dumps(answer))
     else:
         typer.echo(f"next: scoreray train CONFIG data.url={url}")
 

@@ -83,7 +83,7 @@ def run_demo(out: Path, *, quick: bool, workers: int, fresh: bool, verbose: bool
         os.environ.update(server.env)
         server.create_bucket(BUCKET)
         say(f"S3 server (SeaweedFS) on {server.env['AWS_ENDPOINT_URL']}, data in {out / 's3'}")
-        pack_with_bar(str(fashion_mnist_path()), DATA_URL, name="fashion-mnist", samples_per_shard=1000)
+        pack_with_bar(str(fashion_mnist_path()), DATA_URL, name="fashion-mnist", samples_per_shard=1000, workers=1)
         config = prepare_run(demo_config(quick=quick, workers=workers), fresh=fresh)
         trained = train_to_end(config, verbose=verbose)
         samples_s = _draw(trained, out)

@@ -1,20 +1,144 @@
-"""`data pack` with its progress shown."""
+"""`data pack` with its progress shown, its shards made by Ray tasks: on RAY_ADDRESS's cluster or on all cores here."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.display import counted, say
+from scoreray.cluster.local_ray import connected
+from scoreray.data.errors import StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.pack import pack
+from scoreray.data.packing import Packed, Plan, check_node, pack_shard
 from scoreray.data.store import open_store
 
+WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves
+MOST_NAMED = 10  # samples that were left out, in the last lines
+RETRIES = 4  # of a shard whose worker process dies
+AHEAD = 4  # shards that may be finished before an earlier one is, as a multiple of those at once
+CHECK_S = 60.0
 
-def pack_with_bar(source: str, url: str, **options: Any) -> Manifest:
-    """`scoreray.data.pack.pack` with a bar; options as there."""
+
+def pack_with_bar(source: str, url: str, *, workers: int | None = None, **options: Any) -> tuple[Manifest, list[str]]:
+    """`scoreray.data.pack.pack` with a bar; options as there. Also returns what was left out, and why.
+
+    workers: shards that are made at once. None: as many as RAY_ADDRESS's cluster has CPUs, or without that as this
+    machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
+    """
     open_store(url).check_writable()
-    with counted(f"pack {Path(source).name}", "samples") as progress:
-        manifest = pack(source, url, progress=progress, **options)
-    say(f"packed {manifest.num_samples:,} samples in {len(manifest.shards)} shards at {url}")
-    return manifest
+    kept, skipped = 0, list[str]()
+
+    def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
+        nonlocal kept
+        for note in plan.notes:
+            say(note)
+        for packed in _make(plan, numbers, workers, stack):
+            kept += packed.kept
+            skipped.extend(packed.skipped)
+            yield packed
+
+    with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
+        manifest = pack(source, url, progress=progress, map_shards=counting, **options)
+    there = f", {kept} of them there from before" if kept else ""
+    say(f"packed {manifest.num_samples:,} samples in {len(manifest.shards)} shards{there} at {url}")
+    if skipped:
+        more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
+        say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))
+    return manifest, skipped
+
+
+def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contextlib.ExitStack) -> Iterator[Packed]:
+    cores, started = len(os.sched_getaffinity(0)), time.monotonic()
+    on_cluster = "RAY_ADDRESS" in os.environ
+    done = 0
+    if workers == 1 or (workers is None and not on_cluster):
+        for done, number in enumerate(numbers, 1):
+            yield pack_shard(plan, number)
+            left_s = (time.monotonic() - started) / done * (len(numbers) - done)
+            if workers is None and min(cores, len(numbers) - done) > 1 and left_s > WORTH_RAY_S:
+                break
+        else:
+            return
+    stack.enter_context(connected(num_cpus=workers or cores))
+    if on_cluster:
+        _check_nodes(plan)
+    yield from map_on_ray(plan, numbers[done:], workers)
+
+
+def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -> Iterator[Packed]:
+    """pack_shard() for each number by tasks of the connected cluster, `workers` at once (None: as many as it has CPUs),
+    in order. A task whose process dies is started again; what still runs when this iterator ends is ended too.
+
+    Raises what a task raised; StorageError when its process died RETRIES times.
+    """
+    import ray
+
+    # A lambda is sent by value, so that a task's process imports no more than packing needs.
+    task = ray.remote(lambda plan, number: pack_shard(plan, number))
+    shared = ray.put(plan)
+    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = deque(numbers)
+    running: dict[Any, int] = {}
+    finished: dict[int, Packed] = {}
+    try:
+        for number in numbers:
+            while number not in finished:
+                while waiting and len(running) < at_once and waiting[0] < number + AHEAD * at_once:
+                    started = waiting.popleft()
+                    options = task.options(name=f"pack shard {started}", max_retries=RETRIES, num_cpus=1)
+                    running[options.remote(shared, started)] = started
+                for ref in ray.wait(list(running))[0]:
+                    finished[running[ref]] = _result(ref, running[ref])
+                    del running[ref]
+            yield finished.pop(number)
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)
+
+
+def _result(ref: Any, number: int) -> Packed:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"shard {number}: the process that made it died {RETRIES + 1} times ({reason}); is there memory for "
+            "so many shards at once? give a smaller --workers or --samples-per-shard"
+        ) from None
+
+
+def _check_nodes(plan: Plan) -> None:
+    """Each machine that may run a task looks for the source and the target. Raises UserError naming one that does not
+    see them."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    check = ray.remote(lambda plan: check_node(plan))
+    shared = ray.put(plan)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    for node in nodes:
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        node["check"] = check.options(scheduling_strategy=where, num_cpus=0, max_retries=0).remote(shared)
+    for node in nodes:
+        try:
+            ray.get(node["check"], timeout=CHECK_S)
+        except GetTimeoutError:
+            continue  # a busy machine; if it can't do it, its tasks will say so
+        except RayTaskError as error:
+            raise UserError(
+                f"Ray's machine {node['NodeManagerAddress']} (RAY_ADDRESS={os.environ['RAY_ADDRESS']}): {error.cause}; "
+                "put the source and the target where every machine sees them (S3, a shared disk), or --workers 1 packs "
+                "here"
+            ) from None

@@ -17,6 +17,7 @@ from scoreray.data.decode import decode, decode_class, look
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
 from scoreray.data.packing import Packed
+from scoreray.data.pictures import IMAGE_SUFFIXES
 from scoreray.data.records import records_sha256
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.data.tars import Member, Tape, members
@@ -33,6 +34,7 @@ class TarsPlan:
     shards: list[tuple[str, int]]  # (key, bytes)
     shape: tuple[int, ...]
     dtype: str
+    skips_bad: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -44,13 +46,20 @@ class TarsPlan:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(["tars", self.name, self.shards]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(["tars", self.name, self.shards, self.skips_bad]).encode()).hexdigest()
 
     def total_samples(self, done: list[Shard]) -> int:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
         return round(per_byte * sum(size for _, size in self.shards))
 
-    def make(self, number: int) -> tuple[bytes | None, Packed]:
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    def check_here(self) -> None:
+        open_store(self.url).size(self.shards[0][0])
+
+    def make(self, number: int, scratch: Path) -> tuple[None, Packed]:
         return None, index_tar(self, number)
 
 
@@ -58,25 +67,34 @@ def tars_at(source: str | os.PathLike[str]) -> list[tuple[str, int]]:
     """(key, bytes) of the tars below `source`, an S3 URL or a folder; none if it is neither."""
     if not os.fspath(source).startswith("s3://") and not Path(source).is_dir():
         return []
-    return [(key, size) for key, size in open_store(source).list() if key.endswith(".tar")]
+    listed = open_store(source).list()
+    tars = [(key, size) for key, size in listed if key.endswith(".tar")]
+    images = [key for key, _ in listed if key.lower().endswith(IMAGE_SUFFIXES)]
+    if tars and images:
+        raise UserError(
+            f"{source}: holds tars ({tars[0][0]!r}) and images ({images[0]!r}); give the folder of the ones to pack"
+        )
+    return tars
 
 
-def plan_tars(source: str | os.PathLike[str], url: str | os.PathLike[str], name: str | None) -> TarsPlan:
+def plan_tars(
+    source: str | os.PathLike[str], url: str | os.PathLike[str], name: str | None, skips_bad: bool = False
+) -> TarsPlan:
     """Raises UserError when `url` is not where the tars lie, DataError when the first sample can't be read."""
     store = open_store(source)
     if open_store(url).url() != store.url():
         raise UserError(
             f"{store.url()}: holds tars, which are indexed where they lie, not copied; give it as the URL too: "
-            f"scoreray data pack {source} {source}"
+            f"scoreray data pack {source} {source}; or make new ones of them: --image-size or --image-format"
         )
     shards = tars_at(source)
     key, size = shards[0]
-    with _naming(store, key):
-        image, _ = next(samples(_tape(store, key, size)), (None, 0))
+    with naming(store, key):
+        image, _ = next(samples(tape_of(store, key, size)), (None, 0))
         if image is None:
             raise DataError("holds no sample")
         shape, dtype = look(image.data, SUFFIXES[image.name.rpartition(".")[2].lower()])
-    return TarsPlan(store.url(), name or store.url().rpartition("/")[2], shards, shape, dtype)
+    return TarsPlan(store.url(), name or store.url().rpartition("/")[2], shards, shape, dtype, skips_bad)
 
 
 def samples(tape: Tape) -> Iterator[tuple[Member, int]]:
@@ -121,13 +139,19 @@ def index_tar(plan: TarsPlan, number: int) -> Packed:
     dtype = np.dtype(plan.dtype)
     records: list[tuple[int, int, int, int, int]] = []
     sums = np.zeros(plan.shape[0] if dtype == np.uint8 else int(np.prod(plan.shape)))
-    squares, class_counts = 0.0, [0]
-    with _naming(store, key):
-        tape = _tape(store, key, size)
+    squares, class_counts, skipped = 0.0, [0], list[str]()
+    with naming(store, key):
+        tape = tape_of(store, key, size)
         for image, label in samples(tape):
             code = SUFFIXES[image.name.rpartition(".")[2].lower()]
             where = partial("byte {}: '{}'".format, image.offset, image.name)
-            values = decode(image.data, code, plan.shape, dtype, where).astype(np.float64)
+            try:
+                values = decode(image.data, code, plan.shape, dtype, where).astype(np.float64)
+            except DataError as error:
+                if not plan.skips_bad:
+                    raise
+                skipped.append(f"{store.url(key)}: {error}")
+                continue
             sums += values.sum((0, 1)) if dtype == np.uint8 else values.ravel()
             squares += float(np.square(values).sum())
             if label >= 1_000_000:
@@ -136,20 +160,20 @@ def index_tar(plan: TarsPlan, number: int) -> Packed:
             if label >= 0:
                 class_counts[label] += 1
             records.append((image.offset, len(image.data), label, code, digest(image.data)))
-        if not records:
+        if not records and not skipped:
             raise DataError("holds no sample")
         array = np.zeros(len(records), RECORD)
         array[:] = records
         shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
-    return Packed(shard, sums.tolist(), squares, class_counts if any(class_counts) else [], array.tobytes())
+    return Packed(shard, sums.tolist(), squares, class_counts if any(class_counts) else [], array.tobytes(), skipped)
 
 
-def _tape(store: Store, key: str, size: int) -> Tape:
+def tape_of(store: Store, key: str, size: int) -> Tape:
     return Tape(partial(store.get, key), size)
 
 
 @contextlib.contextmanager
-def _naming(store: Store, key: str) -> Iterator[None]:
+def naming(store: Store, key: str) -> Iterator[None]:
     """Puts the shard's URL before what a DataError says."""
     try:
         yield

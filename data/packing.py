@@ -7,24 +7,27 @@ import json
 import math
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.manifest import INDEX, MANIFEST, Index, Manifest, Shard
 from scoreray.data.records import chunk_digests, index_bytes, records_sha256
-from scoreray.data.store import NotFound, Store, open_store
+from scoreray.data.store import NotFound, Store, explained, open_store
 
 PLAN = "packing/plan"
+WINDOW_BYTES = 8 << 20
+T = TypeVar("T")
 
-# How `map` over the shards' numbers is done: map itself, by threads, or (given by the caller) on a cluster.
-Mapper = Callable[[Callable[[int], "Packed"], Iterable[int]], Iterable["Packed"]]
+# How pack_shard(plan, number) is called for all numbers, in order: here, by threads, or (given by the caller) on a
+# cluster.
+Mapper = Callable[["Plan", Sequence[int]], Iterable["Packed"]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Packed:
     squares: float
     class_counts: list[int]
     records: bytes
+    skipped: list[str] = field(default_factory=list)  # samples that could not be read and were left out, and why
+    kept: bool = False  # it was there, from an earlier run of the same pack
 
 
 class Plan(Protocol):
@@ -59,28 +64,46 @@ class Plan(Protocol):
     def sha256(self) -> str:
         """The same for the same plan only."""
 
-    def make(self, number: int) -> tuple[bytes | None, Packed]:
-        """(bytes to put, what they are) of a shard; None for bytes that are there already."""
+    @property
+    def notes(self) -> list[str]:
+        """Lines that a person should read before it begins."""
+
+    def make(self, number: int, scratch: Path) -> tuple[bytes | Path | None, Packed]:
+        """(what to put, what it is) of a shard, a Path being one in the folder `scratch`; None for bytes that are
+        there already, or for a shard without samples."""
+
+    def check_here(self) -> None:
+        """Raises UserError, DataError or StorageError when this process does not see the source."""
 
     def total_samples(self, done: list[Shard]) -> int:
         """How many there are in all, or likely are."""
 
 
 def carry_out(
-    plan: Plan, *, workers: int, map_shards: Mapper | None, progress: Callable[[int, int], None] | None
+    plan: Plan,
+    *,
+    workers: int,
+    map_shards: Mapper | None,
+    progress: Callable[[int, int], None] | None,
+    skip_bad: int = 0,
 ) -> Manifest:
     """Makes the shards that are not there yet and commits the data set; arguments as pack()'s."""
     store = open_store(plan.url)
     finished = _claim(store, plan)
     if finished:
         return finished
-    run = map_shards or (map if workers == 1 else partial(_map_in_threads, workers))
-    return _commit(store, plan, run(partial(pack_shard, plan), range(plan.num_shards)), progress)
+    done = (map_shards or partial(_map_here, workers))(plan, range(plan.num_shards))
+    return _commit(store, plan, done, skip_bad, progress)
 
 
-def _map_in_threads(workers: int, make: Callable[[int], Packed], numbers: Iterable[int]) -> Iterator[Packed]:
-    """`map` by `workers` threads, a few ahead only: a mistake shows at once, and finished shards do not pile up."""
-    ahead: deque[Future[Packed]] = deque()
+def _map_here(workers: int, plan: Plan, numbers: Sequence[int]) -> Iterable[Packed]:
+    make = partial(pack_shard, plan)
+    return map(make, numbers) if workers == 1 else map_in_threads(workers, make, numbers)
+
+
+def map_in_threads(workers: int, make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """`map` by `workers` threads, a few ahead only: a mistake shows at once, and results do not pile up."""
+    ahead: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for number in numbers:
@@ -92,6 +115,15 @@ def _map_in_threads(workers: int, make: Callable[[int], Packed], numbers: Iterab
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def check_node(plan: Plan) -> None:
+    """Raises UserError, DataError or StorageError when this process can't make shards of the plan: it does not see the
+    source, or not the place that they go to."""
+    plan.check_here()
+    store = open_store(plan.url)
+    if not store.exists(PLAN) or store.get(PLAN) != plan.sha256.encode():
+        raise UserError(f"{store.url()}: is not the place that the packing began at")
 
 
 def _claim(store: Store, plan: Plan) -> Manifest | None:
@@ -115,21 +147,29 @@ def pack_shard(plan: Plan, number: int) -> Packed:
     done = f"packing/{number:06d}"
     try:
         packed = _from_record(store.get(done))
-        if hashlib.sha256(store.get(packed.shard.name)).hexdigest() == packed.shard.sha256:
+        if not packed.shard.num_samples or _sha256(store, packed.shard) == packed.shard.sha256:
             return packed
     except (NotFound, ValueError, KeyError, TypeError):
         pass
-    data, packed = plan.make(number)
-    if data is not None:
-        store.put(packed.shard.name, data)
+    with explained(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="scoreray-pack-") as scratch:
+        data, packed = plan.make(number, Path(scratch))
+        if data is not None:
+            store.put(packed.shard.name, data)
     store.put(done, _to_record(packed))
     return packed
+
+
+def _sha256(store: Store, shard: Shard) -> str:
+    found = hashlib.sha256()
+    for start in range(0, shard.bytes, WINDOW_BYTES):
+        found.update(store.get(shard.name, start, min(shard.bytes, start + WINDOW_BYTES)))
+    return found.hexdigest()
 
 
 def _to_record(packed: Packed) -> bytes:
     """A line of JSON, then the records."""
     described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__], "sums": packed.sums,
-                 "squares": packed.squares, "class_counts": packed.class_counts}  # fmt: skip
+                 "squares": packed.squares, "class_counts": packed.class_counts, "skipped": packed.skipped}  # fmt: skip
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
@@ -139,19 +179,29 @@ def _from_record(data: bytes) -> Packed:
     shard = Shard(*fields["shard"])
     if records_sha256(records) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
-    return Packed(shard, fields["sums"], fields["squares"], fields["class_counts"], records)
+    counts, skipped = fields["class_counts"], fields["skipped"]
+    return Packed(shard, fields["sums"], fields["squares"], counts, records, skipped, kept=True)
 
 
-def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable[[int, int], None] | None) -> Manifest:
+def _commit(
+    store: Store, plan: Plan, done: Iterable[Packed], skip_bad: int, progress: Callable[[int, int], None] | None
+) -> Manifest:
     """The index and the manifest from the finished shards, in order; then what the packing left is removed."""
     shards: list[Shard] = []
-    sums, squares, num_samples = np.zeros(1), 0.0, 0
+    sums, squares, num_samples, num_skipped = np.zeros(1), 0.0, 0, 0
     counts: list[int] = [0] * len(plan.classes or [])
     digests: list[bytes] = []
     index_sha256 = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(prefix="scoreray-index-") as index:
+    here = Path(tempfile.gettempdir())
+    with explained(here), tempfile.NamedTemporaryFile(prefix="scoreray-index-") as index:
         for packed in done:
-            shards.append(packed.shard)
+            num_skipped += len(packed.skipped)
+            if num_skipped > skip_bad:
+                raise DataError(
+                    f"more than {skip_bad} samples (--skip-bad) can't be read; the last: {packed.skipped[-1]}"
+                )
+            if packed.shard.num_samples:
+                shards.append(packed.shard)
             num_samples += packed.shard.num_samples
             sums, squares = sums + np.asarray(packed.sums), squares + packed.squares
             counts += [0] * (len(packed.class_counts) - len(counts))
@@ -160,10 +210,12 @@ def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable
             index_sha256.update(packed.records)
             digests.append(chunk_digests(packed.records))
             if progress:
-                progress(num_samples, plan.total_samples(shards))
+                progress(num_samples + num_skipped, plan.total_samples(shards))
         index.write(b"".join(digests))
         index_sha256.update(b"".join(digests))
         index.flush()
+        if not shards:
+            raise DataError(f"{plan.name}: none of its samples can be read")
         store.put(INDEX, Path(index.name))
     mean, sigma_data = statistics(sums, squares, num_samples * math.prod(plan.shape), plan.dtype)
     if sigma_data <= 0:
@@ -184,7 +236,7 @@ def _commit(store: Store, plan: Plan, done: Iterable[Packed], progress: Callable
         packing=plan.sha256,
     )
     store.put(MANIFEST, manifest.to_json().encode())
-    store.delete([PLAN, *(f"packing/{i:06d}" for i in range(len(shards)))])
+    store.delete([PLAN, *(f"packing/{i:06d}" for i in range(plan.num_shards))])
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""What can be packed: `.npz`, IDX (`.gz` or not) and image folders, each as a Source that is read by sample number."""
+"""What can be packed: `.npz`, IDX (`.gz` or not) and image folders (here or in S3), each read by sample number."""
 
 from __future__ import annotations
 
@@ -7,27 +7,52 @@ import hashlib
 import math
 import os
 import struct
-import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.packing import map_in_threads
+from scoreray.data.pictures import IMAGE_SUFFIXES, as_array, fit, is_grey, open_picture
+from scoreray.data.store import PathStore, Store, open_store
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 NPZ_SAMPLES = ("images", "x", "X", "data", "points", "arr_0")
 NPZ_LABELS = ("labels", "y", "label", "targets")
+GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
+LOOKED_AT = 32  # images of a folder that are looked at for colours
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the samples of a source are read. `channels`: 1 or 3, None as most images of a folder are. `labelled`:
+    subfolders are classes."""
+
+    image_size: int | None = None
+    channels: Literal[1, 3] | None = None
+    labelled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and not 1 <= self.image_size <= 8192:
+            raise UserError(f"--image-size {self.image_size}: between 1 and 8192 is needed")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"--channels {self.channels}: 1 (grey) or 3 (RGB) is needed")
 
 
 @dataclass(frozen=True)
 class Source:
     """Samples to pack. `shape` is (C, H, W) of images (`dtype` uint8), else an array's. `labels` int64 [N] or None.
 
-    Either `array` holds all samples ([N, H, W, C] or [N, ...]) or `files` names them.
+    Either `array` holds all samples ([N, H, W, C] or [N, ...]) or `files` names them. Pickled, it leaves the array
+    behind: another process reads it again, and sees that it is the same. `left_out`: files that are no images, by
+    suffix.
     """
 
     path: str
@@ -37,85 +62,150 @@ class Source:
     labels: np.ndarray | None
     classes: list[str]
     fingerprint: str
-    image_size: int | None = None
+    reading: Reading
     array: np.ndarray | None = field(default=None, repr=False)
     files: list[str] = field(default_factory=list, repr=False)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "array": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def check_here(self) -> None:
+        """Raises UserError or DataError when this process does not see the source."""
+        if self.files:
+            store = open_store(self.path)
+            for name in {self.files[0], self.files[-1]}:
+                if not store.exists(name):
+                    raise UserError(f"{shown(self.path, name)}: there is no such file")
+        elif self.array is None:
+            _again(self.path, self.reading, self.fingerprint)
+
+    def read_all(self, numbers: Iterable[int]) -> Iterator[np.ndarray | DataError]:
+        """The samples, in order; in place of one that can't be read, why."""
+        remote = self.files and open_store(self.path).is_remote
+        return map_in_threads(GET_THREADS, self._try, numbers) if remote else map(self._try, numbers)
+
+    def _try(self, number: int) -> np.ndarray | DataError:
+        try:
+            return self.read(number)
+        except DataError as error:
+            return error
 
     def read(self, number: int) -> np.ndarray:
         """Sample `number`: uint8 [H, W, C] or the float32 array. Raises DataError, UserError naming the file."""
-        if self.array is None:
-            return _read_image(os.path.join(self.path, self.files[number]), self.shape, self.image_size)
+        size = self.reading.image_size
+        if self.files:
+            name = shown(self.path, self.files[number])
+            picture = open_picture(open_store(self.path).get(self.files[number]), name)
+            return as_array(picture, self.shape, size, name, to_grey=self.reading.channels == 1)
+        array = self.array if self.array is not None else _again(self.path, self.reading, self.fingerprint)
         if self.dtype == "float32":
-            return np.ascontiguousarray(self.array[number], np.float32)
-        image = self.array[number]
-        if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
+            return np.ascontiguousarray(array[number], np.float32)
+        image = array[number]
+        if size and image.shape[:2] != (size, size):
             squeezed = image[:, :, 0] if image.shape[2] == 1 else image
-            image = np.asarray(fit(Image.fromarray(squeezed), self.image_size))
+            image = np.asarray(fit(Image.fromarray(squeezed), size))
             image = image[:, :, None] if image.ndim == 2 else image
         return image
 
 
-def open_source(path: str | os.PathLike[str], image_size: int | None = None) -> Source:
+@lru_cache(maxsize=1)
+def _again(path: str, reading: Reading, fingerprint: str) -> np.ndarray:
+    """The array of a source that another process opened."""
+    source = open_source(path, reading)
+    if source.fingerprint != fingerprint or source.array is None:
+        raise UserError(f"{path}: is not what it was when the packing began")
+    return source.array
+
+
+def open_source(path: str | os.PathLike[str], reading: Reading = Reading()) -> Source:
     """The source at `path`, by its kind. Raises UserError or DataError with one line that names the file."""
+    if os.fspath(path).startswith("s3://"):
+        return _open_folder(open_store(path), reading)
     where = Path(path).expanduser()
-    if image_size is not None and not 1 <= image_size <= 8192:
-        raise UserError(f"image_size {image_size}: between 1 and 8192 is needed")
     if not where.exists():
         raise UserError(f"{where}: there is no such file or folder to pack")
     if where.is_dir():
-        return _open_folder(where, image_size)
+        return _open_folder(PathStore(str(where)), reading)
     name = where.name.removesuffix(".gz")
     if name.endswith(".npz"):
-        return _open_npz(where, image_size)
+        return _open_npz(where, reading)
     if "idx" in name and ("ubyte" in name or name.endswith("idx")):
-        return _open_idx(where, image_size)
+        return _open_idx(where, reading)
     raise UserError(
         f"{where}: can't tell what this is; accepted: .npz with 'images' (and 'labels'), IDX (*-idx3-ubyte[.gz]), "
-        "or a folder with one subfolder of images a class"
+        "a folder with one subfolder of images a class, or a folder of WebDataset tars"
     )
 
 
-def _open_npz(path: Path, image_size: int | None) -> Source:
+def shown(folder: str, name: str) -> str:
+    """A file's path, on one line whatever its name is."""
+    path = f"{folder}/{name}"
+    return path if path.isprintable() else ascii(path)[1:-1]
+
+
+def _open_npz(path: Path, reading: Reading) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             name = next((n for n in NPZ_SAMPLES if n in archive), None)
             if name is None:
                 raise UserError(f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed")
+            _check_memory(path, sum(entry.file_size for entry in archive.zip.infolist()))
             samples = archive[name]
             label_name = next((n for n in NPZ_LABELS if n in archive), None)
             labels = archive[label_name] if label_name else None
             classes = [str(c) for c in archive["classes"]] if "classes" in archive else []
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, UserError):
-            raise
-        raise DataError(f"{path}: no readable .npz of plain arrays: {error}") from error
-    return _of_array(path, samples, labels, classes, image_size)
+    except UserError:
+        raise
+    except Exception as error:  # what zipfile and numpy raise on damaged bytes is not a short list
+        raise DataError(f"{path}: no readable .npz of plain arrays: {' '.join(str(error).split())}") from error
+    return _of_array(path, samples, labels, classes, reading)
 
 
-def _open_idx(path: Path, image_size: int | None) -> Source:
+def _open_idx(path: Path, reading: Reading) -> Source:
     """MNIST's format. The labels are taken from the file beside it that MNIST's naming gives them."""
     labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _read_idx(labels_path) if labels_path != path and labels_path.exists() else None
-    return _of_array(path, _read_idx(path), labels, [], image_size)
+    return _of_array(path, _read_idx(path), labels, [], reading)
 
 
 def _read_idx(path: Path) -> np.ndarray:
+    """Not more is unpacked than the header says, whatever follows it."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, rank = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{rank}I", data, 4)
-        dtype = np.dtype(IDX_TYPES[kind])
-        if zero or len(data) - 4 - 4 * rank != math.prod(shape) * dtype.itemsize:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            zero, kind, rank = struct.unpack(">HBB", file.read(4))
+            shape = struct.unpack(f">{rank}I", file.read(4 * rank))
+            dtype = np.dtype(IDX_TYPES[kind])
+            size = math.prod(shape) * dtype.itemsize
+            _check_memory(path, size)
+            data = file.read(size + 1)
+        if zero or rank == 0 or len(data) != size:
             raise ValueError("its length is not what its header says")
-        return np.frombuffer(data, dtype, offset=4 + 4 * rank).reshape(shape).astype(dtype.newbyteorder("="))
-    except (struct.error, KeyError, ValueError, OSError, EOFError, zlib.error) as error:
+        return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    except UserError:
+        raise
+    except (struct.error, KeyError, ValueError, OSError, EOFError, zlib.error, MemoryError, OverflowError) as error:
         raise DataError(f"{path}: no readable IDX file: {error}") from error
 
 
+def _check_memory(path: Path, size: int) -> None:
+    """Raises UserError when `size` bytes, which a small file may announce, are more than this machine has."""
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > has // 2:
+        raise UserError(
+            f"{path}: {size:,} bytes unpacked, half of this machine's memory is {has // 2:,}; pack it in parts, or as "
+            "a folder of files"
+        )
+
+
 def _of_array(
-    path: Path, samples: np.ndarray, labels: np.ndarray | None, classes: list[str], image_size: int | None
+    path: Path, samples: np.ndarray, labels: np.ndarray | None, classes: list[str], reading: Reading
 ) -> Source:
-    num_samples = len(samples) if samples.ndim else 0
+    num_samples, image_size = len(samples) if samples.ndim else 0, reading.image_size
+    _check_classes(str(path), classes)
     if num_samples == 0:
         raise UserError(f"{path}: holds no samples")
     if labels is not None:
@@ -124,7 +214,7 @@ def _of_array(
                 f"{path}: {num_samples} samples, but labels of shape {labels.shape}; one a sample is needed"
             )
         if labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise UserError(f"{path}: labels must be whole numbers from 0, they are {labels.dtype} from {labels.min()}")
+            raise UserError(f"{path}: labels must be whole numbers from 0, they are {labels.dtype}")
         labels = labels.astype(np.int64)
         if classes and int(labels.max()) >= len(classes):
             raise UserError(f"{path}: label {labels.max()}, but only {len(classes)} classes are named")
@@ -136,7 +226,9 @@ def _of_array(
         samples = _channels_last(path, samples)
         height, width, channels = samples.shape[1:]
         if image_size is None and height != width:
-            raise UserError(f"{path}: images of {height} x {width}; give image_size to crop them to a square")
+            raise UserError(f"{path}: images of {height} x {width}; give --image-size to crop them to a square")
+        if reading.channels not in (None, channels):
+            raise UserError(f"{path}: --channels {reading.channels} is for folders of images; this has {channels}")
         shape: tuple[int, ...] = (channels, image_size or height, image_size or width)
         dtype = "uint8"
     elif samples.dtype.kind == "f":
@@ -150,7 +242,7 @@ def _of_array(
     else:
         raise UserError(f"{path}: samples are {samples.dtype}; uint8 images or float arrays are packed")
     return Source(
-        str(path), num_samples, shape, dtype, labels, classes, fingerprint.hexdigest(), image_size, array=samples
+        str(path), num_samples, shape, dtype, labels, classes, fingerprint.hexdigest(), reading, array=samples
     )
 
 
@@ -164,72 +256,66 @@ def _channels_last(path: Path, images: np.ndarray) -> np.ndarray:
     raise UserError(f"{path}: images of shape {images.shape}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3")
 
 
-def _open_folder(path: Path, image_size: int | None) -> Source:
-    """Images below `path`. If all lie in subfolders, the first level names the class; else there are no labels."""
-    files = sorted(
-        os.path.relpath(os.path.join(folder, name), path)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    )
-    if not files:
-        raise UserError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    classes: list[str] = []
-    labels = None
-    if all(os.sep in name for name in files):
-        tops, numbers = np.unique([name.split(os.sep, 1)[0] for name in files], return_inverse=True)
-        classes, labels = [str(top) for top in tops], numbers.astype(np.int64)
+def _open_folder(store: Store, reading: Reading) -> Source:
+    """Images below a folder or prefix. If all lie in subfolders, the first level names the class. Hidden files and
+    folders are not looked into."""
+    listed = [(name, size) for name, size in store.list() if not _is_hidden(name)]
+    sizes = dict(sorted((name, size) for name, size in listed if name.lower().endswith(IMAGE_SUFFIXES)))
+    if not sizes:
+        raise UserError(f"{store.url()}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}), and no tars")
+    files = list(sizes)
+    left_out = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name, _ in listed if name not in sizes)
+    classes, labels = _classes_of(store, files) if reading.labelled else ([], None)
     fingerprint = hashlib.sha256()
-    for name in files:
-        fingerprint.update(f"{name}\0{os.path.getsize(path / name)}\n".encode())
-    first = _open_image(str(path / files[0]))
-    channels = 1 if _is_grey(first) else 3
-    width, height = (image_size, image_size) if image_size else first.size
-    if width != height:
-        raise UserError(f"{path / files[0]}: {width} x {height} pixels; give image_size to crop to a square")
+    for name, size in sizes.items():
+        fingerprint.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    shape = _look(store, files, reading)
     return Source(
-        str(path), len(files), (channels, height, width), "uint8", labels, classes, fingerprint.hexdigest(), image_size,
-        files=files,
+        store.url(), len(files), shape, "uint8", labels, classes, fingerprint.hexdigest(), reading, files=files,
+        left_out=dict(left_out),
     )  # fmt: skip
 
 
-def _open_image(path: str) -> Image.Image:
-    try:
-        image = Image.open(path)
-        if image.width * image.height > 1 << 28:
-            raise DataError(f"{path}: {image.width} x {image.height} pixels is above the limit of 2^28")
-        if image.mode.startswith("I") or image.mode == "F":
-            raise DataError(f"{path}: more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
-        return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: no readable image: {error}") from error
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA")
-
-
-def _read_image(path: str, shape: tuple[int, ...], image_size: int | None) -> np.ndarray:
-    image = _open_image(path)
-    if shape[0] == 1 and not _is_grey(image):
-        raise UserError(f"{path}: has colours, but the first image of the folder is grey; make them alike")
-    try:
-        image = image.convert("L" if shape[0] == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path}: no readable image: {error}") from error
-    if image_size:
-        image = fit(image, image_size)
-    if image.size != (shape[2], shape[1]):
+def _classes_of(store: Store, files: list[str]) -> tuple[list[str], np.ndarray | None]:
+    loose = [name for name in files if "/" not in name]
+    if len(loose) == len(files):
+        return [], None
+    if loose:
         raise UserError(
-            f"{path}: {image.width} x {image.height} pixels, the first image has {shape[2]} x {shape[1]}; "
-            "give image_size to resize and crop them all"
+            f"{store.url()}: {len(loose)} images lie beside the folders of the classes "
+            f"({shown(store.url(), loose[0])}); move them into one, or --no-classes packs all without classes"
         )
-    array = np.asarray(image)
-    return array[:, :, None] if array.ndim == 2 else array
+    tops, numbers = np.unique([name.split("/", 1)[0] for name in files], return_inverse=True)
+    classes = [str(top) for top in tops]
+    _check_classes(store.url(), classes)
+    return classes, numbers.astype(np.int64)
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """The image with its shorter side resized to `size` (antialiased bicubic), then cropped at its centre."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+def _check_classes(path: str, classes: list[str]) -> None:
+    for name in classes:
+        if not name.isprintable() or not 0 < len(name) <= 255:  # bytes that are not UTF-8 are not printable
+            raise UserError(f"{path}: {ascii(name)[:300]} can't be the name of a class; rename it, or --no-classes")
+
+
+def _look(store: Store, files: list[str], reading: Reading) -> tuple[int, int, int]:
+    """(C, H, W) of the images in a folder, from some of them: grey only if all of these are. Raises DataError when
+    none of these can be read, UserError when a size is needed."""
+    some = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).astype(int))]
+    images, problems = [], []
+    for name in some:
+        try:
+            images.append((name, open_picture(store.get(name), shown(store.url(), name))))
+        except DataError as error:
+            problems.append(error)
+    if not images:
+        raise problems[0]
+    channels = reading.channels or (1 if all(is_grey(image) for _, image in images) else 3)
+    name, first = images[0]
+    width, height = (reading.image_size, reading.image_size) if reading.image_size else first.size
+    if width != height:
+        raise UserError(f"{shown(store.url(), name)}: {width} x {height} pixels; give --image-size to crop to a square")
+    return channels, height, width

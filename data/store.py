@@ -64,6 +64,11 @@ class Store(abc.ABC):
     def delete(self, keys: Iterable[str]) -> None:
         """Removes the objects. One that is already gone is no error."""
 
+    @abc.abstractmethod
+    def clear_unfinished(self, prefix: str, but: str) -> None:
+        """Removes what killed writes left of keys that start with `prefix`, unless `but` is in the key. None of it is
+        ever listed or read, but it takes space."""
+
     def exists(self, key: str) -> bool:
         try:
             self.size(key)
@@ -132,20 +137,20 @@ class PathStore(Store):
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         path = self._path(key)
-        with _explained(path), open(path, "rb") as file:
+        with explained(path), open(path, "rb") as file:
             if start:
                 file.seek(start)
             return file.read() if end is None else file.read(max(0, end - (start or 0)))
 
     def put(self, key: str, data: bytes | Path) -> None:
         path = self._path(key)
-        with _explained(path), _temporary(path, data) as temporary:
+        with explained(path), _temporary(path, data) as temporary:
             os.replace(temporary, path)
             _sync_folder(path.parent)
 
     def put_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        with _explained(path), _temporary(path, data) as temporary:
+        with explained(path), _temporary(path, data) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -155,7 +160,7 @@ class PathStore(Store):
 
     def size(self, key: str) -> int:
         path = self._path(key)
-        with _explained(path):
+        with explained(path):
             if path.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "is a folder")
             return path.stat().st_size
@@ -163,7 +168,7 @@ class PathStore(Store):
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         found = []
         top = os.path.join(self.root, os.path.dirname(prefix)) if prefix else self.root
-        with _explained(Path(top)):
+        with explained(Path(top)):
             for folder, _, names in os.walk(top):
                 for name in names:
                     path = os.path.join(folder, name)
@@ -176,7 +181,7 @@ class PathStore(Store):
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             path = self._path(key)
-            with _explained(path), contextlib.suppress(FileNotFoundError):
+            with explained(path), contextlib.suppress(FileNotFoundError):
                 path.unlink()
             for folder in path.parents:  # as on S3, a folder without objects does not exist
                 if not folder.is_relative_to(self.root) or folder == Path(self.root):
@@ -186,6 +191,21 @@ class PathStore(Store):
                 except OSError:
                     break
 
+    def clear_unfinished(self, prefix: str, but: str) -> None:
+        top = os.path.join(self.root, os.path.dirname(prefix))
+        with explained(Path(top)):
+            for folder, folders, names in os.walk(top):
+                for name in names:
+                    target = name.removeprefix(TEMPORARY).rpartition("-")[0]
+                    key = os.path.relpath(os.path.join(folder, target), self.root)
+                    if name.startswith(TEMPORARY) and key.startswith(prefix) and but not in key:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(os.path.join(folder, name))
+                        with contextlib.suppress(OSError):
+                            os.rmdir(folder)
+                if not prefix.endswith("/"):
+                    folders.clear()
+
 
 @contextlib.contextmanager
 def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
@@ -193,7 +213,7 @@ def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
     for attempt in range(10):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+            descriptor, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name[:100]}-", dir=path.parent)
             break
         except FileNotFoundError:  # a concurrent delete() removed the empty folder
             if attempt == 9:
@@ -234,6 +254,7 @@ _UMASK = _read_umask()
 _MENDS = {
     errno.ENOSPC: "no space left on this disk; free some, or give a URL on another",
     errno.EDQUOT: "the disk quota is used up; free some space, or give a URL on another disk",
+    errno.EFBIG: "a file may not grow that large here (ulimit -f); raise the limit, or give a URL on another disk",
     errno.EACCES: "permission denied; check the owner and mode of the file and its folders",
     errno.EPERM: "not permitted; check the owner and mode of the file and its folders",
     errno.EROFS: "this file system is read-only; give a URL that can be written to",
@@ -245,7 +266,8 @@ _MENDS = {
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Errors of the file system as one line that names `path`. Raises NotFound, StorageError."""
     try:
         yield
     except FileNotFoundError as error:

@@ -152,8 +152,8 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, str]]:
         "missing": ((folder / "none",), "there is no such file"),
         "kind": ((folder / "x.txt",), "can't tell what this is; accepted"),
         "empty": ((folder / "empty",), "no images in this folder"),
-        "mixed": ((folder / "mixed",), r"b.png: 9 x 9 pixels, the first image has 8 x 8; give image_size"),
-        "broken": ((folder / "broken",), r"b.png: no readable image"),
+        "mixed": ((folder / "mixed",), r"b.png: 9 x 9 pixels, the first image has 8 x 8; give --image-size"),
+        "broken": ((folder / "broken",), r"b.png: can't be decoded: .*; mend or remove it, or --skip-bad"),
         "deep": ((folder / "deep",), r"a.png: more than 8 bits"),
         "npz": ((folder / "not.npz",), "no readable .npz"),
         "names": ((save("n.npz", other=images),), "holds other; 'images' is needed"),
@@ -163,9 +163,9 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, str]]:
         "none": ((save("e.npz", images=images[:0]),), "holds no samples"),
         "same": ((save("s.npz", images=images[1:]),), "all samples are the same"),
         "nan": ((save("f.npz", points=np.array([[0.0], [np.nan]])),), "sample 1 holds a value that is not finite"),
-        "wide": ((save("w.npz", images=np.zeros((4, 8, 9), np.uint8)),), "8 x 9; give image_size"),
+        "wide": ((save("w.npz", images=np.zeros((4, 8, 9), np.uint8)),), "8 x 9; give --image-size"),
         "idx": ((folder / "bad-idx3-ubyte",), "no readable IDX file"),
-        "format": ((save("g.npz", images=images), "gif"), "image_format 'gif': .*accepted: jpg, npy, png"),
+        "format": ((save("g.npz", images=images), "gif"), "--image-format 'gif': .*accepted: jpg, npy, png"),
     }  # fmt: skip
 
 

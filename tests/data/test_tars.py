@@ -78,12 +78,14 @@ def test_existing_webdataset_tars_are_indexed_where_they_lie(
     assert pack(url, url, name="mine") == manifest
 
 
-def test_tars_are_not_copied_or_resized(tmp_path: Path) -> None:
+def test_tars_are_not_copied_or_resized_in_place(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", 1)
     with pytest.raises(UserError, match="indexed where they lie, not copied; give it as the URL too"):
         pack(tmp_path / "tars", tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="image_size and samples_per_shard can't be given"):
+    with pytest.raises(UserError, match="new tars need another URL than that of the tars"):
         pack(tmp_path / "tars", tmp_path / "tars", image_size=32)
+    with pytest.raises(UserError, match="each tar stays one; --samples-per-shard can't be given"):
+        pack(tmp_path / "tars", tmp_path / "tars", samples_per_shard=32)
 
 
 class Mischief:
