@@ -130,13 +130,45 @@ def sample(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
     out: Annotated[str, typer.Option(help="A folder or prefix for pictures, or a .npz.")],
     count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
-    sampler: Annotated[str, typer.Option(help="heun, euler, ddim, dpmpp_2m, edm_sde, ...")] = "heun",
-    steps: Annotated[int, typer.Option(help="Noise levels.", min=1)] = 18,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs. Default: what fits the model."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Noise levels, 18 for heun; sweeps of gibbs, 1000 by default.", min=1)
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
     class_label: Annotated[str | None, typer.Option(help="A class's name or number; all in turn if left out.")] = None,
     guidance: Annotated[
-        float, typer.Option(help="Classifier-free guidance; 1 is none, 2 strengthens the class.")
+        float, typer.Option(help="Weight of guidance: 1 is none, 2 strengthens the class (classifier-free).")
     ] = 1.0,
+    autoguide: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")
+    ] = None,
+    guide_ema: Annotated[
+        str | None, typer.Option(help="Guide by this EMA length, of the same model or of --autoguide's.")
+    ] = None,
+    interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Guide between these noise levels only.")
+    ] = None,
+    inpaint: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Keep what --mask marks of this png, jpg or npz; draw the rest.")
+    ] = None,
+    mask: Annotated[str | None, typer.Option(metavar="MASK", help="For --inpaint: bright where known.")] = None,
+    inverse: Annotated[
+        str | None,
+        typer.Option(metavar="OPERATOR", help="superresolution=FACTOR, gray or matrix=FILE, of --measurement."),
+    ] = None,
+    measurement: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For --inverse: what was measured, png, jpg, npy or npz.")
+    ] = None,
+    noise_std: Annotated[float, typer.Option(help="The measurement's noise, for data in [-1, 1].")] = 0.0,
+    inverse_method: Annotated[
+        str, typer.Option(help="projection, or jacobian: nearer the posterior, a backward pass a call.")
+    ] = "projection",
     ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
     option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
@@ -145,19 +177,22 @@ def sample(
     """Draw samples from a trained model."""
     from scoreray.cluster.display import bar
     from scoreray.sampling.generate import Request, check_writable, generate, write_samples
-    from scoreray.sampling.load import load
+    from scoreray.sampling.load import load_model
+    from scoreray.sampling.steering import Guidance, measurement_of
 
     request = Request(
         count=count,
         sampler=sampler,
         steps=steps,
+        grid=grid,
         seed=seed,
         class_label=class_label,
-        guidance=guidance,
+        guidance=Guidance(guidance, autoguide, guide_ema, _interval(interval)),
+        measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method),
         batch_size=batch_size,
         options=_options(option or []),
     )
-    denoiser = load(checkpoint, ema)
+    denoiser = load_model(checkpoint, ema)
     check_writable(out)
     with bar("sample", count, "samples") as progress:
         places = write_samples(generate(denoiser, request, lambda n: progress.advance(progress.task_ids[0], n)), out)
@@ -320,6 +355,16 @@ def inspect(
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--interval {text}: write two noise levels, LOW,HIGH, e.g. 0.2,5") from None
+    return low, high
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

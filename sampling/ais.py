@@ -59,7 +59,8 @@ def ais(path: Path, betas: Tensor | Sequence[float], seeds: Tensor | Sequence[in
     """Runs one chain per seed along `betas` [T + 1], from 0 up to 1, with one step of the path at each (Neal 2001).
 
     log_z is the log of the mean weight: exp(log_z) is unbiased, so log_z on average a little low. Each chain depends on
-    its seed alone. Raises UserError unless the betas ascend from 0 to 1.
+    its seed alone; they lie where `path` draws them (GaussianPath: where the seeds are). Raises UserError unless
+    the betas ascend from 0 to 1.
     """
     levels = torch.as_tensor(betas, dtype=torch.float64).tolist()
     if len(levels) < 2 or levels[0] != 0 or levels[-1] != 1 or any(a >= b for a, b in pairwise(levels)):
@@ -67,7 +68,8 @@ def ais(path: Path, betas: Tensor | Sequence[float], seeds: Tensor | Sequence[in
     positions = torch.as_tensor(seeds, dtype=torch.int64)
     with torch.no_grad():
         x = path.draw(positions)
-        log_weights = torch.zeros(len(positions), dtype=torch.float64)
+        positions = positions.to(x.device)
+        log_weights = torch.zeros(len(positions), dtype=torch.float64, device=x.device)
         for number, (before, beta) in enumerate(pairwise(levels)):
             log_weights += (path.log_density(x, beta) - path.log_density(x, before)).double()
             if beta < 1:
@@ -178,10 +180,12 @@ class GaussianRBMPath:
         return self._visible(self.rbm.visible_bias + beta * (h @ self.rbm.weight.T), seeds, 2 * number + 2)
 
     def _visible(self, mean: Tensor, seeds: Tensor, stream: int) -> Tensor:
-        z = counter.normal(SAMPLING_SEED, seeds, tuple(mean.shape[1:]), stream=stream, dtype=mean.dtype)
+        shape, device = tuple(mean.shape[1:]), mean.device
+        z = counter.normal(SAMPLING_SEED, seeds, shape, stream=stream, dtype=mean.dtype, device=device)
         return mean + self.rbm.log_std.exp() * z
 
 
 def _bernoulli(logits: Tensor, seeds: Tensor, stream: int) -> Tensor:
-    u = counter.uniform(SAMPLING_SEED, seeds, tuple(logits.shape[1:]), stream=stream, dtype=logits.dtype)
+    shape, device = tuple(logits.shape[1:]), logits.device
+    u = counter.uniform(SAMPLING_SEED, seeds, shape, stream=stream, dtype=logits.dtype, device=device)
     return (u < logits.sigmoid()).to(logits.dtype)

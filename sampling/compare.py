@@ -62,7 +62,7 @@ def error_against_nfe(
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
     """Mean 1-Wasserstein distance of the projections of equally many points [N, 2] on evenly spread directions."""
-    angles = torch.arange(directions, dtype=a.dtype) * (math.pi / directions)
+    angles = torch.arange(directions, dtype=a.dtype, device=a.device) * (math.pi / directions)
     lines = torch.stack([angles.cos(), angles.sin()])
     return ((a @ lines).sort(0).values - (b @ lines).sort(0).values).abs().mean().item()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,16 @@ import torch
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.inspect import picture_grid
 from scoreray.data.store import Store, open_store
-from scoreray.sampling.guidance import ClassifierFree
-from scoreray.sampling.load import LoadedDenoiser, ModelInfo
+from scoreray.sampling.gibbs import GIBBS, NUM_SWEEPS, gibbs
+from scoreray.sampling.guidance import Denoise
+from scoreray.sampling.load import PROCESS_GRID, LoadedDenoiser, LoadedMachine, ModelInfo
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import SAMPLERS, sample
+from scoreray.sampling.sigmas import GRIDS
+from scoreray.sampling.steering import Guidance, Measurement, steered
+from scoreray.trainer.ladder import levels_needed
+from scoreray.trainer.objective import ContrastiveObjective
+from scoreray.trainer.rbm import MachineConfig
 from scoreray.trainer.step import to_uint8
 
 MAX_SHEET = 256
@@ -26,26 +34,79 @@ MAX_SHEET = 256
 class Request:
     """Which samples: `count` of them, numbered, each with a seed of its own, so sample i is the same in any batch.
 
+    sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs.
     class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes.
-    guidance: classifier-free, 1 for none; needs a model that was trained with label dropout.
+    guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
 
     count: int
-    sampler: str = "heun"
-    steps: int = 18
+    sampler: str | None = None
+    steps: int | None = None
     seed: int = 0
     class_label: str | int | None = None
-    guidance: float = 1.0
+    guidance: float | Guidance = 1.0
     batch_size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
+    grid: str | None = None
+    measurement: Measurement | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.steps < 1 or self.batch_size < 1:
+        if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
             raise UserError("count, steps and batch size must be at least 1")
         if self.count >= 2**32 or not 0 <= self.seed < 2**31:
             raise UserError("count must be below 2^32 and seed in [0, 2^31): together they number the samples")
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"unknown sampler '{self.sampler}': {nearest(self.sampler, SAMPLERS)}")
+        samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
+        if self.sampler is not None and self.sampler not in samplers:
+            raise UserError(f"unknown sampler '{self.sampler}': {nearest(self.sampler, samplers)}")
+        if self.grid is not None and self.grid not in grids:
+            raise UserError(f"unknown noise grid '{self.grid}': {nearest(self.grid, grids)}")
+
+    @property
+    def guided(self) -> Guidance:
+        return self.guidance if isinstance(self.guidance, Guidance) else Guidance(self.guidance)
+
+    def fitted(self, model: LoadedDenoiser | LoadedMachine) -> Request:
+        """The request with sampler, steps and grid filled in for `model`. Raises UserError where it does not fit it.
+
+        An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
+        geometric, as many levels as its technique 2 asks for; anything else by Heun on 18 levels of Karras' grid.
+        """
+        if isinstance(model, LoadedMachine):
+            return self._for_machine(model.info)
+        if self.sampler == GIBBS:
+            kind = model.info.config.network.kind
+            raise UserError(f"sampler '{GIBBS}' is for RBMs, and network.kind is '{kind}'; leave --sampler out")
+        contrastive = isinstance(model.info.config.objective, ContrastiveObjective)
+        sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
+        annealed = sampler in ("ncsn", "ncsnv2")
+        levels = 18
+        if annealed and self.steps is None:
+            low, high = model.info.sigma_range
+            levels = levels_needed(high, low, math.prod(model.info.image_shape))
+        return replace(
+            self,
+            sampler=sampler,
+            steps=self.steps or levels,
+            grid=self.grid or ("geometric" if annealed else "karras"),
+        )
+
+    def _for_machine(self, info: ModelInfo) -> Request:
+        kind = info.config.network.kind
+        refused = {
+            f"--sampler {self.sampler}": self.sampler not in (None, GIBBS),
+            f"--grid {self.grid}": self.grid is not None,
+            f"--class-label {self.class_label}": self.class_label is not None,
+            "--guidance": self.guided != Guidance(),
+            "--inpaint and --inverse": self.measurement is not None,
+            "--option": bool(self.options),
+        }
+        wrong = [what for what, given in refused.items() if given]
+        if wrong:
+            verb = "are" if len(wrong) > 1 else "is"
+            raise UserError(
+                f"{', '.join(wrong)}: {verb} not for network.kind '{kind}', which is drawn by {GIBBS} alone"
+            )
+        return replace(self, sampler=GIBBS, steps=self.steps or NUM_SWEEPS)
 
     def sample_seeds(self, first: int, last: int) -> torch.Tensor:
         """Seeds int64 of samples [first, last); no two samples of any two requests with different seeds share one."""
@@ -53,31 +114,50 @@ class Request:
 
     def labels(self, first: int, last: int, info: ModelInfo) -> torch.Tensor:
         """Classes int64 of samples [first, last), -1 for none. Raises UserError for a class that is not there."""
-        if self.class_label is None and info.classes:
+        drawn_without = isinstance(info.config.network, MachineConfig)
+        if self.class_label is None and info.classes and not drawn_without:
             return torch.arange(first, last) % len(info.classes)
         return torch.full((last - first,), info.class_number(self.class_label), dtype=torch.int64)
 
 
 def generate(
-    denoiser: LoadedDenoiser, request: Request, done: Callable[[int], None] = lambda n: None
+    model: LoadedDenoiser | LoadedMachine, request: Request, done: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (samples float32 [b, ...] in the model's range, labels int64 [b]) batch by batch; `done(b)` after each."""
+    drawer = prepare(model, request)
     for first in range(0, request.count, request.batch_size):
         last = min(first + request.batch_size, request.count)
-        labels = request.labels(first, last, denoiser.info)
-        yield draw(denoiser, request, first, labels), labels
+        labels = request.labels(first, last, model.info)
+        yield drawer(first, labels), labels
         done(last - first)
 
 
-def draw(denoiser: LoadedDenoiser, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """What draws batches of a request: `(first, labels int64 [b]) -> samples first, first + 1, ... float32 [b, ...]`.
+
+    What the request names is read and checked here, once. Raises UserError where it does not fit the model.
+    """
+    request = request.fitted(model)
+    if isinstance(model, LoadedMachine):
+        return partial(_draw_by_gibbs, model, request)
+    return partial(_draw, steered(model, request.guided, request.measurement), model, request)
+
+
+def draw(model: LoadedDenoiser | LoadedMachine, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
     """Samples first, first + 1, ... of a request in one batch, float32 [b, ...], of `labels` int64 [b] (-1: none)."""
-    device = next(denoiser.parameters()).device
-    sigmas = denoiser.info.sigmas(request.steps)
-    guided = denoiser if request.guidance == 1 else ClassifierFree(denoiser, request.guidance)
+    return prepare(model, request)(first, labels)
+
+
+def _draw(denoise: Denoise, model: LoadedDenoiser, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+    assert request.sampler is not None
+    assert request.steps is not None
+    assert request.grid is not None
+    device = next(model.parameters()).device
+    sigmas = model.info.sigmas(request.steps, request.grid)
     seeds = request.sample_seeds(first, first + len(labels)).to(device)
-    noise = SampleNoise(seeds).normal((len(labels), *denoiser.info.image_shape), torch.float32, device)
+    noise = SampleNoise(seeds).normal((len(labels), *model.info.image_shape), torch.float32, device)
     return sample(
-        guided,
+        denoise,
         noise * float(sigmas[0]),
         sigmas,
         sampler=request.sampler,
@@ -85,6 +165,12 @@ def draw(denoiser: LoadedDenoiser, request: Request, first: int, labels: torch.T
         class_labels=labels.to(device),
         **request.options,
     ).cpu()
+
+
+def _draw_by_gibbs(model: LoadedMachine, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+    assert request.steps is not None
+    v = gibbs(model.machine, request.sample_seeds(first, first + len(labels)), request.steps)
+    return model.machine.picture(v).view(-1, *model.info.image_shape).float().cpu()
 
 
 def check_writable(url: str) -> None:

@@ -105,6 +105,37 @@ class ClassifierGuidance:
         return self.denoiser(x, sigma) + self.weight * variance * gradient
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Guidance at noise levels in [low, high] only, the plain denoiser outside (Kynkaanniemi 2024): rows that are not
+    guided do not cost the second estimate. Asks the device for its noise levels at each call."""
+
+    guided: Denoise
+    denoiser: Denoise
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise UserError(f"guidance interval [{self.low:g}, {self.high:g}]: must be 0 <= low < high")
+
+    @property
+    def rows_per_sample(self) -> int:
+        return max(rows_per_sample(self.guided), rows_per_sample(self.denoiser))
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        arguments = (x, sigma) if class_labels is None else (x, sigma, class_labels)
+        inside = (sigma >= self.low) & (sigma <= self.high)
+        if bool(inside.all()):
+            return self.guided(*arguments)
+        if not bool(inside.any()):
+            return self.denoiser(*arguments)
+        out = torch.empty_like(x)
+        for rows, denoiser in ((inside, self.guided), (~inside, self.denoiser)):
+            out[rows] = denoiser(*(argument[rows] for argument in arguments))
+        return out
+
+
 def classifier_free_steps(steps: Steps, weight: float) -> Steps:
     """A sampler's generator under classifier-free guidance: it yields both halves, [x, x], and merges what comes back.
 

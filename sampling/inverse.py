@@ -34,7 +34,7 @@ def mask(known: Tensor) -> Operator:
     """Inpainting: A keeps what `known` (bool, of a sample's shape, or [B, ...]) marks."""
     if known.dtype != torch.bool:
         raise UserError(f"a mask of {known.dtype}: must be bool, true where the sample is known")
-    return Operator(lambda x: x * known, lambda y: y * known, _even(1.0))
+    return Operator(lambda x: x * known.to(x.device), lambda y: y * known.to(y.device), _even(1.0))
 
 
 def average_pool(factor: int) -> Operator:
@@ -62,11 +62,11 @@ def matrix(a: Tensor) -> Operator:
         )
 
     def solve(residual: Tensor, prior: Tensor, noise: float) -> Tensor:
-        basis = vectors.to(residual.dtype)
-        scaled = (residual @ basis) / (prior[:, None] * values.to(residual.dtype) + noise)
+        basis = vectors.to(residual)
+        scaled = (residual @ basis) / (prior[:, None] * values.to(residual) + noise)
         return scaled @ basis.T
 
-    return Operator(lambda x: x @ a.T.to(x.dtype), lambda y: y @ a.to(y.dtype), solve)
+    return Operator(lambda x: x @ a.T.to(x), lambda y: y @ a.to(y), solve)
 
 
 @dataclass(frozen=True)

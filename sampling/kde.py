@@ -39,7 +39,7 @@ def leave_one_out(data: Tensor, bandwidth: float) -> float:
     rows, total = max(1, CHUNK // len(flat)), 0.0
     for first in range(0, len(flat), rows):
         exponents = -_squares(flat[first : first + rows], flat) / (2 * bandwidth**2)
-        own = torch.arange(len(exponents))
+        own = torch.arange(len(exponents), device=exponents.device)
         exponents[own, first + own] = -math.inf
         total += exponents.logsumexp(1).sum().item()
     return total / len(flat) - constant

@@ -137,11 +137,12 @@ def _probes(x: Tensor, trace: Trace, probes: int, seeds: Tensor | Sequence[int] 
     positions = torch.arange(len(x)) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
     if positions.shape != (len(x),):
         raise UserError(f"seeds of shape {list(positions.shape)} for {len(x)} rows of x: must be one integer per row")
+    positions = positions.to(x.device)
     draw = counter.rademacher if trace == "rademacher" else counter.normal
     dims = (x[0].numel(),)
     streams = range(STREAM_PROBES, STREAM_PROBES + probes)
     drawn = [draw(SAMPLING_SEED, positions, dims, stream=stream, dtype=x.dtype) for stream in streams]
-    return torch.stack(drawn).to(x.device)
+    return torch.stack(drawn)
 
 
 def _upwards(state: Tensor, sigma_min: float, sigma_max: float, steps: int | None, rtol: float, atol: float) -> Steps:

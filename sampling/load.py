@@ -9,13 +9,15 @@ import torch
 
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.sampling.export import PREFIX, RAW, ExportedModel, find_exported
-from scoreray.sampling.sigmas import karras
+from scoreray.sampling.sigmas import from_process, grid
 from scoreray.trainer.checkpoint import Checkpoint, find
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.ema import name_of_std
 from scoreray.trainer.network import build_network
+from scoreray.trainer.rbm import Machine, MachineConfig, build_machine
 
+PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
 
 
@@ -45,10 +47,17 @@ class ModelInfo:
             )
         return matching[0]
 
-    def sigmas(self, steps: int) -> torch.Tensor:
-        """A Karras grid of `steps` levels over the noise levels that the run's process covers."""
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise levels that the run's process covers, as far as a grid can."""
         low, high = self.config.process.sigma_range()
-        return karras(steps, max(low, SIGMA_RANGE[0]), min(high, max(SIGMA_RANGE[1], 2 * low)))
+        return max(low, SIGMA_RANGE[0]), min(high, max(SIGMA_RANGE[1], 2 * low))
+
+    def sigmas(self, steps: int, name: str = "karras") -> torch.Tensor:
+        """A grid of `steps` levels: one of `sigmas.GRIDS` over `sigma_range`, or "process", even in the process's t."""
+        if name == PROCESS_GRID:
+            return from_process(self.config.process, steps)
+        return grid(name, steps, *self.sigma_range)
 
 
 class LoadedDenoiser(Denoiser):
@@ -57,8 +66,37 @@ class LoadedDenoiser(Denoiser):
     info: ModelInfo
 
 
+class LoadedMachine(torch.nn.Module):
+    """A restricted Boltzmann machine (eval mode, no gradients) that knows where it comes from."""
+
+    def __init__(self, machine: Machine, info: ModelInfo):
+        super().__init__()
+        self.machine, self.info = machine, info
+
+
 def load(checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None) -> LoadedDenoiser:
-    """The denoiser of a committed checkpoint, or of an exported model.
+    """The denoiser of a committed checkpoint, or of an exported model; arguments and errors as for `load_model`."""
+    model = load_model(checkpoint_url, ema, device)
+    if isinstance(model, LoadedMachine):
+        raise UserError(
+            f"{checkpoint_url}: network.kind '{model.info.config.network.kind}' knows no noise level, so it has no "
+            "denoiser; `scoreray sample` draws from it by Gibbs, load_machine gives the machine itself"
+        )
+    return model
+
+
+def load_machine(checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None) -> Machine:
+    """The RBM of a committed checkpoint, or of an exported model; arguments and errors as for `load_model`."""
+    model = load_model(checkpoint_url, ema, device)
+    if isinstance(model, LoadedDenoiser):
+        raise UserError(f"{checkpoint_url}: network.kind '{model.info.config.network.kind}' is no RBM; use load")
+    return model.machine
+
+
+def load_model(
+    checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None
+) -> LoadedDenoiser | LoadedMachine:
+    """What a committed checkpoint or an exported model holds.
 
     checkpoint_url: a run (its newest committed checkpoint), one checkpoint's folder, or an exported model (its folder
     or one of its safetensors files), `s3://` or a path.
@@ -73,15 +111,24 @@ def load(checkpoint_url: str, ema: str | None = None, device: torch.device | str
     except (KeyError, TypeError, UserError) as error:
         raise DataError(f"{checkpoint_url}: does not describe a model: {error}") from None
     name, weights = _weights(source, config, ema)
-    network = build_network(config.network, shape, len(classes))
+    url = source.store.url() if isinstance(source, ExportedModel) else source.url
+    model = _build(ModelInfo(url, images_seen, name, shape, classes, config))
+    holder: Any = model.machine if isinstance(model, LoadedMachine) else model.network
     try:
-        network.load_state_dict(weights)
+        holder.load_state_dict(weights)
     except RuntimeError as error:
         raise DataError(f"{checkpoint_url}: does not fit its own config: {' '.join(str(error).split())}") from None
+    return model.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
+    config = info.config
+    if isinstance(config.network, MachineConfig):
+        return LoadedMachine(build_machine(config.network, info.image_shape), info)
+    network = build_network(config.network, info.image_shape, len(info.classes))
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data)
-    url = source.store.url() if isinstance(source, ExportedModel) else source.url
-    denoiser.info = ModelInfo(url, images_seen, name, shape, classes, config)
-    return denoiser.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    denoiser.info = info
+    return denoiser
 
 
 def _weights(source: Checkpoint | ExportedModel, config: Config, ema: str | None) -> tuple[str, dict[str, Any]]:

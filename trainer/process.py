@@ -250,7 +250,8 @@ class DDPM(GaussianProcess):
         table = _ddpm_table(self.beta_min, self.beta_max, self.num_steps, t.device)
         place = t * self.num_steps
         step = place.detach().floor().clamp(0, self.num_steps - 1).to(torch.int64)
-        return table[step] + (place - step) * (table[step + 1] - table[step])
+        here, there = table.take(step), table.take(step + 1)  # an index of no dimension would wait for the device
+        return here + (place - step) * (there - here)
 
     def _time_of(self, ratio: Tensor) -> Tensor:
         exponent = torch.log1p(ratio**2)
