@@ -131,6 +131,20 @@ class S3Store(Store):
                     reason = failed.get("Message") or failed.get("Code")
                     raise StorageError(f"s3://{self._bucket}/{failed.get('Key')}: can't be deleted: {reason}")
 
+    def clear_unfinished(self, prefix: str, but: str) -> None:
+        def uploads() -> list[tuple[str, str]]:
+            pages = client().get_paginator("list_multipart_uploads")
+            found = pages.paginate(Bucket=self._bucket, Prefix=self._at(prefix.rstrip("/"))["Key"])
+            return [(item["Key"], item["UploadId"]) for page in found for item in page.get("Uploads", [])]
+
+        for key, upload in _ask(self.url(), uploads):
+            if but not in key:
+                _ask(self.url(), partial(self._abort, key, upload))
+
+    def _abort(self, key: str, upload: str) -> None:
+        with contextlib.suppress(client().exceptions.NoSuchUpload):
+            client().abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+
     def _delete(self, objects: Sequence[dict[str, str]]) -> Any:
         return client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
 

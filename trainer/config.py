@@ -75,10 +75,11 @@ class EngineSection(Section):
     """How one step is computed. None of it changes what is learnt, except `precision`, by rounding.
 
     `micro_batch_size`: rows per forward pass on one worker; None takes the worker's whole share of the batch.
+    `zero_stage`: "auto" takes the cheapest stage whose state fits a rank's memory, and says which.
     `precision`: "bf16" keeps bf16 weights with fp32 masters; "auto" takes bf16 where the device gains from it.
     """
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     micro_batch_size: Count | None = None
     offload: Literal["none", "optimizer"] = "none"
@@ -86,12 +87,21 @@ class EngineSection(Section):
 
 
 class ScalingSection(Section):
-    """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster."""
+    """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster.
+
+    `max_failures`: failures of workers without a commit in between, after which the run ends; -1 never ends it.
+    `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
+    `resize_every_s`: how often a run that could be larger looks whether the cluster has room.
+    `grace_s`: how long a run that is told to stop (Ctrl-C, SIGTERM) may take to save.
+    """
 
     workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     use_gpu: bool = False
     cpus_per_worker: float = Field(1, gt=0, le=1024)
     max_failures: int = Field(8, ge=-1)
+    hang_timeout_s: float = Field(30, ge=3)
+    resize_every_s: float = Field(30, ge=1)
+    grace_s: float = Field(25, ge=0)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -105,6 +115,7 @@ class DurationSection(Section):
 class CheckpointSection(Section):
     """A checkpoint every so many images (and at the end); the newest `keep` stay.
 
+    `keep_every_images`: of the older ones, the first at or after each multiple of this stays too.
     `snapshot_every_images`: with the first checkpoint after each so many images the averages alone are kept too, in
     fp16 and for good (2 bytes per parameter and EMA length each), from which `scoreray export --ema` makes lengths that
     were not tracked; 0 keeps none.
@@ -112,6 +123,7 @@ class CheckpointSection(Section):
 
     every_images: Count = 1_000_000
     keep: int = Field(3, ge=1)
+    keep_every_images: Count | None = None
     snapshot_every_images: CountOrZero = 0
 
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ import torch.distributed as dist
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import Store, open_store
 from scoreray.data.stream import Batch, Stream
-from scoreray.trainer.checkpoint import CheckpointWriter, latest
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
-from scoreray.trainer.engine import Engine, NonFiniteError, build_engine
+from scoreray.trainer.engine import Engine, NonFiniteError, build_engine, settle_stage
 from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.step import build_training_module
+from scoreray.trainer.stopping import Ask, Moved, Vote
 
-METRICS = "metrics"
 SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.0032 ... 100, half decades
 
 
@@ -45,6 +47,8 @@ class Record:
     """mean loss by noise level, between the `SIGMA_EDGES`; None where no sample fell"""
     quarantined: int = 0
     """samples that could not be read, in the whole run so far"""
+    skipped_steps: int = 0
+    """steps without an update because loss or gradient was not finite, in the whole run so far"""
 
 
 @dataclass(frozen=True)
@@ -72,29 +76,45 @@ def train(
     device: torch.device | str = "cpu",
     watch: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda line: None,
+    asked: Callable[[], Ask] = lambda: Ask.NOTHING,
 ) -> int:
     """Train until `duration.images`, from the newest committed checkpoint if there is one; returns images seen.
 
     Every rank calls it; with world_size > 1 torch's default process group must exist. Randomness is a function of
-    (seed, position), so the same config gives the same weights whether or not it was interrupted.
+    (seed, position), so the same config gives the same weights whether or not it was interrupted. `asked` is looked at
+    between steps (see `Ask`); told to stop, it returns what was seen by then, told to move, it raises Moved, both with
+    everything committed.
     """
     device = torch.device(device)
+    if rank:
+        note = lambda line: None  # noqa: E731
     run = run_store(config)
     batch_size, total = config.data.global_batch_size, config.duration.images
     manifest = Manifest.load(open_store(config.data.url))
     torch.manual_seed(config.run.seed)
     module = build_training_module(config, manifest)
     shapes = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-    engine = build_engine(module, config, world_size=world_size, device=device)
+    settled, why = settle_stage(config, module, world_size=world_size, device=device)
+    if why:
+        note(f"ZeRO-{settled.engine.zero_stage}: {why}")
+    engine = build_engine(module, settled, world_size=world_size, device=device)
     writer = CheckpointWriter(
-        run, attempt=_shared_token(world_size), rank=rank, world_size=world_size, keep=config.checkpoint.keep
+        run,
+        attempt=_shared_token(world_size),
+        rank=rank,
+        world_size=world_size,
+        keep=config.checkpoint.keep,
+        keep_every_images=config.checkpoint.keep_every_images,
     )
-    images_seen = num_steps = 0
+    images_seen = num_steps = skipped = 0
     checkpoint = latest(run)
     if checkpoint is not None:
         checkpoint.restore(engine.fragments(), module)
         images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
+        skipped = checkpoint.marker.get("skipped_steps", 0)
         engine.publish(num_steps)
+    if rank == 0:
+        _forget_records(run, images_seen)
     saved = images_seen
 
     about = {
@@ -117,23 +137,31 @@ def train(
         prefetch_batches=config.data.prefetch_batches,
         quarantine=unreadable.quarantine,
     )
-    meter = _Meter(world_size, device)
+    meter, vote = _Meter(world_size, device), Vote(world_size)
     lines: list[str] = []
+    norm, decided = 0.0, Ask.NOTHING
     try:
-        while images_seen < total:
+        while images_seen < total and decided < Ask.MOVE:
             batch = meter.waiting(lambda: next(stream))
             learning_rate = config.optimizer.rate(images_seen + batch_size, total)
             decays = config.ema.decays(num_steps + 1, batch_size)
             _seed_dropout(config.run.seed, rank, images_seen)
-            norm = _step(engine, batch, learning_rate, decays, meter, world_size)
-            before, images_seen, num_steps = images_seen, images_seen + batch_size, num_steps + 1
+            before, images_seen = images_seen, images_seen + batch_size
+            try:
+                norm = _step(engine, batch, learning_rate, decays, meter, world_size)
+                num_steps += 1
+            except NonFiniteError as error:
+                skipped += 1
+                if skipped > config.optimizer.skip_nonfinite:
+                    raise
+                note(f"step to {images_seen:,} images skipped ({skipped} of optimizer.skip_nonfinite): {error}")
 
-            last = images_seen >= total
+            decided = vote.cast(asked())
+            last = images_seen >= total or decided >= Ask.SAVE
             save = last or _crosses(before, images_seen, config.checkpoint.every_images)
             if save or _crosses(before, images_seen, config.log.every_images):
                 record = meter.record(images_seen, learning_rate, norm)
-                num_quarantined = unreadable.gather(stream, note if rank == 0 else lambda line: None)
-                record = replace(record, quarantined=num_quarantined)
+                record = replace(record, quarantined=unreadable.gather(stream, note), skipped_steps=skipped)
                 lines.append(json.dumps(asdict(record)))
             if save:
                 snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images or 2**63)
@@ -146,8 +174,8 @@ def train(
                     num_steps,
                     list(engine.fragments()) if rank == 0 or not engine.replicated else [],
                     module,
-                    about,
-                    before_commit=lambda segments=segments: [run.put(*segment) for segment in segments],  # type: ignore[misc]
+                    {**about, "skipped_steps": skipped},
+                    before_commit=partial(_put_all, run, segments),
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 lines.clear()
@@ -156,9 +184,12 @@ def train(
         writer.wait()
         if rank == 0:
             meter.show(watch, images_seen, total, writer.last_commit, always=True)
+        vote.close(meet=decided >= Ask.MOVE)
     finally:
         stream.close()
         writer.close()
+    if decided is Ask.MOVE and images_seen < total:
+        raise Moved(f"their places go away; all was saved at {images_seen:,} images")
     return images_seen
 
 
@@ -171,6 +202,17 @@ def read_metrics(run: Store) -> list[dict[str, Any]]:
         if int(key.rpartition("/")[2].split(".")[0]) <= end:
             records += [json.loads(line) for line in run.get(key).splitlines()]
     return records
+
+
+def _put_all(run: Store, objects: list[tuple[str, bytes]]) -> None:
+    for key, data in objects:
+        run.put(key, data)
+
+
+def _forget_records(run: Store, images_seen: int) -> None:
+    """Remove records that a killed start wrote for a checkpoint that it did not commit: they will be measured again."""
+    keys = [key for key, _ in run.list(METRICS + "/")]
+    run.delete([key for key in keys if int(key.rpartition("/")[2].split(".")[0]) > images_seen])
 
 
 def _step(

@@ -1,4 +1,4 @@
-"""What we change of Ray Train: errors that are final, a group that meets without a listener, an abort from Python.
+"""What we change of Ray Train: which errors are final, how workers meet, how many there are, how they are told to save.
 
 These hooks are not public in Ray 2.60; they are all here, and tests of real runs hold them.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +18,13 @@ import ray
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
 from scoreray.trainer.engine import NonFiniteError
+from scoreray.trainer.ray_workers import FixedWorkers, WorkersThatFit, interface_of
+from scoreray.trainer.stopping import Ask, Moved
 
 FINAL_ERRORS = (UserError, DataError, NonFiniteError, StorageError)  # starting again would only meet them again
 
@@ -28,7 +34,8 @@ def cause(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
     ours = [one for one in causes if isinstance(one, ScorerayError)]
-    return next(iter([one for one in ours if is_final(one)] + ours), error)
+    lost = [one for one in causes if isinstance(one, (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError))]
+    return next(iter([one for one in ours if is_final(one)] + ours + lost), error)
 
 
 def is_final(error: BaseException) -> bool:
@@ -41,40 +48,73 @@ def on_one_machine() -> bool:
     return "RAY_ADDRESS" not in os.environ and sum(bool(node["Alive"]) for node in ray.nodes()) == 1
 
 
-class RunFailurePolicy(DefaultFailurePolicy):
-    """Retries as Ray Train does, but never after an error that is final; tells `monitor` why it starts again."""
+def reason_of(error: BaseException, training_failed_error: Any = None) -> str:
+    """One line of why workers are started again."""
+    failures = getattr(training_failed_error, "worker_failures", None) or {}
+    ranks = [rank for rank, failure in failures.items() if getattr(failure, "_base_exc", failure) is error]
+    who = f"rank {ranks[0]}" if ranks else "a worker"
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return f"{who} hung (no answer for scaling.hang_timeout_s) and was ended"
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return f"{who} died"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
-    def __init__(self, failure_config: Any, monitor: Any) -> None:
+
+class RunFailurePolicy(DefaultFailurePolicy):
+    """Retries as Ray Train does, but never after an error that is final; tells `monitor` why it starts again.
+
+    `max_failures` counts failures without a commit in between, so that a long run is not ended by its length;
+    `committed` tells the images of the newest one. Workers that were told to move have not failed.
+    """
+
+    def __init__(self, failure_config: Any, monitor: Any, committed: Callable[[], int]) -> None:
         super().__init__(failure_config)
-        self._monitor = monitor
+        self._monitor, self._committed, self._images = monitor, committed, -1
 
     def make_decision(self, training_failed_error: Any) -> Any:
         reason = cause(training_failed_error)
         if is_final(reason):
             return FailureDecision.RAISE
-        decision = super().make_decision(training_failed_error)
+        if isinstance(reason, Moved):
+            decision = FailureDecision.RETRY
+        else:
+            with contextlib.suppress(ScorerayError):
+                images = self._committed()
+                if images > self._images:
+                    self._images, self._worker_group_failures = images, 0
+            decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
-            line = str(reason).strip().splitlines()[-1:] or [type(reason).__name__]
-            self._monitor.note.remote(f"workers are started again: {line[0].strip()}")
+            self._monitor.started_again.remote(reason_of(reason, training_failed_error))
         return decision
 
 
 @dataclass
-class OneMachineConfig(TorchConfig):
-    """Workers of one machine meet through a file in `folder`: torch's own store would listen on every address."""
+class MeetingConfig(TorchConfig):
+    """How workers find each other: through a file in `folder` where all share one machine, else at rank 0's address.
+
+    A file, because torch's own store listens on every address. Between machines it must; there a network policy
+    decides who reaches it (docs/resilience.md).
+    """
 
     folder: str = ""
 
     @property
     def backend_cls(self) -> Any:
-        return _OneMachineBackend
+        return _MeetingBackend
 
 
-class _OneMachineBackend(_TorchBackend):
+class _MeetingBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(_prepare_worker)
         gpu = worker_group.get_resources_per_worker().get("GPU", 0) > 0
-        meeting = os.path.join(backend_config.folder, uuid.uuid4().hex)
+        if backend_config.folder:
+            place = f"file://{os.path.join(backend_config.folder, uuid.uuid4().hex)}"
+        else:
+            from ray.train._internal.utils import get_address_and_port
+
+            address, port = worker_group.execute_single(0, get_address_and_port)
+            place = f"tcp://{f'[{address}]' if ':' in address else address}:{port}"
         ray.get(
             [
                 worker_group.execute_single_async(
@@ -83,25 +123,76 @@ class _OneMachineBackend(_TorchBackend):
                     backend="nccl" if gpu and torch.distributed.is_nccl_available() else "gloo",
                     world_rank=rank,
                     world_size=len(worker_group),
-                    init_method=f"file://{meeting}",
+                    init_method=place,
                     timeout_s=backend_config.timeout_s,
                 )
                 for rank in range(len(worker_group))
             ]
         )
 
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: the processes end. Asking a group with a dead or hung member to part takes half a minute."""
+
+
+def _prepare_worker() -> None:
+    """On each worker's main thread, before its process group is made."""
+    _set_torch_distributed_env_vars()
+    address = ray.util.get_node_ip_address()
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_of(address)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo looks the host's name up, which may be 127.0.0.1
+    before = signal.getsignal(signal.SIGTERM)
+
+    def save_and_end(signum: int, frame: Any) -> None:
+        if _told["ask"] is Ask.MOVE and callable(before):  # a second time: at once
+            before(signum, frame)
+        _told["ask"] = Ask.MOVE
+
+    _told["ask"] = Ask.NOTHING
+    signal.signal(signal.SIGTERM, save_and_end)
+
+
+_told = {"ask": Ask.NOTHING}  # this worker process, by a signal
+
+
+def told() -> Ask:
+    """What this worker process was told by a signal or by a notice that its node will be taken away."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    if get_train_context().preemption_context.preemption_info is not None:
+        return Ask.MOVE
+    return _told["ask"]
+
 
 class RunTrainer(TorchTrainer):
-    """TorchTrainer with our failure policy, and with Ctrl-C left to Python: whoever catches it calls `abort`."""
+    """TorchTrainer with our policies, and with Ctrl-C left to Python: whoever catches it calls `abort`.
 
-    def __init__(self, *arguments: Any, monitor: Any, **settings: Any) -> None:
+    `committed`: images of the newest commit. `resize_every_s`, `grace_s`: see `WorkersThatFit`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        monitor: Any,
+        committed: Callable[[], int],
+        resize_every_s: float,
+        grace_s: float,
+        **settings: Any,
+    ) -> None:
         super().__init__(*arguments, **settings)
-        self._monitor = monitor
+        self._monitor, self._committed = monitor, committed
+        self._resize_every_s, self._grace_s = resize_every_s, grace_s
         self._controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        policy = RunFailurePolicy(self.run_config.failure_config, self._monitor)
-        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
+        failures = RunFailurePolicy(self.run_config.failure_config, self._monitor, self._committed)
+        alone, config = on_one_machine(), self.scaling_config
+        workers: Any
+        if config.elasticity_enabled:
+            workers = WorkersThatFit(config, self._monitor, alone, self._resize_every_s, self._grace_s)
+        else:
+            workers = FixedWorkers(config, alone)
+        changed = {"failure_policy": failures, "scaling_policy": workers}
+        return super()._initialize_and_run_controller(**{**arguments, **changed})
 
     def _create_default_callbacks(self) -> Any:
         # The cleaner asks the State API, which only a dashboard serves: in vain on an embedded cluster, which needs
@@ -113,6 +204,16 @@ class RunTrainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the run has ended, at most so long."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                ray.get(self._controller.get_result.remote(), timeout=max(0.1, deadline - time.monotonic()))
+                return
+            except ValueError:  # it has not
+                time.sleep(0.1)
 
     def abort(self) -> None:
         """End the workers."""

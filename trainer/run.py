@@ -12,6 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
 from scoreray.trainer.loop import Progress, run_store, train
 from scoreray.trainer.step import build_training_module
+from scoreray.trainer.stopping import Ask
 
 CONFIG_FILE = "config.yaml"
 POLL_S = 0.25
@@ -87,47 +90,36 @@ def fit(
     """Train `config` (see `prepare_run`) on the connected Ray cluster; returns images seen.
 
     Blocks; `watch` is called from another thread, a few times a second, `note` with a line when workers are started
-    again or a sample can't be read. Raises the error that ended the run as it was raised on the worker.
-    KeyboardInterrupt ends the workers and leaves the newest committed checkpoint.
+    again or a sample can't be read. Raises the error that ended the run as it was raised on the worker. The first
+    KeyboardInterrupt saves, for at most `scaling.grace_s`, a second one does not; what is committed stays.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
-    from scoreray.trainer.ray_train import OneMachineConfig, RunTrainer, cause, on_one_machine
+    from scoreray.trainer.ray_train import RunTrainer, cause
 
-    images_seen = _images_committed(config)
-    if images_seen >= config.duration.images:
+    if (images_seen := _images_committed(config)) >= config.duration.images:
         return images_seen
     monitor = ray.remote(num_cpus=0)(_Monitor).remote()
-    low, high = config.scaling.range
-    alone = on_one_machine()
     done = threading.Event()
     watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
-        trainer = RunTrainer(
-            _train_on_worker,
-            monitor=monitor,
-            torch_config=OneMachineConfig(folder=scratch) if alone else TorchConfig(),
-            train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
-            scaling_config=ScalingConfig(
-                num_workers=low if low == high else (low, high),
-                use_gpu=config.scaling.use_gpu,
-                resources_per_worker={"CPU": config.scaling.cpus_per_worker, "GPU": int(config.scaling.use_gpu)},
-            ),
-            run_config=RunConfig(
-                name=config.run.name,
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                worker_runtime_env={"env_vars": worker_environment(config, loopback=alone)},
-            ),
-        )
+        trainer: RunTrainer | None = None
+        deaths = 0
         watcher.start()
         try:
-            trainer.fit()
+            while trainer is None:
+                trainer = _trainer(config, monitor, os.path.join(scratch, str(deaths)))
+                try:
+                    trainer.fit()
+                except ray.exceptions.RayActorError:  # the controller; its workers end with it
+                    deaths += 1
+                    if 0 <= config.scaling.max_failures < deaths:
+                        raise
+                    ray.get(monitor.started_again.remote("Ray Train's controller died"))
+                    trainer = None
         except KeyboardInterrupt:
-            trainer.abort()
-            raise
+            if trainer is None or not _stop(trainer, monitor, config, note):
+                raise
         except Exception as error:
             raise cause(error) from None
         finally:
@@ -135,6 +127,53 @@ def fit(
             watcher.join(timeout=5)
             ray.kill(monitor)
     return _images_committed(config)
+
+
+def _trainer(config: Config, monitor: Any, scratch: str) -> Any:
+    """Ray Train's side of a run, not started yet."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    from scoreray.trainer.ray_train import MeetingConfig, RunTrainer, on_one_machine
+
+    os.makedirs(scratch)
+    (low, high), alone = config.scaling.range, on_one_machine()
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.hang_timeout_s - POLL_S - 1)
+    if alone:
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # our own machine gives no notice, but takes a process
+    return RunTrainer(
+        _train_on_worker,
+        monitor=monitor,
+        committed=partial(_images_committed, config),
+        resize_every_s=config.scaling.resize_every_s,
+        grace_s=config.scaling.grace_s,
+        torch_config=MeetingConfig(folder=scratch if alone else ""),
+        train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker={"CPU": config.scaling.cpus_per_worker, "GPU": int(config.scaling.use_gpu)},
+        ),
+        run_config=RunConfig(
+            name=config.run.name,
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            worker_runtime_env={"env_vars": worker_environment(config, loopback=alone)},
+        ),
+    )
+
+
+def _stop(trainer: Any, monitor: Any, config: Config, note: Callable[[str], None]) -> bool:
+    """Save and end the workers; returns whether the run had reached its end by then."""
+    import ray
+
+    try:
+        if ray.get(monitor.ask_to_stop.remote(), timeout=5):  # else nothing was trained that could be saved
+            note("stopping: saving first (once more Ctrl-C: at once)")
+            trainer.wait(config.scaling.grace_s)
+    except (KeyboardInterrupt, ray.exceptions.RayError):
+        pass
+    trainer.abort()
+    return _images_committed(config) >= config.duration.images
 
 
 def worker_environment(config: Config, *, loopback: bool = False) -> dict[str, str]:
@@ -160,33 +199,81 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    from scoreray.trainer.ray_train import told
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     context = ray.train.get_context()
     monitor = settings["monitor"]
     config = Config.model_validate(settings["config"])
+    reporter = _Reporter(monitor, told)
     device = ray.train.torch.get_device() if config.scaling.use_gpu else torch.device("cpu")
     train(
         config,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=device,
-        watch=lambda progress: monitor.update.remote(progress),
+        watch=reporter,
         note=lambda line: monitor.note.remote(line),
+        asked=reporter.asked,
     )
 
 
+class _Reporter:
+    """Sends progress to the monitor and keeps what it answers, without waiting for it."""
+
+    def __init__(self, monitor: Any, told: Callable[[], Ask]) -> None:
+        self._monitor, self._told, self._ask = monitor, told, Ask.NOTHING
+
+    def __call__(self, progress: Progress) -> None:
+        self._monitor.update.remote(progress).future().add_done_callback(self._hear)
+
+    def _hear(self, answer: Future[int]) -> None:
+        if answer.exception() is None:
+            self._ask = max(self._ask, Ask(answer.result()))
+
+    def asked(self) -> Ask:
+        """The greater of what the monitor asks and what this process was told; to save, once."""
+        ask = self._ask
+        if ask is Ask.SAVE:
+            self._ask = Ask.NOTHING
+        return max(ask, self._told())
+
+
 class _Monitor:
-    """A Ray actor between rank 0 and the person who watches; losing it loses nothing."""
+    """A Ray actor between rank 0, Ray Train's controller and the person who watches; losing it loses nothing."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._notes: list[str] = []
+        self._ask, self._committed_before = Ask.NOTHING, 0
 
     def note(self, line: str) -> None:
         self._notes.append(line)
 
-    def update(self, progress: Progress) -> None:
-        self._progress = progress
+    def started_again(self, reason: str) -> None:
+        self._notes.append(f"workers are started again: {reason}")
+        self._progress = None
+        self._ask = Ask.STOP if self._ask is Ask.STOP else Ask.NOTHING
+
+    def update(self, progress: Progress) -> int:
+        """Rank 0 tells where it is; the answer is what it is asked to do."""
+        self._progress, ask = progress, self._ask
+        if ask is Ask.SAVE:
+            self._ask = Ask.NOTHING
+        return int(ask)
+
+    def ask_to_save(self) -> None:
+        self._ask = max(self._ask, Ask.SAVE)
+        self._committed_before = self._progress.committed if self._progress else 0
+
+    def has_saved(self) -> bool:
+        """Whether anything was committed since it was asked for."""
+        return self._progress is not None and self._progress.committed > self._committed_before
+
+    def ask_to_stop(self) -> bool:
+        """Returns whether the workers train just now, so that there is something to wait for."""
+        self._ask = Ask.STOP
+        return self._progress is not None
 
     def read(self) -> tuple[Progress | None, list[str]]:
         """The newest progress, and the notes since the last call."""

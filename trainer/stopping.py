@@ -48,10 +48,13 @@ class Vote:
         self._work = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return result
 
-    def close(self) -> Ask:
-        """The result of the last vote; a rank must not leave the group while one is under way."""
+    def close(self, meet: bool = False) -> Ask:
+        """The result of the last vote; a rank must not leave the group while one is under way. `meet`: nor before all
+        ranks are here, as one that is gone ends the others."""
         if self._work is not None:
             self._work.wait()
             self._work = None
             self._before = Ask(int(self._ballot))
+        if meet and self._group is not None:
+            dist.barrier(group=self._group)
         return self._before

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from scoreray.data.store import open_store
-from scoreray.trainer.checkpoint import CheckpointWriter, latest
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.checkpoint_writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine import NonFiniteError, build_engine
 

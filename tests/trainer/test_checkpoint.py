@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,11 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from scoreray.data.errors import DataError, StorageError, UserError
-from scoreray.data.store import Store, open_store
-from scoreray.trainer.checkpoint import MARKER, CheckpointWriter, committed, find, latest, open_checkpoint
+from scoreray.data.store import PathStore, Store, open_store
+from scoreray.trainer.checkpoint import MARKER, committed, find, latest, open_checkpoint
+from scoreray.trainer.checkpoint_writer import CheckpointWriter, kept
 from scoreray.trainer.fragments import Fragment, StoredFragment, overlaps
+from scoreray.trainer.tensor_file import scratch_file, write_tensors
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}
 
@@ -186,3 +194,140 @@ def test_what_a_person_may_point_at(tmp_path: Path) -> None:
         find(str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match=r"holds no .ema_0\.300.; it holds exp_avg, master"):
         find(str(tmp_path)).full_state("ema_0.300")
+
+
+@pytest.mark.parametrize(
+    ("images", "keep", "every", "stay"),
+    [
+        ([100, 200, 300, 400], 2, None, [300, 400]),
+        ([320, 640, 960, 1280, 1600, 1920, 2240, 2560], 2, 1000, [1280, 2240, 2560]),
+        ([1280, 2240, 2560, 2880, 3200], 1, 1000, [1280, 2240, 3200]),  # the same again when those between are gone
+        ([999, 1000, 1001], 1, 1000, [1000, 1001]),
+        ([5000], 1, 1000, [5000]),
+    ],
+)
+def test_the_newest_and_the_first_of_each_interval_stay(
+    images: list[int], keep: int, every: int | None, stay: list[int]
+) -> None:
+    folders = [f"checkpoints/{n:012d}-abc" for n in images]
+    assert kept(folders, keep, every) == {f"checkpoints/{n:012d}-abc" for n in stay}
+
+
+def test_what_killed_starts_left_goes_even_if_none_ever_committed(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for attempt in range(5):
+        store.put(f"checkpoints/000000000100-dead{attempt}/rank-00000.safetensors", b"half a checkpoint")
+        Path(tmp_path, f"checkpoints/000000000100-dead{attempt}/.part-rank-00001.safetensors-abcd").write_bytes(b"half")
+        Path(tmp_path, f".part-owner-{attempt}").write_bytes(b"half")
+    writer = CheckpointWriter(store, attempt="one", rank=0, world_size=2, keep=2, timeout_s=0.2)
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+    writer.save(100, 10, fragments(state(100), 0, 2), torch.nn.Module(), about)
+    with pytest.raises(StorageError, match="did not arrive"):  # this start is no luckier: rank 1 is missing
+        writer.wait()
+    left = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {("owner",), ("checkpoints", "000000000100-one")}
+
+
+def test_unfinished_uploads_of_killed_starts_are_aborted(s3_url: str) -> None:
+    """S3 keeps the parts of an upload that was never completed, and bills them, where no listing shows them."""
+    from scoreray.data.store_s3 import client
+
+    store = open_store(s3_url)
+    bucket, prefix = s3_url[5:].split("/", 1)
+    place = {"Bucket": bucket, "Key": f"{prefix}/checkpoints/000000000100-dead/rank-00000.safetensors"}
+    upload = client().create_multipart_upload(**place)["UploadId"]
+    client().upload_part(**place, UploadId=upload, PartNumber=1, Body=b"x" * 1000)
+    assert client().list_multipart_uploads(Bucket=bucket, Prefix=place["Key"]).get("Uploads")
+    write(store, 100, world=1)
+    assert not client().list_multipart_uploads(Bucket=bucket, Prefix=place["Key"]).get("Uploads")
+
+
+def test_200_kills_while_checkpoints_are_written(tmp_path: Path) -> None:
+    """SIGKILL at random moments: the newest committed checkpoint always loads, and what is left never piles up."""
+    helper = Path(__file__).with_name("checkpoint_kills.py")
+    done = subprocess.run(
+        [sys.executable, str(helper), str(tmp_path), "200"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout)
+    assert facts["kills"] == 200
+    assert facts["commits"] >= 10  # the writers came far enough for kills to fall anywhere
+    assert facts["killed while writing"] >= 50
+    assert facts["most folders"] <= 12  # 2 that stay, and those of starts that died before they had cleaned up
+    assert facts["most files"] <= 60
+
+
+def test_a_full_disk_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
+    """Files that may grow to 40 KB only (RLIMIT_FSIZE gives the error that a full disk gives, at any user id)."""
+    store = open_store(tmp_path)
+    write(store, 100, world=1)
+    writer = CheckpointWriter(store, attempt="two", rank=0, world_size=1, keep=2)
+    big = {"master": torch.zeros(20_000), "exp_avg": torch.zeros(20_000)}
+    about = {"config": {}, "shapes": {"a": [20_000]}, "state_keys": ["exp_avg"]}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        writer.save(200, 20, [Fragment("a", 0, 20_000, big)], torch.nn.Module(), about)
+        with pytest.raises(StorageError, match="can't be written"):
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    newest = latest(store)
+    assert newest is not None
+    assert newest.images_seen == 100
+    assert torch.equal(newest.full_state()["b"], state(100)["master/b"])
+
+
+class _Failing(PathStore):
+    """A store whose writes fail from the n-th on."""
+
+    left = 0
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        if type(self).left == 0:
+            raise StorageError(f"{self.url(key)}: the server went away")
+        type(self).left -= 1
+        super().put(key, data)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_store_that_fails_midway_leaves_the_newest_checkpoint_whole(tmp_path: Path, after: int) -> None:
+    """After the owner's token, a share, its table or the buffers are stored, but before the marker is."""
+    write(open_store(tmp_path), 100, world=1)
+    store = _Failing(str(tmp_path))
+    _Failing.left = 1 + after
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+    writer = CheckpointWriter(store, attempt="two", rank=0, world_size=1, keep=2)
+    module = torch.nn.Module()
+    module.register_buffer("table", torch.arange(3.0))
+    writer.save(200, 20, fragments(state(200), 0, 1), module, about)
+    with pytest.raises(StorageError, match="went away"):
+        writer.wait()
+    newest = latest(open_store(tmp_path))
+    assert newest is not None
+    assert newest.images_seen == 100
+    assert torch.equal(newest.full_state()["b"], state(100)["master/b"])
+    write(open_store(tmp_path), 300, world=1, attempt="three")
+    assert not [key for key, _ in open_store(tmp_path).list() if "-two/" in key]
+
+
+def test_any_tensor_comes_back_from_a_file(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.randn(3, 5).half(),
+        "brain": torch.randn(7).bfloat16(),
+        "flag": torch.tensor([True, False, True]),
+        "count": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+        "strided": torch.arange(12.0).view(3, 4).t(),
+    }
+    with scratch_file() as (file, path):
+        size, digest = write_tensors(file, tensors)
+        data = path.read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (size, digest)
+        loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)

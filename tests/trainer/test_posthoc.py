@@ -8,7 +8,7 @@ import torch
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.pack import pack
-from scoreray.trainer import checkpoint as checkpoints
+from scoreray.trainer import checkpoint_writer
 from scoreray.trainer.checkpoint import SNAPSHOTS, committed, latest, open_checkpoint
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.ema import power_of_std
@@ -78,7 +78,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "PART_BYTES", 20_000)  # so that shares have several files
+        patch.setattr(checkpoint_writer, "PART_BYTES", 20_000)  # so that shares have several files
         train(config)
     return config
 
