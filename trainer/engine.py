@@ -92,6 +92,9 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if gains else torch.float32
 
 
+CHUNK = 1 << 20
+
+
 class FlatEngine:
     """Replicated training with all parameters, gradients and state in flat buffers: one fused update, no DeepSpeed.
 
@@ -133,7 +136,10 @@ class FlatEngine:
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.num_micro_batches).backward()
         if self._gradient is not self._master.grad:
-            self._master.grad.add_(self._gradient)  # type: ignore[union-attr]
+            gradient = self._master.grad
+            assert gradient is not None
+            for total, part in zip(gradient.split(CHUNK), self._gradient.split(CHUNK), strict=True):
+                total.add_(part)  # in chunks: torch widens the half-precision part first
             self._gradient.zero_()
 
     def step(self, learning_rate: float, decays: list[float]) -> float:
@@ -195,14 +201,15 @@ class DeepSpeedEngine:
         # A C++ extension for inference that DeepSpeed would compile at start on a CPU; training does not use it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.num_micro_batches = device, num_micro_batches
-        self._stage = config.engine.zero_stage
+        self._stage = int(config.engine.zero_stage)
         self._micro_batches_done = 0
         parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._names = {id(parameter): name for name, parameter in parameters}
         self.optimizer = AveragingAdamW([p for _, p in parameters], config.optimizer, config.ema)
         if device.type == "cuda":
             module.to(device)
-        settings = deepspeed_settings(config, precision, world_size, num_micro_batches)
+        num_params = sum(p.numel() for _, p in parameters)
+        settings = deepspeed_settings(config, precision, world_size, num_micro_batches, num_params)
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
@@ -279,14 +286,36 @@ class DeepSpeedEngine:
             persistent[0].all_gather(persistent)
 
 
+def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
+    """Elements of DeepSpeed's communication buffers, as parts of the model.
+
+    DeepSpeed's defaults are 500 M elements (2 GB) for each buffer, and at stage 3 they keep a network of less than a
+    billion parameters gathered after its first use: a small model would cost a rank twice what ZeRO promises
+    (benchmarks/RESULTS.md).
+    """
+    bucket = min(max(num_params // (16 if stage == 3 else 8), 500_000), 200_000_000)
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        ahead = bucket // 2
+        sizes |= {
+            "stage3_max_live_parameters": ahead,
+            "stage3_max_reuse_distance": ahead,
+            "stage3_prefetch_bucket_size": ahead,
+            "stage3_param_persistence_threshold": min(10_000, ahead),
+            "sub_group_size": bucket,
+        }
+    return sizes
+
+
 def deepspeed_settings(
-    config: Config, precision: torch.dtype, world_size: int, num_micro_batches: int
+    config: Config, precision: torch.dtype, world_size: int, num_micro_batches: int, num_params: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for this run."""
     engine = config.engine
     if engine.offload != "none" and engine.zero_stage == 0:
         raise UserError("engine.offload: needs engine.zero_stage 1, 2 or 3")
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    zero |= bucket_sizes(num_params, engine.zero_stage)
     if engine.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     half = precision == torch.bfloat16
@@ -297,7 +326,7 @@ def deepspeed_settings(
         "zero_optimization": zero,
         "bf16": {"enabled": half},
         # Gradients are summed in fp32 also where weights are bf16 (stage 1 in bf16 would take another optimizer class).
-        "data_types": {"grad_accum_dtype": "fp32"} if half and engine.zero_stage > 1 else {},
+        "data_types": {"grad_accum_dtype": "fp32"} if half and int(engine.zero_stage) > 1 else {},
         "communication_data_type": "fp32",
         "gradient_clipping": config.optimizer.gradient_clip,
         "zero_allow_untested_optimizer": True,
