@@ -13,8 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-RANK, WORLD, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(RANK)}
+os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": sys.argv[1]}
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine import build_engine
 
+RANK, WORLD, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 WIDTH, DEPTH = 700, 16
 
 
