@@ -12,10 +12,12 @@ from scoreray.sampling.guidance import (
     Autoguidance,
     ClassifierFree,
     ClassifierGuidance,
+    Interval,
     classifier_free_steps,
     doubled_labels,
     rows_per_sample,
 )
+from scoreray.sampling.inverse import LinearInverse, mask, matrix
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import drive, sample, start
 from scoreray.sampling.sigmas import karras
@@ -107,6 +109,40 @@ def test_guided_steps_for_a_batcher_give_the_samples_of_the_guided_denoiser(name
     torch.testing.assert_close(stepped, offline)
 
 
+def exact_class(x, sigma, labels):
+    means = MEANS.to(x.dtype)
+    logits = -((x - means) ** 2) / (2 * (STD**2 + sigma**2)[:, None])
+    return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+def pull(x, sigma, labels=None):
+    """A denoiser in the dtype of x, which `TwoClasses` is not."""
+    return x * (0.25 / (0.25 + sigma**2))[:, None] + (0 if labels is None else 0.1 * labels[:, None].to(x.dtype))
+
+
+WRAPPERS = {
+    "classifier-free": ClassifierFree(pull, 2.0),
+    "autoguidance": Autoguidance(pull, lambda x, s, y: pull(x, 2 * s, y), 2.0),
+    "classifier": ClassifierGuidance(pull, exact_class, 2.0),
+    "interval": Interval(ClassifierFree(pull, 2.0), pull, 0.5, 2.0),
+    "inverse": LinearInverse(pull, mask(torch.tensor([True])), torch.tensor([0.3], dtype=torch.float64), 0.2),
+    "inverse by jacobian": LinearInverse(
+        pull, matrix(torch.ones(1, 1, dtype=torch.float64)), torch.tensor([0.3]), 0.2, method="jacobian"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_keeps_the_dtype_and_its_rows_do_not_know_of_each_other(name):
+    guided = WRAPPERS[name]
+    for dtype in (torch.float32, torch.float64):
+        x, sigma = points().to(dtype), torch.tensor([0.1, 0.6, 1.0, 3.0, 10.0], dtype=dtype)
+        together = guided(x, sigma, LABELS)
+        assert together.dtype == dtype
+        rows = [guided(x[i : i + 1], sigma[i : i + 1], LABELS[i : i + 1]) for i in range(5)]
+        torch.testing.assert_close(torch.cat(rows), together)
+
+
 def test_guidance_without_labels_without_classes_or_without_a_number_is_refused():
     with pytest.raises(UserError, match="needs class_labels"):
         sample(ClassifierFree(TwoClasses(), 2.0), points(), GRID)
@@ -116,3 +152,5 @@ def test_guidance_without_labels_without_classes_or_without_a_number_is_refused(
         ClassifierFree(Denoiser(network), 2.0)
     with pytest.raises(UserError, match="guidance weight nan"):
         ClassifierFree(TwoClasses(), math.nan)
+    with pytest.raises(UserError, match=r"interval \[2, 1\]: must be 0 <= low < high"):
+        Interval(TwoClasses(), TwoClasses(), 2.0, 1.0)

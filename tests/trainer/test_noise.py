@@ -103,3 +103,19 @@ def test_negative_and_huge_seeds_and_positions_are_accepted():
 def test_noise_compiles_into_one_graph():
     compiled = torch.compile(lambda p: noise.normal(3, p, (2, 5)), backend="eager", fullgraph=True)
     assert torch.equal(compiled(POSITIONS), noise.normal(3, POSITIONS, (2, 5)))
+
+
+def test_a_chains_draws_are_its_own_each_a_new_one_and_in_the_dtype_asked_for():
+    whole, alone = noise.ChainNoise(3, torch.arange(50, 60)), noise.ChainNoise(3, torch.tensor([57]))
+    draws = []
+    for source in (whole, alone):
+        draws.append([source.uniform((1000,), torch.float64), source.normal((1000,), torch.float64)])
+        draws[-1].append(source.uniform((1000,), torch.float64))
+    for many, one in zip(*draws, strict=True):
+        assert torch.equal(many[7:8], one)
+    assert (draws[0][0] != draws[0][2]).all()
+    other = noise.ChainNoise(4, torch.tensor([57])).uniform((1000,), torch.float64)
+    for again in (draws[0][2][7], other[0]):
+        assert torch.corrcoef(torch.stack([draws[1][0][0], again]))[0, 1].abs() < 5 / 1000**0.5
+    training = noise.uniform(3, torch.tensor([57]), (1000,), stream=noise.STREAM_CHAIN, dtype=torch.float64)
+    assert (training != draws[1][0]).all()

@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scoreray.data.errors import UserError
 from scoreray.trainer.denoiser import PARAMETERIZATIONS, Denoiser
-from scoreray.trainer.objective import OBJECTIVES, DenoisingObjective, EDMObjective, SlicedVRObjective
+from scoreray.trainer.objective import (
+    OBJECTIVES,
+    ContrastiveObjective,
+    DenoisingObjective,
+    EDMObjective,
+    SlicedVRObjective,
+)
 from scoreray.trainer.process import EDM, PROCESSES, VP
+from scoreray.trainer.rbm import GaussianRBMConfig, RBMConfig, build_machine
 from scoreray.trainer.sigma_sampling import LogNormal, UniformT
-from scoreray.trainer.step import TrainingModule, to_uint8, to_unit_range
+from scoreray.trainer.step import MachineModule, TrainingModule, to_uint8, to_unit_range
 from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned, Likelihood
 
 B = 12
@@ -192,3 +200,62 @@ def test_no_weighting_waits_for_the_device(weighting):
         positions = torch.empty(B, dtype=torch.int64)
         loss, _ = step(torch.empty(B, 1, 4, 4), None, positions)
     assert loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("config", [RBMConfig(5), RBMConfig(5, "sample"), GaussianRBMConfig(5)])
+def test_a_machine_s_step_is_a_function_of_position_in_any_micro_batch_and_near_itself_in_bf16(config):
+    def machine(dtype=torch.float32):
+        torch.manual_seed(0)
+        built = build_machine(config, (1, 4, 4))
+        built.weight.data *= 50  # as training leaves them
+        return MachineModule(built, ContrastiveObjective(chain="gibbs"), seed=5, global_batch_size=B).to(dtype)
+
+    loss, sigma = machine()(images(), LABELS, POSITIONS)
+    assert (loss.dtype, sigma.tolist()) == (torch.float32, [0.0] * B)
+    parts = [machine()(images()[i : i + 1], None, POSITIONS[i : i + 1])[0] for i in range(B)]
+    torch.testing.assert_close(torch.cat(parts), loss, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(machine()(images(), LABELS, POSITIONS + B)[0], loss)
+    half = machine(torch.bfloat16)
+    rounded, _ = half(images(), LABELS, POSITIONS)
+    rounded.mean().backward()
+    assert rounded.dtype == torch.float32
+    assert half.denoiser["network"].weight.grad.dtype == torch.bfloat16
+    v = machine().denoiser["network"].visible(to_unit_range(images()), 5, POSITIONS)
+    energies = [m.denoiser["network"].free_energy(v) for m in (machine(), half)]
+    torch.testing.assert_close(energies[1], energies[0], rtol=0.02, atol=0.05)
+
+
+def test_binary_units_are_the_data_s_by_threshold_or_by_their_own_probability():
+    x = torch.tensor([-1.0, -0.2, 0.2, 1.0]).repeat(20_000, 1)
+    positions = torch.arange(20_000)
+    assert build_machine(RBMConfig(2), (4,)).visible(x, 0, positions)[0].tolist() == [0, 0, 1, 1]
+    drawn = build_machine(RBMConfig(2, "sample"), (4,)).visible(x, 0, positions)
+    assert set(drawn.flatten().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(drawn.mean(0), torch.tensor([0.0, 0.4, 0.6, 1.0]), atol=0.02, rtol=0)
+
+
+def test_persistent_chains_go_on_in_training_only_stay_at_their_noise_level_and_have_no_classes():
+    objective = ContrastiveObjective(start="persistent", num_chains=2 * B)
+    network = Small()
+    step = TrainingModule(
+        Denoiser(network, "energy_dot"), objective, EDM(), seed=5, global_batch_size=B, shape=(1, 4, 4)
+    )
+    sigmas = [step(images(), None, torch.arange(k * B, (k + 1) * B))[1] for k in range(4)]
+    assert torch.equal(sigmas[0], sigmas[2])
+    assert torch.equal(sigmas[1], sigmas[3])
+    assert (sigmas[0] != sigmas[1]).all()
+    pool = step.chains.pool.clone()
+    assert (pool.flatten(1).abs().sum(1) > 0).all()
+    step.eval()(images(), None, torch.arange(B))
+    assert torch.equal(step.chains.pool, pool)
+    network.num_classes = 3
+    with pytest.raises(UserError, match=r"samples of all 3 classes.*set objective\.label_dropout=1"):
+        TrainingModule(Denoiser(network, "energy_dot"), objective, EDM(), seed=5, global_batch_size=B, shape=(1, 4, 4))
+
+
+def test_samples_that_a_machine_was_not_built_for_are_named():
+    step = MachineModule(
+        build_machine(RBMConfig(2), (1, 4, 4)), ContrastiveObjective(chain="gibbs"), seed=0, global_batch_size=B
+    )
+    with pytest.raises(UserError, match=r"v is torch.float32 \(12, 9\): this machine takes torch.float32 \[B, 16\]"):
+        step(torch.zeros(B, 1, 3, 3), None, POSITIONS)
