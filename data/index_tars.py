@@ -174,10 +174,10 @@ def tape_of(store: Store, key: str, size: int) -> Tape:
 
 @contextlib.contextmanager
 def naming(store: Store, key: str) -> Iterator[None]:
-    """Puts the shard's URL before what a DataError says."""
+    """Puts the shard's URL before what an error in it says."""
     try:
         yield
     except NotFound as error:
         raise DataError(f"{error}; it was there when the tars were listed") from error
-    except DataError as error:
-        raise DataError(f"{store.url(key)}: {error}") from error
+    except (DataError, UserError) as error:
+        raise type(error)(f"{store.url(key)}: {error}") from error

@@ -19,6 +19,7 @@ from scoreray.data.records import chunk_digests
 from scoreray.data.store import Store, open_store
 
 GRID_BACKGROUND = 48
+WINDOW_BYTES = 8 << 20  # of a shard that is checked
 GRID_PIXELS = 720  # about how wide a grid of small images is made
 
 
@@ -89,7 +90,8 @@ def _decoded(manifest: Manifest, data: bytes, code: int, name: Callable[[], str]
 
 
 def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Every problem of the data set, by name; an empty list if it is whole. One shard is in memory at a time.
+    """Every problem of the data set, one line for a shard's size and digest and one for each range of samples that are
+    bad for the same reason; an empty list if it is whole. A window of a shard is in memory at a time.
 
     Checks each shard's size and SHA-256, the index, each member's digest, and that each sample decodes to the shape
     and type that the manifest says. `progress` is called with (samples done, samples in all) after each shard.
@@ -116,25 +118,59 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
 
 
 def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int, records: np.ndarray) -> list[str]:
-    shard = manifest.shards[number]
-    data = store.get(shard.name)
-    problems = []
-    if len(data) != shard.bytes:
-        problems.append(f"{store.url(shard.name)}: {len(data)} bytes, the manifest says {shard.bytes}")
-    elif hashlib.sha256(data).hexdigest() != shard.sha256:
-        problems.append(f"{store.url(shard.name)}: its SHA-256 is not the manifest's")
-    for place in range(len(records)):
-        start, size = int(records["offset"][place]), int(records["size"][place])
-        member = data[start : start + size]
-        name = partial(reader.name, number, place)
+    shard, url = manifest.shards[number], store.url(manifest.shards[number].name)
+    first = int(reader.first_samples[number])
+    size, found, window, at = store.size(shard.name), hashlib.sha256(), b"", 0  # `window` begins at byte `at`
+    bad: list[tuple[int, str]] = []
+    for place in np.argsort(records["offset"], kind="stable").tolist():
+        start, length = int(records["offset"][place]), int(records["size"][place])
+        while at + len(window) < min(size, start + length):
+            end = at + len(window)
+            fresh = store.get(shard.name, end, min(size, end + WINDOW_BYTES))
+            if not fresh:
+                break
+            found.update(fresh)
+            kept = min(start, end)
+            window, at = window[kept - at :] + fresh, kept
+        member = (
+            window[start - at : start - at + length] if start >= at else store.get(shard.name, start, start + length)
+        )
         if digest(member) != int(records["digest"][place]):
-            problems.append(f"{name()}: its bytes are not those of the index")
+            bad.append((place, "their bytes are not those of the index"))
             continue
         try:
-            _decoded(manifest, member, int(records["format"][place]), name)
+            _decoded(manifest, member, int(records["format"][place]), partial(reader.name, number, place))
         except DataError as error:
-            problems.append(str(error))
-    return problems
+            bad.append((place, str(error).removeprefix(f"{reader.name(number, place)}: ")))
+    while at + len(window) < size:
+        at, window = at + len(window), store.get(shard.name, at + len(window), at + len(window) + WINDOW_BYTES)
+        found.update(window)
+    problems = []
+    if size != shard.bytes:
+        problems.append(
+            f"{url}: {size} bytes, the manifest says {shard.bytes}" + (": it is cut" * (size < shard.bytes))
+        )
+    elif found.hexdigest() != shard.sha256:
+        problems.append(f"{url}: its SHA-256 is not the manifest's")
+    return problems + [_range_line(url, records, first, *run) for run in _runs(sorted(bad))]
+
+
+def _runs(bad: list[tuple[int, str]]) -> list[tuple[int, int, str]]:
+    """(first place, last place, reason) of neighbours that are bad for the same reason."""
+    runs: list[tuple[int, int, str]] = []
+    for place, reason in bad:
+        if runs and runs[-1][1] == place - 1 and runs[-1][2] == reason:
+            runs[-1] = (runs[-1][0], place, reason)
+        else:
+            runs.append((place, place, reason))
+    return runs
+
+
+def _range_line(url: str, records: np.ndarray, first: int, low: int, high: int, reason: str) -> str:
+    offset = int(records["offset"][low])
+    if low == high:
+        return f"{url}: sample {first + low} at byte {offset}: {reason.replace('their bytes', 'its bytes')}"
+    return f"{url}: samples {first + low} to {first + high}, from byte {offset}: {reason}"
 
 
 def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) -> Image.Image:

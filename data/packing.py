@@ -197,9 +197,8 @@ def _commit(
         for packed in done:
             num_skipped += len(packed.skipped)
             if num_skipped > skip_bad:
-                raise DataError(
-                    f"more than {skip_bad} samples (--skip-bad) can't be read; the last: {packed.skipped[-1]}"
-                )
+                last = packed.skipped[-1]
+                raise DataError(f"{num_skipped} samples can't be read, --skip-bad is {skip_bad}; the last: {last}")
             if packed.shard.num_samples:
                 shards.append(packed.shard)
             num_samples += packed.shard.num_samples

@@ -74,4 +74,6 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return f"is none of {', '.join(FORMATS)}, or its header is damaged"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more pixels than the limit of {MAX_PIXELS}"
     return f"can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"

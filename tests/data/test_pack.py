@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -190,6 +191,27 @@ def test_verify_lists_every_problem_by_name(source: Path, tmp_path: Path) -> Non
     assert "000001.tar: no such file" in problems[0]
     assert "000003.tar: its SHA-256" in problems[1]
     assert "000003.tar: sample 300 at byte 512: its bytes" in problems[2]
+
+
+def test_verify_tells_of_a_cut_shard_in_two_lines(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(source, tmp_path, samples_per_shard=100)
+    path = tmp_path / "shards" / "000002.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2 // 512 * 512])
+    for window in (1 << 23, 700):
+        monkeypatch.setattr("scoreray.data.inspect.WINDOW_BYTES", window)
+        problems = verify(str(tmp_path))
+        assert len(problems) == 2
+        assert (
+            f"000002.tar: {len(whole) // 2 // 512 * 512} bytes, the manifest says {len(whole)}: it is cut"
+            in problems[0]
+        )
+        assert re.search(r"000002.tar: samples 2\d\d to 299, from byte \d+: their bytes are not those", problems[1])
+        path.write_bytes(whole)
+        assert verify(str(tmp_path)) == []
+        path.write_bytes(whole[: len(whole) // 2 // 512 * 512])
 
 
 @pytest.mark.parametrize(
