@@ -141,7 +141,7 @@ def _state(path: str, data: bytes) -> dict[str, Any]:
         ) from None
 
 
-def build(choice: ExtractorChoice, data: bytes) -> Extract:
+def build(choice: ExtractorChoice, data: bytes, device: str = "cpu") -> Extract:
     """The extractor of a choice from its weights' bytes: uint8 images (or floats) -> (features [B, d], logits or None).
 
     Raises DataError when the bytes are not the chosen ones, UserError when they do not make a network.
@@ -151,7 +151,7 @@ def build(choice: ExtractorChoice, data: bytes) -> Extract:
     if hashlib.sha256(data).hexdigest() != choice.sha256:
         raise DataError(f"{choice.file}: its bytes are not those that were chosen (SHA-256)")
     if choice.kind == "torchscript":
-        return _torchscript(choice, data)
+        return _torchscript(choice, data, device)
     network: nn.Module
     if choice.kind == "classifier":
         network = classifier.read_classifier(choice.file, data)[0]
@@ -167,12 +167,12 @@ def build(choice: ExtractorChoice, data: bytes) -> Extract:
             raise UserError(
                 f"--extractor {choice.file}: not Inception-v3: {' '.join(str(error).split())[:200]}"
             ) from None
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to(device)
 
 
-def _torchscript(choice: ExtractorChoice, data: bytes) -> Extract:
+def _torchscript(choice: ExtractorChoice, data: bytes, device: str) -> Extract:
     try:
-        module = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+        module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--extractor {choice.file}: no TorchScript module: {reason}") from None

@@ -121,6 +121,12 @@ def load_model(
     return model.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def without_weights(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
+    """A described model on the meta device: its kind and its shapes, for who checks what fits it."""
+    with torch.device("meta"):
+        return _build(info)
+
+
 def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     config = info.config
     if isinstance(config.network, MachineConfig):

@@ -27,7 +27,7 @@ class ReferenceSet:
         self.sha256 = hashlib.sha256(store.get(MANIFEST)).hexdigest()
         self._reader = Reader(store, self.manifest, Stats())
 
-    def read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`."""
         manifest, reader = self.manifest, self._reader
         members, records = reader.read(runs(numbers, reader.first_samples))
@@ -47,7 +47,7 @@ def spread(count: int, total: int) -> np.ndarray:
     return np.arange(total) if count >= total else np.arange(count) * total // count
 
 
-def runs(numbers: Sequence[int], first_samples: np.ndarray) -> list[Run]:
+def runs(numbers: Sequence[int] | np.ndarray, first_samples: np.ndarray) -> list[Run]:
     """Ascending sample numbers as runs of neighbours in a shard."""
     found: list[Run] = []
     for number in numbers:

@@ -1,0 +1,379 @@
+"""What an evaluation will do: its settings checked, its parts known by hashes, its work cut into fixed chunks.
+
+Chunks are ranges of samples, not of workers, and each is computed in the same batches on the same number of threads: so
+any number of workers gives the same record, and what a killed evaluation has stored is taken up again.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.manifest import Manifest
+from scoreray.data.store import Store, open_store
+from scoreray.sampling import frechet, record
+from scoreray.sampling.classifier import ClassifierConfig
+from scoreray.sampling.export import RAW, ExportedModel, find_exported
+from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
+from scoreray.sampling.generate import Request
+from scoreray.sampling.load import ModelInfo, without_weights
+from scoreray.sampling.reference import ReferenceSet, spread
+from scoreray.trainer.checkpoint import find
+from scoreray.trainer.config import load_config
+from scoreray.trainer.rbm import MachineConfig
+
+FOLDER = "evaluations"  # in a run, where nothing else is asked for
+RECORD, PAGE = "record.json", "report.html"
+CHUNK = 256  # samples, about: a multiple of the batch
+MOST_ROWS = 10_000  # a side, of metrics that look at all pairs or keep rows: memory does not grow beyond
+PROJECTIONS = 128
+KID_BLOCK = 1000
+KID_BLOCKS = 10
+NEIGHBOURS = 3
+NEIGHBOUR_PICTURES = 16
+SIGMAS = 12
+VERSION = 1  # raised when the same settings give other numbers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person asks for.
+
+    metrics: none takes those that fit and cost no more than features and a forward pass.
+    sampler, steps, grid: None takes what fits the model.
+    count: samples drawn; reference_count: of the reference, spread evenly over it. likelihood_count, loss_count,
+    restoration_count: of the reference, for bpd and nats, the loss, psnr and ssim. chains: of AIS.
+    threads: of each worker, whatever the number of workers; device: "cpu" or "cuda".
+    """
+
+    checkpoint: str
+    reference: str
+    metrics: tuple[str, ...] = ()
+    out: str = ""
+    cache: str = ""
+    ema: str | None = None
+    extractor: str = "auto"
+    count: int = 10_000
+    reference_count: int = 50_000
+    likelihood_count: int = 128
+    loss_count: int = 1024
+    restoration_count: int = 128
+    chains: int = 256
+    sampler: str | None = None
+    steps: int | None = None
+    grid: str | None = None
+    seed: int = 0
+    guidance: float = 1.0
+    batch_size: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
+    restoration: str = "superresolution=2"
+    rtol: float = 1e-5
+    threads: int = 1
+    device: str = "cpu"
+    classifier_images: int = ClassifierConfig.images
+
+    def __post_init__(self) -> None:
+        for name in ("count", "reference_count"):
+            if getattr(self, name) < frechet.GROUPS * 2:
+                raise UserError(f"{name} = {getattr(self, name)}: at least {frechet.GROUPS * 2} are needed")
+        for name in ("likelihood_count", "loss_count", "restoration_count", "chains"):
+            if getattr(self, name) < 2:
+                raise UserError(f"{name} = {getattr(self, name)}: at least 2, for a standard error")
+        if not 0 < self.rtol < 1:
+            raise UserError(f"rtol = {self.rtol}: must be in (0, 1)")
+        for name in self.metrics:
+            if name not in record.PROTOCOL:
+                raise UserError(f"unknown metric '{name}'; {nearest(name, record.PROTOCOL)}")
+        self.request()
+
+    def request(self) -> Request:
+        """What is drawn."""
+        return Request(
+            count=self.count,
+            sampler=self.sampler,
+            steps=self.steps,
+            grid=self.grid,
+            seed=self.seed,
+            guidance=self.guidance,
+            batch_size=self.batch_size,
+            options=dict(self.options),
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One chunk: rows [first, last) of a stage. Its result lies under `key` of the evaluation's place or the cache."""
+
+    stage: str
+    number: int
+    first: int
+    last: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}/{self.number:06d}.npz"
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a worker needs to do any task, and what the record says of the evaluation."""
+
+    settings: Settings
+    metrics: tuple[str, ...]
+    info: ModelInfo
+    request: Request
+    manifest: Manifest
+    extractor: ExtractorChoice
+    page: dict[str, Any]
+    place: str
+    cache: str
+    reference_key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.info.images_seen:012d}-{record.digest(self.page)}"
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.place).child(self.name)
+
+    def folder(self, stage: str) -> Store:
+        """Where a stage's chunks lie: the reference's in the cache, for every evaluation that has the same ones."""
+        return open_store(self.cache).child(self.reference_key) if stage == "reference" else self.store
+
+    @property
+    def num_reference(self) -> int:
+        return min(self.settings.reference_count, self.manifest.num_samples)
+
+    def numbers(self, count: int) -> np.ndarray:
+        """Which samples of the reference `count` of them are."""
+        return spread(count, self.manifest.num_samples)
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The fixed noise levels of the loss: even in ln sigma over what the process covers."""
+        low, high = self.info.sigma_range
+        return np.geomspace(low, high, SIGMAS).tolist()
+
+    def stages(self) -> dict[str, list[Task]]:
+        """All tasks, stage by stage."""
+        settings, wanted = self.settings, set(self.metrics)
+        sizes = {}
+        if wanted & record.OF_SAMPLES - {"psnr", "ssim"}:
+            sizes["reference"] = (self.num_reference, CHUNK)
+            sizes["samples"] = (settings.count, CHUNK)
+        if wanted & {"bpd", "nats"}:
+            sizes["likelihood"] = (min(settings.likelihood_count, self.manifest.num_samples), 16)
+        if "loss" in wanted:
+            sizes["loss"] = (min(settings.loss_count, self.manifest.num_samples), CHUNK)
+        if wanted & {"psnr", "ssim"}:
+            sizes["restoration"] = (min(settings.restoration_count, self.manifest.num_samples), settings.batch_size)
+        if "ais" in wanted:
+            sizes["ais"] = (settings.chains, settings.chains)
+        return {stage: _chunks(stage, count, about, settings.batch_size) for stage, (count, about) in sizes.items()}
+
+
+def _chunks(stage: str, count: int, about: int, batch: int) -> list[Task]:
+    size = about if about < batch or stage in ("restoration", "ais") else -(-about // batch) * batch
+    return [Task(stage, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
+
+
+def describe(url: str, ema: str | None) -> tuple[ModelInfo, str]:
+    """A model's description without its weights, and one hash of all of them."""
+    source = find_exported(url) or find(url)
+    page = source.page if isinstance(source, ExportedModel) else source.marker
+    try:
+        config = load_config(page["config"])
+        hashes = sorted(about["sha256"] for about in page["files"].values())
+        shape, classes = tuple(page["image_shape"]), tuple(page["classes"])
+    except (KeyError, TypeError, UserError) as error:
+        raise DataError(f"{url}: does not describe a model: {error}") from None
+    if isinstance(source, ExportedModel):
+        name = ema or source.chosen or next(iter(source.page["files"]))
+        where = source.store.url()
+    else:
+        name, where = RAW if ema == RAW else config.ema.choose(ema), source.url
+    info = ModelInfo(where, int(page["images_seen"]), name, shape, classes, config)
+    return info, record.digest([hashes, name])
+
+
+def run_of(url: str) -> str:
+    """The run that a checkpoint's URL belongs to: where evaluations of it go by default."""
+    head, _, tail = url.rstrip("/").rpartition("/")
+    return head[: -len("/checkpoints")] if head.endswith("/checkpoints") and tail else url.rstrip("/")
+
+
+def unfit(metric: str, info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    """Why a metric makes no sense for this model, data and extractor; None when it does."""
+    images = len(manifest.shape) == 3 and manifest.dtype == "uint8"
+    values = math.prod(manifest.shape)
+    machine = isinstance(info.config.network, MachineConfig)
+    if machine and metric in ("bpd", "nats", "loss", "psnr", "ssim"):
+        return f"network.kind '{info.config.network.kind}' knows no noise level"
+    if metric == "is" and extractor.kind not in ("inception", "classifier", "torchscript"):
+        return f"it needs class probabilities, which extractor '{extractor.kind}' has not"
+    if metric == "bpd" and not images:
+        return "bits per dimension are of 8-bit images; nats fit these data"
+    if metric in ("psnr", "ssim") and not images:
+        return f"it measures images, the reference has samples of shape {list(manifest.shape)}"
+    if metric == "kde" and values > IDENTITY_VALUES:
+        return f"a kernel density says nothing in {values} dimensions (at most {IDENTITY_VALUES})"
+    if metric == "ais":
+        if not machine and not info.config.denoiser.parameterization.startswith("energy_"):
+            return f"it needs an energy, parameterization '{info.config.denoiser.parameterization}' has none"
+        if not machine and values > IDENTITY_VALUES:
+            return f"chains do not mix in {values} dimensions (at most {IDENTITY_VALUES} here)"
+    return None
+
+
+COSTLY = ("bpd", "nats", "psnr", "ssim", "ais")  # only where asked for
+
+
+def choose_metrics(
+    wanted: tuple[str, ...], info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice
+) -> tuple[str, ...]:
+    """The metrics to compute, in the record's order. Raises UserError, a line for each that does not fit."""
+    if tuple(manifest.shape) != info.image_shape:
+        raise UserError(
+            f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.image_shape)}"
+        )
+    reasons = {name: unfit(name, info, manifest, extractor) for name in record.PROTOCOL}
+    mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    chosen = wanted or [name for name, reason in reasons.items() if not reason and name not in COSTLY]
+    return tuple(name for name in record.PROTOCOL if name in chosen)
+
+
+def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | None = None) -> Plan:
+    """The plan of checked settings, with an extractor whose weights are known."""
+    info, sha256 = describe(settings.checkpoint, settings.ema)
+    reference = ReferenceSet(settings.reference)
+    metrics = choose_metrics(settings.metrics, info, reference.manifest, extractor)
+    request = settings.request().fitted(without_weights(info))
+    out = settings.out or f"{run_of(info.url)}/{FOLDER}"
+    page = {
+        "subject": {
+            "checkpoint": {"url": info.url, "sha256": sha256, "images_seen": info.images_seen, "ema": info.ema},
+            "sampling": _sampling(request, info),
+        },
+        "protocol": _protocol(settings, metrics, info, reference, extractor, accuracy),
+        "numerics": {"device": settings.device, "threads": settings.threads, "batch_size": settings.batch_size},
+        "versions": {name: version(name) for name in ("scoreray", "torch", "numpy")}
+        | {"python": platform.python_version()},
+    }
+    total = min(settings.reference_count, reference.manifest.num_samples)
+    features = [
+        page["protocol"]["reference"]["sha256"],
+        extractor.kind,
+        extractor.sha256,
+        page["numerics"],
+        page["versions"]["torch"],
+        total,
+        VERSION,
+    ]
+    cache = settings.cache or f"{out}/cache"
+    return Plan(
+        settings, metrics, info, request, reference.manifest, extractor, page, out, cache, record.digest(features)
+    )
+
+
+def _sampling(request: Request, info: ModelInfo) -> dict[str, Any]:
+    return {
+        "sampler": request.sampler,
+        "steps": request.steps,
+        "grid": request.grid,
+        "sigma_range": list(info.sigma_range),
+        "seed": request.seed,
+        "guidance": request.guidance,
+        "options": request.options,
+    }
+
+
+def _protocol(
+    settings: Settings,
+    metrics: tuple[str, ...],
+    info: ModelInfo,
+    reference: ReferenceSet,
+    extractor: ExtractorChoice,
+    accuracy: float | None,
+) -> dict[str, Any]:
+    """How it is measured, part by part; of the parts that no chosen metric depends on, none."""
+    manifest = reference.manifest
+    total = min(settings.reference_count, manifest.num_samples)
+    rows = min(MOST_ROWS, settings.count, total)
+    low, high = info.sigma_range
+    extraction: dict[str, Any] = {"kind": extractor.kind, "sha256": extractor.sha256}
+    if accuracy is not None:
+        extraction["accuracy"] = accuracy
+    parts: dict[str, dict[str, Any]] = {
+        "reference": {
+            "url": reference.url,
+            "name": manifest.name,
+            "sha256": reference.sha256,
+            "count": total,
+            "of": manifest.num_samples,
+        },
+        "samples": {"count": settings.count, "classes": label_rule(info, manifest)},
+        "extractor": extraction,
+        "fid": {"covariance": "unbiased", "groups": frechet.GROUPS},
+        "kid": {"kernel": "(x.y / d + 1)^3", "rows": rows, "block": kid_block(rows)},
+        "is": {"groups": frechet.GROUPS},
+        "pr": {"k": NEIGHBOURS, "rows": rows},
+        "sw": {"projections": PROJECTIONS, "rows": rows},
+        "nn": {"rows": rows, "threshold": 1 / 3},
+        "kde": {"rows": rows, "bandwidth": "largest leave-one-out likelihood"},
+        "likelihood": {
+            "count": min(settings.likelihood_count, manifest.num_samples),
+            "solver": "rk45",
+            "rtol": settings.rtol,
+            "trace": "rademacher",
+            "probes": 1,
+            "sigma_min": low,
+            "sigma_max": high,
+            "dequantize": manifest.dtype == "uint8",
+        },
+        "loss": {
+            "count": min(settings.loss_count, manifest.num_samples),
+            "sigma_min": low,
+            "sigma_max": high,
+            "levels": SIGMAS,
+            "sigma_data": info.config.denoiser.sigma_data,
+        },
+        "restoration": {"task": settings.restoration, "count": min(settings.restoration_count, manifest.num_samples)},
+        "ais": {"chains": settings.chains},
+    }
+    needed = {part for metric in metrics for part in record.PROTOCOL[metric]}
+    return {"version": VERSION, **{part: values for part, values in parts.items() if part in needed}}
+
+
+def kid_block(rows: int) -> int:
+    """Rows of a block: at most 1,000, and so few that there are ten blocks to take an error from."""
+    return max(2, min(KID_BLOCK, rows // KID_BLOCKS))
+
+
+def label_rule(info: ModelInfo, manifest: Manifest) -> str:
+    """How classes are given to samples: as often as the reference has them, where it has the model's classes."""
+    if not info.classes or isinstance(info.config.network, MachineConfig):
+        return "none"
+    return "as in the reference" if tuple(manifest.classes) == info.classes else "in turn"
+
+
+def labels_of(plan: Plan, first: int, last: int) -> torch.Tensor:
+    """Classes int64 of samples [first, last): every stretch of them has nearly the shares of the whole."""
+    if label_rule(plan.info, plan.manifest) != "as in the reference":
+        return plan.request.labels(first, last, plan.info)
+    shares = np.cumsum(plan.manifest.class_counts) / sum(plan.manifest.class_counts)
+    golden = (np.arange(first, last) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1.0
+    return torch.from_numpy(np.minimum(np.searchsorted(shares, golden, side="right"), len(shares) - 1))
