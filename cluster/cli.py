@@ -236,6 +236,64 @@ def export(
     typer.echo(f"next: scoreray sample {out} --count 64 --out samples")
 
 
+@app.command()
+def serve(
+    checkpoint: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]CHECKPOINT...", help="Runs (their newest checkpoint is followed) or checkpoints."
+        ),
+    ],
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Where to listen; others than loopback need tokens.")] = "127.0.0.1",
+    token_file: Annotated[Path | None, typer.Option(help="Lines name:token; or set SCORERAY_TOKENS.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve everybody who can reach the host.")] = False,
+    replicas: Annotated[str, typer.Option(help="How many, or MIN,MAX.")] = "1",
+    max_batch: Annotated[int, typer.Option(help="Rows of one call of the network.", min=2)] = 32,
+    max_models: Annotated[int, typer.Option(help="Weights in a replica's memory at once.", min=2)] = 4,
+    ema: Annotated[str | None, typer.Option(help="Default EMA length; requests may name another.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16; auto measures what bf16 changes.")] = "auto",
+    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
+    cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1.0,
+    gpus_per_replica: Annotated[float, typer.Option(min=0)] = 0.0,
+    threads: Annotated[int | None, typer.Option(help="Of a replica's network on CPUs.", min=1)] = None,
+    reload_s: Annotated[float, typer.Option(help="How often a run is asked for a newer checkpoint.", min=0.1)] = 10.0,
+    drain_s: Annotated[float, typer.Option(help="At the end, for requests under way.", min=0)] = 60.0,
+    limit: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_count=64; see docs/serving.md.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer sampling requests over HTTP. Ctrl-C or SIGTERM drains, then ends with 0 (130 if requests were cut off)."""
+    from scoreray.cluster.serving import Placement, make_config, make_limits, parse_replicas, serve_until_stopped
+    from scoreray.sampling.fast import check_choices
+
+    check_choices(precision, compile_)
+    placement = Placement(
+        host, port, parse_replicas(replicas), cpus_per_replica, gpus_per_replica, max(128, 4 * max_batch), drain_s
+    )
+    config = make_config(
+        checkpoint,
+        token_file,
+        host,
+        no_auth,
+        ema=ema,
+        max_batch=max_batch,
+        max_models=max_models,
+        precision=precision,
+        compile=compile_,
+        threads=threads,
+        reload_s=reload_s,
+        limits=make_limits(limit or []),
+    )
+
+    def ready(url: str) -> None:
+        if as_json:
+            typer.echo(json.dumps({"url": url, "models": dict(config.models)}))
+
+    if serve_until_stopped(config, placement, ready, verbose=verbose):
+        sys.exit(130)
+
+
 @data_app.command()
 def pack(
     source: Annotated[

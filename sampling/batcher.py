@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -33,6 +34,8 @@ class SampleRequest:
 
     class_labels: int64 [len(seeds)], -1 for none. guidance: classifier-free weight; not 1, it takes two rows a sample.
     preview: called in the batcher's thread as (first row, sigma, denoised [b, *shape]) after each call of the network.
+    expected_calls: calls of the network that a sample is thought to take, for whoever asks for `work_waiting`.
+    max_calls: a sample that takes more fails, so that no sampler runs for ever.
     """
 
     seeds: Tensor | Sequence[int]
@@ -44,10 +47,17 @@ class SampleRequest:
     guidance: float = 1.0
     preview: Callable[[int, float | Tensor, Tensor], None] | None = None
     dtype: torch.dtype = torch.float32
+    expected_calls: int = 1
+    max_calls: int | None = None
 
 
 class Ticket(Future[Tensor]):
-    """The samples to come, [len(seeds), *shape]: `.result(timeout)` in a thread, `await` in asyncio, `.cancel()`."""
+    """The samples to come, [len(seeds), *shape]: `.result(timeout)` in a thread, `await` in asyncio, `.cancel()`.
+
+    queued_s: how long the request waited for its first call of the network, once that has come.
+    """
+
+    queued_s: float | None = None
 
     def __await__(self) -> Generator[Any, None, Tensor]:
         return asyncio.wrap_future(self).__await__()
@@ -60,6 +70,7 @@ class StepBatcher:
     can use it, so one sample does not wait behind 4,096, nor these behind a stream of single ones. A request is split
     into parts of `part_rows`, begun one after another. A ticket that is cancelled frees its rows before the next call.
     batch_sizes: sizes to pad up to, for a network compiled for these; none by default.
+    observe: called in the batcher's thread as (rows, seconds) after each call of the network.
 
     As a context manager it runs in a thread of its own; without one, `step()` makes one call at a time.
     """
@@ -72,6 +83,7 @@ class StepBatcher:
         part_rows: int | None = None,
         batch_sizes: Sequence[int] = (),
         device: torch.device | str = "cpu",
+        observe: Callable[[int, float], None] | None = None,
     ) -> None:
         if max_batch < 2:
             raise UserError(f"max_batch = {max_batch}: must be 2 or more, guidance takes two rows a sample")
@@ -81,6 +93,8 @@ class StepBatcher:
             raise UserError(f"part_rows = {part_rows}: must be in [1, max_batch / 2 = {max_batch // 2}]")
         self.batch_sizes = sorted(batch_sizes)
         self.calls = self.rows = 0
+        self.seconds_per_call = 0.0
+        self._observe = observe
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -103,6 +117,17 @@ class StepBatcher:
             return sum(job.remaining for job in self._jobs)
 
     @property
+    def work_waiting(self) -> int:
+        """Rows that the network is still expected to be called with, over all requests: what a wait is told by."""
+        with self._changed:
+            return sum(max(job.work, job.remaining) for job in self._jobs)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread of `with` still runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def occupancy(self) -> float:
         """Mean share of `max_batch` that the calls so far have filled."""
         return self.rows / (self.calls * self.max_batch) if self.calls else 0.0
@@ -113,9 +138,14 @@ class StepBatcher:
             parts = self._choose()
         if not parts:
             return False
+        started, rows = time.monotonic(), sum(len(part.x) for part in parts)
         with torch.no_grad():
             for part, denoised in zip(parts, self._denoise(parts), strict=True):
                 part.advance(denoised)
+        took = time.monotonic() - started
+        self.seconds_per_call = took if not self.seconds_per_call else 0.9 * self.seconds_per_call + 0.1 * took
+        if self._observe is not None:
+            self._observe(rows, took)
         return True
 
     def __enter__(self) -> StepBatcher:
@@ -132,6 +162,17 @@ class StepBatcher:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # a bug: nobody may wait for ever
+            with self._changed:
+                self._closing = True
+                jobs, self._jobs = self._jobs, deque()
+            for job in jobs:
+                job.fail(ScorerayError(f"the batcher stopped: {error!r}"))
+            raise
+
+    def _serve(self) -> None:
         while True:
             if self.step():
                 continue
@@ -199,6 +240,9 @@ class _Job:
         self.seeds = SampleNoise(request.seeds).seeds
         self.sigmas = as_grid(request.sigmas)
         self.remaining, self.begun = len(self.seeds), 0
+        self.submitted = time.monotonic()
+        rows = 1 if request.guidance == 1 else 2
+        self.work = self.remaining * rows * request.expected_calls
         self.labels = request.class_labels
         if self.labels is not None:
             check_labels(self.labels, self.remaining)
@@ -218,6 +262,9 @@ class _Job:
             part.in_call = True
             chosen.append(part)
             taken += len(part.x)
+        if taken and self.ticket.queued_s is None:
+            self.ticket.queued_s = time.monotonic() - self.submitted
+        self.work -= taken
         return taken
 
     def _waiting(self) -> Iterator[_Part]:
@@ -262,7 +309,7 @@ class _Part:
     """Some rows of a request: their generator, and what it waits for."""
 
     def __init__(self, job: _Job, first: int, steps: Steps, labels: Tensor | None) -> None:
-        self.job, self.first, self.in_call = job, first, False
+        self.job, self.first, self.in_call, self.calls = job, first, False, 0
         guided = job.request.guidance != 1 and labels is not None
         self.steps = classifier_free_steps(steps, job.request.guidance) if guided else steps
         self.labels = doubled_labels(labels) if guided and labels is not None else labels
@@ -275,7 +322,13 @@ class _Part:
         if isinstance(denoised, Exception):
             self.job.fail(denoised)
             return
+        self.calls += 1
         try:
+            if self.job.request.max_calls is not None and self.calls > self.job.request.max_calls:
+                raise UserError(
+                    f"sampler '{self.job.request.sampler}' wanted more than {self.job.request.max_calls} calls of the "
+                    "network for a sample: take fewer steps or looser tolerances"
+                )
             if self.job.request.preview is not None:
                 half = len(denoised) // (2 if self.job.request.guidance != 1 else 1)
                 self.job.request.preview(self.first, self.sigma, denoised[:half])

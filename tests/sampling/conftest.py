@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+
+from scoreray.data.store import open_store
+from scoreray.trainer.checkpoint_writer import CheckpointWriter
+from scoreray.trainer.config import load_config
+from scoreray.trainer.fragments import Fragment
+from scoreray.trainer.network import build_network
 
 torch.set_num_threads(1)
 
@@ -89,3 +96,54 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
 @pytest.fixture
 def distance():
     return sliced_wasserstein
+
+
+def write_run(
+    url: str, images: int = 64, *, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), classes: int = 3
+) -> str:
+    """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url."""
+    storage, _, name = url.rpartition("/")
+    network = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    config = load_config(
+        {
+            "run": {"name": name, "storage": storage},
+            "data": {"url": "s3://none/none", "global_batch_size": 16},
+            "network": network if len(shape) == 3 else {"kind": "mlp", "hidden_size": 16},
+            "duration": {"images": 1000},
+        }
+    )
+    torch.manual_seed(seed)
+    module = torch.nn.Module()
+    module.denoiser = torch.nn.Module()
+    module.denoiser.network = build_network(config.network, shape, classes)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    values = dict(module.named_parameters())
+    about = {
+        "config": config.model_dump(mode="json"),
+        "shapes": {name: list(value.shape) for name, value in values.items()},
+        "state_keys": ["ema_0.050", "ema_0.100"],
+        "image_shape": list(shape),
+        "classes": [f"class-{i}" for i in range(classes)],
+    }
+    fragments = [
+        Fragment(
+            name,
+            0,
+            value.numel(),
+            {"master": flat, "ema_0.050": flat, "ema_0.100": 0.9 * flat},
+        )
+        for name, value in values.items()
+        for flat in [value.detach().flatten()]
+    ]
+    writer = CheckpointWriter(open_store(url), attempt=f"try{seed}", rank=0, world_size=1, keep=2)
+    writer.save(images, images // 16, fragments, module, about)
+    writer.wait()
+    writer.close()
+    return url
+
+
+@pytest.fixture(scope="session")
+def new_run() -> Callable[..., str]:
+    return write_run

@@ -1,0 +1,392 @@
+"""`scoreray serve`: the sampling service on Ray Serve, from its first replica to the end of its last request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scoreray.cluster.display import say
+from scoreray.cluster.local_ray import connected
+from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.sampling.serve_access import VARIABLE, is_loopback, read_tokens
+from scoreray.sampling.serve_config import Limits, ServeConfig
+from scoreray.sampling.serve_models import look_up
+from scoreray.sampling.serve_replica import Event, Job, Replica
+from scoreray.sampling.serve_service import Lost, Service
+
+APP = "scoreray"
+MANY = 100_000  # requests that Ray Serve may hand on: what is too much is judged by rows, in the replica
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+READY_WITHIN_S = 600.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a service runs: its listener, and how many replicas of which size.
+
+    replicas: (min, max); more than min are started while more than `rows_per_replica` rows wait in each.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: tuple[int, int] = (1, 1)
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    rows_per_replica: int = 128
+    drain_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        low, high = self.replicas
+        if not 1 <= low <= high:
+            raise UserError(f"replicas = {low},{high}: must be MIN,MAX with 1 <= MIN <= MAX")
+        if not 0 <= self.port < 65536:
+            raise UserError(f"port = {self.port}: must be in [0, 65535]; 0 takes a free one")
+
+
+class ModelReplica:
+    """The Serve deployment that draws: a `Replica` in an actor of its own."""
+
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        _log_here()
+        self._replica = Replica(config)
+        for name, url in config.models:
+            served = await asyncio.to_thread(look_up, name, url, config.ema)
+            await self._replica.prepare(served.info.url, served.info.ema)
+
+    async def draw(self, job: Job) -> AsyncGenerator[Event, None]:
+        async with contextlib.aclosing(self._replica.draw(job)) as events:
+            async for event in events:
+                yield event
+
+    async def draw_at_once(self, job: Job) -> Event:
+        """The last event of a job: for one without previews, whose answer is one message."""
+        last: Event = {}
+        async with contextlib.aclosing(self._replica.draw(job)) as events:
+            async for event in events:
+                last = event
+        return last
+
+    async def prepare(self, checkpoint: str, ema: str) -> str:
+        """Loads; the reason where it could not."""
+        try:
+            await self._replica.prepare(checkpoint, ema)
+        except ScorerayError as error:
+            return str(error)
+        return ""
+
+    async def metrics(self) -> tuple[str, str]:
+        from ray import serve
+
+        return serve.get_replica_context().replica_tag, self._replica.metrics()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {"waiting_rows": float(self._replica.waiting_rows())}
+
+    def check_health(self) -> None:
+        self._replica.check()
+
+
+class RayBackend:
+    """The replicas behind a Serve handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def draw(self, job: Job) -> AsyncGenerator[Event, None]:
+        from ray.exceptions import RayError, RayTaskError
+        from ray.serve.exceptions import RayServeException
+
+        response: Any = None
+        try:
+            if job.previews:
+                response = self._handle.options(stream=True).draw.remote(job)
+                async for event in response:
+                    yield event
+            else:
+                response = self._handle.draw_at_once.remote(job)
+                yield await response
+            response = None
+        except RayTaskError:
+            raise  # the replica's own exception: a bug, not its death
+        except (RayError, RayServeException) as error:
+            raise Lost(f"{type(error).__name__}") from error
+        finally:
+            if response is not None:
+                response.cancel()
+
+    async def prepare(self, checkpoint: str, ema: str) -> None:
+        """On every replica that there is. Raises Lost where none could, with the reason of one."""
+        outcomes = await self._all("prepare", READY_WITHIN_S, checkpoint, ema)
+        failed = [outcome for outcome in outcomes if outcome != ""]
+        if failed or not outcomes:
+            raise Lost(str(failed[0]) if failed else "no replica answers")
+
+    async def metrics(self) -> dict[str, str]:
+        pages = await self._all("metrics", 5.0)
+        return dict(page for page in pages if isinstance(page, tuple))
+
+    async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
+        from ray.exceptions import RayActorError
+
+        response = self._handle.broadcast(method, *arguments)
+        outcomes = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        return [outcome for outcome in outcomes if not isinstance(outcome, RayActorError)]  # dead: another will come
+
+
+class Ingress:
+    """The Serve deployment that answers HTTP: one, so that limits, keys and counters are in one place."""
+
+    async def __init__(self, config: ServeConfig, most_replicas: int, handle: Any) -> None:  # type: ignore[misc]
+        _log_here()
+        self._service = Service(config, RayBackend(handle), busy_tries=min(3, most_replicas))
+        await self._service.start()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from scoreray.sampling.serve import make_app
+
+        return make_app(self._service)
+
+    async def drain(self, timeout_s: float) -> int:
+        return await self._service.drain(timeout_s)
+
+    async def under_way(self) -> int:
+        return self._service.under_way()
+
+
+def replicas_wanted(context: Any) -> tuple[int, dict[str, Any]]:
+    """Serve's autoscaling policy: as many replicas as the waiting rows fill, each with `target_ongoing_requests`."""
+    rows = sum(context.aggregated_metrics.get("waiting_rows", {}).values()) if context.aggregated_metrics else 0.0
+    wanted = math.ceil(rows / context.config.get_target_ongoing_requests())
+    return max(context.capacity_adjusted_min_replicas, min(context.capacity_adjusted_max_replicas, wanted)), {}
+
+
+def application(config: ServeConfig, placement: Placement) -> Any:
+    """The Serve application: an ingress and the replicas that it calls."""
+    from ray import serve
+
+    low, high = placement.replicas
+    scaling: dict[str, Any] = {"num_replicas": low}
+    if high > low:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": low,
+                "max_replicas": high,
+                "target_ongoing_requests": placement.rows_per_replica,
+                "policy": {"policy_function": "scoreray.cluster.serving:replicas_wanted"},
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 5.0,
+                "upscale_delay_s": 5.0,
+                "downscale_delay_s": 60.0,
+            }
+        }
+    replica = serve.deployment(
+        name="model",
+        max_ongoing_requests=MANY,
+        graceful_shutdown_timeout_s=placement.drain_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=1.0,
+        health_check_timeout_s=30.0,
+        ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
+        **scaling,
+    )(ModelReplica)
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=1,
+        max_ongoing_requests=MANY,
+        graceful_shutdown_timeout_s=placement.drain_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(Ingress))
+    return ingress.bind(config, high, replica.bind(config))
+
+
+@contextlib.contextmanager
+def served(config: ServeConfig, placement: Placement) -> Iterator[str]:
+    """The service on the Ray cluster that this process is connected to, ready, under the url that is given.
+
+    Raises UserError where the port is taken or Serve listens elsewhere already, ScorerayError where it can't start.
+    """
+    from ray import serve
+
+    port = placement.port or _free_port(placement.host)
+    _check_port(placement.host, port)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    http = {"host": placement.host, "port": port, "keep_alive_timeout_s": 60}
+    client = _started(serve, http, quiet)
+    try:
+        try:
+            serve.run(application(config, placement), name=APP, route_prefix="/", logging_config=quiet)
+        except (RuntimeError, TimeoutError) as error:
+            raise ScorerayError(f"the service did not start: {_reason(error)}") from None
+        host = "127.0.0.1" if placement.host in ("0.0.0.0", "") else placement.host
+        yield f"http://{f'[{host}]' if ':' in host else host}:{client or port}"
+    finally:
+        serve.shutdown()
+
+
+def drain(timeout_s: float) -> int:
+    """Takes no more requests and waits for those under way; returns how many are left then."""
+    from ray import serve
+
+    try:
+        return serve.get_app_handle(APP).drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+    except Exception as error:
+        logging.getLogger("scoreray").warning("the service could not be asked to end: %s", error)
+        return 0
+
+
+def serve_until_stopped(
+    config: ServeConfig, placement: Placement, ready: Callable[[str], None] = lambda url: None, *, verbose: bool = False
+) -> int:
+    """Serves until SIGTERM or Ctrl-C, then drains; `ready(url)` once requests are answered.
+
+    Returns how many requests were cut off because they did not end in time. A second signal ends it at once.
+    """
+    for name, url in config.models:
+        look_up(name, url, config.ema)  # a wrong URL is told before Ray starts
+    low = placement.replicas[0]
+    slots = max(os.cpu_count() or 1, math.ceil(placement.replicas[1] * placement.cpus_per_replica))
+    left = 0
+    with connected(num_cpus=slots, verbose=verbose):
+        told = threading.Event()
+        with served(config, placement) as url:
+            say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
+            say(_curl(url, bool(config.tokens)))
+            ready(url)
+            with _signals(told):
+                told.wait()
+            say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
+            left = drain(placement.drain_s)
+    say("ended" if not left else f"ended; {left} requests did not finish in time and were cut off")
+    return left
+
+
+def make_config(models: list[str], token_file: Path | None, host: str, no_auth: bool, **settings: Any) -> ServeConfig:
+    """From the words of the command line. Raises UserError, also where anybody could reach a service without tokens."""
+    tokens = () if no_auth else read_tokens(token_file)
+    if not tokens and not no_auth and not is_loopback(host):
+        raise UserError(
+            f"--host {host}: others can reach this, so tokens are needed: --token-file FILE (name:token in each line) "
+            f"or {VARIABLE}; --no-auth serves everybody"
+        )
+    hosts = LOOPBACK_HOSTS if not tokens and is_loopback(host) else ()
+    return ServeConfig(tuple(_named(model) for model in models), tokens=tokens, hosts=hosts, **settings)
+
+
+def make_limits(pairs: list[str]) -> Limits:
+    """Limits from NAME=VALUE words. Raises UserError."""
+    defaults, given = vars(Limits()), {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in defaults:
+            raise UserError(f"--limit {pair}: unknown limit '{name}'; {nearest(name, defaults)}")
+        try:
+            given[name] = type(defaults[name])(value)
+        except ValueError:
+            raise UserError(f"--limit {pair}: write NAME=NUMBER, e.g. {name}={defaults[name]}") from None
+    return Limits(**given)
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    """MIN,MAX or one number for both. Raises UserError."""
+    low, _, high = text.partition(",")
+    if not low.strip().isdigit() or not (high or low).strip().isdigit():
+        raise UserError(f"--replicas {text}: write a number, or MIN,MAX to start more while many rows wait")
+    return int(low), int(high or low)
+
+
+def _named(model: str) -> tuple[str, str]:
+    """NAME=URL, or a URL whose last part is the name."""
+    name, equals, url = model.partition("=")
+    if equals and name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        return name, url
+    return model.rstrip("/").rpartition("/")[2] or model, model
+
+
+def _curl(url: str, tokens: bool) -> str:
+    token = "-H 'Authorization: Bearer TOKEN' " if tokens else ""
+    return (
+        f"  curl {url}/v1/samples {token}-H 'Content-Type: application/json' -H 'Accept: image/png' "
+        "-d '{\"count\": 16}' -o samples.png\n"
+        f"  {url}/ is its page, {url}/docs how to ask; Ctrl-C ends it"
+    )
+
+
+@contextlib.contextmanager
+def _signals(told: threading.Event) -> Iterator[None]:
+    """SIGTERM and Ctrl-C set `told`; from the second on they interrupt, as everywhere else."""
+
+    def first(number: int, frame: Any) -> None:
+        if told.is_set():
+            raise KeyboardInterrupt
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, first)
+    yield
+
+
+def _started(serve: Any, http: dict[str, Any], quiet: dict[str, Any]) -> int:
+    """Starts Serve; the port where it listens. Raises UserError where it was there already, with another listener."""
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    from ray.serve.context import _get_global_client
+
+    there = _get_global_client().http_config
+    if (there.host, there.port) != (http["host"], http["port"]):
+        raise UserError(
+            f"Ray Serve already runs on this cluster and listens on {there.host}:{there.port}, "
+            f"not on {http['host']}:{http['port']}: take these with --host and --port, or shut it down first"
+        )
+    return int(there.port)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_port(host: str, port: int) -> None:
+    if os.environ.get("RAY_ADDRESS"):
+        return  # the listener is on another machine
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} can't be listened on: {error.strerror}; choose with --host and --port"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a Serve failure that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line for line in lines if "Error:" in line]
+    return (ours or lines or [type(error).__name__])[-1]
+
+
+def _log_here() -> None:
+    """In a replica: our lines go to its standard error, which Ray keeps with its logs."""
+    logger = logging.getLogger("scoreray")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

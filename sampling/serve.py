@@ -1,0 +1,306 @@
+"""The HTTP of a sampling service, a FastAPI application over a `Service`: see docs/serving.md.
+
+Everything is served from here: the page, its documentation, the metrics. No request goes elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from scoreray.sampling.serve_answers import choose_media, event
+from scoreray.sampling.serve_config import ERRORS, Limits, Refused
+from scoreray.sampling.serve_docs import docs_page
+from scoreray.sampling.serve_request import SampleBody, check_key, parse
+from scoreray.sampling.serve_service import Answer, Run, Service, json_answer
+
+log = logging.getLogger("scoreray.serve")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+BODY_WITHIN_S = 30.0
+HEARTBEAT_S = 15.0
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+TELLING = (
+    "model",
+    "checkpoint",
+    "images_seen",
+    "ema",
+    "seed",
+    "precision",
+)  # of an answer that has no JSON, in headers
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application. `service` may still be starting; until it is ready, samples are refused with 503."""
+    app = FastAPI(title="scoreray", docs_url=None, redoc_url=None, openapi_url=None, description=__doc__ or "")
+
+    @app.post("/v1/samples", openapi_extra=_samples_schema(), responses=_error_responses())
+    async def samples(request: Request) -> Response:
+        """Draws samples: JSON with base64, or by Accept one PNG sheet or an npz; events when `stream`."""
+        return await _answered(service, request, _samples)
+
+    @app.get("/v1/model")
+    async def model(request: Request) -> Response:
+        """The models that are served: checkpoints, EMA lengths, classes, samplers with their options, limits."""
+        return await _answered(service, request, _model)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus, of the service and all its replicas."""
+        return await _answered(service, request, _metrics)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """200 while the service runs at all."""
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """200 once the models are loaded and warm, until it is told to end; 503 else."""
+        if service.ready and not service.draining:
+            return Response("ready\n", media_type="text/plain")
+        return Response("draining\n" if service.draining else "starting\n", 503, {"Retry-After": "1"}, "text/plain")
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return _json(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(docs_page(app.openapi()), media_type="text/html", headers=HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response((files("scoreray.sampling") / "page.html").read_text(), media_type="text/html", headers=HEADERS)
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        code = {404: "no_path", 405: "bad_method"}.get(error.status_code, "bad_header")
+        message = {"no_path": "no such path; see /docs", "bad_method": "this path does not take this method; see /docs"}
+        refusal = Refused(code, message.get(code, str(error.detail)))
+        return _refused(refusal, _request_id(request), dict(error.headers or {}))
+
+    return app
+
+
+async def _answered(
+    service: Service, request: Request, handle: Callable[[Service, Request, str, str], Awaitable[Response]]
+) -> Response:
+    """Runs one handler behind the checks that all share; every way it ends is one answer and one line in the log."""
+    request_id, started, who = _request_id(request), time.monotonic(), "-"
+    try:
+        _check_host(request, service.config.hosts)
+        who = service.access.who(request.headers.get("authorization"))
+        response = await handle(service, request, who, request_id)
+        code = "ok"
+    except Refused as refusal:
+        response, code = _refused(refusal, request_id), refusal.code
+    except (ClientDisconnect, asyncio.CancelledError):
+        _log(request, request_id, who, "gone", started)
+        if request.url.path == "/v1/samples":
+            service.meter["cancels"].inc()
+        raise
+    except Exception:
+        log.exception("request %s", request_id)
+        response, code = _refused(Refused("bug", "this is a bug in scoreray; the log tells more"), request_id), "bug"
+    if request.url.path == "/v1/samples":
+        service.meter["requests"].labels(code).inc()
+        if ERRORS.get(code, (0,))[0] in (429, 503):
+            service.meter["sheds"].labels(code).inc()
+        elif code == "ok" and not isinstance(response, StreamingResponse):
+            service.meter["request_seconds"].observe(time.monotonic() - started)
+    _log(request, request_id, who, code, started)
+    response.headers["X-Request-ID"] = request_id
+    return response
+
+
+async def _samples(service: Service, request: Request, who: str, request_id: str) -> Response:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused("not_json", "send the request as JSON, with the header Content-Type: application/json")
+    body = parse(await _read(request, service.limits))
+    key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
+    media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
+    run = await service.submit(body, token=who, key=key, media=media)
+    if body.stream:
+        return await _stream(service, run, request_id)
+    try:
+        answer = await _unless_gone(request, run)
+    finally:
+        service.leave(run)
+    if media == "application/json":
+        return Response(json_answer(request_id, answer), media_type=media, headers=HEADERS)
+    told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(answer.about[name]) for name in TELLING}
+    return Response(answer.body, media_type=media, headers={**HEADERS, **told})
+
+
+async def _stream(service: Service, run: Run, request_id: str) -> Response:
+    """Events: start, then previews, then done (as the JSON answer) or error (as the JSON error)."""
+    try:
+        await run.accepted.wait()
+        if run.task is not None and run.task.done():
+            await run.answer()  # refused before it began: an answer with that status, no stream
+    except BaseException:
+        service.leave(run)
+        raise
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            yield event("start", {"id": request_id, "model": run.served.name, "checkpoint": run.job.checkpoint})
+            previews = run.previews()
+            pending = asyncio.ensure_future(anext(previews, None))
+            try:
+                while True:
+                    done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT_S)
+                    if not done:
+                        yield b": waiting\n\n"
+                        continue
+                    preview = pending.result()
+                    if preview is None:
+                        break
+                    yield event("preview", {name: value for name, value in preview.items() if name != "kind"})
+                    pending = asyncio.ensure_future(anext(previews, None))
+            finally:
+                pending.cancel()
+            answer = await run.answer()
+            service.meter["request_seconds"].observe(time.monotonic() - run.started)
+            yield b"event: done\ndata: " + json_answer(request_id, answer) + b"\n\n"
+        except Refused as refusal:
+            yield event("error", _error(refusal, request_id))
+        finally:
+            service.leave(run)
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers=HEADERS)
+
+
+async def _model(service: Service, request: Request, who: str, request_id: str) -> Response:
+    if not service.models:
+        raise Refused("starting", "the models are being looked up", retry_after_s=5)
+    pages = [served.page(service.limits) for served in service.models.values()]
+    return _json({**pages[0], "models": pages})
+
+
+async def _metrics(service: Service, request: Request, who: str, request_id: str) -> Response:
+    return Response(await service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """The body, at most `max_body_bytes` of it, within BODY_WITHIN_S. Raises Refused."""
+    most = limits.max_body_bytes
+    too_large = Refused("body_too_large", f"the body is larger than {most} bytes")
+    declared = request.headers.get("content-length")
+    if declared is not None and not (declared.isascii() and declared.isdigit()):
+        raise Refused("bad_header", "Content-Length is no number")
+    if declared is not None and (len(declared) > 12 or int(declared) > most):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_WITHIN_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refused("bad_json", f"the body did not arrive within {BODY_WITHIN_S:g} s") from None
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, run: Run) -> Answer:
+    """The answer, unless the client goes away first (ClientDisconnect)."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, left = asyncio.ensure_future(run.answer()), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        for task in (answer, left):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def _check_host(request: Request, hosts: tuple[str, ...]) -> None:
+    """Without tokens only loopback names are answered, so that no foreign page can reach the service by a DNS name."""
+    host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
+    if hosts and host not in hosts:
+        raise Refused("bad_header", f"the header Host names none of {', '.join(hosts)}")
+
+
+def _request_id(request: Request) -> str:
+    """The caller's X-Request-ID where it is a plain word, else a new one; the same through one request."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return request.state.request_id
+
+
+def _error(refusal: Refused, request_id: str) -> dict[str, Any]:
+    told = {"code": refusal.code, "message": refusal.message, "request_id": request_id}
+    return {**told, "field": refusal.field} if refusal.field else told
+
+
+def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None = None) -> Response:
+    headers = {**HEADERS, **(headers or {}), "X-Request-ID": request_id}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = refusal.retry_after
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="scoreray"'
+    return _json(_error(refusal, request_id), refusal.status, headers)
+
+
+def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII: what a client sent may hold characters that have no UTF-8."""
+    return Response(json.dumps(data), status, headers or HEADERS, "application/json")
+
+
+def _latin(value: Any) -> str:
+    return str(value).encode("ascii", "backslashreplace").decode()
+
+
+def _log(request: Request, request_id: str, who: str, code: str, started: float) -> None:
+    took_ms = (time.monotonic() - started) * 1e3
+    log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, request_id, code, took_ms)
+
+
+def _samples_schema() -> dict[str, Any]:
+    header = {"name": "Idempotency-Key", "in": "header", "required": False, "schema": {"type": "string"}}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": SampleBody.model_json_schema()}}},
+        "parameters": [header],
+    }
+
+
+def _error_responses() -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of each status: its codes."""
+    by_status: dict[int, list[str]] = {}
+    for code, (status, meaning) in ERRORS.items():
+        by_status.setdefault(status, []).append(f"{code}: {meaning}")
+    described: dict[int | str, dict[str, Any]] = {s: {"description": "; ".join(m)} for s, m in by_status.items()}
+    media = ("application/json", "image/png", "application/x-npz", "text/event-stream")
+    described[200] = {"description": "samples", "content": {name: {} for name in media}}
+    return described

@@ -1,0 +1,187 @@
+"""The request for samples: from bytes to a checked job. Every mistake is one Refused that names its field."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.sampling.generate import Request
+from scoreray.sampling.noise import TorchNoise
+from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, check_options, start
+from scoreray.sampling.serve_answers import is_picture
+from scoreray.sampling.serve_config import Limits, Refused
+from scoreray.sampling.serve_models import Served
+from scoreray.sampling.serve_replica import Job
+
+ADAPTIVE_CALLS = 150  # what rk45 took on trained pictures at its default tolerances, rounded up
+LONGEST_NUMBER = 40
+KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+class SampleBody(BaseModel):
+    """What `POST /v1/samples` takes. Everything has a default; an empty object draws one sample."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    count: Annotated[int, Field(ge=1, description="how many samples")] = 1
+    sampler: Annotated[str, Field(max_length=64, description="heun, euler, ddim, dpmpp_2m, edm_sde, ...")] = "heun"
+    steps: Annotated[int, Field(ge=1, description="noise levels")] = 18
+    seed: Annotated[
+        int | None, Field(ge=0, lt=2**31, description="sample i of a seed is always the same; chosen if left out")
+    ] = None
+    class_label: Annotated[
+        int | Annotated[str, Field(max_length=256)] | None,
+        Field(description="a class's name or number; all in turn if left out; -1 for no class"),
+    ] = None
+    guidance: Annotated[float, Field(ge=-100, le=100, description="classifier-free; 1 is none, above strengthens")] = (
+        1.0
+    )
+    options: Annotated[
+        dict[str, bool | int | float | str | None], Field(max_length=16, description="the sampler's own, by name")
+    ] = {}
+    model: Annotated[str | None, Field(max_length=256, description="one of /v1/model; the first if left out")] = None
+    ema: Annotated[str | None, Field(max_length=32, description="EMA length, e.g. 0.100; 'none' for raw weights")] = (
+        None
+    )
+    format: Annotated[
+        Literal["png", "npy"] | None, Field(description="of each sample; npy is float32. png where they are pictures")
+    ] = None
+    stream: Annotated[bool, Field(description="server-sent events with denoised previews")] = False
+    previews: Annotated[int, Field(ge=1, le=32, description="how many previews a stream shows at most")] = 8
+    idempotency_key: Annotated[
+        str | None, Field(max_length=255, description="as the header Idempotency-Key: retries draw and bill once")
+    ] = None
+
+    def fingerprint(self, media: str) -> str:
+        """Of what the answer depends on: the same for a retry, whether it streams or not."""
+        fields = self.model_dump(exclude={"stream", "previews", "idempotency_key"})
+        return hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode()).hexdigest()
+
+
+def parse(body: bytes) -> SampleBody:
+    """The request in a body. Raises Refused (bad_json, invalid)."""
+    try:
+        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_int=_int, parse_float=_float)
+    except RecursionError:
+        raise Refused("bad_json", "the body is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise Refused("bad_json", f"the body is not UTF-8: byte {error.start}") from None
+    except ValueError as error:
+        raise Refused("bad_json", f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise Refused("invalid", 'the body must be a JSON object, such as {"count": 4}')
+    try:
+        return SampleBody.model_validate(data)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False, include_context=False, include_input=False)
+        first = mistakes[0]
+        name = str(first["loc"][0])[:64] if first["loc"] else "body"
+        if first["type"] == "extra_forbidden":
+            message = f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}"
+        else:
+            message = "; ".join(f"{'.'.join(str(p)[:64] for p in m['loc'][:2])}: {m['msg']}" for m in mistakes[:4])
+        raise Refused("invalid", message, field=name) from None
+
+
+def make_job(body: SampleBody, served: Served, limits: Limits, media: str, seed: int) -> Job:
+    """The job of a request to a model. Raises Refused. Counting calls takes milliseconds: not on an event loop."""
+    if body.count > limits.max_count:
+        raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
+    if body.steps > limits.max_steps:
+        raise Refused("too_many", f"steps = {body.steps}: at most {limits.max_steps}", field="steps")
+    if body.sampler not in SAMPLERS:
+        raise Refused(
+            "invalid", f"unknown sampler '{body.sampler}': {nearest(body.sampler, SAMPLERS)}", field="sampler"
+        )
+    info = served.info
+    format_ = body.format or ("png" if is_picture(info.image_shape) else "npy")
+    if (format_ == "png" or media == "image/png") and not is_picture(info.image_shape):
+        raise Refused(
+            "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
+        )
+    sigmas = tuple(info.sigmas(body.steps).tolist())
+    try:
+        options = check_options(body.sampler, SAMPLERS[body.sampler], dict(body.options))
+    except (UserError, OverflowError) as error:
+        raise Refused("invalid", str(error), field="options") from None
+    calls = _calls(body.sampler, sigmas, tuple(sorted(options.items())), limits.max_calls)
+    if calls > limits.max_calls:
+        message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"
+        raise Refused("too_many", message, field="options" if body.options else "steps")
+    if body.guidance != 1 and not info.classes:
+        raise Refused("invalid", "this model was trained without classes: leave guidance out", field="guidance")
+    request = Request(body.count, body.sampler, body.steps, seed, body.class_label, body.guidance)
+    try:
+        labels = request.labels(0, body.count, info)
+    except UserError as error:
+        raise Refused("invalid", str(error), field="class_label") from None
+    return Job(
+        checkpoint=info.url,
+        ema=served.ema(body.ema),
+        shape=info.image_shape,
+        seeds=tuple(request.sample_seeds(0, body.count).tolist()),
+        labels=tuple(labels.tolist()) if info.classes else None,
+        sampler=body.sampler,
+        sigmas=sigmas,
+        guidance=body.guidance,
+        calls=calls,
+        max_calls=limits.max_calls,
+        media=media,
+        format=format_,
+        options=options,
+        previews=body.previews if body.stream else 0,
+    )
+
+
+@functools.lru_cache(1024)
+def _calls(sampler: str, sigmas: tuple[float, ...], options: tuple[tuple[str, Any], ...], most: int) -> int:
+    """Calls of the network for one sample, counted on a dry run that ends at `most` + 1; a guess for rk45."""
+    if sampler in ADAPTIVE:
+        return min(ADAPTIVE_CALLS, most)
+    calls = 0
+    try:
+        with torch.no_grad():
+            steps = start(sampler, torch.zeros(1, 1), sigmas, TorchNoise(torch.Generator()), **dict(options))
+            x, _ = next(steps)
+            while (calls := calls + 1) <= most:
+                x, _ = steps.send(x)
+    except StopIteration:
+        pass
+    except (ArithmeticError, ValueError) as error:
+        raise Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options") from None
+    return calls
+
+
+def check_key(header: str | None, body: str | None) -> str | None:
+    """The idempotency key of a request, which may come either way. Raises Refused."""
+    if header is not None and body is not None and header != body:
+        raise Refused("bad_header", "the header Idempotency-Key and the field idempotency_key differ")
+    key = header if header is not None else body
+    if key is not None and not KEY.fullmatch(key):
+        raise Refused("bad_header", "an idempotency key has 1 to 255 printable ASCII characters, no spaces")
+    return key
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _int(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text) if len(text) <= LONGEST_NUMBER else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:LONGEST_NUMBER]} is too large or too long")
+    return value

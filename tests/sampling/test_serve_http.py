@@ -1,0 +1,561 @@
+"""The service's HTTP, in process: every answer, every refusal, keys, limits, and bodies that nobody should send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from scoreray.data.errors import UserError
+from scoreray.sampling.generate import Request, generate
+from scoreray.sampling.load import load
+from scoreray.sampling.samplers import SAMPLERS, num_calls
+from scoreray.sampling.serve import make_app
+from scoreray.sampling.serve_access import hash_of, is_loopback, read_tokens
+from scoreray.sampling.serve_config import ERRORS, Limits, ServeConfig
+from scoreray.sampling.serve_keys import Keys
+from scoreray.sampling.serve_metrics import REPLICA_METRICS, SERVICE_METRICS
+from scoreray.sampling.serve_replica import Event, Job, Replica
+from scoreray.sampling.serve_request import SampleBody, make_job
+from scoreray.sampling.serve_service import LocalBackend, Lost, Service
+from scoreray.trainer.step import to_uint8
+
+JSON = {"Content-Type": "application/json"}
+SECRET = "a-secret-of-thirty-characters!"
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        return self.json["code"]
+
+
+class Caller:
+    """Calls an ASGI application as a server would."""
+
+    def __init__(self, app: Any, service: Service, replica: Replica) -> None:
+        self.app, self.service, self.replica = app, service, replica
+
+    async def __call__(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, leave_after: float = 1e9
+    ) -> Reply:
+        reply, ended = Reply(0, {}, b""), asyncio.Event()
+        waiting = [body]
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), leave_after)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                reply.status = message["status"]
+                reply.headers = {k.decode(): v.decode("latin-1") for k, v in message["headers"]}
+            else:
+                reply.body += message.get("body", b"")
+
+        raw = [(k.lower().encode(), v.encode("latin-1")) for k, v in {"Host": "localhost", **(headers or {})}.items()]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+            "raw_path": path.encode(), "query_string": b"", "headers": raw, "scheme": "http", "root_path": "",
+            "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+        }  # fmt: skip
+        await self.app(scope, receive, send)
+        ended.set()
+        return reply
+
+    async def post(self, body: Any = None, **headers: str) -> Reply:
+        raw = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self("POST", "/v1/samples", raw, {**JSON, **named})
+
+
+@pytest.fixture(scope="module")
+def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_run(str(tmp_path_factory.mktemp("runs") / "small"))
+
+
+@pytest.fixture(scope="module")
+def points_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_run(str(tmp_path_factory.mktemp("runs") / "points"), shape=(2,), classes=0)
+
+
+def config(url: str, **settings: Any) -> ServeConfig:
+    return ServeConfig((("small", url),), precision="fp32", compile="off", **settings)
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: ServeConfig, wrap: Callable[[Replica], Any] = LocalBackend) -> AsyncIterator[Caller]:
+    replica = Replica(settings)
+    service = Service(settings, wrap(replica))
+    await service.start()
+    try:
+        yield Caller(make_app(service), service, replica)
+    finally:
+        await service.stop()
+        await replica.close()
+
+
+def picture(item: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
+
+
+def metric(page: str, name: str) -> float:
+    return sum(
+        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith((name + " ", name + "{"))
+    )
+
+
+def test_what_is_served_is_what_is_drawn_offline(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            fields = {"count": 4, "sampler": "edm_sde", "steps": 5, "seed": 7, "options": {"s_churn": 4.0}}
+            reply = await call.post(fields, X_Request_ID="one")
+            assert reply.status == 200
+            answer = reply.json
+            assert (answer["id"], reply.headers["x-request-id"]) == ("one", "one")
+            assert answer["checkpoint"].startswith(run_url)
+            assert (answer["images_seen"], answer["ema"], answer["seed"]) == (64, "0.050", 7)
+            request = Request(4, "edm_sde", 5, 7, options={"s_churn": 4.0})
+            ((samples, labels),) = list(generate(load(run_url), request))
+            wanted = to_uint8(samples)[:, 0].numpy().astype(int)
+            got = np.stack([picture(item) for item in answer["data"]]).astype(int)
+            assert np.abs(got - wanted).max() <= 1  # a CPU's sums differ with the batch in the last bit
+            assert [item["class"] for item in answer["data"]] == labels.tolist() == [0, 1, 2, 0]
+
+            sheet = await call.post(fields, Accept="image/png")
+            assert sheet.headers["content-type"] == "image/png"
+            assert Image.open(io.BytesIO(sheet.body)).width > 16
+            assert sheet.headers["x-scoreray-checkpoint"] == answer["checkpoint"]
+            arrays = np.load(io.BytesIO((await call.post(fields, Accept="application/x-npz")).body))
+            assert np.array_equal(arrays["images"][..., 0], np.stack([picture(i) for i in answer["data"]]))
+            exact = np.load(io.BytesIO((await call.post({**fields, "format": "npy"}, Accept="application/x-npz")).body))
+            assert np.allclose(exact["samples"], samples.numpy(), atol=1e-4)
+            other = await call.post({**fields, "ema": "none"})
+            assert other.json["ema"] == "none"
+            assert (await call.post({"class_label": "class-2", "count": 2})).json["data"][1]["class"] == 2
+
+    asyncio.run(main())
+
+
+def test_points_are_numbers_not_pictures(points_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(points_url)) as call:
+            answer = (await call.post({"count": 3})).json
+            assert answer["format"] == "npy"
+            assert np.load(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).shape == (2,)
+            assert (await call.post({}, Accept="image/png")).status == 422
+            assert (await call.post({"guidance": 2.0})).json["field"] == "guidance"
+
+    asyncio.run(main())
+
+
+def test_every_mistake_has_its_code(run_url: str) -> None:
+    limits = Limits(max_body_bytes=2000, max_count=8, max_steps=50, max_calls=200)
+
+    async def main() -> None:
+        async with serving(config(run_url, limits=limits, hosts=("localhost",))) as call:
+            cases: list[tuple[Any, dict[str, str], int, str, str]] = [
+                (b"{", {}, 400, "bad_json", "JSON"),
+                (b"\xff\xfe", {}, 400, "bad_json", "UTF-8"),
+                (b"[" * 1990, {}, 400, "bad_json", ""),
+                (b'{"guidance": NaN}', {}, 400, "bad_json", "NaN"),
+                (b'{"count": ' + b"9" * 100 + b"}", {}, 400, "bad_json", "digits"),
+                (b'{"guidance": 1e999}', {}, 400, "bad_json", "too large"),
+                (b"[]", {}, 422, "invalid", "object"),
+                ({"cuont": 1}, {}, 422, "invalid", "did you mean 'count'"),
+                ({"count": "3"}, {}, 422, "invalid", "count"),
+                ({"count": True}, {}, 422, "invalid", "count"),
+                ({"count": 9}, {}, 422, "too_many", "at most 8"),
+                ({"steps": 51}, {}, 422, "too_many", "at most 50"),
+                ({"sampler": "ncsn"}, {}, 422, "too_many", "200 calls"),
+                ({"sampler": "huen"}, {}, 422, "invalid", "did you mean 'heun'"),
+                ({"options": {"s_churm": 1}}, {}, 422, "invalid", "s_churm"),
+                ({"sampler": "ddim", "options": {"eta": 7}}, {}, 422, "invalid", "eta = 7"),
+                ({"class_label": "dog"}, {}, 422, "invalid", "unknown"),
+                ({"class_label": "dog\ud800"}, {}, 422, "invalid", "class_label"),
+                ({"class_label": 3}, {}, 422, "invalid", "class '3'"),
+                ({"ema": "0.9"}, {}, 422, "invalid", "0.050"),
+                ({"model": "other"}, {}, 404, "no_model", "small"),
+                ({"sampler": "langevin", "options": {"step_size": 1e30}}, {}, 422, "not_finite", "finite"),
+                ({"idempotency_key": "a"}, {"Idempotency-Key": "b"}, 400, "bad_header", "differ"),
+                ({}, {"Idempotency-Key": "a b"}, 400, "bad_header", "printable"),
+                ({}, {"Content-Type": "text/plain"}, 415, "not_json", "Content-Type"),
+                ({}, {"Content-Length": "x"}, 400, "bad_header", "Content-Length"),
+                ({}, {"Host": "evil.example"}, 400, "bad_header", "Host"),
+                (b" " * 3000, {}, 413, "body_too_large", "2000"),
+                ({}, {"Content-Length": "99999"}, 413, "body_too_large", "2000"),
+            ]
+            for body, headers, status, code, words in cases:
+                reply = await call.post(body, **{name.replace("-", "_"): value for name, value in headers.items()})
+                assert (reply.status, reply.code) == (status, code), (body, reply.json)
+                assert words in reply.json["message"], (body, reply.json)
+                assert ERRORS[code][0] == status
+                assert reply.json["request_id"] == reply.headers["x-request-id"]
+            for method, path, status, code in (
+                ("GET", "/v1/nothing", 404, "no_path"),
+                ("GET", "/v1/samples", 405, "bad_method"),
+                ("PUT", "/v1/samples", 405, "bad_method"),
+            ):
+                reply = await call(method, path)
+                assert (reply.status, reply.code) == (status, code)
+
+    asyncio.run(main())
+
+
+def test_tokens(run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"# who may ask\nana:{SECRET}\nben:sha256:{hashlib.sha256(b'another-secret-word').hexdigest()}\n")
+    tokens = read_tokens(file)
+    assert SECRET not in repr(tokens)
+    monkeypatch.setenv("SCORERAY_TOKENS", f"eve:{SECRET}x,fay:{SECRET}y")
+    assert [name for name, _ in read_tokens(None)] == ["eve", "fay"]
+    for bad in ("short:abc", "no-colon-here-at-all", "x:sha256:12", f"a:{SECRET}\na:{SECRET}z", ""):
+        file.write_text(bad)
+        with pytest.raises(UserError) as error:
+            read_tokens(file)
+        assert "abc" not in str(error.value)
+    assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.1")] == [True] * 3 + [
+        False
+    ] * 2
+
+    async def main() -> None:
+        async with serving(config(run_url, tokens=tokens)) as call:
+            for header in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": f"Basic {SECRET}"}):
+                reply = await call("POST", "/v1/samples", b"{}", {**JSON, **header})
+                assert (reply.status, reply.code) == (401, "no_token")
+                assert reply.headers["www-authenticate"].startswith("Bearer")
+            assert (await call("GET", "/metrics")).status == (await call("GET", "/v1/model")).status == 401
+            assert [(await call("GET", path)).status for path in ("/", "/docs", "/healthz", "/readyz")] == [200] * 4
+            assert (await call.post({}, Authorization=f"Bearer {SECRET}")).status == 200
+            assert (await call.post({}, Authorization="bearer another-secret-word")).status == 200
+            page = await call("GET", "/metrics", headers={"Authorization": f"Bearer {SECRET}"})
+            assert 'scoreray_billed_rows_total{token="ana"} 1.0' in page.body.decode()
+
+    caplog.set_level("DEBUG")
+    asyncio.run(main())
+    assert " ana " in caplog.text
+    assert SECRET not in caplog.text
+    assert hash_of(SECRET) not in caplog.text
+
+
+def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url, limits=Limits(remember_bytes=3000))) as call:
+            twins = await asyncio.gather(*[call.post({"count": 3}, Idempotency_Key="k") for _ in range(5)])
+            again = await call.post({"count": 3}, Idempotency_Key="k")
+            assert {reply.json["data"][0]["b64_json"] for reply in [*twins, again]} == {
+                again.json["data"][0]["b64_json"]
+            }
+            assert len({reply.json["id"] for reply in [*twins, again]}) == 6
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_samples_total") == metric(page, "scoreray_billed_rows_total") == 3
+            assert metric(page, "scoreray_replayed_total") == 5
+            refused = await call.post({"count": 4}, Idempotency_Key="k")
+            assert (refused.status, refused.code) == (422, "key_reused")
+
+            for i in range(4):  # answers that push the first one out of memory
+                await call.post({"count": 3}, Idempotency_Key=f"other-{i}")
+            assert call.service._keys.num_bytes <= 3000
+            third = await call.post({"count": 3}, Idempotency_Key="k")
+            assert third.json["data"] == again.json["data"]
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_samples_total") == 18  # drawn again, the same
+            assert metric(page, "scoreray_billed_rows_total") == 15  # and not billed again
+
+    asyncio.run(main())
+
+
+def test_keys_are_forgotten_in_time_and_number() -> None:
+    now = [0.0]
+    keys: Keys[str, str] = Keys(Limits(remember_keys=3, remember_s=10), clock=lambda: now[0])
+    for i in range(5):
+        now[0] = float(i)
+        keys.keep(keys.add("t", str(i), "f", "job"), 100)
+    assert [keys.find("t", str(i), "f") is not None for i in range(5)] == [False, False, True, True, True]
+    assert (len(keys), keys.num_bytes) == (3, 300)
+    now[0] = 13.5
+    assert keys.find("t", "2", "f") is None
+    assert keys.find("t", "4", "f") is not None
+    assert keys.find("other", "4", "f") is None
+
+
+def test_a_client_that_goes_frees_its_rows(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            slow = json.dumps({"count": 64, "steps": 900}).encode()
+            for body in (slow, slow[:-1] + b', "stream": true}'):
+                gone = asyncio.create_task(call("POST", "/v1/samples", body, JSON, leave_after=0.3))
+                await asyncio.sleep(0.2)
+                assert call.replica.waiting_rows() == 64
+                with contextlib.suppress(Exception):
+                    await gone
+                for _ in range(50):
+                    await asyncio.sleep(0.02)
+                    if call.replica.waiting_rows() == 0:
+                        break
+                assert call.replica.waiting_rows() == call.service.under_way() == 0
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_cancelled_rows_total") == 128
+            assert metric(page, "scoreray_billed_rows_total") == 0
+            assert (await call.post({"steps": 3})).status == 200
+
+    asyncio.run(main())
+
+
+def test_a_stream_shows_estimates_and_ends_in_the_answer(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            reply = await call.post({"count": 4, "steps": 10, "seed": 3, "stream": True, "previews": 3})
+            blocks = [block.split("\n") for block in reply.body.decode().strip().split("\n\n")]
+            events = [(b[0].removeprefix("event: "), json.loads(b[1].removeprefix("data: "))) for b in blocks]
+            assert [name for name, _ in events] == ["start", "preview", "preview", "preview", "done"]
+            progress = [data["progress"] for name, data in events if name == "preview"]
+            assert progress == sorted(progress)
+            assert picture(events[1][1]).ndim == 3
+            plain = await call.post({"count": 4, "steps": 10, "seed": 3})
+            assert events[-1][1]["data"] == plain.json["data"]
+            refused = await call.post({"stream": True, "sampler": "langevin", "options": {"step_size": 1e30}})
+            assert "event: error" in refused.body.decode()
+            assert (await call.post({"stream": True, "count": 0})).status == 422
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_dies_is_replaced_by_another_with_the_same_answer(run_url: str) -> None:
+    class Dying(LocalBackend):
+        """The first draws break off at their second event, or before the first."""
+
+        deaths = 3
+
+        async def draw(self, job: Job) -> AsyncIterator[Event]:
+            events = 0
+            async for event in self.replica.draw(job):
+                if self.deaths and events == self.deaths % 2:
+                    self.deaths -= 1
+                    raise Lost("killed")
+                events += 1
+                yield event
+
+    async def main() -> None:
+        async with serving(config(run_url), Dying) as call:
+            body = {"count": 3, "seed": 1, "steps": 6}
+            first = await call.post(body, Idempotency_Key="k")
+            assert first.status == 200
+            assert first.json["data"] == (await call.post(body)).json["data"]
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_retries_total") == 3
+            assert metric(page, "scoreray_billed_rows_total") == 6
+
+    asyncio.run(main())
+
+
+def test_too_much_is_shed_by_rows_and_by_token(run_url: str) -> None:
+    limits = Limits(max_waiting_rows=40, token_requests=6, token_rows=100, max_request_s=0.5)
+
+    async def main() -> None:
+        async with serving(config(run_url, limits=limits)) as call:
+            slow = {"count": 30, "steps": 500, "seed": 1}
+            replies = await asyncio.gather(*[call.post({**slow, "seed": i}) for i in range(8)])
+            found = sorted((reply.status, reply.code) for reply in replies)
+            assert found[0] == (429, "token_busy")
+            assert set(found) == {(429, "token_busy"), (503, "overloaded"), (503, "timed_out")}
+            assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies)
+            assert (await call.post({"steps": 2})).status == 200
+            assert call.service.under_way() == 0
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_sheds_total") == 8
+
+    asyncio.run(main())
+
+
+def test_a_newer_checkpoint_is_taken_without_a_failed_request(
+    new_run: Callable[..., str], tmp_path: Any, run_url: str
+) -> None:
+    url = new_run(str(tmp_path / "growing"), 64)
+
+    async def main() -> None:
+        settings = replace(config(url, reload_s=0.05, max_models=2), models=(("growing", url), ("still", run_url)))
+        async with serving(settings) as call:
+            seen: list[int] = []
+
+            async def ask() -> None:
+                while len(set(seen)) < 3:
+                    reply = await call.post({"steps": 4})
+                    assert reply.status == 200, reply.body
+                    seen.append(reply.json["images_seen"])
+
+            asking = [asyncio.create_task(ask()) for _ in range(3)]
+            for images in (128, 192):
+                while not seen or seen[-1] != images - 64:
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(new_run, url, images, seed=images)
+            await asyncio.wait_for(asyncio.gather(*asking), 30)
+            assert sorted(set(seen)) == [64, 128, 192]
+            model = (await call("GET", "/v1/model")).json
+            assert model["images_seen"] == 192
+            assert [page["name"] for page in model["models"]] == ["growing", "still"]
+            assert (await call.post({"model": "still"})).json["images_seen"] == 64
+            assert metric((await call("GET", "/metrics")).body.decode(), "scoreray_models_loaded") <= 2
+
+    asyncio.run(main())
+
+
+def test_draining_answers_what_is_under_way_and_takes_nothing_more(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            under_way = [asyncio.create_task(call.post({"count": 8, "steps": 30})) for _ in range(4)]
+            await asyncio.sleep(0.05)
+            left = asyncio.create_task(call.service.drain(20))
+            await asyncio.sleep(0)
+            refused = await call.post({})
+            assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "draining", "5")
+            assert (await call("GET", "/readyz")).status == 503
+            assert (await call("GET", "/healthz")).status == 200
+            assert await left == 0
+            assert [task.result().status for task in under_way] == [200] * 4
+
+    asyncio.run(main())
+
+
+def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            for path in ("/", "/docs"):
+                page = await call("GET", path)
+                assert page.headers["content-type"].startswith("text/html")
+                assert b"http://" not in page.body.replace(b"http://www.w3.org", b"").replace(b"http://localhost", b"")
+                assert b"https://" not in page.body
+                assert "default-src 'none'" in page.headers["content-security-policy"]
+            schema = (await call("GET", "/openapi.json")).json
+            assert set(schema["paths"]) == {"/v1/samples", "/v1/model", "/metrics", "/healthz", "/readyz"}
+            text = (await call("GET", "/metrics")).body.decode()
+            assert all(f"# HELP {m.name}" in text for m in (*REPLICA_METRICS, *SERVICE_METRICS))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"rk45"}))
+def test_the_calls_that_a_request_is_charged_with_are_those_it_takes(sampler: str, run_url: str) -> None:
+    from scoreray.sampling.serve_models import look_up
+
+    served = look_up("small", run_url)
+    options = {"num_steps": 3} if sampler in ("ncsn", "ncsnv2") else {}
+    for steps in (1, 2, 7):
+        job = make_job(SampleBody(sampler=sampler, steps=steps, options=options), served, Limits(), "image/png", 0)
+        assert job.calls == num_calls(sampler, job.sigmas, **options)
+
+
+NASTY: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, 1e-320, "", "heun", "a" * 300, "\u0000",
+    "\ud800", "💥", [], {}, [1], {"a": 1}, "NaN", "1", "none", "0.050", [[]], {"eta": 1.0}, {"num_steps": 10**9},
+    {"rtol": 1e-300}, {"s_churn": 1e300}, {"step_size": 1e-300}, {"max_steps": 1},
+]  # fmt: skip
+
+
+def strange_body(random_: random.Random) -> tuple[bytes, dict[str, str]]:
+    """A request for samples in which something or nothing is wrong."""
+    fields: dict[str, Any] = {"count": random_.randint(1, 2), "steps": random_.randint(1, 3)}
+    names = [*SampleBody.model_fields, "cuont", "", "__class__"]
+    for _ in range(random_.randint(0, 3)):
+        fields[random_.choice(names)] = random_.choice(NASTY)
+    if random_.random() < 0.5:
+        fields["sampler"] = random_.choice(list(SAMPLERS))
+    body = json.dumps(fields).encode()
+    if random_.random() < 0.2:
+        at = random_.randrange(len(body))
+        body = body[:at] + random_.randbytes(random_.randint(0, 3)) + body[at + random_.randint(0, 4) :]
+    headers = {"Content-Type": "application/json"}
+    if random_.random() < 0.1:
+        name = random_.choice(["Content-Type", "Content-Length", "Idempotency-Key", "Accept", "X-Request-ID"])
+        headers[name] = random_.choice(["", "0", "-1", "é", "x" * 400, "image/png;q=x", "application/json; charset=x"])
+    return body, headers
+
+
+def test_ten_thousand_strange_bodies_get_one_clear_answer_each(points_url: str) -> None:
+    """No 500, no hang, nothing left behind; a refusal is JSON with a code of the list."""
+    limits = Limits(max_count=2, max_steps=4, max_calls=16, max_request_s=10, token_requests=1000, token_rows=10_000)
+
+    async def main() -> None:
+        async with serving(config(points_url, limits=limits, max_batch=64)) as call:
+            random_ = random.Random(6)
+            statuses: dict[int, int] = {}
+
+            async def some() -> None:
+                for _ in range(10_000 // 50):
+                    body, headers = strange_body(random_)
+                    reply = await asyncio.wait_for(call("POST", "/v1/samples", body, headers), 20)
+                    statuses[reply.status] = statuses.get(reply.status, 0) + 1
+                    if reply.status != 200:
+                        assert ERRORS[reply.code][0] == reply.status != 500, (body, headers, reply.json)
+
+            await asyncio.gather(*[some() for _ in range(50)])
+            assert sum(statuses.values()) == 10_000
+            assert statuses[200] > 500, statuses
+            assert {200, 400, 422} <= set(statuses) <= {200, 400, 404, 413, 415, 422}, statuses
+            assert call.replica.waiting_rows() == call.service.under_way() == 0
+
+    asyncio.run(main())
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def test_any_json_is_answered(points_url: str) -> None:
+    limits = Limits(max_count=2, max_steps=4, max_calls=16)
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        call = runner.run(stack.enter_async_context(serving(config(points_url, limits=limits))))
+
+        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(st.dictionaries(st.sampled_from(list(SampleBody.model_fields)), values, max_size=4) | values)
+        def asked(body: Any) -> None:
+            reply = runner.run(call("POST", "/v1/samples", json.dumps(body).encode(), JSON))
+            assert reply.status in (200, 400, 404, 422), reply.body
+            assert reply.status == 200 or ERRORS[reply.code][0] == reply.status
+
+        asked()
+        runner.run(stack.aclose())
+
+
+def test_two_rows_with_guidance_and_the_models_range(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            reply = await call.post({"count": 2, "guidance": 2.0, "class_label": 1, "steps": 3, "seed": 5})
+            request = Request(2, steps=3, seed=5, class_label=1, guidance=2.0)
+            ((samples, _),) = list(generate(load(run_url), request))
+            wanted = to_uint8(samples)[:, 0].numpy().astype(int)
+            got = np.stack([picture(item) for item in reply.json["data"]]).astype(int)
+            assert np.abs(got - wanted).max() <= 1
+            assert torch.isfinite(samples).all()
+
+    asyncio.run(main())
