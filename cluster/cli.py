@@ -294,6 +294,104 @@ def serve(
         sys.exit(130)
 
 
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="URL of a run, of one checkpoint in it, or of an exported model."),
+    ],
+    reference: Annotated[str, typer.Option(help="The packed data set that it is measured against.")],
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Of fid,kid,is,pr,sw,nn,kde,bpd,nats,loss,psnr,ssim,ais; default: what fits and is cheap. "
+            "See docs/evaluation.md."
+        ),
+    ] = "",
+    out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = "",
+    cache: Annotated[str, typer.Option(help="Extractors and reference features; default: cache/ in --out.")] = "",
+    extractor: Annotated[
+        str,
+        typer.Option(help="auto, classifier, identity, or a file: Inception-v3's weights, TorchScript (runs code)."),
+    ] = "auto",
+    count: Annotated[int, typer.Option(help="Samples to draw.")] = 10_000,
+    reference_count: Annotated[int, typer.Option(help="Samples of the reference, evenly over it.")] = 50_000,
+    likelihood_count: Annotated[int, typer.Option(help="Samples of the reference for bpd and nats.")] = 128,
+    loss_count: Annotated[int, typer.Option(help="Samples of the reference for loss.")] = 1024,
+    restoration_count: Annotated[int, typer.Option(help="Samples of the reference for psnr and ssim.")] = 128,
+    restoration: Annotated[
+        str, typer.Option(help="For psnr and ssim: superresolution=FACTOR, inpaint or gray.")
+    ] = "superresolution=2",
+    sampler: Annotated[str | None, typer.Option(help="As for sample; default: what fits the model.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Noise levels, or Gibbs sweeps.", min=1)] = None,
+    grid: Annotated[str | None, typer.Option(help="Noise levels, as for sample.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.", min=0)] = 0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
+    rtol: Annotated[float, typer.Option(help="Tolerance of the likelihood's solver.")] = 1e-5,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray actors; default: what the cluster has room for.", min=1)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of each worker; part of the record.", min=1)] = 1,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a model: a record to compare, a page to look at. The same command again goes on, or finds it."""
+    from scoreray.cluster.evaluating import evaluate_on_ray
+    from scoreray.sampling.plan import Settings
+
+    settings = Settings(
+        checkpoint=checkpoint,
+        reference=reference,
+        metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+        out=out,
+        cache=cache,
+        ema=ema,
+        extractor=extractor,
+        count=count,
+        reference_count=reference_count,
+        likelihood_count=likelihood_count,
+        loss_count=loss_count,
+        restoration_count=restoration_count,
+        restoration=restoration,
+        sampler=sampler,
+        steps=steps,
+        grid=grid,
+        seed=seed,
+        guidance=guidance,
+        batch_size=batch_size,
+        options=_options(option or []),
+        rtol=rtol,
+        threads=threads,
+    )
+    _make_bucket(out)
+    evaluation = evaluate_on_ray(settings, workers=workers, verbose=verbose)
+    typer.echo(json.dumps(evaluation.answer()) if as_json else evaluation.text())
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A.json", help="The record of an evaluation (record.json).")],
+    second: Annotated[str, typer.Argument(metavar="B.json", help="Another one.")],
+    metrics: Annotated[str, typer.Option(help="Only these; default: all that both have.")] = "",
+    vary: Annotated[str, typer.Option(help="Settings of sampling that are meant to differ: sampler,steps,...")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare two evaluations; exit status 2, naming what differs, when their numbers can't be compared."""
+    from scoreray.sampling.record import compare as compared
+    from scoreray.sampling.record import comparison_text, notes, read_record
+
+    a, b = read_record(first), read_record(second)
+    found = compared(a, b, *([part for part in text.split(",") if part] for text in (metrics, vary)))
+    beside = notes(a, b)
+    if as_json:
+        typer.echo(json.dumps({"metrics": found, "notes": beside}))
+    else:
+        typer.echo(comparison_text(found, beside))
+
+
 @data_app.command()
 def pack(
     source: Annotated[

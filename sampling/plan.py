@@ -6,6 +6,8 @@ any number of workers gives the same record, and what a killed evaluation has st
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import platform
 from dataclasses import dataclass, field
@@ -205,7 +207,7 @@ def describe(url: str, ema: str | None) -> tuple[ModelInfo, str]:
     else:
         name, where = RAW if ema == RAW else config.ema.choose(ema), source.url
     info = ModelInfo(where, int(page["images_seen"]), name, shape, classes, config)
-    return info, record.digest([hashes, name])
+    return info, hashlib.sha256(json.dumps([hashes, name]).encode()).hexdigest()
 
 
 def run_of(url: str) -> str:

@@ -119,6 +119,16 @@ def notes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def comparison_text(found: dict[str, dict[str, Any]], beside: Sequence[str]) -> str:
+    """A comparison for people: a line for each metric, then what else differs."""
+    lines = []
+    for name, one in found.items():
+        error = "" if one["std_error"] is None else f" +- {1.96 * one['std_error']:.3g}"
+        verdict = {None: "", True: "", False: "  (within the error)"}[one["resolved"]]
+        lines.append(f"{name:5} {one['first']:.5g} -> {one['second']:.5g}  by {one['difference']:+.4g}{error}{verdict}")
+    return "\n".join([*lines, *(f"note: {line}" for line in beside)])
+
+
 def _differ(name: str, left: Any, right: Any) -> list[str]:
     if isinstance(left, dict) and isinstance(right, dict):
         keys = [key for key in {**left, **right} if key not in ONLY_TOLD]
