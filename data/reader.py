@@ -70,12 +70,13 @@ class Reader:
         for attempt in range(self._attempts):
             try:
                 return self._records.read(shard, start, count)
-            except NotFound as error:
-                raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
-            except DataError:
-                if attempt + 1 == self._attempts:
+            except (NotFound, DataError) as error:
+                if attempt + 1 < self._attempts:
+                    self._pause(attempt)
+                elif isinstance(error, NotFound):
+                    raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
+                else:
                     raise
-                self._pause(attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _get_index(self, key: str, start: int, end: int) -> bytes:

@@ -31,11 +31,16 @@ BODY_S, LEAST_BYTES_PER_S = 10.0, 1e6  # an answer of n bytes may take BODY_S + 
 MULTIPART_BYTES = 64 << 20  # objects above this are uploaded in parts
 CODES_NO_KEY = {"NoSuchKey", "404", "NotFound"}
 CODES_CREDENTIALS = {"403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
-CODES_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
+EXPIRED_S = 20.0  # how long credentials that have expired are looked up again, where a rotation may be under way
+CODES_EXPIRED = {"ExpiredToken", "RequestExpired", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"}
 CODES_BUSY = {"500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "Throttling",
               "RequestLimitExceeded", "RequestTimeout", "OperationAborted"}  # fmt: skip
 
 T = TypeVar("T")
+
+
+class Expired(StorageError):
+    """The credentials have expired; those that the machine has may by now be others."""
 
 
 class S3Store(Store):
@@ -203,7 +208,7 @@ num_retries = 0  # of this process, beyond botocore's own; for metrics
 def _ask(url: str, request: Callable[[], T]) -> T:
     """The answer to `request`, asked again with backoff while the store is busy or cut off, up to PATIENCE_S."""
     global num_retries
-    deadline = time.monotonic() + min(PATIENCE_S, _patience_s.get())
+    started, patience_s = time.monotonic(), min(PATIENCE_S, _patience_s.get())
     for attempt in range(1000):
         try:
             return request()
@@ -212,8 +217,12 @@ def _ask(url: str, request: Callable[[], T]) -> T:
             if explained is None:
                 raise
             wait_s = min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
-            if not isinstance(explained, Unanswered) or time.monotonic() + wait_s > deadline:
+            deadline = started + (min(patience_s, EXPIRED_S) if isinstance(explained, Expired) else patience_s)
+            if not isinstance(explained, Unanswered | Expired) or time.monotonic() + wait_s > deadline:
                 raise explained from error
+            if isinstance(explained, Expired) and attempt:
+                with _lock:
+                    _clients.clear()  # the next one asks the environment, ~/.aws and the machine's role anew
             num_retries += 1
             log.warning("asking again (%d): %s", attempt + 1, explained)
             time.sleep(wait_s)
@@ -268,7 +277,7 @@ def _explain_answer(url: str, endpoint: str, error: botocore.exceptions.ClientEr
     if code == "NoSuchBucket":
         return StorageError(f"{url}: bucket '{bucket}' does not exist at {endpoint}; create it or mend the URL")
     if code in CODES_EXPIRED:
-        return StorageError(f"{url}: the credentials have expired; get new ones and run the same command again")
+        return Expired(f"{url}: the credentials have expired; get new ones and run the same command again")
     if code in CODES_NO_KEY:
         return NotFound(f"{url}: no such object")
     if code in CODES_BUSY or status in CODES_BUSY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 import random
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,14 +36,22 @@ def refusal(status: str, code: str) -> bytes:
     return f"{head}\r\n\r\n{body}".encode()
 
 
-REFUSALS = {"busy": refusal("503 Slow Down", "SlowDown"), "expired": refusal("400 Bad Request", "ExpiredToken")}
+REFUSALS = {
+    "unavailable": refusal("503 Service Unavailable", "ServiceUnavailable"),
+    "slow down": refusal("503 Slow Down", "SlowDown"),
+    "missing": refusal("404 Not Found", "NoSuchKey"),
+    "expired 400": refusal("400 Bad Request", "ExpiredToken"),
+    "expired 403": refusal("403 Forbidden", "ExpiredToken"),
+}
 
 
 class FaultProxy:
-    """Passes one request a connection on to `upstream`; `fault()` says what happens to the answer to a GET."""
+    """Passes one request a connection on to `upstream`; `fault()`, or `fault(request)`, says what happens to the answer
+    to a GET of shards or index."""
 
-    def __init__(self, upstream: tuple[str, int], fault: Callable[[], str]) -> None:
+    def __init__(self, upstream: tuple[str, int], fault: Callable[..., str]) -> None:
         self.upstream, self.fault = upstream, fault
+        self.wants_request = bool(inspect.signature(fault).parameters)
         self.done: Counter[str] = Counter()
         self.server = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
@@ -62,7 +72,10 @@ class FaultProxy:
                 request += connection.recv(65536)
             if not request:
                 return
-            kind = self.fault() if request.startswith(b"GET") and b"/shards/" in request.split(b"\r\n")[0] else ""
+            line = request.split(b"\r\n")[0]
+            asked = line.startswith(b"GET") and (b"/shards/" in line or b"/index.bin" in line)
+            given = [request] if self.wants_request else []
+            kind = self.fault(*given) if asked else ""
             self.done[kind] += 1
             if kind in REFUSALS:
                 connection.sendall(REFUSALS[kind])
@@ -130,34 +143,114 @@ def read(url: str, num_batches: int, **options) -> list[Batch]:
         return list(itertools.islice(stream, num_batches))
 
 
-FAULTS = ("busy", "reset", "cut", "short", "flip", "slow")
+def same(expected: list[Batch], found: list[Batch]) -> bool:
+    pairs = zip(expected, found, strict=True)
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.index, b.index) and torch.equal(a.position, b.position)
+        for a, b in pairs
+    )
 
 
-def test_with_every_fault_at_a_tenth_of_the_requests_the_batches_are_the_same(
+FAULTS = ("unavailable", "slow down", "reset", "slow", "cut", "short", "flip", "missing", "expired 400", "expired 403")
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_with_a_fault_at_a_tenth_of_the_requests_the_batches_are_the_same(
+    kind: str, packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tenth request: 0 wrong bytes accepted, 0 samples lost, and the consumer waits for seconds at most."""
+    monkeypatch.setattr(hedge, "LEAST_S", 0.3)
+    expected = read(packed[0], 21)  # an epoch
+    asked = itertools.count(1)
+    proxy = through_proxy(lambda: kind if next(asked) % 10 == 0 else "")
+    with stream_of(s3_url) as stream:
+        found = list(itertools.islice(stream, 21))
+    assert same(expected, found)
+    assert proxy.done[kind] >= 4, proxy.done
+    assert stream.stats.stall_s < 15
+    if kind in ("short", "flip", "missing"):
+        assert stream.stats.rereads > 0
+    if kind == "slow":
+        assert stream.stats.hedged > 0
+
+
+def test_with_every_fault_at_once_the_batches_are_the_same(
     packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hedge, "LEAST_S", 0.3)
-    expected = read(packed[0], 21)  # an epoch
-    chance = random.Random(0)
-    lock = threading.Lock()
+    chance, lock = random.Random(0), threading.Lock()
 
     def fault() -> str:
         with lock:
-            which = int(chance.random() * 10)
-        return FAULTS[which] if which < len(FAULTS) else ""
+            return chance.choice([*FAULTS, *[""] * 20])
 
     proxy = through_proxy(fault)
-    started = time.monotonic()
-    with Stream(s3_url, global_batch_size=24, rank=0, world_size=1, seed=7, shuffle_block=16, cache_bytes=0) as stream:
+    with stream_of(s3_url) as stream:
+        found = list(itertools.islice(stream, 8))
+    assert same(read(packed[0], 8), found)
+    assert sum(proxy.done[kind] > 0 for kind in FAULTS) > 2, proxy.done
+    assert stream.stats.stall_s < 60
+
+
+def test_a_name_that_resolves_at_times_only_loses_nothing(
+    packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = through_proxy(lambda: "")
+    endpoint = proxy.url.replace("127.0.0.1", "storage.test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    monkeypatch.setenv("NO_PROXY", "storage.test")
+    real, asked = socket.getaddrinfo, itertools.count(1)
+    failed = []
+
+    def resolve(host: str, *rest: Any, **options: Any) -> Any:
+        if host != "storage.test":
+            return real(host, *rest, **options)
+        if (n := next(asked)) < 4 or n % 10 == 0:  # not at first, then nine times of ten
+            failed.append(n)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1", *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with stream_of(s3_url) as stream:
         found = list(itertools.islice(stream, 21))
-    assert time.monotonic() - started < 60
-    assert all(proxy.done[kind] > 0 for kind in FAULTS), proxy.done
-    assert stream.stats.rereads > 0
-    assert stream.stats.hedged > 0
-    for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.index, b.index)
-        assert torch.equal(a.position, b.position)
+    assert same(read(packed[0], 21), found)
+    assert len(failed) > 5
+    assert stream.stats.stall_s < 15
+
+
+def test_credentials_that_are_rotated_are_found(
+    packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, local_s3: LocalS3,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """They expire while a stream reads; new ones are put into ~/.aws half a second later."""
+    write = lambda key, secret: (tmp_path / "credentials").write_text(  # noqa: E731
+        f"[default]\naws_access_key_id={key}\naws_secret_access_key={secret}\n"
+    )
+    pair = local_s3.env["AWS_ACCESS_KEY_ID"], local_s3.env["AWS_SECRET_ACCESS_KEY"]
+    write(*pair)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    asked = itertools.count()
+
+    def fault(request: bytes) -> str:
+        if next(asked) == 5:
+            write("EXPIRED", "x")
+            store_s3._clients.clear()
+            threading.Timer(0.5, write, pair).start()
+        return "expired 400" if b"Credential=EXPIRED/" in request else ""
+
+    proxy = through_proxy(fault)
+    with stream_of(s3_url) as stream:
+        found = list(itertools.islice(stream, 21))
+    assert same(read(packed[0], 21), found)
+    assert proxy.done["expired 400"] > 0
+    assert stream.stats.stall_s < 15
+
+
+def in_shards(kind: str) -> Callable[[bytes], str]:
+    return lambda request: kind if b"/shards/" in request.split(b"\r\n")[0] else ""
 
 
 def test_a_server_that_only_trickles_is_given_up_in_bounded_time(
@@ -165,7 +258,7 @@ def test_a_server_that_only_trickles_is_given_up_in_bounded_time(
 ) -> None:
     monkeypatch.setattr(store_s3, "BODY_S", 0.5)
     monkeypatch.setattr(store_s3, "PATIENCE_S", 1.0)
-    through_proxy(lambda: "slow")
+    through_proxy(in_shards("slow"))
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"shards/00000\d.tar: the connection to http://127.* broke off"):
         read(s3_url, 5)
@@ -173,18 +266,27 @@ def test_a_server_that_only_trickles_is_given_up_in_bounded_time(
 
 
 def test_bytes_that_stay_wrong_are_refused_by_name(s3_url: str, through_proxy: Callable) -> None:
-    through_proxy(lambda: "flip")
+    through_proxy(in_shards("flip"))
     with pytest.raises(DataError, match=r"s3://.*shards/00000\d.tar: sample \d+ at byte \d+: its bytes are not those"):
         read(s3_url, 5)
 
 
-def test_expired_credentials_are_said_at_once(s3_url: str, through_proxy: Callable) -> None:
-    proxy = through_proxy(lambda: "expired")
-    message = "the credentials have expired; get new ones and run the same command again"
-    with pytest.raises(StorageError, match=message):
-        open_store(s3_url).get("shards/000000.tar")
-    assert proxy.done["expired"] == 1, "it is not asked again"
-    with pytest.raises(StorageError, match=message):
+@pytest.mark.parametrize("kind", ["expired 400", "expired 403"])
+def test_credentials_that_stay_expired_are_one_line(
+    kind: str, s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_s3, "EXPIRED_S", 1.0)
+    proxy = through_proxy(lambda: kind)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="the credentials have expired; get new ones and run the same command again"):
+        read(s3_url, 5)
+    assert time.monotonic() - started < 10
+    assert proxy.done[kind] > 1
+
+
+def test_a_shard_that_stays_missing_is_one_line(s3_url: str, through_proxy: Callable) -> None:
+    through_proxy(in_shards("missing"))
+    with pytest.raises(DataError, match=r"s3://.*shards/00000\d.tar: no such object; the manifest lists this shard"):
         read(s3_url, 5)
 
 
