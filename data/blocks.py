@@ -5,14 +5,15 @@ While a lane hands out one block, its next one is being read. Nothing here runs 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
-from scoreray.data.decode import decode_into
+from scoreray.data.decode import decode_into, decode_rows
 from scoreray.data.errors import DataError
 from scoreray.data.order import Key, Order
 from scoreray.data.reader import Reader
@@ -23,13 +24,18 @@ STAND_INS = 16  # samples that are tried in the place of a quarantined one
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was read, in the order in which it is handed out. `members` is empty when they are in the cache,
-    a member is None when it is quarantined."""
+    """A block that was read, in the order in which it is handed out. Member i is data[bounds[i] : bounds[i + 1]], empty
+    when it is quarantined; when all are in the cache, there are none."""
 
     samples: np.ndarray
     labels: np.ndarray
     formats: np.ndarray
-    members: np.ndarray  # of bytes or None
+    data: bytes = b""  # one piece: many small ones would cut up the memory that the next large reads need
+    bounds: list[int] = field(default_factory=list)
+
+    def members(self, start: int, end: int) -> list[bytes | None]:
+        data, bounds = self.data, self.bounds[start : end + 1]
+        return [data[i:j] or None for i, j in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Rows:
     index: np.ndarray
     labels: np.ndarray
     formats: np.ndarray
-    members: np.ndarray  # of bytes or None
+    members: list[bytes | None]
 
     def part(self, start: int, end: int) -> Rows:
         return Rows(
@@ -66,7 +72,9 @@ class Blocks:
         self.stored_shape = (*self.shape[1:], self.shape[0]) if self.dtype == np.uint8 else self.shape  # channels last
         num_bytes = manifest.num_samples * int(np.prod(self.shape)) * self.dtype.itemsize
         self._cache = _Cache(manifest.num_samples, self.stored_shape, self.dtype) if num_bytes <= cache_bytes else None
-        self._asked: dict[Key, Future[Block]] = {}
+        self._inline = self._cache is None and not reader.store.is_remote
+        self._asked: dict[Key, Future[Block] | Block | None] = {}  # None: to be read when its turn comes
+        self._newest: dict[int, Key] = {}  # of each lane
         self._threads: ThreadPoolExecutor | None = None
 
     def rows(self, positions: np.ndarray, stop: threading.Event) -> Rows:
@@ -74,26 +82,34 @@ class Blocks:
         if self._cache is not None and self._cache.is_whole:
             self._asked.clear()
             samples = self.order.samples(positions)
-            return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), np.empty(0, object))
+            return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), [])
         groups = self.order.by_block(positions)
-        newest: dict[int, Key] = {}
+        passed = []
         for key, _, _ in groups:
             self._ask(key)
-            newest[key[1]] = max(key, newest.get(key[1], key))
-        for key in newest.values():
-            self._ask(self._next(key))
-        index, labels = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
-        formats = np.zeros(len(positions), np.uint8)
-        members = np.empty(len(positions) if self._cache is None else 0, object)
-        for key, rows, places in groups:
+            lane = key[1]
+            if self._newest.get(lane) != key:
+                if lane in self._newest:
+                    passed.append(self._newest[lane])
+                self._newest[lane] = key
+                self._ask(self._next(key), ahead=True)
+        order = np.concatenate([rows for _, rows, _ in groups])
+        index, labels, formats = (list[np.ndarray]() for _ in range(3))
+        members: list[bytes | None] = []
+        for key, _, places in groups:
             block = self._wait(key, stop)
-            index[rows], labels[rows] = block.samples[places], block.labels[places]
-            if self._cache is None:
-                formats[rows] = block.formats[places]
-                members[rows] = block.members[places]
-        for key in [key for key in self._asked if key < newest.get(key[1], key)]:
+            first, end = int(places[0]), int(places[-1]) + 1  # a lane's positions that follow each other
+            index.append(block.samples[first:end])
+            labels.append(block.labels[first:end])
+            formats.append(block.formats[first:end])
+            members += block.members(first, end)
+        back = np.argsort(order)
+        if self._cache is None:
+            members = [members[i] for i in back.tolist()]
+        for key in passed:
             del self._asked[key]
-        return Rows(positions, index, labels, formats, members)
+        codes = np.concatenate(formats)[back] if self._cache is None else np.zeros(0, np.uint8)
+        return Rows(positions, np.concatenate(index)[back], np.concatenate(labels)[back], codes, members)
 
     def decode(self, rows: Rows, out: np.ndarray) -> None:
         """The rows' samples into `out` [n, H, W, C] or [n, ...]. Where one stands in for a quarantined sample, the
@@ -110,21 +126,14 @@ class Blocks:
         self._asked.clear()
 
     def _decode(
-        self,
-        index: np.ndarray,
-        labels: np.ndarray,
-        formats: np.ndarray,
-        members: np.ndarray,
-        out: np.ndarray,
+        self, index: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None], out: np.ndarray
     ) -> None:
-        name_of = self.reader.name_of
-        for row, (sample, code, member) in enumerate(
-            zip(index.tolist(), formats.tolist(), members.tolist(), strict=True)
-        ):
+        for row in decode_rows(members, formats, out):
+            sample, member = int(index[row]), members[row]
             try:
                 if member is None:
-                    raise DataError(f"{name_of(sample)}: quarantined")
-                decode_into(out[row], member, code, partial(name_of, sample))
+                    raise DataError(f"{self.reader.name_of(sample)}: quarantined")
+                decode_into(out[row], member, int(formats[row]), partial(self.reader.name_of, sample))
             except DataError as error:
                 if self.reader.quarantine is None:
                     raise
@@ -148,16 +157,30 @@ class Blocks:
             f"{self.reader.name_of(sample)}: quarantined, and so are {STAND_INS} that could stand in for it"
         )
 
-    def _ask(self, key: Key) -> None:
+    def _ask(self, key: Key, *, ahead: bool = False) -> None:
+        """Has a block read; from a disk of this machine only when its turn comes (a thread that reads from there costs
+        the decoding one more than it saves), but the kernel is told of it."""
+        if key in self._asked:
+            return
+        if self._inline:
+            if ahead:
+                self.reader.advise(self.order.block(*key).runs)
+            self._asked[key] = None
+            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS, "scoreray-read")
-        if key not in self._asked:
-            self._asked[key] = self._threads.submit(self._read, key)
+        self._asked[key] = self._threads.submit(self._read, key)
 
     def _wait(self, key: Key, stop: threading.Event) -> Block:
-        while not self._asked[key].done() and not stop.is_set():
-            wait([self._asked[key]], timeout=0.2)
-        return self._asked[key].result(timeout=0)
+        asked = self._asked[key]
+        if asked is None:
+            asked = self._asked[key] = self._read(key)
+        if isinstance(asked, Block):
+            return asked
+        while not asked.done() and not stop.is_set():
+            wait([asked], timeout=0.2)
+        block = self._asked[key] = asked.result(timeout=0)
+        return block
 
     def _next(self, key: Key) -> Key:
         epoch, lane, block = key
@@ -169,19 +192,19 @@ class Blocks:
         """Runs in a reading thread."""
         block, cache = self.order.block(*key), self._cache
         if cache is not None and cache.has[block.samples].all():
-            return Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8), np.empty(0, object))
+            return Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8))
         read, records = self.reader.read(block.runs)
         labels, formats = records["label"].astype(np.int64)[block.slots], records["format"][block.slots]
-        members = np.empty(len(read), object)
-        members[:] = read
-        members = members[block.slots]
+        members = [read[i] for i in block.slots.tolist()]
         if cache is None:
-            return Block(block.samples, labels, formats, members)
+            pieces = [member or b"" for member in members]
+            bounds = [0, *itertools.accumulate(map(len, pieces))]
+            return Block(block.samples, labels, formats, b"".join(pieces), bounds)
         source = block.samples.copy()
         values = np.empty((len(source), *self.stored_shape), self.dtype)
         self._decode(source, labels, formats, members, values)
         cache.put(block.samples, source, labels, values)
-        return Block(block.samples, labels, np.zeros(0, np.uint8), np.empty(0, object))
+        return Block(block.samples, labels, np.zeros(0, np.uint8))
 
 
 class _Cache:

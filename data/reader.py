@@ -98,6 +98,13 @@ class Reader:
                 members += self._read(run.shard, run.first + i, records[i:j])
         return members, parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, RECORD), *parts])
 
+    def advise(self, runs: list[Run]) -> None:
+        """Says that these runs will soon be read. Raises what records() does."""
+        for run in runs:
+            records = self.records(run.shard, run.first, run.count)
+            low, high = int(records["offset"].min()), int(records["offset"].max()) + int(records["size"][-1])
+            self.store.advise(self.manifest.shards[run.shard].name, low, high)
+
     def read_one(self, sample: int) -> tuple[bytes, int, int]:
         """(member, format, label) of one sample. Raises DataError, whatever may be quarantined."""
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1

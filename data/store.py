@@ -83,6 +83,9 @@ class Store(abc.ABC):
         """The store of the keys below `prefix/`."""
         return type(self)(f"{self.root}/{check_key(prefix.rstrip('/'))}")
 
+    def advise(self, key: str, start: int, end: int) -> None:  # noqa: B027 (a store need not)
+        """Says that these bytes will soon be asked for. Returns at once, whether they are there or not."""
+
     def check_reachable(self) -> None:  # noqa: B027 (a path always is)
         """Tells a person within seconds that the store does not answer, where later requests would be patient."""
 
@@ -137,10 +140,21 @@ class PathStore(Store):
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         path = self._path(key)
-        with explained(path), open(path, "rb") as file:
-            if start:
-                file.seek(start)
-            return file.read() if end is None else file.read(max(0, end - (start or 0)))
+        if end is None:
+            with explained(path), open(path, "rb") as file:
+                file.seek(start or 0)
+                return file.read()
+        with explained(path), _opened(path) as descriptor:
+            at, parts = start or 0, []
+            while at < end and (part := os.pread(descriptor, end - at, at)):  # all at once, but for odd file systems
+                parts.append(part)
+                at += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def advise(self, key: str, start: int, end: int) -> None:
+        with contextlib.suppress(OSError), _opened(self._path(key)) as descriptor:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def put(self, key: str, data: bytes | Path) -> None:
         path = self._path(key)
@@ -232,6 +246,15 @@ def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

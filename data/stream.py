@@ -27,7 +27,7 @@ from scoreray.data.store import open_store
 
 BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: two blocks a lane
 CACHE_BYTES = 256 << 20  # a data set that decoded is no larger is kept in memory
-LOOK_UP = 16  # samples of a lane that are looked up in the order at once
+LOOK_UP = 32  # samples of a lane that are looked up in the order at once
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def test_a_damaged_index_is_refused(damaged: tuple[str, Path]) -> None:
 
 
 def test_a_member_that_does_not_decode_is_named(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import scoreray.data.pack as module
+    import scoreray.data.shards as module
 
     real = module.encode
     monkeypatch.setattr(
