@@ -14,6 +14,7 @@ from scoreray.trainer import checks
 from scoreray.trainer.dit import DiT, DiTConfig
 from scoreray.trainer.ladder import LadderNetworkConfig, OnLadder
 from scoreray.trainer.mlp import MLP, MLPConfig
+from scoreray.trainer.rbm import MachineConfig, build_machine
 from scoreray.trainer.unet import UNet, UNetConfig
 
 NetworkConfig = UNetConfig | DiTConfig | MLPConfig | LadderNetworkConfig
@@ -31,12 +32,15 @@ NETWORKS: dict[str, Callable[[Any, Sequence[int], int], nn.Module]] = {
 }
 
 
-def build_network(config: NetworkConfig, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
+def build_network(config: NetworkConfig | MachineConfig, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
     """The network that `config` describes, for samples of `image_shape` and `num_classes` classes (0: no classes).
 
-    network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training.
+    network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training; for
+    an RBM's config the machine, which is called otherwise (`rbm`) and has no classes.
     Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
     """
+    if isinstance(config, MachineConfig):
+        return build_machine(config, image_shape)
     return checks.choose("network.kind", config.kind, NETWORKS)(config, image_shape, num_classes)
 
 
