@@ -392,6 +392,33 @@ def compare(
         typer.echo(comparison_text(found, beside))
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, see configs/.")] = None,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines of the workers; default: 8 GPUs each.", min=1)] = None,
+    shape: Annotated[str | None, typer.Option(help="Shape of a sample, e.g. 3x64x64; default: the data set's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem."""
+    from dataclasses import asdict
+
+    from scoreray.cluster.doctor import Machine, examine, parse_bytes, parse_shape
+    from scoreray.trainer.config import load_config
+
+    loaded = load_config(config, overrides or ()) if config else None
+    machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
+    found = examine(loaded, machine)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+    else:
+        for one in found:
+            typer.echo(f"{one.state:8}{one.topic}: {one.text}")
+    if any(one.state == "problem" for one in found):
+        raise typer.Exit(2)
+
+
 @data_app.command()
 def pack(
     source: Annotated[

@@ -77,6 +77,8 @@ class EngineSection(Section):
     `micro_batch_size`: rows per forward pass on one worker; None takes the worker's whole share of the batch.
     `zero_stage`: "auto" takes the cheapest stage whose state fits a rank's memory, and says which.
     `precision`: "bf16" keeps bf16 weights with fp32 masters; "auto" takes bf16 where the device gains from it.
+    `partition_group`: with ZeRO-3, ranks (those of a node) that hold a second copy of the weights among them, so that
+    the backward pass gathers inside the node only (ZeRO++ hpZ, Wang 2023); 1 for none.
     """
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
@@ -84,6 +86,7 @@ class EngineSection(Section):
     micro_batch_size: Count | None = None
     offload: Literal["none", "optimizer"] = "none"
     compile: bool = False
+    partition_group: int = Field(1, ge=1)
 
 
 class ScalingSection(Section):
@@ -165,7 +168,15 @@ class Config(Section):
 
     def _batch_mistakes(self) -> list[str]:
         """The global batch is the config's at every world size, so each allowed size must divide it."""
-        batch, micro = self.data.global_batch_size, self.engine.micro_batch_size
+        batch, micro, group = self.data.global_batch_size, self.engine.micro_batch_size, self.engine.partition_group
+        if group > 1 and self.engine.zero_stage != 3:
+            return [f"engine.partition_group: {group} needs engine.zero_stage 3, this is {self.engine.zero_stage}"]
+        for workers in range(self.scaling.range[0], self.scaling.range[1] + 1):
+            if workers % group or workers == group > 1:
+                return [
+                    f"engine.partition_group: {group} must be a true divisor of every number of workers that the run "
+                    f"may have, scaling.workers {self.scaling.workers}; it is the number of workers on a node"
+                ]
         low, high = self.scaling.range
         lanes = self.data.num_lanes or default_lanes(batch)
         if batch % lanes:
@@ -190,8 +201,8 @@ MOST_KEYS = 10_000
 
 # Keys that may change when a run goes on: they decide where and how long it computes, not what.
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "engine.zero_stage", "engine.micro_batch_size",
-              "engine.offload", "engine.compile", "data.url", "data.prefetch_batches", "data.on_error",
-              "data.quarantine_budget", "duration")  # fmt: skip
+              "engine.offload", "engine.compile", "engine.partition_group", "data.url", "data.prefetch_batches",
+              "data.on_error", "data.quarantine_budget", "duration")  # fmt: skip
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:

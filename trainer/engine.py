@@ -315,7 +315,10 @@ def deepspeed_settings(
     if engine.offload != "none" and engine.zero_stage == 0:
         raise UserError("engine.offload: needs engine.zero_stage 1, 2 or 3")
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    assert engine.zero_stage != "auto"
     zero |= bucket_sizes(num_params, engine.zero_stage)
+    if engine.partition_group > 1:
+        zero["zero_hpz_partition_size"] = engine.partition_group
     if engine.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     half = precision == torch.bfloat16

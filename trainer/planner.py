@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,3 +86,154 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:,.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device at its peak, by what they are, and those that offloading moves to its host."""
+
+    stage: int
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    averages: float
+    buffers: float
+    activations: float
+    host: float
+
+    @property
+    def state(self) -> float:
+        """What ZeRO's formula counts: all but buffers and activations."""
+        return self.weights + self.gradients + self.masters + self.moments + self.averages
+
+    @property
+    def total(self) -> float:
+        return self.state + self.buffers + self.activations
+
+
+def memory(
+    num_params: int,
+    stage: int,
+    world_size: int,
+    *,
+    half: bool,
+    num_averages: int = 1,
+    offload: bool = False,
+    partition_group: int = 1,
+    activations: float = 0.0,
+    bucket_elements: int = 0,
+) -> Memory:
+    """The parts of `bytes_per_rank`, and what comes on top of it.
+
+    `partition_group`: ranks that hold a second copy of the bf16 weights among them (hpZ, stage 3; 1 for none).
+    `bucket_elements`: of the largest buffer for communication, in fp32 (`engine.bucket_sizes`).
+    """
+    width, shards = (2 if half else 4), world_size if stage > 0 else 1
+    stored = 0 if stage == 0 and not half else width
+    weights = stored / (world_size if stage == 3 else 1) + (width / partition_group if partition_group > 1 else 0)
+    stepping = 4 / shards
+    sharded = {"masters": 4 / shards, "moments": 8 / shards, "averages": 4 * num_averages / shards}
+    on_device = {key: 0.0 if offload else num_params * each for key, each in sharded.items()}
+    return Memory(
+        stage,
+        weights=num_params * weights,
+        gradients=num_params * (stored / (world_size if stage >= 2 else 1) + (0 if offload else stepping)),
+        buffers=4.0 * bucket_elements,
+        activations=activations,
+        host=num_params * (sum(sharded.values()) + stepping) if offload else 0.0,
+        **on_device,
+    )
+
+
+def activation_bytes(network: torch.nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that one sample's forward pass keeps for the backward pass: (all of them, with activation checkpointing).
+
+    Measured from the shapes of what autograd saves, on the meta device: nothing is computed. Dropout's masks are not
+    counted. With checkpointing the inputs of each block stay, and one block's own are there while it is recomputed.
+    """
+    parameters = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {
+        name: torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else t.dtype)
+        for name, t in parameters.items()
+    }
+    for tensor in meta.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    seen: dict[int, torch.UntypedStorage] = {t.untyped_storage()._cdata: t.untyped_storage() for t in meta.values()}
+    blocks = [block for group in network.modules() if isinstance(group, torch.nn.ModuleList) for block in group]
+    inside: list[int] = []
+    kept = {-1: 0, **dict.fromkeys(range(len(blocks)), 0)}
+    inputs: dict[int, int] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            kept[inside[-1] if inside else -1] += storage.nbytes()
+        return tensor
+
+    def enter(number: int, arguments: tuple[Any, ...]) -> None:
+        inside.append(number)
+        for one in arguments:
+            if isinstance(one, torch.Tensor):
+                inputs.setdefault(one.untyped_storage()._cdata, one.untyped_storage().nbytes())
+
+    def leave() -> None:
+        inside.pop()
+
+    hooks = []
+    for number, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(lambda _, arguments, number=number: enter(number, arguments)))
+        hooks.append(block.register_forward_hook(lambda *_: leave()))
+    training = network.training
+    network.eval()  # without recomputing
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            x = torch.empty(1, *image_shape, device="meta", dtype=torch.float32)
+            torch.func.functional_call(network, meta, (x, torch.empty(1, device="meta")))
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    own = [kept[number] for number in range(len(blocks))]
+    return sum(kept.values()), kept[-1] + sum(inputs.values()) + max(own, default=0)
+
+
+USABLE = 0.9  # of a rank's memory; the rest is for libraries and the allocator's fragments (assumption)
+NODE_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to set, or None where nothing fits, and why."""
+
+    stage: int | None
+    offload: bool
+    partition_group: int
+    why: str
+
+
+def advise(plans: dict[tuple[int, bool], Memory], memory_bytes: float, *, world_size: int, num_nodes: int) -> Advice:
+    """The first plan that fits: stages from the cheapest in time, then those with the optimizer in the host's memory.
+
+    plans: by (stage, offload). hpZ is advised where ZeRO-3 spans nodes and its second copy of the weights fits.
+    """
+    usable = USABLE * memory_bytes
+    for (stage, offload), plan in sorted(plans.items(), key=lambda item: (item[0][1], item[0][0])):
+        if plan.total > usable:
+            continue
+        why = f"{_size(plan.total)} of {_size(memory_bytes)}"
+        less = [p for (s, o), p in plans.items() if (o, s) < (offload, stage)]
+        if less:
+            why += f"; the stages before it take {_size(min(p.total for p in less))} or more"
+        group = world_size // num_nodes if stage == 3 and num_nodes > 1 else 1
+        if group > 1:
+            copy = plan.weights * world_size / group
+            if plan.total + copy > usable:
+                group = 1
+            else:
+                why += f"; a second copy of the weights in a node ({_size(copy)} a rank) spares the network"
+        return Advice(stage, offload, group, why)
+    return Advice(
+        None, False, 1, f"the least is {_size(min(p.total for p in plans.values()))}, there is {_size(memory_bytes)}"
+    )

@@ -78,11 +78,12 @@ def config_file(packed: str, tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    "verb", [[], ["train"], ["sample"], ["export"], ["demo"], ["data"], ["data", "pack"], ["data", "verify"], ["data", "inspect"]]
-)
-def test_every_verb_has_help(verb: list[str]) -> None:
-    result = scoreray(*verb, "--help")
+VERBS = ("train", "sample", "export", "doctor", "demo", "data", "data pack", "data verify", "data inspect")
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_every_verb_has_help(verb: str) -> None:
+    result = scoreray(*verb.split(), "--help")
     assert result.returncode == 0
     assert "Usage" in result.stdout
 

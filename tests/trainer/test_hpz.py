@@ -1,0 +1,52 @@
+"""ZeRO-3 with a second copy of the weights in each group of ranks (hpZ) trains what plain ZeRO-3 trains."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.config import load_config
+
+RANKS = Path(__file__).with_name("hpz_ranks.py")
+
+
+def test_a_partition_group_changes_no_step() -> None:
+    """Four ranks in groups of two: each holds half of every weight beside its quarter, and the norms are equal."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(RANKS), str(rank), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    outputs = [rank.communicate(timeout=200) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4, "\n".join(errors[-2000:] for _, errors in outputs)
+    facts = json.loads(outputs[0][0].strip().splitlines()[-1])
+    assert facts["1"]["norms"] == facts["2"]["norms"]
+    assert facts["2"]["second"] == 300 * 300 // 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "group"), [(2, 8, 4), ("auto", 8, 4), (3, 8, 3), (3, 4, 4), (3, [4, 8], 2), (3, [6, 8], 2)]
+)
+def test_groups_that_do_not_go_are_refused(stage: int | str, workers: int | list[int], group: int) -> None:
+    settings = {
+        "run": {"name": "x", "storage": "nowhere"},
+        "data": {"url": "nowhere", "global_batch_size": 840},
+        "duration": {"images": 840},
+        "engine": {"zero_stage": stage, "partition_group": group},
+        "scaling": {"workers": workers},
+    }
+    with pytest.raises(UserError, match=r"engine\.partition_group"):
+        load_config(settings)
