@@ -24,10 +24,11 @@ from scoreray.data.stream import Batch, Stream
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
-from scoreray.trainer.engine import Engine, NonFiniteError, build_engine, settle_stage
+from scoreray.trainer.engine import Engine, build_engine, settle_stage
 from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.step import build_training_module
-from scoreray.trainer.stopping import Ask, Moved, Vote
+from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
+from scoreray.trainer.vote import Vote
 
 SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.0032 ... 100, half decades
 

@@ -61,6 +61,20 @@ class OptimizerConfig:
         return rate * min(images_seen / self.warmup_images, 1.0) if self.warmup_images else rate
 
 
+def _without_compiler() -> None:
+    """Spare a process that compiles nothing the second that importing torch's compiler takes: torch marks methods of
+    optimizers as not to be compiled by a wrapper that imports it at the first call, unless it finds this attribute."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if method is not None and not hasattr(method, "__dynamo_disable"):
+            setattr(method, "__dynamo_disable", method)
+
+
+_without_compiler()
+# The step itself, for the same reason: its wrapper imports the compiler to tell it where a graph would break.
+_UPDATE: Any = getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step)
+
+
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW (decoupled weight decay) that also keeps exponential moving averages of its parameters.
 
@@ -113,7 +127,7 @@ class AveragingAdamW(torch.optim.AdamW):
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in updated:
             self.init_state(parameter)
-        super().step()
+        _UPDATE(self)
         for key, decay in zip(self.ema_keys, self._decays, strict=True):
             averages = [self.state[parameter][key] for parameter in updated]
             if averages:

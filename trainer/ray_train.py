@@ -1,6 +1,7 @@
 """What we change of Ray Train: which errors are final, how workers meet, how many there are, how they are told to save.
 
-These hooks are not public in Ray 2.60; they are all here, and tests of real runs hold them.
+These hooks are not public in Ray 2.60; they are all here, and tests of real runs hold them. Ray Train's controller
+imports this file, and would wait for torch: only what runs on workers imports it.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray
-import torch
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
-from scoreray.trainer.engine import NonFiniteError
+from scoreray.data.store import open_store
 from scoreray.trainer.ray_workers import FixedWorkers, WorkersThatFit, interface_of
-from scoreray.trainer.stopping import Ask, Moved
+from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 
+MARKER = "/COMMITTED.json"  # of a checkpoint, whose folder's name begins with the images seen
 FINAL_ERRORS = (UserError, DataError, NonFiniteError, StorageError)  # starting again would only meet them again
 
 
@@ -64,13 +65,13 @@ def reason_of(error: BaseException, training_failed_error: Any = None) -> str:
 class RunFailurePolicy(DefaultFailurePolicy):
     """Retries as Ray Train does, but never after an error that is final; tells `monitor` why it starts again.
 
-    `max_failures` counts failures without a commit in between, so that a long run is not ended by its length;
-    `committed` tells the images of the newest one. Workers that were told to move have not failed.
+    `max_failures` counts failures without a commit in between, so that a long run is not ended by its length.
+    Workers that were told to move have not failed.
     """
 
-    def __init__(self, failure_config: Any, monitor: Any, committed: Callable[[], int]) -> None:
+    def __init__(self, failure_config: Any, monitor: Any, run_url: str) -> None:
         super().__init__(failure_config)
-        self._monitor, self._committed, self._images = monitor, committed, -1
+        self._monitor, self._run_url, self._newest = monitor, run_url, ""
 
     def make_decision(self, training_failed_error: Any) -> Any:
         reason = cause(training_failed_error)
@@ -80,9 +81,12 @@ class RunFailurePolicy(DefaultFailurePolicy):
             decision = FailureDecision.RETRY
         else:
             with contextlib.suppress(ScorerayError):
-                images = self._committed()
-                if images > self._images:
-                    self._images, self._worker_group_failures = images, 0
+                newest = max(
+                    (key for key, _ in open_store(self._run_url).list("checkpoints/") if key.endswith(MARKER)),
+                    default="",
+                )
+                if newest > self._newest:
+                    self._newest, self._worker_group_failures = newest, 0
             decision = super().make_decision(training_failed_error)
         if decision == FailureDecision.RETRY:
             self._monitor.started_again.remote(reason_of(reason, training_failed_error))
@@ -90,7 +94,7 @@ class RunFailurePolicy(DefaultFailurePolicy):
 
 
 @dataclass
-class MeetingConfig(TorchConfig):
+class MeetingConfig(BackendConfig):
     """How workers find each other: through a file in `folder` where all share one machine, else at rank 0's address.
 
     A file, because torch's own store listens on every address. Between machines it must; there a network policy
@@ -98,15 +102,17 @@ class MeetingConfig(TorchConfig):
     """
 
     folder: str = ""
+    timeout_s: float = 1800.0
 
     @property
     def backend_cls(self) -> Any:
-        return _MeetingBackend
+        return _Meeting
 
 
-class _MeetingBackend(_TorchBackend):
+class _Meeting(Backend):
+    share_cuda_visible_devices = True
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_prepare_worker)
         gpu = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         if backend_config.folder:
             place = f"file://{os.path.join(backend_config.folder, uuid.uuid4().hex)}"
@@ -115,31 +121,28 @@ class _MeetingBackend(_TorchBackend):
 
             address, port = worker_group.execute_single(0, get_address_and_port)
             place = f"tcp://{f'[{address}]' if ':' in address else address}:{port}"
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank,
-                    _setup_torch_process_group,
-                    backend="nccl" if gpu and torch.distributed.is_nccl_available() else "gloo",
-                    world_rank=rank,
-                    world_size=len(worker_group),
-                    init_method=place,
-                    timeout_s=backend_config.timeout_s,
-                )
-                for rank in range(len(worker_group))
-            ]
-        )
+        worker_group.execute(_meet, place, gpu, backend_config.timeout_s)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Nothing: the processes end. Asking a group with a dead or hung member to part takes half a minute."""
 
 
-def _prepare_worker() -> None:
-    """On each worker's main thread, before its process group is made."""
+def _meet(place: str, gpu: bool, timeout_s: float) -> None:
+    """On each worker's main thread: the process group, and what SIGTERM means from now on."""
+    import torch.distributed as dist
+    from ray.train.torch.config import _set_torch_distributed_env_vars
+
     _set_torch_distributed_env_vars()
     address = ray.util.get_node_ip_address()
     if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_of(address)):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo looks the host's name up, which may be 127.0.0.1
+    dist.init_process_group(
+        "nccl" if gpu and dist.is_nccl_available() else "gloo",
+        init_method=place,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout_s),
+    )
     before = signal.getsignal(signal.SIGTERM)
 
     def save_and_end(signum: int, frame: Any) -> None:
@@ -163,28 +166,28 @@ def told() -> Ask:
     return _told["ask"]
 
 
-class RunTrainer(TorchTrainer):
-    """TorchTrainer with our policies, and with Ctrl-C left to Python: whoever catches it calls `abort`.
+class RunTrainer(DataParallelTrainer):
+    """Ray Train with our policies, and with Ctrl-C left to Python: whoever catches it calls `abort`.
 
-    `committed`: images of the newest commit. `resize_every_s`, `grace_s`: see `WorkersThatFit`.
+    `run_url`: the run's store, to see what was committed. `resize_every_s`, `grace_s`: see `WorkersThatFit`.
     """
 
     def __init__(
         self,
         *arguments: Any,
         monitor: Any,
-        committed: Callable[[], int],
+        run_url: str,
         resize_every_s: float,
         grace_s: float,
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
-        self._monitor, self._committed = monitor, committed
+        self._monitor, self._run_url = monitor, run_url
         self._resize_every_s, self._grace_s = resize_every_s, grace_s
         self._controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        failures = RunFailurePolicy(self.run_config.failure_config, self._monitor, self._committed)
+        failures = RunFailurePolicy(self.run_config.failure_config, self._monitor, self._run_url)
         alone, config = on_one_machine(), self.scaling_config
         workers: Any
         if config.elasticity_enabled:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
 from scoreray.trainer.loop import Progress, run_store, train
-from scoreray.trainer.step import build_training_module
+from scoreray.trainer.meta import meta_module
 from scoreray.trainer.stopping import Ask
 
 CONFIG_FILE = "config.yaml"
@@ -66,8 +65,7 @@ def check_run(config: Config) -> None:
     data = open_store(config.data.url)
     data.check_reachable()
     manifest = Manifest.load(data)
-    with torch.device("meta"):
-        build_training_module(config, manifest)
+    meta_module(config, manifest)
     run_store(config).check_writable()
 
 
@@ -143,10 +141,10 @@ def _trainer(config: Config, monitor: Any, scratch: str) -> Any:
     return RunTrainer(
         _train_on_worker,
         monitor=monitor,
-        committed=partial(_images_committed, config),
+        run_url=run_store(config).url(),
         resize_every_s=config.scaling.resize_every_s,
         grace_s=config.scaling.grace_s,
-        torch_config=MeetingConfig(folder=scratch if alone else ""),
+        backend_config=MeetingConfig(folder=scratch if alone else ""),
         train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
@@ -206,7 +204,10 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     monitor = settings["monitor"]
     config = Config.model_validate(settings["config"])
     reporter = _Reporter(monitor, told)
-    device = ray.train.torch.get_device() if config.scaling.use_gpu else torch.device("cpu")
+    device = torch.device("cpu")
+    if config.scaling.use_gpu:
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)
     train(
         config,
         rank=context.get_world_rank(),

@@ -19,7 +19,8 @@ from scoreray.data.store import open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.checkpoint_writer import CheckpointWriter
 from scoreray.trainer.config import load_config
-from scoreray.trainer.engine import NonFiniteError, build_engine
+from scoreray.trainer.engine import build_engine
+from scoreray.trainer.stopping import NonFiniteError
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 BATCH, STEPS = 24, 4

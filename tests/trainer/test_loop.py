@@ -14,9 +14,9 @@ from scoreray.data.errors import UserError
 from scoreray.data.pack import pack
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.engine import NonFiniteError
 from scoreray.trainer.loop import Progress, read_metrics, run_store, train
 from scoreray.trainer.run import check_run, prepare_run
+from scoreray.trainer.stopping import NonFiniteError
 
 
 @pytest.fixture(scope="module")

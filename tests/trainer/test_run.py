@@ -22,9 +22,9 @@ from scoreray.data.errors import DataError, StorageError, Unanswered, UserError
 from scoreray.data.pack import pack
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.engine import NonFiniteError
 from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.run import fit, prepare_run, stored_config
+from scoreray.trainer.stopping import NonFiniteError
 
 BATCH, TOTAL = 32, 3200
 

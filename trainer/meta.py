@@ -1,0 +1,32 @@
+"""The module of a config as shapes alone: no memory, no numbers, and no second spent on drawing them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
+
+if TYPE_CHECKING:
+    from scoreray.data.manifest import Manifest
+    from scoreray.trainer.config import Config
+
+DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Leaves initial values undrawn. On the meta device torch would import its compiler (1 s) to draw nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS or getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def meta_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
+    """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
+    with torch.device("meta"), _NoNumbers():
+        return build_training_module(config, manifest)
