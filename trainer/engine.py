@@ -14,15 +14,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from scoreray.data.errors import ScorerayError, UserError
+from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config
 from scoreray.trainer.fragments import MASTER, Fragment
 from scoreray.trainer.optimizer import AveragingAdamW
 from scoreray.trainer.planner import choose_stage, memory_of_rank
-
-
-class NonFiniteError(ScorerayError):
-    """Loss or gradient is NaN or infinite; raised before the optimizer step, so nothing has been changed by it."""
+from scoreray.trainer.stopping import NonFiniteError
 
 
 class Engine(Protocol):
