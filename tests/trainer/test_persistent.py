@@ -119,7 +119,8 @@ def test_micro_batches_do_not_change_where_chains_go(wholes: Path, data_url: str
 
 def test_chains_go_on_at_another_world_size_under_every_zero_stage(wholes: Path, data_url: str, tmp_path: Path) -> None:
     """Half of each run on one process, the rest on two, sharded: the same chains to the rounding of the reduction."""
-    cases = {f"{case}-zero{stage}": (case, stage) for case in CASES for stage in (0, 1, 2, 3)}
+    stages = {"energy": (0, 1, 2, 3), "rbm": (1, 3), "gaussian_rbm": (2, 3)}
+    cases = {f"{case}-zero{stage}": (case, stage) for case in CASES for stage in stages[case]}
     for name, (case, stage) in cases.items():
         at_half(wholes / case, tmp_path / name)
         (tmp_path / f"{name}.yaml").write_text(dump_config(config(data_url, tmp_path / name, case, zero_stage=stage)))
@@ -132,7 +133,7 @@ def test_chains_go_on_at_another_world_size_under_every_zero_stage(wholes: Path,
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
     for name, (case, _) in cases.items():
         sharded = state(tmp_path / name)
