@@ -1,4 +1,4 @@
-"""Drawing many samples from one denoiser, and writing them where they are wanted."""
+"""Drawing samples from one model: which ones a request means, batch by batch, and pictures of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.inspect import picture_grid
-from scoreray.data.store import Store, open_store
 from scoreray.sampling.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.guidance import Denoise
 from scoreray.sampling.load import PROCESS_GRID, LoadedDenoiser, LoadedMachine, ModelInfo
@@ -25,7 +23,6 @@ from scoreray.sampling.steering import Guidance, Measurement, steered
 from scoreray.trainer.ladder import levels_needed
 from scoreray.trainer.objective import ContrastiveObjective
 from scoreray.trainer.rbm import MachineConfig
-from scoreray.trainer.step import to_uint8
 
 MAX_SHEET = 256
 
@@ -171,48 +168,6 @@ def _draw_by_gibbs(model: LoadedMachine, request: Request, first: int, labels: t
     assert request.steps is not None
     v = gibbs(model.machine, request.sample_seeds(first, first + len(labels)), request.steps)
     return model.machine.picture(v).view(-1, *model.info.image_shape).float().cpu()
-
-
-def check_writable(url: str) -> None:
-    """Finds out before samples are drawn whether `write_samples` can put them there. Raises StorageError, UserError."""
-    _place(url)[0].check_writable()
-
-
-def write_samples(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], url: str) -> list[str]:
-    """Writes all samples and returns where. A url ending in .npz: one file (samples, labels); else a folder or
-    prefix of pictures 000000.png, ... with a sheet of the first of them, samples.png.
-    """
-    store, name = _place(url)
-    if name:
-        parts = list(batches)
-        samples = torch.cat([x for x, _ in parts])
-        array = to_uint8(samples).permute(0, 2, 3, 1).numpy() if samples.ndim == 4 else samples.numpy()
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, images=array, labels=torch.cat([y for _, y in parts]).numpy())
-        store.put(name, buffer.getvalue())
-        return [store.url(name)]
-    number = 0
-    first: list[torch.Tensor] = []
-    for x, _ in batches:
-        if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise UserError(f"samples of shape {list(x.shape[1:])} are no pictures; give a url that ends in .npz")
-        images = to_uint8(x)
-        if sum(map(len, first)) < MAX_SHEET:
-            first.append(images)
-        for image in images:
-            store.put(f"{number:06d}.png", png(image))
-            number += 1
-    sheet = torch.cat(first)[:MAX_SHEET]
-    store.put("samples.png", png_of_sheet(sheet))
-    return [store.url("samples.png")]
-
-
-def _place(url: str) -> tuple[Store, str]:
-    """The store that samples go to, and the file's name in it where they are to be one .npz ("" else)."""
-    if not url.endswith(".npz"):
-        return open_store(url), ""
-    parent, _, name = url.rpartition("/")
-    return open_store(parent or "."), name
 
 
 def png(image: torch.Tensor) -> bytes:

@@ -247,7 +247,7 @@ def _picture(code: int) -> Callable[[bytes, str], np.ndarray]:
 
 
 def _numbers(data: bytes, url: str) -> np.ndarray:
-    """One array of numbers, never a pickle. uint8 pictures have their channels last, as `write_samples` leaves them."""
+    """One array of numbers, never a pickle. uint8 pictures have channels last, as `scoreray sample` leaves them."""
     try:
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):

@@ -1,0 +1,85 @@
+"""`scoreray sample` with its progress shown: in this process, or by actors on RAY_ADDRESS's cluster or on one here."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scoreray.cluster.display import counted, say
+from scoreray.cluster.local_ray import connected
+from scoreray.data.errors import StorageError, UserError
+from scoreray.sampling.batch_generation import Job, Samples, begin, carry_out_job, here, place_of
+from scoreray.sampling.driver import keep_large_tensors_on_the_heap
+from scoreray.sampling.generate import Request
+from scoreray.sampling.sample_files import sheet
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a finished job left: the URL of the manifest, of the sheet beside the pictures, or of the npz."""
+
+    job: Job
+    out: list[str]
+    images_seen: int
+
+    def answer(self) -> dict[str, Any]:
+        job = self.job
+        return {
+            "out": self.out,
+            "count": job.request.count,
+            "checkpoint": job.checkpoint,
+            "images_seen": self.images_seen,
+            "ema": job.ema,
+            "format": job.format,
+            "form": job.form.name,
+        }
+
+    def text(self) -> str:
+        job = self.job
+        return (
+            f"{job.request.count:,} samples of {job.checkpoint} (EMA {job.ema}, {job.form.name}): {', '.join(self.out)}"
+        )
+
+
+def sample_to(
+    url: str,
+    checkpoint: str,
+    ema: str | None,
+    request: Request,
+    *,
+    format: str = "auto",
+    actors: int | None = None,
+    picture: Path | None = None,
+    verbose: bool = False,
+    **words: Any,
+) -> Drawn:
+    """Draws `request` to `url`, or what is missing of it; `words` as `batch_generation.begin` takes them.
+
+    actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
+    """
+    place = place_of(url, format)
+    if picture is not None and not picture.parent.is_dir():
+        raise UserError(f"--picture {picture}: its folder is not there")
+    keep_large_tensors_on_the_heap()
+    words = {**words, "pictures": picture is not None}
+    job, model, finished = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
+    samples = Samples(job, place.shards.url(), model)
+    out = place.store.url(place.result)
+    if finished:
+        say(f"{out}: these samples are there already")
+    else:
+        with contextlib.ExitStack() as stack:
+            if actors is not None:
+                from scoreray.sampling.drawing_actors import on_actors
+
+                stack.enter_context(connected(num_cpus=actors, verbose=verbose))
+            progress = stack.enter_context(counted("sample", "samples"))
+            carry_out_job(place, samples, here(progress) if actors is None else on_actors(actors, progress))
+    if picture is not None:
+        try:
+            picture.write_bytes(sheet(place))
+        except OSError as error:
+            raise StorageError(f"--picture {picture}: can't be written: {error.strerror or error}") from None
+    return Drawn(job, [out], model.info.images_seen)

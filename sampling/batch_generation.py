@@ -1,0 +1,325 @@
+"""Many samples to a place: WebDataset shards with a manifest, a folder of pictures, or one npz; by one process or many.
+
+The samples are cut into shards, each a function of the job alone. Every finished shard is put and recorded with its
+SHA-256, so a job that was killed goes on with the shards that are missing and ends in the same bytes. What was asked
+for lies beside the samples, and another request is not mixed with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.manifest import Shard
+from scoreray.data.packing import Packed, Plan, carry_out, pack_shard
+from scoreray.data.shards import ShardWriter
+from scoreray.data.store import NotFound, Store, open_store
+from scoreray.sampling.driver import Form, choose_form, fingerprint, in_form
+from scoreray.sampling.generate import Request, prepare
+from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
+from scoreray.sampling.steering import Guidance, Measurement
+from scoreray.trainer.step import to_uint8
+
+Format = Literal["webdataset", "png", "npz"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+RECORD = "sampling.json"
+SHEET = "samples.png"
+VERSION = 1  # raised when the bytes that the same job makes change
+SHARDS, MAX_SHARD_SAMPLES, MAX_SHARD_BYTES = 64, 4096, 64 << 20
+
+Model = LoadedDenoiser | LoadedMachine
+Mapper = Callable[["Samples", Sequence[int]], Iterable[Packed]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the samples and their bytes, in words and numbers, so that it can travel and be written down.
+
+    asked: the URL that was asked for; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
+    weights: their SHA-256. request: with sampler, steps and grid filled in; its batch_size decides nothing.
+    """
+
+    asked: str
+    checkpoint: str
+    ema: str
+    weights: str
+    request: Request
+    format: Format
+    samples_per_shard: int
+    precision: str
+    compile: str
+    form: Form
+    version: int = VERSION
+
+    def to_json(self, **more: Any) -> bytes:
+        return (json.dumps({**self.fields(), **more}, indent=1) + "\n").encode()
+
+    def fields(self) -> dict[str, Any]:
+        fields = asdict(self)
+        del fields["request"]["batch_size"]
+        fields["request"]["guidance"] = asdict(self.request.guided)
+        return json.loads(json.dumps(fields))
+
+    @staticmethod
+    def from_json(fields: dict[str, Any], batch_size: int) -> Job:
+        request, form = dict(fields["request"]), Form(**fields["form"])
+        interval = request["guidance"]["interval"]
+        guidance = Guidance(**{**request["guidance"], "interval": tuple(interval) if interval else None})
+        measurement = Measurement(**request["measurement"]) if request["measurement"] else None
+        whole = Request(**{**request, "guidance": guidance, "measurement": measurement, "batch_size": batch_size})
+        return Job(**{name: value for name, value in fields.items() if name not in ("request", "form", "finished")},
+                   request=whole, form=form)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where samples go. `shards`: the store of the finished shards until the end, for webdataset for good."""
+
+    store: Store
+    format: Format
+    name: str = ""  # of the npz
+
+    @property
+    def record(self) -> str:
+        return f"{self.name}.json" if self.name else RECORD
+
+    @property
+    def result(self) -> str:
+        """What a person looks at first."""
+        return {"webdataset": "manifest.json", "png": SHEET, "npz": self.name}[self.format]
+
+    @property
+    def unfinished(self) -> str:
+        """Prefix of the shards that are no part of the result."""
+        return "" if self.format == "webdataset" else f"{self.name or 'samples'}.unfinished"
+
+    @property
+    def shards(self) -> Store:
+        return self.store.child(self.unfinished) if self.unfinished else self.store
+
+
+def place_of(url: str, format: str = "auto") -> Place:
+    """auto: npz where the URL ends so, shards in S3, pictures in a folder. Raises UserError."""
+    if format not in ("auto", *FORMATS):
+        raise UserError(f"--format {format}: {nearest(format, ('auto', *FORMATS))}")
+    ends = url.endswith(".npz")
+    if ends != (format == "npz") and format != "auto":
+        raise UserError(f"--format {format}, --out {url}: an npz, and only that, has a name that ends in .npz")
+    if ends:
+        parent, _, name = url.rpartition("/")
+        return Place(open_store(parent or "."), "npz", name)
+    guess: Format = "webdataset" if url.startswith("s3://") else "png"
+    chosen = next((f for f in FORMATS if f == format), guess)
+    return Place(open_store(url), chosen)
+
+
+@dataclass
+class Samples:
+    """The plan of a job (`packing.Plan`): makes its shards. `done(n)` is called after each batch of n samples."""
+
+    job: Job
+    url: str
+    model: Model
+    done: Callable[[int], None] = field(default=lambda n: None)
+
+    def __post_init__(self) -> None:
+        self._draw: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+        self.shape = tuple(self.model.info.image_shape)
+        self.dtype = "uint8" if is_picture(self.shape) else "float32"
+        self.classes = list(self.model.info.classes)
+        self.name = f"{self.model.info.config.run.name}-samples"
+        self.notes: list[str] = []
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.job.to_json()).hexdigest()
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.job.request.count / self.job.samples_per_shard)
+
+    def total_samples(self, done: list[Shard]) -> int:
+        return self.job.request.count
+
+    def check_here(self) -> None:
+        """The model is loaded already."""
+
+    def make(self, number: int, scratch: Path) -> tuple[bytes, Packed]:
+        """Members `<i>.png` (or .npy), `<i>.cls` where there are classes, and `<i>.json` with the sample's seed."""
+        job, request, info = self.job, self.job.request, self.model.info
+        if self._draw is None:
+            self._draw = prepare(in_form(self.model, job.form), request)
+        start, tar = number * job.samples_per_shard, io.BytesIO()
+        end = min(start + job.samples_per_shard, request.count)
+        writer = ShardWriter(tar, self.shape, self.dtype, "png" if self.dtype == "uint8" else "npy")
+        for first in range(start, end, request.batch_size):
+            last = min(first + request.batch_size, end)
+            labels, seeds = request.labels(first, last, info), request.sample_seeds(first, last).tolist()
+            x = self._draw(first, labels)
+            arrays = to_uint8(x).permute(0, 2, 3, 1).numpy() if self.dtype == "uint8" else x.numpy()
+            for i, (array, label, seed) in enumerate(zip(arrays, labels.tolist(), seeds, strict=True), first):
+                note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
+                writer.add(f"{i:08d}", array, label, json.dumps(note).encode())
+            self.done(last - first)
+        packed = writer.finish(f"shards/{number:06d}.tar")
+        return tar.getvalue(), packed
+
+
+def begin(
+    place: Place,
+    checkpoint: str,
+    ema: str | None,
+    request: Request,
+    *,
+    precision: str = "auto",
+    compile_: str = "auto",
+    samples_per_shard: int | None = None,
+    processes: int = 1,
+    pictures: bool = False,
+) -> tuple[Job, Model, bool]:
+    """Claims the place: (the job to carry out, its model, whether it is finished already).
+
+    A job of the same request that was begun there is gone on with: at the checkpoint that it began with, in the form
+    that it took. pictures: whether the samples must be pictures whatever the format. Raises UserError naming what
+    differs from another request's, DataError, StorageError.
+    """
+    if samples_per_shard is not None and samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
+    there = _read(place)
+    if there is not None and there["asked"] == _asked(checkpoint) and ema in (None, there["ema"]):
+        model = load_model(there["checkpoint"], there["ema"])
+    else:
+        model = load_model(checkpoint, ema)
+    request = replace(request.fitted(model), guidance=request.guided)
+    prepare(model, request)  # finds, with the next line, what does not fit before anything is written
+    request.labels(0, 1, model.info)
+    shape = model.info.image_shape
+    if (pictures or place.format == "png") and not is_picture(shape):
+        raise UserError(f"samples of shape {list(shape)} are no pictures; give --format webdataset or an .npz")
+    size = samples_per_shard or default_shard(request.count, shape)
+    job = Job(
+        _asked(checkpoint), model.info.url, model.info.ema, fingerprint(model), request, place.format, size,
+        precision, compile_, Form(),
+    )  # fmt: skip
+    if there is None:
+        place.store.check_writable()
+        form = choose_form(model, request, precision=precision, compile_=compile_, processes=processes)
+        job = replace(job, form=form)
+        if place.store.put_new(place.record, job.to_json()):
+            _refuse_strangers(place)
+            return job, model, False
+        there = _read(place) or {}
+    _check_same(place, there, job)
+    begun = Job.from_json(there, request.batch_size)
+    finished = bool(there.get("finished")) and all(place.store.exists(name) for name in there["finished"])
+    return begun, model, finished
+
+
+def _asked(url: str) -> str:
+    return open_store(url).url()
+
+
+def _read(place: Place) -> dict[str, Any] | None:
+    """What was asked for at this place before."""
+    where = place.store.url(place.record)
+    try:
+        fields = json.loads(place.store.get(place.record))
+        Job.from_json(fields, 1)
+    except NotFound:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: is not what a request for samples left ({error}); give another --out") from None
+    return fields
+
+
+def _check_same(place: Place, there: dict[str, Any], job: Job) -> None:
+    """Raises UserError naming every field in which the request at the place differs from `job`."""
+    ours = job.fields()
+    differing = []
+    for name, now in ours.items():
+        before: Any = there.get(name)
+        if name == "request":
+            differing += [f"{key} {before[key]!r}, not {now[key]!r}" for key in now if before.get(key) != now[key]]
+        elif name != "form" and before != now:
+            differing.append(f"{name} {before!r}, not {now!r}")
+    if differing:
+        raise UserError(
+            f"{place.store.url(place.record)}: here are samples of another request ({'; '.join(differing)}); "
+            "give another --out, or remove what is there"
+        )
+
+
+def _refuse_strangers(place: Place) -> None:
+    """A data set or pictures that no request of ours left are not written over."""
+    strangers = {"webdataset": ["manifest.json"], "png": ["000000.png"], "npz": [place.name]}[place.format]
+    found = [name for name in strangers if place.store.exists(name)]
+    if found:
+        place.store.delete([place.record])
+        raise UserError(f"{place.store.url(found[0])}: is there already, of another origin; give another --out")
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def default_shard(count: int, shape: Sequence[int]) -> int:
+    """Samples in a shard: some SHARDS shards in all, small enough to be made in memory; a function of the job alone."""
+    most = max(16, min(MAX_SHARD_SAMPLES, MAX_SHARD_BYTES // (4 * math.prod(shape))))
+    return min(most, 64 * math.ceil(count / SHARDS / 64))
+
+
+def carry_out_job(place: Place, samples: Samples, map_shards: Mapper) -> str:
+    """Makes the shards that are missing and puts them into their form; the URL of what came of it.
+
+    map_shards: calls `packing.pack_shard(samples, number)` for each number, in order, here or on a cluster.
+    """
+    from scoreray.sampling.sample_files import write_npz, write_pictures
+
+    def mapped(plan: Plan, numbers: Sequence[int]) -> Iterable[Packed]:
+        return map_shards(samples, numbers)
+
+    store, job = place.store, samples.job
+    if place.format == "webdataset":
+        carry_out(samples, workers=1, map_shards=mapped, progress=None)
+        files = ["manifest.json"]
+    else:
+        made = list(mapped(samples, range(samples.num_shards)))
+        counted = sum(packed.shard.num_samples for packed in made)
+        assert counted == job.request.count, f"{counted} samples instead of {job.request.count}"
+        write = write_npz if place.format == "npz" else write_pictures
+        files = write(place, samples, made)
+    store.put(place.record, job.to_json(finished=files))
+    if place.unfinished:
+        store.delete([key for key, _ in store.list(f"{place.unfinished}/")])
+    return store.url(place.result)
+
+
+def here(progress: Callable[[int, int], None] | None = None) -> Mapper:
+    """Shards made by this process, one after another; progress(samples done, in all) after every batch."""
+
+    def run(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
+        total, done = samples.job.request.count, 0
+
+        def tell(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress:
+                progress(done, total)
+
+        samples.done = tell
+        for number in numbers:
+            packed = pack_shard(samples, number)
+            if packed.kept:
+                tell(packed.shard.num_samples)
+            yield packed
+
+    return run

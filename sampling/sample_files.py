@@ -1,0 +1,113 @@
+"""From finished shards of samples to a folder of pictures, to one npz, or to a sheet of the first ones.
+
+One shard is in memory at a time. The same shards give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import math
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from scoreray.data.decode import decode
+from scoreray.data.errors import DataError
+from scoreray.data.inspect import read_samples
+from scoreray.data.manifest import RECORD, Manifest
+from scoreray.data.packing import Packed, map_in_threads
+from scoreray.data.store import Store
+from scoreray.sampling.batch_generation import SHEET, Place, Samples
+from scoreray.sampling.generate import MAX_SHEET, png_of_sheet
+
+PUTS = 8  # pictures that are put at once
+
+
+def write_pictures(place: Place, samples: Samples, made: Sequence[Packed]) -> list[str]:
+    """000000.png, ... and a sheet of the first ones, samples.png. The names of the first, the last and the sheet."""
+    number = 0
+    for packed in made:
+        members = [data for data, _ in _members(place.shards, packed)]
+        put = partial(_put, place.store, number, members)
+        for _ in map_in_threads(PUTS, put, range(len(members))):
+            pass
+        number += len(members)
+    first = _first(_arrays(place.shards, samples, packed) for packed in made)
+    place.store.put(SHEET, png_of_sheet(first))
+    return ["000000.png", f"{number - 1:06d}.png", SHEET]
+
+
+def _put(store: Store, first: int, members: Sequence[bytes], i: int) -> None:
+    store.put(f"{first + i:06d}.png", members[i])
+
+
+def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> list[str]:
+    """`images` (uint8 [N, H, W, C], or float32 [N, ...] of what is no picture), `labels` and `seeds` int64 [N]."""
+    request, count = samples.job.request, samples.job.request.count
+    labels = np.concatenate([np.frombuffer(packed.records, RECORD)["label"] for packed in made]).astype(np.int64)
+    shape = samples.shape if samples.dtype == "float32" else (*samples.shape[1:], samples.shape[0])
+    with tempfile.TemporaryDirectory(prefix="scoreray-npz-") as folder:
+        file = Path(folder, "samples.npz")
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            with _array(archive, "images", samples.dtype, (count, *shape)) as out:
+                for packed in made:
+                    out.write(np.stack(list(_arrays(place.shards, samples, packed))).tobytes())
+            for name, values in (("labels", labels), ("seeds", request.sample_seeds(0, count).numpy())):
+                with _array(archive, name, "int64", values.shape) as out:
+                    out.write(values.tobytes())
+        place.store.put(place.name, file)
+    return [place.name]
+
+
+def sheet(place: Place) -> bytes:
+    """The first samples of a finished job on one PNG."""
+    if place.format == "png":
+        return place.store.get(SHEET)
+    if place.format == "webdataset":
+        count = min(MAX_SHEET, Manifest.load(place.store).num_samples)
+        return png_of_sheet(read_samples(place.store.url(), range(count)))
+    with zipfile.ZipFile(io.BytesIO(place.store.get(place.name))) as archive, archive.open("images.npy") as array:
+        np.lib.format.read_magic(array)
+        (count, *shape), _, _ = np.lib.format.read_array_header_1_0(array)
+        count = min(MAX_SHEET, count)
+        values = np.frombuffer(array.read(count * math.prod(shape)), np.uint8).reshape(count, *shape)
+    return png_of_sheet(torch.from_numpy(values.transpose(0, 3, 1, 2).copy()))
+
+
+def _first(shards: Iterable[Iterable[np.ndarray]]) -> torch.Tensor:
+    arrays = itertools.islice(itertools.chain.from_iterable(shards), MAX_SHEET)
+    return torch.from_numpy(np.stack([array.transpose(2, 0, 1) for array in arrays]))
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:
+    """An array of an npz, to be written in parts; without a time of day in it."""
+    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    out = archive.open(entry, "w", force_zip64=True)
+    header: dict[str, Any] = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, header)
+    return out
+
+
+def _arrays(store: Store, samples: Samples, packed: Packed) -> Iterator[np.ndarray]:
+    """The samples of a shard: uint8 [H, W, C] or float32."""
+    for data, code in _members(store, packed):
+        yield decode(data, code, samples.shape, np.dtype(samples.dtype), partial(store.url, packed.shard.name))
+
+
+def _members(store: Store, packed: Packed) -> Iterator[tuple[bytes, int]]:
+    """(encoded sample, format) of a shard whose bytes are what was put. Raises DataError."""
+    data = store.get(packed.shard.name)
+    if hashlib.sha256(data).hexdigest() != packed.shard.sha256:
+        raise DataError(f"{store.url(packed.shard.name)}: was changed since it was made; remove it and run again")
+    for record in np.frombuffer(packed.records, RECORD):
+        start, size = int(record["offset"]), int(record["size"])
+        yield data[start : start + size], int(record["format"])

@@ -1,0 +1,253 @@
+"""Batch generation: exactly N samples, whoever draws them, however often they are killed, in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.errors import UserError
+from scoreray.data.inspect import verify
+from scoreray.data.manifest import Manifest
+from scoreray.data.packing import Packed
+from scoreray.data.store import open_store
+from scoreray.data.stream import Stream
+from scoreray.data.tars import Tape, members
+from scoreray.sampling.batch_generation import Mapper, Samples, begin, carry_out_job, here, place_of
+from scoreray.sampling.drawing_actors import on_actors
+from scoreray.sampling.driver import Form, InRows, choose_form, in_form, network_calls
+from scoreray.sampling.generate import Request, prepare
+from scoreray.sampling.load import LoadedDenoiser, load
+from scoreray.sampling.steering import Guidance
+
+REQUEST = Request(count=150, steps=3, seed=7, batch_size=32)
+SHARD = 32
+
+NewRun = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run_url(new_run: NewRun, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_run(str(tmp_path_factory.mktemp("runs") / "toy"))
+
+
+def draw(url: str, run: str, request: Request = REQUEST, mapper: Mapper | None = None, **words: object) -> str:
+    place = place_of(url, str(words.pop("format", "auto")))
+    job, model, finished = begin(place, run, None, request, samples_per_shard=SHARD, **words)  # type: ignore[arg-type]
+    assert not finished
+    return carry_out_job(place, Samples(job, place.shards.url(), model), mapper or here())
+
+
+def contents(url: str) -> dict[str, bytes]:
+    store = open_store(url)
+    return {key: store.get(key) for key, _ in store.list()}
+
+
+@pytest.fixture(scope="module")
+def expected(run_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the job leaves when nothing happens to it."""
+    url = str(tmp_path_factory.mktemp("expected") / "samples")
+    draw(url, run_url, format="webdataset")
+    return contents(url)
+
+
+def test_shards_are_a_data_set_with_every_seed_once(run_url: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    draw(url, run_url, format="webdataset")
+    assert verify(url) == []
+    store = open_store(url)
+    manifest = Manifest.load(store)
+    assert manifest.num_samples == 150
+    assert manifest.class_counts == [50, 50, 50]
+    notes = []
+    for shard in manifest.shards:
+        tape = Tape(lambda a, b, name=shard.name: store.get(name, a, b), shard.bytes)
+        notes += [json.loads(member.data) for member in members(tape) if member.name.endswith(".json")]
+    assert [note["seed"] for note in notes] == [(7 << 32) + i for i in range(150)]
+    assert [note["class_label"] for note in notes] == [i % 3 for i in range(150)]
+    stream = Stream(url, global_batch_size=30, rank=0, world_size=1, seed=0)
+    seen = torch.cat([next(iter_).index for iter_ in [iter(stream)] for _ in range(5)])
+    assert sorted(seen.tolist()) == list(range(150))
+
+
+def test_batch_size_and_actors_do_not_change_a_byte(
+    ray_cluster: None, run_url: str, s3_url: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    draw(str(tmp_path / "by5"), run_url, replace(REQUEST, batch_size=5), format="webdataset")
+    assert contents(str(tmp_path / "by5")) == expected
+    told: list[tuple[int, int]] = []
+    draw(f"{s3_url}/samples", run_url, mapper=on_actors(3, lambda done, total: told.append((done, total))))
+    assert contents(f"{s3_url}/samples") == expected
+    assert told[-1] == (150, 150)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_an_actor_that_is_killed_changes_nothing(
+    ray_cluster: None, run_url: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    import psutil
+
+    url = str(tmp_path / "samples")
+    killed: list[int] = []
+
+    def kill(done: int, total: int) -> None:
+        """One of the two drawing processes, once a shard is there."""
+        actors = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::DrawingActor")
+        ]
+        if not killed and done >= SHARD and actors:
+            killed.append(actors[0].pid)
+            os.kill(actors[0].pid, signal.SIGKILL)
+
+    draw(url, run_url, mapper=on_actors(2, kill), format="webdataset")
+    assert killed
+    assert contents(url) == expected
+
+
+def test_a_driver_that_is_killed_goes_on(run_url: str, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """SIGKILL after some shards: the same command keeps them and ends in the same bytes."""
+    url = tmp_path / "samples"
+    command = [
+        *(sys.executable, "-m", "scoreray.cluster.cli", "sample", run_url, "--out", str(url), "--count", "150"),
+        *("--steps", "3", "--seed", "7", "--format", "webdataset", "--samples-per-shard", str(SHARD)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 60
+    while not (url / "packing" / "000000").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (url / "manifest.json").exists()
+    first = (url / "shards" / "000000.tar").stat()
+    made: list[Packed] = []
+
+    def spied(samples: Samples, numbers: object) -> object:
+        for packed in here()(samples, numbers):  # type: ignore[arg-type]
+            made.append(packed)
+            yield packed
+
+    draw(str(url), run_url, mapper=spied, format="webdataset")  # type: ignore[arg-type]
+    assert made[0].kept
+    assert not all(packed.kept for packed in made)
+    assert (url / "shards" / "000000.tar").stat().st_mtime_ns == first.st_mtime_ns
+    assert contents(str(url)) == expected
+
+
+def test_a_damaged_shard_is_drawn_again(run_url: str, expected: dict[str, bytes], tmp_path: Path) -> None:
+    url = tmp_path / "samples"
+
+    def stop_after_two(samples: Samples, numbers: object) -> object:
+        for number, packed in enumerate(here()(samples, numbers)):  # type: ignore[arg-type]
+            yield packed
+            if number == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(str(url), run_url, mapper=stop_after_two, format="webdataset")  # type: ignore[arg-type]
+    shard = url / "shards" / "000001.tar"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    draw(str(url), run_url, format="webdataset")
+    assert contents(str(url)) == expected
+
+
+def test_another_request_at_the_same_place_is_refused(run_url: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "samples")
+    request = replace(REQUEST, count=4)
+    draw(url, run_url, request, format="png")
+    for other, words in (
+        (replace(request, seed=8), "seed 7, not 8"),
+        (replace(request, count=5), "count 4, not 5"),
+        (replace(request, sampler="euler"), "sampler 'heun', not 'euler'"),
+        (replace(request, guidance=2.0), "guidance"),
+    ):
+        with pytest.raises(UserError, match=words):
+            begin(place_of(url, "png"), run_url, None, other, samples_per_shard=SHARD)
+    *_, finished = begin(place_of(url, "png"), run_url, None, request, samples_per_shard=SHARD)
+    assert finished
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "000000.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="of another origin"):
+        begin(place_of(str(tmp_path / "pictures")), run_url, None, request)
+    assert not (tmp_path / "pictures" / "sampling.json").exists()
+
+
+def test_a_newer_checkpoint_does_not_mix_into_a_job_that_began(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run(str(tmp_path / "run"))
+    place = place_of(str(tmp_path / "samples"))
+    job, _, _ = begin(place, run, None, replace(REQUEST, count=4))
+    new_run(run, 128, seed=1)
+    again, model, _ = begin(place, run, None, replace(REQUEST, count=4))
+    assert again.to_json() == job.to_json()
+    assert model.info.images_seen == 64
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (5,)])
+def test_npz_holds_what_the_shards_hold(new_run: NewRun, shape: tuple[int, ...], tmp_path: Path) -> None:
+    run = new_run(str(tmp_path / "run"), shape=shape)
+    request = replace(REQUEST, count=70)
+    place = draw(str(tmp_path / "a.npz"), run, request)
+    draw(str(tmp_path / "b.npz"), run, replace(request, batch_size=3))
+    assert place == str(tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(place) as arrays:
+        model = load(run)
+        labels = request.labels(0, 70, model.info)
+        x = prepare(in_form(model, Form()), request.fitted(model))(0, labels)
+        images = ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1) if len(shape) == 3 else x
+        assert np.array_equal(arrays["images"], images.numpy().astype(arrays["images"].dtype))
+        assert arrays["images"].dtype == (np.uint8 if len(shape) == 3 else np.float32)
+        assert arrays["labels"].tolist() == labels.tolist()
+        assert arrays["seeds"].tolist() == [(7 << 32) + i for i in range(70)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.npz.json", "b.npz", "b.npz.json", "run"]
+
+
+def test_rows_of_a_call_are_fixed_and_do_not_change_with_the_batch(run_url: str) -> None:
+    """Whatever the batch: a sample's bits depend on its seed alone."""
+    model = load(run_url)
+    sizes: list[int] = []
+    model.network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    driven = in_form(model, Form(rows=16))
+    assert isinstance(driven, InRows)
+    for guidance in (Guidance(), Guidance(2.0)):
+        request = replace(REQUEST, guidance=guidance, sampler="edm_sde").fitted(model)
+        labels = torch.arange(37) % 3
+        whole = prepare(driven, request)(0, labels)
+        alone = torch.cat([prepare(driven, request)(first, labels[first : first + 5]) for first in range(0, 37, 5)])
+        assert torch.equal(whole, alone)
+    assert set(sizes) == {16}
+
+
+def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(run_url)
+    assert isinstance(model, LoadedDenoiser)
+    small = Request(64).fitted(model)
+    assert network_calls(small, model.info, 16) == 35 * 4
+    assert network_calls(replace(small, guidance=2.0), model.info, 16) == 35 * 8
+    monkeypatch.setattr("scoreray.sampling.driver.call_s", lambda model, rows: 0.05)
+    asked: list[str] = []
+
+    def make_fast(model: LoadedDenoiser, rows: int, *, precision: str, compile_: str) -> object:
+        asked.append(precision)
+        return type("Fast", (), {"name": "bf16, compiled", "denoiser": model})
+
+    monkeypatch.setattr("scoreray.sampling.driver.make_fast", make_fast)
+    assert choose_form(model, small, precision="auto", compile_="auto") == Form("fp32", False)
+    large = replace(small, count=50_000)
+    assert choose_form(model, large, precision="auto", compile_="auto") == Form("bf16", True)
+    assert choose_form(model, large, precision="fp32", compile_="off") == Form("fp32", False)
+    assert asked == ["auto"]

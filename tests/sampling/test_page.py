@@ -1,0 +1,280 @@
+"""The page in a real headless Chromium: what it shows, says and sends, on a phone and on a desktop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scoreray.sampling.serve import make_app
+from scoreray.sampling.serve_access import hash_of
+from scoreray.sampling.serve_config import Limits, ServeConfig
+from scoreray.sampling.serve_replica import Replica
+from scoreray.sampling.serve_service import LocalBackend, Service
+
+PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
+pytestmark = pytest.mark.skipif(
+    None in PROGRAMS, reason="no chromium and chromedriver here (apt-get install chromium chromium-driver)"
+)
+
+PHONE, DESKTOP = (390, 844), (1280, 800)
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's name for an element's id
+SECRET = "a-secret-of-thirty-characters!"
+
+
+class Browser:
+    """A Chromium by the WebDriver protocol: as much of it as these tests need."""
+
+    def __init__(self, port: int, dark: bool = False) -> None:
+        self._url = f"http://127.0.0.1:{port}/session"
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+        options = {"args": arguments + (["--force-dark-mode"] if dark else [])}
+        wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
+        self._url += "/" + self._ask("", {"capabilities": wanted})["sessionId"]
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def size(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 800}
+        self.cdp("Emulation.setDeviceMetricsOverride", **metrics)
+
+    def cdp(self, command: str, **parameters: Any) -> Any:
+        return self._ask("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def open(self, url: str) -> None:
+        self._ask("/url", {"url": url})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self._ask("/execute/sync", {"script": script, "args": list(arguments)})
+
+    def element(self, selector: str) -> str:
+        return self._ask("/element", {"using": "css selector", "value": selector})[ELEMENT]
+
+    def click(self, selector: str) -> None:
+        self._ask(f"/element/{self.element(selector)}/click", {})
+
+    def type(self, selector: str, text: str) -> None:
+        element = self.element(selector)
+        self._ask(f"/element/{element}/clear", {})
+        self._ask(f"/element/{element}/value", {"text": text})
+
+    def text(self, selector: str) -> str:
+        return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def until(self, script: str, within_s: float = 20.0) -> Any:
+        deadline = time.monotonic() + within_s
+        while not (found := self.run(f"return {script}")):
+            assert time.monotonic() < deadline, f"{script} stays false: {self.text('main')}"
+            time.sleep(0.05)
+        return found
+
+    def errors(self) -> list[str]:
+        log = self._ask("/se/log", {"type": "browser"})
+        return [line["message"] for line in log if line["level"] == "SEVERE" and "status of" not in line["message"]]
+
+    def picture(self, file: Path) -> None:
+        height = self.run("return document.documentElement.scrollHeight")
+        width = self.run("return innerWidth")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        shot = self.cdp("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        file.write_bytes(base64.b64decode(shot["data"]))
+
+    def close(self) -> None:
+        self._ask("", method="DELETE")
+
+
+@pytest.fixture(scope="module")
+def driver_port() -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([str(PROGRAMS[1]), f"--port={port}"], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def browser(driver_port: int) -> Iterator[Browser]:
+    browser = Browser(driver_port)
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+@contextlib.contextmanager
+def served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
+    """The service on a port of this machine, its replica in this process."""
+    import uvicorn
+
+    started, box = threading.Event(), dict[str, Any]()
+
+    async def serve() -> None:
+        replica = Replica(config)
+        service = Service(config, LocalBackend(replica))
+        await service.start()
+        server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error"))
+        box.update(service=service, server=server)
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        box["url"] = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+        started.set()
+        await task
+        await service.stop()
+        await replica.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(60)
+        yield box["url"], box["service"]
+    finally:
+        box["server"].should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return os.environ.get("SCORERAY_PAGE_MODEL") or new_run(str(tmp_path_factory.mktemp("runs") / "small"))
+
+
+def config(url: str, **settings: Any) -> ServeConfig:
+    return ServeConfig((("small", url),), precision="fp32", compile="off", **settings)
+
+
+def keep(browser: Browser, name: str) -> None:
+    """A picture of the whole page, where a person asked for them."""
+    if folder := os.environ.get("SCORERAY_SCREENSHOTS"):
+        browser.picture(Path(folder, f"{name}.png"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
+def test_samples_form_on_the_page(browser: Browser, run_url: str, name: str, size: tuple[int, int]) -> None:
+    browser.size(*size)
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        assert "No samples yet" in browser.text("#view")
+        assert browser.run("return document.querySelectorAll('#sampler option').length") > 10
+        keep(browser, f"{name}-empty")
+        browser.type("#count", "6")
+        browser.type("#steps", "24")
+        browser.type("#seed", "5")
+        curl = browser.text("#curl")
+        assert '"count":6' in curl
+        assert '"seed":5' in curl
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#strip li').length >= 2")
+        keep(browser, f"{name}-drawing")
+        browser.until("document.querySelectorAll('#samples img').length === 6")
+        assert "6 samples in" in browser.text("#status")
+        assert browser.text("#draw") == "Draw"
+        shown = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalWidth > 0)")
+        assert all(shown)
+        strip = browser.run("return document.querySelectorAll('#strip li').length")
+        assert strip >= 4
+        keep(browser, f"{name}-samples")
+        browser.click("#strip li:first-child button")
+        browser.until("document.querySelector('#view img.sheet')")
+        wide = browser.run("return [document.documentElement.scrollWidth, innerWidth]")
+        assert wide[0] <= wide[1], "nothing is wider than the screen"
+        outside = browser.run(
+            "return performance.getEntriesByType('resource').map(r => r.name)"
+            ".filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'))"
+        )
+        assert outside == []
+        unnamed = browser.run(
+            "return [...document.querySelectorAll('input, select')].filter(e => !e.labels.length).map(e => e.id)"
+        )
+        assert unnamed == []
+        assert browser.errors() == []
+
+
+def test_the_curl_line_draws_the_same_samples(browser: Browser, run_url: str, tmp_path: Path) -> None:
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.type("#count", "2")
+        browser.run("document.querySelector('#class').selectedIndex = 2")
+        browser.type("#guidance", "1.5")
+        answers = []
+        for name in ("a", "b"):
+            command = browser.run("showCurl(); return document.querySelector('#curl').textContent")
+            subprocess.run(["sh", "-c", command + f" -s -o {name}.png"], cwd=tmp_path, check=True)
+            answers.append((tmp_path / "samples.png").read_bytes())
+        assert answers[0] == answers[1]
+        assert answers[0].startswith(b"\x89PNG")
+        assert '"class_label":1' in command
+        assert '"guidance":1.5' in command
+
+
+def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_url: str) -> None:
+    settings = config(run_url, tokens=(("me", hash_of(SECRET)),))
+    with served(settings) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#token-form').hidden")
+        keep(browser, "token")
+        focused = browser.run("return document.activeElement.id")
+        assert focused == "token"
+        browser.type("#token", "wrong-wrong-wrong-wrong\ue007")
+        browser.until("document.querySelector('#notice').innerText.includes('not accepted')")
+        browser.type("#token", SECRET + "\ue007")  # Enter
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.type("#count", "1\ue007")
+        browser.until("document.querySelectorAll('#samples img').length === 1")
+        assert SECRET not in browser.run("return document.documentElement.outerHTML")
+
+
+def test_busy_error_and_stop(browser: Browser, run_url: str) -> None:
+    with served(config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000))) as (url, service):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.run("document.querySelector('#count').max = 99")
+        browser.type("#count", "9")
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.error')?.innerText.includes('at most 8')")
+        keep(browser, "error")
+        service.draining = True
+        browser.type("#count", "8")
+        browser.type("#steps", "1000")
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.busy')?.innerText.includes('Trying again in')")
+        keep(browser, "busy")
+        service.draining = False
+        browser.click("#notice button")
+        browser.until("document.querySelectorAll('#strip li').length >= 1")
+        browser.click("#draw")
+        browser.until("document.querySelector('#status').innerText === 'Stopped.'")
+        deadline = time.monotonic() + 10
+        while service.under_way():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
