@@ -17,11 +17,13 @@ from typing import Any, ClassVar, TypeVar
 
 import boto3
 import botocore.exceptions
+import botocore.session
 import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from scoreray.data.errors import StorageError, Unanswered, UserError
+from scoreray.data.s3_ranges import Ranges
 from scoreray.data.store import NotFound, Store, check_key
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,11 @@ class S3Store(Store):
         extra = {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"} if ranged else {}
 
         def read() -> bytes:
+            if end is not None and (ranges := _ranges()).usable:
+                at = self._at(key)
+                data = ranges.get(at["Bucket"], at["Key"], start or 0, end, _body)
+                if data is not None:
+                    return data
             try:
                 answer = client().get_object(**self._at(key), **extra)
             except botocore.exceptions.ClientError as error:
@@ -76,7 +83,7 @@ class S3Store(Store):
                     return b""
                 raise
             with contextlib.closing(answer["Body"]) as body:
-                data = _body(body, int(answer["ContentLength"]))
+                data = _body(body._raw_stream.read1, int(answer["ContentLength"]))  # StreamingBody waits for all
             if ranged and "ContentRange" not in answer and (start or end is not None):
                 return data[start or 0 : end]  # a server that does not know ranges sent all of it
             return data
@@ -161,7 +168,7 @@ def _brief() -> Context:
     return context
 
 
-_clients: dict[tuple[str | None, ...], Any] = {}
+_clients: dict[tuple[str | None, ...], tuple[Any, Ranges]] = {}
 _lock = threading.Lock()
 
 
@@ -177,6 +184,14 @@ os.register_at_fork(after_in_child=_forget_clients)
 
 def client() -> Any:
     """This process's S3 client for the endpoint and credentials that the environment names now."""
+    return _client_and_ranges()[0]
+
+
+def _ranges() -> Ranges:
+    return _client_and_ranges()[1]
+
+
+def _client_and_ranges() -> tuple[Any, Ranges]:
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
              "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")  # fmt: skip
     key = tuple(os.environ.get(name) for name in names)
@@ -185,7 +200,8 @@ def client() -> Any:
             if os.environ.get(name) and "://" not in os.environ[name]:
                 raise UserError(f"{name}={os.environ[name]}: an endpoint starts with http:// or https://")
         if key not in _clients:
-            _clients[key] = boto3.session.Session().client(
+            session = botocore.session.get_session()
+            made = boto3.session.Session(botocore_session=session).client(
                 "s3",
                 region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
                 config=Config(
@@ -198,6 +214,7 @@ def client() -> Any:
                     max_pool_connections=32,
                 ),
             )
+            _clients[key] = made, Ranges(made, session)
         return _clients[key]
 
 
@@ -229,13 +246,13 @@ def _ask(url: str, request: Callable[[], T]) -> T:
     raise AssertionError("unreachable: the deadline ends the loop")
 
 
-def _body(body: Any, size: int) -> bytes:
+def _body(read1: Callable[[int], bytes], size: int) -> bytes:
     """`size` bytes of an answer, within a time that grows with them: a server that trickles would else hold us for
     ever, as each byte restarts the socket's own time-out."""
     deadline = time.monotonic() + BODY_S + size / LEAST_BYTES_PER_S
     parts, missing = [], size
     while missing:
-        part = body._raw_stream.read1(min(missing, 1 << 20))  # what is there; StreamingBody itself waits for all
+        part = read1(min(missing, 1 << 18))  # what is there
         if not part:
             raise ConnectionError(f"{missing} of {size} bytes are missing")
         parts.append(part)
