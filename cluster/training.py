@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scoreray.cluster.display import TrainLine, say
+from scoreray.cluster.following import beside
 from scoreray.cluster.local_ray import connected
 from scoreray.data.errors import UserError
 from scoreray.data.quarantine import Entries, Unreadable
@@ -67,7 +68,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
             _check_resources(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
             say(f"run '{config.run.name}': {workers} workers, ZeRO-{config.engine.zero_stage}, to {run.url()}")
-            with TrainLine(total) as line:
+            with beside(config, say), TrainLine(total) as line:
                 fit(config, line, say)
     checkpoint = latest(run)
     if checkpoint is None:

@@ -43,6 +43,9 @@ def _run_name(name: str) -> str:
     return name
 
 
+Metric = Literal["fid", "kid", "is", "pr", "sw", "nn", "kde", "bpd", "nats", "loss", "psnr", "ssim", "ais"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -136,6 +139,27 @@ class LogSection(Section):
     every_images: Count = 10_000
 
 
+class EvaluationSection(Section):
+    """What is measured beside the run at each committed checkpoint, by a process of its own that gives way to training.
+
+    `metrics`: as of `scoreray evaluate`; none measures nothing. `sheet`: samples in a picture of each checkpoint.
+    `every_images`: only the first checkpoint after each so many images; 0 takes every one (the newest, where evaluation
+    is slower than training). `reference`: a packed data set; None takes `data.url`.
+    """
+
+    metrics: tuple[Metric, ...] = ()
+    sheet: int = Field(0, ge=0, le=1024)
+    every_images: CountOrZero = 0
+    reference: str | None = None
+    count: Count = Field(1000, ge=16)
+    reference_count: Count = Field(10_000, ge=16)
+    extractor: str = "auto"
+    sampler: str | None = None
+    steps: int | None = Field(None, ge=1)
+    guidance: float = 1.0
+    batch_size: int = Field(64, ge=1)
+
+
 class Config(Section):
     """A whole run. Keys and defaults: `scoreray train --print-config CONFIG`."""
 
@@ -152,6 +176,7 @@ class Config(Section):
     duration: DurationSection
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -200,7 +225,8 @@ class Config(Section):
 MOST_KEYS = 10_000
 
 # Keys that may change when a run goes on: they decide where and how long it computes, not what.
-CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "engine.zero_stage", "engine.micro_batch_size",
+CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
+              "engine.zero_stage", "engine.micro_batch_size",
               "engine.offload", "engine.compile", "engine.partition_group", "data.url", "data.prefetch_batches",
               "data.on_error", "data.quarantine_budget", "duration")  # fmt: skip
 
