@@ -264,6 +264,8 @@ def serve_until_stopped(
     left = 0
     with connected(num_cpus=slots, verbose=verbose):
         told = threading.Event()
+        if not verbose:
+            _hush()
         with served(config, placement) as url:
             say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
             say(_curl(url, bool(config.tokens)))
@@ -339,6 +341,13 @@ def _signals(told: threading.Event) -> Iterator[None]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, first)
     yield
+
+
+def _hush() -> None:
+    """Ray prints what its daemon says of actors that end on our standard output, which is for answers."""
+    import ray._private.worker as worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _started(serve: Any, http: dict[str, Any], quiet: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from scoreray.sampling.serve_answers import choose_media, event
 from scoreray.sampling.serve_config import ERRORS, Limits, Refused
 from scoreray.sampling.serve_docs import docs_page
-from scoreray.sampling.serve_request import SampleBody, check_key, parse
+from scoreray.sampling.serve_request import KEY, SampleBody, check_key, parse
 from scoreray.sampling.serve_service import Answer, Run, Service, json_answer
 
 log = logging.getLogger("scoreray.serve")
@@ -288,7 +288,8 @@ def _log(request: Request, request_id: str, who: str, code: str, started: float)
 
 
 def _samples_schema() -> dict[str, Any]:
-    header = {"name": "Idempotency-Key", "in": "header", "required": False, "schema": {"type": "string"}}
+    key = {"type": "string", "pattern": f"^{KEY.pattern}$"}
+    header = {"name": "Idempotency-Key", "in": "header", "required": False, "schema": key}
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": SampleBody.model_json_schema()}}},
         "parameters": [header],

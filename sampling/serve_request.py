@@ -57,7 +57,8 @@ class SampleBody(BaseModel):
     stream: Annotated[bool, Field(description="server-sent events with denoised previews")] = False
     previews: Annotated[int, Field(ge=1, le=32, description="how many previews a stream shows at most")] = 8
     idempotency_key: Annotated[
-        str | None, Field(max_length=255, description="as the header Idempotency-Key: retries draw and bill once")
+        str | None,
+        Field(pattern=f"^{KEY.pattern}$", description="as the header Idempotency-Key: retries draw and bill once"),
     ] = None
 
     def fingerprint(self, media: str) -> str:
@@ -180,8 +181,9 @@ def _int(text: str) -> int:
     return int(text)
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | int:
+    """A number with a point or an exponent; 4.0 is the integer 4, as JSON has one kind of number only."""
     value = float(text) if len(text) <= LONGEST_NUMBER else math.inf
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:LONGEST_NUMBER]} is too large or too long")
-    return value
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value

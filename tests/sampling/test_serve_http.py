@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -460,6 +462,16 @@ def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run
     asyncio.run(main())
 
 
+def test_the_docs_name_every_field_limit_code_and_metric() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "serving.md").read_text()
+    words = set(re.findall(r"`([\w]+)(?:\{\w+\})?`", page))
+    assert set(SampleBody.model_fields) <= words
+    assert set(vars(Limits())) <= words
+    assert set(ERRORS) - {"bug"} <= words
+    for metric_ in (*REPLICA_METRICS, *SERVICE_METRICS):
+        assert metric_.name + ("_total" if metric_.kind == "counter" else "") in words, metric_.name
+
+
 @pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"rk45"}))
 def test_the_calls_that_a_request_is_charged_with_are_those_it_takes(sampler: str, run_url: str) -> None:
     from scoreray.sampling.serve_models import look_up
@@ -541,6 +553,33 @@ def test_any_json_is_answered(points_url: str) -> None:
         def asked(body: Any) -> None:
             reply = runner.run(call("POST", "/v1/samples", json.dumps(body).encode(), JSON))
             assert reply.status in (200, 400, 404, 422), reply.body
+            assert reply.status == 200 or ERRORS[reply.code][0] == reply.status
+
+        asked()
+        runner.run(stack.aclose())
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["as the schema says", "against the schema"])
+def test_the_published_schema_is_the_truth(points_url: str, wrong: bool) -> None:
+    """What schemathesis makes of /openapi.json: nothing that fits it fails, nothing that does not is drawn."""
+    import schemathesis
+
+    limits = Limits(max_count=2, max_steps=4, max_calls=16)
+    mode = schemathesis.GenerationMode.NEGATIVE if wrong else schemathesis.GenerationMode.POSITIVE
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        call = runner.run(stack.enter_async_context(serving(config(points_url, limits=limits))))
+        operation = schemathesis.openapi.from_dict(call.app.openapi())["/v1/samples"]["POST"]
+
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(operation.as_strategy(generation_mode=mode))
+        def asked(case: Any) -> None:
+            raw = case.body if isinstance(case.body, bytes) else json.dumps(case.body, default=str).encode()
+            headers = {**JSON, **{name: str(value) for name, value in (case.headers or {}).items()}}
+            reply = runner.run(call(case.method, case.formatted_path, raw, headers))
+            expected = (400, 404, 413, 415, 422) if wrong else (200, 404, 422)
+            two_keys = reply.status == 400 and "differ" in reply.json["message"]
+            assert reply.status in expected or two_keys, (raw, headers, reply.body)
             assert reply.status == 200 or ERRORS[reply.code][0] == reply.status
 
         asked()

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import psutil
 import pytest
 import urllib3
 
-from scoreray.cluster.serving import Placement, make_config, make_limits, parse_replicas, served
+from scoreray.cluster.serving import Placement, make_config, make_limits, parse_replicas, replicas_wanted, served
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.client import Client, Declined
 from scoreray.sampling.serve_config import Limits
@@ -237,11 +238,25 @@ def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -
         assert process.stderr is not None
         told = process.stderr.read()
         assert "draining" in told
+        assert process.stdout.read() == ""
         assert "Traceback" not in told
         assert "a-token-for-this-test" not in told
     finally:
         process.kill()
         process.wait()
+
+
+def test_more_rows_want_more_replicas() -> None:
+    def wanted(rows: list[float]) -> int:
+        context = SimpleNamespace(
+            aggregated_metrics={"waiting_rows": dict(enumerate(rows))},
+            config=SimpleNamespace(get_target_ongoing_requests=lambda: 128.0),
+            capacity_adjusted_min_replicas=1,
+            capacity_adjusted_max_replicas=4,
+        )
+        return replicas_wanted(context)[0]
+
+    assert [wanted(rows) for rows in ([], [0], [128], [129], [200, 100], [900, 900])] == [1, 1, 1, 2, 3, 4]
 
 
 def test_words_of_the_command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
