@@ -72,7 +72,7 @@ class Blocks:
         self.stored_shape = (*self.shape[1:], self.shape[0]) if self.dtype == np.uint8 else self.shape  # channels last
         num_bytes = manifest.num_samples * int(np.prod(self.shape)) * self.dtype.itemsize
         self._cache = _Cache(manifest.num_samples, self.stored_shape, self.dtype) if num_bytes <= cache_bytes else None
-        self._inline = self._cache is None and not reader.store.is_remote
+        self._inline = self._cache is None and reader.cache is None and not reader.store.is_remote
         self._asked: dict[Key, Future[Block] | Block | None] = {}  # None: to be read when its turn comes
         self._newest: dict[int, Key] = {}  # of each lane
         self._threads: ThreadPoolExecutor | None = None

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from scoreray.data.disk_cache import DiskCache
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.hedge import HedgedGet
 from scoreray.data.manifest import CHUNK, RECORD, Manifest
@@ -54,14 +56,16 @@ class Reader:
         stats: Stats,
         records_kept: int = 1 << 16,
         quarantine: Quarantine | None = None,
+        cache: DiskCache | None = None,
     ) -> None:
+        self.cache = cache
         self.store, self.manifest, self.stats, self.quarantine = store, manifest, stats, quarantine
         self._get = HedgedGet(store.get) if store.is_remote else store.get
         self.first_samples = manifest.first_samples()
-        self._attempts = 1 + REREADS if store.is_remote else 1
+        self._attempts = 1 + (REREADS if store.is_remote else int(cache is not None))
         self._lock = threading.Lock()
         index = store.url(manifest.index.name)
-        self._records = Records(self._get_index, manifest, index, -(-records_kept // CHUNK))
+        self._records = Records(self._get_counted, manifest, index, -(-records_kept // CHUNK))
 
     def records(self, shard: int, start: int = 0, count: int | None = None) -> np.ndarray:
         """Records [start, start + count) of the shard, RECORD [count], verified. These can't be quarantined."""
@@ -79,7 +83,13 @@ class Reader:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _get_index(self, key: str, start: int, end: int) -> bytes:
+    def _get_members(self, shard: int, start: int, end: int) -> bytes:
+        entry = self.manifest.shards[shard]
+        if self.cache is None:
+            return self._get_counted(entry.name, start, end)
+        return self.cache.get(entry.sha256, entry.bytes, start, end, partial(self._get_counted, entry.name))
+
+    def _get_counted(self, key: str, start: int, end: int) -> bytes:
         data = self._get(key, start, end)
         self._count(len(data), 1)
         return data
@@ -127,13 +137,12 @@ class Reader:
         members: list[bytes | None] = [None] * len(records)
         for attempt in range(self._attempts):
             try:
-                data, missing = self._get(name, low, high), False
+                data, missing = self._get_members(shard, low, high), False
             except NotFound as error:
                 problem, missing = f"{error}; the manifest lists this shard: is the data set whole?", True
                 if attempt + 1 < self._attempts:  # a store under stress may say so of what is there
                     self._pause(attempt)
                 continue
-            self._count(len(data), 1)
             found = [data[start - low : start - low + size] for start, size in zip(starts, sizes, strict=True)]
             digests = b"".join([sha256(member).digest()[:8] for member in found])
             if digests == expected:
@@ -143,6 +152,8 @@ class Reader:
             bad = [i for i in bad if members[i] is None]
             if not bad:
                 return members
+            if self.cache is not None:
+                self.cache.forget(self.manifest.shards[shard].sha256, low, high)
             problem = "its bytes are not those of the index" + (" (the shard is cut)" if len(data) < high - low else "")
             if attempt + 1 < self._attempts:
                 log.warning("%s: %s; reading again", self.name(shard, first + bad[0]), problem)

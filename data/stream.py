@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from scoreray.data.blocks import Blocks, Rows
+from scoreray.data.disk_cache import DiskCache
 from scoreray.data.errors import UserError
 from scoreray.data.manifest import CHUNK, Manifest
 from scoreray.data.order import Order, default_lanes
@@ -27,6 +28,7 @@ from scoreray.data.store import open_store
 
 BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: two blocks a lane
 CACHE_BYTES = 256 << 20  # a data set that decoded is no larger is kept in memory
+CACHE_DIR_BYTES = 64 << 30
 LOOK_UP = 32  # samples of a lane that are looked up in the order at once
 
 
@@ -60,6 +62,7 @@ class Stream:
       prefetch_batches: decoded batches that wait.
       decode_threads: for one thread, the prefetching thread decodes itself.
       cache_bytes: a data set that decoded is no larger is kept in memory.
+      cache_dir: a folder of this machine that keeps what was read, up to `cache_dir_bytes`; ranks share it.
       pin_memory: page-locked batches, for a copy to a GPU that overlaps with work.
       quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
         another stands in for it (its number is in Batch.index). None: the first one raises.
@@ -84,6 +87,8 @@ class Stream:
         prefetch_batches: int = 4,
         decode_threads: int = 1,
         cache_bytes: int = CACHE_BYTES,
+        cache_dir: str | None = None,
+        cache_dir_bytes: int = CACHE_DIR_BYTES,
         pin_memory: bool = False,
         quarantine: Quarantine | None = None,
         manifest: Manifest | None = None,
@@ -110,8 +115,9 @@ class Stream:
         self._first_lane = rank * self.num_lanes // world_size
         self._end_lane = (rank + 1) * self.num_lanes // world_size
         self._quarantine = quarantine
+        disk_cache = DiskCache(cache_dir, cache_dir_bytes) if cache_dir else None
         records_kept = 2 * (self._end_lane - self._first_lane) * (self.shuffle_block + 2 * CHUNK) + 16 * CHUNK
-        self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine)
+        self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine, disk_cache)
         self._blocks = Blocks(self._reader, self.order, cache_bytes)
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)

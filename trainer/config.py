@@ -63,6 +63,7 @@ class DataSection(Section):
 
     `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
     another one, up to `quarantine_budget` samples in the whole run.
+    `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
     """
 
     url: str
@@ -72,6 +73,8 @@ class DataSection(Section):
     prefetch_batches: int = Field(4, ge=1, le=1024)
     on_error: Literal["stop", "quarantine"] = "stop"
     quarantine_budget: Count = 1000
+    cache_dir: str | None = None
+    cache_bytes: CountOrZero = Field(64 << 30, ge=64 << 20)
 
 
 class EngineSection(Section):
@@ -228,6 +231,7 @@ MOST_KEYS = 10_000
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
               "engine.zero_stage", "engine.micro_batch_size",
               "engine.offload", "engine.compile", "engine.partition_group", "data.url", "data.prefetch_batches",
+              "data.cache_dir", "data.cache_bytes",
               "data.on_error", "data.quarantine_budget", "duration")  # fmt: skip
 
 

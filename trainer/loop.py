@@ -136,6 +136,9 @@ def train(
         num_lanes=config.data.num_lanes,
         shuffle_block=config.data.shuffle_block,
         prefetch_batches=config.data.prefetch_batches,
+        cache_dir=config.data.cache_dir,
+        cache_dir_bytes=config.data.cache_bytes,
+        pin_memory=device.type == "cuda",
         quarantine=unreadable.quarantine,
     )
     meter, vote = _Meter(world_size, device), Vote(world_size)
