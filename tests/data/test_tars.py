@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import itertools
@@ -27,7 +28,10 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.index_tars import TarsPlan, index_tar, samples
 from scoreray.data.inspect import read_samples, verify
 from scoreray.data.manifest import FORMATS, RECORD, Manifest, digest
+from scoreray.data.order import Run
 from scoreray.data.pack import encode, pack
+from scoreray.data.quarantine import Quarantine, Unreadable
+from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import open_store
 from scoreray.data.stream import Stream
 from scoreray.data.tars import Tape
@@ -108,6 +112,7 @@ def made(*entries: tuple, format: int = tarfile.USTAR_FORMAT) -> bytes:
 
 
 PNG = encode(image(0), "png")
+ZEROS, ZIPPED = zlib.compress(bytes(1 << 26), 9), gzip.compress(bytes(1 << 26))
 GOOD = [(f"{i:03d}.png", encode(image(i), "png")) for i in range(4)]
 PAX = made((f"{'x' * 200}.png", PNG), format=tarfile.PAX_FORMAT)
 GREY = encode(image(0)[:, :, :1], "png")
@@ -130,10 +135,15 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+NPY_OF_OBJECTS = (
+    b"\x93NUMPY\x01\x00\x76\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(127)
+    + b"\n"
+    + pickle.dumps(Mischief())
+)
+
 HOSTILE = {
     "pickle": (made(*GOOD, ("004.png", PNG), ("004.pkl", pickle.dumps(Mischief()))), "is a pickle"),
-    "pickled npy": (made(*GOOD, ("004.npy", b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|O', 'fortran_order': False, "
-                         b"'shape': (1,), }".ljust(117) + b"\n" + pickle.dumps(Mischief()))), "004.npy"),
+    "pickled npy": (made(*GOOD, ("004.npy", NPY_OF_OBJECTS)), "004.npy"),
     "symlink": (made(*GOOD, ("004.png", b"", tarfile.SYMTYPE, "/etc/passwd")), "004.png' is a symbolic link"),
     "hard link": (made(*GOOD, ("004.png", b"", tarfile.LNKTYPE, "000.png")), "is a hard link"),
     "device": (made(*GOOD, ("004.png", b"", tarfile.CHRTYPE)), "is a device"),
@@ -200,39 +210,159 @@ def test_a_hostile_tar_is_refused_by_name_and_runs_nothing(name: str, tmp_path: 
     assert RAN == []
 
 
-def mutated(data: bytes, chance: random.Random) -> bytes:
+def flipped(data: bytes, chance: random.Random) -> bytes:
     out = bytearray(data)
-    kind = chance.randrange(5)
-    if kind == 0:  # bits, anywhere
-        for _ in range(chance.randint(1, 8)):
-            out[chance.randrange(len(out))] ^= 1 << chance.randrange(8)
-    elif kind == 1:  # a header's field, with the checksum right
-        at = 1024 * chance.randrange(4)
-        start = chance.choice([0, 100, 124, 136, 156, 257, 345])
-        return with_header(data, at, start, bytes(chance.randrange(256) for _ in range(chance.randint(1, 12))))
-    elif kind == 2:  # cut, mostly at a block
-        return data[: chance.choice([512, 512, 1]) * chance.randrange(1, len(data) // 512)]
-    elif kind == 3:  # blocks out of order
-        i, j = (512 * chance.randrange(len(data) // 512) for _ in range(2))
-        out[i : i + 512], out[j : j + 512] = data[j : j + 512], data[i : i + 512]
-    else:  # blocks twice
-        i = 512 * chance.randrange(len(data) // 512)
-        out[i:i] = data[i : i + 512 * chance.randint(1, 4)]
+    for _ in range(chance.randint(1, 8)):
+        out[chance.randrange(len(out))] ^= 1 << chance.randrange(8)
     return bytes(out)
 
 
-def test_a_thousand_mutated_tars_are_refused_or_whole_and_none_takes_long(tmp_path: Path) -> None:
-    chance = random.Random(0)
-    base = made(*GOOD)
-    refusals = []
-    for _ in range(1000):
+def field_changed(data: bytes, chance: random.Random) -> bytes:
+    """A header's field, with the checksum right."""
+    start = chance.choice([0, 100, 124, 136, 156, 257, 345])
+    value = bytes(chance.randrange(256) for _ in range(chance.randint(1, 12)))
+    return with_header(data, 1024 * chance.randrange(4), start, value)
+
+
+def swapped(data: bytes, chance: random.Random) -> bytes:
+    out = bytearray(data)
+    i, j = (512 * chance.randrange(len(data) // 512) for _ in range(2))
+    out[i : i + 512], out[j : j + 512] = data[j : j + 512], data[i : i + 512]
+    return bytes(out)
+
+
+def repeated(data: bytes, chance: random.Random) -> bytes:
+    i = 512 * chance.randrange(len(data) // 512)
+    return data[:i] + data[i : i + 512 * chance.randint(1, 4)] + data[i:]
+
+
+def huge(data: bytes, chance: random.Random) -> bytes:
+    size = chance.choice([b"%011o\0" % chance.randrange(1 << 20, 1 << 33), b"\x80" + chance.randbytes(11)])
+    kind = with_header(data, at := 1024 * chance.randrange(4), 156, chance.choice([b"0", b"L", b"x", b"g", b"5"]))
+    return with_header(kind, at, 124, size)
+
+
+def with_members(*entries: tuple, at: int | None = None) -> bytes:
+    """The good members with others after the `at`-th."""
+    return made(*GOOD[:at], *entries, *([] if at is None else GOOD[at:]))
+
+
+def bombed(data: bytes, chance: random.Random) -> bytes:
+    """Much in few bytes: the tar itself, an image's pixels, its text, or more pixel data than it has room for."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
+    name, at = f"{chance.randrange(100, 999)}.png", chance.randrange(5)
+    which = chance.randrange(5)
+    if which == 0:
+        return ZIPPED
+    if which == 1:
+        return with_members((name, bomb()), at=at)
+    if which == 2:
+        return with_members((name, ZIPPED), at=at)
+    if which == 3:
+        return with_members((name, PNG[:33] + chunk(b"zTXt", b"a\0\0" + ZEROS) + PNG[33:]), at=at)
+    return with_members((name, PNG[:33] + chunk(b"IDAT", ZEROS) + chunk(b"IEND", b"")), at=at)
+
+
+def pickled(data: bytes, chance: random.Random) -> bytes:
+    code, at = pickle.dumps(Mischief()), chance.randrange(5)
+    suffix = chance.choice(["pkl", "pickle", "pyd", "pth", "PKL", "png", "npy", "cls", "jpg"])
+    if suffix == "npy":
+        return with_members(("004.npy", NPY_OF_OBJECTS), at=at)
+    return with_members((f"{chance.choice(['004', '003'])}.{suffix}", code), at=at)
+
+
+def linked(data: bytes, chance: random.Random) -> bytes:
+    kind = chance.choice([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+    return with_members(
+        ("004.png", b"", kind, chance.choice(["/etc/passwd", "../x", "000.png"])), at=chance.randrange(5)
+    )
+
+
+def escaping(data: bytes, chance: random.Random) -> bytes:
+    name = chance.choice(["../{}.png", "/etc/{}.png", "a/../../{}.png", "..\\{}.png", "a/../{}.png", "{}/../../x.png"])
+    return with_members((name.format(chance.randrange(999)), PNG), at=chance.randrange(5))
+
+
+MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "bit flips": flipped,
+    "cut at a block": lambda data, chance: data[: 512 * chance.randrange(1, len(data) // 512)],
+    "cut elsewhere": lambda data, chance: data[: chance.randrange(len(data))],
+    "header fields": field_changed,
+    "blocks swapped": swapped,
+    "blocks twice": repeated,
+    "duplicate members": lambda data, chance: with_members(chance.choice(GOOD), at=chance.randrange(5)),
+    "unsorted members": lambda data, chance: made(*chance.sample(GOOD + [(n[:3] + ".cls", b"1") for n, _ in GOOD], 8)),
+    "huge headers": huge,
+    "gz bombs": bombed,
+    "pickles": pickled,
+    "links": linked,
+    "names that leave": escaping,
+}
+EACH = 77  # 1001 in all
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two tars of the good members, indexed while they are whole."""
+    folder = tmp_path_factory.mktemp("indexed")
+    for name in ("0.tar", "1.tar"):
+        (folder / name).write_bytes(made(*GOOD))
+    pack(folder, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_a_thousand_mutated_tars_are_refused_or_whole_and_none_takes_long(
+    kind: str, indexed: str, tmp_path: Path
+) -> None:
+    """Each by both ways in: indexed where it lies, and read by the index of what it was."""
+    chance, base = random.Random(kind), made(*GOOD)
+    pictures = [image(i).transpose(2, 0, 1) for i in range(4)]
+    refusals, quarantined = [], 0
+    for case in range(EACH):
+        data = MUTATIONS[kind](base, chance)
         try:
-            assert index(tmp_path / "tars", mutated(base, chance)) == []
+            assert index(tmp_path / "tars", data) == []
         except DataError as error:
             refusals.append(str(error))
-    assert 500 < len(refusals) < 1000
+        Path(indexed, "1.tar").write_bytes(data)
+        started = time.perf_counter()
+        found, entries = (through_stream if case % 7 == 0 else through_reader)(indexed)
+        assert time.perf_counter() - started < 5
+        for number, picture in found.items():
+            assert (picture == pictures[number % 4]).all()
+        assert all(entry.shard == "1.tar" for entry in entries)
+        assert {entry.sample for entry in entries}.isdisjoint(found)
+        assert {entry.sample for entry in entries} | set(found) == set(range(8))
+        quarantined += bool(entries)
+        assert RAN == []
     assert all("1.tar: " in refusal for refusal in refusals)
-    assert RAN == []
+    all_of_them = ("duplicate members", "links", "names that leave")
+    assert len(refusals) == EACH if kind in all_of_them else len(refusals) > EACH // 4
+    assert quarantined > EACH // 8 or kind in ("header fields", "huge headers"), "of which nothing that counts changed"
+
+
+def through_stream(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
+    """One epoch: pictures by number, and what is quarantined."""
+    with Stream(
+        url, global_batch_size=8, rank=0, world_size=1, seed=0, cache_bytes=0, quarantine=Quarantine(4)
+    ) as stream:
+        batch = next(stream)
+    return dict(zip(batch.index.tolist(), batch.images.numpy(), strict=True)), stream.quarantined
+
+
+def through_reader(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
+    """The same, without a stream's threads."""
+    store, quarantine = open_store(url), Quarantine(4)
+    reader = Reader(store, Manifest.load(store), Stats(), quarantine=quarantine)
+    members, records = reader.read([Run(0, 0, 4), Run(1, 0, 4)])
+    found = {
+        number: decode(member, int(record["format"]), (3, 8, 8), np.dtype("uint8"), str).transpose(2, 0, 1)
+        for number, (member, record) in enumerate(zip(members, records, strict=True))
+        if member is not None
+    }
+    quarantine.settle(np.arange(8))
+    return found, quarantine.found
 
 
 def test_a_mutated_shard_of_a_packed_set_never_gives_other_images(packed: tuple[str, Manifest], tmp_path: Path) -> None:
@@ -245,8 +375,8 @@ def test_a_mutated_shard_of_a_packed_set_never_gives_other_images(packed: tuple[
     expected = read_samples(packed[0], numbers)
     chance = random.Random(1)
     refusals = []
-    for _ in range(60):
-        path.write_bytes(mutated(base, chance))
+    for kind in ["bit flips", "cut at a block", "blocks swapped", "blocks twice"] * 15:
+        path.write_bytes(MUTATIONS[kind](base, chance))
         try:
             assert torch.equal(read_samples(str(url), numbers), expected)
         except DataError as error:
