@@ -10,9 +10,12 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from scoreray.trainer.loop import Progress as TrainProgress
+from scoreray.trainer.loop import Record
+from scoreray.trainer.metrics import sigma_labels
 
 QUIET_LINE_EVERY_S = 10.0
 
@@ -41,6 +44,8 @@ class TrainLine:
             disable=not self._terminal,
         )
         self._task = self._bar.add_task("train", total=total, facts="starting workers")
+        self._committed = 0
+        self._record: Record | None = None
 
     def __enter__(self) -> TrainLine:
         self._bar.start()
@@ -48,20 +53,39 @@ class TrainLine:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
+        if self._terminal and self._record is not None:
+            console.print(sigma_table(self._record))
 
     def __call__(self, progress: TrainProgress) -> None:
         done = min(progress.images, progress.total)  # the last batch may pass the end
         rate = "" if math.isnan(progress.images_per_s) else f"{progress.images_per_s:,.0f} img/s"
-        facts = f"loss {progress.loss:.4f}  {rate}"
-        if progress.data_stall > 0.05:
-            facts += f"  data stall {progress.data_stall:.0%}"
+        facts = f"loss {progress.loss:.4f}  {rate}  data stall {progress.data_stall:.0%}"
         self._bar.update(self._task, completed=done, facts=facts)
+        if progress.record is not None:
+            self._record = progress.record
+            if self._terminal and progress.committed > self._committed and progress.images < progress.total:
+                console.print(sigma_table(progress.record))
+        self._committed = progress.committed
         now = time.monotonic()
         if not self._terminal and (now - self._last_line > QUIET_LINE_EVERY_S or progress.images >= progress.total):
             self._last_line = now
             left = max(0, progress.total - progress.images)
             left_text = f"  {left / progress.images_per_s:,.0f} s left" if progress.images_per_s > 0 else ""
             say(f"train {done:,}/{progress.total:,} images  {facts}{left_text}")
+
+
+def sigma_table(record: Record) -> Table:
+    """The weighted loss by noise level, as of one record."""
+    table = Table(title=f"loss by noise level at {record.images:,} images", title_justify="left", box=None)
+    table.add_column("sigma", justify="right")
+    table.add_column("loss", justify="right")
+    table.add_column("")
+    known = [loss for loss in record.sigma_losses if loss is not None]
+    most = max(known, default=0.0)
+    for label, loss in zip(sigma_labels(), record.sigma_losses, strict=True):
+        if loss is not None:
+            table.add_row(label, f"{loss:.4f}", "\u2588" * round(24 * loss / most) if most > 0 else "")
+    return table
 
 
 class _Rate(ProgressColumn):

@@ -166,7 +166,7 @@ class CheckpointWriter:
 
     def _sweep(self) -> None:
         """What killed starts left half-written, which no listing shows, and then what `_clean` removes."""
-        for prefix in (FOLDER + "/", SNAPSHOTS + "/", METRICS + "/", "quarantined/", OWNER):
+        for prefix in (FOLDER + "/", SNAPSHOTS + "/", METRICS + "/", "tensorboard/", "quarantined/", OWNER):
             self._run.clear_unfinished(prefix, but=f"-{self._attempt}/")
         self._clean()
         self._swept = True

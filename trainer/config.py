@@ -137,9 +137,10 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """A line of metrics every so many images."""
+    """A line of metrics every so many images; `tensorboard`: also as files under `<run>/tensorboard`."""
 
     every_images: Count = 10_000
+    tensorboard: bool = True
 
 
 class EvaluationSection(Section):

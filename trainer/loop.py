@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -24,13 +25,13 @@ from scoreray.data.stream import Batch, Stream
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
-from scoreray.trainer.engine import Engine, build_engine, settle_stage
+from scoreray.trainer.engine import Engine, build_engine, resolve_precision, settle_stage
+from scoreray.trainer.flops import matmul_rate, training_flops
+from scoreray.trainer.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
 from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.step import build_training_module
 from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 from scoreray.trainer.vote import Vote
-
-SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.0032 ... 100, half decades
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Record:
     """samples that could not be read, in the whole run so far"""
     skipped_steps: int = 0
     """steps without an update because loss or gradient was not finite, in the whole run so far"""
+    mfu: float | None = None
+    """FLOPs of training over what the workers' devices do in matrix products of the same precision (`flops.py`)"""
+    time: float = 0.0
+    """Unix time, s"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class Progress:
     images_per_s: float
     data_stall: float
     committed: int
+    committed_at: float = 0.0
+    """Unix time of the last commit of this start, s; 0 before it"""
+    started_at: float = 0.0
+    mfu: float = math.nan
+    record: Record | None = None
+    """the newest one"""
 
 
 def run_store(config: Config) -> Store:
@@ -98,6 +109,7 @@ def train(
     settled, why = settle_stage(config, module, world_size=world_size, device=device)
     if why:
         note(f"ZeRO-{settled.engine.zero_stage}: {why}")
+    work = _flops_per_s_for_mfu(module, config, manifest, world_size, device) if rank == 0 else (0, math.inf)
     engine = build_engine(module, settled, world_size=world_size, device=device)
     writer = CheckpointWriter(
         run,
@@ -141,7 +153,7 @@ def train(
         pin_memory=device.type == "cuda",
         quarantine=unreadable.quarantine,
     )
-    meter, vote = _Meter(world_size, device), Vote(world_size)
+    meter, vote = _Meter(world_size, device, *work), Vote(world_size)
     lines: list[str] = []
     norm, decided = 0.0, Ask.NOTHING
     try:
@@ -172,6 +184,8 @@ def train(
                 saved = images_seen
                 segment = "".join(line + "\n" for line in lines)
                 segments = [(f"{METRICS}/{images_seen:012d}.jsonl", segment.encode())]
+                if config.log.tensorboard and rank == 0:
+                    segments += [(tensorboard_key(images_seen), tensorboard_events(map(json.loads, lines)))]
                 segments += filter(None, [unreadable.segment(images_seen)])
                 writer.save(
                     images_seen,
@@ -215,8 +229,8 @@ def _put_all(run: Store, objects: list[tuple[str, bytes]]) -> None:
 
 def _forget_records(run: Store, images_seen: int) -> None:
     """Remove records that a killed start wrote for a checkpoint that it did not commit: they will be measured again."""
-    keys = [key for key, _ in run.list(METRICS + "/")]
-    run.delete([key for key in keys if int(key.rpartition("/")[2].split(".")[0]) > images_seen])
+    keys = [key for folder in (METRICS, TENSORBOARD) for key, _ in run.list(folder + "/")]
+    run.delete([key for key in keys if int(re.findall(r"\d+", key.rpartition("/")[2])[0]) > images_seen])
 
 
 def _step(
@@ -268,6 +282,17 @@ def _seed_dropout(seed: int, rank: int, images_seen: int) -> None:
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + images_seen) % 2**63)
 
 
+def _flops_per_s_for_mfu(
+    module: torch.nn.Module, config: Config, manifest: Manifest, world_size: int, device: torch.device
+) -> tuple[int, float]:
+    """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
+    network = getattr(getattr(module, "denoiser", module), "network", None)
+    if not isinstance(network, torch.nn.Module):
+        return 0, math.inf
+    rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
+    return training_flops(network, manifest.shape), rate * world_size
+
+
 def _shared_token(world_size: int) -> str:
     """A name for this start of the worker group, the same on all ranks."""
     token = [uuid.uuid4().hex[:8]]
@@ -279,8 +304,13 @@ def _shared_token(world_size: int) -> str:
 class _Meter:
     """Means since the last record, kept on the device so that a step needs no synchronisation for them."""
 
-    def __init__(self, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, world_size: int, device: torch.device, flops_per_image: int = 0, flops_per_s: float = math.inf
+    ) -> None:
         self._world_size = world_size
+        self._share_per_rate = flops_per_image / flops_per_s if flops_per_image else math.nan
+        self._record: Record | None = None
+        self._started_at = time.time()
         self._edges = torch.tensor(SIGMA_EDGES, device=device)
         self._sums = torch.zeros(2, len(SIGMA_EDGES) + 1, dtype=torch.float64, device=device)
         self._since = self._window_start = time.perf_counter()
@@ -317,7 +347,10 @@ class _Meter:
             images_per_s=sum(counts) / elapsed,
             data_stall=self._waited_s / elapsed,
             sigma_losses=[s / c if c else None for s, c in zip(sums, counts, strict=True)],
+            mfu=None if math.isnan(self._share_per_rate) else self._share_per_rate * sum(counts) / elapsed,
+            time=time.time(),
         )
+        self._record = record
         self._sums.zero_()
         self._since, self._waited_s = time.perf_counter(), 0.0
         return record
@@ -338,4 +371,18 @@ class _Meter:
             self._rate, self._stall = self._window_images / elapsed, self._window_waited_s / elapsed
             self._window_start, self._window_images, self._window_waited_s = now, 0, 0.0
         self._shown = now
-        watch(Progress(images, total, float(self._loss), self._rate, self._stall, commit[0] if commit else 0))
+        committed, committed_at = commit or (0, 0.0)
+        watch(
+            Progress(
+                images,
+                total,
+                float(self._loss),
+                self._rate,
+                self._stall,
+                committed,
+                committed_at,
+                self._started_at,
+                self._rate * self._share_per_rate,
+                self._record,
+            )
+        )

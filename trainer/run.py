@@ -23,6 +23,7 @@ from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
+from scoreray.trainer.metrics import Gauges, values
 from scoreray.trainer.loop import Progress, run_store, train
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.stopping import Ask
@@ -97,7 +98,7 @@ def fit(
 
     if (images_seen := _images_committed(config)) >= config.duration.images:
         return images_seen
-    monitor = ray.remote(num_cpus=0)(_Monitor).remote()
+    monitor = ray.remote(num_cpus=0)(_Monitor).remote(config.run.name)
     done = threading.Event()
     watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
@@ -203,7 +204,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     monitor = settings["monitor"]
     config = Config.model_validate(settings["config"])
-    reporter = _Reporter(monitor, told)
+    reporter = _Reporter(monitor, told, config.run.name)
     device = torch.device("cpu")
     if config.scaling.use_gpu:
         device = ray.train.torch.get_device()
@@ -222,10 +223,12 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 class _Reporter:
     """Sends progress to the monitor and keeps what it answers, without waiting for it."""
 
-    def __init__(self, monitor: Any, told: Callable[[], Ask]) -> None:
+    def __init__(self, monitor: Any, told: Callable[[], Ask], run: str) -> None:
         self._monitor, self._told, self._ask = monitor, told, Ask.NOTHING
+        self._gauges = Gauges(run)
 
     def __call__(self, progress: Progress) -> None:
+        self._gauges.set(values(progress))
         self._monitor.update.remote(progress).future().add_done_callback(self._hear)
 
     def _hear(self, answer: Future[int]) -> None:
@@ -243,7 +246,9 @@ class _Reporter:
 class _Monitor:
     """A Ray actor between rank 0, Ray Train's controller and the person who watches; losing it loses nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self._gauges, self._restarts = Gauges(run), 0
+        self._gauges.set({("scoreray_restarts", ""): 0.0})
         self._progress: Progress | None = None
         self._notes: list[str] = []
         self._ask, self._committed_before = Ask.NOTHING, 0
@@ -252,6 +257,8 @@ class _Monitor:
         self._notes.append(line)
 
     def started_again(self, reason: str) -> None:
+        self._restarts += 1
+        self._gauges.set({("scoreray_restarts", ""): float(self._restarts)})
         self._notes.append(f"workers are started again: {reason}")
         self._progress = None
         self._ask = Ask.STOP if self._ask is Ask.STOP else Ask.NOTHING

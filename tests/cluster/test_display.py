@@ -1,0 +1,35 @@
+"""What a person sees of a run on a terminal: the bar, and the loss by noise level at each commit and at the end."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from scoreray.cluster import display
+from scoreray.cluster.display import TrainLine, sigma_table
+from scoreray.trainer.loop import Progress, Record
+
+RECORD = Record(640, 0.5, 1e-3, 1.0, 100.0, 0.02, [None, 0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, None])
+
+
+def test_the_table_has_a_row_for_each_level_that_was_met() -> None:
+    console = Console(width=80, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(sigma_table(RECORD))
+    lines = capture.get().splitlines()
+    assert "640 images" in lines[0]
+    assert len(lines) == 2 + 9
+    assert "0.00316-0.01" in lines[2]
+    assert "0.9000" in lines[2]
+
+
+@pytest.mark.parametrize(("terminal", "tables"), [(True, 2), (False, 0)])
+def test_a_table_at_each_commit_on_a_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool, tables: int) -> None:
+    console = Console(width=80, force_terminal=terminal, record=True)
+    monkeypatch.setattr(display, "console", console)
+    with console.capture() as capture, TrainLine(1280) as line:
+        for images, committed in ((600, 0), (660, 640), (700, 640), (1280, 640), (1280, 1280)):
+            line(Progress(images, 1280, 0.5, 100.0, 0.02, committed, record=RECORD))
+    shown = capture.get()
+    assert shown.count("loss by noise level") == tables
+    assert "data stall 2%" in shown
