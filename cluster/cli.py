@@ -537,6 +537,8 @@ def inspect(
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_number(item) for item in value[:16]) + (", ..." if len(value) > 16 else "")
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

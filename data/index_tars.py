@@ -46,7 +46,7 @@ class TarsPlan:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(["tars", self.name, self.shards, self.skips_bad]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(["tars", self.name, self.shards]).encode()).hexdigest()
 
     def total_samples(self, done: list[Shard]) -> int:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)

@@ -15,7 +15,6 @@ from scoreray.data.decode import decode
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.manifest import Manifest, digest
 from scoreray.data.reader import Reader, Stats
-from scoreray.data.records import chunk_digests
 from scoreray.data.store import Store, open_store
 
 GRID_BACKGROUND = 48
@@ -100,21 +99,23 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     manifest = Manifest.load(store)
     problems = []
     reader = Reader(store, manifest, Stats())
-    index_sha256, digests = hashlib.sha256(), []
     for number in range(len(manifest.shards)):
         try:
-            records = reader.records(number)
-            index_sha256.update(records.tobytes())
-            digests.append(chunk_digests(records.tobytes()))
-            problems += _verify_shard(store, manifest, reader, number, records)
+            problems += _verify_shard(store, manifest, reader, number, reader.records(number))
         except (DataError, StorageError) as error:
             problems.append(str(error))
         if progress:
             progress(int(reader.first_samples[number + 1]), manifest.num_samples)
-    index_sha256.update(b"".join(digests))
-    if not problems and index_sha256.hexdigest() != manifest.index.sha256:
-        problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's")
+    if not problems and _sha256(store, manifest.index.name) != manifest.index.sha256:
+        problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's; pack the data set again")
     return problems
+
+
+def _sha256(store: Store, key: str) -> str:
+    found, size = hashlib.sha256(), store.size(key)
+    for start in range(0, size, WINDOW_BYTES):
+        found.update(store.get(key, start, min(size, start + WINDOW_BYTES)))
+    return found.hexdigest()
 
 
 def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int, records: np.ndarray) -> list[str]:

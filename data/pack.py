@@ -132,7 +132,7 @@ class ImagesPlan:
     def sha256(self) -> str:
         parts = [ENCODING, self.source.fingerprint, self.shape, self.dtype, self.name, self.samples_per_shard,
                  self.image_format, self.seed]  # fmt: skip
-        parts += ["skips bad"] if self.skips_bad else []
+        # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so.
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property

@@ -53,7 +53,7 @@ class RepackPlan:
 
     @property
     def sha256(self) -> str:
-        parts = ["repack", ENCODING, self.name, self.tars, self.shape, self.image_format, self.skips_bad]
+        parts = ["repack", ENCODING, self.name, self.tars, self.shape, self.image_format]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def total_samples(self, done: list[Shard]) -> int:

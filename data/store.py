@@ -92,9 +92,12 @@ class Store(abc.ABC):
     def check_writable(self) -> None:
         """Writes, reads back and removes a small object, so that a run finds out before it starts, not after."""
         key, data = f"scoreray-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-        self.put(key, data)
-        found = self.get(key)
-        self.delete([key])
+        try:
+            self.put(key, data)
+            found = self.get(key)
+            self.delete([key])
+        except StorageError as error:  # told of the place that was given, not of our probe
+            raise type(error)(str(error).replace(f"/{key}", "")) from error
         if found != data:
             raise StorageError(f"{self.url(key)}: read back other bytes than were written; is the store consistent?")
 
@@ -282,6 +285,7 @@ _MENDS = {
     errno.EPERM: "not permitted; check the owner and mode of the file and its folders",
     errno.EROFS: "this file system is read-only; give a URL that can be written to",
     errno.EISDIR: "is a folder, a file was expected",
+    errno.EEXIST: "a part of this path is a file, a folder was expected",
     errno.ENOTDIR: "a part of this path is a file, a folder was expected",
     errno.ENAMETOOLONG: "the name is too long for this file system",
     errno.EIO: "the disk reports an error; see the kernel's log",
