@@ -1,22 +1,30 @@
-"""Samples a second of the stream against stock webdataset and against decoding alone, in one run on this machine.
+"""Samples a second of the stream against stock webdataset, LitData and decoding alone, in one run on this machine.
 
-    python benchmarks/data.py [--repeats 5] [--json]
+    python benchmarks/data.py [--repeats 7] [--sets png,jpg] [--out benchmarks/results/data.json]
 
-Every figure is the median of the repeats, which take turns so that a busy machine slows all alike. One process; the
-stream's own threads are part of it. "from memory": decoding members that are in memory, no tar, no order.
+Every figure is the median of the repeats, which take turns so that a busy machine slows all alike. One process a way,
+no worker processes; the stream's and LitData's own threads are part of theirs. All use the same decoder (pyspng,
+simplejpeg) and make batches of 256, but "decode from memory": members in memory, one after the other, no batch.
+
+LitData is measured where it can be imported. It declares torchvision, which it does not need here, so:
+
+    pip install --no-deps --target /some/folder litdata==0.2.76 lightning-utilities==0.15.3 tifffile
+    PYTHONPATH=/some/folder python benchmarks/data.py
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,8 +73,8 @@ def stream(url: str, num_batches: int, **options: int) -> Seconds:
         url, global_batch_size=BATCH, rank=0, world_size=1, seed=0, cache_bytes=0, num_lanes=32, shuffle_block=256,
         **options,
     ) as batches:  # fmt: skip
-        list(itertools.islice(batches, 4))
-        return timed(lambda: list(itertools.islice(batches, num_batches)))
+        drain(batches, 4)
+        return timed(lambda: drain(batches, num_batches))
 
 
 def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds:
@@ -77,8 +85,8 @@ def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds
     else:
         pipeline = pipeline.decode(decoder).to_tuple("png;jpg", "cls")
     batches = iter(pipeline.batched(BATCH))
-    list(itertools.islice(batches, 4))
-    return timed(lambda: list(itertools.islice(batches, num_batches)))
+    drain(batches, 4)
+    return timed(lambda: drain(batches, num_batches))
 
 
 def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarray]) -> Seconds:
@@ -89,8 +97,46 @@ def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarra
     return timed(lambda: deque(map(decoder, some), maxlen=0))
 
 
+def to_litdata(url: str, folder: Path) -> str:
+    """The same members in LitData's own format."""
+    from litdata.streaming.cache import Cache
+
+    manifest, folder = Manifest.load(open_store(url)), folder / "litdata"
+    reader, cache, number = Reader(open_store(url), manifest, Stats()), Cache(str(folder), chunk_bytes="64MB"), 0
+    for k, shard in enumerate(manifest.shards):
+        members, records = reader.read([Run(k, 0, shard.num_samples)])
+        for member, label in zip(members, records["label"].tolist(), strict=True):
+            cache[number] = {"image": member, "label": label}
+            number += 1
+    cache.done()
+    cache.merge(1)
+    return str(folder)
+
+
+def litdata(folder: str, num_batches: int, decoder: Callable[[bytes], np.ndarray]) -> Seconds:
+    from litdata import StreamingDataset
+
+    dataset = StreamingDataset(folder, shuffle=True, seed=0)
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        items = itertools.chain.from_iterable(itertools.repeat(dataset))
+        while True:
+            some = [(decoder(item["image"]), item["label"]) for item in itertools.islice(items, BATCH)]
+            yield np.stack([image for image, _ in some]), np.array([label for _, label in some])
+
+    given = batches()
+    drain(given, 4)
+    return timed(lambda: drain(given, num_batches))
+
+
+def drain(batches: Iterable[object], count: int) -> None:
+    """Takes `count` batches and keeps none, as training does."""
+    deque(itertools.islice(batches, count), maxlen=0)
+
+
 def over_read(url: str, world_size: int) -> float:
-    """Bytes fetched over bytes of the shards, for an epoch of all ranks together."""
+    """Bytes fetched (members, what lies between them, their part of the index) over bytes of the shards, for an epoch
+    of all ranks together."""
     manifest = Manifest.load(open_store(url))
     fetched = 0
     order = Order([s.num_samples for s in manifest.shards], seed=0, num_lanes=64, shuffle_block=64)
@@ -119,48 +165,64 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
             "scoreray, local": lambda: stream(url, num_batches),
             "scoreray, local, 2 decoding threads": lambda: stream(url, num_batches, decode_threads=2),
             "scoreray, S3 on this machine": lambda: stream(remote.url(), num_batches),
+            "LitData": lambda: litdata(lit, num_batches, decoder),
             "webdataset, same decoder": lambda: stock(tars, num_batches, decoder),
             "webdataset, its own decoder": lambda: stock(tars, num_batches, stock_decoder),
         }
+        if importlib.util.find_spec("litdata"):
+            lit = to_litdata(url, folder / name)
+        else:
+            del ways["LitData"]
         seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way, run in ways.items():
                 seconds[way].append(run())
     per = 1e6 / (num_batches * BATCH)
-    result: dict[str, object] = {}
-    for i, clock in enumerate(("wall", "CPU")):
-        us = {way: statistics.median(took[i] for took in runs) * per for way, runs in seconds.items()}
-        ours = us["scoreray, local"]
-        result |= {
-            f"{clock} us per sample": {way: round(value, 1) for way, value in us.items()},
-            f"{clock}: times webdataset, same decoder": round(us["webdataset, same decoder"] / ours, 2),
-            f"{clock}: times webdataset, its own decoder": round(us["webdataset, its own decoder"] / ours, 2),
-            f"{clock}: of decode from memory": round(us["decode from memory"] / ours, 2),
-            f"{clock}: S3 of local": round(ours / us["scoreray, S3 on this machine"], 2),
-        }
-    return result | {"bytes fetched over needed": {w: round(over_read(url, w), 3) for w in (1, 8, 64)}}
+    us, cpu_us = (
+        {way: statistics.median(took[i] for took in runs) * per for way, runs in seconds.items()} for i in (0, 1)
+    )
+    spread = {way: [round(f(took[0] for took in runs) * per, 1) for f in (min, max)] for way, runs in seconds.items()}
+    ours = us["scoreray, local"]
+    goals = {
+        "times webdataset, same decoder": us["webdataset, same decoder"] / ours,
+        "times webdataset, its own decoder": us["webdataset, its own decoder"] / ours,
+        "times LitData": us.get("LitData", math.nan) / ours,
+        "of decode from memory": us["decode from memory"] / ours,
+        "S3 of local": ours / us["scoreray, S3 on this machine"],
+    }
+    return {
+        "us": {way: round(value, 1) for way, value in us.items()},
+        "CPU us": {way: round(value, 1) for way, value in cpu_us.items()},
+        "us, least and most": spread,
+        "ratios": {goal: round(value, 2) for goal, value in goals.items()},
+        "bytes fetched over needed": {w: round(over_read(url, w), 3) for w in (1, 2, 4, 8, 16, 32, 64)},
+    }
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--json", action="store_true")
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--sets", default="png,jpg")
+    arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
     options = arguments.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="scoreray-benchmark-") as name:
         folder = Path(name)
-        results = {
-            "28x28 png": measure("png", fashion_mnist_path(), folder, options.repeats, pyspng.load, "l8"),
-            "64x64 jpg": measure(
-                "jpg", jpg_source(folder / "jpg.npz"), folder, options.repeats, simplejpeg.decode_jpeg, "rgb8"
-            ),
-        }
-    if options.json:
-        print(json.dumps(results))
-        return
-    for what, result in results.items():
-        print(what)
-        for key, value in result.items():
-            print(f"  {key}: {value}")
+        for kind in options.sets.split(","):
+            if kind == "png":
+                result = measure("png", fashion_mnist_path(), folder, options.repeats, pyspng.load, "l8")
+            else:
+                source = jpg_source(folder / "jpg.npz")
+                result = measure("jpg", source, folder, options.repeats, simplejpeg.decode_jpeg, "rgb8")
+            title = {"png": "28x28 png", "jpg": "64x64 jpg"}[kind]
+            results[title] = {"repeats": options.repeats} | result
+            print(f"| {title} | us a sample | CPU us | least to most |\n|---|---|---|---|")
+            for way, us in result["us"].items():
+                least, most = result["us, least and most"][way]
+                print(f"| {way} | {us} | {result['CPU us'][way]} | {least} to {most} |")
+            print(*(f"{goal}: {value}" for goal, value in result["ratios"].items()), sep="\n")
+            print("bytes fetched over needed:", result["bytes fetched over needed"], flush=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

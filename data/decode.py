@@ -63,11 +63,10 @@ def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndar
 
     Returns the rows that it left out, for decode_into(): what is missing, damaged or not of the usual kind.
     """
-    found = set(codes.tolist())
-    if len(found) == 1:
-        return _ROWS[found.pop()](enumerate(members), out)
+    if len(codes) and (codes == codes[0]).all():
+        return _ROWS[int(codes[0])](enumerate(members), out)
     left = []
-    for code in found:
+    for code in np.unique(codes).tolist():
         rows = np.flatnonzero(codes == code).tolist()
         left += _ROWS[code](((row, members[row]) for row in rows), out)
     return sorted(left)
