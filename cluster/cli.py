@@ -530,7 +530,7 @@ def inspect(
         typer.echo(json.dumps(found))
         return
     for key, value in found.items():
-        shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
+        shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
         typer.echo(f"{key:13} {shown}")
     if picture is not None:
         typer.echo(f"{'picture':13} {picture}")
@@ -538,7 +538,8 @@ def inspect(
 
 def _number(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(_number(item) for item in value[:16]) + (", ..." if len(value) > 16 else "")
+        more = [f"... ({len(value):,} in all)"] if len(value) > 16 else []
+        return ", ".join([*(_number(item) for item in value[:16]), *more])
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
