@@ -12,7 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -28,51 +28,11 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.engine import Engine, build_engine, resolve_precision, settle_stage
 from scoreray.trainer.flops import matmul_rate, training_flops
 from scoreray.trainer.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
+from scoreray.trainer.progress import Progress, Record
 from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.step import build_training_module
 from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 from scoreray.trainer.vote import Vote
-
-
-@dataclass(frozen=True)
-class Record:
-    """What was measured since the record before; one line of the run's metrics."""
-
-    images: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    images_per_s: float
-    data_stall: float
-    """share of the wall time that the step waited for data"""
-    sigma_losses: list[float | None] = field(default_factory=list)
-    """mean loss by noise level, between the `SIGMA_EDGES`; None where no sample fell"""
-    quarantined: int = 0
-    """samples that could not be read, in the whole run so far"""
-    skipped_steps: int = 0
-    """steps without an update because loss or gradient was not finite, in the whole run so far"""
-    mfu: float | None = None
-    """FLOPs of training over what the workers' devices do in matrix products of the same precision (`flops.py`)"""
-    time: float = 0.0
-    """Unix time, s"""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is, for a person who watches: sent often, kept nowhere."""
-
-    images: int
-    total: int
-    loss: float
-    images_per_s: float
-    data_stall: float
-    committed: int
-    committed_at: float = 0.0
-    """Unix time of the last commit of this start, s; 0 before it"""
-    started_at: float = 0.0
-    mfu: float = math.nan
-    record: Record | None = None
-    """the newest one"""
 
 
 def run_store(config: Config) -> Store:
@@ -126,6 +86,7 @@ def train(
         images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
         skipped = checkpoint.marker.get("skipped_steps", 0)
         engine.publish(num_steps)
+        writer.last_commit = (images_seen, time.time())
     if rank == 0:
         _forget_records(run, images_seen)
     saved = images_seen

@@ -198,12 +198,10 @@ class RunTrainer(DataParallelTrainer):
         return super()._initialize_and_run_controller(**{**arguments, **changed})
 
     def _create_default_callbacks(self) -> Any:
-        # The cleaner asks the State API, which only a dashboard serves: in vain on an embedded cluster, which needs
-        # no cleaning, as it ends with this process.
-        callbacks = super()._create_default_callbacks()
-        if not on_one_machine():
-            return callbacks
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        # Ray Data is not used, and its callback starts a process. The cleaner asks the State API, which only a
+        # dashboard serves: in vain on an embedded cluster, which needs no cleaning, as it ends with this process.
+        without = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if on_one_machine() else set())
+        return [one for one in super()._create_default_callbacks() if type(one).__name__ not in without]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

@@ -23,9 +23,10 @@ from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
-from scoreray.trainer.metrics import Gauges, values
-from scoreray.trainer.loop import Progress, run_store, train
+from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.meta import meta_module
+from scoreray.trainer.metrics import Gauges, values
+from scoreray.trainer.progress import Monitor, Progress
 from scoreray.trainer.stopping import Ask
 
 CONFIG_FILE = "config.yaml"
@@ -98,7 +99,7 @@ def fit(
 
     if (images_seen := _images_committed(config)) >= config.duration.images:
         return images_seen
-    monitor = ray.remote(num_cpus=0)(_Monitor).remote(config.run.name)
+    monitor = ray.remote(num_cpus=0)(Monitor).remote(config.run.name)
     done = threading.Event()
     watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
@@ -241,52 +242,6 @@ class _Reporter:
         if ask is Ask.SAVE:
             self._ask = Ask.NOTHING
         return max(ask, self._told())
-
-
-class _Monitor:
-    """A Ray actor between rank 0, Ray Train's controller and the person who watches; losing it loses nothing."""
-
-    def __init__(self, run: str) -> None:
-        self._gauges, self._restarts = Gauges(run), 0
-        self._gauges.set({("scoreray_restarts", ""): 0.0})
-        self._progress: Progress | None = None
-        self._notes: list[str] = []
-        self._ask, self._committed_before = Ask.NOTHING, 0
-
-    def note(self, line: str) -> None:
-        self._notes.append(line)
-
-    def started_again(self, reason: str) -> None:
-        self._restarts += 1
-        self._gauges.set({("scoreray_restarts", ""): float(self._restarts)})
-        self._notes.append(f"workers are started again: {reason}")
-        self._progress = None
-        self._ask = Ask.STOP if self._ask is Ask.STOP else Ask.NOTHING
-
-    def update(self, progress: Progress) -> int:
-        """Rank 0 tells where it is; the answer is what it is asked to do."""
-        self._progress, ask = progress, self._ask
-        if ask is Ask.SAVE:
-            self._ask = Ask.NOTHING
-        return int(ask)
-
-    def ask_to_save(self) -> None:
-        self._ask = max(self._ask, Ask.SAVE)
-        self._committed_before = self._progress.committed if self._progress else 0
-
-    def has_saved(self) -> bool:
-        """Whether anything was committed since it was asked for."""
-        return self._progress is not None and self._progress.committed > self._committed_before
-
-    def ask_to_stop(self) -> bool:
-        """Returns whether the workers train just now, so that there is something to wait for."""
-        self._ask = Ask.STOP
-        return self._progress is not None
-
-    def read(self) -> tuple[Progress | None, list[str]]:
-        """The newest progress, and the notes since the last call."""
-        notes, self._notes = self._notes, []
-        return self._progress, notes
 
 
 def _follow(

@@ -1,0 +1,123 @@
+"""Ranks killed at random points, and world sizes that change, without Ray: bitwise the same, and each sample once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.pack import pack
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import read_metrics, run_store
+
+BATCH, TOTAL, EVERY, SAMPLES = 48, 4800, 480, 600
+Plan = list[tuple[int, int | None]]
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    images = np.random.default_rng(0).integers(0, 256, (SAMPLES, 8, 8), dtype=np.uint8)
+    np.savez(folder / "p.npz", images=images, labels=np.arange(SAMPLES) % 3)
+    pack(str(folder / "p.npz"), str(folder / "packed"), samples_per_shard=50)
+    return str(folder / "packed")
+
+
+def run_plan(folder: Path, data_url: str, plan: Plan, stage: int, dropout: float) -> list[dict[str, Any]]:
+    """Start after start as `plan` says; what each start was and where it began."""
+    folder.mkdir()
+    settings = {
+        "run": {"name": "run", "storage": str(folder)},
+        "data": {"url": data_url, "global_batch_size": BATCH},
+        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": dropout},
+        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "scaling": {"workers": [1, 4]},
+        "duration": {"images": TOTAL},
+        "checkpoint": {"every_images": EVERY},
+        "log": {"every_images": 240, "tensorboard": False},
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    helper = Path(__file__).with_name("kill_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(helper), str(folder), json.dumps(plan)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+    run = run_store(load_config(json.loads((folder / "settings.json").read_text())))
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    assert checkpoint.images_seen == TOTAL
+    keys = ("master", *checkpoint.marker["state_keys"])
+    state = {f"{key}/{name}": tensor for key in keys for name, tensor in checkpoint.full_state(key).items()}
+    return state, [(record["images"], record["loss"]) for record in read_metrics(run)]
+
+
+def assert_exactly_once(folder: Path, starts: list[dict[str, Any]]) -> None:
+    """What counts of each start is what was committed before the next began; together that is every position once,
+    and every sample once an epoch."""
+    ends = [start["from"] for start in starts[1:]] + [TOTAL]
+    counted: Counter[int] = Counter()
+    sample_of: dict[int, int] = {}
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for rank in range(start["world"]):
+            for line in (folder / "ledger" / f"{number}-{rank}").read_text().splitlines():
+                for position, index in json.loads(line) if line.endswith("]") else ():
+                    if start["from"] <= position < end:
+                        counted[position] += 1
+                    assert sample_of.setdefault(position, index) == index  # also in what was redone
+    assert counted == Counter(range(TOTAL))
+    for epoch in range(TOTAL // SAMPLES):
+        assert sorted(sample_of[epoch * SAMPLES + i] for i in range(SAMPLES)) == list(range(SAMPLES))
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(data_url: str, tmp_path: Path) -> None:
+    """SIGKILL to one of two ranks at ten random points (ZeRO-2): every loss and every tensor bitwise as without; at
+    most one interval between checkpoints is done again each time."""
+    choose = random.Random(1)
+    kills: Plan = [(2, choose.randint(1, 18)) for _ in range(10)]
+    run_plan(tmp_path / "whole", data_url, [(2, None)], 2, dropout=0.1)
+    starts = run_plan(tmp_path / "killed", data_url, [*kills, (2, None)], 2, dropout=0.1)
+    state, losses = outcome(tmp_path / "whole")
+    other_state, other_losses = outcome(tmp_path / "killed")
+    assert other_losses == losses
+    assert other_state.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(other_state[name], tensor), name
+    assert_exactly_once(tmp_path / "killed", starts)
+    for number, start in enumerate(starts[:-1]):
+        reached = start["from"] + BATCH * min(
+            len((tmp_path / "killed" / "ledger" / f"{number}-{rank}").read_text().splitlines()) for rank in range(2)
+        )
+        assert reached - starts[number + 1]["from"] <= 2 * EVERY  # the one under way may not be committed yet
+
+
+@pytest.mark.slow
+def test_four_then_two_then_three_workers_see_each_sample_once(data_url: str, tmp_path: Path) -> None:
+    """The losses agree with those of a fixed size to the rounding of the reduction."""
+    run_plan(tmp_path / "fixed", data_url, [(1, None)], 0, dropout=0)
+    starts = run_plan(tmp_path / "elastic", data_url, [(4, 25), (2, 20), (3, 22), (2, None)], 0, dropout=0)
+    assert [start["world"] for start in starts] == [4, 2, 3, 2]
+    assert starts[1]["from"] < starts[2]["from"] < starts[3]["from"]
+    assert_exactly_once(tmp_path / "elastic", starts)
+    fixed, elastic = outcome(tmp_path / "fixed")[1], outcome(tmp_path / "elastic")[1]
+    assert [images for images, _ in elastic] == [images for images, _ in fixed]
+    for (_, one), (_, other) in zip(fixed, elastic, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
