@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.manifest import MANIFEST, RECORD, Manifest
+from scoreray.data.manifest import CHUNK, MANIFEST, RECORD, Manifest
+from scoreray.data.order import Order
 from scoreray.data.pack import pack
+from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import open_store
 from scoreray.data.stream import Batch, Stream
 
@@ -255,22 +257,44 @@ def test_a_closed_stream_ends_and_leaves_no_thread(packed: tuple[str, Manifest])
     assert [t.name for t in threading.enumerate() if t.name.startswith("scoreray-")] == []
 
 
-def test_what_is_read_is_what_is_needed(packed: tuple[str, Manifest]) -> None:
-    """Bytes fetched over bytes of the shards, an epoch of all ranks together, at most 1.1 (records of 32 bytes apart,
-    which weigh here as the images are tiny)."""
-    url, manifest = packed
-    needed = sum(shard.bytes for shard in manifest.shards)
-    for world_size in (1, 2, 4, 8):
-        fetched = 0
+def test_what_is_read_is_what_is_needed(tmp_path: Path) -> None:
+    """Bytes fetched, the index included, over bytes of the shards: an epoch of all ranks, few shards, many ranks."""
+    images = np.random.default_rng(0).integers(0, 256, (6000, 16, 16), np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    manifest = pack(tmp_path / "images.npz", tmp_path / "set", samples_per_shard=1000)
+    order = Order([shard.num_samples for shard in manifest.shards], seed=7, num_lanes=192, shuffle_block=32)
+    for world_size in (1, 2, 3, 4, 6, 8, 16, 32, 64):
+        fetched, lanes = 0, 192 // world_size
         for rank in range(world_size):
-            with Stream(
-                url, global_batch_size=BATCH, rank=rank, world_size=world_size, seed=7, shuffle_block=64, num_lanes=8
-            ) as stream:
-                for _ in range(manifest.num_samples // BATCH + 1):
-                    next(stream)
-                stream.close()
-                fetched += stream.stats.bytes_read
-        assert fetched / needed < 1.1 + 8 * 64 / manifest.num_samples  # the next epoch's first blocks are read too
+            stats = Stats()
+            reader = Reader(open_store(tmp_path / "set"), manifest, stats, 2 * lanes * (32 + 2 * CHUNK) + 16 * CHUNK)
+            for lane in range(rank * lanes, (rank + 1) * lanes):
+                for block in range(order.num_blocks(0, lane)):
+                    reader.read(order.block(0, lane, block).runs)
+            fetched += stats.bytes_read
+        assert fetched / sum(shard.bytes for shard in manifest.shards) < 1.1
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_waits_stays_within_the_stated_memory(
+    packed: tuple[str, Manifest], remote: bool, request: pytest.FixtureRequest
+) -> None:
+    """Two blocks a lane of encoded samples and `prefetch_batches` decoded ones (and the one in hand), however long the
+    consumer waits."""
+    url = packed[0]
+    if remote:
+        url = request.getfixturevalue("s3_url")
+        for key, _ in open_store(packed[0]).list():
+            open_store(url).put(key, open_store(packed[0]).get(key))
+    with Stream(
+        url, global_batch_size=BATCH, rank=0, world_size=1, seed=7, shuffle_block=8, num_lanes=6, cache_bytes=0,
+        prefetch_batches=3,
+    ) as stream:  # fmt: skip
+        for _ in range(12):
+            next(stream)
+            time.sleep(0.1)
+            assert len(stream._blocks._asked) <= 2 * 6 + 6  # a look-up may span a lane's next block
+            assert stream._ready.qsize() <= 3
 
 
 def test_a_stream_of_1e9_samples_in_1e5_shards_opens_at_once_in_little_memory(tmp_path: Path) -> None:
