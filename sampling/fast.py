@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,24 +114,31 @@ def distance(exact: LoadedDenoiser, other: Callable[..., Tensor]) -> float:
 def _compiled(
     denoiser: Denoiser, loaded: LoadedDenoiser, max_batch: int, limit_s: float, must: bool
 ) -> Denoiser | None:
-    """`denoiser` with its network compiled for any batch size; None where that fails or takes too long."""
+    """`denoiser` with its network compiled for any batch size; None where that fails or takes longer than `limit_s`."""
     import torch._inductor.config as inductor
 
-    started = time.monotonic()
     network = copy.deepcopy(denoiser.network)
     fast = Denoiser(torch.compile(network, dynamic=True), denoiser.parameterization, denoiser.sigma_data).eval()
-    try:
-        with inductor.patch(freezing=True):
-            for size in (2, max_batch, 3):
-                _warm(fast, loaded, (size,))
-                if time.monotonic() - started > limit_s and not must:
-                    log.warning("compiling took more than %.0f s: the network is used as it is", limit_s)
-                    return None
-            _warm(fast, loaded, (1,))
-    except Exception as error:
+    failures: list[Exception] = []
+
+    def compile_() -> None:
+        try:
+            with inductor.patch(freezing=True):
+                _warm(fast, loaded, (2, max_batch, 3, 1))
+        except Exception as error:
+            failures.append(error)
+
+    compiling = threading.Thread(target=compile_, name="compile", daemon=True)  # a compiler can't be interrupted
+    compiling.start()
+    compiling.join(None if must else limit_s)
+    if compiling.is_alive():
+        log.warning("compiling took more than %.0f s: the network is used as it is", limit_s)
+        return None
+    if failures:
+        what = f"{type(failures[0]).__name__}: {str(failures[0]).splitlines()[0]}"
         if must:
-            raise UserError(f"compile = 'on': {type(error).__name__}: {str(error).splitlines()[0]}") from error
-        log.warning("the network can't be compiled and is used as it is: %s", str(error).splitlines()[0])
+            raise UserError(f"compile = 'on': {what}") from failures[0]
+        log.warning("the network can't be compiled and is used as it is: %s", what)
         return None
     return fast
 

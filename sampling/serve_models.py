@@ -15,6 +15,7 @@ from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.trainer.checkpoint import FOLDER, committed, find
 from scoreray.trainer.config import load_config
+from scoreray.trainer.rbm import MachineConfig
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def look_up(name: str, url: str, ema: str | None = None) -> Served:
         emas = tuple(page["files"]) if isinstance(source, ExportedModel) else (*config.ema.names, RAW)
     except (KeyError, TypeError, UserError) as error:
         raise DataError(f"{url}: does not describe a model: {error}") from None
+    if isinstance(config.network, MachineConfig):
+        raise UserError(f"{url}: network.kind '{config.network.kind}' has no denoiser; `scoreray sample` draws from it")
     if isinstance(source, ExportedModel):
         chosen, at, follows = ema or source.chosen or emas[0], url, False
         if chosen not in emas:
