@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.trainer.layers import (
+    MOST_LAYERS,
     Attention,
     Embedding,
     call_block,
@@ -49,7 +50,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose a divisor of the image's height and width")
-        require(self.depth > 0, "depth", self.depth, "choose 1 or more blocks")
+        require(0 < self.depth <= MOST_LAYERS, "depth", self.depth, f"choose 1 to {MOST_LAYERS} blocks")
         require(self.num_heads > 0, "num_heads", self.num_heads, "choose 1 or more heads")
         require(
             self.hidden_size > 0 and self.hidden_size % 4 == 0 and self.hidden_size % self.num_heads == 0,

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.trainer import checks
-from scoreray.trainer.layers import Embedding, check_call, zero_
+from scoreray.trainer.layers import MOST_LAYERS, Embedding, check_call, require, zero_
 
 SINUSOID_CHANNELS = 32
 
@@ -30,6 +30,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         checks.at_least("network", 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
+        require(self.num_layers <= MOST_LAYERS, "num_layers", self.num_layers, f"choose 1 to {MOST_LAYERS} layers")
 
 
 class MLP(nn.Module):

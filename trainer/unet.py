@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.layers import (
+    MOST_LAYERS,
     Attention,
     Embedding,
     call_block,
@@ -61,7 +62,8 @@ class UNetConfig:
             self.channel_mult,
             "choose one positive integer a resolution level, such as [1, 2, 2]",
         )
-        require(self.num_blocks > 0, "num_blocks", self.num_blocks, "choose 1 or more residual blocks a level")
+        blocks = f"choose 1 to {MOST_LAYERS} residual blocks a level"
+        require(0 < self.num_blocks <= MOST_LAYERS, "num_blocks", self.num_blocks, blocks)
         require(self.head_channels > 0, "head_channels", self.head_channels, "choose 1 or more channels a head")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or a divisor of the image's size")

@@ -298,3 +298,11 @@ def test_a_value_that_does_not_fit_is_named(config, image_shape, message):
     with pytest.raises(UserError) as error:
         build_network(config(), image_shape)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"), [(UNetConfig, "num_blocks"), (DiTConfig, "depth"), (MLPConfig, "num_layers")]
+)
+def test_a_slip_of_the_pen_is_refused_before_it_is_built(config, field):
+    with pytest.raises(UserError, match=rf"network\.{field}: 100000 .* 1 to 1024"):
+        config(**{field: 100_000})
