@@ -86,20 +86,21 @@ class ClassSums:
 
 def inception_score(groups: list[ClassSums]) -> Estimate:
     """Of all samples, its error from leaving out each group in turn."""
-    everything = _total(groups)
+    everything = total(groups)
     num = len(groups)
     if num < 2:
         return Estimate(everything.score())
-    without = np.array([_total(groups[:i] + groups[i + 1 :]).score() for i in range(num)])
+    without = np.array([total(groups[:i] + groups[i + 1 :]).score() for i in range(num)])
     error = math.sqrt((num - 1) / num * float(np.square(without - without.mean()).sum()))
     return Estimate(everything.score(), error)
 
 
-def _total(groups: list[ClassSums]) -> ClassSums:
-    total = groups[0]
+def total(groups: list[ClassSums]) -> ClassSums:
+    """Of one or more groups together, added in their order."""
+    together = groups[0]
     for group in groups[1:]:
-        total = total + group
-    return total
+        together = together + group
+    return together
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:

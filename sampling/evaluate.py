@@ -125,7 +125,7 @@ def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[Ext
     manifest = Manifest.load(open_store(settings.reference))
     cache = open_store(settings.cache or f"{settings.out or f'{run_of(info.url)}/{FOLDER}'}/cache")
     extractor = features.choose(settings.extractor, manifest, cache)
-    chosen = choose_metrics(settings.metrics, info, manifest, extractor)
+    chosen = choose_metrics(settings.metrics, info, manifest, extractor, settings.restoration)
     settings.request().labels(0, 1, info)
     if extractor.kind != "classifier":
         return extractor, None

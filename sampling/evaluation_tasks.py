@@ -22,11 +22,11 @@ from scoreray.data.store import NotFound, Store, open_store
 from scoreray.sampling import ais, distances, features
 from scoreray.sampling.features import IDENTITY_VALUES, Extract, ExtractorChoice
 from scoreray.sampling.generate import prepare
-from scoreray.sampling.inverse import LinearInverse, Operator, average_pool, gray, mask
+from scoreray.sampling.inverse import LinearInverse
 from scoreray.sampling.likelihood import dequantize, log_likelihood
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
 from scoreray.sampling.noise import SAMPLING_SEED, SampleNoise
-from scoreray.sampling.plan import PROJECTIONS, Plan, Task, labels_of
+from scoreray.sampling.plan import PROJECTIONS, Plan, Task, labels_of, restoration, trace_of
 from scoreray.sampling.reference import ReferenceSet
 from scoreray.sampling.samplers import sample
 from scoreray.trainer import noise
@@ -98,8 +98,10 @@ def _samples(plan: Plan, task: Task) -> dict[str, np.ndarray]:
     found = _extracted(plan, samples)
     logits = found.pop("logits", None)
     if logits is not None:
-        sums = distances.ClassSums.of(torch.from_numpy(logits))
-        found |= {"probabilities": sums.probabilities.numpy(), "negentropy": np.array(sums.negentropy)}
+        sums = [distances.ClassSums.of(batch) for batch in torch.from_numpy(logits).split(request.batch_size)]
+        found["counts"] = np.array([one.count for one in sums])
+        found["probabilities"] = torch.stack([one.probabilities for one in sums]).numpy()
+        found["negentropies"] = np.array([one.negentropy for one in sums])
     if keeps_values(plan):
         found["values"] = samples.numpy()
     if task.first == 0:
@@ -135,6 +137,7 @@ def _likelihood(plan: Plan, task: Task) -> dict[str, np.ndarray]:
         x.to(plan.settings.device),
         sigma_min=low,
         sigma_max=high,
+        trace=trace_of(plan.info),
         seeds=seeds,
         rtol=plan.settings.rtol,
         atol=plan.settings.rtol,
@@ -200,29 +203,6 @@ def _ssim_window(images: Tensor) -> int:
     """SSIM's usual window of 11 pixels, smaller (odd) for images that it would not fit into."""
     side = min(images.shape[2:])
     return min(11, side - 1 + side % 2)
-
-
-def restoration(name: str, shape: tuple[int, ...]) -> Operator:
-    """What is known of an image: "superresolution=FACTOR", "gray", or "inpaint" (all but the middle half each way)."""
-    word, _, value = name.partition("=")
-    channels, height, width = shape
-    if (
-        word == "superresolution"
-        and value.isdigit()
-        and int(value) > 1
-        and height % int(value) == width % int(value) == 0
-    ):
-        return average_pool(int(value))
-    if word == "gray" and channels > 1 and not value:
-        return gray(channels)
-    if word == "inpaint" and not value:
-        known = torch.ones(shape, dtype=torch.bool)
-        known[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
-        return mask(known)
-    raise UserError(
-        f"--restoration {name}: accepted for images {list(shape)}: superresolution=FACTOR (a divisor of both sides), "
-        "inpaint, and gray for colour images"
-    )
 
 
 def _ais(plan: Plan, task: Task) -> dict[str, np.ndarray]:

@@ -25,6 +25,8 @@ from scoreray.sampling.classifier import ClassifierConfig
 from scoreray.sampling.export import RAW, ExportedModel, find_exported
 from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
 from scoreray.sampling.generate import Request
+from scoreray.sampling.inverse import Operator, average_pool, gray, mask
+from scoreray.sampling.likelihood import Trace
 from scoreray.sampling.load import ModelInfo, without_weights
 from scoreray.sampling.reference import ReferenceSet, spread
 from scoreray.trainer.checkpoint import find
@@ -239,13 +241,39 @@ def unfit(metric: str, info: ModelInfo, manifest: Manifest, extractor: Extractor
     return None
 
 
+def restoration(name: str, shape: tuple[int, ...]) -> Operator:
+    """What is known of an image: "superresolution=FACTOR", "gray", or "inpaint" (all but the middle half each way)."""
+    word, _, value = name.partition("=")
+    channels, height, width = shape
+    if (
+        word == "superresolution"
+        and value.isdigit()
+        and int(value) > 1
+        and height % int(value) == width % int(value) == 0
+    ):
+        return average_pool(int(value))
+    if word == "gray" and channels > 1 and not value:
+        return gray(channels)
+    if word == "inpaint" and not value:
+        known = torch.ones(shape, dtype=torch.bool)
+        known[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
+        return mask(known)
+    raise UserError(
+        f"--restoration {name}: accepted for images {list(shape)}: superresolution=FACTOR (a divisor of both sides), "
+        "inpaint, and gray for colour images"
+    )
+
+
 COSTLY = ("bpd", "nats", "psnr", "ssim", "ais")  # only where asked for
 
 
 def choose_metrics(
-    wanted: tuple[str, ...], info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice
+    wanted: tuple[str, ...], info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice, task: str
 ) -> tuple[str, ...]:
-    """The metrics to compute, in the record's order. Raises UserError, a line for each that does not fit."""
+    """The metrics to compute, in the record's order. Raises UserError, a line for each that does not fit.
+
+    task: of restoration, where psnr or ssim are wanted.
+    """
     if tuple(manifest.shape) != info.image_shape:
         raise UserError(
             f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.image_shape)}"
@@ -254,6 +282,8 @@ def choose_metrics(
     mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]
     if mistakes:
         raise UserError("\n".join(mistakes))
+    if {"psnr", "ssim"} & set(wanted):
+        restoration(task, info.image_shape)
     chosen = wanted or [name for name, reason in reasons.items() if not reason and name not in COSTLY]
     return tuple(name for name in record.PROTOCOL if name in chosen)
 
@@ -262,7 +292,7 @@ def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | 
     """The plan of checked settings, with an extractor whose weights are known."""
     info, sha256 = describe(settings.checkpoint, settings.ema)
     reference = ReferenceSet(settings.reference)
-    metrics = choose_metrics(settings.metrics, info, reference.manifest, extractor)
+    metrics = choose_metrics(settings.metrics, info, reference.manifest, extractor, settings.restoration)
     request = settings.request().fitted(without_weights(info))
     out = settings.out or f"{run_of(info.url)}/{FOLDER}"
     page = {
@@ -340,7 +370,7 @@ def _protocol(
             "count": min(settings.likelihood_count, manifest.num_samples),
             "solver": "rk45",
             "rtol": settings.rtol,
-            "trace": "rademacher",
+            "trace": trace_of(info),
             "probes": 1,
             "sigma_min": low,
             "sigma_max": high,
@@ -358,6 +388,11 @@ def _protocol(
     }
     needed = {part for metric in metrics for part in record.PROTOCOL[metric]}
     return {"version": VERSION, **{part: values for part, values in parts.items() if part in needed}}
+
+
+def trace_of(info: ModelInfo) -> Trace:
+    """Of the likelihood's Jacobian: exactly where there are few values, else by one random vector a sample."""
+    return "exact" if math.prod(info.image_shape) <= IDENTITY_VALUES else "rademacher"
 
 
 def kid_block(rows: int) -> int:

@@ -136,19 +136,11 @@ def _kid(work: Work) -> Values:
 
 
 def _is(work: Work) -> Values:
-    tasks = work.plan.stages()["samples"]
-    sums = [
-        distances.ClassSums(task.size, torch.from_numpy(chunk["probabilities"]), float(chunk["negentropy"]))
-        for task, chunk in zip(tasks, work.chunks("samples"), strict=True)
-    ]
+    columns = [work.column("samples", name) for name in ("counts", "probabilities", "negentropies")]
+    rows = zip(columns[0].tolist(), columns[1], columns[2].tolist(), strict=True)
+    sums = [distances.ClassSums(*row) for row in rows]
     num = min(frechet.GROUPS, len(sums))
-    groups = []
-    for i in range(num):
-        part = sums[i * len(sums) // num : (i + 1) * len(sums) // num]
-        total = part[0]
-        for one in part[1:]:
-            total = total + one
-        groups.append(total)
+    groups = [distances.total(sums[i * len(sums) // num : (i + 1) * len(sums) // num]) for i in range(num)]
     if work.plan.settings.count < 5000:
         work.warnings.append("is: the Inception Score of few samples is too low; compare at equal counts only")
     return shown(distances.inception_score(groups))

@@ -1,0 +1,346 @@
+"""Evaluations end to end, in one process: closed forms through the whole line, resumption, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.errors import UserError
+from scoreray.data.pack import pack
+from scoreray.sampling import evaluation_tasks
+from scoreray.sampling.evaluate import evaluate
+from scoreray.sampling.load import load_machine
+from scoreray.sampling.plan import Settings
+from scoreray.sampling.record import compare, comparison_text, notes, read_record
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import train
+
+SIGMA_DATA = 0.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluate")
+
+
+def packed(folder: Path, name: str, images: np.ndarray, labels: np.ndarray | None = None) -> str:
+    np.savez(folder / f"{name}.npz", images=images, **({} if labels is None else {"labels": labels}))
+    pack(str(folder / f"{name}.npz"), str(folder / name), samples_per_shard=200)
+    return str(folder / name)
+
+
+def trained(folder: Path, data: str, name: str, **changes: Any) -> str:
+    """A run of one step that moves no weight by more than 1e-9: its denoiser is that of N(0, sigma_data^2 I)."""
+    settings: dict[str, Any] = {
+        "run": {"name": name, "storage": str(folder / "runs")},
+        "data": {"url": data, "global_batch_size": 16},
+        "network": {"kind": "mlp", "hidden_size": 16, "num_layers": 1},
+        "denoiser": {"sigma_data": SIGMA_DATA},
+        "optimizer": {"learning_rate": 1e-9, "warmup_images": 0},
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "duration": {"images": 16},
+        **changes,
+    }
+    train(load_config(settings))
+    return str(folder / "runs" / name)
+
+
+@pytest.fixture(scope="module")
+def points(folder: Path) -> tuple[str, str]:
+    """(run whose model is N(0, 0.25 I) in 4 dimensions, 4,000 points of N(m, 0.49 I))."""
+    rng = np.random.default_rng(0)
+    mean = np.array([0.3, -0.2, 0.0, 0.1])
+    data = packed(folder, "points", (mean + 0.7 * rng.standard_normal((4000, 4))).astype(np.float32))
+    return trained(folder, data, "gaussian"), data
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> tuple[str, str]:
+    """(run, 400 labelled 12 x 12 images): each of three classes bright in its own third."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(400) % 3
+    images = rng.integers(0, 120, (400, 12, 12), dtype=np.uint8)
+    for i, label in enumerate(labels):
+        images[i, 4 * label : 4 * label + 4] += 100
+    data = packed(folder, "pictures", images, labels.astype(np.uint8))
+    network = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    return trained(folder, data, "pictures", network=network), data
+
+
+QUICK = {"count": 150, "reference_count": 300, "steps": 4, "batch_size": 32, "loss_count": 64}
+
+
+def test_a_gaussian_model_against_gaussian_data_gives_the_closed_forms(points: tuple[str, str], folder: Path) -> None:
+    """Frechet distance, likelihood and loss of N(0, s^2 I) against N(m, S^2 I), through files, sampler and solver."""
+    run, data = points
+    made = evaluate(
+        Settings(
+            run,
+            data,
+            metrics=("fid", "nats", "loss"),
+            count=6000,
+            steps=60,
+            likelihood_count=64,
+            loss_count=1000,
+            rtol=1e-6,
+        )
+    )
+    metrics = made.record["metrics"]
+    with np.load(folder / "points.npz") as file:
+        x = file["images"].astype(np.float64)
+    sample_cov = np.cov(x.T)
+    roots = np.sqrt(np.linalg.eigvalsh(sample_cov))
+    exact = np.square(x.mean(0)).sum() + np.square(roots - SIGMA_DATA).sum()
+    fid = metrics["fid"]
+    assert abs(fid["value"] - exact) < 4 * fid["std_error"] + 1e-3
+    assert fid["std_error"] < 0.05 * exact
+
+    rows = read_rows(data, 64)
+    variance = SIGMA_DATA**2 + 0.002**2
+    nats = -0.5 * (np.square(rows).sum(1) / variance + 4 * math.log(2 * math.pi * variance))
+    # At sigma_max the prior stands at the data's mean, which the model does not share: |m| |x| / sigma_max^2, 0.004.
+    assert metrics["nats"]["value"] == pytest.approx(nats.mean(), abs=4e-3)
+    assert metrics["nats"]["std_error"] == pytest.approx(nats.std(ddof=1) / 8, rel=2e-2)
+    assert metrics["nats"]["nfe"] > 20
+
+    sigmas, errors = np.array(metrics["loss"]["sigmas"]), np.array(metrics["loss"]["errors"])
+    kept = SIGMA_DATA**2 / (SIGMA_DATA**2 + sigmas**2)  # D = kept (x0 + sigma z)
+    second = np.square(read_rows(data, 1000)).mean()
+    assert errors == pytest.approx((kept - 1) ** 2 * second + kept**2 * sigmas**2, rel=0.05)
+
+
+def read_rows(data: str, count: int) -> np.ndarray:
+    from scoreray.sampling.reference import ReferenceSet, spread
+
+    return ReferenceSet(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
+
+
+def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of four pixels: dequantised with the recorded noise, both densities are known."""
+    rng = np.random.default_rng(2)
+    data = packed(folder, "pixels", rng.integers(0, 256, (64, 2, 2), dtype=np.uint8))
+    run = trained(folder, data, "pixels")
+    settings = Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=1e-6)
+    from scoreray.sampling.likelihood import dequantize
+    from scoreray.sampling.reference import ReferenceSet, spread
+
+    numbers = spread(32, 64)
+    images, _ = ReferenceSet(data).read(numbers)
+    x = dequantize(images, torch.from_numpy(numbers))[0].double().flatten(1)
+
+    def bits(log_density: torch.Tensor) -> float:
+        return float((-log_density / (4 * math.log(2)) - math.log2(1 / 127.5)).mean())
+
+    variance = SIGMA_DATA**2 + 0.002**2
+    gaussian = -0.5 * (x.square() / variance + math.log(2 * math.pi * variance)).sum(1)
+    assert evaluate(settings).record["metrics"]["bpd"]["value"] == pytest.approx(bits(gaussian), abs=1e-3)
+
+    from scoreray.trainer.targets import Mixture
+
+    means = torch.tensor([[-0.5, 0.3, 0.1, -0.6], [0.6, -0.4, 0.0, 0.2]]).double()
+    exact = Mixture(means, std=0.3)
+    monkeypatch.setattr(evaluation_tasks, "_denoiser", lambda plan: _Reshaped(exact))
+    found = evaluate(Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=2e-6))
+    parts = -0.5 * ((x[:, None] - means).square() / (0.09 + 4e-6) + math.log(2 * math.pi * (0.09 + 4e-6))).sum(2)
+    mixture = parts.logsumexp(1) - math.log(2)
+    assert found.record["metrics"]["bpd"]["value"] == pytest.approx(bits(mixture), abs=2e-3)
+
+
+class _Reshaped:
+    """A density of points as a denoiser of pictures."""
+
+    sigma_data = SIGMA_DATA
+
+    def __init__(self, exact: Any) -> None:
+        self.exact = exact
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: Any = None) -> torch.Tensor:
+        return self.exact(x.flatten(1).double(), sigma.double()).to(x.dtype).view(x.shape)
+
+
+def test_density_estimates_and_annealing(folder: Path, points: tuple[str, str]) -> None:
+    """KDE of exact samples is near the log-density; AIS finds the ln Z that a small machine's enumeration gives."""
+    run, data = points
+    record = evaluate(Settings(run, data, metrics=("kde",), count=3000, reference_count=1000)).record
+    x = read_rows(data, 1000)
+    exact = -0.5 * (np.square(x).sum(1) / SIGMA_DATA**2 + 4 * math.log(2 * math.pi * SIGMA_DATA**2))
+    assert record["metrics"]["kde"]["value"] == pytest.approx(exact.mean(), abs=0.35)
+
+    rng = np.random.default_rng(3)
+    binary = packed(folder, "binary", 255 * rng.integers(0, 2, (64, 4, 4), dtype=np.uint8))
+    machine = trained(
+        folder,
+        binary,
+        "machine",
+        network={"kind": "rbm", "num_hidden": 6},
+        denoiser={},
+        objective={"kind": "contrastive", "chain": "gibbs"},
+        optimizer={"learning_rate": 0.05, "warmup_images": 0},
+        duration={"images": 320},
+    )
+    made = evaluate(Settings(machine, binary, metrics=("ais",), chains=256)).record["metrics"]["ais"]
+    log_z = float(load_machine(machine).log_partition())
+    assert abs(made["log_z"] - log_z) < 4 * made["log_z_std_error"] + 1e-3
+
+
+def test_an_energys_likelihood_by_annealing(folder: Path, points: tuple[str, str]) -> None:
+    """An energy model of N(0, s^2 I): ln Z at the noise level that AIS works at is the Gaussian's."""
+    _, data = points
+    run = trained(folder, data, "energy", denoiser={"sigma_data": SIGMA_DATA, "parameterization": "energy_dot"})
+    made = evaluate(Settings(run, data, metrics=("ais",), chains=200)).record["metrics"]["ais"]
+    variance = SIGMA_DATA**2 + (SIGMA_DATA / 4) ** 2
+    normaliser = 2 * math.log(2 * math.pi * variance)
+    assert abs(made["log_z"] - normaliser) < 4 * made["log_z_std_error"] + 0.02
+
+
+def test_every_metric_of_images_and_their_page(pictures: tuple[str, str], folder: Path) -> None:
+    run, data = pictures
+    wanted = ("fid", "kid", "is", "pr", "sw", "nn", "loss", "psnr", "ssim")
+    settings = Settings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640)  # type: ignore[arg-type]
+    made = evaluate(settings)
+    assert list(made.record["metrics"]) == sorted(wanted)
+    for name, values in made.record["metrics"].items():
+        assert math.isfinite(values["value"]), name
+        assert values["std_error"] is not None, name
+    extractor = made.record["protocol"]["extractor"]
+    assert extractor["kind"] == "classifier"
+    assert len(extractor["sha256"]) == 64
+    assert extractor["accuracy"] > 0.9
+    page = Path(made.report).read_text()
+    assert page.count("data:image/png;base64,") == 4  # samples, neighbours, restorations, curves
+    assert "http" not in page.replace("http://www.w3.org", "")
+    left = {path.name for path in Path(made.url).parent.iterdir()}
+    assert left == {"record.json", "report.html"}  # chunks are gone
+    assert "fid" in made.text()
+    assert evaluate(settings) == made  # found, not computed
+
+
+def test_defaults_are_what_fits(points: tuple[str, str]) -> None:
+    run, data = points
+    made = evaluate(Settings(run, data, **{**QUICK, "steps": 3}))  # type: ignore[arg-type]
+    assert sorted(made.record["metrics"]) == ["fid", "kde", "kid", "loss", "nn", "pr", "sw"]
+    assert made.record["protocol"]["extractor"]["kind"] == "identity"
+
+
+KILLED = """
+import sys
+from scoreray.sampling.evaluate import evaluate
+from scoreray.sampling.plan import Settings
+run, data, out = sys.argv[1:]
+evaluate(Settings(run, data, ("fid", "loss"), out, count=640, reference_count=300, steps=8, extractor="identity"))
+"""
+
+
+def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str], tmp_path: Path) -> None:
+    """SIGKILL when some chunks are stored; what they hold is not computed again, and the record is the same bytes."""
+    run, data = pictures
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, run, data, str(out)])
+    deadline = time.monotonic() + 100
+    while not list(out.glob("*/samples/*.npz")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/samples/*.npz")}
+    assert 0 < len(kept) < 3
+    assert not list(out.glob("*/record.json"))
+    settings: dict[str, Any] = {"count": 640, "reference_count": 300, "steps": 8, "extractor": "identity"}
+    done: list[Path] = []
+    real = evaluation_tasks.put_arrays
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_tasks, "put_arrays", lambda s, k, a: (done.append(Path(s.url(k))), real(s, k, a)))
+        resumed = evaluate(Settings(run, data, ("fid", "loss"), str(out), **settings))
+    assert done
+    assert not set(done) & set(kept)
+    whole = evaluate(Settings(run, data, ("fid", "loss"), str(tmp_path / "whole"), **settings))
+    assert Path(resumed.url).read_bytes() == Path(whole.url).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def records(points: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    run, data = points
+    out = str(tmp_path_factory.mktemp("records"))
+
+    def make(**changes: Any) -> dict[str, Any]:
+        settings = {"metrics": ("fid", "sw", "loss"), "out": out, **QUICK, **changes}
+        return read_record(evaluate(Settings(run, data, **settings)).url)
+
+    return make
+
+
+def test_what_is_comparable_and_what_is_refused_by_name(records: Any, folder: Path, points: tuple[str, str]) -> None:
+    """Another EMA length may be compared; another count, reference, sampler or seed is refused by what differs."""
+    first = records()
+    found = compare(first, records(ema="none"))
+    assert set(found) == {"fid", "sw", "loss"}
+    assert found["fid"]["resolved"] is False  # the weights hardly moved
+    assert "within the error" in comparison_text(found, notes(first, first))
+
+    with pytest.raises(UserError, match=r"protocol.count|samples.count: 150 in the first, 200 in the second"):
+        compare(first, records(count=200))
+    with pytest.raises(UserError, match=r"reference\.count"):
+        compare(first, records(reference_count=200))
+    with pytest.raises(UserError, match=r"sampling\.steps: 4 in the first, 5 in the second.*--vary steps"):
+        compare(first, records(steps=5))
+    assert compare(first, records(steps=5), vary=["steps"])
+    assert compare(first, records(steps=5), ["loss"])  # the loss knows no sampler
+    with pytest.raises(UserError, match="did you mean 'fid'"):
+        compare(first, first, ["fdi"])
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        compare(first, first, vary=["step"])
+    other = packed(folder, "others", np.random.default_rng(5).standard_normal((4000, 4)).astype(np.float32))
+    with pytest.raises(UserError, match=r"reference\.sha256"):
+        compare(first, read_record(evaluate(Settings(points[0], other, ("fid",), **QUICK)).url), ["fid"])  # type: ignore[arg-type]
+    changed = json.loads(json.dumps(first))
+    changed["versions"]["torch"] = "1.0"
+    assert any("versions.torch" in line for line in notes(first, changed))
+    assert compare(first, changed)
+
+
+def test_a_record_holds_everything_that_changes_it(records: Any) -> None:
+    record = records()
+    assert record["subject"]["checkpoint"].keys() == {"url", "sha256", "images_seen", "ema"}
+    assert {"sampler", "steps", "seed", "guidance", "grid", "options"} <= record["subject"]["sampling"].keys()
+    assert {"torch", "numpy", "python", "scoreray"} <= record["versions"].keys()
+    assert record["protocol"]["reference"]["count"] == 300
+    names = set(record["metrics"])
+    for change in ({"seed": 1}, {"steps": 5}, {"batch_size": 50}, {"loss_count": 32}, {"count": 160}):
+        other = records(**change)
+        assert any(other["metrics"][name] != record["metrics"][name] for name in names), change
+
+
+def test_what_does_not_fit_is_named_before_anything_is_computed(
+    points: tuple[str, str], pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    run, data = points
+    with pytest.raises(UserError, match=r"bpd does not fit.*\n.*psnr does not fit.*\n?.*ais"):
+        evaluate(Settings(run, data, ("bpd", "psnr", "ais"), str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"is does not fit.*identity"):
+        evaluate(Settings(run, data, ("is",)))
+    with pytest.raises(UserError, match="did you mean 'kid'"):
+        Settings(run, data, ("kidd",))
+    with pytest.raises(UserError, match=r"\[1, 12, 12\].*\[4\]"):
+        evaluate(Settings(run, pictures[1]))
+    with pytest.raises(UserError, match="superresolution=FACTOR"):
+        evaluate(Settings(*pictures, ("psnr",), str(tmp_path / "out"), restoration="superresolution=5"))
+    with pytest.raises(UserError, match="takes images"):
+        evaluate(Settings(run, data, ("fid",), extractor="weights.pth"))
+    with pytest.raises(UserError, match="two classes"):
+        evaluate(Settings(run, data, ("fid",), extractor="classifier"))
+    with pytest.raises(UserError, match="count = 3"):
+        Settings(run, data, count=3)
+    assert not (tmp_path / "out").exists()
