@@ -128,8 +128,16 @@ def train(
 @app.command()
 def sample(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
-    out: Annotated[str, typer.Option(help="A folder or prefix for pictures, or a .npz.")],
+    out: Annotated[str, typer.Option(help="A folder or prefix, or a .npz. The same command again goes on there.")],
     count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    format: Annotated[
+        str,
+        typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3, else pictures."),
+    ] = "auto",
+    actors: Annotated[
+        int | None,
+        typer.Option(help="Draw by so many Ray actors, on RAY_ADDRESS's cluster or one here; else in-process.", min=1),
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs. Default: what fits the model."),
@@ -170,14 +178,20 @@ def sample(
         str, typer.Option(help="projection, or jacobian: nearer the posterior, a backward pass a call.")
     ] = "projection",
     ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Samples that are drawn together.", min=1)] = 64,
     option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or auto: bf16 where the count pays for compiling and it is exact enough.")
+    ] = "auto",
+    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
+    samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where a grid of the first samples goes (PNG).")] = None,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Draw samples from a trained model."""
-    from scoreray.cluster.display import bar
-    from scoreray.sampling.generate import Request, check_writable, generate, write_samples
-    from scoreray.sampling.load import load_model
+    """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
+    from scoreray.cluster.generation import sample_to
+    from scoreray.sampling.generate import Request
     from scoreray.sampling.steering import Guidance, measurement_of
 
     request = Request(
@@ -192,22 +206,21 @@ def sample(
         batch_size=batch_size,
         options=_options(option or []),
     )
-    denoiser = load_model(checkpoint, ema)
-    check_writable(out)
-    with bar("sample", count, "samples") as progress:
-        places = write_samples(generate(denoiser, request, lambda n: progress.advance(progress.task_ids[0], n)), out)
-    if as_json:
-        info = denoiser.info
-        answer = {
-            "out": places,
-            "count": count,
-            "checkpoint": info.url,
-            "images_seen": info.images_seen,
-            "ema": info.ema,
-        }
-        typer.echo(json.dumps(answer))
-    else:
-        typer.echo(f"{count} samples of {denoiser.info.url} (EMA {denoiser.info.ema}): {', '.join(places)}")
+    _make_bucket(out)
+    drawn = sample_to(
+        out,
+        checkpoint,
+        ema,
+        request,
+        format=format,
+        actors=actors,
+        picture=picture,
+        verbose=verbose,
+        precision=precision,
+        compile_=compile_,
+        samples_per_shard=samples_per_shard,
+    )
+    typer.echo(json.dumps(drawn.answer()) if as_json else drawn.text())
 
 
 @app.command()
@@ -292,6 +305,33 @@ def serve(
 
     if serve_until_stopped(config, placement, ready, verbose=verbose):
         sys.exit(130)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, see configs/.")] = None,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines of the workers; default: 8 GPUs each.", min=1)] = None,
+    shape: Annotated[str | None, typer.Option(help="Shape of a sample, e.g. 3x64x64; default: the data set's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem."""
+    from dataclasses import asdict
+
+    from scoreray.cluster.doctor import Machine, examine, parse_bytes, parse_shape
+    from scoreray.trainer.config import load_config
+
+    loaded = load_config(config, overrides or ()) if config else None
+    machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
+    found = examine(loaded, machine)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+    else:
+        for one in found:
+            typer.echo(f"{one.state:8}{one.topic}: {one.text}")
+    if any(one.state == "problem" for one in found):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -390,33 +430,6 @@ def compare(
         typer.echo(json.dumps({"metrics": found, "notes": beside}))
     else:
         typer.echo(comparison_text(found, beside))
-
-
-@app.command()
-def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, see configs/.")] = None,
-    overrides: Overrides = None,
-    memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines of the workers; default: 8 GPUs each.", min=1)] = None,
-    shape: Annotated[str | None, typer.Option(help="Shape of a sample, e.g. 3x64x64; default: the data set's.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem."""
-    from dataclasses import asdict
-
-    from scoreray.cluster.doctor import Machine, examine, parse_bytes, parse_shape
-    from scoreray.trainer.config import load_config
-
-    loaded = load_config(config, overrides or ()) if config else None
-    machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
-    found = examine(loaded, machine)
-    if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found]))
-    else:
-        for one in found:
-            typer.echo(f"{one.state:8}{one.topic}: {one.text}")
-    if any(one.state == "problem" for one in found):
-        raise typer.Exit(2)
 
 
 @data_app.command()

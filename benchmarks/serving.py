@@ -1,0 +1,510 @@
+"""Step-level batching against batching of whole requests: one network, one machine, the same requests.
+
+    python benchmarks/serving.py curve                        how long a forward pass takes, by its rows
+    python benchmarks/serving.py simulate                     every policy in simulated time, no Ray
+    python benchmarks/serving.py saturation [--stand-in]      samples/s with a backlog, on Ray Serve
+    python benchmarks/serving.py latency [--stand-in]         p50 and p95 of Poisson arrivals, see below
+    python benchmarks/serving.py overhead                     the batcher's own time per step at 16 rows
+
+Requests ask for 1 to 8 samples of 10 to 100 Euler steps, both uniform, at most 32 rows a call. The policies:
+
+    step         StepBatcher: rows of any request at any step share each call
+    rectangular  @serve.batch around the sampler: whole requests up to 32 rows, every row until the longest is done
+    early-leave  the same, but rows leave when they are done, and so do their requests
+    same-steps   only requests of equal steps share a batch, the longest waiting first
+
+--stand-in is a network that takes t(b) = 4 ms + 0.03 ms b, as a GPU's does that is bound by launches and memory. Parts
+take under 4 minutes each; numbers are kept in DIR/serving.json. `latency` takes from there 70 % of each baseline's
+capacity, as `saturation` measured it, and runs that baseline and step-level on the same arrivals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.sampling.batcher import SampleRequest, StepBatcher
+from scoreray.sampling.noise import SampleNoise
+from scoreray.sampling.samplers import per_row, start
+from scoreray.sampling.sigmas import karras
+from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.network import build_network
+from scoreray.trainer.unet import UNetConfig
+
+MAX_ROWS, STEPS, COUNTS = 32, (10, 100), (1, 8)
+SIZES = (1, 2, 4, 8, 16, 24, 32)
+NETWORK, SHAPE = UNetConfig(model_channels=16, channel_mult=(1, 2), num_blocks=1), (1, 16, 16)
+LARGE, LARGE_SHAPE = UNetConfig(model_channels=32, channel_mult=(1, 2, 2), head_channels=32), (3, 32, 32)
+POLICIES = ("step", "rectangular", "early-leave", "same-steps")
+LOAD = 0.7
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of the mix: it arrives at `at` seconds."""
+
+    number: int
+    count: int
+    steps: int
+    at: float = 0.0
+
+
+def mix(n: int, seed: int = 0, rate: float = 0.0) -> list[Asked]:
+    """n requests; Poisson arrivals at `rate` a second, all at once for 0."""
+    rng, at, asked = random.Random(seed), 0.0, []
+    for number in range(n):
+        at += rng.expovariate(rate) if rate else 0.0
+        asked.append(Asked(number, rng.randint(*COUNTS), rng.randint(*STEPS), at))
+    return asked
+
+
+def network(config: UNetConfig, shape: tuple[int, ...]) -> Denoiser:
+    torch.manual_seed(0)
+    built = build_network(config, shape)
+    for parameter in built.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return Denoiser(built.eval().requires_grad_(False)).eval()
+
+
+class StandIn:
+    """A network that takes as long as a GPU's would."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        end = time.perf_counter() + gpu_s(len(x))
+        time.sleep(max(0.0, end - time.perf_counter() - 2e-4))
+        while time.perf_counter() < end:
+            pass
+        return x * 0.5
+
+
+def gpu_s(rows: int) -> float:
+    return 4e-3 + 3e-5 * rows
+
+
+# The baselines: requests in lockstep on their own samplers, in batches that are fixed when they begin.
+
+
+class Lockstep:
+    """Some requests' samplers side by side; `leave`: a row that is done takes no more of the network's time."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], leave: bool) -> None:
+        self.denoiser, self.leave, self.calls, self.rows = denoiser, leave, 0, 0
+
+    def run(self, batch: list[Asked], done: Callable[[Asked, Tensor], None]) -> None:
+        """`done` is called for each request as its batch lets it go."""
+        with torch.no_grad():
+            waiting = [self._begin(asked) for asked in batch]
+            finished: list[tuple[Asked, Tensor]] = []
+            idle = 0
+            while waiting:
+                x = torch.cat([x for _, _, x, _ in waiting])
+                sigma = torch.cat([per_row(sigma, x) for _, _, x, sigma in waiting])
+                if idle:
+                    x, sigma = (
+                        torch.cat([x, x[:1].expand(idle, *x.shape[1:])]),
+                        torch.cat([sigma, sigma[:1].expand(idle)]),
+                    )
+                denoised = self.denoiser(x, sigma)
+                self.calls, self.rows = self.calls + 1, self.rows + len(x) - idle
+                going = []
+                parts = denoised[: len(x) - idle].split([len(x) for _, _, x, _ in waiting])
+                for (asked, steps, _, _), part in zip(waiting, parts, strict=True):
+                    try:
+                        going.append((asked, steps, *steps.send(part)))
+                    except StopIteration as end:
+                        if self.leave:
+                            done(asked, end.value)
+                        else:
+                            finished.append((asked, end.value))
+                            idle += asked.count
+                waiting = going
+            for asked, samples in finished:
+                done(asked, samples)
+
+    def _begin(self, asked: Asked) -> tuple[Asked, Any, Tensor, Any]:
+        noise = SampleNoise(range(asked.number << 8, (asked.number << 8) + asked.count))
+        x = noise.normal((asked.count, *SHAPE)) * 80.0
+        steps = start("euler", x, karras(asked.steps), noise)
+        return (asked, steps, *next(steps))
+
+
+def batches(waiting: deque[Asked], same_steps: bool) -> list[Asked]:
+    """The next batch: the longest waiting, and those behind that fit (with equal steps, or the very next ones)."""
+    if same_steps:
+        chosen, rows = [], 0
+        for asked in [other for other in waiting if other.steps == waiting[0].steps]:
+            if rows + asked.count <= MAX_ROWS:
+                chosen.append(asked)
+                rows += asked.count
+        for asked in chosen:
+            waiting.remove(asked)
+        return chosen
+    chosen, rows = [], 0
+    while waiting and rows + waiting[0].count <= MAX_ROWS:
+        chosen.append(waiting.popleft())
+        rows += chosen[-1].count
+    return chosen
+
+
+# Simulated time: the real StepBatcher and the same batches, with a clock that only calls of the network move.
+
+
+class Clock:
+    def __init__(self, curve: Callable[[int], float]) -> None:
+        self.now, self.curve, self.calls, self.rows = 0.0, curve, 0, 0
+
+    def call(self, rows: int, useful: int) -> None:
+        self.now += self.curve(rows)
+        self.calls, self.rows = self.calls + 1, self.rows + useful
+
+
+def simulate(policy: str, curve: Callable[[int], float], asked: list[Asked]) -> tuple[dict[int, float], float]:
+    """(when each request is done, mean share of the rows that worked)."""
+    clock, done = Clock(curve), dict[int, float]()
+    if policy == "step":
+        _simulate_steps(clock, asked, done)
+    else:
+        _simulate_batches(policy, clock, asked, done)
+    return done, clock.rows / (clock.calls * MAX_ROWS)
+
+
+def _simulate_steps(clock: Clock, asked: list[Asked], done: dict[int, float]) -> None:
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        clock.call(len(x), len(x))
+        return x
+
+    batcher, coming = StepBatcher(denoiser, MAX_ROWS), deque(asked)
+    tickets: dict[int, Any] = {}
+    while coming or tickets:
+        while coming and coming[0].at <= clock.now:
+            one = coming.popleft()
+            tickets[one.number] = batcher.submit(SampleRequest(range(one.count), (1,), karras(one.steps), "euler"))
+        if not batcher.step():
+            clock.now = max(clock.now, coming[0].at)
+        for number in [number for number, ticket in tickets.items() if ticket.done()]:
+            tickets.pop(number).result()
+            done[number] = clock.now
+
+
+def _simulate_batches(policy: str, clock: Clock, asked: list[Asked], done: dict[int, float]) -> None:
+    coming, waiting = deque(asked), deque[Asked]()
+    while coming or waiting:
+        while coming and coming[0].at <= clock.now:
+            waiting.append(coming.popleft())
+        if not waiting:
+            clock.now = coming[0].at
+            continue
+        batch = batches(waiting, policy == "same-steps")
+        whole = sum(one.count for one in batch)
+        for step in range(max(one.steps for one in batch)):
+            useful = sum(one.count for one in batch if one.steps > step)
+            clock.call(useful if policy == "early-leave" else whole, useful)
+            if policy == "early-leave":
+                done.update({one.number: clock.now for one in batch if one.steps == step + 1})
+        if policy != "early-leave":
+            done.update({one.number: clock.now for one in batch})
+
+
+def throughput(asked: list[Asked], done: dict[int, float]) -> float:
+    """Samples a second between the first and the last quarter of those that were done."""
+    order = sorted((at, asked[number].count) for number, at in done.items())
+    low, high = order[len(order) // 4][0], order[3 * len(order) // 4][0]
+    return sum(count for at, count in order if low < at <= high) / (high - low)
+
+
+def latencies(asked: list[Asked], done: dict[int, float]) -> tuple[float, float]:
+    """(p50, p95) of the requests after the first tenth."""
+    took = [done[one.number] - one.at for one in asked[len(asked) // 10 :] if one.number in done]
+    p50, p95 = np.percentile(took, [50, 95])
+    return float(p50), float(p95)
+
+
+def part_simulate(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    measured = {int(rows): seconds for rows, seconds in kept.get("curve", {}).items()}
+    if not measured:
+        measured = part_curve(arguments, kept)
+    curves = {
+        "CPU, measured": lambda rows: float(np.interp(rows, list(measured), list(measured.values()))),
+        "GPU-like": gpu_s,
+    }
+    for name, curve in curves.items():
+        many, capacity = mix(600), dict[str, float]()
+        print(f"\n## {name}: t(1) {1e3 * curve(1):.1f} ms, t(32) {1e3 * curve(32):.1f} ms\n")
+        print("| policy | samples/s | step-level against it | occupancy |\n|---|---|---|---|")
+        for policy in POLICIES:
+            done, occupancy = simulate(policy, curve, many)
+            capacity[policy] = throughput(many, done)
+            print(
+                f"| {policy} | {capacity[policy]:.1f} | {capacity['step'] / capacity[policy]:.2f} | {occupancy:.0%} |"
+            )
+        print(
+            f"\n| at {LOAD:.0%} of the capacity of | its p50, p95 | step-level's p50, p95 | ratios |\n|---|---|---|---|"
+        )
+        for policy in POLICIES[1:]:
+            asked = mix(600, 1, LOAD * capacity[policy] / statistics.mean(COUNTS))
+            theirs, ours = (latencies(asked, simulate(p, curve, asked)[0]) for p in (policy, "step"))
+            print(row(policy, theirs, ours))
+
+
+def row(policy: str, theirs: tuple[float, float], ours: tuple[float, float]) -> str:
+    shown = ["{:.2f} s, {:.2f} s".format(*pair) for pair in (theirs, ours)]
+    return f"| {policy} | {shown[0]} | {shown[1]} | {ours[0] / theirs[0]:.2f}, {ours[1] / theirs[1]:.2f} |"
+
+
+def part_curve(arguments: argparse.Namespace, kept: dict[str, Any]) -> dict[int, float]:
+    torch.set_num_threads(1)
+    denoiser, curve = network(NETWORK, SHAPE), {}
+    with torch.no_grad():
+        for rows in SIZES:
+            x, sigma = torch.randn(rows, *SHAPE), torch.ones(rows)
+            curve[rows] = min(timed(lambda: denoiser(x, sigma)) for _ in range(30))  # noqa: B023
+    kept["curve"] = curve
+    print("forward pass, one thread: " + ", ".join(f"{rows} rows {1e3 * s:.2f} ms" for rows, s in curve.items()))
+    return curve
+
+
+# On Ray Serve: one replica, called through its handle by threads of this process.
+
+
+def deployment(policy: str, stand_in: bool) -> Any:
+    """The application of one policy. Everything is defined in here, to travel to the replica by value."""
+    from ray import serve
+
+    options = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 1}}
+
+    @serve.deployment(**options)
+    class Step:
+        def __init__(self) -> None:
+            torch.set_num_threads(1)
+            self.batcher = StepBatcher(StandIn() if stand_in else network(NETWORK, SHAPE), MAX_ROWS).__enter__()
+
+        async def draw(self, asked: Asked) -> float:
+            seeds = range(asked.number << 8, (asked.number << 8) + asked.count)
+            ticket = self.batcher.submit(SampleRequest(seeds, SHAPE, karras(asked.steps), "euler"))
+            return float((await ticket).mean())
+
+        async def counted(self) -> tuple[int, int]:
+            return self.batcher.calls, self.batcher.rows
+
+    @serve.deployment(**options)
+    class WholeRequests:
+        """@serve.batch around the sampler, as it is usually put."""
+
+        def __init__(self) -> None:
+            torch.set_num_threads(1)
+            self.lockstep = Lockstep(StandIn() if stand_in else network(NETWORK, SHAPE), leave=False)
+
+        @serve.batch(
+            max_batch_size=MAX_ROWS, batch_wait_timeout_s=0.005, batch_size_fn=lambda all_: sum(a.count for a in all_)
+        )
+        async def batch(self, batch: list[Asked]) -> list[float]:
+            import asyncio
+
+            results: dict[int, float] = {}
+            finish = lambda asked, samples: results.update({asked.number: float(samples.mean())})  # noqa: E731
+            await asyncio.to_thread(self.lockstep.run, batch, finish)
+            return [results[asked.number] for asked in batch]
+
+        async def draw(self, asked: Asked) -> float:
+            return await self.batch(asked)
+
+        async def counted(self) -> tuple[int, int]:
+            return self.lockstep.calls, self.lockstep.rows
+
+    @serve.deployment(**options)
+    class OwnQueue:
+        """early-leave and same-steps: a thread that takes batches, as soon as the one before is done."""
+
+        def __init__(self) -> None:
+            torch.set_num_threads(1)
+            self.lockstep = Lockstep(StandIn() if stand_in else network(NETWORK, SHAPE), policy == "early-leave")
+            self.waiting: deque[Asked] = deque()
+            self.futures: dict[int, Any] = {}
+            self.there = threading.Condition()
+            threading.Thread(target=self.work, daemon=True).start()
+
+        def work(self) -> None:
+            while True:
+                with self.there:
+                    while not self.waiting:
+                        self.there.wait()
+                    batch = batches(self.waiting, policy == "same-steps")
+                self.lockstep.run(batch, self.finish)
+
+        def finish(self, asked: Asked, samples: Tensor) -> None:
+            future = self.futures.pop(asked.number)
+            future.get_loop().call_soon_threadsafe(future.set_result, float(samples.mean()))
+
+        async def draw(self, asked: Asked) -> float:
+            import asyncio
+
+            future = self.futures[asked.number] = asyncio.get_running_loop().create_future()
+            with self.there:
+                self.waiting.append(asked)
+                self.there.notify()
+            return await future
+
+        async def counted(self) -> tuple[int, int]:
+            return self.lockstep.calls, self.lockstep.rows
+
+    return {"step": Step, "rectangular": WholeRequests}.get(policy, OwnQueue).bind()  # type: ignore[attr-defined]
+
+
+def on_serve(policies: Iterable[str], stand_in: bool) -> Iterator[tuple[str, Any]]:
+    """(policy, handle of its running application), one after another."""
+    from ray import serve
+
+    from scoreray.cluster.local_ray import connected
+
+    with connected(num_cpus=4):
+        serve.start(logging_config={"enable_access_log": False, "log_level": "ERROR"})
+        for policy in policies:
+            handle = serve.run(deployment(policy, stand_in), name="benchmark", route_prefix=None)
+            handle.draw.remote(Asked(0, 2, 4)).result()
+            yield policy, handle
+            serve.delete("benchmark")
+        serve.shutdown()
+
+
+def part_saturation(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    """Capacity is counted in rows that the network was usefully called with, not in requests that ended in the window:
+    policies finish requests early or late, and a short window would flatter the early ones."""
+    name = "stand-in" if arguments.stand_in else "network"
+    capacity = kept.setdefault("capacity", {}).setdefault(name, {})
+    mean_steps = statistics.mean(STEPS)
+    print("| policy | samples/s | step-level against it | occupancy |\n|---|---|---|---|")
+    for policy, handle in on_serve(POLICIES, arguments.stand_in):
+        clients = 48  # 216 rows wait on average: several batches
+        asked, end = mix(10_000), time.perf_counter() + arguments.seconds
+
+        def client(mine: list[Asked], handle: Any = handle, end: float = end) -> None:
+            for one in mine:
+                if time.perf_counter() > end:
+                    return
+                handle.draw.remote(one).result()
+
+        with ThreadPoolExecutor(clients) as pool:
+            waiting = [pool.submit(client, asked[i::clients]) for i in range(clients)]
+            time.sleep(min(3.0, arguments.seconds / 4))
+            (calls, rows), began = handle.counted.remote().result(), time.perf_counter()
+            time.sleep(max(0.0, end - time.perf_counter()))
+            (more_calls, more_rows), ended = handle.counted.remote().result(), time.perf_counter()
+            for one in waiting:
+                one.result()
+        capacity[policy] = (more_rows - rows) / (ended - began) / mean_steps
+        occupancy = (more_rows - rows) / ((more_calls - calls) * MAX_ROWS)
+        ratio = capacity["step"] / capacity[policy] if "step" in capacity else float("nan")
+        print(f"| {policy} | {capacity[policy]:.1f} | {ratio:.2f} | {occupancy:.0%} |", flush=True)
+
+
+def part_latency(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    capacity = kept["capacity"]["stand-in" if arguments.stand_in else "network"]
+    took: dict[tuple[str, str], tuple[float, float]] = {}
+    for policy, handle in on_serve(POLICIES, arguments.stand_in):
+        for baseline in POLICIES[1:] if policy == "step" else [policy]:
+            rate = LOAD * capacity[baseline] / statistics.mean(COUNTS)
+            took[policy, baseline] = poisson(handle, mix(int(rate * arguments.seconds), 1, rate))
+    print(f"| at {LOAD:.0%} of the capacity of | its p50, p95 | step-level's p50, p95 | ratios |\n|---|---|---|---|")
+    for policy in POLICIES[1:]:
+        print(row(policy, took[policy, policy], took["step", policy]))
+
+
+def poisson(handle: Any, asked: list[Asked]) -> tuple[float, float]:
+    done, began = dict[int, float](), time.perf_counter()
+
+    def ask(one: Asked) -> None:
+        time.sleep(max(0.0, began + one.at - time.perf_counter()))
+        handle.draw.remote(one).result()
+        done[one.number] = time.perf_counter() - began
+
+    with ThreadPoolExecutor(128) as pool:
+        list(pool.map(ask, asked))
+    return latencies(asked, done)
+
+
+def part_overhead(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    """Everything that a step of the batcher does beside calling the network, at 16 rows."""
+    denoiser = network(LARGE, LARGE_SHAPE)
+    spent = [0.0]
+
+    def counted(x: Tensor, sigma: Tensor) -> Tensor:
+        began = time.perf_counter()
+        denoised = denoiser(x, sigma)
+        spent[0] += time.perf_counter() - began
+        return denoised
+
+    print("U-Net of 1.86 M on 3 x 32 x 32, Euler and Heun, 16 rows a step, two threads:\n")
+    for name, counts in {"one request of 16": [16], "16 requests of one": [1] * 16}.items():
+        for sampler in ("euler", "heun", "edm_sde"):
+            shares = []
+            for round_ in range(arguments.rounds):
+                batcher = StepBatcher(counted, 16)
+                for i, count in enumerate(counts):
+                    seeds = range(100 * i, 100 * i + count)
+                    batcher.submit(SampleRequest(seeds, LARGE_SHAPE, karras(15), sampler))
+                batcher.step()
+                spent[0], began = 0.0, time.perf_counter()
+                for _ in range(10):
+                    batcher.step()
+                shares += [(time.perf_counter() - began) / spent[0] - 1] if round_ else []
+            each = 1e3 * spent[0] / 10
+            share = statistics.median(shares)
+            print(
+                f"{name}, {sampler}: forward {each:.1f} ms, the batcher's own {share:.2%} of it ({share * each:.2f} ms)"
+            )
+
+
+def timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+PARTS: dict[str, Callable[..., Any]] = {
+    "curve": part_curve,
+    "simulate": part_simulate,
+    "saturation": part_saturation,
+    "latency": part_latency,
+    "overhead": part_overhead,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--stand-in", action="store_true")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each run on Ray Serve")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    file = arguments.out / "serving.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    torch.set_num_threads(2)
+    print(f"# {arguments.part}: {platform.machine()} CPU, torch {torch.__version__}\n")
+    began = time.perf_counter()
+    PARTS[arguments.part](arguments, kept)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"\n{time.perf_counter() - began:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    main()
