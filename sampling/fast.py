@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.load import LoadedDenoiser
@@ -35,11 +36,10 @@ MIN_PARAMETERS = 100_000  # a smaller network's call is short whatever is done, 
 
 @dataclass(frozen=True)
 class Fast:
-    """A denoiser to call, what it is ("fp32", "bf16, compiled"), the sizes to pad to, and how far it is from fp32."""
+    """A denoiser to call, what it is ("fp32", "bf16, compiled"), and how far its samples are from fp32's."""
 
-    denoiser: Callable[..., Tensor]
+    denoiser: Denoiser
     name: str
-    batch_sizes: tuple[int, ...] = ()
     difference: float = 0.0
     seconds: float = 0.0
 
@@ -52,13 +52,22 @@ def check_choices(precision: str, compile_: str) -> None:
 
 
 def make_fast(
-    denoiser: LoadedDenoiser, max_batch: int, *, precision: str = "auto", compile_: str = "auto", limit_s: float = 120.0
+    denoiser: LoadedDenoiser,
+    max_batch: int,
+    *,
+    precision: str = "auto",
+    compile_: str = "auto",
+    limit_s: float = 120.0,
+    sizes: Sequence[int] = (),
 ) -> Fast:
-    """The form of `denoiser` that these words ask for, warmed up at batches of 1 to `max_batch`.
+    """The form of `denoiser` that these words ask for, warmed up at `max_batch`.
+
+    sizes: batches to compile for beside `max_batch`, which comes first; others are padded to the next. A fixed size
+    compiles in a fifth of the time and runs 1.5 times as fast as a forward for any size (measured on a CPU).
 
     precision: fp32, bf16, or auto: bf16 on a GPU or CPU that has units for it, where it is exact enough. compile: on,
-    off, or auto: on where there is a compiler and the network is not tiny. What took longer than `limit_s` to warm up,
-    or failed to, is dropped by `auto` and an error otherwise.
+    off, or auto: on where there is a compiler and the network is not tiny. Sizes that are not compiled within `limit_s`
+    are left out by `auto`; what can't be compiled at all is an error of `on`.
     """
     check_choices(precision, compile_)
     started = time.monotonic()
@@ -79,13 +88,14 @@ def make_fast(
             log.warning("bf16 is %.3f sigma_data away from fp32 (at most %.3f): fp32 is used", difference, TOLERANCE)
             difference = 0.0
     if wants_compile:
-        compiled = _compiled(fast, denoiser, max_batch, limit_s, must=compile_ == "on")
+        wanted = sorted({max_batch, *sizes}, reverse=True)
+        compiled = _compiled(fast, denoiser, wanted, math.inf if compile_ == "on" else limit_s)
         if compiled is not None:
             moved = distance(denoiser, compiled)
             if compile_ == "on" or moved <= TOLERANCE:
                 fast, name, difference = compiled, f"{name}, compiled", moved
-    _warm(fast, denoiser, (1, max_batch))
-    return Fast(fast, name, (), difference, time.monotonic() - started)
+    _warm(fast, denoiser, max_batch)
+    return Fast(fast, name, difference, time.monotonic() - started)
 
 
 def has_bf16_units(device: torch.device) -> bool:
@@ -111,45 +121,74 @@ def distance(exact: LoadedDenoiser, other: Callable[..., Tensor]) -> float:
     return float((a - b).square().mean().sqrt()) / exact.sigma_data
 
 
-def _compiled(
-    denoiser: Denoiser, loaded: LoadedDenoiser, max_batch: int, limit_s: float, must: bool
-) -> Denoiser | None:
-    """`denoiser` with its network compiled for any batch size; None where that fails or takes longer than `limit_s`."""
+class Sized(nn.Module):
+    """A compiled network for batches of some sizes: others are padded to the next one, larger ones run uncompiled."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.sizes = network, list[int]()
+        self.num_classes = getattr(network, "num_classes", 0)
+        self._compiled = torch.compile(network, dynamic=False)
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        size = min((size for size in self.sizes if size >= len(x)), default=None)
+        if size is None:
+            return self.network(x, c_noise, class_labels)
+        if class_labels is None and self.num_classes:  # one graph only
+            class_labels = torch.full((len(x),), -1, device=x.device)
+        padding = size - len(x)
+        if padding:
+            x, c_noise = (torch.cat([t, t[-1:].expand(padding, *t.shape[1:])]) for t in (x, c_noise))
+            class_labels = (
+                None if class_labels is None else torch.cat([class_labels, class_labels[-1:].expand(padding)])
+            )
+        return self._compiled(x, c_noise, class_labels)[: size - padding]
+
+
+def _compiled(denoiser: Denoiser, loaded: LoadedDenoiser, sizes: Sequence[int], limit_s: float) -> Denoiser | None:
+    """`denoiser` with its network compiled for those of `sizes` that are ready within `limit_s`; None for none of them.
+
+    Raises UserError where it can't be compiled and `limit_s` is infinite.
+    """
     import torch._inductor.config as inductor
 
-    network = copy.deepcopy(denoiser.network)
-    fast = Denoiser(torch.compile(network, dynamic=True), denoiser.parameterization, denoiser.sigma_data).eval()
+    assert isinstance(denoiser.network, nn.Module)
+    sized = Sized(copy.deepcopy(denoiser.network)).eval()
+    fast = Denoiser(sized, denoiser.parameterization, denoiser.sigma_data).eval()
     failures: list[Exception] = []
+    deadline = time.monotonic() + limit_s
 
     def compile_() -> None:
+        trial = copy.copy(sized)  # so that no size is used before it is ready
+        trial_denoiser = Denoiser(trial, denoiser.parameterization, denoiser.sigma_data).eval()
         try:
-            with inductor.patch(freezing=True):
-                _warm(fast, loaded, (2, max_batch, 3, 1))
+            for size in sizes:
+                trial.sizes = [size]
+                with inductor.patch(freezing=True):
+                    _warm(trial_denoiser, loaded, size)
+                if time.monotonic() > deadline:
+                    return
+                sized.sizes.append(size)
         except Exception as error:
             failures.append(error)
 
     compiling = threading.Thread(target=compile_, name="compile", daemon=True)  # a compiler can't be interrupted
     compiling.start()
-    compiling.join(None if must else limit_s)
-    if compiling.is_alive():
-        log.warning("compiling took more than %.0f s: the network is used as it is", limit_s)
-        return None
+    compiling.join(None if limit_s == math.inf else limit_s)
     if failures:
         what = f"{type(failures[0]).__name__}: {str(failures[0]).splitlines()[0]}"
-        if must:
+        if limit_s == math.inf:
             raise UserError(f"compile = 'on': {what}") from failures[0]
-        log.warning("the network can't be compiled and is used as it is: %s", what)
-        return None
-    return fast
+        log.warning("the network can't be compiled: %s", what)
+    if len(sized.sizes) < len(sizes):
+        log.warning("compiled for batches of %s within %.0f s, not of %s", sized.sizes, limit_s, list(sizes))
+    return fast if sized.sizes else None
 
 
-def _warm(denoiser: Callable[..., Tensor], loaded: LoadedDenoiser, sizes: tuple[int, ...]) -> None:
-    """Calls it once at each size, with and without labels where there are classes."""
+def _warm(denoiser: Callable[..., Tensor], loaded: LoadedDenoiser, size: int) -> None:
+    """Calls it once at a size, with labels where there are classes."""
     info, device = loaded.info, next(loaded.parameters()).device
+    x, sigma = torch.zeros(size, *info.image_shape, device=device), torch.ones(size, device=device)
+    labels = (torch.zeros(size, dtype=torch.int64, device=device),) if info.classes else ()
     with torch.no_grad():
-        for size in sizes:
-            x, sigma = torch.zeros(size, *info.image_shape, device=device), torch.ones(size, device=device)
-            if info.classes:
-                denoiser(x, sigma, torch.zeros(size, dtype=torch.int64, device=device))
-            else:
-                denoiser(x, sigma)
+        denoiser(x, sigma, *labels)

@@ -235,14 +235,17 @@ class Replica:
 
     def _build(self, checkpoint: str, ema: str) -> _Model:
         denoiser = load(checkpoint, ema, self.device)
-        config, limit_s = self.config, self.config.warmup_s
+        config, most = self.config, self.config.max_batch
         fast = make_fast(
-            denoiser, config.max_batch, precision=config.precision, compile_=config.compile, limit_s=limit_s
+            denoiser,
+            most,
+            precision=config.precision,
+            compile_=config.compile,
+            limit_s=config.warmup_s,
+            sizes=(max(2, most // 4), max(2, most // 16)),
         )
         device = next(denoiser.parameters()).device
-        batcher = StepBatcher(
-            fast.denoiser, config.max_batch, batch_sizes=fast.batch_sizes, device=device, observe=self._observe
-        )
+        batcher = StepBatcher(fast.denoiser, most, device=device, observe=self._observe)
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
         return _Model(denoiser, batcher.__enter__(), fast)
 

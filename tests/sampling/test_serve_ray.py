@@ -24,6 +24,7 @@ import psutil
 import pytest
 import urllib3
 
+from scoreray.cluster import cli
 from scoreray.cluster.serving import Placement, make_config, make_limits, parse_replicas, replicas_wanted, served
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.client import Client, Declined
@@ -257,6 +258,28 @@ def test_more_rows_want_more_replicas() -> None:
         return replicas_wanted(context)[0]
 
     assert [wanted(rows) for rows in ([], [0], [128], [129], [200, 100], [900, 900])] == [1, 1, 1, 2, 3, 4]
+
+
+def test_mistakes_are_one_line_before_ray_starts(
+    run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    for words, told in (
+        ([str(tmp_path / "absent")], "absent"),
+        ([run_url, "--host", "0.0.0.0"], "tokens are needed"),
+        ([run_url, "--precision", "fp8"], "fp32"),
+        ([run_url, "--ema", "0.3"], "0.3"),
+        ([run_url, "--limit", "count=3"], "did you mean 'max_count'"),
+        ([], "CHECKPOINT"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["scoreray", "serve", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2
+        assert line.startswith("scoreray: ")
+        assert told in line
+    signal.signal(signal.SIGTERM, handler)
 
 
 def test_words_of_the_command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
