@@ -1,17 +1,20 @@
 """Training speed as ratios: the bare step against engines of ours, and the demo's full run against a bare loop.
 
-    python benchmarks/step.py [--workers 2] [--images 8192] [--full]
+    python benchmarks/step.py [--workers 2] [--network demo|dit|dit50] [--stages 0 1 2 3] [--deepspeed] [--meta]
+                              [--batch 64] [--full [--images 16384] [--stage auto]]
 
 In one run, on this machine: a bare torch loop (same network, batch, precision, AdamW; no EMA, no data pipeline, no
 logging) on each of `workers` processes, gradients averaged by one all-reduce, against engines of ours in the same
-processes; with --full also `fit` on Ray with data from a local S3 server, EMA, logging and commits, as the demo trains.
-Rounds are interleaved, the median counts.
+processes. --deepspeed: also DeepSpeed's own loop at each sharded stage, as its documentation has it. --meta (DiT only):
+also Meta's DiT of the same size, in the same loop. With --full also `fit` on Ray with data from a local S3 server, EMA,
+logging and commits, as the demo trains. Rounds are interleaved, the median counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import socket
 import statistics
@@ -23,6 +26,11 @@ from itertools import pairwise
 from pathlib import Path
 
 ROUNDS, STEPS, WARM_UP = 5, 12, 3
+NETWORKS = {
+    "demo": {"kind": "unet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "patch_size": 2},
+    "dit": {"kind": "dit", "patch_size": 4, "hidden_size": 192, "depth": 5, "num_heads": 3},  # 3 M
+    "dit50": {"kind": "dit", "patch_size": 4, "hidden_size": 640, "depth": 8, "num_heads": 10},  # 50 M
+}
 
 
 def main() -> None:
@@ -46,8 +54,7 @@ def main() -> None:
                     str(port),
                     "--out",
                     str(out),
-                    "--workers",
-                    str(arguments.workers),
+                    *sys.argv[1:],
                 ],
                 env=environment(rank),
             )
@@ -57,9 +64,13 @@ def main() -> None:
             sys.exit(1)
         rates = json.loads(out.read_text())
         if arguments.full:
-            rates["full run (Ray, S3, EMA, commits), ZeRO-2"] = [full_run(Path(folder), arguments)]
+            name = f"full run (Ray, S3, EMA, commits), ZeRO {arguments.stage}"
+            rates[name] = [full_run(Path(folder), arguments)]
     bare = statistics.median(rates["bare torch loop"])
-    print(f"{'case':45} images/s   ratio   (demo's network and batch, {arguments.workers} workers, 1 thread each)")
+    about = (
+        f"{arguments.network}, batch {arguments.batch}, {arguments.workers} workers, {threads(arguments)} threads each"
+    )
+    print(f"{'case':45} images/s   ratio   ({about})")
     for name, values in rates.items():
         rate = statistics.median(values)
         print(f"{name:45} {rate:8.1f}   {rate / bare:5.3f}   min {min(values):.1f} max {max(values):.1f}")
@@ -68,6 +79,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--network", choices=sorted(NETWORKS), default="demo")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--stages", nargs="*", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--deepspeed", action="store_true")
+    parser.add_argument("--meta", action="store_true")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--stage", default="auto", help="of the full run")
     parser.add_argument("--images", type=int, default=16384, help="of the full run")
     parser.add_argument("--full", action="store_true", help="also the whole run on Ray, and a bare loop beside it")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -76,12 +94,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def threads(arguments: argparse.Namespace) -> int:
+    return max(1, (os.cpu_count() or 1) // arguments.workers)
+
+
 def environment(rank: int) -> dict[str, str]:
     from scoreray.cluster.demo import demo_config
     from scoreray.trainer.run import worker_environment
 
-    threads = {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)}
-    return {**os.environ, **worker_environment(demo_config()), **threads}
+    return {**os.environ, **worker_environment(demo_config()), "LOCAL_RANK": str(rank)}
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
@@ -90,12 +111,19 @@ def rank_main(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from scoreray.cluster.demo import demo_config
+    from scoreray.trainer.config import load_config
     from scoreray.trainer.engine import resolve_precision
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads(arguments))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     rank, world = arguments.rank, arguments.workers
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{arguments.port}", rank=rank, world_size=world)
-    config = demo_config(workers=world)
+    config = load_config(
+        demo_config(workers=world).model_dump(mode="json")
+        | {"network": NETWORKS[arguments.network]}
+        | {"engine": {"precision": arguments.precision}},
+        [f"data.global_batch_size={arguments.batch}"],
+    )
     precision = resolve_precision(config.engine.precision, torch.device("cpu"))
     rows = config.data.global_batch_size // world
     generator = torch.Generator().manual_seed(rank)
@@ -103,7 +131,13 @@ def rank_main(arguments: argparse.Namespace) -> None:
     labels = torch.randint(0, 10, (rows,), generator=generator)
 
     cases = {"bare torch loop": bare_step(config, precision, images, labels, world)}
-    for stage in (0, 1, 2, 3):
+    if arguments.meta:
+        meta = meta_network(config)
+        cases["bare torch loop, Meta's DiT"] = bare_step(config, precision, images, labels, world, meta)
+    for stage in arguments.stages:
+        if arguments.deepspeed and stage:
+            name = f"bare DeepSpeed loop, stage {stage}, no EMA"
+            cases[name] = deepspeed_step(config, stage, precision, images, labels, world)
         cases[f"engine, zero_stage {stage}, with EMA"] = engine_step(config, stage, images, labels, world)
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(ROUNDS + 1):
@@ -134,7 +168,45 @@ def module_of(config, world):  # type: ignore[no-untyped-def]
     return TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
 
 
-def bare_step(config, precision, images, labels, world):  # type: ignore[no-untyped-def]
+def meta_network(config):  # type: ignore[no-untyped-def]
+    import torch
+    from baselines import MetaDiT
+
+    torch.manual_seed(0)
+    return MetaDiT(config.network, (1, 28, 28), 10)
+
+
+def edm_loss(network, config, precision, images, labels):  # type: ignore[no-untyped-def]
+    """EDM's loss in a few lines, with torch's noise."""
+    import torch
+
+    objective, sd = config.objective, config.denoiser.sigma_data
+    mean, std = objective.sigma_sampling.P_mean, objective.sigma_sampling.P_std
+    x0 = images.float() / 127.5 - 1
+    sigma = (torch.randn(len(x0)) * std + mean).exp()
+    s = sigma.view(-1, 1, 1, 1)
+    x = x0 + s * torch.randn_like(x0)
+    output = network((x * (s**2 + sd**2).rsqrt()).to(precision), sigma.log() / 4, labels).float()
+    denoised = sd**2 / (s**2 + sd**2) * x + s * sd * (s**2 + sd**2).rsqrt() * output
+    return ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0).square()).mean()
+
+
+def deepspeed_step(config, stage, precision, images, labels, world):  # type: ignore[no-untyped-def]
+    import torch
+    from baselines import bare_deepspeed
+
+    network = module_of(config, world).denoiser.network
+    batch, clip = config.data.global_batch_size, config.optimizer.gradient_clip
+    engine = bare_deepspeed(network, stage, precision == torch.bfloat16, batch, world, clip)
+
+    def step(k: int) -> None:
+        engine.backward(edm_loss(engine, config, precision, images, labels))
+        engine.step()
+
+    return step
+
+
+def bare_step(config, precision, images, labels, world, network=None):  # type: ignore[no-untyped-def]
     """What one writes by hand: EDM's loss in a few lines, torch's noise, one all-reduce, fused AdamW, clipping.
 
     In bf16 its weights are bf16 with fp32 masters, as ours are.
@@ -142,22 +214,13 @@ def bare_step(config, precision, images, labels, world):  # type: ignore[no-unty
     import torch
     import torch.distributed as dist
 
-    network = module_of(config, world).denoiser.network.to(precision)
+    network = (network or module_of(config, world).denoiser.network).to(precision)
     weights = list(network.parameters())
     masters = [torch.nn.Parameter(w.detach().float().clone()) for w in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=config.optimizer.betas, fused=True)
-    objective, sd = config.objective, config.denoiser.sigma_data
-    mean, std = objective.sigma_sampling.P_mean, objective.sigma_sampling.P_std
 
     def step(k: int) -> None:
-        x0 = images.float() / 127.5 - 1
-        sigma = (torch.randn(len(x0)) * std + mean).exp()
-        s = sigma.view(-1, 1, 1, 1)
-        x = x0 + s * torch.randn_like(x0)
-        output = network((x * (s**2 + sd**2).rsqrt()).to(precision), sigma.log() / 4, labels).float()
-        denoised = sd**2 / (s**2 + sd**2) * x + s * sd * (s**2 + sd**2).rsqrt() * output
-        loss = ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0).square()).mean()
-        loss.backward()
+        edm_loss(network, config, precision, images, labels).backward()
         flat = torch.cat([w.grad.flatten().float() for w in weights])
         if world > 1:
             dist.all_reduce(flat)
@@ -211,7 +274,13 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> float:
         pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000, workers=1)
         section = {"images": arguments.images}
         config = demo_config(workers=arguments.workers)
-        config = config.model_copy(update={"duration": config.duration.model_copy(update=section)})
+        stage = arguments.stage if arguments.stage == "auto" else int(arguments.stage)
+        config = config.model_copy(
+            update={
+                "duration": config.duration.model_copy(update=section),
+                "engine": config.engine.model_copy(update={"zero_stage": stage}),
+            }
+        )
         config = prepare_run(config)
         train_to_end(config)
         records = read_metrics(run_store(config))[1:]
