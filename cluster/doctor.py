@@ -51,7 +51,7 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
         return found
     manifest, about_data = data_set(config)
     found += [about_data, storage(config)]
-    shape = machine.image_shape or (manifest.shape if manifest else None)
+    shape = machine.image_shape or (tuple(manifest.shape) if manifest else None)
     if shape is None:
         text = "can't be planned without the samples' shape; mend data.url, or say --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
