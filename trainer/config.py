@@ -243,18 +243,23 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """
     name = "config" if isinstance(source, dict) else str(source)
     try:
-        raw = _read(source)
+        raw = read_yaml(source)
         if sum(1 for _ in itertools.islice(_leaves(raw), MOST_KEYS + 1)) > MOST_KEYS:
             raise UserError(f"{name}: more than {MOST_KEYS} keys (an alias counts as what it stands for): not a config")
-        raw = _with_default_kinds(_override(raw, overrides))
+        raw = _with_default_kinds(override(raw, overrides))
     except RecursionError:
         raise UserError(f"{name}: nested too deeply, or within itself: not a config") from None
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        mistakes = [line for one in error.errors(include_url=False) for line in _describe(one).splitlines()]
-        head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
-        raise UserError(head + "\n  ".join(mistakes)) from None
+        raise explained(error, Config, name) from None
+
+
+def explained(error: ValidationError, root: type[BaseModel], name: str) -> UserError:
+    """What pydantic found wrong with a `root` read from `name`, a line for each mistake."""
+    mistakes = [line for one in error.errors(include_url=False) for line in _describe(one, root).splitlines()]
+    head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
+    return UserError(head + "\n  ".join(mistakes))
 
 
 def dump_config(config: Config) -> str:
@@ -274,7 +279,7 @@ def differing_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
+def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     try:
@@ -290,25 +295,23 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it."""
     raw = _copy(raw)
-    for override in sorted(overrides, key=lambda text: not re.match(r"[\w.]*\bkind=", text)):
-        key, equals, text = override.partition("=")
+    for given in sorted(overrides, key=lambda text: not re.match(r"[\w.]*\bkind=", text)):
+        key, equals, text = given.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            raise UserError(
-                f"'{override}' is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4"
-            )
+            raise UserError(f"'{given}' is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"'{override}': the value is not YAML") from None
+            raise UserError(f"'{given}': the value is not YAML") from None
         *path, leaf = key.split(".")
         section = raw
         for part in path:
             child = section.setdefault(part, {})
             if not isinstance(child, dict):
-                raise UserError(f"'{override}': {part} is {child!r}, not a section")
+                raise UserError(f"'{given}': {part} is {child!r}, not a section")
             section = child
         if leaf == "kind" and section.get("kind", value) != value:
             section.clear()
@@ -343,12 +346,12 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _describe(mistake: Any) -> str:
+def _describe(mistake: Any, root: Any) -> str:
     """One line for one pydantic error: dotted key, value, what is accepted."""
-    key, _ = _walk(mistake["loc"])
+    key, _ = _walk(mistake["loc"], root)
     kind, value = mistake["type"], mistake.get("input")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        _, section = _walk(mistake["loc"][:-1])
+        _, section = _walk(mistake["loc"][:-1], root)
         return f"{key}: unknown key; {nearest(key.rpartition('.')[2], _fields_of(section))}"
     if kind in ("missing", "missing_argument"):
         return f"{key}: missing"
@@ -362,10 +365,10 @@ def _describe(mistake: Any) -> str:
     return f"{key}: {shown} is not accepted; it should be {mistake['msg'].removeprefix('Input should be ')}"
 
 
-def _walk(location: tuple[Any, ...]) -> tuple[str, Any]:
+def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:
     """Dotted key of a pydantic error location, without the union tags in it, and the type that lies there."""
     parts: list[str] = []
-    here: Any = Config
+    here: Any = root
     for part in location:
         members = [_plain(member) for member in typing.get_args(here)] if _is_union(here) else []
         tagged = [member for member in members if _kind_of(member) == part]
@@ -397,7 +400,7 @@ def _fields_of(annotation: Any) -> dict[str, Any]:
     if not isinstance(annotation, type):
         return {}
     if issubclass(annotation, BaseModel):
-        return {name: _plain(field.annotation) for name, field in annotation.model_fields.items()}
+        return {field.alias or name: _plain(field.annotation) for name, field in annotation.model_fields.items()}
     if dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation)
         return {field.name: hints[field.name] for field in dataclasses.fields(annotation) if field.init}
