@@ -26,7 +26,9 @@ QUIET_AND_LOCAL = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # for resources: after a node's death the first count is stale
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # ours say more
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }

@@ -67,7 +67,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
         with connected(num_cpus=_slots(config), verbose=verbose):
             _check_resources(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
-            say(f"run '{config.run.name}': {workers} workers, ZeRO-{config.engine.zero_stage}, to {run.url()}")
+            say(f"run '{config.run.name}': {workers} workers, ZeRO {config.engine.zero_stage}, to {run.url()}")
             with beside(config, say), TrainLine(total) as line:
                 fit(config, line, say)
     checkpoint = latest(run)

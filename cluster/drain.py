@@ -1,0 +1,94 @@
+"""This machine goes away: tell Ray and our own drivers, and wait until they are done. A pod's preStop hook runs it.
+
+    python -m scoreray.cluster.drain --deadline-s 150
+
+Ray Train's workers on a node that drains save at once and go elsewhere; Serve's replicas answer what they have. A
+`scoreray` driver on this machine is told as by Ctrl-C: it saves, ends with 130, and whoever keeps it (a RayJob's
+backoffLimit) starts it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REASON = "this machine goes away"
+
+
+def drivers() -> list[int]:
+    """Process ids of `scoreray` commands on this machine."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")[:2]
+            if any(word.rpartition(b"/")[2] == b"scoreray" for word in words):
+                found.append(int(folder.name))
+    return found
+
+
+def drain_node(deadline_s: float, address: str) -> Callable[[], bool]:
+    """Asks the GCS at `address` (host:port) to drain the nodes of this machine; returns whether any is still alive.
+
+    Raises RuntimeError where the GCS refuses or can't be reached.
+    """
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2, gcs_pb2
+
+    gcs = GcsClient(address=address)
+
+    def here() -> list[Any]:
+        alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
+        ours = {socket.gethostname(), *_addresses()}
+        nodes = gcs.get_all_node_info(timeout=10).values()
+        return [n for n in nodes if n.state == alive and {n.node_manager_address, n.node_manager_hostname} & ours]
+
+    deadline_ms = int((time.time() + deadline_s) * 1000)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    for node in here():
+        accepted, why = gcs.drain_node(node.node_id.hex(), reason, REASON, deadline_ms)
+        if not accepted:
+            raise RuntimeError(why)
+    return lambda: bool(here())
+
+
+def _addresses() -> set[str]:
+    with contextlib.suppress(OSError):
+        return {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+    return set()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Waits for at most the deadline. Always 0: a pod that can't be drained must end all the same."""
+    parser = argparse.ArgumentParser(prog="python -m scoreray.cluster.drain", description=__doc__)
+    parser.add_argument("--deadline-s", type=float, default=60.0, help="how long it may take")
+    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "127.0.0.1:6379"), help="the GCS")
+    asked = parser.parse_args(argv)
+    until = time.monotonic() + asked.deadline_s
+    told = drivers()
+    for pid in told:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGTERM)
+    alive: Callable[[], bool] = lambda: False  # noqa: E731
+    if not told:  # a driver's own node is needed until it has saved
+        try:
+            alive = drain_node(asked.deadline_s, asked.address.rpartition("//")[2])
+        except Exception as error:
+            print(f"not drained: {error}", file=sys.stderr)
+    with contextlib.suppress(Exception):
+        while time.monotonic() < until and (set(told) & set(drivers()) or alive()):
+            time.sleep(0.5)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
