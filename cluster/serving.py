@@ -352,7 +352,13 @@ def _hush() -> None:
 
 def _started(serve: Any, http: dict[str, Any], quiet: dict[str, Any]) -> int:
     """Starts Serve; the port where it listens. Raises UserError where it was there already, with another listener."""
-    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    from ray.exceptions import RayError
+
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    except (RayError, TimeoutError) as error:
+        serve.shutdown()
+        raise ScorerayError(f"Ray Serve did not start to listen on port {http['port']}: {_reason(error)}") from None
     from ray.serve.context import _get_global_client
 
     there = _get_global_client().http_config
