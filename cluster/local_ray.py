@@ -29,6 +29,7 @@ QUIET_AND_LOCAL = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # for resources: after a node's death the first count is stale
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_TRAIN_METRICS_ENABLED": "0",  # ours say more
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
