@@ -1,4 +1,4 @@
-"""Every metric under the name that Prometheus scrapes, with unit and meaning: the one list behind docs/metrics.md, dashboards, alerts."""
+"""Every metric as Prometheus scrapes it, with unit and meaning: the list behind docs/metrics.md, dashboards, alerts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RAYS_GPUS = (
 
 
 def catalogue() -> tuple[Scraped, ...]:
-    """Of a run (through Ray's exporter on each node), of a sampling service (its /metrics), and Ray's own that are shown."""
+    """Of a run (Ray's exporter on each node), of a sampling service (its /metrics), and those of Ray that are shown."""
     found = [
         Scraped(
             f"ray_{metric.name}", "gauge", metric.unit, metric.meaning, ("run", *metric.tags),
@@ -66,9 +66,10 @@ def page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Names as in a query. A run's come through the exporter that Ray has on each node (port 8080 under `k8s/`), a sampling",
-        "service's from its own `/metrics`. Counters end in `_total`; a histogram has `_bucket`, `_sum` and `_count`. This page,",
-        "the dashboards and the alerts are made by `python docs/update_metrics.py`, from `cluster/catalogue.py`.",
+        "Names as in a query. A run's come through the exporter that Ray has on each node (port 8080 under `k8s/`),",
+        "a sampling service's from its own `/metrics`. Counters end in `_total`; a histogram has `_bucket`, `_sum`",
+        "and `_count`. This page, the dashboards and the alerts are made by `python docs/update_metrics.py`, from",
+        "`cluster/catalogue.py`.",
     ]
     for dashboard in DASHBOARDS:
         lines += [

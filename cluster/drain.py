@@ -41,7 +41,7 @@ def drain_node(deadline_s: float, address: str) -> Callable[[], bool]:
 
     Raises RuntimeError where the GCS refuses or can't be reached.
     """
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2, gcs_pb2
 
     gcs = GcsClient(address=address)

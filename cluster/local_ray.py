@@ -19,19 +19,20 @@ from pathlib import Path
 from scoreray.data.errors import UserError
 from scoreray.trainer.run import SCRATCH
 
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Must be set before `import ray` (and are inherited by every process that Ray starts).
 QUIET_AND_LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listeners bind to loopback
+    LOOPBACK_ONLY: "0",  # listeners bind to loopback; not where nodes of a cluster must reach this process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # for resources: after a node's death the first count is stale
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_TRAIN_METRICS_ENABLED": "0",  # ours say more
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
 }
 
 
@@ -104,8 +105,10 @@ def _set_environment() -> None:
 
     An embedded cluster gets a token that is in this process's environment and nowhere on disk.
     """
+    address = os.environ.get("RAY_ADDRESS", "")
     for name, value in QUIET_AND_LOCAL.items():
-        os.environ.setdefault(name, value)
+        if name != LOOPBACK_ONLY or "127.0.0.1" in address or "localhost" in address or not address:
+            os.environ.setdefault(name, value)
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -1,4 +1,4 @@
-"""The sampling service as Ray Serve's config files name it (RayService): `import_path: scoreray.cluster.serve_app:build`."""
+"""The sampling service for Ray Serve's config files (RayService): `import_path: scoreray.cluster.serve_app:build`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scoreray.cluster.serving import Placement, application, make_config, make_l
 class Settings(BaseModel):
     """`args` of the application: the words of `scoreray serve`, with the same meaning and defaults.
 
-    Tokens come from SCORERAY_TOKENS of the pods, never from here: a Serve config is shown to whoever may see the dashboard.
+    Tokens come from SCORERAY_TOKENS of the pods, never from here: the dashboard shows a Serve config.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

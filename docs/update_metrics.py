@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md, Grafana's dashboards and Prometheus' rules from the catalogue: python docs/update_metrics.py"""
+"""Writes docs/metrics.md, Grafana's dashboards and Prometheus' rules: python docs/update_metrics.py"""
 
 from __future__ import annotations
 

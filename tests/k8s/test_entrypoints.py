@@ -1,4 +1,4 @@
-"""What the manifests start is what this project has: commands, configs, the application, modules, files of the image."""
+"""What the manifests start is what this project has: commands, configs, the application, modules, the image's files."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_base_images_are_pinned_by_a_digest_argument() -> None:
 def test_the_image_runs_as_nobody_special_and_lists_what_is_inside() -> None:
     steps = instructions()
     assert [rest for name, rest in steps if name == "USER"] == ["10001:10001"]
-    users = {pod_user for pod_user in re.findall(r"--uid (\d+)", DOCKERFILE.read_text())}
+    users = set(re.findall(r"--uid (\d+)", DOCKERFILE.read_text()))
     assert users == {"10001"}
     for target in ("cpu", "cuda"):
         start = next(i for i, (name, rest) in enumerate(steps) if name == "FROM" and rest.endswith(f" AS {target}"))
