@@ -92,8 +92,9 @@ def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds
 def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarray]) -> Seconds:
     manifest = Manifest.load(open_store(url))
     reader = Reader(open_store(url), manifest, Stats())
-    members = [member for member in reader.read([Run(0, 0, manifest.shards[0].num_samples)])[0] if member is not None]
-    some = list(itertools.islice(itertools.cycle(members), num_batches * BATCH))
+    runs = [Run(k, 0, shard.num_samples) for k, shard in enumerate(manifest.shards)]
+    members = itertools.chain.from_iterable(reader.read([run])[0] for run in runs)
+    some = list(itertools.islice(itertools.cycle(members), num_batches * BATCH))  # a stream meets each once an epoch
     return timed(lambda: deque(map(decoder, some), maxlen=0))
 
 

@@ -76,6 +76,8 @@ class Manifest:
     mean: per channel, and sigma_data: the standard deviation of all values, both in the range that the model sees,
     [-1, 1] for images (x / 127.5 - 1).  class_counts: samples of each class, in the order of `classes`.
     packing: SHA-256 of what was packed and how; the same pack again is recognised by it.
+
+    The file ends with the SHA-256 of all that is before it, so that a flipped digit does not pass.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -113,17 +115,20 @@ class Manifest:
             raise ValueError("mean is not finite")
 
     def to_json(self) -> str:
-        """For people too: a field a line, a shard a line."""
+        """For people too: a field a line, a shard a line; the last line is the SHA-256 of those before."""
         fields = asdict(self)
         shards = ",\n  ".join(json.dumps(shard) for shard in fields.pop("shards"))
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
-        return "{\n" + ",\n".join(lines) + f',\n "shards": [\n  {shards}\n ]\n}}\n'
+        text = "{\n" + ",\n".join(lines) + f',\n "shards": [\n  {shards}\n ],'
+        return text + f'{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
     @staticmethod
     def from_json(text: bytes | str, url: str = MANIFEST) -> Manifest:
         """Raises DataError, naming `url` and the first field that is wrong."""
+        text = text.encode() if isinstance(text, str) else text
+        body, seal, end = text.rpartition(_SEAL.encode())
         try:
-            return _ADAPTER.validate_json(text, strict=True)
+            found = _ADAPTER.validate_json(body.removesuffix(b",") + b"}" if seal else text, strict=True)
         except ValidationError as error:
             first: Any = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole"
@@ -131,6 +136,9 @@ class Manifest:
             raise DataError(f"{url}: no manifest of this version: {where}: {first['msg']}{mend}") from error
         except StorageError as error:
             raise DataError(f"{url}: {error}") from error
+        if end.split(b'"')[0].decode(errors="replace") != hashlib.sha256(body).hexdigest():
+            raise DataError(f"{url}: the manifest is damaged: its last line is not the SHA-256 of the lines before")
+        return found
 
     @staticmethod
     def load(store: Store) -> Manifest:
@@ -160,3 +168,4 @@ class Manifest:
 
 
 _ADAPTER = TypeAdapter(Manifest)
+_SEAL = '\n "sha256": "'  # begins the last line of the file

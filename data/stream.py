@@ -34,8 +34,8 @@ LOOK_UP = 32  # samples of a lane that are looked up in the order at once
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 [b, C, H, W] or float32 [b, ...].  labels: int64 [b], -1 for none.  index: int64 [b], the samples'
-    numbers in the manifest.  position: int64 [b], their places in the run, ascending."""
+    """images: uint8 [b, C, H, W], channels last in memory, or float32 [b, ...].  labels: int64 [b], -1 for none.
+    index: int64 [b], the samples' numbers in the manifest.  position: int64 [b], their places in the run, ascending."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -121,7 +121,6 @@ class Stream:
         self._blocks = Blocks(self._reader, self.order, cache_bytes)
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)
-        self._scratch: np.ndarray | None = None
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -208,19 +207,14 @@ class Stream:
 
     def _batch(self, rows: Rows, decoders: ThreadPoolExecutor | None) -> Batch:
         n, dtype = len(rows.positions), self._blocks.dtype
-        if dtype == np.uint8 and self.manifest.shape[0] > 1:  # to be copied, as decoders put the channels last
-            if self._scratch is None:
-                self._scratch = np.empty((n, *self._blocks.stored_shape), dtype)
-            images = self._scratch
-        else:
-            images = np.empty((n, *self._blocks.stored_shape), dtype)
+        images = np.empty((n, *self._blocks.stored_shape), dtype)
         if decoders:
             cuts = [n * i // self._num_decoders for i in range(self._num_decoders + 1)]
             list(decoders.map(lambda i, j: self._blocks.decode(rows.part(i, j), images[i:j]), cuts[:-1], cuts[1:]))
         else:
             self._blocks.decode(rows, images)
         if dtype == np.uint8:
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # of one channel: no copy
+            images = images.transpose(0, 3, 1, 2)  # a view: whoever converts the bytes copies them anyway
         # Copies, as a batch must not keep the rows of its neighbours alive.
         arrays = [torch.from_numpy(a) for a in (images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())]
         return Batch(*(array.pin_memory() for array in arrays)) if self._pin_memory else Batch(*arrays)

@@ -130,7 +130,7 @@ def build_chains(
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 [0, 255] as float32 [-1, 1]; floating-point images unchanged (float32 at least)."""
     if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
+        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
     return images.to(torch.promote_types(images.dtype, torch.float32))
 
 

@@ -228,6 +228,8 @@ def test_verify_tells_of_a_cut_shard_in_two_lines(
         ('[1, 12, 12]|[1, -12, 12]', "greater than 0"),
         ('"version": 2|"version": "2"', "version"),
         ('{|[', "the whole"),
+        ('"sigma_data": 0.|"sigma_data": 1.', "the manifest is damaged"),
+        (']|  ]', "the manifest is damaged"),
     ],
 )  # fmt: skip
 def test_a_manifest_from_outside_is_checked(change: str, message: str, packed: tuple[str, Manifest]) -> None:
