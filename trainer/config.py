@@ -96,7 +96,8 @@ class EngineSection(Section):
 
 
 class ScalingSection(Section):
-    """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster.
+    """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster. Both must divide the
+    batch's lanes; of the numbers between, the run takes those that do.
 
     `max_failures`: failures of workers without a commit in between, after which the run ends; -1 never ends it.
     `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
@@ -195,27 +196,41 @@ class Config(Section):
         fits.refuse(found + self._batch_mistakes())
         return self
 
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that the run may have, ascending: of scaling.workers, those that share the batch."""
+        low, high = self.scaling.range
+        batch, group = self.data.global_batch_size, self.engine.partition_group
+        micro = self.engine.micro_batch_size or 1
+        lanes = self.data.num_lanes or default_lanes(batch)
+        return tuple(
+            size
+            for size in range(low, high + 1)
+            if not (lanes % size or size % group or size == group > 1 or (batch // size) % micro)
+        )
+
     def _batch_mistakes(self) -> list[str]:
-        """The global batch is the config's at every world size, so each allowed size must divide it."""
+        """The global batch is the config's at every world size, so the fewest and the most workers must divide it; of
+        the numbers between, the run takes those that do (`world_sizes`)."""
         batch, micro, group = self.data.global_batch_size, self.engine.micro_batch_size, self.engine.partition_group
         if group > 1 and self.engine.zero_stage != 3:
             return [f"engine.partition_group: {group} needs engine.zero_stage 3, this is {self.engine.zero_stage}"]
-        for workers in range(self.scaling.range[0], self.scaling.range[1] + 1):
+        low, high = self.scaling.range
+        for workers in (low, high):
             if workers % group or workers == group > 1:
                 return [
                     f"engine.partition_group: {group} must be a true divisor of every number of workers that the run "
                     f"may have, scaling.workers {self.scaling.workers}; it is the number of workers on a node"
                 ]
-        low, high = self.scaling.range
         lanes = self.data.num_lanes or default_lanes(batch)
         if batch % lanes:
             return [f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}"]
-        for workers in range(low, high + 1):
+        for workers in (low, high):
             if lanes % workers:
-                fitting = math.lcm(*range(low, high + 1))
+                fitting = math.lcm(low, high)
                 mend = "set data.num_lanes to" if batch % fitting == 0 else "make data.global_batch_size"
                 return [
-                    f"data.global_batch_size: {batch} in {lanes} lanes can't be shared by {workers} workers, one of "
+                    f"data.global_batch_size: {batch} in {lanes} lanes can't be shared by {workers} workers, of "
                     f"scaling.workers {self.scaling.workers}; {mend} a multiple of {fitting}"
                 ]
             if micro and (batch // workers) % micro:

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -169,7 +170,7 @@ def told() -> Ask:
 class RunTrainer(DataParallelTrainer):
     """Ray Train with our policies, and with Ctrl-C left to Python: whoever catches it calls `abort`.
 
-    `run_url`: the run's store, to see what was committed. `resize_every_s`, `grace_s`: see `WorkersThatFit`.
+    `run_url`: the run's store, to see what was committed. `sizes`, `resize_every_s`, `grace_s`: see `WorkersThatFit`.
     """
 
     def __init__(
@@ -177,13 +178,14 @@ class RunTrainer(DataParallelTrainer):
         *arguments: Any,
         monitor: Any,
         run_url: str,
+        sizes: Sequence[int],
         resize_every_s: float,
         grace_s: float,
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
         self._monitor, self._run_url = monitor, run_url
-        self._resize_every_s, self._grace_s = resize_every_s, grace_s
+        self._elastic = (sizes, resize_every_s, grace_s)
         self._controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -191,7 +193,7 @@ class RunTrainer(DataParallelTrainer):
         alone, config = on_one_machine(), self.scaling_config
         workers: Any
         if config.elasticity_enabled:
-            workers = WorkersThatFit(config, self._monitor, alone, self._resize_every_s, self._grace_s)
+            workers = WorkersThatFit(config, self._monitor, alone, *self._elastic)
         else:
             workers = FixedWorkers(config, alone)
         changed = {"failure_policy": failures, "scaling_policy": workers}

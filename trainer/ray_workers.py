@@ -10,7 +10,7 @@ import fcntl
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -80,14 +80,23 @@ class FixedWorkers(_Policy):
 
 
 class WorkersThatFit(_Policy):
-    """As many workers as the live nodes have room for, between the config's two ends.
+    """As many workers as the live nodes have room for, of the `sizes` that the config allows (ascending).
 
     A group that lost a member starts again with those that are left. A group that could be larger, for `resize_every_s`
     since it started or was last looked at, saves (`monitor` asks it, for at most `grace_s`) and starts again larger.
     """
 
-    def __init__(self, scaling_config: Any, monitor: Any, alone: bool, resize_every_s: float, grace_s: float) -> None:
+    def __init__(
+        self,
+        scaling_config: Any,
+        monitor: Any,
+        alone: bool,
+        sizes: Sequence[int],
+        resize_every_s: float,
+        grace_s: float,
+    ) -> None:
         super().__init__(scaling_config, alone)
+        self._sizes = sizes
         self._monitor, self._resize_every_s, self._grace_s = monitor, resize_every_s, grace_s
         self._held: dict[str, int] = {}  # workers of the group that runs or ran last, by node: their places are ours
         self._looked = self._told = float("-inf")
@@ -99,11 +108,11 @@ class WorkersThatFit(_Policy):
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._maybe_send_resource_request()
         self._growing_since = None
-        count, low = self._count(), self.scaling_config.min_workers
-        if count < low:
+        count, room = self._count()
+        if count == 0:
             if time.monotonic() - self._told > TELL_EVERY_S:
-                self._told = time.monotonic()
-                self._monitor.note.remote(f"waiting: the cluster has room for {count} workers, {low} are needed")
+                self._told, low = time.monotonic(), self._sizes[0]
+                self._monitor.note.remote(f"waiting: the cluster has room for {room} workers, {low} are needed")
             time.sleep(WAIT_S)
             return NoopDecision()
         self._held.clear()  # whatever is left of the last group ends before the next one starts
@@ -117,10 +126,10 @@ class WorkersThatFit(_Policy):
             self._held[worker.metadata.node_id] = self._held.get(worker.metadata.node_id, 0) + 1
         now, size = time.monotonic(), worker_group_state.num_workers
         if self._growing_since is None:
-            if size >= self.scaling_config.max_workers or now - self._looked < self._resize_every_s:
+            if size >= self._sizes[-1] or now - self._looked < self._resize_every_s:
                 return NoopDecision()
             self._looked = now
-            if self._count() <= size:
+            if self._count()[0] <= size:
                 return NoopDecision()
             self._growing_since = now
             self._monitor.ask_to_save.remote()
@@ -128,13 +137,14 @@ class WorkersThatFit(_Policy):
         if not ray.get(self._monitor.has_saved.remote()) and now - self._growing_since < self._grace_s:
             return NoopDecision()
         self._growing_since = None
-        count = self._count()
+        count, _ = self._count()
         if count <= size:
             return NoopDecision()
         self._monitor.started_again.remote(f"there is room for {count} of them now, not {size}")
         return self._resize(count)
 
-    def _count(self) -> int:
+    def _count(self) -> tuple[int, int]:
+        """The largest of our sizes that the live nodes have room for (0: none), and how many workers would fit."""
         each = self.scaling_config._resources_per_worker_not_none
         draining = ray._private.state.state.get_draining_nodes()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining}
@@ -147,4 +157,5 @@ class WorkersThatFit(_Policy):
             for name, amount in each.items():
                 if node in free:
                     free[node][name] = free[node].get(name, 0.0) + workers * amount
-        return min(workers_that_fit(free, each), self.scaling_config.max_workers)
+        room = workers_that_fit(free, each)
+        return max((size for size in self._sizes if size <= room), default=0), room

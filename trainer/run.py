@@ -144,6 +144,7 @@ def _trainer(config: Config, monitor: Any, scratch: str) -> Any:
         _train_on_worker,
         monitor=monitor,
         run_url=run_store(config).url(),
+        sizes=config.world_sizes,
         resize_every_s=config.scaling.resize_every_s,
         grace_s=config.scaling.grace_s,
         backend_config=MeetingConfig(folder=scratch if alone else ""),

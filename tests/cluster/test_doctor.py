@@ -84,7 +84,7 @@ def test_presets_fit_what_they_are_for(preset: str) -> None:
 
 def test_nodes_bring_a_partition_group() -> None:
     preset = load_config(ROOT / "configs" / "multinode.yaml")
-    found = by_topic(examine(preset, Machine(int(2.4 * 2**30), 4, (3, 64, 64))))
+    found = by_topic(examine(preset, Machine(int(2.4 * 2**30), 2, (3, 64, 64))))
     assert found["fit"].facts["partition_group"] == 8
     assert "engine.partition_group=8" in found["fit"].text
     with pytest.raises(UserError, match="--nodes 5"):

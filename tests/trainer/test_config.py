@@ -58,7 +58,11 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("scaling.workers=[4,2]", "scaling.workers"),
         ("scaling.workers=0", "scaling.workers"),
         ("scaling.workers=3", "data.global_batch_size: 256 in 128 lanes can't be shared by 3 workers"),
-        ("scaling.workers=[2,4]", "a multiple of 12"),
+        (
+            "scaling.workers=[3,4]",
+            "by 3 workers, of scaling.workers (3, 4); make data.global_batch_size a multiple of 12",
+        ),
+        ("scaling.workers=[4,6]", "can't be shared by 6 workers"),
         ("engine.micro_batch_size=100", "does not divide the 256 rows"),
         ("data.num_lanes=100", "does not divide data.global_batch_size"),
         ("run.name=../x", "run.name"),
@@ -173,6 +177,24 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> No
         load_config(file)
     with pytest.raises(UserError, match="no such config"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        (["scaling.workers=4"], (4,)),
+        (["scaling.workers=[2,4]"], (2, 4)),
+        (["scaling.workers=[1,8]"], (1, 2, 4, 8)),
+        (["scaling.workers=[16,32]"], (16, 32)),
+        (["scaling.workers=[2,8]", "data.num_lanes=8", "engine.micro_batch_size=16"], (2, 4, 8)),
+        (["scaling.workers=[4,16]", "engine.zero_stage=3", "engine.partition_group=2"], (4, 8, 16)),
+        (["data.global_batch_size=192", "data.num_lanes=24", "scaling.workers=[2,8]"], (2, 3, 4, 6, 8)),
+    ],
+)
+def test_an_elastic_run_takes_the_sizes_that_divide_the_batch(overrides: list[str], sizes: tuple[int, ...]) -> None:
+    config = load_config(MINIMAL, overrides)
+    assert config.world_sizes == sizes
+    assert all(config.data.global_batch_size % size == 0 for size in sizes)
 
 
 def test_differing_keys_leave_out_what_may_change() -> None:
