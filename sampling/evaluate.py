@@ -27,18 +27,8 @@ from scoreray.sampling.classifier import ClassifierConfig, read_classifier, trai
 from scoreray.sampling.evaluation_page import page
 from scoreray.sampling.evaluation_tasks import fixed_threads, run_task
 from scoreray.sampling.features import ExtractorChoice
-from scoreray.sampling.plan import (
-    FOLDER,
-    PAGE,
-    RECORD,
-    Plan,
-    Settings,
-    Task,
-    choose_metrics,
-    describe,
-    make_plan,
-    run_of,
-)
+from scoreray.sampling.plan import FOLDER, PAGE, RECORD, Plan, Settings, Task, describe, make_plan, run_of
+from scoreray.sampling.protocol import choose_metrics
 from scoreray.sampling.reference import ReferenceSet, spread
 
 CLASSIFIER_IMAGES = 10_000  # of the reference, at most, that a classifier is trained on
@@ -124,13 +114,15 @@ def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[Ext
     info, _ = describe(settings.checkpoint, settings.ema)
     manifest = Manifest.load(open_store(settings.reference))
     cache = open_store(settings.cache or f"{settings.out or f'{run_of(info.url)}/{FOLDER}'}/cache")
-    extractor = features.choose(settings.extractor, manifest, cache)
-    chosen = choose_metrics(settings.metrics, info, manifest, extractor, settings.restoration)
+    looking = {metric for metric, parts in record.PROTOCOL.items() if "extractor" in parts}
+    if settings.metrics and not looking & set(settings.metrics):
+        extractor = ExtractorChoice("identity")
+    else:
+        extractor = features.choose(settings.extractor, manifest, cache)
+    choose_metrics(settings.metrics, info, manifest, extractor, settings.restoration)
     settings.request().labels(0, 1, info)
     if extractor.kind != "classifier":
         return extractor, None
-    if not set(chosen) & {metric for metric, parts in record.PROTOCOL.items() if "extractor" in parts}:
-        return ExtractorChoice("identity"), None  # nothing looks at features
     if not extractor.sha256:
         key = _classifier_key(settings)
         if not cache.exists(key):

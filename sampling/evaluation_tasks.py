@@ -26,7 +26,8 @@ from scoreray.sampling.inverse import LinearInverse
 from scoreray.sampling.likelihood import dequantize, log_likelihood
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
 from scoreray.sampling.noise import SAMPLING_SEED, SampleNoise
-from scoreray.sampling.plan import PROJECTIONS, Plan, Task, labels_of, restoration, trace_of
+from scoreray.sampling.plan import Plan, Task, labels_of
+from scoreray.sampling.protocol import PROJECTIONS, restoration, trace_of
 from scoreray.sampling.reference import ReferenceSet
 from scoreray.sampling.samplers import sample
 from scoreray.trainer import noise
@@ -113,7 +114,7 @@ def _extracted(plan: Plan, samples: Tensor) -> dict[str, np.ndarray]:
     """Features, logits and projections of samples, in batches of the plan's size."""
     extract = _extractor(plan)
     found: dict[str, list[Tensor]] = {"features": [], "logits": [], "projections": []}
-    lines = distances.directions(samples[0].numel(), PROJECTIONS).float()
+    lines = _lines(samples[0].numel())
     with torch.no_grad():
         for batch in samples.split(plan.settings.batch_size):
             rows, logits = extract(batch.to(plan.settings.device))
@@ -264,6 +265,11 @@ def _mean(plan: Plan) -> Tensor | float:
     if mean.numel() == math.prod(shape):
         return mean.view(shape).to(plan.settings.device)
     return mean.view(-1, *[1] * (len(shape) - 1)).to(plan.settings.device)
+
+
+@lru_cache(maxsize=1)
+def _lines(dims: int) -> Tensor:
+    return distances.directions(dims, PROJECTIONS).float()
 
 
 @lru_cache(maxsize=1)

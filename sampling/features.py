@@ -104,9 +104,9 @@ def _choose_file(spec: str, cache: Store) -> ExtractorChoice:
         raise DataError(
             f"{path}: its SHA-256 begins {choice.sha256[:8]}, its name says {inception.SHA256_START}: fetch it again"
         )
+    build(choice, data)  # finds out now, not on every worker
     if not cache.exists(choice.key):
         cache.put(choice.key, data)
-    build(choice, data)  # finds out now, not on every worker
     return choice
 
 

@@ -23,27 +23,17 @@ from scoreray.data.store import Store, open_store
 from scoreray.sampling import frechet, record
 from scoreray.sampling.classifier import ClassifierConfig
 from scoreray.sampling.export import RAW, ExportedModel, find_exported
-from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
+from scoreray.sampling.features import ExtractorChoice
 from scoreray.sampling.generate import Request
-from scoreray.sampling.inverse import Operator, average_pool, gray, mask
-from scoreray.sampling.likelihood import Trace
 from scoreray.sampling.load import ModelInfo, without_weights
+from scoreray.sampling.protocol import SIGMAS, VERSION, choose_metrics, label_rule, protocol
 from scoreray.sampling.reference import ReferenceSet, spread
 from scoreray.trainer.checkpoint import find
 from scoreray.trainer.config import load_config
-from scoreray.trainer.rbm import MachineConfig
 
 FOLDER = "evaluations"  # in a run, where nothing else is asked for
 RECORD, PAGE = "record.json", "report.html"
 CHUNK = 256  # samples, about: a multiple of the batch
-MOST_ROWS = 10_000  # a side, of metrics that look at all pairs or keep rows: memory does not grow beyond
-PROJECTIONS = 128
-KID_BLOCK = 1000
-KID_BLOCKS = 10
-NEIGHBOURS = 3
-NEIGHBOUR_PICTURES = 16
-SIGMAS = 12
-VERSION = 1  # raised when the same settings give other numbers
 
 
 @dataclass(frozen=True)
@@ -218,76 +208,6 @@ def run_of(url: str) -> str:
     return head[: -len("/checkpoints")] if head.endswith("/checkpoints") and tail else url.rstrip("/")
 
 
-def unfit(metric: str, info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
-    """Why a metric makes no sense for this model, data and extractor; None when it does."""
-    images = len(manifest.shape) == 3 and manifest.dtype == "uint8"
-    values = math.prod(manifest.shape)
-    machine = isinstance(info.config.network, MachineConfig)
-    if machine and metric in ("bpd", "nats", "loss", "psnr", "ssim"):
-        return f"network.kind '{info.config.network.kind}' knows no noise level"
-    if metric == "is" and extractor.kind not in ("inception", "classifier", "torchscript"):
-        return f"it needs class probabilities, which extractor '{extractor.kind}' has not"
-    if metric == "bpd" and not images:
-        return "bits per dimension are of 8-bit images; nats fit these data"
-    if metric in ("psnr", "ssim") and not images:
-        return f"it measures images, the reference has samples of shape {list(manifest.shape)}"
-    if metric == "kde" and values > IDENTITY_VALUES:
-        return f"a kernel density says nothing in {values} dimensions (at most {IDENTITY_VALUES})"
-    if metric == "ais":
-        if not machine and not info.config.denoiser.parameterization.startswith("energy_"):
-            return f"it needs an energy, parameterization '{info.config.denoiser.parameterization}' has none"
-        if not machine and values > IDENTITY_VALUES:
-            return f"chains do not mix in {values} dimensions (at most {IDENTITY_VALUES} here)"
-    return None
-
-
-def restoration(name: str, shape: tuple[int, ...]) -> Operator:
-    """What is known of an image: "superresolution=FACTOR", "gray", or "inpaint" (all but the middle half each way)."""
-    word, _, value = name.partition("=")
-    channels, height, width = shape
-    if (
-        word == "superresolution"
-        and value.isdigit()
-        and int(value) > 1
-        and height % int(value) == width % int(value) == 0
-    ):
-        return average_pool(int(value))
-    if word == "gray" and channels > 1 and not value:
-        return gray(channels)
-    if word == "inpaint" and not value:
-        known = torch.ones(shape, dtype=torch.bool)
-        known[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
-        return mask(known)
-    raise UserError(
-        f"--restoration {name}: accepted for images {list(shape)}: superresolution=FACTOR (a divisor of both sides), "
-        "inpaint, and gray for colour images"
-    )
-
-
-COSTLY = ("bpd", "nats", "psnr", "ssim", "ais")  # only where asked for
-
-
-def choose_metrics(
-    wanted: tuple[str, ...], info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice, task: str
-) -> tuple[str, ...]:
-    """The metrics to compute, in the record's order. Raises UserError, a line for each that does not fit.
-
-    task: of restoration, where psnr or ssim are wanted.
-    """
-    if tuple(manifest.shape) != info.image_shape:
-        raise UserError(
-            f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.image_shape)}"
-        )
-    reasons = {name: unfit(name, info, manifest, extractor) for name in record.PROTOCOL}
-    mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    if {"psnr", "ssim"} & set(wanted):
-        restoration(task, info.image_shape)
-    chosen = wanted or [name for name, reason in reasons.items() if not reason and name not in COSTLY]
-    return tuple(name for name in record.PROTOCOL if name in chosen)
-
-
 def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | None = None) -> Plan:
     """The plan of checked settings, with an extractor whose weights are known."""
     info, sha256 = describe(settings.checkpoint, settings.ema)
@@ -300,7 +220,7 @@ def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | 
             "checkpoint": {"url": info.url, "sha256": sha256, "images_seen": info.images_seen, "ema": info.ema},
             "sampling": _sampling(request, info),
         },
-        "protocol": _protocol(settings, metrics, info, reference, extractor, accuracy),
+        "protocol": protocol(settings, metrics, info, reference, extractor, accuracy),
         "numerics": {"device": settings.device, "threads": settings.threads, "batch_size": settings.batch_size},
         "versions": {name: version(name) for name in ("scoreray", "torch", "numpy")}
         | {"python": platform.python_version()},
@@ -331,80 +251,6 @@ def _sampling(request: Request, info: ModelInfo) -> dict[str, Any]:
         "guidance": request.guidance,
         "options": request.options,
     }
-
-
-def _protocol(
-    settings: Settings,
-    metrics: tuple[str, ...],
-    info: ModelInfo,
-    reference: ReferenceSet,
-    extractor: ExtractorChoice,
-    accuracy: float | None,
-) -> dict[str, Any]:
-    """How it is measured, part by part; of the parts that no chosen metric depends on, none."""
-    manifest = reference.manifest
-    total = min(settings.reference_count, manifest.num_samples)
-    rows = min(MOST_ROWS, settings.count, total)
-    low, high = info.sigma_range
-    extraction: dict[str, Any] = {"kind": extractor.kind, "sha256": extractor.sha256}
-    if accuracy is not None:
-        extraction["accuracy"] = accuracy
-    parts: dict[str, dict[str, Any]] = {
-        "reference": {
-            "url": reference.url,
-            "name": manifest.name,
-            "sha256": reference.sha256,
-            "count": total,
-            "of": manifest.num_samples,
-        },
-        "samples": {"count": settings.count, "classes": label_rule(info, manifest)},
-        "extractor": extraction,
-        "fid": {"covariance": "unbiased", "groups": frechet.GROUPS},
-        "kid": {"kernel": "(x.y / d + 1)^3", "rows": rows, "block": kid_block(rows)},
-        "is": {"groups": frechet.GROUPS},
-        "pr": {"k": NEIGHBOURS, "rows": rows},
-        "sw": {"projections": PROJECTIONS, "rows": rows},
-        "nn": {"rows": rows, "threshold": 1 / 3},
-        "kde": {"rows": rows, "bandwidth": "largest leave-one-out likelihood"},
-        "likelihood": {
-            "count": min(settings.likelihood_count, manifest.num_samples),
-            "solver": "rk45",
-            "rtol": settings.rtol,
-            "trace": trace_of(info),
-            "probes": 1,
-            "sigma_min": low,
-            "sigma_max": high,
-            "dequantize": manifest.dtype == "uint8",
-        },
-        "loss": {
-            "count": min(settings.loss_count, manifest.num_samples),
-            "sigma_min": low,
-            "sigma_max": high,
-            "levels": SIGMAS,
-            "sigma_data": info.config.denoiser.sigma_data,
-        },
-        "restoration": {"task": settings.restoration, "count": min(settings.restoration_count, manifest.num_samples)},
-        "ais": {"chains": settings.chains},
-    }
-    needed = {part for metric in metrics for part in record.PROTOCOL[metric]}
-    return {"version": VERSION, **{part: values for part, values in parts.items() if part in needed}}
-
-
-def trace_of(info: ModelInfo) -> Trace:
-    """Of the likelihood's Jacobian: exactly where there are few values, else by one random vector a sample."""
-    return "exact" if math.prod(info.image_shape) <= IDENTITY_VALUES else "rademacher"
-
-
-def kid_block(rows: int) -> int:
-    """Rows of a block: at most 1,000, and so few that there are ten blocks to take an error from."""
-    return max(2, min(KID_BLOCK, rows // KID_BLOCKS))
-
-
-def label_rule(info: ModelInfo, manifest: Manifest) -> str:
-    """How classes are given to samples: as often as the reference has them, where it has the model's classes."""
-    if not info.classes or isinstance(info.config.network, MachineConfig):
-        return "none"
-    return "as in the reference" if tuple(manifest.classes) == info.classes else "in turn"
 
 
 def labels_of(plan: Plan, first: int, last: int) -> torch.Tensor:

@@ -19,7 +19,8 @@ from scoreray.data.store import NotFound
 from scoreray.sampling import distances, frechet, kde
 from scoreray.sampling.distances import Estimate
 from scoreray.sampling.evaluation_tasks import get_arrays, put_arrays
-from scoreray.sampling.plan import MOST_ROWS, NEIGHBOUR_PICTURES, NEIGHBOURS, Plan, kid_block
+from scoreray.sampling.plan import Plan
+from scoreray.sampling.protocol import MOST_ROWS, NEIGHBOUR_PICTURES, NEIGHBOURS, kid_block
 from scoreray.sampling.reference import spread
 from scoreray.trainer.step import to_unit_range
 

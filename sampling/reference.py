@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.decode import decode
+from scoreray.data.decode import decode_into, decode_rows
 from scoreray.data.manifest import MANIFEST, Manifest
 from scoreray.data.order import Run
 from scoreray.data.reader import Reader, Stats
@@ -31,15 +31,15 @@ class ReferenceSet:
         """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`."""
         manifest, reader = self.manifest, self._reader
         members, records = reader.read(runs(numbers, reader.first_samples))
-        arrays = []
-        for number, member, record in zip(numbers, members, records, strict=True):
+        shape, dtype = tuple(manifest.shape), np.dtype(manifest.dtype)
+        pictures = dtype == np.uint8
+        out = np.empty((len(members), *((*shape[1:], shape[0]) if pictures else shape)), dtype)
+        for row in decode_rows(members, records["format"], out):
+            member = members[row]
             assert member is not None  # nothing is quarantined here
-            name = partial(reader.name_of, int(number))
-            dtype = np.dtype(manifest.dtype)
-            array = decode(member, int(record["format"]), tuple(manifest.shape), dtype, name)
-            arrays.append(array.transpose(2, 0, 1) if dtype == np.uint8 else array)
-        labels = torch.from_numpy(records["label"].astype(np.int64))
-        return torch.from_numpy(np.stack(arrays)), labels
+            decode_into(out[row], member, int(records["format"][row]), partial(reader.name_of, int(numbers[row])))
+        samples = np.ascontiguousarray(out.transpose(0, 3, 1, 2)) if pictures else out
+        return torch.from_numpy(samples), torch.from_numpy(records["label"].astype(np.int64))
 
 
 def spread(count: int, total: int) -> np.ndarray:
@@ -49,13 +49,13 @@ def spread(count: int, total: int) -> np.ndarray:
 
 def runs(numbers: Sequence[int] | np.ndarray, first_samples: np.ndarray) -> list[Run]:
     """Ascending sample numbers as runs of neighbours in a shard."""
-    found: list[Run] = []
-    for number in numbers:
-        shard = int(np.searchsorted(first_samples, number, side="right")) - 1
-        place = int(number - first_samples[shard])
-        last = found[-1] if found else None
-        if last is not None and last.shard == shard and last.first + last.count == place:
-            found[-1] = Run(shard, last.first, last.count + 1)
-        else:
-            found.append(Run(shard, place, 1))
-    return found
+    wanted = np.asarray(numbers, np.int64)
+    if not len(wanted):
+        return []
+    shards = np.searchsorted(first_samples, wanted, side="right") - 1
+    starts = np.flatnonzero((np.diff(wanted, prepend=-2) != 1) | (np.diff(shards, prepend=-1) != 0))
+    ends = np.append(starts[1:], len(wanted))
+    return [
+        Run(int(shards[i]), int(wanted[i] - first_samples[shards[i]]), int(j - i))
+        for i, j in zip(starts, ends, strict=True)
+    ]

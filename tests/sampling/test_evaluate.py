@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from scoreray.sampling import evaluation_tasks
 from scoreray.sampling.evaluate import evaluate
 from scoreray.sampling.load import load_machine
 from scoreray.sampling.plan import Settings
-from scoreray.sampling.record import compare, comparison_text, notes, read_record
-from scoreray.trainer.config import load_config
+from scoreray.sampling.quality import METRICS
+from scoreray.sampling.record import PROTOCOL, compare, comparison_text, notes, read_record
+from scoreray.trainer.config import Metric, load_config
 from scoreray.trainer.loop import train
 
 SIGMA_DATA = 0.5
@@ -321,6 +323,27 @@ def test_a_record_holds_everything_that_changes_it(records: Any) -> None:
     for change in ({"seed": 1}, {"steps": 5}, {"batch_size": 50}, {"loss_count": 32}, {"count": 160}):
         other = records(**change)
         assert any(other["metrics"][name] != record["metrics"][name] for name in names), change
+
+
+def test_the_words_are_the_same_everywhere() -> None:
+    """In a config, in the protocol, among the functions, in the docs."""
+    words = set(PROTOCOL)
+    assert set(typing.get_args(Metric)) == words
+    assert set(METRICS) == words
+    page = (Path(__file__).parent.parent.parent / "docs" / "evaluation.md").read_text()
+    assert all(f"`{word}`" in page for word in words)
+
+
+def test_likelihood_of_images_without_classes_needs_no_extractor(folder: Path) -> None:
+    images = np.random.default_rng(4).integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    data = packed(folder, "plain", images)
+    run = trained(folder, data, "plain")
+    assert set(evaluate(Settings(run, data, ("loss",))).record["metrics"]) == {"loss"}
+    small = packed(folder, "larger", np.random.default_rng(4).integers(0, 256, (40, 12, 12), dtype=np.uint8))
+    larger = trained(folder, small, "larger")
+    assert set(evaluate(Settings(larger, small, ("loss",))).record["metrics"]) == {"loss"}
+    with pytest.raises(UserError, match="give --extractor FILE"):
+        evaluate(Settings(larger, small, ("fid",)))
 
 
 def test_what_does_not_fit_is_named_before_anything_is_computed(

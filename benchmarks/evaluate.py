@@ -1,0 +1,184 @@
+"""What evaluation costs: features against a bare loop, Frechet distance by eigenvalues, memory by number of samples.
+
+python benchmarks/evaluate.py [--images 4096] [--dims 256 1024 2048]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from scoreray.data import fashion_mnist_path
+from scoreray.data.pack import pack
+from scoreray.data.store import open_store
+from scoreray.sampling import frechet
+from scoreray.sampling.classifier import Classifier, ClassifierConfig
+from scoreray.sampling.evaluation_tasks import get_arrays, run_task
+from scoreray.sampling.inception import InceptionV3
+from scoreray.sampling.plan import Plan, Settings, Task, make_plan
+from scoreray.trainer import noise
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import train
+
+ROUNDS = 5
+
+
+def make(folder: Path, images: int) -> tuple[str, str]:
+    """(run of one step, packed set) to evaluate."""
+    with np.load(fashion_mnist_path()) as file:
+        np.savez(folder / "f.npz", images=file["images"][:images], labels=file["labels"][:images])
+    data = str(folder / "data")
+    pack(str(folder / "f.npz"), data)
+    settings = {
+        "run": {"name": "run", "storage": str(folder)},
+        "data": {"url": data, "global_batch_size": 16},
+        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "duration": {"images": 16},
+    }
+    train(load_config(settings))
+    return str(folder / "run"), data
+
+
+def features(
+    folder: Path, run: str, data: str, images: int, network: torch.nn.Module, suffix: str, rounds: int = ROUNDS
+) -> None:
+    """Chunks of the reference as an evaluation does them (read, verify, decode, extract, store), and bare passes."""
+    from scoreray.sampling.features import choose
+
+    scripted = folder / f"{suffix}.pt"
+    sample = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    torch.jit.trace(network, sample).save(str(scripted))
+    pixels = torch.from_numpy(np.load(folder / "f.npz")["images"][:images])[:, None]
+    ratios, rates = [], []
+    for number in range(rounds):
+        settings = Settings(
+            run, data, ("fid",), str(folder / f"out-{suffix}-{number}"), extractor=str(scripted), reference_count=images
+        )
+        cache = open_store(f"{settings.out}/cache")
+        choice = choose(str(scripted), _manifest(data), cache)
+        plan = make_plan(settings, choice)
+        module = torch.jit.load(str(scripted)).eval()
+        tasks = plan.stages()["reference"]
+        run_task(plan, tasks[0])  # loads what is kept
+
+        bare_s = seconds(partial(forward, module, pixels[tasks[0].size :], settings.batch_size))
+        ours_s = seconds(partial(do, plan, tasks[1:]))
+        ratios.append(bare_s / ours_s)
+        rates.append((images - tasks[0].size) / ours_s)
+        assert len(get_arrays(plan.folder("reference"), tasks[-1].key)["features"]) == tasks[-1].size
+    print(
+        f"{suffix}: {statistics.median(rates):,.0f} images/s, {statistics.median(ratios):.3f} of a bare loop of "
+        f"forward passes ({min(ratios):.3f} to {max(ratios):.3f}, {rounds} rounds)"
+    )
+
+
+def forward(module: torch.nn.Module, images: torch.Tensor, batch_size: int) -> None:
+    with torch.no_grad():
+        for batch in images.split(batch_size):
+            module(batch)
+
+
+def do(plan: Plan, tasks: list[Task]) -> None:
+    for task in tasks:
+        run_task(plan, task)
+
+
+def _manifest(data: str):
+    from scoreray.data.manifest import Manifest
+
+    return Manifest.load(open_store(data))
+
+
+def distances(dims: list[int]) -> None:
+    """Frechet distance of 2 x dims samples a side: symmetric eigenvalues against scipy's matrix square root."""
+    for d in dims:
+        mixing = torch.eye(d).double() + 0.05 * noise.normal(3, torch.arange(d), (d,), dtype=torch.float64)
+        a = frechet.moments(noise.normal(1, torch.arange(2 * d), (d,), dtype=torch.float64) @ mixing)
+        b = frechet.moments(noise.normal(2, torch.arange(2 * d), (d,), dtype=torch.float64))
+        start = time.perf_counter()
+        reference = frechet.Reference.of(a)
+        root_s = time.perf_counter() - start
+        ours = frechet.distance(reference, b)
+        ours_s = time.perf_counter() - start
+        start = time.perf_counter()
+        theirs = frechet.frechet_by_sqrtm(a, b)
+        theirs_s = time.perf_counter() - start
+        print(
+            f"{d} dimensions: eigenvalues {ours_s:.2f} s ({root_s:.2f} s of it the reference's root, kept), sqrtm "
+            f"{theirs_s:.2f} s: {theirs_s / ours_s:.1f} times; they differ by {abs(ours - theirs) / theirs:.1e}"
+        )
+
+
+def memory(folder: Path) -> None:
+    """Peak memory of a whole evaluation's last step (all metrics of stored chunks) at two counts."""
+    for count in (20_480, 204_800):
+        found = subprocess.run([sys.executable, "-c", FINISH, str(folder), str(count)], capture_output=True, text=True)
+        print(f"{count:,} samples: {found.stdout.strip() or found.stderr[-300:]}")
+
+
+FINISH = """
+import sys, tempfile
+import numpy as np, torch
+from scoreray.data.manifest import Manifest
+from scoreray.data.store import open_store
+from scoreray.sampling import quality
+from scoreray.sampling.evaluation_tasks import put_arrays
+from scoreray.sampling.features import ExtractorChoice
+from scoreray.sampling.plan import Settings, make_plan
+folder, count = sys.argv[1], int(sys.argv[2])
+with tempfile.TemporaryDirectory(dir=folder) as out:
+    settings = Settings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count)
+    plan = make_plan(settings, ExtractorChoice("identity"))
+    rng = np.random.default_rng(0)
+    for stage, tasks in plan.stages().items():
+        for task in tasks:
+            put_arrays(plan.folder(stage), task.key, {
+                "features": rng.standard_normal((task.size, 64), dtype=np.float32),
+                "projections": rng.standard_normal((task.size, 128), dtype=np.float32)})
+    def peak():
+        status = open("/proc/self/status").read()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    before = peak()
+    quality.compute(plan)
+    print(f"peak {peak():,.0f} MiB, of which {peak() - before:,.0f} for the metrics")
+"""
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--dims", type=int, nargs="*", default=[256, 1024, 2048])
+    parser.add_argument("--inception-images", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="scoreray-benchmark-") as name:
+        folder = Path(name)
+        run, data = make(folder, arguments.images)
+        features(folder, run, data, arguments.images, Classifier(ClassifierConfig(1, 10)).eval(), "classifier")
+        if arguments.inception_images:
+            features(folder, run, data, arguments.inception_images, InceptionV3().eval(), "inception", 2)
+        distances(arguments.dims)
+        memory(folder)
+
+
+if __name__ == "__main__":
+    main()
