@@ -8,17 +8,20 @@ from __future__ import annotations
 import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
 from scoreray.data.decode import decode_into, decode_rows
 from scoreray.data.errors import DataError
-from scoreray.data.order import Key, Order
+from scoreray.data.order import Key, Order, Run
 from scoreray.data.reader import Reader
 
 READ_THREADS = 8
+BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: what a lane reads from, and what it reads next
+REQUEST_BYTES = 1 << 20  # a lane's small blocks are read from a remote store several at once, up to this
+MOST_BLOCKS = 16
 STAND_INS = 16  # samples that are tried in the place of a quarantined one
 
 
@@ -73,7 +76,9 @@ class Blocks:
         num_bytes = manifest.num_samples * int(np.prod(self.shape)) * self.dtype.itemsize
         self._cache = _Cache(manifest.num_samples, self.stored_shape, self.dtype) if num_bytes <= cache_bytes else None
         self._inline = self._cache is None and reader.cache is None and not reader.store.is_remote
-        self._asked: dict[Key, Future[Block] | Block | None] = {}  # None: to be read when its turn comes
+        self._at_once = blocks_at_once(order, manifest.bytes_per_sample) if reader.store.is_remote else 1
+        # A block, or where it will be, or None: to be read when its turn comes.
+        self._asked: dict[Key, tuple[Future[list[Block]], int] | Block | None] = {}
         self._newest: dict[int, Key] = {}  # of each lane
         self._threads: ThreadPoolExecutor | None = None
 
@@ -169,18 +174,23 @@ class Blocks:
             return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS, "scoreray-read")
-        self._asked[key] = self._threads.submit(self._read, key)
+        epoch, lane, block = key
+        end = min(block + self._at_once, self.order.num_blocks(epoch, lane))
+        keys = list(itertools.takewhile(lambda k: k not in self._asked, ((epoch, lane, b) for b in range(block, end))))
+        read = self._threads.submit(self._read, keys)
+        self._asked.update((key, (read, i)) for i, key in enumerate(keys))
 
     def _wait(self, key: Key, stop: threading.Event) -> Block:
         asked = self._asked[key]
         if asked is None:
-            asked = self._asked[key] = self._read(key)
-        if isinstance(asked, Block):
-            return asked
-        while not asked.done() and not stop.is_set():
-            wait([asked], timeout=0.2)
-        block = self._asked[key] = asked.result(timeout=0)
-        return block
+            asked = self._read([key])[0]
+        elif isinstance(asked, tuple):
+            read, i = asked
+            while not read.done() and not stop.is_set():
+                wait([read], timeout=0.2)
+            asked = read.result(timeout=0)[i]
+        self._asked[key] = asked
+        return asked
 
     def _next(self, key: Key) -> Key:
         epoch, lane, block = key
@@ -188,23 +198,49 @@ class Blocks:
             epoch, block = epoch + 1, -1
         return epoch, lane, block + 1
 
-    def _read(self, key: Key) -> Block:
-        """Runs in a reading thread."""
-        block, cache = self.order.block(*key), self._cache
-        if cache is not None and cache.has[block.samples].all():
-            return Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8))
-        read, records = self.reader.read(block.runs)
-        labels, formats = records["label"].astype(np.int64)[block.slots], records["format"][block.slots]
-        members = [read[i] for i in block.slots.tolist()]
-        if cache is None:
+    def _read(self, keys: list[Key]) -> list[Block]:
+        """Blocks that follow each other in a lane. Runs in a reading thread."""
+        blocks, cache = [self.order.block(*key) for key in keys], self._cache
+        if cache is not None and all(cache.has[block.samples].all() for block in blocks):
+            return [Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8)) for block in blocks]
+        read, records = self.reader.read(_joined([run for block in blocks for run in block.runs]))
+        labels, formats = records["label"].astype(np.int64), records["format"]
+        made, first = [], 0
+        for block in blocks:
+            slots = first + block.slots
+            members = [read[i] for i in slots.tolist()]
+            made.append(self._block(block.samples, labels[slots], formats[slots], members))
+            first += len(slots)
+        return made
+
+    def _block(
+        self, samples: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None]
+    ) -> Block:
+        if self._cache is None:
             pieces = [member or b"" for member in members]
-            bounds = [0, *itertools.accumulate(map(len, pieces))]
-            return Block(block.samples, labels, formats, b"".join(pieces), bounds)
-        source = block.samples.copy()
+            return Block(samples, labels, formats, b"".join(pieces), [0, *itertools.accumulate(map(len, pieces))])
+        source = samples.copy()
         values = np.empty((len(source), *self.stored_shape), self.dtype)
         self._decode(source, labels, formats, members, values)
-        cache.put(block.samples, source, labels, values)
-        return Block(block.samples, labels, np.zeros(0, np.uint8))
+        self._cache.put(samples, source, labels, values)
+        return Block(samples, labels, np.zeros(0, np.uint8))
+
+
+def blocks_at_once(order: Order, bytes_per_sample: float) -> int:
+    """How many small blocks of a lane make a request that is worth its cost to the store, within BUFFER_BYTES."""
+    most_bytes = min(REQUEST_BYTES, BUFFER_BYTES / (2 * order.num_lanes))
+    return max(1, min(MOST_BLOCKS, int(most_bytes / (order.shuffle_block * bytes_per_sample))))
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """`runs`, those that lie side by side made one."""
+    joined: list[Run] = []
+    for run in runs:
+        if joined and joined[-1].shard == run.shard and joined[-1].first + joined[-1].count == run.first:
+            joined[-1] = replace(joined[-1], count=joined[-1].count + run.count)
+        else:
+            joined.append(run)
+    return joined
 
 
 class _Cache:

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+from scoreray.data.store import abandoned
+
 LEAST_S = 1.0  # no second request before this
 TIMES_MEDIAN = 4.0  # nor before so many times the median of late
 REMEMBERED = 64
@@ -22,13 +24,13 @@ class HedgedGet:
         self._get = get
         self._took: deque[float] = deque(maxlen=REMEMBERED)
         self._threads: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), threading.Event()
         self.num_hedged = 0
 
     def __call__(self, key: str, start: int, end: int) -> bytes:
         with self._lock:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, "scoreray-get")
+                self._threads = ThreadPoolExecutor(THREADS, "scoreray-get", abandoned.set, (self._closed,))
             threads = self._threads
             after_s = max(LEAST_S, TIMES_MEDIAN * statistics.median(self._took)) if self._took else 4 * LEAST_S
         started = time.monotonic()
@@ -45,6 +47,7 @@ class HedgedGet:
         return data
 
     def close(self) -> None:
+        self._closed.set()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 

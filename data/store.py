@@ -13,8 +13,10 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +25,10 @@ from scoreray.data.errors import StorageError, UserError
 
 TEMPORARY = ".part-"  # what a write that was killed may leave in a folder; never listed
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
+"""Once it is set, nobody waits for the answer any more: a request that failed is not made again."""
 
 
 class NotFound(StorageError):

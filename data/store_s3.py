@@ -24,7 +24,7 @@ from botocore.config import Config
 
 from scoreray.data.errors import StorageError, Unanswered, UserError
 from scoreray.data.s3_ranges import Ranges
-from scoreray.data.store import NotFound, Store, check_key
+from scoreray.data.store import NotFound, Store, abandoned, check_key
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,11 @@ def _ask(url: str, request: Callable[[], T]) -> T:
                     _clients.clear()  # the next one asks the environment, ~/.aws and the machine's role anew
             num_retries += 1
             log.warning("asking again (%d): %s", attempt + 1, explained)
-            time.sleep(wait_s)
+            given_up = abandoned.get()
+            if given_up is None:
+                time.sleep(wait_s)
+            elif given_up.wait(wait_s):
+                raise explained from error
     raise AssertionError("unreachable: the deadline ends the loop")
 
 

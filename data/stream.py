@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from scoreray.data.blocks import Blocks, Rows
+from scoreray.data.blocks import BUFFER_BYTES, Blocks, Rows, blocks_at_once
 from scoreray.data.disk_cache import DiskCache
 from scoreray.data.errors import UserError
 from scoreray.data.manifest import CHUNK, Manifest
@@ -26,7 +26,6 @@ from scoreray.data.quarantine import Quarantine, Unreadable
 from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import open_store
 
-BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: two blocks a lane
 CACHE_BYTES = 256 << 20  # a data set that decoded is no larger is kept in memory
 CACHE_DIR_BYTES = 64 << 30
 LOOK_UP = 32  # samples of a lane that are looked up in the order at once
@@ -67,8 +66,8 @@ class Stream:
       quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
         another stands in for it (its number is in Batch.index). None: the first one raises.
 
-    Memory: two blocks a lane of encoded samples (256 MB in all ranks together, by default), the waiting batches, the
-    records of the shards in use, and, up to `cache_bytes`, a decoded data set.
+    Memory: what a lane reads from and what it reads next, encoded (256 MB in all ranks together, by default), the
+    waiting batches, the records of the shards in use, and, up to `cache_bytes`, a decoded data set.
 
     Raises UserError for sizes that do not divide. Iterating raises DataError (shard, sample, offset) and StorageError.
     """
@@ -116,7 +115,8 @@ class Stream:
         self._end_lane = (rank + 1) * self.num_lanes // world_size
         self._quarantine = quarantine
         disk_cache = DiskCache(cache_dir, cache_dir_bytes) if cache_dir else None
-        records_kept = 2 * (self._end_lane - self._first_lane) * (self.shuffle_block + 2 * CHUNK) + 16 * CHUNK
+        read_at_once = self.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
+        records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
         self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine, disk_cache)
         self._blocks = Blocks(self._reader, self.order, cache_bytes)
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer

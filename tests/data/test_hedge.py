@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 import scoreray.data.hedge as module
 from scoreray.data.errors import StorageError
 from scoreray.data.hedge import HedgedGet
+from scoreray.data.store import open_store
 
 
 class Server:
@@ -63,3 +65,29 @@ def test_a_store_that_is_slow_as_a_whole_is_not_asked_everything_twice(monkeypat
     for _ in range(2):
         get("key", 0, 6)
     assert server.calls == 2
+
+
+def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the threads would hold the process for a minute after its stream was closed."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    get = HedgedGet(open_store("s3://bucket/set").get)
+    errors: list[StorageError] = []
+
+    def ask() -> None:
+        try:
+            get("key", 0, 6)
+        except StorageError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.5)
+    assert asking.is_alive()
+    get.close()
+    asking.join(timeout=20)
+    assert not asking.is_alive()
+    assert len(errors) == 1

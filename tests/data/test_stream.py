@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from scoreray.data.blocks import blocks_at_once
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.manifest import CHUNK, MANIFEST, RECORD, Manifest
 from scoreray.data.order import Order
@@ -280,8 +281,8 @@ def test_what_is_read_is_what_is_needed(tmp_path: Path) -> None:
 def test_what_waits_stays_within_the_stated_memory(
     packed: tuple[str, Manifest], remote: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Two blocks a lane of encoded samples and `prefetch_batches` decoded ones (and the one in hand), however long the
-    consumer waits."""
+    """Encoded samples of what a lane reads from and reads next, and `prefetch_batches` decoded ones (and the one in
+    hand), however long the consumer waits."""
     url = packed[0]
     if remote:
         url = request.getfixturevalue("s3_url")
@@ -294,7 +295,9 @@ def test_what_waits_stays_within_the_stated_memory(
         for _ in range(12):
             next(stream)
             time.sleep(0.1)
-            assert len(stream._blocks._asked) <= 2 * 6 + 6  # a look-up may span a lane's next block
+            at_once = blocks_at_once(stream.order, stream.manifest.bytes_per_sample) if remote else 1
+            assert len(stream._blocks._asked) <= 2 * 6 * at_once + 6  # a look-up may span a lane's next block
+            assert at_once * 8 * stream.manifest.bytes_per_sample <= 1 << 20
             assert stream._ready.qsize() <= 3
 
 
