@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import Progress, read_metrics, run_store, train
 from scoreray.trainer.run import check_run, prepare_run
-from scoreray.trainer.stopping import NonFiniteError
+from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,66 @@ def test_divergence_stops_before_the_step_and_names_sample_and_sigma(data_url: s
     c = config(data_url, tmp_path, "optimizer.learning_rate=1e30", "optimizer.gradient_clip=0")
     with pytest.raises(NonFiniteError, match=r"sample \d+ \(sigma [\d.e+-]+\)"):
         train(c)
+
+
+def test_skipped_steps_are_counted_within_the_budget_also_over_a_resume(data_url: str, tmp_path: Path) -> None:
+    """Two steps (images 64 to 80, 192 to 208) have a loss that is not finite; each changes nothing but the count."""
+    from scoreray.trainer import loop
+
+    original, bad = loop._step, {80, 208}
+    seen, before = 0, {}
+
+    def spoilt(engine: Any, batch: Any, *rest: Any) -> float:
+        nonlocal seen
+        seen = int(batch.position[-1]) + 1
+        if seen not in bad:
+            return original(engine, batch, *rest)
+        before[seen] = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        try:
+            return original(engine, replace(batch, images=batch.images * math.nan), *rest)
+        finally:
+            for name, parameter in engine.module.named_parameters():
+                assert torch.equal(parameter, before[seen][name]), name
+
+    notes: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", spoilt)
+        c = config(data_url, tmp_path / "allowed", "optimizer.skip_nonfinite=2")
+        assert train(c, note=notes.append, asked=lambda: Ask.STOP if seen >= 112 else Ask.NOTHING) == 112
+        checkpoint = latest(run_store(c))
+        assert checkpoint is not None
+        assert (checkpoint.marker["skipped_steps"], checkpoint.num_steps) == (1, 6)
+        assert train(c, note=notes.append) == 320
+        assert before.keys() == bad
+        records = read_metrics(run_store(c))
+        assert [(r["images"], r["skipped_steps"]) for r in records] == [
+            (64, 0), (112, 1), (160, 1), (208, 2), (256, 2), (304, 2), (320, 2)]  # fmt: skip
+        assert all(math.isfinite(r["loss"]) for r in records)
+        assert [line for line in notes if "1 of optimizer.skip_nonfinite" in line and "to 80 images" in line]
+        assert [line for line in notes if "2 of optimizer.skip_nonfinite" in line and "to 208 images" in line]
+
+        c = config(data_url, tmp_path / "too-many", "optimizer.skip_nonfinite=1")
+        train(c, asked=lambda: Ask.STOP if seen >= 112 else Ask.NOTHING)
+        with pytest.raises(NonFiniteError, match=r"sample \d+ \(sigma"):  # the budget is the run's, not this start's
+            train(c)
+        checkpoint = latest(run_store(c))
+        assert checkpoint is not None
+        assert checkpoint.images_seen == 112  # what was committed stays
+
+
+def test_told_to_save_or_to_stop_it_commits_at_once(data_url: str, tmp_path: Path) -> None:
+    """SAVE commits once and goes on; MOVE and STOP commit and end; the end is bitwise that of an uninterrupted run."""
+    whole = config(data_url, tmp_path / "whole")
+    train(whole)
+    c = config(data_url, tmp_path / "asked", "checkpoint.every_images=1000", "checkpoint.keep=9")
+    calls = iter([Ask.NOTHING, Ask.SAVE, Ask.NOTHING, Ask.NOTHING, Ask.MOVE])
+    with pytest.raises(Moved, match="80 images"):
+        train(c, asked=lambda: next(calls))
+    assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run_store(c))] == [32, 80]
+    assert train(c, asked=lambda: Ask.STOP) == 96
+    assert train(c) == 320
+    for one, other in zip(final(whole)[0].values(), final(c)[0].values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_fits_are_checked_before_the_run(data_url: str, tmp_path: Path) -> None:
