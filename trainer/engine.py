@@ -18,6 +18,7 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config
 from scoreray.trainer.fragments import MASTER, Fragment
 from scoreray.trainer.optimizer import AveragingAdamW
+from scoreray.trainer.overlap import OverlappedSum
 from scoreray.trainer.planner import choose_stage, memory_of_rank
 from scoreray.trainer.stopping import NonFiniteError
 
@@ -95,7 +96,7 @@ CHUNK = 1 << 20
 class FlatEngine:
     """Replicated training with all parameters, gradients and state in flat buffers: one fused update, no DeepSpeed.
 
-    With several ranks, gradients are averaged in fp32 by one all-reduce.
+    With several ranks, gradients are averaged in fp32, behind the last micro-batch's backward pass (`overlap.py`).
     """
 
     replicated = True
@@ -126,31 +127,49 @@ class FlatEngine:
         for (_, start, length), (_, parameter) in zip(self._slices, named, strict=True):
             parameter.data = self._weights[start : start + length].view(parameter.shape)
             parameter.grad = self._gradient[start : start + length].view(parameter.shape)
+        self._sum: OverlappedSum | None = None
+        if world_size > 1:
+            places = [(p, start) for (_, start, _), (_, p) in zip(self._slices, named, strict=True)]
+            self._sum = OverlappedSum(places, self._master.grad, self._collect)
+        self._micro_batches_done = 0
         self.optimizer = AveragingAdamW([self._master], config.optimizer, config.ema)
         self.optimizer.init_state(self._master)
         self.module: Any = torch.compile(module) if config.engine.compile else module
 
     def backward(self, loss: torch.Tensor) -> None:
+        self._micro_batches_done += 1
+        summing = self._sum is not None and self._micro_batches_done == self.num_micro_batches
+        if self._sum is not None and summing:
+            self._sum.begin()
         (loss / self.num_micro_batches).backward()
-        if self._gradient is not self._master.grad:
-            gradient = self._master.grad
-            assert gradient is not None
-            for total, part in zip(gradient.split(CHUNK), self._gradient.split(CHUNK), strict=True):
-                total.add_(part)  # in chunks: torch widens the half-precision part first
-            self._gradient.zero_()
+        if not summing:
+            self._collect(slice(0, len(self._master)))
+
+    def _collect(self, part: slice) -> None:
+        """Move half-precision gradients of a range into the fp32 sum; fp32 ones lie there already."""
+        gradient = self._master.grad
+        assert gradient is not None
+        if self._gradient is gradient:
+            return
+        for total, half in zip(gradient[part].split(CHUNK), self._gradient[part].split(CHUNK), strict=True):
+            total.add_(half)  # in chunks: torch widens the half-precision part first
+            half.zero_()
 
     def step(self, learning_rate: float, decays: list[float]) -> float:
         gradient = self._master.grad
         assert gradient is not None
-        if self._world_size > 1:
-            dist.all_reduce(gradient)
-            gradient.div_(self._world_size)
-        norm = float(torch.linalg.vector_norm(gradient))
+        self._micro_batches_done = 0
+        if self._sum is not None:
+            self._sum.finish()
+        scale = 1 / self._world_size
+        norm = float(torch.linalg.vector_norm(gradient)) * scale
         if not math.isfinite(norm):
             gradient.zero_()
             raise NonFiniteError(f"the gradient's norm is {norm}")
         if 0 < self._clip < norm:
-            gradient.mul_(self._clip / norm)
+            scale *= self._clip / norm
+        if scale != 1:
+            gradient.mul_(scale)
         self.optimizer.prepare_step(learning_rate, decays)
         self.optimizer.step()
         gradient.zero_()

@@ -8,9 +8,11 @@ by `python -m scoreray.trainer.scaling`, and a test reproduces them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-WAYS = ("zero0", "ddp", "zero1", "zero2", "zero3", "hpz")
+from scoreray.trainer.overlap import bucket_elements
+
+WAYS = ("zero0", "zero1", "zero2", "zero3", "hpz")
 SIZES = (8, 16, 64, 256, 1024)
 
 
@@ -25,6 +27,7 @@ class Cluster:
     between_bytes_per_s: float = 42e9  # of a 400 Gb/s adapter for each GPU, 50 (assumption)
     inside_latency_s: float = 3e-6  # assumption
     between_latency_s: float = 12e-6  # assumption
+    pipelined: bool = True  # of a sum's parts inside a node and between nodes the slower one counts, not both
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,14 @@ def all_gather_s(num_bytes: float, num_gpus: int, cluster: Cluster) -> float:
 
 def all_reduce_s(num_bytes: float, num_gpus: int, cluster: Cluster) -> float:
     """Seconds of a sum over all: scattered inside a node, summed between nodes along a tree, gathered inside."""
+    if num_gpus == 1:
+        return 0.0
     inside = min(num_gpus, cluster.gpus_per_node)
     nodes = math.ceil(num_gpus / cluster.gpus_per_node)
-    within = 2 * all_gather_s(num_bytes, inside, cluster)
-    if nodes == 1:
-        return within
-    hops = 2 * math.ceil(math.log2(nodes)) * cluster.between_latency_s
-    return within + hops + 2 * num_bytes / inside * (nodes - 1) / nodes / cluster.between_bytes_per_s
+    within = 2 * num_bytes * (inside - 1) / inside / cluster.inside_bytes_per_s
+    across = 2 * num_bytes / inside * (nodes - 1) / nodes / cluster.between_bytes_per_s
+    hops = 2 * (inside - 1) * cluster.inside_latency_s + 2 * math.ceil(math.log2(nodes)) * cluster.between_latency_s
+    return hops + (max(within, across) if cluster.pipelined else within + across)
 
 
 def step_s(way: str, num_gpus: int, work: Work, cluster: Cluster) -> tuple[float, float]:
@@ -79,11 +83,10 @@ def step_s(way: str, num_gpus: int, work: Work, cluster: Cluster) -> tuple[float
     def scatter(num_bytes: float) -> float:  # bucket by bucket, of the size of a layer
         return layers * all_gather_s(num_bytes / layers, num_gpus, cluster)
 
-    if way == "zero0":  # as our engine has it: one sum of everything after the backward pass
-        exposed = all_reduce_s(gradients, num_gpus, cluster)
-    elif way == "ddp":
-        one = all_reduce_s(gradients / layers, num_gpus, cluster)
-        exposed = _left(layers * one, backward) + one  # the last bucket has nothing to hide behind
+    if way == "zero0":  # as FlatEngine has it: bucket by bucket; the last one has nothing to hide behind
+        bucket = bucket_elements(int(work.num_params))
+        one = all_reduce_s(bucket * work.gradient_bytes, num_gpus, cluster)
+        exposed = _left(math.ceil(work.num_params / bucket) * one, backward) + one
     elif way in ("zero1", "zero2"):
         one = all_gather_s(gradients / layers, num_gpus, cluster)
         exposed = _left(scatter(gradients), backward) + one + all_gather_s(weights, num_gpus, cluster)
@@ -116,6 +119,16 @@ def table(work: Work, cluster: Cluster = Cluster()) -> str:
     return "\n".join(lines)
 
 
+def table_of_zero0() -> str:
+    """Markdown: zero_stage 0 where the two parts of a sum are not pipelined; a row for each network."""
+    lines = ["| `zero0` | " + " | ".join(f"{n:,}" for n in SIZES) + " |", "|---|" + "---:|" * len(SIZES)]
+    for name, work in WORKS.items():
+        cells = " | ".join(f"{efficiency('zero0', n, work, replace(Cluster(), pipelined=False)):.1%}" for n in SIZES)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     for name, work in WORKS.items():
         print(f"{name}\n\n{table(work)}\n")
+    print(table_of_zero0())

@@ -1,0 +1,87 @@
+"""Gradients summed over ranks while the backward pass still computes others (Li 2020, PyTorch Distributed)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+SMALLEST, LARGEST = 1 << 18, 1 << 25  # elements of a bucket: 1 and 128 MiB in fp32
+
+
+def bucket_elements(num_params: int) -> int:
+    """How many elements are summed at once: a 32nd of the model, so that the last sum, which nothing hides, is small.
+
+    Not below what a collective's latency costs, and not above what keeps a link busy.
+    """
+    return min(max(num_params // 32, SMALLEST), LARGEST)
+
+
+class OverlappedSum:
+    """Sums the flat fp32 buffer `total` over all ranks, range by range, each as soon as its gradients are there.
+
+    Ranges are whole parameters, taken from the last to the first, as gradients come in about that order. Every rank
+    sums them in this one order, whichever is complete first, so collectives always match and the result has the same
+    bits each time. A parameter that gets no gradient keeps its range, and those behind it, until `finish`.
+
+    `parameters`: (parameter, first element in `total`), in the order in which they lie there without gaps. `collect` is
+    called with a range before it is summed and brings its gradients into `total`.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[torch.nn.Parameter, int]],
+        total: torch.Tensor,
+        collect: Callable[[slice], None] = lambda part: None,
+        elements: int | None = None,
+    ) -> None:
+        self._total, self._collect = total, collect
+        elements = elements or bucket_elements(total.numel())
+        self._ranges: list[slice] = []
+        self._members: list[set[int]] = []
+        members: set[int] = set()
+        end = total.numel()
+        for index in reversed(range(len(parameters))):
+            parameter, start = parameters[index]
+            members.add(index)
+            parameter.register_post_accumulate_grad_hook(self._hook(index, len(self._ranges)))
+            if end - start >= elements or index == 0:
+                self._ranges.append(slice(start, end))
+                self._members.append(members)
+                members, end = set(), start
+        self._reset()
+
+    def begin(self) -> None:
+        """The backward pass that comes now is the last one before the step."""
+        self._active = True
+
+    def finish(self) -> None:
+        """Sum what was not summed yet and wait until all is there. Every rank calls it once a step."""
+        while len(self._handles) < len(self._ranges):
+            self._start()
+        for handle in self._handles:
+            handle.wait()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._active = False
+        self._missing = [set(members) for members in self._members]
+        self._handles: list[dist.Work] = []
+
+    def _hook(self, index: int, bucket: int) -> Callable[[torch.Tensor], None]:
+        return lambda _: self._arrived(index, bucket)
+
+    def _arrived(self, index: int, bucket: int) -> None:
+        if not self._active:
+            return
+        if bucket < len(self._handles):
+            raise RuntimeError("a gradient came twice in one backward pass, the second time after it was summed")
+        self._missing[bucket].discard(index)
+        while len(self._handles) < len(self._ranges) and not self._missing[len(self._handles)]:
+            self._start()
+
+    def _start(self) -> None:
+        part = self._ranges[len(self._handles)]
+        self._collect(part)
+        self._handles.append(dist.all_reduce(self._total[part], async_op=True))
