@@ -126,6 +126,28 @@ def train(
 
 
 @app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, see configs/tune/.")],
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the sweep and what it names.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search noise schedules, weightings, anything a config has. The same command again goes on where it was."""
+    from scoreray.cluster.tuning import check_tune, tune_to_end
+    from scoreray.tune.sweep import load_sweep
+
+    plan = load_sweep(config, overrides or ())
+    if check:
+        check_tune(plan)
+        typer.echo(f"{config}: good")
+        return
+    _make_bucket(plan.sweep.study.storage)
+    result = tune_to_end(plan, verbose=verbose)
+    typer.echo(json.dumps(result.answer()) if as_json else result.text())
+
+
+@app.command()
 def sample(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
     out: Annotated[str, typer.Option(help="A folder or prefix, or a .npz. The same command again goes on there.")],
@@ -316,7 +338,10 @@ def doctor(
     shape: Annotated[str | None, typer.Option(help="Shape of a sample, e.g. 3x64x64; default: the data set's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem."""
+    """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem.
+
+    With RAY_ADDRESS (or as `submit doctor`) every node is asked: versions, clock, disks, storage, network, token.
+    """
     from dataclasses import asdict
 
     from scoreray.cluster.doctor import Machine, examine, parse_bytes, parse_shape
@@ -325,6 +350,12 @@ def doctor(
     loaded = load_config(config, overrides or ()) if config else None
     machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
     found = examine(loaded, machine)
+    if os.environ.get("RAY_ADDRESS"):
+        from scoreray.cluster.local_ray import connected
+        from scoreray.cluster.nodes import ask_cluster
+
+        with connected():
+            found += ask_cluster(loaded.run.storage if loaded else "")
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
     else:
@@ -332,6 +363,40 @@ def doctor(
             typer.echo(f"{one.state:8}{one.topic}: {one.text}")
     if any(one.state == "problem" for one in found):
         raise typer.Exit(2)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def submit(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="VERB...", help="A verb with its words; or status ID, logs ID, stop ID, list."),
+    ],
+    address: Annotated[
+        str | None, typer.Option(help="http(s)://HOST:PORT of the cluster's dashboard; else RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the job; no credentials.")] = None,
+    from_env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VARIABLE", help="NAME is what VARIABLE is on the cluster.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the job; default: scoreray, the verb and the run's name.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is submitted.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a verb as a job on a remote Ray cluster: this code, its config; RAY_AUTH_TOKEN is the cluster's token.
+
+    Options of submit stand before VERB. The same submission again resumes the run.
+    """
+    from scoreray.cluster.submitting import submit as submitted
+
+    status = submitted(
+        words, address=address, env=env or [], from_env=from_env or [], name=name, detach=detach, as_json=as_json
+    )
+    if status:
+        sys.exit(status)
 
 
 @app.command()

@@ -391,7 +391,8 @@ def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:
             here = tagged[0]
             continue
         parts.append(str(part))
-        here = _plain(_fields_of(here).get(part))
+        values = typing.get_args(here)[1] if typing.get_origin(here) is dict else _fields_of(here).get(part)
+        here = _plain(values)
     return ".".join(parts), here
 
 

@@ -1,0 +1,121 @@
+"""Every bad sweep is refused before the first trial, in one line that says what to mend."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scoreray.data.errors import UserError
+from scoreray.tune.space import with_values
+from scoreray.tune.sweep import check_room, check_sweep, load_sweep
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "tune"
+MEAN = "objective.sigma_sampling.P_mean"
+
+BAD_SPACES: list[tuple[dict[str, Any], str]] = [
+    ({MEAN: {"uniform": [5, 1]}}, "reversed; write [1.0, 5.0]"),
+    ({MEAN: {"uniform": [1, 1]}}, "is empty"),
+    ({MEAN: {"uniform": [float("nan"), 1]}}, "is not finite"),
+    ({"objective.weighting.kind": {"choice": []}}, "choice is empty"),
+    ({"objective.weighting.kind": {"choice": ["edm", "edm"]}}, "names a value twice"),
+    ({"objective.weighting.kind": {"choice": ["edm", "min_snrr"]}}, "did you mean 'min_snr'"),
+    ({"objective.sigma_sampling.P_maen": {"uniform": [0, 1]}}, "did you mean 'P_mean'"),
+    ({"optimiser.learning_rate": {"log": [1e-4, 1e-2]}}, "did you mean 'optimizer'"),
+    ({"optimizer.learning_rate": {"log": [0, 1e-2]}}, "must lie above 0"),
+    ({"objective.sigma_sampling.P_std": {"uniform": [-1, 2]}}, "at -1.0: "),
+    ({"data.global_batch_size": {"int": [0, 64]}}, "at 0: data.global_batch_size"),
+    ({MEAN: {"uniform": [0, 1], "log": [1, 2]}}, "uniform and log are given"),
+    ({MEAN: {}}, "none is given"),
+    ({MEAN: {"log": True, "uniform": [0, 1]}}, "log: true goes with int"),
+    ({MEAN: {"unifrom": [0, 1]}}, "did you mean 'uniform'"),
+    ({MEAN: {"uniform": [0, 1], "when": {"objective.weihting.kind": "edm"}}}, "unknown key 'objective.weihting.kind'"),
+    ({"objective.weighting.kind": {"choice": ["edm", "min_snr"]},
+      "objective.weighting.gamma": {"log": [1, 9], "when": {"objective.weighting.kind": "soft"}}}, "is never 'soft'"),
+    ({"objective.weighting.gamma": {"log": [1, 9]}}, "objective.weighting.gamma: unknown key"),
+    ({MEAN: {"uniform": [0, 1], "when": {MEAN: 1}}}, "depends on itself"),
+    ({"run.seed": {"int": [0, 9]}}, "run and duration are not searched"),
+    ({"sample.step": {"int": [4, 9]}}, "did you mean 'steps'"),
+    ({}, "space: is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("space", "message"), BAD_SPACES, ids=[message[:24] for _, message in BAD_SPACES])
+def test_a_bad_space_is_one_line(sweep: dict[str, Any], space: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_sweep({**sweep, "space": space})
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1, str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["metric.sigma_min=9"], "must be below metric.sigma_max"),
+        (["metric.names=[fidd]"], "metric.names"),
+        (["scheduler.kind=asha"], "scheduler.grace_images: missing"),
+        (["scheduler.kind=asha", "scheduler.grace_images=1M"], "must lie between"),
+        (["scheduler.kind=pbt", "scheduler.every_images=512", "trials=2"], "pbt needs at least 4"),
+        (["scheduler.kind=asha", "scheduler.grace_images=512", "metric.names=[denoising, nfe]"], "needs one metric"),
+        (["study.nam=x"], "did you mean 'name'"),
+        (["base.duration.images=0"], "base: duration.images"),
+        (["resources.cpus=0"], "resources.cpus"),
+    ],
+)
+def test_a_bad_setting_is_one_line(sweep: dict[str, Any], overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_sweep(sweep, overrides)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1, str(error.value)
+
+
+def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points: dict[str, str]) -> None:
+    check_sweep(load_sweep(sweep))
+    check_room(load_sweep(sweep), {"CPU": 2.0})
+    with pytest.raises(UserError, match="a trial needs 4 CPU, the cluster has 2"):
+        check_room(load_sweep(sweep, ["resources.cpus=4"]), {"CPU": 2.0})
+    with pytest.raises(UserError, match=r"at 8 a trial needs 8 CPU"):
+        check_room(load_sweep({**sweep, "space": {"scaling.workers": {"choice": [1, 8]}}}), {"CPU": 2.0})
+    with pytest.raises(UserError, match="no data set here"):
+        check_sweep(load_sweep(sweep, ["metric.reference=/tmp/absent-from-here"]))
+    with pytest.raises(UserError, match="unknown sampler 'heunn'"):
+        check_sweep(load_sweep({**sweep, "space": {"sample.sampler": {"choice": ["heun", "heunn"]}}}))
+    with pytest.raises(UserError, match="bpd is of 8-bit images"):
+        check_sweep(load_sweep(sweep, ["metric.names=[bpd]"]))
+
+
+def test_conditions_decide_which_dimensions_exist(sweep: dict[str, Any]) -> None:
+    space = {
+        "objective.weighting.gamma": {"log": [1, 9], "when": {"objective.weighting.kind": ["min_snr", "soft_min_snr"]}},
+        "objective.weighting.kind": {"choice": ["edm", "min_snr", "soft_min_snr"]},
+    }
+    plan = load_sweep({**sweep, "space": space})
+    drawn = [plan.space.draw(random.Random(i), plan.base) for i in range(50)]
+    for values in drawn:
+        assert ("objective.weighting.gamma" in values) == (values["objective.weighting.kind"] != "edm")
+        assert plan.config(values).objective.weighting.kind == values["objective.weighting.kind"]
+    assert {len(values) for values in drawn} == {1, 2}
+    assert len(plan.space.grid(3, plan.base)) == 1 + 3 + 3
+
+
+def test_a_new_kind_starts_its_section_anew_and_nothing_else_changes(sweep: dict[str, Any]) -> None:
+    raw = {"process": {"kind": "edm", "sigma_max": 80.0}, "ema": {"stds": [0.1]}}
+    before = copy.deepcopy(raw)
+    made = with_values(raw, {"process.kind": "vp", "process.beta_max": 10.0, "sample.steps": 3})
+    assert made == {"process": {"kind": "vp", "beta_max": 10.0}, "ema": {"stds": [0.1]}}
+    assert raw == before
+
+
+def test_an_ema_length_that_is_searched_is_tracked_by_the_one_run(sweep: dict[str, Any]) -> None:
+    plan = load_sweep({**sweep, "space": {"sample.ema": {"choice": [0.05, 0.1, 0.2]}}})
+    assert not plan.space.trains
+    assert plan.config({}).ema.names == ("0.100", "0.050", "0.200")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_spaces_are_valid(file: Path) -> None:
+    plan = load_sweep(file)
+    assert plan.space.trains == (file.stem != "sampler")

@@ -1,0 +1,116 @@
+"""Which trials go on, and with which weights: plain functions of what the trials have reported."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from scoreray.data.errors import UserError
+from scoreray.tune.space import Dimension, Values
+from scoreray.tune.sweep import MAXIMISED, Plan
+from scoreray.tune.trial import Trial
+
+MOVES = (0.8, 1.25)  # Jaderberg 2017 perturbs by 1.2 and 0.8
+RESAMPLED = 0.25  # share of values that an exploring trial draws anew
+
+
+def milestones(plan: Plan) -> list[int]:
+    """Images at which a trial reports, ascending, the last its end."""
+    scheduler, total = plan.sweep.scheduler, plan.total
+    if scheduler.kind == "asha":
+        assert scheduler.grace_images is not None
+        rungs = itertools.takewhile(
+            lambda images: images < total, (scheduler.grace_images * scheduler.reduction**k for k in itertools.count())
+        )
+        return [*rungs, total]
+    if scheduler.kind == "pbt":
+        assert scheduler.every_images is not None
+        return [*range(scheduler.every_images, total, scheduler.every_images), total]
+    return [total]
+
+
+def worth(plan: Plan, report: dict[str, Any]) -> float:
+    """The first metric of a report, less is better; infinite where it is not finite."""
+    name = plan.sweep.metric.names[0]
+    value = float(report["metrics"][name])
+    value = -value if name in MAXIMISED else value
+    return value if math.isfinite(value) else math.inf
+
+
+class Asha:
+    """Ray Tune's asynchronous successive halving (Li 2018) on images seen, told of reports in the order of `seq`.
+
+    Its scheduler looks at nothing of a trial but its id, so it needs no Tuner around it; its state is the reports.
+    """
+
+    def __init__(self, plan: Plan, trials: Sequence[Trial]) -> None:
+        from ray.tune.schedulers import AsyncHyperBandScheduler
+
+        scheduler = plan.sweep.scheduler
+        self._plan, self._known = plan, set[int]()
+        self._asha = AsyncHyperBandScheduler(
+            time_attr="images", metric="worth", mode="min", max_t=plan.total, grace_period=scheduler.grace_images,
+            reduction_factor=scheduler.reduction, brackets=1,
+        )  # fmt: skip
+        told = [(report["seq"], trial, report) for trial in trials for report in trial.reports]
+        for _, trial, report in sorted(told, key=lambda one: one[0]):
+            self.goes_on(trial, report)
+
+    def goes_on(self, trial: Trial, report: dict[str, Any]) -> bool:
+        """Whether a trial that reports this trains on."""
+        stand_in: Any = SimpleNamespace(trial_id=str(trial.number))
+        if trial.number not in self._known:
+            self._known.add(trial.number)
+            self._asha.on_trial_add(None, stand_in)  # type: ignore[arg-type]
+        value = min(worth(self._plan, report), 1e30)
+        result = {"images": report["images"], "worth": value}
+        return self._asha.on_trial_result(None, stand_in, result) == "CONTINUE" and value < 1e30  # type: ignore[arg-type]
+
+
+def exchange(plan: Plan, trials: Sequence[Trial], images: int) -> dict[int, tuple[int | None, Values]]:
+    """Population-based training at `images`, which every trial has reported: number -> (source, values from here on).
+
+    The worst quantile each take one of the best's weights and values near its; the others keep theirs (source None).
+    A function of the reports alone (Jaderberg 2017).
+    """
+    rng = random.Random(f"{plan.sweep.study.seed}/{images}")
+    at = {trial.number: next(r for r in trial.reports if r["images"] == images) for trial in trials}
+    ranked = sorted(trials, key=lambda trial: (worth(plan, at[trial.number]), trial.number))
+    count = max(1, int(len(ranked) * plan.sweep.scheduler.quantile))
+    best, worst = ranked[:count], ranked[-count:] if len(ranked) >= 2 * count else []
+    decided: dict[int, tuple[int | None, Values]] = {trial.number: (None, trial.values) for trial in trials}
+    for trial in worst:
+        source = rng.choice(best)
+        decided[trial.number] = (source.number, _explored(plan, source.values, rng))
+    return decided
+
+
+def _explored(plan: Plan, values: Values, rng: random.Random) -> Values:
+    """Values near these, that the run's config accepts; these themselves where none of some tries is."""
+    for _ in range(16):
+        made: Values = {}
+        for one in plan.space.dimensions:
+            if plan.space.active(one, made, plan.base):
+                made[one.key] = _moved(one, values.get(one.key), rng)
+        try:
+            plan.config(made)
+        except UserError:
+            continue
+        return made
+    return dict(values)
+
+
+def _moved(one: Dimension, value: Any, rng: random.Random) -> Any:
+    if value is None or rng.random() < RESAMPLED:
+        return one.at(rng.random())
+    if one.kind == "choice":
+        return value
+    place = one.place(value)
+    if one.log:
+        moved: float = value * rng.choice(MOVES)
+        return one.at(min(max(one.place(min(max(moved, one.low), one.high)), 0.0), 1.0))
+    return one.at(min(max(place + rng.choice((-0.1, 0.1)), 0.0), 1.0))

@@ -1,0 +1,110 @@
+"""Which values the next trial has: at random, on a grid, or by Optuna's TPE.
+
+Each is a function of (seed, number, history), so that a study that was killed proposes what it would have proposed.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scoreray.tune.space import Dimension, Values
+from scoreray.tune.sweep import MAXIMISED, Plan
+from scoreray.tune.trial import Trial
+
+Search = Callable[[Plan, int, Sequence[Trial]], Values]
+
+
+def num_trials(plan: Plan) -> int:
+    """Trials of the whole study; a grid has no more than its points."""
+    search = plan.sweep.search
+    if search.kind == "grid":
+        return min(plan.sweep.trials, len(plan.space.grid(search.points, plan.base)))
+    return plan.sweep.trials
+
+
+def propose(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+    """Values of trial `number` after these trials; the base config's own for the first, where the space has them."""
+    search = plan.sweep.search
+    if number == 0 and search.default_first and search.kind != "grid" and (default := plan.default()) is not None:
+        return default
+    return SEARCHES[search.kind](plan, number, trials)
+
+
+def _random(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+    return plan.space.draw(random.Random(f"{plan.sweep.study.seed}/{number}"), plan.base)
+
+
+def _grid(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+    return plan.space.grid(plan.sweep.search.points, plan.base)[number]
+
+
+def _tpe(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+    """The tree-structured Parzen estimator (Bergstra 2011), over all dimensions together (Falkner 2018)."""
+    import optuna
+
+    sweep = plan.sweep
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=sweep.search.startup, multivariate=True, group=True, constant_liar=True,
+            seed=(sweep.study.seed * 1_000_003 + number) % 2**32,
+        )  # fmt: skip
+        study = optuna_study(plan, trials, sampler)
+        asked = study.ask()
+        values: Values = {}
+        for one in plan.space.dimensions:
+            if plan.space.active(one, values, plan.base):
+                values[one.key] = _suggested(asked, one)
+    return values
+
+
+SEARCHES: dict[str, Search] = {"random": _random, "grid": _grid, "tpe": _tpe}
+
+
+def optuna_study(plan: Plan, trials: Sequence[Trial], sampler: Any = None) -> Any:
+    """An Optuna study in memory with these trials: those stopped early as pruned, those under way as running."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    names = plan.sweep.metric.names
+    directions: Any = ["maximize" if name in MAXIMISED else "minimize" for name in names]
+    study = optuna.create_study(directions=directions, sampler=sampler)
+    State = optuna.trial.TrialState
+    states = {"done": State.COMPLETE, "stopped": State.PRUNED, "running": State.RUNNING, "failed": State.FAIL}
+    for trial in trials:
+        kinds = {one.key: one for one in plan.space.dimensions if one.key in trial.values}
+        made = optuna.trial.create_trial(
+            state=states[trial.state],
+            params={key: _as_parameter(one, trial.values[key]) for key, one in kinds.items()},
+            distributions={key: distribution(one) for key, one in kinds.items()},
+            values=[trial.metrics[name] for name in names] if trial.state == "done" and trial.metrics else None,
+            intermediate_values={r["images"]: r["metrics"][names[0]] for r in trial.reports} if len(names) == 1 else {},
+        )
+        study.add_trial(made)
+    return study
+
+
+def distribution(dimension: Dimension) -> Any:
+    """Optuna's own word for a dimension; a choice by its place in the list, as it may be of any type."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if dimension.kind == "choice":
+        return CategoricalDistribution(range(len(dimension.choices)))
+    if dimension.kind == "int":
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def _suggested(asked: Any, one: Dimension) -> Any:
+    if one.kind == "choice":
+        return one.choices[asked.suggest_categorical(one.key, range(len(one.choices)))]
+    suggest = asked.suggest_int if one.kind == "int" else asked.suggest_float
+    return suggest(one.key, int(one.low) if one.kind == "int" else one.low,
+                   int(one.high) if one.kind == "int" else one.high, log=one.log)  # fmt: skip
+
+
+def _as_parameter(one: Dimension, value: Any) -> Any:
+    return one.choices.index(value) if one.kind == "choice" else value

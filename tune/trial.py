@@ -1,0 +1,173 @@
+"""One trial: its record in the study's store, and a stretch of its training and measuring, wherever it is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from scoreray.data.errors import UserError
+from scoreray.data.store import Store, open_store
+from scoreray.sampling.load import LoadedDenoiser, load_model
+from scoreray.trainer.checkpoint import MARKER, Checkpoint, latest, verified_copy
+from scoreray.trainer.config import Config
+from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.progress import Progress
+from scoreray.trainer.stopping import Ask
+from scoreray.tune.metric import measure
+from scoreray.tune.space import Values
+from scoreray.tune.sweep import Plan, Sweep, draw_settings
+
+TRIALS = "trials"
+RUNS = "runs"
+NOT_LEARNT = ("run", "scaling", "checkpoint", "log", "evaluation")
+
+
+@dataclass
+class Trial:
+    """What is known of a trial; `<study>/trials/<number>.json` holds it.
+
+    state: running, done, stopped (by the scheduler) or failed. run: name of the run that it trains, "" for none.
+    reports: of each stretch, {images, metrics, curve, std_errors, seconds, seq, ...}; seq orders them over all trials.
+    lineage: for population-based training, per exchange {images, source, values}; source None where it kept its own.
+    """
+
+    number: int
+    values: Values
+    run: str = ""
+    state: str = "running"
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    deaths: int = 0
+    error: str = ""
+
+    @property
+    def images(self) -> int:
+        return int(self.reports[-1]["images"]) if self.reports else 0
+
+    @property
+    def metrics(self) -> dict[str, float] | None:
+        return self.reports[-1]["metrics"] if self.reports else None
+
+    @property
+    def key(self) -> str:
+        return f"{TRIALS}/{self.number:05d}.json"
+
+    def save(self, study: Store) -> None:
+        study.put(self.key, json.dumps(asdict(self)).encode())
+
+
+def read_trials(study: Store) -> list[Trial]:
+    """Every trial of a study, by number."""
+    return [Trial(**json.loads(study.get(key))) for key, _ in study.list(f"{TRIALS}/")]
+
+
+def run_name(config: Config) -> str:
+    """A name made of everything that decides what is learnt: trials that agree in it share one run."""
+    learnt = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_LEARNT}
+    text = json.dumps([learnt, config.run.seed], sort_keys=True)
+    return f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def trial_config(plan: Plan, values: Values, name: str = "") -> Config:
+    """The config of a trial's run, under the study's folder. Raises UserError where the values do not go together."""
+    config = plan.config(values)
+    study = plan.sweep.study
+    place = f"{study.storage.rstrip('/')}/{study.name}/{RUNS}"
+    engine = config.engine
+    if config.scaling.range[1] == 1:  # sharding has nothing to share out; one process needs no DeepSpeed
+        engine = engine.model_copy(update={"zero_stage": 0, "offload": "none"})
+    run = config.run.model_copy(update={"name": name or run_name(config), "storage": place})
+    none = config.evaluation.model_copy(update={"metrics": (), "sheet": 0})
+    return config.model_copy(update={"engine": engine, "run": run, "evaluation": none})
+
+
+def advance(
+    config: Config | None,
+    target: int,
+    sweep: Sweep,
+    values: Values,
+    device: str = "cpu",
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Train a run to `target` images, unless it is there already, and measure it: one report.
+
+    config: None where the sweep draws from a checkpoint. Raises ScorerayErrors.
+    """
+    started, first_step = time.time(), 0.0
+
+    def seen(progress: Progress) -> None:
+        nonlocal first_step
+        first_step = first_step or time.time()
+        watch(progress)
+
+    if config is None:
+        assert sweep.checkpoint is not None
+        url, trained_s = sweep.checkpoint, 0.0
+    else:
+        train_to(config, target, device, seen)
+        checkpoint = latest(run_store(config))
+        assert checkpoint is not None
+        url, trained_s = checkpoint.url, time.time() - started
+    drawn = draw_settings(sweep, values)
+    length = drawn["ema"]
+    model = load_model(url, None if length is None else str(length), device)
+    if not isinstance(model, LoadedDenoiser):
+        raise UserError(f"{url}: an RBM has no denoiser, and sweeps compare denoisers")
+    place = f"{sweep.study.storage.rstrip('/')}/{sweep.study.name}"
+    found = measure(model, url, sweep.metric, drawn, place)
+    return {
+        "images": model.info.images_seen if config is None else target,
+        **found,
+        "checkpoint": url,
+        "ema": model.info.ema,
+        "trained_s": trained_s,
+        "started": started,
+        "first_step": first_step,
+        "seconds": time.time() - started,
+    }
+
+
+def train_to(config: Config, target: int, device: str, watch: Callable[[Progress], None]) -> None:
+    """Train until `target` images are seen and committed: in this process, or by Ray Train where there are workers."""
+    checkpoint = latest(run_store(config))
+    there = checkpoint.images_seen if checkpoint else 0
+    if there >= target:
+        return
+    if config.scaling.range[1] > 1:
+        from scoreray.trainer.run import fit
+
+        part = config.model_copy(update={"duration": config.duration.model_copy(update={"images": target})})
+        fit(part, watch)
+        return
+    seen = there
+
+    def asked() -> Ask:  # once a step
+        nonlocal seen
+        seen += config.data.global_batch_size
+        return Ask.STOP if seen >= target else Ask.NOTHING
+
+    train(config, device=torch.device(device), watch=watch, asked=asked)
+
+
+def copy_checkpoint(source: Checkpoint, run: Store) -> str:
+    """A committed checkpoint into another run, each file verified on its way, the marker last; returns its folder."""
+    for name, about in source.marker["files"].items():
+        with verified_copy(source.store, f"{source.folder}/{name}", about) as path:
+            run.put(f"{source.folder}/{name}", path)
+    for key, _ in source.store.list(f"{source.folder}/"):
+        name = key.rpartition("/")[2]
+        if name not in source.marker["files"] and name != MARKER:
+            run.put(key, source.store.get(key))
+    run.put(f"{source.folder}/{MARKER}", source.store.get(f"{source.folder}/{MARKER}"))
+    return source.folder
+
+
+def study_store(sweep: Sweep) -> Store:
+    """Everything that a study writes lies under this."""
+    return open_store(f"{sweep.study.storage.rstrip('/')}/{sweep.study.name}")
