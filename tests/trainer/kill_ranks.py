@@ -2,7 +2,7 @@
 
 PLAN: [[world size, kill after how many steps or null], ...], each a start of all ranks from the newest commit. Ranks
 are forks of this process, which has everything imported and one thread, so that a start costs little. A ledger under
-FOLDER/ledger says which positions each start trained on, and which samples these were.
+FOLDER/ledger says which positions each start trained on, which samples these were, and what was committed before.
 """
 
 from __future__ import annotations
@@ -34,15 +34,21 @@ def rank_main(start: int, rank: int, world: int) -> None:
     meeting = f"file://{FOLDER}/meeting-{start}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     ledger = open(FOLDER / "ledger" / f"{start}-{rank}", "a", buffering=1)  # noqa: SIM115 (until it is killed)
-    step = loop._step
+    step, writers = loop._step, []
+
+    class Writer(loop.CheckpointWriter):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            writers.append(self)
 
     def noted(engine: Any, batch: Any, *rest: Any) -> float:
+        commit = writers[0].last_commit
         norm = step(engine, batch, *rest)
         pairs = zip(batch.position.tolist(), batch.index.tolist(), strict=True)
-        ledger.write(json.dumps(list(pairs)) + "\n")
+        ledger.write(json.dumps([commit[0] if commit else 0, list(pairs)]) + "\n")
         return norm
 
-    loop._step = noted
+    loop._step, loop.CheckpointWriter = noted, Writer
     loop.train(load_config(SETTINGS), rank=rank, world_size=world)
     os._exit(0)
 
