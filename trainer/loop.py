@@ -25,8 +25,10 @@ from scoreray.data.stream import Batch, Stream
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
+from scoreray.trainer.cpu import keep_large_tensors_on_the_heap, onednn_products
 from scoreray.trainer.engine import Engine, build_engine, resolve_precision, settle_stage
 from scoreray.trainer.flops import matmul_rate, training_flops
+from scoreray.trainer.meta import meta_module
 from scoreray.trainer.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
 from scoreray.trainer.progress import Progress, Record
 from scoreray.trainer.quarantined import QuarantineLog
@@ -58,6 +60,8 @@ def train(
     everything committed.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_large_tensors_on_the_heap()
     if rank:
         note = lambda line: None  # noqa: E731
     run = run_store(config)
@@ -69,7 +73,6 @@ def train(
     settled, why = settle_stage(config, module, world_size=world_size, device=device)
     if why:
         note(f"ZeRO-{settled.engine.zero_stage}: {why}")
-    work = _flops_per_s_for_mfu(module, config, manifest, world_size, device) if rank == 0 else (0, math.inf)
     engine = build_engine(module, settled, world_size=world_size, device=device)
     writer = CheckpointWriter(
         run,
@@ -114,7 +117,8 @@ def train(
         pin_memory=device.type == "cuda",
         quarantine=unreadable.quarantine,
     )
-    meter, vote = _Meter(world_size, device, *work), Vote(world_size)
+    work = partial(_work_for_mfu, config, manifest, world_size, device) if rank == 0 else None
+    meter, vote = _Meter(world_size, device, work), Vote(world_size)
     lines: list[str] = []
     norm, decided = 0.0, Ask.NOTHING
     try:
@@ -205,8 +209,9 @@ def _step(
     )
     for i in range(engine.num_micro_batches):
         part = slice(i * rows, (i + 1) * rows)
-        loss, sigma = engine.module(images[part], labels[part], positions[part])
-        engine.backward(loss.mean())
+        with onednn_products(engine.device):
+            loss, sigma = engine.module(images[part], labels[part], positions[part])
+            engine.backward(loss.mean())
         losses.append(loss.detach())
         sigmas.append(sigma)
     loss, sigma = torch.cat(losses), torch.cat(sigmas)
@@ -243,10 +248,9 @@ def _seed_dropout(seed: int, rank: int, images_seen: int) -> None:
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + images_seen) % 2**63)
 
 
-def _flops_per_s_for_mfu(
-    module: torch.nn.Module, config: Config, manifest: Manifest, world_size: int, device: torch.device
-) -> tuple[int, float]:
+def _work_for_mfu(config: Config, manifest: Manifest, world_size: int, device: torch.device) -> tuple[int, float]:
     """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
+    module = meta_module(config, manifest)
     network = getattr(getattr(module, "denoiser", module), "network", None)
     if not isinstance(network, torch.nn.Module):
         return 0, math.inf
@@ -266,10 +270,11 @@ class _Meter:
     """Means since the last record, kept on the device so that a step needs no synchronisation for them."""
 
     def __init__(
-        self, world_size: int, device: torch.device, flops_per_image: int = 0, flops_per_s: float = math.inf
+        self, world_size: int, device: torch.device, work: Callable[[], tuple[int, float]] | None = None
     ) -> None:
-        self._world_size = world_size
-        self._share_per_rate = flops_per_image / flops_per_s if flops_per_image else math.nan
+        """`work`: FLOPs of an image, and FLOPs a second of all workers; takes a second, so asked after a first step."""
+        self._world_size, self._work = world_size, work
+        self._share_per_rate = math.nan
         self._record: Record | None = None
         self._started_at = time.time()
         self._edges = torch.tensor(SIGMA_EDGES, device=device)
@@ -347,3 +352,13 @@ class _Meter:
                 self._record,
             )
         )
+        if self._work is not None:
+            self._measure(self._work)
+
+    def _measure(self, work: Callable[[], tuple[int, float]]) -> None:
+        """What MFU needs; the time that it takes counts nowhere."""
+        flops_per_image, flops_per_s = work()
+        self._share_per_rate = flops_per_image / flops_per_s if flops_per_image else math.nan
+        self._work = None
+        spent = time.perf_counter() - self._shown
+        self._since, self._window_start = self._since + spent, self._window_start + spent
