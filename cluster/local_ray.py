@@ -60,6 +60,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
         except (ConnectionError, RuntimeError, ValueError) as error:
             message = str(error).splitlines()[0]
             raise UserError(f"RAY_ADDRESS={address}: no Ray cluster could be reached there: {message}") from None
+        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         try:
             yield
         finally:
@@ -77,7 +78,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             _temp_dir=str(folder),
             _node_ip_address="127.0.0.1",
         )
-        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
+        signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:

@@ -45,8 +45,14 @@ def test_the_config_is_good_and_where_the_entrypoint_looks(
     (volume,) = [v["name"] for v in head["volumes"] if v.get("configMap", {}).get("name") == given["metadata"]["name"]]
     (mount,) = [m["mountPath"] for m in head["containers"][0]["volumeMounts"] if m["name"] == volume]
     assert f"{mount}/{file}" in shlex.split(clusters[overlay]["spec"]["entrypoint"])
-    (tmp_path / file).write_text(given["data"][file])
-    load_config(tmp_path / file, ())
+    for name, text in given["data"].items():
+        (tmp_path / name).write_text(text)
+    if overlay == "train":
+        load_config(tmp_path / file, ())
+        return
+    load_config(tmp_path / "base.yaml", ())
+    sweep = pytest.importorskip("scoreray.tune.sweep", reason="sweeps are not there yet")
+    sweep.load_sweep(tmp_path / file, ())
 
 
 def test_the_training_overlay_has_room_for_its_workers(built: Any, specs: Any, tmp_path: Path) -> None:

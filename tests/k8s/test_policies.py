@@ -168,9 +168,9 @@ def test_jobs_go_on_after_their_driver_is_lost(clusters: Any) -> None:
 
 
 def test_the_run_name_is_fixed(built: Any) -> None:
-    for overlay, file in (("train", "train.yaml"), ("sweep", "study.yaml")):
+    for overlay, file, section in (("train", "train.yaml", "run"), ("sweep", "study.yaml", "study")):
         (config,) = objects(built, "ConfigMap", overlay)
-        assert yaml.safe_load(config["data"][file])["run"]["name"]
+        assert yaml.safe_load(config["data"][file])[section]["name"]
 
 
 def test_jobs_wait_in_kueue_for_all_their_pods(clusters: Any, specs: Any, built: Any) -> None:
