@@ -158,13 +158,30 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from scoreray.sampling.serve import make_app
 
-        return make_app(self._service)
+        return _one_request_id(make_app(self._service))
 
     async def drain(self, timeout_s: float) -> int:
         return await self._service.drain(timeout_s)
 
     async def under_way(self) -> int:
         return self._service.under_way()
+
+
+def _one_request_id(app: Any) -> Any:
+    """Serve's proxy puts X-Request-ID on every request and every answer: without this, answers would have it twice."""
+
+    async def called(scope: Any, receive: Any, send: Any) -> None:
+        given = dict(scope.get("headers", ())).get(b"x-request-id")
+
+        async def send_once(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message["headers"] if pair != (b"x-request-id", given)]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await app(scope, receive, send_once)
+
+    return called
 
 
 def replicas_wanted(context: Any) -> tuple[int, dict[str, Any]]:

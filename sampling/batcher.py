@@ -114,13 +114,13 @@ class StepBatcher:
     def rows_waiting(self) -> int:
         """Samples that are not done yet, of all requests: what to shed load and to scale by."""
         with self._changed:
-            return sum(job.remaining for job in self._jobs)
+            return sum(job.remaining for job in self._jobs if not job.ticket.done())
 
     @property
     def work_waiting(self) -> int:
         """Rows that the network is still expected to be called with, over all requests: what a wait is told by."""
         with self._changed:
-            return sum(max(job.work, job.remaining) for job in self._jobs)
+            return sum(max(job.work, job.remaining) for job in self._jobs if not job.ticket.done())
 
     @property
     def alive(self) -> bool:

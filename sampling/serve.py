@@ -52,7 +52,14 @@ TELLING = (
 
 def make_app(service: Service) -> FastAPI:
     """The application. `service` may still be starting; until it is ready, samples are refused with 503."""
-    app = FastAPI(title="scoreray", docs_url=None, redoc_url=None, openapi_url=None, description=__doc__ or "")
+    app = FastAPI(
+        title="scoreray",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # to a url made of the Host header
+        description=__doc__ or "",
+    )
 
     @app.post("/v1/samples", openapi_extra=_samples_schema(), responses=_error_responses())
     async def samples(request: Request) -> Response:
@@ -69,11 +76,13 @@ def make_app(service: Service) -> FastAPI:
         """For Prometheus, of the service and all its replicas."""
         return await _answered(service, request, _metrics)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> Response:
         """200 while the service runs at all."""
         return Response("ok\n", media_type="text/plain")
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz() -> Response:
         """200 once the models are loaded and warm, until it is told to end; 503 else."""
@@ -85,11 +94,11 @@ def make_app(service: Service) -> FastAPI:
     async def openapi() -> Response:
         return _json(app.openapi())
 
-    @app.get("/docs", include_in_schema=False)
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
     async def docs() -> Response:
         return Response(docs_page(app.openapi()), media_type="text/html", headers=HEADERS)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return Response((files("scoreray.sampling") / "page.html").read_text(), media_type="text/html", headers=HEADERS)
 

@@ -12,31 +12,32 @@ from typing import Generic, TypeVar
 from scoreray.sampling.serve_config import Limits, Refused
 
 RunT = TypeVar("RunT")
-JobT = TypeVar("JobT")
+OriginT = TypeVar("OriginT")
 
 
 @dataclass
-class Entry(Generic[JobT, RunT]):
-    """What is known of a key: the request, the job made of it, the run that draws it or has drawn it."""
+class Entry(Generic[OriginT, RunT]):
+    """What is known of a key: the request, what its job was made from, the run that draws it or has drawn it."""
 
     fingerprint: str
-    job: JobT
+    origin: OriginT
     at: float
     run: RunT | None = None
     num_bytes: int = 0
     billed: bool = False
+    forgotten: bool = False
 
 
-class Keys(Generic[JobT, RunT]):
+class Keys(Generic[OriginT, RunT]):
     """Entries by (token, key), at most `remember_keys` of them, for `remember_s` each.
 
-    Answers are kept within `remember_bytes`, the oldest let go first. Of a request whose answer was let go the job
-    stays, with its checkpoint and seed: it is drawn again, the same, and not billed again.
+    Answers are kept within `remember_bytes`, the oldest let go first. Of a request whose answer was let go the
+    origin stays, its checkpoint and seed: it is drawn again, the same, and not billed again.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock
-        self._entries: OrderedDict[tuple[str, str], Entry[JobT, RunT]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], Entry[OriginT, RunT]] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class Keys(Generic[JobT, RunT]):
     def num_bytes(self) -> int:
         return self._bytes
 
-    def find(self, token: str, key: str, fingerprint: str) -> Entry[JobT, RunT] | None:
+    def find(self, token: str, key: str, fingerprint: str) -> Entry[OriginT, RunT] | None:
         """The entry of a key, None for a new one. Raises Refused where it came with another request."""
         self._forget()
         entry = self._entries.get((token, key))
@@ -54,16 +55,18 @@ class Keys(Generic[JobT, RunT]):
             raise Refused("key_reused", "this idempotency key came with another request before: use a new key for each")
         return entry
 
-    def add(self, token: str, key: str, fingerprint: str, job: JobT) -> Entry[JobT, RunT]:
-        entry: Entry[JobT, RunT] = Entry(fingerprint, job, self._clock())
+    def add(self, token: str, key: str, fingerprint: str, origin: OriginT) -> Entry[OriginT, RunT]:
+        entry: Entry[OriginT, RunT] = Entry(fingerprint, origin, self._clock())
         self._entries[token, key] = entry
         self._forget()
         return entry
 
-    def keep(self, entry: Entry[JobT, RunT], num_bytes: int) -> None:
+    def keep(self, entry: Entry[OriginT, RunT], num_bytes: int) -> None:
         """Counts an answer's bytes, and lets the oldest answers go where there are too many."""
+        if entry.forgotten:
+            return
+        self._bytes += num_bytes - entry.num_bytes
         entry.num_bytes = num_bytes
-        self._bytes += num_bytes
         for old in self._entries.values():
             if self._bytes <= self._limits.remember_bytes:
                 return
@@ -75,9 +78,10 @@ class Keys(Generic[JobT, RunT]):
             oldest = next(iter(self._entries.values()))
             if len(self._entries) <= self._limits.remember_keys and now - oldest.at <= self._limits.remember_s:
                 return
+            oldest.forgotten = True
             self._release(self._entries.popitem(last=False)[1])
 
-    def _release(self, entry: Entry[JobT, RunT]) -> None:
+    def _release(self, entry: Entry[OriginT, RunT]) -> None:
         if entry.num_bytes:
             self._bytes -= entry.num_bytes
             entry.num_bytes, entry.run = 0, None

@@ -61,6 +61,11 @@ class Job:
     def rows_per_call(self) -> int:
         return len(self.seeds) * (1 if self.guidance == 1 else 2)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of memory, roughly: an object and its place in a tuple for each number, and the rest."""
+        return 4096 + 40 * (len(self.sigmas) + 2 * len(self.seeds))
+
 
 @dataclass
 class _Model:

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from scoreray.data.errors import ScorerayError, nearest
 from scoreray.sampling.serve_access import Access
@@ -69,6 +69,15 @@ class Answer:
     about: dict[str, Any]
 
 
+class Origin(NamedTuple):
+    """What a job is made from beside the request: enough to make the same one again, and small enough to remember."""
+
+    model: str
+    checkpoint: str
+    images_seen: int
+    seed: int
+
+
 class Run:
     """One draw and everybody who waits for it; given up when nobody does."""
 
@@ -79,6 +88,7 @@ class Run:
         self.accepted = asyncio.Event()
         self.progress = 0.0
         self.waiters = 0
+        self.entry: Entry[Origin, Run] | None = None
         self._queues: set[asyncio.Queue[Event | None]] = set()
 
     def show(self, preview: Event) -> None:
@@ -120,7 +130,7 @@ class Service:
         self.models: dict[str, Served] = {}
         self.ready = self.draining = False
         self._busy_tries = busy_tries
-        self._keys: Keys[tuple[Job, Served, int], Run] = Keys(config.limits)
+        self._keys: Keys[Origin, Run] = Keys(config.limits)
         self._runs: set[Run] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -155,17 +165,13 @@ class Service:
         self._check_open()
         fingerprint = body.fingerprint(media)
         entry = self._keys.find(token, key, fingerprint) if key is not None else None
-        if entry is None:
-            served = self._served(body.model)
-            seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
+        if entry is None or entry.run is None:
+            served, seed = self._origin(body, token, key, entry)
             job = await asyncio.to_thread(make_job, body, served, self.limits, media, seed)
             self._check_open()
             if key is not None:  # asked again: another request may have brought it meanwhile
-                entry = self._keys.find(token, key, fingerprint) or self._keys.add(
-                    token, key, fingerprint, (job, served, seed)
-                )
-        else:
-            job, served, seed = entry.job
+                origin = Origin(served.name, served.info.url, served.info.images_seen, seed)
+                entry = self._keys.find(token, key, fingerprint) or self._keys.add(token, key, fingerprint, origin)
         if entry is not None and entry.run is not None:
             self.meter["replayed"].inc()
             run = entry.run
@@ -178,6 +184,8 @@ class Service:
         """A caller has its answer or has gone. The last one to go before the answer ends the draw."""
         run.waiters -= 1
         if run.waiters == 0 and run.task is not None and not run.task.done():
+            if run.entry is not None and run.entry.run is run:
+                run.entry.run = None  # at once: the client may ask again before the task has ended
             run.task.cancel()
 
     async def metrics(self) -> str:
@@ -196,6 +204,17 @@ class Service:
         if not self.ready:
             raise Refused("starting", "the models are being loaded", retry_after_s=5)
 
+    def _origin(
+        self, body: SampleBody, token: str, key: str | None, entry: Entry[Origin, Run] | None
+    ) -> tuple[Served, int]:
+        """The model and the seed of a request; those that it had where its key was seen before. Raises Refused."""
+        if entry is not None:
+            served, before = self._served(entry.origin.model), entry.origin
+            info = replace(served.info, url=before.checkpoint, images_seen=before.images_seen)
+            return replace(served, info=info), before.seed
+        seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
+        return self._served(body.model), seed
+
     def _served(self, name: str | None) -> Served:
         if name is None:
             return next(iter(self.models.values()))
@@ -203,12 +222,12 @@ class Service:
             raise Refused("no_model", f"model '{name}' is not served here: {nearest(name, self.models)}", field="model")
         return self.models[name]
 
-    def _begin(self, run: Run, token: str, entry: Entry[tuple[Job, Served, int], Run] | None) -> Run:
+    def _begin(self, run: Run, token: str, entry: Entry[Origin, Run] | None) -> Run:
         rows = run.job.rows_per_call
         self.access.enter(token, rows)
         self._runs.add(run)
         if entry is not None:
-            entry.run = run
+            entry.run, run.entry = run, entry
         run.task = self._spawn(self._draw(run))
 
         def ended(task: asyncio.Task[Answer]) -> None:
@@ -219,9 +238,9 @@ class Service:
                 self.meter["billed_rows"].labels(token).inc(len(run.job.seeds))
             if entry is not None:
                 entry.billed = entry.billed or answered
-                if answered:
-                    self._keys.keep(entry, len(task.result().body))
-                else:
+                if answered and entry.run is run:
+                    self._keys.keep(entry, len(task.result().body) + run.job.num_bytes)
+                elif entry.run is run:
                     entry.run = None
             run.end()
 

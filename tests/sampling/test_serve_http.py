@@ -28,7 +28,7 @@ from scoreray.sampling.load import load
 from scoreray.sampling.samplers import SAMPLERS, num_calls
 from scoreray.sampling.serve import make_app
 from scoreray.sampling.serve_access import hash_of, is_loopback, read_tokens
-from scoreray.sampling.serve_config import ERRORS, Limits, ServeConfig
+from scoreray.sampling.serve_config import ERRORS, Limits, Refused, ServeConfig
 from scoreray.sampling.serve_keys import Keys
 from scoreray.sampling.serve_metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.sampling.serve_replica import Event, Job, Replica
@@ -223,6 +223,7 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 ("GET", "/v1/nothing", 404, "no_path"),
                 ("GET", "/v1/samples", 405, "bad_method"),
                 ("PUT", "/v1/samples", 405, "bad_method"),
+                ("POST", "/v1/samples/", 404, "no_path"),
             ):
                 reply = await call(method, path)
                 assert (reply.status, reply.code) == (status, code)
@@ -253,7 +254,8 @@ def test_tokens(run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, ca
                 assert (reply.status, reply.code) == (401, "no_token")
                 assert reply.headers["www-authenticate"].startswith("Bearer")
             assert (await call("GET", "/metrics")).status == (await call("GET", "/v1/model")).status == 401
-            assert [(await call("GET", path)).status for path in ("/", "/docs", "/healthz", "/readyz")] == [200] * 4
+            for method in ("GET", "HEAD"):
+                assert [(await call(method, p)).status for p in ("/", "/docs", "/healthz", "/readyz")] == [200] * 4
             assert (await call.post({}, Authorization=f"Bearer {SECRET}")).status == 200
             assert (await call.post({}, Authorization="bearer another-secret-word")).status == 200
             page = await call("GET", "/metrics", headers={"Authorization": f"Bearer {SECRET}"})
@@ -268,7 +270,7 @@ def test_tokens(run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
     async def main() -> None:
-        async with serving(config(run_url, limits=Limits(remember_bytes=3000))) as call:
+        async with serving(config(run_url, limits=Limits(remember_bytes=20_000))) as call:
             twins = await asyncio.gather(*[call.post({"count": 3}, Idempotency_Key="k") for _ in range(5)])
             again = await call.post({"count": 3}, Idempotency_Key="k")
             assert {reply.json["data"][0]["b64_json"] for reply in [*twins, again]} == {
@@ -283,12 +285,41 @@ def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
 
             for i in range(4):  # answers that push the first one out of memory
                 await call.post({"count": 3}, Idempotency_Key=f"other-{i}")
-            assert call.service._keys.num_bytes <= 3000
+            assert call.service._keys.num_bytes <= 20_000
             third = await call.post({"count": 3}, Idempotency_Key="k")
             assert third.json["data"] == again.json["data"]
             page = (await call("GET", "/metrics")).body.decode()
             assert metric(page, "scoreray_samples_total") == 18  # drawn again, the same
             assert metric(page, "scoreray_billed_rows_total") == 15  # and not billed again
+
+    asyncio.run(main())
+
+
+def test_a_client_that_goes_and_comes_back_at_once_is_answered(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            body, asked = SampleBody(count=2, steps=3), {"token": "t", "key": "k", "media": "application/json"}
+            first = await call.service.submit(body, **asked)
+            call.service.leave(first)
+            second = await call.service.submit(body, **asked)
+            assert second is not first
+            assert (await second.answer()).about["count"] == 2
+            third = await call.service.submit(body, **asked)
+            assert third is second
+            assert second.seed == first.seed
+
+    asyncio.run(main())
+
+
+def test_what_is_remembered_of_a_long_request_is_counted(points_url: str) -> None:
+    """A body of 40 bytes may ask for 256 seeds and 1,000 noise levels: the job counts, not only its answer."""
+
+    async def main() -> None:
+        async with serving(config(points_url, limits=Limits(remember_bytes=30_000))) as call:
+            for i in range(3):
+                assert (await call.post({"steps": 400, "sampler": "euler"}, Idempotency_Key=f"{i}")).status == 200
+            kept = [entry.run for entry in call.service._keys._entries.values()]
+            assert [run is not None for run in kept] == [False, False, True]
 
     asyncio.run(main())
 
@@ -305,6 +336,11 @@ def test_keys_are_forgotten_in_time_and_number() -> None:
     assert keys.find("t", "2", "f") is None
     assert keys.find("t", "4", "f") is not None
     assert keys.find("other", "4", "f") is None
+    late = keys.add("t", "late", "f", "job")
+    for i in range(3):
+        keys.keep(keys.add("t", f"newer-{i}", "f", "job"), 100)
+    keys.keep(late, 100)  # forgotten while it was drawn
+    assert keys.num_bytes == 300
 
 
 def test_a_client_that_goes_frees_its_rows(run_url: str) -> None:
@@ -481,6 +517,21 @@ def test_the_calls_that_a_request_is_charged_with_are_those_it_takes(sampler: st
     for steps in (1, 2, 7):
         job = make_job(SampleBody(sampler=sampler, steps=steps, options=options), served, Limits(), "image/png", 0)
         assert job.calls == num_calls(sampler, job.sigmas, **options)
+
+
+def test_an_adaptive_sampler_is_thought_to_take_what_its_tolerance_wants(run_url: str) -> None:
+    from scoreray.sampling.serve_models import look_up
+
+    served = look_up("small", run_url)
+
+    def calls(limits: Limits = Limits(), **options: Any) -> int:  # noqa: B008
+        return make_job(SampleBody(sampler="rk45", options=options), served, limits, "image/png", 0).calls
+
+    assert calls(rtol=1e-2, atol=1e-2) < 60 < calls() < 150 < calls(rtol=1e-6, atol=1e-6) < 250
+    assert calls(rtol=1e-9, atol=1e-9) <= 1001
+    assert calls(max_steps=1) < 10
+    with pytest.raises(Refused, match="more than 20 calls"):
+        calls(Limits(max_calls=20))
 
 
 NASTY: list[Any] = [
