@@ -1,0 +1,210 @@
+"""Studies on Ray: ASHA frees what it stops, PBT exchanges weights, kills lose nothing, sampler sweeps train once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import run_store
+from scoreray.trainer.run import check_run
+from scoreray.tune.report import make_report
+from scoreray.tune.study import State, Study, best_of
+from scoreray.tune.sweep import Plan, load_sweep
+from scoreray.tune.trial import read_trials, study_store, trial_config
+
+ROOM = {"CPU": 2.0}
+MEAN = "objective.sigma_sampling.P_mean"
+
+
+def trial_processes() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "TrialProcess" in " ".join(p.cmdline())]
+
+
+def runs_of(plan: Plan) -> set[str]:
+    return {key.split("/")[1] for key, _ in study_store(plan.sweep).list("runs/") if key.endswith("COMMITTED.json")}
+
+
+def test_asha_stops_trials_and_later_ones_get_their_resources(ray_cluster: None, sweep: dict[str, Any]) -> None:
+    """20 trials on 2 cores: never more than two at once, most stopped early, the planted noise levels found."""
+    plan = load_sweep(
+        {**sweep, "space": {MEAN: {"uniform": [-6.0, 6.0]}}, "trials": 20,
+         "scheduler": {"kind": "asha", "grace_images": 256, "reduction": 2}}
+    )  # fmt: skip
+    most, processes = 0, set[int]()
+
+    def look(state: State) -> None:
+        nonlocal most
+        most = max(most, len(state.running))
+        processes.update(process.pid for process in trial_processes())
+
+    study = Study(plan, ROOM, show=look)
+    trials = study.run()
+    stopped = [trial for trial in trials if trial.state == "stopped"]
+    assert len(trials) == 20
+    assert {trial.state for trial in trials} == {"done", "stopped"}
+    assert len(stopped) >= 8
+    assert most == 2
+    assert len(processes) == 2  # twenty trials in two processes
+    assert sum(trial.images for trial in trials) < 0.6 * 20 * plan.total
+    best = best_of(plan, trials)[0]
+    assert -3.5 < best.values[MEAN] < 1.5  # the metric's levels are 0.02 to 5, ln sigma -3.9 to 1.6
+    deadline = time.monotonic() + 20
+    while trial_processes():
+        assert time.monotonic() < deadline, "processes of trials are left"
+        time.sleep(0.1)
+
+    report = make_report(plan, trials)
+    record = json.loads(study_store(plan.sweep).get("report.json"))
+    assert record["best"]["number"] == best.number
+    assert record["default"]["values"] == {MEAN: -1.2}
+    assert len(record["best"]["curve"]) == 8
+    page = study_store(plan.sweep).get("report.html").decode()
+    assert page.count("<img") >= 4
+    config = load_config(report.best_url)  # what `scoreray train best.yaml` reads
+    check_run(config)
+    assert config.objective.sigma_sampling == plan.config(best.values).objective.sigma_sampling
+
+
+def test_population_based_training_exchanges_weights(ray_cluster: None, sweep: dict[str, Any]) -> None:
+    plan = load_sweep(
+        {**sweep, "space": {"optimizer.learning_rate": {"log": [1e-6, 1e-2]}},
+         "scheduler": {"kind": "pbt", "every_images": 512}},
+        ["base.duration.images=1536"],
+    )  # fmt: skip
+    trials = Study(plan, ROOM).run()
+    assert {trial.state for trial in trials} == {"done"}
+    taken = [(trial, one) for trial in trials for one in trial.lineage if one["source"] is not None]
+    assert len(taken) == 2  # at 512 and at 1,024 images the worst of four
+    for trial, one in taken:
+        donor = next(r for r in trials[one["source"]].reports if r["images"] == one["images"])
+        run = next(r["run"] for r in trial.reports if r["images"] > one["images"])
+        store = run_store(trial_config(plan, one["values"], run))
+        folder = committed(store)[0]
+        copied = open_checkpoint(store, folder)
+        assert copied.images_seen == one["images"]
+        source = trial_config(plan, {}, donor["run"])
+        given = open_checkpoint(run_store(source), "checkpoints/" + donor["checkpoint"].rpartition("/")[2])
+        after = latest(store)
+        assert after is not None
+        for key in ("master", "ema_0.100", "exp_avg"):
+            theirs, ours, later = given.full_state(key), copied.full_state(key), after.full_state(key)
+            assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+            assert any(not torch.equal(theirs[name], later[name]) for name in theirs)
+        assert one["values"] != {}
+        before = next(r["run"] for r in trial.reports if r["images"] == one["images"])
+        own = latest(run_store(trial_config(plan, {}, before)))
+        assert own is not None  # what it had learnt itself was something else
+        assert any(not torch.equal(a, b) for a, b in zip(own.full_state().values(), ours.values(), strict=False))
+
+
+def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
+    ray_cluster: None, sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGKILL to `scoreray tune` when some trials have ended and two are under way; the same sweep goes on."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**sweep, "trials": 5}))
+    plan = load_sweep(file, ["base.duration.images=16384", "base.checkpoint.every_images=1024"])
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "tune", str(file), "base.duration.images=16384",
+               "base.checkpoint.every_images=1024"]  # fmt: skip
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    store, family = study_store(plan.sweep), list[psutil.Process]()
+    deadline = time.monotonic() + 200
+    while True:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()
+        there = read_trials(store)
+        under_way = [t for t in there if t.state == "running" and committed(run_store(trial_config(plan, t.values)))]
+        if any(t.state == "done" for t in there) and under_way:
+            break
+        family = psutil.Process(driver.pid).children(recursive=True)
+        time.sleep(0.02)
+    driver.kill()
+    killed_at = time.time()
+    driver.wait()
+    psutil.wait_procs(family, timeout=30)
+    before = {trial.number: trial for trial in read_trials(store)}
+    half = {t.number: latest(run_store(trial_config(plan, t.values))) for t in under_way}
+
+    notes: list[str] = []
+    trials = Study(plan, ROOM, notes.append).run()
+    assert [trial.number for trial in trials] == list(range(5))
+    assert {trial.state for trial in trials} == {"done"}
+    assert len(runs_of(plan)) == 5
+    for trial in trials:
+        assert len(trial.reports) == 1  # nothing was computed twice
+        if trial.number in before:
+            assert trial.values == before[trial.number].values
+            if before[trial.number].state == "done":
+                assert trial.reports == before[trial.number].reports
+    for number, checkpoint in half.items():
+        assert checkpoint is not None
+        start = json.loads(store.get(f"runs/{trials[number].run}/metrics/{checkpoint.images_seen:012d}.jsonl")
+                           .splitlines()[0])  # fmt: skip
+        assert start["time"] < killed_at  # the records of before the kill still stand
+    with pytest.raises(UserError, match=r"(?s)another sweep.*P_mean.*uniform"):
+        Study(load_sweep({**sweep, "space": {MEAN: {"uniform": [0, 1]}}}), ROOM)
+
+
+def test_a_killed_trial_goes_on_from_its_newest_checkpoint(ray_cluster: None, sweep: dict[str, Any]) -> None:
+    plan = load_sweep({**sweep, "trials": 1}, ["base.duration.images=32768", "base.checkpoint.every_images=2048"])
+    killed, notes = list[int](), list[str]()
+
+    def kill_once(state: State) -> None:
+        running = list(state.running.values())
+        if not killed and running and committed(run_store(trial_config(plan, running[0].trial.values))):
+            (process,) = trial_processes()
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+
+    (trial,) = Study(plan, ROOM, notes.append, kill_once).run()
+    assert killed
+    assert trial.state == "done"
+    assert trial.deaths == 1
+    (note,) = [line for line in notes if "its process died" in line]
+    assert "goes on from 0 images" not in note
+
+
+def test_a_sweep_of_the_sampler_and_the_ema_length_trains_once(ray_cluster: None, sweep: dict[str, Any]) -> None:
+    """Several metrics: the Pareto front of quality and cost; and no trial beats another in both."""
+    space = {"sample.steps": {"choice": [4, 8, 16]}, "sample.ema": {"choice": [0.1, 0.2]}}
+    plan = load_sweep({**sweep, "space": space, "search": {"kind": "grid"}, "trials": 6},
+                      ["metric.names=[sw, nfe]", "metric.samples=64"])  # fmt: skip
+    trials = Study(plan, ROOM).run()
+    assert {trial.state for trial in trials} == {"done"}
+    assert len(runs_of(plan)) == 1
+    assert len({json.dumps(trial.values) for trial in trials}) == 6
+    front = [trial.metrics for trial in best_of(plan, trials) if trial.metrics]
+    assert 1 <= len(front) <= 6
+    assert {m["nfe"] for t in trials if (m := t.metrics)} == {7.0, 15.0, 31.0}
+    lengths = {trial.values["sample.ema"]: trial.reports[0]["ema"] for trial in trials}
+    assert lengths == {0.1: "0.100", 0.2: "0.200"}
+
+    checkpoint = trials[0].reports[0]["checkpoint"]
+    again = {key: value for key, value in sweep.items() if key != "base"}
+    drawn = load_sweep({**again, "checkpoint": checkpoint, "space": {"sample.steps": {"int": [3, 9]}}, "trials": 2},
+                       ["metric.names=[nfe]", "study.name=drawn"])  # fmt: skip
+    assert {trial.state for trial in Study(drawn, ROOM).run()} == {"done"}
+    assert not runs_of(drawn)
+
+
+def test_a_trial_that_diverges_fails_alone(ray_cluster: None, sweep: dict[str, Any]) -> None:
+    space = {"optimizer.learning_rate": {"choice": [1e-3, 1e30]}, "optimizer.gradient_clip": {"choice": [0.0]}}
+    plan = load_sweep({**sweep, "space": space, "search": {"kind": "grid"}}, ["base.duration.images=1024"])
+    trials = Study(plan, ROOM).run()
+    assert [trial.state for trial in trials] == ["done", "failed"]
+    assert "sample" in trials[1].error
+    assert make_report(plan, trials).record["best"]["number"] == 0
