@@ -65,8 +65,10 @@ class MetaDiT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).to(x.dtype)
 
 
-def bare_deepspeed(network: nn.Module, stage: int, half: bool, batch: int, world: int, clip: float) -> Any:
-    """DeepSpeed around a network and torch's AdamW, as its documentation has it: no EMA, its own defaults."""
+def bare_deepspeed(
+    network: nn.Module, stage: int, half: bool, batch: int, world: int, clip: float, adam: str = "torch"
+) -> Any:
+    """DeepSpeed around a network and torch's AdamW (or its own for CPUs), as its documentation has it: no EMA."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ours: a compiler would run at start
@@ -80,5 +82,64 @@ def bare_deepspeed(network: nn.Module, stage: int, half: bool, batch: int, world
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    if adam == "deepspeed":  # compiled at its first use, by g++ and ninja
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(network.parameters(), lr=1e-4)
     return deepspeed.initialize(model=network, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def diffusers_loop(flops: float, images: Tensor, world: int) -> Any:
+    """A step of diffusers' unconditional example at its defaults: fp32, torch's unfused AdamW, no EMA.
+
+    The U-Net's width is chosen so that an image costs about `flops` forward and backward.
+    """
+    import torch.distributed as dist
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+
+    def unet(width: int) -> Any:
+        return UNet2DModel(
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            norm_num_groups=4,
+            block_out_channels=(width, 2 * width),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+
+    costs = {width: _unet_flops(unet(width)) for width in range(8, 129, 4)}
+    width = min(costs, key=lambda w: abs(math.log(costs[w] / flops)))
+    torch.manual_seed(0)
+    model = unet(width)
+    if dist.get_rank() == 0:
+        print(f"diffusers' U-Net: width {width}, {costs[width] / flops:.2f} of our FLOPs", flush=True)
+    wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    schedule = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
+
+    def step(k: int) -> None:
+        clean = images.float() / 127.5 - 1
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, 1000, (len(clean),))
+        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        F.mse_loss(wrapped(noisy, timesteps).sample, noise).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _unet_flops(model: Any) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    meta = model.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        meta(torch.empty(1, 1, 28, 28, device="meta"), torch.zeros(1, device="meta")).sample.sum().backward()
+    return counter.get_total_flops()

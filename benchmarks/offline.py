@@ -26,13 +26,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from scoreray.sampling.batch_generation import Job, Samples
-from scoreray.sampling.driver import ROWS, Form, in_form, keep_large_tensors_on_the_heap
+from scoreray.sampling.driver import ROWS, Form, in_form
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, ModelInfo, load
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import drive, start
 from scoreray.sampling.sigmas import karras
 from scoreray.trainer.config import load_config
+from scoreray.trainer.cpu import keep_large_tensors_on_the_heap
 from scoreray.trainer.network import build_network, flops
 from scoreray.trainer.step import to_uint8, to_unit_range
 

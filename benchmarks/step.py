@@ -1,21 +1,30 @@
 """Training speed as ratios: the bare step against engines of ours, and the demo's full run against a bare loop.
 
-    python benchmarks/step.py [--workers 2] [--network demo|dit|dit50] [--stages 0 1 2 3] [--deepspeed] [--meta]
-                              [--batch 64] [--full [--images 16384] [--stage auto]]
+    python benchmarks/step.py [--workers 2] [--network demo|unet|dit|dit50] [--stages 0 1 2 3] [--batch 64]
+                              [--precision fp32] [--parts] [--deepspeed] [--adam deepspeed] [--meta] [--diffusers]
+                              [--clock cpu] [--full [--images 16384] [--stage auto]] [--seconds 90]
 
 In one run, on this machine: a bare torch loop (same network, batch, precision, AdamW; no EMA, no data pipeline, no
 logging) on each of `workers` processes, gradients averaged by one all-reduce, against engines of ours in the same
-processes. --deepspeed: also DeepSpeed's own loop at each sharded stage, as its documentation has it. --meta (DiT only):
-also Meta's DiT of the same size, in the same loop. With --full also `fit` on Ray with data from a local S3 server, EMA,
-logging and commits, as the demo trains. Rounds are interleaved, the median counts.
+processes. Cases take turns, a few steps each, until `seconds` are over; the median counts.
+
+--parts      also forward and backward passes alone: what the optimizer with EMA costs beside them
+--deepspeed  also DeepSpeed's own loop at each sharded stage, as its documentation has it (--adam: its CPU Adam)
+--meta       (DiT only) also Meta's DiT of the same size, in the same loop
+--diffusers  also the loop of diffusers' unconditional example, a U-Net of equal FLOPs in its default precision, fp32
+--clock cpu  time that this process's threads computed for, over their number: for a machine that does other things too
+             (what a case waits for, such as other ranks, does not count)
+--full       also `fit` on Ray with data from a local S3 server, EMA, logging and commits, as the demo trains
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -25,9 +34,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROUNDS, STEPS, WARM_UP = 5, 12, 3
+TURN_S, WARM_UP = 1.0, 2  # a case's turn; steps before the first one
+MOST_ROUNDS = 12
 NETWORKS = {
     "demo": {"kind": "unet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "patch_size": 2},
+    "unet": {"kind": "unet", "model_channels": 48, "channel_mult": [1, 2], "num_blocks": 1},
     "dit": {"kind": "dit", "patch_size": 4, "hidden_size": 192, "depth": 5, "num_heads": 3},  # 3 M
     "dit50": {"kind": "dit", "patch_size": 4, "hidden_size": 640, "depth": 8, "num_heads": 10},  # 50 M
 }
@@ -38,31 +49,9 @@ def main() -> None:
     if arguments.rank is not None:
         rank_main(arguments)
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rates.json"
-        ranks = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    __file__,
-                    "--rank",
-                    str(rank),
-                    "--port",
-                    str(port),
-                    "--out",
-                    str(out),
-                    *sys.argv[1:],
-                ],
-                env=environment(rank),
-            )
-            for rank in range(arguments.workers)
-        ]
-        if sum(rank.wait() for rank in ranks):
-            sys.exit(1)
-        rates = json.loads(out.read_text())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, so that no rank is left
+    with tempfile.TemporaryDirectory(prefix="step-") as folder:
+        rates = rates_of_ranks(Path(folder))
         if arguments.full:
             name = f"full run (Ray, S3, EMA, commits), ZeRO {arguments.stage}"
             rates[name] = [full_run(Path(folder), arguments)]
@@ -70,10 +59,34 @@ def main() -> None:
     about = (
         f"{arguments.network}, batch {arguments.batch}, {arguments.workers} workers, {threads(arguments)} threads each"
     )
-    print(f"{'case':45} images/s   ratio   ({about})")
+    print(f"{'case':50} images/s   ratio   ({about})")
     for name, values in rates.items():
         rate = statistics.median(values)
-        print(f"{name:45} {rate:8.1f}   {rate / bare:5.3f}   min {min(values):.1f} max {max(values):.1f}")
+        spread = f"{len(values)} turns, min {min(values):.1f} max {max(values):.1f}"
+        print(f"{name:50} {rate:8.1f}   {rate / bare:5.3f}   {spread}")
+
+
+def rates_of_ranks(folder: Path) -> dict[str, list[float]]:
+    """Images/s of each case, from as many processes as there are workers; all end when one fails."""
+    arguments, out = parse(), folder / "rates.json"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = ["--port", str(port), "--out", str(out), "--parent", str(os.getpid()), *sys.argv[1:]]
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, "--rank", str(rank), *own], env=environment(rank))
+        for rank in range(arguments.workers)
+    ]
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    if any(rank.returncode for rank in ranks):
+        sys.exit("a rank failed")
+    return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
 def parse() -> argparse.Namespace:
@@ -84,12 +97,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="*", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--deepspeed", action="store_true")
     parser.add_argument("--meta", action="store_true")
+    parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--adam", choices=["torch", "deepspeed"], default="torch")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--seconds", type=float, default=90, help="for all turns, set-up and the full run not counted")
     parser.add_argument("--stage", default="auto", help="of the full run")
     parser.add_argument("--images", type=int, default=16384, help="of the full run")
     parser.add_argument("--full", action="store_true", help="also the whole run on Ray, and a bare loop beside it")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -114,6 +133,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     from scoreray.trainer.config import load_config
     from scoreray.trainer.engine import resolve_precision
 
+    end_with(arguments.parent)
     torch.set_num_threads(threads(arguments))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     rank, world = arguments.rank, arguments.workers
@@ -134,24 +154,58 @@ def rank_main(arguments: argparse.Namespace) -> None:
     if arguments.meta:
         meta = meta_network(config)
         cases["bare torch loop, Meta's DiT"] = bare_step(config, precision, images, labels, world, meta)
+    if arguments.diffusers:
+        cases["diffusers' example, U-Net of equal FLOPs, fp32"] = diffusers_step(config, images, world)
+    if arguments.parts:
+        cases["forward and backward alone"] = passes_alone(config, images, labels, world)
     for stage in arguments.stages:
         if arguments.deepspeed and stage:
             name = f"bare DeepSpeed loop, stage {stage}, no EMA"
-            cases[name] = deepspeed_step(config, stage, precision, images, labels, world)
+            cases[name] = deepspeed_step(config, stage, precision, images, labels, world, arguments.adam)
         cases[f"engine, zero_stage {stage}, with EMA"] = engine_step(config, stage, images, labels, world)
-    rates: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(ROUNDS + 1):
-        for name, step in cases.items():
-            for k in range(WARM_UP if round_ == 0 else STEPS):
-                if k == 0:
-                    dist.barrier()
-                    start = time.perf_counter()
-                step(k)
-            dist.barrier()
-            if round_:
-                rates[name].append(STEPS * rows * world / (time.perf_counter() - start))
+    rates = in_turns(cases, rows * world, arguments)
     if rank == 0:
         arguments.out.write_text(json.dumps(rates))
+    dist.destroy_process_group()
+
+
+def end_with(parent: int) -> None:
+    """Linux ends this process when the one that started it ends, however that is."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit("the benchmark has ended")
+
+
+def in_turns(cases, images, arguments):  # type: ignore[no-untyped-def]
+    """Images/s of each case by rounds, until the time is over; rank 0's clock decides for all."""
+    import torch
+    import torch.distributed as dist
+
+    def agreed(value: float) -> float:
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+    def timed(step, count):  # type: ignore[no-untyped-def]
+        dist.barrier()
+        start, cpu = time.perf_counter(), time.process_time()
+        for k in range(count):
+            step(k)
+        if arguments.clock == "cpu":
+            return (time.process_time() - cpu) / threads(arguments)
+        dist.barrier()
+        return time.perf_counter() - start
+
+    end = time.perf_counter() + arguments.seconds
+    counts = {}
+    for name, step in cases.items():
+        timed(step, WARM_UP)
+        counts[name] = max(1, int(agreed(TURN_S / timed(step, 1))))
+    rates = {name: [] for name in cases}
+    while agreed(len(rates[name]) < MOST_ROUNDS and (time.perf_counter() < end or not rates[name])):
+        for name, step in cases.items():
+            rates[name].append(counts[name] * images / timed(step, counts[name]))
+    return rates
 
 
 def module_of(config, world):  # type: ignore[no-untyped-def]
@@ -191,17 +245,46 @@ def edm_loss(network, config, precision, images, labels):  # type: ignore[no-unt
     return ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0).square()).mean()
 
 
-def deepspeed_step(config, stage, precision, images, labels, world):  # type: ignore[no-untyped-def]
+def deepspeed_step(config, stage, precision, images, labels, world, adam):  # type: ignore[no-untyped-def]
     import torch
     from baselines import bare_deepspeed
 
     network = module_of(config, world).denoiser.network
     batch, clip = config.data.global_batch_size, config.optimizer.gradient_clip
-    engine = bare_deepspeed(network, stage, precision == torch.bfloat16, batch, world, clip)
+    engine = bare_deepspeed(network, stage, precision == torch.bfloat16, batch, world, clip, adam)
 
     def step(k: int) -> None:
         engine.backward(edm_loss(engine, config, precision, images, labels))
         engine.step()
+
+    return step
+
+
+def diffusers_step(config, images, world):  # type: ignore[no-untyped-def]
+    from baselines import diffusers_loop
+
+    from scoreray.trainer.flops import training_flops
+
+    goal = training_flops(module_of(config, world).denoiser.network, (1, 28, 28))
+    return diffusers_loop(goal, images, world)
+
+
+def passes_alone(config, images, labels, world):  # type: ignore[no-untyped-def]
+    """Our network and loss without any optimizer, sum or norm."""
+    import torch
+
+    from scoreray.trainer.cpu import onednn_products
+    from scoreray.trainer.engine import build_engine
+
+    section = config.engine.model_copy(update={"zero_stage": 0})
+    one = config.data.model_copy(update={"global_batch_size": len(images)})
+    config = config.model_copy(update={"engine": section, "data": one})
+    engine = build_engine(module_of(config, world), config, world_size=1, device=torch.device("cpu"))
+
+    def step(k: int) -> None:
+        with onednn_products(engine.device):
+            loss, _ = engine.module(images, labels, torch.arange(len(images)) + k * len(images))
+            loss.mean().backward()
 
     return step
 
@@ -240,6 +323,7 @@ def bare_step(config, precision, images, labels, world, network=None):  # type: 
 def engine_step(config, stage, images, labels, world):  # type: ignore[no-untyped-def]
     import torch
 
+    from scoreray.trainer.cpu import onednn_products
     from scoreray.trainer.engine import build_engine
 
     section = config.engine.model_copy(update={"zero_stage": stage})
@@ -251,8 +335,9 @@ def engine_step(config, stage, images, labels, world):  # type: ignore[no-untype
         nonlocal count
         count += 1
         positions = torch.arange(len(images)) + count * len(images)
-        loss, _ = engine.module(images, labels, positions)
-        engine.backward(loss.mean())
+        with onednn_products(engine.device):
+            loss, _ = engine.module(images, labels, positions)
+            engine.backward(loss.mean())
         engine.step(1e-4, config.ema.decays(count, config.data.global_batch_size))
 
     return step

@@ -11,9 +11,9 @@ from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.batch_generation import Job, Samples, begin, carry_out_job, here, place_of
-from scoreray.sampling.driver import keep_large_tensors_on_the_heap
 from scoreray.sampling.generate import Request
 from scoreray.sampling.sample_files import sheet
+from scoreray.trainer.cpu import keep_large_tensors_on_the_heap
 
 
 @dataclass(frozen=True)

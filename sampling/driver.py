@@ -6,7 +6,6 @@ same bits whatever the batch size, its place in a batch, or who drew it.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -156,20 +155,6 @@ def fingerprint(model: LoadedDenoiser | LoadedMachine) -> str:
         found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def keep_large_tensors_on_the_heap() -> None:
-    """Large tensors from glibc's heap instead of fresh mappings: page faults cost a third of a small call on a CPU.
-
-    For a process that does little but draw. Does nothing where the C library has no such call.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_... of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for what, value in ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20)):
-        mallopt(ctypes.c_int(what), ctypes.c_int(value))
 
 
 def _marker(info: ModelInfo) -> Path:
