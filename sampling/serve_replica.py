@@ -248,6 +248,7 @@ class Replica:
             compile_=config.compile,
             limit_s=config.warmup_s,
             sizes=(max(2, most // 4), max(2, most // 16)),
+            pad_always=False,
         )
         device = next(denoiser.parameters()).device
         batcher = StepBatcher(fast.denoiser, most, device=device, observe=self._observe)

@@ -79,7 +79,7 @@ def config_file(packed: str, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = ("train", "sample", "export", "doctor", "demo", "data", "data pack", "data verify", "data inspect")
+VERBS = ("train", "sample", "serve", "export", "doctor", "demo", "data", "data pack", "data verify", "data inspect")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
