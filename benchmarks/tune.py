@@ -1,4 +1,4 @@
-"""Sweeps, measured: what a trial costs besides its training, how soon a search is near the optimum, what two cores gain.
+"""Sweeps, measured: what a trial costs besides training, how soon a search is near the optimum, what two cores gain.
 
     python benchmarks/tune.py [--out FILE.json]
 

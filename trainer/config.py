@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.order import default_lanes
+from scoreray.data.store import NotFound, open_store
 from scoreray.trainer import fits
 from scoreray.trainer.denoiser import DenoiserConfig
 from scoreray.trainer.ema import EMAConfig
@@ -297,9 +298,13 @@ def differing_keys(old: Config, new: Config) -> list[str]:
 def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
+    remote = re.fullmatch(r"s3:/+(.+)/([^/]+)", str(source))  # a Path has one slash there
     try:
-        raw = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if remote:
+            raw = yaml.safe_load(open_store(f"s3://{remote[1]}").get(remote[2]).decode("utf-8"))
+        else:
+            raw = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotFound):
         raise UserError(f"{source}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: can't be read: {error}") from None

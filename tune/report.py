@@ -129,7 +129,8 @@ def page(plan: Plan, trials: Sequence[Trial], best: Trial | None, default: Trial
         _figure("Trials in the order of their numbers, and the best so far.", history_picture(plan, trials)),
         _figure(f"Share of each dimension in what makes a trial good, by {html.escape(plan.sweep.metric.names[0])}.",
                 importance_picture(record["importance"])) if record["importance"] else "",
-        _figure("Each line is a finished trial, dark where it is good.", parallel_picture(plan, trials))
+        _figure("Each line is a finished trial, dark where it is good; grey ones were stopped.",
+                parallel_picture(plan, trials))
         if best is not None else "",
         _figure("The Pareto front.", front_picture(plan, trials)) if several and best is not None else "",
         _figure("Weighted denoising error by noise level, 95% bands; below, relative to the default.",
@@ -198,13 +199,17 @@ def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
     dimensions = plan.space.dimensions
     figure, axes = _axes(max(7.0, 1.6 * (len(dimensions) + 1)), 4.2)
     costs = sorted(_cost(plan, trial) for trial in finished if math.isfinite(_cost(plan, trial)))
+    for trial in trials:
+        if trial.state == "stopped":
+            axes.plot(range(len(dimensions)), _heights(plan, trial), color="0.8", lw=0.7, zorder=0)
     for i, trial in enumerate(finished):
-        good = i / max(1, len(finished) - 1)
-        heights = [one.place(trial.values[one.key]) if one.key in trial.values else -0.12 for one in dimensions]
+        good = i / (len(finished) - 1) if len(finished) > 1 else 1.0
         low, high = costs[0], costs[-1]
-        heights.append(1.0 if high == low else min(1.0, (_cost(plan, trial) - low) / (high - low)))
+        worth = 0.0 if high == low else min(1.0, (_cost(plan, trial) - low) / (high - low))
         colour = matplotlib.colormaps["viridis_r"](good)
-        axes.plot(range(len(heights)), heights, color=colour, alpha=0.35 + 0.6 * good, lw=1 + 1.2 * (good == 1.0))
+        width = 1 + 1.2 * (good == 1.0)
+        axes.plot(range(len(dimensions) + 1), [*_heights(plan, trial), worth], color=colour,
+                  alpha=0.35 + 0.6 * good, lw=width)  # fmt: skip
     for i, one in enumerate(dimensions):
         axes.axvline(i, color="0.3", lw=0.8)
         for place, text in _ticks(one):
@@ -218,7 +223,7 @@ def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
             )
     axes.axvline(len(dimensions), color="0.3", lw=0.8)
     sign = -1 if plan.sweep.metric.names[0] in MAXIMISED else 1
-    for place, cost in ((0.0, costs[0]), (1.0, costs[-1])):
+    for place, cost in ((0.0, costs[0]), (1.0, costs[-1]))[: len(set(costs))]:
         axes.text(len(dimensions) + 0.03, place, f"{sign * cost:.4g}", fontsize=8, va="center")
     labels = [".\n".join(one.key.rsplit(".", 1)) for one in dimensions] + [plan.sweep.metric.names[0]]
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
@@ -228,6 +233,11 @@ def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
         side.set_visible(False)
     axes.grid(visible=False)
     return _png(figure)
+
+
+def _heights(plan: Plan, trial: Trial) -> list[float]:
+    """Where a trial's values lie on the axes; below them where it has none."""
+    return [one.place(trial.values[one.key]) if one.key in trial.values else -0.12 for one in plan.space.dimensions]
 
 
 def front_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
@@ -247,22 +257,26 @@ def curves_picture(plan: Plan, best: Trial, default: Trial | None) -> bytes:
     from matplotlib.figure import Figure
 
     sigmas = levels_of(plan.sweep.metric)
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    shown = [("best", best, "C0")] + ([("default", default, "0.45")] if default and default is not best else [])
+    shown = [("best", best, "C0")]
+    if default is not None and default.number != best.number and len(default.reports[-1]["curve"]) == len(sigmas):
+        shown.append(("default", default, "0.45"))
+    figure = Figure(figsize=(9, 5.2 if len(shown) > 1 else 3.2), layout="constrained")
+    rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=[3, 2][: len(shown)])[:, 0]
+    base = shown[-1][1].reports[-1]["curve"]
     for name, trial, colour in shown:
-        report = trial.reports[-1]
-        curve, errors = report["curve"], report["std_errors"]
-        top.plot(sigmas, curve, "o-", ms=3.5, lw=1.6, color=colour, label=f"{name} (trial {trial.number})")
+        curve, errors = trial.reports[-1]["curve"], trial.reports[-1]["std_errors"]
+        rows[0].plot(sigmas, curve, "o-", ms=3.5, lw=1.6, color=colour, label=f"{name} (trial {trial.number})")
         low = [c - 1.96 * e for c, e in zip(curve, errors, strict=True)]
         high = [c + 1.96 * e for c, e in zip(curve, errors, strict=True)]
-        top.fill_between(sigmas, low, high, color=colour, alpha=0.15, lw=0)
-        base = shown[-1][1].reports[-1]["curve"]
-        bottom.plot(sigmas, [100 * (c / b - 1) for c, b in zip(curve, base, strict=True)], "o-", ms=3.5, color=colour)
-    top.set(ylabel="weighted error", ylim=(0, None))
-    top.legend(frameon=False)
-    bottom.set(xscale="log", xlabel="noise level σ", ylabel="difference, %")
-    for axes in (top, bottom):
+        rows[0].fill_between(sigmas, low, high, color=colour, alpha=0.15, lw=0)
+        if len(shown) > 1:
+            ratio = [100 * (c / b - 1) for c, b in zip(curve, base, strict=True)]
+            rows[1].plot(sigmas, ratio, "o-", ms=3.5, color=colour)
+            rows[1].set(ylabel="difference, %")
+    rows[0].set(ylabel="weighted error", ylim=(0, None))
+    rows[0].legend(frameon=False)
+    rows[-1].set(xscale="log", xlabel="noise level σ")
+    for axes in rows:
         axes.grid(alpha=0.3)
     return _png(figure)
 

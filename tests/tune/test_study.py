@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from scoreray.data.errors import UserError
+from scoreray.data.store import open_store
 from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store
@@ -208,3 +209,12 @@ def test_a_trial_that_diverges_fails_alone(ray_cluster: None, sweep: dict[str, A
     assert [trial.state for trial in trials] == ["done", "failed"]
     assert "sample" in trials[1].error
     assert make_report(plan, trials).record["best"]["number"] == 0
+
+
+def test_a_config_in_s3_is_read_as_one_on_disk(local_s3: Any, s3_url: str, sweep: dict[str, Any]) -> None:
+    """Where a study's best.yaml lies, and how the command line hands its name on."""
+    text = yaml.safe_dump({**sweep["base"], "run": {"name": "best", "storage": s3_url}})
+    open_store(s3_url).put("best.yaml", text.encode())
+    assert load_config(Path(f"{s3_url}/best.yaml")).duration.images == 2048
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(f"{s3_url}/worst.yaml")
