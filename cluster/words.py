@@ -1,0 +1,36 @@
+"""Words that several verbs of the command line share, and the S3 server that `--local-s3` starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_servers: list[Any] = []  # the S3 server of --local-s3, while it runs
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers print.")]
+
+
+@contextlib.contextmanager
+def local_s3(folder: Path) -> Iterator[None]:
+    from scoreray.data.local_s3 import LocalS3
+
+    with LocalS3(folder) as server:
+        os.environ.update(server.env)
+        _servers.append(server)
+        yield
+
+
+def make_bucket(url: str) -> None:
+    """On a server of our own (--local-s3), the bucket of a URL that is about to be written to."""
+    if _servers and url.startswith("s3://"):
+        _servers[-1].create_bucket(url[5:].partition("/")[0])
