@@ -132,6 +132,7 @@ class Service:
         self._busy_tries = busy_tries
         self._keys: Keys[Origin, Run] = Keys(config.limits)
         self._runs: set[Run] = set()
+        self._reloading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -319,15 +320,24 @@ class Service:
                 await self._reload(name)
 
     async def _reload(self, name: str) -> None:
+        """One look at the store at a time, whoever asks: one that does not answer shall hold one thread, not all."""
+        task = self._reloading.get(name)
+        if task is None:
+            task = self._reloading[name] = self._spawn(self._take_newer(name))
+            task.add_done_callback(lambda _: self._reloading.pop(name, None))
+        await asyncio.shield(task)
+
+    async def _take_newer(self, name: str) -> None:
         served = self.models[name]
         try:
             if not await asyncio.to_thread(served.newer):
                 return
             newest = await asyncio.to_thread(look_up, name, served.url, self.config.ema)
             await self.backend.prepare(newest.info.url, newest.info.ema)
-        except (ScorerayError, Lost) as error:
+        except Exception as error:  # whatever it is, the old one answers, and the next look may go better
             self.meter["reloads"].labels("failed").inc()
-            log.warning("model %s stays at %s: %s", name, served.info.url, error)
+            known = isinstance(error, ScorerayError | Lost)
+            log.warning("model %s stays at %s: %r", name, served.info.url, error, exc_info=not known)
             return
         self.models[name] = newest
         self.meter["reloads"].labels("ok").inc()

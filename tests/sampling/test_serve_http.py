@@ -10,6 +10,8 @@ import io
 import json
 import random
 import re
+import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from scoreray.sampling.serve_access import hash_of, is_loopback, read_tokens
 from scoreray.sampling.serve_config import ERRORS, Limits, Refused, ServeConfig
 from scoreray.sampling.serve_keys import Keys
 from scoreray.sampling.serve_metrics import REPLICA_METRICS, SERVICE_METRICS
+from scoreray.sampling.serve_models import Served
 from scoreray.sampling.serve_replica import Event, Job, Replica
 from scoreray.sampling.serve_request import SampleBody, make_job
 from scoreray.sampling.serve_service import LocalBackend, Lost, Service
@@ -462,6 +465,47 @@ def test_a_newer_checkpoint_is_taken_without_a_failed_request(
             assert metric((await call("GET", "/metrics")).body.decode(), "scoreray_models_loaded") <= 2
 
     asyncio.run(main())
+
+
+def test_a_store_that_fails_or_hangs_stops_nothing(
+    new_run: Callable[..., str], tmp_path: Any, monkeypatch: Any
+) -> None:
+    """The run is deleted under the service, the store raises what nobody expects and then hangs: what is in memory is
+    drawn all the same, a hanging look is one look, and a checkpoint committed later is taken."""
+    url = new_run(str(tmp_path / "vanishing"), 64)
+    release, looks = threading.Event(), []
+
+    async def main() -> None:
+        async with serving(config(url, reload_s=0.05)) as call:
+            shutil.rmtree(url)
+            await asyncio.sleep(0.2)
+            gone = await call.post({"ema": "none"})
+            assert (gone.status, gone.code) == (503, "storage")
+
+            def broken(served: Served) -> bool:
+                looks.append(served)
+                release.wait()
+                raise OSError("nobody expects this")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Served, "newer", broken)
+                while not looks:
+                    await asyncio.sleep(0.01)
+                waiting = [asyncio.create_task(call.post({"ema": "none"})) for _ in range(40)]
+                await asyncio.sleep(0.1)
+                assert (await asyncio.wait_for(call.post({"steps": 2}), 30)).status == 200
+                assert len(looks) == 1
+                release.set()
+                assert {reply.code for reply in await asyncio.gather(*waiting)} == {"storage"}
+            await asyncio.to_thread(new_run, url, 128, seed=1)
+            while (await call.post({"ema": "none", "steps": 2})).status != 200:
+                await asyncio.sleep(0.05)
+            assert (await call.post({"steps": 2})).json["images_seen"] == 128
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), 120))
+    finally:
+        release.set()
 
 
 def test_draining_answers_what_is_under_way_and_takes_nothing_more(run_url: str) -> None:
