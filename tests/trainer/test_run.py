@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,20 +116,39 @@ def test_only_what_may_pass_is_tried_again() -> None:
     assert not is_final(RuntimeError("connection reset by a peer that was killed"))
 
 
-def test_a_killed_worker_changes_nothing(uninterrupted: Any, data_url: str) -> None:
-    """SIGKILL to one of two workers between two checkpoints: Ray Train restarts them, at the right image."""
-    config = prepare_run(load_config(settings(data_url, "worker-killed")))
-    killed: list[int] = []
+@pytest.mark.slow
+def test_a_worker_that_is_told_to_end_then_one_that_hangs_then_one_that_is_killed(
+    uninterrupted: Any, data_url: str
+) -> None:
+    """SIGTERM: saved at once, no step redone. SIGSTOP: found within the time-out, and ended. SIGKILL. Each time Ray
+    Train starts the workers again at the right image, and the end is bitwise that of an uninterrupted run."""
+    scaling = {"workers": 2, "hang_timeout_s": 8}
+    config = prepare_run(load_config(settings(data_url, "worker-killed", scaling=scaling)))
+    plan = [(700, signal.SIGTERM), (1500, signal.SIGSTOP), (2300, signal.SIGKILL)]
+    sent: list[tuple[psutil.Process, float]] = []
+    notes: list[tuple[str, float]] = []
+    seen: list[int] = []
 
-    def kill_once(progress: Any) -> None:
-        if not killed and progress.images > 1000:
+    def meddle(progress: Any) -> None:
+        seen.append(progress.images)
+        if len(notes) == len(sent) < len(plan) and progress.images > plan[len(sent)][0]:
             victim = training_workers(psutil.Process())[-1]
-            killed.append(victim.pid)
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(victim.pid, plan[len(sent)][1])
+            sent.append((victim, time.monotonic()))
 
-    assert fit(config, kill_once) == TOTAL
-    assert killed
-    assert_same(config, uninterrupted)
+    assert fit(config, meddle, lambda line: notes.append((line, time.monotonic()))) == TOTAL
+    assert len(sent) == len(notes) == 3, notes
+    (told, _), (hung, found_at), (died, _) = notes
+    saved_at = int(re.search(r"all was saved at ([\d,]+) images", told)[1].replace(",", ""))  # type: ignore[index]
+    assert min(images for images in seen[seen.index(max(i for i in seen if i <= saved_at)) + 1 :]) > saved_at
+    assert "hung" in hung
+    assert found_at - sent[1][1] < 8 + 4
+    assert "died" in died
+    assert not any(victim.is_running() for victim, _ in sent)
+    state, losses = outcome(config)
+    for name, tensor in uninterrupted[0].items():
+        assert torch.equal(state[name], tensor), name
+    assert [pair for pair in losses if pair[0] > 1600] == [pair for pair in uninterrupted[1] if pair[0] > 1600]
 
 
 def test_a_killed_driver_resumes_by_the_same_command(uninterrupted: Any, data_url: str, tmp_path: Path) -> None:
@@ -211,24 +231,36 @@ def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: st
         fit(config)
 
 
-def test_ctrl_c_ends_workers_and_exits_130(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_told_to_stop_saves_first(
+    ray_cluster: None, data_url: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C or SIGTERM between two checkpoints: what was trained is committed, nothing is left running, status 130."""
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(settings(data_url, "interrupted", duration={"images": 1_000_000})))
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while latest(run_store(load_config(file))) is None:
-        assert time.monotonic() < deadline
-        assert driver.poll() is None, driver.communicate()
-        time.sleep(0.1)
-    family = psutil.Process(driver.pid).children(recursive=True)
-    killer = threading.Timer(60, driver.kill)
+    changes = {"duration": {"images": 1_000_000}, "checkpoint": {"every_images": 900_000}, "engine": {"zero_stage": 0}}
+    file.write_text(yaml.safe_dump(settings(data_url, f"stopped-{number.name}", **changes)))
+    command = [sys.executable, "-m", "scoreray.cluster.command", "train", str(file)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    killer = threading.Timer(200, driver.kill)
     killer.start()
-    driver.send_signal(signal.SIGINT)
-    _, errors = driver.communicate()
+    assert driver.stderr is not None
+    lines = []
+    for line in driver.stderr:
+        lines.append(line)
+        if re.match(r"train [\d,]+/", line):
+            break
+    shown = int(re.match(r"train ([\d,]+)/", lines[-1])[1].replace(",", ""))  # type: ignore[index]
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(number)
+    lines += driver.stderr.readlines()
+    driver.wait()
     killer.cancel()
-    assert driver.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "goes on" in errors
+    assert driver.returncode == 130, lines
+    assert "Traceback" not in "".join(lines)
+    assert "saving first" in "".join(lines)
+    assert "goes on" in lines[-1]
+    checkpoint = latest(run_store(load_config(file)))
+    assert checkpoint is not None
+    assert shown <= checkpoint.images_seen < 900_000
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
