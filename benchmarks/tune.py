@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +52,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tune.json")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument(
+        "--only", choices=("overhead", "parallel", "search"), help="One part; the file keeps the others."
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scoreray-") as folder, connected(num_cpus=2):
         place = Path(folder)
         for name, count, seed in (("train", 8192, 0), ("held", 512, 1)):
             np.savez(place / f"{name}.npz", images=sample_target("mixture", count, seed).numpy())
             pack(str(place / f"{name}.npz"), str(place / name), name=name)
-        found = {
-            "overhead": overhead(place),
-            "parallel": parallel(place),
-            "search": search(place, arguments.seeds, arguments.trials),
+        parts: dict[str, Callable[[], Any]] = {
+            "overhead": lambda: overhead(place),
+            "parallel": lambda: parallel(place),
+            "search": lambda: search(place, arguments.seeds, arguments.trials),
         }
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+        found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        for name in [arguments.only] if arguments.only else list(parts):
+            found[name] = {"load_before": os.getloadavg()[0], **parts[name]()}
+            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+            print(json.dumps({name: found[name]}, indent=1), flush=True)
 
 
 def run(place: Path, name: str, **changes: Any) -> tuple[list[Trial], float]:
