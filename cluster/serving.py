@@ -275,7 +275,9 @@ def serve_until_stopped(
     Returns how many requests were cut off because they did not end in time. A second signal ends it at once.
     """
     for name, url in config.models:
-        look_up(name, url, config.ema)  # a wrong URL is told before Ray starts
+        look_up(name, url, config.ema)  # a wrong URL is told before Ray starts, and so is a port that is taken
+    if placement.port:
+        _check_port(placement.host, placement.port)
     low = placement.replicas[0]
     slots = max(os.cpu_count() or 1, math.ceil(placement.replicas[1] * placement.cpus_per_replica))
     left = 0

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +32,16 @@ from scoreray.cluster import cli
 from scoreray.cluster.serving import Placement, make_config, make_limits, parse_replicas, replicas_wanted, served
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.client import Client, Declined
+from scoreray.sampling.serve_access import hash_of
 from scoreray.sampling.serve_config import Limits
 
 NUM_KILLS = 10
-LIMITS = Limits(max_waiting_rows=96, max_request_s=60, token_requests=4000, token_rows=100_000)
+PATIENCE_S = 600.0  # of a busy machine; nothing here waits longer than it must
+OVERLOAD = 10
+LIMITS = Limits(max_waiting_rows=96, max_wait_s=PATIENCE_S, max_request_s=PATIENCE_S, token_requests=4000,
+                token_rows=100_000)  # fmt: skip
+HTTP = urllib3.PoolManager(maxsize=16, retries=False, timeout=PATIENCE_S)
+SECRET = "a-token-for-this-test"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,7 @@ def service(ray_cluster: None, run_url: str) -> Iterator[str]:
 
 def metrics(url: str) -> dict[str, float]:
     """Sums over labels, by name."""
-    page, found = urllib3.request("GET", url + "/metrics").data.decode(), Counter[str]()
+    page, found = HTTP.request("GET", url + "/metrics").data.decode(), Counter[str]()
     for line in page.splitlines():
         if not line.startswith("#"):
             name, _, value = line.rpartition(" ")
@@ -57,14 +67,30 @@ def metrics(url: str) -> dict[str, float]:
     return found
 
 
-def replica_pids() -> list[int]:
-    """Of the processes that hold a model, by how Ray names them."""
+def pids(name: str) -> list[int]:
+    """Of our cluster's processes of an actor, by how Ray names them."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if "ServeReplica:scoreray:model" in " ".join(process.info["cmdline"] or [])
-        and any(parent.pid == os.getpid() for parent in process.parents())
+        if name in " ".join(process.info["cmdline"] or []) and os.getpid() in {p.pid for p in process.parents()}
     ]
+
+
+def replica_pids() -> list[int]:
+    return pids("ServeReplica:scoreray:model")
+
+
+def answering(url: str) -> int:
+    """Replicas that are loaded and answer."""
+    page = HTTP.request("GET", url + "/metrics").data.decode()
+    return len(set(re.findall(r'replica="(\w+)"', page)))
+
+
+def until(true: Callable[[], bool], what: str, every_s: float = 0.1) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(every_s)
 
 
 def test_samples_previews_and_the_model_through_the_client(service: str) -> None:
@@ -83,13 +109,14 @@ def test_samples_previews_and_the_model_through_the_client(service: str) -> None
         client.sample(sampler="huen")
     page = metrics(service)
     assert page["scoreray_samples_total"] >= 9
-    text = urllib3.request("GET", service + "/metrics").data.decode()
-    assert len(set(re.findall(r'replica="(\w+)"', text))) == 2
+    assert answering(service) == 2
+    one = HTTP.request("POST", service + "/v1/samples", json={}, headers={"X-Request-ID": "mine-1"})
+    assert (one.headers["x-request-id"], one.json()["id"]) == ("mine-1", "mine-1")  # once, not also by Serve's proxy
 
 
 def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str) -> None:
     """SIGKILL of one of two replicas, ten times; every request is answered once, with what it would get in peace."""
-    pool = urllib3.PoolManager(maxsize=16, retries=False, timeout=90)
+    pool = urllib3.PoolManager(maxsize=16, retries=False, timeout=PATIENCE_S)
     before, stop = metrics(service), threading.Event()
     answers: list[tuple[str, int, bytes]] = []
 
@@ -107,17 +134,17 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
     for worker in workers:
         worker.start()
     killed: set[int] = set()
-    deadline = time.monotonic() + 120
-    while len(killed) < NUM_KILLS and time.monotonic() < deadline:
-        there = [pid for pid in replica_pids() if pid not in killed]
-        if len(there) >= 2:
-            killed.add(there[0])
-            os.kill(there[0], signal.SIGKILL)
-        time.sleep(0.2)
-    stop.set()
-    for worker in workers:
-        worker.join()
-    assert len(killed) == NUM_KILLS
+    try:
+        while len(killed) < NUM_KILLS:
+            until(lambda: answering(service) == 2, "two replicas answer")
+            victim = next(pid for pid in replica_pids() if pid not in killed)
+            killed.add(victim)
+            os.kill(victim, signal.SIGKILL)
+            until(lambda pid=victim: pid not in replica_pids(), "the killed one is gone")
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
     bad = [(name, status, data[:200]) for name, status, data in answers if status != 200]
     assert not bad, bad
     names = Counter(name for name, _, _ in answers)
@@ -136,42 +163,51 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
 
 
 def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> None:
-    pool = urllib3.PoolManager(maxsize=128, retries=False, timeout=60)
-    body = json.dumps({"count": 8, "steps": 25})
+    """Requests come at ten times the rate that the service can answer, whatever it says (an open loop)."""
+    pool = urllib3.PoolManager(maxsize=256, retries=False, timeout=PATIENCE_S)
+    body = json.dumps({"count": 32, "steps": 100})
     headers = {"Content-Type": "application/json"}
 
-    def ask(_: int) -> tuple[int, float, str | None]:
+    def ask(at: float = 0.0) -> tuple[int, float, str | None]:
+        time.sleep(max(0.0, at - time.monotonic()))
         started = time.monotonic()
         reply = pool.request("POST", service + "/v1/samples", body=body, headers=headers)
         return reply.status, time.monotonic() - started, reply.headers.get("retry-after")
 
-    [ask(0) for _ in range(4)]
-    with ThreadPoolExecutor(96) as many:
-        first = list(many.map(ask, range(150)))
-        memory = [psutil.Process(pid).memory_info().rss for pid in replica_pids()]
-        second = list(many.map(ask, range(300)))
-    replies = first + second
+    def memory() -> dict[str, float]:
+        names = ("ServeReplica:scoreray:model", "ServeReplica:scoreray:ingress", "ProxyActor")
+        return {name: sum(psutil.Process(pid).memory_info().rss for pid in pids(name)) / 2**20 for name in names}
+
+    until(lambda: answering(service) == 2, "two replicas answer")
+    with ThreadPoolExecutor(4) as few:
+        list(few.map(lambda _: ask(), range(4)))
+        started = time.monotonic()
+        assert {status for status, _, _ in few.map(lambda _: ask(), range(8))} == {200}
+        per_s = 8 / (time.monotonic() - started)
+    replies: list[tuple[int, float, str | None]] = []
+    for _ in range(2):
+        before = memory()
+        with ThreadPoolExecutor(200) as many:
+            start = time.monotonic() + 0.2
+            replies += many.map(ask, [start + i / (OVERLOAD * per_s) for i in range(100)])
     statuses = Counter(status for status, _, _ in replies)
     assert set(statuses) <= {200, 429, 503}, statuses
-    assert statuses[200] >= 20, statuses
-    assert statuses[503] >= 50, statuses
-    assert all(retry is not None for status, _, retry in replies if status != 200)
-    taken = sorted(took for status, took, _ in replies if status == 200)
-    assert taken[int(0.99 * len(taken))] < 20, taken[-5:]
-    assert sum(psutil.Process(pid).memory_info().rss for pid in replica_pids()) < sum(memory) + (100 << 20)
-    assert pool.request("POST", service + "/v1/samples", body=body, headers=headers).status == 200
+    assert statuses[200] >= 6, statuses
+    assert statuses[503] >= 100, statuses
+    assert all(retry is not None and int(retry) >= 1 for status, _, retry in replies if status != 200)
+    queue_s = 2 * LIMITS.max_waiting_rows / 32 / per_s  # full queues of both, at the rate that was measured
+    assert max(took for status, took, _ in replies if status == 200) < 4 * queue_s + 5
+    assert all(after < before[name] + 50 for name, after in memory().items()), (before, memory())
+    assert ask()[0] == 200
 
 
 def test_a_client_that_disconnects_frees_its_rows(service: str) -> None:
     before = metrics(service)["scoreray_cancelled_rows_total"]
     with pytest.raises(urllib3.exceptions.ReadTimeoutError):
-        urllib3.request("POST", service + "/v1/samples", json={"count": 32, "steps": 1000}, timeout=1.0, retries=False)
-    for _ in range(100):
-        page = metrics(service)
-        if page["scoreray_waiting_rows"] == 0 and page["scoreray_requests_under_way"] == 0:
-            break
-        time.sleep(0.05)
-    assert page["scoreray_waiting_rows"] == page["scoreray_requests_under_way"] == 0
+        HTTP.request("POST", service + "/v1/samples", json={"count": 32, "steps": 1000}, timeout=1.0, retries=False)
+    until(lambda: metrics(service)["scoreray_waiting_rows"] == 0, "its rows are freed")
+    until(lambda: metrics(service)["scoreray_requests_under_way"] == 0, "its request ends")
+    page = metrics(service)
     assert page["scoreray_cancelled_rows_total"] - before == 32
 
 
@@ -184,7 +220,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
 
     def ask() -> None:
         while not stop.is_set():
-            reply = urllib3.request("POST", service + "/v1/samples", json={"steps": 6}, retries=False)
+            reply = HTTP.request("POST", service + "/v1/samples", json={"steps": 6}, retries=False)
             if reply.status != 200:
                 failures.append((reply.status, reply.data))
             else:
@@ -194,9 +230,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
     for worker in workers:
         worker.start()
     new_run(run_url, 640, seed=5)
-    deadline = time.monotonic() + 30
-    while 640 not in seen and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: 640 in seen or bool(failures), "the new one answers")
     time.sleep(0.3)
     stop.set()
     for worker in workers:
@@ -206,7 +240,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
 
 
 def test_the_client_waits_where_it_is_told_to(service: str) -> None:
-    client = Client(service, tries=20)
+    client = Client(service, tries=200)
     with ThreadPoolExecutor(32) as many:
         found = list(many.map(lambda i: client.sample(count=8, steps=25, seed=i, key=f"busy-{i}"), range(40)))
     assert len(found) == 40
@@ -216,35 +250,50 @@ def test_the_client_waits_where_it_is_told_to(service: str) -> None:
 
 def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -> None:
     """`scoreray serve` in a process of its own, on a Ray of its own: SIGTERM while requests run; exit status 0."""
-    tokens = tmp_path / "tokens"
-    tokens.write_text("test:a-token-for-this-test\n")
+    tokens, folder = tmp_path / "tokens", tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets are in it
+    tokens.write_text(f"test:{SECRET}\n")
     command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
     options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--token-file", str(tokens)]
+    patient = ["--drain-s", f"{PATIENCE_S}", "--limit", f"max_request_s={PATIENCE_S}", "--limit", "max_wait_s=600"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [*command, *options, *patient],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**env, "RAY_TMPDIR": folder},
+    )
     try:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
-        client = Client(url, "a-token-for-this-test", tries=1)
+        client = Client(url, SECRET, tries=1)
         assert client.model()["name"] == "mine"
         with pytest.raises(Declined, match="no_token"):
             Client(url).sample()
+        with pytest.raises(Declined, match="no_token"):
+            Client(url, SECRET + "?").sample()
+        page = f"{url}/metrics"
+        headers = {"Authorization": f"Bearer {SECRET}"}
         with ThreadPoolExecutor(12) as many:
-            under_way = [many.submit(client.sample, count=8, steps=60, seed=i) for i in range(12)]
-            time.sleep(0.5)
+            under_way = [many.submit(client.sample, count=8, steps=120, seed=i) for i in range(12)]
+            taken = "scoreray_requests_under_way 12.0"
+            until(lambda: taken in HTTP.request("GET", page, headers=headers).data.decode(), "all are taken", 0.02)
             process.send_signal(signal.SIGTERM)
             answers = [future.result() for future in under_way]
+            logs = [file.read_text(errors="replace") for file in Path(folder).glob("sr-*/session_2*/logs/**/*.*")]
         assert [len(answer.images) for answer in answers] == [8] * 12
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stderr is not None
         told = process.stderr.read()
         assert "draining" in told
         assert process.stdout.read() == ""
         assert "Traceback" not in told
-        assert "a-token-for-this-test" not in told
+        assert any("POST /v1/samples test " in log for log in logs), "these are not the logs of the service"
+        assert not any(secret in text for text in (told, *logs) for secret in (SECRET, hash_of(SECRET)))
     finally:
         process.kill()
         process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_more_rows_want_more_replicas() -> None:
@@ -264,12 +313,26 @@ def test_mistakes_are_one_line_before_ray_starts(
     run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
+    taken = socket.create_server(("127.0.0.1", 0))
     for words, told in (
+        ([run_url, "--port", str(taken.getsockname()[1])], "can't be listened on"),
+        ([run_url, "--host", "203.0.113.7", "--no-auth"], "can't be listened on"),
         ([str(tmp_path / "absent")], "absent"),
         ([run_url, "--host", "0.0.0.0"], "tokens are needed"),
         ([run_url, "--precision", "fp8"], "fp32"),
         ([run_url, "--ema", "0.3"], "0.3"),
         ([run_url, "--limit", "count=3"], "did you mean 'max_count'"),
+        ([run_url, "--limit", "max_count=many"], "max_count=256"),
+        ([run_url, "--limit", "max_count=-1"], "positive"),
+        ([run_url, "--port", "70000"], "65535"),
+        ([run_url, "--replicas", "3,1"], "MIN <= MAX"),
+        ([run_url, "--replicas", "many"], "MIN,MAX"),
+        ([run_url, "--max-batch", "1"], "max-batch"),
+        ([run_url, "--compile", "yes"], "off"),
+        ([run_url, "--token-file", str(tmp_path / "absent")], "token-file"),
+        ([run_url, "--drain-s", "-1"], "drain-s"),
+        ([run_url, run_url], "NAME=URL"),
+        (["a/b=c"], "a/b=c"),
         ([], "CHECKPOINT"),
     ):
         monkeypatch.setattr(sys, "argv", ["scoreray", "serve", *words])
@@ -280,6 +343,7 @@ def test_mistakes_are_one_line_before_ray_starts(
         assert line.startswith("scoreray: ")
         assert told in line
     signal.signal(signal.SIGTERM, handler)
+    taken.close()
 
 
 def test_words_of_the_command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
