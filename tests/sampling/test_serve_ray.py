@@ -165,7 +165,7 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
 def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> None:
     """Requests come at ten times the rate that the service can answer, whatever it says (an open loop)."""
     pool = urllib3.PoolManager(maxsize=256, retries=False, timeout=PATIENCE_S)
-    body = json.dumps({"count": 32, "steps": 100})
+    body = json.dumps({"count": 32, "steps": 60})
     headers = {"Content-Type": "application/json"}
 
     def ask(at: float = 0.0) -> tuple[int, float, str | None]:
