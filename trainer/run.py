@@ -99,7 +99,8 @@ def fit(
 
     if (images_seen := _images_committed(config)) >= config.duration.images:
         return images_seen
-    monitor = ray.remote(num_cpus=0)(Monitor).remote(config.run.name)
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
+    monitor = ray.remote(num_cpus=0, label_selector=here)(Monitor).remote(config.run.name)  # dies with us, not before
     done = threading.Event()
     watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
