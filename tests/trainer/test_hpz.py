@@ -38,7 +38,7 @@ def test_a_partition_group_changes_no_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "workers", "group"), [(2, 8, 4), ("auto", 8, 4), (3, 8, 3), (3, 4, 4), (3, [4, 8], 2), (3, [6, 8], 2)]
+    ("stage", "workers", "group"), [(2, 8, 4), ("auto", 8, 4), (3, 8, 3), (3, 4, 4), (3, [2, 8], 2), (3, [6, 7], 2)]
 )
 def test_groups_that_do_not_go_are_refused(stage: int | str, workers: int | list[int], group: int) -> None:
     settings = {
