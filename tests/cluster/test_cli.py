@@ -62,7 +62,7 @@ def packed(local_s3: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> str:
     url = f"s3://scoreray-tests/{os.getpid()}-cli-data"
     result = scoreray("data", "pack", str(source), url, "--samples-per-shard", "40", "--json")
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == {"url": url, "num_samples": 96, "num_shards": 3}
+    assert json.loads(result.stdout) == {"url": url, "num_samples": 96, "num_shards": 3, "left_out": []}
     return url
 
 
@@ -79,7 +79,8 @@ def config_file(packed: str, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = ("train", "sample", "serve", "export", "doctor", "demo", "data", "data pack", "data verify", "data inspect")
+VERBS = ("train", "tune", "sample", "serve", "evaluate", "compare", "export", "doctor", "submit", "demo", "data", "data pack",
+         "data verify", "data inspect")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -156,7 +157,7 @@ def test_a_trained_run_is_sampled_from_the_command_line(ray_cluster: None, confi
     folder = scoreray(*common[:2], "--count", "3", "--steps", "2", "--out", str(tmp_path / "folder"))
     assert folder.returncode == 0
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
-    assert names == ["000000.png", "000001.png", "000002.png", "sampling.json", "samples.png"]
+    assert names == ["000000.png", "000001.png", "000002.png", "samples.png", "sampling.json"]
     assert_refused(scoreray(*common[:2], "--out", str(a), "--class-label", "9"), 2, "class '9'")
     assert_refused(scoreray(*common[:2], "--out", str(a), "--ema", "0.2"), 2, "0.050, 0.100")
     assert_refused(
