@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check benchmarks clean
+.PHONY: help setup demo test test-all check benchmarks clean
 
 help:
 	@echo "make demo        train on this machine and look at the samples (a few minutes on 2 cores)"
-	@echo "make test        the test suite"
+	@echo "make test        the test suite, without the tests that take minutes each"
+	@echo "make test-all    all of it: ten kills in a row, two nodes, whole studies, overload"
 	@echo "make check       ruff, mypy and the test suite"
 	@echo "make benchmarks  speed, as ratios measured in one run"
 	@echo "make clean       remove the virtual environment and caches"
@@ -29,13 +30,16 @@ demo: $(READY)
 	$(BIN)/scoreray demo $(DEMO)
 
 test: $(READY)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test-all: $(READY)
 	$(BIN)/python -m pytest $(TESTS)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tests/typing/scoreray
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/step.py

@@ -9,6 +9,8 @@ import pytest
 
 from scoreray.data.local_s3 import LocalS3
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets its workers starve on a busy machine
+
 
 @pytest.fixture(scope="session")
 def local_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:

@@ -9,13 +9,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from scoreray.trainer.config import load_config
 
 
-@pytest.mark.slow
 def test_the_quick_demo(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "scoreray.cluster.cli", "demo", "--quick", "--json", "--out", str(out)]

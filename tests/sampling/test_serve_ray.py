@@ -114,6 +114,7 @@ def test_samples_previews_and_the_model_through_the_client(service: str) -> None
     assert (one.headers["x-request-id"], one.json()["id"]) == ("mine-1", "mine-1")  # once, not also by Serve's proxy
 
 
+@pytest.mark.slow
 def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str) -> None:
     """SIGKILL of one of two replicas, ten times; every request is answered once, with what it would get in peace."""
     pool = urllib3.PoolManager(maxsize=16, retries=False, timeout=PATIENCE_S)
@@ -162,6 +163,7 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
     assert different <= 0.05 * len(by_request), "the same request drew other samples"  # last bits may round otherwise
 
 
+@pytest.mark.slow
 def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> None:
     """Requests come at ten times the rate that the service can answer, whatever it says (an open loop)."""
     pool = urllib3.PoolManager(maxsize=256, retries=False, timeout=PATIENCE_S)

@@ -16,6 +16,7 @@ from scoreray.trainer.config import load_config
 RANKS = Path(__file__).with_name("hpz_ranks.py")
 
 
+@pytest.mark.slow
 def test_a_partition_group_changes_no_step() -> None:
     """Four ranks in groups of two: each holds half of every weight beside its quarter, and the norms are equal."""
     with socket.socket() as probe:

@@ -232,6 +232,7 @@ def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: st
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_driver_that_is_told_to_stop_saves_first(
     ray_cluster: None, data_url: str, tmp_path: Path, number: signal.Signals
 ) -> None:

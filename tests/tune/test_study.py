@@ -39,6 +39,7 @@ def runs_of(plan: Plan) -> set[str]:
     return {key.split("/")[1] for key, _ in study_store(plan.sweep).list("runs/") if key.endswith("COMMITTED.json")}
 
 
+@pytest.mark.slow
 def test_asha_stops_trials_and_later_ones_get_their_resources(ray_cluster: None, sweep: dict[str, Any]) -> None:
     """20 trials on 2 cores: never more than two at once, most stopped early, the planted noise levels found."""
     plan = load_sweep(
@@ -112,6 +113,7 @@ def test_population_based_training_exchanges_weights(ray_cluster: None, sweep: d
         assert any(not torch.equal(a, b) for a, b in zip(own.full_state().values(), ours.values(), strict=False))
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
     ray_cluster: None, sweep: dict[str, Any], tmp_path: Path
 ) -> None:
