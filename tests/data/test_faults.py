@@ -92,8 +92,10 @@ class FaultProxy:
                          for l in head.split(b"\r\n")]  # fmt: skip
                 connection.sendall(b"\r\n".join(lines) + body[:size])
             elif kind == "flip":
-                at = len(body) // 3
-                connection.sendall(head + body[:at] + bytes([body[at] ^ 4]) + body[at + 1 :])
+                flipped = bytearray(body)
+                for at in range(len(body) % 101, len(body), 101):  # in each member: what lies between is not looked at
+                    flipped[at] ^= 4
+                connection.sendall(head + flipped)
             elif kind == "slow":
                 connection.sendall(head)
                 for i in range(len(body)):
@@ -280,7 +282,7 @@ def test_credentials_that_stay_expired_are_one_line(
     started = time.monotonic()
     with pytest.raises(StorageError, match="the credentials have expired; get new ones and run the same command again"):
         read(s3_url, 5)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40  # far under the patience with a store that does not answer
     assert proxy.done[kind] > 1
 
 

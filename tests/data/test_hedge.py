@@ -69,25 +69,26 @@ def test_a_store_that_is_slow_as_a_whole_is_not_asked_everything_twice(monkeypat
 
 def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the threads would hold the process for a minute after its stream was closed."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    get = HedgedGet(open_store("s3://bucket/set").get)
-    errors: list[StorageError] = []
+    with socket.socket() as refusing:  # bound, and nobody listens
+        refusing.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{refusing.getsockname()[1]}"
+        keys = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
+        for name, value in {"ENDPOINT_URL": endpoint, "ENDPOINT_URL_S3": endpoint, **keys}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        get = HedgedGet(open_store("s3://bucket/set").get)
+        errors: list[StorageError] = []
 
-    def ask() -> None:
-        try:
-            get("key", 0, 6)
-        except StorageError as error:
-            errors.append(error)
+        def ask() -> None:
+            try:
+                get("key", 0, 6)
+            except StorageError as error:
+                errors.append(error)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    time.sleep(0.5)
-    assert asking.is_alive()
-    get.close()
-    asking.join(timeout=20)
-    assert not asking.is_alive()
-    assert len(errors) == 1
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.5)
+        assert asking.is_alive(), errors
+        get.close()
+        asking.join(timeout=20)
+        assert not asking.is_alive()
+        assert len(errors) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,7 +33,12 @@ MEAN = "objective.sigma_sampling.P_mean"
 
 
 def trial_processes() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "TrialProcess" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "TrialProcess" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def runs_of(plan: Plan) -> set[str]:
