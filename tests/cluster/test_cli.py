@@ -161,7 +161,9 @@ def test_a_trained_run_is_sampled_from_the_command_line(ray_cluster: None, confi
     assert_refused(scoreray(*common[:2], "--out", str(a), "--class-label", "9"), 2, "class '9'")
     assert_refused(scoreray(*common[:2], "--out", str(a), "--ema", "0.2"), 2, "0.050, 0.100")
     assert_refused(
-        scoreray(*common[:2], "--out", str(a), "--option", "s_churm=4", "--sampler", "edm_sde"), 2, "s_churn"
+        scoreray(*common[:2], "--out", str(tmp_path / "c.npz"), "--option", "s_churm=4", "--sampler", "edm_sde"),
+        2,
+        "s_churn",
     )
 
 
