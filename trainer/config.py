@@ -317,7 +317,7 @@ def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it."""
-    raw = _copy(raw)
+    raw = copied(raw)
     for given in sorted(overrides, key=lambda text: not re.match(r"[\w.]*\bkind=", text)):
         key, equals, text = given.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
@@ -326,17 +326,23 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"'{given}': the value is not YAML") from None
-        *path, leaf = key.split(".")
-        section = raw
-        for part in path:
-            child = section.setdefault(part, {})
-            if not isinstance(child, dict):
-                raise UserError(f"'{given}': {part} is {child!r}, not a section")
-            section = child
-        if leaf == "kind" and section.get("kind", value) != value:
-            section.clear()
-        section[leaf] = value
+        set_key(raw, key, value, f"'{given}'")
     return raw
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
+    """Sets a dotted key of nested sections, in place; a new `kind` starts its section anew, as old keys mean nothing
+    to it. Raises UserError, which begins with `name`, where a part of the key is no section."""
+    *path, leaf = key.split(".")
+    section = raw
+    for part in path:
+        child = section.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{name}: {part} is {child!r}, not a section")
+        section = child
+    if leaf == "kind" and section.get("kind", value) != value:
+        section.clear()
+    section[leaf] = value
 
 
 def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
@@ -351,11 +357,12 @@ def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
                     section[key] = fill(section[key], getattr(default, key, None))
         return section
 
-    return {key: fill(value, defaults.get(key)) for key, value in _copy(raw).items()}
+    return {key: fill(value, defaults.get(key)) for key, value in copied(raw).items()}
 
 
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+def copied(value: Any) -> Any:
+    """Nested sections as ones of their own; the values in them are shared."""
+    return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

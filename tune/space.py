@@ -20,8 +20,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from scoreray.data.errors import UserError
-from scoreray.trainer.config import Section
+from scoreray.trainer.config import Section, copied, set_key
 
 SAMPLE = "sample."
 SAMPLE_KEYS = ("sampler", "steps", "grid", "guidance", "ema")
@@ -195,20 +194,10 @@ def build_space(sections: Mapping[str, DimensionSection]) -> tuple[Space | None,
 
 def with_values(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config as a dict, with dotted keys set; a new `kind` starts its section anew, as on the command line."""
-    made = _copy(raw)
+    made = copied(raw)
     for key, value in sorted(values.items(), key=lambda item: not item[0].endswith(".kind")):
-        if key.startswith(SAMPLE):
-            continue
-        *path, leaf = key.split(".")
-        section = made
-        for part in path:
-            child = section.setdefault(part, {})
-            if not isinstance(child, dict):
-                raise UserError(f"{key}: {part} is {child!r}, not a section")
-            section = child
-        if leaf == "kind" and section.get("kind", value) != value:
-            section.clear()
-        section[leaf] = value
+        if not key.startswith(SAMPLE):
+            set_key(made, key, value, key)
     return made
 
 
@@ -264,7 +253,3 @@ def _described(dimension: Dimension) -> str:
     if dimension.kind == "choice":
         return "one of " + ", ".join(map(str, dimension.choices))
     return f"in [{dimension.low:g}, {dimension.high:g}]"
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
