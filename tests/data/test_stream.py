@@ -248,15 +248,15 @@ def test_an_error_is_raised_again_and_never_becomes_the_end_of_the_data(damaged:
 
 def test_a_closed_stream_ends_and_leaves_no_thread(packed: tuple[str, Manifest]) -> None:
     url, _ = packed
+    before = set(threading.enumerate())
     stream = Stream(url, global_batch_size=BATCH, rank=0, world_size=1, seed=7, prefetch_batches=1)
     next(stream)
     stream.close()
     assert list(stream) == []
-    for _ in range(50):
-        if not any(thread.name.startswith("scoreray-") for thread in threading.enumerate()):
-            break
-        time.sleep(0.1)
-    assert [t.name for t in threading.enumerate() if t.name.startswith("scoreray-")] == []
+    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scoreray-")]
+    for thread in ours:
+        thread.join(10)
+    assert [thread.name for thread in ours if thread.is_alive()] == []
 
 
 def test_what_is_read_is_what_is_needed(tmp_path: Path) -> None:

@@ -193,14 +193,16 @@ def test_in_its_thread_it_serves_threads_and_asyncio_and_finishes_before_it_clos
     async def ask(batcher):
         return await asyncio.gather(*[batcher.submit(request("heun", 2, 5, 10 * i)) for i in range(8)])
 
+    before = set(threading.enumerate())
     with StepBatcher(Recorder(), 16) as batcher:
+        (thread,) = [new for new in set(threading.enumerate()) - before if new.name == "step-batcher"]
         answers = asyncio.run(ask(batcher))
         last = batcher.submit(request("euler", 40, 6))
     for i, answer in enumerate(answers):
         assert torch.equal(answer, alone(request("heun", 2, 5, 10 * i)))
     assert last.result(0).shape == (40, 2, 2)
     assert batcher.rows_waiting == 0
-    assert "step-batcher" not in [thread.name for thread in threading.enumerate()]
+    assert not thread.is_alive()
     with pytest.raises(ScorerayError, match="closed"):
         batcher.submit(request())
 
