@@ -81,7 +81,7 @@ def measure(
         if name == "denoising":
             found[name] = float(weighted.mean())
         elif name in ("bpd", "nats"):
-            found[name] = _likelihood(model, held, section, name)
+            found[name] = likelihood(model, held, section, name)
         elif name == "nfe":
             request = Request(count=1, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
                               options=drawn["options"]).fitted(model)  # fmt: skip
@@ -126,7 +126,7 @@ def _classes(model: Any, held: Held, part: Tensor, device: torch.device) -> Tens
     return held.labels[part].to(device)
 
 
-def _likelihood(model: LoadedDenoiser, held: Held, section: MetricSection, name: str) -> float:
+def likelihood(model: Any, held: Held, section: MetricSection, name: str) -> float:
     """Mean bits per dimension or nats over the metric's own range of noise levels."""
     part = torch.arange(min(MOST_LIKELIHOODS, len(held.x0)))
     device = next(model.parameters()).device

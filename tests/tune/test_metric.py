@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from scoreray.data.pack import pack
 from scoreray.sampling.load import load
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.targets import ring
-from scoreray.tune.metric import denoising_errors, held_out, levels_of, weights_of
+from scoreray.tune.metric import denoising_errors, held_out, levels_of, likelihood, weights_of
 from scoreray.tune.search import propose
-from scoreray.tune.sweep import MetricSection, load_sweep
-from scoreray.tune.trial import Trial
+from scoreray.tune.study import best_of
+from scoreray.tune.sweep import MetricSection, check_sweep, load_sweep
+from scoreray.tune.trial import Trial, advance, trial_config
 
 WEIGHTINGS = ("edm", "sigma2", "min_snr", "constant")
+QUALITY = ("denoising", "bpd", "fid", "kid", "sw", "nfe")
+
+
+class Exact(torch.nn.Module):
+    """The ring's own denoiser, with a parameter, as trained models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.model = torch.nn.Linear(1, 1), ring()
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        return self.model(x, sigma, labels)
 
 
 def test_the_metric_ranks_weightings_as_the_true_score_error_does_and_the_training_loss_does_not(
@@ -57,19 +73,64 @@ def test_the_metric_ranks_weightings_as_the_true_score_error_does_and_the_traini
 
 def test_noise_and_images_are_the_same_for_every_trial(points: dict[str, str]) -> None:
     held = held_out(points["held"], 64)
-    model = torch.nn.Linear(2, 2)  # only its device is asked for
-
-    class Exact(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.own, self.model = model, ring()
-
-        def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
-            return self.model(x, sigma, labels)
-
     one, other = (denoising_errors(Exact(), held, [0.1, 1.0], batch) for batch in (64, 7))
     assert torch.allclose(one, other, rtol=1e-5)
     assert abs(held.spread - math.sqrt(0.25 + 0.05**2)) < 0.05
+
+
+def test_every_metric_tells_a_trained_model_from_an_untrained_one_at_the_same_budget(tmp_path: Path) -> None:
+    """Images of three kinds, two learning rates of which one does nothing; all metrics at once, and again the same."""
+    rng, bright = np.random.default_rng(0), np.arange(600) % 3
+    images = rng.integers(0, 100, (600, 4, 4), dtype=np.uint8)
+    for image, kind in zip(images, bright, strict=True):
+        image[kind : kind + 2] += 120
+    urls = {}
+    for name, part in (("train", images[:450]), ("held", images[450:])):
+        np.savez(tmp_path / f"{name}.npz", images=part)
+        urls[name] = str(tmp_path / name)
+        pack(str(tmp_path / f"{name}.npz"), urls[name], name=name)
+    plan = load_sweep({
+        "study": {"name": "s", "storage": str(tmp_path / "studies")},
+        "base": {"data": {"url": urls["train"], "global_batch_size": 32}, "ema": {"stds": [0.1]},
+                 "network": {"kind": "mlp", "hidden_size": 64, "num_layers": 2}, "duration": {"images": 1600},
+                 "engine": {"zero_stage": 0, "precision": "fp32"}, "log": {"tensorboard": False}},
+        "space": {"optimizer.learning_rate": {"log": [1e-9, 5e-3]}},
+        "metric": {"names": list(QUALITY), "reference": urls["held"], "count": 32, "levels": 6, "sigma_min": 0.05,
+                   "sigma_max": 20.0, "samples": 128, "steps": 6, "sampler": "heun"},
+    })  # fmt: skip
+    check_sweep(plan)
+
+    def trial(number: int, rate: float) -> Trial:
+        values = {"optimizer.learning_rate": rate}
+        return Trial(
+            number, values, state="done", reports=[advance(trial_config(plan, values), 1600, plan.sweep, values)]
+        )
+
+    idle, good = (trial(i, rate) for i, rate in enumerate((1e-9, 5e-3)))
+    assert idle.metrics is not None
+    assert good.metrics is not None
+    assert list(good.metrics) == list(QUALITY)
+    for name in QUALITY[:-1]:
+        assert good.metrics[name] < idle.metrics[name], name
+    assert good.metrics["nfe"] == idle.metrics["nfe"] == 11
+    assert trial(2, 5e-3).metrics == good.metrics  # a stretch that is measured twice
+    assert best_of(plan, [idle, good]) == [good]
+    cheap = Trial(3, {}, state="done", reports=[{**idle.reports[0], "metrics": {**idle.metrics, "nfe": 5.0}}])
+    assert best_of(plan, [idle, good, cheap]) == [good, cheap]  # worse in quality, cheaper
+    records = [json.loads(file.read_text()) for file in (tmp_path / "studies/s/evaluations").glob("*/record.json")]
+    assert len(records) == 2
+    drawn = [record["subject"]["sampling"] for record in records]
+    assert drawn[0] == drawn[1]
+    assert (drawn[0]["sampler"], drawn[0]["steps"], drawn[0]["seed"]) == ("heun", 6, 0)
+    assert sorted(r["metrics"]["fid"]["value"] for r in records) == [good.metrics["fid"], idle.metrics["fid"]]
+
+
+def test_likelihood_of_real_valued_data_is_that_of_the_known_density(points: dict[str, str]) -> None:
+    """The exact denoiser's nats on the ring's own points against the mixture's log density, noised as little."""
+    section = MetricSection(names=("nats",), reference=points["held"], count=64, sigma_min=0.002, sigma_max=20.0)
+    held = held_out(section.reference, section.count)
+    found = likelihood(Exact(), held, section, "nats")
+    assert abs(found - float(ring().log_density(held.x0.double(), section.sigma_min).mean())) < 0.05
 
 
 def test_tpe_finds_a_planted_optimum_that_random_search_misses(sweep: dict[str, Any]) -> None:
