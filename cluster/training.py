@@ -18,6 +18,7 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.loop import read_metrics, run_store
 from scoreray.trainer.quarantined import FOLDER, read_quarantined
 from scoreray.trainer.run import fit
+from scoreray.trainer.tracking import tracked
 
 MOST_NAMED = 10  # samples that could not be read, in the last lines of a run; the others are in its folder
 
@@ -60,6 +61,8 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
     before = latest(run)
     if before is not None and before.images_seen >= total:
         say(f"run '{config.run.name}' has already seen its {before.images_seen:,} images (--fresh starts another)")
+        with tracked(config, say):  # what could not be sent before
+            pass
     else:
         if before is not None:
             say(f"run '{config.run.name}' goes on from {before.images_seen:,} images ({before.url})")
@@ -68,7 +71,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
             _check_resources(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
             say(f"run '{config.run.name}': {workers} workers, ZeRO {config.engine.zero_stage}, to {run.url()}")
-            with beside(config, say), TrainLine(total) as line:
+            with beside(config, say), tracked(config, say), TrainLine(total) as line:
                 fit(config, line, say)
     checkpoint = latest(run)
     if checkpoint is None:

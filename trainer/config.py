@@ -44,6 +44,18 @@ def _run_name(name: str) -> str:
     return name
 
 
+def _mlflow_uri(uri: str | None) -> str | None:
+    if uri is None or uri == "databricks":
+        return uri
+    if not re.match(r"(https?://[^/]|sqlite:///.|databricks://.)", uri):
+        raise ValueError(
+            f"{uri!r} is not accepted; it should be https://HOST, http://HOST, sqlite:///FILE or databricks"
+        )
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        raise ValueError("a user or password has no place in a config; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
+    return uri
+
+
 Metric = Literal["fid", "kid", "is", "pr", "sw", "nn", "kde", "bpd", "nats", "loss", "psnr", "ssim", "ais"]
 
 
@@ -139,10 +151,14 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """A line of metrics every so many images; `tensorboard`: also as files under `<run>/tensorboard`."""
+    """A line of metrics every so many images; `tensorboard`: also as files under `<run>/tensorboard`.
+
+    `mlflow`: also to this MLflow, "https://...", "http://...", "sqlite:///FILE" or "databricks"; needs the package.
+    """
 
     every_images: Count = 10_000
     tensorboard: bool = True
+    mlflow: Annotated[str | None, AfterValidator(_mlflow_uri)] = None
 
 
 class EvaluationSection(Section):
@@ -260,7 +276,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     name = "config" if isinstance(source, dict) else str(source)
     try:
         raw = read_yaml(source)
-        if sum(1 for _ in itertools.islice(_leaves(raw), MOST_KEYS + 1)) > MOST_KEYS:
+        if sum(1 for _ in itertools.islice(leaves(raw), MOST_KEYS + 1)) > MOST_KEYS:
             raise UserError(f"{name}: more than {MOST_KEYS} keys (an alias counts as what it stands for): not a config")
         raw = _with_default_kinds(override(raw, overrides))
     except RecursionError:
@@ -285,7 +301,7 @@ def dump_config(config: Config) -> str:
 
 def differing_keys(old: Config, new: Config) -> list[str]:
     """Dotted keys that differ and that a run may not change while it goes on, each with both values."""
-    old_values, new_values = dict(_leaves(old.model_dump())), dict(_leaves(new.model_dump()))
+    old_values, new_values = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
     keys = [key for key in sorted(old_values.keys() | new_values.keys()) if old_values.get(key) != new_values.get(key)]
     changeable = tuple(key for key in CHANGEABLE if key != "duration" or new.optimizer.schedule != "cosine")
     return [
@@ -365,10 +381,10 @@ def copied(value: Any) -> Any:
     return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
+            yield from leaves(item, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
 

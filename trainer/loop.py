@@ -176,15 +176,15 @@ def train(
     return images_seen
 
 
-def read_metrics(run: Store) -> list[dict[str, Any]]:
-    """A run's committed records, oldest first."""
+def read_metrics(run: Store, after: int = 0) -> list[dict[str, Any]]:
+    """A run's committed records beyond `after` images, oldest first."""
+    files = {int(key.rpartition("/")[2].split(".")[0]): key for key, _ in run.list(METRICS + "/")}
+    if max(files, default=0) <= after:
+        return []
     newest = latest(run)
     end = newest.images_seen if newest else 0
-    records: list[dict[str, Any]] = []
-    for key, _ in run.list(METRICS + "/"):
-        if int(key.rpartition("/")[2].split(".")[0]) <= end:
-            records += [json.loads(line) for line in run.get(key).splitlines()]
-    return records
+    found = (json.loads(line) for at in sorted(files) if after < at <= end for line in run.get(files[at]).splitlines())
+    return [record for record in found if record["images"] > after]
 
 
 def _put_all(run: Store, objects: list[tuple[str, bytes]]) -> None:

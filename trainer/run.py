@@ -28,6 +28,7 @@ from scoreray.trainer.meta import meta_module
 from scoreray.trainer.metrics import Gauges, values
 from scoreray.trainer.progress import Monitor, Progress
 from scoreray.trainer.stopping import Ask
+from scoreray.trainer.tracking import check_mlflow
 
 CONFIG_FILE = "config.yaml"
 POLL_S = 0.25
@@ -64,6 +65,7 @@ def check_run(config: Config) -> None:
 
     Raises UserError, StorageError or DataError.
     """
+    check_mlflow(config)
     data = open_store(config.data.url)
     data.check_reachable()
     manifest = Manifest.load(data)

@@ -1,0 +1,236 @@
+"""Records in a real MLflow: each once over kills and servers that do not answer, and never in the way of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scoreray.data.errors import UserError
+from scoreray.data.pack import pack
+from scoreray.trainer import tracking
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.run import check_run
+from scoreray.trainer.stopping import Ask
+from scoreray.trainer.tracking import tracked
+
+pytest.importorskip("mlflow")
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    np.savez(folder / "p.npz", images=np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8))
+    pack(str(folder / "p.npz"), str(folder / "packed"))
+    return str(folder / "packed")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take long to import MLflow and to make its database."""
+    monkeypatch.setattr(tracking, "LAST_S", 90.0)
+    monkeypatch.setattr(tracking, "STOPPED_S", 90.0)
+
+
+def config(data_url: str, storage: Path, mlflow: str | None, *overrides: str) -> Config:
+    settings: dict[str, Any] = {
+        "run": {"name": "run", "storage": str(storage)},
+        "data": {"url": data_url, "global_batch_size": 16},
+        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "duration": {"images": 320},
+        "checkpoint": {"every_images": 96},
+        "log": {"every_images": 32, "mlflow": mlflow},
+    }
+    return load_config(settings, overrides)
+
+
+def plotted(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """(step, value) of all points, by MLflow run and name."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("scoreray")
+    assert experiment is not None
+    return {
+        run.info.run_id: {
+            name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+            for name in run.data.metrics
+        }
+        for run in client.search_runs([experiment.experiment_id])
+    }
+
+
+def assert_each_record_once(c: Config, uri: str) -> str:
+    """In one MLflow run, whose id is returned."""
+    ((run_id, points),) = plotted(uri).items()
+    records = read_metrics(run_store(c))
+    assert sorted(points["train/loss"]) == [(r["images"], pytest.approx(r["loss"])) for r in records]
+    assert sorted(step for step, _ in points["train/gradient_norm"]) == [r["images"] for r in records]
+    assert {"sigma_loss/0.316-1", "train/images_per_s"} <= set(points)
+    return run_id
+
+
+def stop_after(images: int) -> Any:
+    calls = iter(range(16, 10_000, 16))
+    return lambda: Ask.STOP if next(calls) >= images else Ask.NOTHING
+
+
+def interrupted(c: Config) -> None:
+    train(c, asked=stop_after(112))
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(data_url: str, tmp_path: Path) -> None:
+    """Stopped, then refused by a server that is away, then resumed: one warning, every record once in one run."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    notes: list[str] = []
+    c = config(data_url, tmp_path, uri)
+    with pytest.raises(KeyboardInterrupt), tracked(c, notes.append):
+        interrupted(c)
+    assert not notes
+    (first,) = plotted(uri)
+    assert MlflowClient(uri).get_run(first).info.status == "KILLED"
+
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        away = config(data_url, tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with tracked(away, notes.append):
+            train(away, asked=stop_after(96))
+    assert len(notes) == 1
+    assert "training goes on" in notes[0]
+    assert read_metrics(run_store(c))[-1]["images"] == 208
+
+    for _ in range(2):  # the second time there is nothing left to do
+        with tracked(c, notes.append):
+            train(c)
+        assert len(notes) == 1
+        assert assert_each_record_once(c, uri) == first
+    run = MlflowClient(uri).get_run(first)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["data.global_batch_size"] == "16"
+    assert run.data.tags["scoreray.run"] == run_store(c).url()
+    assert json.loads(run_store(c).get(tracking.KEY)) == {"uri": uri, "run_id": first}
+
+
+def test_what_is_missing_or_out_of_place_is_told_before_the_run(
+    data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uri in ("./mlruns", "file:///tmp/mlruns", "mlflow.example", "https://"):
+        with pytest.raises(UserError, match=r"log\.mlflow: .* is not accepted; it should be https://HOST"):
+            config(data_url, tmp_path, uri)
+    with pytest.raises(UserError, match=r"log\.mlflow: .*MLFLOW_TRACKING_USERNAME") as refused:
+        config(data_url, tmp_path, "https://me:hunter2@mlflow.example")
+    assert "hunter2" not in str(refused.value)
+    wanted = config(data_url, tmp_path, "https://mlflow.example")
+    check_run(wanted)  # whether it answers is not asked: it may later
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match=r"^log\.mlflow: .*pip install 'scoreray\[mlflow\]'"):
+        check_run(wanted)
+    check_run(config(data_url, tmp_path, None))
+
+
+SERVER = """
+import base64, os, sys, time
+port, database, user, password = sys.argv[1:]
+os.environ |= {"_MLFLOW_SERVER_FILE_STORE": database, "_MLFLOW_SERVER_ARTIFACT_ROOT": "/nowhere"}
+from mlflow.server import app
+from werkzeug.serving import make_server
+right = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+def guarded(environ, start):
+    if environ.get("HTTP_AUTHORIZATION") != right:
+        start("401 Unauthorized", [])
+        return [b"who are you"]
+    return app(environ, start)
+make_server("127.0.0.1", int(port), guarded, threaded=True).serve_forever()
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    """start() -> process: MLflow's own server, always at start.uri, that asks for a password."""
+    started: list[subprocess.Popen[bytes]] = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    database = f"sqlite:///{tmp_path}/server.db"
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SERVER, str(port), database, "me", "hunter2"]
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        deadline = time.monotonic() + 60
+        while True:
+            assert started[-1].poll() is None, "MLflow's server ended"
+            assert time.monotonic() < deadline, "MLflow's server did not answer within 60 s"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return started[-1]
+            except OSError:
+                time.sleep(0.1)
+
+    start.uri = f"http://127.0.0.1:{port}"  # type: ignore[attr-defined]
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everything(
+    data_url: str, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The password comes from the environment, and stands in no file of the run and in no line."""
+    monkeypatch.setattr(tracking, "POLL_S", 0.2)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-one")
+    notes: list[str] = []
+    c = config(data_url, tmp_path, server.uri)
+    process = server()
+    with tracked(c, notes.append):
+        train(c, asked=stop_after(96))
+    assert len(notes) == 1
+    assert "401" in notes[0]
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    with tracked(c, notes.append):
+        train(c, asked=stop_after(96))
+        deadline = time.monotonic() + 60
+        while not run_store(c).exists(tracking.KEY) or not any(plotted(server.uri).values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+        train(c, asked=stop_after(64))
+        while len(notes) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+        monkeypatch.setattr(tracking, "LAST_S", 1.0)
+        hung = config(data_url, tmp_path, f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        started = time.monotonic()
+        with tracked(hung, lambda line: None):
+            train(hung)
+        assert time.monotonic() - started < 120
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setattr(tracking, "LAST_S", 90.0)
+    with tracked(c, notes.append):
+        train(c)
+    assert len(notes) == 2
+    assert_each_record_once(c, server.uri)
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert not any(secret in file.read_bytes() for file in files for secret in (b"hunter2", b"wrong-one"))
+    assert not any("hunter2" in line or "wrong-one" in line for line in notes)
