@@ -87,7 +87,8 @@ def doctor(
 ) -> None:
     """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem.
 
-    With RAY_ADDRESS (or as `submit doctor`) every node is asked: versions, clock, disks, storage, network, token.
+    With RAY_ADDRESS (or as `submit doctor`) every node is asked: versions, clock, disks, storage, network, token,
+    ports.
     """
     from dataclasses import asdict
 
@@ -99,10 +100,10 @@ def doctor(
     found = examine(loaded, machine)
     if os.environ.get("RAY_ADDRESS"):
         from scoreray.cluster.local_ray import connected
-        from scoreray.cluster.nodes import ask_cluster
+        from scoreray.cluster.nodes import Ask, ask_cluster
 
         with connected():
-            found += ask_cluster(loaded.run.storage if loaded else "")
+            found += ask_cluster(Ask.of(loaded))
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
     else:

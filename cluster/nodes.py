@@ -1,7 +1,6 @@
 """What `scoreray doctor` asks every node of a cluster, and what it makes of the answers.
 
-One task on each node tells facts; one actor on each joins an all-reduce over gloo, as training does. Judging is pure:
-facts in, findings out.
+One task on each node tells facts; judging is pure: facts in, findings out. Whether nodes reach each other: `reach.py`.
 """
 
 from __future__ import annotations
@@ -11,39 +10,96 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from scoreray.cluster.doctor import Finding
+from scoreray.cluster.listening import judge_listening, listening
+from scoreray.cluster.reach import reached
 from scoreray.data.errors import ScorerayError
+from scoreray.trainer.config import Config
 
 PROBE_BYTES = 8 << 20
-REDUCE_BYTES = 32 << 20
 CLOCK_S, DISK_BYTES, SHM_BYTES, WITHIN_S = 2.0, 20 << 30, 1 << 30, 60.0
+HERE = "this machine"
 Facts = dict[str, Any]
 
 
-def facts_of_node(storage: str, write: bool) -> Facts:
-    """Run on a node: versions, time, disks, and the storage as that node sees it."""
+@dataclass(frozen=True)
+class Ask:
+    """Where a run of the config will read and write; "" and () for nothing."""
+
+    storage: str = ""
+    data: str = ""
+    folders: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Config | None) -> Ask:
+        if config is None:
+            return cls()
+        cache = (str(config.data.cache_dir),) if config.data.cache_dir else ()
+        return cls(config.run.storage, config.data.url, cache)
+
+
+def facts_of_node(ask: Ask) -> Facts:
+    """Run on a node: versions, disks, what listens, and the storage as that node sees it."""
     import importlib.metadata
     import platform
-    import tempfile
+
+    from ray._private import worker
 
     from scoreray.cluster.wheel import code_hash
 
     versions = {name: importlib.metadata.version(name) for name in ("ray", "torch", "deepspeed", "webdataset")}
     versions |= {"scoreray": code_hash(), "python": platform.python_version()}
+    node = getattr(worker, "_global_node", None)
+    session = node.get_session_dir_path() if node else ""
     found: Facts = {
         "versions": versions,
-        "disk_free": shutil.disk_usage(tempfile.gettempdir()).free,
+        "disks": _disks((session, *ask.folders)),
         "shm_free": shutil.disk_usage("/dev/shm").free,
         "token": os.environ.get("RAY_AUTH_MODE") == "token",
+        "listening": listening(session) if session else [],
     }
-    if storage:
-        found["storage"] = _probe_storage(storage, write)
-    return found | {"time": time.time()}  # last: the answer leaves now
+    if ask.storage:
+        found["storage"] = _probe_storage(ask.storage)
+    if ask.data:
+        found["data"] = _probe_data(ask.data)
+    return found
 
 
-def _probe_storage(url: str, write: bool) -> Facts:
+def clock_of_node() -> Facts:
+    """Run on a node."""
+    return {"time": time.time()}
+
+
+def _disks(folders: tuple[str, ...]) -> dict[str, int]:
+    """Folder -> free bytes of its disk: those given (of Ray, for logs and spilled objects) and the temporary one."""
+    import tempfile
+    from pathlib import Path
+
+    found: dict[int, tuple[str, int]] = {}
+    for folder in filter(None, [*folders, tempfile.gettempdir()]):
+        place = Path(folder).absolute()
+        while not place.exists():
+            place = place.parent  # it will be made there
+        found.setdefault(place.stat().st_dev, (str(folder), shutil.disk_usage(place).free))
+    return dict(found.values())
+
+
+def _probe_data(url: str) -> Facts:
+    """Whether the data set's manifest can be read."""
+    from scoreray.data.manifest import Manifest
+    from scoreray.data.store import open_store
+
+    try:
+        Manifest.load(open_store(url))
+    except ScorerayError as error:
+        return {"open": str(error)}
+    return {"open": ""}
+
+
+def _probe_storage(url: str) -> Facts:
     """list, write, read, delete of an object of its own under `url`: "" or the error of each, and bytes a second."""
     import secrets
 
@@ -65,117 +121,79 @@ def _probe_storage(url: str, write: bool) -> Facts:
 
     store = open_store(url)
     step("list", lambda: store.list(".doctor/"))
-    if write and step("write", lambda: store.put(key, content)):
+    if step("write", lambda: store.put(key, content)):
         step("read", lambda: store.get(key))
         step("delete", lambda: store.delete([key]))
     return told
 
 
-class Reducer:
-    """Run on a node, one on each: joins the others over gloo."""
-
-    def address(self) -> tuple[str, int]:
-        import socket
-
-        import ray
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
-
-    def reduce(self, meet: tuple[str, int], rank: int, size: int, within_s: float) -> Facts:
-        """Bytes a second of an all-reduce, or the error."""
-        import datetime
-
-        import torch
-        import torch.distributed as dist
-
-        try:
-            dist.init_process_group(
-                "gloo", init_method=f"tcp://{meet[0]}:{meet[1]}", rank=rank, world_size=size,
-                timeout=datetime.timedelta(seconds=within_s),
-            )  # fmt: skip
-            values, taken = torch.ones(REDUCE_BYTES // 4), []
-            for _ in range(4):
-                began = time.perf_counter()
-                dist.all_reduce(values)
-                taken.append(time.perf_counter() - began)
-            dist.destroy_process_group()
-        except Exception as error:
-            return {"error": str(error).splitlines()[0]}
-        return {"error": "", "bytes_per_s": REDUCE_BYTES / statistics.median(taken[1:])}
-
-
-def ask_cluster(storage: str = "", *, write: bool = True) -> list[Finding]:
+def ask_cluster(ask: Ask) -> list[Finding]:
     """All nodes of the cluster that this process is connected to."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    task = ray.remote(num_cpus=0)(facts_of_node)
-    facts: dict[str, Facts] = {}
-    for node in nodes:
-        name, began = node["NodeManagerAddress"], time.time()
-        try:
-            where = On(node["NodeID"], soft=False)
-            first = task.options(scheduling_strategy=where)
-            ray.get(first.remote("", False), timeout=WITHIN_S)  # starts a worker: its time is not the clock's
+    names = _names(nodes)
+    on = {
+        name: {"scheduling_strategy": On(node["NodeID"], soft=False)} for name, node in zip(names, nodes, strict=True)
+    }
+    task, clock = (ray.remote(num_cpus=0, max_retries=0)(one) for one in (facts_of_node, clock_of_node))
+    facts = _answers({name: task.options(**on[name]).remote(ask) for name in names})
+    for name, told in facts.items():  # one by one, and after the facts: starting a worker takes seconds
+        if "error" not in told:
             began = time.time()
-            told = ray.get(first.remote("", False), timeout=WITHIN_S)
+            asked = _answers({name: clock.options(**on[name]).remote()})[name]
             ended = time.time()
-            told |= {"skew_s": told["time"] - (began + ended) / 2, "within_s": (ended - began) / 2}
-            if storage:
-                told["storage"] = ray.get(first.remote(storage, write), timeout=WITHIN_S)["storage"]
+            told |= asked
+            if "error" not in asked:
+                told |= {"skew_s": asked["time"] - (began + ended) / 2, "within_s": (ended - began) / 2}
+    there = [node for name, node in zip(names, nodes, strict=True) if "error" not in facts[name]]
+    return [*judge(facts), *_dashboard(), *reached(there)]
+
+
+def _names(nodes: list[Any]) -> list[str]:
+    """A node's address; where several have the same, with a part of its id."""
+    addresses = [str(node["NodeManagerAddress"]) for node in nodes]
+    return [
+        address if addresses.count(address) == 1 else f"{address} ({node['NodeID'][:6]})"
+        for address, node in zip(addresses, nodes, strict=True)
+    ]
+
+
+def _answers(asked: dict[str, Any]) -> dict[str, Facts]:
+    """What each node answers within a minute, else {"error"}."""
+    import ray
+
+    told, end = {}, time.monotonic() + WITHIN_S
+    for name, answer in asked.items():
+        try:
+            told[name] = ray.get(answer, timeout=max(1.0, end - time.monotonic()))
         except Exception as error:
-            told = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        facts[name if name not in facts else f"{name} ({node['NodeID'][:6]})"] = told
-    return [*judge(facts), *_reduced(nodes)]
+            told[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            ray.cancel(answer, force=True)
+    return told
 
 
-def _reduced(nodes: list[Any]) -> list[Finding]:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+def _dashboard() -> list[Finding]:
+    """Whether the dashboard, through which jobs come, refuses whoever has no token."""
+    import urllib.error
+    import urllib.request
 
-    if len(nodes) < 2:
-        return [Finding("network", "note", "one node: nothing to reach")]
-    make = ray.remote(num_cpus=0)(Reducer)
-    actors = [make.options(scheduling_strategy=On(node["NodeID"], soft=False)).remote() for node in nodes]
-    names = [node["NodeManagerAddress"] for node in nodes]
-    found: list[Finding] = []
+    from ray._private import worker
+
+    url = getattr(worker._global_node, "webui_url", None)
+    if not url:
+        return []
     try:
-        for i in range(len(actors)):  # each node with the next: who can't be reached is known by name
-            j = (i + 1) % len(actors)
-            if len(actors) == 2 and i == 1:
-                break
-            found.append(judge_pair(names[i], names[j], _pair(actors[i], actors[j])))
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-    return found
-
-
-def _pair(a: Any, b: Any) -> list[Facts]:
-    import ray
-
-    try:
-        meet = ray.get(a.address.remote(), timeout=WITHIN_S)
-        return ray.get([one.reduce.remote(meet, rank, 2, 20.0) for rank, one in enumerate((a, b))], timeout=WITHIN_S)
-    except Exception as error:
-        return [{"error": f"{type(error).__name__}: {error}".splitlines()[0]}]
-
-
-def judge_pair(first: str, second: str, told: list[Facts]) -> Finding:
-    """What an all-reduce between two nodes says."""
-    errors = [one["error"] for one in told if one["error"]]
-    if errors:
-        text = (
-            f"{first} and {second} can't join an all-reduce ({errors[0][:160]}); open TCP 32768-60999 between the "
-            "nodes, and set GLOO_SOCKET_IFNAME where a node has several addresses"
-        )
-        return Finding("network", "problem", text, {"nodes": [first, second]})
-    speed = min(one["bytes_per_s"] for one in told)
-    text = f"{first} and {second}: all-reduce of {REDUCE_BYTES >> 20} MiB at {speed / 1e6:,.0f} MB/s (gloo)"
-    return Finding("network", "good", text, {"nodes": [first, second], "bytes_per_s": speed})
+        urllib.request.urlopen(f"http://{url}/api/jobs/", timeout=10).close()
+    except urllib.error.HTTPError as refused:
+        if refused.code in (401, 403):
+            return [Finding("token", "good", f"the dashboard at {url} refuses who has none ({refused.code})")]
+        return []
+    except OSError as error:
+        return [Finding("token", "note", f"the dashboard at {url} does not answer from here ({error})")]
+    text = f"the dashboard at {url} takes jobs without a token; set RAY_AUTH_MODE=token on the head"
+    return [Finding("token", "problem", text, {"dashboard": url})]
 
 
 def judge(facts: dict[str, Facts]) -> list[Finding]:
@@ -190,18 +208,15 @@ def judge(facts: dict[str, Facts]) -> list[Finding]:
         return found
     found += _versions(told_by) + _clocks(told_by)
     for node, told in told_by.items():
-        for what, free, least, mend in (
-            ("disk", told["disk_free"], DISK_BYTES, "free its temporary folder, or set data.cache_dir elsewhere"),
-            ("/dev/shm", told["shm_free"], SHM_BYTES, "enlarge it (Kubernetes: an emptyDir with medium Memory)"),
-        ):
-            text, about = f"{node}: {free / 2**30:,.1f} GiB free", {"node": node, "free_bytes": free}
-            low = free < least
-            text += f", {least / 2**30:,.0f} GiB are wanted; {mend}" if low else ""
-            found.append(Finding(what, "problem" if free < least / 20 else "note" if low else "good", text, about))
+        found += _disk_findings(node, told)
+        found.append(judge_listening(node, told["listening"], told["token"]))
         if not told["token"]:
             text = f"{node}: Ray asks for no token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node"
             found.append(Finding("token", "problem", text, {"node": node}))
         found += _storage(node, told.get("storage") or {})
+        if (told.get("data") or {}).get("open"):
+            text = f"{node}: can't read the data set: {told['data']['open']}; give its role the right to get and list"
+            found.append(Finding("data", "problem", text, {"node": node}))
     if all(told["token"] for told in told_by.values()):
         found.append(Finding("token", "good", "every node asks for it"))
     return found
@@ -219,13 +234,31 @@ def _versions(told_by: dict[str, Facts]) -> list[Finding]:
     return found or [Finding("versions", "good", f"the same on {len(told_by)} node(s)")]
 
 
-def _clocks(told_by: dict[str, Facts]) -> list[Finding]:
+def _disk_findings(node: str, told: Facts) -> list[Finding]:
     found = []
-    for node, told in told_by.items():
-        skew, unsure = told["skew_s"], told["within_s"]
-        if abs(skew) - unsure > CLOCK_S:
-            text = f"{node}: its clock is {skew:+.1f} s from this machine's; S3 refuses 900 s, set up NTP"
-            found.append(Finding("clock", "problem", text, {"node": node, "skew_s": skew}))
+    shm = "enlarge it (Kubernetes: an emptyDir with medium Memory)"
+    disks = [("disk", folder, free, DISK_BYTES, "free it, or have that folder elsewhere")
+             for folder, free in told["disks"].items()]  # fmt: skip
+    for what, folder, free, least, mend in [*disks, ("/dev/shm", "/dev/shm", told["shm_free"], SHM_BYTES, shm)]:
+        text = f"{node}: {free / 2**30:,.1f} GiB free" + (f" for {folder}" if what == "disk" else "")
+        low = free < least
+        text += f", {least / 2**30:,.0f} GiB are wanted; {mend}" if low else ""
+        about = {"node": node, "folder": folder, "free_bytes": free}
+        found.append(Finding(what, "problem" if free < least / 20 else "note" if low else "good", text, about))
+    return found
+
+
+def _clocks(told_by: dict[str, Facts]) -> list[Finding]:
+    """Who differs from most clocks, this machine's among them: alone against many it is the one that is wrong."""
+    clocks = {HERE: (0.0, 0.0)} | {node: (told["skew_s"], told["within_s"]) for node, told in told_by.items()}
+    usual = statistics.median_low(skew for skew, _ in clocks.values())
+    if len(told_by) < 2 or abs(usual) <= CLOCK_S:
+        usual = 0.0
+    found = []
+    for node, (skew, unsure) in clocks.items():
+        if abs(skew - usual) - unsure > CLOCK_S:
+            text = f"{node}: its clock is {skew - usual:+.1f} s from the others'; S3 refuses 900 s, set up NTP"
+            found.append(Finding("clock", "problem", text, {"node": node, "skew_s": skew - usual}))
     return found or [Finding("clock", "good", f"within {CLOCK_S:g} s on {len(told_by)} node(s)")]
 
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +48,97 @@ def ray_cluster(local_s3: LocalS3) -> Iterator[None]:
 
     with connected(num_cpus=4):
         yield
+
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+QUICK_HEALTH_CHECKS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_initial_delay_ms": "2000",
+}
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+class Nodes:
+    """Two namespaces joined by a cable, a Ray node in each; node 0 is the head, and where the driver runs."""
+
+    def __init__(self, folder: Path) -> None:
+        tag = f"{os.getpid() % 10_000}"
+        self.names = [f"sr{tag}a", f"sr{tag}b"]
+        self.addresses = [f"10.{77 + os.getpid() % 100}.0.{i + 1}" for i in range(2)]
+        self.folder = folder
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+            **QUICK_HEALTH_CHECKS,
+            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def connect(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        a, b = (f"v{name}" for name in self.names)
+        ip("link", "add", a, "netns", self.names[0], "type", "veth", "peer", "name", b, "netns", self.names[1])
+        for name, link, address in zip(self.names, (a, b), self.addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+
+    def start(self, node: int, *options: str, environment: dict[str, str] | None = None, before: str = "true") -> None:
+        """`ray start`, with more options and variables; `before` is a shell line that sees only this node's mounts."""
+        head = f"{self.addresses[0]}:6399"
+        where = ["--head", "--port=6399", "--include-dashboard=false"] if node == 0 else [f"--address={head}"]
+        command = [*RAY, "start", *where, f"--node-ip-address={self.addresses[node]}", "--num-cpus=1"]
+        if node == 0:
+            command.append(f"--temp-dir={self.folder}/ray")
+        shell = ["sh", "-ec", f'{before}; exec "$@"', "sh", *command, "--object-store-memory=100000000", *options]
+        self.run(node, shell, environment, timeout=120, check=True)
+
+    def run(
+        self, node: int, command: list[str], environment: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess:
+        within = ["ip", "netns", "exec", self.names[node], *command]
+        return subprocess.run(
+            within, env=self.environment | (environment or {}), capture_output=True, text=True, **options
+        )
+
+    def kill(self, node: int) -> None:
+        """Every process of the node, as when its machine loses power."""
+        pids = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True)
+        for pid in pids.stdout.split():
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def close(self) -> None:
+        for node, name in enumerate(self.names):
+            self.kill(node)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Two joined namespaces, in which nothing runs yet."""
+    folder = Path(tempfile.mkdtemp(prefix="sr2-", dir="/tmp"))
+    found = Nodes(folder)
+    try:
+        found.connect()
+    except (OSError, subprocess.CalledProcessError) as error:
+        found.close()
+        shutil.rmtree(folder)
+        reason = getattr(error, "stderr", "") or error
+        pytest.skip(f"two nodes need network namespaces (root, CAP_SYS_ADMIN, iproute2): {reason}")
+    try:
+        yield found
+    finally:
+        found.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scoreray.cluster.doctor import Finding
-from scoreray.cluster.nodes import ask_cluster, facts_of_node, judge, judge_pair
+from scoreray.cluster.listening import judge_listening, listening
+from scoreray.cluster.nodes import Ask, ask_cluster, facts_of_node, judge
+from scoreray.cluster.reach import Prober, judge_dialled, judge_pair, rounds
 
 GOOD: dict[str, Any] = {
     "versions": {"ray": "2.60.0", "torch": "2.13.0", "scoreray": "0123456789ab"},
-    "disk_free": 100 << 30, "shm_free": 8 << 30, "token": True, "skew_s": 0.01, "within_s": 0.005,
+    "disks": {"/tmp": 100 << 30}, "shm_free": 8 << 30, "token": True, "skew_s": 0.01, "within_s": 0.005,
+    "listening": [], "data": {"open": ""},
     "storage": {"list": "", "write": "", "read": "", "delete": "", "write_bytes_per_s": 2e8, "read_bytes_per_s": 3e8},
 }  # fmt: skip
 
@@ -34,7 +39,9 @@ def problems(found: list[Finding]) -> list[Finding]:
 def test_a_good_cluster_has_no_problems() -> None:
     found = cluster()
     assert not problems(found)
-    assert {one.topic for one in found} == {"versions", "clock", "disk", "/dev/shm", "token", "storage"}
+    assert {one.topic for one in found} == {
+        "versions", "clock", "disk", "/dev/shm", "token", "ports", "storage",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,9 @@ def test_a_good_cluster_has_no_problems() -> None:
         ({"versions": {"scoreray": "ffffffffffff"}}, "versions", "scoreray ffffffffffff"),
         ({"skew_s": 40.0}, "clock", "+40.0 s"),
         ({"skew_s": -3.0}, "clock", "-3.0 s"),
-        ({"disk_free": 100 << 20}, "disk", "0.1 GiB free"),
+        ({"disks": {"/tmp": 100 << 20}}, "disk", "0.1 GiB free for /tmp"),
+        ({"disks": {"/scratch/cache": 0}}, "disk", "0.0 GiB free for /scratch/cache"),
+        ({"data": {"open": "s3://b/data: access denied"}}, "data", "can't read the data set: s3://b/data: access"),
         ({"shm_free": 10 << 20}, "/dev/shm", "medium Memory"),
         ({"token": False}, "token", "RAY_AUTH_MODE=token"),
         (
@@ -68,6 +77,13 @@ def test_a_clock_is_not_blamed_for_a_slow_answer() -> None:
     assert not problems(cluster(skew_s=4.0, within_s=5.0))
 
 
+def test_of_many_clocks_the_one_that_is_alone_is_blamed() -> None:
+    facts = {f"10.0.0.{i}": copy.deepcopy(GOOD) | {"skew_s": -40.0} for i in (1, 2, 3)}
+    (found,) = problems(judge(facts))
+    assert (found.topic, found.facts["node"]) == ("clock", "this machine")
+    assert "+40.0 s" in found.text
+
+
 def test_a_pair_that_cannot_meet_is_told_with_the_mend() -> None:
     found = judge_pair("10.0.0.1", "10.0.0.2", [{"error": "", "bytes_per_s": 1e9}, {"error": "timed out"}])
     assert found.state == "problem"
@@ -77,14 +93,67 @@ def test_a_pair_that_cannot_meet_is_told_with_the_mend() -> None:
     assert (good.state, good.facts["bytes_per_s"]) == ("good", 5e8)
 
 
+def test_a_port_that_cannot_be_reached_is_of_the_node_that_was_dialled() -> None:
+    (found,) = judge_dialled("10.0.0.2", "10.0.0.1", {"raylet": "", "object manager": "", "worker": "timed out"})
+    assert found.text.startswith("10.0.0.2: its worker's port can't be reached from 10.0.0.1 (timed out); open TCP")
+
+
+def test_a_ring_in_rounds() -> None:
+    """Each node meets the next and the one before, and one at a time."""
+    for count in range(2, 9):
+        made = rounds(count)
+        for pairs in made:
+            nodes = [node for pair in pairs for node in pair]
+            assert len(nodes) == len(set(nodes))
+        edges = {tuple(sorted(pair)) for pairs in made for pair in pairs}
+        assert len(edges) == (count if count > 2 else 1)
+    assert len(rounds(8)) == 2
+
+
+def test_what_listens_for_others_is_told_and_is_a_problem_without_a_token() -> None:
+    ports = [{"process": "raylet", "address": "::", "port": 4000 + i} for i in range(7)]
+    ports.append({"process": "agent", "address": "0.0.0.0", "port": 8080})
+    note = judge_listening("10.0.0.3", ports, token=True)
+    assert note.state == "note"
+    assert "raylet 4000 4001 4002 4003 and 3 more, agent 8080; agent ask for no token" in note.text
+    assert judge_listening("10.0.0.3", ports, token=False).state == "problem"
+    public = judge_listening("8.8.4.4", ports, token=True)
+    assert public.state == "problem"
+    assert "PUBLIC" in public.text
+    assert judge_listening("10.0.0.3", [], token=False).state == "good"
+
+
+def test_listening_sockets_of_processes_are_found(tmp_path: Path) -> None:
+    """A process that looks like Ray's raylet, with a port for all, one for loopback and one of IPv6."""
+    script = tmp_path / "raylet" / "raylet"
+    script.parent.mkdir()
+    script.write_text(
+        "import socket, sys\n"
+        "made = [socket.create_server((host, 0)) for host in ('0.0.0.0', '127.0.0.1')]\n"
+        "made.append(socket.create_server(('::', 0), family=socket.AF_INET6))\n"
+        "print(*(one.getsockname()[1] for one in made), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        everywhere, loopback, six = map(int, process.stdout.readline().split())
+        found = {one["port"]: one for one in listening(str(tmp_path))}
+        assert not listening(str(tmp_path / "other"))
+        process.communicate(b"", timeout=30)
+    assert found[everywhere] == {"process": "raylet", "address": "0.0.0.0", "port": everywhere}
+    assert found[six]["address"] == "::"
+    assert loopback not in found
+
+
 def test_every_node_of_a_real_cluster_is_asked(ray_cluster: None, s3_url: str) -> None:
-    found = ask_cluster(s3_url)
+    found = ask_cluster(Ask(s3_url))
     assert {"versions", "clock", "storage", "token", "network", "/dev/shm", "disk"} <= {one.topic for one in found}
     (storage,) = [one for one in found if one.topic == "storage"]
     assert storage.state == "good"
     assert storage.facts["read"] > 0
-    (missing,) = problems([one for one in ask_cluster("s3://no-such-bucket-here/x") if one.topic == "storage"][:1])
-    assert "no-such-bucket-here" in missing.text
+    absent = "s3://no-such-bucket-here/x"
+    named = {one.topic for one in problems(ask_cluster(Ask(absent, absent))) if "no-such-bucket-here" in one.text}
+    assert named == {"storage", "data"}
 
 
 def test_two_processes_meet_over_gloo() -> None:
@@ -92,11 +161,9 @@ def test_two_processes_meet_over_gloo() -> None:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    from scoreray.cluster.nodes import Reducer
-
     meet = ("127.0.0.1", _free_port())
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        told = [pool.submit(Reducer().reduce, meet, rank, 2, 60.0) for rank in range(2)]
+        told = [pool.submit(Prober().reduce, meet, rank, 2, 60.0) for rank in range(2)]
         assert judge_pair("a", "b", [one.result(timeout=120) for one in told]).state == "good"
 
 
@@ -109,6 +176,6 @@ def _free_port() -> int:
 
 
 def test_the_probe_leaves_nothing_behind(tmp_path: Path) -> None:
-    told = facts_of_node(str(tmp_path), write=True)["storage"]
+    told = facts_of_node(Ask(str(tmp_path)))["storage"]
     assert not any(told[step] for step in ("list", "write", "read", "delete"))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,99 +20,12 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
 
 TOTAL = 400_000  # more than is trained: the run is stopped when all was seen
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-QUICK_HEALTH_CHECKS = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "2000",
-}
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-class Nodes:
-    """Two namespaces joined by a cable, a Ray node in each; node 0 is the head, and where the driver runs."""
-
-    def __init__(self, folder: Path) -> None:
-        tag = f"{os.getpid() % 10_000}"
-        self.names = [f"sr{tag}a", f"sr{tag}b"]
-        self.addresses = [f"10.{77 + os.getpid() % 100}.0.{i + 1}" for i in range(2)]
-        self._folder = folder
-        self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-            **QUICK_HEALTH_CHECKS,
-            "RAY_raylet_start_wait_time_s": "120",
-            "RAY_worker_niceness": "0",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def connect(self) -> None:
-        for name in self.names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        a, b = (f"v{name}" for name in self.names)
-        ip("link", "add", a, "netns", self.names[0], "type", "veth", "peer", "name", b, "netns", self.names[1])
-        for name, link, address in zip(self.names, (a, b), self.addresses, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
-            ip("-n", name, "link", "set", link, "up")
-
-    def start(self, node: int) -> None:
-        head = f"{self.addresses[0]}:6399"
-        where = ["--head", "--port=6399", "--include-dashboard=false"] if node == 0 else [f"--address={head}"]
-        command = [*RAY, "start", *where, f"--node-ip-address={self.addresses[node]}", "--num-cpus=1"]
-        if node == 0:
-            command.append(f"--temp-dir={self._folder}/ray")
-        self.run(node, [*command, "--object-store-memory=100000000"], timeout=120, check=True)
-
-    def run(self, node: int, command: list[str], **options: object) -> subprocess.CompletedProcess:
-        within = ["ip", "netns", "exec", self.names[node], *command]
-        return subprocess.run(within, env=self.environment, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
-
-    def kill(self, node: int) -> None:
-        """Every process of the node, as when its machine loses power."""
-        pids = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True)
-        for pid in pids.stdout.split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-    def close(self) -> None:
-        for node, name in enumerate(self.names):
-            self.kill(node)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    folder = Path(tempfile.mkdtemp(prefix="sr2-", dir="/tmp"))
-    found = Nodes(folder)
-    try:
-        found.connect()
-    except (OSError, subprocess.CalledProcessError) as error:
-        found.close()
-        shutil.rmtree(folder)
-        reason = getattr(error, "stderr", "") or error
-        pytest.skip(f"two nodes need network namespaces (root, CAP_SYS_ADMIN, iproute2): {reason}")
-    try:
-        found.start(0)
-        found.start(1)
-        yield found
-    finally:
-        found.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Driver:
     """`scoreray train` on node 0, its lines as they come."""
 
-    def __init__(self, nodes: Nodes, file: Path) -> None:
+    def __init__(self, nodes: Any, file: Path) -> None:
         environment = {**nodes.environment, "RAY_ADDRESS": f"{nodes.addresses[0]}:6399"}
         command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
         self.process = subprocess.Popen(
@@ -142,7 +51,7 @@ class Driver:
 
 
 @pytest.mark.slow
-def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path) -> None:
     """Two workers, a node each; one node loses power: the other goes on alone; it comes back: two again. SIGINT saves.
     The losses are those of one process without Ray."""
     images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), dtype=np.uint8)
@@ -160,6 +69,8 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Nodes, tmp_path: Path)
     }
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
+    nodes.start(0)
+    nodes.start(1)
     driver = Driver(nodes, file)
     try:
         driver.wait_for("images", "loss")
