@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import http.client
 import os
 import re
 import ssl
@@ -24,7 +23,9 @@ from urllib.parse import quote, urlsplit
 import botocore.exceptions
 import botocore.httpsession
 
-CONNECT_S, READ_S = 5.0, 20.0
+from scoreray.data.connection import Answer, Connection
+
+CONNECT_S, BEGIN_S, PIECE_S = 5.0, 20.0, 10.0
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 MAX_ERROR_BYTES = 1 << 16
 PLAIN_ERRORS = {"NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "SlowDown",
@@ -53,7 +54,7 @@ class Ranges:
             self._context = ssl.create_default_context(cafile=botocore.httpsession.get_cert_path(bundle))
         proxied = at.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(self._host)
         self.usable = self._credentials is not None and bool(self._region) and not proxied
-        self._idle: deque[http.client.HTTPConnection] = deque(maxlen=32)
+        self._idle: deque[Connection] = deque(maxlen=32)
         self._key: tuple[tuple[str, str], bytes] = ("", ""), b""
 
     def get(self, bucket: str, key: str, start: int, end: int, body: Body) -> bytes | None:
@@ -68,12 +69,11 @@ class Ranges:
             except IndexError:
                 connection, fresh = self._connect(), True
             try:
-                connection.request("GET", path, headers=headers)
-                answer = connection.getresponse()
-            except (ConnectionError, http.client.BadStatusLine) as error:
+                answer = connection.get(path, headers)
+            except ConnectionError:
                 connection.close()
                 if fresh:
-                    raise ConnectionError(str(error)) from error
+                    raise
                 continue  # the server had closed what we kept
             except BaseException:
                 connection.close()
@@ -81,27 +81,23 @@ class Ranges:
             break
         try:
             found = self._taken(answer, start, end, body)
-        except http.client.HTTPException as error:
-            connection.close()
-            raise ConnectionError(str(error)) from error
-        except BaseException:
-            connection.close()
-            raise
-        if answer.isclosed() and not answer.will_close:
-            self._idle.append(connection)
-        else:
-            connection.close()
+        finally:
+            if answer.keeps and answer.left == 0:
+                self._idle.append(connection)
+            else:
+                connection.close()
         return found
 
-    def _taken(self, answer: http.client.HTTPResponse, start: int, end: int, body: Body) -> bytes | None:
-        if answer.status in (200, 206) and answer.length is not None:
-            data = body(answer.read1, answer.length)
-            answer.read()  # nothing is left; this ends the answer
-            return data if answer.status == 206 else data[start:end]  # 200: a server that does not know ranges
+    def _taken(self, answer: Answer, start: int, end: int, body: Body) -> bytes | None:
+        if answer.status == 206 and answer.left is not None:
+            if answer.left > end - start:
+                raise ConnectionError(f"{answer.left} bytes came where {end - start} were asked for")
+            return body(answer.read1, answer.left)
+        if answer.status == 200 and answer.left is not None:  # a server that does not know ranges
+            return body(answer.read1, min(answer.left, end))[start:]
+        text = _error_text(answer)
         if answer.status == 416:
-            answer.read()
             return b""
-        text = answer.read(MAX_ERROR_BYTES).decode("utf-8", "replace")
         said = {name: re.search(f"<{name}>([^<]*)</{name}>", text) for name in ("Code", "Message")}
         error = {name: match[1] if match else "" for name, match in said.items()}
         if error["Code"] not in PLAIN_ERRORS and answer.status not in (429, 500, 502, 503, 504):
@@ -109,20 +105,14 @@ class Ranges:
         about = {"Error": error, "ResponseMetadata": {"HTTPStatusCode": answer.status}}
         raise botocore.exceptions.ClientError(about, "GetObject")  # type: ignore[arg-type]
 
-    def _connect(self) -> http.client.HTTPConnection:
-        connection = (
-            http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_S, context=self._context)
-            if self._context
-            else http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
-        )
+    def _connect(self) -> Connection:
+        port = self._port or (443 if self._context else 80)
         try:
-            connection.connect()
+            return Connection(self._host, port, self._context, CONNECT_S, BEGIN_S, PIECE_S)
         except ssl.SSLError as error:
             raise botocore.exceptions.SSLError(endpoint_url=self._endpoint, error=error) from error
         except OSError as error:  # no such name, refused, too late
             raise botocore.exceptions.EndpointConnectionError(endpoint_url=self._endpoint, error=error) from error
-        connection.sock.settimeout(READ_S)
-        return connection
 
     def _signed(self, path: str, wanted: str) -> dict[str, str]:
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -149,3 +139,17 @@ class Ranges:
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop().close()
+
+
+def _error_text(answer: Answer) -> str:
+    """What a server says of an error, as far as it comes soon: it may be in pieces of a length each (chunked)."""
+    text, deadline = b"", time.monotonic() + PIECE_S
+    with contextlib.suppress(TimeoutError):
+        while len(text) < MAX_ERROR_BYTES and time.monotonic() < deadline:
+            if answer.left is None and b"</Error>" in text:
+                break
+            part = answer.read1(MAX_ERROR_BYTES if answer.left is not None else 1)
+            if not part:
+                break
+            text += part
+    return text.decode("utf-8", "replace")

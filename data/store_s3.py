@@ -83,7 +83,8 @@ class S3Store(Store):
                     return b""
                 raise
             with contextlib.closing(answer["Body"]) as body:
-                data = _body(body._raw_stream.read1, int(answer["ContentLength"]))  # StreamingBody waits for all
+                raw = body._raw_stream  # StreamingBody waits for all
+                data = _body(lambda size: raw.read1(min(size, 1 << 18)), int(answer["ContentLength"]))
             if ranged and "ContentRange" not in answer and (start or end is not None):
                 return data[start or 0 : end]  # a server that does not know ranges sent all of it
             return data
@@ -256,7 +257,7 @@ def _body(read1: Callable[[int], bytes], size: int) -> bytes:
     deadline = time.monotonic() + BODY_S + size / LEAST_BYTES_PER_S
     parts, missing = [], size
     while missing:
-        part = read1(min(missing, 1 << 18))  # what is there
+        part = read1(missing)
         if not part:
             raise ConnectionError(f"{missing} of {size} bytes are missing")
         parts.append(part)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import queue
+import random
+import socket
+import socketserver
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import botocore.exceptions
 import botocore.session
 import pytest
+import trustme
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
@@ -15,6 +28,7 @@ from scoreray.data.errors import StorageError
 from scoreray.data.local_s3 import LocalS3
 from scoreray.data.s3_ranges import Ranges
 from scoreray.data.store import NotFound, open_store
+from scoreray.data.store_s3 import _body
 
 
 @pytest.mark.parametrize("token", [None, "a-session/token=="])
@@ -78,3 +92,119 @@ def test_a_proxy_is_left_to_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Ranges(client, session).usable
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
     assert not Ranges(client, session).usable
+
+
+def test_tls_with_a_certificate_authority_of_ones_own(
+    s3_url: str, local_s3: LocalS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = random.Random(0).randbytes(3 << 20)
+    open_store(s3_url).put("key", data)
+    monkeypatch.setattr("scoreray.data.store_s3.client", None)  # boto3 is not asked
+    authority = trustme.CA()
+    with relay(local_s3.env["AWS_ENDPOINT_URL"], authority.issue_cert("localhost")) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://localhost:{port}")
+        authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+        monkeypatch.setattr("scoreray.data.store_s3._clients", {})
+        monkeypatch.setattr("scoreray.data.store_s3.PATIENCE_S", 0.1)
+        with pytest.raises(StorageError, match="no trusted TLS connection"):
+            open_store(s3_url).get("key", 0, 5)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+        monkeypatch.setattr("scoreray.data.store_s3._clients", {})
+        for start, end in [(0, 1), (7, 100_000), (100_000, 3 << 20), (0, 1 << 23)]:
+            assert open_store(s3_url).get("key", start, end) == data[start:end]
+        with pytest.raises(NotFound):
+            open_store(s3_url).get("none", 0, 5)
+
+
+@contextlib.contextmanager
+def relay(endpoint: str, certificate: trustme.LeafCert) -> Iterator[int]:
+    """TLS on the port that it yields; behind it the plain server at `endpoint`."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate.configure_cert(context)
+    upstream = urlsplit(endpoint)
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), socket.create_connection((upstream.hostname, upstream.port)) as behind:
+                client = context.wrap_socket(self.request, server_side=True)
+                threading.Thread(target=pass_on, args=(behind, client), daemon=True).start()
+                pass_on(client, behind)
+
+    with serving(Relay) as port:
+        yield port
+
+
+def pass_on(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+
+
+@contextlib.contextmanager
+def serving(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+GOOD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 10\r\nServer: x\r\n\r\n0123456789"
+
+
+def test_mutated_answers_are_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a server sends, the caller gets bytes of the right number or an error of the network or of S3."""
+    rng, answers, sent = random.Random(0), queue.SimpleQueue[bytes](), 0
+
+    class Strange(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                while self.request.recv(1 << 16):
+                    self.request.sendall(answers.get())
+                    if rng.random() < 0.9:
+                        return
+
+    with serving(Strange) as port:
+        monkeypatch.setattr(s3_ranges, "PIECE_S", 0.02)
+        monkeypatch.setattr(s3_ranges, "BEGIN_S", 0.02)
+        for name, value in [
+            ("ENDPOINT_URL_S3", f"http://127.0.0.1:{port}"),
+            ("ACCESS_KEY_ID", "a"),
+            ("SECRET_ACCESS_KEY", "b"),
+        ]:
+            monkeypatch.setenv(f"AWS_{name}", value)
+        session = botocore.session.get_session()
+        ranges = Ranges(session.create_client("s3", region_name="us-east-1"), session)
+        outcomes = Counter[str]()
+        while sent < 500:
+            answers.put(mutated(GOOD, rng))
+            sent += 1
+            try:
+                found = ranges.get("bucket", "key", 0, 10, _body)
+                assert found is None or len(found) <= 10
+                outcomes["none" if found is None else "bytes"] += 1
+            except (ConnectionError, TimeoutError, botocore.exceptions.ClientError) as error:
+                outcomes[type(error).__name__] += 1
+            while not answers.empty():
+                answers.get()
+    assert outcomes["bytes"] > 30, outcomes
+    assert outcomes["ConnectionError"] > 30, outcomes
+    assert len(outcomes) >= 4, outcomes
+
+
+def mutated(answer: bytes, rng: random.Random) -> bytes:
+    data = bytearray(answer)
+    for _ in range(rng.randint(0, 3)):
+        i = rng.randrange(len(data) or 1)
+        kind = rng.randrange(5)
+        if kind == 0 and data:
+            data[i] = rng.randrange(256)
+        elif kind == 1:
+            del data[i:]
+        elif kind == 2:
+            data[i:i] = rng.choice([b"\r\n", b"\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b"9" * 30, b"\0", b":"])
+        elif kind == 3:
+            data = bytearray(data.replace(b"206", rng.choice([b"200", b"404", b"416", b"503", b"100", b"999"])))
+        else:
+            del data[i : i + rng.randint(1, 20)]
+    return bytes(data) or b"\r"
