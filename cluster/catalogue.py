@@ -69,7 +69,7 @@ def page() -> str:
         "Names as in a query. A run's come through the exporter that Ray has on each node (port 8080 under `k8s/`),",
         "a sampling service's from its own `/metrics`. Counters end in `_total`; a histogram has `_bucket`, `_sum`",
         "and `_count`. This page, the dashboards and the alerts are made by `python docs/update_metrics.py`, from",
-        "`cluster/catalogue.py`.",
+        "`cluster/catalogue.py`. Spans for OpenTelemetry: [traces.md](traces.md).",
     ]
     for dashboard in DASHBOARDS:
         lines += [

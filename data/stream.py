@@ -25,6 +25,7 @@ from scoreray.data.order import Order, default_lanes
 from scoreray.data.quarantine import Quarantine, Unreadable
 from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import open_store
+from scoreray.data.traces import span
 
 CACHE_BYTES = 256 << 20  # a data set that decoded is no larger is kept in memory
 CACHE_DIR_BYTES = 64 << 30
@@ -98,8 +99,9 @@ class Stream:
                 f"position {position} must not be negative, prefetch_batches {prefetch_batches} and decode_threads "
                 f"{decode_threads} must be at least 1"
             )
-        store = open_store(url)
-        self.manifest = manifest or Manifest.load(store)
+        with span("data.open", url=url, rank=rank, position=position):
+            store = open_store(url)
+            self.manifest = manifest or Manifest.load(store)
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.seed, self.position = seed, position
         self.shuffle_block = shuffle_block or default_shuffle_block(self.manifest, self.num_lanes)

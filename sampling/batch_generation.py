@@ -23,6 +23,7 @@ from scoreray.data.manifest import Shard
 from scoreray.data.packing import Packed, Plan, carry_out, pack_shard
 from scoreray.data.shards import ShardWriter
 from scoreray.data.store import NotFound, Store, open_store
+from scoreray.data.traces import span
 from scoreray.sampling.driver import Form, choose_form, fingerprint, in_form
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
@@ -164,7 +165,8 @@ class Samples:
         for first in range(start, end, request.batch_size):
             last = min(first + request.batch_size, end)
             labels, seeds = request.labels(first, last, info), request.sample_seeds(first, last).tolist()
-            x = self._draw(first, labels)
+            with span("sample.batch", first=first, rows=last - first, sampler=request.sampler):
+                x = self._draw(first, labels)
             arrays = to_uint8(x).permute(0, 2, 3, 1).numpy() if self.dtype == "uint8" else x.numpy()
             for i, (array, label, seed) in enumerate(zip(arrays, labels.tolist(), seeds, strict=True), first):
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}

@@ -9,6 +9,7 @@ from typing import Any
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError
 from scoreray.data.packing import Packed, pack_shard
+from scoreray.data.traces import span
 from scoreray.sampling.batch_generation import Job, Mapper, Samples
 from scoreray.sampling.driver import fingerprint
 from scoreray.sampling.load import load_model
@@ -27,7 +28,8 @@ class DrawingActor:
 
     def make(self, number: int) -> Packed:
         if self._samples is None:
-            self._samples = Samples(self._job, self._url, _load(self._job), self._count)
+            with span("sample.load", checkpoint=self._job.checkpoint):
+                self._samples = Samples(self._job, self._url, _load(self._job), self._count)
         return pack_shard(self._samples, number)
 
     def drawn(self) -> int:

@@ -26,6 +26,7 @@ from scoreray.sampling.serve_config import ERRORS, Limits, Refused
 from scoreray.sampling.serve_docs import docs_page
 from scoreray.sampling.serve_request import KEY, SampleBody, check_key, parse
 from scoreray.sampling.serve_service import Answer, Run, Service, json_answer
+from scoreray.sampling.serve_traces import trace_request
 
 log = logging.getLogger("scoreray.serve")
 
@@ -139,6 +140,9 @@ async def _answered(
         elif code == "ok" and not isinstance(response, StreamingResponse):
             service.meter["request_seconds"].observe(time.monotonic() - started)
     _log(request, request_id, who, code, started)
+    if request.url.path == "/v1/samples" and not isinstance(response, StreamingResponse):
+        about = getattr(request.state, "about", None)
+        trace_request(request_id, request.headers, code, time.monotonic() - started, about)
     response.headers["X-Request-ID"] = request_id
     return response
 
@@ -151,18 +155,19 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
     run = await service.submit(body, token=who, key=key, media=media)
     if body.stream:
-        return await _stream(service, run, request_id)
+        return await _stream(service, run, request, request_id)
     try:
         answer = await _unless_gone(request, run)
     finally:
         service.leave(run)
+    request.state.about = answer.about
     if media == "application/json":
         return Response(json_answer(request_id, answer), media_type=media, headers=HEADERS)
     told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(answer.about[name]) for name in TELLING}
     return Response(answer.body, media_type=media, headers={**HEADERS, **told})
 
 
-async def _stream(service: Service, run: Run, request_id: str) -> Response:
+async def _stream(service: Service, run: Run, request: Request, request_id: str) -> Response:
     """Events: start, then previews, then done (as the JSON answer) or error (as the JSON error)."""
     try:
         await run.accepted.wait()
@@ -191,9 +196,12 @@ async def _stream(service: Service, run: Run, request_id: str) -> Response:
             finally:
                 pending.cancel()
             answer = await run.answer()
-            service.meter["request_seconds"].observe(time.monotonic() - run.started)
+            took_s = time.monotonic() - run.started
+            service.meter["request_seconds"].observe(took_s)
+            trace_request(request_id, request.headers, "ok", took_s, answer.about)
             yield b"event: done\ndata: " + json_answer(request_id, answer) + b"\n\n"
         except Refused as refusal:
+            trace_request(request_id, request.headers, refusal.code, time.monotonic() - run.started)
             yield event("error", _error(refusal, request_id))
         finally:
             service.leave(run)

@@ -17,6 +17,7 @@ import torch
 
 from scoreray.data.errors import Unanswered, UserError
 from scoreray.data.store import NotFound, Store
+from scoreray.data.traces import span
 from scoreray.trainer.checkpoint import BUFFERS, FOLDER, FORMAT, MARKER, OWNER, SNAPSHOTS, committed
 from scoreray.trainer.fragments import Fragment
 from scoreray.trainer.tensor_file import scratch_file, write_tensors
@@ -98,16 +99,17 @@ class CheckpointWriter:
     def _write(
         self, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any, snapshot: Sequence[str]
     ) -> None:
-        name = f"{about['images_seen']:012d}-{self._attempt}"
-        if self._rank == 0 and not self._swept:  # before the first commit: starts that never reach one would pile up
-            self._sweep()
-        if snapshot:
-            averages = {key: _halved(t) for key, t in tensors.items() if key.partition("/")[0] in snapshot}
-            self._commit(f"{SNAPSHOTS}/{name}", averages, table, buffers, {**about, "state_keys": list(snapshot)})
-        self._commit(f"{FOLDER}/{name}", tensors, table, buffers, about, before_commit)
-        if self._rank == 0:
-            self.last_commit = (about["images_seen"], time.time())
-            self._clean()
+        with span("train.commit", run=self._run.url(), rank=self._rank, images=about["images_seen"]):
+            name = f"{about['images_seen']:012d}-{self._attempt}"
+            if self._rank == 0 and not self._swept:  # first: starts that never reach a commit would pile up
+                self._sweep()
+            if snapshot:
+                averages = {key: _halved(t) for key, t in tensors.items() if key.partition("/")[0] in snapshot}
+                self._commit(f"{SNAPSHOTS}/{name}", averages, table, buffers, {**about, "state_keys": list(snapshot)})
+            self._commit(f"{FOLDER}/{name}", tensors, table, buffers, about, before_commit)
+            if self._rank == 0:
+                self.last_commit = (about["images_seen"], time.time())
+                self._clean()
 
     def _commit(
         self, folder: str, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any = None

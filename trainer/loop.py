@@ -6,6 +6,7 @@ laptop, a profiler or a debugger. Started once per rank, it is what Ray Train ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import Store, open_store
 from scoreray.data.stream import Batch, Stream
+from scoreray.data.traces import flush, span
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
@@ -64,6 +66,8 @@ def train(
         keep_large_tensors_on_the_heap()
     if rank:
         note = lambda line: None  # noqa: E731
+    starting = contextlib.ExitStack()
+    starting.enter_context(span("train.start", run=config.run.name, rank=rank, world_size=world_size))
     run = run_store(config)
     batch_size, total = config.data.global_batch_size, config.duration.images
     manifest = Manifest.load(open_store(config.data.url))
@@ -85,7 +89,8 @@ def train(
     images_seen = num_steps = skipped = 0
     checkpoint = latest(run)
     if checkpoint is not None:
-        checkpoint.restore(engine.fragments(), module)
+        with span("train.restore", checkpoint=checkpoint.folder, images=checkpoint.images_seen):
+            checkpoint.restore(engine.fragments(), module)
         images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
         skipped = checkpoint.marker.get("skipped_steps", 0)
         engine.publish(num_steps)
@@ -121,6 +126,7 @@ def train(
     meter, vote = _Meter(world_size, device, work), Vote(world_size)
     lines: list[str] = []
     norm, decided = 0.0, Ask.NOTHING
+    starting.close()
     try:
         while images_seen < total and decided < Ask.MOVE:
             batch = meter.waiting(lambda: next(stream))
@@ -171,6 +177,7 @@ def train(
     finally:
         stream.close()
         writer.close()
+        flush()
     if decided is Ask.MOVE and images_seen < total:
         raise Moved(f"their places go away; all was saved at {images_seen:,} images")
     return images_seen
