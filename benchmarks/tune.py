@@ -1,16 +1,22 @@
 """Sweeps, measured: what a trial costs besides training, how soon a search is near the optimum, what two cores gain.
 
-    python benchmarks/tune.py [--out FILE.json]
+    python benchmarks/tune.py [--only overhead|parallel|search] [--out FILE.json]
 
 A 2-D target (the ring of eight Gaussians), a perceptron of 32 x 2, batches of 64: steps of about a millisecond, so that
-what is not training shows. Everything is measured in one run on one machine; it starts its own Ray.
+what is not training shows. `overhead` and `parallel` start their own Ray. `search` needs none: what is tried depends on
+reports alone, so each search trains trial after trial in one process, with the study's own decisions, until the same
+number of images is spent. Each part ends within two minutes on two free cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -19,44 +25,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from scoreray.cluster.local_ray import connected
+from scoreray.cluster.local_ray import connected, stop
 from scoreray.data.pack import pack
 from scoreray.trainer.targets import sample_target
+from scoreray.tune.schedule import Asha, milestones
+from scoreray.tune.search import propose
 from scoreray.tune.study import Study
 from scoreray.tune.sweep import load_sweep
-from scoreray.tune.trial import Trial
+from scoreray.tune.trial import Trial, advance, trial_config
 
 SPACE = {
     "objective.sigma_sampling.P_mean": {"uniform": [-6.0, 4.0]},
     "objective.sigma_sampling.P_std": {"log": [0.1, 3.0]},
     "objective.weighting.kind": {"choice": ["edm", "sigma2", "constant", "velocity"]},
-    "optimizer.learning_rate": {"log": [1e-5, 1e-2]},
+    "optimizer.learning_rate": {"log": [1e-4, 5e-2]},
 }
-NEAR = 1.01  # times the best metric that any search of the same seed found
+NEAR = (0.5, 0.75, 0.9)  # of the best gain that any search found from any seed; a linear denoiser's metric is 1
+IMAGES = 6144  # of a trial that is not stopped
+MOST_S = 115.0  # for the searches, whatever else the machine does
+ASHA = {"kind": "asha", "grace_images": 2048, "reduction": 3}
 SEARCHES: dict[str, dict[str, Any]] = {
     "random": {"search": {"kind": "random", "default_first": False}},
-    "random, ASHA": {
-        "search": {"kind": "random", "default_first": False},
-        "scheduler": {"kind": "asha", "grace_images": 1024, "reduction": 3},
-    },
-    "TPE, ASHA": {
-        "search": {"kind": "tpe", "startup": 8, "default_first": False},
-        "scheduler": {"kind": "asha", "grace_images": 1024, "reduction": 3},
-    },
+    "TPE": {"search": {"kind": "tpe", "startup": 5, "default_first": False}},
+    "TPE, ASHA": {"search": {"kind": "tpe", "startup": 5, "default_first": False}, "scheduler": ASHA},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tune.json")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=6, help="Of the searches.")
+    parser.add_argument("--budget", type=int, default=12, help="Whole trials' worth of images for each search.")
     parser.add_argument(
         "--only", choices=("overhead", "parallel", "search"), help="One part; the file keeps the others."
     )
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="scoreray-") as folder, connected(num_cpus=2):
+    signal.signal(signal.SIGTERM, stop)
+    with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
         place = Path(folder)
         for name, count, seed in (("train", 8192, 0), ("held", 512, 1)):
             np.savez(place / f"{name}.npz", images=sample_target("mixture", count, seed).numpy())
@@ -64,39 +71,44 @@ def main() -> None:
         parts: dict[str, Callable[[], Any]] = {
             "overhead": lambda: overhead(place),
             "parallel": lambda: parallel(place),
-            "search": lambda: search(place, arguments.seeds, arguments.trials),
+            "search": lambda: search(place, arguments.seeds, arguments.budget * IMAGES),
         }
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         for name in [arguments.only] if arguments.only else list(parts):
+            started = time.perf_counter()
             found[name] = {"load_before": os.getloadavg()[0], **parts[name]()}
+            found[name]["seconds"] = round(time.perf_counter() - started, 1)
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-            print(json.dumps({name: found[name]}, indent=1), flush=True)
+            print(TABLES[name](found[name]), flush=True)
 
 
-def run(place: Path, name: str, **changes: Any) -> tuple[list[Trial], float]:
-    """The trials of a study, and the seconds that it took."""
-    sweep = {
+def sweep_of(place: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """A sweep over the 2-D target, with changes."""
+    return {
         "study": {"name": name, "storage": str(place / "studies"), "seed": changes.pop("seed", 0)},
         "base": {
             "data": {"url": str(place / "train"), "global_batch_size": 64},
             "network": {"kind": "mlp", "hidden_size": 32, "num_layers": 2},
             "ema": {"stds": [0.1]},
             "engine": {"zero_stage": 0, "precision": "fp32"},
-            "duration": {"images": changes.pop("images", 8192)},
+            "duration": {"images": changes.pop("images", IMAGES)},
             "log": {"tensorboard": False},
         },
         "space": SPACE,
         "metric": {"reference": str(place / "held"), "count": 512, "levels": 12, "sigma_min": 0.02, "sigma_max": 5.0},
         **changes,
     }
-    started = time.perf_counter()
-    trials = Study(load_sweep(sweep), {"CPU": 2.0}).run()
-    return trials, time.perf_counter() - started
+
+
+def run(place: Path, name: str, **changes: Any) -> list[Trial]:
+    """The trials of a study on this machine's Ray."""
+    return Study(load_sweep(sweep_of(place, name, **changes)), {"CPU": 2.0}).run()
 
 
 def overhead(place: Path) -> dict[str, float]:
     """Seconds from handing a trial out to its first step's end, in a new process and in one that is used again."""
-    trials, _ = run(place, "overhead", trials=10, search={"kind": "random"}, resources={"concurrent": 1}, images=1024)
+    with connected(num_cpus=2):
+        trials = run(place, "overhead", trials=10, search={"kind": "random"}, resources={"concurrent": 1}, images=1024)
     waits = [trial.reports[0]["first_step"] - trial.reports[0]["sent"] for trial in trials]
     whole = [trial.reports[0]["seconds"] for trial in trials[1:]]
     return {
@@ -107,13 +119,14 @@ def overhead(place: Path) -> dict[str, float]:
 
 
 def parallel(place: Path) -> dict[str, float]:
-    """The same trials one after another and two at once, from the first report on: processes have started by then."""
+    """The same trials one after another and two at once, from the first reports on: processes have started by then."""
     spans = {}
-    for at_once in (1, 2):
-        settings = {"search": {"kind": "random"}, "resources": {"concurrent": at_once}, "images": 65536}
-        trials, _ = run(place, f"parallel-{at_once}", trials=8 + at_once, **settings)
-        ends = sorted(trial.reports[0]["started"] + trial.reports[0]["seconds"] for trial in trials)
-        spans[at_once] = (ends[-1] - ends[at_once - 1]) / (len(ends) - at_once)
+    with connected(num_cpus=2):
+        for at_once in (1, 2):
+            settings = {"search": {"kind": "random"}, "resources": {"concurrent": at_once}, "images": 2 * IMAGES}
+            trials = run(place, f"parallel-{at_once}", trials=5 + at_once, **settings)
+            ends = sorted(trial.reports[0]["started"] + trial.reports[0]["seconds"] for trial in trials)
+            spans[at_once] = (ends[-1] - ends[at_once - 1]) / (len(ends) - at_once)
     return {
         "sequential_s_a_trial": spans[1],
         "two_at_once_s_a_trial": spans[2],
@@ -121,37 +134,107 @@ def parallel(place: Path) -> dict[str, float]:
     }
 
 
-def search(place: Path, seeds: int, num_trials: int) -> dict[str, Any]:
-    """Images trained until a finished trial is within 1% of the best that any search found with the same seed."""
-    found: dict[str, Any] = {name: {"images_to_near": [], "images": [], "best": [], "seconds": []} for name in SEARCHES}
-    for seed in range(seeds):
-        runs = {
-            name: run(place, f"search-{seed}-{i}", trials=num_trials, seed=seed, **settings)
-            for i, (name, settings) in enumerate(SEARCHES.items())
+def search(place: Path, seeds: int, budget: int) -> dict[str, Any]:
+    """Each search from each seed for the same images: what they took to come near the best, and how good they ended.
+
+    Seeds that all searches are not through with after MOST_S are left out.
+    """
+    jobs = [(str(place), name, seed, budget) for seed in range(seeds) for name in SEARCHES]
+    until, made = time.monotonic() + MOST_S, list[dict[str, Any]]()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        races = pool.imap(_race, jobs)
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in jobs:
+                made.append(races.next(until - time.monotonic()))
+    made = made[: len(made) // len(SEARCHES) * len(SEARCHES)]
+    best = min((value for one in made for _, value in one["best_by_images"]), default=math.nan)
+    found: dict[str, Any] = {"budget": budget, "seeds": len(made) // len(SEARCHES), "best": best, "searches": {}}
+    for i, name in enumerate(SEARCHES):
+        mine = made[i :: len(SEARCHES)]
+        curves = [one["best_by_images"] for one in mine]
+        found["searches"][name] = {
+            "ends": [curve[-1][1] for curve in curves],
+            "trials": [one["trials"] for one in mine],
+            "images_to": {str(near): [images_to(curve, 1 - near * (1 - best)) for curve in curves] for near in NEAR},
+            "seconds": [one["seconds"] for one in mine],
         }
-        best = min(value for trials, _ in runs.values() for _, value in _ends(trials))
-        for name, (trials, seconds) in runs.items():
-            near = [images for images, value in _ends(trials) if value <= NEAR * best]
-            found[name]["images_to_near"].append(min(near, default=None))
-            found[name]["images"].append(sum(trial.images for trial in trials))
-            found[name]["best"].append(min(value for _, value in _ends(trials)))
-            found[name]["seconds"].append(round(seconds, 1))
     return found
 
 
-def _ends(trials: list[Trial]) -> list[tuple[int, float]]:
-    """(images of all trials by then, metric) of each trial that reached its end, in the order of reports."""
-    reports = sorted((r["seq"], t.number, r["images"], r["metrics"]["denoising"], t.state)
-                     for t in trials for r in t.reports)  # fmt: skip
-    spent: dict[int, int] = {}
-    ends = []
-    last = {trial.number: trial.images for trial in trials}
-    for _, number, images, value, state in reports:
-        spent[number] = images
-        if state == "done" and images == last[number]:
-            ends.append((sum(spent.values()), value))
-    return ends
+def _race(job: tuple[str, str, int, int]) -> dict[str, Any]:
+    return race(*job)
 
+
+def race(folder: str, name: str, seed: int, budget: int) -> dict[str, Any]:
+    """One search until `budget` images are trained on: the best finished trial by images spent."""
+    torch.set_num_threads(1)
+    place, started = Path(folder), time.perf_counter()
+    sweep = sweep_of(place, f"search-{list(SEARCHES).index(name)}-{seed}", seed=seed, trials=10_000, **SEARCHES[name])
+    plan = load_sweep(sweep)
+    trials: list[Trial] = []
+    asha = Asha(plan, []) if plan.sweep.scheduler.kind == "asha" else None
+    best, spent, seq, curve = math.inf, 0, 0, list[tuple[int, float]]()
+    while spent < budget:
+        trial = Trial(len(trials), propose(plan, len(trials), trials))
+        trials.append(trial)
+        config = trial_config(plan, trial.values)
+        for target in milestones(plan):
+            report = advance(config, target, plan.sweep, trial.values) | {"seq": seq}
+            spent, seq = spent + target - trial.images, seq + 1
+            trial.reports.append(report)
+            if target == plan.total:
+                trial.state = "done"
+                best = min(best, report["metrics"]["denoising"])
+            elif asha is not None and not asha.goes_on(trial, report):
+                trial.state = "stopped"
+                break
+        curve.append((spent, best))
+    return {"best_by_images": curve, "trials": len(trials), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def images_to(curve: list[tuple[int, float]], value: float) -> int | None:
+    """Images after which the best is at most this; None where it never was."""
+    return next((images for images, best in curve if best <= value), None)
+
+
+def overhead_table(found: dict[str, Any]) -> str:
+    return (
+        f"first step's end after handing a trial out: {found['new_process_s']:.2f} s in a new process, "
+        f"{found['reused_process_s']:.2f} s in one that is used again\n"
+        f"a whole trial of 1,024 images: {found['whole_trial_of_1024_images_s']:.2f} s"
+    )
+
+
+def parallel_table(found: dict[str, Any]) -> str:
+    return (
+        f"{2 * IMAGES:,} images a trial: {found['sequential_s_a_trial']:.2f} s one after another, "
+        f"{found['two_at_once_s_a_trial']:.2f} s two at once, efficiency {found['efficiency']:.0%}"
+    )
+
+
+def search_table(found: dict[str, Any]) -> str:
+    """Medians over seeds; a search that never came near counts as more than its budget."""
+    if not found["seeds"]:
+        return f"no seed was through after {MOST_S:.0f} s; free the machine, or give less --budget"
+    lines = [f"{found['seeds']} seeds, {found['budget']:,} images each; the best of all: {found['best']:.4f}",
+             f"{'search':14}{'trials':>7}{'mean end':>10}{'worst end':>11}" + "".join(
+                 f"{f'to {near:.0%}':>14}" for near in NEAR)]  # fmt: skip
+    for name, one in found["searches"].items():
+        row = f"{name:14}{statistics.median(one['trials']):>7.0f}{statistics.mean(one['ends']):>10.4f}"
+        row += f"{max(one['ends']):>11.4f}"
+        for near in NEAR:
+            reached = [math.inf if images is None else images for images in one["images_to"][str(near)]]
+            middle, count = statistics.median(reached), sum(images < math.inf for images in reached)
+            row += f"{'never' if middle == math.inf else f'{middle:,.0f}':>9}" + f" {count}/{len(reached)}".rjust(5)
+        lines.append(row)
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "overhead": overhead_table,
+    "parallel": parallel_table,
+    "search": search_table,
+}
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,8 @@ from rich.text import Text
 from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
 from scoreray.cluster.local_ray import connected
 from scoreray.tune.report import Report, make_report
-from scoreray.tune.study import State, Study, best_of
+from scoreray.tune.schedule import best_of
+from scoreray.tune.study import State, Study
 from scoreray.tune.sweep import Plan, check_room, check_sweep
 from scoreray.tune.trial import Trial, study_store
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 import warnings
@@ -16,16 +15,23 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError
-from scoreray.data.inspect import picture_grid
 from scoreray.sampling.generate import Request, generate
 from scoreray.sampling.load import load
 from scoreray.trainer.config import Config, dump_config
-from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of
+from scoreray.tune.pictures import (
+    DPI,
+    curves_picture,
+    front_picture,
+    history_picture,
+    importance_picture,
+    parallel_picture,
+    progress_picture,
+    sheet_picture,
+)
+from scoreray.tune.schedule import best_of, cost_of
 from scoreray.tune.search import optuna_study
-from scoreray.tune.space import Dimension
-from scoreray.tune.study import best_of
-from scoreray.tune.sweep import MAXIMISED, Plan, draw_settings
+from scoreray.tune.sweep import Plan, draw_settings
 from scoreray.tune.trial import Trial, study_store
 
 PAGE, RECORD, BEST = "report.html", "report.json", "best.yaml"
@@ -99,7 +105,7 @@ def importance(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     finished = [
-        trial for trial in trials if trial.state == "done" and trial.metrics and math.isfinite(_cost(plan, trial))
+        trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, plan.sweep.metric.names[0]))
     ]
     found: dict[str, float] = {}
     for one in plan.space.dimensions:
@@ -121,173 +127,77 @@ def importance(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
 
 def page(plan: Plan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]) -> str:
     """The page; nothing in it comes from elsewhere."""
-    shown = [trial for trial in (best, default) if trial is not None]
-    shown = shown[:1] if len(shown) == 2 and shown[0].number == shown[1].number else shown
-    name = html.escape(plan.sweep.study.name)
-    several = len(plan.sweep.metric.names) > 1
-    figures = [
-        _figure("Trials in the order of their numbers, and the best so far.", history_picture(plan, trials)),
-        _figure(f"Share of each dimension in what makes a trial good, by {html.escape(plan.sweep.metric.names[0])}.",
-                importance_picture(record["importance"])) if record["importance"] else "",
-        _figure("Each line is a finished trial, dark where it is good; grey ones were stopped.",
-                parallel_picture(plan, trials))
-        if best is not None else "",
-        _figure("The Pareto front.", front_picture(plan, trials)) if several and best is not None else "",
-        _figure("Weighted denoising error by noise level, 95% bands; below, relative to the default.",
-                curves_picture(plan, best, default)) if best is not None else "",
-        *(_sheet(plan, trial, "best" if trial is best else "default") for trial in shown),
-    ]  # fmt: skip
+    names = plan.sweep.metric.names
+    name, first, several = html.escape(plan.sweep.study.name), html.escape(names[0]), len(names) > 1
+    parts = []
+    if best is not None:
+        best_ones = best_of(plan, list(trials))[:SHOWN]
+        best_ones += [default] if default is not None and default not in best_ones else []
+        parts.append(_table(plan, best_ones, default))
+    if record["next"]:
+        parts.append("<pre>" + "\n".join(html.escape(line) for line in record["next"]) + "</pre>")
+    if best is not None and several:
+        parts.append(_chart("The Pareto front: trials, by number, that none beats in every metric. Ring: the default.",
+                            front_picture(plan, trials, default)))  # fmt: skip
+    parts.append(_chart("Trials in the order of their numbers, and the best so far.", history_picture(plan, trials)))
+    if best is not None and any(len(trial.reports) > 1 for trial in trials):
+        parts.append(_chart("Every trial as it trained; grey ones were stopped, the best is orange.",
+                            progress_picture(plan, trials, best)))  # fmt: skip
+    if record["importance"]:
+        parts.append(_chart(f"Share of each dimension in what makes a trial good, by {first}.",
+                            importance_picture(record["importance"])))  # fmt: skip
+    if best is not None:
+        parts.append(_chart(f"Each line is a finished trial, darker the better its {first}; grey ones were stopped.",
+                            parallel_picture(plan, trials)))  # fmt: skip
+        parts.append(_chart("Weighted denoising error by noise level, 95% bands; below, relative to the default.",
+                            curves_picture(plan, best, default)))  # fmt: skip
+        parts.append(_sheets(plan, best, default))
+    parts.append(f"<details><summary>All {len(trials)} trials</summary>{_table(plan, trials, default)}</details>")
     states = ", ".join(f"{count} {state}" for state, count in record["states"].items() if count)
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>scoreray study: {name}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-img {{ max-width: 100% }} th {{ text-align: left }} th, td {{ padding: .2rem 1.2rem .2rem 0; vertical-align: top }}
-td.n {{ font-variant-numeric: tabular-nums; text-align: right }} figure {{ margin: 1.5rem 0 }}
-figcaption {{ color: #555 }} pre {{ font-size: 13px; overflow-x: auto }} .wide {{ overflow-x: auto }}
-</style>
+<style>{STYLE}</style>
 <h1>{name}</h1>
 <p>{len(trials)} trials: {states}; {record["images"]:,} images trained on. Compared by
-{html.escape(", ".join(plan.sweep.metric.names))} on {html.escape(plan.sweep.metric.reference)}.</p>
-{_table(plan, trials, best, default)}
-{"".join(figures)}
-<p>{"<br>".join(html.escape(line) for line in record["next"])}</p>
+{html.escape(", ".join(names))} on {html.escape(plan.sweep.metric.reference)}.</p>
+{"".join(parts)}
 </html>
 """
 
 
-def history_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
-    """The first metric of each trial, and the best so far."""
-    figure, axes = _axes(9, 3.2)
-    colours = {"done": "C0", "stopped": "0.65", "failed": "C3", "running": "C1"}
-    for state, colour in colours.items():
-        some = [t for t in trials if t.state == state and t.metrics and math.isfinite(_first(plan, t))]
-        if some:
-            axes.scatter([t.number for t in some], [_first(plan, t) for t in some], s=18, color=colour, label=state)
-    best, line = math.inf, []
-    for trial in trials:
-        if trial.state == "done" and _cost(plan, trial) < best:
-            best = _cost(plan, trial)
-            line.append((trial.number, _first(plan, trial)))
-    if line:
-        line.append((len(trials) - 1, line[-1][1]))
-        axes.step(*zip(*line, strict=True), where="post", color="0.2", lw=1.2, label="best so far")
-    axes.set(xlabel="trial", ylabel=plan.sweep.metric.names[0])
-    values = [_first(plan, t) for t in trials if t.metrics]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+figure { margin: 1.5rem 0; overflow-x: auto } figure img { width: 100% }
+.sheets { display: flex; flex-wrap: wrap; gap: 1rem } .sheets figure { flex: 1 1 16rem; margin: 0 }
+.sheets img { image-rendering: pixelated } figcaption { color: #555; font-size: 14px; position: sticky; left: 0 }
+.wide { overflow-x: auto; width: max-content; max-width: 100% }
+@media (min-width: 48rem) { .wide { max-width: calc(50vw + 21rem) } }
+table { border-collapse: collapse; font-size: 14px; white-space: nowrap }
+th, td { padding: .2rem .7rem; text-align: right; font-variant-numeric: tabular-nums; border-bottom: 1px solid #eee }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0 }
+td.error { text-align: left; white-space: normal; min-width: 16rem }
+pre { font-size: 13px; background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto } details { margin: 1.5rem 0 }
+"""
 
 
-def importance_picture(shares: dict[str, float]) -> bytes:
-    """Bars, the greatest on top."""
-    figure, axes = _axes(9, 0.7 + 0.35 * len(shares))
-    ranked = sorted(shares.items(), key=lambda one: one[1])
-    axes.barh([key for key, _ in ranked], [value for _, value in ranked], color="C0")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    return _png(figure)
-
-
-def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
-    """A vertical axis for each dimension and the metric; a line for each finished trial."""
-    import matplotlib
-
-    finished = [trial for trial in trials if trial.state == "done" and trial.metrics]
-    finished = sorted(finished, key=lambda trial: -_cost(plan, trial))  # the best drawn last, on top
-    dimensions = plan.space.dimensions
-    figure, axes = _axes(max(7.0, 1.6 * (len(dimensions) + 1)), 4.2)
-    costs = sorted(_cost(plan, trial) for trial in finished if math.isfinite(_cost(plan, trial)))
-    for trial in trials:
-        if trial.state == "stopped":
-            axes.plot(range(len(dimensions)), _heights(plan, trial), color="0.8", lw=0.7, zorder=0)
-    for i, trial in enumerate(finished):
-        good = i / (len(finished) - 1) if len(finished) > 1 else 1.0
-        low, high = costs[0], costs[-1]
-        worth = 0.0 if high == low else min(1.0, (_cost(plan, trial) - low) / (high - low))
-        colour = matplotlib.colormaps["viridis_r"](good)
-        width = 1 + 1.2 * (good == 1.0)
-        axes.plot(range(len(dimensions) + 1), [*_heights(plan, trial), worth], color=colour,
-                  alpha=0.35 + 0.6 * good, lw=width)  # fmt: skip
-    for i, one in enumerate(dimensions):
-        axes.axvline(i, color="0.3", lw=0.8)
-        for place, text in _ticks(one):
-            axes.text(
-                i + 0.03,
-                place,
-                text,
-                fontsize=8,
-                va="center",
-                bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.4},
-            )
-    axes.axvline(len(dimensions), color="0.3", lw=0.8)
-    sign = -1 if plan.sweep.metric.names[0] in MAXIMISED else 1
-    for place, cost in ((0.0, costs[0]), (1.0, costs[-1]))[: len(set(costs))]:
-        axes.text(len(dimensions) + 0.03, place, f"{sign * cost:.4g}", fontsize=8, va="center")
-    labels = [".\n".join(one.key.rsplit(".", 1)) for one in dimensions] + [plan.sweep.metric.names[0]]
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_yticks([])
-    axes.set_xlim(-0.1, len(dimensions) + 0.5)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.grid(visible=False)
-    return _png(figure)
-
-
-def _heights(plan: Plan, trial: Trial) -> list[float]:
-    """Where a trial's values lie on the axes; below them where it has none."""
-    return [one.place(trial.values[one.key]) if one.key in trial.values else -0.12 for one in plan.space.dimensions]
-
-
-def front_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
-    """The first two metrics of all trials; those that nothing beats are joined."""
-    figure, axes = _axes(6.5, 4.2)
-    first, second = plan.sweep.metric.names[:2]
-    done = [trial.metrics for trial in trials if trial.state == "done" and trial.metrics]
-    axes.scatter([m[second] for m in done], [m[first] for m in done], s=18, color="0.65")
-    front = sorted((t.metrics for t in best_of(plan, list(trials)) if t.metrics), key=lambda m: m[second])
-    axes.plot([m[second] for m in front], [m[first] for m in front], "o-", color="C0", ms=5, lw=1.2)
-    axes.set(xlabel=second, ylabel=first)
-    return _png(figure)
-
-
-def curves_picture(plan: Plan, best: Trial, default: Trial | None) -> bytes:
-    """Per-sigma error of the best and the default, and their ratio."""
-    from matplotlib.figure import Figure
-
-    sigmas = levels_of(plan.sweep.metric)
-    shown = [("best", best, "C0")]
-    if default is not None and default.number != best.number and len(default.reports[-1]["curve"]) == len(sigmas):
-        shown.append(("default", default, "0.45"))
-    figure = Figure(figsize=(9, 5.2 if len(shown) > 1 else 3.2), layout="constrained")
-    rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=[3, 2][: len(shown)])[:, 0]
-    base = shown[-1][1].reports[-1]["curve"]
-    for name, trial, colour in shown:
-        curve, errors = trial.reports[-1]["curve"], trial.reports[-1]["std_errors"]
-        rows[0].plot(sigmas, curve, "o-", ms=3.5, lw=1.6, color=colour, label=f"{name} (trial {trial.number})")
-        low = [c - 1.96 * e for c, e in zip(curve, errors, strict=True)]
-        high = [c + 1.96 * e for c, e in zip(curve, errors, strict=True)]
-        rows[0].fill_between(sigmas, low, high, color=colour, alpha=0.15, lw=0)
-        if len(shown) > 1:
-            ratio = [100 * (c / b - 1) for c, b in zip(curve, base, strict=True)]
-            rows[1].plot(sigmas, ratio, "o-", ms=3.5, color=colour)
-            rows[1].set(ylabel="difference, %")
-    rows[0].set(ylabel="weighted error", ylim=(0, None))
-    rows[0].legend(frameon=False)
-    rows[-1].set(xscale="log", xlabel="noise level σ")
-    for axes in rows:
-        axes.grid(alpha=0.3)
-    return _png(figure)
-
-
-def _sheet(plan: Plan, trial: Trial, name: str) -> str:
-    """Samples of a trial, or why there are none."""
-    try:
-        data = _png_of(_samples(plan, trial))
-    except ScorerayError as error:
-        return f"<p>No samples of the {name}: {html.escape(str(error))}</p>"
-    return _figure(f"Samples of the {name} (trial {trial.number}), the same seeds.", data) if data else ""
+def _sheets(plan: Plan, best: Trial, default: Trial | None) -> str:
+    """Samples of the best and of the default, or why there are none."""
+    shown = [("best", best)]
+    if default is not None and default.number != best.number:
+        shown.append(("default", default))
+    parts, frame = [], None
+    for name, trial in shown:
+        try:
+            samples = _samples(plan, trial)
+        except ScorerayError as error:
+            parts.append(f"<p>No samples of the {name}: {html.escape(str(error))}</p>")
+            continue
+        frame = samples if frame is None else frame
+        data = sheet_picture(samples, frame)
+        if data is not None:
+            parts.append(_figure(f"Samples of the {name} (trial {trial.number}), the same seeds.", data))
+    return f'<div class="sheets">{"".join(parts)}</div>' if parts else ""
 
 
 def _samples(plan: Plan, trial: Trial) -> Tensor:
@@ -300,32 +210,37 @@ def _samples(plan: Plan, trial: Trial) -> Tensor:
     return torch.cat([x for x, _ in generate(model, request)])
 
 
-def _png_of(samples: Tensor) -> bytes | None:
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
-        buffer = io.BytesIO()
-        picture_grid(to_uint8(samples)).save(buffer, "PNG")
-        return buffer.getvalue()
-    if samples.ndim == 2 and samples.shape[1] >= 2:
-        figure, axes = _axes(4, 4)
-        axes.scatter(samples[:, 0], samples[:, 1], s=2, color="C0")
-        axes.set_aspect("equal")
-        return _png(figure)
-    return None
-
-
-def _table(plan: Plan, trials: Sequence[Trial], best: Trial | None, default: Trial | None) -> str:
-    keys = [one.key for one in plan.space.dimensions]
-    ranked = best_of(plan, list(trials))[:SHOWN]
-    ranked += [default] if default is not None and default not in ranked else []
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in ("trial", *plan.sweep.metric.names, "images", *keys))
+def _table(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> str:
+    """A row for each trial; a dimension's full key shows when its short name is pointed at."""
+    keys, names = [one.key for one in plan.space.dimensions], plan.sweep.metric.names
+    plain = all(trial.state == "done" for trial in trials)
+    short = short_names(keys)
+    head = [(text, "") for text in ("trial", *([] if plain else ["state"]), *names, "images")]
+    head += [(short[key], key) for key in keys]
+    head += [("", "")] if any(trial.error for trial in trials) else []
+    top = "".join(f'<th title="{html.escape(full)}">{html.escape(text)}</th>' for text, full in head)
     rows = []
-    for trial in ranked:
+    for trial in trials:
         metrics = trial.metrics or {}
         cells = [f"{trial.number}" + (" (default)" if trial is default else "")]
-        cells += [f"{metrics[name]:.5g}" if name in metrics else "-" for name in plan.sweep.metric.names]
-        cells += [f"{trial.images:,}", *(_short(trial.values.get(key, "-")) for key in keys)]
-        rows.append("<tr>" + "".join(f'<td class="n">{html.escape(cell)}</td>' for cell in cells) + "</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+        cells += [] if plain else [trial.state]
+        cells += [f"{metrics[name]:.5g}" if name in metrics else "" for name in names]
+        cells += [f"{trial.images:,}", *(_short(trial.values.get(key, "")) for key in keys)]
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr>{row}{f"""<td class="error">{html.escape(trial.error)}</td>""" if trial.error else ""}</tr>')
+    return f'<div class="wide"><table><tr>{top}</tr>{"".join(rows)}</table></div>'
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """As few of the last words of each dotted key as tell it from the others."""
+    found = {}
+    for key in keys:
+        words = key.split(".")
+        for count in range(1, len(words) + 1):
+            found[key] = ".".join(words[-count:])
+            if sum(other == key or other.endswith("." + found[key]) for other in keys) == 1 and found[key] != "kind":
+                break
+    return found
 
 
 def _best_yaml(plan: Plan, best: Trial) -> str:
@@ -369,42 +284,18 @@ def _told(trial: Trial | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _first(plan: Plan, trial: Trial) -> float:
-    assert trial.metrics is not None
-    return trial.metrics[plan.sweep.metric.names[0]]
-
-
-def _cost(plan: Plan, trial: Trial) -> float:
-    if not trial.metrics:
-        return math.inf
-    value = _first(plan, trial)
-    return -value if plan.sweep.metric.names[0] in MAXIMISED else value
-
-
-def _ticks(one: Dimension) -> list[tuple[float, str]]:
-    if one.kind == "choice":
-        return [(one.place(value), str(value)) for value in one.choices]
-    return [(place, _short(one.at(place))) for place in (0.0, 0.5, 1.0)]
-
-
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _figure(caption: str, data: bytes) -> str:
+def _figure(caption: str, data: bytes, least_rem: float = 0.0) -> str:
+    """A picture that is as wide as the page; on a phone at least `least_rem` wide, and moved sideways."""
     source = base64.b64encode(data).decode()
-    return f'<figure><img src="data:image/png;base64,{source}" alt=""><figcaption>{caption}</figcaption></figure>'
+    style = f' style="min-width: {least_rem:.0f}rem"' if least_rem else ""
+    return (
+        f'<figure><img src="data:image/png;base64,{source}" alt=""{style}><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _chart(caption: str, data: bytes) -> str:
+    """A picture whose letters are to stay readable: 4.4 rem for each inch that it was drawn with."""
+    return _figure(caption, data, 4.4 * int.from_bytes(data[16:20], "big") / DPI)
 
 
 def _short(value: Any) -> str:

@@ -41,6 +41,27 @@ def worth(plan: Plan, report: dict[str, Any]) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def cost_of(trial: Trial, name: str) -> float:
+    """A metric of a trial's newest report, less is better; infinite where there is none."""
+    value = (trial.metrics or {}).get(name, math.nan)
+    return math.inf if not math.isfinite(value) else -value if name in MAXIMISED else value
+
+
+def best_of(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
+    """With one metric the finished trials from the best on; with several those that no other beats in all (Pareto)."""
+    names = plan.sweep.metric.names
+    costs = {trial.number: [cost_of(trial, name) for name in names] for trial in trials}
+    finished = [trial for trial in trials if trial.state == "done" and trial.metrics]
+    finished.sort(key=lambda trial: (costs[trial.number], trial.number))
+
+    def beaten(trial: Trial) -> bool:
+        mine = costs[trial.number]
+        others = (costs[other.number] for other in finished)
+        return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
+
+    return finished if len(names) == 1 else [trial for trial in finished if not beaten(trial)]
+
+
 class Asha:
     """Ray Tune's asynchronous successive halving (Li 2018) on images seen, told of reports in the order of `seq`.
 

@@ -22,15 +22,15 @@ from typing import Any
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
 from scoreray.data.store import NotFound
 from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
-from scoreray.trainer.config import Config, dump_config
+from scoreray.trainer.config import dump_config
 from scoreray.trainer.loop import run_store
-from scoreray.trainer.progress import Progress
-from scoreray.trainer.run import CONFIG_FILE, worker_environment
+from scoreray.trainer.run import CONFIG_FILE
+from scoreray.tune.processes import Pool, Work, kill
 from scoreray.tune.schedule import Asha, exchange, milestones
 from scoreray.tune.search import num_trials, propose
 from scoreray.tune.space import flat
-from scoreray.tune.sweep import Plan, Sweep, need_of
-from scoreray.tune.trial import Trial, advance, copy_checkpoint, read_trials, study_store, trial_config
+from scoreray.tune.sweep import Plan, draw_settings, need_of
+from scoreray.tune.trial import Trial, copy_checkpoint, read_trials, study_store, trial_config
 
 STUDY = "study.json"
 OWNER = "owner"
@@ -40,48 +40,12 @@ CHANGEABLE = ("trials", "resources", "study.storage")  # may differ where a stud
 
 
 @dataclass
-class Work:
-    """A stretch of a trial that is being computed."""
-
-    trial: Trial
-    target: int
-    actor: Any
-    need: tuple[tuple[str, float], ...]
-    sent: float
-    run: str
-    progress: Progress | None = None
-    asked: Any = None
-
-
-@dataclass
 class State:
     """What a person is shown: all trials, those under way, and what has happened."""
 
     trials: list[Trial]
     total: int
     running: dict[int, Work] = field(default_factory=dict)
-
-
-class TrialProcess:
-    """An actor: computes stretches of trials one after another, so that torch is imported once."""
-
-    def __init__(self, sweep: dict[str, Any], threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self._sweep = sweep
-        self._progress: Progress | None = None
-
-    def advance(self, config: dict[str, Any] | None, target: int, values: dict[str, Any], device: str) -> Any:
-        self._progress = None
-        loaded = None if config is None else Config.model_validate(config)
-        return advance(loaded, target, Sweep.model_validate(self._sweep), values, device, self._watch)
-
-    def progress(self) -> Progress | None:
-        return self._progress
-
-    def _watch(self, progress: Progress) -> None:
-        self._progress = progress
 
 
 def claim(plan: Plan) -> list[Trial]:
@@ -118,7 +82,7 @@ class Study:
         self._asha = Asha(plan, self.trials) if kind == "asha" else None
         self._pbt = kind == "pbt"
         self._seq = max((r["seq"] for trial in self.trials for r in trial.reports), default=-1) + 1
-        self._room, self._idle, self._working = dict(room), list[tuple[Any, Any]](), dict[Any, Work]()
+        self._pool = Pool(plan, dict(room))
         self._token, self._owned = uuid.uuid4().hex, time.monotonic()
         self.store.put(OWNER, self._token.encode())
         for trial in self.trials:
@@ -133,35 +97,33 @@ class Study:
             while True:
                 while self._start_one():
                     pass
-                state.running = {work.trial.number: work for work in self._working.values()}
+                state.running = {work.trial.number: work for work in self._pool.working.values()}
                 self._show(state)
-                if not self._working:
+                if not self._pool.working:
                     break
-                ready, _ = ray.wait(list(self._working), num_returns=1, timeout=POLL_S)
+                ready, _ = ray.wait(list(self._pool.working), num_returns=1, timeout=POLL_S)
                 for one in ready:
                     self._finish(one)
-                self._look()
+                self._pool.look()
+                self._check_owner()
         finally:
-            for work in self._working.values():
-                _kill(work.actor)
-            for actor, _ in self._idle:
-                _kill(actor)
+            self._pool.close()
         if self.trials and all(trial.state == "failed" for trial in self.trials):
             raise UserError(f"every trial failed; the first: {self.trials[0].error}")
         return self.trials
 
     def _start_one(self) -> bool:
         limit = self.plan.sweep.resources.concurrent
-        if limit is not None and len(self._working) >= limit:
+        if limit is not None and len(self._pool.working) >= limit:
             return False
-        busy = {work.trial.number for work in self._working.values()}
+        busy = {work.trial.number for work in self._pool.working.values()}
         for trial in self.trials:
             if trial.state == "running" and trial.number not in busy and self._may_go(trial):
                 return self._start(trial)
         if len(self.trials) >= self._total:
             return False
         need = need_of(self.plan, None if self.plan.sweep.checkpoint else self.plan.config({}))
-        if not self._has_room(need) or self._blocked():
+        if not self._pool.has_room(need) or self._blocked():
             return False
         trial = self._new()
         return trial.state == "failed" or (self._may_go(trial) and self._start(trial))
@@ -186,10 +148,12 @@ class Study:
         return not any(trial.images >= self.plan.total for trial in self.trials)
 
     def _may_go(self, trial: Trial) -> bool:
-        if any(work.run == trial.run and trial.run for work in self._working.values()):
+        if any(work.run == trial.run and trial.run for work in self._pool.working.values()):
             reached = [other.images for other in self.trials if other.run == trial.run]
             if max(reached, default=0) < self._target(trial):
                 return False  # another trial trains the same run
+        if any(self._draws_as(work.trial, trial) for work in self._pool.working.values()):
+            return False  # the same evaluation; when it is done, this trial finds it done
         if not self._pbt or not trial.reports:
             return True
         there = trial.images
@@ -198,6 +162,11 @@ class Study:
             return False  # the population exchanges weights when all are there
         self._exchange([other for other in others if other.images >= there], there)
         return True
+
+    def _draws_as(self, one: Trial, other: Trial) -> bool:
+        """Whether two trials are the same in all that is measured, whatever else their values are."""
+        sweep = self.plan.sweep
+        return one.run == other.run and draw_settings(sweep, one.values) == draw_settings(sweep, other.values)
 
     def _exchange(self, population: list[Trial], images: int) -> None:
         """Decide, copy weights, and write each decision down; what was decided before a kill is as it was."""
@@ -225,69 +194,32 @@ class Study:
 
     def _start(self, trial: Trial) -> bool:
         config = None if self.plan.sweep.checkpoint else trial_config(self.plan, trial.values, trial.run)
-        need = need_of(self.plan, config)
-        if not self._has_room(need):
+        if not self._pool.has_room(need_of(self.plan, config)):
             return False
-        actor, signature = self._process(config, need)
         if config is not None:
             run_store(config).put_new(CONFIG_FILE, dump_config(config).encode())
-        target, device = self._target(trial), "cuda" if need["GPU"] else "cpu"
-        dumped = None if config is None else config.model_dump(mode="json")
-        work = actor.advance.remote(dumped, target, trial.values, device)
-        self._working[work] = Work(trial, target, actor, signature, time.time(), trial.run)
+        self._pool.start(trial, config, self._target(trial))
         return True
-
-    def _has_room(self, need: Mapping[str, float]) -> bool:
-        """Whether a trial fits beside those under way; processes that wait for work make place."""
-        held = [dict(work.need) for work in self._working.values()]
-        return all(
-            sum(one[name] for one in held) + amount <= self._room.get(name, 0.0) + 1e-9 for name, amount in need.items()
-        )
-
-    def _process(self, config: Config | None, need: Mapping[str, float]) -> tuple[Any, Any]:
-        """A process for a trial: one that waits, else a new one; those of other sizes end, as their place is needed."""
-        import ray
-
-        alone = config is None or config.scaling.range[1] == 1
-        signature = (*sorted(need.items()), ("alone", float(alone)))
-        for i, (actor, other) in enumerate(self._idle):
-            if other == signature:
-                del self._idle[i]
-                return actor, signature
-        for actor, _ in self._idle:
-            _kill(actor)
-        self._idle.clear()
-        base = config or Config.model_validate(
-            {"run": {"name": "x", "storage": "."}, "data": {"url": "."}, "duration": {"images": 1}}
-        )
-        threads = max(1, int(need["CPU"]))
-        actor = ray.remote(
-            num_cpus=need["CPU"] if alone else 0,
-            num_gpus=need["GPU"] if alone else 0,
-            max_concurrency=2,
-            runtime_env={"env_vars": {**worker_environment(base), "OMP_NUM_THREADS": str(threads)}},
-        )(TrialProcess).remote(self.plan.sweep.dump(), threads)
-        return actor, signature
 
     def _finish(self, one: Any) -> None:
         import ray
 
-        work = self._working.pop(one)
+        work = self._pool.take(one)
         trial = work.trial
         try:
             report = ray.get(one)
         except ray.exceptions.RayTaskError as error:
-            self._idle.append((work.actor, work.need))
+            self._pool.keep(work)
             self._failed(trial, error.cause)
         except ray.exceptions.RayError as error:  # its process is gone
-            _kill(work.actor)
+            kill(work.actor)
             self._died(trial, "its process died", str(error))
         else:
-            self._idle.append((work.actor, work.need))
+            self._pool.keep(work)
             report |= {"seq": self._seq, "run": trial.run, "sent": work.sent}
             self._seq += 1
             trial.reports.append(report)
-            self._check_owner(at_once=False)
+            self._check_owner()
             trial.save(self.store)
             self._decide(trial)
 
@@ -327,21 +259,9 @@ class Study:
             self._note(f"trial {trial.number}: {reason}; it goes on from {there.images_seen if there else 0:,} images")
         trial.save(self.store)
 
-    def _look(self) -> None:
-        """Progress of what is under way, without waiting for it; and whether the study is still ours."""
-        import ray
-
-        for work in self._working.values():
-            if work.asked is None:
-                work.asked = work.actor.progress.remote()
-            elif ray.wait([work.asked], timeout=0)[0]:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    work.progress = ray.get(work.asked)
-                work.asked = None
-        self._check_owner(at_once=False)
-
-    def _check_owner(self, *, at_once: bool) -> None:
-        if not at_once and time.monotonic() - self._owned < OWNED_EVERY_S:
+    def _check_owner(self) -> None:
+        """Whether the study is still ours, asked of the store now and then."""
+        if time.monotonic() - self._owned < OWNED_EVERY_S:
             return
         self._owned = time.monotonic()
         with contextlib.suppress(NotFound, Unanswered):
@@ -352,36 +272,6 @@ class Study:
                 )
 
 
-def best_of(plan: Plan, trials: list[Trial]) -> list[Trial]:
-    """With one metric the finished trials from the best on; with several those that no other beats in all (Pareto)."""
-    from scoreray.tune.sweep import MAXIMISED
-
-    names = plan.sweep.metric.names
-    finished = [trial for trial in trials if trial.state == "done" and trial.metrics]
-
-    def costs(trial: Trial) -> list[float]:
-        assert trial.metrics is not None
-        return [-trial.metrics[name] if name in MAXIMISED else trial.metrics[name] for name in names]
-
-    if len(names) == 1:
-        return sorted(finished, key=lambda trial: (costs(trial), trial.number))
-
-    def beaten(trial: Trial) -> bool:
-        mine = costs(trial)
-        return any(
-            all(a <= b for a, b in zip(costs(other), mine, strict=True)) and costs(other) != mine for other in finished
-        )
-
-    return sorted((trial for trial in finished if not beaten(trial)), key=lambda trial: costs(trial))
-
-
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f": {lines[-1]}" if lines else ""
-
-
-def _kill(actor: Any) -> None:
-    import ray
-
-    with contextlib.suppress(Exception):
-        ray.kill(actor)

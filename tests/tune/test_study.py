@@ -24,7 +24,8 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store
 from scoreray.trainer.run import check_run
 from scoreray.tune.report import make_report
-from scoreray.tune.study import State, Study, best_of
+from scoreray.tune.schedule import best_of
+from scoreray.tune.study import State, Study
 from scoreray.tune.sweep import Plan, load_sweep
 from scoreray.tune.trial import read_trials, study_store, trial_config
 
@@ -204,10 +205,14 @@ def test_a_sweep_of_the_sampler_and_the_ema_length_trains_once(ray_cluster: None
 
     checkpoint = trials[0].reports[0]["checkpoint"]
     again = {key: value for key, value in sweep.items() if key != "base"}
-    drawn = load_sweep({**again, "checkpoint": checkpoint, "space": {"sample.steps": {"int": [3, 9]}}, "trials": 2},
-                       ["metric.names=[nfe]", "study.name=drawn"])  # fmt: skip
-    assert {trial.state for trial in Study(drawn, ROOM).run()} == {"done"}
+    drawn = load_sweep({**again, "checkpoint": checkpoint, "space": {"sample.steps": {"choice": [5]}}, "trials": 3},
+                       ["metric.names=[sw, nfe]", "metric.samples=64", "study.name=drawn"])  # fmt: skip
+    same = Study(drawn, ROOM).run()
+    assert {trial.state for trial in same} == {"done"}
+    assert len({json.dumps(trial.metrics) for trial in same}) == 1
     assert not runs_of(drawn)
+    records = [key for key, _ in study_store(drawn.sweep).list("evaluations/") if key.endswith("record.json")]
+    assert len(records) == 1  # three trials that draw alike are one evaluation
 
 
 def test_a_trial_that_diverges_fails_alone(ray_cluster: None, sweep: dict[str, Any]) -> None:

@@ -1,0 +1,239 @@
+"""The pictures of a study's report, as PNG: trials, importance, parallel coordinates, Pareto front, error curves."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoreray.data.inspect import picture_grid
+from scoreray.trainer.step import to_uint8
+from scoreray.tune.metric import levels_of
+from scoreray.tune.schedule import best_of, cost_of
+from scoreray.tune.space import Dimension
+from scoreray.tune.sweep import MAXIMISED, Plan
+from scoreray.tune.trial import Trial
+
+WIDTH = 7.2  # inches: what a page of text is wide
+DPI = 144
+COLOURS = {"done": "C0", "stopped": "0.65", "running": "C1"}
+NONE_AT = -0.12  # height on its axis of a dimension that a trial does not have
+
+
+def history_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
+    """The first metric of each trial, and the best so far."""
+    figure, axes = _axes(WIDTH, 2.9)
+    name = plan.sweep.metric.names[0]
+    measured = [(trial, trial.metrics[name]) for trial in trials if trial.metrics]
+    measured = [(trial, value) for trial, value in measured if math.isfinite(value)]
+    for state, colour in COLOURS.items():
+        some = [(trial.number, value) for trial, value in measured if trial.state == state]
+        if some:
+            axes.scatter(*zip(*some, strict=True), s=18, color=colour, label=state)
+    best, line = math.inf, []
+    for trial, value in measured:
+        if trial.state == "done" and cost_of(trial, name) < best:
+            best = cost_of(trial, name)
+            line.append((trial.number, value))
+    if line:
+        line.append((len(trials) - 1, line[-1][1]))
+        axes.step(*zip(*line, strict=True), where="post", color="0.2", lw=1.2, label="best so far")
+    axes.set(xlabel="trial", ylabel=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    values = [value for _, value in measured]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    if measured:
+        axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def progress_picture(plan: Plan, trials: Sequence[Trial], best: Trial) -> bytes:
+    """The first metric of each trial at its stops, by images seen."""
+    figure, axes = _axes(WIDTH, 2.9)
+    name = plan.sweep.metric.names[0]
+    for trial in trials:
+        points = [(report["images"], report["metrics"][name]) for report in trial.reports]
+        points = [(images, value) for images, value in points if math.isfinite(value)]
+        if points:
+            colour, width = ("C1", 2.2) if trial is best else (COLOURS.get(trial.state, "0.65"), 0.9)
+            axes.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, lw=width, zorder=2 + (trial is best),
+                      alpha=1.0 if trial.state == "done" else 0.6)  # fmt: skip
+    axes.set(xlabel="images seen", ylabel=name, xscale="log")
+    return _png(figure)
+
+
+def importance_picture(shares: dict[str, float]) -> bytes:
+    """Bars, the greatest on top."""
+    figure, axes = _axes(WIDTH, 0.7 + 0.35 * len(shares))
+    ranked = sorted(shares.items(), key=lambda one: one[1])
+    axes.barh([key for key, _ in ranked], [value for _, value in ranked], color="C0")
+    for place, (_, value) in enumerate(ranked):
+        axes.text(value + 0.01, place, f"{value:.0%}", va="center", fontsize=9)
+    axes.set_xlim(0, max(value for _, value in ranked) * 1.12)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    return _png(figure)
+
+
+def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
+    """A vertical axis for each dimension and each metric; a line for each finished trial, coloured by its rank."""
+    import matplotlib
+
+    dimensions, names = plan.space.dimensions, plan.sweep.metric.names
+    finished = [trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, names[0]))]
+    finished.sort(key=lambda trial: -cost_of(trial, names[0]))  # the best drawn last, on top
+    count = len(dimensions) + len(names)
+    figure, axes = _axes(max(WIDTH, 1.15 * count + 1), 4.2)
+    for trial in trials:
+        if trial.state == "stopped":
+            axes.plot(range(len(dimensions)), _heights(plan, trial), color="0.8", lw=0.7, zorder=0)
+    ends = {name: _ends([cost_of(trial, name) for trial in finished]) for name in names}
+    for i, trial in enumerate(finished):
+        good = i / (len(finished) - 1) if len(finished) > 1 else 1.0
+        metrics = [_between(cost_of(trial, name), *ends[name]) for name in names]
+        axes.plot(range(count), [*_heights(plan, trial), *metrics], color=matplotlib.colormaps["viridis_r"](good),
+                  alpha=0.35 + 0.6 * good, lw=2.2 if good == 1.0 else 1.0)  # fmt: skip
+    for i, one in enumerate(dimensions):
+        ticks = [*_ticks(one), *([(NONE_AT, "none")] if one.when else [])]
+        _axis(axes, i, ticks)
+    for i, name in enumerate(names, len(dimensions)):
+        sign, (low, high) = -1 if name in MAXIMISED else 1, ends[name]
+        _axis(axes, i, [(0.0, f"{sign * low:.4g}"), *([(1.0, f"{sign * high:.4g}")] if high > low else [])])
+    labels = [".\n".join(one.key.rsplit(".", 2)[-2:]) for one in dimensions]
+    axes.set_xticks(range(count), [*labels, *names], fontsize=8)
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, count - 0.4)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.grid(visible=False)
+    return _png(figure)
+
+
+def _axis(axes: Any, place: int, ticks: list[tuple[float, str]]) -> None:
+    axes.axvline(place, color="0.3", lw=0.8)
+    box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6}
+    for height, text in ticks:
+        axes.text(place + 0.04, height, text, fontsize=8, va="center", bbox=box)
+
+
+def _heights(plan: Plan, trial: Trial) -> list[float]:
+    """Where a trial's values lie on the axes; below them where it has none."""
+    return [one.place(trial.values[one.key]) if one.key in trial.values else NONE_AT for one in plan.space.dimensions]
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    return min(finite), max(finite)
+
+
+def _between(value: float, low: float, high: float) -> float:
+    return 0.0 if high == low else min(1.0, (value - low) / (high - low))
+
+
+def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> bytes:
+    """The first metric against each of the others; trials that nothing beats in all of them in colour, numbered.
+
+    With two metrics a staircase joins them: above and right of it everything is beaten.
+    """
+    from matplotlib.figure import Figure
+
+    first, *others = plan.sweep.metric.names
+    columns = min(3, len(others))
+    rows = -(-len(others) // columns)
+    figure = Figure(figsize=(WIDTH if columns > 1 else 5.2, 2.7 * rows if columns > 1 else 3.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    done = [trial for trial in trials if trial.state == "done" and trial.metrics]
+    front = {trial.number for trial in best_of(plan, list(trials))}
+    for axes, other in zip(grid, others, strict=False):
+        points = [(t.metrics[other], t.metrics[first], t.number) for t in done if t.metrics]
+        beaten = [(x, y) for x, y, number in points if number not in front]
+        best = sorted(point for point in points if point[2] in front)
+        if beaten:
+            axes.scatter(*zip(*beaten, strict=True), s=16, color="0.65")
+        if len(others) == 1 and not {first, other} & set(MAXIMISED):
+            axes.step([x for x, _, _ in best], [y for _, y, _ in best], where="post", color="C0", lw=1.2)
+        axes.scatter([x for x, _, _ in best], [y for _, y, _ in best], s=22, color="C0", zorder=3)
+        for x, y, number in best[:12]:
+            axes.annotate(str(number), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8, color="C0")
+        if default is not None and default.metrics:
+            axes.scatter([default.metrics[other]], [default.metrics[first]], s=70, fc="none", ec="0.2", lw=1, zorder=4)
+        axes.set_xlabel(other)
+        axes.grid(alpha=0.3)
+        axes.margins(0.1)
+    for axes in grid[len(others) :]:
+        axes.set_visible(False)
+    for axes in grid[::columns]:
+        axes.set_ylabel(first)
+    return _png(figure)
+
+
+def curves_picture(plan: Plan, best: Trial, default: Trial | None) -> bytes:
+    """Per-sigma error of the best and the default with 95% bands, and their ratio."""
+    from matplotlib.figure import Figure
+
+    sigmas = levels_of(plan.sweep.metric)
+    shown = [("best", best, "C0")]
+    if default is not None and default.number != best.number and len(default.reports[-1]["curve"]) == len(sigmas):
+        shown.append(("default", default, "0.45"))
+    figure = Figure(figsize=(WIDTH, 4.6 if len(shown) > 1 else 2.9), layout="constrained")
+    rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=[3, 2][: len(shown)])[:, 0]
+    base = shown[-1][1].reports[-1]["curve"]
+    for name, trial, colour in shown:
+        curve, errors = trial.reports[-1]["curve"], trial.reports[-1]["std_errors"]
+        rows[0].plot(sigmas, curve, "o-", ms=3.5, lw=1.6, color=colour, label=f"{name} (trial {trial.number})")
+        low = [c - 1.96 * e for c, e in zip(curve, errors, strict=True)]
+        high = [c + 1.96 * e for c, e in zip(curve, errors, strict=True)]
+        rows[0].fill_between(sigmas, low, high, color=colour, alpha=0.15, lw=0)
+        if len(shown) > 1:
+            ratio = [100 * (c / b - 1) for c, b in zip(curve, base, strict=True)]
+            rows[1].plot(sigmas, ratio, "o-", ms=3.5, color=colour)
+            rows[1].set(ylabel="difference, %")
+    rows[0].set(ylabel="weighted error", ylim=(0, None))
+    rows[0].legend(frameon=False)
+    rows[-1].set(xscale="log", xlabel="noise level σ")
+    for axes in rows:
+        axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def sheet_picture(samples: Tensor, like: Tensor) -> bytes | None:
+    """Images as a grid, points as a scatter in the frame of `like`, so that two sheets compare; None for other data."""
+    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        buffer = io.BytesIO()
+        picture_grid(to_uint8(samples)).save(buffer, "PNG")
+        return buffer.getvalue()
+    if samples.ndim == 2 and samples.shape[1] >= 2:
+        figure, axes = _axes(4, 4)
+        axes.scatter(samples[:, 0], samples[:, 1], s=2, color="C0")
+        ends = torch.quantile(like[:, :2].double(), torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+        middle, half = ends.mean(0).tolist(), max(0.65 * float((ends[1] - ends[0]).max()), 1e-6)
+        axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+        axes.set_aspect("equal")
+        return _png(figure)
+    return None
+
+
+def _ticks(one: Dimension) -> list[tuple[float, str]]:
+    if one.kind == "choice":
+        return [(one.place(value), str(value)) for value in one.choices]
+    places = (one.at(place) for place in (0.0, 0.5, 1.0))
+    return [(one.place(value), f"{value:.4g}" if isinstance(value, float) else str(value)) for value in places]
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
