@@ -106,7 +106,7 @@ def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
     labels = [".\n".join(one.key.rsplit(".", 2)[-2:]) for one in dimensions]
     axes.set_xticks(range(count), [*labels, *names], fontsize=8)
     axes.set_yticks([])
-    axes.set_xlim(-0.1, count - 0.4)
+    axes.set(xlim=(-0.1, count - 0.4), ylim=(NONE_AT - 0.05, 1.05))
     for side in axes.spines.values():
         side.set_visible(False)
     axes.grid(visible=False)

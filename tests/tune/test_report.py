@@ -1,0 +1,75 @@
+"""A study's report from its records alone: complete, without a warning, with nothing taken for markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from typing import Any
+
+import pytest
+
+from scoreray.trainer.config import load_config
+from scoreray.tune.report import make_report, short_names
+from scoreray.tune.schedule import best_of
+from scoreray.tune.sweep import Plan, load_sweep
+from scoreray.tune.trial import Trial, study_store
+
+SPACE = {
+    "objective.weighting.kind": {"choice": ["edm", "min_snr"]},
+    "objective.weighting.gamma": {"log": [1, 9], "when": {"objective.weighting.kind": "min_snr"}},
+    "objective.sigma_sampling.P_mean": {"uniform": [-3.0, 1.0]},
+}
+
+
+def made(plan: Plan, number: int, values: dict[str, Any], costs: list[float], state: str = "done") -> Trial:
+    """A trial that has reported at as many stops as `costs` has numbers; every further metric goes the other way."""
+    first, *others = plan.sweep.metric.names
+    reports = [
+        {"images": 2048 * (i + 1) // len(costs), "metrics": {first: cost, **dict.fromkeys(others, 1 / cost)},
+         "curve": [cost] * 8, "std_errors": [0.01] * 8, "seq": 10 * number + i, "seconds": 1.0,
+         "checkpoint": "/absent/from/here", "ema": "0.100"}
+        for i, cost in enumerate(costs)
+    ]  # fmt: skip
+    return Trial(number, values, f"run-{number}", state, reports, error="<b>diverged</b>" if state == "failed" else "")
+
+
+@pytest.mark.parametrize(
+    ("count", "names"), [(1, ["denoising"]), (12, ["denoising", "nfe"]), (12, ["fid", "denoising", "nfe", "sw", "kid"])]
+)
+def test_the_page_holds_every_trial_and_metric(sweep: dict[str, Any], count: int, names: list[str]) -> None:
+    plan = load_sweep({**sweep, "space": SPACE, "metric": {**sweep["metric"], "names": names}})
+    default = plan.default()
+    assert default is not None
+    trials = [made(plan, 0, default, [1.0, 0.9])]
+    for i in range(1, count):
+        kind = "min_snr" if i % 3 else "edm"
+        values = {"objective.weighting.kind": kind, "objective.sigma_sampling.P_mean": -3.0 + 0.3 * i}
+        values |= {"objective.weighting.gamma": 1.0 + i / 2} if kind == "min_snr" else {}
+        state = "failed" if i == 3 else "stopped" if i == 4 else "done"
+        trials.append(made(plan, i, values, [1.1, 0.8 + 0.02 * i] if state == "done" else [1.5][: i - 3], state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = make_report(plan, trials)
+    store = study_store(plan.sweep)
+    page, record = store.get("report.html").decode(), json.loads(store.get("report.json"))
+    best = best_of(plan, trials)[0]
+    assert record["best"]["number"] == best.number
+    assert [one["number"] for one in record["trials"]] == list(range(count))
+    assert page.count("<img") == 4 + (count > 1) + (len(names) > 1)
+    assert "No samples of the best" in page  # the checkpoint is gone: the rest of the report stands
+    assert all(f"<td>{number}</td>" in page for number in range(1, count))
+    assert all(f">{name}</th>" in page for name in names)
+    if count > 1:
+        assert "<b>diverged" not in page
+        assert "&lt;b&gt;diverged" in page
+        assert math.isclose(sum(record["importance"].values()), 1.0)
+    config = load_config(report.best_url)
+    assert config.objective == plan.config(best.values).objective
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    keys = ["objective.weighting.kind", "process.kind", "a.sigma_max", "b.sigma_max", "optimizer.learning_rate"]
+    assert list(short_names(keys).values()) == [
+        "weighting.kind", "process.kind", "a.sigma_max", "b.sigma_max", "learning_rate"
+    ]  # fmt: skip
