@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +14,9 @@ from scoreray.trainer import noise as counter
 
 SAMPLING_SEED = 0x5C0E
 """Key of every sampling stream, so that a sample's numbers are not those of a training image at the same position."""
+
+AHEAD = 1 << 18
+"""Normal numbers that are drawn at once where that many are expected: enough to fill several threads."""
 
 
 class Noise(Protocol):
@@ -37,6 +41,13 @@ class SampleNoise:
             )
         self.seeds = self.seeds.to(torch.int64)
         self.draw = draw
+        self._expected = 0
+        self._ahead: Iterator[Tensor] = iter(())
+        self._kind: object = None
+
+    def expect(self, draws: int) -> None:
+        """Says that about so many draws will be asked for: some are then made at once, which is quicker."""
+        self._expected = draws
 
     def normal(
         self, shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -44,13 +55,21 @@ class SampleNoise:
         """Draws [B, ...] of `shape`; raises UserError when B is not the number of seeds."""
         if not len(shape) or shape[0] != len(self.seeds):
             raise UserError(f"noise of shape {list(shape)} for {len(self.seeds)} seeds: must have one row per seed")
-        self.seeds = self.seeds.to(device)
-        dtype = dtype or torch.get_default_dtype()
-        drawn = counter.normal(
-            SAMPLING_SEED, self.seeds, tuple(shape[1:]), stream=self.draw, dtype=dtype, device=device
-        )
+        kind = (tuple(shape), dtype or torch.get_default_dtype(), torch.device(device))
+        drawn = next(self._ahead, None) if kind == self._kind else None
+        if drawn is None:
+            self._ahead, self._kind = iter(self._draws(*kind)), kind
+            drawn = next(self._ahead)
         self.draw += 1
+        self._expected -= 1
         return drawn
+
+    def _draws(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The next draws, [n, *shape]: as many as are expected, up to AHEAD numbers in all; one at least."""
+        self.seeds = self.seeds.to(device)
+        n = max(1, min(self._expected, AHEAD // max(1, math.prod(shape))))
+        streams = range(self.draw, self.draw + n)
+        return counter.normals(SAMPLING_SEED, self.seeds, shape[1:], streams=streams, dtype=dtype, device=device)
 
     def like(self, x: Tensor) -> Tensor:
         return self.normal(x.shape, x.dtype, x.device)

@@ -117,8 +117,10 @@ def start(
     if not bool(torch.isfinite(x).all()):
         raise UserError("x holds values that are not finite: it must be noise of standard deviation sigmas[0]")
     noise = as_noise(generator)
-    if isinstance(noise, SampleNoise) and len(noise.seeds) != len(x):
-        raise UserError(f"{len(noise.seeds)} seeds for {len(x)} rows of x: must be one seed per row")
+    if isinstance(noise, SampleNoise):
+        if len(noise.seeds) != len(x):
+            raise UserError(f"{len(noise.seeds)} seeds for {len(x)} rows of x: must be one seed per row")
+        noise.expect(len(levels) - 2)  # one for each step but the last, as most samplers draw
     return SAMPLERS[sampler](x, levels, noise, **options)
 
 

@@ -7,8 +7,11 @@ finalizer of SplitMix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +45,7 @@ def uniform(
     positions: int64 [B], a sample's place in the run. shape: of one sample's numbers. Returns [B, *shape].
     An element depends on its index in the flattened `shape` only, never on the other positions in the call.
     """
-    hashed = _hash(seed, _on(positions, device), math.prod(shape), stream)
+    hashed = _hash(seed, _on(positions, device), math.prod(shape), [stream])
     # The half keeps 0 and 1 out: 23 bits and a half are exact in float32, 52 bits and a half in float64.
     bits, wide = (52, torch.float64) if dtype == torch.float64 else (23, torch.float32)
     values = _shift(hashed, 64 - bits).to(wide).add_(0.5).mul_(2.0**-bits)
@@ -62,17 +65,30 @@ def normal(
 
     Box-Muller makes two of each 64-bit hash: 32 bits of radius, which end the tails at 6.77 sigma, and 32 of angle.
     """
-    count = math.prod(shape)
-    hashed = _hash(seed, _on(positions, device), (count + 1) // 2, stream)
+    return normals(seed, positions, shape, streams=[stream], dtype=dtype, device=device)[0]
+
+
+def normals(
+    seed: int,
+    positions: Tensor,
+    shape: tuple[int, ...],
+    *,
+    streams: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What `normal` gives for each of `streams`, [len(streams), B, *shape]: sooner than one after another."""
+    positions, count = _on(positions, device), math.prod(shape)
+    hashed = _hash(seed, positions, (count + 1) // 2, streams)
     pairs = _box_muller(hashed, torch.float64 if dtype == torch.float64 else torch.float32)
-    return pairs.flatten(1)[:, :count].to(dtype).reshape(len(positions), *shape)
+    return pairs.flatten(1)[:, :count].to(dtype).reshape(len(streams), len(positions), *shape)
 
 
 def rademacher(
     seed: int, positions: Tensor, shape: tuple[int, ...] = (), *, stream: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """-1 or 1 with equal probability, [B, *shape]; arguments as for `uniform`."""
-    hashed = _hash(seed, positions, math.prod(shape), stream)
+    hashed = _hash(seed, positions, math.prod(shape), [stream])
     return (hashed >= 0).to(dtype).mul_(2.0).sub_(1.0).reshape(len(positions), *shape)
 
 
@@ -97,21 +113,49 @@ def _on(positions: Tensor, device: torch.device | str | None) -> Tensor:
     return positions if device is None else positions.to(device)
 
 
-def _hash(seed: int, positions: Tensor, count: int, stream: int) -> Tensor:
-    """[B, count] int64, each a hash of its (seed, stream, position, element)."""
-    base = _mix_int(_mix_int(seed + _GOLDEN) + stream * _GOLDEN)
-    keys = _mix(positions.to(torch.int64) * _signed(_GOLDEN) + _signed(base))
-    # Elements are hashed before they meet the position: two positions then share single values by chance at most,
-    # never a run of them, as counters that overlap would.
-    elements = _mix(torch.arange(1, count + 1, device=positions.device) * _signed(_GOLDEN))
+def _hash(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
+    """[S B, count] int64, each a hash of its (seed, stream, position, element)."""
+    root = _mix_int(seed + _GOLDEN)
+    bases = torch.tensor([_signed(_mix_int(root + stream * _GOLDEN)) for stream in streams], device=positions.device)
+    keys = _mix(positions.to(torch.int64) * _signed(_GOLDEN) + bases[:, None]).flatten()
+    if torch.compiler.is_compiling():
+        return _mix(keys[:, None] + _elements.__wrapped__(count, positions.device))
+    elements = _elements(count, positions.device)
+    if positions.device.type == "cpu":
+        # numpy has unsigned shifts, so a hash takes two thirds of torch's operations; both wrap alike.
+        hashed = np.add.outer(_unsigned(keys), _unsigned(elements))
+        return torch.from_numpy(_mix_unsigned(hashed).view(np.int64))
     return _mix(keys[:, None] + elements)
+
+
+@functools.lru_cache(8)
+def _elements(count: int, device: torch.device) -> Tensor:
+    """Elements' numbers, hashed before they meet the position: two positions then share single values by chance at
+    most, never a run of them, as counters that overlap would."""
+    return _mix(torch.arange(1, count + 1, device=device) * _signed(_GOLDEN))
 
 
 def _box_muller(hashed: Tensor, dtype: torch.dtype) -> Tensor:
     """Two normals of each 64-bit hash, [..., 2]: 32 bits of radius, never of ln 0, and 32 of angle."""
     radius = _shift(hashed, 32).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = hashed.to(torch.int32).to(dtype).mul_(math.pi * 2.0**-31)
-    return torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=-1)
+    real = angle.cos().mul_(radius)
+    return torch.view_as_real(torch.complex(real, angle.sin_().mul_(radius)))
+
+
+def _unsigned(z: Tensor) -> np.ndarray:
+    return z.numpy().view(np.uint64)
+
+
+def _mix_unsigned(z: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64, in place."""
+    shifted = np.empty_like(z)
+    for bits, factor in ((30, _FACTORS[0]), (27, _FACTORS[1]), (31, 1)):
+        np.right_shift(z, np.uint64(bits), out=shifted)
+        np.bitwise_xor(z, shifted, out=z)
+        if factor != 1:
+            np.multiply(z, np.uint64(factor), out=z)
+    return z
 
 
 def _mix(z: Tensor) -> Tensor:

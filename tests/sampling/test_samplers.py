@@ -136,6 +136,16 @@ def test_the_noise_of_a_step_is_never_the_initial_noise():
     assert correlations.abs().max() < 5 / math.sqrt(1000)
 
 
+def test_draws_ahead_are_the_draws_one_by_one_whatever_is_asked_for_between():
+    one_by_one, ahead = SampleNoise(SEEDS), SampleNoise(SEEDS)
+    ahead.expect(5)
+    for shape, dtype in [((2, 3), torch.float32)] * 3 + [((4,), torch.float32)] + [((2, 3), torch.float64)] * 4:
+        shape = (len(SEEDS), *shape)
+        one_by_one.expect(0)
+        assert torch.equal(ahead.normal(shape, dtype), one_by_one.normal(shape, dtype))
+    assert ahead.draw == one_by_one.draw == 8
+
+
 def test_class_labels_reach_the_denoiser_at_every_call(gaussian):
     labels = torch.tensor([0, 1, 2, -1, 5])
     seen = []

@@ -119,3 +119,10 @@ def test_a_chains_draws_are_its_own_each_a_new_one_and_in_the_dtype_asked_for():
         assert torch.corrcoef(torch.stack([draws[1][0][0], again]))[0, 1].abs() < 5 / 1000**0.5
     training = noise.uniform(3, torch.tensor([57]), (1000,), stream=noise.STREAM_CHAIN, dtype=torch.float64)
     assert (training != draws[1][0]).all()
+
+
+def test_draws_made_at_once_are_the_draws_one_by_one_and_numpys_hash_is_torchs():
+    at_once = noise.normals(7, POSITIONS, (3, 5), streams=range(40, 44))
+    assert torch.equal(at_once, torch.stack([noise.normal(7, POSITIONS, (3, 5), stream=s) for s in range(40, 44)]))
+    z = torch.cat([POSITIONS * 0x5DEECE66D123, torch.tensor([-1, -(2**63), 2**63 - 1, 0])])
+    assert torch.equal(torch.from_numpy(noise._mix_unsigned(z.numpy().view("u8").copy()).view("i8")), noise._mix(z))
