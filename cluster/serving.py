@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
@@ -18,17 +17,18 @@ from typing import Any
 
 from scoreray.cluster.display import say
 from scoreray.cluster.local_ray import connected
+from scoreray.cluster.serve_handles import LedgerReplica, RayBackend, RayLedger, last_of, log_here
 from scoreray.data.errors import ScorerayError, UserError, nearest
 from scoreray.sampling.serve_access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.serve_config import Limits, ServeConfig
+from scoreray.sampling.serve_job import Event, Job
 from scoreray.sampling.serve_models import look_up
-from scoreray.sampling.serve_replica import Event, Job, Replica
-from scoreray.sampling.serve_service import Lost, Service
+from scoreray.sampling.serve_replica import Replica
+from scoreray.sampling.serve_service import Service
 
 APP = "scoreray"
 MANY = 100_000  # requests that Ray Serve may hand on: what is too much is judged by rows, in the replica
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
-READY_WITHIN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ModelReplica:
     """The Serve deployment that draws: a `Replica` in an actor of its own."""
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
-        _log_here()
+        log_here()
         self._replica = Replica(config)
         for name, url in config.models:
             served = await asyncio.to_thread(look_up, name, url, config.ema)
@@ -70,12 +70,7 @@ class ModelReplica:
                 yield event
 
     async def draw_at_once(self, job: Job) -> Event:
-        """The last event of a job: for one without previews, whose answer is one message."""
-        last: Event = {}
-        async with contextlib.aclosing(self._replica.draw(job)) as events:
-            async for event in events:
-                last = event
-        return last
+        return await last_of(self._replica.draw(job))
 
     async def prepare(self, checkpoint: str, ema: str) -> str:
         """Loads; the reason where it could not."""
@@ -100,59 +95,15 @@ class ModelReplica:
         self._replica.check()
 
 
-class RayBackend:
-    """The replicas behind a Serve handle."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def draw(self, job: Job) -> AsyncGenerator[Event, None]:
-        from ray.exceptions import RayError, RayTaskError
-        from ray.serve.exceptions import RayServeException
-
-        response: Any = None
-        try:
-            if job.previews:
-                response = self._handle.options(stream=True).draw.remote(job)
-                async for event in response:
-                    yield event
-            else:
-                response = self._handle.draw_at_once.remote(job)
-                yield await response
-            response = None
-        except RayTaskError:
-            raise  # the replica's own exception: a bug, not its death
-        except (RayError, RayServeException) as error:
-            raise Lost(f"{type(error).__name__}") from error
-        finally:
-            if response is not None:
-                response.cancel()
-
-    async def prepare(self, checkpoint: str, ema: str) -> None:
-        """On every replica that there is. Raises Lost where none could, with the reason of one."""
-        outcomes = await self._all("prepare", READY_WITHIN_S, checkpoint, ema)
-        failed = [outcome for outcome in outcomes if outcome != ""]
-        if failed or not outcomes:
-            raise Lost(str(failed[0]) if failed else "no replica answers")
-
-    async def metrics(self) -> dict[str, str]:
-        pages = await self._all("metrics", 5.0)
-        return dict(page for page in pages if isinstance(page, tuple))
-
-    async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
-        from ray.exceptions import RayActorError
-
-        response = self._handle.broadcast(method, *arguments)
-        outcomes = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
-        return [outcome for outcome in outcomes if not isinstance(outcome, RayActorError)]  # dead: another will come
-
-
 class Ingress:
-    """The Serve deployment that answers HTTP: one, so that limits, keys and counters are in one place."""
+    """The Serve deployment that answers HTTP: one, so that limits and counters are in one place."""
 
-    async def __init__(self, config: ServeConfig, most_replicas: int, handle: Any) -> None:  # type: ignore[misc]
-        _log_here()
-        self._service = Service(config, RayBackend(handle), busy_tries=min(3, most_replicas))
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, most_replicas: int, handle: Any, ledger: Any
+    ) -> None:
+        log_here()
+        tries = min(3, most_replicas)
+        self._service = Service(config, RayBackend(handle), busy_tries=tries, ledger=RayLedger(ledger))
         await self._service.start()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -192,7 +143,7 @@ def replicas_wanted(context: Any) -> tuple[int, dict[str, Any]]:
 
 
 def application(config: ServeConfig, placement: Placement) -> Any:
-    """The Serve application: an ingress and the replicas that it calls."""
+    """The Serve application: an ingress, replicas that draw, and the ledger between them for requests with a key."""
     from ray import serve
 
     low, high = placement.replicas
@@ -210,25 +161,19 @@ def application(config: ServeConfig, placement: Placement) -> Any:
                 "downscale_delay_s": 60.0,
             }
         }
-    replica = serve.deployment(
-        name="model",
-        max_ongoing_requests=MANY,
-        graceful_shutdown_timeout_s=placement.drain_s,
-        graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=1.0,
-        health_check_timeout_s=30.0,
-        ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
-        **scaling,
-    )(ModelReplica)
-    ingress = serve.deployment(
-        name="ingress",
-        num_replicas=1,
-        max_ongoing_requests=MANY,
-        graceful_shutdown_timeout_s=placement.drain_s,
-        graceful_shutdown_wait_loop_s=0.1,
-        ray_actor_options={"num_cpus": 0},
-    )(serve.ingress()(Ingress))
-    return ingress.bind(config, high, replica.bind(config))
+    common: dict[str, Any] = {
+        "max_ongoing_requests": MANY,
+        "graceful_shutdown_timeout_s": placement.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": 1.0,
+        "health_check_timeout_s": 30.0,
+    }
+    size = {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica}
+    alone: dict[str, Any] = {**common, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
+    replica = serve.deployment(name="model", ray_actor_options=size, **common, **scaling)(ModelReplica).bind(config)
+    ledger = serve.deployment(name="ledger", **alone)(LedgerReplica).bind(config.limits, high, replica)
+    ingress = serve.deployment(name="ingress", **alone)(serve.ingress()(Ingress))
+    return ingress.bind(config, high, replica, ledger)
 
 
 @contextlib.contextmanager
@@ -413,14 +358,3 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     ours = [line for line in lines if "Error:" in line]
     return (ours or lines or [type(error).__name__])[-1]
-
-
-def _log_here() -> None:
-    """In a replica: our lines go to its standard error, which Ray keeps with its logs."""
-    logger = logging.getLogger("scoreray")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False

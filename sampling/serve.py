@@ -25,7 +25,8 @@ from scoreray.sampling.serve_answers import choose_media, event
 from scoreray.sampling.serve_config import ERRORS, Limits, Refused
 from scoreray.sampling.serve_docs import docs_page
 from scoreray.sampling.serve_request import KEY, SampleBody, check_key, parse
-from scoreray.sampling.serve_service import Answer, Run, Service, json_answer
+from scoreray.sampling.serve_run import Answer, Run, json_answer
+from scoreray.sampling.serve_service import Service
 from scoreray.sampling.serve_traces import trace_request
 
 log = logging.getLogger("scoreray.serve")

@@ -83,6 +83,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "draining": (503, "the service is shutting down"),
     "timed_out": (503, "the samples did not get ready within the time limit"),
     "replica_lost": (503, "replicas died on this request again and again"),
+    "ledger_lost": (503, "the process that draws requests with a key died meanwhile: nothing was billed"),
     "storage": (503, "the checkpoint can't be read at the moment"),
     "bug": (500, "a bug in scoreray"),
 }

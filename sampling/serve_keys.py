@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,6 +19,8 @@ OriginT = TypeVar("OriginT")
 class Entry(Generic[OriginT, RunT]):
     """What is known of a key: the request, what its job was made from, the run that draws it or has drawn it."""
 
+    token: str
+    key: str
     fingerprint: str
     origin: OriginT
     at: float
@@ -43,9 +45,16 @@ class Keys(Generic[OriginT, RunT]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[Entry[OriginT, RunT]]:
+        """The oldest first."""
+        return iter(list(self._entries.values()))
+
     @property
     def num_bytes(self) -> int:
         return self._bytes
+
+    def age_s(self, entry: Entry[OriginT, RunT]) -> float:
+        return self._clock() - entry.at
 
     def find(self, token: str, key: str, fingerprint: str) -> Entry[OriginT, RunT] | None:
         """The entry of a key, None for a new one. Raises Refused where it came with another request."""
@@ -55,8 +64,8 @@ class Keys(Generic[OriginT, RunT]):
             raise Refused("key_reused", "this idempotency key came with another request before: use a new key for each")
         return entry
 
-    def add(self, token: str, key: str, fingerprint: str, origin: OriginT) -> Entry[OriginT, RunT]:
-        entry: Entry[OriginT, RunT] = Entry(fingerprint, origin, self._clock())
+    def add(self, token: str, key: str, fingerprint: str, origin: OriginT, age_s: float = 0.0) -> Entry[OriginT, RunT]:
+        entry: Entry[OriginT, RunT] = Entry(token, key, fingerprint, origin, self._clock() - age_s)
         self._entries[token, key] = entry
         self._forget()
         return entry

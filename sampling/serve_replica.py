@@ -12,8 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,47 +23,12 @@ from scoreray.sampling.fast import Fast, make_fast
 from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.sampling.serve_answers import encode, is_picture, preview_sheet
 from scoreray.sampling.serve_config import ServeConfig
+from scoreray.sampling.serve_job import Event, Job
 from scoreray.sampling.serve_metrics import REPLICA_METRICS, Meter
 
 log = logging.getLogger("scoreray.serve")
 
 PREVIEW_ROWS = 16
-
-Event = dict[str, Any]
-"""What a draw yields: `kind` is accepted, preview, done (once, last) or refused (once, last; see ERRORS)."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that the samples of a request depend on, and how they are wanted.
-
-    seeds: one for each sample. labels: one for each, -1 for none; None for a model without classes.
-    calls: of the network for one sample, as expected, and at most. previews: how many are wanted on the way.
-    """
-
-    checkpoint: str
-    ema: str
-    shape: tuple[int, ...]
-    seeds: tuple[int, ...]
-    labels: tuple[int, ...] | None
-    sampler: str
-    sigmas: tuple[float, ...]
-    guidance: float
-    calls: int
-    max_calls: int
-    media: str = "application/json"
-    format: str = "png"
-    options: dict[str, Any] = field(default_factory=dict)
-    previews: int = 0
-
-    @property
-    def rows_per_call(self) -> int:
-        return len(self.seeds) * (1 if self.guidance == 1 else 2)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of memory, roughly: an object and its place in a tuple for each number, and the rest."""
-        return 4096 + 40 * (len(self.sigmas) + 2 * len(self.seeds))
 
 
 @dataclass

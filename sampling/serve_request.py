@@ -18,8 +18,8 @@ from scoreray.sampling.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
+from scoreray.sampling.serve_job import Job
 from scoreray.sampling.serve_models import Served
-from scoreray.sampling.serve_replica import Job
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only told to take these
 LONGEST_NUMBER = 40

@@ -9,40 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
 
 from scoreray.data.errors import ScorerayError, nearest
 from scoreray.sampling.serve_access import Access
 from scoreray.sampling.serve_config import Refused, ServeConfig
-from scoreray.sampling.serve_keys import Entry, Keys, seed_of
+from scoreray.sampling.serve_job import MAX_DEATHS, Backend, Event, Job, Lost, drawn, timed_out
+from scoreray.sampling.serve_keyed import Keyed
+from scoreray.sampling.serve_keys import Entry, seed_of
+from scoreray.sampling.serve_ledger import Ledger, LedgerLike, Origin
 from scoreray.sampling.serve_metrics import SERVICE_METRICS, Meter, merged
 from scoreray.sampling.serve_models import Served, look_up
-from scoreray.sampling.serve_replica import Event, Job, Replica
+from scoreray.sampling.serve_replica import Replica
 from scoreray.sampling.serve_request import SampleBody, make_job
+from scoreray.sampling.serve_run import Answer, Run
 
 log = logging.getLogger("scoreray.serve")
 
-MAX_DEATHS = 8  # of replicas on one request, before it is thought to be their reason
-
-
-class Lost(Exception):
-    """A replica died, or was unreachable, with a job in its hands."""
-
-
-class Backend(Protocol):
-    """The replicas. `draw` raises Lost when the one that draws dies; `prepare` and `metrics` reach all of them."""
-
-    def draw(self, job: Job) -> AsyncGenerator[Event, None]: ...
-
-    async def prepare(self, checkpoint: str, ema: str) -> None: ...
-
-    async def metrics(self) -> dict[str, str]: ...
+METRICS_SYNC_S = 2.0
 
 
 class LocalBackend:
@@ -61,76 +50,22 @@ class LocalBackend:
         return {"local": self.replica.metrics()}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a run ends in: the encoded samples, and what made them."""
-
-    body: bytes
-    about: dict[str, Any]
-
-
-class Origin(NamedTuple):
-    """What a job is made from beside the request: enough to make the same one again, and small enough to remember."""
-
-    model: str
-    checkpoint: str
-    images_seen: int
-    seed: int
-
-
-class Run:
-    """One draw and everybody who waits for it; given up when nobody does."""
-
-    def __init__(self, job: Job, served: Served, seed: int, body: SampleBody) -> None:
-        self.job, self.served, self.seed, self.body = job, served, seed, body
-        self.started = time.monotonic()
-        self.task: asyncio.Task[Answer] | None = None
-        self.accepted = asyncio.Event()
-        self.progress = 0.0
-        self.waiters = 0
-        self.entry: Entry[Origin, Run] | None = None
-        self._queues: set[asyncio.Queue[Event | None]] = set()
-
-    def show(self, preview: Event) -> None:
-        """Hands a preview on, unless one as late was shown before (by a replica that died since)."""
-        if preview["progress"] > self.progress:
-            self.progress = preview["progress"]
-            for queue in self._queues:
-                queue.put_nowait(preview)
-
-    def end(self) -> None:
-        self.accepted.set()
-        for queue in self._queues:
-            queue.put_nowait(None)
-
-    async def previews(self) -> AsyncIterator[Event]:
-        """The previews from now on, until the run ends."""
-        queue = asyncio.Queue[Event | None]()
-        self._queues.add(queue)
-        try:
-            if self.task is not None and self.task.done():
-                return
-            while (event := await queue.get()) is not None:
-                yield event
-        finally:
-            self._queues.discard(queue)
-
-    async def answer(self) -> Answer:
-        assert self.task is not None
-        return await asyncio.shield(self.task)
-
-
 class Service:
-    """Requests in, answers out. One of it holds limits, keys and counters; all methods run on one event loop."""
+    """Requests in, answers out. One of it holds limits and counters; all methods run on one event loop.
 
-    def __init__(self, config: ServeConfig, backend: Backend, *, busy_tries: int = 1) -> None:
+    ledger: what draws requests with a key; None for one in this process.
+    """
+
+    def __init__(
+        self, config: ServeConfig, backend: Backend, *, busy_tries: int = 1, ledger: LedgerLike | None = None
+    ) -> None:
         self.config, self.backend, self.limits = config, backend, config.limits
         self.access = Access(config.tokens, config.limits)
         self.meter = Meter(SERVICE_METRICS)
         self.models: dict[str, Served] = {}
         self.ready = self.draining = False
         self._busy_tries = busy_tries
-        self._keys: Keys[Origin, Run] = Keys(config.limits)
+        self._keyed = Keyed(ledger or Ledger(config.limits, backend, busy_tries), config.limits)
         self._runs: set[Run] = set()
         self._reloading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -144,6 +79,7 @@ class Service:
             await self.backend.prepare(served.info.url, served.info.ema)
         self.ready = True
         self._spawn(self._follow())
+        self._spawn(self._keyed.follow())
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -164,15 +100,15 @@ class Service:
     async def submit(self, body: SampleBody, *, token: str, key: str | None, media: str) -> Run:
         """The run that answers a request: a new one, or that of the same key. The caller must `leave` it."""
         self._check_open()
-        fingerprint = body.fingerprint(media)
-        entry = self._keys.find(token, key, fingerprint) if key is not None else None
+        fingerprint, keys = body.fingerprint(media), self._keyed.keys
+        entry = keys.find(token, key, fingerprint) if key is not None else None
         if entry is None or entry.run is None:
             served, seed = self._origin(body, token, key, entry)
             job = await asyncio.to_thread(make_job, body, served, self.limits, media, seed)
             self._check_open()
             if key is not None:  # asked again: another request may have brought it meanwhile
                 origin = Origin(served.name, served.info.url, served.info.images_seen, seed)
-                entry = self._keys.find(token, key, fingerprint) or self._keys.add(token, key, fingerprint, origin)
+                entry = keys.find(token, key, fingerprint) or keys.add(token, key, fingerprint, origin)
         if entry is not None and entry.run is not None:
             self.meter["replayed"].inc()
             run = entry.run
@@ -191,6 +127,11 @@ class Service:
 
     async def metrics(self) -> str:
         """The page for Prometheus: this service and all of its replicas."""
+        with contextlib.suppress(Lost, TimeoutError):
+            async with asyncio.timeout(METRICS_SYNC_S):
+                await self._keyed.sync()
+        for token, rows in self._keyed.bills.more():
+            self.meter["billed_rows"].labels(token).inc(rows)
         self.meter["requests_under_way"].set(len(self._runs))
         try:
             replicas = await self.backend.metrics()
@@ -210,11 +151,14 @@ class Service:
     ) -> tuple[Served, int]:
         """The model and the seed of a request; those that it had where its key was seen before. Raises Refused."""
         if entry is not None:
-            served, before = self._served(entry.origin.model), entry.origin
-            info = replace(served.info, url=before.checkpoint, images_seen=before.images_seen)
-            return replace(served, info=info), before.seed
+            return self._as_then(entry.origin), entry.origin.seed
         seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
         return self._served(body.model), seed
+
+    def _as_then(self, origin: Origin) -> Served:
+        """A model with the checkpoint that an earlier request of the same key was answered from."""
+        served = self._served(origin.model)
+        return replace(served, info=replace(served.info, url=origin.checkpoint, images_seen=origin.images_seen))
 
     def _served(self, name: str | None) -> Served:
         if name is None:
@@ -235,65 +179,79 @@ class Service:
             self._runs.discard(run)
             self.access.leave(token, rows)
             answered = not task.cancelled() and task.exception() is None
-            if answered and not (entry and entry.billed):
-                self.meter["billed_rows"].labels(token).inc(len(run.job.seeds))
-            if entry is not None:
-                entry.billed = entry.billed or answered
-                if answered and entry.run is run:
-                    self._keys.keep(entry, len(task.result().body) + run.job.num_bytes)
-                elif entry.run is run:
-                    entry.run = None
+            if entry is None:
+                self._keyed.bills.own[token] += len(run.job.seeds) if answered else 0
+            elif answered:
+                entry.billed = True
+                if entry.run is run:
+                    self._keyed.keys.keep(entry, len(task.result().body) + run.job.num_bytes)
+            elif entry.run is run:
+                entry.run = None
             run.end()
 
         run.task.add_done_callback(ended)
         return run
 
     async def _draw(self, run: Run) -> Answer:
-        """Draws a run's job, on another replica when one dies or is too busy. Raises Refused."""
-        limits, deaths, busy = self.limits, 0, 0
+        """Draws a run's job, or has the ledger draw it where it has a key. Raises Refused."""
+        limit_s, instead_of = self.limits.max_request_s, None
         try:
-            async with asyncio.timeout(limits.max_request_s):
-                while True:
-                    try:
-                        return await self._draw_once(run)
-                    except Lost as error:
-                        deaths += 1
-                        if deaths == MAX_DEATHS:
-                            raise Refused("replica_lost", f"{deaths} replicas died on this request: {error}") from None
-                        self.meter["retries"].inc()
-                        log.warning("a replica was lost (%s): drawing again", error)
-                        await asyncio.sleep(min(2.0, 0.05 * 2**deaths))
-                    except Refused as refusal:
-                        busy += 1
-                        if refusal.code != "overloaded" or busy >= self._busy_tries:
-                            raise
+            async with asyncio.timeout(limit_s):
+                for _ in range(MAX_DEATHS):
+                    last = await self._draw_once(run, instead_of)
+                    if last["kind"] == "done":
+                        return Answer(last["body"], self._about(run, last))
+                    if last["kind"] == "origin":
+                        await self._remake(run, last["origin"])
+                    elif last.get("gone"):
+                        instead_of = await self._moved(run)
+                        if instead_of is None:
+                            break
+                    else:
+                        break
+                raise Refused(last["code"], last["message"], retry_after_s=last.get("retry_after_s"))
         except TimeoutError:
-            message = f"no answer within {limits.max_request_s:g} s: ask for fewer samples or steps"
-            raise Refused("timed_out", message, retry_after_s=30) from None
+            late = timed_out(limit_s)
+            raise Refused(late["code"], late["message"], retry_after_s=late["retry_after_s"]) from None
 
-    async def _draw_once(self, run: Run) -> Answer:
-        async with contextlib.aclosing(self.backend.draw(run.job)) as events:
-            async for event in events:
-                if event["kind"] == "accepted":
+    async def _draw_once(self, run: Run, instead_of: Origin | None) -> Event:
+        """The last event of a draw; shows the others."""
+        last: Event = {}
+        async with contextlib.aclosing(self._events(run, instead_of)) as events:
+            async for last in events:
+                if last["kind"] == "accepted":
                     run.accepted.set()
-                elif event["kind"] == "preview":
-                    run.show(event)
-                elif event["kind"] == "done":
-                    return Answer(event["body"], self._about(run, event))
-                elif event.get("gone") and await self._moved(run):
-                    raise Lost(event["message"])
-                else:
-                    raise Refused(event["code"], event["message"], retry_after_s=event.get("retry_after_s"))
-        raise Lost("the draw ended without an answer")
+                elif last["kind"] == "preview":
+                    run.show(last)
+        self.meter["retries"].inc(0 if last.get("replayed") else last.get("deaths", 0))
+        self.meter["replayed"].inc(1 if last.get("replayed") else 0)
+        return last
 
-    async def _moved(self, run: Run) -> bool:
-        """Takes a run to the model's newest checkpoint when its own was removed from the store meanwhile."""
+    def _events(self, run: Run, instead_of: Origin | None) -> AsyncGenerator[Event, None]:
+        if run.entry is not None:
+            return self._keyed.events(run.entry, run.job, instead_of)
+        return drawn(self.backend, run.job, self._busy_tries)
+
+    async def _remake(self, run: Run, origin: Origin) -> None:
+        """Makes a run's job again from what the ledger says that its key was made from."""
+        assert run.entry is not None
+        served = self._as_then(origin)
+        run.job = await asyncio.to_thread(make_job, run.body, served, self.limits, run.job.media, origin.seed)
+        run.served, run.seed, run.entry.origin = served, origin.seed, origin
+
+    async def _moved(self, run: Run) -> Origin | None:
+        """Takes a run to the model's newest checkpoint when its own was removed from the store meanwhile.
+
+        What it was made from before; None where there is no newer one.
+        """
         await self._reload(run.served.name)
-        served = self.models[run.served.name]
+        before, served = run.served, self.models[run.served.name]
         if served.info.url == run.job.checkpoint:
-            return False
+            return None
         run.served, run.job = served, replace(run.job, checkpoint=served.info.url)
-        return True
+        if run.entry is not None:
+            run.entry.origin = Origin(served.name, served.info.url, served.info.images_seen, run.seed)
+        return Origin(before.name, before.info.url, before.info.images_seen, run.seed)
 
     def _about(self, run: Run, done: Event) -> dict[str, Any]:
         return {
@@ -352,9 +310,3 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def json_answer(request_id: str, answer: Answer) -> bytes:
-    """The JSON of an answer: what made the samples, then `data`, an array that is already JSON."""
-    head = json.dumps({"id": request_id, **answer.about})
-    return head[:-1].encode() + b', "data": ' + answer.body + b"}"

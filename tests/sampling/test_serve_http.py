@@ -31,12 +31,13 @@ from scoreray.sampling.samplers import SAMPLERS, num_calls
 from scoreray.sampling.serve import make_app
 from scoreray.sampling.serve_access import hash_of, is_loopback, read_tokens
 from scoreray.sampling.serve_config import ERRORS, Limits, Refused, ServeConfig
+from scoreray.sampling.serve_job import Event, Job, Lost
 from scoreray.sampling.serve_keys import Keys
 from scoreray.sampling.serve_metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.sampling.serve_models import Served
-from scoreray.sampling.serve_replica import Event, Job, Replica
+from scoreray.sampling.serve_replica import Replica
 from scoreray.sampling.serve_request import SampleBody, make_job
-from scoreray.sampling.serve_service import LocalBackend, Lost, Service
+from scoreray.sampling.serve_service import LocalBackend, Service
 from scoreray.trainer.step import to_uint8
 
 JSON = {"Content-Type": "application/json"}
@@ -288,7 +289,7 @@ def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
 
             for i in range(4):  # answers that push the first one out of memory
                 await call.post({"count": 3}, Idempotency_Key=f"other-{i}")
-            assert call.service._keys.num_bytes <= 20_000
+            assert call.service._keyed.keys.num_bytes <= 20_000
             third = await call.post({"count": 3}, Idempotency_Key="k")
             assert third.json["data"] == again.json["data"]
             page = (await call("GET", "/metrics")).body.decode()
@@ -321,7 +322,7 @@ def test_what_is_remembered_of_a_long_request_is_counted(points_url: str) -> Non
         async with serving(config(points_url, limits=Limits(remember_bytes=30_000))) as call:
             for i in range(3):
                 assert (await call.post({"steps": 400, "sampler": "euler"}, Idempotency_Key=f"{i}")).status == 200
-            kept = [entry.run for entry in call.service._keys._entries.values()]
+            kept = [entry.run for entry in call.service._keyed.keys]
             assert [run is not None for run in kept] == [False, False, True]
 
     asyncio.run(main())

@@ -5,6 +5,7 @@ One service for most of the tests: two replicas in the session's cluster.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import pytest
 import urllib3
 
 from scoreray.cluster import cli
-from scoreray.cluster.serving import Placement, make_config, make_limits, parse_replicas, replicas_wanted, served
+from scoreray.cluster.serving import APP, Placement, make_config, make_limits, parse_replicas, replicas_wanted, served
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.client import Client, Declined
 from scoreray.sampling.serve_access import hash_of
@@ -161,6 +162,41 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
     assert len(by_request) > 1
     different = sum(len(found) > 1 for found in by_request.values())
     assert different <= 0.05 * len(by_request), "the same request drew other samples"  # last bits may round otherwise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["between draw and answer", "while it draws"])
+def test_a_retry_after_the_death_of_the_ingress_draws_and_bills_nothing_twice(service: str, when: str) -> None:
+    """SIGKILL of the ingress with a request in its hands; the client asks again with the same key.
+
+    The draw ends when nobody is there to take its answer, and then the client comes back; or the client comes first.
+    """
+    from ray import serve
+
+    ledger = serve.get_deployment_handle("ledger", APP)
+
+    def keyed() -> int:
+        return sum(ledger.sync.remote("test", {}).result(timeout_s=PATIENCE_S).keyed.values())
+
+    until(lambda: answering(service) == 2, "two replicas answer")
+    before, keyed_before = metrics(service), keyed()
+    (ingress,) = pids("ServeReplica:scoreray:ingress")
+    key, fields = f"killed-{when}".replace(" ", "-"), {"count": 8, "steps": 900, "sampler": "euler"}
+    with ThreadPoolExecutor(1) as one:
+        body, headers = json.dumps(fields), {"Content-Type": "application/json", "Idempotency-Key": key}
+        first = one.submit(HTTP.request, "POST", service + "/v1/samples", body=body, headers=headers, retries=False)
+        until(lambda: metrics(service)["scoreray_nfe_total"] > before["scoreray_nfe_total"], "it draws", 0.005)
+        os.kill(ingress, signal.SIGKILL)
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            assert first.result().status != 200, "the answer was out before the kill: nothing is tested"
+    if when.startswith("between"):
+        until(lambda: keyed() == keyed_before + 8, "the draw ends without the one who asked")
+    answer = Client(service, tries=1000).sample_json(key=key, **fields)
+    assert len(answer["data"]) == 8
+    until(lambda: answering(service) == 2, "two replicas answer")
+    after = metrics(service)
+    assert after["scoreray_samples_total"] - before["scoreray_samples_total"] == 8
+    assert after["scoreray_billed_rows_total"] - before["scoreray_billed_rows_total"] == 8
 
 
 @pytest.mark.slow
