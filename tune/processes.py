@@ -14,6 +14,7 @@ from scoreray.trainer.run import worker_environment
 from scoreray.tune.sweep import Plan, Sweep, need_of
 from scoreray.tune.trial import Trial, advance
 
+SAVE_S = 25.0
 Signature = tuple[tuple[str, float], ...]
 
 
@@ -40,14 +41,21 @@ class TrialProcess:
         torch.set_num_threads(threads)
         self._sweep = sweep
         self._progress: Progress | None = None
+        self._stopped = False
 
     def advance(self, config: dict[str, Any] | None, target: int, values: dict[str, Any], device: str) -> Any:
         self._progress = None
         loaded = None if config is None else Config.model_validate(config)
-        return advance(loaded, target, Sweep.model_validate(self._sweep), values, device, self._watch)
+        return advance(
+            loaded, target, Sweep.model_validate(self._sweep), values, device, self._watch, lambda: self._stopped
+        )
 
     def progress(self) -> Progress | None:
         return self._progress
+
+    def stop(self) -> None:
+        """Commit what is trained, and end the stretch."""
+        self._stopped = True
 
     def _watch(self, progress: Progress) -> None:
         self._progress = progress
@@ -96,6 +104,15 @@ class Pool:
                 with contextlib.suppress(ray.exceptions.RayError):
                     work.progress = ray.get(work.asked)
                 work.asked = None
+
+    def stop(self) -> None:
+        """Ask trials under way to commit what they have trained, and wait for that, for at most SAVE_S."""
+        import ray
+
+        for work in self.working.values():
+            work.actor.stop.remote()
+        if self.working:
+            ray.wait(list(self.working), num_returns=len(self.working), timeout=SAVE_S)
 
     def close(self) -> None:
         """End all of them."""

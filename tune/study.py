@@ -89,7 +89,10 @@ class Study:
             self._decide(trial)  # a report may have been written, and the driver killed before what follows from it
 
     def run(self) -> list[Trial]:
-        """All trials to their ends; returns them. Raises what would end every trial, and UserError when all failed."""
+        """All trials to their ends; returns them. Raises what would end every trial, and UserError when all failed.
+
+        The first KeyboardInterrupt lets trials of one worker commit what they have trained; a second one does not.
+        """
         import ray
 
         state = State(self.trials, self._total)
@@ -106,6 +109,11 @@ class Study:
                     self._finish(one)
                 self._pool.look()
                 self._check_owner()
+        except KeyboardInterrupt:
+            if self._pool.working:
+                self._note("stopping: saving first (once more Ctrl-C: at once)")
+                self._pool.stop()
+            raise
         finally:
             self._pool.close()
         if self.trials and all(trial.state == "failed" for trial in self.trials):

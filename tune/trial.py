@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.store import Store, open_store
 from scoreray.sampling.load import LoadedDenoiser, load_model
 from scoreray.trainer.checkpoint import MARKER, Checkpoint, latest, verified_copy
@@ -26,6 +26,10 @@ from scoreray.tune.sweep import Plan, Sweep, draw_settings
 TRIALS = "trials"
 RUNS = "runs"
 NOT_LEARNT = ("run", "scaling", "checkpoint", "log", "evaluation")
+
+
+class Stopped(ScorerayError):
+    """A stretch was asked to end before its target; what it had trained is committed."""
 
 
 @dataclass
@@ -94,10 +98,11 @@ def advance(
     values: Values,
     device: str = "cpu",
     watch: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train a run to `target` images, unless it is there already, and measure it: one report.
 
-    config: None where the sweep draws from a checkpoint. Raises ScorerayErrors.
+    config: None where the sweep draws from a checkpoint. stop: asked once a step. Raises ScorerayErrors.
     """
     started, first_step = time.time(), 0.0
 
@@ -110,9 +115,10 @@ def advance(
         assert sweep.checkpoint is not None
         url, trained_s = sweep.checkpoint, 0.0
     else:
-        train_to(config, target, device, seen)
+        train_to(config, target, device, seen, stop)
         checkpoint = latest(run_store(config))
-        assert checkpoint is not None
+        if checkpoint is None or checkpoint.images_seen < target:
+            raise Stopped(f"stopped before {target:,} images")
         url, trained_s = checkpoint.url, time.time() - started
     drawn = draw_settings(sweep, values)
     length = drawn["ema"]
@@ -133,8 +139,13 @@ def advance(
     }
 
 
-def train_to(config: Config, target: int, device: str, watch: Callable[[Progress], None]) -> None:
-    """Train until `target` images are seen and committed: in this process, or by Ray Train where there are workers."""
+def train_to(
+    config: Config, target: int, device: str, watch: Callable[[Progress], None], stop: Callable[[], bool]
+) -> None:
+    """Train until `target` images are seen and committed: in this process, or by Ray Train where there are workers.
+
+    Where `stop` comes first, what has been trained by then is committed (in this process; workers just end).
+    """
     checkpoint = latest(run_store(config))
     there = checkpoint.images_seen if checkpoint else 0
     if there >= target:
@@ -150,7 +161,7 @@ def train_to(config: Config, target: int, device: str, watch: Callable[[Progress
     def asked() -> Ask:  # once a step
         nonlocal seen
         seen += config.data.global_batch_size
-        return Ask.STOP if seen >= target else Ask.NOTHING
+        return Ask.STOP if seen >= target or stop() else Ask.NOTHING
 
     train(config, device=torch.device(device), watch=watch, asked=asked)
 
