@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from scoreray.cluster.catalogue import Scraped, catalogue
+from scoreray.cluster.catalogue import catalogue
+from scoreray.trainer.metrics import Metric
 
 UNITS = {
     "s": "s", "share": "percentunit", "bytes": "bytes", "bytes/s": "Bps", "percent": "percent", "MB": "decmbytes",
@@ -13,7 +14,7 @@ UNITS = {
 SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
-def queries(metric: Scraped) -> list[tuple[str, str]]:
+def queries(metric: Metric) -> list[tuple[str, str]]:
     """(PromQL, legend) of a metric's panel."""
     labels = [label for label in metric.labels if label != "replica"]
     legend = " ".join(f"{{{{{label}}}}}" for label in metric.labels) or metric.name
@@ -27,7 +28,7 @@ def queries(metric: Scraped) -> list[tuple[str, str]]:
     return [(metric.name + chosen, legend)]
 
 
-def panel(metric: Scraped, number: int) -> dict[str, Any]:
+def panel(metric: Metric, number: int) -> dict[str, Any]:
     unit = UNITS.get(metric.unit, "short")
     if metric.unit == "s" and metric.name.endswith("time_s"):
         unit = "dateTimeAsIso"
@@ -53,8 +54,8 @@ def panel(metric: Scraped, number: int) -> dict[str, Any]:
 
 
 def dashboard(name: str) -> dict[str, Any]:
-    """One of DASHBOARDS, as Grafana imports it."""
-    metrics = [metric for metric in catalogue() if metric.dashboard == name]
+    """One of the catalogue's, as Grafana imports it."""
+    metrics = catalogue()[name]
     variables: list[dict[str, Any]] = [
         {"name": "source", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
     ]

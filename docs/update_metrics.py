@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from scoreray.cluster.alerts import rules
-from scoreray.cluster.catalogue import DASHBOARDS, page
+from scoreray.cluster.catalogue import catalogue, page
 from scoreray.cluster.dashboards import dashboard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +17,7 @@ PLATFORM = "k8s/base/platform"
 
 def files() -> dict[str, str]:
     """Path in the repository -> text."""
-    made = {f"{PLATFORM}/dashboards/{name}.json": json.dumps(dashboard(name), indent=1) + "\n" for name in DASHBOARDS}
+    made = {f"{PLATFORM}/dashboards/{name}.json": json.dumps(dashboard(name), indent=1) + "\n" for name in catalogue()}
     made[f"{PLATFORM}/rules.yaml"] = yaml.safe_dump(rules(), sort_keys=False, width=1000)
     made["docs/metrics.md"] = page()
     return made

@@ -3,53 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-
-class Metric(NamedTuple):
-    """One metric: its Prometheus name (counters get `_total`), type, unit, labels and meaning."""
-
-    name: str
-    kind: str
-    unit: str
-    labels: tuple[str, ...]
-    meaning: str
-    buckets: tuple[float, ...] = ()
-
+from scoreray.trainer.metrics import Metric
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 REPLICA_METRICS = (
-    Metric("scoreray_waiting_rows", "gauge", "rows", (), "samples asked for and not done yet"),
-    Metric("scoreray_waiting_calls", "gauge", "rows", (), "rows that the network is still expected to be called with"),
-    Metric("scoreray_batch_occupancy", "histogram", "share", (), "rows of a call of the network / max_batch", SHARES),
-    Metric("scoreray_step_seconds", "histogram", "s", (), "one call of the network with its samplers' work", SECONDS),
-    Metric("scoreray_nfe", "counter", "rows", (), "rows that the network was called with; its rate is nfe/s"),
-    Metric("scoreray_samples", "counter", "rows", (), "samples finished; its rate is samples/s"),
-    Metric("scoreray_queue_seconds", "histogram", "s", (), "from a request's arrival to its first call", SECONDS),
-    Metric("scoreray_cancelled_rows", "counter", "rows", (), "samples given up because nobody waited any more"),
-    Metric("scoreray_models_loaded", "gauge", "models", (), "weights in memory: checkpoints times EMA lengths"),
-    Metric("scoreray_model_loads", "counter", "models", (), "weights loaded since the replica started"),
+    Metric("scoreray_waiting_rows", "rows", "samples asked for and not done yet"),
+    Metric("scoreray_waiting_calls", "rows", "rows that the network is still expected to be called with"),
+    Metric(
+        "scoreray_batch_occupancy",
+        "share",
+        "rows of a call of the network / max_batch",
+        kind="histogram",
+        buckets=SHARES,
+    ),
+    Metric(
+        "scoreray_step_seconds",
+        "s",
+        "one call of the network with its samplers' work",
+        kind="histogram",
+        buckets=SECONDS,
+    ),
+    Metric("scoreray_nfe", "rows", "rows that the network was called with; its rate is nfe/s", kind="counter"),
+    Metric("scoreray_samples", "rows", "samples finished; its rate is samples/s", kind="counter"),
+    Metric(
+        "scoreray_queue_seconds", "s", "from a request's arrival to its first call", kind="histogram", buckets=SECONDS
+    ),
+    Metric("scoreray_cancelled_rows", "rows", "samples given up because nobody waited any more", kind="counter"),
+    Metric("scoreray_models_loaded", "models", "weights in memory: checkpoints times EMA lengths"),
+    Metric("scoreray_model_loads", "models", "weights loaded since the replica started", kind="counter"),
 )
 """Measured in every replica; a label `replica` is added on the page."""
 
 SERVICE_METRICS = (
-    Metric("scoreray_requests", "counter", "requests", ("code",), "requests for samples by outcome: ok or error code"),
-    Metric("scoreray_request_seconds", "histogram", "s", (), "answered requests, from arrival to answer", SECONDS),
-    Metric("scoreray_requests_under_way", "gauge", "requests", (), "requests for samples that are not answered yet"),
-    Metric("scoreray_sheds", "counter", "requests", ("code",), "requests turned away with 429 or 503"),
-    Metric("scoreray_cancels", "counter", "requests", (), "requests whose client went away first"),
-    Metric("scoreray_replayed", "counter", "requests", (), "answers given again, or joined, by idempotency key"),
-    Metric("scoreray_retries", "counter", "requests", (), "draws begun again on another replica"),
-    Metric("scoreray_billed_rows", "counter", "rows", ("token",), "samples delivered, once for each idempotency key"),
-    Metric("scoreray_reloads", "counter", "models", ("outcome",), "newer checkpoints taken (ok) or refused (failed)"),
-    Metric("scoreray_images_seen", "gauge", "images", ("model",), "of the checkpoint that answers now"),
+    Metric(
+        "scoreray_requests", "requests", "requests for samples by outcome: ok or error code", ("code",), kind="counter"
+    ),
+    Metric(
+        "scoreray_request_seconds", "s", "answered requests, from arrival to answer", kind="histogram", buckets=SECONDS
+    ),
+    Metric("scoreray_requests_under_way", "requests", "requests for samples that are not answered yet"),
+    Metric("scoreray_sheds", "requests", "requests turned away with 429 or 503", ("code",), kind="counter"),
+    Metric("scoreray_cancels", "requests", "requests whose client went away first", kind="counter"),
+    Metric("scoreray_replayed", "requests", "answers given again, or joined, by idempotency key", kind="counter"),
+    Metric("scoreray_retries", "requests", "draws begun again on another replica", kind="counter"),
+    Metric(
+        "scoreray_billed_rows", "rows", "samples delivered, once for each idempotency key", ("token",), kind="counter"
+    ),
+    Metric(
+        "scoreray_reloads", "models", "newer checkpoints taken (ok) or refused (failed)", ("outcome",), kind="counter"
+    ),
+    Metric("scoreray_images_seen", "images", "of the checkpoint that answers now", ("model",)),
 )
 """Measured once, where HTTP is answered."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from scoreray.trainer.progress import Progress
@@ -23,12 +23,17 @@ SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.00
 
 @dataclass(frozen=True)
 class Metric:
-    """A gauge: its name, its unit, and what it means. `tags`: beside `run`."""
+    """A metric: its name (a counter's gets `_total` when it is scraped), unit and meaning.
+
+    labels: beside those that all of its list have. buckets: of a histogram.
+    """
 
     name: str
     unit: str
     meaning: str
-    tags: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    kind: Literal["gauge", "counter", "histogram"] = "gauge"
+    buckets: tuple[float, ...] = ()
 
 
 CATALOGUE = (
@@ -94,7 +99,7 @@ class Gauges:
 
         self._run = run
         self._gauges: dict[str, Any] = {
-            metric.name: Gauge(metric.name, f"{metric.meaning} ({metric.unit})", tag_keys=("run", *metric.tags))
+            metric.name: Gauge(metric.name, f"{metric.meaning} ({metric.unit})", tag_keys=("run", *metric.labels))
             for metric in CATALOGUE
         }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -13,36 +11,14 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
 
-from scoreray.cluster import cli
 from scoreray.data.local_s3 import LocalS3
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def scoreray(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """The command: in this process, or where the environment matters in one of its own."""
-    if env is not None:
-        command = [sys.executable, "-m", "scoreray.cluster.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
-    out, errors = io.StringIO(), io.StringIO()
-    handler, status = signal.getsignal(signal.SIGTERM), 0
-    with (
-        mock.patch.object(sys, "argv", ["scoreray", *arguments]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(errors),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-    signal.signal(signal.SIGTERM, handler)
-    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
 
 
 def assert_refused(result: subprocess.CompletedProcess, status: int, *words: str) -> None:
@@ -55,7 +31,7 @@ def assert_refused(result: subprocess.CompletedProcess, status: int, *words: str
 
 
 @pytest.fixture(scope="module")
-def packed(local_s3: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> str:
+def packed(scoreray: Any, local_s3: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> str:
     source = tmp_path_factory.mktemp("source") / "pictures.npz"
     rng = np.random.default_rng(0)
     np.savez(source, images=rng.integers(0, 256, (96, 8, 8), dtype=np.uint8), labels=np.arange(96) % 3)
@@ -84,7 +60,7 @@ VERBS = ("train", "tune", "sample", "serve", "evaluate", "compare", "export", "d
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
-def test_every_verb_has_help(verb: str) -> None:
+def test_every_verb_has_help(scoreray: Any, verb: str) -> None:
     result = scoreray(*verb.split(), "--help")
     assert result.returncode == 0
     assert "Usage" in result.stdout
@@ -101,19 +77,19 @@ def test_ctrl_c_while_the_command_is_being_imported() -> None:
     assert errors.splitlines() == ["scoreray: stopped before anything was started"]
 
 
-def test_usage_mistakes() -> None:
+def test_usage_mistakes(scoreray: Any) -> None:
     assert_refused(scoreray("trian"), 2, "'train'")
     assert_refused(scoreray("train"), 2, "CONFIG")
     assert_refused(scoreray("sample", "x", "--out", "y", "--count", "0"), 2, "count")
 
 
-def test_the_config_is_checked_before_anything_starts(config_file: Path) -> None:
+def test_the_config_is_checked_before_anything_starts(scoreray: Any, config_file: Path) -> None:
     result = scoreray("train", str(config_file), "optimizer.lr=1", "engine.zero_stage=9")
     assert_refused(result, 2, "optimizer.lr", "engine.zero_stage")
     assert_refused(scoreray("train", "absent.yaml"), 2, "absent.yaml")
 
 
-def test_storage_that_cannot_be_used(config_file: Path) -> None:
+def test_storage_that_cannot_be_used(scoreray: Any, config_file: Path) -> None:
     check = ["train", str(config_file), "--check"]
     assert scoreray(*check).stdout.strip().endswith("good")
     assert_refused(scoreray(*check, "data.url=s3://no-such-bucket/data"), 3, "no-such-bucket")
@@ -126,13 +102,13 @@ def test_storage_that_cannot_be_used(config_file: Path) -> None:
     assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": endpoint, "AWS_ENDPOINT_URL_S3": endpoint}), 3, endpoint)
 
 
-def test_more_workers_than_the_cluster_has_are_refused(ray_cluster: None, config_file: Path) -> None:
+def test_more_workers_than_the_cluster_has_are_refused(scoreray: Any, ray_cluster: None, config_file: Path) -> None:
     """Before Ray Train would wait for them."""
     result = scoreray("train", str(config_file), "scaling.use_gpu=true", "run.name=gpu")
     assert_refused(result, 2, "GPU", "RAY_ADDRESS")
 
 
-def test_sampling_what_is_not_there(config_file: Path, packed: str, tmp_path: Path) -> None:
+def test_sampling_what_is_not_there(scoreray: Any, config_file: Path, packed: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert_refused(scoreray("sample", "s3://scoreray-tests/no-run", "--out", out), 2, "no-run")
     assert_refused(scoreray("sample", packed, "--out", out), 2, "neither a run")
@@ -140,7 +116,9 @@ def test_sampling_what_is_not_there(config_file: Path, packed: str, tmp_path: Pa
     assert not Path(out).exists()
 
 
-def test_a_trained_run_is_sampled_from_the_command_line(ray_cluster: None, config_file: Path, tmp_path: Path) -> None:
+def test_a_trained_run_is_sampled_from_the_command_line(
+    scoreray: Any, ray_cluster: None, config_file: Path, tmp_path: Path
+) -> None:
     overrides = ["scaling.workers=1", "engine.zero_stage=1"]
     trained = scoreray("train", str(config_file), *overrides, "--json")
     assert trained.returncode == 0, trained.stderr
@@ -167,7 +145,7 @@ def test_a_trained_run_is_sampled_from_the_command_line(ray_cluster: None, confi
     )
 
 
-def test_data_commands(packed: str, tmp_path: Path) -> None:
+def test_data_commands(scoreray: Any, packed: str, tmp_path: Path) -> None:
     assert scoreray("data", "verify", packed).returncode == 0
     picture = tmp_path / "look.png"
     result = scoreray("data", "inspect", packed, "--picture", str(picture), "--json")
@@ -177,7 +155,7 @@ def test_data_commands(packed: str, tmp_path: Path) -> None:
     assert_refused(scoreray("data", "pack", str(tmp_path / "absent"), packed), 2, "absent")
 
 
-def test_a_damaged_data_set_is_told_by_name(packed: str, tmp_path: Path) -> None:
+def test_a_damaged_data_set_is_told_by_name(scoreray: Any, packed: str, tmp_path: Path) -> None:
     from scoreray.data.store import open_store
 
     store, copy = open_store(packed), open_store(tmp_path)
@@ -202,19 +180,19 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             pass
 
 
-def test_a_folder_that_cannot_hold_an_s3_server(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_hold_an_s3_server(scoreray: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(scoreray("--local-s3", str(tmp_path / "file"), "data", "verify", "s3://abc/x"), 3, "file")
     assert_refused(scoreray("--local-s3", "/proc/nowhere", "data", "verify", "s3://abc/x"), 3, "/proc/nowhere")
 
 
-def test_more_that_people_get_wrong(config_file: Path, packed: str) -> None:
+def test_more_that_people_get_wrong(scoreray: Any, config_file: Path, packed: str) -> None:
     check = ["train", str(config_file), "--check"]
     assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": "127.0.0.1:99"}), 2, "http://")
     nobody = {"RAY_ADDRESS": "127.0.0.1:1"}
     assert_refused(scoreray("train", str(config_file), "run.name=nobody", env=nobody), 2, "RAY_ADDRESS", "127.0.0.1:1")
 
 
-def test_a_demo_that_cannot_write_says_so(tmp_path: Path) -> None:
+def test_a_demo_that_cannot_write_says_so(scoreray: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(scoreray("demo", "--out", str(tmp_path / "file" / "out")), 3, "--out")

@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from scoreray.cluster.doctor import Finding, Machine, examine, parse_bytes, parse_shape
 from scoreray.data.errors import UserError
-from scoreray.data.pack import pack
 from scoreray.trainer.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("doctor")
-    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
-    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    return str(folder / "packed")
-
-
-def config(data_url: str, storage: Path, *overrides: str) -> Config:
+def config(url: str, storage: Path, *overrides: str) -> Config:
     settings: dict[str, Any] = {
         "run": {"name": "run", "storage": str(storage)},
-        "data": {"url": data_url, "global_batch_size": 16},
+        "data": {"url": url, "global_batch_size": 16},
         "network": {"kind": "unet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1},
         "scaling": {"workers": 4},
         "duration": {"images": 64_000},
@@ -42,8 +31,8 @@ def by_topic(found: list[Finding]) -> dict[str, Finding]:
     return {one.topic: one for one in found}
 
 
-def test_a_good_config_has_no_problem(data_url: str, tmp_path: Path) -> None:
-    found = by_topic(examine(config(data_url, tmp_path)))
+def test_a_good_config_has_no_problem(small_set: str, tmp_path: Path) -> None:
+    found = by_topic(examine(config(small_set, tmp_path)))
     assert all(one.state == "good" for one in found.values()), found
     stages = found["memory"].facts["stages"]
     totals = {(one["stage"], one["offload"]): one["total"] for one in stages}
@@ -53,24 +42,24 @@ def test_a_good_config_has_no_problem(data_url: str, tmp_path: Path) -> None:
     assert found["kept"].facts["snapshot_bytes"] == 4 * found["memory"].facts["num_params"]
 
 
-def test_what_does_not_fit_is_a_problem_with_its_mend(data_url: str, tmp_path: Path) -> None:
-    parameters = by_topic(examine(config(data_url, tmp_path)))["memory"].facts["num_params"]
+def test_what_does_not_fit_is_a_problem_with_its_mend(small_set: str, tmp_path: Path) -> None:
+    parameters = by_topic(examine(config(small_set, tmp_path)))["memory"].facts["num_params"]
     tight = Machine(memory_bytes=int(parameters * 20))
-    found = by_topic(examine(config(data_url, tmp_path, "engine.zero_stage=0", "engine.micro_batch_size=1"), tight))
+    found = by_topic(examine(config(small_set, tmp_path, "engine.zero_stage=0", "engine.micro_batch_size=1"), tight))
     assert found["fit"].state == "problem"
     assert "set engine.zero_stage=1" in found["fit"].text
-    found = by_topic(examine(config(data_url, tmp_path), Machine(memory_bytes=1000)))
+    found = by_topic(examine(config(small_set, tmp_path), Machine(memory_bytes=1000)))
     assert found["fit"].state == "problem"
     assert "engine.micro_batch_size (now 4)" in found["fit"].text
 
 
-def test_what_is_missing_is_named(data_url: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(small_set: str, tmp_path: Path) -> None:
     found = by_topic(examine(config(str(tmp_path / "absent"), tmp_path)))
     assert found["data"].state == "problem"
     assert "--shape" in found["memory"].text
     found = by_topic(examine(config(str(tmp_path / "absent"), tmp_path), Machine(image_shape=(3, 16, 16))))
     assert found["memory"].state == "good"
-    found = by_topic(examine(config(data_url, tmp_path, "network.kind=dit", "network.patch_size=3")))
+    found = by_topic(examine(config(small_set, tmp_path, "network.kind=dit", "network.patch_size=3")))
     assert "patch_size" in found["network"].text
 
 

@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from scoreray.cluster.catalogue import RAYS_GPUS, catalogue
 from scoreray.cluster.training import train_to_end
-from scoreray.data.pack import pack
 from scoreray.sampling.serve import make_app
 from scoreray.sampling.serve_config import ServeConfig
 from scoreray.sampling.serve_replica import Replica
@@ -36,21 +34,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("scraped")
-    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
-    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    settings = {
-        "run": {"name": "scraped", "storage": str(folder / "runs")},
-        "data": {"url": str(folder / "packed"), "global_batch_size": 16},
-        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
-        "engine": {"zero_stage": 0, "precision": "fp32"},
-        "duration": {"images": 16_000},
-        "checkpoint": {"every_images": 4_000},
-        "log": {"every_images": 1_000},
-    }
-    return load_config(settings, ())
+def config(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    every = {"checkpoint": {"every_images": 4_000}, "log": {"every_images": 1_000}}
+    return load_config(small_run("scraped", tmp_path_factory.mktemp("scraped"), 16_000, **every), ())
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +90,8 @@ def missing(query: Query, names: set[str], within_s: float) -> set[str]:
 def test_every_metric_of_a_run_and_of_its_node_is_scraped(prometheus: tuple[Query, Path], config: Config) -> None:
     query, _ = prometheus
     train_to_end(config)
-    of_gpus = {name for name, _, _ in RAYS_GPUS}
-    names = {one.name for one in catalogue() if one.dashboard != "sampling"} - of_gpus
+    shown = catalogue()
+    names = {one.name for board in ("training", "data", "cluster") for one in shown[board] if one not in RAYS_GPUS}
     assert not missing(query, names, 30)
     assert {one["metric"]["run"] for one in query("last_over_time(ray_scoreray_images_seen[10m])")} >= {"scraped"}
     assert all(one["metric"]["sigma"] for one in query("last_over_time(ray_scoreray_sigma_loss[10m])"))
@@ -146,7 +132,7 @@ def test_every_metric_of_a_service_is_scraped(prometheus: tuple[Query, Path], co
             except OSError:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-        names = {one.name for one in catalogue() if one.dashboard == "sampling" and one.name not in UNTIL_IT_HAPPENS}
+        names = {one.name for one in catalogue()["sampling"]} - UNTIL_IT_HAPPENS
         assert not missing(query, names, 20)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
             text = page.read().decode()
