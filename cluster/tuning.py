@@ -41,8 +41,8 @@ class TuneResult:
 
 
 def check_tune(plan: Plan) -> None:
-    """Everything that can be known before the first trial. Raises ScorerayErrors."""
-    check_sweep(plan)
+    """Everything that can be known before the first trial; warnings are said. Raises ScorerayErrors."""
+    _warn(plan)
     if "RAY_ADDRESS" in os.environ:
         with connected():
             check_room(plan, _room())
@@ -53,7 +53,7 @@ def check_tune(plan: Plan) -> None:
 def tune_to_end(plan: Plan, *, verbose: bool = False) -> TuneResult:
     """Run a study on RAY_ADDRESS's cluster or on this machine until its last trial, and write its report."""
     started, store = time.monotonic(), study_store(plan.sweep)
-    check_sweep(plan)
+    _warn(plan)
     with connected(verbose=verbose):
         room = _room()
         check_room(plan, room)
@@ -66,6 +66,11 @@ def tune_to_end(plan: Plan, *, verbose: bool = False) -> TuneResult:
             trials = study.run()
     report = make_report(plan, trials)
     return TuneResult(store.url(), report, len(trials), time.monotonic() - started)
+
+
+def _warn(plan: Plan) -> None:
+    for line in check_sweep(plan):
+        say(f"warning: {line}")
 
 
 def _room() -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from scoreray.tune.space import (
 METRICS = ("denoising", "bpd", "nats", "fid", "kid", "sw", "nfe")
 MAXIMISED = ("nats",)
 OF_SAMPLES = ("fid", "kid", "sw")
+OF_HELD_OUT = ("denoising", "bpd", "nats")  # measured on images that training must not have seen
 PROBES = 16  # random points of the space whose configs are checked besides its corners
 MetricName = Literal["denoising", "bpd", "nats", "fid", "kid", "sw", "nfe"]
 
@@ -198,10 +200,10 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     return plan
 
 
-def check_sweep(plan: Plan) -> Manifest:
+def check_sweep(plan: Plan) -> list[str]:
     """What needs the stores: the data are there, fit the metric and every corner's network, the study can be written.
 
-    Returns the reference's manifest. Raises ScorerayErrors.
+    Returns warnings, a line each. Raises ScorerayErrors.
     """
     sweep = plan.sweep
     reference = open_store(sweep.metric.reference)
@@ -212,7 +214,25 @@ def check_sweep(plan: Plan) -> Manifest:
     mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0])
     if mistakes:
         raise UserError("\n".join(mistakes))
-    return manifest
+    return _warnings(sweep, manifest, {info.config.data.url for info in infos})
+
+
+def _warnings(sweep: Sweep, manifest: Manifest, trained_on: set[str]) -> list[str]:
+    """Images that are trained on, where the metric needs such as are not; FID and its like are often of those."""
+    held_out = [name for name in sweep.metric.names if name in OF_HELD_OUT]
+    if not held_out:
+        return []
+    for url in sorted(trained_on):
+        same = url.rstrip("/") == sweep.metric.reference.rstrip("/")
+        with contextlib.suppress(ScorerayError):  # a checkpoint's own data need not be within reach
+            same = same or Manifest.load(open_store(url)).shards == manifest.shards
+        if same:
+            return [
+                f"metric.reference: {sweep.metric.reference} holds the images that are trained on ({url}), so "
+                f"{' and '.join(held_out)} will favour trials that learn them by heart; give images that training "
+                "does not see"
+            ]
+    return []
 
 
 def need_of(plan: Plan, config: Config | None) -> dict[str, float]:

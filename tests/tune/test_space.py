@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_bad_setting_is_one_line(sweep: dict[str, Any], overrides: list[str], 
 
 
 def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points: dict[str, str]) -> None:
-    check_sweep(load_sweep(sweep))
+    assert check_sweep(load_sweep(sweep)) == []
     check_room(load_sweep(sweep), {"CPU": 2.0})
     with pytest.raises(UserError, match="a trial needs 4 CPU, the cluster has 2"):
         check_room(load_sweep(sweep, ["resources.cpus=4"]), {"CPU": 2.0})
@@ -85,6 +86,17 @@ def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points
         check_sweep(load_sweep({**sweep, "space": {"sample.sampler": {"choice": ["heun", "heunn"]}}}))
     with pytest.raises(UserError, match="bpd is of 8-bit images"):
         check_sweep(load_sweep(sweep, ["metric.names=[bpd]"]))
+
+
+def test_training_images_as_held_out_ones_are_warned_of(
+    sweep: dict[str, Any], points: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(points["train"], tmp_path / "copy")
+    for url in (points["train"], points["train"] + "/", str(tmp_path / "copy")):
+        (line,) = check_sweep(load_sweep(sweep, [f"metric.reference={url}"]))
+        assert "holds the images that are trained on" in line
+    same = load_sweep(sweep, [f"metric.reference={points['train']}", "metric.names=[sw, nfe]"])
+    assert check_sweep(same) == []  # distances between samples are often to those
 
 
 def test_conditions_decide_which_dimensions_exist(sweep: dict[str, Any]) -> None:
