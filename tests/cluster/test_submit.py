@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -27,9 +26,9 @@ from scoreray.cluster.local_ray import _short_folder
 from scoreray.cluster.submit import prepared
 from scoreray.cluster.wheel import PACKAGES, build_wheel
 from scoreray.data.errors import UserError
-from scoreray.data.pack import pack
 
 BIN = Path(sys.executable).parent
+GCS: dict[int, int] = {}  # of the head that has this dashboard
 
 
 def free_ports(count: int) -> list[int]:
@@ -83,6 +82,7 @@ def head() -> Iterator[tuple[int, str]]:
     """(port of the dashboard, token) of a Ray head on loopback, started as on a cluster."""
     token = secrets.token_hex(32)
     gcs, dashboard, client, agent, metrics = free_ports(5)
+    GCS[dashboard] = gcs
     environment = {
         **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
@@ -148,21 +148,10 @@ def test_without_a_token_nothing_is_answered(head: tuple[int, str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("submitted")
-    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
-    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    settings: dict[str, Any] = {
-        "run": {"name": "sent", "storage": str(folder / "runs")},
-        "data": {"url": str(folder / "packed"), "global_batch_size": 16},
-        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
-        "engine": {"zero_stage": 0, "precision": "fp32"},
-        "duration": {"images": 100_000_000},
-        "checkpoint": {"every_images": 800},
-        "log": {"every_images": 400},
-    }
-    (folder / "sent.yaml").write_text(json.dumps(settings))
+    every = {"checkpoint": {"every_images": 800}, "log": {"every_images": 400}}
+    (folder / "sent.yaml").write_text(json.dumps(small_run("sent", folder / "runs", 100_000_000, **every)))
     return folder / "sent.yaml"
 
 
@@ -227,6 +216,30 @@ def test_a_verb_runs_there_with_this_code_and_its_exit_status_comes_back(head: t
     about = json.dumps(api(port, token, "look-1"))
     assert "py_modules" in about
     assert token not in about
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: Path) -> None:
+    """Both ask the node itself; the dashboard's refusal is seen; the exit status is the job's."""
+    port, token = head
+    sent = run(port, token, "--json", "doctor", str(config), "--json")
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    (page,) = [line for line in sent.stderr.splitlines() if line.startswith("[{")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"RAY_ADDRESS": f"127.0.0.1:{GCS[port]}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    line = [sys.executable, "-m", "scoreray.cluster.command", "doctor", str(config), "--json"]
+    asked = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert asked.returncode == 0, asked.stderr
+    for answer in (page, asked.stdout):
+        found = {one["topic"]: one for one in json.loads(answer) if one["state"] != "problem"}
+        assert {"versions", "clock", "disk", "/dev/shm", "storage", "token", "ports", "network"} <= set(found)
+        assert found["ports"]["text"] == "127.0.0.1: Ray listens on loopback only"
+        tokens = [one["text"] for one in json.loads(answer) if one["topic"] == "token"]
+        assert any("refuses who has none (401)" in text for text in tokens), tokens
+    missing = run(port, token, "doctor", str(config), "data.url=/nowhere/at/all")
+    assert missing.returncode == 2, missing.stdout + missing.stderr
+    assert "problem data: 127.0.0.1: can't read the data set" in missing.stdout
 
 
 def test_jobs_hold_references_never_values(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
