@@ -231,3 +231,61 @@ def test_a_config_in_s3_is_read_as_one_on_disk(local_s3: Any, s3_url: str, sweep
     assert load_config(Path(f"{s3_url}/best.yaml")).duration.images == 2048
     with pytest.raises(UserError, match="no such config file"):
         load_config(f"{s3_url}/worst.yaml")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_a_best_config_that_trains(
+    local_s3: Any, s3_url: str, sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """A study in S3, stopped as a terminal does it (the whole group gets SIGINT) long before a commit is due."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**sweep, "study": {"name": "study", "storage": s3_url}, "trials": 3}))
+    plan = load_sweep(file, ["base.duration.images=65536"])
+    tune = [sys.executable, "-m", "scoreray.cluster.command", "tune", str(file), "base.duration.images=65536"]
+    driver = subprocess.Popen(tune, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    store, deadline = study_store(plan.sweep), time.monotonic() + 200
+    while not any(key.endswith("/config.yaml") for key, _ in store.list("runs/")):
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.2)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGINT)
+    out, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 130, errors
+    assert out == ""
+    assert errors.splitlines()[-1] == "scoreray: stopped; the same command goes on from what is committed"
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    saved = {trial.number: latest(run_store(trial_config(plan, trial.values))) for trial in read_trials(store)}
+    assert not any(checkpoint and checkpoint.images_seen >= plan.total for checkpoint in saved.values())
+
+    done = subprocess.run(tune, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "goes on" in done.stderr
+    trials = read_trials(store)
+    assert [trial.state for trial in trials] == ["done"] * 3
+    for trial in trials:
+        start = json.loads(store.get(f"runs/{trial.run}/metrics/{plan.total:012d}.jsonl").splitlines()[0])["images"]
+        before = saved.get(trial.number)
+        assert len(trial.reports) == 1
+        assert start > (before.images_seen if before else 0)
+    assert {"report.html", "report.json", "best.yaml"} <= {key for key, _ in store.list()}
+
+    train = [sys.executable, "-m", "scoreray.cluster.command", "train", store.url("best.yaml"), "--json"]
+    trained = subprocess.run(train, capture_output=True, text=True, timeout=300)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["images_seen"] == plan.total
+    assert json.loads(trained.stdout)["run"] == f"{s3_url}/study-best"
+
+
+@pytest.mark.slow
+def test_a_trial_of_two_workers_is_a_sharded_run(ray_cluster: None, sweep: dict[str, Any]) -> None:
+    plan = load_sweep({**sweep, "trials": 1}, ["base.scaling.workers=2", "base.engine.zero_stage=2"])
+    (trial,) = Study(plan, {"CPU": 4.0}).run()
+    assert trial.state == "done", trial.error
+    config = trial_config(plan, trial.values)
+    assert config.engine.zero_stage == 2
+    checkpoint = latest(run_store(config))
+    assert checkpoint is not None
+    assert checkpoint.images_seen == plan.total
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= checkpoint.marker["files"].keys()
