@@ -27,18 +27,22 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ask:
-    """Where a run of the config will read and write; "" and () for nothing."""
+    """Where a run of the config will read and write, and its workers; "", () and 0 for nothing."""
 
     storage: str = ""
     data: str = ""
     folders: tuple[str, ...] = ()
+    workers: int = 0
+    cpus: float = 0.0  # of a worker
+    gpus: int = 0
 
     @classmethod
     def of(cls, config: Config | None) -> Ask:
         if config is None:
             return cls()
         cache = (str(config.data.cache_dir),) if config.data.cache_dir else ()
-        return cls(config.run.storage, config.data.url, cache)
+        size = config.scaling
+        return cls(config.run.storage, config.data.url, cache, size.range[0], size.cpus_per_worker, int(size.use_gpu))
 
 
 def facts_of_node(ask: Ask) -> Facts:
@@ -148,7 +152,8 @@ def ask_cluster(ask: Ask) -> list[Finding]:
             if "error" not in asked:
                 told |= {"skew_s": asked["time"] - (began + ended) / 2, "within_s": (ended - began) / 2}
     there = [node for name, node in zip(names, nodes, strict=True) if "error" not in facts[name]]
-    return [*judge(facts), *_dashboard(), *reached(there)]
+    room = judge_room(dict(zip(names, (node["Resources"] for node in nodes), strict=True)), ask)
+    return [*judge(facts), *room, *_dashboard(), *reached(there)]
 
 
 def _names(nodes: list[Any]) -> list[str]:
@@ -219,6 +224,27 @@ def judge(facts: dict[str, Facts]) -> list[Finding]:
             found.append(Finding("data", "problem", text, {"node": node}))
     if all(told["token"] for told in told_by.values()):
         found.append(Finding("token", "good", "every node asks for it"))
+    return found
+
+
+def judge_room(resources: dict[str, dict[str, float]], ask: Ask) -> list[Finding]:
+    """Whether the run's least number of workers fits the nodes (of `ray.nodes()`), when nothing else is there."""
+    from scoreray.trainer.ray_workers import workers_that_fit
+
+    kinds = {
+        node: next((key.partition(":")[2] for key in there if key.startswith("accelerator_type:")), "GPUs")
+        for node, there in resources.items()
+        if there.get("GPU", 0) > 0
+    }
+    gpus = ", ".join(f"{node} {resources[node]['GPU']:g} x {kind}" for node, kind in kinds.items()) or "no GPUs"
+    found = [Finding("GPUs", "note" if len(set(kinds.values())) > 1 else "good", gpus, {"kinds": kinds})]
+    if ask.workers:
+        fit = workers_that_fit(resources, {"CPU": ask.cpus, "GPU": ask.gpus})
+        each = f"{ask.cpus:g} CPUs" + (" and a GPU" if ask.gpus else "")
+        text = f"room for {min(fit, ask.workers)} of {ask.workers} workers of {each}"
+        if fit < ask.workers:
+            text += "; the run waits for more nodes (of an autoscaler, if there is one), or lower scaling.workers"
+        found.append(Finding("room", "good" if fit >= ask.workers else "note", text, {"fit": fit}))
     return found
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
 
-from scoreray.cluster import cli
 from scoreray.cluster.evaluating import Actors
 from scoreray.cluster.following import beside
 from scoreray.data.pack import pack
@@ -156,39 +151,22 @@ def test_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
     assert any("failed: measure: UserError" in note for note in notes)
 
 
-def scoreray(*arguments: str) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of the command, in this process."""
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    handler = signal.getsignal(signal.SIGTERM)
-    with (
-        mock.patch.object(sys, "argv", ["scoreray", *arguments]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(errors),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-    signal.signal(signal.SIGTERM, handler)
-    return status, out.getvalue(), errors.getvalue()
-
-
-def test_the_commands(ray_cluster: None, run: tuple[str, str], tmp_path: Path) -> None:
+def test_the_commands(scoreray: Any, ray_cluster: None, run: tuple[str, str], tmp_path: Path) -> None:
     """evaluate leaves a record, compare refuses with exit status 2 by what differs, mistakes are one line each."""
     common = ["evaluate", run[0], "--reference", run[1], "--extractor", "identity", "--metrics", "fid,loss",
               "--count", "40", "--reference-count", "100", "--loss-count", "32", "--out", str(tmp_path)]  # fmt: skip
     records = []
     for steps in ("2", "3"):
-        status, out, errors = scoreray(*common, "--steps", steps, "--workers", "1", "--json")
-        assert status == 0, errors
-        records.append(json.loads(out)["url"])
-        assert json.loads(out)["subject"]["sampling"]["steps"] == int(steps)
-    status, _, errors = scoreray("compare", *records)
-    assert status == 2
-    assert "sampling.steps: 2 in the first, 3 in the second" in errors
-    status, out, _ = scoreray("compare", *records, "--vary", "steps", "--json")
-    assert status == 0
-    assert set(json.loads(out)["metrics"]) == {"fid", "loss"}
+        done = scoreray(*common, "--steps", steps, "--workers", "1", "--json")
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads(done.stdout)["url"])
+        assert json.loads(done.stdout)["subject"]["sampling"]["steps"] == int(steps)
+    done = scoreray("compare", *records)
+    assert done.returncode == 2
+    assert "sampling.steps: 2 in the first, 3 in the second" in done.stderr
+    done = scoreray("compare", *records, "--vary", "steps", "--json")
+    assert done.returncode == 0
+    assert set(json.loads(done.stdout)["metrics"]) == {"fid", "loss"}
     for mistake, word in (
         (["--metrics", "fid,ais"], "ais does not fit"),
         (["--metrics", "fidd"], "did you mean 'fid'"),
@@ -197,10 +175,10 @@ def test_the_commands(ray_cluster: None, run: tuple[str, str], tmp_path: Path) -
         (["--ema", "0.3"], "0.3"),
         (["--sampler", "huen"], "did you mean 'heun'"),
     ):
-        status, out, errors = scoreray(*common, *mistake)
-        assert status == 2, (mistake, errors)
-        assert word in errors, (mistake, errors)
-        assert "Traceback" not in errors
-    assert scoreray("compare", str(tmp_path / "absent.json"), records[0])[0] == 2
+        done = scoreray(*common, *mistake)
+        assert done.returncode == 2, (mistake, done.stderr)
+        assert word in done.stderr, (mistake, done.stderr)
+        assert "Traceback" not in done.stderr
+    assert scoreray("compare", str(tmp_path / "absent.json"), records[0]).returncode == 2
     for verb in ("evaluate", "compare"):
-        assert "Usage" in scoreray(verb, "--help")[1]
+        assert "Usage" in scoreray(verb, "--help").stdout

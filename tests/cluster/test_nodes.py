@@ -12,7 +12,7 @@ import pytest
 
 from scoreray.cluster.doctor import Finding
 from scoreray.cluster.listening import judge_listening, listening
-from scoreray.cluster.nodes import Ask, ask_cluster, facts_of_node, judge
+from scoreray.cluster.nodes import Ask, ask_cluster, facts_of_node, judge, judge_room
 from scoreray.cluster.reach import Prober, judge_dialled, judge_pair, rounds
 
 GOOD: dict[str, Any] = {
@@ -96,6 +96,18 @@ def test_a_pair_that_cannot_meet_is_told_with_the_mend() -> None:
 def test_a_port_that_cannot_be_reached_is_of_the_node_that_was_dialled() -> None:
     (found,) = judge_dialled("10.0.0.2", "10.0.0.1", {"raylet": "", "object manager": "", "worker": "timed out"})
     assert found.text.startswith("10.0.0.2: its worker's port can't be reached from 10.0.0.1 (timed out); open TCP")
+
+
+def test_workers_that_do_not_fit_and_gpus_that_differ_are_told() -> None:
+    nodes = {"10.0.0.1": {"CPU": 4.0}, "10.0.0.2": {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H200": 1.0}}
+    gpus, room = judge_room(nodes, Ask(workers=16, cpus=7.0, gpus=1))
+    assert (gpus.state, gpus.text) == ("good", "10.0.0.2 8 x H200")
+    assert (room.state, room.facts["fit"]) == ("note", 8)
+    assert "room for 8 of 16 workers of 7 CPUs and a GPU; the run waits" in room.text
+    assert judge_room(nodes, Ask(workers=12, cpus=5.0))[1].state == "good"
+    more = {**nodes, "10.0.0.3": {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}}
+    assert judge_room(more, Ask())[0].state == "note"
+    assert [one.text for one in judge_room({"10.0.0.1": {"CPU": 4.0}}, Ask())] == ["no GPUs"]
 
 
 def test_a_ring_in_rounds() -> None:
