@@ -116,6 +116,8 @@ class ScalingSection(Section):
     `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
     `resize_every_s`: how often a run that could be larger looks whether the cluster has room.
     `grace_s`: how long a run that is told to stop (Ctrl-C, SIGTERM) may take to save.
+    `standby_after_s`: on this machine's own Ray, so long after a start as many processes are made ready as there are
+    workers; when one of these dies, all start again there in seconds. null: none, which spares their memory.
     """
 
     workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
@@ -125,6 +127,7 @@ class ScalingSection(Section):
     hang_timeout_s: float = Field(30, ge=3)
     resize_every_s: float = Field(30, ge=1)
     grace_s: float = Field(25, ge=0)
+    standby_after_s: float | None = Field(60, ge=0)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -142,12 +145,15 @@ class CheckpointSection(Section):
     `snapshot_every_images`: with the first checkpoint after each so many images the averages alone are kept too, in
     fp16 and for good (2 bytes per parameter and EMA length each), from which `scoreray export --ema` makes lengths that
     were not tracked; 0 keeps none.
+    `ahead_images`: how far training may go on while a checkpoint is being committed, before it waits for that. A kill
+    costs at most `every_images` and this; None: until the next checkpoint is due, 0: it waits for every commit.
     """
 
     every_images: Count = 1_000_000
     keep: int = Field(3, ge=1)
     keep_every_images: Count | None = None
     snapshot_every_images: CountOrZero = 0
+    ahead_images: CountOrZero | None = None
 
 
 class LogSection(Section):

@@ -97,7 +97,7 @@ def train(
         writer.last_commit = (images_seen, time.time())
     if rank == 0:
         _forget_records(run, images_seen)
-    saved = images_seen
+    saved, ahead = images_seen, config.checkpoint.ahead_images
 
     about = {
         "config": config.model_dump(mode="json"),
@@ -168,6 +168,8 @@ def train(
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 lines.clear()
+            if ahead is not None and images_seen - saved >= ahead:
+                writer.wait()
             if rank == 0:
                 meter.show(watch, images_seen, total, writer.last_commit)
         writer.wait()

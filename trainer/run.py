@@ -27,6 +27,7 @@ from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.metrics import Gauges, values
 from scoreray.trainer.progress import Monitor, Progress
+from scoreray.trainer.standby import imports, prestart
 from scoreray.trainer.stopping import Ask
 from scoreray.trainer.tracking import check_mlflow
 
@@ -97,13 +98,15 @@ def fit(
     """
     import ray
 
-    from scoreray.trainer.ray_train import RunTrainer, cause
+    from scoreray.trainer.ray_train import RunTrainer, cause, on_one_machine
 
     if (images_seen := _images_committed(config)) >= config.duration.images:
         return images_seen
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
     monitor = ray.remote(num_cpus=0, label_selector=here)(Monitor).remote(config.run.name)  # dies with us, not before
     done = threading.Event()
+    if alone := on_one_machine():
+        watch = _Standby(config, watch)
     watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
         trainer: RunTrainer | None = None
@@ -112,6 +115,8 @@ def fit(
         try:
             while trainer is None:
                 trainer = _trainer(config, monitor, os.path.join(scratch, str(deaths)))
+                if alone:
+                    prestart(config.scaling.range[1], worker_environment(config, alone=True))
                 try:
                     trainer.fit()
                 except ray.exceptions.RayActorError:  # the controller; its workers end with it
@@ -161,7 +166,7 @@ def _trainer(config: Config, monitor: Any, scratch: str) -> Any:
             name=config.run.name,
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(config, loopback=alone)},
+            worker_runtime_env={"env_vars": worker_environment(config, alone=alone)},
         ),
     )
 
@@ -180,8 +185,8 @@ def _stop(trainer: Any, monitor: Any, config: Config, note: Callable[[str], None
     return _images_committed(config) >= config.duration.images
 
 
-def worker_environment(config: Config, *, loopback: bool = False) -> dict[str, str]:
-    """Environment variables that a training worker must have from its start; `loopback`: gloo keeps to it."""
+def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]:
+    """Environment variables that a training worker must have from its start; `alone`: on an embedded cluster."""
     environment = {
         # Large tensors from the heap instead of fresh mappings: page faults cost a third of a small step on a CPU.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -191,8 +196,9 @@ def worker_environment(config: Config, *, loopback: bool = False) -> dict[str, s
     }
     if not config.scaling.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
-    if loopback:
+    if alone:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
+        environment |= imports(deepspeed=config.engine.zero_stage not in ("auto", 0))
     return environment
 
 
@@ -206,6 +212,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     from scoreray.trainer.ray_train import told
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray sets it by the worker's CPUs, perhaps after torch's import
+        torch.set_num_threads(int(threads))
     context = ray.train.get_context()
     monitor = settings["monitor"]
     config = Config.model_validate(settings["config"])
@@ -246,6 +254,20 @@ class _Reporter:
         if ask is Ask.SAVE:
             self._ask = Ask.NOTHING
         return max(ask, self._told())
+
+
+class _Standby:
+    """Passes progress on, and has processes wait for the next start `scaling.standby_after_s` after each start."""
+
+    def __init__(self, config: Config, watch: Callable[[Progress], None]) -> None:
+        self._config, self._watch, self._ready_for = config, watch, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        after_s, begun = self._config.scaling.standby_after_s, progress.started_at
+        if after_s is not None and begun != self._ready_for and time.time() - begun >= after_s:
+            self._ready_for = begun
+            prestart(self._config.scaling.range[1], worker_environment(self._config, alone=True))
+        self._watch(progress)
 
 
 def _follow(

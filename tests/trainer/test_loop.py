@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,31 @@ def test_fits_are_checked_before_the_run(data_url: str, tmp_path: Path) -> None:
     check_run(c)
     with pytest.raises(UserError, match=re.escape("no data set here")):
         check_run(load_config(c.model_dump(mode="json"), [f"data.url={tmp_path}/absent"]))
+
+
+@pytest.mark.parametrize(("ahead", "most"), [("0", 96), ("32", 128), ("null", 192)])
+def test_training_goes_so_far_ahead_of_a_slow_commit(data_url: str, tmp_path: Path, ahead: str, most: int) -> None:
+    """What a kill would cost, at the end of each step: images since the newest commit, which takes 0.2 s here."""
+    from scoreray.trainer import loop
+
+    original, writers, uncommitted = loop._step, [], []
+
+    class Slow(loop.CheckpointWriter):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            writers.append(self)
+
+        def _commit(self, *arguments: Any) -> None:
+            time.sleep(0.2)
+            super()._commit(*arguments)
+
+    def noted(engine: Any, batch: Any, *rest: Any) -> float:
+        committed = writers[0].last_commit[0] if writers[0].last_commit else 0
+        uncommitted.append(int(batch.position[-1]) + 1 - committed)
+        return original(engine, batch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", noted)
+        patch.setattr(loop, "CheckpointWriter", Slow)
+        train(config(data_url, tmp_path, "checkpoint.every_images=96", f"checkpoint.ahead_images={ahead}"))
+    assert 96 <= max(uncommitted) <= most
