@@ -27,18 +27,13 @@ STAND_INS = 16  # samples that are tried in the place of a quarantined one
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was read, in the order in which it is handed out. Member i is data[bounds[i] : bounds[i + 1]], empty
-    when it is quarantined; when all are in the cache, there are none."""
+    """A block that was read, in the order in which it is handed out. A member is None when it is quarantined; when all
+    are in the cache, there are none."""
 
     samples: np.ndarray
     labels: np.ndarray
     formats: np.ndarray
-    data: bytes = b""  # one piece: many small ones would cut up the memory that the next large reads need
-    bounds: list[int] = field(default_factory=list)
-
-    def members(self, start: int, end: int) -> list[bytes | None]:
-        data, bounds = self.data, self.bounds[start : end + 1]
-        return [data[i:j] or None for i, j in itertools.pairwise(bounds)]
+    members: list[bytes | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ class Blocks:
             index.append(block.samples[first:end])
             labels.append(block.labels[first:end])
             formats.append(block.formats[first:end])
-            members += block.members(first, end)
+            members += block.members[first:end]
         back = np.argsort(order)
         if self._cache is None:
             members = [members[i] for i in back.tolist()]
@@ -217,8 +212,7 @@ class Blocks:
         self, samples: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None]
     ) -> Block:
         if self._cache is None:
-            pieces = [member or b"" for member in members]
-            return Block(samples, labels, formats, b"".join(pieces), [0, *itertools.accumulate(map(len, pieces))])
+            return Block(samples, labels, formats, members)
         source = samples.copy()
         values = np.empty((len(source), *self.stored_shape), self.dtype)
         self._decode(source, labels, formats, members, values)

@@ -163,7 +163,7 @@ def _png_rows(members: Members, out: np.ndarray) -> list[int]:
         return [row for row, _ in members]
     load, kind, left = pyspng.c.spng_decode_image_bytes, pyspng.c.SPNG_FMT_G8 if grey else pyspng.c.SPNG_FMT_RGB8, []
     for row, member in members:
-        if member is not None and member[:29] == head:
+        if member is not None and member.startswith(head):
             try:
                 out[row] = load(member, kind)
                 continue

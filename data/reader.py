@@ -130,8 +130,10 @@ class Reader:
         name, missing = self.manifest.shards[shard].name, False
         if self.quarantine is not None and name in self.quarantine.missing:
             return [None] * len(records)
-        starts, sizes = records["offset"].tolist(), records["size"].tolist()
-        low, high = starts[0], starts[-1] + sizes[-1]
+        begins = records["offset"].astype(np.int64)
+        low, high = int(begins[0]), int(begins[-1]) + int(records["size"][-1])
+        begins -= low
+        places = (begins.tolist(), (begins + records["size"]).tolist())
         expected = records["digest"].tobytes()  # 8 bytes each
         problem, bad = "", list(range(len(records)))
         members: list[bytes | None] = [None] * len(records)
@@ -143,7 +145,7 @@ class Reader:
                 if attempt + 1 < self._attempts:  # a store under stress may say so of what is there
                     self._pause(attempt)
                 continue
-            found = [data[start - low : start - low + size] for start, size in zip(starts, sizes, strict=True)]
+            found = [data[begin:end] for begin, end in zip(*places, strict=True)]
             digests = b"".join([sha256(member).digest()[:8] for member in found])
             if digests == expected:
                 return found  # type: ignore[return-value]

@@ -20,6 +20,7 @@ from scoreray.data.manifest import CHUNK, FORMAT_NAMES, RECORD, Get, Manifest
 CHUNK_BYTES = CHUNK * RECORD.itemsize
 DIGEST_BYTES = 32
 LOCKS = 64
+_KNOWN = np.isin(np.arange(256), [*FORMAT_NAMES])  # formats, by their code
 
 
 def chunk_digests(records: bytes) -> bytes:
@@ -92,7 +93,7 @@ class Records:
         ends = offsets + records["size"].astype(np.uint64)
         if (
             max(int(offsets.max()), int(ends.max())) > entry.bytes
-            or not np.isin(records["format"], [*FORMAT_NAMES]).all()
+            or not _KNOWN[records["format"]].all()
         ):
             raise DataError(f"{self._url}: the records of shard '{entry.name}' point outside it")
         chunks = {c: records[(c - first) * CHUNK :][:CHUNK] for c in range(first, end)}
