@@ -25,6 +25,7 @@ from scoreray.data.pack import pack
 from scoreray.data.store import open_store
 from scoreray.sampling import frechet
 from scoreray.sampling.classifier import Classifier, ClassifierConfig
+from scoreray.sampling.evaluate import here
 from scoreray.sampling.evaluation_tasks import get_arrays, run_task
 from scoreray.sampling.inception import InceptionV3
 from scoreray.sampling.plan import Plan, Settings, Task, make_plan
@@ -92,8 +93,7 @@ def forward(module: torch.nn.Module, images: torch.Tensor, batch_size: int) -> N
 
 
 def do(plan: Plan, tasks: list[Task]) -> None:
-    for task in tasks:
-        run_task(plan, task)
+    here(run_task, [(plan, task) for task in tasks], lambda count: None)
 
 
 def _manifest(data: str):
@@ -135,6 +135,7 @@ import numpy as np, torch
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
 from scoreray.sampling import quality
+from scoreray.sampling.evaluate import here
 from scoreray.sampling.evaluation_tasks import put_arrays
 from scoreray.sampling.features import ExtractorChoice
 from scoreray.sampling.plan import Settings, make_plan

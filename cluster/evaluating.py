@@ -10,7 +10,7 @@ from typing import Any
 from scoreray.cluster.display import bar
 from scoreray.cluster.local_ray import connected
 from scoreray.data.errors import ScorerayError, StorageError, UserError
-from scoreray.sampling.evaluate import Evaluation, evaluate, find_finished, prepare
+from scoreray.sampling.evaluate import AT_ONCE, Evaluation, evaluate, find_finished, prepare
 from scoreray.sampling.plan import Plan, Settings, make_plan
 
 RESTARTS = 4  # of one actor: a chunk that kills every process that takes it ends the evaluation
@@ -77,6 +77,7 @@ class Actors:
             num_gpus=int(self._gpu),
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
+            max_concurrency=AT_ONCE,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE"}},
         )(Worker)
         self._actors = [actor.remote() for _ in range(self._count)]
@@ -91,7 +92,7 @@ class Actors:
     def run(
         self, function: Callable[..., int], arguments: Sequence[tuple[Any, ...]], done: Callable[[int], None]
     ) -> None:
-        """`sampling.evaluate.Run`: each call goes to whichever actor is free; the first error ends it."""
+        """`sampling.evaluate.Run`: each call goes to whichever actor has room; the first error ends it."""
         import ray
 
         plans: dict[int, Any] = {}  # a plan goes over once, not with every chunk
@@ -101,7 +102,7 @@ class Actors:
                 return plans.get(id(argument)) or plans.setdefault(id(argument), ray.put(argument))
             return argument
 
-        waiting, free = list(reversed(arguments)), list(self._actors)
+        waiting, free = list(reversed(arguments)), self._actors * AT_ONCE
         running: dict[Any, Any] = {}
         while waiting or running:
             while waiting and free:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from scoreray.sampling.plan import FOLDER, PAGE, RECORD, Plan, Settings, Task, d
 from scoreray.sampling.protocol import choose_metrics
 from scoreray.sampling.reference import ReferenceSet, spread
 
+AT_ONCE = 2  # chunks of a process: one computes, another one reads or stores
 CLASSIFIER_IMAGES = 10_000  # of the reference, at most, that a classifier is trained on
 
 Run = Callable[[Callable[..., int], Sequence[tuple[Any, ...]], Callable[[int], None]], None]
@@ -75,9 +77,15 @@ def described(values: dict[str, Any]) -> str:
 
 
 def here(function: Callable[..., int], arguments: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> None:
-    """One after another, in this process."""
-    for each in arguments:
-        done(function(*each))
+    """In this process, AT_ONCE at a time: one reads or stores while another one computes."""
+    with ThreadPoolExecutor(AT_ONCE, "scoreray-chunk") as threads:
+        calls = [threads.submit(function, *each) for each in arguments]
+        try:
+            for call in as_completed(calls):
+                done(call.result())
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The chunks of an evaluation, each computed alone and stored: samples' features, likelihoods, losses, restorations.
 
 `run_task(plan, task)` does one, wherever it is called. What comes out depends on the numbers of the chunk's samples, on
-the batch and on the number of threads, all of which the plan fixes.
+the batch and on the number of threads, all of which the plan fixes. Two threads that call it keep a process busy: one
+chunk is read or stored while another one is computed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -36,15 +38,22 @@ from scoreray.trainer.step import to_uint8, to_unit_range
 
 LOSS_STREAM = 1 << 22  # noise of the loss, far from a sampler's draws
 NUM_BETAS = 500
+AIS_IMAGES = 1024  # whose energies are told beside a partition function
 KEPT_PICTURES = 8  # of restorations
+_computing = threading.Lock()  # the number of torch's threads is the process's, and two would halve each other's speed
+
+Rows = tuple[Tensor, Tensor, Tensor]  # samples of the reference, labels, numbers int64
 
 
 def run_task(plan: Plan, task: Task) -> int:
     """Compute and store one chunk, unless it is there; returns its number of samples."""
     store = plan.folder(task.stage)
     if not store.exists(task.key):
-        with fixed_threads(plan.settings.threads):
-            put_arrays(store, task.key, TASKS[task.stage](plan, task))
+        compute = TASKS[task.stage]
+        rows = _rows(plan, task)
+        with _computing, fixed_threads(plan.settings.threads):
+            found = compute(plan, task, rows)
+        put_arrays(store, task.key, found)
     return task.size
 
 
@@ -77,9 +86,8 @@ def keeps_values(plan: Plan) -> bool:
     return math.prod(plan.info.image_shape) <= IDENTITY_VALUES
 
 
-def _reference(plan: Plan, task: Task) -> dict[str, np.ndarray]:
-    numbers = plan.numbers(plan.num_reference)[task.first : task.last]
-    images, _ = _reference_set(plan.settings.reference).read(numbers)
+def _reference(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+    images, _, _ = rows
     found = _extracted(plan, images)
     found.pop("logits", None)
     if keeps_values(plan):
@@ -87,7 +95,7 @@ def _reference(plan: Plan, task: Task) -> dict[str, np.ndarray]:
     return found
 
 
-def _samples(plan: Plan, task: Task) -> dict[str, np.ndarray]:
+def _samples(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     request, parts = plan.request, []
     draw = prepare(_model(plan), request)
     for first in range(task.first, task.last, request.batch_size):
@@ -125,8 +133,8 @@ def _extracted(plan: Plan, samples: Tensor) -> dict[str, np.ndarray]:
     return {name: torch.cat(parts).numpy() for name, parts in found.items() if parts}
 
 
-def _likelihood(plan: Plan, task: Task) -> dict[str, np.ndarray]:
-    images, labels, seeds = _rows(plan, task, plan.settings.likelihood_count)
+def _likelihood(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+    images, labels, seeds = rows
     denoiser = _denoiser(plan)
     if plan.manifest.dtype == "uint8":
         x, width = dequantize(images, seeds)
@@ -150,9 +158,9 @@ def _likelihood(plan: Plan, task: Task) -> dict[str, np.ndarray]:
     return {"nats": nats.numpy(), "bpd": bits.numpy(), "nfe": np.array(found.nfe)}
 
 
-def _loss(plan: Plan, task: Task) -> dict[str, np.ndarray]:
+def _loss(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     """Denoising error per dimension [n, levels] at the fixed levels; a sample's noise is the same at each of them."""
-    images, labels, seeds = _rows(plan, task, plan.settings.loss_count)
+    images, labels, seeds = rows
     denoiser, device = _denoiser(plan), plan.settings.device
     x0 = to_unit_range(images)
     errors = []
@@ -168,10 +176,10 @@ def _loss(plan: Plan, task: Task) -> dict[str, np.ndarray]:
     return {"errors": torch.cat(errors).numpy()}
 
 
-def _restoration(plan: Plan, task: Task) -> dict[str, np.ndarray]:
+def _restoration(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    images, labels, _ = _rows(plan, task, plan.settings.restoration_count)
+    images, labels, _ = rows
     settings, info = plan.settings, plan.info
     x0 = to_unit_range(images).to(settings.device)
     operator = restoration(settings.restoration, info.image_shape)
@@ -206,12 +214,12 @@ def _ssim_window(images: Tensor) -> int:
     return min(11, side - 1 + side % 2)
 
 
-def _ais(plan: Plan, task: Task) -> dict[str, np.ndarray]:
+def _ais(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     """ln Z of the energy by annealing, and the energies of the reference: log p = -E - ln Z."""
     model = _model(plan)
     betas = torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64)
     seeds = torch.arange(task.first, task.last)
-    images, _, places = _rows(plan, Task("ais", 0, 0, min(1024, plan.manifest.num_samples)), 1024)
+    images, _, places = rows
     x = to_unit_range(images)
     if isinstance(model, LoadedMachine):
         machine = model.machine
@@ -240,7 +248,7 @@ def ais_sigma(plan: Plan) -> float:
     return 0.25 * plan.info.config.denoiser.sigma_data
 
 
-TASKS: dict[str, Callable[[Plan, Task], dict[str, np.ndarray]]] = {
+TASKS: dict[str, Callable[[Plan, Task, Rows], dict[str, np.ndarray]]] = {
     "reference": _reference,
     "samples": _samples,
     "likelihood": _likelihood,
@@ -250,10 +258,15 @@ TASKS: dict[str, Callable[[Plan, Task], dict[str, np.ndarray]]] = {
 }
 
 
-def _rows(plan: Plan, task: Task, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(samples, labels, numbers int64) of the reference's `count` samples that fall into a task."""
-    numbers = plan.numbers(min(count, plan.manifest.num_samples))[task.first : task.last]
-    images, labels = _reference_set(plan.settings.reference).read(numbers)
+def _rows(plan: Plan, task: Task) -> Rows:
+    """What a task needs of the reference: samples are drawn from nothing, a partition function is one for all."""
+    settings = plan.settings
+    counts = {"reference": plan.num_reference, "likelihood": settings.likelihood_count, "loss": settings.loss_count,
+              "restoration": settings.restoration_count, "ais": AIS_IMAGES, "samples": 0}  # fmt: skip
+    numbers = plan.numbers(min(counts[task.stage], plan.manifest.num_samples))
+    if task.stage != "ais":
+        numbers = numbers[task.first : task.last]
+    images, labels = _reference_set(settings.reference).read(numbers)
     if tuple(plan.manifest.classes) != plan.info.classes:
         labels = torch.full_like(labels, -1)
     return images, labels, torch.from_numpy(numbers.astype(np.int64))
