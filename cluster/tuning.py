@@ -17,6 +17,7 @@ from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
 from scoreray.cluster.local_ray import connected
 from scoreray.tune.report import Report, make_report
 from scoreray.tune.schedule import best_of
+from scoreray.tune.space import short_names
 from scoreray.tune.study import State, Study
 from scoreray.tune.sweep import Plan, check_room, check_sweep
 from scoreray.tune.trial import Trial, study_store
@@ -138,15 +139,15 @@ def table_of(plan: Plan, state: State) -> Table:
             images = f"{work.progress.images:,}/{work.target:,}"
         metrics = trial.metrics or {}
         numbers = [f"{metrics[name]:.4g}" if name in metrics else "" for name in plan.sweep.metric.names]
-        table.add_row(str(trial.number), trial.state, images, *numbers, _values(trial))
+        table.add_row(str(trial.number), trial.state, images, *numbers, _values(plan, trial))
     return table
 
 
-def _values(trial: Trial) -> str:
-    shown = {key.rpartition(".")[2] if key.count(".") < 3 else ".".join(key.split(".")[-2:]): value
-             for key, value in trial.values.items()}  # fmt: skip
+def _values(plan: Plan, trial: Trial) -> str:
+    short = short_names([one.key for one in plan.space.dimensions])
     return "  ".join(
-        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in shown.items()
+        f"{short[key]}={value:.3g}" if isinstance(value, float) else f"{short[key]}={value}"
+        for key, value in trial.values.items()
     )
 
 

@@ -30,10 +30,14 @@ def history_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
     name = plan.sweep.metric.names[0]
     measured = [(trial, trial.metrics[name]) for trial in trials if trial.metrics]
     measured = [(trial, value) for trial, value in measured if math.isfinite(value)]
+    low, high = _frame(plan, [value for _, value in measured])
     for state, colour in COLOURS.items():
-        some = [(trial.number, value) for trial, value in measured if trial.state == state]
+        some = [(trial.number, value) for trial, value in measured if trial.state == state and low <= value <= high]
         if some:
             axes.scatter(*zip(*some, strict=True), s=18, color=colour, label=state)
+    far = [(trial.number, high if value > high else low) for trial, value in measured if not low <= value <= high]
+    if far:
+        axes.scatter(*zip(*far, strict=True), s=24, color="0.65", marker="x", label="far beyond")
     best, line = math.inf, []
     for trial, value in measured:
         if trial.state == "done" and cost_of(trial, name) < best:
@@ -44,10 +48,9 @@ def history_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
         axes.step(*zip(*line, strict=True), where="post", color="0.2", lw=1.2, label="best so far")
     axes.set(xlabel="trial", ylabel=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    values = [value for _, value in measured]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
     if measured:
+        margin = 0.05 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
         axes.legend(frameon=False, fontsize=9)
     return _png(figure)
 
@@ -63,8 +66,29 @@ def progress_picture(plan: Plan, trials: Sequence[Trial], best: Trial) -> bytes:
             colour, width = ("C1", 2.2) if trial is best else (COLOURS.get(trial.state, "0.65"), 0.9)
             axes.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, lw=width, zorder=2 + (trial is best),
                       alpha=1.0 if trial.state == "done" else 0.6)  # fmt: skip
-    axes.set(xlabel="images seen", ylabel=name, xscale="log")
+    measured = [report["metrics"][name] for trial in trials for report in trial.reports]
+    low, high = _frame(plan, [value for value in measured if math.isfinite(value)])
+    margin = 0.05 * (high - low)
+    axes.set(xlabel="images seen", ylabel=name, xscale="log", ylim=(low - margin, high + margin))
+    stops = sorted({report["images"] for trial in trials for report in trial.reports})
+    stops = stops[:: -(-len(stops) // 8)]
+    axes.set_xticks(stops, [f"{images:,}" for images in stops])
+    axes.set_xticks([], minor=True)
     return _png(figure)
+
+
+def _frame(plan: Plan, values: list[float]) -> tuple[float, float]:
+    """Ends of an axis for the first metric: all, but no farther off than 4 times the median is from the best."""
+    if not values:
+        return 0.0, 1.0
+    sign = -1 if plan.sweep.metric.names[0] in MAXIMISED else 1
+    costs = sorted(sign * value for value in values)
+    best, middle, worst = costs[0], costs[len(costs) // 2], costs[-1]
+    if middle > best:
+        worst = min(worst, best + 4 * (middle - best))
+    if worst == best:
+        best, worst = best - 0.5 * abs(best) - 1e-9, best + 0.5 * abs(best) + 1e-9
+    return (best, worst) if sign > 0 else (-worst, -best)
 
 
 def importance_picture(shares: dict[str, float]) -> bytes:

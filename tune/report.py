@@ -31,6 +31,7 @@ from scoreray.tune.pictures import (
 )
 from scoreray.tune.schedule import best_of, cost_of
 from scoreray.tune.search import optuna_study
+from scoreray.tune.space import short_names
 from scoreray.tune.sweep import Plan, draw_settings
 from scoreray.tune.trial import Trial, study_store
 
@@ -229,18 +230,6 @@ def _table(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> str:
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f'<tr>{row}{f"""<td class="error">{html.escape(trial.error)}</td>""" if trial.error else ""}</tr>')
     return f'<div class="wide"><table><tr>{top}</tr>{"".join(rows)}</table></div>'
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """As few of the last words of each dotted key as tell it from the others."""
-    found = {}
-    for key in keys:
-        words = key.split(".")
-        for count in range(1, len(words) + 1):
-            found[key] = ".".join(words[-count:])
-            if sum(other == key or other.endswith("." + found[key]) for other in keys) == 1 and found[key] != "kind":
-                break
-    return found
 
 
 def _best_yaml(plan: Plan, best: Trial) -> str:

@@ -72,7 +72,7 @@ class Asha:
         from ray.tune.schedulers import AsyncHyperBandScheduler
 
         scheduler = plan.sweep.scheduler
-        self._plan, self._known = plan, set[int]()
+        self._plan, self._known, self._decided = plan, set[int](), dict[tuple[int, int], bool]()
         self._asha = AsyncHyperBandScheduler(
             time_attr="images", metric="worth", mode="min", max_t=plan.total, grace_period=scheduler.grace_images,
             reduction_factor=scheduler.reduction, brackets=1,
@@ -82,14 +82,19 @@ class Asha:
             self.goes_on(trial, report)
 
     def goes_on(self, trial: Trial, report: dict[str, Any]) -> bool:
-        """Whether a trial that reports this trains on."""
+        """Whether a trial that reports this trains on; asked again, it says what it said."""
+        asked = (trial.number, int(report["images"]))
+        if asked in self._decided:
+            return self._decided[asked]
         stand_in: Any = SimpleNamespace(trial_id=str(trial.number))
         if trial.number not in self._known:
             self._known.add(trial.number)
             self._asha.on_trial_add(None, stand_in)  # type: ignore[arg-type]
         value = min(worth(self._plan, report), 1e30)
         result = {"images": report["images"], "worth": value}
-        return self._asha.on_trial_result(None, stand_in, result) == "CONTINUE" and value < 1e30  # type: ignore[arg-type]
+        going = self._asha.on_trial_result(None, stand_in, result) == "CONTINUE"  # type: ignore[arg-type]
+        self._decided[asked] = going and value < 1e30
+        return self._decided[asked]
 
 
 def exchange(plan: Plan, trials: Sequence[Trial], images: int) -> dict[int, tuple[int | None, Values]]:

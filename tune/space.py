@@ -210,6 +210,18 @@ def flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """As few of the last words of each dotted key as tell it from the others."""
+    found = {}
+    for key in keys:
+        words = key.split(".")
+        for count in range(1, len(words) + 1):
+            found[key] = ".".join(words[-count:])
+            if sum(other == key or other.endswith("." + found[key]) for other in keys) == 1 and found[key] != "kind":
+                break
+    return found
+
+
 def _dimension(key: str, section: DimensionSection, mistakes: list[str]) -> Dimension:
     when = tuple((name, tuple(v) if isinstance(v, list | tuple) else (v,)) for name, v in section.when.items())
     mistakes += [f"space.{key}.when.{name}: no value is accepted; give one or a list" for name, v in when if not v]

@@ -237,11 +237,17 @@ class Study:
             return
         if trial.images >= self._milestones[-1]:
             trial.state = "done"
-        elif self._asha is not None and not self._asha.goes_on(trial, trial.reports[-1]):
+        elif (
+            self._asha is not None and not self._asha.goes_on(trial, trial.reports[-1]) and not self._is_default(trial)
+        ):
             trial.state = "stopped"
         else:
             return
         trial.save(self.store)
+
+    def _is_default(self, trial: Trial) -> bool:
+        """Whether it is what the report compares with: that trains to its end, however it stands."""
+        return trial.number == 0 and self.plan.sweep.search.default_first and trial.values == self.plan.default()
 
     def _failed(self, trial: Trial, error: BaseException) -> None:
         if isinstance(error, Unanswered):
