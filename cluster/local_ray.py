@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.run import SCRATCH
@@ -50,6 +51,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     if ray.is_initialized():
         yield
         return
+    _keep_off_stdout()
     warnings.filterwarnings("ignore", category=FutureWarning)
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray").setLevel(level)
@@ -83,6 +85,20 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             yield
         finally:
             ray.shutdown()
+
+
+def _keep_off_stdout() -> None:
+    """What Ray tells of raylets and workers goes to stderr: standard output is for a command's answer (--json)."""
+    from ray._private import worker
+
+    printed = worker.print_to_stdstream
+    if not hasattr(printed, "to_stderr"):
+
+        def on_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
+            printed({**data, "is_err": True}, ignore_prefix)
+
+        on_stderr.to_stderr = True  # type: ignore[attr-defined]
+        worker.print_to_stdstream = on_stderr
 
 
 def _check_address(address: str) -> None:

@@ -22,6 +22,7 @@ from scoreray.trainer.config import Config
 PROBE_BYTES = 8 << 20
 CLOCK_S, DISK_BYTES, SHM_BYTES, WITHIN_S = 2.0, 20 << 30, 1 << 30, 60.0
 HERE = "this machine"
+SILENT = "open TCP 10002-19999 (Ray's workers) between the nodes, or look at the raylet's log there"
 Facts = dict[str, Any]
 
 
@@ -175,7 +176,6 @@ def _answers(asked: dict[str, Any]) -> dict[str, Facts]:
             told[name] = ray.get(answer, timeout=max(1.0, end - time.monotonic()))
         except Exception as error:
             told[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            ray.cancel(answer, force=True)
     return told
 
 
@@ -204,7 +204,7 @@ def _dashboard() -> list[Finding]:
 def judge(facts: dict[str, Facts]) -> list[Finding]:
     """Findings from the facts of each node (by address); what differs is told by node and name."""
     found = [
-        Finding("node", "problem", f"{node}: does not answer ({told['error'][:200]})", {"node": node})
+        Finding("node", "problem", f"{node}: does not answer ({told['error'][:200]}); {SILENT}", {"node": node})
         for node, told in facts.items()
         if "error" in told
     ]

@@ -196,3 +196,17 @@ def test_more_that_people_get_wrong(scoreray: Any, config_file: Path, packed: st
 def test_a_demo_that_cannot_write_says_so(scoreray: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(scoreray("demo", "--out", str(tmp_path / "file" / "out")), 3, "--out")
+
+
+def test_what_ray_tells_of_workers_is_not_among_a_commands_answer(
+    ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A raylet's message, as Ray hands it on, while `--json` may be piped somewhere."""
+    from ray._private import worker
+
+    worker.print_to_stdstream(
+        {"is_err": False, "pid": "raylet", "ip": "127.0.0.1", "lines": ["a worker died"], "job": None}, False
+    )
+    told = capsys.readouterr()
+    assert not told.out
+    assert "a worker died" in told.err

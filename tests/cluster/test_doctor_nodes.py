@@ -123,7 +123,7 @@ def examined(cluster: Any) -> tuple[int, list[dict[str, Any]]]:
     """Exit status and findings of the doctor on the first node."""
     done = cluster.run(
         0, [sys.executable, "-m", "scoreray.cluster.cli", "doctor", f"{cluster.folder}/config.yaml", "--json"],
-        {"RAY_ADDRESS": f"{cluster.addresses[0]}:6399"}, timeout=200,
+        {"RAY_ADDRESS": f"{cluster.addresses[0]}:6399"}, timeout=260,
     )  # fmt: skip
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
@@ -142,6 +142,10 @@ def patched(cluster: Any) -> dict[str, Any]:
 def firewall(cluster: Any) -> dict[str, Any]:
     rule = f"iptables -A INPUT -i v{cluster.names[1]} -p tcp --syn -j DROP --dport"
     return {"before": f"{rule} 32768:60999 && {rule} 6102"}
+
+
+def mute(cluster: Any) -> dict[str, Any]:
+    return {"before": f"iptables -A INPUT -i v{cluster.names[1]} -p tcp --syn -j DROP --dport 10002:19999"}
 
 
 def ahead(cluster: Any) -> dict[str, Any]:
@@ -170,6 +174,7 @@ FAULTS = {
     "healthy": (lambda cluster: {}, {}),
     "another version": (patched, {"versions": ["webdataset 0.9.9, the others have 1.0.2; install", "scoreray "]}),
     "blocked ports": (firewall, {"network": ["its object manager's port can't be reached from", "open TCP 32768"]}),
+    "workers behind a firewall": (mute, {"node": ["does not answer", "open TCP 10002-19999"]}),
     "wrong clock": (ahead, {"clock": ["its clock is +40.", "set up NTP"]}),
     "full disk": (full, {"disk": ["0.0 GiB free for", "scratch", "have that folder elsewhere"]}),
     "no right to write": (reader, {"storage": ["can't write there", "give its role that right"]}),

@@ -62,7 +62,7 @@ def test_a_good_cluster_has_no_problems() -> None:
             "can't write there: s3://b/runs: access denied",
         ),
         ({"storage": {"list": "s3://b/runs: access denied"}}, "storage", "can't list"),
-        ({"error": "GetTimeoutError"}, "node", "does not answer"),
+        ({"error": "GetTimeoutError"}, "node", "does not answer (GetTimeoutError); open TCP 10002-19999"),
     ],
 )
 def test_what_is_wrong_on_one_node_is_told_by_name(changed: dict[str, Any], topic: str, words: str) -> None:

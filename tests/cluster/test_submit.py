@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,9 @@ def test_without_a_token_nothing_is_answered(head: tuple[int, str]) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=10)
     assert refused.value.code == 401
-    for token in (None, "x" * 64):
-        done = run(port, token, "list")
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda token: run(port, token, "list"), (None, "x" * 64)))
+    for done in answers:
         assert done.returncode == 2, done.stderr
         assert "does not take this token" in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
@@ -164,7 +166,7 @@ def committed(config: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, str], config: Path) -> None:
     port, token = head
     proxy = Proxy(port)
