@@ -84,6 +84,10 @@ def network(config: UNetConfig, shape: tuple[int, ...]) -> Denoiser:
     return Denoiser(built.eval().requires_grad_(False)).eval()
 
 
+def request(seeds: range, shape: tuple[int, ...], steps: int) -> SampleRequest:
+    return SampleRequest(seeds, shape, karras(steps), "euler", expected_calls=steps)
+
+
 class StandIn:
     """A network that takes as long as a GPU's would."""
 
@@ -170,20 +174,27 @@ def batches(waiting: deque[Asked], same_steps: bool) -> list[Asked]:
 class Clock:
     def __init__(self, curve: Callable[[int], float]) -> None:
         self.now, self.curve, self.calls, self.rows = 0.0, curve, 0, 0
+        self.progress: list[tuple[float, int]] = []
 
     def call(self, rows: int, useful: int) -> None:
         self.now += self.curve(rows)
         self.calls, self.rows = self.calls + 1, self.rows + useful
+        self.progress.append((self.now, self.rows))
+
+    def capacity(self) -> float:
+        """Samples a second while there is a backlog: by rows, as whatever ends early would flatter a short window."""
+        now, rows = next(pair for pair in self.progress if pair[1] >= 0.75 * self.rows)
+        return rows / now / statistics.mean(STEPS)
 
 
-def simulate(policy: str, curve: Callable[[int], float], asked: list[Asked]) -> tuple[dict[int, float], float]:
-    """(when each request is done, mean share of the rows that worked)."""
+def simulate(policy: str, curve: Callable[[int], float], asked: list[Asked]) -> tuple[dict[int, float], Clock]:
+    """When each request is done, and the clock that saw all calls."""
     clock, done = Clock(curve), dict[int, float]()
     if policy == "step":
         _simulate_steps(clock, asked, done)
     else:
         _simulate_batches(policy, clock, asked, done)
-    return done, clock.rows / (clock.calls * MAX_ROWS)
+    return done, clock
 
 
 def _simulate_steps(clock: Clock, asked: list[Asked], done: dict[int, float]) -> None:
@@ -196,7 +207,7 @@ def _simulate_steps(clock: Clock, asked: list[Asked], done: dict[int, float]) ->
     while coming or tickets:
         while coming and coming[0].at <= clock.now:
             one = coming.popleft()
-            tickets[one.number] = batcher.submit(SampleRequest(range(one.count), (1,), karras(one.steps), "euler"))
+            tickets[one.number] = batcher.submit(request(range(one.count), (1,), one.steps))
         if not batcher.step():
             clock.now = max(clock.now, coming[0].at)
         for number in [number for number, ticket in tickets.items() if ticket.done()]:
@@ -223,13 +234,6 @@ def _simulate_batches(policy: str, clock: Clock, asked: list[Asked], done: dict[
             done.update({one.number: clock.now for one in batch})
 
 
-def throughput(asked: list[Asked], done: dict[int, float]) -> float:
-    """Samples a second between the first and the last quarter of those that were done."""
-    order = sorted((at, asked[number].count) for number, at in done.items())
-    low, high = order[len(order) // 4][0], order[3 * len(order) // 4][0]
-    return sum(count for at, count in order if low < at <= high) / (high - low)
-
-
 def latencies(asked: list[Asked], done: dict[int, float]) -> tuple[float, float]:
     """(p50, p95) of the requests after the first tenth."""
     took = [done[one.number] - one.at for one in asked[len(asked) // 10 :] if one.number in done]
@@ -250,8 +254,8 @@ def part_simulate(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
         print(f"\n## {name}: t(1) {1e3 * curve(1):.1f} ms, t(32) {1e3 * curve(32):.1f} ms\n")
         print("| policy | samples/s | step-level against it | occupancy |\n|---|---|---|---|")
         for policy in POLICIES:
-            done, occupancy = simulate(policy, curve, many)
-            capacity[policy] = throughput(many, done)
+            _, clock = simulate(policy, curve, many)
+            capacity[policy], occupancy = clock.capacity(), clock.rows / (clock.calls * MAX_ROWS)
             print(
                 f"| {policy} | {capacity[policy]:.1f} | {capacity['step'] / capacity[policy]:.2f} | {occupancy:.0%} |"
             )
@@ -262,6 +266,8 @@ def part_simulate(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
             asked = mix(600, 1, LOAD * capacity[policy] / statistics.mean(COUNTS))
             theirs, ours = (latencies(asked, simulate(p, curve, asked)[0]) for p in (policy, "step"))
             print(row(policy, theirs, ours))
+            least = [one.steps * curve(one.count) for one in asked]
+            print(f"| (nobody else there) | | {np.median(least):.2f} s, {np.percentile(least, 95):.2f} s | |")
 
 
 def row(policy: str, theirs: tuple[float, float], ours: tuple[float, float]) -> str:
@@ -298,7 +304,7 @@ def deployment(policy: str, stand_in: bool) -> Any:
 
         async def draw(self, asked: Asked) -> float:
             seeds = range(asked.number << 8, (asked.number << 8) + asked.count)
-            ticket = self.batcher.submit(SampleRequest(seeds, SHAPE, karras(asked.steps), "euler"))
+            ticket = self.batcher.submit(request(seeds, SHAPE, asked.steps))
             return float((await ticket).mean())
 
         async def counted(self) -> tuple[int, int]:

@@ -27,6 +27,8 @@ from scoreray.sampling.ode_samplers import Steps
 from scoreray.sampling.samplers import check_labels, per_row, start
 from scoreray.sampling.sigmas import as_grid
 
+IN_TURN = 2  # one part in so many of each call goes to all requests in turn, whatever they need
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -34,7 +36,7 @@ class SampleRequest:
 
     class_labels: int64 [len(seeds)], -1 for none. guidance: classifier-free weight; not 1, it takes two rows a sample.
     preview: called in the batcher's thread as (first row, sigma, denoised [b, *shape]) after each call of the network.
-    expected_calls: calls of the network that a sample is thought to take, for whoever asks for `work_waiting`.
+    expected_calls: calls of the network that a sample is thought to take: orders requests, and tells `work_waiting`.
     max_calls: a sample that takes more fails, so that no sampler runs for ever.
     """
 
@@ -66,9 +68,10 @@ class Ticket(Future[Tensor]):
 class StepBatcher:
     """Runs requests on `denoiser`, at most `max_batch` of the network's rows a call.
 
-    Each call takes rows from all requests in turn: an even share of the batch each, and what is left over to whoever
-    can use it, so one sample does not wait behind 4,096, nor these behind a stream of single ones. A request is split
-    into parts of `part_rows`, begun one after another. A ticket that is cancelled frees its rows before the next call.
+    Half of each call goes to all requests in turn, the rest to those that have waited longest for the work they
+    still need (highest response ratio next, Brinch Hansen 1971): short ones end soon, one sample does not wait behind
+    4,096, and these, as they age, not for ever behind a stream of single ones. A request is split into parts of
+    `part_rows`, begun one after another. A ticket that is cancelled frees its rows before the next call.
     batch_sizes: sizes to pad up to, for a network compiled for these; none by default.
     observe: called in the batcher's thread as (rows, seconds) after each call of the network.
 
@@ -102,7 +105,8 @@ class StepBatcher:
 
     def submit(self, request: SampleRequest) -> Ticket:
         """Queues a request. Raises UserError at once on bad arguments; a failure on the way is the ticket's."""
-        job = _Job(request, self.part_rows, self.device)
+        job = _Job(request, self.part_rows, self.max_batch // self.part_rows, self.device)
+        job.arrived = self.calls
         with self._changed:
             if self._closing:
                 raise ScorerayError("this batcher is closed: submit to another one")
@@ -192,10 +196,13 @@ class StepBatcher:
             kind = self._jobs[-1].kind
             jobs = [self._jobs[-1], *(job for job in list(self._jobs)[:-1] if job.kind == kind)]
             chosen: list[_Part] = []
-            room = self.max_batch
-            for share in (max(1, self.max_batch // len(jobs)), self.max_batch):
-                for job in jobs:
-                    room -= job.take(share, room, chosen)
+            room, turns = self.max_batch, self.max_batch // IN_TURN
+            for job in jobs:
+                if self.max_batch - room >= turns:
+                    break
+                room -= job.take(max(1, turns // len(jobs)), room, chosen)
+            for job in sorted(jobs, key=lambda job: job.response_ratio(self.calls), reverse=True):
+                room -= job.take(room, room, chosen) if room else 0
             if chosen:
                 return chosen
 
@@ -233,14 +240,15 @@ class StepBatcher:
 class _Job:
     """A request in the batcher: its parts that run, in order, the rows not begun, and its ticket."""
 
-    def __init__(self, request: SampleRequest, part_rows: int, device: torch.device) -> None:
-        self.request, self.part_rows, self.device, self.ticket = request, part_rows, device, Ticket()
+    def __init__(self, request: SampleRequest, part_rows: int, most_parts: int, device: torch.device) -> None:
+        self.request, self.part_rows, self.most_parts = request, part_rows, most_parts
+        self.device, self.ticket = device, Ticket()
         if len(request.seeds) < 1:
             raise UserError("a request for no samples: give at least one seed")
         self.seeds = SampleNoise(request.seeds).seeds
         self.sigmas = as_grid(request.sigmas)
         self.remaining, self.begun = len(self.seeds), 0
-        self.submitted = time.monotonic()
+        self.submitted, self.arrived = time.monotonic(), 0
         rows = 1 if request.guidance == 1 else 2
         self.work = self.remaining * rows * request.expected_calls
         self.labels = request.class_labels
@@ -252,6 +260,10 @@ class _Job:
         self.parts: list[_Part] = []
         self.samples: dict[int, Tensor] = {}
         self._begin()  # finds a bad sampler or option before the request is queued
+
+    def response_ratio(self, calls: int) -> float:
+        """Calls of the network since it came, for each row that it is still expected to take of them."""
+        return (calls - self.arrived + 1) / max(self.work, self.remaining)
 
     def take(self, share: int, room: int, chosen: list[_Part]) -> int:
         """Adds parts of up to `share` rows in all, `room` at most, to `chosen`; returns the rows."""
@@ -268,13 +280,17 @@ class _Job:
         return taken
 
     def _waiting(self) -> Iterator[_Part]:
-        """The parts that are in no call: those that run, then new ones, begun when they are asked for."""
-        yield from [part for part in self.parts if not part.in_call]
+        """The parts that are in no call, the least advanced first, so that they end together.
+
+        That begins new ones, but only while the request has no whole batch of parts that run.
+        """
+        idle = sorted((part for part in self.parts if not part.in_call), key=lambda part: part.calls)
         try:
-            while (part := self._begin()) is not None:
+            while len(self.parts) < self.most_parts and (part := self._begin()) is not None:
                 yield part
         except Exception as error:
             self.fail(error)
+        yield from idle
 
     def _begin(self) -> _Part | None:
         """Starts the sampler of the next rows; None where all have begun."""

@@ -112,6 +112,23 @@ def test_one_sample_does_not_wait_behind_many_nor_many_behind_a_stream_of_single
     assert large.result(0).shape == (128, 2, 2)
 
 
+def test_what_needs_less_work_ends_sooner_and_what_has_aged_is_not_passed_for_ever():
+    batcher = StepBatcher(Recorder(), 16)
+    long = batcher.submit(request("euler", 16, 60, expected_calls=60))
+    batcher.step()
+    short, calls = batcher.submit(request("euler", 16, 6, 100, expected_calls=6)), 0
+    while not short.done():
+        calls += batcher.step()
+    assert calls <= 9  # an even share would take 12
+    assert not long.done()
+    large, calls = batcher.submit(request("euler", 32, 10, 200, expected_calls=10)), 0
+    while not large.done():
+        while batcher.rows_waiting < 64:  # always some 30 others, of four calls each
+            batcher.submit(request("euler", 1, 4, 2000, expected_calls=4))
+        calls += batcher.step()
+        assert calls <= 240  # by even shares it would be some 350
+
+
 def test_a_large_request_is_begun_part_by_part():
     batcher = StepBatcher(Recorder(), 16, part_rows=4)
     batcher.submit(request("euler", 4096, 4))
