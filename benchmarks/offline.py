@@ -217,7 +217,7 @@ def diffusers_pipeline(kind: str) -> tuple[Callable[[int], object], float]:
 
 def exact(arguments: argparse.Namespace) -> None:
     """How far bf16 and the compiled forward are from fp32: on samples of the same seeds, and in denoising error."""
-    from scoreray.data.inspect import read_samples
+    from scoreray.data.samples import read_samples
 
     model, count = load(arguments.checkpoint), 128
     request = Request(count, seed=1).fitted(model)

@@ -99,7 +99,8 @@ def inspect(
     """What a data set holds: counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its samples."""
     from dataclasses import asdict
 
-    from scoreray.data.inspect import picture_grid, read_samples, summary
+    from scoreray.data.inspect import picture_grid, summary
+    from scoreray.data.samples import read_samples
     from scoreray.data.store import open_store
     from scoreray.trainer.ladder import suggest_ladder
     from scoreray.trainer.step import to_unit_range

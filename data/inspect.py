@@ -15,6 +15,7 @@ from scoreray.data.decode import decode
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.manifest import Manifest, digest
 from scoreray.data.reader import Reader, Stats
+from scoreray.data.samples import read_samples
 from scoreray.data.store import Store, open_store
 
 GRID_BACKGROUND = 48
@@ -66,26 +67,6 @@ def suggested_sigma_max(samples: torch.Tensor) -> float:
     if samples.dtype == torch.uint8:
         values = values / 127.5 - 1
     return float(torch.pdist(values).max()) if len(values) > 1 else 1.0
-
-
-def read_samples(url: str, numbers: range | list[int]) -> torch.Tensor:
-    """Samples by their numbers in the manifest: uint8 [n, C, H, W] or float32 [n, ...]."""
-    store = open_store(url)
-    manifest = Manifest.load(store)
-    reader = Reader(store, manifest, Stats())
-    arrays = []
-    for number in numbers:
-        if not 0 <= number < manifest.num_samples:
-            raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
-        member, code, _ = reader.read_one(number)
-        arrays.append(_decoded(manifest, member, code, partial(reader.name_of, number)))
-    return torch.from_numpy(np.stack(arrays))
-
-
-def _decoded(manifest: Manifest, data: bytes, code: int, name: Callable[[], str]) -> np.ndarray:
-    dtype = np.dtype(manifest.dtype)
-    array = decode(data, code, tuple(manifest.shape), dtype, name)
-    return array.transpose(2, 0, 1) if dtype == np.uint8 else array
 
 
 def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -140,7 +121,8 @@ def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int,
             bad.append((place, "their bytes are not those of the index"))
             continue
         try:
-            _decoded(manifest, member, int(records["format"][place]), partial(reader.name, number, place))
+            code, name = int(records["format"][place]), partial(reader.name, number, place)
+            decode(member, code, tuple(manifest.shape), np.dtype(manifest.dtype), name)
         except DataError as error:
             bad.append((place, str(error).removeprefix(f"{reader.name(number, place)}: ")))
     while at + len(window) < size:

@@ -91,10 +91,7 @@ class Records:
         records = np.frombuffer(data, RECORD)
         offsets = records["offset"]
         ends = offsets + records["size"].astype(np.uint64)
-        if (
-            max(int(offsets.max()), int(ends.max())) > entry.bytes
-            or not _KNOWN[records["format"]].all()
-        ):
+        if max(int(offsets.max()), int(ends.max())) > entry.bytes or not _KNOWN[records["format"]].all():
             raise DataError(f"{self._url}: the records of shard '{entry.name}' point outside it")
         chunks = {c: records[(c - first) * CHUNK :][:CHUNK] for c in range(first, end)}
         with self._lock:

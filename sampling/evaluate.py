@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from scoreray.data.manifest import Manifest
+from scoreray.data.samples import Samples, spread
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.sampling import features, quality, record
 from scoreray.sampling.classifier import ClassifierConfig, read_classifier, train_classifier
@@ -30,7 +31,6 @@ from scoreray.sampling.evaluation_tasks import fixed_threads, run_task
 from scoreray.sampling.features import ExtractorChoice
 from scoreray.sampling.plan import FOLDER, PAGE, RECORD, Plan, Settings, Task, describe, make_plan, run_of
 from scoreray.sampling.protocol import choose_metrics
-from scoreray.sampling.reference import ReferenceSet, spread
 
 AT_ONCE = 2  # chunks of a process: one computes, another one reads or stores
 CLASSIFIER_IMAGES = 10_000  # of the reference, at most, that a classifier is trained on
@@ -174,7 +174,7 @@ def _classifier_config(manifest: Manifest, images: int) -> ClassifierConfig:
 
 
 def _classifier_key(settings: Settings) -> str:
-    reference = ReferenceSet(settings.reference)
+    reference = Samples(settings.reference)
     config = _classifier_config(reference.manifest, settings.classifier_images)
     about = [reference.sha256, asdict(config), torch.__version__, settings.threads, CLASSIFIER_IMAGES]
     return f"extractors/classifier-{record.digest(about)}.json"
@@ -182,7 +182,7 @@ def _classifier_key(settings: Settings) -> str:
 
 def _train_extractor(settings: Settings, cache_url: str) -> int:
     """Trains the classifier of a reference set and leaves it in the cache under the hash of its weights."""
-    reference, cache = ReferenceSet(settings.reference), open_store(cache_url)
+    reference, cache = Samples(settings.reference), open_store(cache_url)
     images, labels = _labelled(reference)
     with fixed_threads(settings.threads):
         config = _classifier_config(reference.manifest, settings.classifier_images)
@@ -199,7 +199,7 @@ def _keep_first(cache: Store, key: str, data: bytes) -> None:
     cache.put_new(key, data)
 
 
-def _labelled(reference: ReferenceSet) -> tuple[torch.Tensor, torch.Tensor]:
+def _labelled(reference: Samples) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels to learn from, in an order that does not depend on how they were packed by class."""
     numbers = spread(CLASSIFIER_IMAGES, reference.manifest.num_samples)
     images, labels = reference.read(numbers)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from scoreray.data.inspect import picture_grid
+from scoreray.data.samples import Samples, spread
 from scoreray.sampling.evaluation_tasks import get_arrays
 from scoreray.sampling.plan import Plan
-from scoreray.sampling.reference import ReferenceSet, spread
 
 if TYPE_CHECKING:
     from scoreray.sampling.quality import Work
@@ -146,7 +146,7 @@ def _neighbours(plan: Plan, work: Work, samples: Tensor) -> str:
     of_rows = plan.numbers(plan.num_reference)[spread(work.num_rows, plan.num_reference)]
     numbers = of_rows[np.array(nearest)]
     order = np.unique(numbers)
-    images, _ = ReferenceSet(plan.settings.reference).read(order)
+    images, _ = Samples(plan.settings.reference).read(order)
     originals = images[torch.from_numpy(np.searchsorted(order, numbers))]
     both = torch.cat([samples[torch.tensor(places)], originals])
     text = "Samples that lie nearest to the reference (above), and the image nearest to each (below)."

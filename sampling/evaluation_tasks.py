@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
+from scoreray.data.samples import Samples
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.sampling import ais, distances, features
 from scoreray.sampling.features import IDENTITY_VALUES, Extract, ExtractorChoice
@@ -30,7 +31,6 @@ from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
 from scoreray.sampling.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.plan import Plan, Task, labels_of
 from scoreray.sampling.protocol import PROJECTIONS, restoration, trace_of
-from scoreray.sampling.reference import ReferenceSet
 from scoreray.sampling.samplers import sample
 from scoreray.trainer import noise
 from scoreray.trainer.rbm import RBM
@@ -301,8 +301,8 @@ def _denoiser(plan: Plan) -> LoadedDenoiser:
 
 
 @lru_cache(maxsize=1)
-def _reference_set(url: str) -> ReferenceSet:
-    return ReferenceSet(url)
+def _reference_set(url: str) -> Samples:
+    return Samples(url)
 
 
 @lru_cache(maxsize=1)

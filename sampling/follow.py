@@ -184,7 +184,8 @@ def _take(
     name = f"{checkpoint.images_seen:012d}"
     try:
         run.put(f"{METRICS}/{name}.json", json.dumps(found).encode())
-        run.put(f"{EVENTS}.{name}", _events(found))
+        if config.log.tensorboard:
+            run.put(f"{EVENTS}.{name}", _events(found))
         if mistakes:
             run.put(f"{FAILED}/{name}.txt", "\n".join(mistakes).encode())
     except StorageError as error:

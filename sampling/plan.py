@@ -19,6 +19,7 @@ import torch
 
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.manifest import Manifest
+from scoreray.data.samples import Samples, spread
 from scoreray.data.store import Store, open_store
 from scoreray.sampling import frechet, record
 from scoreray.sampling.classifier import ClassifierConfig
@@ -27,7 +28,6 @@ from scoreray.sampling.features import ExtractorChoice
 from scoreray.sampling.generate import Request
 from scoreray.sampling.load import ModelInfo, without_weights
 from scoreray.sampling.protocol import SIGMAS, VERSION, choose_metrics, label_rule, protocol
-from scoreray.sampling.reference import ReferenceSet, spread
 from scoreray.trainer.checkpoint import find
 from scoreray.trainer.config import load_config
 
@@ -211,7 +211,7 @@ def run_of(url: str) -> str:
 def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | None = None) -> Plan:
     """The plan of checked settings, with an extractor whose weights are known."""
     info, sha256 = describe(settings.checkpoint, settings.ema)
-    reference = ReferenceSet(settings.reference)
+    reference = Samples(settings.reference)
     metrics = choose_metrics(settings.metrics, info, reference.manifest, extractor, settings.restoration)
     request = settings.request().fitted(without_weights(info))
     out = settings.out or f"{run_of(info.url)}/{FOLDER}"

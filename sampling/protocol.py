@@ -9,12 +9,12 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.manifest import Manifest
+from scoreray.data.samples import Samples
 from scoreray.sampling import frechet, record
 from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
 from scoreray.sampling.inverse import Operator, average_pool, gray, mask
 from scoreray.sampling.likelihood import Trace
 from scoreray.sampling.load import ModelInfo
-from scoreray.sampling.reference import ReferenceSet
 from scoreray.trainer.rbm import MachineConfig
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def protocol(
     settings: Settings,
     metrics: tuple[str, ...],
     info: ModelInfo,
-    reference: ReferenceSet,
+    reference: Samples,
     extractor: ExtractorChoice,
     accuracy: float | None,
 ) -> dict[str, Any]:

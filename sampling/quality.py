@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.samples import spread
 from scoreray.data.store import NotFound
 from scoreray.sampling import distances, frechet, kde
 from scoreray.sampling.distances import Estimate
 from scoreray.sampling.evaluation_tasks import get_arrays, put_arrays
 from scoreray.sampling.plan import Plan
 from scoreray.sampling.protocol import MOST_ROWS, NEIGHBOUR_PICTURES, NEIGHBOURS, kid_block
-from scoreray.sampling.reference import spread
 from scoreray.trainer.step import to_unit_range
 
 CONFIDENCE = 1.96  # standard errors to either side of a value: 95%

@@ -21,9 +21,9 @@ import torch
 
 from scoreray.data.decode import decode
 from scoreray.data.errors import DataError
-from scoreray.data.inspect import read_samples
 from scoreray.data.manifest import RECORD, Manifest
 from scoreray.data.packing import Packed, map_in_threads
+from scoreray.data.samples import read_samples
 from scoreray.data.store import Store
 from scoreray.sampling.batch_generation import SHEET, Place, Samples
 from scoreray.sampling.generate import MAX_SHEET, png_of_sheet

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.samples import Samples, spread
 from scoreray.sampling.evaluate import evaluate
 from scoreray.sampling.evaluation_tasks import LOSS_STREAM
 from scoreray.sampling.features import IDENTITY_VALUES
@@ -26,7 +27,6 @@ from scoreray.sampling.likelihood import dequantize, log_likelihood
 from scoreray.sampling.load import LoadedDenoiser
 from scoreray.sampling.noise import SAMPLING_SEED
 from scoreray.sampling.plan import Settings
-from scoreray.sampling.reference import ReferenceSet, spread
 from scoreray.trainer import noise
 from scoreray.trainer.step import to_unit_range
 from scoreray.tune.sweep import OF_SAMPLES, MetricSection, calls_of
@@ -50,7 +50,7 @@ class Held:
 @lru_cache(maxsize=2)
 def held_out(url: str, count: int) -> Held:
     """`count` images of a packed data set, evenly over it."""
-    reference = ReferenceSet(url)
+    reference = Samples(url)
     numbers = spread(count, reference.manifest.num_samples)
     images, labels = reference.read(numbers)
     x0 = to_unit_range(images)

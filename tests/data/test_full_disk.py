@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, ScorerayError
-from scoreray.data.inspect import read_samples, verify
+from scoreray.data.inspect import verify
 from scoreray.data.manifest import INDEX, MANIFEST, Manifest
 from scoreray.data.pack import pack
+from scoreray.data.samples import read_samples
 from scoreray.data.store import open_store
 
 

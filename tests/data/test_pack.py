@@ -16,9 +16,10 @@ from PIL import Image
 import scoreray.data.pack as module
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
-from scoreray.data.inspect import picture_grid, read_samples, summary, verify
+from scoreray.data.inspect import picture_grid, summary, verify
 from scoreray.data.manifest import MANIFEST, Manifest
 from scoreray.data.pack import pack
+from scoreray.data.samples import read_samples
 from scoreray.data.store import open_store
 
 

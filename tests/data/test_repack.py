@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.inspect import read_samples, verify
+from scoreray.data.inspect import verify
 from scoreray.data.pack import pack
 from scoreray.data.pictures import fit
+from scoreray.data.samples import read_samples
 from scoreray.data.store import open_store
 from scoreray.data.stream import Stream
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
-from scoreray.data.inspect import read_samples, verify
+from scoreray.data.inspect import verify
 from scoreray.data.pack import pack
+from scoreray.data.samples import read_samples
 from scoreray.data.sources import Reading, open_source
 from scoreray.data.store import open_store
 

@@ -26,12 +26,13 @@ import scoreray.data.index_tars as module
 from scoreray.data.decode import decode
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.index_tars import TarsPlan, index_tar, samples
-from scoreray.data.inspect import read_samples, verify
+from scoreray.data.inspect import verify
 from scoreray.data.manifest import FORMATS, RECORD, Manifest, digest
 from scoreray.data.order import Run
 from scoreray.data.pack import encode, pack
 from scoreray.data.quarantine import Quarantine, Unreadable
 from scoreray.data.reader import Reader, Stats
+from scoreray.data.samples import read_samples
 from scoreray.data.store import open_store
 from scoreray.data.stream import Stream
 from scoreray.data.tars import Tape

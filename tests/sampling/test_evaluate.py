@@ -124,9 +124,9 @@ def test_a_gaussian_model_against_gaussian_data_gives_the_closed_forms(points: t
 
 
 def read_rows(data: str, count: int) -> np.ndarray:
-    from scoreray.sampling.reference import ReferenceSet, spread
+    from scoreray.data.samples import Samples, spread
 
-    return ReferenceSet(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
+    return Samples(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
 
 
 def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeyp
     data = packed(folder, "pixels", rng.integers(0, 256, (64, 2, 2), dtype=np.uint8))
     run = trained(folder, data, "pixels")
     settings = Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=1e-6)
+    from scoreray.data.samples import Samples, spread
     from scoreray.sampling.likelihood import dequantize
-    from scoreray.sampling.reference import ReferenceSet, spread
 
     numbers = spread(32, 64)
-    images, _ = ReferenceSet(data).read(numbers)
+    images, _ = Samples(data).read(numbers)
     x = dequantize(images, torch.from_numpy(numbers))[0].double().flatten(1)
 
     def bits(log_density: torch.Tensor) -> float:

@@ -11,9 +11,9 @@ import pytest
 
 from scoreray.cluster.training import train_to_end
 from scoreray.data.errors import DataError
-from scoreray.data.inspect import read_samples
 from scoreray.data.manifest import Manifest
 from scoreray.data.pack import pack
+from scoreray.data.samples import read_samples
 from scoreray.data.store import open_store
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import read_metrics, run_store, train

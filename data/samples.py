@@ -1,4 +1,4 @@
-"""The reference set of an evaluation: chosen samples of a packed data set, spread evenly over it."""
+"""Samples of a packed data set by their numbers: neighbours in one request, each verified."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from scoreray.data.reader import Reader, Stats
 from scoreray.data.store import open_store
 
 
-class ReferenceSet:
-    """Samples of a packed data set by number, each verified by its digest; `sha256` is the manifest's."""
+class Samples:
+    """Samples of the data set at `url`, each verified by its digest; `sha256` is the manifest's."""
 
     def __init__(self, url: str) -> None:
         store = open_store(url)
@@ -28,8 +28,12 @@ class ReferenceSet:
         self._reader = Reader(store, self.manifest, Stats())
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`."""
+        """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`. Raises IndexError
+        for a number that is not there, DataError (shard, sample, offset), StorageError."""
         manifest, reader = self.manifest, self._reader
+        for number in (numbers[0], numbers[-1]) if len(numbers) else ():
+            if not 0 <= number < manifest.num_samples:
+                raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
         members, records = reader.read(runs(numbers, reader.first_samples))
         shape, dtype = tuple(manifest.shape), np.dtype(manifest.dtype)
         pictures = dtype == np.uint8
@@ -40,6 +44,11 @@ class ReferenceSet:
             decode_into(out[row], member, int(records["format"][row]), partial(reader.name_of, int(numbers[row])))
         samples = np.ascontiguousarray(out.transpose(0, 3, 1, 2)) if pictures else out
         return torch.from_numpy(samples), torch.from_numpy(records["label"].astype(np.int64))
+
+
+def read_samples(url: str, numbers: Sequence[int] | np.ndarray) -> Tensor:
+    """The samples of ascending `numbers`, uint8 [n, C, H, W] or float32 [n, ...]."""
+    return Samples(url).read(numbers)[0]
 
 
 def spread(count: int, total: int) -> np.ndarray:
