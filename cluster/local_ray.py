@@ -36,6 +36,8 @@ QUIET_AND_LOCAL = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
 }
 
+OUR_KILL = "killed by `ray.kill`"
+
 
 @contextlib.contextmanager
 def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
@@ -88,14 +90,19 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
 
 
 def _keep_off_stdout() -> None:
-    """What Ray tells of raylets and workers goes to stderr: standard output is for a command's answer (--json)."""
+    """What Ray tells of raylets and workers goes to stderr: standard output is for a command's answer (--json).
+
+    That tasks fail whose actor we have ended ourselves is no news, and not told.
+    """
     from ray._private import worker
 
     printed = worker.print_to_stdstream
     if not hasattr(printed, "to_stderr"):
 
         def on_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
-            printed({**data, "is_err": True}, ignore_prefix)
+            lines = [line for line in data["lines"] if OUR_KILL not in line]
+            if lines:
+                printed({**data, "lines": lines, "is_err": True}, ignore_prefix)
 
         on_stderr.to_stderr = True  # type: ignore[attr-defined]
         worker.print_to_stdstream = on_stderr

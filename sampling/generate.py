@@ -17,6 +17,7 @@ from scoreray.sampling.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.guidance import Denoise
 from scoreray.sampling.load import PROCESS_GRID, LoadedDenoiser, LoadedMachine, ModelInfo
 from scoreray.sampling.noise import SampleNoise
+from scoreray.sampling.options import check_options
 from scoreray.sampling.samplers import SAMPLERS, sample
 from scoreray.sampling.sigmas import GRIDS
 from scoreray.sampling.steering import Guidance, Measurement, steered
@@ -57,6 +58,8 @@ class Request:
             raise UserError(f"unknown sampler '{self.sampler}': {nearest(self.sampler, samplers)}")
         if self.grid is not None and self.grid not in grids:
             raise UserError(f"unknown noise grid '{self.grid}': {nearest(self.grid, grids)}")
+        if self.sampler in SAMPLERS:
+            check_options(self.sampler, SAMPLERS[self.sampler], self.options)
 
     @property
     def guided(self) -> Guidance:

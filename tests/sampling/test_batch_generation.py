@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,12 @@ def test_another_request_at_the_same_place_is_refused(run_url: str, tmp_path: Pa
     ):
         with pytest.raises(UserError, match=words):
             begin(place_of(url, "png"), run_url, None, other, samples_per_shard=SHARD)
+    with pytest.raises(
+        UserError, match="sampler 'heun' has no option 's_churm'"
+    ):  # a mistake comes before what differs
+        begin(place_of(url, "png"), run_url, None, replace(request, options={"s_churm": 1.0}))
+    with pytest.raises(UserError, match="eta = 7"):
+        replace(request, sampler="ddim", options={"eta": 7})
     *_, finished = begin(place_of(url, "png"), run_url, None, request, samples_per_shard=SHARD)
     assert finished
     (tmp_path / "pictures").mkdir()
@@ -251,3 +258,24 @@ def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.Mon
     assert choose_form(model, large, precision="auto", compile_="auto") == Form("bf16", True)
     assert choose_form(model, large, precision="fp32", compile_="off") == Form("fp32", False)
     assert asked == ["auto"]
+
+
+def test_what_ray_tells_is_kept_off_stdout_and_actors_that_we_end_are_no_news(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private import worker
+
+    from scoreray.cluster.local_ray import _keep_off_stdout
+
+    monkeypatch.setattr(worker, "print_to_stdstream", printed_by_ray)
+    _keep_off_stdout()
+    dead = "Task DrawingActor.make failed. Error: The actor is dead because it was "
+    for message in (dead + "killed by `ray.kill`.", dead + "out of memory."):
+        worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", dead + "out of memory.\n")
+
+
+def printed_by_ray(data: dict[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        print(line, file=sys.stderr if data["is_err"] else sys.stdout)
