@@ -48,7 +48,7 @@ def main() -> None:
         ("SIGKILL to the first new step", "kill", "first new step"),
     ):
         clock = [one[end]["clock"] - one[start]["clock"] for one in found]
-        cpu = [sum(one[end]["cpu"].values()) - sum(one[start]["cpu"].values()) for one in found]
+        cpu = [spent(one[start]["cpu"], one[end]["cpu"]) for one in found]
         middle = statistics.median
         print(f"{name:36}  {middle(clock):6.1f}  {min(clock):6.1f}  {max(clock):6.1f}  {middle(cpu):6.1f}")
     if arguments.processes:
@@ -56,6 +56,12 @@ def main() -> None:
             print(f"CPU seconds up to the {end}, last repeat, since each began:")
             for name, cpu in sorted(found[-1][end]["cpu"].items(), key=lambda entry: -entry[1]):
                 print(f"  {cpu:6.1f}  {name}")
+
+
+def spent(before: dict[str, float], after: dict[str, float]) -> float:
+    """CPU seconds between two moments of the processes that are there at the second; names end in the pid."""
+    then = {name.rpartition(" ")[2]: cpu for name, cpu in before.items()}
+    return sum(cpu - then.get(name.rpartition(" ")[2], 0.0) for name, cpu in after.items())
 
 
 def pack_some(folder: Path) -> None:
@@ -152,7 +158,7 @@ def name_of(process) -> str:  # type: ignore[no-untyped-def]
     if words and words[0].startswith("ray::"):
         return words[0].split("(")[0].partition(".")[0]
     shown = [Path(word).name for word in words[:3] if not word.startswith("-")]
-    return " ".join(shown)
+    return " ".join(" ".join(shown).split())[:40]
 
 
 def cpu_by_process() -> dict[str, float]:
