@@ -62,7 +62,7 @@ ALERTS = (
     ),
     Alert(
         "ScorerayReplicaDown",
-        'min by (deployment) (ray_serve_deployment_replica_healthy{deployment=~"model|ingress"}) == 0',
+        'min by (deployment) (ray_serve_deployment_replica_healthy{deployment=~"model|ingress|ledger"}) == 0',
         "1m",
         "page",
         "A replica of {{ $labels.deployment }} is not healthy",
