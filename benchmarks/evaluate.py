@@ -1,6 +1,7 @@
-"""What evaluation costs: features against a bare loop, Frechet distance by eigenvalues, memory by number of samples.
+"""What evaluation costs: features against a bare loop, Frechet distance by eigenvalues, memory by number of samples,
+and a run while an evaluation goes on beside it.
 
-python benchmarks/evaluate.py [--images 4096] [--dims 256 1024 2048]
+python benchmarks/evaluate.py [--images 4096] [--dims 256 1024 2048] [--inception-images 256] [--beside-images 8192]
 """
 
 from __future__ import annotations
@@ -42,15 +43,61 @@ def make(folder: Path, images: int) -> tuple[str, str]:
         np.savez(folder / "f.npz", images=file["images"][:images], labels=file["labels"][:images])
     data = str(folder / "data")
     pack(str(folder / "f.npz"), data)
+    training(folder, data, "run", 16)
+    return str(folder / "run"), data
+
+
+def training(folder: Path, data: str, name: str, images: int) -> None:
     settings = {
-        "run": {"name": "run", "storage": str(folder)},
+        "run": {"name": name, "storage": str(folder)},
         "data": {"url": data, "global_batch_size": 16},
         "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
         "engine": {"zero_stage": 0, "precision": "fp32"},
-        "duration": {"images": 16},
+        "duration": {"images": images},
     }
     train(load_config(settings))
-    return str(folder / "run"), data
+
+
+def beside(folder: Path, run: str, data: str, images: int) -> None:
+    """A run on all cores, alone and while a process like a follower's (last in the queue for a core) evaluates."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    took: dict[bool, list[float]] = {False: [], True: []}
+    evaluations = 0
+    for number in range(ROUNDS):
+        for followed in (False, True):
+            command = [sys.executable, "-c", FOLLOW, str(folder), run, data, str(number)]
+            other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if followed else None
+            if other is not None:
+                assert other.stdout is not None
+                other.stdout.readline()  # it has begun
+            took[followed].append(seconds(partial(training, folder, data, f"beside-{number}-{followed}", images)))
+            if other is not None:
+                other.kill()
+                evaluations += len(other.communicate()[0].split())
+    torch.set_num_threads(1)
+    ratios = [alone / followed for alone, followed in zip(took[False], took[True], strict=True)]
+    print(
+        f"a run of {images:,} images on {os.cpu_count()} cores while an evaluation goes on beside it: "
+        f"{statistics.median(ratios):.3f} of its speed alone ({min(ratios):.3f} to {max(ratios):.3f}, {ROUNDS} rounds; "
+        f"{evaluations} evaluations of 512 samples ended meanwhile)"
+    )
+
+
+FOLLOW = """
+import itertools, sys
+import torch
+from scoreray.sampling.evaluate import evaluate
+from scoreray.sampling.follow import give_way
+from scoreray.sampling.plan import Settings
+folder, run, data, number = sys.argv[1:]
+torch.set_num_threads(1)
+give_way()
+print(flush=True)
+for k in itertools.count():
+    out = f"{folder}/beside-out-{number}-{k}"
+    evaluate(Settings(run, data, ("sw", "loss"), out, count=512, reference_count=512, loss_count=512, steps=20))
+    print(k, flush=True)
+"""
 
 
 def features(
@@ -169,6 +216,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--dims", type=int, nargs="*", default=[256, 1024, 2048])
     parser.add_argument("--inception-images", type=int, default=0)
+    parser.add_argument("--beside-images", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="scoreray-benchmark-") as name:
@@ -177,6 +225,8 @@ def main() -> None:
         features(folder, run, data, arguments.images, Classifier(ClassifierConfig(1, 10)).eval(), "classifier")
         if arguments.inception_images:
             features(folder, run, data, arguments.inception_images, InceptionV3().eval(), "inception", 2)
+        if arguments.beside_images:
+            beside(folder, run, data, arguments.beside_images)
         distances(arguments.dims)
         memory(folder)
 
