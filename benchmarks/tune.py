@@ -138,36 +138,51 @@ def parallel(place: Path) -> dict[str, float]:
 def search(place: Path, seeds: int, budget: int) -> dict[str, Any]:
     """Each search from each seed for the same images: what they took to come near the best, and how good they ended.
 
-    Seeds that all searches are not through with after MOST_S are left out.
+    After MOST_S only the seeds count that all searches are through with; where there is none, the first, up to the
+    images that all of them have trained on by then.
     """
     jobs = [(str(place), name, seed, budget) for seed in range(seeds) for name in SEARCHES]
-    until, made = time.monotonic() + MOST_S, list[dict[str, Any]]()
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        races = pool.imap(_race, jobs)
-        with contextlib.suppress(multiprocessing.TimeoutError):
-            for _ in jobs:
-                made.append(races.next(until - time.monotonic()))
-    made = made[: len(made) // len(SEARCHES) * len(SEARCHES)]
-    best = min((value for one in made for _, value in one["best_by_images"]), default=math.nan)
-    found: dict[str, Any] = {"budget": budget, "seeds": len(made) // len(SEARCHES), "best": best, "searches": {}}
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(len(SEARCHES)) as pool, contextlib.suppress(multiprocessing.TimeoutError):
+        pool.map_async(race, jobs, chunksize=1).get(MOST_S)
+    made: dict[int, list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        files = [_record(place, name, seed) for name in SEARCHES]
+        if all(file.exists() for file in files):
+            made[seed] = [json.loads(file.read_text()) for file in files]
+    through = {seed: races for seed, races in made.items() if min(map(_spent, races)) >= budget}
+    through = through or dict(list(made.items())[:1])
+    budget = min((min(map(_spent, races)) for races in through.values()), default=0)
+    best = min((_best(one, budget) for races in through.values() for one in races), default=math.nan)
+    found: dict[str, Any] = {"budget": budget, "seeds": len(through), "best": best, "searches": {}}
     for i, name in enumerate(SEARCHES):
-        mine = made[i :: len(SEARCHES)]
-        curves = [one["best_by_images"] for one in mine]
+        mine = [races[i] for races in through.values()]
+        curves = [[point for point in one["best_by_images"] if point[0] <= budget] for one in mine]
         found["searches"][name] = {
-            "ends": [curve[-1][1] for curve in curves],
-            "trials": [one["trials"] for one in mine],
+            "ends": [_best(one, budget) for one in mine],
+            "trials": [len(curve) for curve in curves],
             "images_to": {str(near): [images_to(curve, 1 - near * (1 - best)) for curve in curves] for near in NEAR},
             "seconds": [one["seconds"] for one in mine],
         }
     return found
 
 
-def _race(job: tuple[str, str, int, int]) -> dict[str, Any]:
-    return race(*job)
+def _record(place: Path, name: str, seed: int) -> Path:
+    return place / f"race-{list(SEARCHES).index(name)}-{seed}.json"
 
 
-def race(folder: str, name: str, seed: int, budget: int) -> dict[str, Any]:
-    """One search until `budget` images are trained on: the best finished trial by images spent."""
+def _spent(race: dict[str, Any]) -> int:
+    return int(race["best_by_images"][-1][0])
+
+
+def _best(race: dict[str, Any], budget: int) -> float:
+    """The best finished trial after `budget` images; infinite where none is finished."""
+    return float(min((value for images, value in race["best_by_images"] if images <= budget), default=math.inf))
+
+
+def race(job: tuple[str, str, int, int]) -> None:
+    """One search until `budget` images are trained on; it writes down the best finished trial by images spent."""
+    folder, name, seed, budget = job
     torch.set_num_threads(1)
     place, started = Path(folder), time.perf_counter()
     sweep = sweep_of(place, f"search-{list(SEARCHES).index(name)}-{seed}", seed=seed, trials=10_000, **SEARCHES[name])
@@ -190,7 +205,11 @@ def race(folder: str, name: str, seed: int, budget: int) -> dict[str, Any]:
                 trial.state = "stopped"
                 break
         curve.append((spent, best))
-    return {"best_by_images": curve, "trials": len(trials), "seconds": round(time.perf_counter() - started, 1)}
+        took = round(time.perf_counter() - started, 1)
+        record = {"best_by_images": curve, "trials": len(trials), "seconds": took}
+        part = _record(place, name, seed).with_suffix(".part")
+        part.write_text(json.dumps(record))
+        part.rename(_record(place, name, seed))
 
 
 def images_to(curve: list[tuple[int, float]], value: float) -> int | None:
@@ -216,7 +235,7 @@ def parallel_table(found: dict[str, Any]) -> str:
 def search_table(found: dict[str, Any]) -> str:
     """Medians over seeds; a search that never came near counts as more than its budget."""
     if not found["seeds"]:
-        return f"no seed was through after {MOST_S:.0f} s; free the machine, or give less --budget"
+        return f"no trial ended in {MOST_S:.0f} s; free the machine"
     lines = [f"{found['seeds']} seeds, {found['budget']:,} images each; the best of all: {found['best']:.4f}",
              f"{'search':14}{'trials':>7}{'mean end':>10}{'worst end':>11}" + "".join(
                  f"{f'to {near:.0%}':>14}" for near in NEAR)]  # fmt: skip
