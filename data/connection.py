@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection for GETs with a body of known length, read in as few system calls as there can be.
+"""One HTTP/1.1 connection for GETs with a body of known length, which wakes up seldom.
 
-A reading thread that wakes up for each packet takes the interpreter from the thread that decodes; here it sleeps in the
-kernel until all of the body is there (MSG_WAITALL), and nothing is copied on the way.
+A reading thread that wakes up for each packet takes the interpreter from the thread that decodes. Here it sleeps in
+the kernel until a large piece of the body is there (SO_RCVLOWAT), and what comes in one piece is not copied again.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_HEAD_BYTES = 64 << 10
-PIECE_BYTES = 4 << 20  # of a body, at most at once
+PIECE_BYTES = 1 << 20  # of a body, at most at once
 
 
 @dataclass
@@ -56,23 +55,19 @@ class Connection:
             self.sock.close()
             raise
         self._plain, self._rest = context is None, b""
-        if self._plain:
-            self.sock.settimeout(None)  # the kernel's own time-outs: a socket with Python's can't wait for all
 
     def get(self, path: str, headers: dict[str, str]) -> Answer:
         """Asks for `path` (encoded), and the answer up to its body. `headers` must hold host."""
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self._wait_at_most(self._begin_s)
+        self.sock.settimeout(self._begin_s)
         try:
             self.sock.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii"))
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
         except ssl.SSLError as error:
             raise ConnectionError(str(error)) from error
         status = 100
         while 100 <= status < 200:  # says only that more will follow
             status, fields = _parsed(self._head())
-        self._wait_at_most(self._piece_s)
+        self.sock.settimeout(self._piece_s)
         coded = b"transfer-encoding" in fields
         length = fields.get(b"content-length", b"")
         keeps = b"close" not in fields.get(b"connection", b"").lower()
@@ -93,7 +88,7 @@ class Connection:
                 raise ConnectionError("the server closed the connection")
             if self._plain:  # so that a body need not be put together from its first bytes and the others
                 end = (head + seen).find(b"\r\n\r\n")
-                seen = self._received(len(seen) if end < 0 else end + 4 - len(head), socket.MSG_WAITALL)
+                seen = self._received(len(seen) if end < 0 else end + 4 - len(head), 0)
             head += seen
         self._rest = head[end + 4 :]
         return head[: end + 4]
@@ -102,24 +97,20 @@ class Connection:
         if self._rest:
             piece, self._rest = self._rest[:size], self._rest[size:]
             return piece
-        return self._received(min(size, PIECE_BYTES), socket.MSG_WAITALL if self._plain else 0)
+        size = min(size, PIECE_BYTES)
+        if not self._plain:
+            return self._received(size, 0)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        try:
+            return self._received(size, 0)
+        finally:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _received(self, size: int, flags: int) -> bytes:
         try:
             return self.sock.recv(size, flags)
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
         except ssl.SSLError as error:
             raise ConnectionError(str(error)) from error
-
-    def _wait_at_most(self, seconds: float) -> None:
-        if self._plain:
-            whole = int(seconds)
-            limit = struct.pack("ll", whole, int((seconds - whole) * 1e6))
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        else:
-            self.sock.settimeout(seconds)
 
 
 def _parsed(head: bytes) -> tuple[int, dict[bytes, bytes]]:

@@ -251,8 +251,10 @@ def _arguments(folder: Path, ports: list[int]) -> list[str]:
         f"-master.port={master}", "-master.telemetry=false", "-master.electionTimeout=1s", "-master.resumeState=false",
         # Every bucket grows up to seven volumes: small ones, so that a small disk holds enough of them.
         "-master.volumeSizeLimitMB=256", "-volume.max=0", f"-volume.port={volume}",
-        "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", "-s3.ip.bind=127.0.0.1",
-        f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
+        # A ranged GET reads whole pieces of an object: small ones, and those of late from memory.
+        "-filer", f"-filer.port={filer}", "-filer.maxMB=1", "-s3.cacheCapacityMB=64",
+        "-s3", f"-s3.port={s3}", "-s3.ip.bind=127.0.0.1", f"-s3.config={folder / 's3.json'}",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
     ]  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def test_mutated_answers_are_read_or_refused(monkeypatch: pytest.MonkeyPatch) ->
         session = botocore.session.get_session()
         ranges = Ranges(session.create_client("s3", region_name="us-east-1"), session)
         outcomes = Counter[str]()
-        while sent < 500:
+        while sent < 200:
             answers.put(mutated(GOOD, rng))
             sent += 1
             try:
@@ -187,8 +187,8 @@ def test_mutated_answers_are_read_or_refused(monkeypatch: pytest.MonkeyPatch) ->
                 outcomes[type(error).__name__] += 1
             while not answers.empty():
                 answers.get()
-    assert outcomes["bytes"] > 30, outcomes
-    assert outcomes["ConnectionError"] > 30, outcomes
+    assert outcomes["bytes"] > 10, outcomes
+    assert outcomes["ConnectionError"] > 10, outcomes
     assert len(outcomes) >= 4, outcomes
 
 
