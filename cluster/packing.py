@@ -73,7 +73,8 @@ def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contex
 
 def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -> Iterator[Packed]:
     """pack_shard() for each number by tasks of the connected cluster, `workers` at once (None: as many as it has CPUs),
-    in order. A task whose process dies is started again; what still runs when this iterator ends is ended too.
+    in order. A task whose process dies is started again. What still runs when this iterator ends is left to itself, and
+    ends with this process: a shard more does no harm, and Ray 2.60 may abort where a task ends while it is cancelled.
 
     Raises what a task raised; StorageError when its process died RETRIES times.
     """
@@ -86,20 +87,16 @@ def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -
     waiting = deque(numbers)
     running: dict[Any, int] = {}
     finished: dict[int, Packed] = {}
-    try:
-        for number in numbers:
-            while number not in finished:
-                while waiting and len(running) < at_once and waiting[0] < number + AHEAD * at_once:
-                    started = waiting.popleft()
-                    options = task.options(name=f"pack shard {started}", max_retries=RETRIES, num_cpus=1)
-                    running[options.remote(shared, started)] = started
-                for ref in ray.wait(list(running))[0]:
-                    finished[running[ref]] = _result(ref, running[ref])
-                    del running[ref]
-            yield finished.pop(number)
-    finally:
-        for ref in running:
-            ray.cancel(ref, force=True)
+    for number in numbers:
+        while number not in finished:
+            while waiting and len(running) < at_once and waiting[0] < number + AHEAD * at_once:
+                started = waiting.popleft()
+                options = task.options(name=f"pack shard {started}", max_retries=RETRIES, num_cpus=1)
+                running[options.remote(shared, started)] = started
+            for ref in ray.wait(list(running))[0]:
+                finished[running[ref]] = _result(ref, running[ref])
+                del running[ref]
+        yield finished.pop(number)
 
 
 def _result(ref: Any, number: int) -> Packed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,24 +61,26 @@ class Connection:
         """Asks for `path` (encoded), and the answer up to its body. `headers` must hold host."""
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self.sock.settimeout(self._begin_s)
+        deadline = time.monotonic() + self._begin_s
         try:
             self.sock.sendall(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii"))
         except ssl.SSLError as error:
             raise ConnectionError(str(error)) from error
         status = 100
         while 100 <= status < 200:  # says only that more will follow
-            status, fields = _parsed(self._head())
+            status, fields = _parsed(self._head(deadline))
         self.sock.settimeout(self._piece_s)
         coded = b"transfer-encoding" in fields
         length = fields.get(b"content-length", b"")
         keeps = b"close" not in fields.get(b"connection", b"").lower()
-        return Answer(status, int(length) if length.isdigit() and not coded else None, keeps, self._piece)
+        told = length.isdigit() and len(length) < 19 and not coded
+        return Answer(status, int(length) if told else None, keeps, self._piece)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.close()
 
-    def _head(self) -> bytes:
+    def _head(self, deadline: float) -> bytes:
         """An answer's lines up to the empty one; of what follows not a byte is taken, or it waits in `_rest`."""
         head = self._rest
         while (end := head.find(b"\r\n\r\n")) < 0:
@@ -86,6 +89,8 @@ class Connection:
             seen = self._received(4096, socket.MSG_PEEK if self._plain else 0)
             if not seen:
                 raise ConnectionError("the server closed the connection")
+            if time.monotonic() > deadline:
+                raise TimeoutError("the answer's head had not come in time")
             if self._plain:  # so that a body need not be put together from its first bytes and the others
                 end = (head + seen).find(b"\r\n\r\n")
                 seen = self._received(len(seen) if end < 0 else end + 4 - len(head), 0)

@@ -156,7 +156,7 @@ def test_a_pack_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
         process.send_signal(kill)
         _, said = process.communicate(timeout=60)
         if kill == signal.SIGINT:
-            assert process.returncode == 130
+            assert process.returncode == 130, said
             assert said.strip().splitlines()[-1].startswith("scoreray: stopped; the same command goes on")
             assert "Traceback" not in said
         _, alive = psutil.wait_procs(family, timeout=20)

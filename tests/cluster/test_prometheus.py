@@ -87,6 +87,7 @@ def missing(query: Query, names: set[str], within_s: float) -> set[str]:
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_every_metric_of_a_run_and_of_its_node_is_scraped(prometheus: tuple[Query, Path], config: Config) -> None:
     query, _ = prometheus
     train_to_end(config)
@@ -97,6 +98,7 @@ def test_every_metric_of_a_run_and_of_its_node_is_scraped(prometheus: tuple[Quer
     assert all(one["metric"]["sigma"] for one in query("last_over_time(ray_scoreray_sigma_loss[10m])"))
 
 
+@pytest.mark.slow
 def test_every_metric_of_a_service_is_scraped(prometheus: tuple[Query, Path], config: Config) -> None:
     import uvicorn
 

@@ -122,6 +122,7 @@ def test_real_pictures_are_near_held_out_ones_and_far_from_noise_and_blur(fashio
     assert kid["held out"] < 0.1 * kid["blurred"] < kid["noise"]
 
 
+@pytest.mark.slow
 def test_the_distance_falls_along_a_short_training(fashion: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     images, labels = fashion
     np.savez(tmp_path / "f.npz", images=images[:2000, 0].numpy(), labels=labels[:2000].numpy())

@@ -293,6 +293,7 @@ def test_the_client_waits_where_it_is_told_to(service: str) -> None:
         Client("http://127.0.0.1:9", tries=2).sample()
 
 
+@pytest.mark.slow
 def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -> None:
     """`scoreray serve` in a process of its own, on a Ray of its own: SIGTERM while requests run; exit status 0."""
     tokens, folder = tmp_path / "tokens", tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets are in it

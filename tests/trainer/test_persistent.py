@@ -117,6 +117,7 @@ def test_micro_batches_do_not_change_where_chains_go(wholes: Path, data_url: str
         torch.testing.assert_close(state(tmp_path)[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chains_go_on_at_another_world_size_under_every_zero_stage(wholes: Path, data_url: str, tmp_path: Path) -> None:
     """Half of each run on one process, the rest on two, sharded: the same chains to the rounding of the reduction."""
     stages = {"energy": (0, 1, 2, 3), "rbm": (1, 3), "gaussian_rbm": (2, 3)}

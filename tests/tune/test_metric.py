@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from scoreray.data.pack import pack
@@ -37,6 +38,7 @@ class Exact(torch.nn.Module):
         return self.model(x, sigma, labels)
 
 
+@pytest.mark.slow
 def test_the_metric_ranks_weightings_as_the_true_score_error_does_and_the_training_loss_does_not(
     sweep: dict[str, Any], points: dict[str, str], tmp_path: Path
 ) -> None:
