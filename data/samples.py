@@ -42,8 +42,9 @@ class Samples:
             member = members[row]
             assert member is not None  # nothing is quarantined here
             decode_into(out[row], member, int(records["format"][row]), partial(reader.name_of, int(numbers[row])))
-        samples = np.ascontiguousarray(out.transpose(0, 3, 1, 2)) if pictures else out
-        return torch.from_numpy(samples), torch.from_numpy(records["label"].astype(np.int64))
+        if pictures:  # in C order also by the strides of a single channel: torch would take others for channels last
+            out = out.reshape(-1, *shape) if shape[0] == 1 else np.ascontiguousarray(out.transpose(0, 3, 1, 2))
+        return torch.from_numpy(out), torch.from_numpy(records["label"].astype(np.int64))
 
 
 def read_samples(url: str, numbers: Sequence[int] | np.ndarray) -> Tensor:

@@ -34,6 +34,7 @@ from scoreray.trainer.config import load_config
 FOLDER = "evaluations"  # in a run, where nothing else is asked for
 RECORD, PAGE = "record.json", "report.html"
 CHUNK = 256  # samples, about: a multiple of the batch
+REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # the same of the reference, which costs less a sample
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class Plan:
         settings, wanted = self.settings, set(self.metrics)
         sizes = {}
         if wanted & record.OF_SAMPLES - {"psnr", "ssim"}:
-            sizes["reference"] = (self.num_reference, CHUNK)
+            fitting = REFERENCE_BYTES // (4 * math.prod(self.manifest.shape))
+            sizes["reference"] = (self.num_reference, max(CHUNK, min(MOST_REFERENCE, fitting)))
             sizes["samples"] = (settings.count, CHUNK)
         if wanted & {"bpd", "nats"}:
             sizes["likelihood"] = (min(settings.likelihood_count, self.manifest.num_samples), 16)
