@@ -84,7 +84,7 @@ def here(function: Callable[..., int], arguments: Sequence[tuple[Any, ...]], don
             for call in as_completed(calls):
                 done(call.result())
         except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(cancel_futures=True)  # waits for those under way, as the block's end would
             raise
 
 

@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scoreray.data.local_s3 import LocalS3
+from scoreray.data.pack import pack
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets its workers starve on a busy machine
 
@@ -39,6 +41,33 @@ def s3_url(local_s3: LocalS3, request: pytest.FixtureRequest) -> str:
     """A prefix of its own for this test: s3://scoreray-tests/<test>."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
     return f"s3://scoreray-tests/{os.getpid()}-{name}"
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of 64 packed images of 8x8 in three classes."""
+    folder = tmp_path_factory.mktemp("small")
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
+    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
+    pack(str(folder / "p.npz"), str(folder / "packed"))
+    return str(folder / "packed")
+
+
+@pytest.fixture(scope="session")
+def small_run(small_set: str) -> Callable[..., dict[str, Any]]:
+    """Settings of a run of `small_set` that takes next to nothing: small_run(name, storage, images, **sections)."""
+
+    def settings(name: str, storage: object, images: int, **sections: Any) -> dict[str, Any]:
+        return {
+            "run": {"name": name, "storage": str(storage)},
+            "data": {"url": small_set, "global_batch_size": 16},
+            "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
+            "engine": {"zero_stage": 0, "precision": "fp32"},
+            "duration": {"images": images},
+            **sections,
+        }
+
+    return settings
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from scoreray.data.pack import pack
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.dit import DiTConfig
 from scoreray.trainer.flops import matmul_rate, training_flops
@@ -18,27 +17,12 @@ from scoreray.trainer.loop import Progress, read_metrics, run_store, train
 from scoreray.trainer.metrics import CATALOGUE, SIGMA_EDGES, TENSORBOARD, sigma_labels, values
 from scoreray.trainer.network import build_network, flops
 
-
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
-    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    return str(folder / "packed")
+Settings = Callable[..., dict[str, Any]]
 
 
-def config(data_url: str, storage: Path, *overrides: str) -> Config:
-    settings: dict[str, Any] = {
-        "run": {"name": "run", "storage": str(storage)},
-        "data": {"url": data_url, "global_batch_size": 16},
-        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
-        "engine": {"zero_stage": 0, "precision": "fp32"},
-        "duration": {"images": 320},
-        "checkpoint": {"every_images": 96},
-        "log": {"every_images": 32},
-    }
-    return load_config(settings, overrides)
+def config(small_run: Settings, storage: Path, *overrides: str) -> Config:
+    sections: dict[str, Any] = {"checkpoint": {"every_images": 96}, "log": {"every_images": 32}}
+    return load_config(small_run("run", storage, 320, **sections), overrides)
 
 
 def plotted(run_folder: str) -> list[tuple[int, str, float]]:
@@ -66,8 +50,8 @@ def plotted(run_folder: str) -> list[tuple[int, str, float]]:
     return points
 
 
-def test_tensorboard_has_every_record_once_also_after_a_kill(data_url: str, tmp_path: Path) -> None:
-    c = config(data_url, tmp_path)
+def test_tensorboard_has_every_record_once_also_after_a_kill(small_run: Settings, tmp_path: Path) -> None:
+    c = config(small_run, tmp_path)
 
     class Killed(Exception):
         pass
@@ -92,13 +76,13 @@ def test_tensorboard_has_every_record_once_also_after_a_kill(data_url: str, tmp_
     assert losses == {record["images"]: pytest.approx(record["loss"]) for record in records}
     assert sorted(losses) == [32, 64, 96, 128, 160, 192, 224, 256, 288, 320]
     assert {tag for _, tag, _ in points} > {"train/gradient_norm", "train/mfu", "sigma_loss/0.316-1"}
-    train(config(data_url, tmp_path / "off", "log.tensorboard=false"))
+    train(config(small_run, tmp_path / "off", "log.tensorboard=false"))
     assert not (tmp_path / "off" / "run" / TENSORBOARD).exists()
 
 
-def test_the_catalogue_names_what_is_told(data_url: str, tmp_path: Path) -> None:
+def test_the_catalogue_names_what_is_told(small_run: Settings, tmp_path: Path) -> None:
     told: list[Progress] = []
-    train(config(data_url, tmp_path), watch=told.append)
+    train(config(small_run, tmp_path), watch=told.append)
     names = {metric.name for metric in CATALOGUE}
     found = values(told[-1])
     assert {name for name, _ in found} == names - {"scoreray_restarts"}

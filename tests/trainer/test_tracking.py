@@ -8,15 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from scoreray.data.errors import UserError
-from scoreray.data.pack import pack
 from scoreray.trainer import tracking
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
@@ -24,15 +22,9 @@ from scoreray.trainer.run import check_run
 from scoreray.trainer.stopping import Ask
 from scoreray.trainer.tracking import tracked
 
+Settings = Callable[..., dict[str, Any]]
+
 pytest.importorskip("mlflow")
-
-
-@pytest.fixture(scope="module")
-def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    np.savez(folder / "p.npz", images=np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8))
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    return str(folder / "packed")
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +34,9 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "STOPPED_S", 90.0)
 
 
-def config(data_url: str, storage: Path, mlflow: str | None, *overrides: str) -> Config:
-    settings: dict[str, Any] = {
-        "run": {"name": "run", "storage": str(storage)},
-        "data": {"url": data_url, "global_batch_size": 16},
-        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
-        "engine": {"zero_stage": 0, "precision": "fp32"},
-        "duration": {"images": 320},
-        "checkpoint": {"every_images": 96},
-        "log": {"every_images": 32, "mlflow": mlflow},
-    }
-    return load_config(settings, overrides)
+def config(small_run: Settings, storage: Path, mlflow: str | None, *overrides: str) -> Config:
+    sections: dict[str, Any] = {"checkpoint": {"every_images": 96}, "log": {"every_images": 32, "mlflow": mlflow}}
+    return load_config(small_run("run", storage, 320, **sections), overrides)
 
 
 def plotted(uri: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -91,13 +75,13 @@ def interrupted(c: Config) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(data_url: str, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(small_run: Settings, tmp_path: Path) -> None:
     """Stopped, then refused by a server that is away, then resumed: one warning, every record once in one run."""
     from mlflow.tracking import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     notes: list[str] = []
-    c = config(data_url, tmp_path, uri)
+    c = config(small_run, tmp_path, uri)
     with pytest.raises(KeyboardInterrupt), tracked(c, notes.append):
         interrupted(c)
     assert not notes
@@ -106,7 +90,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(data_url: str, tmp_path: P
 
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
-        away = config(data_url, tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}")
+        away = config(small_run, tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}")
         with tracked(away, notes.append):
             train(away, asked=stop_after(96))
     assert len(notes) == 1
@@ -126,20 +110,20 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(data_url: str, tmp_path: P
 
 
 def test_what_is_missing_or_out_of_place_is_told_before_the_run(
-    data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for uri in ("./mlruns", "file:///tmp/mlruns", "mlflow.example", "https://"):
         with pytest.raises(UserError, match=r"log\.mlflow: .* is not accepted; it should be https://HOST"):
-            config(data_url, tmp_path, uri)
+            config(small_run, tmp_path, uri)
     with pytest.raises(UserError, match=r"log\.mlflow: .*MLFLOW_TRACKING_USERNAME") as refused:
-        config(data_url, tmp_path, "https://me:hunter2@mlflow.example")
+        config(small_run, tmp_path, "https://me:hunter2@mlflow.example")
     assert "hunter2" not in str(refused.value)
-    wanted = config(data_url, tmp_path, "https://mlflow.example")
+    wanted = config(small_run, tmp_path, "https://mlflow.example")
     check_run(wanted)  # whether it answers is not asked: it may later
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r"^log\.mlflow: .*pip install 'scoreray\[mlflow\]'"):
         check_run(wanted)
-    check_run(config(data_url, tmp_path, None))
+    check_run(config(small_run, tmp_path, None))
 
 
 SERVER = """
@@ -190,14 +174,14 @@ def server(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everything(
-    data_url: str, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
+    small_run: Settings, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The password comes from the environment, and stands in no file of the run and in no line."""
     monkeypatch.setattr(tracking, "POLL_S", 0.2)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-one")
     notes: list[str] = []
-    c = config(data_url, tmp_path, server.uri)
+    c = config(small_run, tmp_path, server.uri)
     process = server()
     with tracked(c, notes.append):
         train(c, asked=stop_after(96))
@@ -220,7 +204,7 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
         monkeypatch.setattr(tracking, "LAST_S", 1.0)
-        hung = config(data_url, tmp_path, f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        hung = config(small_run, tmp_path, f"http://127.0.0.1:{deaf.getsockname()[1]}")
         started = time.monotonic()
         with tracked(hung, lambda line: None):
             train(hung)
