@@ -30,10 +30,10 @@ import torch
 from scoreray.cluster.local_ray import connected, stop
 from scoreray.data.pack import pack
 from scoreray.trainer.targets import sample_target
+from scoreray.tune.load import load_sweep
 from scoreray.tune.schedule import Asha, milestones
 from scoreray.tune.search import propose
 from scoreray.tune.study import Study
-from scoreray.tune.sweep import load_sweep
 from scoreray.tune.trial import Trial, advance, trial_config
 
 SPACE = {

@@ -65,7 +65,7 @@ def tune(
 ) -> None:
     """Search noise schedules, weightings, anything a config has. The same command again goes on where it was."""
     from scoreray.cluster.tuning import check_tune, tune_to_end
-    from scoreray.tune.sweep import load_sweep
+    from scoreray.tune.load import load_sweep
 
     plan = load_sweep(config, overrides or ())
     if check:

@@ -15,11 +15,12 @@ from rich.text import Text
 
 from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
 from scoreray.cluster.local_ray import connected
+from scoreray.tune.load import check_room, check_sweep
 from scoreray.tune.report import Report, make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
 from scoreray.tune.study import State, Study
-from scoreray.tune.sweep import Plan, check_room, check_sweep
+from scoreray.tune.sweep import Plan
 from scoreray.tune.trial import Trial, study_store
 
 ROWS = 12  # of the table: those under way, then the best

@@ -38,7 +38,7 @@ def _workers(value: Any) -> Any:
     return ends[0] if len(ends) == 1 else tuple(ends)
 
 
-def _run_name(name: str) -> str:
+def check_run_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError("a run's name has letters, digits, '.', '_' and '-' only, 100 at most")
     return name
@@ -66,7 +66,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives: everything it writes goes under `<storage>/<name>`."""
 
-    name: Annotated[str, AfterValidator(_run_name)]
+    name: Annotated[str, AfterValidator(check_run_name)]
     storage: str
     seed: int = Field(0, ge=0, lt=2**63)
 

@@ -17,10 +17,11 @@ from scoreray.sampling.load import load
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.targets import ring
+from scoreray.tune.load import check_sweep, load_sweep
 from scoreray.tune.metric import denoising_errors, held_out, levels_of, likelihood, weights_of
 from scoreray.tune.schedule import best_of
 from scoreray.tune.search import propose
-from scoreray.tune.sweep import MetricSection, check_sweep, load_sweep
+from scoreray.tune.sweep import MetricSection
 from scoreray.tune.trial import Trial, advance, trial_config
 
 WEIGHTINGS = ("edm", "sigma2", "min_snr", "constant")

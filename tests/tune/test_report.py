@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from scoreray.trainer.config import load_config
+from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
-from scoreray.tune.sweep import Plan, load_sweep
+from scoreray.tune.sweep import Plan
 from scoreray.tune.trial import Trial, study_store
 
 SPACE = {

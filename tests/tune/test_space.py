@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from scoreray.data.errors import UserError
+from scoreray.tune.load import check_room, check_sweep, load_sweep
 from scoreray.tune.space import with_values
-from scoreray.tune.sweep import check_room, check_sweep, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tune"
 MEAN = "objective.sigma_sampling.P_mean"

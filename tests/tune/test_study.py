@@ -23,10 +23,11 @@ from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store
 from scoreray.trainer.run import check_run
+from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.study import State, Study
-from scoreray.tune.sweep import Plan, load_sweep
+from scoreray.tune.sweep import Plan
 from scoreray.tune.trial import read_trials, study_store, trial_config
 
 ROOM = {"CPU": 2.0}

@@ -1,0 +1,276 @@
+"""From a sweep's YAML file to a checked plan: every mistake is told before any trial, most before any cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.data.manifest import Manifest
+from scoreray.data.store import open_store
+from scoreray.sampling.generate import Request
+from scoreray.sampling.load import ModelInfo, without_weights
+from scoreray.sampling.plan import describe
+from scoreray.trainer.config import explained, load_config, override, read_yaml
+from scoreray.trainer.ema import name_of_std
+from scoreray.trainer.meta import meta_module
+from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space
+from scoreray.tune.sweep import METRICS, OF_HELD_OUT, Plan, Sweep, calls_of, draw_settings, need_of
+
+PROBES = 16  # random points of the space whose configs are checked besides its corners
+
+
+def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """The checked sweep of a YAML file. Raises one UserError that lists every mistake, a line each."""
+    name = "sweep" if isinstance(source, dict) else str(source)
+    raw = read_yaml(source)
+    if isinstance(raw.get("base"), str):
+        place = Path(raw["base"]) if isinstance(source, dict) else Path(source).parent / raw["base"]
+        raw = {**raw, "base": read_yaml(place)}
+    try:
+        sweep = Sweep.model_validate(override(raw, overrides))
+    except ValidationError as error:
+        raise explained(error, Sweep, name) from None
+    mistakes = _own_mistakes(sweep)
+    space, wrong = build_space(sweep.space)
+    mistakes += wrong
+    if not mistakes:
+        assert space is not None
+        plan, mistakes = _with_base(sweep, space)
+    if mistakes:
+        head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
+        raise UserError(head + "\n  ".join(mistakes))
+    return plan
+
+
+def check_sweep(plan: Plan) -> list[str]:
+    """What needs the stores: the data are there, fit the metric and every corner's network, the study can be written.
+
+    Returns warnings, a line each. Raises ScorerayErrors.
+    """
+    sweep = plan.sweep
+    reference = open_store(sweep.metric.reference)
+    reference.check_reachable()
+    manifest = Manifest.load(reference)
+    open_store(sweep.study.storage).child(sweep.study.name).check_writable()
+    infos = [describe(sweep.checkpoint, None)[0]] if sweep.checkpoint else list(_described(plan, manifest))
+    mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0])
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return _warnings(sweep, manifest, {info.config.data.url for info in infos})
+
+
+def check_room(plan: Plan, room: Mapping[str, float]) -> None:
+    """Raises UserError when a trial would wait for more than the cluster has."""
+    for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
+        config = None if plan.sweep.checkpoint else plan.config(values)
+        for name, amount in need_of(plan, config).items():
+            if amount > room.get(name, 0.0) + 1e-9:
+                where = f"space.{one.key}: at {value!r} " if one else "resources: "
+                raise UserError(
+                    f"{where}a trial needs {amount:g} {name}, the cluster has {room.get(name, 0.0):g}; ask for less, "
+                    "or connect to a larger cluster with RAY_ADDRESS"
+                )
+
+
+def _warnings(sweep: Sweep, manifest: Manifest, trained_on: set[str]) -> list[str]:
+    """Images that are trained on, where the metric needs such as are not; FID and its like are often of those."""
+    held_out = [name for name in sweep.metric.names if name in OF_HELD_OUT]
+    if not held_out:
+        return []
+    for url in sorted(trained_on):
+        same = url.rstrip("/") == sweep.metric.reference.rstrip("/")
+        with contextlib.suppress(ScorerayError):  # a checkpoint's own data need not be within reach
+            same = same or Manifest.load(open_store(url)).shards == manifest.shards
+        if same:
+            return [
+                f"metric.reference: {sweep.metric.reference} holds the images that are trained on ({url}), so "
+                f"{' and '.join(held_out)} will favour trials that learn them by heart; give images that training "
+                "does not see"
+            ]
+    return []
+
+
+def _own_mistakes(sweep: Sweep) -> list[str]:
+    found, metric, scheduler = [], sweep.metric, sweep.scheduler
+    if (sweep.base is None) == (sweep.checkpoint is None):
+        found.append("base: give either a base config to train, or a checkpoint to draw from")
+    if metric.sigma_min >= metric.sigma_max:
+        found.append(f"metric.sigma_min: {metric.sigma_min} must be below metric.sigma_max {metric.sigma_max}")
+    if not metric.names:
+        found.append(f"metric.names: is empty; give one or more of {', '.join(METRICS)}")
+    if len(set(metric.names)) != len(metric.names):
+        found.append(f"metric.names: {list(metric.names)} names a metric twice")
+    if scheduler.kind == "asha" and scheduler.grace_images is None:
+        found.append("scheduler.grace_images: missing; asha needs the images after which a trial may be stopped")
+    if scheduler.kind == "pbt" and scheduler.every_images is None:
+        found.append("scheduler.every_images: missing; pbt needs the images between two exchanges")
+    if scheduler.kind == "pbt" and sweep.trials < 4:
+        found.append(f"trials: {sweep.trials} are no population; pbt needs at least 4")
+    if scheduler.kind != "none" and len(metric.names) > 1:
+        found.append(f"scheduler.kind: '{scheduler.kind}' needs one metric, metric.names has {len(metric.names)}")
+    if sweep.checkpoint is not None:
+        if scheduler.kind != "none":
+            found.append(f"scheduler.kind: '{scheduler.kind}' stops training, and nothing is trained from a checkpoint")
+        found += [
+            f"space.{key}: needs training, and this sweep draws from a checkpoint; give a base config, or keep to "
+            f"{SAMPLE}{{{', '.join(SAMPLE_KEYS)}}} and {OPTION}NAME"
+            for key in sweep.space
+            if not key.startswith(SAMPLE)
+        ]
+    for key in sweep.space:
+        if key.startswith(SAMPLE) and not key.startswith(OPTION) and key[len(SAMPLE) :] not in SAMPLE_KEYS:
+            found.append(f"space.{key}: unknown key; {nearest(key[len(SAMPLE) :], (*SAMPLE_KEYS, 'options.NAME'))}")
+    return found
+
+
+def _with_base(sweep: Sweep, space: Space) -> tuple[Plan, list[str]]:
+    """The plan, and what a run's config refuses: at the base, at each corner, and at some points between."""
+    if sweep.checkpoint is not None:
+        return Plan(sweep, space, {}), []
+    try:
+        raw = load_config(_tracking(sweep)).model_dump(mode="json")
+    except UserError as error:
+        return Plan(sweep, space, {}), [f"base: {line.removeprefix('config: ')}" for line in str(error).splitlines()]
+    plan, found = Plan(sweep, space, raw), []
+    names = {one.key for one in space.dimensions} | plan.base.keys()
+    found += [
+        f"space.{one.key}.when: unknown key '{key}'; {nearest(key, names)}"
+        for one in space.dimensions
+        for key, _ in one.when
+        if key not in names
+    ]
+    if found:
+        return plan, found
+    for one, value, values in space.corners(plan.base):
+        for line in _refused(plan, values):
+            unknown = ": unknown key" in line  # whatever the value
+            found.append(f"space.{line}" if unknown else f"space.{one.key}: at {value!r}: {line}")
+    if not found:
+        rng = random.Random(0)
+        for values in (space.draw(rng, plan.base) for _ in range(PROBES)):
+            shown = ", ".join(f"{key}={value}" for key, value in values.items())
+            found += [f"space: at {shown}: {line}" for line in _refused(plan, values)][:1]
+    found = list(dict.fromkeys(found)) or _schedule_mistakes(plan)
+    return plan, found
+
+
+def _tracking(sweep: Sweep) -> dict[str, Any]:
+    """The base config, which also tracks every EMA length that is searched: one run has them all."""
+    raw = dict(sweep.base or {})
+    raw.setdefault("run", {})
+    raw["run"] = {"name": sweep.study.name, "storage": sweep.study.storage, **raw["run"]}
+    lengths = sweep.space.get("sample.ema")
+    if lengths is not None and lengths.choice:
+        ema = dict(raw.get("ema") or {})
+        given = [float(std) for std in ema.get("stds", (0.05, 0.10))]
+        names = {name_of_std(std) for std in given}
+        wanted = [float(one) for one in lengths.choice if _is_number(one) and name_of_std(float(one)) not in names]
+        raw["ema"] = {**ema, "stds": [*given, *wanted]}
+    return raw
+
+
+def _refused(plan: Plan, values: Values) -> list[str]:
+    try:
+        plan.config(values)
+    except UserError as error:
+        lines = [line.strip().removeprefix("config: ") for line in str(error).splitlines()]
+        return [line for line in lines if not line.endswith("mistakes")]
+    return []
+
+
+def _schedule_mistakes(plan: Plan) -> list[str]:
+    sweep, total, batch = plan.sweep, plan.total, plan.config({}).data.global_batch_size
+    scheduler = sweep.scheduler
+    step = scheduler.grace_images if scheduler.kind == "asha" else scheduler.every_images
+    found = []
+    if scheduler.kind != "none" and step is not None and not batch <= step < total:
+        key = "grace_images" if scheduler.kind == "asha" else "every_images"
+        found.append(f"scheduler.{key}: {step} must lie between a batch ({batch}) and duration.images ({total})")
+    if scheduler.kind == "pbt":
+        fixed = ("network.", "ema.", "data.", "run.", "duration.", "denoiser.", "optimizer.schedule", SAMPLE)
+        found += [
+            f"space.{one.key}: can't change while a trial goes on, so pbt can't explore it; search it with asha"
+            for one in plan.space.dimensions
+            if one.key.startswith(fixed)
+        ]
+        if any(one.key.endswith("weighting.kind") and "learned" in one.choices for one in plan.space.dimensions):
+            found.append("space: weighting.kind 'learned' has weights that others lack, so pbt can't exchange them")
+    if scheduler.kind != "none":
+        for _, _, values in [(None, None, {}), *plan.space.corners(plan.base)]:
+            config = plan.config(values)
+            if config.scaling.range[1] > 1 and config.optimizer.schedule == "cosine":
+                found.append(
+                    "optimizer.schedule: a cosine ends with the run, and trials of several workers are stopped by "
+                    "ending it; use constant or inverse_sqrt, or scaling.workers=1"
+                )
+                break
+    if any(one.key.startswith(("run.", "duration.")) for one in plan.space.dimensions):
+        found.append("space: run and duration are not searched; trials share seed and length so that they compare")
+    return found
+
+
+def _described(plan: Plan, reference: Manifest) -> Any:
+    """A model's description at the base and every corner, each of whose networks is built without memory."""
+    seen: dict[str, Manifest] = {}
+    for _, _, values in itertools.chain([(None, None, {})], plan.space.corners(plan.base)):
+        config = plan.config(values)
+        if config.data.url not in seen:
+            store = open_store(config.data.url)
+            store.check_reachable()
+            seen[config.data.url] = Manifest.load(store)
+        manifest = seen[config.data.url]
+        try:
+            meta_module(config, manifest)
+        except UserError as error:
+            shown = ", ".join(f"{key}={value}" for key, value in values.items())
+            raise UserError(f"space: at {shown}: {error}") from None
+        yield ModelInfo("", 0, config.ema.names[0], tuple(manifest.shape), tuple(manifest.classes), config)
+
+
+def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[str]:
+    found = []
+    if tuple(manifest.shape) != info.image_shape:
+        found.append(
+            f"metric.reference: samples of shape {list(manifest.shape)}, training has {list(info.image_shape)}"
+        )
+    if "bpd" in sweep.metric.names and manifest.dtype != "uint8":
+        found.append("metric.names: bpd is of 8-bit images; use nats for these data")
+    if "nats" in sweep.metric.names and manifest.dtype == "uint8":
+        found.append("metric.names: nats is of real-valued data; use bpd for 8-bit images")
+    return found
+
+
+def _sample_mistakes(plan: Plan, info: ModelInfo) -> list[str]:
+    """What drawing samples refuses, at each corner of the `sample.` keys."""
+    found = []
+    for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
+        where = "metric: " if one is None else f"space.{one.key}: at {value!r}: "
+        if one is not None and not one.key.startswith(SAMPLE):
+            continue
+        try:
+            drawn = draw_settings(plan.sweep, values)
+            if "ema" in drawn and drawn["ema"] is not None and drawn["ema"] != "none":
+                info.config.ema.choose(str(drawn["ema"]))
+            request = Request(count=16, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
+                              guidance=float(drawn["guidance"]), options=drawn["options"])  # fmt: skip
+            model = without_weights(info)
+            fitted = request.fitted(model)
+            calls_of(fitted, model)
+        except (ScorerayError, TypeError) as error:
+            found.append(f"{where}{error}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
