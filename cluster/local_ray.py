@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import MachineError, UserError
 from scoreray.trainer.run import SCRATCH
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -45,7 +45,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
 
     The embedded one listens on loopback only, asks for a token that only this process and its children have, sends
     no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
-    reached.
+    reached, MachineError when no Ray can be started here.
     """
     _set_environment()
     import ray
@@ -72,21 +72,35 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
         return
     with _short_folder() as folder:
         os.environ[SCRATCH] = str(folder)
-        ray.init(
-            num_cpus=num_cpus or os.cpu_count(),
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=level,
-            configure_logging=True,
-            object_store_memory=_object_store_bytes(),
-            _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            ray.init(
+                num_cpus=num_cpus or os.cpu_count(),
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=level,
+                configure_logging=True,
+                object_store_memory=_object_store_bytes(),
+                _temp_dir=str(folder),
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
+            raise MachineError(_why_not(error)) from error
         signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _why_not(error: Exception) -> str:
+    """One line on a Ray that could not be started here, with what a person may look at."""
+    free = ", ".join(
+        f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free in {place}"
+        for place in ("/dev/shm", tempfile.gettempdir())
+        if os.path.isdir(place)
+    )
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"Ray could not be started on this machine ({free}, load {os.getloadavg()[0]:.0f}): {reason}"
 
 
 def _keep_off_stdout() -> None:

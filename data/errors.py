@@ -34,6 +34,12 @@ class DataError(ScorerayError):
     exit_status = 3
 
 
+class MachineError(ScorerayError):
+    """This machine can't do what every command needs of it: no room, no processor time, a limit of the system."""
+
+    exit_status = 3
+
+
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: the closest accepted one, and all of them."""
     names = sorted(accepted)
