@@ -66,9 +66,20 @@ class MetaDiT(nn.Module):
 
 
 def bare_deepspeed(
-    network: nn.Module, stage: int, half: bool, batch: int, world: int, clip: float, adam: str = "torch"
+    network: nn.Module,
+    stage: int,
+    half: bool,
+    batch: int,
+    world: int,
+    clip: float,
+    *,
+    adam: str = "torch",
+    fp32_sums: bool = False,
 ) -> Any:
-    """DeepSpeed around a network and torch's AdamW (or its own for CPUs), as its documentation has it: no EMA."""
+    """DeepSpeed around a network and torch's AdamW (or its own for CPUs), as its documentation has it: no EMA.
+
+    Its default sums gradients in the weights' precision; `fp32_sums`: in fp32, as our engines do.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ours: a compiler would run at start
@@ -82,6 +93,9 @@ def bare_deepspeed(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    if fp32_sums and half:
+        settings |= {"communication_data_type": "fp32"}
+        settings |= {"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     if adam == "deepspeed":  # compiled at its first use, by g++ and ninja
         from deepspeed.ops.adam import DeepSpeedCPUAdam

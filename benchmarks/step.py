@@ -9,7 +9,8 @@ logging) on each of `workers` processes, gradients averaged by one all-reduce, a
 processes. Cases take turns, a few steps each, until `seconds` are over; the median counts.
 
 --parts      also forward and backward passes alone: what the optimizer with EMA costs beside them
---deepspeed  also DeepSpeed's own loop at each sharded stage, as its documentation has it (--adam: its CPU Adam)
+--deepspeed  also DeepSpeed's own loop at each sharded stage, as its documentation has it (--adam: its CPU Adam), with
+             gradients summed in fp32 as ours are, and in the weights' precision, which is its default
 --meta       (DiT only) also Meta's DiT of the same size, in the same loop
 --diffusers  also the loop of diffusers' unconditional example, a U-Net of equal FLOPs in its default precision, fp32
 --clock cpu  time that this process's threads computed for, over their number: for a machine that does other things too
@@ -160,8 +161,10 @@ def rank_main(arguments: argparse.Namespace) -> None:
         cases["forward and backward alone"] = passes_alone(config, images, labels, world)
     for stage in arguments.stages:
         if arguments.deepspeed and stage:
-            name = f"bare DeepSpeed loop, stage {stage}, no EMA"
-            cases[name] = deepspeed_step(config, stage, precision, images, labels, world, arguments.adam)
+            for fp32_sums in (True, False) if precision == torch.bfloat16 else (True,):
+                name = f"DeepSpeed's loop, stage {stage}, no EMA, {'fp32' if fp32_sums else 'bf16'} sums"
+                options = {"adam": arguments.adam, "fp32_sums": fp32_sums}
+                cases[name] = deepspeed_step(config, stage, precision, images, labels, world, options)
         cases[f"engine, zero_stage {stage}, with EMA"] = engine_step(config, stage, images, labels, world)
     rates = in_turns(cases, rows * world, arguments)
     if rank == 0:
@@ -245,13 +248,13 @@ def edm_loss(network, config, precision, images, labels):  # type: ignore[no-unt
     return ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0).square()).mean()
 
 
-def deepspeed_step(config, stage, precision, images, labels, world, adam):  # type: ignore[no-untyped-def]
+def deepspeed_step(config, stage, precision, images, labels, world, options):  # type: ignore[no-untyped-def]
     import torch
     from baselines import bare_deepspeed
 
     network = module_of(config, world).denoiser.network
     batch, clip = config.data.global_batch_size, config.optimizer.gradient_clip
-    engine = bare_deepspeed(network, stage, precision == torch.bfloat16, batch, world, clip, adam)
+    engine = bare_deepspeed(network, stage, precision == torch.bfloat16, batch, world, clip, **options)
 
     def step(k: int) -> None:
         engine.backward(edm_loss(engine, config, precision, images, labels))

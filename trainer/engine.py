@@ -307,9 +307,10 @@ def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
 
     DeepSpeed's defaults are 500 M elements (2 GB) for each buffer, and at stage 3 they keep a network of less than a
     billion parameters gathered after its first use: a small model would cost a rank twice what ZeRO promises
-    (benchmarks/RESULTS.md).
+    (benchmarks/RESULTS.md). At least 2 M elements (8 MB) at stages 1 and 2: smaller sums cost more than they hide.
     """
-    bucket = min(max(num_params // (16 if stage == 3 else 8), 500_000), 200_000_000)
+    part, least = (num_params // 16, 500_000) if stage == 3 else (num_params // 8, 1 << 21)
+    bucket = min(max(part, least), 200_000_000)
     sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         ahead = bucket // 2
@@ -333,6 +334,9 @@ def deepspeed_settings(
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available()}
     assert engine.zero_stage != "auto"
     zero |= bucket_sizes(num_params, engine.zero_stage)
+    if engine.zero_stage < 3:
+        # What DeepSpeed calls reduce_scatter is an all-reduce here too, with two more copies of every gradient.
+        zero["reduce_scatter"] = False
     if engine.partition_group > 1:
         zero["zero_hpz_partition_size"] = engine.partition_group
     if engine.offload == "optimizer":

@@ -50,4 +50,4 @@ def test_peak_bytes_per_parameter_are_the_formulas(peaks: dict[str, float], stag
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_buffers_are_parts_of_the_model(num_params: int, stage: int) -> None:
     for name, elements in bucket_sizes(num_params, stage).items():
-        assert 0 < elements <= max(num_params // 8, 500_000), name
+        assert 0 < elements <= max(num_params // 8, 500_000 if stage == 3 else 1 << 21), name
