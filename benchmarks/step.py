@@ -15,7 +15,8 @@ processes. Cases take turns, a few steps each, until `seconds` are over; the med
 --diffusers  also the loop of diffusers' unconditional example, a U-Net of equal FLOPs in its default precision, fp32
 --clock cpu  time that this process's threads computed for, over their number: for a machine that does other things too
              (what a case waits for, such as other ranks, does not count)
---full       also `fit` on Ray with data from a local S3 server, EMA, logging and commits, as the demo trains
+--full       also `scoreray train` on Ray with data from a local S3 server, EMA, logging and commits as the demo has:
+             one run before the other cases and one after, as a machine's speed drifts
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 
 TURN_S, WARM_UP = 1.0, 2  # a case's turn; steps before the first one
@@ -52,10 +52,11 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, so that no rank is left
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
+        before = full_run(Path(folder, "before"), arguments) if arguments.full else []
         rates = rates_of_ranks(Path(folder))
         if arguments.full:
             name = f"full run (Ray, S3, EMA, commits), ZeRO {arguments.stage}"
-            rates[name] = [full_run(Path(folder), arguments)]
+            rates[name] = before + full_run(Path(folder, "after"), arguments)
     bare = statistics.median(rates["bare torch loop"])
     about = (
         f"{arguments.network}, batch {arguments.batch}, {arguments.workers} workers, {threads(arguments)} threads each"
@@ -346,35 +347,32 @@ def engine_step(config, stage, images, labels, world):  # type: ignore[no-untype
     return step
 
 
-def full_run(folder: Path, arguments: argparse.Namespace) -> float:
-    """Median rate of the demo's run, from its own metrics: waiting for data, logging and commits are all inside."""
+def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
+    """Rates between the run's own records, the first left out: waiting for data, logging and commits are all inside."""
     from scoreray.cluster.demo import BUCKET, DATA_URL, demo_config
     from scoreray.cluster.packing import pack_with_bar
     from scoreray.cluster.training import train_to_end
     from scoreray.data import fashion_mnist_path
     from scoreray.data.local_s3 import LocalS3
+    from scoreray.trainer.config import load_config
     from scoreray.trainer.loop import read_metrics, run_store
     from scoreray.trainer.run import prepare_run
 
-    with LocalS3(folder / "s3") as server:
+    with LocalS3(folder) as server:
         os.environ.update(server.env)
         server.create_bucket(BUCKET)
         pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000, workers=1)
-        section = {"images": arguments.images}
-        config = demo_config(workers=arguments.workers)
         stage = arguments.stage if arguments.stage == "auto" else int(arguments.stage)
-        config = config.model_copy(
-            update={
-                "duration": config.duration.model_copy(update=section),
-                "engine": config.engine.model_copy(update={"zero_stage": stage}),
-            }
+        config = prepare_run(
+            load_config(
+                demo_config(workers=arguments.workers).model_dump(mode="json")
+                | {"network": NETWORKS[arguments.network]}
+                | {"engine": {"precision": arguments.precision, "zero_stage": stage}},
+                [f"data.global_batch_size={arguments.batch}", f"duration.images={arguments.images}"],
+            )
         )
-        config = prepare_run(config)
         train_to_end(config)
-        records = read_metrics(run_store(config))[1:]
-        images = records[-1]["images"] - records[0]["images"]
-        seconds = sum((b["images"] - a["images"]) / b["images_per_s"] for a, b in pairwise(records))
-        return images / seconds
+        return [record["images_per_s"] for record in read_metrics(run_store(config))[1:]]
 
 
 if __name__ == "__main__":

@@ -307,13 +307,12 @@ def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
 
     DeepSpeed's defaults are 500 M elements (2 GB) for each buffer, and at stage 3 they keep a network of less than a
     billion parameters gathered after its first use: a small model would cost a rank twice what ZeRO promises
-    (benchmarks/RESULTS.md). At least 2 M elements (8 MB) at stages 1 and 2: smaller sums cost more than they hide.
+    (benchmarks/RESULTS.md). At least 2 M elements (8 MB): below that, sums and gathers cost more than they save.
     """
-    part, least = (num_params // 16, 500_000) if stage == 3 else (num_params // 8, 1 << 21)
-    bucket = min(max(part, least), 200_000_000)
+    bucket = _part(num_params, 16 if stage == 3 else 8)
     sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
-        ahead = bucket // 2
+        ahead = _part(num_params, 32)
         sizes |= {
             "stage3_max_live_parameters": ahead,
             "stage3_max_reuse_distance": ahead,
@@ -322,6 +321,10 @@ def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
             "sub_group_size": bucket,
         }
     return sizes
+
+
+def _part(num_params: int, share: int) -> int:
+    return min(max(num_params // share, 1 << 21), 200_000_000)
 
 
 def deepspeed_settings(

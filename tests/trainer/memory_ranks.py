@@ -22,7 +22,7 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.engine import build_engine
 
 RANK, WORLD, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-WIDTH, DEPTH = 700, 16
+WIDTH, DEPTH = 1400, 16
 
 
 def resident(field: str = "VmRSS") -> int:
