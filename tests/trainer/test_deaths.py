@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,40 +105,7 @@ def test_after_a_death_workers_start_in_processes_that_stood_by(
     assert seen[1] <= stood_by
 
 
-class Driver:
-    """`scoreray train` as a person starts it; its lines as they come."""
-
-    def __init__(self, file: Path, within: list[str] | None = None, environment: dict[str, str] | None = None) -> None:
-        command = [*(within or []), sys.executable, "-m", "scoreray.cluster.command", "train", str(file)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-
-    def wait_for(self, pattern: str, timeout_s: float = 150) -> re.Match[str]:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            for line in list(self.lines):
-                if found := re.search(pattern, line):
-                    return found
-            assert time.monotonic() < deadline, (pattern, self.lines)
-            assert self.process.poll() is None, (pattern, self.lines)
-            time.sleep(0.1)
-
-    def end(self, timeout_s: float = 90) -> int:
-        try:
-            return self.process.wait(timeout=timeout_s)
-        finally:
-            self.process.kill()
-            self._reader.join(timeout=10)
-
-
-def test_a_second_ctrl_c_ends_at_once(data_url: str, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once(data_url: str, tmp_path: Path, start_train: Any) -> None:
     """A worker is held (SIGSTOP), so saving would take the ten minutes of grace that it has; the second Ctrl-C does not
     wait for it, and leaves no process and no half-written checkpoint that counts."""
     file = tmp_path / "config.yaml"
@@ -150,7 +115,7 @@ def test_a_second_ctrl_c_ends_at_once(data_url: str, tmp_path: Path) -> None:
         "scaling": {"workers": 2, "grace_s": 600, "hang_timeout_s": 900},
     }
     file.write_text(yaml.safe_dump(settings(data_url, tmp_path, "run", **changes)))
-    driver = Driver(file)
+    driver = start_train(file)
     try:
         driver.wait_for(r"train [\d,]+/")
         family = psutil.Process(driver.process.pid).children(recursive=True)
@@ -182,7 +147,7 @@ assert accepted, why
 
 
 @pytest.fixture
-def drained(nodes: Any, data_url: str, tmp_path: Path) -> Iterator[tuple[Any, Driver, Path]]:
+def drained(nodes: Any, data_url: str, tmp_path: Path, start_train: Any) -> Iterator[tuple[Any, Any, Path]]:
     """A run on two nodes, a worker each, that has begun to train."""
     nodes.start(0)
     nodes.start(1)
@@ -194,7 +159,7 @@ def drained(nodes: Any, data_url: str, tmp_path: Path) -> Iterator[tuple[Any, Dr
     }
     file.write_text(yaml.safe_dump(settings(data_url, tmp_path, "run", **changes)))
     environment = {**nodes.environment, "RAY_ADDRESS": f"{nodes.addresses[0]}:6399"}
-    driver = Driver(file, ["ip", "netns", "exec", nodes.names[0]], environment)
+    driver = start_train(file, ["ip", "netns", "exec", nodes.names[0]], environment)
     try:
         driver.wait_for(r"train [\d,]+/")
         yield nodes, driver, file
@@ -202,7 +167,7 @@ def drained(nodes: Any, data_url: str, tmp_path: Path) -> Iterator[tuple[Any, Dr
         driver.process.kill()
 
 
-def test_a_node_that_is_drained_is_left_with_everything_saved(drained: tuple[Any, Driver, Path]) -> None:
+def test_a_node_that_is_drained_is_left_with_everything_saved(drained: tuple[Any, Any, Path]) -> None:
     """Ray's notice of preemption (as autoscalers and `ray drain-node` give it): no checkpoint was due for millions of
     images, yet all was saved at once, and the run goes on from there on the other node."""
     nodes, driver, file = drained

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,36 +20,8 @@ from scoreray.trainer.loop import read_metrics, run_store, train
 TOTAL = 400_000  # more than is trained: the run is stopped when all was seen
 
 
-class Driver:
-    """`scoreray train` on node 0, its lines as they come."""
-
-    def __init__(self, nodes: Any, file: Path) -> None:
-        environment = {**nodes.environment, "RAY_ADDRESS": f"{nodes.addresses[0]}:6399"}
-        command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
-        self.process = subprocess.Popen(
-            ["ip", "netns", "exec", nodes.names[0], *command], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        self.lines: list[str] = []
-        self._started = time.monotonic()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            print(f"{time.monotonic() - self._started:6.1f}", line.rstrip())
-
-    def wait_for(self, *words: str, timeout_s: float = 90) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not any(all(word in line for word in words) for line in self.lines):
-            assert time.monotonic() < deadline, (words, self.lines)
-            assert self.process.poll() is None, (words, self.lines)
-            time.sleep(0.2)
-
-
 @pytest.mark.slow
-def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path) -> None:
+def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, start_train: Any) -> None:
     """Two workers, a node each; one node loses power: the other goes on alone; it comes back: two again. SIGINT saves.
     The losses are those of one process without Ray."""
     images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), dtype=np.uint8)
@@ -71,9 +41,10 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path) -
     file.write_text(yaml.safe_dump(settings))
     nodes.start(0)
     nodes.start(1)
-    driver = Driver(nodes, file)
+    environment = {**nodes.environment, "RAY_ADDRESS": f"{nodes.addresses[0]}:6399"}
+    driver = start_train(file, ["ip", "netns", "exec", nodes.names[0]], environment)
     try:
-        driver.wait_for("images", "loss")
+        driver.wait_for("images.*loss")
         there = nodes.run(1, ["sh", "-c", "for p in $(ip netns pids " + nodes.names[1] + "); do tr '\\0' ' ' </proc/$p/cmdline; done"])  # fmt: skip  # noqa: E501
         assert "RayTrainWorker" in there.stdout, "no worker ran on the second node"
         nodes.kill(1)
