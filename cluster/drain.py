@@ -24,16 +24,27 @@ REASON = "this machine goes away"
 
 
 def drivers() -> list[int]:
-    """Process ids of `scoreray` commands on this machine."""
+    """Process ids of `scoreray` commands on this machine, however they were started (a job's is a Python module)."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")[:2]
-            if any(word.rpartition(b"/")[2] == b"scoreray" for word in words):
+            if _is_command((folder / "cmdline").read_text(errors="replace").split("\0")):
                 found.append(int(folder.name))
     return found
+
+
+def _is_command(words: list[str]) -> bool:
+    program, *rest = (*words, "", "", "")
+    name = program.rpartition("/")[2]
+    if not name.startswith("python"):
+        return name == "scoreray"
+    while rest[0] in ("-u", "-X", "-W"):
+        rest = rest[1:] if rest[0] == "-u" else rest[2:]
+    if rest[0] == "-m":
+        return rest[1] in ("scoreray.cluster.command", "scoreray.cluster.cli")
+    return rest[0].rpartition("/")[2] == "scoreray"
 
 
 def drain_node(deadline_s: float, address: str) -> Callable[[], bool]:

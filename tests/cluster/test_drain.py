@@ -70,6 +70,19 @@ def test_a_driver_is_known_by_its_name(tmp_path: Path) -> None:
         process.kill()
 
 
+def test_the_driver_of_a_submitted_job_is_found() -> None:
+    """`submit` starts a module, not a file; a file that only lies in a folder of that name is no driver."""
+    command = [sys.executable, "-u", "-m", "scoreray.cluster.command", "train", "absent.yaml"]
+    found = False
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not found:
+            found = process.pid in drivers()
+    assert found
+    with subprocess.Popen(["tail", "-f", "/dev/null", "/scoreray"], stderr=subprocess.DEVNULL) as other:
+        assert other.pid not in drivers()
+        other.kill()
+
+
 def test_a_cluster_that_is_gone_ends_no_pod_late(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     """What can't be drained is said, and the pod ends all the same."""
     from scoreray.cluster import drain

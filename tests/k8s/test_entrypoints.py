@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from scoreray.cluster.cli import app
 from scoreray.data.errors import UserError
 from scoreray.trainer.config import load_config
+from scoreray.tune.load import load_sweep
 
 ROOT = Path(__file__).parents[2]
 JOBS = ("train", "sweep", "generate", "evaluate")
@@ -29,8 +31,6 @@ def test_the_entrypoint_is_a_scoreray_command(clusters: Any, overlay: str) -> No
     program, *words = shlex.split(clusters[overlay]["spec"]["entrypoint"])
     assert program == "scoreray"
     command: Any = typer.main.get_command(app)
-    if words[0] not in command.commands and words[0] == "tune":
-        pytest.skip("`scoreray tune` is not there yet")
     verb = command.commands[words[0]]
     context = verb.make_context(words[0], words[1:])  # raises on an unknown option, a missing or a bad value
     assert context.params
@@ -51,8 +51,7 @@ def test_the_config_is_good_and_where_the_entrypoint_looks(
         load_config(tmp_path / file, ())
         return
     load_config(tmp_path / "base.yaml", ())
-    sweep = pytest.importorskip("scoreray.tune.sweep", reason="sweeps are not there yet")
-    sweep.load_sweep(tmp_path / file, ())
+    load_sweep(tmp_path / file, ())
 
 
 def test_the_training_overlay_has_room_for_its_workers(built: Any, specs: Any, tmp_path: Path) -> None:
@@ -114,6 +113,23 @@ def test_the_s3_server_takes_its_options(pods: Any) -> None:
     listed = subprocess.run([str(weed), "help", "server"], capture_output=True, text=True, timeout=60)
     known = set(re.findall(r"^\s+(-[A-Za-z0-9_.]+)", listed.stdout + listed.stderr, re.M))
     assert {word.partition("=")[0] for word in command} <= known
+
+
+def test_redis_is_the_process_that_is_told_to_end(built: Any, tmp_path: Path) -> None:
+    """A shell as a pod's first process would not pass SIGTERM on, and Redis be killed after the whole grace period."""
+    (redis,) = [one for one in built["sample"] if one["kind"] == "StatefulSet"]
+    container = redis["spec"]["template"]["spec"]["containers"][0]
+    server = tmp_path / "redis-server"
+    server.write_text(f"#!/bin/sh\ncat > {tmp_path}/part && mv {tmp_path}/part {tmp_path}/config\nexec sleep 60\n")
+    server.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "$not'expanded\\"}
+    with subprocess.Popen([*container["command"], *container["args"]], env=environment) as process:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "config").exists() or "sleep" not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            assert time.monotonic() < deadline, Path(f"/proc/{process.pid}/cmdline").read_text()
+            time.sleep(0.02)
+        process.terminate()
+    assert (tmp_path / "config").read_text() == "requirepass $not'expanded\\\ndir /data\nappendonly yes\n"
 
 
 def test_images_are_ours_or_redis(pods: Any) -> None:
