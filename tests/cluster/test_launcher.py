@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,18 @@ def test_on_aws_rights_are_roles_and_workers_are_spot() -> None:
     assert kinds["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert "InstanceMarketOptions" not in kinds["head"]["node_config"], "the head, with the driver, is on demand"
     assert kinds["head"]["resources"] == {"CPU": 0}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_older_python_is_refused_before_anything_is_installed(name: str) -> None:
+    first = read(name)["setup_commands"][0]
+    assert subprocess.run(first, shell=True).returncode == 0
+    older = first.replace("(3, 11)", "(99, 0)")
+    refused = subprocess.run(older, shell=True, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "is needed" in refused.stderr
+
+
+def test_on_aws_the_image_is_ones_own_to_name() -> None:
+    """Ray's default is an image of Ubuntu 18.04 with Python 3.6."""
+    assert all(kind["node_config"]["ImageId"] for kind in read("aws.yaml")["available_node_types"].values())
