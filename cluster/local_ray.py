@@ -63,7 +63,10 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             ray.init(address=address, log_to_driver=verbose, logging_level=level)
         except (ConnectionError, RuntimeError, ValueError) as error:
             message = str(error).splitlines()[0]
-            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster could be reached there: {message}") from None
+            hint = "was its token refused?" if _token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
+            raise UserError(
+                f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}"
+            ) from None
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         try:
             yield
@@ -147,9 +150,15 @@ def _set_environment() -> None:
     for name, value in QUIET_AND_LOCAL.items():
         if name != LOOPBACK_ONLY or "127.0.0.1" in address or "localhost" in address or not address:
             os.environ.setdefault(name, value)
+    if address and _token_given():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _token_given() -> bool:
+    return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 
 
 # Runs beside us and cleans up also when this process is killed: the pipe closes with it, however it ends. Ray's agents
