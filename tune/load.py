@@ -20,9 +20,12 @@ from scoreray.sampling.plan import describe
 from scoreray.trainer.config import explained, load_config, override, read_yaml
 from scoreray.trainer.ema import name_of_std
 from scoreray.trainer.meta import meta_module
-from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space
+from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
 from scoreray.tune.sweep import METRICS, OF_HELD_OUT, Plan, Sweep, calls_of, draw_settings, need_of
 
+SHARED = ("run", "duration")  # the same in all trials, so that they compare
+UNSEEN = ("checkpoint", "log", "evaluation")  # sections that no metric depends on
+FIXED_IN_A_RUN = ("network", "ema", "data", "denoiser", "optimizer.schedule", "sample")
 PROBES = 16  # random points of the space whose configs are checked besides its corners
 
 
@@ -125,6 +128,12 @@ def _own_mistakes(sweep: Sweep) -> list[str]:
             if not key.startswith(SAMPLE)
         ]
     for key in sweep.space:
+        if any(_touches(key, section) for section in SHARED):
+            found.append(
+                f"space.{key}: run and duration are not searched; trials share seed and length so that they compare"
+            )
+        if any(_touches(key, section) for section in UNSEEN):
+            found.append(f"space.{key}: changes nothing that a metric sees; set it in the base config")
         if key.startswith(SAMPLE) and not key.startswith(OPTION) and key[len(SAMPLE) :] not in SAMPLE_KEYS:
             found.append(f"space.{key}: unknown key; {nearest(key[len(SAMPLE) :], (*SAMPLE_KEYS, 'options.NAME'))}")
     return found
@@ -194,13 +203,14 @@ def _schedule_mistakes(plan: Plan) -> list[str]:
         key = "grace_images" if scheduler.kind == "asha" else "every_images"
         found.append(f"scheduler.{key}: {step} must lie between a batch ({batch}) and duration.images ({total})")
     if scheduler.kind == "pbt":
-        fixed = ("network.", "ema.", "data.", "run.", "duration.", "denoiser.", "optimizer.schedule", SAMPLE)
         found += [
             f"space.{one.key}: can't change while a trial goes on, so pbt can't explore it; search it with asha"
             for one in plan.space.dimensions
-            if one.key.startswith(fixed)
+            if any(_touches(one.key, section) for section in FIXED_IN_A_RUN)
         ]
-        if any(one.key.endswith("weighting.kind") and "learned" in one.choices for one in plan.space.dimensions):
+        objectives = [plan.config(values).objective for _, _, values in plan.space.corners(plan.base)]
+        kinds = {getattr(getattr(one, "weighting", None), "kind", None) for one in objectives}
+        if "learned" in kinds and len(kinds) > 1:
             found.append("space: weighting.kind 'learned' has weights that others lack, so pbt can't exchange them")
     if scheduler.kind != "none":
         for _, _, values in [(None, None, {}), *plan.space.corners(plan.base)]:
@@ -211,8 +221,6 @@ def _schedule_mistakes(plan: Plan) -> list[str]:
                     "ending it; use constant or inverse_sqrt, or scaling.workers=1"
                 )
                 break
-    if any(one.key.startswith(("run.", "duration.")) for one in plan.space.dimensions):
-        found.append("space: run and duration are not searched; trials share seed and length so that they compare")
     return found
 
 
@@ -266,6 +274,11 @@ def _sample_mistakes(plan: Plan, info: ModelInfo) -> list[str]:
         except (ScorerayError, TypeError) as error:
             found.append(f"{where}{error}")
     return found
+
+
+def _touches(key: str, section: str) -> bool:
+    """Whether a searched key changes a section: it is the section, or one lies in the other."""
+    return inside(key, section) or inside(section, key)
 
 
 def _is_number(value: Any) -> bool:

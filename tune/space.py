@@ -184,6 +184,7 @@ def build_space(sections: Mapping[str, DimensionSection]) -> tuple[Space | None,
             bad = [value for value in accepted if not other.contains(value)]
             if bad:
                 mistakes.append(f"space.{one.key}.when: {key} is never {bad[0]!r}; it is {_described(other)}")
+    mistakes += _overlaps(made)
     order = _ordered(made, mistakes)
     if not sections:
         mistakes.append(
@@ -195,10 +196,15 @@ def build_space(sections: Mapping[str, DimensionSection]) -> tuple[Space | None,
 def with_values(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config as a dict, with dotted keys set; a new `kind` starts its section anew, as on the command line."""
     made = copied(raw)
-    for key, value in sorted(values.items(), key=lambda item: not item[0].endswith(".kind")):
+    for key, value in sorted(values.items(), key=lambda item: _kinds_first(item[0])):
         if not key.startswith(SAMPLE):
             set_key(made, key, value, key)
     return made
+
+
+def inside(key: str, section: str) -> bool:
+    """Whether a dotted key is a section's own or of one of its keys."""
+    return key == section or key.startswith(section + ".")
 
 
 def flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -246,10 +252,33 @@ def _dimension(key: str, section: DimensionSection, mistakes: list[str]) -> Dime
     return Dimension(key, "int" if section.integer else "float", low, high, log, when=when)
 
 
+def _overlaps(made: Mapping[str, Dimension]) -> list[str]:
+    """Sections searched beside their own keys: what a trial is told of the one, the other would undo unseen."""
+    found = [
+        f"space.{section}: sets space.{key} too, so one would undo the other; search the section or its keys, not both"
+        for section in made
+        for key in made
+        if key != section and inside(key, section)
+    ]
+    found += [
+        f"space.{one.key}.when: {key} lies in space.{section}, which is searched whole; search its keys instead"
+        for one in made.values()
+        for key, _ in one.when
+        for section in made
+        if key != section and inside(key, section)
+    ]
+    return found
+
+
+def _kinds_first(key: str) -> tuple[bool, int]:
+    """`kind`s before other keys, the outer before the inner: each starts its section anew."""
+    return (False, key.count(".")) if key.endswith(".kind") else (True, 0)
+
+
 def _ordered(made: Mapping[str, Dimension], mistakes: list[str]) -> list[Dimension]:
     """Those depended on first, `kind`s before the keys of their section, else as written."""
     order: list[Dimension] = []
-    waiting = sorted(made.values(), key=lambda one: not one.key.endswith(".kind"))
+    waiting = sorted(made.values(), key=lambda one: _kinds_first(one.key))
     while waiting:
         done = {one.key for one in order}
         ready = [one for one in waiting if all(key in done or key not in made for key, _ in one.when)]

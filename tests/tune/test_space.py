@@ -38,7 +38,14 @@ BAD_SPACES: list[tuple[dict[str, Any], str]] = [
       "objective.weighting.gamma": {"log": [1, 9], "when": {"objective.weighting.kind": "soft"}}}, "is never 'soft'"),
     ({"objective.weighting.gamma": {"log": [1, 9]}}, "objective.weighting.gamma: unknown key"),
     ({MEAN: {"uniform": [0, 1], "when": {MEAN: 1}}}, "depends on itself"),
-    ({"run.seed": {"int": [0, 9]}}, "run and duration are not searched"),
+    ({"run.seed": {"int": [0, 9]}}, "space.run.seed: run and duration are not searched"),
+    ({"duration": {"choice": [{"images": 1024}, {"images": 2048}]}}, "space.duration: run and duration are not"),
+    ({"run": {"choice": [{"seed": 1}, {"seed": 2}]}}, "space.run: run and duration are not searched"),
+    ({"log": {"choice": [{"every_images": 100}, {"every_images": 200}]}}, "space.log: changes nothing that a metric"),
+    ({"optimizer": {"choice": [{"learning_rate": 0.001}, {"learning_rate": 0.002}]},
+      "optimizer.learning_rate": {"choice": [0.005, 1e30]}}, "space.optimizer: sets space.optimizer.learning_rate too"),
+    ({"objective.weighting": {"choice": [{"kind": "edm"}, {"kind": "sigma2"}]},
+      MEAN: {"uniform": [0, 1], "when": {"objective.weighting.kind": "edm"}}}, "lies in space.objective.weighting"),
     ({"sample.step": {"int": [4, 9]}}, "did you mean 'steps'"),
     ({}, "space: is empty"),
 ]  # fmt: skip
@@ -61,6 +68,14 @@ def test_a_bad_space_is_one_line(sweep: dict[str, Any], space: dict[str, Any], m
         (["scheduler.kind=asha", "scheduler.grace_images=1M"], "must lie between"),
         (["scheduler.kind=pbt", "scheduler.every_images=512", "trials=2"], "pbt needs at least 4"),
         (["scheduler.kind=asha", "scheduler.grace_images=512", "metric.names=[denoising, nfe]"], "needs one metric"),
+        (
+            ["scheduler.kind=pbt", "scheduler.every_images=512", "space={network: {choice: [{kind: mlp}]}}"],
+            "space.network: can't change while a trial goes on",
+        ),
+        (
+            ["scheduler.kind=pbt", "scheduler.every_images=512", "space={optimizer: {choice: [{schedule: constant}]}}"],
+            "space.optimizer: can't change while a trial goes on",
+        ),
         (["study.nam=x"], "did you mean 'name'"),
         (["base.duration.images=0"], "base: duration.images"),
         (["resources.cpus=0"], "resources.cpus"),
@@ -119,6 +134,21 @@ def test_a_new_kind_starts_its_section_anew_and_nothing_else_changes(sweep: dict
     made = with_values(raw, {"process.kind": "vp", "process.beta_max": 10.0, "sample.steps": 3})
     assert made == {"process": {"kind": "vp", "beta_max": 10.0}, "ema": {"stds": [0.1]}}
     assert raw == before
+
+
+def test_an_outer_kind_does_not_undo_an_inner_one(sweep: dict[str, Any]) -> None:
+    space = {"objective.weighting.kind": {"choice": ["sigma2"]}, "objective.kind": {"choice": ["edm", "denoising"]}}
+    plan = load_sweep({**sweep, "space": space})
+    for values in plan.space.grid(1, plan.base):
+        objective = plan.config(values).objective
+        assert (objective.kind, objective.weighting.kind) == (values["objective.kind"], "sigma2")
+
+
+def test_a_whole_section_is_a_dimension(sweep: dict[str, Any]) -> None:
+    choices = [{"learning_rate": 0.001, "gradient_clip": 1.0}, {"learning_rate": 0.002, "gradient_clip": 0.0}]
+    plan = load_sweep({**sweep, "space": {"optimizer": {"choice": choices}}})
+    found = [plan.config(values).optimizer for values in plan.space.grid(1, plan.base)]
+    assert [(one.learning_rate, one.gradient_clip) for one in found] == [(0.001, 1.0), (0.002, 0.0)]
 
 
 def test_an_ema_length_that_is_searched_is_tracked_by_the_one_run(sweep: dict[str, Any]) -> None:
