@@ -12,6 +12,7 @@ none is lost, none runs twice.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 import uuid
@@ -30,7 +31,7 @@ from scoreray.tune.schedule import Asha, exchange, milestones
 from scoreray.tune.search import num_trials, propose
 from scoreray.tune.space import flat
 from scoreray.tune.sweep import Plan, draw_settings, need_of
-from scoreray.tune.trial import Trial, copy_checkpoint, read_trials, study_store, trial_config
+from scoreray.tune.trial import RUNS, Trial, copy_checkpoint, not_a_record, read_trials, study_store, trial_config
 
 STUDY = "study.json"
 OWNER = "owner"
@@ -52,7 +53,12 @@ def claim(plan: Plan) -> list[Trial]:
     """Make the study's place ours, or find there what the same sweep left: its trials. Raises UserError on another."""
     store, sweep = study_store(plan.sweep), plan.sweep.dump()
     if not store.put_new(STUDY, json.dumps(sweep).encode()):
-        there, here = flat(json.loads(store.get(STUDY))), flat(sweep)
+        try:
+            there, here = flat(json.loads(store.get(STUDY))), flat(sweep)
+        except (ValueError, AttributeError):  # not JSON, or no mapping
+            raise DataError(
+                f"{store.url(STUDY)}: not what a sweep leaves; delete that file, and the same command goes on"
+            ) from None
         keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
         differing = [key for key in keys if not any(key == one or key.startswith(one + ".") for one in CHANGEABLE)]
         if differing and read_trials(store):
@@ -62,7 +68,22 @@ def claim(plan: Plan) -> list[Trial]:
                 "another study.name\n  " + "\n  ".join(lines)
             )
         store.put(STUDY, json.dumps(sweep).encode())
-    return read_trials(store)
+    trials = read_trials(store)
+    for trial in trials:
+        _check_fits(plan, trial)
+    return trials
+
+
+def _check_fits(plan: Plan, trial: Trial) -> None:
+    """Raises DataError where a trial on record can't be of this sweep, whatever wrote it."""
+    store, dimensions = study_store(plan.sweep), {one.key: one for one in plan.space.dimensions}
+    for values in [trial.values, *(one["values"] for one in trial.lineage)]:
+        for key, value in values.items():
+            if key not in dimensions or not dimensions[key].contains(value):
+                raise not_a_record(store, trial.number, f"{key} is {str(value)[:40]}, which the space does not contain")
+    for report in trial.reports:
+        if set(report["metrics"]) != set(plan.sweep.metric.names):
+            raise not_a_record(store, trial.number, f"its metrics are {', '.join(report['metrics']) or 'none'}")
 
 
 class Study:
@@ -137,17 +158,25 @@ class Study:
         return trial.state == "failed" or (self._may_go(trial) and self._start(trial))
 
     def _new(self) -> Trial:
-        number = len(self.trials)
+        """The next trial, or one whose record a person has deleted."""
+        there = {trial.number for trial in self.trials}
+        number = next(number for number in itertools.count() if number not in there)
         trial = Trial(number, propose(self.plan, number, self.trials))
         if not self.plan.sweep.checkpoint:
             try:
-                config = trial_config(self.plan, trial.values, f"trial-{number:05d}-0" if self._pbt else "")
+                config = trial_config(self.plan, trial.values, self._free_run(number) if self._pbt else "")
                 trial.run = config.run.name
             except UserError as error:  # values that are good one by one and not together
                 trial.state, trial.error = "failed", " ".join(str(error).split())
         trial.save(self.store)
-        self.trials.append(trial)
+        self.trials.insert(number, trial)
         return trial
+
+    def _free_run(self, number: int) -> str:
+        """A name for the run of a population's new member: of a trial on record before, those it had are left alone."""
+        name = f"{RUNS}/trial-{number:05d}-"
+        used = [int(key[len(name) :].partition("/")[0]) for key, _ in self.store.list(name)]
+        return f"trial-{number:05d}-{max(used, default=-1) + 1}"
 
     def _blocked(self) -> bool:
         """Whether new trials would only wait for the run that a trial trains now, as all share it."""
@@ -180,12 +209,13 @@ class Study:
         """Decide, copy weights, and write each decision down; what was decided before a kill is as it was."""
         if all(any(one["images"] == images for one in trial.lineage) for trial in population):
             return
+        by_number = {trial.number: trial for trial in self.trials}
         for number, (source, values) in exchange(self.plan, population, images).items():
-            trial = self.trials[number]
+            trial = by_number[number]
             if any(one["images"] == images for one in trial.lineage):
                 continue
             if source is not None:
-                donor = self.trials[source]
+                donor = by_number[source]
                 report = next(r for r in donor.reports if r["images"] == images)
                 run = f"trial-{number:05d}-{int(trial.run.rpartition('-')[2]) + 1}"
                 config = trial_config(self.plan, values, run)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scoreray.data.errors import ScorerayError, UserError
+from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.store import Store, open_store
 from scoreray.sampling.load import LoadedDenoiser, load_model
 from scoreray.trainer.checkpoint import MARKER, Checkpoint, latest, verified_copy
@@ -66,9 +68,72 @@ class Trial:
         study.put(self.key, json.dumps(asdict(self)).encode())
 
 
+class _Report(BaseModel):
+    model_config = ConfigDict(strict=True)
+    images: int
+    seq: int
+    metrics: dict[str, float]
+    curve: list[float]
+    std_errors: list[float]
+    checkpoint: str
+    ema: str | None
+    seconds: float
+    run: str
+
+
+class _Exchange(BaseModel):
+    model_config = ConfigDict(strict=True)
+    images: int
+    source: int | None
+    values: dict[str, Any]
+
+
+class _Record(BaseModel):
+    """What a trial's file must hold to be read as a Trial."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    number: int
+    values: dict[str, Any]
+    run: str
+    state: Literal["running", "done", "stopped", "failed"]
+    reports: list[_Report]
+    lineage: list[_Exchange]
+    deaths: int
+    error: str
+
+
 def read_trials(study: Store) -> list[Trial]:
-    """Every trial of a study, by number."""
-    return [Trial(**json.loads(study.get(key))) for key, _ in study.list(f"{TRIALS}/")]
+    """Every trial of a study, by number. Raises DataError on a file that is not one."""
+    names = [key for key, _ in study.list(f"{TRIALS}/") if re.fullmatch(rf"{TRIALS}/\d{{5,}}\.json", key)]
+    return sorted((_read_trial(study, key) for key in names), key=lambda trial: trial.number)
+
+
+def _read_trial(study: Store, key: str) -> Trial:
+    number = int(key.rpartition("/")[2].removesuffix(".json"))
+    try:
+        raw = json.loads(study.get(key))
+        _Record.model_validate(raw)
+        trial = Trial(**raw)
+        if trial.number != number:
+            raise ValueError(f"it says number {trial.number}")
+        if trial.state in ("done", "stopped") and not trial.reports:
+            raise ValueError(f"it is {trial.state}, and has no reports")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        why = "missing" if first["type"] == "missing" else f"{repr(first['input'])[:40]} can't be"
+        raise not_a_record(study, number, f"{where}: {why}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not even text
+        raise not_a_record(study, number, " ".join(str(error).split())) from None
+    return trial
+
+
+def not_a_record(study: Store, number: int, why: str) -> DataError:
+    """The error of a trial's file that can't be gone on from."""
+    name = study.url(f"{TRIALS}/{number:05d}.json")
+    return DataError(
+        f"{name}: not what a trial leaves: {why}; delete that file, and the same command runs trial {number} again"
+    )
 
 
 def run_name(config: Config) -> str:
