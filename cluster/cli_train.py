@@ -93,8 +93,11 @@ def doctor(
     from dataclasses import asdict
 
     from scoreray.cluster.doctor import Machine, examine, parse_bytes, parse_shape
+    from scoreray.data.errors import UserError
     from scoreray.trainer.config import load_config
 
+    if config is None and (memory or nodes or shape):
+        raise UserError("--memory, --nodes and --shape are for the plan of a CONFIG; give one")
     loaded = load_config(config, overrides or ()) if config else None
     machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
     found = examine(loaded, machine)

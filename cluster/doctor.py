@@ -90,7 +90,11 @@ def storage(config: Config) -> Finding:
         run.check_writable()
     except ScorerayError as error:
         return Finding("storage", "problem", str(error))
-    return Finding("storage", "good", f"{run.url()} can be written")
+    text = f"{run.url()} can be written"
+    place = config.run.storage
+    if "://" not in place and not os.path.isdir(place):
+        text += f"; {place} is not there yet and will be made"
+    return Finding("storage", "good", text)
 
 
 def plan(config: Config, manifest: Manifest | None, shape: tuple[int, ...], machine: Machine) -> list[Finding]:
@@ -207,11 +211,11 @@ def _kept(config: Config, num_params: int) -> Finding:
 
 def table(plans: dict[tuple[int, bool], Memory], num_params: int) -> str:
     """A row for each plan: bytes per parameter of the state, then GiB of each part."""
-    lines = [f"  {'':17}{'B/param':>8}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>12}{'on host':>12}"]
+    lines = [f"  {'':17}{'B/param':>8}" + "".join(f"{part:>13}" for part in PARTS) + f"{'total':>13}{'on host':>13}"]
     for (stage, offload), p in sorted(plans.items(), key=lambda item: (item[0][1], item[0][0])):
         name = f"ZeRO-{stage}" + (", offloaded" if offload else "")
-        row = "".join(f"{_gib(getattr(p, part)):>12}" for part in PARTS)
-        lines.append(f"  {name:17}{p.state / num_params:8.2f}{row}{_gib(p.total):>12}{_gib(p.host):>12}")
+        row = "".join(f" {_gib(getattr(p, part)):>12}" for part in PARTS)
+        lines.append(f"  {name:17}{p.state / num_params:8.2f}{row} {_gib(p.total):>12} {_gib(p.host):>12}")
     return "\n".join(lines)
 
 
@@ -231,8 +235,8 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def _gib(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB" or (unit == "GiB" and num_bytes < 10_000):
             return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
         num_bytes /= 1024
     raise AssertionError

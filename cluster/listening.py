@@ -24,6 +24,8 @@ PROCESSES = {  # a part of the command line -> what it is
     "ray/dashboard/agent.py": "agent",
     "runtime_env/agent/main.py": "agent",
     "ray.util.client.server": "client server",
+    "ray::DashboardAgent": "agent",
+    "ray::RuntimeEnvAgent": "agent",
     "ray::": "worker",
     "default_worker.py": "worker",
 }

@@ -214,6 +214,15 @@ class PathStore(Store):
                 except OSError:
                     break
 
+    def check_writable(self) -> None:
+        """Leaves no folder that was not there: a mistyped path must not look right the next time."""
+        root = Path(self.root)
+        made = [folder for folder in (root, *root.parents) if not folder.exists()]
+        super().check_writable()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def clear_unfinished(self, prefix: str, but: str) -> None:
         top = os.path.join(self.root, os.path.dirname(prefix))
         with explained(Path(top)):

@@ -62,6 +62,12 @@ class Checkpoint:
 
         Raises DataError when a file is not what the marker says, or a parameter is missing or of another shape.
         """
+        try:
+            self._restore(fragments, module)
+        except DataError as error:
+            raise DataError(f"{error}; {instead_of(self)}") from error
+
+    def _restore(self, fragments: Iterable[Fragment], module: torch.nn.Module) -> None:
         stored = self._stored()
         by_file: dict[str, list[tuple[Fragment, StoredFragment, int, int, int]]] = {}
         for fragment in fragments:
@@ -136,7 +142,9 @@ def verified_copy(store: Store, key: str, about: dict[str, Any]) -> Iterator[Pat
             digest.update(data)
             local.write(data)
         local.flush()
-        if path.stat().st_size != size or digest.hexdigest() != about["sha256"]:
+        if (there := path.stat().st_size) != size:
+            raise DataError(f"{store.url(key)}: {there:,} bytes are there, {size:,} were committed")
+        if digest.hexdigest() != about["sha256"]:
             raise DataError(f"{store.url(key)}: its bytes are not those that were committed (SHA-256)")
         yield path
 
@@ -151,6 +159,15 @@ def latest(run: Store) -> Checkpoint | None:
     """The newest committed checkpoint of a run, None when there is none."""
     folders = committed(run)
     return open_checkpoint(run, folders[-1]) if folders else None
+
+
+def instead_of(damaged: Checkpoint) -> str:
+    """What a person can do about a checkpoint that can't be read."""
+    older = [folder for folder in committed(damaged.store) if folder < damaged.folder]
+    if not older:
+        return "no older one is committed"
+    images = open_checkpoint(damaged.store, older[-1]).images_seen
+    return f"without the folder {damaged.url} the one at {images:,} images is the newest"
 
 
 def open_checkpoint(store: Store, folder: str) -> Checkpoint:

@@ -324,7 +324,7 @@ def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
 
 
 def _part(num_params: int, share: int) -> int:
-    return min(max(num_params // share, 1 << 21), 200_000_000)
+    return min(max(num_params // share, 1 << 21), num_params, 200_000_000)
 
 
 def deepspeed_settings(

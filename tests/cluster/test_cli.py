@@ -200,6 +200,10 @@ def test_a_folder_that_cannot_hold_an_s3_server(scoreray: Any, tmp_path: Path) -
     assert_refused(scoreray("--local-s3", "/proc/nowhere", "data", "verify", "s3://abc/x"), 3, "/proc/nowhere")
 
 
+def test_a_plan_needs_a_config(scoreray: Any) -> None:
+    assert_refused(scoreray("doctor", "--nodes", "4"), 2, "--nodes", "CONFIG")
+
+
 def test_more_that_people_get_wrong(scoreray: Any, config_file: Path, packed: str) -> None:
     check = ["train", str(config_file), "--check"]
     assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": "127.0.0.1:99"}), 2, "http://")

@@ -157,6 +157,18 @@ def test_listening_sockets_of_processes_are_found(tmp_path: Path) -> None:
     assert loopback not in found
 
 
+def test_agents_are_told_by_the_names_that_they_give_themselves(tmp_path: Path) -> None:
+    script = tmp_path / "serve.py"
+    script.write_text("import socket, sys\ns = socket.create_server(('0.0.0.0', 0))\nprint(flush=True)\ninput()\n")
+    options: dict[str, Any] = {"executable": sys.executable, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["ray::DashboardAgent", str(script)], **options) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (found,) = listening(str(tmp_path))
+        process.communicate(b"\n", timeout=30)
+    assert found["process"] == "agent"
+
+
 def test_every_node_of_a_real_cluster_is_asked(ray_cluster: None, s3_url: str) -> None:
     found = ask_cluster(Ask(s3_url))
     assert {"versions", "clock", "storage", "token", "network", "/dev/shm", "disk"} <= {one.topic for one in found}

@@ -78,6 +78,11 @@ def test_a_store_is_its_url_and_works_in_a_forked_process(store: Store) -> None:
         assert pool.apply(_child_reads, (pickle.dumps(store),))
 
 
+def test_a_folder_that_was_not_there_is_not_there_after_it_was_tried(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "mistyped" / "runs")).check_writable()
+    assert not list(tmp_path.iterdir())
+
+
 def test_check_writable_leaves_nothing_behind(store: Store) -> None:
     store.check_writable()
     assert store.list() == []

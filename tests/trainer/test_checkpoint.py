@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,22 @@ def test_a_rank_that_never_arrives_is_no_commit(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="rank 1's share did not arrive"):
         writer.wait()
     assert latest(store) is None
+
+
+def test_a_damaged_checkpoint_says_which_older_one_there_is(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for images in (100, 200):
+        write(store, images)
+    newest = latest(store)
+    assert newest is not None
+    file = Path(newest.url) / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(DataError, match=rf"50 bytes are there.* without the folder {newest.url} the one at 100 images"):
+        newest.full_state()
+    shutil.rmtree(newest.url)
+    older = latest(store)
+    assert older is not None
+    assert torch.equal(older.full_state()["b"], state(100)["master/b"])
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "grow"])
