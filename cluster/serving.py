@@ -244,6 +244,8 @@ def serve_until_stopped(
 
 def make_config(models: list[str], token_file: Path | None, host: str, no_auth: bool, **settings: Any) -> ServeConfig:
     """From the words of the command line. Raises UserError, also where anybody could reach a service without tokens."""
+    if no_auth and token_file is not None:
+        raise UserError(f"--no-auth serves everybody, --token-file {token_file} does not: leave one of them out")
     tokens = () if no_auth else read_tokens(token_file)
     if not tokens and not no_auth and not is_loopback(host):
         raise UserError(

@@ -22,19 +22,20 @@ def read_tokens(file: Path | None) -> tuple[tuple[str, str], ...]:
     """(name, SHA-256) of each token in `file`, else in SCORERAY_TOKENS. Raises UserError, never showing a token.
 
     One a line (in the variable also separated by commas): `name:token`, or `name:sha256:HEX` to keep the token itself
-    out of the file. Empty lines and lines that begin with # are skipped.
+    out of the file. Empty lines and lines that begin with # are skipped; a file or a variable with nothing else is
+    refused, as it was meant to let nobody in without a token. An empty variable is one that is not set.
     """
     if file is not None:
         try:
-            text, where = file.read_text(), str(file)
+            text, where = file.read_text(), f"--token-file {file}"
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--token-file {file}: can't be read: {getattr(error, 'strerror', None) or error}"
             ) from None
-        if not text.strip():
-            raise UserError(f"--token-file {file}: is empty; write one line for each token, name:token")
+        given = True
     else:
         text, where = os.environ.get(VARIABLE, "").replace(",", "\n"), VARIABLE
+        given = text != ""
     found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
@@ -55,6 +56,8 @@ def read_tokens(file: Path | None) -> tuple[tuple[str, str], ...]:
         else:
             digest = hash_of(secret)
         found[name] = digest
+    if given and not found:  # none may not mean everybody
+        raise UserError(f"{where}: holds no token; write one line for each, name:token, or leave it out")
     return tuple(found.items())
 
 

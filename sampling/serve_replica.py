@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -29,6 +30,7 @@ from scoreray.sampling.serve_metrics import REPLICA_METRICS, Meter
 log = logging.getLogger("scoreray.serve")
 
 PREVIEW_ROWS = 16
+STAY_CALLS = 4  # of a row at one level, before it is one that its sampler stays at
 
 
 @dataclass
@@ -230,23 +232,34 @@ class Replica:
 
 
 class _Previews:
-    """Gathers the estimates of a job's rows; sends one event whenever another share of its calls is made."""
+    """Gathers the estimates of a job's first rows; sends one event whenever another share of their calls is made.
+
+    The level told is the highest one that a row of the sheet was denoised at. It falls from event to event, but for
+    samplers that call the network many times at one level: after STAY_CALLS there the next share is shown all the same.
+    """
 
     def __init__(self, job: Job, send: Callable[[Event], object]) -> None:
         self._job, self._send = job, send
         self._rows = min(PREVIEW_ROWS, len(job.seeds))
         self._estimate = torch.zeros(self._rows, *job.shape)
-        self._total = max(1, len(job.seeds) * job.calls)
-        self._done = self._sent = 0
+        self._levels = [math.inf] * self._rows
+        self._total = max(1, self._rows * job.calls)
+        self._done = self._sent = self._done_then = 0
+        self._level_then = math.inf
 
     def __call__(self, first: int, sigma: float | Tensor, denoised: Tensor) -> None:
         shown = denoised[: max(0, self._rows - first)]
-        self._estimate[first : first + len(shown)] = shown.float().cpu()
-        self._done += len(denoised)
-        share = min(1.0, self._done / self._total)
-        if int(share * (self._job.previews + 1)) > self._sent and self._sent < self._job.previews:
-            self._sent = int(share * (self._job.previews + 1))
-            level = sigma.max().item() if isinstance(sigma, Tensor) else sigma
+        if not len(shown):
+            return
+        rows = slice(first, first + len(shown))
+        self._estimate[rows] = shown.float().cpu()
+        self._levels[rows] = [sigma.max().item() if isinstance(sigma, Tensor) else sigma] * len(shown)
+        self._done += len(shown)
+        share, level = min(1.0, self._done / self._total), max(self._levels)
+        count = min(self._job.previews, int(share * (self._job.previews + 1)))
+        stayed = self._done - self._done_then >= STAY_CALLS * self._rows
+        if count > self._sent and math.isfinite(level) and (level < self._level_then or stayed):
+            self._sent, self._done_then, self._level_then = count, self._done, level
             self._send({"kind": "preview", "progress": share, "sigma": level, "denoised": self._estimate.clone()})
 
 

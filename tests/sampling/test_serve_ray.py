@@ -360,7 +360,12 @@ def test_mistakes_are_one_line_before_ray_starts(
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     taken = socket.create_server(("127.0.0.1", 0))
+    empty, tokens = tmp_path / "empty", tmp_path / "tokens"
+    empty.write_text("# nobody yet\n")
+    tokens.write_text(f"ana:{SECRET}\n")
     for words, told in (
+        ([run_url, "--token-file", str(empty)], "holds no token"),
+        ([run_url, "--token-file", str(tokens), "--no-auth"], "leave one of them out"),
         ([run_url, "--port", str(taken.getsockname()[1])], "can't be listened on"),
         ([run_url, "--host", "203.0.113.7", "--no-auth"], "can't be listened on"),
         ([str(tmp_path / "absent")], "absent"),
