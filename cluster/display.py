@@ -44,8 +44,9 @@ class TrainLine:
             disable=not self._terminal,
         )
         self._task = self._bar.add_task("train", total=total, facts="starting workers")
-        self._committed = 0
+        self._committed, self._ended = 0, False
         self._record: Record | None = None
+        self._tabled: Record | None = None
 
     def __enter__(self) -> TrainLine:
         self._bar.start()
@@ -53,7 +54,7 @@ class TrainLine:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
-        if self._terminal and self._record is not None:
+        if self._terminal and self._record is not None and self._record != self._tabled:
             console.print(sigma_table(self._record))
 
     def __call__(self, progress: TrainProgress) -> None:
@@ -65,10 +66,11 @@ class TrainLine:
             self._record = progress.record
             if self._terminal and progress.committed > self._committed and progress.images < progress.total:
                 console.print(sigma_table(progress.record))
+                self._tabled = progress.record
         self._committed = progress.committed
-        now = time.monotonic()
-        if not self._terminal and (now - self._last_line > QUIET_LINE_EVERY_S or progress.images >= progress.total):
-            self._last_line = now
+        now, ended = time.monotonic(), progress.images >= progress.total
+        if not self._terminal and not self._ended and (now - self._last_line > QUIET_LINE_EVERY_S or ended):
+            self._last_line, self._ended = now, ended
             left = max(0, progress.total - progress.images)
             left_text = f"  {left / progress.images_per_s:,.0f} s left" if progress.images_per_s > 0 else ""
             say(f"train {done:,}/{progress.total:,} images  {facts}{left_text}")

@@ -70,6 +70,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
         with connected(num_cpus=_slots(config), verbose=verbose):
             _check_resources(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
+            _tell_crowding(config)
             say(f"run '{config.run.name}': {workers} workers, ZeRO {config.engine.zero_stage}, to {run.url()}")
             with beside(config, say), tracked(config, say), TrainLine(total) as line:
                 fit(config, line, say)
@@ -85,6 +86,15 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
 def _slots(config: Config) -> int:
     """CPU slots of an embedded cluster: enough for the workers that were asked for, also on a smaller machine."""
     return max(os.cpu_count() or 1, math.ceil(config.scaling.range[1] * config.scaling.cpus_per_worker))
+
+
+def _tell_crowding(config: Config) -> None:
+    """A smaller machine than was asked for is no mistake, as a laptop may try what a cluster will run; but it is told."""
+    wanted, cores = config.scaling.range[1] * config.scaling.cpus_per_worker, os.cpu_count() or 1
+    if wanted > cores and not os.environ.get("RAY_ADDRESS"):
+        say(
+            f"scaling.workers: {config.scaling.range[1]} workers want {wanted:g} cores and share this machine's {cores}"
+        )
 
 
 def _check_resources(config: Config) -> None:

@@ -236,6 +236,8 @@ class Config(Section):
         """The global batch is the config's at every world size, so the fewest and the most workers must divide it; of
         the numbers between, the run takes those that do (`world_sizes`)."""
         batch, micro, group = self.data.global_batch_size, self.engine.micro_batch_size, self.engine.partition_group
+        if self.engine.offload != "none" and self.engine.zero_stage == 0:
+            return [f"engine.offload: {self.engine.offload} needs engine.zero_stage 1, 2, 3 or auto, this is 0"]
         if group > 1 and self.engine.zero_stage != 3:
             return [f"engine.partition_group: {group} needs engine.zero_stage 3, this is {self.engine.zero_stage}"]
         low, high = self.scaling.range

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config
 from scoreray.trainer.fragments import MASTER, Fragment
 from scoreray.trainer.optimizer import AveragingAdamW
@@ -332,8 +331,6 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for this run."""
     engine = config.engine
-    if engine.offload != "none" and engine.zero_stage == 0:
-        raise UserError("engine.offload: needs engine.zero_stage 1, 2 or 3")
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": torch.cuda.is_available()}
     assert engine.zero_stage != "auto"
     zero |= bucket_sizes(num_params, engine.zero_stage)

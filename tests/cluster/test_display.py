@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
@@ -23,13 +25,20 @@ def test_the_table_has_a_row_for_each_level_that_was_met() -> None:
     assert "0.9000" in lines[2]
 
 
-@pytest.mark.parametrize(("terminal", "tables"), [(True, 2), (False, 0)])
-def test_a_table_at_each_commit_on_a_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool, tables: int) -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_at_each_commit_on_a_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """No record's table comes twice, nor the last line of a log."""
     console = Console(width=80, force_terminal=terminal, record=True)
     monkeypatch.setattr(display, "console", console)
     with console.capture() as capture, TrainLine(1280) as line:
         for images, committed in ((600, 0), (660, 640), (700, 640), (1280, 640), (1280, 1280)):
-            line(Progress(images, 1280, 0.5, 100.0, 0.02, committed, record=RECORD))
+            record = replace(RECORD, images=images // 640 * 640)
+            line(Progress(images, 1280, 0.5, 100.0, 0.02, committed, record=record))
+    with console.capture() as later, TrainLine(1280) as line:
+        for committed in (0, 640):  # stopped just after a commit
+            line(Progress(650, 1280, 0.5, 100.0, 0.02, committed, record=RECORD))
     shown = capture.get()
-    assert shown.count("loss by noise level") == tables
+    assert shown.count("loss by noise level") == (2 if terminal else 0)
+    assert later.get().count("loss by noise level") == (1 if terminal else 0)
+    assert terminal or shown.count("1,280/1,280") == 1
     assert "data stall 2%" in shown

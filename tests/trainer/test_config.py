@@ -94,6 +94,7 @@ ENERGY = ["denoiser.parameterization=energy_dot", "objective.kind=contrastive"]
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
+        (["engine.offload=optimizer", "engine.zero_stage=0"], ["engine.offload: optimizer needs engine.zero_stage 1"]),
         (["network.kind=rbm"], ["objective.kind: 'edm' can't train network.kind 'rbm'; choose objective.kind contr"]),
         (RBM[:2], ["objective.chain: network.kind 'rbm' moves by 'gibbs', not by 'langevin'"]),
         (
