@@ -21,6 +21,7 @@ from scoreray.tune.trial import Trial
 WIDTH = 7.2  # inches: what a page of text is wide
 DPI = 144
 COLOURS = {"done": "C0", "stopped": "0.65", "running": "C1"}
+PALEST = 0.25  # of the colours from yellow to violet: what is paler can't be seen on white
 NONE_AT = -0.12  # height on its axis of a dimension that a trial does not have
 
 
@@ -77,15 +78,16 @@ def progress_picture(plan: Plan, trials: Sequence[Trial], best: Trial) -> bytes:
     return _png(figure)
 
 
-def _frame(plan: Plan, values: list[float]) -> tuple[float, float]:
-    """Ends of an axis for the first metric: all, but no farther off than 4 times the median is from the best."""
+def _frame(plan: Plan, values: list[float], name: str = "", keep: Sequence[float] = ()) -> tuple[float, float]:
+    """Ends of an axis for a metric (the first by default): all, but no farther off than 4 times the median is from the
+    best; never less than `keep`."""
     if not values:
         return 0.0, 1.0
-    sign = -1 if plan.sweep.metric.names[0] in MAXIMISED else 1
+    sign = -1 if (name or plan.sweep.metric.names[0]) in MAXIMISED else 1
     costs = sorted(sign * value for value in values)
     best, middle, worst = costs[0], costs[len(costs) // 2], costs[-1]
     if middle > best:
-        worst = min(worst, best + 4 * (middle - best))
+        worst = min(worst, max([best + 4 * (middle - best), *(sign * value for value in keep)]))
     if worst == best:
         best, worst = best - 0.5 * abs(best) - 1e-9, best + 0.5 * abs(best) + 1e-9
     return (best, worst) if sign > 0 else (-worst, -best)
@@ -115,18 +117,20 @@ def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
     for trial in trials:
         if trial.state == "stopped":
             axes.plot(range(len(dimensions)), _heights(plan, trial), color="0.8", lw=0.7, zorder=0)
-    ends = {name: _ends([cost_of(trial, name) for trial in finished]) for name in names}
+    ends = {name: _ends(plan, finished, name) for name in names}
     for i, trial in enumerate(finished):
         good = i / (len(finished) - 1) if len(finished) > 1 else 1.0
         metrics = [_between(cost_of(trial, name), *ends[name]) for name in names]
-        axes.plot(range(count), [*_heights(plan, trial), *metrics], color=matplotlib.colormaps["viridis_r"](good),
-                  alpha=0.35 + 0.6 * good, lw=2.2 if good == 1.0 else 1.0)  # fmt: skip
+        colour = matplotlib.colormaps["viridis_r"](PALEST + (1 - PALEST) * good)
+        axes.plot(range(count), [*_heights(plan, trial), *metrics], color=colour, alpha=0.6 + 0.4 * good,
+                  lw=2.2 if good == 1.0 else 1.0)  # fmt: skip
     for i, one in enumerate(dimensions):
         ticks = [*_ticks(one), *([(NONE_AT, "none")] if one.when else [])]
         _axis(axes, i, ticks)
     for i, name in enumerate(names, len(dimensions)):
         sign, (low, high) = -1 if name in MAXIMISED else 1, ends[name]
-        _axis(axes, i, [(0.0, f"{sign * low:.4g}"), *([(1.0, f"{sign * high:.4g}")] if high > low else [])])
+        beyond = " or worse" if any(cost_of(trial, name) > high for trial in finished) else ""
+        _axis(axes, i, [(0.0, f"{sign * low:.4g}"), *([(1.0, f"{sign * high:.4g}{beyond}")] if high > low else [])])
     labels = [".\n".join(one.key.rsplit(".", 2)[-2:]) for one in dimensions]
     axes.set_xticks(range(count), [*labels, *names], fontsize=8)
     axes.set_yticks([])
@@ -139,9 +143,9 @@ def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
 
 def _axis(axes: Any, place: int, ticks: list[tuple[float, str]]) -> None:
     axes.axvline(place, color="0.3", lw=0.8)
-    box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6}
+    box = {"fc": "white", "ec": "none", "alpha": 0.9, "pad": 0.8}
     for height, text in ticks:
-        axes.text(place + 0.04, height, text, fontsize=8, va="center", bbox=box)
+        axes.text(place + 0.04, height, text, fontsize=8, va="center", bbox=box, zorder=5)  # lines pass under it
 
 
 def _heights(plan: Plan, trial: Trial) -> list[float]:
@@ -149,9 +153,12 @@ def _heights(plan: Plan, trial: Trial) -> list[float]:
     return [one.place(trial.values[one.key]) if one.key in trial.values else NONE_AT for one in plan.space.dimensions]
 
 
-def _ends(values: list[float]) -> tuple[float, float]:
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
-    return min(finite), max(finite)
+def _ends(plan: Plan, trials: Sequence[Trial], name: str) -> tuple[float, float]:
+    """Costs at the ends of a metric's axis, which one bad trial does not rule."""
+    costs = [cost for trial in trials if math.isfinite(cost := cost_of(trial, name))] or [0.0]
+    sign = -1 if name in MAXIMISED else 1
+    low, high = sorted(sign * end for end in _frame(plan, [sign * cost for cost in costs], name))
+    return max(low, min(costs)), min(high, max(costs))
 
 
 def _between(value: float, low: float, high: float) -> float:
@@ -161,7 +168,7 @@ def _between(value: float, low: float, high: float) -> float:
 def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> bytes:
     """The first metric against each of the others; trials that nothing beats in all of them in colour, numbered.
 
-    With two metrics a staircase joins them: above and right of it everything is beaten.
+    With two metrics a staircase joins them: above and right of it everything is beaten. Crosses lie beyond the axes.
     """
     from matplotlib.figure import Figure
 
@@ -172,19 +179,26 @@ def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) ->
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     done = [trial for trial in trials if trial.state == "done" and trial.metrics]
     front = {trial.number for trial in best_of(plan, list(trials))}
+    frames = {name: _front_frame(plan, done, front, name) for name in (first, *others)}
     for axes, other in zip(grid, others, strict=False):
         points = [(t.metrics[other], t.metrics[first], t.number) for t in done if t.metrics]
+        points = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
         beaten = [(x, y) for x, y, number in points if number not in front]
         best = sorted(point for point in points if point[2] in front)
-        if beaten:
-            axes.scatter(*zip(*beaten, strict=True), s=16, color="0.65")
+        at_edge = [(min(max(x, frames[other][0]), frames[other][1]), min(max(y, frames[first][0]), frames[first][1]))
+                   for x, y in beaten]  # fmt: skip
+        for mark, some in (("o", [p for p, edge in zip(beaten, at_edge, strict=True) if p == edge]),
+                           ("x", [edge for p, edge in zip(beaten, at_edge, strict=True) if p != edge])):  # fmt: skip
+            if some:
+                axes.scatter(*zip(*some, strict=True), s=16, color="0.65", marker=mark)
         if len(others) == 1 and not {first, other} & set(MAXIMISED):
             axes.step([x for x, _, _ in best], [y for _, y, _ in best], where="post", color="C0", lw=1.2)
         axes.scatter([x for x, _, _ in best], [y for _, y, _ in best], s=22, color="C0", zorder=3)
         for x, y, number in best[:12]:
             axes.annotate(str(number), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8, color="C0")
         if default is not None and default.metrics:
-            axes.scatter([default.metrics[other]], [default.metrics[first]], s=70, fc="none", ec="0.2", lw=1, zorder=4)
+            x, y = (min(max(default.metrics[name], frames[name][0]), frames[name][1]) for name in (other, first))
+            axes.scatter([x], [y], s=70, fc="none", ec="0.2", lw=1, zorder=4)
         axes.set_xlabel(other)
         axes.grid(alpha=0.3)
         axes.margins(0.1)
@@ -195,13 +209,26 @@ def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) ->
     return _png(figure)
 
 
+def _front_frame(plan: Plan, done: Sequence[Trial], front: set[int], name: str) -> tuple[float, float]:
+    """Ends of a metric's axis: the whole front, and as much of the others as `_frame` takes."""
+    values = {t.number: t.metrics[name] for t in done if t.metrics and math.isfinite(t.metrics[name])}
+    return _frame(plan, list(values.values()), name, [value for number, value in values.items() if number in front])
+
+
+def compared(plan: Plan, best: Trial, default: Trial | None) -> bool:
+    """Whether there is a default's curve beside the best's."""
+    if default is None or default.number == best.number:
+        return False
+    return len(default.reports[-1]["curve"]) == len(levels_of(plan.sweep.metric))
+
+
 def curves_picture(plan: Plan, best: Trial, default: Trial | None) -> bytes:
     """Per-sigma error of the best and the default with 95% bands, and their ratio."""
     from matplotlib.figure import Figure
 
     sigmas = levels_of(plan.sweep.metric)
     shown = [("best", best, "C0")]
-    if default is not None and default.number != best.number and len(default.reports[-1]["curve"]) == len(sigmas):
+    if default is not None and compared(plan, best, default):
         shown.append(("default", default, "0.45"))
     figure = Figure(figsize=(WIDTH, 4.6 if len(shown) > 1 else 2.9), layout="constrained")
     rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=[3, 2][: len(shown)])[:, 0]

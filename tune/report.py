@@ -6,7 +6,6 @@ import base64
 import html
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from scoreray.trainer.config import Config, dump_config
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (
     DPI,
+    compared,
     curves_picture,
     front_picture,
     history_picture,
@@ -29,8 +29,8 @@ from scoreray.tune.pictures import (
     progress_picture,
     sheet_picture,
 )
-from scoreray.tune.schedule import best_of, cost_of
-from scoreray.tune.search import optuna_study
+from scoreray.tune.schedule import best_of
+from scoreray.tune.search import importance
 from scoreray.tune.space import short_names
 from scoreray.tune.sweep import Plan, draw_settings
 from scoreray.tune.trial import Trial, study_store
@@ -39,7 +39,6 @@ PAGE, RECORD, BEST = "report.html", "report.json", "best.yaml"
 SHOWN = 10  # trials in the page's table
 SHEET = 64
 POINTS = 1000
-FEWEST = 8  # trials that tell anything of a dimension's importance
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Report:
 
     url: str
     record: dict[str, Any]
-    best_url: str
+    best_url: str | None  # None where nothing was trained, or no trial reached its end
 
     def answer(self) -> dict[str, Any]:
         return {"report": self.url, "best": self.record["best"], "best_config": self.best_url,
@@ -66,7 +65,10 @@ class Report:
             lines.append(f"{len(self.record['front'])} trials are on the Pareto front")
         if self.record["importance"]:
             ranked = sorted(self.record["importance"].items(), key=lambda one: -one[1])
-            lines.append("importance: " + ", ".join(f"{key} {value:.0%}" for key, value in ranked))
+            shares = ", ".join(f"{key} {value:.0%}" for key, value in ranked)
+            lines.append(f"importance: {shares} ({self.record['importance_note']})")
+        else:
+            lines.append(f"importance: {self.record['importance_note']}")
         return "\n".join([*lines, *self.record["next"]])
 
 
@@ -74,12 +76,14 @@ def make_report(plan: Plan, trials: Sequence[Trial]) -> Report:
     """Write the report of a study's trials into its place; returns it."""
     store, ranked = study_store(plan.sweep), best_of(plan, list(trials))
     best, default = (ranked[0] if ranked else None), _default(plan, trials)
-    following = []
+    following, best_url = [], None
     if best is not None and not plan.sweep.checkpoint:
         store.put(BEST, _best_yaml(plan, best).encode())
-        following.append(f"next: scoreray train {store.url(BEST)}")
+        best_url = store.url(BEST)
+        following.append(f"next: scoreray train {best_url}")
     if best is not None and any(key.startswith("sample.") for key in best.values):
         following.append("draw: " + _sample_command(plan, best))
+    shares, note = importance(plan, trials)
     record = {
         "study": plan.sweep.dump(),
         "metrics": list(plan.sweep.metric.names),
@@ -87,43 +91,16 @@ def make_report(plan: Plan, trials: Sequence[Trial]) -> Report:
         "best": _told(best),
         "default": _told(default),
         "front": [trial.number for trial in ranked] if len(plan.sweep.metric.names) > 1 else [],
-        "importance": importance(plan, trials),
+        "importance": shares,
+        "importance_note": note,
         "states": {state: sum(trial.state == state for trial in trials) for state in ("done", "stopped", "failed")},
-        "images": sum(trial.images for trial in {trial.run or trial.number: trial for trial in trials}.values()),
+        "images": 0 if plan.sweep.checkpoint else _trained(trials),
         "trials": [_told(trial) for trial in trials],
         "next": following,
     }
     store.put(RECORD, json.dumps(_finite(record), indent=1).encode())
     store.put(PAGE, page(plan, trials, best, default, record).encode())
-    return Report(store.url(PAGE), record, store.url(BEST))
-
-
-def importance(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
-    """Share of each dimension in what makes a trial good, by PED-ANOVA (Watanabe 2023), of the first metric.
-
-    A conditional dimension's is among the trials that have it, times their share. Empty where trials are too few.
-    """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    finished = [
-        trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, plan.sweep.metric.names[0]))
-    ]
-    found: dict[str, float] = {}
-    for one in plan.space.dimensions:
-        having = [trial for trial in finished if one.key in trial.values]
-        if len(having) < FEWEST or len({str(trial.values[one.key]) for trial in having}) < 2:
-            continue
-        common = [key for key in having[0].values if all(key in trial.values for trial in having)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            study = optuna_study(plan, having)
-            evaluator = PedAnovaImportanceEvaluator()
-            several = len(plan.sweep.metric.names) > 1
-            target = (lambda trial: trial.values[0]) if several else None
-            values = get_param_importances(study, evaluator=evaluator, params=common, target=target, normalize=False)
-        found[one.key] = float(values[one.key]) * len(having) / len(finished)
-    total = sum(found.values())
-    return {key: value / total for key, value in found.items()} if total > 0 else {}
+    return Report(store.url(PAGE), record, best_url)
 
 
 def page(plan: Plan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]) -> str:
@@ -138,29 +115,35 @@ def page(plan: Plan, trials: Sequence[Trial], best: Trial | None, default: Trial
     if record["next"]:
         parts.append("<pre>" + "\n".join(html.escape(line) for line in record["next"]) + "</pre>")
     if best is not None and several:
-        parts.append(_chart("The Pareto front: trials, by number, that none beats in every metric. Ring: the default.",
+        ring = " Ring: the default." if default is not None and default.metrics else ""
+        parts.append(_chart(f"The Pareto front: trials, by number, that none beats in every metric.{ring}",
                             front_picture(plan, trials, default)))  # fmt: skip
     parts.append(_chart("Trials in the order of their numbers, and the best so far.", history_picture(plan, trials)))
     if best is not None and any(len(trial.reports) > 1 for trial in trials):
         parts.append(_chart("Every trial as it trained; grey ones were stopped, the best is orange.",
                             progress_picture(plan, trials, best)))  # fmt: skip
     if record["importance"]:
-        parts.append(_chart(f"Share of each dimension in what makes a trial good, by {first}.",
+        note = html.escape(record["importance_note"])
+        parts.append(_chart(f"Share of each dimension in what makes a trial good, by {first}: {note}.",
                             importance_picture(record["importance"])))  # fmt: skip
+    elif best is not None:
+        parts.append(f"<p>Importance of each dimension: {html.escape(record['importance_note'])}.</p>")
     if best is not None:
         parts.append(_chart(f"Each line is a finished trial, darker the better its {first}; grey ones were stopped.",
                             parallel_picture(plan, trials)))  # fmt: skip
-        parts.append(_chart("Weighted denoising error by noise level, 95% bands; below, relative to the default.",
+        below = "; below, relative to the default" if compared(plan, best, default) else ""
+        parts.append(_chart(f"Weighted denoising error by noise level, 95% bands{below}.",
                             curves_picture(plan, best, default)))  # fmt: skip
         parts.append(_sheets(plan, best, default))
     parts.append(f"<details><summary>All {len(trials)} trials</summary>{_table(plan, trials, default)}</details>")
     states = ", ".join(f"{count} {state}" for state, count in record["states"].items() if count)
+    trained = "nothing was trained" if plan.sweep.checkpoint else f"{record['images']:,} images trained on"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>scoreray study: {name}</title>
 <style>{STYLE}</style>
 <h1>{name}</h1>
-<p>{len(trials)} trials: {states}; {record["images"]:,} images trained on. Compared by
+<p>{len(trials)} trials: {states}; {trained}. Compared by
 {html.escape(", ".join(names))} on {html.escape(plan.sweep.metric.reference)}.</p>
 {"".join(parts)}
 </html>
@@ -251,6 +234,14 @@ def _sample_command(plan: Plan, best: Trial) -> str:
     words += [f"--guidance {drawn['guidance']}"] if drawn["guidance"] != 1.0 else []
     words += [f"--option {key}={value}" for key, value in drawn["options"].items()]
     return " ".join(words)
+
+
+def _trained(trials: Sequence[Trial]) -> int:
+    """Images that all runs have seen; trials that share a run share those."""
+    seen: dict[str, int] = {}
+    for trial in trials:
+        seen[trial.run] = max(seen.get(trial.run, 0), trial.images)
+    return sum(seen.values())
 
 
 def _default(plan: Plan, trials: Sequence[Trial]) -> Trial | None:

@@ -1,19 +1,24 @@
 """Which values the next trial has: at random, on a grid, or by Optuna's TPE.
 
 Each is a function of (seed, number, history), so that a study that was killed proposes what it would have proposed.
+And, when all have ended, which dimensions mattered.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from scoreray.tune.schedule import cost_of
 from scoreray.tune.space import Dimension, Values
 from scoreray.tune.sweep import MAXIMISED, Plan
 from scoreray.tune.trial import Trial
 
+FEWEST = 8  # trials that tell anything of a dimension's importance
 Search = Callable[[Plan, int, Sequence[Trial]], Values]
 
 
@@ -85,6 +90,59 @@ def optuna_study(plan: Plan, trials: Sequence[Trial], sampler: Any = None) -> An
         )
         study.add_trial(made)
     return study
+
+
+def importance(plan: Plan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
+    """Share of each dimension in what makes a trial good, by PED-ANOVA (Watanabe 2023), of the first metric; and of
+    which trials that is, or why there is none.
+
+    Of the finished trials; where asha left too few of these, of all that reached its farthest stop with enough. A
+    conditional dimension's share is among the trials that have it, times their part.
+    """
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    chosen, note = _telling(plan, trials)
+    found: dict[str, float] = {}
+    untold = []
+    for one in plan.space.dimensions if chosen else ():
+        having = [trial for trial in chosen if one.key in trial.values]
+        if len(having) < FEWEST or len({str(trial.values[one.key]) for trial in having}) < 2:
+            untold.append(f"{one.key} in too few of them" if len(having) < FEWEST else f"{one.key} the same in all")
+            continue
+        common = [key for key in having[0].values if all(key in trial.values for trial in having)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study = optuna_study(plan, having)
+            evaluator = PedAnovaImportanceEvaluator()
+            several = len(plan.sweep.metric.names) > 1
+            target = (lambda trial: trial.values[0]) if several else None
+            values = get_param_importances(study, evaluator=evaluator, params=common, target=target, normalize=False)
+        found[one.key] = float(values[one.key]) * len(having) / len(chosen)
+    note = "; ".join([note, *untold])
+    total = sum(found.values())
+    if total > 0:
+        return {key: value / total for key, value in found.items()}, note
+    return {}, f"{note}; no difference found" if found else note
+
+
+def _telling(plan: Plan, trials: Sequence[Trial]) -> tuple[list[Trial], str]:
+    """Trials that importance is taken of, as they stood at one stop, and a word on them; none where too few."""
+    first = plan.sweep.metric.names[0]
+    done = [trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, first))]
+    if len(done) >= FEWEST:
+        return done, f"{len(done)} finished trials"
+    if plan.sweep.scheduler.kind == "asha":
+        for images in sorted({report["images"] for trial in trials for report in trial.reports}, reverse=True):
+            there = [_as_at(trial, images) for trial in trials if any(r["images"] == images for r in trial.reports)]
+            there = [trial for trial in there if math.isfinite(cost_of(trial, first))]
+            if len(there) >= FEWEST:
+                return there, f"{len(there)} trials as they stood at {images:,} images"
+    return [], f"too few finished trials ({len(done)} of {FEWEST})"
+
+
+def _as_at(trial: Trial, images: int) -> Trial:
+    """A trial as if it had ended at a stop that it has reported."""
+    return replace(trial, state="done", reports=[r for r in trial.reports if r["images"] <= images])
 
 
 def distribution(dimension: Dimension) -> Any:

@@ -11,6 +11,7 @@ import pytest
 
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
+from scoreray.tune.pictures import _ends, _front_frame, front_picture
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
@@ -68,6 +69,75 @@ def test_the_page_holds_every_trial_and_metric(sweep: dict[str, Any], count: int
         assert math.isclose(sum(record["importance"].values()), 1.0)
     config = load_config(report.best_url)
     assert config.objective == plan.config(best.values).objective
+
+
+def asha(sweep: dict[str, Any], count: int, done: int) -> tuple[Plan, list[Trial]]:
+    """Trials of which asha let only some come to their end; their noise levels decide how good they are."""
+    scheduler = {"kind": "asha", "grace_images": 1024, "reduction": 2}
+    space = {"objective.sigma_sampling.P_mean": {"uniform": [-3.0, 1.0]}, "optimizer.learning_rate": {"log": [1e-3, 1]}}
+    plan = load_sweep({**sweep, "space": space, "scheduler": scheduler})
+    trials = []
+    for i in range(count):
+        cost = 1.0 + i / count
+        values = {"objective.sigma_sampling.P_mean": -3.0 + 4 * i / count,
+                  "optimizer.learning_rate": 10.0 ** -(1 + i * 7 % 5 / 4)}  # fmt: skip
+        trials.append(made(plan, i, values, [cost, cost - 0.1], "done"))
+        if i >= done:
+            trials[-1].reports.pop()
+            trials[-1].state = "stopped"
+    return plan, trials
+
+
+def test_importance_takes_stopped_trials_where_they_stood(sweep: dict[str, Any]) -> None:
+    plan, trials = asha(sweep, count=20, done=5)
+    report = make_report(plan, trials)
+    shares = report.record["importance"]
+    assert shares["objective.sigma_sampling.P_mean"] > 0.6
+    assert report.record["importance_note"] == "20 trials as they stood at 1,024 images"
+    assert "(20 trials as they stood at 1,024 images)" in report.text()
+    assert "20 trials as they stood" in study_store(plan.sweep).get("report.html").decode()
+
+
+def test_a_page_without_importance_says_why(sweep: dict[str, Any]) -> None:
+    plan, trials = asha(sweep, count=7, done=5)
+    report = make_report(plan, trials)
+    assert report.record["importance"] == {}
+    assert "importance: too few finished trials (5 of 8)" in report.text()
+    assert "too few finished trials (5 of 8)" in study_store(plan.sweep).get("report.html").decode()
+
+
+def test_a_report_of_a_checkpoint_claims_no_training_and_no_default(sweep: dict[str, Any]) -> None:
+    given = {key: value for key, value in sweep.items() if key != "base"}
+    plan = load_sweep({**given, "checkpoint": "/absent/from/here", "space": {"sample.steps": {"choice": [5, 9]}},
+                       "metric": {**sweep["metric"], "names": ["sw", "nfe"]}})  # fmt: skip
+    assert plan.default() is None
+    trials = [made(plan, i, {"sample.steps": steps}, [1.0 + i]) for i, steps in enumerate((5, 9))]
+    for trial in trials:
+        trial.run = ""
+    report = make_report(plan, trials)
+    page = study_store(plan.sweep).get("report.html").decode()
+    assert report.record["images"] == 0
+    assert "nothing was trained" in page
+    assert "images trained on" not in page
+    assert "the default" not in page
+    assert report.answer()["best_config"] is None
+    assert "best.yaml" not in {key for key, _ in study_store(plan.sweep).list()}
+
+
+def test_one_bad_trial_rules_no_axis(sweep: dict[str, Any]) -> None:
+    plan = load_sweep({**sweep, "metric": {**sweep["metric"], "names": ["sw", "nfe"]}})
+    key = "objective.sigma_sampling.P_mean"
+    trials = [made(plan, i, {key: -2.0 + i / 10}, [cost]) for i, cost in enumerate([1.0, 1.2, 1.1, 1.4, 500.0])]
+    for trial, calls in zip(trials, (9.0, 5.0, 9.0, 7.0, 9.0), strict=True):
+        trial.reports[0]["metrics"]["nfe"] = calls
+    low, high = _front_frame(plan, trials, {0, 1}, "sw")
+    assert low == 1.0
+    assert 1.4 <= high < 3
+    assert _ends(plan, trials, "sw")[1] < 3
+    assert _front_frame(plan, trials, {0, 1, 4}, "sw")[1] == 500.0  # the front is shown whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert front_picture(plan, trials, trials[4])
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:
