@@ -89,12 +89,11 @@ def _slots(config: Config) -> int:
 
 
 def _tell_crowding(config: Config) -> None:
-    """A smaller machine than was asked for is no mistake, as a laptop may try what a cluster will run; but it is told."""
-    wanted, cores = config.scaling.range[1] * config.scaling.cpus_per_worker, os.cpu_count() or 1
+    """Fewer cores than were asked for are no mistake: a laptop may try what a cluster will run. But it is told."""
+    workers, cores = config.scaling.range[1], os.cpu_count() or 1
+    wanted = workers * config.scaling.cpus_per_worker
     if wanted > cores and not os.environ.get("RAY_ADDRESS"):
-        say(
-            f"scaling.workers: {config.scaling.range[1]} workers want {wanted:g} cores and share this machine's {cores}"
-        )
+        say(f"scaling.workers: {workers} workers want {wanted:g} cores and share this machine's {cores}")
 
 
 def _check_resources(config: Config) -> None:

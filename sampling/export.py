@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ PAGE = "model.json"
 FORMAT = 1
 PREFIX = "denoiser.network."  # where the network lies in the training module
 RAW = "none"  # the name of the weights without averaging
+OURS = r"(ema-[0-9.]+|weights-none)\.safetensors"
 
 State = dict[str, torch.Tensor]
 
@@ -84,6 +86,8 @@ def export(
         "config": checkpoint.marker["config"],
     }
     store.put(PAGE, json.dumps(page, indent=2).encode())
+    there = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}
+    store.delete(there - {about["file"] for about in files.values()})  # of an export before: no page names them now
     return page
 
 

@@ -62,6 +62,14 @@ def test_an_exported_model_is_the_checkpoints(config: Config, tmp_path: Path) ->
     assert not any(key.startswith(("exp_avg", "master")) for key in weights)
 
 
+def test_a_second_export_leaves_no_file_that_its_page_does_not_name(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "ema-mine.safetensors").write_text("somebody's")
+    export(run_store(config).url(), str(tmp_path))
+    export(run_store(config).url(), str(tmp_path), ["0.050"])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["ema-0.050.safetensors", "ema-mine.safetensors", "model.json"]
+
+
 def test_raw_weights_and_unknown_lengths(config: Config, tmp_path: Path) -> None:
     page = export(run_store(config).url(), str(tmp_path), ["none"])
     assert page["files"]["none"]["file"] == "weights-none.safetensors"
