@@ -4,6 +4,7 @@ from scoreray.sampling.client import Client
 client = Client("http://127.0.0.1:8000", token="...")
 samples = client.sample(count=16, sampler="heun", steps=18, seed=1)
 samples.images        # uint8 [16, H, W, C]
+again = client.sample(count=16, sampler="heun", steps=18, seed=samples.about["seed"])
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ from scoreray.data.errors import StorageError, UserError
 
 FINAL = ("timed_out",)  # of the codes of 429 and 503: asking again would only wait again
 LONGEST_PAUSE_S = 30.0
+ABOUT = "x-scoreray-"  # of the headers that say what made the samples, where the answer is no JSON
+NUMBERS: dict[str, type[int] | type[float]] = {
+    **dict.fromkeys(("images_seen", "seed", "steps", "count"), int),
+    **dict.fromkeys(("guidance", "queued_s", "took_s"), float),
+}
 
 
 class Declined(UserError):
@@ -36,7 +42,10 @@ class Declined(UserError):
 
 @dataclass(frozen=True)
 class Samples:
-    """What was drawn. images: uint8 [n, H, W, C], or float32 [n, ...] of npy. about: what made them."""
+    """What was drawn. images: uint8 [n, H, W, C], or float32 [n, ...] of npy.
+
+    about: what made them, named and typed as in the JSON answer: id, model, checkpoint, images_seen, seed, sampler, ...
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -50,23 +59,25 @@ class Client:
     """
 
     def __init__(self, url: str, token: str | None = None, *, tries: int = 8, timeout_s: float = 300.0) -> None:
-        self.url, self.tries = url.rstrip("/"), tries
+        self.url, self.tries, self._reached = url.rstrip("/"), tries, False
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = urllib3.Timeout(connect=10, read=timeout_s)
         self._pool = urllib3.PoolManager(num_pools=4, maxsize=64, retries=False, timeout=timeout)
 
     def sample(self, *, key: str | None = None, **fields: Any) -> Samples:
-        """Draws `count` samples; fields as in docs/serving.md. Raises Declined, StorageError (no answer in `tries`)."""
-        media = {"Accept": "application/x-npz"}
-        response = self._send(fields, key, media)
+        """Draws `count` samples; fields as in docs/serving.md, numbers of numpy too.
+
+        Raises UserError (of which Declined is one), StorageError (no answer in `tries`).
+        """
+        _no_stream(fields)
+        response = self._send(fields, key, {"Accept": "application/x-npz"})
         with np.load(io.BytesIO(response.data), allow_pickle=False) as arrays:
             images = arrays["images"] if "images" in arrays else arrays["samples"]
-            prefix = "x-scoreray-"
-            about = {k.lower()[len(prefix) :]: v for k, v in response.headers.items() if k.lower().startswith(prefix)}
-            return Samples(images, arrays["labels"], {"id": response.headers.get("x-request-id"), **about})
+            return Samples(images, arrays["labels"], _about(response.headers))
 
     def sample_json(self, *, key: str | None = None, **fields: Any) -> dict[str, Any]:
         """The same as the service's JSON, with base64 pictures."""
+        _no_stream(fields)
         return json.loads(self._send(fields, key, {"Accept": "application/json"}).data)
 
     def stream(self, *, key: str | None = None, **fields: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,7 +122,7 @@ class Client:
             "Content-Type": "application/json",
             "Idempotency-Key": key or uuid.uuid4().hex,
         }
-        body = json.dumps(fields).encode()
+        body = _body(fields)
         return self._try(
             lambda: self._pool.request(
                 "POST", f"{self.url}/v1/samples", body=body, headers=headers, preload_content=preload
@@ -128,8 +139,11 @@ class Client:
             try:
                 response = call()
             except (urllib3.exceptions.HTTPError, OSError) as error:
+                if not self._reached and (why := _never(error)):
+                    raise UserError(f"{self.url}: {why}: check the url") from None
                 last = f"{type(error).__name__}: {error}"
                 continue
+            self._reached = True
             if response.status == 200:
                 return response
             data = response.data if response.data else response.read()
@@ -138,6 +152,51 @@ class Client:
                 raise Declined(response.status, code, message)
             retry_after, last = response.headers.get("retry-after"), f"{code} ({response.status}): {message}"
         raise StorageError(f"{self.url}: no answer in {self.tries} tries; the last: {last}")
+
+
+def _no_stream(fields: dict[str, Any]) -> None:
+    if fields.pop("stream", False):
+        raise UserError("stream = True: `sample` gives the samples at once; call `stream` for previews on the way")
+
+
+def _body(fields: dict[str, Any]) -> bytes:
+    """The fields as JSON. Raises UserError for what JSON has no word for."""
+    if "idempotency_key" in fields:
+        raise UserError("idempotency_key: every call has one already; give your own as `key`")
+    for name, value in fields.items():
+        try:
+            json.dumps(value, default=_plain, allow_nan=False)
+        except (TypeError, ValueError):
+            raise UserError(f"{name} = {value!r}: must be a finite number, a string, a bool, None or a dict") from None
+    return json.dumps(fields, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy (or torch) as Python's."""
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError
+
+
+def _about(headers: Mapping[str, str]) -> dict[str, Any]:
+    told = {name.lower(): value for name, value in headers.items()}
+    about: dict[str, Any] = {"id": told.get("x-request-id")}
+    for header, value in told.items():
+        if header.startswith(ABOUT):
+            name = header.removeprefix(ABOUT).replace("-", "_")
+            about[name] = NUMBERS[name](value) if name in NUMBERS else value
+    return about
+
+
+def _never(error: BaseException) -> str | None:
+    """Why a service that has never answered will not answer the next time either; None where it may."""
+    if isinstance(error, urllib3.exceptions.LocationValueError):
+        return "is no url of a service"
+    if isinstance(error, urllib3.exceptions.SSLError):
+        return f"TLS does not work there, the service may speak plain http ({error})"
+    if isinstance(error, urllib3.exceptions.NameResolutionError):
+        return "no host of that name is known"
+    return None
 
 
 def _pause(attempt: int, retry_after: str | None) -> float:

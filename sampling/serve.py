@@ -42,14 +42,6 @@ HEADERS = {
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
-TELLING = (
-    "model",
-    "checkpoint",
-    "images_seen",
-    "ema",
-    "seed",
-    "precision",
-)  # of an answer that has no JSON, in headers
 
 
 def make_app(service: Service) -> FastAPI:
@@ -164,7 +156,7 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     request.state.about = answer.about
     if media == "application/json":
         return Response(json_answer(request_id, answer), media_type=media, headers=HEADERS)
-    told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(answer.about[name]) for name in TELLING}
+    told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
     return Response(answer.body, media_type=media, headers={**HEADERS, **told})
 
 

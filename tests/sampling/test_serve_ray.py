@@ -99,7 +99,7 @@ def test_samples_previews_and_the_model_through_the_client(service: str) -> None
     assert client.ready()
     a = client.sample(count=5, steps=4, seed=3)
     assert (a.images.shape, a.images.dtype, a.labels.tolist()) == ((5, 8, 8, 1), np.uint8, [0, 1, 2, 0, 1])
-    assert a.about["seed"] == "3"
+    assert a.about["seed"] == 3
     exact = client.sample(count=2, steps=4, seed=3, format="npy")
     assert exact.images.dtype == np.float32
     events = list(client.stream(count=2, steps=30, seed=3))
