@@ -18,14 +18,35 @@ class Alert:
     mend: str
 
 
+SERVED = '{deployment=~"model|ingress|ledger"}'
+STATUS = f"min by (deployment) (ray_serve_deployment_status{SERVED})"  # 0 to 2: unknown, failed, unhealthy
+HEALTHY = f"count by (deployment) (ray_serve_deployment_replica_healthy{SERVED} == 1)"
+WANTED = f"max by (deployment) (ray_serve_autoscaling_target_replicas{SERVED})"  # also without autoscaling
+
+
+def grown(gauge: str, window: str) -> str:
+    """PromQL: by how much a gauge that is always there grew, in whole steps; `delta` extrapolates, to more or less."""
+    return f"max by (run) ({gauge} - min_over_time({gauge}[{window}]))"
+
+
 ALERTS = (
     Alert(
         "ScorerayNoCommit",
-        "max by (run) (ray_scoreray_last_commit_age_s) > 3600",
+        # and it was there an hour ago: a run that goes on after a week has an old commit, and nothing is wrong
+        "max by (run) (ray_scoreray_last_commit_age_s) > 3600 "
+        "and max by (run) (last_over_time(ray_scoreray_last_commit_age_s[30m] offset 1h))",
         "5m",
         "page",
         "Run {{ $labels.run }} has not committed a checkpoint for {{ $value | humanizeDuration }}",
         "Look whether workers run (restarts), whether the storage can be written, and at checkpoint.every_images",
+    ),
+    Alert(
+        "ScoreraySilent",
+        "max by (run) (ray_scoreray_progress_age_s) > 600",
+        "1m",
+        "page",
+        "Run {{ $labels.run }} says nothing for {{ $value | humanizeDuration }}",
+        "A rank that hangs, storage or data that does not answer, or no room for the workers: its log and `ray status`",
     ),
     Alert(
         "ScorerayDataStalled",
@@ -37,8 +58,8 @@ ALERTS = (
     ),
     Alert(
         "ScorerayLossNotFinite",
-        "max by (run) ((ray_scoreray_loss != ray_scoreray_loss) or (abs(ray_scoreray_loss) == Inf) "
-        "or (delta(ray_scoreray_skipped_steps[15m]) > 0))",
+        f"{grown('ray_scoreray_skipped_steps', '15m')} > 0 "
+        "or max by (run) (max_over_time(ray_scoreray_stopped_nonfinite[15m])) > 0",
         "0m",
         "page",
         "Loss or gradient of run {{ $labels.run }} was not finite",
@@ -46,7 +67,7 @@ ALERTS = (
     ),
     Alert(
         "ScorerayRestarts",
-        "max by (run) (delta(ray_scoreray_restarts[1h])) >= 3",
+        f"{grown('ray_scoreray_restarts', '1h')} >= 3",
         "0m",
         "ticket",
         "The workers of run {{ $labels.run }} were started again {{ $value }} times within an hour",
@@ -62,11 +83,27 @@ ALERTS = (
     ),
     Alert(
         "ScorerayReplicaDown",
-        'min by (deployment) (ray_serve_deployment_replica_healthy{deployment=~"model|ingress|ledger"}) == 0',
-        "1m",
+        f"{STATUS} <= 2",
+        "3m",
         "page",
-        "A replica of {{ $labels.deployment }} is not healthy",
-        "Its log says why it ended; the others answer, more slowly",
+        "A replica of {{ $labels.deployment }} is gone and no other one has taken its place",
+        "Its log says why it ended, and `ray status` whether there is room for another; the others answer, more slowly",
+    ),
+    Alert(
+        "ScorerayReplicasDie",
+        f"changes(({STATUS} <= bool 2)[30m:15s]) >= 6",
+        "0m",
+        "page",
+        "Replicas of {{ $labels.deployment }} died three times within half an hour",
+        "Their logs say why: memory, a device, a checkpoint that can't be read",
+    ),
+    Alert(
+        "ScorerayFewReplicas",
+        f"({HEALTHY} or 0 * {WANTED}) < {WANTED}",
+        "10m",
+        "ticket",
+        "{{ $labels.deployment }} has {{ $value }} healthy replicas, fewer than are wanted",
+        "`ray status` tells what they wait for: nodes, GPUs, or a lower --replicas MAX",
     ),
 )
 

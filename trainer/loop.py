@@ -94,7 +94,7 @@ def train(
         images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
         skipped = checkpoint.marker.get("skipped_steps", 0)
         engine.publish(num_steps)
-        writer.last_commit = (images_seen, time.time())
+        writer.last_commit = (images_seen, checkpoint.marker.get("time", 0.0))
     if rank == 0:
         _forget_records(run, images_seen)
     saved, ahead = images_seen, config.checkpoint.ahead_images
@@ -171,10 +171,10 @@ def train(
             if ahead is not None and images_seen - saved >= ahead:
                 writer.wait()
             if rank == 0:
-                meter.show(watch, images_seen, total, writer.last_commit)
+                meter.show(watch, images_seen, total, writer.last_commit, skipped)
         writer.wait()
         if rank == 0:
-            meter.show(watch, images_seen, total, writer.last_commit, always=True)
+            meter.show(watch, images_seen, total, writer.last_commit, skipped, always=True)
         vote.close(meet=decided >= Ask.MOVE)
     finally:
         stream.close()
@@ -336,6 +336,7 @@ class _Meter:
         images: int,
         total: int,
         commit: tuple[int, float] | None,
+        skipped: int,
         always: bool = False,
     ) -> None:
         now = time.perf_counter()
@@ -359,6 +360,7 @@ class _Meter:
                 self._started_at,
                 self._rate * self._share_per_rate,
                 self._record,
+                skipped,
             )
         )
         if self._work is not None:

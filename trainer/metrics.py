@@ -7,7 +7,6 @@ checkpoint that they lead to (see `loop.py`), so a resumed run plots nothing twi
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,13 +46,13 @@ CATALOGUE = (
     Metric("scoreray_gradient_norm", "1", "Norm of the gradient before clipping, at the last record"),
     Metric("scoreray_learning_rate", "1", "Learning rate at the last record"),
     Metric("scoreray_last_commit_time_s", "s", "Unix time of the last committed checkpoint; 0 before the first"),
-    Metric(
-        "scoreray_last_commit_age_s", "s", "Seconds since the last commit, or since the start, as the run last told"
-    ),
+    Metric("scoreray_last_commit_age_s", "s", "Seconds since the last commit, of any start; before it, since start"),
+    Metric("scoreray_progress_age_s", "s", "Seconds since the run told anything; until then all else stays as it was"),
     Metric("scoreray_committed_images", "images", "Images of the last committed checkpoint"),
     Metric("scoreray_restarts", "starts", "How often the workers were started again"),
     Metric("scoreray_quarantined", "samples", "Samples that could not be read, in the whole run"),
     Metric("scoreray_skipped_steps", "steps", "Steps that were left out as their loss or gradient was not finite"),
+    Metric("scoreray_stopped_nonfinite", "1", "1 once the run ends because loss or gradient was not finite, else 0"),
 )
 
 
@@ -65,7 +64,7 @@ def sigma_labels() -> list[str]:
 
 
 def values(progress: Progress) -> dict[tuple[str, str], float]:
-    """(metric, sigma bucket or "") -> value, of what a progress tells; restarts are told by who restarts."""
+    """(metric, sigma bucket or "") -> value, of what a progress tells by itself; the rest is the `Monitor`'s."""
     told = {
         "images_seen": progress.images,
         "images_total": progress.total,
@@ -73,8 +72,6 @@ def values(progress: Progress) -> dict[tuple[str, str], float]:
         "data_stall": progress.data_stall,
         "loss": progress.loss,
         "mfu": progress.mfu,
-        "last_commit_time_s": progress.committed_at,
-        "last_commit_age_s": time.time() - (progress.committed_at or progress.started_at),
         "committed_images": progress.committed,
     }
     if (record := progress.record) is not None:
@@ -82,7 +79,6 @@ def values(progress: Progress) -> dict[tuple[str, str], float]:
             "gradient_norm": record.gradient_norm,
             "learning_rate": record.learning_rate,
             "quarantined": record.quarantined,
-            "skipped_steps": record.skipped_steps,
         }
     found = {(f"scoreray_{name}", ""): float(value) for name, value in told.items() if value == value}
     for label, loss in zip(sigma_labels(), record.sigma_losses if record else (), strict=False):

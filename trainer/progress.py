@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from dataclasses import dataclass, field
 
-from scoreray.trainer.metrics import Gauges
+from scoreray.trainer.metrics import Gauges, values
 from scoreray.trainer.stopping import Ask
+
+TELL_EVERY_S = 2.0  # Ray shows no gauge that was not set again within its export interval (10 s)
 
 
 @dataclass(frozen=True)
@@ -43,36 +47,70 @@ class Progress:
     data_stall: float
     committed: int
     committed_at: float = 0.0
-    """Unix time of the last commit of this start, s; 0 before it"""
+    """Unix time of the last commit, s, of an earlier start too; 0 before the first"""
     started_at: float = 0.0
     mfu: float = math.nan
     record: Record | None = None
     """the newest one"""
+    skipped_steps: int = 0
+    """steps without an update because loss or gradient was not finite, in the whole run so far"""
 
 
 class Monitor:
-    """A Ray actor between rank 0, Ray Train's controller and the person who watches; losing it loses nothing."""
+    """A Ray actor between rank 0, Ray Train's controller and the person who watches; losing it loses nothing.
 
-    def __init__(self, run: str) -> None:
-        self._gauges, self._restarts = Gauges(run), 0
-        self._gauges.set({("scoreray_restarts", ""): 0.0})
+    It owns the run's gauges and sets all of them again and again, so that they are there and their ages grow
+    when the workers hang, die or wait for room. `committed_at`, `skipped_steps`: of the checkpoint it goes on from.
+    """
+
+    def __init__(self, run: str, committed_at: float = 0.0, skipped_steps: int = 0) -> None:
+        self._gauges, self._restarts, self._stopped_nonfinite = Gauges(run), 0, False
+        self._began, self._heard_at = time.time(), time.monotonic()
+        self._committed_at, self._skipped_steps = committed_at, skipped_steps
         self._progress: Progress | None = None
+        self._shown: dict[tuple[str, str], float] = {}
         self._notes: list[str] = []
         self._ask, self._committed_before = Ask.NOTHING, 0
+        threading.Thread(target=self._keep_telling, daemon=True).start()
+
+    def _keep_telling(self) -> None:
+        while True:
+            self._gauges.set(self.told())
+            time.sleep(TELL_EVERY_S)
+
+    def told(self) -> dict[tuple[str, str], float]:
+        """(metric, sigma bucket or "") -> value, now. A count that a restart sets back does not fall."""
+        now = time.time()
+        mine = {
+            "last_commit_time_s": self._committed_at,
+            "last_commit_age_s": max(0.0, now - (self._committed_at or self._began)),
+            "progress_age_s": time.monotonic() - self._heard_at,
+            "restarts": self._restarts,
+            "skipped_steps": self._skipped_steps,
+            "stopped_nonfinite": self._stopped_nonfinite,
+        }
+        return self._shown | {(f"scoreray_{name}", ""): float(value) for name, value in mine.items()}
 
     def note(self, line: str) -> None:
+        self._heard_at = time.monotonic()
         self._notes.append(line)
 
     def started_again(self, reason: str) -> None:
         self._restarts += 1
-        self._gauges.set({("scoreray_restarts", ""): float(self._restarts)})
-        self._notes.append(f"workers are started again: {reason}")
+        self.note(f"workers are started again: {reason}")
         self._progress = None
         self._ask = Ask.STOP if self._ask is Ask.STOP else Ask.NOTHING
 
+    def stopped_nonfinite(self) -> None:
+        """The run ends because its loss was not finite."""
+        self._stopped_nonfinite = True
+
     def update(self, progress: Progress) -> int:
         """Rank 0 tells where it is; the answer is what it is asked to do."""
-        self._progress, ask = progress, self._ask
+        self._progress, ask, self._heard_at = progress, self._ask, time.monotonic()
+        self._committed_at = max(self._committed_at, progress.committed_at)
+        self._skipped_steps = max(self._skipped_steps, progress.skipped_steps)
+        self._shown = self._shown | values(progress)
         if ask is Ask.SAVE:
             self._ask = Ask.NOTHING
         return int(ask)

@@ -6,6 +6,7 @@ a run survives the death of a worker, of Ray Train's controller and of the drive
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -25,14 +26,14 @@ from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
 from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.meta import meta_module
-from scoreray.trainer.metrics import Gauges, values
 from scoreray.trainer.progress import Monitor, Progress
 from scoreray.trainer.standby import imports, prestart
-from scoreray.trainer.stopping import Ask
+from scoreray.trainer.stopping import Ask, NonFiniteError
 from scoreray.trainer.tracking import check_mlflow
 
 CONFIG_FILE = "config.yaml"
 POLL_S = 0.25
+LAST_WORD_S = 30.0  # Ray exports each 10 s, Prometheus asks each 15 s (k8s/base/platform/pod-monitor.yaml)
 SCRATCH = "SCORERAY_SCRATCH"  # a folder that whoever started Ray removes, also after a SIGKILL
 
 
@@ -100,10 +101,13 @@ def fit(
 
     from scoreray.trainer.ray_train import RunTrainer, cause, on_one_machine
 
-    if (images_seen := _images_committed(config)) >= config.duration.images:
-        return images_seen
+    before = latest(run_store(config))
+    if before is not None and before.images_seen >= config.duration.images:
+        return before.images_seen
+    known = before.marker if before is not None else {}
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
-    monitor = ray.remote(num_cpus=0, label_selector=here)(Monitor).remote(config.run.name)  # dies with us, not before
+    near = ray.remote(num_cpus=0, label_selector=here)(Monitor)  # dies with us, not before
+    monitor = near.remote(config.run.name, known.get("time", 0.0), known.get("skipped_steps", 0))
     done = threading.Event()
     if alone := on_one_machine():
         watch = _Standby(config, watch)
@@ -129,7 +133,10 @@ def fit(
             if trainer is None or not _stop(trainer, monitor, config, note):
                 raise
         except Exception as error:
-            raise cause(error) from None
+            reason = cause(error)
+            if isinstance(reason, NonFiniteError) and not alone:
+                _tell_nonfinite(monitor, note)
+            raise reason from None
         finally:
             done.set()
             watcher.join(timeout=5)
@@ -185,6 +192,16 @@ def _stop(trainer: Any, monitor: Any, config: Config, note: Callable[[str], None
     return _images_committed(config) >= config.duration.images
 
 
+def _tell_nonfinite(monitor: Any, note: Callable[[str], None]) -> None:
+    """Until Prometheus has seen why the run ends; the gauge goes with the monitor. Ctrl-C: at once."""
+    import ray
+
+    note(f"the loss is not finite: ends in {LAST_WORD_S:.0f} s, when the metrics have told (Ctrl-C: at once)")
+    with contextlib.suppress(KeyboardInterrupt, ray.exceptions.RayError):
+        ray.get(monitor.stopped_nonfinite.remote(), timeout=5)
+        time.sleep(LAST_WORD_S)
+
+
 def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]:
     """Environment variables that a training worker must have from its start; `alone`: on an embedded cluster."""
     environment = {
@@ -217,7 +234,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     monitor = settings["monitor"]
     config = Config.model_validate(settings["config"])
-    reporter = _Reporter(monitor, told, config.run.name)
+    reporter = _Reporter(monitor, told)
     device = torch.device("cpu")
     if config.scaling.use_gpu:
         device = ray.train.torch.get_device()
@@ -236,12 +253,10 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 class _Reporter:
     """Sends progress to the monitor and keeps what it answers, without waiting for it."""
 
-    def __init__(self, monitor: Any, told: Callable[[], Ask], run: str) -> None:
+    def __init__(self, monitor: Any, told: Callable[[], Ask]) -> None:
         self._monitor, self._told, self._ask = monitor, told, Ask.NOTHING
-        self._gauges = Gauges(run)
 
     def __call__(self, progress: Progress) -> None:
-        self._gauges.set(values(progress))
         self._monitor.update.remote(progress).future().add_done_callback(self._hear)
 
     def _hear(self, answer: Future[int]) -> None:

@@ -26,3 +26,5 @@ class Moved(ScorerayError):
 
 class NonFiniteError(ScorerayError):
     """Loss or gradient is NaN or infinite; raised instead of the optimizer step, so nothing has been changed by it."""
+
+    exit_status = 3

@@ -61,46 +61,102 @@ def test_every_metric_is_on_the_dashboard_that_its_entry_names() -> None:
 
 def test_alerts_ask_for_metrics_that_exist() -> None:
     known = {metric.name for shown in catalogue().values() for metric in shown} | {
-        "ray_serve_deployment_replica_healthy"
+        "ray_serve_deployment_replica_healthy",
+        "ray_serve_deployment_status",
+        "ray_serve_autoscaling_target_replicas",
     }
     for alert in ALERTS:
         assert set(re.findall(r"\b(?:ray_)?(?:scoreray|serve)_\w+", alert.when)) <= known, alert.name
 
 
+HEALTHY = 'ray_serve_deployment_replica_healthy{{application="scoreray",deployment="model",replica="{}"}}'
+STATUS = 'ray_serve_deployment_status{application="scoreray",deployment="model"}'
+WANTED = 'ray_serve_autoscaling_target_replicas{application="scoreray",deployment="model"}'
+LOST = [  # as scraped each 15 s from a service of two whose replica was killed, with no room for another
+    (WANTED, "2x200"),
+    (HEALTHY.format("x"), "1x200"),
+    (HEALTHY.format("y"), "1x41 0 stale"),
+    (STATUS, "6x40 2x160"),
+]
 FIRES: dict[str, tuple[list[tuple[str, str]], str, dict[str, str]]] = {
-    # alert -> series by minute, when it is asked, its labels
-    "ScorerayNoCommit": ([('ray_scoreray_last_commit_age_s{run="a"}', "3700+60x10")], "6m", {"run": "a"}),
-    "ScorerayDataStalled": ([('ray_scoreray_data_stall{run="a"}', "0.7x20")], "11m", {"run": "a"}),
-    "ScorerayLossNotFinite": ([('ray_scoreray_skipped_steps{run="a"}', "0x5 3x20")], "8m", {"run": "a"}),
-    "ScorerayRestarts": ([('ray_scoreray_restarts{run="a"}', "0x20 4x60")], "61m", {"run": "a"}),
+    # alert -> series each 15 s, when it is asked, its labels
+    "ScorerayNoCommit": ([('ray_scoreray_last_commit_age_s{run="a"}', "2+15x290")], "67m", {"run": "a"}),
+    "ScoreraySilent": ([('ray_scoreray_progress_age_s{run="a"}', "1x40 0+15x60")], "22m", {"run": "a"}),
+    "ScorerayDataStalled": ([('ray_scoreray_data_stall{run="a"}', "0.7x80")], "11m", {"run": "a"}),
+    "ScorerayLossNotFinite": ([('ray_scoreray_skipped_steps{run="a"}', "2x20 3x80")], "8m", {"run": "a"}),
+    "ScorerayRestarts": (
+        [('ray_scoreray_restarts{run="a"}', "0x40 1x40 2x40 3x120")],
+        "32m",
+        {"run": "a"},
+    ),
     "ScorerayShedding": (
         [
-            ('scoreray_sheds_total{code="overloaded"}', "0+60x30"),
-            ('scoreray_requests_total{code="ok"}', "0+60x30"),
-            ('scoreray_requests_total{code="overloaded"}', "0+60x30"),
+            ('scoreray_sheds_total{code="overloaded"}', "0+15x120"),
+            ('scoreray_requests_total{code="ok"}', "0+15x120"),
+            ('scoreray_requests_total{code="overloaded"}', "0+15x120"),
         ],
         "15m",
         {},
     ),
-    "ScorerayReplicaDown": (
-        [
-            ('ray_serve_deployment_replica_healthy{deployment="model",replica="x"}', "1x30"),
-            ('ray_serve_deployment_replica_healthy{deployment="model",replica="y"}', "1x5 0x30"),
-        ],
-        "8m",
+    "ScorerayReplicaDown": (LOST, "15m", {"deployment": "model"}),
+    "ScorerayReplicasDie": (
+        [(STATUS, "6x10 2x1 6x30 2x2 6x30 2x1 6x100")],  # back within half a minute each time
+        "22m",
         {"deployment": "model"},
     ),
+    "ScorerayFewReplicas": (LOST, "23m", {"deployment": "model"}),
 }
-QUIET = [
-    ('ray_scoreray_last_commit_age_s{run="a"}', "0+60x50"),
-    ('ray_scoreray_data_stall{run="a"}', "0.1x90"),
-    ('ray_scoreray_skipped_steps{run="a"}', "2x90"),
-    ('ray_scoreray_loss{run="a"}', "0.2x90"),
-    ('ray_scoreray_restarts{run="a"}', "0x20 1x70"),
-    ('scoreray_sheds_total{code="overloaded"}', "0+1x90"),
-    ('scoreray_requests_total{code="ok"}', "0+100x90"),
-    ('ray_serve_deployment_replica_healthy{deployment="model",replica="x"}', "1x90"),
-]
+MORE = {
+    "stopped, and gone soon": (
+        "ScorerayLossNotFinite",
+        [('ray_scoreray_stopped_nonfinite{run="a"}', "0x20 1x2 stale")],
+        "8m",
+        {"run": "a"},
+    ),
+    "a driver that dies again and again": (  # its monitor knows when the last start's checkpoint was written
+        "ScorerayNoCommit",
+        [('ray_scoreray_last_commit_age_s{run="a"}', "0+15x120 stale _x20 2115+15x200")],
+        "67m",
+        {"run": "a"},
+    ),
+    "the only replica, with its node": (
+        "ScorerayFewReplicas",
+        [(WANTED, "1x200"), (HEALTHY.format("x"), "1x40 stale"), (STATUS, "6x200")],
+        "23m",
+        {"deployment": "model"},
+    ),
+    "a service that never came up": ("ScorerayReplicaDown", [(STATUS, "3x20 1x100")], "10m", {"deployment": "model"}),
+}
+GOOD = {
+    "a run and a service that go on": [
+        ('ray_scoreray_last_commit_age_s{run="a"}', "0+15x200 0+15x160"),
+        ('ray_scoreray_progress_age_s{run="a"}', "1x360"),
+        ('ray_scoreray_data_stall{run="a"}', "0.1x360"),
+        ('ray_scoreray_skipped_steps{run="a"}', "2x360"),
+        ('ray_scoreray_stopped_nonfinite{run="a"}', "0x360"),
+        ('ray_scoreray_restarts{run="a"}', "0x80 1x80 2x200"),
+        ('scoreray_sheds_total{code="overloaded"}', "0+1x360"),
+        ('scoreray_requests_total{code="ok"}', "0+100x360"),
+        (WANTED, "2x360"),
+        (HEALTHY.format("x"), "1x360"),
+        (HEALTHY.format("y"), "1x360"),
+        (STATUS, "6x360"),
+    ],
+    "one week later the run goes on, a driver's count begins again": [
+        ('ray_scoreray_last_commit_age_s{run="a"}', "_x10 604800+15x180 0+15x170"),
+        ('ray_scoreray_skipped_steps{run="a"}', "5x20 4x340"),
+        ('ray_scoreray_restarts{run="a"}', "4x10 stale _x10 0x340"),
+        ('ray_scoreray_progress_age_s{run="a"}', "0+15x30 0x330"),  # a slow start
+    ],
+    "replicas come and go with the load, one dies and is replaced": [
+        (WANTED, "1x100 3x100 1x160"),
+        (HEALTHY.format("x"), "1x360"),
+        (HEALTHY.format("y"), "_x120 1x80 0 stale"),
+        (HEALTHY.format("z"), "_x110 1x40 0 stale"),
+        (HEALTHY.format("w"), "_x154 1x46 0 stale"),
+        (STATUS, "6x100 4x20 6x30 2x4 6x46 5x4 6x156"),
+    ],
+}
 
 
 def promtool(folder: Path, tests: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
@@ -122,27 +178,19 @@ def firing(name: str, when: str, labels: dict[str, str]) -> dict[str, Any]:
     return {"expr": query, "eval_time": when, "exp_samples": [{"labels": "{}", "value": 1}]}
 
 
-@pytest.mark.parametrize("name", [alert.name for alert in ALERTS])
-def test_each_alert_fires(tmp_path: Path, name: str) -> None:
-    pairs, when, labels = FIRES[name]
-    test = {"interval": "1m", "input_series": series(pairs), "promql_expr_test": [firing(name, when, labels)]}
-    done = promtool(tmp_path, [test])
-    assert done.returncode == 0, done.stdout + done.stderr
+def asked(pairs: list[tuple[str, str]], **checks: Any) -> dict[str, Any]:
+    return {"interval": "15s", "input_series": series(pairs), **checks}
 
 
-@pytest.mark.parametrize("value", ["Inf", "-Inf"])
-def test_a_loss_that_is_infinite_fires_at_once(tmp_path: Path, value: str) -> None:
-    inputs = series([('ray_scoreray_loss{run="a"}', f"0.2x3 {value} {value} {value} {value}")])
-    test = {
-        "interval": "1m",
-        "input_series": inputs,
-        "promql_expr_test": [firing("ScorerayLossNotFinite", "6m", {"run": "a"})],
-    }
-    done = promtool(tmp_path, [test])
+def test_each_alert_fires(tmp_path: Path) -> None:
+    assert FIRES.keys() == {alert.name for alert in ALERTS}
+    cases = [(name, *case) for name, case in FIRES.items()] + list(MORE.values())
+    done = promtool(tmp_path, [asked(pairs, promql_expr_test=[firing(name, *when)]) for name, pairs, *when in cases])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_alert_fires_while_all_is_well(tmp_path: Path) -> None:
-    checks = [{"eval_time": f"{m}m", "alertname": alert.name, "exp_alerts": []} for alert in ALERTS for m in (30, 50)]
-    done = promtool(tmp_path, [{"interval": "1m", "input_series": series(QUIET), "alert_rule_test": checks}])
+    minutes = range(1, 90)
+    checks = [{"eval_time": f"{m}m", "alertname": alert.name, "exp_alerts": []} for alert in ALERTS for m in minutes]
+    done = promtool(tmp_path, [asked(pairs, alert_rule_test=checks) for pairs in GOOD.values()])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import Any
 import pytest
 import torch
 
+from scoreray.trainer.checkpoint import MARKER, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.dit import DiTConfig
 from scoreray.trainer.flops import matmul_rate, training_flops
 from scoreray.trainer.loop import Progress, read_metrics, run_store, train
 from scoreray.trainer.metrics import CATALOGUE, SIGMA_EDGES, TENSORBOARD, sigma_labels, values
 from scoreray.trainer.network import build_network, flops
+from scoreray.trainer.stopping import Ask
 
 Settings = Callable[..., dict[str, Any]]
+MONITORS = {
+    f"scoreray_{name}"
+    for name in ("last_commit_time_s", "last_commit_age_s", "progress_age_s", "restarts", "skipped_steps",
+                 "stopped_nonfinite")
+}  # fmt: skip
 
 
 def config(small_run: Settings, storage: Path, *overrides: str) -> Config:
@@ -63,7 +71,7 @@ def test_tensorboard_has_every_record_once_also_after_a_kill(small_run: Settings
     with pytest.MonkeyPatch.context() as patch:
         from scoreray.trainer import loop
 
-        patch.setattr(loop._Meter, "show", lambda self, watch, images, total, commit, always=False: watch(
+        patch.setattr(loop._Meter, "show", lambda self, watch, images, total, commit, skipped, always=False: watch(
             Progress(images, total, 0.0, 1.0, 0.0, 0)))  # fmt: skip
         with pytest.raises(Killed):
             train(c, watch=kill)
@@ -85,13 +93,27 @@ def test_the_catalogue_names_what_is_told(small_run: Settings, tmp_path: Path) -
     train(config(small_run, tmp_path), watch=told.append)
     names = {metric.name for metric in CATALOGUE}
     found = values(told[-1])
-    assert {name for name, _ in found} == names - {"scoreray_restarts"}
+    assert {name for name, _ in found} == names - MONITORS
     assert {sigma for name, sigma in found if sigma} <= set(sigma_labels())
     assert len(sigma_labels()) == len(SIGMA_EDGES) + 1
     assert found["scoreray_committed_images", ""] == 320
-    assert 0 <= found["scoreray_last_commit_age_s", ""] < 60
     assert 0 < found["scoreray_mfu", ""] < 1
     assert all(metric.unit and metric.meaning for metric in CATALOGUE)
+
+
+def test_a_resumed_run_tells_when_its_checkpoint_was_committed(small_run: Settings, tmp_path: Path) -> None:
+    """Else a run that dies before each commit would look as if it committed at each start."""
+    c = config(small_run, tmp_path)
+    train(c, asked=lambda: Ask.STOP)
+    run = run_store(c)
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    old = {**checkpoint.marker, "time": checkpoint.marker["time"] - 5000}
+    run.put(f"{checkpoint.folder}/{MARKER}", json.dumps(old).encode())
+    told: list[Progress] = []
+    train(c, watch=told.append)
+    assert told[0].committed_at == pytest.approx(old["time"])
+    assert told[-1].committed_at > old["time"] + 4900
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:
