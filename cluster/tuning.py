@@ -88,12 +88,13 @@ def _gpus() -> float:
 
 
 class TrialTable:
-    """The trials of a study: a table on a terminal, a line for each report in a log."""
+    """The trials of a study: a table on a terminal; in a log a line now and then, where something has changed."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._told = plan, 0
+        self._plan = plan
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
-        self._line_at, self._reported = time.monotonic(), -1
+        self._line_at, self._shown = time.monotonic(), ""
+        self._pace: Pace | None = None
 
     def __enter__(self) -> TrialTable:
         if self._live:
@@ -111,11 +112,59 @@ class TrialTable:
         if self._live:
             self._live.update(Group(table_of(self._plan, state), Text(summary_of(state))))
             return
-        reported = sum(len(trial.reports) for trial in state.trials)
-        if reported != self._reported and time.monotonic() - self._line_at > QUIET_LINE_EVERY_S:
-            self._reported, self._line_at = reported, time.monotonic()
-            best = best_of(self._plan, state.trials)
-            say(f"tune: {summary_of(state)}" + (f"; best trial {best[0].number}: {_metrics(best[0])}" if best else ""))
+        self._pace = self._pace or Pace(self._plan, state, time.monotonic())
+        now = time.monotonic()
+        if now - self._line_at <= QUIET_LINE_EVERY_S:
+            return
+        best = best_of(self._plan, state.trials)
+        shown = self._pace.told(state) + (f"; best trial {best[0].number}: {_metrics(best[0])}" if best else "")
+        if shown != self._shown:
+            self._shown, self._line_at = shown, now
+            left = self._pace.left_s(state, now)
+            say(f"tune: {shown}" + (f"; about {left:,.0f} s left" if left else ""))
+
+
+class Pace:
+    """How far a study has come since a start, and how long it will take: by images where trials are trained, else by
+    trials."""
+
+    def __init__(self, plan: Plan, state: State, now: float) -> None:
+        self._plan, self._at = plan, now
+        self._before = self._images(state), _ended(state)
+
+    def told(self, state: State) -> str:
+        """Trials, and images trained on."""
+        return summary_of(state) + (f"; {self._images(state):,} images" if self._plan.total else "")
+
+    def left_s(self, state: State, now: float) -> float | None:
+        """Seconds until the last trial's end; None where nothing has been done to tell by. A trial is taken to go as
+        far as those that have ended did on average."""
+        if not self._plan.space.trains:
+            done, left = _ended(state) - self._before[1], state.total - _ended(state)
+            return (now - self._at) / done * left if done > 0 else None
+        done = self._images(state) - self._before[0]
+        if done <= 0:
+            return None
+        ended = [trial.images for trial in state.trials if trial.state in ("done", "stopped")]
+        far = sum(ended) / len(ended) if ended else float(self._plan.total)
+        under_way = [trial for trial in state.trials if trial.state == "running"]
+        ahead = sum(max(0.0, far - _images_of(state, trial)) for trial in under_way)
+        return (now - self._at) / done * (ahead + far * (state.total - len(state.trials)))
+
+    def _images(self, state: State) -> int:
+        seen: dict[str, int] = {}
+        for trial in state.trials:
+            seen[trial.run] = max(seen.get(trial.run, 0), _images_of(state, trial))
+        return sum(seen.values())
+
+
+def _images_of(state: State, trial: Trial) -> int:
+    work = state.running.get(trial.number)
+    return max(trial.images, work.progress.images if work is not None and work.progress is not None else 0)
+
+
+def _ended(state: State) -> int:
+    return sum(trial.state != "running" for trial in state.trials)
 
 
 def summary_of(state: State) -> str:
