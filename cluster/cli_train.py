@@ -44,11 +44,12 @@ def train(
     if print_config:
         typer.echo(dump_config(loaded), nl=False)
         return
-    from scoreray.cluster.training import train_to_end
+    from scoreray.cluster.training import check_here, train_to_end
     from scoreray.trainer.run import check_run, prepare_run
 
     if check:
         check_run(loaded)
+        check_here(loaded)
         typer.echo(f"{config}: good")
         return
     make_bucket(loaded.run.storage)

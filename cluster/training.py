@@ -67,10 +67,10 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
         if before is not None:
             say(f"run '{config.run.name}' goes on from {before.images_seen:,} images ({before.url})")
         low, high = config.scaling.range
+        check_here(config)
         with connected(num_cpus=_slots(config), verbose=verbose):
             _check_resources(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
-            _tell_crowding(config)
             say(f"run '{config.run.name}': {workers} workers, ZeRO {config.engine.zero_stage}, to {run.url()}")
             with beside(config, say), tracked(config, say), TrainLine(total) as line:
                 fit(config, line, say)
@@ -88,11 +88,26 @@ def _slots(config: Config) -> int:
     return max(os.cpu_count() or 1, math.ceil(config.scaling.range[1] * config.scaling.cpus_per_worker))
 
 
+def check_here(config: Config) -> None:
+    """Without RAY_ADDRESS the run is this machine's: what it lacks is told before Ray is started. Raises UserError."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    workers, gpus = config.scaling.range[0], torch.cuda.device_count()
+    if config.scaling.use_gpu and workers > gpus:
+        raise UserError(
+            f"scaling.workers: {workers} workers with scaling.use_gpu need {workers} GPUs, this machine has {gpus}; "
+            "ask for fewer, or connect to a cluster with RAY_ADDRESS"
+        )
+    _tell_crowding(config)
+
+
 def _tell_crowding(config: Config) -> None:
     """Fewer cores than were asked for are no mistake: a laptop may try what a cluster will run. But it is told."""
     workers, cores = config.scaling.range[1], os.cpu_count() or 1
     wanted = workers * config.scaling.cpus_per_worker
-    if wanted > cores and not os.environ.get("RAY_ADDRESS"):
+    if wanted > cores:
         say(f"scaling.workers: {workers} workers want {wanted:g} cores and share this machine's {cores}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from scoreray.data.local_s3 import LocalS3
@@ -198,6 +199,18 @@ def test_a_folder_that_cannot_hold_an_s3_server(scoreray: Any, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     assert_refused(scoreray("--local-s3", str(tmp_path / "file"), "data", "verify", "s3://abc/x"), 3, "file")
     assert_refused(scoreray("--local-s3", "/proc/nowhere", "data", "verify", "s3://abc/x"), 3, "/proc/nowhere")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_check_tells_what_this_machine_lacks(
+    scoreray: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    gpu = scoreray("train", "--check", str(config_file), "scaling.use_gpu=true")
+    assert_refused(gpu, 2, "scaling.workers", "1 GPUs", "this machine has 0")
+    crowded = scoreray("train", "--check", str(config_file), "scaling.workers=16")
+    assert crowded.returncode == 0, crowded.stderr
+    assert "16 workers want 16 cores and share this machine's" in crowded.stderr
 
 
 def test_a_plan_needs_a_config(scoreray: Any) -> None:
