@@ -192,7 +192,9 @@ class PathStore(Store):
         found = []
         top = os.path.join(self.root, os.path.dirname(prefix)) if prefix else self.root
         with explained(Path(top)):
-            for folder, _, names in os.walk(top):
+            for folder, folders, names in os.walk(top):
+                if prefix and folder == top:  # the only ones that may lead to a key with the prefix
+                    folders[:] = [name for name in folders if name.startswith(os.path.basename(prefix))]
                 for name in names:
                     path = os.path.join(folder, name)
                     key = os.path.relpath(path, self.root)
@@ -243,13 +245,13 @@ class PathStore(Store):
 def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
     """A synced file with `data` beside `path`, removed at the end if it still has its temporary name."""
     for attempt in range(10):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name[:100]}-", dir=path.parent)
             break
-        except FileNotFoundError:  # a concurrent delete() removed the empty folder
+        except FileNotFoundError as error:  # a concurrent delete() removed the empty folder; always so in /proc
             if attempt == 9:
-                raise
+                raise StorageError(f"{path.parent}: can't be written: no folder can be made here") from error
     try:
         with open(descriptor, "wb") as file:
             if isinstance(data, Path):

@@ -83,6 +83,12 @@ def test_a_folder_that_was_not_there_is_not_there_after_it_was_tried(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_that_can_not_be_made_is_told_as_such() -> None:
+    with pytest.raises(StorageError, match=r"^/proc/x1: can't be written: no folder can be made here$"):
+        open_store("/proc/x1").check_writable()
+
+
 def test_check_writable_leaves_nothing_behind(store: Store) -> None:
     store.check_writable()
     assert store.list() == []
