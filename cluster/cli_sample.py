@@ -15,7 +15,9 @@ from scoreray.data.errors import UserError
 
 def sample(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
-    out: Annotated[str, typer.Option(help="A folder or prefix, or a .npz. The same command again goes on there.")],
+    out: Annotated[
+        str, typer.Option(help="A folder or prefix, or a .npz. The same command again goes on there, or mends it.")
+    ],
     count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
     format: Annotated[
         str,
@@ -38,7 +40,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
     class_label: Annotated[str | None, typer.Option(help="A class's name or number; all in turn if left out.")] = None,
     guidance: Annotated[
-        float, typer.Option(help="Weight of guidance: 1 is none, 2 strengthens the class (classifier-free).")
+        float, typer.Option(help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the class.")
     ] = 1.0,
     autoguide: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")

@@ -10,10 +10,13 @@ from typing import Any
 from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
 from scoreray.data.errors import StorageError, UserError
-from scoreray.sampling.batch_generation import Job, Samples, begin, carry_out_job, here, place_of
+from scoreray.sampling.batch_generation import Job, Samples, begin, carry_out_job, here
 from scoreray.sampling.generate import Request
 from scoreray.sampling.sample_files import sheet
+from scoreray.sampling.sample_place import files_of, intact, place_of
 from scoreray.trainer.cpu import keep_large_tensors_on_the_heap
+
+MOST_NAMED = 3  # of the files that are missing or damaged
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,16 @@ def sample_to(
         raise UserError(f"--picture {picture}: its folder is not there")
     keep_large_tensors_on_the_heap()
     words = {**words, "pictures": picture is not None}
-    job, model, finished = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
+    job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
     samples = Samples(job, place.shards.url(), model)
     out = place.store.url(place.result)
-    if finished:
-        say(f"{out}: these samples are there already")
+    kept = None if recorded is None else intact(place, job, recorded)
+    lost = [] if kept is None else [name for name in files_of(place, job) if name not in kept]
+    if lost:
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        say(f"{place.store.url(place.name)}: missing or damaged, and made again: {', '.join(lost[:MOST_NAMED])}{more}")
+    if kept is not None and not lost:
+        say(f"{out}: these samples are there already, every byte as it was drawn")
     else:
         with contextlib.ExitStack() as stack:
             if actors is not None:
@@ -76,7 +84,8 @@ def sample_to(
 
                 stack.enter_context(connected(num_cpus=actors, verbose=verbose))
             progress = stack.enter_context(counted("sample", "samples"))
-            carry_out_job(place, samples, here(progress) if actors is None else on_actors(actors, progress))
+            mapper = here(progress) if actors is None else on_actors(actors, progress, say)
+            carry_out_job(place, samples, mapper, kept)
     if picture is not None:
         try:
             picture.write_bytes(sheet(place))

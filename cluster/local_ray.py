@@ -37,6 +37,7 @@ QUIET_AND_LOCAL = {
 }
 
 OUR_KILL = "killed by `ray.kill`"
+_verbose = False  # of the newest connection of this process
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     if ray.is_initialized():
         yield
         return
-    _keep_off_stdout()
+    _keep_off_stdout(verbose)
     warnings.filterwarnings("ignore", category=FutureWarning)
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray").setLevel(level)
@@ -106,11 +107,14 @@ def _why_not(error: Exception) -> str:
     return f"Ray could not be started on this machine ({free}, load {os.getloadavg()[0]:.0f}): {reason}"
 
 
-def _keep_off_stdout() -> None:
+def _keep_off_stdout(verbose: bool) -> None:
     """What Ray tells of raylets and workers goes to stderr: standard output is for a command's answer (--json).
 
-    That tasks fail whose actor we have ended ourselves is no news, and not told.
+    That tasks fail whose actor we have ended ourselves is no news, and not told. Without `verbose` nothing of Ray's own
+    is: who waits for a worker that died tells of it in a line, and Ray would in a paragraph (kernel's log, advice).
     """
+    global _verbose
+    _verbose = verbose
     from ray._private import worker
 
     printed = worker.print_to_stdstream
@@ -118,7 +122,7 @@ def _keep_off_stdout() -> None:
 
         def on_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
             lines = [line for line in data["lines"] if OUR_KILL not in line]
-            if lines:
+            if lines and (_verbose or data.get("pid") != "raylet"):
                 printed({**data, "lines": lines, "is_err": True}, ignore_prefix)
 
         on_stderr.to_stderr = True  # type: ignore[attr-defined]

@@ -155,8 +155,13 @@ def pack_shard(plan: Plan, number: int) -> Packed:
         data, packed = plan.make(number, Path(scratch))
         if data is not None:
             store.put(packed.shard.name, data)
-    store.put(done, _to_record(packed))
+    put_record(store, number, packed)
     return packed
+
+
+def put_record(store: Store, number: int, packed: Packed) -> None:
+    """Says that shard `number` is finished: its bytes are there."""
+    store.put(f"packing/{number:06d}", _to_record(packed))
 
 
 def _sha256(store: Store, shard: Shard) -> str:

@@ -2,7 +2,8 @@
 
 The samples are cut into shards, each a function of the job alone. Every finished shard is put and recorded with its
 SHA-256, so a job that was killed goes on with the shards that are missing and ends in the same bytes. What was asked
-for lies beside the samples, and another request is not mixed with it.
+for lies beside the samples, with the SHA-256 of all that came of it: another request is not mixed with it, and what is
+missing or damaged later is drawn again.
 """
 
 from __future__ import annotations
@@ -14,26 +15,36 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from scoreray.data.errors import DataError, UserError, nearest
-from scoreray.data.manifest import Shard
-from scoreray.data.packing import Packed, Plan, carry_out, pack_shard
+from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.manifest import MANIFEST, Manifest, Shard
+from scoreray.data.packing import Packed, carry_out, pack_shard
 from scoreray.data.shards import ShardWriter
-from scoreray.data.store import NotFound, Store, open_store
+from scoreray.data.store import NotFound, open_store
 from scoreray.data.traces import span
 from scoreray.sampling.driver import Form, choose_form, fingerprint, in_form
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
+from scoreray.sampling.sample_place import (
+    Digest,
+    Format,
+    Place,
+    digest_of_file,
+    files_of,
+    group,
+    group_name,
+    owner,
+    refuse_strangers,
+    shard_name,
+    take_over,
+    taken_over,
+)
 from scoreray.sampling.steering import Guidance, Measurement
 from scoreray.trainer.step import to_uint8
 
-Format = Literal["webdataset", "png", "npz"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-RECORD = "sampling.json"
-SHEET = "samples.png"
 VERSION = 1  # raised when the bytes that the same job makes change
 SHARDS, MAX_SHARD_SAMPLES, MAX_SHARD_BYTES = 64, 4096, 64 << 20
 
@@ -81,56 +92,18 @@ class Job:
                    request=whole, form=form)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where samples go. `shards`: the store of the finished shards until the end, for webdataset for good."""
-
-    store: Store
-    format: Format
-    name: str = ""  # of the npz
-
-    @property
-    def record(self) -> str:
-        return f"{self.name}.json" if self.name else RECORD
-
-    @property
-    def result(self) -> str:
-        """What a person looks at first."""
-        return {"webdataset": "manifest.json", "png": SHEET, "npz": self.name}[self.format]
-
-    @property
-    def unfinished(self) -> str:
-        """Prefix of the shards that are no part of the result."""
-        return "" if self.format == "webdataset" else f"{self.name or 'samples'}.unfinished"
-
-    @property
-    def shards(self) -> Store:
-        return self.store.child(self.unfinished) if self.unfinished else self.store
-
-
-def place_of(url: str, format: str = "auto") -> Place:
-    """auto: npz where the URL ends so, shards in S3, pictures in a folder. Raises UserError."""
-    if format not in ("auto", *FORMATS):
-        raise UserError(f"--format {format}: {nearest(format, ('auto', *FORMATS))}")
-    ends = url.endswith(".npz")
-    if ends != (format == "npz") and format != "auto":
-        raise UserError(f"--format {format}, --out {url}: an npz, and only that, has a name that ends in .npz")
-    if ends:
-        parent, _, name = url.rpartition("/")
-        return Place(open_store(parent or "."), "npz", name)
-    guess: Format = "webdataset" if url.startswith("s3://") else "png"
-    chosen = next((f for f in FORMATS if f == format), guess)
-    return Place(open_store(url), chosen)
-
-
 @dataclass
 class Samples:
-    """The plan of a job (`packing.Plan`): makes its shards. `done(n)` is called after each batch of n samples."""
+    """The plan of a job (`packing.Plan`): makes its shards. `done(n)` is called after each batch of n samples.
+
+    token: of the start that it is made for; where another start has taken over, no shard is put. Empty: not asked.
+    """
 
     job: Job
     url: str
     model: Model
     done: Callable[[int], None] = field(default=lambda n: None)
+    token: str = ""
 
     def __post_init__(self) -> None:
         self._draw: Callable[[int, torch.Tensor], torch.Tensor] | None = None
@@ -151,16 +124,26 @@ class Samples:
     def total_samples(self, done: list[Shard]) -> int:
         return self.job.request.count
 
+    def elsewhere(self, numbers: Sequence[int]) -> int:
+        """Samples that are in none of these shards."""
+        return self.job.request.count - sum(len(group(self.job, number)) for number in numbers)
+
     def check_here(self) -> None:
         """The model is loaded already."""
+
+    def check_owner(self) -> None:
+        """Raises TakenOver where the job is another start's by now."""
+        if self.token and owner(open_store(self.url)) != self.token:
+            raise taken_over(self.url)
 
     def make(self, number: int, scratch: Path) -> tuple[bytes, Packed]:
         """Members `<i>.png` (or .npy), `<i>.cls` where there are classes, and `<i>.json` with the sample's seed."""
         job, request, info = self.job, self.job.request, self.model.info
+        self.check_owner()
         if self._draw is None:
             self._draw = prepare(in_form(self.model, job.form), request)
-        start, tar = number * job.samples_per_shard, io.BytesIO()
-        end = min(start + job.samples_per_shard, request.count)
+        tar, numbers = io.BytesIO(), group(job, number)
+        start, end = numbers.start, numbers.stop
         writer = ShardWriter(tar, self.shape, self.dtype, "png" if self.dtype == "uint8" else "npy")
         for first in range(start, end, request.batch_size):
             last = min(first + request.batch_size, end)
@@ -172,7 +155,8 @@ class Samples:
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
                 writer.add(f"{i:08d}", array, label, json.dumps(note).encode())
             self.done(last - first)
-        packed = writer.finish(f"shards/{number:06d}.tar")
+        packed = writer.finish(shard_name(number))
+        self.check_owner()
         return tar.getvalue(), packed
 
 
@@ -187,8 +171,8 @@ def begin(
     samples_per_shard: int | None = None,
     processes: int = 1,
     pictures: bool = False,
-) -> tuple[Job, Model, bool]:
-    """Claims the place: (the job to carry out, its model, whether it is finished already).
+) -> tuple[Job, Model, dict[str, Digest] | None]:
+    """Claims the place: (the job to carry out, its model, what is recorded of its files if it was finished before).
 
     A job of the same request that was begun there is gone on with: at the checkpoint that it began with, in the form
     that it took. pictures: whether the samples must be pictures whatever the format. Raises UserError naming what
@@ -197,6 +181,8 @@ def begin(
     if samples_per_shard is not None and samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
     there = _read(place)
+    if there is None:
+        refuse_strangers(place)
     if there is not None and there["asked"] == _asked(checkpoint) and ema in (None, there["ema"]):
         model = load_model(there["checkpoint"], there["ema"])
     else:
@@ -217,13 +203,12 @@ def begin(
         form = choose_form(model, request, precision=precision, compile_=compile_, processes=processes)
         job = replace(job, form=form)
         if place.store.put_new(place.record, job.to_json()):
-            _refuse_strangers(place)
-            return job, model, False
+            return job, model, None
         there = _read(place) or {}
     _check_same(place, there, job)
     begun = Job.from_json(there, request.batch_size)
-    finished = bool(there.get("finished")) and all(place.store.exists(name) for name in there["finished"])
-    return begun, model, finished
+    finished = there.get("finished")
+    return begun, model, finished if isinstance(finished, dict) else None
 
 
 def _asked(url: str) -> str:
@@ -260,15 +245,6 @@ def _check_same(place: Place, there: dict[str, Any], job: Job) -> None:
         )
 
 
-def _refuse_strangers(place: Place) -> None:
-    """A data set or pictures that no request of ours left are not written over."""
-    strangers = {"webdataset": ["manifest.json"], "png": ["000000.png"], "npz": [place.name]}[place.format]
-    found = [name for name in strangers if place.store.exists(name)]
-    if found:
-        place.store.delete([place.record])
-        raise UserError(f"{place.store.url(found[0])}: is there already, of another origin; give another --out")
-
-
 def is_picture(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
 
@@ -279,37 +255,63 @@ def default_shard(count: int, shape: Sequence[int]) -> int:
     return min(most, 64 * math.ceil(count / SHARDS / 64))
 
 
-def carry_out_job(place: Place, samples: Samples, map_shards: Mapper) -> str:
+def carry_out_job(place: Place, samples: Samples, map_shards: Mapper, kept: dict[str, Digest] | None = None) -> str:
     """Makes the shards that are missing and puts them into their form; the URL of what came of it.
 
     map_shards: calls `packing.pack_shard(samples, number)` for each number, in order, here or on a cluster.
+    kept: of a job that was finished before, those of its files that are as they were (`sample_place.intact`); the
+    others are made again. Raises TakenOver where another start of the job has begun meanwhile.
     """
+    store, job = place.store, samples.job
+    samples.token = take_over(place.shards)
+    try:
+        make = _data_set if place.format == "webdataset" else _files
+        files = make(place, samples, map_shards, kept)
+        samples.check_owner()
+    except ScorerayError:
+        newest = owner(place.shards)
+        if newest == samples.token:
+            raise
+        if not newest:
+            place.clear()  # the other start was done before our last shard came
+        raise taken_over(store.url(place.result)) from None
+    store.put(place.record, job.to_json(finished={name: files[name] for name in files_of(place, job)}))
+    place.clear()
+    return store.url(place.result)
+
+
+def _data_set(place: Place, samples: Samples, map_shards: Mapper, kept: dict[str, Digest] | None) -> dict[str, Digest]:
+    from scoreray.sampling.sample_files import take_back
+
+    if kept is not None:
+        take_back(place, samples, kept)
+    carry_out(samples, workers=1, map_shards=lambda plan, numbers: map_shards(samples, numbers), progress=None)
+    manifest = Manifest.load(place.store)
+    index = manifest.index
+    digests = {shard.name: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in manifest.shards}
+    digests[index.name] = {"bytes": index.bytes, "sha256": index.sha256}
+    return {**digests, MANIFEST: digest_of_file(place.store, MANIFEST)}
+
+
+def _files(place: Place, samples: Samples, map_shards: Mapper, kept: dict[str, Digest] | None) -> dict[str, Digest]:
     from scoreray.sampling.sample_files import write_npz, write_pictures
 
-    def mapped(plan: Plan, numbers: Sequence[int]) -> Iterable[Packed]:
-        return map_shards(samples, numbers)
-
-    store, job = place.store, samples.job
-    if place.format == "webdataset":
-        carry_out(samples, workers=1, map_shards=mapped, progress=None)
-        files = ["manifest.json"]
-    else:
-        made = list(mapped(samples, range(samples.num_shards)))
-        counted = sum(packed.shard.num_samples for packed in made)
-        assert counted == job.request.count, f"{counted} samples instead of {job.request.count}"
-        write = write_npz if place.format == "npz" else write_pictures
-        files = write(place, samples, made)
-    store.put(place.record, job.to_json(finished=files))
-    if place.unfinished:
-        store.delete([key for key, _ in store.list(f"{place.unfinished}/")])
-    return store.url(place.result)
+    kept, numbers = kept or {}, range(samples.num_shards)
+    if place.format == "npz":
+        made = list(map_shards(samples, numbers))
+        samples.check_owner()
+        return write_npz(place, samples, made)
+    missing = [number for number in numbers if group_name(group(samples.job, number)) not in kept]
+    made = list(map_shards(samples, missing))
+    samples.check_owner()
+    return {**kept, **write_pictures(place, samples, missing, made)}
 
 
 def here(progress: Callable[[int, int], None] | None = None) -> Mapper:
     """Shards made by this process, one after another; progress(samples done, in all) after every batch."""
 
     def run(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
-        total, done = samples.job.request.count, 0
+        total, done = samples.job.request.count, samples.elsewhere(numbers)
 
         def tell(n: int) -> None:
             nonlocal done

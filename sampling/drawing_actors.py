@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,19 +23,21 @@ POLL_S = 0.5
 class DrawingActor:
     """Makes shards of one job. The model is loaded by the first shard, so that a failure is that shard's."""
 
-    def __init__(self, job: Job, url: str) -> None:
-        self._job, self._url, self._drawn = job, url, 0
+    def __init__(self, job: Job, url: str, token: str) -> None:
+        self._job, self._url, self._token, self._drawn = job, url, token, 0
+        self._life = uuid.uuid4().hex
         self._samples: Samples | None = None
 
-    def make(self, number: int) -> Packed:
+    def make(self, number: int) -> tuple[str, Packed]:
+        """(which process this is, the shard)."""
         if self._samples is None:
             with span("sample.load", checkpoint=self._job.checkpoint):
-                self._samples = Samples(self._job, self._url, _load(self._job), self._count)
-        return pack_shard(self._samples, number)
+                self._samples = Samples(self._job, self._url, _load(self._job), self._count, self._token)
+        return self._life, pack_shard(self._samples, number)
 
-    def drawn(self) -> int:
-        """Samples drawn since this process started."""
-        return self._drawn
+    def drawn(self) -> tuple[str, int]:
+        """(which process this is, samples that it has drawn)."""
+        return self._life, self._drawn
 
     def _count(self, n: int) -> None:
         self._drawn += n
@@ -47,8 +50,15 @@ def _load(job: Job) -> Any:
     return model
 
 
-def on_actors(num_actors: int, progress: Callable[[int, int], None] | None = None) -> Mapper:
-    """Shards made by `num_actors` actors of the connected Ray cluster, with a GPU each where there are any."""
+def on_actors(
+    num_actors: int,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Mapper:
+    """Shards made by `num_actors` actors of the connected Ray cluster, with a GPU each where there are any.
+
+    progress(samples done, in all): a few times a second. say: told when an actor died and was started again.
+    """
 
     def run(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
         import ray
@@ -64,9 +74,10 @@ def on_actors(num_actors: int, progress: Callable[[int, int], None] | None = Non
             concurrency_groups={"tell": 1},
             runtime_env={"env_vars": worker_environment(samples.model.info.config)},
         )(DrawingActor)
-        actors = [actor.remote(samples.job, samples.url) for _ in range(min(num_actors, len(numbers)))]
+        actors = [actor.remote(samples.job, samples.url, samples.token) for _ in range(min(num_actors, len(numbers)))]
         try:
-            yield from _in_order(actors, numbers, _Teller(actors, samples.job.request.count, progress))
+            teller = _Teller(actors, samples.job.request.count, samples.elsewhere(numbers), progress, say)
+            yield from _in_order(actors, numbers, teller)
         finally:
             for one in actors:
                 ray.kill(one)
@@ -75,36 +86,51 @@ def on_actors(num_actors: int, progress: Callable[[int, int], None] | None = Non
 
 
 class _Teller:
-    """Adds up what was kept and what the actors say they have drawn, a few times a second."""
+    """Adds up what was kept and what the actors say they have drawn, a few times a second, and counts their deaths."""
 
-    def __init__(self, actors: list[Any], total: int, progress: Callable[[int, int], None] | None) -> None:
-        self._actors, self._total, self._progress = actors, total, progress
-        self._kept = self._finished = self._shown = 0
+    def __init__(
+        self,
+        actors: list[Any],
+        total: int,
+        there: int,
+        progress: Callable[[int, int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._actors, self._total, self._progress, self._say = actors, total, progress, say
+        self._kept = self._finished = self._shown = there
         self._next = 0.0
-        self._drawn = [0] * len(actors)
+        self._drawn, self._life, self._deaths = [0] * len(actors), [""] * len(actors), [0] * len(actors)
         self._asked: dict[Any, int] = {}
 
-    def finished(self, packed: Packed) -> None:
+    def finished(self, actor: Any, life: str, packed: Packed) -> None:
+        self._lives(self._actors.index(actor), life)
         self._finished += packed.shard.num_samples
         self._kept += packed.shard.num_samples if packed.kept else 0
 
     def tell(self) -> None:
         import ray
 
-        if self._progress is None or time.monotonic() < self._next:
+        if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + POLL_S
         answered = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else []
         for ref in answered:
             number = self._asked.pop(ref)
             try:
-                self._drawn[number] = ray.get(ref)
+                life, self._drawn[number] = ray.get(ref)
+                self._lives(number, life)
             except ray.exceptions.RayError:  # it is being started again
                 self._drawn[number] = 0
         for number in set(range(len(self._actors))) - set(self._asked.values()):
             tell = self._actors[number].drawn.options(concurrency_group="tell", max_task_retries=0)
             self._asked[tell.remote()] = number
         self.show()
+
+    def _lives(self, number: int, life: str) -> None:
+        if self._life[number] not in ("", life):
+            self._deaths[number] += 1
+            self._say(f"an actor died and was started again ({self._deaths[number]} of {RESTARTS})")
+        self._life[number] = life
 
     def show(self) -> None:
         drawn = min(self._total, self._kept + sum(self._drawn))
@@ -129,14 +155,14 @@ def _in_order(actors: list[Any], numbers: Sequence[int], teller: _Teller) -> Ite
             for ref in done:
                 started, actor = running.pop(ref)
                 free.append(actor)
-                finished[started] = _result(ref, started)
-                teller.finished(finished[started])
+                life, finished[started] = _result(ref, started)
+                teller.finished(actor, life, finished[started])
             teller.tell()
         yield finished.pop(number)
     teller.show()
 
 
-def _result(ref: Any, number: int) -> Packed:
+def _result(ref: Any, number: int) -> tuple[str, Packed]:
     import ray
 
     try:

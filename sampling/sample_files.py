@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import math
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,35 +20,51 @@ import torch
 
 from scoreray.data.decode import decode
 from scoreray.data.errors import DataError
-from scoreray.data.manifest import RECORD, Manifest
-from scoreray.data.packing import Packed, map_in_threads
+from scoreray.data.manifest import FORMATS, MANIFEST, RECORD, Manifest
+from scoreray.data.packing import Packed, map_in_threads, put_record
 from scoreray.data.samples import read_samples
+from scoreray.data.shards import ShardWriter
 from scoreray.data.store import Store
-from scoreray.sampling.batch_generation import SHEET, Place, Samples
+from scoreray.data.tars import Tape, members
+from scoreray.sampling.batch_generation import Samples
 from scoreray.sampling.generate import MAX_SHEET, png_of_sheet
+from scoreray.sampling.sample_place import (
+    AT_ONCE,
+    SHEET,
+    Digest,
+    Place,
+    digest_of,
+    digest_of_file,
+    group,
+    group_name,
+    picture,
+    shard_name,
+)
 
-PUTS = 8  # pictures that are put at once
 
-
-def write_pictures(place: Place, samples: Samples, made: Sequence[Packed]) -> list[str]:
-    """000000.png, ... and a sheet of the first ones, samples.png. The names of the first, the last and the sheet."""
-    number = 0
-    for packed in made:
-        members = [data for data, _ in _members(place.shards, packed)]
-        put = partial(_put, place.store, number, members)
-        for _ in map_in_threads(PUTS, put, range(len(members))):
+def write_pictures(place: Place, samples: Samples, numbers: Sequence[int], made: Sequence[Packed]) -> dict[str, Digest]:
+    """000000.png, ... of the shards `numbers`, which were made, and a sheet of the first ones, samples.png."""
+    digests = {}
+    for number, packed in zip(numbers, made, strict=True):
+        pictures, data = group(samples.job, number), [data for data, _ in _members(place.shards, packed)]
+        assert len(data) == len(pictures), f"{len(data)} samples instead of {len(pictures)}"
+        put = partial(_put, place.store, pictures[0], data)
+        for _ in map_in_threads(AT_ONCE, put, range(len(data))):
             pass
-        number += len(members)
-    first = _first(_arrays(place.shards, samples, packed) for packed in made)
-    place.store.put(SHEET, png_of_sheet(first))
-    return ["000000.png", f"{number - 1:06d}.png", SHEET]
+        digests[group_name(pictures)] = digest_of(data)
+    first = [place.store.get(picture(i)) for i in range(min(MAX_SHEET, samples.job.request.count))]
+    shape, dtype = samples.shape, np.dtype(samples.dtype)
+    arrays = [decode(data, FORMATS["png"], shape, dtype, partial(picture, i)) for i, data in enumerate(first)]
+    sheet = png_of_sheet(torch.from_numpy(np.stack([array.transpose(2, 0, 1) for array in arrays])))
+    place.store.put(SHEET, sheet)
+    return {**digests, SHEET: digest_of([sheet])}
 
 
-def _put(store: Store, first: int, members: Sequence[bytes], i: int) -> None:
-    store.put(f"{first + i:06d}.png", members[i])
+def _put(store: Store, first: int, data: Sequence[bytes], i: int) -> None:
+    store.put(picture(first + i), data[i])
 
 
-def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> list[str]:
+def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> dict[str, Digest]:
     """`images` (uint8 [N, H, W, C], or float32 [N, ...] of what is no picture), `labels` and `seeds` int64 [N]."""
     request, count = samples.job.request, samples.job.request.count
     labels = np.concatenate([np.frombuffer(packed.records, RECORD)["label"] for packed in made]).astype(np.int64)
@@ -64,7 +79,36 @@ def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> list[st
                 with _array(archive, name, "int64", values.shape) as out:
                     out.write(values.tobytes())
         place.store.put(place.name, file)
-    return [place.name]
+    return {place.name: digest_of_file(place.store, place.name)}
+
+
+def take_back(place: Place, samples: Samples, kept: dict[str, Digest]) -> None:
+    """Makes a data set that was damaged one that is not finished: those of its shards that are `kept` count as made,
+    and the manifest, which is the commit, goes."""
+    for number in range(samples.num_shards):
+        name = shard_name(number)
+        if name in kept:
+            packed = _packed_again(samples, name, place.store.get(name))
+            if packed.shard.sha256 == kept[name]["sha256"]:  # else an encoder that has changed: it is drawn again
+                put_record(place.store, number, packed)
+    place.store.delete([MANIFEST])
+
+
+def _packed_again(samples: Samples, name: str, tar: bytes) -> Packed:
+    """What `Samples.make` said of a shard, from its bytes."""
+    image_format = "png" if samples.dtype == "uint8" else "npy"
+    writer = ShardWriter(io.BytesIO(), samples.shape, samples.dtype, image_format)
+    array, label, dtype = np.empty(0), -1, np.dtype(samples.dtype)
+    for member in members(Tape(lambda start, end: tar[start:end], len(tar))):
+        key, _, kind = member.name.rpartition(".")
+        if kind == image_format:
+            array = decode(member.data, FORMATS[kind], samples.shape, dtype, partial(str, member.name))
+        elif kind == "cls":
+            label = int(member.data)
+        else:  # .json, a sample's last
+            writer.add(key, array, label, member.data)
+            label = -1
+    return writer.finish(name)
 
 
 def sheet(place: Place) -> bytes:
@@ -80,11 +124,6 @@ def sheet(place: Place) -> bytes:
         count = min(MAX_SHEET, count)
         values = np.frombuffer(array.read(count * math.prod(shape)), np.uint8).reshape(count, *shape)
     return png_of_sheet(torch.from_numpy(values.transpose(0, 3, 1, 2).copy()))
-
-
-def _first(shards: Iterable[Iterable[np.ndarray]]) -> torch.Tensor:
-    arrays = itertools.islice(itertools.chain.from_iterable(shards), MAX_SHEET)
-    return torch.from_numpy(np.stack([array.transpose(2, 0, 1) for array in arrays]))
 
 
 def _array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.adaptive import rk45
 from scoreray.sampling.langevin import langevin, ncsn, ncsnv2, sgld
 from scoreray.sampling.noise import Noise, SampleNoise, TorchNoise, as_noise
@@ -85,17 +85,17 @@ def sample(
     generator: one integer seed for each row (its samples then don't depend on the batch), a torch.Generator, a Noise,
         or None for torch's global generator.
     class_labels: int64 [B], -1 for none.  callback: called with a Progress after each call of the network.
-    Returns samples in the shape, dtype and device of `x`. Raises UserError on a bad argument, ScorerayError when the
-    samples are not finite.
+    Returns samples in the shape, dtype and device of `x`. Raises UserError on a bad argument, and when the samples are
+    not finite.
     """
     steps = start(sampler, x, sigmas, generator, **options)
     samples, _ = drive(steps, denoiser, class_labels=class_labels, callback=callback)
     good = torch.isfinite(samples)
     if not bool(good.all()):
         rows = torch.nonzero(~good.flatten(1).all(1) if good.ndim > 1 else ~good).flatten().tolist()
-        raise ScorerayError(
+        raise UserError(
             f"sampler '{sampler}' ended in values that are not finite in rows {rows[:8]} of {len(samples)}: "
-            "take more or smaller steps, or check the denoiser"
+            "take more or smaller steps, less guidance if any, or check the denoiser"
         )
     return samples
 

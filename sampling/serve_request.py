@@ -20,6 +20,7 @@ from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.sampling.serve_job import Job
 from scoreray.sampling.serve_models import Served
+from scoreray.sampling.steering import MAX_GUIDANCE
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only told to take these
 LONGEST_NUMBER = 40
@@ -41,9 +42,10 @@ class SampleBody(BaseModel):
         int | Annotated[str, Field(max_length=256)] | None,
         Field(description="a class's name or number; all in turn if left out; -1 for no class"),
     ] = None
-    guidance: Annotated[float, Field(ge=-100, le=100, description="classifier-free; 1 is none, above strengthens")] = (
-        1.0
-    )
+    guidance: Annotated[
+        float,
+        Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE, description="classifier-free; 1 is none, above strengthens"),
+    ] = 1.0
     options: Annotated[
         dict[str, bool | int | float | str | None], Field(max_length=16, description="the sampler's own, by name")
     ] = {}

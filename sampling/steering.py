@@ -27,6 +27,7 @@ from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.trainer.step import to_unit_range
 
 Method = Literal["projection", "jacobian"]
+MAX_GUIDANCE = 100  # beyond it, on either side, samples are noise or not finite
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Guidance:
         return self.checkpoint is not None or self.ema is not None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
+        if not -MAX_GUIDANCE <= self.weight <= MAX_GUIDANCE:
             raise UserError(
-                f"guidance weight {self.weight}: must be a finite number; 1 is none, above 1 strengthens it"
+                f"guidance weight {self.weight}: must be in [{-MAX_GUIDANCE:g}, {MAX_GUIDANCE:g}]; 1 is none, above 1 "
+                "strengthens it"
             )
         if self.weight == 1 and (self.auto or self.interval is not None):
             what = "--autoguide" if self.checkpoint else "--guide-ema" if self.ema else "--interval"

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from scoreray.cluster.generation import sample_to
 from scoreray.data.errors import UserError
 from scoreray.data.inspect import verify
 from scoreray.data.manifest import Manifest
@@ -24,11 +25,13 @@ from scoreray.data.packing import Packed
 from scoreray.data.store import open_store
 from scoreray.data.stream import Stream
 from scoreray.data.tars import Tape, members
-from scoreray.sampling.batch_generation import Mapper, Samples, begin, carry_out_job, here, place_of
+from scoreray.sampling.batch_generation import Mapper, Samples, begin, carry_out_job, here
 from scoreray.sampling.drawing_actors import on_actors
 from scoreray.sampling.driver import Form, InRows, choose_form, in_form, network_calls
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, load
+from scoreray.sampling.sample_place import TakenOver, intact, place_of
+from scoreray.sampling.samplers import sample
 from scoreray.sampling.steering import Guidance
 
 REQUEST = Request(count=150, steps=3, seed=7, batch_size=32)
@@ -44,9 +47,9 @@ def run_url(new_run: NewRun, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def draw(url: str, run: str, request: Request = REQUEST, mapper: Mapper | None = None, **words: object) -> str:
     place = place_of(url, str(words.pop("format", "auto")))
-    job, model, finished = begin(place, run, None, request, samples_per_shard=SHARD, **words)  # type: ignore[arg-type]
-    assert not finished
-    return carry_out_job(place, Samples(job, place.shards.url(), model), mapper or here())
+    job, model, recorded = begin(place, run, None, request, samples_per_shard=SHARD, **words)  # type: ignore[arg-type]
+    kept = None if recorded is None else intact(place, job, recorded)
+    return carry_out_job(place, Samples(job, place.shards.url(), model), mapper or here(), kept)
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -112,8 +115,10 @@ def test_an_actor_that_is_killed_changes_nothing(
             killed.append(actors[0].pid)
             os.kill(actors[0].pid, signal.SIGKILL)
 
-    draw(url, run_url, mapper=on_actors(2, kill), format="webdataset")
+    said: list[str] = []
+    draw(url, run_url, mapper=on_actors(2, kill, said.append), format="webdataset")
     assert killed
+    assert said == ["an actor died and was started again (1 of 10)"]
     assert contents(url) == expected
 
 
@@ -166,6 +171,112 @@ def test_a_damaged_shard_is_drawn_again(run_url: str, expected: dict[str, bytes]
     assert contents(str(url)) == expected
 
 
+def damage(place: Path, name: str, how: str) -> None:
+    if how == "removed":
+        (place / name).unlink()
+    elif how == "cut":
+        os.truncate(place / name, (place / name).stat().st_size // 2)
+    else:  # a byte of it, at the same size
+        data = bytearray((place / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (place / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damages", "drawn"),
+    [
+        ("webdataset", {"shards/000000.tar": "cut", "shards/000003.tar": "removed"}, [0, 3]),
+        ("webdataset", {"shards/000001.tar": "changed", "index.bin": "changed", "manifest.json": "cut"}, [1]),
+        ("png", {"000033.png": "removed", "000149.png": "changed"}, [1, 4]),
+        ("png", {"samples.png": "cut"}, []),
+        ("x.npz", {"x.npz": "cut"}, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_what_is_missing_or_damaged_of_a_finished_job_is_drawn_again(
+    run_url: str,
+    name: str,
+    damages: dict[str, str],
+    drawn: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    npz = name.endswith(".npz")
+    url, format = str(tmp_path / name) if npz else str(tmp_path), "npz" if npz else name
+    draw(url, run_url, format=format)
+    undisturbed = contents(str(tmp_path))
+    numbers: list[int] = []
+    make = Samples.make
+    monkeypatch.setattr(Samples, "make", lambda self, i, scratch: numbers.append(i) or make(self, i, scratch))
+    for lost in (damages, {}):
+        for key, how in lost.items():
+            damage(tmp_path, key, how)
+        numbers.clear()
+        sample_to(url, run_url, None, REQUEST, format=format, samples_per_shard=SHARD)
+        assert contents(str(tmp_path)) == undisturbed
+        assert numbers == (drawn if lost else [])
+        told = capsys.readouterr().err
+        assert ("missing or damaged, and made again" in told) == bool(lost)
+        assert ("there already" in told) == (not lost)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("name", ["webdataset", "png", "x.npz"])
+def test_of_two_starts_of_a_job_the_newer_goes_on(run_url: str, name: str, interrupted: bool, tmp_path: Path) -> None:
+    """The older one ends in one line and leaves nothing of its own, whether the newer one is done or under way."""
+    npz = name.endswith(".npz")
+    expected_at, at = tmp_path / "expected", tmp_path / "samples"
+    words = {"format": "npz" if npz else name}
+    draw(str(expected_at / name if npz else expected_at), run_url, **words)
+    url = str(at / name if npz else at)
+
+    def stop_after_one(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
+        yield next(iter(here()(samples, numbers)))
+        raise KeyboardInterrupt
+
+    def overtaken(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
+        shards = iter(here()(samples, numbers))
+        yield next(shards)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                draw(url, run_url, mapper=stop_after_one, **words)
+        else:
+            draw(url, run_url, **words)
+        yield from shards
+
+    with pytest.raises(TakenOver, match="another start of this job has taken over"):
+        draw(url, run_url, mapper=overtaken, **words)
+    if interrupted:
+        assert contents(str(at)).keys() != contents(str(expected_at)).keys()
+        draw(url, run_url, **words)
+    assert contents(str(at)) == contents(str(expected_at))
+
+
+@pytest.mark.parametrize("name", ["webdataset", "png"])
+@pytest.mark.parametrize(
+    "stranger",
+    ["000002.png", "123456.png", "samples.png", "manifest.json", "index.bin", "shards/x.tar", "packing/plan"],
+)
+def test_a_place_of_another_origin_is_refused(run_url: str, name: str, stranger: str, tmp_path: Path) -> None:
+    """Before anything is written there, so that no kill can leave a claim on it."""
+    store = open_store(str(tmp_path))
+    store.put(stranger, b"mine")
+    store.put("notes/000001.png", b"no matter")
+    with pytest.raises(UserError, match=f"{stranger}: is there already, of another origin"):
+        begin(place_of(str(tmp_path), name), run_url, None, replace(REQUEST, count=5))
+    assert contents(str(tmp_path)) == {stranger: b"mine", "notes/000001.png": b"no matter"}
+    store.delete([stranger])
+    begin(place_of(str(tmp_path), name), run_url, None, replace(REQUEST, count=5))
+
+
+def test_samples_that_are_not_finite_are_the_callers_mistake(run_url: str, tmp_path: Path) -> None:
+    for weight in (1e30, -101.0, float("nan")):
+        with pytest.raises(UserError, match=r"guidance weight .*: must be in \[-100, 100\]"):
+            Guidance(weight)
+    with pytest.raises(UserError, match="ended in values that are not finite"):
+        sample(lambda x, sigma: x * float("inf"), torch.ones(2, 3), torch.tensor([1.0, 0.5, 0.0]), sampler="heun")
+
+
 def test_another_request_at_the_same_place_is_refused(run_url: str, tmp_path: Path) -> None:
     url = str(tmp_path / "samples")
     request = replace(REQUEST, count=4)
@@ -184,8 +295,9 @@ def test_another_request_at_the_same_place_is_refused(run_url: str, tmp_path: Pa
         begin(place_of(url, "png"), run_url, None, replace(request, options={"s_churm": 1.0}))
     with pytest.raises(UserError, match="eta = 7"):
         replace(request, sampler="ddim", options={"eta": 7})
-    *_, finished = begin(place_of(url, "png"), run_url, None, request, samples_per_shard=SHARD)
-    assert finished
+    *_, recorded = begin(place_of(url, "png"), run_url, None, request, samples_per_shard=SHARD)
+    assert recorded is not None
+    assert list(recorded) == ["000000.png to 000003.png", "samples.png"]
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "000000.png").write_bytes(b"mine")
     with pytest.raises(UserError, match="of another origin"):
@@ -268,12 +380,14 @@ def test_what_ray_tells_is_kept_off_stdout_and_actors_that_we_end_are_no_news(
     from scoreray.cluster.local_ray import _keep_off_stdout
 
     monkeypatch.setattr(worker, "print_to_stdstream", printed_by_ray)
-    _keep_off_stdout()
     dead = "Task DrawingActor.make failed. Error: The actor is dead because it was "
-    for message in (dead + "killed by `ray.kill`.", dead + "out of memory."):
-        worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    for verbose in (True, False):
+        _keep_off_stdout(verbose)
+        for message in (dead + "killed by `ray.kill`.", dead + "out of memory."):
+            worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        worker.print_to_stdstream({"lines": [f"{verbose}"], "pid": 7, "is_err": False}, ignore_prefix=False)
     out, err = capsys.readouterr()
-    assert (out, err) == ("", dead + "out of memory.\n")
+    assert (out, err) == ("", dead + "out of memory.\nTrue\nFalse\n")
 
 
 def printed_by_ray(data: dict[str, Any], ignore_prefix: bool) -> None:

@@ -1,0 +1,188 @@
+"""Where many samples go: the names of what is left there, whose place it is, and whether it still is what was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.data.manifest import INDEX, MANIFEST
+from scoreray.data.packing import WINDOW_BYTES, map_in_threads
+from scoreray.data.store import NotFound, Store, open_store
+
+if TYPE_CHECKING:
+    from scoreray.sampling.batch_generation import Job
+
+Format = Literal["webdataset", "png", "npz"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+RECORD = "sampling.json"
+SHEET = "samples.png"
+OWNER = "packing/owner"  # beside the shards while a job goes on: the token of its newest start
+AT_ONCE = 8  # pictures that are put or read at once
+PICTURE = re.compile(r"\d{6,}\.png")
+
+Digest = dict[str, Any]  # bytes and sha256 of a file, or of a shard's pictures one after another
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where samples go. `shards`: the store of the finished shards until the end, for webdataset for good."""
+
+    store: Store
+    format: Format
+    name: str = ""  # of the npz
+
+    @property
+    def record(self) -> str:
+        return f"{self.name}.json" if self.name else RECORD
+
+    @property
+    def result(self) -> str:
+        """What a person looks at first."""
+        return {"webdataset": MANIFEST, "png": SHEET, "npz": self.name}[self.format]
+
+    @property
+    def unfinished(self) -> str:
+        """Prefix of the shards that are no part of the result."""
+        return "" if self.format == "webdataset" else f"{self.name or 'samples'}.unfinished"
+
+    @property
+    def shards(self) -> Store:
+        return self.store.child(self.unfinished) if self.unfinished else self.store
+
+    def clear(self) -> None:
+        """Removes what is no part of the result."""
+        prefix = self.unfinished or "packing"
+        self.store.delete([key for key, _ in self.store.list(f"{prefix}/")])
+
+
+def place_of(url: str, format: str = "auto") -> Place:
+    """auto: npz where the URL ends so, shards in S3, pictures in a folder. Raises UserError."""
+    if format not in ("auto", *FORMATS):
+        raise UserError(f"--format {format}: {nearest(format, ('auto', *FORMATS))}")
+    ends = url.endswith(".npz")
+    if ends != (format == "npz") and format != "auto":
+        raise UserError(f"--format {format}, --out {url}: an npz, and only that, has a name that ends in .npz")
+    if ends:
+        parent, _, name = url.rpartition("/")
+        return Place(open_store(parent or "."), "npz", name)
+    guess: Format = "webdataset" if url.startswith("s3://") else "png"
+    chosen = next((f for f in FORMATS if f == format), guess)
+    return Place(open_store(url), chosen)
+
+
+def refuse_strangers(place: Place) -> None:
+    """Raises UserError where there is anything that no request for samples left and that samples would mix with: a
+    data set or a part of one, pictures with numbers for names, a sheet; for an npz the file itself."""
+    found = next(_strangers(place), None)
+    if found is not None:
+        raise UserError(f"{place.store.url(found)}: is there already, of another origin; give another --out")
+
+
+def _strangers(place: Place) -> Iterator[str]:
+    store = place.store
+    single = [place.name] if place.format == "npz" else [MANIFEST, INDEX, SHEET]
+    yield from (name for name in single if store.exists(name))
+    folders = [place.unfinished] if place.format == "npz" else ["shards", "packing", "samples.unfinished"]
+    for folder in folders:
+        yield from (key for key, _ in store.list(f"{folder}/"))
+    if place.format != "npz":
+        for digit in "0123456789":  # by prefix: the place may hold much else
+            yield from (key for key, _ in store.list(digit) if PICTURE.fullmatch(key))
+
+
+class TakenOver(UserError):
+    """A newer start of the same job is at work at this place, or has finished it."""
+
+
+def take_over(shards: Store) -> str:
+    """Makes the job at these shards this start's; an older one that still lives ends. The token to check it by."""
+    token = uuid.uuid4().hex
+    shards.put(OWNER, token.encode())
+    return token
+
+
+def owner(shards: Store) -> str:
+    """The token of the newest start; empty where none goes on."""
+    try:
+        return shards.get(OWNER).decode(errors="replace")
+    except NotFound:
+        return ""
+
+
+def taken_over(where: str) -> TakenOver:
+    return TakenOver(
+        f"{where}: another start of this job has taken over from this one, which ends without changing anything more"
+    )
+
+
+def picture(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def files_of(place: Place, job: Job) -> dict[str, list[str]]:
+    """What a finished job leaves beside its record, by the names that the record gives: the keys of each. The pictures
+    of a shard are one."""
+    if place.format == "npz":
+        return {place.name: [place.name]}
+    shards = range(math.ceil(job.request.count / job.samples_per_shard))
+    if place.format == "webdataset":
+        return {name: [name] for name in (*(shard_name(number) for number in shards), INDEX, MANIFEST)}
+    groups = (group(job, number) for number in shards)
+    return {**{group_name(numbers): [picture(i) for i in numbers] for numbers in groups}, SHEET: [SHEET]}
+
+
+def shard_name(number: int) -> str:
+    return f"shards/{number:06d}.tar"
+
+
+def group(job: Job, number: int) -> range:
+    """The samples of shard `number`."""
+    first = number * job.samples_per_shard
+    return range(first, min(first + job.samples_per_shard, job.request.count))
+
+
+def group_name(numbers: range) -> str:
+    """What the record calls the pictures of a shard."""
+    return f"{picture(numbers[0])} to {picture(numbers[-1])}"
+
+
+def intact(place: Place, job: Job, recorded: dict[str, Digest]) -> dict[str, Digest]:
+    """Those of the recorded files whose bytes are what the record says; each is read once."""
+    found = {}
+    for name, keys in files_of(place, job).items():
+        wanted = recorded.get(name)
+        if wanted is not None and _digest(place.store, keys) == wanted:
+            found[name] = wanted
+    return found
+
+
+def digest_of(parts: Sequence[bytes]) -> Digest:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return {"bytes": sum(map(len, parts)), "sha256": found.hexdigest()}
+
+
+def digest_of_file(store: Store, key: str) -> Digest:
+    """Of one that may be larger than memory. Raises NotFound, StorageError."""
+    found, size = hashlib.sha256(), 0
+    while part := store.get(key, size, size + WINDOW_BYTES):
+        found.update(part)
+        size += len(part)
+    return {"bytes": size, "sha256": found.hexdigest()}
+
+
+def _digest(store: Store, keys: Sequence[str]) -> Digest | None:
+    """None where one is missing."""
+    try:
+        if len(keys) == 1:
+            return digest_of_file(store, keys[0])
+        return digest_of(list(map_in_threads(AT_ONCE, lambda i: store.get(keys[i]), range(len(keys)))))
+    except NotFound:
+        return None
