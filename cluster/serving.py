@@ -54,6 +54,12 @@ class Placement:
             raise UserError(f"port = {self.port}: must be in [0, 65535]; 0 takes a free one")
 
 
+class Ended(ScorerayError):
+    """Ctrl-C (or SIGTERM) where there was nothing to drain yet, or again while it drained."""
+
+    exit_status = 130
+
+
 class ModelReplica:
     """The Serve deployment that draws: a `Replica` in an actor of its own."""
 
@@ -219,27 +225,36 @@ def serve_until_stopped(
 
     Returns how many requests were cut off because they did not end in time. A second signal ends it at once.
     """
+    told = threading.Event()
+    try:
+        left = _serve(config, placement, ready, told, verbose)
+    except KeyboardInterrupt:
+        if told.is_set():
+            raise Ended("ended at once; requests under way were cut off") from None
+        raise Ended("ended before it served; no request was taken") from None
+    say("ended" if not left else f"ended; {left} requests did not finish in time and were cut off")
+    return left
+
+
+def _serve(
+    config: ServeConfig, placement: Placement, ready: Callable[[str], None], told: threading.Event, verbose: bool
+) -> int:
     for name, url in config.models:
         look_up(name, url, config.ema)  # a wrong URL is told before Ray starts, and so is a port that is taken
     if placement.port:
         _check_port(placement.host, placement.port)
     low = placement.replicas[0]
     slots = max(os.cpu_count() or 1, math.ceil(placement.replicas[1] * placement.cpus_per_replica))
-    left = 0
     with connected(num_cpus=slots, verbose=verbose):
-        told = threading.Event()
         if not verbose:
             _hush()
-        with served(config, placement) as url:
+        with served(config, placement) as url, _signals(told):
             say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
             say(_curl(url, bool(config.tokens)))
             ready(url)
-            with _signals(told):
-                told.wait()
+            told.wait()
             say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
-            left = drain(placement.drain_s)
-    say("ended" if not left else f"ended; {left} requests did not finish in time and were cut off")
-    return left
+            return drain(placement.drain_s)
 
 
 def make_config(models: list[str], token_file: Path | None, host: str, no_auth: bool, **settings: Any) -> ServeConfig:

@@ -55,6 +55,8 @@ def make_app(service: Service) -> FastAPI:
         description=__doc__ or "",
     )
 
+    app.add_middleware(_Answering, service=service)
+
     @app.post("/v1/samples", openapi_extra=_samples_schema(), responses=_error_responses())
     async def samples(request: Request) -> Response:
         """Draws samples: JSON with base64, or by Accept one PNG sheet or an npz; events when `stream`."""
@@ -106,6 +108,23 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
+class _Answering:
+    """Tells the service of requests for samples until their answer is handed on, so that a drain can wait for it."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != "/v1/samples":
+            return await self._app(scope, receive, send)
+        request = object()
+        self._service.answering.add(request)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._service.answering.discard(request)
+
+
 async def _answered(
     service: Service, request: Request, handle: Callable[[Service, Request, str, str], Awaitable[Response]]
 ) -> Response:
@@ -147,20 +166,22 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
     media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
     run = await service.submit(body, token=who, key=key, media=media)
+    joined = run.asked > 1
     if body.stream:
-        return await _stream(service, run, request, request_id)
+        return await _stream(service, run, request, request_id, _replayed(joined))
     try:
         answer = await _unless_gone(request, run)
     finally:
         service.leave(run)
     request.state.about = answer.about
+    headers = {**HEADERS, **_replayed(joined or run.replayed)}
     if media == "application/json":
-        return Response(json_answer(request_id, answer), media_type=media, headers=HEADERS)
+        return Response(json_answer(request_id, answer), media_type=media, headers=headers)
     told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
-    return Response(answer.body, media_type=media, headers={**HEADERS, **told})
+    return Response(answer.body, media_type=media, headers={**headers, **told})
 
 
-async def _stream(service: Service, run: Run, request: Request, request_id: str) -> Response:
+async def _stream(service: Service, run: Run, request: Request, request_id: str, headers: dict[str, str]) -> Response:
     """Events: start, then previews, then done (as the JSON answer) or error (as the JSON error)."""
     try:
         await run.accepted.wait()
@@ -199,7 +220,7 @@ async def _stream(service: Service, run: Run, request: Request, request_id: str)
         finally:
             service.leave(run)
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=HEADERS)
+    return StreamingResponse(events(), media_type="text/event-stream", headers={**HEADERS, **headers})
 
 
 async def _model(service: Service, request: Request, who: str, request_id: str) -> Response:
@@ -281,6 +302,11 @@ def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None =
     if refusal.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="scoreray"'
     return _json(_error(refusal, request_id), refusal.status, headers)
+
+
+def _replayed(is_so: bool) -> dict[str, str]:
+    """The header of an answer that was drawn for an earlier request with the same key, or is just being drawn."""
+    return {"Idempotent-Replayed": "true"} if is_so else {}
 
 
 def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

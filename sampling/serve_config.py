@@ -76,7 +76,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "invalid": (422, "a field is unknown, of a wrong type or out of its range"),
     "too_many": (422, "count, steps or calls of the network are above the limit"),
     "not_finite": (422, "these options lead to numbers that are not finite"),
-    "key_reused": (422, "this idempotency key came with another request before"),
+    "key_reused": (422, "this idempotency key came with another request, or another Accept, before"),
     "token_busy": (429, "this token already has as many requests or rows under way as it may have"),
     "overloaded": (503, "too many rows wait"),
     "starting": (503, "the service is not ready yet"),

@@ -61,7 +61,8 @@ class Keys(Generic[OriginT, RunT]):
         self._forget()
         entry = self._entries.get((token, key))
         if entry is not None and entry.fingerprint != fingerprint:
-            raise Refused("key_reused", "this idempotency key came with another request before: use a new key for each")
+            message = "this idempotency key came with another request before, or another Accept: use a new key for each"
+            raise Refused("key_reused", message)
         return entry
 
     def add(self, token: str, key: str, fingerprint: str, origin: OriginT, age_s: float = 0.0) -> Entry[OriginT, RunT]:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from scoreray.sampling.serve_config import Refused
 from scoreray.sampling.serve_job import Event, Job
 from scoreray.sampling.serve_keys import Entry
 from scoreray.sampling.serve_ledger import Origin
@@ -33,8 +34,10 @@ class Run:
         self.task: asyncio.Task[Answer] | None = None
         self.accepted = asyncio.Event()
         self.progress = 0.0
-        self.waiters = 0
+        self.waiters = self.asked = 0  # who wait now, and all who ever did
+        self.replayed = False  # by the ledger, which had its answer from before
         self.entry: Entry[Origin, Run] | None = None
+        self.cut_off: Refused | None = None  # what its callers are told, where it is cancelled for another's reason
         self._queues: set[asyncio.Queue[Event | None]] = set()
 
     def show(self, preview: Event) -> None:

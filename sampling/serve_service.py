@@ -32,6 +32,7 @@ from scoreray.sampling.serve_run import Answer, Run
 log = logging.getLogger("scoreray.serve")
 
 METRICS_SYNC_S = 2.0
+LAST_ANSWERS_S = 5.0  # for those who are told at the end of a drain that it is over
 
 
 class LocalBackend:
@@ -67,6 +68,7 @@ class Service:
         self._busy_tries = busy_tries
         self._keyed = Keyed(ledger or Ledger(config.limits, backend, busy_tries), config.limits)
         self._runs: set[Run] = set()
+        self.answering: set[object] = set()  # requests whose answer is not sent yet
         self._reloading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -87,12 +89,25 @@ class Service:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def drain(self, timeout_s: float) -> int:
-        """Takes no more requests, waits for those under way; returns how many did not end in time."""
+        """Takes no more requests, waits for those under way; returns how many did not end in time.
+
+        These are refused then (draining), and the answers that say so have LAST_ANSWERS_S to be taken.
+        """
         self.draining = True
+        await self._until_none(self._runs, timeout_s)
+        late = set(self._runs)
+        for run in late:
+            run.cut_off = Refused("draining", "the service ended before the samples were ready", retry_after_s=5)
+            if run.task is not None:
+                run.task.cancel()
+        await self._until_none(self._runs, LAST_ANSWERS_S)
+        await self._until_none(self.answering, LAST_ANSWERS_S)
+        return len(late)
+
+    async def _until_none(self, those: set[Any], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while self._runs and time.monotonic() < deadline:
+        while those and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        return len(self._runs)
 
     def under_way(self) -> int:
         return len(self._runs)
@@ -115,6 +130,7 @@ class Service:
         else:
             run = self._begin(Run(job, served, seed, body), token, entry)
         run.waiters += 1
+        run.asked += 1
         return run
 
     def leave(self, run: Run) -> None:
@@ -210,6 +226,10 @@ class Service:
                     else:
                         break
                 raise Refused(last["code"], last["message"], retry_after_s=last.get("retry_after_s"))
+        except asyncio.CancelledError:
+            if run.cut_off is None:
+                raise
+            raise run.cut_off from None
         except TimeoutError:
             late = timed_out(limit_s)
             raise Refused(late["code"], late["message"], retry_after_s=late["retry_after_s"]) from None
@@ -223,6 +243,7 @@ class Service:
                     run.accepted.set()
                 elif last["kind"] == "preview":
                     run.show(last)
+        run.replayed = bool(last.get("replayed"))
         self.meter["retries"].inc(0 if last.get("replayed") else last.get("deaths", 0))
         self.meter["replayed"].inc(1 if last.get("replayed") else 0)
         return last

@@ -284,13 +284,21 @@ def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
             page = (await call("GET", "/metrics")).body.decode()
             assert metric(page, "scoreray_samples_total") == metric(page, "scoreray_billed_rows_total") == 3
             assert metric(page, "scoreray_replayed_total") == 5
+            assert sum("idempotent-replayed" in reply.headers for reply in twins) == 4
+            assert again.headers["idempotent-replayed"] == "true"
+            stream = await call.post({"count": 3, "stream": True}, Idempotency_Key="k")
+            assert stream.headers["idempotent-replayed"] == "true"
             refused = await call.post({"count": 4}, Idempotency_Key="k")
             assert (refused.status, refused.code) == (422, "key_reused")
+            other = await call.post({"count": 3}, Idempotency_Key="k", Accept="image/png")
+            assert (other.status, other.code) == (422, "key_reused")
+            assert "another Accept" in other.json["message"]
 
             for i in range(4):  # answers that push the first one out of memory
                 await call.post({"count": 3}, Idempotency_Key=f"other-{i}")
             assert call.service._keyed.keys.num_bytes <= 20_000
             third = await call.post({"count": 3}, Idempotency_Key="k")
+            assert "idempotent-replayed" not in third.headers
             assert third.json["data"] == again.json["data"]
             page = (await call("GET", "/metrics")).body.decode()
             assert metric(page, "scoreray_samples_total") == 18  # drawn again, the same
@@ -525,6 +533,31 @@ def test_draining_answers_what_is_under_way_and_takes_nothing_more(run_url: str)
             assert [task.result().status for task in under_way] == [200] * 4
 
     asyncio.run(main())
+
+
+def test_what_a_drain_cuts_off_is_told_so(run_url: str) -> None:
+    """Each is answered before the drain ends: alone, with a key that two share, in a stream."""
+
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            slow = {"count": 64, "steps": 1000}
+            asked = [call.post(slow), call.post({**slow, "stream": True})]
+            asked += [call.post(slow, Idempotency_Key="k") for _ in range(2)]
+            under_way = [asyncio.create_task(one) for one in asked]
+            while call.service.under_way() < 3 or len(call.service.answering) < 4:
+                await asyncio.sleep(0.005)
+            assert await call.service.drain(0.2) == 3
+            assert all(task.done() for task in under_way)
+            alone, stream, *shared = [task.result() for task in under_way]
+            for reply in (alone, *shared):
+                assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "draining", "5")
+            assert b"event: error" in stream.body
+            assert b'"draining"' in stream.body
+            while call.replica.waiting_rows():
+                await asyncio.sleep(0.01)
+            assert 'scoreray_sheds_total{code="draining"} 3.0' in (await call("GET", "/metrics")).body.decode()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run_url: str) -> None:

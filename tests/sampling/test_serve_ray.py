@@ -342,6 +342,57 @@ def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
+def test_what_it_can_not_finish_in_time_is_told_so(run_url: str) -> None:
+    """`scoreray serve` told to end with requests that take longer than --drain-s: 503 and its JSON; exit status 130."""
+    folder = tempfile.mkdtemp(dir="/tmp")
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
+    options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--drain-s", "1"]
+    patient = ["--limit", f"max_request_s={PATIENCE_S}", "--limit", "max_wait_s=6000"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    process = subprocess.Popen(
+        [*command, *options, *patient], stdout=subprocess.PIPE, text=True, env={**env, "RAY_TMPDIR": folder}
+    )
+    try:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        slow = {"count": 128, "steps": 1000}
+        with ThreadPoolExecutor(4) as few:
+            bodies = [slow, slow, {**slow, "idempotency_key": "a"}, {**slow, "stream": True}]
+            asked = [few.submit(HTTP.request, "POST", f"{url}/v1/samples", json=body) for body in bodies]
+            until(lambda: metrics(url)["scoreray_requests_under_way"] == 4, "all are taken", 0.02)
+            process.send_signal(signal.SIGTERM)
+            *replies, stream = [future.result() for future in asked]
+        for reply in replies:
+            assert (reply.status, reply.json()["code"], reply.headers["retry-after"]) == (503, "draining", "5")
+        assert b'"code": "draining"' in stream.data
+        assert process.wait(PATIENCE_S) == 130
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_ended_before_it_served_it_says_so(run_url: str) -> None:
+    """Ctrl-C while Ray starts: nothing is committed, and nothing goes on."""
+    folder = tempfile.mkdtemp(dir="/tmp")
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", run_url, "--port", "0"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**env, "RAY_TMPDIR": folder})
+    try:
+        until(lambda: any(Path(folder).glob("sr-*/session_2*")), "Ray starts")
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 130
+        assert told.splitlines()[-1] == "scoreray: ended before it served; no request was taken"
+        assert "Traceback" not in told
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_more_rows_want_more_replicas() -> None:
     def wanted(rows: list[float]) -> int:
         context = SimpleNamespace(
