@@ -1,8 +1,4 @@
-"""`scoreray submit`: a verb of this command line as a job on a remote Ray cluster, through Ray's Jobs API.
-
-The job is named after its run; its code is this checkout's, its config a file that travels with it. Credentials do
-not travel: whoever may see the dashboard sees a job's environment, so it names the cluster's variables, not values.
-"""
+"""A remote Ray cluster's jobs, through Ray's Jobs API: submitted, followed, stopped. What a job is: `jobs.py`."""
 
 from __future__ import annotations
 
@@ -11,140 +7,23 @@ import contextlib
 import logging
 import os
 import re
-import shlex
-import shutil
-import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from scoreray.cluster.wheel import build_wheel
+from scoreray.cluster.jobs import Job
 from scoreray.data.errors import ScorerayError, UserError, nearest
 
 ADDRESS, TOKEN = "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"
-VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-SECRET = re.compile(r"(?i)secret|token|passw|credential|_key\b|access_key|private")
-LOOKS_SECRET = re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|://[^/\s:@]+:[^/\s@]+@|BEGIN [A-Z ]*PRIVATE KEY")
-SAVE_WITHIN_S = 120  # after `stop`, before Ray kills the driver
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is sent: a shell line, where it runs (Ray's runtime_env), and what its metadata says."""
-
-    entrypoint: str
-    runtime_env: dict[str, Any]
-    metadata: dict[str, str]
-    name: str
-
-
-@contextlib.contextmanager
-def prepared(words: list[str], env: list[str], from_env: list[str], name: str | None) -> Iterator[Job]:
-    """The job of a verb and its words; its files last as long as the context. Raises UserError."""
-    if not words or words[0] not in VERBS:
-        given = words[0] if words else ""
-        raise UserError(f"submit {given}: not a verb that runs as a job; {nearest(given, VERBS)}")
-    variables, references = _variables(env), _references(from_env)
-    for word in words:
-        if LOOKS_SECRET.search(word):
-            raise UserError("submit: a word looks like a credential, and a job's words can be read by others; "
-                            "let the cluster's environment or role have it (--from-env)")  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="scoreray-submit-") as folder:
-        place = Path(folder, "files")
-        place.mkdir()
-        sent, run = _with_files(words, place)
-        line = " ".join([*(f'{mine}="${theirs}"' for mine, theirs in references), "python -m scoreray.cluster.command",
-                         *map(shlex.quote, sent)])  # fmt: skip
-        runtime_env = {"py_modules": [str(build_wheel(Path(folder)))], "working_dir": str(place), "env_vars": variables}
-        metadata = {"scoreray_verb": words[0], "scoreray_run": run}
-        yield Job(line, runtime_env, metadata, name or "-".join(filter(None, ("scoreray", words[0], run))))
-
-
-def _variables(pairs: list[str]) -> dict[str, str]:
-    found = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": f"{SAVE_WITHIN_S}"}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not NAME.fullmatch(name):
-            raise UserError(f"--env {name}: write NAME=VALUE")
-        if SECRET.search(name) or LOOKS_SECRET.search(value):
-            raise UserError(f"--env {name}: a credential's value would be shown with the job; write "
-                            f"--from-env {name}=VARIABLE, a variable that the cluster's nodes have")  # fmt: skip
-        found[name] = value
-    return found
-
-
-def _references(pairs: list[str]) -> list[tuple[str, str]]:
-    found = []
-    for pair in pairs:
-        mine, _, theirs = pair.partition("=")
-        if not NAME.fullmatch(mine) or not NAME.fullmatch(theirs or mine):
-            raise UserError(f"--from-env {mine}: write NAME=VARIABLE, both names of variables")
-        found.append((mine, theirs or mine))
-    return found
-
-
-def _with_files(words: list[str], place: Path) -> tuple[list[str], str]:
-    """The words with local YAML files copied to `place` and named as there, and the run's name in the first of them."""
-    sent, run = [], ""
-    for word in words:
-        path = Path(word)
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            text = path.read_text()
-            if LOOKS_SECRET.search(text):
-                raise UserError(f"{word}: something in it looks like a credential; configs hold none")
-            page = _page(text)
-            run = run or _name(page, "run") or _name(page, "study")
-            base = path.parent / str(page.get("base", ""))
-            if base.is_file():  # of a sweep
-                shutil.copy(base, place / f"base-{base.name}")
-                text = yaml.safe_dump(page | {"base": f"base-{base.name}"}, sort_keys=False)
-            (place / path.name).write_text(text)
-            word = path.name
-        elif word.startswith("run.name="):
-            run = word.partition("=")[2]
-        sent.append(word)
-    return sent, re.sub(r"[^A-Za-z0-9_.-]", "-", run)
-
-
-def _page(text: str) -> dict[str, Any]:
-    with contextlib.suppress(yaml.YAMLError):
-        page = yaml.safe_load(text)
-        return page if isinstance(page, dict) else {}
-    return {}  # its mistake is told by the verb
-
-
-def _name(page: dict[str, Any], section: str) -> str:
-    inner = page.get(section)
-    return str(inner.get("name") or "") if isinstance(inner, dict) else ""
-
-
-def check_locally(words: list[str]) -> None:
-    """Mistakes in a training config are told here, before anything is sent. Raises UserError."""
-    if words[:1] == ["train"] and len(words) > 1 and Path(words[1]).is_file():
-        from scoreray.trainer.config import load_config
-
-        load_config(Path(words[1]), [w for w in words[2:] if "=" in w and not w.startswith("-")])
 
 
 class Cluster:
     """A remote cluster's jobs. Raises UserError where it can't be reached or does not take the token."""
 
     def __init__(self, address: str | None) -> None:
-        address = address or os.environ.get(ADDRESS, "")
-        if not re.match(r"https?://", address):
-            raise UserError(
-                f"--address {address or '(none)'}: write http(s)://HOST:PORT of a dashboard, or set {ADDRESS}"
-            )
-        if urllib.parse.urlsplit(address).password:
-            raise UserError(f"--address: no password in it; the token comes from {TOKEN}")
-        self.address = address.rstrip("/")
+        self.address = checked_address(address or os.environ.get(ADDRESS, ""))
         if os.environ.get(TOKEN) or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, which then sends it
         from ray.job_submission import JobSubmissionClient
@@ -155,22 +34,38 @@ class Cluster:
             "_private.runtime_env.packaging",
         ):
             logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
-        self.client: Any = self._asked(lambda: JobSubmissionClient(self.address))
+        with _only_our_address():
+            self.client: Any = self._asked(lambda: JobSubmissionClient(self.address))
+        assert self.client.get_address() == self.address
 
     def _asked(self, call: Callable[[], Any]) -> Any:
-        import requests
-
         try:
             return call()
         except Exception as error:
-            text = f"{type(error).__name__} {error}"
-            if "Authentication" in text or " 401" in text or " 403" in text or "Unauthorized" in text:
-                raise UserError(f"{self.address}: the cluster does not take this token (401); set {TOKEN}") from None
-            if isinstance(error, ConnectionError | requests.exceptions.RequestException | OSError):
-                raise Unreachable(f"{self.address}: no answer from the cluster's dashboard") from None
-            if isinstance(error, RuntimeError):
-                raise UserError(f"{self.address}: {str(error).strip().splitlines()[-1][:300]}") from None
-            raise
+            told = self._told(error)
+            if told is None:
+                raise
+            raise told from None
+
+    def _told(self, error: Exception) -> ScorerayError | None:
+        """What an error of Ray's client means; None: it is not known here."""
+        import requests
+
+        text = str(error).strip()
+        found = re.match(r"Request failed with status code (\d{3})", text)
+        status = int(found[1]) if found else getattr(getattr(error, "response", None), "status_code", 0)
+        if type(error).__name__ == "AuthenticationError" or status in (401, 403):
+            return UserError(f"{self.address}: the cluster does not take this token (401); set {TOKEN}")
+        if status == 404 and "does not exist" in text:
+            return Gone(f"{self.address}: has no such job (any more): the cluster was replaced, or the job deleted")
+        if "already exists" in text:
+            return UserError(f"{self.address}: a job of this name already exists")
+        last = ([line.strip() for line in text.splitlines() if re.search(r"\w", line)] or [""])[-1][:300]
+        if status >= 500:
+            return Unreachable(f"{self.address}: the cluster's dashboard fails ({status}): {last}")
+        if isinstance(error, ConnectionError | requests.exceptions.RequestException | OSError):
+            return Unreachable(f"{self.address}: no answer from the cluster's dashboard")
+        return UserError(f"{self.address}: {last}") if isinstance(error, RuntimeError) else None
 
     def jobs(self) -> list[Any]:
         """Those that have a submission id, newest first."""
@@ -186,17 +81,37 @@ class Cluster:
         raise UserError(f"job '{name}': not on this cluster; {nearest(name, [j.submission_id for j in known])}")
 
     def submit(self, job: Job) -> str:
-        """Starts it as <name>-<number>; refused while an earlier one goes on, as two would write one run."""
-        earlier = [j for j in self.jobs() if re.fullmatch(rf"{re.escape(job.name)}-\d+", j.submission_id)]
-        for one in earlier:
-            if one.status not in ENDED and job.metadata["scoreray_run"]:
-                raise UserError(
-                    f"job '{one.submission_id}' of this run goes on: 'submit logs' follows it, 'submit stop' ends it"
-                )
-        number = max((int(j.submission_id.rpartition("-")[2]) for j in earlier), default=0) + 1
-        return str(self._asked(lambda: self.client.submit_job(
-            entrypoint=job.entrypoint, submission_id=f"{job.name}-{number}", runtime_env=job.runtime_env,
-            metadata=job.metadata)))  # fmt: skip
+        """Starts it as <name>-<number>; refused while another job writes the same run.
+
+        Ray knows no lock. So it is looked again afterwards, and of two that came at once the later ends itself.
+        """
+        known, place = self.jobs(), job.metadata.get("scoreray_writes", "")
+        for one in _writing(place, known):
+            raise UserError(
+                f"job '{one.submission_id}' of this run goes on: 'submit logs' follows it, 'submit stop' ends it"
+            )
+        numbers = [int(found[1]) for one in known
+                   if (found := re.fullmatch(rf"{re.escape(job.name)}-(\d+)", one.submission_id))]  # fmt: skip
+        mine = f"{job.name}-{max(numbers, default=0) + 1}"
+        try:
+            self._asked(lambda: self.client.submit_job(entrypoint=job.entrypoint, submission_id=mine,
+                                                       runtime_env=job.runtime_env, metadata=job.metadata))  # fmt: skip
+        except UserError as error:
+            if "already exists" not in str(error):
+                raise
+            raise UserError(f"job '{mine}': was submitted from elsewhere at this moment; see 'submit list'") from None
+        if place:
+            self._give_way(mine, place)
+        return mine
+
+    def _give_way(self, mine: str, place: str) -> None:
+        writing = {one.submission_id: one for one in _writing(place, self.jobs())}
+        if mine not in writing:
+            return  # it has ended already
+        first = min(writing.values(), key=lambda one: (one.start_time or 0, one.submission_id)).submission_id
+        if first != mine:
+            self.stop(mine)
+            raise UserError(f"job '{first}' of this run was submitted just before: '{mine}' was stopped")
 
     def stop(self, job_id: str) -> bool:
         """Asks it to end (as by SIGTERM: it saves first); whether it was going on."""
@@ -206,36 +121,84 @@ class Cluster:
         return str(self._asked(lambda: self.client.get_job_logs(job_id)))
 
     def follow(self, job_id: str, out: Callable[[str], None], note: Callable[[str], None]) -> int:
-        """Hands on the output, each character once, also when the connection breaks; the exit status at the end."""
+        """Hands on the output, each character once, also when the connection breaks; the exit status at the end.
+
+        Raises Gone when the cluster does not know the job (any more), UserError when it refuses the token.
+        """
         shown, pause, lost = 0, 0.5, False
         while True:
+            broken = False
             try:
-                shown = asyncio.run(self._tail(job_id, shown, out))
+                shown, broken = asyncio.run(self._tail(job_id, shown, out))
                 job = self._asked(lambda: self.client.get_job_info(job_id))
                 if job.status in ENDED:
-                    rest = self.logs(job_id)
-                    out(rest[shown:])
+                    out(self._rest(job_id, shown, note))
                     return _status(job)
-                pause, lost = 0.5, False
-            except (Unreachable, _Broken) as error:
-                shown = error.shown if isinstance(error, _Broken) else shown
-                if not lost:
-                    note("connection lost; the job goes on, trying again")
-                lost = True
-                pause = min(10.0, pause * 1.5)
+            except Unreachable:
+                broken = True
+            if broken and not lost:
+                note("connection lost; the job goes on, trying again")
+            lost, pause = broken, min(10.0, pause * 1.5) if broken else 0.5
             time.sleep(pause)
 
-    async def _tail(self, job_id: str, shown: int, out: Callable[[str], None]) -> int:
+    async def _tail(self, job_id: str, shown: int, out: Callable[[str], None]) -> tuple[int, bool]:
+        """How many characters are shown now, and whether it ended by an error; which one, the job's state tells."""
         seen = 0
-        try:
-            async for text in self.client.tail_job_logs(job_id):
-                seen += len(text)
-                if seen > shown:
-                    out(text[-(seen - shown) :])
-                    shown = seen
-        except Exception:
-            raise _Broken(shown) from None
-        return shown
+        tail = self.client.tail_job_logs(job_id)
+        while True:
+            try:
+                text = await anext(tail)
+            except StopAsyncIteration:
+                return shown, False
+            except Exception:
+                return shown, True
+            seen += len(text)
+            if seen > shown:
+                out(text[-(seen - shown) :])
+                shown = seen
+
+    def _rest(self, job_id: str, shown: int, note: Callable[[str], None]) -> str:
+        """What the job printed beyond `shown`; without its node, nobody has that."""
+        for pause in (1.0, 3.0, 0.0):
+            try:
+                return self.logs(job_id)[shown:]
+            except Unreachable:
+                time.sleep(pause)
+        note("the job has ended; the end of its output can't be had from the cluster")
+        return ""
+
+
+def checked_address(address: str) -> str:
+    """http(s)://HOST[:PORT][/PATH], without a slash at the end. Raises UserError."""
+    if "@" in address:
+        raise UserError(f"--address: no user, password or token in it; the token comes from {TOKEN}")
+    try:
+        parts = urllib.parse.urlsplit(address)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        raise UserError(f"--address {address}: HOST:PORT has no such port; a dashboard's is 8265") from None
+    if not good or re.search(r"[\s?#\\]", address):
+        raise UserError(f"--address {address or '(none)'}: write http(s)://HOST:PORT of a dashboard, or set {ADDRESS}")
+    return address.rstrip("/")
+
+
+@contextlib.contextmanager
+def _only_our_address() -> Iterator[None]:
+    """Ray's client prefers these variables to the address that it is given."""
+    kept = {name: os.environ.pop(name) for name in (ADDRESS, "RAY_ADDRESS") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _writing(place: str, jobs: list[Any]) -> list[Any]:
+    """Jobs that go on and write there, whatever their name and verb."""
+    return [
+        job
+        for job in jobs
+        if place and job.status not in ENDED and (job.metadata or {}).get("scoreray_writes") == place
+    ]
 
 
 class Unreachable(ScorerayError):
@@ -244,10 +207,10 @@ class Unreachable(ScorerayError):
     exit_status = 3
 
 
-class _Broken(Exception):
-    def __init__(self, shown: int) -> None:
-        super().__init__(shown)
-        self.shown = shown
+class Gone(ScorerayError):
+    """The cluster does not know the job that was there before."""
+
+    exit_status = 3
 
 
 def _status(job: Any) -> int:

@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from scoreray.cluster.display import say
-from scoreray.cluster.submit import Cluster, answer, check_locally, prepared
+from scoreray.cluster.jobs import prepared
+from scoreray.cluster.submit import Cluster, answer
 from scoreray.data.errors import UserError
 
 ASKS = ("status", "logs", "stop", "list")
@@ -23,13 +24,19 @@ def submit(
     detach: bool,
     as_json: bool,
 ) -> int:
-    """Returns the exit status of the verb (0 with --detach). Raises UserError, Unreachable."""
-    if words[:1] and words[0] in ASKS:
-        return _ask(words, address, as_json)
-    check_locally(words)
-    with prepared(words, env, from_env, name) as job:
-        cluster = Cluster(address)
-        job_id = cluster.submit(job)
+    """Returns the exit status of the verb (0 with --detach, 130 after Ctrl-C). Raises ScorerayErrors."""
+    so_far = "stopped; nothing was submitted"
+    try:
+        if words[:1] and words[0] in ASKS:
+            so_far = "stopped"
+            return _ask(words, address, as_json)
+        with prepared(words, env, from_env, name) as job:
+            cluster = Cluster(address)
+            so_far = "stopped while it was being submitted; scoreray submit list shows whether it is there"
+            job_id = cluster.submit(job)
+    except KeyboardInterrupt:
+        say(so_far)
+        return 130
     if as_json:
         print(json.dumps({"id": job_id, "address": cluster.address}), flush=True)
     say(f"submitted as {job_id} to {cluster.address}")
@@ -56,7 +63,11 @@ def _follow(cluster: Cluster, job_id: str, as_json: bool = False) -> int:
 
 
 def _ask(words: list[str], address: str | None, as_json: bool) -> int:
-    asked, rest = words[0], words[1:]
+    asked, rest = words[0], [word for word in words[1:] if word != "--json"]
+    as_json = as_json or "--json" in words[1:]
+    for word in rest:
+        if word.startswith("-"):
+            raise UserError(f"submit {asked} {word}: options of submit stand before it: submit {word} ... {asked}")
     if asked == "list":
         if rest:
             raise UserError(f"submit list {rest[0]}: takes no further words")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -21,12 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from scoreray.cluster.local_ray import _short_folder
-from scoreray.cluster.submit import prepared
 from scoreray.cluster.wheel import PACKAGES, build_wheel
-from scoreray.data.errors import UserError
 
 BIN = Path(sys.executable).parent
 GCS: dict[int, int] = {}  # of the head that has this dashboard
@@ -149,6 +146,103 @@ def test_without_a_token_nothing_is_answered(head: tuple[int, str]) -> None:
         assert done.stderr.count("\n") == 1, done.stderr
 
 
+def test_the_address_that_is_given_is_the_one_that_counts(head: tuple[int, str]) -> None:
+    """Ray's client prefers two variables to the address that it gets."""
+    port, token = head
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    both = {"RAY_API_SERVER_ADDRESS": nobody, "RAY_ADDRESS": nobody}
+    line, environment = command(port, token, "list", "--json")
+    own = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "RAY_ADDRESS": nobody}
+    without = [word for word in line if word != "--address" and not word.startswith("http")]
+    asked = [(line, both), (line, {"RAY_ADDRESS": nobody}), (without, own)]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda one: subprocess.run(
+            one[0], env=environment | one[1], capture_output=True, text=True, timeout=120), asked))  # fmt: skip
+    for done in answers:
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), list)
+
+
+CLUSTER = """
+import json, sys
+from scoreray.cluster.jobs import Job, _reference
+from scoreray.cluster.submit import Cluster
+
+def tried(call):
+    try:
+        return [0, str(call())]
+    except Exception as error:
+        return [error.exit_status, str(error)]
+
+def job(name, writes, entrypoint="sleep 120"):
+    return Job(entrypoint, {}, {"scoreray_run": "r", "scoreray_writes": writes}, name)
+
+cluster, notes = Cluster(sys.argv[1]), []
+jobs, calls = cluster.jobs, []
+
+def blind():  # once: as if both had looked before either submitted
+    calls.append(0)
+    return [] if len(calls) == 1 else jobs()
+
+told = {"gone": tried(lambda: cluster.follow("scoreray-train-gone-1", print, notes.append))}
+told["first"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
+told["other name"] = tried(lambda: cluster.submit(job("two", "s3://b/r")))
+told["other run"] = tried(lambda: cluster.submit(job("two", "s3://b/else")))
+cluster.jobs = blind
+told["at once"] = tried(lambda: cluster.submit(job("three", "s3://b/r")))
+calls.clear()
+told["same number"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
+cluster.jobs = jobs
+cluster.submit(job("lacking", "", _reference(("MINE", "NOT_THERE")) + "; exec echo went on"))
+out = []
+told["lacking"] = [cluster.follow("lacking-1", out.append, notes.append), "".join(out)]
+told["left"] = sorted([one.submission_id for one in jobs() if one.status in ("PENDING", "RUNNING")])
+for name in told["left"]:
+    cluster.stop(name)
+cluster.client._headers = {"Authorization": "Bearer " + "x" * 64}
+told["refused"] = tried(lambda: cluster.follow("one-1", print, notes.append))
+print(json.dumps(told | {"notes": notes}))
+"""
+
+
+def test_two_that_write_one_run_and_a_job_that_is_gone(head: tuple[int, str]) -> None:
+    """The later of two submissions is refused, or stopped; following ends where there is nothing to follow."""
+    port, token = head
+    _, environment = command(port, token)
+    line = [sys.executable, "-c", CLUSTER, f"http://127.0.0.1:{port}"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["gone"][0] == 3
+    assert "has no such job" in told["gone"][1]
+    assert told["refused"][0] == 2
+    assert "does not take this token" in told["refused"][1]
+    assert told["notes"] == []
+    assert told["first"] == [0, "one-1"]
+    assert told["other name"][0] == 2
+    assert "job 'one-1' of this run goes on" in told["other name"][1]
+    assert told["other run"] == [0, "two-1"]
+    assert told["at once"] == [2, "job 'one-1' of this run was submitted just before: 'three-1' was stopped"]
+    assert "job 'one-1': was submitted from elsewhere" in told["same number"][1]
+    assert told["lacking"][0] == 2
+    out = told["lacking"][1].split("Running entrypoint")[-1].splitlines()[1:]
+    assert out == ["scoreray: --from-env MINE=NOT_THERE: the node that runs the job has no variable NOT_THERE"]
+    assert {"one-1", "two-1"} <= set(told["left"])
+
+
+def test_ctrl_c_before_anything_was_submitted_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        line, environment = command(silent.getsockname()[1], "x" * 64, "data", "verify", "/nowhere")
+        with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) as waiting:
+            silent.settimeout(60)
+            asking, _ = silent.accept()
+            waiting.send_signal(signal.SIGINT)
+            _, err = waiting.communicate(timeout=60)
+            asking.close()
+    assert waiting.returncode == 130
+    assert err == "stopped; nothing was submitted\n"
+
+
 @pytest.fixture(scope="module")
 def config(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("submitted")
@@ -178,13 +272,15 @@ def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, s
         proxy.cut(2.0)
         shown = run(port, token, "--json", "status", "scoreray-train-sent")
         again = run(port, token, "train", str(config))
+        renamed = run(port, token, "--name", "other", "train", str(config))
         stopped = run(port, token, "stop", "scoreray-train-sent-1")
         out, err = follower.communicate(timeout=180)
     assert committed(config) >= 800, out + err
     told = json.loads(shown.stdout)
     assert (told["id"], told["status"], told["run"]) == ("scoreray-train-sent-1", "RUNNING", "sent")
-    assert again.returncode == 2
+    assert again.returncode == renamed.returncode == 2
     assert "goes on" in again.stderr
+    assert "job 'scoreray-train-sent-1' of this run goes on" in renamed.stderr
     assert stopped.returncode == 0, stopped.stderr
     assert follower.returncode == 130, err
     assert "stopping: saving first" in out, out
@@ -212,7 +308,7 @@ def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, s
 
 def test_a_verb_runs_there_with_this_code_and_its_exit_status_comes_back(head: tuple[int, str]) -> None:
     port, token = head
-    done = run(port, token, "--name", "look", "data", "verify", "/nowhere/at/all")
+    done = run(port, token, "--name", "look", "--from-env", "MINE=PATH", "data", "verify", "/nowhere/at/all")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "/nowhere/at/all" in done.stdout
     about = json.dumps(api(port, token, "look-1"))
@@ -242,50 +338,6 @@ def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: P
     missing = run(port, token, "doctor", str(config), "data.url=/nowhere/at/all")
     assert missing.returncode == 2, missing.stdout + missing.stderr
     assert "problem data: 127.0.0.1: can't read the data set" in missing.stdout
-
-
-def test_jobs_hold_references_never_values(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-value-of-ours")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "t0ken-value-of-ours")
-    with prepared(["train", str(config)], ["AWS_REGION=eu-1"], ["AWS_SECRET_ACCESS_KEY=TEAM_SECRET"], None) as job:
-        sent = repr((job.entrypoint, job.runtime_env, job.metadata))
-        files = b"".join(path.read_bytes() for path in Path(job.runtime_env["working_dir"]).iterdir())
-        assert "of-ours" not in sent
-        assert b"of-ours" not in files
-        assert job.entrypoint.startswith(
-            'AWS_SECRET_ACCESS_KEY="$TEAM_SECRET" python -m scoreray.cluster.command train'
-        )
-        assert job.metadata == {"scoreray_verb": "train", "scoreray_run": "sent"}
-        assert job.name == "scoreray-train-sent"
-
-
-def test_a_sweep_travels_with_its_base(config: Path) -> None:
-    sweep = config.parent / "sweep.yaml"
-    sweep.write_text("study: {name: wide, storage: s3://b/s}\nbase: ./sent.yaml\ntrials: 3\n")
-    with prepared(["tune", str(sweep)], [], [], None) as job:
-        place = Path(job.runtime_env["working_dir"])
-        assert job.name == "scoreray-tune-wide"
-        assert job.entrypoint.endswith("tune sweep.yaml")
-        sent = yaml.safe_load((place / "sweep.yaml").read_text())
-        assert (place / sent.pop("base")).read_bytes() == config.read_bytes()
-        assert sent == {"study": {"name": "wide", "storage": "s3://b/s"}, "trials": 3}
-
-
-@pytest.mark.parametrize(
-    ("words", "env", "named"),
-    [
-        (["train"], ["AWS_SECRET_ACCESS_KEY=abc"], "--from-env AWS_SECRET_ACCESS_KEY"),
-        (["train"], ["SCORERAY_TOKENS=me:abc"], "--from-env"),
-        (["train"], ["AWS_ENDPOINT_URL=http://me:word@host"], "--from-env"),
-        (["sample", "s3://AKIAABCDEFGHIJKLMNOP/x"], [], "credential"),
-        (["sampel"], [], "sample"),
-        (["serve"], [], "not a verb"),
-        (["train"], ["no-name"], "NAME=VALUE"),
-    ],
-)
-def test_what_must_not_travel_is_refused(words: list[str], env: list[str], named: str) -> None:
-    with pytest.raises(UserError, match=re.escape(named)), prepared(words, env, [], None):
-        pass
 
 
 def test_the_wheel_is_the_code_and_nothing_else(tmp_path: Path) -> None:

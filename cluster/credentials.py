@@ -1,0 +1,98 @@
+"""What looks like a credential, in the words, variables and files of a job: these can be read with the cluster's token.
+
+By the shape of well-known tokens, and by names that say it (`password: ...`). Nobody can know every one: a key without
+a shape of its own, under a name that says nothing, is not seen.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scoreray.data.errors import UserError
+
+NAMES = re.compile(  # TOKENIZERS_PARALLELISM is none
+    r"(?i)secret|passw|passphrase|credential|token(?!i[sz])|(?:^|[_.-])pat(?:$|[_.-])|[_.-]pwd$"
+    r"|(?:api|access|private|account|auth|ssh|signing|encryption)[_-]?key|_key$"
+)
+WORDS = re.compile(r"(?i)secret|passw|passphrase|pwd")  # whose value is one, also when it is a number
+COUNT = re.compile(r"(?i)[\d_.]+(e\d+)?[kmg]?|true|false|null|none")  # as of max_tokens
+SHAPES = {
+    "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,})",
+    "a token of GitLab": r"\bglpat-[\w-]{16,}",
+    "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{16,}",
+    "a token of Slack": r"\bxox[a-z]-[\w-]{10,}",
+    "an API key": r"\bsk-[\w-]{20,}",
+    "a signed token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.",
+    "a private key": r"-----BEGIN [A-Z ]*KEY",
+    "a user or password in a URL": r"\w://[^/\s@'\"]+@",
+}
+_SHAPES = [(what, re.compile(shape)) for what, shape in SHAPES.items()]
+_FORTY = re.compile(r"(?<![\w/+.-])[A-Za-z0-9/+]{40}(?![\w/+=-])")
+MEND = "whoever holds the cluster's token could read it; let the nodes have it (--from-env NAME=VARIABLE)"
+
+
+def shape_of(text: str) -> str:
+    """Which known credential stands somewhere in the text; empty: none."""
+    if any(_is_aws_secret(found[0]) for found in _FORTY.finditer(text)):
+        return "an AWS secret"
+    return next((what for what, shape in _SHAPES if shape.search(text)), "")
+
+
+def _is_aws_secret(text: str) -> bool:
+    """Of forty characters: neither a hash, which has no capitals, nor a path, which has several slashes."""
+    return all(re.search(some, text) for some in ("[A-Z]", "[a-z]", "[0-9]")) and text.count("/") < 2
+
+
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a name says that its value is a credential, and there is a value."""
+    text = "" if value is None or isinstance(value, bool) else str(value)
+    return bool(text and NAMES.search(name) and (WORDS.search(name) or not COUNT.fullmatch(text)))
+
+
+def refuse_words(words: Sequence[str]) -> None:
+    """Raises UserError for `--aws-secret VALUE`, `api_key=VALUE`, and for a known shape in any of them."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if word.startswith("-") and not equals and i + 1 < len(words):
+            value = "" if words[i + 1].startswith("-") else words[i + 1]
+        if what := shape_of(word):
+            raise UserError(f"submit: a word looks like a credential ({what}); {MEND}")
+        if is_secret(name, value):
+            raise UserError(f"submit {name}: its value looks like a credential; {MEND}")
+
+
+def refuse_text(where: str, text: str, page: Any = None) -> None:
+    """Raises UserError for a known shape in a file's text (comments too), and for names that say it in its `page`."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if what := shape_of(line):
+            raise UserError(f"{where}, line {number}: looks like a credential ({what}); {MEND}")
+    for key, value in _leaves(page):
+        if is_secret(key, value):
+            raise UserError(f"{where}: {key}: its value looks like a credential; {MEND}")
+
+
+def refuse_wheel(wheel: Path) -> None:
+    """The same for the code that travels, by shapes only. Raises UserError."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.endswith("RECORD"):  # hashes
+                refuse_text(name, archive.read(name).decode("utf-8", "replace"))
+
+
+def _leaves(page: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """The values of a parsed YAML file, each with the keys that it stands below."""
+    if depth > 50:
+        return
+    if isinstance(page, dict):
+        for key, value in page.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key), depth + 1)
+    elif isinstance(page, list):
+        for value in page:
+            yield from _leaves(value, name, depth + 1)
+    else:
+        yield name, page
