@@ -17,12 +17,13 @@ from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
 from scoreray.cluster.local_ray import connected
 from scoreray.tune.load import check_room, check_sweep
 from scoreray.tune.report import Report, make_report
-from scoreray.tune.schedule import best_of
+from scoreray.tune.schedule import best_of, expected_images
 from scoreray.tune.space import short_names
 from scoreray.tune.study import State, Study
 from scoreray.tune.sweep import Plan
 from scoreray.tune.trial import Trial, study_store
 
+PRIOR = 4  # trials that what a scheduler means to do counts for
 ROWS = 12  # of the table: those under way, then the best
 
 
@@ -112,15 +113,15 @@ class TrialTable:
         if self._live:
             self._live.update(Group(table_of(self._plan, state), Text(summary_of(state))))
             return
-        self._pace = self._pace or Pace(self._plan, state, time.monotonic())
         now = time.monotonic()
+        self._pace = self._pace or Pace(self._plan, state, now)
+        left = self._pace.left_s(state, now)
         if now - self._line_at <= QUIET_LINE_EVERY_S:
             return
         best = best_of(self._plan, state.trials)
         shown = self._pace.told(state) + (f"; best trial {best[0].number}: {_metrics(best[0])}" if best else "")
         if shown != self._shown:
             self._shown, self._line_at = shown, now
-            left = self._pace.left_s(state, now)
             say(f"tune: {shown}" + (f"; about {left:,.0f} s left" if left else ""))
 
 
@@ -137,16 +138,19 @@ class Pace:
         return summary_of(state) + (f"; {self._images(state):,} images" if self._plan.total else "")
 
     def left_s(self, state: State, now: float) -> float | None:
-        """Seconds until the last trial's end; None where nothing has been done to tell by. A trial is taken to go as
-        far as those that have ended did on average."""
+        """Seconds until the last trial's end; None (and the clock starts anew) where nothing has been done yet.
+
+        A trial is taken to go as far as those that have ended did on average, at first as far as the scheduler means.
+        """
         if not self._plan.space.trains:
             done, left = _ended(state) - self._before[1], state.total - _ended(state)
             return (now - self._at) / done * left if done > 0 else None
         done = self._images(state) - self._before[0]
         if done <= 0:
+            self._at = now  # processes are starting
             return None
         ended = [trial.images for trial in state.trials if trial.state in ("done", "stopped")]
-        far = sum(ended) / len(ended) if ended else float(self._plan.total)
+        far = (sum(ended) + PRIOR * expected_images(self._plan)) / (len(ended) + PRIOR)
         under_way = [trial for trial in state.trials if trial.state == "running"]
         ahead = sum(max(0.0, far - _images_of(state, trial)) for trial in under_way)
         return (now - self._at) / done * (ahead + far * (state.total - len(state.trials)))

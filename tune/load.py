@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from scoreray.trainer.config import explained, load_config, override, read_yaml
 from scoreray.trainer.ema import name_of_std
 from scoreray.trainer.meta import meta_module
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
-from scoreray.tune.sweep import METRICS, OF_HELD_OUT, Plan, Sweep, calls_of, draw_settings, need_of
+from scoreray.tune.sweep import (
+    METRICS,
+    OF_HELD_OUT,
+    OF_SAMPLES,
+    Plan,
+    Sweep,
+    calls_of,
+    draw_settings,
+    misshapen,
+    need_of,
+)
 
 SHARED = ("run", "duration")  # the same in all trials, so that they compare
 UNSEEN = ("checkpoint", "log", "evaluation")  # sections that no metric depends on
@@ -33,11 +44,20 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     """The checked sweep of a YAML file. Raises one UserError that lists every mistake, a line each."""
     name = "sweep" if isinstance(source, dict) else str(source)
     raw = read_yaml(source)
+    if not raw.keys() & {"study", "space"} and raw.keys() & {"run", "data", "duration"}:
+        raise UserError(f"{name}: this is a run's config, not a sweep's: scoreray train {name}")
+    folder = Path() if isinstance(source, dict) else Path(source).parent
+    others = [one for one in overrides if not one.startswith("base=")]
+    if len(others) < len(overrides):
+        raw, folder = override(raw, [one for one in overrides if one.startswith("base=")]), Path()
     if isinstance(raw.get("base"), str):
-        place = Path(raw["base"]) if isinstance(source, dict) else Path(source).parent / raw["base"]
-        raw = {**raw, "base": read_yaml(place)}
+        with _told_of("base"):
+            raw = {**raw, "base": read_yaml(folder / raw["base"])}
+    raw = override(raw, others)
+    if mistakes := misshapen(raw):
+        raise _refusal(name, mistakes)
     try:
-        sweep = Sweep.model_validate(override(raw, overrides))
+        sweep = Sweep.model_validate(raw)
     except ValidationError as error:
         raise explained(error, Sweep, name) from None
     mistakes = _own_mistakes(sweep)
@@ -47,9 +67,23 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         assert space is not None
         plan, mistakes = _with_base(sweep, space)
     if mistakes:
-        head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
-        raise UserError(head + "\n  ".join(mistakes))
+        raise _refusal(name, mistakes)
     return plan
+
+
+def _refusal(name: str, mistakes: Sequence[str]) -> UserError:
+    head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
+    return UserError(head + "\n  ".join(mistakes))
+
+
+@contextlib.contextmanager
+def _told_of(key: str) -> Iterator[None]:
+    """Puts the sweep's key before what an error says."""
+    try:
+        yield
+    except ScorerayError as error:
+        error.args = (f"{key}: {error}",)
+        raise
 
 
 def check_sweep(plan: Plan) -> list[str]:
@@ -58,11 +92,12 @@ def check_sweep(plan: Plan) -> list[str]:
     Returns warnings, a line each. Raises ScorerayErrors.
     """
     sweep = plan.sweep
-    reference = open_store(sweep.metric.reference)
-    reference.check_reachable()
-    manifest = Manifest.load(reference)
-    open_store(sweep.study.storage).child(sweep.study.name).check_writable()
-    infos = [describe(sweep.checkpoint, None)[0]] if sweep.checkpoint else list(_described(plan, manifest))
+    with _told_of("metric.reference"):
+        manifest = _manifest(sweep.metric.reference)
+    with _told_of("study.storage"):
+        open_store(sweep.study.storage).child(sweep.study.name).check_writable()
+    with _told_of("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
+        infos = [describe(sweep.checkpoint, None)[0]] if sweep.checkpoint else list(_described(plan))
     mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0])
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -83,21 +118,29 @@ def check_room(plan: Plan, room: Mapping[str, float]) -> None:
 
 
 def _warnings(sweep: Sweep, manifest: Manifest, trained_on: set[str]) -> list[str]:
-    """Images that are trained on, where the metric needs such as are not; FID and its like are often of those."""
+    """Fewer images than asked for; and images that are trained on, where the metric needs such as are not (FID and its
+    like are often of those)."""
+    found = []
+    if sweep.metric.count > manifest.num_samples:
+        found.append(
+            f"metric.count: {sweep.metric.count:,} images asked for, {sweep.metric.reference} holds "
+            f"{manifest.num_samples:,}; all of these are used"
+        )
     held_out = [name for name in sweep.metric.names if name in OF_HELD_OUT]
     if not held_out:
-        return []
+        return found
     for url in sorted(trained_on):
         same = url.rstrip("/") == sweep.metric.reference.rstrip("/")
         with contextlib.suppress(ScorerayError):  # a checkpoint's own data need not be within reach
             same = same or Manifest.load(open_store(url)).shards == manifest.shards
         if same:
             return [
+                *found,
                 f"metric.reference: {sweep.metric.reference} holds the images that are trained on ({url}), so "
                 f"{' and '.join(held_out)} will favour trials that learn them by heart; give images that training "
-                "does not see"
+                "does not see",
             ]
-    return []
+    return found
 
 
 def _own_mistakes(sweep: Sweep) -> list[str]:
@@ -136,7 +179,19 @@ def _own_mistakes(sweep: Sweep) -> list[str]:
             found.append(f"space.{key}: changes nothing that a metric sees; set it in the base config")
         if key.startswith(SAMPLE) and not key.startswith(OPTION) and key[len(SAMPLE) :] not in SAMPLE_KEYS:
             found.append(f"space.{key}: unknown key; {nearest(key[len(SAMPLE) :], (*SAMPLE_KEYS, 'options.NAME'))}")
+        elif metric.names and key.startswith(SAMPLE) and not _draws(key, metric.names):
+            found.append(
+                f"space.{key}: changes nothing that metric.names ({', '.join(metric.names)}) measure; add one of "
+                f"{', '.join(OF_SAMPLES)} to them"
+            )
     return found
+
+
+def _draws(key: str, names: Sequence[str]) -> bool:
+    """Whether a key of how samples are drawn can change one of these metrics."""
+    if set(names) & set(OF_SAMPLES) or (key == "sample.ema" and set(names) & set(OF_HELD_OUT)):
+        return True
+    return "nfe" in names and key not in ("sample.ema", "sample.guidance")
 
 
 def _with_base(sweep: Sweep, space: Space) -> tuple[Plan, list[str]]:
@@ -146,7 +201,7 @@ def _with_base(sweep: Sweep, space: Space) -> tuple[Plan, list[str]]:
     try:
         raw = load_config(_tracking(sweep)).model_dump(mode="json")
     except UserError as error:
-        return Plan(sweep, space, {}), [f"base: {line.removeprefix('config: ')}" for line in str(error).splitlines()]
+        return Plan(sweep, space, {}), [f"base: {line}" for line in _lines(error)]
     plan, found = Plan(sweep, space, raw), []
     names = {one.key for one in space.dimensions} | plan.base.keys()
     found += [
@@ -189,9 +244,14 @@ def _refused(plan: Plan, values: Values) -> list[str]:
     try:
         plan.config(values)
     except UserError as error:
-        lines = [line.strip().removeprefix("config: ") for line in str(error).splitlines()]
-        return [line for line in lines if not line.endswith("mistakes")]
+        return _lines(error)
     return []
+
+
+def _lines(error: UserError) -> list[str]:
+    """The mistakes that a config's error lists, without its heading."""
+    lines = [line.strip().removeprefix("config: ") for line in str(error).splitlines()]
+    return [line for line in lines if not re.fullmatch(r"\d+ mistakes", line)]
 
 
 def _schedule_mistakes(plan: Plan) -> list[str]:
@@ -224,15 +284,20 @@ def _schedule_mistakes(plan: Plan) -> list[str]:
     return found
 
 
-def _described(plan: Plan, reference: Manifest) -> Any:
+def _manifest(url: str) -> Manifest:
+    store = open_store(url)
+    store.check_reachable()
+    return Manifest.load(store)
+
+
+def _described(plan: Plan) -> Any:
     """A model's description at the base and every corner, each of whose networks is built without memory."""
     seen: dict[str, Manifest] = {}
     for _, _, values in itertools.chain([(None, None, {})], plan.space.corners(plan.base)):
         config = plan.config(values)
         if config.data.url not in seen:
-            store = open_store(config.data.url)
-            store.check_reachable()
-            seen[config.data.url] = Manifest.load(store)
+            with _told_of("space.data.url" if "data.url" in values else "base.data.url"):
+                seen[config.data.url] = _manifest(config.data.url)
         manifest = seen[config.data.url]
         try:
             meta_module(config, manifest)

@@ -128,7 +128,7 @@ def _classes(model: Any, held: Held, part: Tensor, device: torch.device) -> Tens
 
 def likelihood(model: Any, held: Held, section: MetricSection, name: str) -> float:
     """Mean bits per dimension or nats over the metric's own range of noise levels."""
-    part = torch.arange(min(MOST_LIKELIHOODS, len(held.x0)))
+    part = torch.from_numpy(spread(MOST_LIKELIHOODS, len(held.x0)))  # the first ones may all be of one class
     device = next(model.parameters()).device
     x, width = held.x0[part], math.nan
     if held.images.dtype == torch.uint8:

@@ -33,6 +33,13 @@ def milestones(plan: Plan) -> list[int]:
     return [total]
 
 
+def expected_images(plan: Plan) -> float:
+    """How far a trial comes on average, where asha lets go on exactly the share that it means to."""
+    share = 1 / plan.sweep.scheduler.reduction if plan.sweep.scheduler.kind == "asha" else 1.0
+    stops = [0, *milestones(plan)]
+    return sum((b - a) * share**k for k, (a, b) in enumerate(itertools.pairwise(stops)))
+
+
 def worth(plan: Plan, report: dict[str, Any]) -> float:
     """The first metric of a report, less is better; infinite where it is not finite."""
     name = plan.sweep.metric.names[0]

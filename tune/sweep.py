@@ -113,6 +113,33 @@ class Sweep(Section):
         return self.model_dump(mode="json", by_alias=True)
 
 
+def misshapen(raw: Mapping[str, Any]) -> list[str]:
+    """What is a value where the sweep's file has a section, a range or a list."""
+    sections = {name for name in Sweep.model_fields if name not in ("base", "checkpoint", "trials")}
+    found = [
+        f"{key}: {value!r} is not a section; write {key}: {{KEY: VALUE, ...}}"
+        for key, value in raw.items()
+        if not isinstance(value, dict) and (key in sections or (key == "base" and value is not None))
+    ]
+    space = raw.get("space")
+    for key, given in space.items() if isinstance(space, dict) else ():
+        if not isinstance(given, dict):
+            found.append(
+                f"space.{key}: {given!r} is not a dimension; write {{uniform: [LOW, HIGH]}}, {{log: [LOW, HIGH]}}, "
+                "{int: [LOW, HIGH]} or {choice: [VALUE, ...]}"
+            )
+            continue
+        for kind, value in given.items():
+            if kind in ("uniform", "int", "log") and not (kind == "log" and isinstance(value, bool)):
+                if not (isinstance(value, list | tuple) and len(value) == 2):
+                    found.append(f"space.{key}.{kind}: {value!r} is not a range; write [LOW, HIGH]")
+            elif kind == "choice" and not isinstance(value, list | tuple):
+                found.append(f"space.{key}.choice: {value!r} is not a list; write [VALUE, ...]")
+            elif kind == "when" and not isinstance(value, dict):
+                found.append(f"space.{key}.when: {value!r} is not a condition; write {{KEY: VALUE or [VALUE, ...]}}")
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """A checked sweep: its space, and the run's config as a dict that values are put into."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from scoreray.data.errors import UserError
 from scoreray.tune.load import check_room, check_sweep, load_sweep
+from scoreray.tune.metric import held_out
 from scoreray.tune.space import with_values
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tune"
@@ -76,6 +78,15 @@ def test_a_bad_space_is_one_line(sweep: dict[str, Any], space: dict[str, Any], m
             ["scheduler.kind=pbt", "scheduler.every_images=512", "space={optimizer: {choice: [{schedule: constant}]}}"],
             "space.optimizer: can't change while a trial goes on",
         ),
+        (["space={sample.steps: {int: [4, 9]}}"], "space.sample.steps: changes nothing that metric.names (denoising)"),
+        (["metric.names=[nfe]", "space={sample.ema: {choice: [0.1]}}"], "add one of fid, kid, sw to them"),
+        (["study=5"], "study: 5 is not a section; write study: {KEY: VALUE, ...}"),
+        (["base=5"], "base: 5 is not a section"),
+        (["base=/absent.yaml"], "base: /absent.yaml: no such config file"),
+        (["space={a.b: 5}"], "space.a.b: 5 is not a dimension; write {uniform: [LOW, HIGH]}"),
+        (["space={a.b: {uniform: 5}}"], "space.a.b.uniform: 5 is not a range; write [LOW, HIGH]"),
+        (["space={a.b: {choice: 5}}"], "space.a.b.choice: 5 is not a list"),
+        (["space={a.b: {choice: [5], when: 3}}"], "space.a.b.when: 3 is not a condition"),
         (["study.nam=x"], "did you mean 'name'"),
         (["base.duration.images=0"], "base: duration.images"),
         (["resources.cpus=0"], "resources.cpus"),
@@ -88,6 +99,29 @@ def test_a_bad_setting_is_one_line(sweep: dict[str, Any], overrides: list[str], 
     assert len(str(error.value).splitlines()) == 1, str(error.value)
 
 
+def test_mistakes_are_counted_without_their_headings(sweep: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as error:
+        load_sweep(sweep, ["base.foo=1", "base.bar=2", "metric.sigma_min=9"])
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(UserError) as error:
+        load_sweep(sweep, ["base.foo=1", "base.bar=2"])
+    head, *lines = str(error.value).splitlines()
+    assert head == "sweep: 2 mistakes"
+    assert [line.strip()[:9] for line in lines] == ["base: foo", "base: bar"]
+
+
+def test_a_runs_config_is_told_from_a_sweeps() -> None:
+    file = CONFIGS.parent / "cifar10.yaml"
+    with pytest.raises(UserError, match=rf"this is a run's config, not a sweep's: scoreray train {file}$"):
+        load_sweep(file)
+
+
+def test_a_base_of_the_command_line_lies_beside_the_shell(sweep: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(sweep["base"]))
+    plan = load_sweep(sweep, [f"base={tmp_path / 'base.yaml'}", "base.duration.images=4096"])
+    assert plan.total == 4096
+
+
 def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points: dict[str, str]) -> None:
     assert check_sweep(load_sweep(sweep)) == []
     check_room(load_sweep(sweep), {"CPU": 2.0})
@@ -95,10 +129,15 @@ def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points
         check_room(load_sweep(sweep, ["resources.cpus=4"]), {"CPU": 2.0})
     with pytest.raises(UserError, match=r"at 8 a trial needs 8 CPU"):
         check_room(load_sweep({**sweep, "space": {"scaling.workers": {"choice": [1, 8]}}}), {"CPU": 2.0})
-    with pytest.raises(UserError, match="no data set here"):
-        check_sweep(load_sweep(sweep, ["metric.reference=/tmp/absent-from-here"]))
+    for key in ("metric.reference", "base.data.url"):
+        with pytest.raises(UserError, match=rf"^{key}: /tmp/absent-from-here: no data set here"):
+            check_sweep(load_sweep(sweep, [f"{key}=/tmp/absent-from-here"]))
+    (line,) = check_sweep(load_sweep(sweep, ["metric.count=100000"]))
+    assert line == f"metric.count: 100,000 images asked for, {points['held']} holds 512; all of these are used"
+    assert len(held_out(points["held"], 100_000).x0) == 512
     with pytest.raises(UserError, match="unknown sampler 'heunn'"):
-        check_sweep(load_sweep({**sweep, "space": {"sample.sampler": {"choice": ["heun", "heunn"]}}}))
+        check_sweep(load_sweep({**sweep, "space": {"sample.sampler": {"choice": ["heun", "heunn"]}}},
+                               ["metric.names=[sw]"]))  # fmt: skip
     with pytest.raises(UserError, match="bpd is of 8-bit images"):
         check_sweep(load_sweep(sweep, ["metric.names=[bpd]"]))
 

@@ -11,6 +11,7 @@ from scoreray.cluster.tuning import Pace, TrialTable
 from scoreray.trainer.progress import Progress
 from scoreray.tune.load import load_sweep
 from scoreray.tune.processes import Work
+from scoreray.tune.schedule import expected_images
 from scoreray.tune.study import State
 from scoreray.tune.sweep import Plan
 from scoreray.tune.trial import Trial
@@ -35,11 +36,18 @@ def test_time_left_follows_from_images_and_from_how_far_trials_go(sweep: dict[st
     assert pace.left_s(state, 101.0) is None
     state.running[0] = under_way(first, 1048, 2048)
     assert pace.told(state) == "1 of 4 trials; 1,048 images"
-    assert pace.left_s(state, 110.0) == pytest.approx((1000 + 3 * 2048) / 100)
+    assert pace.left_s(state, 111.0) == pytest.approx((1000 + 3 * 2048) / 100)  # the clock starts with the first image
     ended = State([trial(0, 512, "stopped"), trial(1, 2048, "done"), first := trial(2, 512, "running")], 4)
     ended.running[2] = under_way(first, 768, 2048)
     assert pace.told(ended) == "3 of 4 trials, 1 done, 1 stopped; 3,328 images"
-    assert pace.left_s(ended, 132.8) == pytest.approx((1280 - 768 + 1280) / 100)
+    far = (512 + 2048 + 4 * 2048) / 6  # those that ended, and four as they were meant
+    assert pace.left_s(ended, 133.8) == pytest.approx((far - 768 + far) / 100)
+
+
+def test_asha_is_expected_to_stop_its_share(sweep: dict[str, Any]) -> None:
+    plan = load_sweep({**sweep, "scheduler": {"kind": "asha", "grace_images": 512, "reduction": 2}})
+    assert expected_images(plan) == 512 + 512 / 2 + 1024 / 4
+    assert expected_images(load_sweep(sweep)) == 2048
 
 
 def test_a_sweep_that_trains_nothing_counts_trials(sweep: dict[str, Any]) -> None:
