@@ -130,6 +130,8 @@ def misshapen(raw: Mapping[str, Any]) -> list[str]:
             )
             continue
         for kind, value in given.items():
+            if value is None:
+                continue  # as a dumped sweep writes what is not given
             if kind in ("uniform", "int", "log") and not (kind == "log" and isinstance(value, bool)):
                 if not (isinstance(value, list | tuple) and len(value) == 2):
                     found.append(f"space.{key}.{kind}: {value!r} is not a range; write [LOW, HIGH]")
