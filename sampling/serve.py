@@ -52,7 +52,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,  # to a url made of the Host header
-        description=__doc__ or "",
+        description="Draws samples from trained models; see docs/serving.md.",
     )
 
     app.add_middleware(_Answering, service=service)
@@ -91,8 +91,9 @@ def make_app(service: Service) -> FastAPI:
         return _json(app.openapi())
 
     @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
-    async def docs() -> Response:
-        return Response(docs_page(app.openapi()), media_type="text/html", headers=HEADERS)
+    async def docs(request: Request) -> Response:
+        html = docs_page(app.openapi(), _url(request), bool(service.config.tokens))
+        return Response(html, media_type="text/html", headers=HEADERS)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
@@ -280,6 +281,13 @@ def _check_host(request: Request, hosts: tuple[str, ...]) -> None:
     host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
     if hosts and host not in hosts:
         raise Refused("bad_header", f"the header Host names none of {', '.join(hosts)}")
+
+
+def _url(request: Request) -> str:
+    """Where the caller reaches this, for a line to copy: only from headers that look like it."""
+    host, scheme = request.headers.get("host", ""), request.headers.get("x-forwarded-proto", request.url.scheme)
+    host = host if re.fullmatch(r"[A-Za-z0-9.-]{1,253}(:\d{1,5})?|\[[0-9a-fA-F:]{2,45}\](:\d{1,5})?", host) else "HOST"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
 
 
 def _request_id(request: Request) -> str:

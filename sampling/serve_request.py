@@ -18,6 +18,7 @@ from scoreray.sampling.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
+from scoreray.sampling.serve_docs import in_words
 from scoreray.sampling.serve_job import Job
 from scoreray.sampling.serve_models import Served
 from scoreray.sampling.steering import MAX_GUIDANCE
@@ -72,7 +73,10 @@ class SampleBody(BaseModel):
 def parse(body: bytes) -> SampleBody:
     """The request in a body. Raises Refused (bad_json, invalid)."""
     try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_int=_int, parse_float=_float)
+        text = body.decode("utf-8")
+        data = json.loads(
+            text, parse_constant=_no_constant, parse_int=_int, parse_float=_float, object_pairs_hook=_object
+        )
     except RecursionError:
         raise Refused("bad_json", "the body is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -84,14 +88,31 @@ def parse(body: bytes) -> SampleBody:
     try:
         return SampleBody.model_validate(data)
     except ValidationError as error:
-        mistakes = error.errors(include_url=False, include_context=False, include_input=False)
-        first = mistakes[0]
-        name = str(first["loc"][0])[:64] if first["loc"] else "body"
-        if first["type"] == "extra_forbidden":
-            message = f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}"
-        else:
-            message = "; ".join(f"{'.'.join(str(p)[:64] for p in m['loc'][:2])}: {m['msg']}" for m in mistakes[:4])
-        raise Refused("invalid", message, field=name) from None
+        raise _refusal(error, data) from None
+
+
+def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
+    """A body that does not fit, in plain words: each field that is wrong, its value, and what it may be."""
+    mistakes = error.errors(include_url=False, include_context=False, include_input=False)
+    first = mistakes[0]
+    name = str(first["loc"][0])[:64] if first["loc"] else "body"
+    if first["type"] == "extra_forbidden":
+        return Refused("invalid", f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}", field=name)
+    fields = _fields()
+    wrong = list(dict.fromkeys(str(mistake["loc"][0]) for mistake in mistakes))
+    told = []
+    for field in [field for field in wrong if field in fields][:4]:
+        given, may_be = json.dumps(data[field]), in_words(fields[field])
+        given = given if len(given) <= 40 else given[:40] + "..."
+        if any(m["type"] == "string_unicode" for m in mistakes if m["loc"][0] == field):
+            may_be = "a string of whole Unicode characters"
+        told.append(f"{field} = {given}: must be {may_be}")
+    return Refused("invalid", "; ".join(told), field=name)
+
+
+@functools.cache
+def _fields() -> dict[str, Any]:
+    return SampleBody.model_json_schema()["properties"]
 
 
 def make_job(body: SampleBody, served: Served, limits: Limits, media: str, seed: int) -> Job:
@@ -176,6 +197,15 @@ def check_key(header: str | None, body: str | None) -> str | None:
     if key is not None and not KEY.fullmatch(key):
         raise Refused("bad_header", "an idempotency key has 1 to 255 printable ASCII characters, no spaces")
     return key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Refused("bad_json", f"the name '{name[:64]}' stands twice in one object")
+        found[name] = value
+    return found
 
 
 def _no_constant(name: str) -> float:

@@ -194,6 +194,18 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 (b'{"count": ' + b"9" * 100 + b"}", {}, 400, "bad_json", "digits"),
                 (b'{"guidance": 1e999}', {}, 400, "bad_json", "too large"),
                 (b"[]", {}, 422, "invalid", "object"),
+                (b'{"count": 1, "count": 2}', {}, 400, "bad_json", "'count' stands twice"),
+                (b'{"options": {"eta": 1, "eta": 1}}', {}, 400, "bad_json", "'eta' stands twice"),
+                ({"count": 0}, {}, 422, "invalid", "count = 0: must be a whole number, 1 or more"),
+                ({"class_label": 1.5}, {}, 422, "invalid", "a whole number or a string of at most 256 characters"),
+                ({"seed": 2**31}, {}, 422, "invalid", "from 0 to 2,147,483,647"),
+                ({"guidance": 101}, {}, 422, "invalid", "guidance = 101: must be a number from -100 to 100"),
+                ({"previews": 33}, {}, 422, "invalid", "from 1 to 32"),
+                ({"format": "jpg"}, {}, 422, "invalid", 'must be "png" or "npy"'),
+                ({"stream": 1}, {}, 422, "invalid", "stream = 1: must be true or false"),
+                ({"idempotency_key": "a b"}, {}, 422, "invalid", "printable ASCII characters, no spaces"),
+                ({"options": {"eta": [1]}}, {}, 422, "invalid", "options = "),
+                ({"options": {f"o{i}": 1 for i in range(17)}}, {}, 422, "invalid", "at most 16 values"),
                 ({"cuont": 1}, {}, 422, "invalid", "did you mean 'count'"),
                 ({"count": "3"}, {}, 422, "invalid", "count"),
                 ({"count": True}, {}, 422, "invalid", "count"),
@@ -221,6 +233,8 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 reply = await call.post(body, **{name.replace("-", "_"): value for name, value in headers.items()})
                 assert (reply.status, reply.code) == (status, code), (body, reply.json)
                 assert words in reply.json["message"], (body, reply.json)
+                for ours in ("constrained", "pattern", "valid ", "Input", "Union"):
+                    assert ours not in reply.json["message"], (body, reply.json)
                 assert ERRORS[code][0] == status
                 assert reply.json["request_id"] == reply.headers["x-request-id"]
             for method, path, status, code in (
@@ -260,6 +274,8 @@ def test_tokens(run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, ca
             assert (await call("GET", "/metrics")).status == (await call("GET", "/v1/model")).status == 401
             for method in ("GET", "HEAD"):
                 assert [(await call(method, p)).status for p in ("/", "/docs", "/healthz", "/readyz")] == [200] * 4
+            assert (await call("GET", "/openapi.json")).status == 200
+            assert "Authorization: Bearer TOKEN" in (await call("GET", "/docs")).body.decode()
             assert (await call.post({}, Authorization=f"Bearer {SECRET}")).status == 200
             assert (await call.post({}, Authorization="bearer another-secret-word")).status == 200
             page = await call("GET", "/metrics", headers={"Authorization": f"Bearer {SECRET}"})
@@ -569,7 +585,17 @@ def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run
                 assert b"http://" not in page.body.replace(b"http://www.w3.org", b"").replace(b"http://localhost", b"")
                 assert b"https://" not in page.body
                 assert "default-src 'none'" in page.headers["content-security-policy"]
+            docs = (await call("GET", "/docs", headers={"Host": "models.example:9000"})).body.decode()
+            assert "curl -s http://models.example:9000/v1/samples" in docs
+            assert "Bearer" not in docs
+            assert "localhost" not in docs
+            assert "from 0 to 2,147,483,647" in docs
+            assert "default false" in docs
+            assert "`" not in docs
+            strange = (await call("GET", "/docs", headers={"Host": "x'; reboot '"})).body.decode()
+            assert "http://HOST/v1/samples" in strange
             schema = (await call("GET", "/openapi.json")).json
+            assert schema["info"]["description"].startswith("Draws samples")
             assert set(schema["paths"]) == {"/v1/samples", "/v1/model", "/metrics", "/healthz", "/readyz"}
             text = (await call("GET", "/metrics")).body.decode()
             assert all(f"# HELP {m.name}" in text for m in (*REPLICA_METRICS, *SERVICE_METRICS))
