@@ -190,7 +190,8 @@ def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) ->
         for mark, some in (("o", [p for p, edge in zip(beaten, at_edge, strict=True) if p == edge]),
                            ("x", [edge for p, edge in zip(beaten, at_edge, strict=True) if p != edge])):  # fmt: skip
             if some:
-                axes.scatter(*zip(*some, strict=True), s=16, color="0.65", marker=mark)
+                label = "far beyond" if mark == "x" else None
+                axes.scatter(*zip(*some, strict=True), s=16, color="0.65", marker=mark, label=label)
         if len(others) == 1 and not {first, other} & set(MAXIMISED):
             axes.step([x for x, _, _ in best], [y for _, y, _ in best], where="post", color="C0", lw=1.2)
         axes.scatter([x for x, _, _ in best], [y for _, y, _ in best], s=22, color="C0", zorder=3)
@@ -199,6 +200,8 @@ def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) ->
         if default is not None and default.metrics:
             x, y = (min(max(default.metrics[name], frames[name][0]), frames[name][1]) for name in (other, first))
             axes.scatter([x], [y], s=70, fc="none", ec="0.2", lw=1, zorder=4)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
         axes.set_xlabel(other)
         axes.grid(alpha=0.3)
         axes.margins(0.1)
