@@ -17,6 +17,7 @@ from scoreray.sampling.load import load
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.targets import ring
+from scoreray.tune import metric
 from scoreray.tune.load import check_sweep, load_sweep
 from scoreray.tune.metric import denoising_errors, held_out, levels_of, likelihood, weights_of
 from scoreray.tune.schedule import best_of
@@ -134,6 +135,22 @@ def test_likelihood_of_real_valued_data_is_that_of_the_known_density(points: dic
     held = held_out(section.reference, section.count)
     found = likelihood(Exact(), held, section, "nats")
     assert abs(found - float(ring().log_density(held.x0.double(), section.sigma_min).mean())) < 0.05
+
+
+def test_likelihood_is_of_images_all_over_the_reference(
+    points: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed data may lie by class: the first ones are no sample of them."""
+    section = MetricSection(names=("nats",), reference=points["held"], count=512, sigma_min=0.1, sigma_max=2.0)
+    held, seen, real = held_out(section.reference, section.count), list[torch.Tensor](), metric.log_likelihood
+
+    def look(model: Any, x: torch.Tensor, **given: Any) -> Any:
+        seen.append(x)
+        return real(model, x, **given)
+
+    monkeypatch.setattr(metric, "log_likelihood", look)
+    likelihood(Exact(), held, section, "nats")
+    assert torch.equal(seen[0], held.x0[::4])
 
 
 def test_tpe_finds_a_planted_optimum_that_random_search_misses(sweep: dict[str, Any]) -> None:
