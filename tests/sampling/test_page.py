@@ -219,6 +219,41 @@ def test_samples_form_on_the_page(browser: Browser, run_url: str, name: str, siz
         assert browser.errors() == []
 
 
+@pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
+def test_many_samples_are_large_enough_to_see(browser: Browser, run_url: str, name: str, size: tuple[int, int]) -> None:
+    browser.size(*size)
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.type("#count", "256")
+        browser.type("#steps", "8")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 256", 60)
+        sizes = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.clientWidth)")
+        assert min(sizes) >= 64, min(sizes)
+        seen = browser.run(
+            "return [...document.querySelectorAll('#strip li')].map(e => e.getBoundingClientRect())"
+            ".every(r => r.left >= 0 && r.right <= innerWidth)"
+        )
+        assert seen, "the strip from noise to image is seen as a whole"
+        keep(browser, f"{name}-many")
+
+
+def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url: str) -> None:
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        for field, wrong, right in (("count", "999", "3"), ("steps", "1.5", "4"), ("seed", "-1", "5")):
+            browser.type(f"#{field}", wrong)
+            told = browser.text("#curl")
+            assert "curl" not in told
+            assert told.startswith({"count": "Samples: ", "steps": "Steps: ", "seed": "Seed: "}[field])
+            assert browser.run("return document.querySelector('#copy').disabled")
+            browser.type(f"#{field}", right)
+            assert f'"{field}":{right}' in browser.text("#curl")
+            assert not browser.run("return document.querySelector('#copy').disabled")
+
+
 def test_the_curl_line_draws_the_same_samples(browser: Browser, run_url: str, tmp_path: Path) -> None:
     with served(config(run_url)) as (url, _):
         browser.open(url)
