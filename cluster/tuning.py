@@ -152,7 +152,8 @@ class Pace:
         ended = [trial.images for trial in state.trials if trial.state in ("done", "stopped")]
         far = (sum(ended) + PRIOR * expected_images(self._plan)) / (len(ended) + PRIOR)
         under_way = [trial for trial in state.trials if trial.state == "running"]
-        ahead = sum(max(0.0, far - _images_of(state, trial)) for trial in under_way)
+        ends = {number: max(far, work.target) for number, work in state.running.items()}  # its stop, where past that
+        ahead = sum(max(0.0, ends.get(trial.number, far) - _images_of(state, trial)) for trial in under_way)
         return (now - self._at) / done * (ahead + far * (state.total - len(state.trials)))
 
     def _images(self, state: State) -> int:

@@ -41,7 +41,7 @@ def test_time_left_follows_from_images_and_from_how_far_trials_go(sweep: dict[st
     ended.running[2] = under_way(first, 768, 2048)
     assert pace.told(ended) == "3 of 4 trials, 1 done, 1 stopped; 3,328 images"
     far = (512 + 2048 + 4 * 2048) / 6  # those that ended, and four as they were meant
-    assert pace.left_s(ended, 133.8) == pytest.approx((far - 768 + far) / 100)
+    assert pace.left_s(ended, 133.8) == pytest.approx((2048 - 768 + far) / 100)
 
 
 def test_asha_is_expected_to_stop_its_share(sweep: dict[str, Any]) -> None:
