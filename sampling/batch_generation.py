@@ -274,7 +274,7 @@ def carry_out_job(place: Place, samples: Samples, map_shards: Mapper, kept: dict
             raise
         if not newest:
             place.clear()  # the other start was done before our last shard came
-        raise taken_over(store.url(place.result)) from None
+        raise taken_over(store.url(place.name)) from None
     store.put(place.record, job.to_json(finished={name: files[name] for name in files_of(place, job)}))
     place.clear()
     return store.url(place.result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.manifest import INDEX, MANIFEST
 from scoreray.data.packing import WINDOW_BYTES, map_in_threads
 from scoreray.data.store import NotFound, Store, open_store
@@ -56,9 +57,13 @@ class Place:
         return self.store.child(self.unfinished) if self.unfinished else self.store
 
     def clear(self) -> None:
-        """Removes what is no part of the result."""
-        prefix = self.unfinished or "packing"
-        self.store.delete([key for key, _ in self.store.list(f"{prefix}/")])
+        """Removes what is no part of the result, what killed writes left of it included."""
+        prefix = f"{self.unfinished or 'packing'}/"
+        written = {"webdataset": ["shards/"], "png": [*"0123456789", SHEET], "npz": [self.name]}[self.format]
+        with contextlib.suppress(StorageError):  # it takes space, no more: a store may not let us look for it
+            for start in (f"{prefix}shards/", f"{prefix}packing/", prefix, *written):
+                self.store.clear_unfinished(start, but="\0")
+        self.store.delete([key for key, _ in self.store.list(prefix)])
 
 
 def place_of(url: str, format: str = "auto") -> Place:

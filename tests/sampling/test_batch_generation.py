@@ -252,6 +252,25 @@ def test_of_two_starts_of_a_job_the_newer_goes_on(run_url: str, name: str, inter
     assert contents(str(at)) == contents(str(expected_at))
 
 
+@pytest.mark.parametrize(
+    ("format", "left"),
+    [
+        ("webdataset", "shards/.part-000000.tar-x"),
+        ("png", "samples.unfinished/shards/.part-000000.tar-x"),
+        ("png", "samples.unfinished/packing/.part-000000-x"),
+        ("png", ".part-000002.png-x"),
+    ],
+)
+def test_what_a_killed_write_left_is_removed(run_url: str, format: str, left: str, tmp_path: Path) -> None:
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_bytes(b"half")
+    draw(str(tmp_path), run_url, replace(REQUEST, count=4), format=format)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    pictures = {*(f"{i:06d}.png" for i in range(4)), "samples.png"}
+    data_set = {"shards", "shards/000000.tar", "index.bin", "manifest.json"}
+    assert names == {"sampling.json"} | (pictures if format == "png" else data_set)
+
+
 @pytest.mark.parametrize("name", ["webdataset", "png"])
 @pytest.mark.parametrize(
     "stranger",
