@@ -132,7 +132,7 @@ def _parsed(words: list[str]) -> dict[str, Any]:
     while hasattr(command, "commands"):
         given = rest.pop(0) if rest else ""
         if given not in command.commands:
-            raise UserError(f"submit {' '.join([*path.split()[1:], given])}: no verb; "
+            raise UserError(f"submit {' '.join([*path.split()[1:], given]).strip()}: no such verb; "
                             f"{nearest(given, command.commands)}")  # fmt: skip
         path, command = f"{path} {given}", command.commands[given]
     try:
