@@ -36,8 +36,7 @@ def drivers() -> list[int]:
 
 
 def _is_command(words: list[str]) -> bool:
-    program, *rest = (*words, "", "", "")
-    name = program.rpartition("/")[2]
+    name, rest = words[0].rpartition("/")[2], [*words[1:], "", "", ""]
     if not name.startswith("python"):
         return name == "scoreray"
     while rest[0] in ("-u", "-X", "-W"):
