@@ -90,6 +90,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 CHUNK = 1 << 20
+ALIGNED = 128  # elements; DeepSpeed takes even buffers only
 
 
 class FlatEngine:
@@ -323,7 +324,8 @@ def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
 
 
 def _part(num_params: int, share: int) -> int:
-    return min(max(num_params // share, 1 << 21), num_params, 200_000_000)
+    elements = min(max(num_params // share, 1 << 21), num_params, 200_000_000)
+    return -(-elements // ALIGNED) * ALIGNED
 
 
 def deepspeed_settings(

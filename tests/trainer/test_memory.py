@@ -46,8 +46,9 @@ def test_peak_bytes_per_parameter_are_the_formulas(peaks: dict[str, float], stag
     assert peaks[f"{stage} {precision}"] == pytest.approx(formula, rel=0.10)
 
 
-@pytest.mark.parametrize("num_params", [10**6, 10**8, 10**10])
+@pytest.mark.parametrize("num_params", [10**6 + 1, 10**8 + 9, 10**10])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_buffers_are_parts_of_the_model(num_params: int, stage: int) -> None:
     for name, elements in bucket_sizes(num_params, stage).items():
-        assert 0 < elements <= max(num_params // 8, 1 << 21), name
+        assert 0 < elements <= max(num_params // 8 + 128, 1 << 21), name
+        assert elements % 2 == 0 or name == "stage3_param_persistence_threshold", name
