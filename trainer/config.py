@@ -342,7 +342,7 @@ def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it."""
     raw = copied(raw)
-    for given in sorted(overrides, key=lambda text: not re.match(r"[\w.]*\bkind=", text)):
+    for given in sorted(overrides, key=lambda text: kinds_first(text.partition("=")[0])):
         key, equals, text = given.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
             raise UserError(f"'{given}' is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4")
@@ -352,6 +352,12 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"'{given}': the value is not YAML") from None
         set_key(raw, key, value, f"'{given}'")
     return raw
+
+
+def kinds_first(key: str) -> tuple[bool, int]:
+    """Sorts dotted keys: an outer kind, which starts its section anew, before an inner one, and all before the rest."""
+    kind = key.rpartition(".")[2] == "kind"
+    return not kind, key.count(".") if kind else 0
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:

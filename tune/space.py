@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from scoreray.trainer.config import Section, copied, set_key
+from scoreray.trainer.config import Section, copied, kinds_first, set_key
 
 SAMPLE = "sample."
 SAMPLE_KEYS = ("sampler", "steps", "grid", "guidance", "ema")
@@ -196,7 +196,7 @@ def build_space(sections: Mapping[str, DimensionSection]) -> tuple[Space | None,
 def with_values(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config as a dict, with dotted keys set; a new `kind` starts its section anew, as on the command line."""
     made = copied(raw)
-    for key, value in sorted(values.items(), key=lambda item: _kinds_first(item[0])):
+    for key, value in sorted(values.items(), key=lambda item: kinds_first(item[0])):
         if not key.startswith(SAMPLE):
             set_key(made, key, value, key)
     return made
@@ -270,15 +270,10 @@ def _overlaps(made: Mapping[str, Dimension]) -> list[str]:
     return found
 
 
-def _kinds_first(key: str) -> tuple[bool, int]:
-    """`kind`s before other keys, the outer before the inner: each starts its section anew."""
-    return (False, key.count(".")) if key.endswith(".kind") else (True, 0)
-
-
 def _ordered(made: Mapping[str, Dimension], mistakes: list[str]) -> list[Dimension]:
     """Those depended on first, `kind`s before the keys of their section, else as written."""
     order: list[Dimension] = []
-    waiting = sorted(made.values(), key=lambda one: _kinds_first(one.key))
+    waiting = sorted(made.values(), key=lambda one: kinds_first(one.key))
     while waiting:
         done = {one.key for one in order}
         ready = [one for one in waiting if all(key in done or key not in made for key, _ in one.when)]

@@ -11,6 +11,7 @@ import yaml
 from scoreray.data.errors import UserError
 from scoreray.trainer.config import differing_keys, dump_config, load_config
 from scoreray.trainer.process import VP
+from scoreray.trainer.weighting import MinSNR
 
 MINIMAL: dict[str, Any] = {
     "run": {"name": "a", "storage": "s3://bucket/runs"},
@@ -136,6 +137,13 @@ def test_parts_that_do_not_go_together_are_told_a_line_each(overrides: list[str]
 def test_machines_and_persistent_chains_are_chosen_by_words_and_come_back_from_yaml(overrides: list[str]) -> None:
     config = load_config(MINIMAL, overrides)
     assert load_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_an_outer_kind_does_not_undo_an_inner_one_whatever_their_order() -> None:
+    words = ["objective.weighting.kind=min_snr", "objective.kind=denoising"]
+    for order in (words, words[::-1]):
+        config = load_config({**MINIMAL, "objective": {"kind": "edm"}}, order)
+        assert config.objective.weighting == MinSNR()
 
 
 def test_overrides_reach_any_key_and_kind() -> None:
