@@ -225,8 +225,9 @@ def test_two_that_write_one_run_and_a_job_that_is_gone(head: tuple[int, str]) ->
     assert told["at once"] == [2, "job 'one-1' of this run was submitted just before: 'three-1' was stopped"]
     assert "job 'one-1': was submitted from elsewhere" in told["same number"][1]
     assert told["lacking"][0] == 2
-    out = told["lacking"][1].split("Running entrypoint")[-1].splitlines()[1:]
-    assert out == ["scoreray: --from-env MINE=NOT_THERE: the node that runs the job has no variable NOT_THERE"]
+    lines = told["lacking"][1].splitlines()  # Ray's own line on the entrypoint may come before or after
+    assert lines.count("scoreray: --from-env MINE=NOT_THERE: the node that runs the job has no variable NOT_THERE") == 1
+    assert "went on" not in lines
     assert {"one-1", "two-1"} <= set(told["left"])
 
 
