@@ -165,8 +165,8 @@ def test_mutated_answers_are_read_or_refused(monkeypatch: pytest.MonkeyPatch) ->
                         return
 
     with serving(Strange) as port:
-        monkeypatch.setattr(s3_ranges, "PIECE_S", 0.02)
-        monkeypatch.setattr(s3_ranges, "BEGIN_S", 0.02)
+        monkeypatch.setattr(s3_ranges, "PIECE_S", 0.06)
+        monkeypatch.setattr(s3_ranges, "BEGIN_S", 0.06)
         for name, value in [
             ("ENDPOINT_URL_S3", f"http://127.0.0.1:{port}"),
             ("ACCESS_KEY_ID", "a"),

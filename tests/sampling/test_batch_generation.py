@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -96,30 +95,28 @@ def test_batch_size_and_actors_do_not_change_a_byte(
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
-def test_an_actor_that_is_killed_changes_nothing(
-    ray_cluster: None, run_url: str, expected: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_an_actor_that_is_killed_changes_nothing(ray_cluster: None, run_url: str, tmp_path: Path) -> None:
     import psutil
 
+    long = replace(REQUEST, count=320, steps=25)  # seconds, so that it is still drawn after the kill
+    draw(str(tmp_path / "alone"), run_url, long, format="webdataset")
     url = str(tmp_path / "samples")
     killed: list[int] = []
 
     def kill(done: int, total: int) -> None:
-        """One of the two drawing processes, once a shard is there."""
-        actors = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::DrawingActor")
-        ]
-        if not killed and done >= SHARD and actors:
-            killed.append(actors[0].pid)
-            os.kill(actors[0].pid, signal.SIGKILL)
+        """The drawing processes, once a shard is there (also those of an earlier test, if they are still ending)."""
+        if killed or done < SHARD:
+            return
+        for process in psutil.process_iter(["cmdline"]):
+            if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::DrawingActor"):
+                killed.append(process.pid)
+                process.kill()
 
     said: list[str] = []
-    draw(url, run_url, mapper=on_actors(2, kill, said.append), format="webdataset")
+    draw(url, run_url, long, mapper=on_actors(2, kill, said.append), format="webdataset")
     assert killed
-    assert said == ["an actor died and was started again (1 of 10)"]
-    assert contents(url) == expected
+    assert set(said) == {"an actor died and was started again (1 of 10)"}
+    assert contents(url) == contents(str(tmp_path / "alone"))
 
 
 def test_a_driver_that_is_killed_goes_on(run_url: str, expected: dict[str, bytes], tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def main() -> None:
             facts[f"{source}-in-{name}"] = {"norms": norms}
     if RANK == 0:
         (FOLDER / f"facts-{WORLD}.json").write_text(json.dumps(facts))
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()  # its threads would end the interpreter in an abort now and then
 
 
 main()
