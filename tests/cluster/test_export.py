@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from scoreray.cluster.export import export_model, on_ray
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.pack import pack
 from scoreray.sampling.export import export
 from scoreray.sampling.load import load
 from scoreray.trainer.checkpoint import latest
@@ -23,21 +21,12 @@ from scoreray.trainer.posthoc import find_mix, reconstruct
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("export")
-    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
-    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    config = load_config(
-        {
-            "run": {"name": "run", "storage": str(folder / "runs")},
-            "data": {"url": str(folder / "packed"), "global_batch_size": 8},
-            "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
-            "engine": {"zero_stage": 0, "precision": "fp32"},
-            "duration": {"images": 256},
-            "checkpoint": {"every_images": 32, "keep": 1, "snapshot_every_images": 32},
-        }
-    )
+def config(small_run: Any, small_set: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    sections: dict[str, Any] = {
+        "data": {"url": small_set, "global_batch_size": 8},
+        "checkpoint": {"every_images": 32, "keep": 1, "snapshot_every_images": 32},
+    }
+    config = load_config(small_run("run", tmp_path_factory.mktemp("export") / "runs", 256, **sections))
     train(config)
     return config
 

@@ -1,9 +1,13 @@
-"""Exact denoisers for the samplers' tests: E[x0 | x0 + sigma z = x] in closed form, row by row."""
+"""What tests of sampling share: exact denoisers (E[x0 | x0 + sigma z = x], row by row), a run, a service on a port."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +18,10 @@ from scoreray.trainer.checkpoint_writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.fragments import Fragment
 from scoreray.trainer.network import build_network
+
+if TYPE_CHECKING:
+    from scoreray.sampling.serve_config import ServeConfig
+    from scoreray.sampling.serve_service import Service
 
 torch.set_num_threads(1)
 
@@ -147,3 +155,45 @@ def write_run(
 @pytest.fixture(scope="session")
 def new_run() -> Callable[..., str]:
     return write_run
+
+
+@contextlib.contextmanager
+def _served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
+    """The service on a port of this machine, its replica in this process."""
+    import uvicorn
+
+    from scoreray.sampling.serve import make_app
+    from scoreray.sampling.serve_replica import Replica
+    from scoreray.sampling.serve_service import LocalBackend, Service
+
+    started, box = threading.Event(), dict[str, Any]()
+
+    async def serve() -> None:
+        replica = Replica(config)
+        service = Service(config, LocalBackend(replica))
+        await service.start()
+        server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error"))
+        box.update(service=service, server=server)
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        box["url"] = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+        started.set()
+        await task
+        await service.stop()
+        await replica.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(60)
+        yield box["url"], box["service"]
+    finally:
+        box["server"].should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[[ServeConfig], contextlib.AbstractContextManager[tuple[str, Service]]]:
+    """`with served(config) as (url, service)`"""
+    return _served

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,43 +12,15 @@ import torch
 
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.client import Client, Declined
-from scoreray.sampling.serve import make_app
 from scoreray.sampling.serve_config import ServeConfig
-from scoreray.sampling.serve_replica import Replica
-from scoreray.sampling.serve_service import LocalBackend, Service
 
 
 @pytest.fixture(scope="module")
-def url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(new_run: Callable[..., str], served: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service on a port of this machine."""
-    import uvicorn
-
     run = new_run(str(tmp_path_factory.mktemp("runs") / "asked"))
-    started, box = threading.Event(), dict[str, Any]()
-
-    async def serve() -> None:
-        config = ServeConfig((("small", run),), precision="fp32", compile="off")
-        replica = Replica(config)
-        service = Service(config, LocalBackend(replica))
-        await service.start()
-        server = box["server"] = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error"))
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        box["port"] = server.servers[0].sockets[0].getsockname()[1]
-        started.set()
-        await task
-        await service.stop()
-        await replica.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert started.wait(60)
-        yield f"http://127.0.0.1:{box['port']}"
-    finally:
-        box["server"].should_exit = True
-        thread.join()
+    with served(ServeConfig((("small", run),), precision="fp32", compile="off")) as (url, _):
+        yield url.rstrip("/")
 
 
 def test_what_made_the_samples_is_named_and_typed_as_in_json(url: str) -> None:

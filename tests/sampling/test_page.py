@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,11 +16,8 @@ from typing import Any
 
 import pytest
 
-from scoreray.sampling.serve import make_app
 from scoreray.sampling.serve_access import hash_of
 from scoreray.sampling.serve_config import Limits, ServeConfig
-from scoreray.sampling.serve_replica import Replica
-from scoreray.sampling.serve_service import LocalBackend, Service
 
 PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
 pytestmark = pytest.mark.skipif(
@@ -130,38 +124,6 @@ def browser(driver_port: int) -> Iterator[Browser]:
         browser.close()
 
 
-@contextlib.contextmanager
-def served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
-    """The service on a port of this machine, its replica in this process."""
-    import uvicorn
-
-    started, box = threading.Event(), dict[str, Any]()
-
-    async def serve() -> None:
-        replica = Replica(config)
-        service = Service(config, LocalBackend(replica))
-        await service.start()
-        server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error"))
-        box.update(service=service, server=server)
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        box["url"] = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-        started.set()
-        await task
-        await service.stop()
-        await replica.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert started.wait(60)
-        yield box["url"], box["service"]
-    finally:
-        box["server"].should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.environ.get("SCORERAY_PAGE_MODEL") or new_run(str(tmp_path_factory.mktemp("runs") / "small"))
@@ -178,7 +140,9 @@ def keep(browser: Browser, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
-def test_samples_form_on_the_page(browser: Browser, run_url: str, name: str, size: tuple[int, int]) -> None:
+def test_samples_form_on_the_page(
+    browser: Browser, run_url: str, served: Any, name: str, size: tuple[int, int]
+) -> None:
     browser.size(*size)
     with served(config(run_url)) as (url, _):
         browser.open(url)
@@ -220,7 +184,9 @@ def test_samples_form_on_the_page(browser: Browser, run_url: str, name: str, siz
 
 
 @pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
-def test_many_samples_are_large_enough_to_see(browser: Browser, run_url: str, name: str, size: tuple[int, int]) -> None:
+def test_many_samples_are_large_enough_to_see(
+    browser: Browser, run_url: str, served: Any, name: str, size: tuple[int, int]
+) -> None:
     browser.size(*size)
     with served(config(run_url)) as (url, _):
         browser.open(url)
@@ -239,7 +205,7 @@ def test_many_samples_are_large_enough_to_see(browser: Browser, run_url: str, na
         keep(browser, f"{name}-many")
 
 
-def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url: str) -> None:
+def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url: str, served: Any) -> None:
     with served(config(run_url)) as (url, _):
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")
@@ -254,7 +220,7 @@ def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url:
             assert not browser.run("return document.querySelector('#copy').disabled")
 
 
-def test_the_curl_line_draws_the_same_samples(browser: Browser, run_url: str, tmp_path: Path) -> None:
+def test_the_curl_line_draws_the_same_samples(browser: Browser, run_url: str, tmp_path: Path, served: Any) -> None:
     with served(config(run_url)) as (url, _):
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")
@@ -272,7 +238,7 @@ def test_the_curl_line_draws_the_same_samples(browser: Browser, run_url: str, tm
         assert '"guidance":1.5' in command
 
 
-def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_url: str) -> None:
+def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_url: str, served: Any) -> None:
     settings = config(run_url, tokens=(("me", hash_of(SECRET)),))
     with served(settings) as (url, _):
         browser.open(url)
@@ -289,7 +255,7 @@ def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_ur
         assert SECRET not in browser.run("return document.documentElement.outerHTML")
 
 
-def test_busy_error_and_stop(browser: Browser, run_url: str) -> None:
+def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> None:
     with served(config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000))) as (url, service):
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.pack import pack
 from scoreray.trainer import checkpoint_writer
 from scoreray.trainer.checkpoint import SNAPSHOTS, committed, latest, open_checkpoint
 from scoreray.trainer.config import Config, load_config
@@ -59,24 +60,15 @@ def test_a_tracked_length_is_itself() -> None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(small_run: Any, small_set: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run that tracked three lengths and kept sixteen snapshots."""
-    folder = tmp_path_factory.mktemp("posthoc")
-    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8)
-    np.savez(folder / "p.npz", images=images, labels=np.arange(64) % 3)
-    pack(str(folder / "p.npz"), str(folder / "packed"))
-    config = load_config(
-        {
-            "run": {"name": "run", "storage": str(folder)},
-            "data": {"url": str(folder / "packed"), "global_batch_size": 8},
-            "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1},
-            "optimizer": {"learning_rate": 0.01},
-            "ema": {"stds": [0.05, 0.07, 0.10]},
-            "engine": {"zero_stage": 0, "precision": "fp32"},
-            "duration": {"images": 2560},
-            "checkpoint": {"every_images": 160, "keep": 1, "snapshot_every_images": 160},
-        }
-    )
+    sections: dict[str, Any] = {
+        "data": {"url": small_set, "global_batch_size": 8},
+        "optimizer": {"learning_rate": 0.01},
+        "ema": {"stds": [0.05, 0.07, 0.10]},
+        "checkpoint": {"every_images": 160, "keep": 1, "snapshot_every_images": 160},
+    }
+    config = load_config(small_run("run", tmp_path_factory.mktemp("posthoc"), 2560, **sections))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_writer, "PART_BYTES", 20_000)  # so that shares have several files
         train(config)
