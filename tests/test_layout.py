@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from scoreray.trainer.config import load_config
+from scoreray.trainer.objective import EDMObjective
+from scoreray.trainer.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("data", "trainer", "sampling", "tune", "cluster")
@@ -105,6 +107,24 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
 def test_presets_are_valid(preset: str) -> None:
     config = load_config(ROOT / "configs" / preset)
     assert config.duration.images >= config.data.global_batch_size
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "rate", "images", "dropout", "flips"),
+    [
+        ("configs/cifar10.yaml", 512, 1e-3, 200_000_000, 0.13, 0.5),
+        ("configs/imagenet64.yaml", 4096, 1e-4, 2_500_000_000, 0.1, 0.0),
+        ("k8s/overlays/train/train.yaml", 4096, 1e-4, 2_500_000_000, 0.1, 0.0),
+    ],
+)
+def test_presets_that_name_karras_2022_train_by_its_table_7(
+    preset: str, batch: int, rate: float, images: int, dropout: float, flips: float
+) -> None:
+    config = load_config(ROOT / preset)
+    assert config.objective == EDMObjective(label_dropout=0.1)
+    assert config.optimizer == OptimizerConfig(learning_rate=rate, warmup_images=10_000_000)
+    assert (config.data.global_batch_size, config.duration.images) == (batch, images)
+    assert (config.network.dropout, config.augmentation.horizontal_flip) == (dropout, flips)
 
 
 def test_the_shipped_images_are_small_and_licensed() -> None:

@@ -19,6 +19,7 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.data.order import default_lanes
 from scoreray.data.store import NotFound, open_store
 from scoreray.trainer import fits
+from scoreray.trainer.augmentation import AugmentationConfig
 from scoreray.trainer.denoiser import DenoiserConfig
 from scoreray.trainer.ema import EMAConfig
 from scoreray.trainer.network import NetworkConfig
@@ -193,6 +194,7 @@ class Config(Section):
 
     run: RunSection
     data: DataSection
+    augmentation: AugmentationConfig = AugmentationConfig()
     process: Annotated[Process, Field(discriminator="kind")] = EDM()
     network: Annotated[NetworkConfig | MachineConfig, Field(discriminator="kind")] = UNetConfig()
     denoiser: DenoiserConfig = DenoiserConfig()

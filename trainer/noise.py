@@ -23,6 +23,7 @@ STREAM_PROBE = 4
 STREAM_CHAIN = 5
 STREAM_RESTART = 6
 STREAM_BINARIZE = 7
+STREAM_AUGMENTATION = 8
 
 _CHAIN_DRAWS = 1 << 20  # a chain's draws have the streams from here on, one each
 

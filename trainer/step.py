@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.trainer import noise
+from scoreray.trainer.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.contrastive import PersistentChains
 from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.fits import chain_mistakes, label_mistakes, objective_mistakes, refuse
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
 class TrainingModule(nn.Module):
     """(images [B, ...], labels int64 [B] or None, positions int64 [B]) -> (loss [B], sigma [B]), both float32.
 
-    uint8 images become [-1, 1]; floating-point ones are used as they are. Noise, noise level, label dropout and probes
-    are functions of (seed, position): a sample's loss does not depend on its rank, its micro-batch or the world size.
-    The network may compute in bf16, by its weights or under autocast; what stands around it stays float32.
-    Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`. `shape` of a sample: persistent
-    chains need it; their pool is the buffer `chains.pool`.
+    uint8 images become [-1, 1]; floating-point ones are used as they are. Augmentation, noise, noise level, label
+    dropout and probes are functions of (seed, position): a sample's loss does not depend on its rank, its micro-batch
+    or the world size. The network may compute in bf16, by its weights or under autocast; what stands around it
+    stays float32. Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`. `shape` of a sample:
+    persistent chains need it; their pool is the buffer `chains.pool`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TrainingModule(nn.Module):
         seed: int,
         global_batch_size: int,
         shape: Sequence[int] = (),
+        augmentation: AugmentationConfig = NO_AUGMENTATION,
     ):
         super().__init__()
         refuse(
@@ -59,6 +61,7 @@ class TrainingModule(nn.Module):
         )
         self.denoiser = denoiser
         self.objective, self.process = objective, process
+        self.augmentation = augmentation
         self.seed, self.global_batch_size = seed, global_batch_size
         self.weighting = build_weighting(objective.weighting, process, denoiser.sigma_data)
         self.chains = build_chains(objective, seed, global_batch_size, shape)
@@ -66,7 +69,7 @@ class TrainingModule(nn.Module):
             allow_double_backward(denoiser)
 
     def forward(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-        x0 = to_unit_range(images)
+        x0 = to_unit_range(augment(images, self.augmentation, self.seed, positions))
         shape = tuple(x0.shape[1:])
         sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
@@ -98,16 +101,25 @@ class MachineModule(nn.Module):
     checkpoints of both are loaded and exported by the same code.
     """
 
-    def __init__(self, machine: Machine, objective: ContrastiveObjective, *, seed: int, global_batch_size: int):
+    def __init__(
+        self,
+        machine: Machine,
+        objective: ContrastiveObjective,
+        *,
+        seed: int,
+        global_batch_size: int,
+        augmentation: AugmentationConfig = NO_AUGMENTATION,
+    ):
         super().__init__()
         refuse(chain_mistakes(objective, global_batch_size))
         self.denoiser = nn.ModuleDict({"network": machine})
-        self.objective, self.seed = objective, seed
+        self.objective, self.augmentation, self.seed = objective, augmentation, seed
         self.chains = build_chains(objective, seed, global_batch_size, (machine.num_visible,))
 
     def forward(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         machine: Any = self.denoiser["network"]
-        v = machine.visible(to_unit_range(images), self.seed, positions)
+        x0 = to_unit_range(augment(images, self.augmentation, self.seed, positions))
+        v = machine.visible(x0, self.seed, positions)
         source = noise.ChainNoise(self.seed, positions)
         start = v if self.objective.start == "data" else machine.fresh(source)
         if self.chains is not None:
@@ -142,10 +154,13 @@ def to_uint8(x: Tensor) -> Tensor:
 def build_training_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
     """The module that `config` trains on data of this manifest. Weights come from torch's global generator."""
     seed, batch = config.run.seed, config.data.global_batch_size
+    refuse(augmentation_mistakes(config.augmentation, manifest.shape))
     if isinstance(config.network, MachineConfig):
         assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
         machine = build_machine(config.network, manifest.shape)
-        return MachineModule(machine, config.objective, seed=seed, global_batch_size=batch)
+        return MachineModule(
+            machine, config.objective, seed=seed, global_batch_size=batch, augmentation=config.augmentation
+        )
     network = build_network(config.network, manifest.shape, len(manifest.classes))
     return TrainingModule(
         Denoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data),
@@ -154,4 +169,5 @@ def build_training_module(config: Config, manifest: Manifest) -> TrainingModule 
         seed=seed,
         global_batch_size=batch,
         shape=manifest.shape,
+        augmentation=config.augmentation,
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.augmentation import AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.denoiser import PARAMETERIZATIONS, Denoiser
 from scoreray.trainer.objective import (
     OBJECTIVES,
@@ -39,9 +40,9 @@ class Small(nn.Module):
         return self.last(torch.tanh(self.first(x) + c_noise[:, None, None, None].to(x.dtype)))
 
 
-def module(objective=None, parameterization="edm", process=None, seed=5) -> TrainingModule:
-    denoiser = Denoiser(Small(), parameterization)
-    return TrainingModule(denoiser, objective or EDMObjective(), process or EDM(), seed=seed, global_batch_size=B)
+def module(objective=None, parameterization="edm", process=None, seed=5, **settings) -> TrainingModule:
+    denoiser, objective, process = Denoiser(Small(), parameterization), objective or EDMObjective(), process or EDM()
+    return TrainingModule(denoiser, objective, process, seed=seed, global_batch_size=B, **settings)
 
 
 def images() -> Tensor:
@@ -49,6 +50,36 @@ def images() -> Tensor:
 
 
 LABELS = torch.arange(B) % 10
+
+
+def test_flips_are_of_half_the_images_anew_each_epoch_and_of_the_position_alone():
+    config, positions = AugmentationConfig(horizontal_flip=0.5), torch.arange(20_000)
+    picture = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 2, 3)
+    seen = augment(picture.expand(len(positions), -1, -1, -1), config, 5, positions)
+    flipped = (seen == picture.flip(-1)).flatten(1).all(1)
+    assert torch.equal(flipped, ~(seen == picture).flatten(1).all(1))
+    assert abs(flipped.double().mean() - 0.5) < 4 * 0.5 / len(positions) ** 0.5
+    first, second = flipped[:10_000], flipped[10_000:]  # one epoch and the next
+    assert abs((first == second).double().mean() - 0.5) < 4 * 0.5 / len(first) ** 0.5
+    alone = augment(picture.expand(3, -1, -1, -1), config, 5, positions[777:780])
+    assert torch.equal(alone, seen[777:780])
+    assert augment(picture, AugmentationConfig(), 5, positions[:1]) is picture
+
+
+def test_points_can_not_be_flipped():
+    assert augmentation_mistakes(AugmentationConfig(), (2,)) == []
+    (line,) = augmentation_mistakes(AugmentationConfig(horizontal_flip=0.5), (2,))
+    assert line.startswith("augmentation.horizontal_flip: 0.5 is for images")
+    with pytest.raises(UserError, match="between 0 and 1"):
+        AugmentationConfig(horizontal_flip=1.5)
+
+
+def test_a_flipped_image_is_trained_on_with_the_noise_of_its_place():
+    always, never = module(augmentation=AugmentationConfig(horizontal_flip=1.0)), module()
+    (there, sigma), (mirrored, same) = always(images(), LABELS, POSITIONS), never(images().flip(-1), LABELS, POSITIONS)
+    assert torch.equal(there, mirrored)
+    assert torch.equal(sigma, same)
+    assert not torch.equal(there, never(images(), LABELS, POSITIONS)[0])
 
 
 def test_bytes_become_minus_one_to_one_and_floats_stay():

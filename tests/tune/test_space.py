@@ -116,6 +116,11 @@ def test_a_runs_config_is_told_from_a_sweeps() -> None:
         load_sweep(file)
 
 
+def test_the_sweep_of_the_weighting_searches_nothing_else() -> None:
+    space = yaml.safe_load((CONFIGS / "weighting.yaml").read_text())["space"]
+    assert all(key.startswith("objective.weighting.") for key in space)
+
+
 def test_a_base_of_the_command_line_lies_beside_the_shell(sweep: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(sweep["base"]))
     plan = load_sweep(sweep, [f"base={tmp_path / 'base.yaml'}", "base.duration.images=4096"])
