@@ -9,14 +9,15 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scoreray.cluster.display import say
+from scoreray.cluster.ray_folder import RAYS_OWN, private_folder
 from scoreray.data.errors import MachineError, UserError
 from scoreray.trainer.run import SCRATCH
 
@@ -36,6 +37,15 @@ QUIET_AND_LOCAL = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
 }
 
+START_S = 30  # Ray's own patience with its daemons
+MOST_CROWDED = 8.0
+TELL_AFTER_S = 15.0
+# Ray's waits while it starts -> their units in a second.
+START_WAITS = {
+    "RAY_raylet_start_wait_time_s": 1,
+    "RAY_gcs_server_port_wait_time_s": 1,
+    "RAY_agent_register_timeout_ms": 1000,
+}
 OUR_KILL = "killed by `ray.kill`"
 _verbose = False  # of the newest connection of this process
 
@@ -74,37 +84,94 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
         finally:
             ray.shutdown()
         return
-    with _short_folder() as folder:
-        os.environ[SCRATCH] = str(folder)
+    for last in (False, True):
         try:
-            ray.init(
-                num_cpus=num_cpus or os.cpu_count(),
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=level,
-                configure_logging=True,
-                object_store_memory=_object_store_bytes(),
-                _temp_dir=str(folder),
-                _node_ip_address="127.0.0.1",
-            )
-        except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
-            raise MachineError(_why_not(error)) from error
-        signal.signal(signal.SIGTERM, stop)
+            with _embedded(num_cpus or os.cpu_count() or 1, verbose):
+                yield
+            return
+        except _TooSlow as error:
+            if last or crowding() <= 1:
+                raise
+            say(f"{error}; trying once more")
+
+
+class _TooSlow(MachineError):
+    """Ray's daemons did not answer in time."""
+
+
+@contextlib.contextmanager
+def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
+    """A Ray of our own. Raises MachineError where it can't be started."""
+    import ray
+
+    with private_folder() as folder:
+        with patience():
+            _start(folder, num_cpus, verbose)
+        os.environ[SCRATCH] = str(folder)
+        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         try:
             yield
         finally:
+            os.environ.pop(SCRATCH, None)
             ray.shutdown()
 
 
-def _why_not(error: Exception) -> str:
-    """One line on a Ray that could not be started here, with what a person may look at."""
-    free = ", ".join(
+def _start(folder: Path, num_cpus: int, verbose: bool) -> None:
+    import ray
+
+    try:
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            configure_logging=True,
+            object_store_memory=_object_store_bytes(),
+            _temp_dir=str(folder / RAYS_OWN),
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
+        ray.shutdown()
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        kind = _TooSlow if "timed out" in reason.lower() else MachineError
+        raise kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}") from error
+
+
+def _state(folder: Path) -> str:
+    """What a person may look at where Ray does not start."""
+    free = [
         f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free in {place}"
-        for place in ("/dev/shm", tempfile.gettempdir())
+        for place in ("/dev/shm", str(folder.parent))
         if os.path.isdir(place)
-    )
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"Ray could not be started on this machine ({free}, load {os.getloadavg()[0]:.0f}): {reason}"
+    ]
+    return ", ".join([*free, _load()])
+
+
+def _load() -> str:
+    return f"load {os.getloadavg()[0]:.0f} on {len(os.sched_getaffinity(0))} cores"
+
+
+def crowding() -> float:
+    """How many processes wait for each core of this machine, over the last minute; at least 1."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[threading.Timer]:
+    """Has Ray wait longer for its daemons the more crowded this machine is, with a line when that takes long."""
+    wait_s = round(START_S * min(crowding(), MOST_CROWDED))
+    for name, per_s in START_WAITS.items():
+        os.environ.setdefault(name, str(wait_s * per_s))
+    line = f"Ray is still starting, on a busy machine ({_load()}): waiting up to {wait_s} s"
+    timer = threading.Timer(TELL_AFTER_S, say, [line])
+    timer.daemon = True
+    if wait_s == START_S:
+        timer.finished.set()
+    timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()
 
 
 def _keep_off_stdout(verbose: bool) -> None:
@@ -163,31 +230,6 @@ def _set_environment() -> None:
 
 def _token_given() -> bool:
     return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-
-
-# Runs beside us and cleans up also when this process is killed: the pipe closes with it, however it ends. Ray's agents
-# would outlive their raylet by a minute; they are known by the log files that they have open in our folder.
-_CLEAN_UP = """cat >/dev/null; sleep 3
-for p in /proc/[0-9]*; do ls -l "$p/fd" 2>/dev/null | grep -qF " $0/" && kill -9 "${p#/proc/}"; done
-sleep 1; rm -rf "$0"
-"""
-
-
-@contextlib.contextmanager
-def _short_folder() -> Iterator[Path]:
-    """A folder for Ray's sockets and logs: short, as a socket's path may have 107 characters."""
-    base = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
-    if len(base) > 40:
-        base = "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="sr-", dir=base))
-    remover = subprocess.Popen(["sh", "-c", _CLEAN_UP, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        yield folder
-    finally:
-        os.environ.pop(SCRATCH, None)
-        shutil.rmtree(folder, ignore_errors=True)
-        remover.kill()
-        remover.wait()
 
 
 def _object_store_bytes() -> int:

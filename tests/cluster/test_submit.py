@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from scoreray.cluster.local_ray import _short_folder
+from scoreray.cluster.ray_folder import private_folder
 from scoreray.cluster.wheel import PACKAGES, build_wheel
 
 BIN = Path(sys.executable).parent
@@ -86,7 +86,7 @@ def head() -> Iterator[tuple[int, str]]:
         "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
-    with _short_folder() as folder:
+    with private_folder() as folder:
         ray = subprocess.Popen(
             [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--temp-dir={folder}",
              "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",

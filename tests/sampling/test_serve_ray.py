@@ -326,7 +326,7 @@ def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -
             until(lambda: taken in HTTP.request("GET", page, headers=headers).data.decode(), "all are taken", 0.02)
             process.send_signal(signal.SIGTERM)
             answers = [future.result() for future in under_way]
-            logs = [file.read_text(errors="replace") for file in Path(folder).glob("sr-*/session_2*/logs/**/*.*")]
+            logs = [file.read_text(errors="replace") for file in Path(folder).glob("sr-*/r/session_2*/logs/**/*.*")]
         assert [len(answer.images) for answer in answers] == [8] * 12
         assert process.wait(PATIENCE_S) == 0
         assert process.stderr is not None
@@ -381,7 +381,7 @@ def test_ended_before_it_served_it_says_so(run_url: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**env, "RAY_TMPDIR": folder})
     try:
-        until(lambda: any(Path(folder).glob("sr-*/session_2*")), "Ray starts")
+        until(lambda: any(Path(folder).glob("sr-*/r/session_2*")), "Ray starts")
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130

@@ -1,0 +1,83 @@
+"""The folder of an embedded Ray: closed to other users, short enough for sockets, removed however its owner ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from scoreray.data.errors import MachineError, UserError
+
+VARIABLE = "RAY_TMPDIR"
+RAYS_OWN = "r"
+# What Ray adds to its folder for a socket, at its longest; a socket's path may have 107 bytes (man 7 unix).
+LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+MOST_BYTES = 107 - len(f"/sr-12345678/{RAYS_OWN}{LONGEST_SOCKET}")
+
+# Runs beside us and cleans up also when this process ($1) is killed: the pipe closes with it, however it ends. Ray's
+# agents would outlive their raylet by a minute; they are known by the log files that they have open in our folder ($0).
+_CLEAN_UP = """cat >/dev/null; sleep 3
+for p in /proc/[0-9]*; do
+  [ "$p" = "/proc/$1" ] || ls -l "$p/fd" 2>/dev/null | grep -qF " $0/" && kill -9 "${p#/proc/}"
+done
+sleep 1; rm -rf "$0"
+"""
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """A folder of mode 0700 in RAY_TMPDIR (which is made where it is missing), else in the temporary folder.
+
+    Ray opens the folder that it is given to everybody (0777): give it `RAYS_OWN` within this one. Processes that still
+    have files open in it 3 s after an exception are ended. Raises UserError for a RAY_TMPDIR that can't be used,
+    MachineError where there is no temporary folder.
+    """
+    folder = _make()
+    command = ["sh", "-c", _CLEAN_UP, str(folder), str(os.getpid())]
+    quiet = subprocess.DEVNULL  # who reads our output would else wait for this process too
+    remover = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+    assert remover.stdin is not None
+    try:
+        yield folder
+    except BaseException:
+        remover.stdin.close()  # it does its work
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    remover.kill()
+    remover.wait()
+
+
+def _make() -> Path:
+    given = os.environ.get(VARIABLE, "")
+    if not given:
+        try:
+            base = tempfile.gettempdir()
+            return Path(tempfile.mkdtemp(prefix="sr-", dir=base if len(os.fsencode(base)) <= MOST_BYTES else "/tmp"))
+        except OSError as error:
+            raise MachineError(f"no temporary folder for Ray: {error.strerror or error}; set {VARIABLE}") from None
+    base = os.path.abspath(os.path.expanduser(given))
+    if len(os.fsencode(base)) > MOST_BYTES:
+        raise UserError(
+            f"{VARIABLE}={_shortened(given)}: {len(os.fsencode(base))} bytes, at most {MOST_BYTES} as sockets are made "
+            "in it; give a shorter path, or unset it for the temporary folder"
+        )
+    try:
+        os.makedirs(base, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="sr-", dir=base))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "a folder was expected"
+        raise UserError(
+            f"{VARIABLE}={_shortened(given)}: Ray's folder can't be made there: {reason}; give a folder that can be "
+            "written to, or unset it for the temporary folder"
+        ) from None
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 60 else f"{path[:40]}...{path[-17:]}"
