@@ -23,6 +23,7 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.load import LoadedDenoiser
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import sample
+from scoreray.trainer.cpu import has_bf16_units
 from scoreray.trainer.denoiser import Denoiser
 
 log = logging.getLogger("scoreray.serve")
@@ -100,13 +101,6 @@ def make_fast(
                 fast, name, difference = compiled, f"{name}, compiled", moved
     _warm(fast, denoiser, max_batch)
     return Fast(fast, name, difference, time.monotonic() - started)
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 is quicker than fp32 there: any recent GPU; a CPU with AVX-512 BF16 or AMX."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_compiler(device: torch.device) -> bool:

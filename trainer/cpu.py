@@ -1,10 +1,11 @@
-"""What a CPU computes faster with: settings of this process, for training and drawing. Nothing here is for GPUs."""
+"""What a CPU computes faster with: its units for bf16, and settings of this process, for training and drawing."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -39,7 +40,23 @@ def onednn_products(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether bf16 is quicker than fp32 there: any recent GPU; a CPU with AVX-512 BF16 or AMX.
+
+    oneDNN's own answer (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) is another: it says yes to any AVX-512, and
+    emulates bf16 there.
+    """
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    capabilities = _capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def _rounds_to_bf16() -> bool:
     """Whether "medium" may cost precision here; taken to be so where torch can't say what the CPU has."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_bf16", True))
+    return bool(_capabilities().get("amx_bf16", True))
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What torch knows of the CPU's instructions; nothing before torch 2.7, which can't say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from scoreray.trainer.config import Config
+from scoreray.trainer.cpu import has_bf16_units
 from scoreray.trainer.fragments import MASTER, Fragment
 from scoreray.trainer.optimizer import AveragingAdamW
 from scoreray.trainer.overlap import OverlappedSum
@@ -79,14 +80,9 @@ def settle_stage(
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """torch.bfloat16 or float32; "auto" takes bf16 on GPUs and on CPUs with matrix units for it."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    gains = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if gains else torch.float32
+    """torch.bfloat16 or float32; "auto" takes bf16 on GPUs and CPUs that have units for it."""
+    half = has_bf16_units(device) if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if half else torch.float32
 
 
 CHUNK = 1 << 20

@@ -42,12 +42,16 @@ def test_a_good_config_has_no_problem(small_set: str, tmp_path: Path) -> None:
     assert found["kept"].facts["snapshot_bytes"] == 4 * found["memory"].facts["num_params"]
 
 
-def test_what_does_not_fit_is_a_problem_with_its_mend(small_set: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("fp32", 2)])
+def test_what_does_not_fit_is_a_problem_with_its_fix(
+    small_set: str, tmp_path: Path, precision: str, stage: int
+) -> None:
     parameters = by_topic(examine(config(small_set, tmp_path)))["memory"].facts["num_params"]
     tight = Machine(memory_bytes=int(parameters * 20))
-    found = by_topic(examine(config(small_set, tmp_path, "engine.zero_stage=0", "engine.micro_batch_size=1"), tight))
+    keys = ("engine.zero_stage=0", "engine.micro_batch_size=1", f"engine.precision={precision}")
+    found = by_topic(examine(config(small_set, tmp_path, *keys), tight))
     assert found["fit"].state == "problem"
-    assert "set engine.zero_stage=1" in found["fit"].text
+    assert f"set engine.zero_stage={stage}" in found["fit"].text
     found = by_topic(examine(config(small_set, tmp_path), Machine(memory_bytes=1000)))
     assert found["fit"].state == "problem"
     assert "engine.micro_batch_size (now 4)" in found["fit"].text

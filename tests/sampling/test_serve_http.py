@@ -29,7 +29,7 @@ from scoreray.sampling.generate import Request, generate
 from scoreray.sampling.load import load
 from scoreray.sampling.samplers import SAMPLERS, num_calls
 from scoreray.sampling.serve import make_app
-from scoreray.sampling.serve_access import hash_of, is_loopback, read_tokens
+from scoreray.sampling.serve_access import NOBODY, hash_of, is_loopback, read_tokens
 from scoreray.sampling.serve_config import ERRORS, Limits, Refused, ServeConfig
 from scoreray.sampling.serve_job import Event, Job, Lost
 from scoreray.sampling.serve_keys import Keys
@@ -441,21 +441,50 @@ def test_a_replica_that_dies_is_replaced_by_another_with_the_same_answer(run_url
     asyncio.run(main())
 
 
-def test_too_much_is_shed_by_rows_and_by_token(run_url: str) -> None:
-    limits = Limits(max_waiting_rows=40, token_requests=6, token_rows=100, max_request_s=0.5)
+def test_a_token_has_only_so_much_under_way(run_url: str) -> None:
+    limits = Limits(token_requests=2, token_rows=8)
 
     async def main() -> None:
         async with serving(config(run_url, limits=limits)) as call:
-            slow = {"count": 30, "steps": 500, "seed": 1}
-            replies = await asyncio.gather(*[call.post({**slow, "seed": i}) for i in range(8)])
-            found = sorted((reply.status, reply.code) for reply in replies)
-            assert found[0] == (429, "token_busy")
-            assert set(found) == {(429, "token_busy"), (503, "overloaded"), (503, "timed_out")}
-            assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies)
-            assert (await call.post({"steps": 2})).status == 200
-            assert call.service.under_way() == 0
+            for under_way in ([8], [1, 1]):  # rows of each request
+                for rows in under_way:
+                    call.service.access.enter(NOBODY, rows)
+                reply = await call.post({"steps": 2})
+                assert (reply.status, reply.code) == (429, "token_busy")
+                assert int(reply.headers["retry-after"]) >= 1
+                for rows in under_way:
+                    call.service.access.leave(NOBODY, rows)
+                assert (await call.post({"steps": 2})).status == 200
             page = (await call("GET", "/metrics")).body.decode()
-            assert metric(page, "scoreray_sheds_total") == 8
+            assert metric(page, "scoreray_sheds_total") == 2
+
+    asyncio.run(main())
+
+
+def test_what_would_wait_too_long_is_shed_by_the_rows_before_it(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url, limits=Limits(max_waiting_rows=40))) as call:
+            first = asyncio.create_task(call.post({"count": 30, "steps": 500}))
+            while call.replica.waiting_rows() < 30:
+                await asyncio.sleep(0)
+            reply = await call.post({"count": 30, "steps": 2})
+            assert (reply.status, reply.code) == (503, "overloaded")
+            assert int(reply.headers["retry-after"]) >= 1
+            assert (await first).status == 200
+            assert (await call.post({"count": 30, "steps": 2})).status == 200
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_sheds_total") == 1
+
+    asyncio.run(main())
+
+
+def test_what_takes_longer_than_a_request_may_is_cut_off(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url, limits=Limits(max_request_s=0.05))) as call:
+            reply = await call.post({"count": 30, "steps": 500})
+            assert (reply.status, reply.code) == (503, "timed_out")
+            assert int(reply.headers["retry-after"]) >= 1
+            assert call.service.under_way() == 0
 
     asyncio.run(main())
 

@@ -12,7 +12,8 @@ import torch
 from scoreray.data.pack import pack
 from scoreray.trainer import loop
 from scoreray.trainer.config import load_config
-from scoreray.trainer.cpu import keep_large_tensors_on_the_heap, onednn_products
+from scoreray.trainer.cpu import has_bf16_units, keep_large_tensors_on_the_heap, onednn_products
+from scoreray.trainer.engine import resolve_precision
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(512, 768, 192), (196, 192, 768), (4, 192, 1152)])
@@ -76,3 +77,24 @@ def test_a_run_without_ray_has_both(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     loop.train(load_config(settings))
     assert heap == [True]
     assert products == ["medium"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "gains"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_f": True, "avx512_bw": True, "avx512_vl": True, "avx512_dq": True}, False),  # oneDNN would emulate it
+        ({"avx2": True}, False),
+        ({}, False),
+    ],
+)
+def test_auto_takes_bf16_where_the_cpu_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], gains: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    device = torch.device("cpu")
+    assert has_bf16_units(device) is gains
+    assert resolve_precision("auto", device) == (torch.bfloat16 if gains else torch.float32)
+    assert resolve_precision("bf16", device) == torch.bfloat16
+    assert resolve_precision("fp32", device) == torch.float32
