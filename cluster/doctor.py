@@ -164,7 +164,8 @@ def _activations(config: Config, network: Any, shape: tuple[int, ...], half: boo
         every, recomputed = activation_bytes(network, shape, torch.bfloat16 if half else torch.float32)
     except (TypeError, RuntimeError, NotImplementedError):
         return rows, 0.0  # an energy or an RBM: no forward pass of this form
-    return rows, float(rows * (recomputed if getattr(config.network, "activation_checkpointing", False) else every))
+    inner = getattr(config.network, "network", config.network)  # of one on a ladder
+    return rows, float(rows * (recomputed if getattr(inner, "activation_checkpointing", False) else every))
 
 
 def _fits(

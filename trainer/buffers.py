@@ -1,4 +1,4 @@
-"""Buffers that keep their precision."""
+"""Buffers that keep their precision, and those that are state."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ class ExactBuffers(nn.Module):
             if buffer is not None and moved is not None:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module's `state_dict` by name; not those that its config determines (persistent=False)."""
+    state = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}

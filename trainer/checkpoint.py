@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.store import NotFound, Store, open_store
+from scoreray.trainer.buffers import state_buffers
 from scoreray.trainer.fragments import MASTER, Fragment, StoredFragment, overlaps
 from scoreray.trainer.tensor_file import scratch_file
 
@@ -122,7 +123,7 @@ class Checkpoint:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
 
     def _restore_buffers(self, module: torch.nn.Module) -> None:
-        targets = dict(module.named_buffers())
+        targets = state_buffers(module)
         if not targets:
             return
         for name, value in self.buffers().items():

@@ -18,6 +18,7 @@ import torch
 from scoreray.data.errors import Unanswered, UserError
 from scoreray.data.store import NotFound, Store
 from scoreray.data.traces import span
+from scoreray.trainer.buffers import state_buffers
 from scoreray.trainer.checkpoint import BUFFERS, FOLDER, FORMAT, MARKER, OWNER, SNAPSHOTS, committed
 from scoreray.trainer.fragments import Fragment
 from scoreray.trainer.tensor_file import scratch_file, write_tensors
@@ -81,7 +82,7 @@ class CheckpointWriter:
         table = [[fragment.name, fragment.start, fragment.length] for fragment in fragments]
         buffers = {}
         if self._rank == 0:
-            buffers = {name: b.detach().to("cpu", copy=True).contiguous() for name, b in module.named_buffers()}
+            buffers = {name: b.detach().to("cpu", copy=True).contiguous() for name, b in state_buffers(module).items()}
         about = {"format": FORMAT, "images_seen": images_seen, "num_steps": num_steps, **about}
         self._pending = self._pool.submit(self._write, tensors, table, buffers, about, before_commit, snapshot)
 

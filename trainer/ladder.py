@@ -7,7 +7,7 @@ num_levels: L}` trains on it. Techniques 1, 2 and 4 are of Song & Ermon 2020.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -134,18 +134,20 @@ class OnLadder(ExactBuffers):
 
     conditioning "learned": each rung has a learned code (begun at ln(sigma) / 4), as NCSN has per-level parameters.
     "none": the network is not told the level; with the "score" parameterization this is NCSNv2's s = f / sigma.
-    sigmas: [L], in any order.
+    sigmas: L numbers (or a tensor [L] that holds numbers), in any order.
     """
 
     log_sigmas: Tensor
 
-    def __init__(self, network: nn.Module, sigmas: Tensor, conditioning: Conditioning = "learned"):
+    def __init__(self, network: nn.Module, sigmas: Sequence[float] | Tensor, conditioning: Conditioning = "learned"):
         super().__init__()
         checks.choose("ladder conditioning", conditioning, dict.fromkeys(get_args(Conditioning)))
-        if sigmas.ndim != 1 or not bool((sigmas > 0).all()):
-            raise UserError(f"sigmas {tuple(sigmas.shape)}: a ladder is a list of noise levels above 0")
+        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
+        # Numbers are checked, not tensors: a module that is built on the meta device, as shapes alone, has none.
+        if not levels or not all(isinstance(level, float) and 0 < level < math.inf for level in levels):
+            raise UserError(f"sigmas {str(levels)[:40]}: a ladder is a list of noise levels above 0")
         self.network, self.num_classes = network, getattr(network, "num_classes", 0)
-        logs = sigmas.double().log().sort().values.float()
+        logs = torch.tensor(levels, dtype=torch.float64).log().sort().values.float()
         self.register_buffer("log_sigmas", logs, persistent=False)
         self.codes = nn.Embedding(len(logs), 1) if conditioning == "learned" else None
         if self.codes is not None:
@@ -163,7 +165,9 @@ class OnLadder(ExactBuffers):
 
 
 def _geometric(sigma_max: float, sigma_min: float, num_levels: int) -> Tensor:
-    return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), num_levels, dtype=torch.float64)
+    """On the CPU whatever the default device is: on the meta device a level would have no value."""
+    ends = math.log10(sigma_max), math.log10(sigma_min)
+    return torch.logspace(*ends, num_levels, dtype=torch.float64, device="cpu")
 
 
 def _bisect(falling: Callable[[float], float], low: float, high: float) -> float:
