@@ -26,9 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from scoreray.sampling.batch_generation import Job, Samples
+from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.driver import ROWS, Form, in_form
 from scoreray.sampling.generate import Request, prepare
-from scoreray.sampling.load import LoadedDenoiser, ModelInfo, load
+from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.samplers import drive, start
 from scoreray.sampling.sigmas import karras
@@ -118,7 +119,7 @@ def driver(arguments: argparse.Namespace) -> None:
     for kind in NETWORKS:
         model, count = model_of(kind), 64
         form = Form("bf16", compiled=False)
-        request = Request(count, "dpmpp_2m", STEPS).fitted(model)
+        request = Request(count, "dpmpp_2m", STEPS).fitted(model.info)
         job = Job("none", "none", "none", "", request, "webdataset", count, "bf16", "off", form)
         samples, network = Samples(job, "none", model), in_form(model, form)
         x, sigma = torch.randn(ROWS, *SHAPE), torch.ones(ROWS)
@@ -141,7 +142,7 @@ def pipeline(arguments: argparse.Namespace) -> None:
     kind = arguments.part
     keep_large_tensors_on_the_heap()
     model, count = model_of(kind), 32
-    request = Request(count, "euler", STEPS, batch_size=ROWS).fitted(model)
+    request = Request(count, "euler", STEPS, batch_size=ROWS).fitted(model.info)
     draws: dict[str, Callable[[], object]] = {"diffusers, fp32": lambda: theirs(count)}
     theirs, theirs_flops = diffusers_pipeline(kind)
     own = flops(model.network, SHAPE) / 1e6
@@ -220,7 +221,7 @@ def exact(arguments: argparse.Namespace) -> None:
     from scoreray.data.samples import read_samples
 
     model, count = load(arguments.checkpoint), 128
-    request = Request(count, seed=1).fitted(model)
+    request = Request(count, seed=1).fitted(model.info)
     labels = request.labels(0, count, model.info)
     data = to_unit_range(read_samples(arguments.data, list(range(256))))
     forms = (Form(), Form("bf16"), Form("bf16", compiled=True), Form("fp32", compiled=True))

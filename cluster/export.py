@@ -10,10 +10,11 @@ from typing import Any
 
 from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
-from scoreray.data.errors import UserError, nearest
-from scoreray.sampling.export import RAW, export
-from scoreray.trainer.checkpoint import Checkpoint, find
-from scoreray.trainer.ema import name_of_std
+from scoreray.data.errors import UserError
+from scoreray.sampling.describe import Description, describe
+from scoreray.sampling.export import export
+from scoreray.trainer.checkpoint import Checkpoint
+from scoreray.trainer.ema import choose_length, is_power_length, length_name
 from scoreray.trainer.posthoc import Mix, find_mix, in_turn, reconstruct
 
 ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes longer than mixing them here
@@ -24,11 +25,14 @@ def export_model(url: str, out: str, lengths: Sequence[str] = ()) -> dict[str, A
 
     Ranges of parameters are mixed as Ray tasks where RAY_ADDRESS names a cluster or there is much to read.
     """
-    checkpoint = find(url)
-    names = [_name(checkpoint, length) for length in lengths]
+    found = describe(url)
+    checkpoint = found.source
+    if not isinstance(checkpoint, Checkpoint):
+        raise UserError(f"{url}: is an exported model already; give a run or a checkpoint, or copy its folder")
+    names = [_name(found, length) for length in lengths]
     mixes = {}
     for name in names:
-        if name != RAW and f"ema_{name}" not in checkpoint.marker["state_keys"]:
+        if name not in found.lengths:
             mixes[name] = find_mix(checkpoint, float(name))
             stored = len(mixes[name].parts)
             say(f"EMA {name}: made of the averages of {stored} steps, to {mixes[name].residual:.2%} of its profile")
@@ -38,14 +42,10 @@ def export_model(url: str, out: str, lengths: Sequence[str] = ()) -> dict[str, A
     return {**page, "residuals": {name: mix.residual for name, mix in mixes.items()}}
 
 
-def _name(checkpoint: Checkpoint, length: str) -> str:
-    tracked = [key.removeprefix("ema_") for key in checkpoint.marker["state_keys"] if key.startswith("ema_")]
-    if length in (*tracked, RAW):
-        return length
-    try:
-        return name_of_std(float(length))
-    except ValueError:
-        raise UserError(f"--ema {length}: not a length; {nearest(length, [*tracked, RAW])}, or a number") from None
+def _name(found: Description, length: str) -> str:
+    """The length that is meant: one that is stored, or any number, of which an average can be made."""
+    name = length_name(length, found.info.config.ema.stds)
+    return name if is_power_length(name) else choose_length(name, found.lengths, found.info.url)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from scoreray.sampling.sample_place import (
     taken_over,
 )
 from scoreray.sampling.steering import Guidance, Measurement
+from scoreray.trainer.ema import length_name
 from scoreray.trainer.step import to_uint8
 
 VERSION = 1  # raised when the bytes that the same job makes change
@@ -183,11 +184,11 @@ def begin(
     there = _read(place)
     if there is None:
         refuse_strangers(place)
-    if there is not None and there["asked"] == _asked(checkpoint) and ema in (None, there["ema"]):
+    if there is not None and there["asked"] == _asked(checkpoint) and (ema is None or length_name(ema) == there["ema"]):
         model = load_model(there["checkpoint"], there["ema"])
     else:
         model = load_model(checkpoint, ema)
-    request = replace(request.fitted(model), guidance=request.guided)
+    request = replace(request.fitted(model.info), guidance=request.guided)
     prepare(model, request)  # finds, with the next line, what does not fit before anything is written
     request.labels(0, 1, model.info)
     shape = model.info.image_shape

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
+from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.fast import check_choices, make_fast
 from scoreray.sampling.generate import Request
-from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, ModelInfo
+from scoreray.sampling.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.samplers import ADAPTIVE, num_calls
 
 log = logging.getLogger(__name__)

@@ -26,10 +26,11 @@ from scoreray.data.samples import Samples, spread
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.sampling import features, quality, record
 from scoreray.sampling.classifier import ClassifierConfig, read_classifier, train_classifier
+from scoreray.sampling.describe import describe
 from scoreray.sampling.evaluation_page import page
 from scoreray.sampling.evaluation_tasks import fixed_threads, run_task
 from scoreray.sampling.features import ExtractorChoice
-from scoreray.sampling.plan import FOLDER, PAGE, RECORD, Plan, Settings, Task, describe, make_plan, run_of
+from scoreray.sampling.plan import FOLDER, PAGE, RECORD, Plan, Settings, Task, make_plan, run_of
 from scoreray.sampling.protocol import choose_metrics
 
 AT_ONCE = 2  # chunks of a process: one computes, another one reads or stores
@@ -119,7 +120,7 @@ def evaluate(settings: Settings, *, run: Run = here, bar: Bar = silent) -> Evalu
 
 def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[ExtractorChoice, float | None]:
     """The extractor with its weights at hand, and a classifier's accuracy. Raises UserError for what does not fit."""
-    info, _ = describe(settings.checkpoint, settings.ema)
+    info = describe(settings.checkpoint, settings.ema).info
     manifest = Manifest.load(open_store(settings.reference))
     cache = open_store(settings.cache or f"{settings.out or f'{run_of(info.url)}/{FOLDER}'}/cache")
     looking = {metric for metric, parts in record.PROTOCOL.items() if "extractor" in parts}

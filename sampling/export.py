@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from scoreray.data.errors import DataError, StorageError, UserError, nearest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import Checkpoint, find, verified_copy
+from scoreray.trainer.ema import RAW, choose_length, lengths_stored, state_key
 
 PAGE = "model.json"
 FORMAT = 1
 PREFIX = "denoiser.network."  # where the network lies in the training module
-RAW = "none"  # the name of the weights without averaging
-OURS = r"(ema-[0-9.]+|weights-none)\.safetensors"
+OURS = r"(ema-([0-9.]+|half-life)|weights-none)\.safetensors"
 
 State = dict[str, torch.Tensor]
 
@@ -64,16 +64,13 @@ def export(
     """
     checkpoint = find(checkpoint) if isinstance(checkpoint, str) else checkpoint
     states = states or {}
-    tracked = [key.removeprefix("ema_") for key in checkpoint.marker["state_keys"] if key.startswith("ema_")]
-    names = list(lengths) or tracked
-    for name in names:
-        if name not in (*tracked, *states, RAW):
-            raise UserError(f"EMA length '{name}' was not tracked by this run; {nearest(name, [*tracked, RAW])}")
+    tracked = lengths_stored(checkpoint.marker["state_keys"])
+    names = [choose_length(name, (*tracked, *states, RAW), checkpoint.url) for name in lengths] or tracked
     store = open_store(out)
     store.delete([PAGE])
     files = {}
     for name in dict.fromkeys(names):
-        state = states[name]() if name in states else checkpoint.full_state("master" if name == RAW else f"ema_{name}")
+        state = states[name]() if name in states else checkpoint.full_state(state_key(name))
         weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
         files[name] = _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", weights)
     page = {

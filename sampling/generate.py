@@ -13,9 +13,10 @@ import torch
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.inspect import picture_grid
+from scoreray.sampling.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.guidance import Denoise
-from scoreray.sampling.load import PROCESS_GRID, LoadedDenoiser, LoadedMachine, ModelInfo
+from scoreray.sampling.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.noise import SampleNoise
 from scoreray.sampling.options import check_options
 from scoreray.sampling.samplers import SAMPLERS, sample
@@ -23,7 +24,6 @@ from scoreray.sampling.sigmas import GRIDS
 from scoreray.sampling.steering import Guidance, Measurement, steered
 from scoreray.trainer.ladder import levels_needed
 from scoreray.trainer.objective import ContrastiveObjective
-from scoreray.trainer.rbm import MachineConfig
 
 MAX_SHEET = 256
 
@@ -65,24 +65,24 @@ class Request:
     def guided(self) -> Guidance:
         return self.guidance if isinstance(self.guidance, Guidance) else Guidance(self.guidance)
 
-    def fitted(self, model: LoadedDenoiser | LoadedMachine) -> Request:
-        """The request with sampler, steps and grid filled in for `model`. Raises UserError where it does not fit it.
+    def fitted(self, info: ModelInfo) -> Request:
+        """The request with sampler, steps and grid filled in for a model. Raises UserError where it does not fit it.
 
         An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
         geometric, as many levels as its technique 2 asks for; anything else by Heun on 18 levels of Karras' grid.
         """
-        if isinstance(model, LoadedMachine):
-            return self._for_machine(model.info)
+        if info.is_machine:
+            return self._for_machine(info)
         if self.sampler == GIBBS:
-            kind = model.info.config.network.kind
+            kind = info.config.network.kind
             raise UserError(f"sampler '{GIBBS}' is for RBMs, and network.kind is '{kind}'; leave --sampler out")
-        contrastive = isinstance(model.info.config.objective, ContrastiveObjective)
+        contrastive = isinstance(info.config.objective, ContrastiveObjective)
         sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
         annealed = sampler in ("ncsn", "ncsnv2")
         levels = 18
         if annealed and self.steps is None:
-            low, high = model.info.sigma_range
-            levels = levels_needed(high, low, math.prod(model.info.image_shape))
+            low, high = info.sigma_range
+            levels = levels_needed(high, low, math.prod(info.image_shape))
         return replace(
             self,
             sampler=sampler,
@@ -114,8 +114,7 @@ class Request:
 
     def labels(self, first: int, last: int, info: ModelInfo) -> torch.Tensor:
         """Classes int64 of samples [first, last), -1 for none. Raises UserError for a class that is not there."""
-        drawn_without = isinstance(info.config.network, MachineConfig)
-        if self.class_label is None and info.classes and not drawn_without:
+        if self.class_label is None and info.classes and not info.is_machine:
             return torch.arange(first, last) % len(info.classes)
         return torch.full((last - first,), info.class_number(self.class_label), dtype=torch.int64)
 
@@ -137,7 +136,7 @@ def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Callable
 
     What the request names is read and checked here, once. Raises UserError where it does not fit the model.
     """
-    request = request.fitted(model)
+    request = request.fitted(model.info)
     if isinstance(model, LoadedMachine):
         return partial(_draw_by_gibbs, model, request)
     return partial(_draw, steered(model, request.guided, request.measurement), model, request)

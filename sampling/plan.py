@@ -6,8 +6,6 @@ any number of workers gives the same record, and what a killed evaluation has st
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import platform
 from dataclasses import dataclass, field
@@ -17,19 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.errors import UserError, nearest
 from scoreray.data.manifest import Manifest
 from scoreray.data.samples import Samples, spread
 from scoreray.data.store import Store, open_store
 from scoreray.sampling import frechet, record
 from scoreray.sampling.classifier import ClassifierConfig
-from scoreray.sampling.export import RAW, ExportedModel, find_exported
+from scoreray.sampling.describe import ModelInfo, describe
 from scoreray.sampling.features import ExtractorChoice
 from scoreray.sampling.generate import Request
-from scoreray.sampling.load import ModelInfo, without_weights
 from scoreray.sampling.protocol import SIGMAS, VERSION, choose_metrics, label_rule, protocol
-from scoreray.trainer.checkpoint import find
-from scoreray.trainer.config import load_config
 
 FOLDER = "evaluations"  # in a run, where nothing else is asked for
 RECORD, PAGE = "record.json", "report.html"
@@ -185,25 +180,6 @@ def _chunks(stage: str, count: int, about: int, batch: int) -> list[Task]:
     return [Task(stage, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
 
 
-def describe(url: str, ema: str | None) -> tuple[ModelInfo, str]:
-    """A model's description without its weights, and one hash of all of them."""
-    source = find_exported(url) or find(url)
-    page = source.page if isinstance(source, ExportedModel) else source.marker
-    try:
-        config = load_config(page["config"])
-        hashes = sorted(about["sha256"] for about in page["files"].values())
-        shape, classes = tuple(page["image_shape"]), tuple(page["classes"])
-    except (KeyError, TypeError, UserError) as error:
-        raise DataError(f"{url}: does not describe a model: {error}") from None
-    if isinstance(source, ExportedModel):
-        name = ema or source.chosen or next(iter(source.page["files"]))
-        where = source.store.url()
-    else:
-        name, where = RAW if ema == RAW else config.ema.choose(ema), source.url
-    info = ModelInfo(where, int(page["images_seen"]), name, shape, classes, config)
-    return info, hashlib.sha256(json.dumps([hashes, name]).encode()).hexdigest()
-
-
 def run_of(url: str) -> str:
     """The run that a checkpoint's URL belongs to: where evaluations of it go by default."""
     head, _, tail = url.rstrip("/").rpartition("/")
@@ -212,14 +188,15 @@ def run_of(url: str) -> str:
 
 def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | None = None) -> Plan:
     """The plan of checked settings, with an extractor whose weights are known."""
-    info, sha256 = describe(settings.checkpoint, settings.ema)
+    model = describe(settings.checkpoint, settings.ema)
+    info = model.info
     reference = Samples(settings.reference)
     metrics = choose_metrics(settings.metrics, info, reference.manifest, extractor, settings.restoration)
-    request = settings.request().fitted(without_weights(info))
+    request = settings.request().fitted(info)
     out = settings.out or f"{run_of(info.url)}/{FOLDER}"
     page = {
         "subject": {
-            "checkpoint": {"url": info.url, "sha256": sha256, "images_seen": info.images_seen, "ema": info.ema},
+            "checkpoint": {"url": info.url, "sha256": model.sha256, "images_seen": info.images_seen, "ema": info.ema},
             "sampling": _sampling(request, info),
         },
         "protocol": protocol(settings, metrics, info, reference, extractor, accuracy),

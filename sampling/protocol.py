@@ -11,11 +11,10 @@ from scoreray.data.errors import UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.samples import Samples
 from scoreray.sampling import frechet, record
+from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
 from scoreray.sampling.inverse import Operator, average_pool, gray, mask
 from scoreray.sampling.likelihood import Trace
-from scoreray.sampling.load import ModelInfo
-from scoreray.trainer.rbm import MachineConfig
 
 if TYPE_CHECKING:
     from scoreray.sampling.plan import Settings
@@ -34,7 +33,7 @@ def unfit(metric: str, info: ModelInfo, manifest: Manifest, extractor: Extractor
     """Why a metric makes no sense for this model, data and extractor; None when it does."""
     images = len(manifest.shape) == 3 and manifest.dtype == "uint8"
     values = math.prod(manifest.shape)
-    machine = isinstance(info.config.network, MachineConfig)
+    machine = info.is_machine
     if machine and metric in ("bpd", "nats", "loss", "psnr", "ssim"):
         return f"network.kind '{info.config.network.kind}' knows no noise level"
     if metric == "is" and extractor.kind not in ("inception", "classifier", "torchscript"):
@@ -169,6 +168,6 @@ def kid_block(rows: int) -> int:
 
 def label_rule(info: ModelInfo, manifest: Manifest) -> str:
     """How classes are given to samples: as often as the reference has them, where it has the model's classes."""
-    if not info.classes or isinstance(info.config.network, MachineConfig):
+    if not info.classes or info.is_machine:
         return "none"
     return "as in the reference" if tuple(manifest.classes) == info.classes else "in turn"

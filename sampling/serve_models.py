@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.errors import UserError
 from scoreray.data.store import open_store
-from scoreray.sampling.export import RAW, ExportedModel, find_exported
-from scoreray.sampling.load import ModelInfo
+from scoreray.sampling.describe import ModelInfo, describe
 from scoreray.sampling.options import options_of
 from scoreray.sampling.samplers import SAMPLERS
 from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
-from scoreray.trainer.checkpoint import FOLDER, committed, find
-from scoreray.trainer.config import load_config
-from scoreray.trainer.rbm import MachineConfig
+from scoreray.trainer.checkpoint import committed
+from scoreray.trainer.ema import choose_length
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,10 @@ class Served:
         """The length meant by a request. Raises Refused."""
         if wanted is None:
             return self.info.ema
-        if wanted in self.emas:
-            return wanted
         try:
-            return self.info.config.ema.choose(wanted)
-        except UserError:
-            message = f"EMA length '{wanted}' is not served: {nearest(wanted, self.emas)}"
-            raise Refused("invalid", message, field="ema") from None
+            return choose_length(wanted, self.emas, f"model '{self.name}'", self.info.config.ema.stds)
+        except UserError as error:
+            raise Refused("invalid", str(error), field="ema") from None
 
     def newer(self) -> bool:
         """Whether the run has committed another checkpoint since. Reads the store."""
@@ -73,24 +68,11 @@ class Served:
 
 def look_up(name: str, url: str, ema: str | None = None) -> Served:
     """The model at a URL as it is now, without its weights. Raises UserError, DataError, StorageError."""
-    source = find_exported(url) or find(url)
-    page: dict[str, Any] = source.page if isinstance(source, ExportedModel) else source.marker
-    try:
-        config = load_config(page["config"])
-        shape, classes, images_seen = tuple(page["image_shape"]), tuple(page["classes"]), int(page["images_seen"])
-        emas = tuple(page["files"]) if isinstance(source, ExportedModel) else (*config.ema.names, RAW)
-    except (KeyError, TypeError, UserError) as error:
-        raise DataError(f"{url}: does not describe a model: {error}") from None
-    if isinstance(config.network, MachineConfig):
-        raise UserError(f"{url}: network.kind '{config.network.kind}' has no denoiser; `scoreray sample` draws from it")
-    if isinstance(source, ExportedModel):
-        chosen, at, follows = ema or source.chosen or emas[0], url, False
-        if chosen not in emas:
-            raise UserError(f"EMA length '{chosen}' is not in {url}; {nearest(chosen, emas)}")
-    else:
-        chosen, at = RAW if ema == RAW else config.ema.choose(ema), source.url
-        follows = source.folder.startswith(FOLDER + "/")
-    return Served(name, url, ModelInfo(at, images_seen, chosen, shape, classes, config), emas, follows)
+    found = describe(url, ema)
+    if found.info.is_machine:
+        kind = found.info.config.network.kind
+        raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
+    return Served(name, url, found.info, found.lengths, found.follows_run)
 
 
 def _options(sampler: str) -> dict[str, Any]:

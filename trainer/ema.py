@@ -7,13 +7,19 @@ Improving the Training Dynamics of Diffusion Models", section 3 and appendix C.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pydantic import ConfigDict
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.trainer.fragments import MASTER
 from scoreray.trainer.units import CountOrZero
+
+RAW = "none"  # the name of the weights without averaging
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -59,21 +65,57 @@ class EMAConfig:
             decays.append(0.5 ** (batch_size / max(half_life, 1e-8)))
         return decays
 
-    def choose(self, name: str | None) -> str:
-        """The tracked length called `name` (a name or a number such as 0.1), the first when None."""
-        if name is None:
-            return self.names[0]
-        try:
-            wanted = name_of_std(float(name))
-        except ValueError:
-            wanted = name
-        if wanted not in self.names:
-            raise UserError(f"EMA length '{name}' was not tracked by this run; {nearest(wanted, self.names)}")
-        return wanted
-
 
 def name_of_std(std: float) -> str:
+    """The name of a power-function length in checkpoints, records and messages: its std to three decimals."""
     return f"{std:.3f}"
+
+
+def state_key(length: str) -> str:
+    """Under which key a checkpoint stores the weights at a length."""
+    return MASTER if length == RAW else f"ema_{length}"
+
+
+def length_of_key(key: str) -> str | None:
+    """The length whose average is stored under a checkpoint's state key; None for a key of something else."""
+    return key.removeprefix("ema_") if key.startswith("ema_") else None
+
+
+def lengths_stored(state_keys: Iterable[str]) -> list[str]:
+    """The lengths whose averages are stored under a checkpoint's state keys."""
+    return [length for key in state_keys if (length := length_of_key(key)) is not None]
+
+
+def is_power_length(length: str) -> bool:
+    """Whether a length's name is a number: a power function's, not a half-life's or the raw weights'."""
+    return NUMBER.fullmatch(length) is not None
+
+
+def length_name(text: str, stds: Iterable[float] = ()) -> str:
+    """The name of a length that a person wrote: 0.05, .05, 0.050 and 5e-2 are all "0.050"; words stay as they are.
+
+    stds: those that a run was configured with, which may have more decimals than names show. Raises UserError for
+    another number of more than three decimals: it would be taken for its neighbour.
+    """
+    text = text.strip()
+    if not is_power_length(text):
+        return text
+    std = float(text)
+    name = name_of_std(std)
+    if abs(std - float(name)) > 1e-9 and not any(math.isclose(std, known, rel_tol=1e-6) for known in stds):
+        raise UserError(f"EMA length '{text[:40]}': lengths have three decimals; the nearest is {name}")
+    return name
+
+
+def choose_length(wanted: str | None, lengths: Sequence[str], where: str, stds: Iterable[float] = ()) -> str:
+    """Which of `lengths` a person means; the first when None. Raises UserError naming those that `where` holds."""
+    if wanted is None:
+        return lengths[0]
+    name = length_name(wanted, stds)
+    if name not in lengths:
+        known_as = f" ('{name[:40]}')" if name != wanted and is_power_length(name) else ""
+        raise UserError(f"EMA length '{wanted[:40]}'{known_as} is not in {where}: {nearest(name[:40], lengths)}")
+    return name
 
 
 @lru_cache

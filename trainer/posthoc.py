@@ -16,7 +16,7 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.data.store import open_store
 from scoreray.trainer.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, committed, open_checkpoint
-from scoreray.trainer.ema import name_of_std, power_of_std
+from scoreray.trainer.ema import is_power_length, length_of_key, name_of_std, power_of_std
 from scoreray.trainer.fragments import Fragment
 
 Range = tuple[str, int, int]  # parameter, first element, how many
@@ -146,4 +146,5 @@ def mix_ranges(mix: Mix, ranges: list[Range]) -> Ranges:
 
 
 def _power_keys(stored: Checkpoint) -> list[str]:
-    return [key for key in stored.marker["state_keys"] if key.removeprefix("ema_").replace(".", "").isdigit()]
+    lengths = {key: length_of_key(key) for key in stored.marker["state_keys"]}
+    return [key for key, length in lengths.items() if length and is_power_length(length)]

@@ -15,11 +15,10 @@ from pydantic import ValidationError
 from scoreray.data.errors import ScorerayError, UserError, nearest
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
+from scoreray.sampling.describe import ModelInfo, describe
 from scoreray.sampling.generate import Request
-from scoreray.sampling.load import ModelInfo, without_weights
-from scoreray.sampling.plan import describe
 from scoreray.trainer.config import explained, load_config, override, read_yaml
-from scoreray.trainer.ema import name_of_std
+from scoreray.trainer.ema import RAW, choose_length, length_name
 from scoreray.trainer.meta import meta_module
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
 from scoreray.tune.sweep import (
@@ -97,8 +96,10 @@ def check_sweep(plan: Plan) -> list[str]:
     with _told_of("study.storage"):
         open_store(sweep.study.storage).child(sweep.study.name).check_writable()
     with _told_of("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
-        infos = [describe(sweep.checkpoint, None)[0]] if sweep.checkpoint else list(_described(plan))
-    mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0])
+        model = describe(sweep.checkpoint) if sweep.checkpoint else None
+        infos = [model.info] if model else list(_described(plan))
+    lengths = model.lengths if model else (*infos[0].config.ema.names, RAW)
+    mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0], lengths)
     if mistakes:
         raise UserError("\n".join(mistakes))
     return _warnings(sweep, manifest, {info.config.data.url for info in infos})
@@ -234,9 +235,11 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
     if lengths is not None and lengths.choice:
         ema = dict(raw.get("ema") or {})
         given = [float(std) for std in ema.get("stds", (0.05, 0.10))]
-        names = {name_of_std(std) for std in given}
-        wanted = [float(one) for one in lengths.choice if _is_number(one) and name_of_std(float(one)) not in names]
-        raw["ema"] = {**ema, "stds": [*given, *wanted]}
+        named = {length_name(str(std), given): std for std in given}
+        for one in lengths.choice:
+            if _is_number(one):
+                named.setdefault(length_name(str(one), given), float(one))
+        raw["ema"] = {**ema, "stds": list(named.values())}
     return raw
 
 
@@ -320,7 +323,7 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
     return found
 
 
-def _sample_mistakes(plan: Plan, info: ModelInfo) -> list[str]:
+def _sample_mistakes(plan: Plan, info: ModelInfo, lengths: Sequence[str]) -> list[str]:
     """What drawing samples refuses, at each corner of the `sample.` keys."""
     found = []
     for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
@@ -329,13 +332,11 @@ def _sample_mistakes(plan: Plan, info: ModelInfo) -> list[str]:
             continue
         try:
             drawn = draw_settings(plan.sweep, values)
-            if "ema" in drawn and drawn["ema"] is not None and drawn["ema"] != "none":
-                info.config.ema.choose(str(drawn["ema"]))
+            if drawn["ema"] is not None:
+                choose_length(str(drawn["ema"]), lengths, info.url or "the trials' runs", info.config.ema.stds)
             request = Request(count=16, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
                               guidance=float(drawn["guidance"]), options=drawn["options"])  # fmt: skip
-            model = without_weights(info)
-            fitted = request.fitted(model)
-            calls_of(fitted, model)
+            calls_of(request.fitted(info), info)
         except (ScorerayError, TypeError) as error:
             found.append(f"{where}{error}")
     return found

@@ -84,8 +84,8 @@ def measure(
             found[name] = likelihood(model, held, section, name)
         elif name == "nfe":
             request = Request(count=1, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
-                              options=drawn["options"]).fitted(model)  # fmt: skip
-            found[name] = float(calls_of(request, model))
+                              options=drawn["options"]).fitted(model.info)  # fmt: skip
+            found[name] = float(calls_of(request, model.info))
     if wanted := tuple(name for name in section.names if name in OF_SAMPLES):
         found |= _of_samples(model, url, section, drawn, place, wanted)
     return {

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
+from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.generate import Request
 from scoreray.sampling.samplers import num_calls
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
@@ -206,7 +207,9 @@ def draw_settings(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def calls_of(request: Request, model: Any) -> int:
+def calls_of(request: Request, info: ModelInfo) -> int:
     """How often the network is called for one sample."""
-    assert request.sampler is not None  # fitted
-    return num_calls(request.sampler, model.info.sigmas(request.steps, request.grid), **request.options)
+    assert request.sampler is not None  # fitted, as the others
+    assert request.steps is not None
+    assert request.grid is not None
+    return num_calls(request.sampler, info.sigmas(request.steps, request.grid), **request.options)

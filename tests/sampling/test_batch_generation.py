@@ -342,7 +342,7 @@ def test_npz_holds_what_the_shards_hold(new_run: NewRun, shape: tuple[int, ...],
     with np.load(place) as arrays:
         model = load(run)
         labels = request.labels(0, 70, model.info)
-        x = prepare(in_form(model, Form()), request.fitted(model))(0, labels)
+        x = prepare(in_form(model, Form()), request.fitted(model.info))(0, labels)
         images = ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1) if len(shape) == 3 else x
         assert np.array_equal(arrays["images"], images.numpy().astype(arrays["images"].dtype))
         assert arrays["images"].dtype == (np.uint8 if len(shape) == 3 else np.float32)
@@ -359,7 +359,7 @@ def test_rows_of_a_call_are_fixed_and_do_not_change_with_the_batch(run_url: str)
     driven = in_form(model, Form(rows=16))
     assert isinstance(driven, InRows)
     for guidance in (Guidance(), Guidance(2.0)):
-        request = replace(REQUEST, guidance=guidance, sampler="edm_sde").fitted(model)
+        request = replace(REQUEST, guidance=guidance, sampler="edm_sde").fitted(model.info)
         labels = torch.arange(37) % 3
         whole = prepare(driven, request)(0, labels)
         alone = torch.cat([prepare(driven, request)(first, labels[first : first + 5]) for first in range(0, 37, 5)])
@@ -370,7 +370,7 @@ def test_rows_of_a_call_are_fixed_and_do_not_change_with_the_batch(run_url: str)
 def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(run_url)
     assert isinstance(model, LoadedDenoiser)
-    small = Request(64).fitted(model)
+    small = Request(64).fitted(model.info)
     assert network_calls(small, model.info, 16) == 35 * 4
     assert network_calls(replace(small, guidance=2.0), model.info, 16) == 35 * 8
     monkeypatch.setattr("scoreray.sampling.driver.call_s", lambda model, rows: 0.05)

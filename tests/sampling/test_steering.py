@@ -246,7 +246,7 @@ def test_a_trained_rbm_is_drawn_by_gibbs_row_by_row(runs: dict[str, str], kind: 
     assert not torch.equal(whole, next(generate(model, Request(5, steps=8, seed=3)))[0])
     if kind == "rbm":
         assert set(whole.flatten().tolist()) == {-1.0, 1.0}
-    assert Request(1).fitted(model).steps == 1000
+    assert Request(1).fitted(model.info).steps == 1000
     machine = load_machine(runs[kind])
     assert torch.equal(machine.picture(gibbs(machine, Request(5, seed=3).sample_seeds(0, 5), 7)), whole.flatten(1))
 
@@ -285,14 +285,14 @@ def test_what_does_not_fit_an_rbm_is_refused_all_at_once(runs: dict[str, str], t
 
 def test_the_sampler_fits_the_model_unless_a_word_says_otherwise(runs: dict[str, str], tmp_path: Path) -> None:
     unet, energy = load(runs["unet"]), load(runs["energy"])
-    plain = Request(1).fitted(unet)
+    plain = Request(1).fitted(unet.info)
     assert (plain.sampler, plain.steps, plain.grid) == ("heun", 18, "karras")
-    annealed = Request(1).fitted(energy)
+    annealed = Request(1).fitted(energy.info)
     assert (annealed.sampler, annealed.grid) == ("ncsnv2", "geometric")
     # Technique 2 of NCSNv2: the fewest levels from 80 to 0.002 whose neighbours are near enough in 192 dimensions.
     assert annealed.steps is not None
     assert 4e4 ** (1 / (annealed.steps - 1)) <= ladder_ratio(192) < 4e4 ** (1 / (annealed.steps - 2))
-    assert Request(1, "heun").fitted(energy).steps == 18
+    assert Request(1, "heun").fitted(energy.info).steps == 18
     for grid in ("karras", "geometric", "linear", "process"):
         sigmas = unet.info.sigmas(9, grid)
         assert len(sigmas) == 10

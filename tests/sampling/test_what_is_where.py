@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from scoreray.data.errors import UserError
+from scoreray.sampling.describe import PROCESS_GRID
 from scoreray.sampling.gibbs import GIBBS
-from scoreray.sampling.load import PROCESS_GRID
 from scoreray.sampling.samplers import SAMPLERS
 from scoreray.sampling.sigmas import GRIDS
 from scoreray.sampling.steering import OPERATORS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.ema import EMAConfig, power_of_std, std_of_power
+from scoreray.trainer.ema import EMAConfig, choose_length, length_name, name_of_std, power_of_std, std_of_power
 from scoreray.trainer.optimizer import AveragingAdamW, OptimizerConfig
 
 
@@ -82,7 +82,29 @@ def test_learning_rate_schedules() -> None:
 def test_lengths_by_name() -> None:
     ema = EMAConfig(stds=(0.05, 0.1), half_life_images=1000)
     assert ema.names == ("0.050", "0.100", "half-life")
-    assert ema.choose(None) == "0.050"
-    assert ema.choose("0.1") == "0.100"
-    with pytest.raises(UserError, match=r"accepted: 0\.050, 0\.100, half-life"):
-        ema.choose("0.2")
+    assert choose_length(None, ema.names, "runs/a") == "0.050"
+    assert choose_length("0.1", ema.names, "runs/a") == "0.100"
+    assert choose_length(" half-life", ema.names, "runs/a") == "half-life"
+    with pytest.raises(UserError, match=r"'0\.2' \('0\.200'\) is not in runs/a: .*accepted: 0\.050, 0\.100, half-life"):
+        choose_length("0.2", ema.names, "runs/a")
+
+
+@pytest.mark.parametrize("spelling", ["{:.3f}", "{:g}", "{:.17g}", "{:e}", "{:.2E}", "+{:.4f}", " {:f} "])
+def test_every_spelling_of_a_number_is_one_length(spelling: str) -> None:
+    for thousandths in range(5, 281):
+        std = thousandths / 1000
+        text = spelling.format(std)
+        assert length_name(text) == length_name(text.replace("0.", ".")) == f"{std:.3f}"
+
+
+@pytest.mark.parametrize(
+    "text", ["none", "half-life", "nnoe", "", "nan", "inf", "0_05", "\u00b2", "1.2.3", "--5", "0x1"]
+)
+def test_what_is_no_number_is_its_own_name(text: str) -> None:
+    assert length_name(text) == text
+
+
+def test_a_number_between_two_lengths_is_neither() -> None:
+    with pytest.raises(UserError, match=r"'0\.0504': lengths have three decimals; the nearest is 0\.050"):
+        length_name("0.0504")
+    assert length_name("0.0525", [0.0525]) == name_of_std(0.0525)
