@@ -38,7 +38,13 @@ def sample(
         str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
-    class_label: Annotated[str | None, typer.Option(help="A class's name or number; all in turn if left out.")] = None,
+    class_label: Annotated[
+        str | None,
+        typer.Option(
+            help="A class's name or number, -1 for none; name:2 or index:2 where one is the other's; all in turn if "
+            "left out."
+        ),
+    ] = None,
     guidance: Annotated[
         float, typer.Option(help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the class.")
     ] = 1.0,

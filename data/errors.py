@@ -40,9 +40,14 @@ class MachineError(ScorerayError):
     exit_status = 3
 
 
+MOST_NAMES = 40  # of those accepted in one message
+MOST_COMPARED = 10_000  # a data set may have a million classes
+
+
 def nearest(name: str, accepted: Iterable[str]) -> str:
-    """The end of an error message about an unknown `name`: the closest accepted one, and all of them."""
+    """The end of an error message about an unknown `name`: the closest accepted one, and all of them if not many."""
     names = sorted(accepted)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, names[:MOST_COMPARED], n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}accepted: {', '.join(names)}"
+    more = f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else ""
+    return f"{hint}accepted: {', '.join(names[:MOST_NAMES])}{more}"

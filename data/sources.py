@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing import map_in_threads
 from scoreray.data.pictures import IMAGE_SUFFIXES, as_array, fit, is_grey, open_picture
@@ -289,10 +290,11 @@ def _classes_of(store: Store, files: list[str]) -> tuple[list[str], np.ndarray |
             f"{store.url()}: {len(loose)} images lie beside the folders of the classes "
             f"({shown(store.url(), loose[0])}); move them into one, or --no-classes packs all without classes"
         )
-    tops, numbers = np.unique([name.split("/", 1)[0] for name in files], return_inverse=True)
-    classes = [str(top) for top in tops]
+    tops = [name.split("/", 1)[0] for name in files]
+    classes = in_order(tops)
     _check_classes(store.url(), classes)
-    return classes, numbers.astype(np.int64)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, np.array([numbers[top] for top in tops], np.int64)
 
 
 def _check_classes(path: str, classes: list[str]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.classes import class_number
+from scoreray.data.errors import DataError, UserError
 from scoreray.sampling.export import PREFIX, ExportedModel, find_exported
 from scoreray.sampling.sigmas import from_process, grid
 from scoreray.trainer.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
@@ -39,19 +40,8 @@ class ModelInfo:
     config: Config
 
     def class_number(self, label: str | int | None) -> int:
-        """The class meant by a number or a name; -1 for None. Raises UserError with the classes that there are."""
-        if label is None:
-            return -1
-        if str(label).lstrip("-").isdigit() and -1 <= int(label) < len(self.classes):
-            return int(label)
-        if not self.classes:
-            raise UserError(f"class '{label}': this model was trained without classes")
-        matching = [i for i, name in enumerate(self.classes) if name.lower() == str(label).lower()]
-        if not matching:
-            raise UserError(
-                f"class '{label}' is unknown; {nearest(str(label), self.classes)}; or 0 to {len(self.classes) - 1}"
-            )
-        return matching[0]
+        """The class meant by a number or a name; -1 for None. Raises UserError (`data.classes`)."""
+        return class_number(label, self.classes)
 
     @property
     def is_machine(self) -> bool:

@@ -41,7 +41,10 @@ class SampleBody(BaseModel):
     ] = None
     class_label: Annotated[
         int | Annotated[str, Field(max_length=256)] | None,
-        Field(description="a class's name or number; all in turn if left out; -1 for no class"),
+        Field(
+            description="a class's number (a JSON number) or name (a string; `name:2`, `index:2` where it could be the "
+            "number of another); all in turn if left out; -1 for no class"
+        ),
     ] = None
     guidance: Annotated[
         float,

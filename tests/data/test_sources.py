@@ -147,6 +147,16 @@ def test_hidden_files_are_not_looked_into_and_others_are_told(tmp_path: Path) ->
     assert source.left_out == {".csv": 1}
 
 
+def test_folders_of_numbers_are_numbered_as_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / "in" / f"{number}").mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * number).save(tmp_path / "in" / f"{number}" / "1.png")
+    source = open_source(tmp_path / "in", Reading())
+    assert source.classes == [str(number) for number in range(12)]
+    assert source.labels is not None
+    assert [int(source.read(i)[0, 0, 0]) for i in range(12)] == [20 * label for label in source.labels]
+
+
 def test_images_beside_class_folders_are_not_quietly_unlabelled(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     picture(0).save(tmp_path / "in" / "a" / "1.png")
