@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,12 @@ data_app = typer.Typer(help="Pack, check and look at data sets.", no_args_is_hel
 app.add_typer(data_app, name="data")
 
 
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(installed_version("scoreray"))
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     context: typer.Context,
@@ -47,13 +54,10 @@ def common(
             help="Run an S3 server on this folder while the command runs, and send s3:// there.",
         ),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("scoreray"))
-        raise typer.Exit
     if local_s3 is not None:
         context.with_resource(server_on(local_s3))
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from scoreray.cluster.words import AsJson, ConfigFile, Overrides, Verbose, make_bucket
+from scoreray.cluster.words import AsJson, ConfigFile, Overrides, Verbose, found, make_bucket
 
 
 def demo(
@@ -58,7 +58,9 @@ def train(
 
 
 def tune(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, see configs/tune/.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", callback=found, help="A sweep's YAML file; configs/tune/ has some.")
+    ],
     overrides: Overrides = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the sweep and what it names.")] = False,
     as_json: AsJson = False,
@@ -79,7 +81,9 @@ def tune(
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, see configs/.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", callback=found, help="A YAML file, as for train.")
+    ] = None,
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Machines of the workers; default: 8 GPUs each.", min=1)] = None,

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from scoreray.data.errors import StorageError
 from scoreray.data.local_s3 import LocalS3
 from scoreray.trainer.config import Config, dump_config, load_config
 from scoreray.trainer.loop import read_metrics, run_store
+from scoreray.trainer.presets import PRESETS
 from scoreray.trainer.run import prepare_run
 
 BUCKET = "scoreray"
@@ -93,11 +93,10 @@ def run_demo(out: Path, *, quick: bool, workers: int, fresh: bool, verbose: bool
 
 def demo_config(*, quick: bool = False, workers: int = 2) -> Config:
     """The demo's preset; `quick` trains it for seconds only."""
-    preset = files("scoreray.cluster") / "demo.yaml"
     overrides = [f"scaling.workers={workers}"]
     if quick:
         overrides += ["run.name=demo-quick", *QUICK]
-    return load_config(str(preset), overrides)
+    return load_config(PRESETS / "demo.yaml", overrides)
 
 
 def _draw(trained: TrainResult, out: Path) -> float:

@@ -20,6 +20,7 @@ import yaml
 from scoreray.cluster.credentials import NAMES, refuse_text, refuse_wheel, refuse_words, shape_of
 from scoreray.cluster.wheel import build_wheel
 from scoreray.data.errors import StorageError, UserError, nearest
+from scoreray.trainer.presets import preset
 
 VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
 SAVE_WITHIN_S = 120  # after `stop`, before Ray kills the driver
@@ -147,7 +148,7 @@ def _with_files(words: list[str], config: Path | None, place: Path) -> list[str]
     """The words with local YAML files copied to `place` and named as there. Raises UserError."""
     sent = []
     for word in words:
-        path = Path(word)
+        path = preset(Path(word))
         is_yaml = path.suffix in (".yaml", ".yml") and not word.startswith("-") and "=" not in word
         if "://" in word or not (path.is_file() if path == config else is_yaml):
             sent.append(word)

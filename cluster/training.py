@@ -98,7 +98,8 @@ def check_here(config: Config) -> None:
     if config.scaling.use_gpu and workers > gpus:
         raise UserError(
             f"scaling.workers: {workers} workers with scaling.use_gpu need {workers} GPUs, this machine has {gpus}; "
-            "ask for fewer, or connect to a cluster with RAY_ADDRESS"
+            + (f"scaling.workers={gpus} is what it has room for, " if gpus else "")
+            + "scaling.use_gpu=false trains on its CPUs, RAY_ADDRESS connects to a cluster"
         )
     _tell_crowding(config)
 

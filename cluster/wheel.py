@@ -12,6 +12,8 @@ import importlib
 import zipfile
 from pathlib import Path
 
+from scoreray.trainer.presets import PRESETS
+
 PACKAGES = ("data", "trainer", "sampling", "tune", "cluster")
 LEFT_OUT = (".pyc", ".npz", ".LICENSE")  # the demo's images: nothing that runs on a cluster reads them
 VERSION = "0.1.0"
@@ -49,14 +51,13 @@ def _hash(files: dict[str, bytes]) -> str:
 
 
 def _files() -> dict[str, bytes]:
-    """Name in the wheel -> content, of the packages that this process runs, wherever they are installed."""
+    """Name in the wheel -> content, of the packages and presets of this process, wherever they are installed."""
     found: dict[str, bytes] = {}
-    for package in PACKAGES:
-        module = importlib.import_module(f"scoreray.{package}")
-        folder = Path(str(module.__file__)).parent
-        for path in sorted(folder.iterdir()):
+    folders = [Path(str(importlib.import_module(f"scoreray.{package}").__file__)).parent for package in PACKAGES]
+    for folder in (*folders, PRESETS):
+        for path in sorted(folder.rglob("*")):
             if path.is_file() and not path.name.endswith(LEFT_OUT):
-                found[f"scoreray/{package}/{path.name}"] = path.read_bytes()
+                found[f"scoreray/{folder.name}/{path.relative_to(folder)}"] = path.read_bytes()
     return found
 
 

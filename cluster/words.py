@@ -10,9 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
+from scoreray.trainer.presets import preset
+
 _servers: list[Any] = []  # the S3 server of --local-s3, while it runs
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+
+def found(config: Path | None) -> Path | None:
+    """A callback of Typer's."""
+    return None if config is None else preset(config)
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", callback=found, help="A YAML file; configs/NAME.yaml is a preset.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
 ]

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from scoreray.data.extras import install
+
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 FLUSH_MS, SEND_EVERY_MS = 5000, 1000  # a process that is killed takes what it has not sent with it
 
@@ -83,7 +85,7 @@ def _make() -> tuple[Any, Any]:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        log.warning("%s is set, but no traces are sent: %s; pip install 'scoreray[otel]'", ENDPOINTS[0], error)
+        log.warning("%s is set, but no traces are sent: %s; %s", ENDPOINTS[0], error, install("otel"))
         return None, None
     service = os.environ.get("OTEL_SERVICE_NAME", "scoreray")
     provider = TracerProvider(resource=Resource.create({"service.name": service, "process.pid": os.getpid()}))

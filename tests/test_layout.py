@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,10 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from scoreray.cluster.wheel import LEFT_OUT, build_wheel
+from scoreray.data.extras import EXTRAS, install
 from scoreray.trainer.config import load_config
 from scoreray.trainer.objective import EDMObjective
 from scoreray.trainer.optimizer import OptimizerConfig
+from scoreray.trainer.presets import preset
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("data", "trainer", "sampling", "tune", "cluster")
@@ -66,8 +71,8 @@ def test_the_mathematics_needs_neither_ray_nor_deepspeed() -> None:
 def test_folders_are_flat_and_listed() -> None:
     """A subpackage that is not listed would work editable and be missing from the wheel."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(settings["packages"]) == sorted(f"scoreray.{folder}" for folder in ORDER)
-    assert settings["package-dir"] == {f"scoreray.{folder}": folder for folder in ORDER}
+    assert sorted(settings["packages"]) == sorted(f"scoreray.{folder}" for folder in (*ORDER, "configs"))
+    assert settings["package-dir"] == {f"scoreray.{folder}": folder for folder in (*ORDER, "configs")}
     for folder in ORDER:
         assert not list((ROOT / folder).glob("*/*.py"))
         assert (ROOT / folder / "py.typed").exists()
@@ -78,29 +83,63 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(source)], check=True)
-    for folder in (*ORDER, "pyproject.toml", "README.md"):  # what is not committed yet counts too
+    for folder in (*ORDER, "configs", "pyproject.toml", "README.md"):  # what is not committed yet counts too
         subprocess.run(["cp", "-r", str(ROOT / folder), str(source)], check=True)
     subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, timeout=200)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        f"scoreray/{folder}/{path.name}"
-        for folder in ORDER
-        for path in (ROOT / folder).iterdir()
+        f"scoreray/{path.relative_to(ROOT)}"
+        for folder in (*ORDER, "configs")
+        for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
     assert wanted <= names, sorted(wanted - names)
+    submitted = set(zipfile.ZipFile(build_wheel(tmp_path)).namelist())
+    assert {name for name in wanted if not name.endswith(LEFT_OUT)} <= submitted
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", str(site), str(wheel)], check=True)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv[0] = 'scoreray'; " + (
         "from scoreray.cluster import cli; assert cli.__file__.startswith(sys.path[0]), cli.__file__; cli.main()"
     )
     # -S would drop dependencies too; -P and the prepended site make the wheel's copy win over the editable one
+    words = ["train", "configs/cifar10.yaml", "--print-config"]  # as the README has it, where no such folder is
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    assert "train" in result.stdout
+    assert load_config(yaml.safe_load(result.stdout)) == load_config(ROOT / "configs" / "cifar10.yaml")
+
+
+def test_a_presets_name_is_a_file_here_before_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/demo.yaml", "./configs/tune/both.yaml"):
+        assert preset(Path(name)) == ROOT / name
+    for name in ("configs/nope.yaml", "configs", "demo.yaml", "configs/tune"):
+        assert preset(Path(name)) == Path(name)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").touch()
+    assert preset(Path("configs/demo.yaml")) == Path("configs/demo.yaml")
+
+
+def test_every_config_that_the_docs_name_is_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    named = {name for page in pages for name in re.findall(r"configs/[\w/-]+\.yaml", page.read_text())}
+    assert len(named) > 7
+    for name in named:
+        assert preset(Path(name)).is_file(), name
+
+
+def test_what_installs_an_extra_is_what_pyproject_lists_for_it() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: tuple(listed[name]) for name in EXTRAS} == EXTRAS
+    assert set(listed) == {*EXTRAS, "dev", "benchmarks"}
+    for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
+        text = page.read_text()
+        assert "pip install 'scoreray[" not in text, page
+        for name in EXTRAS:
+            assert f"'.[{name}]'" not in text or install(name) in text, page
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from scoreray.data.errors import UserError
+from scoreray.data.extras import install
 from scoreray.data.store import NotFound
 from scoreray.trainer.config import Config, leaves
 from scoreray.trainer.loop import read_metrics, run_store
@@ -38,7 +39,7 @@ SETTINGS = {
 def check_mlflow(config: Config) -> None:
     """Raises UserError where `log.mlflow` is set and its package is missing."""
     if config.log.mlflow is not None and importlib.util.find_spec("mlflow") is None:
-        raise UserError("log.mlflow: its package is not installed: pip install 'scoreray[mlflow]', or log.mlflow=null")
+        raise UserError(f"log.mlflow: its package is not installed: {install('mlflow')}, or log.mlflow=null")
 
 
 @contextlib.contextmanager

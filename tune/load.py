@@ -20,6 +20,7 @@ from scoreray.sampling.generate import Request
 from scoreray.trainer.config import explained, load_config, override, read_yaml
 from scoreray.trainer.ema import RAW, choose_length, length_name
 from scoreray.trainer.meta import meta_module
+from scoreray.trainer.presets import preset
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
 from scoreray.tune.sweep import (
     METRICS,
@@ -51,7 +52,7 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         raw, folder = override(raw, [one for one in overrides if one.startswith("base=")]), Path()
     if isinstance(raw.get("base"), str):
         with _told_of("base"):
-            raw = {**raw, "base": read_yaml(folder / raw["base"])}
+            raw = {**raw, "base": read_yaml(preset(folder / raw["base"]))}
     raw = override(raw, others)
     if mistakes := misshapen(raw):
         raise _refusal(name, mistakes)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_every_verb_has_help(scoreray: Any, verb: str) -> None:
     result = scoreray(*verb.split(), "--help")
     assert result.returncode == 0
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--version", "train"], ["--local-s3", "/nope", "--version"]])
+def test_the_version_needs_no_verb(words: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from scoreray.cluster.cli import app
+
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{version('scoreray')}\n"
 
 
 def test_ctrl_c_while_the_command_is_being_imported() -> None:
@@ -207,7 +219,9 @@ def test_a_check_tells_what_this_machine_lacks(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     gpu = scoreray("train", "--check", str(config_file), "scaling.use_gpu=true")
-    assert_refused(gpu, 2, "scaling.workers", "1 GPUs", "this machine has 0")
+    assert_refused(
+        gpu, 2, "scaling.workers", "1 GPUs", "this machine has 0", "scaling.use_gpu=false trains on its CPUs"
+    )
     crowded = scoreray("train", "--check", str(config_file), "scaling.workers=16")
     assert crowded.returncode == 0, crowded.stderr
     assert "16 workers want 16 cores and share this machine's" in crowded.stderr

@@ -183,7 +183,7 @@ def test_a_package_that_is_missing_is_said_once(
             with traces.span("x"):
                 pass
     (record,) = caplog.records
-    assert "pip install 'scoreray[otel]'" in record.getMessage()
+    assert "pip install 'opentelemetry-sdk" in record.getMessage()
 
 
 def test_a_receiver_that_is_away_changes_no_run(

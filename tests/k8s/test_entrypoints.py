@@ -19,6 +19,7 @@ import yaml
 
 from scoreray.cluster.cli import app
 from scoreray.data.errors import UserError
+from scoreray.data.extras import EXTRAS
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
 
@@ -181,6 +182,14 @@ def test_the_wheel_has_every_package_that_pyproject_lists() -> None:
     copied = {word for name, rest in instructions() if name == "COPY" for word in rest.split()[:-1]}
     assert folders <= copied
     assert {"pyproject.toml", "README.md", "constraints.txt"} <= copied
+
+
+def test_the_image_has_what_every_documented_option_needs() -> None:
+    installed = [rest for name, rest in instructions() if name == "RUN" and ".whl" in rest and "pip install" in rest]
+    assert len(installed) == 2
+    for command in installed:
+        (extras,) = re.findall(r"\.whl\)\[([\w,]+)\]", command)
+        assert set(extras.split(",")) == set(EXTRAS)
 
 
 def test_base_images_are_pinned_by_a_digest_argument() -> None:

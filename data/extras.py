@@ -1,0 +1,16 @@
+"""Packages that only some runs need: pyproject.toml's extras, as a command that installs them.
+
+`pip install 'scoreray[NAME]'` would ask an index that may not have this package.
+"""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "mlflow": ("mlflow-skinny>=3.10", "sqlalchemy>=2", "alembic>=1.10"),
+    "otel": ("opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"),
+}
+
+
+def install(extra: str) -> str:
+    """The command."""
+    return "pip install " + " ".join(f"'{requirement}'" for requirement in EXTRAS[extra])
