@@ -19,7 +19,7 @@ from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
 from scoreray.data.packing import Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES
 from scoreray.data.records import records_sha256
-from scoreray.data.store import NotFound, Store, open_store
+from scoreray.data.store import NotFound, Store, local_path, open_store
 from scoreray.data.tars import Member, Tape, members
 
 SUFFIXES = {**FORMATS, "jpeg": FORMATS["jpg"]}
@@ -65,7 +65,8 @@ class TarsPlan:
 
 def tars_at(source: str | os.PathLike[str]) -> list[tuple[str, int]]:
     """(key, bytes) of the tars below `source`, an S3 URL or a folder; none if it is neither."""
-    if not os.fspath(source).startswith("s3://") and not Path(source).is_dir():
+    where = local_path(source)
+    if where is not None and not where.is_dir():
         return []
     listed = open_store(source).list()
     tars = [(key, size) for key, size in listed if key.endswith(".tar")]

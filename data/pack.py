@@ -24,8 +24,8 @@ from scoreray.data.manifest import FORMATS, Manifest, Shard
 from scoreray.data.packing import Mapper, Packed, carry_out
 from scoreray.data.repack import plan_repack
 from scoreray.data.shards import ENCODING, ShardWriter, encode
-from scoreray.data.sources import Reading, Source, open_source
-from scoreray.data.store import open_store
+from scoreray.data.sources import Reading, Source, kinds_line, open_source
+from scoreray.data.store import local_path, open_store
 
 SHARD_BYTES = 64 << 20  # about; large enough that a shard is one good read, small enough to make in memory
 
@@ -94,7 +94,8 @@ def pack(
 
 def _check_apart(source: str | Path, url: str | Path) -> None:
     """A target below the source would be taken for a part of it by the next run."""
-    if str(source).startswith("s3://") or Path(source).is_dir():
+    where = local_path(source)
+    if where is None or where.is_dir():
         within, target = open_store(source).url(), open_store(url).url()
         if target.startswith(within.rstrip("/") + "/"):
             raise UserError(f"{target}: lies in the folder that is packed ({within}); give a place outside it")
@@ -140,8 +141,8 @@ class ImagesPlan:
         left_out = self.source.left_out
         if not left_out:
             return []
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items(), key=lambda item: -item[1])[:5])
-        return [f"{self.source.path}: {sum(left_out.values()):,} files that are no images are left out ({kinds})"]
+        num_files = sum(left_out.values())
+        return [f"{self.source.path}: {num_files:,} files that are no images are left out ({kinds_line(left_out)})"]
 
     def total_samples(self, done: list[Shard]) -> int:
         return self.source.num_samples

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import uuid
@@ -20,6 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import unquote_to_bytes
 
 from scoreray.data.errors import StorageError, UserError
 
@@ -33,6 +35,10 @@ abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=
 
 class NotFound(StorageError):
     """There is no such key."""
+
+
+class NotAFile(StorageError):
+    """What has this name is a FIFO, a socket or a device: reading it could wait, or go on, without an end."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,23 @@ def open_store(url: str | os.PathLike[str]) -> Store:
             )
         prefix = "/".join(part for part in text[5:].split("/")[1:] if part)
         return S3Store(f"s3://{bucket}/{check_key(prefix)}" if prefix else f"s3://{bucket}")
-    if text.startswith("file://"):
-        text = text[7:]
-    if not text or "\0" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
-        raise UserError(f"'{text}' is no URL that can be opened; accepted: s3://BUCKET/PREFIX or a path")
-    return PathStore(os.path.abspath(os.path.expanduser(text)))
+    return PathStore(os.path.abspath(_local_path(text)))
+
+
+def local_path(url: str | os.PathLike[str]) -> Path | None:
+    """The path that a plain path or `file:///...` names; None for a URL of S3. Raises UserError for any other."""
+    text = os.fspath(url)
+    return None if text.startswith("s3://") else Path(_local_path(text))
+
+
+def _local_path(text: str) -> str:
+    path = text
+    if text[:7].lower() == "file://":  # RFC 8089: no other host than this one, odd characters as %XX
+        host, slash, rest = text[7:].partition("/")
+        path = os.fsdecode(unquote_to_bytes(slash + rest)) if host.lower() in ("", "localhost") else ""
+    if not path or "\0" in path or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
+        raise UserError(f"'{text}' is no URL that can be opened; accepted: s3://BUCKET/PREFIX, file:///PATH or a path")
+    return os.path.expanduser(path)
 
 
 def check_key(key: str) -> str:
@@ -150,7 +168,7 @@ class PathStore(Store):
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         path = self._path(key)
         if end is None:
-            with explained(path), open(path, "rb") as file:
+            with explained(path), _opened(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
                 file.seek(start or 0)
                 return file.read()
         with explained(path), _opened(path) as descriptor:
@@ -161,7 +179,7 @@ class PathStore(Store):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def advise(self, key: str, start: int, end: int) -> None:
-        with contextlib.suppress(OSError), _opened(self._path(key)) as descriptor:
+        with contextlib.suppress(OSError, NotAFile), _opened(self._path(key)) as descriptor:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -270,11 +288,28 @@ def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """A file's descriptor. Raises NotAFile where opening or reading could wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would wait
     try:
+        check_is_file(path, os.fstat(descriptor).st_mode)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def check_is_file(path: str | os.PathLike[str], mode: int) -> None:
+    """Raises NotAFile where `mode` (of os.stat) is that of a FIFO, a socket or a device."""
+    kind = _SPECIAL.get(stat.S_IFMT(mode))
+    if kind:
+        raise NotAFile(f"{os.fspath(path)}: is {kind}, no file; copy what comes out of it to a file and give that")
+
+
+_SPECIAL = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import scoreray.data.store_s3 as store_s3
 from scoreray.data.errors import StorageError, UserError
-from scoreray.data.store import NotFound, PathStore, Store, open_store
+from scoreray.data.store import NotAFile, NotFound, PathStore, Store, open_store
 
 
 @pytest.fixture(params=["path", "s3"])
@@ -50,6 +50,26 @@ def test_list_takes_a_string_prefix_and_is_sorted(store: Store) -> None:
     assert store.child("b").list("su") == [("sub/1", 7)]
     store.delete(["b/sub/1", "b/2", "gone"])
     assert [key for key, _ in store.list("b")] == ["b/10", "bc"]
+
+
+def test_a_file_url_is_the_path_that_it_names(tmp_path: Path) -> None:
+    for url in (f"file://{tmp_path}/a", f"FILE://localhost{tmp_path}/a", (tmp_path / "a").as_uri()):
+        assert open_store(url) == open_store(tmp_path / "a")
+    assert open_store("file:///a%20b/%23?c#d").root == "/a b/#?c#d"
+    for url in ("file://elsewhere/a", "file://a", "file:///", "file://", "file:/a", "http://a/b", "file:///a%00b"):
+        if url == "file:///":
+            assert open_store(url).root == "/"
+            continue
+        with pytest.raises(UserError, match=r"accepted: s3://BUCKET/PREFIX, file:///PATH or a path"):
+            open_store(url)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for ask in (lambda store: store.get("pipe"), lambda store: store.get("pipe", 0, 10)):
+        with pytest.raises(NotAFile, match="pipe: is a FIFO, no file"):
+            ask(open_store(tmp_path))
+    open_store(tmp_path).advise("pipe", 0, 10)
 
 
 def test_put_new_lets_exactly_one_of_many_writers_win(store: Store) -> None:
