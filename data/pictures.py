@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -11,10 +12,33 @@ from PIL import Image, ImageOps
 from scoreray.data.errors import DataError, UserError
 
 MAX_PIXELS = 1 << 27
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # By content, not by name. Others of Pillow's formats start programs (EPS) or are of no use here.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-NOT_READ = (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, Image.DecompressionBombError)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif"
+)  # fmt: skip
+ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+HEAD_BYTES = 32  # enough of a file to tell a picture by
+
+
+def looks_like_a_picture(head: bytes) -> bool:
+    """Whether a file whose first HEAD_BYTES these are has one of the FORMATS, whatever its name is."""
+    return (
+        head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
+        or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace())
+        or (head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"))
+    )
 
 
 def open_picture(data: bytes, name: str) -> Image.Image:
@@ -33,9 +57,45 @@ def open_picture(data: bytes, name: str) -> Image.Image:
                 raise DataError(f"{name}: an animation or a document of {frames} pictures; keep one of them")
             if image.mode.startswith("I") or image.mode == "F":
                 raise DataError(f"{name}: more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
-            return ImageOps.exif_transpose(image)
-    except NOT_READ as error:
+            turn = _UPRIGHT.get(_orientation(image))
+            return image if turn is None else image.transpose(turn)
+    except DataError:
+        raise
+    except Exception as error:  # a decoder of bytes from outside may raise anything
         raise DataError(f"{name}: {_reason(error)}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag of a camera that was turned, 1 for upright. What else the EXIF data hold, malformed or not, is of
+    no concern here: `ImageOps.exif_transpose` writes all of it again, and fails on what it can't write."""
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes) and (found := orientation_in(exif)) is not None:
+        return found
+    try:  # a TIFF's own directory, a PNG's raw profile, XMP
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # no viewer finds a turn in such bytes either
+        return 1
+
+
+def orientation_in(exif: bytes) -> int | None:
+    """The orientation tag of EXIF data, None where there is none to be found. Pillow's parser stops at the first tag
+    whose value lies outside the data; this one looks at no other tag's value (Exif 2.3, 4.6.2)."""
+    data = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    try:
+        if order is not None:
+            (start,) = struct.unpack_from(f"{order}I", data, 4)
+            (num_tags,) = struct.unpack_from(f"{order}H", data, start)
+            for at in range(start + 2, start + 2 + 12 * num_tags, 12):
+                tag, kind, count = struct.unpack_from(f"{order}HHI", data, at)
+                if tag == ORIENTATION and count and kind in _WHOLE_NUMBERS:
+                    return int(struct.unpack_from(order + _WHOLE_NUMBERS[kind], data, at + 8)[0])
+    except struct.error:  # it is cut
+        pass
+    return None
+
+
+_WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}  # of the types that a tag may have
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -53,7 +113,7 @@ def as_array(
         )
     try:
         image = image.convert("L" if shape[0] == 1 else "RGB")
-    except NOT_READ as error:
+    except Exception as error:
         raise DataError(f"{name}: {_reason(error)}") from error
     if image_size:
         image = fit(image, image_size)

@@ -19,15 +19,24 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.classes import in_order
-from scoreray.data.errors import DataError, UserError
+from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.packing import map_in_threads
-from scoreray.data.pictures import IMAGE_SUFFIXES, as_array, fit, is_grey, open_picture
-from scoreray.data.store import PathStore, Store, open_store
+from scoreray.data.pictures import (
+    HEAD_BYTES,
+    IMAGE_SUFFIXES,
+    as_array,
+    fit,
+    is_grey,
+    looks_like_a_picture,
+    open_picture,
+)
+from scoreray.data.store import NotAFile, PathStore, Store, check_is_file, local_path, open_store
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 NPZ_SAMPLES = ("images", "x", "X", "data", "points", "arr_0")
 NPZ_LABELS = ("labels", "y", "label", "targets")
 GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
+LONGEST_SUFFIX = 12  # of a file's name; what is longer is a part of the name
 LOOKED_AT = 32  # images of a folder that are looked at for colours
 
 
@@ -94,6 +103,8 @@ class Source:
             return self.read(number)
         except DataError as error:
             return error
+        except NotAFile as error:
+            return DataError(str(error))
 
     def read(self, number: int) -> np.ndarray:
         """Sample `number`: uint8 [H, W, C] or the float32 array. Raises DataError, UserError naming the file."""
@@ -124,13 +135,14 @@ def _again(path: str, reading: Reading, fingerprint: str) -> np.ndarray:
 
 def open_source(path: str | os.PathLike[str], reading: Reading = Reading()) -> Source:
     """The source at `path`, by its kind. Raises UserError or DataError with one line that names the file."""
-    if os.fspath(path).startswith("s3://"):
+    where = local_path(path)
+    if where is None:
         return _open_folder(open_store(path), reading)
-    where = Path(path).expanduser()
     if not where.exists():
         raise UserError(f"{where}: there is no such file or folder to pack")
     if where.is_dir():
         return _open_folder(PathStore(str(where)), reading)
+    check_is_file(where, where.stat().st_mode)
     name = where.name.removesuffix(".gz")
     if name.endswith(".npz"):
         return _open_npz(where, reading)
@@ -261,11 +273,13 @@ def _open_folder(store: Store, reading: Reading) -> Source:
     """Images below a folder or prefix. If all lie in subfolders, the first level names the class. Hidden files and
     folders are not looked into."""
     listed = [(name, size) for name, size in store.list() if not _is_hidden(name)]
-    sizes = dict(sorted((name, size) for name, size in listed if name.lower().endswith(IMAGE_SUFFIXES)))
+    pictures = _pictures(store, [name for name, _ in listed])
+    sizes = {name: size for name, size in sorted(listed) if name in pictures}
+    left_out = Counter(_suffix(name) or "no suffix" for name, _ in listed if name not in sizes)
     if not sizes:
-        raise UserError(f"{store.url()}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}), and no tars")
+        there = f"; it holds {kinds_line(left_out)}" if left_out else ""
+        raise UserError(f"{store.url()}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}), and no tars{there}")
     files = list(sizes)
-    left_out = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name, _ in listed if name not in sizes)
     classes, labels = _classes_of(store, files) if reading.labelled else ([], None)
     fingerprint = hashlib.sha256()
     for name, size in sizes.items():
@@ -275,6 +289,37 @@ def _open_folder(store: Store, reading: Reading) -> Source:
         store.url(), len(files), shape, "uint8", labels, classes, fingerprint.hexdigest(), reading, files=files,
         left_out=dict(left_out),
     )  # fmt: skip
+
+
+def _pictures(store: Store, names: list[str]) -> set[str]:
+    """Of these files, those that are pictures by their suffix or, where they have none, by their first bytes."""
+    unnamed = [name for name in names if not _suffix(name)]
+
+    def is_one(number: int) -> bool:
+        try:
+            return looks_like_a_picture(store.get(unnamed[number], 0, HEAD_BYTES))
+        except StorageError:  # gone, not to be read, or no file: left out, as others that are no pictures
+            return False
+
+    found = (
+        map_in_threads(GET_THREADS, is_one, range(len(unnamed)))
+        if store.is_remote
+        else map(is_one, range(len(unnamed)))
+    )
+    by_content = {name for name, picture in zip(unnamed, found, strict=True) if picture}
+    return by_content | {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
+
+
+def _suffix(name: str) -> str:
+    """A file's lower-case suffix; "" for one that says nothing of its kind, such as that of `img_0.05`."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if any(letter.isalpha() for letter in suffix) and len(suffix) <= LONGEST_SUFFIX else ""
+
+
+def kinds_line(left_out: dict[str, int]) -> str:
+    """The most frequent kinds of files, on one line."""
+    most = sorted(left_out.items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{n:,} {kind if kind.isprintable() else ascii(kind)[1:-1]}" for kind, n in most)
 
 
 def _is_hidden(name: str) -> bool:
@@ -311,7 +356,7 @@ def _look(store: Store, files: list[str], reading: Reading) -> tuple[int, int, i
     for name in some:
         try:
             images.append((name, open_picture(store.get(name), shown(store.url(), name))))
-        except DataError as error:
+        except (DataError, NotAFile) as error:
             problems.append(error)
     if not images:
         raise problems[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import socket
 import struct
 import tempfile
 import zipfile
@@ -21,6 +22,7 @@ from PIL import Image
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.inspect import verify
 from scoreray.data.pack import pack
+from scoreray.data.pictures import open_picture, orientation_in
 from scoreray.data.samples import read_samples
 from scoreray.data.sources import Reading, open_source
 from scoreray.data.store import open_store
@@ -73,6 +75,99 @@ def test_every_kind_of_picture_becomes_the_rgb_image_that_one_sees(tmp_path: Pat
         reference = grey if name.startswith(("grey", "bits")) else expected
         if name != "bits.png":  # dithered
             assert np.abs(image - reference).mean() < 8, name
+
+
+def exif(*tags: tuple[int, int, int, bytes], order: str = "<") -> bytes:
+    """EXIF data of these tags: (tag, type, count, its four bytes)."""
+    head = b"Exif\0\0" + (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    entries = (struct.pack(f"{order}HHI", *tag[:3]) + tag[3] for tag in tags)
+    return head + b"".join(entries) + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+MALFORMED = {
+    "a number as text": (0x011A, 2, 3, b"72\0\0"),
+    "text as a fraction": (0x0131, 5, 1, struct.pack("<I", 8)),
+    "a value that lies outside": (0x010E, 2, 5000, b"\xff" * 4),
+    "a type that there is not": (0x0128, 99, 1, bytes(4)),
+    "a directory that leads nowhere": (0x8769, 4, 1, b"\xff" * 4),
+    "a maker's note of 4 GB": (0x927C, 7, 2**32 - 1, bytes(4)),
+    "no value": (0x0132, 2, 0, bytes(4)),
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_turned_photo_is_upright_whatever_else_its_exif_says(what: str, format: str) -> None:
+    expected = picture(1).transpose(Image.Transpose.ROTATE_270).size
+    for tags in ((TURNED, MALFORMED[what]), (MALFORMED[what], TURNED)):
+        out = io.BytesIO()
+        picture(1).save(out, format, exif=exif(*tags))
+        assert open_picture(out.getvalue(), "photo").size == expected
+
+
+def test_orientation_is_read_in_both_byte_orders_and_types_and_from_cut_data() -> None:
+    for order in "<>":
+        for value in range(1, 9):
+            for kind, packed in ((3, struct.pack(f"{order}HH", value, 0)), (4, struct.pack(f"{order}I", value))):
+                data = exif((0x0131, 5, 1, bytes(4)), (0x0112, kind, 1, packed), order=order)
+                assert orientation_in(data) == orientation_in(data[6:]) == value
+    data = exif((0x0131, 5, 1, bytes(4)), TURNED)
+    assert [orientation_in(data[:n]) for n in range(len(data) - 9)] == [None] * (len(data) - 9)
+
+
+def test_pictures_are_found_by_what_they_are_where_the_name_does_not_say(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    formats = {"PNG": "a1b2c3", "JPEG": "img_0.05", "WEBP": "w", "BMP": "b", "GIF": "g", "TIFF": "t", "PPM": "p",
+               "AVIF": "v"}  # fmt: skip
+    for format, name in formats.items():
+        picture(1, 16, 16).save(folder / name, format)
+    picture(1, 16, 16).save(folder / "web.jfif", "JPEG")
+    picture(1, 16, 16).save(folder / "web.AVIF", "AVIF")
+    (folder / "LICENSE").write_text("BSD, P6 or not")
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    source = open_source(folder, Reading())
+    assert sorted(source.files) == sorted([*formats.values(), "web.jfif", "web.AVIF"])
+    assert source.left_out == {"no suffix": 1, ".heic": 1}
+    assert all(isinstance(image, np.ndarray) for image in source.read_all(range(source.num_samples)))
+    (tmp_path / "none").mkdir()
+    (folder / "photo.heic").rename(tmp_path / "none" / "photo.heic")
+    with pytest.raises(UserError, match=r"no images in this folder .*and no tars; it holds 1 \.heic"):
+        open_source(tmp_path / "none", Reading())
+
+
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        picture(i, 8, 8).save(tmp_path / "in" / f"{i}.png")
+    os.mkfifo(tmp_path / "in" / "3.png")
+    os.mkfifo(tmp_path / "in" / "control")
+    with pytest.raises(DataError, match=r"3\.png: is a FIFO, no file; .*--skip-bad"):
+        pack(tmp_path / "in", tmp_path / "out")
+    assert pack(tmp_path / "in", tmp_path / "skipped", skip_bad=1).num_samples == 3
+    os.mkfifo(tmp_path / "x.npz")
+    for path, kind in ((tmp_path / "x.npz", "a FIFO"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(ScorerayError, match=f"{path}: is {kind}, no file; copy what comes out of it"):
+            pack(path, tmp_path / "never")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "x.sock"))
+        with pytest.raises(ScorerayError, match=r"x\.sock: is a socket, no file"):
+            pack(tmp_path / "x.sock", tmp_path / "never")
+
+
+def test_a_file_url_is_a_source_and_a_target(tmp_path: Path) -> None:
+    folder = tmp_path / "ä b" / "in"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        picture(i, 8, 8).save(folder / f"{i}.png")
+    manifest = pack(folder.as_uri(), (tmp_path / "out #1").as_uri())
+    assert manifest == pack(str(folder), str(tmp_path / "same"))
+    assert (tmp_path / "out #1" / "manifest.json").exists()
+    with pytest.raises(UserError, match="lies in the folder that is packed"):
+        pack(folder.as_uri(), (folder / "out").as_uri())
+    with pytest.raises(UserError, match=r"there is no such file"):
+        pack((tmp_path / "absent.npz").as_uri(), tmp_path / "never")
 
 
 BAD = {
