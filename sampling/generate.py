@@ -18,7 +18,7 @@ from scoreray.sampling.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.guidance import Denoise
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.options import check_options
+from scoreray.sampling.options import check_options, options_of
 from scoreray.sampling.samplers import SAMPLERS, sample
 from scoreray.sampling.sigmas import GRIDS
 from scoreray.sampling.steering import Guidance, Measurement, steered
@@ -26,6 +26,15 @@ from scoreray.trainer.ladder import levels_needed
 from scoreray.trainer.objective import ContrastiveObjective
 
 MAX_SHEET = 256
+WARM_START = "warm_start"  # the option of samplers that stay at one noise level
+
+
+class RequestError(UserError):
+    """A request that makes no sense, or not for its model; `field` is which of its fields to change."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -55,27 +64,34 @@ class Request:
             raise UserError("count must be below 2^32 and seed in [0, 2^31): together they number the samples")
         samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
         if self.sampler is not None and self.sampler not in samplers:
-            raise UserError(f"unknown sampler '{self.sampler}': {nearest(self.sampler, samplers)}")
+            raise RequestError(f"unknown sampler '{self.sampler[:40]}': {nearest(self.sampler, samplers)}", "sampler")
         if self.grid is not None and self.grid not in grids:
-            raise UserError(f"unknown noise grid '{self.grid}': {nearest(self.grid, grids)}")
+            raise RequestError(f"unknown noise grid '{self.grid[:40]}': {nearest(self.grid, grids)}", "grid")
         if self.sampler in SAMPLERS:
-            check_options(self.sampler, SAMPLERS[self.sampler], self.options)
+            try:
+                check_options(self.sampler, SAMPLERS[self.sampler], self.options)
+            except UserError as error:
+                raise RequestError(str(error), "options") from None
 
     @property
     def guided(self) -> Guidance:
         return self.guidance if isinstance(self.guidance, Guidance) else Guidance(self.guidance)
 
     def fitted(self, info: ModelInfo) -> Request:
-        """The request with sampler, steps and grid filled in for a model. Raises UserError where it does not fit it.
+        """The request with all that was left out filled in for a model. Raises RequestError where it does not fit it.
 
         An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
         geometric, as many levels as its technique 2 asks for; anything else by Heun on 18 levels of Karras' grid.
+        Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
+        from noise at the largest level.
         """
         if info.is_machine:
             return self._for_machine(info)
         if self.sampler == GIBBS:
             kind = info.config.network.kind
-            raise UserError(f"sampler '{GIBBS}' is for RBMs, and network.kind is '{kind}'; leave --sampler out")
+            raise RequestError(
+                f"sampler '{GIBBS}' is for RBMs, and network.kind is '{kind}'; leave --sampler out", "sampler"
+            )
         contrastive = isinstance(info.config.objective, ContrastiveObjective)
         sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
         annealed = sampler in ("ncsn", "ncsnv2")
@@ -83,11 +99,17 @@ class Request:
         if annealed and self.steps is None:
             low, high = info.sigma_range
             levels = levels_needed(high, low, math.prod(info.image_shape))
+        options = self.options
+        if WARM_START in options_of(SAMPLERS[sampler]):
+            options = {WARM_START: True, **options}
+            if self.steps == 1 and options[WARM_START]:
+                raise RequestError(f"sampler '{sampler}' walks down to its noise level: give 2 steps or more", "steps")
         return replace(
             self,
             sampler=sampler,
             steps=self.steps or levels,
             grid=self.grid or ("geometric" if annealed else "karras"),
+            options=options,
         )
 
     def _for_machine(self, info: ModelInfo) -> Request:

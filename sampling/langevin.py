@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoreray.sampling.noise import Noise
-from scoreray.sampling.ode_samplers import Levels, Steps
+from scoreray.sampling.ode_samplers import Levels, Steps, heun
 from scoreray.sampling.options import POSITIVE, Range
 from scoreray.trainer import ladder
 
@@ -28,13 +28,18 @@ def langevin(
     step_size: Annotated[float | None, POSITIVE] = None,
     num_steps: Annotated[int | None, COUNT] = None,
     denoise: bool = False,
+    warm_start: bool = False,
 ) -> Steps:
     """Unadjusted Langevin, x + eps score + sqrt(2 eps) z, at the grid's smallest positive sigma; num_steps calls.
 
     Roberts & Tweedie 1996. `step_size` is eps (default sigma^2 / 2), `num_steps` the grid's n by default. For data
     N(m, s^2) its stationary variance is v / (1 - eps / (2 v)) with v = s^2 + sigma^2. `denoise` ends in one more call.
+    `warm_start`: x is at sigmas[0], and Heun's steps take it down the grid first, 2 n - 2 more calls; without, x is
+    where the chain starts. From noise alone a chain at a small sigma does not reach the data (Song & Ermon 2019, 3.2).
     """
     sigma = sigmas[-2]
+    if warm_start:
+        x = yield from heun(x, sigmas[:-1], noise)
     relative = 0.5 if step_size is None else step_size / sigma**2
     for _ in range(len(sigmas) - 1 if num_steps is None else num_steps):
         denoised = yield x, sigma
@@ -53,14 +58,17 @@ def sgld(
     offset: Annotated[float, POSITIVE] = 10.0,
     decay: Annotated[float, Range(0.5, 1, open_low=True)] = 0.55,
     num_steps: Annotated[int | None, COUNT] = None,
+    warm_start: bool = False,
 ) -> Steps:
     """Stochastic-gradient Langevin dynamics, x + eps_k / 2 score + sqrt(eps_k) z; num_steps calls.
 
     Welling & Teh 2011, eq. 4, eps_k = step_size (1 + k / offset)^-decay: its sum diverges and the sum of its squares
     does not, so that a noisy score (a minibatch's) is averaged out. At the grid's smallest positive sigma; `step_size`
-    defaults to sigma^2.
+    defaults to sigma^2. `warm_start`: as of `langevin`.
     """
     sigma = sigmas[-2]
+    if warm_start:
+        x = yield from heun(x, sigmas[:-1], noise)
     first = 1.0 if step_size is None else step_size / sigma**2
     for k in range(len(sigmas) - 1 if num_steps is None else num_steps):
         denoised = yield x, sigma

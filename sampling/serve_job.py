@@ -34,6 +34,7 @@ class Job:
     seeds: tuple[int, ...]
     labels: tuple[int, ...] | None
     sampler: str
+    grid: str
     sigmas: tuple[float, ...]
     guidance: float
     calls: int

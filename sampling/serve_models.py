@@ -7,11 +7,13 @@ from typing import Any
 
 from scoreray.data.errors import UserError
 from scoreray.data.store import open_store
-from scoreray.sampling.describe import ModelInfo, describe
+from scoreray.sampling.describe import PROCESS_GRID, ModelInfo, describe
+from scoreray.sampling.generate import Request
 from scoreray.sampling.options import options_of
 from scoreray.sampling.samplers import SAMPLERS
 from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
+from scoreray.sampling.sigmas import GRIDS
 from scoreray.trainer.checkpoint import committed
 from scoreray.trainer.ema import choose_length
 
@@ -46,6 +48,11 @@ class Served:
         folders = committed(open_store(self.url))
         return bool(folders) and not self.info.url.endswith("/" + folders[-1])
 
+    def defaults(self) -> dict[str, Any]:
+        """The sampler, steps and grid of a request that names none."""
+        request = Request(1).fitted(self.info)
+        return {"sampler": request.sampler, "steps": request.steps, "grid": request.grid}
+
     def page(self, limits: Limits) -> dict[str, Any]:
         """What GET /v1/model tells of it."""
         info = self.info
@@ -61,6 +68,8 @@ class Served:
             "pictures": is_picture(info.image_shape),
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
+            "defaults": self.defaults(),
+            "grids": [*GRIDS, PROCESS_GRID],
             "samplers": {name: _options(name) for name in SAMPLERS},
             "limits": {"count": limits.max_count, "steps": limits.max_steps, "calls": limits.max_calls},
         }

@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, nearest
-from scoreray.sampling.generate import Request
+from scoreray.sampling.describe import ModelInfo
+from scoreray.sampling.generate import Request, RequestError
 from scoreray.sampling.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.serve_answers import is_picture
@@ -34,8 +35,17 @@ class SampleBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     count: Annotated[int, Field(ge=1, description="how many samples")] = 1
-    sampler: Annotated[str, Field(max_length=64, description="heun, euler, ddim, dpmpp_2m, edm_sde, ...")] = "heun"
-    steps: Annotated[int, Field(ge=1, description="noise levels")] = 18
+    sampler: Annotated[
+        str | None,
+        Field(max_length=64, description="heun, euler, ddim, dpmpp_2m, edm_sde, ...; what fits the model if left out"),
+    ] = None
+    steps: Annotated[
+        int | None, Field(ge=1, description="noise levels; what fits the sampler if left out, 18 for heun")
+    ] = None
+    grid: Annotated[
+        str | None,
+        Field(max_length=64, description="noise levels as karras, geometric, linear, or process (even in its t)"),
+    ] = None
     seed: Annotated[
         int | None, Field(ge=0, lt=2**31, description="sample i of a seed is always the same; chosen if left out")
     ] = None
@@ -54,9 +64,10 @@ class SampleBody(BaseModel):
         dict[str, bool | int | float | str | None], Field(max_length=16, description="the sampler's own, by name")
     ] = {}
     model: Annotated[str | None, Field(max_length=256, description="one of /v1/model; the first if left out")] = None
-    ema: Annotated[str | None, Field(max_length=32, description="EMA length, e.g. 0.100; 'none' for raw weights")] = (
-        None
-    )
+    ema: Annotated[
+        float | Annotated[str, Field(max_length=32)] | None,
+        Field(description="EMA length, e.g. 0.1; 'none' for raw weights"),
+    ] = None
     format: Annotated[
         Literal["png", "npy"] | None, Field(description="of each sample; npy is float32. png where they are pictures")
     ] = None
@@ -66,6 +77,11 @@ class SampleBody(BaseModel):
         str | None,
         Field(pattern=f"^{KEY.pattern}$", description="as the header Idempotency-Key: retries draw and bill once"),
     ] = None
+
+    @property
+    def ema_length(self) -> str | None:
+        """`ema` as text: a JSON number is one spelling of a length."""
+        return None if self.ema is None else str(self.ema)
 
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
@@ -122,41 +138,38 @@ def make_job(body: SampleBody, served: Served, limits: Limits, media: str, seed:
     """The job of a request to a model. Raises Refused. Counting calls takes milliseconds: not on an event loop."""
     if body.count > limits.max_count:
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
-    if body.steps > limits.max_steps:
-        raise Refused("too_many", f"steps = {body.steps}: at most {limits.max_steps}", field="steps")
-    if body.sampler not in SAMPLERS:
-        raise Refused(
-            "invalid", f"unknown sampler '{body.sampler}': {nearest(body.sampler, SAMPLERS)}", field="sampler"
-        )
     info = served.info
     format_ = body.format or ("png" if is_picture(info.image_shape) else "npy")
     if (format_ == "png" or media == "image/png") and not is_picture(info.image_shape):
         raise Refused(
             "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
         )
-    sigmas = tuple(info.sigmas(body.steps).tolist())
-    try:
-        options = check_options(body.sampler, SAMPLERS[body.sampler], dict(body.options))
-    except (UserError, OverflowError) as error:
-        raise Refused("invalid", str(error), field="options") from None
-    calls = _calls(body.sampler, sigmas, tuple(sorted(options.items())), limits.max_calls)
+    if body.guidance != 1 and not info.classes:
+        raise Refused("invalid", "this model was trained without classes: leave guidance out", field="guidance")
+    request = _fitted(body, info, seed)
+    assert request.sampler is not None
+    assert request.steps is not None
+    assert request.grid is not None
+    if request.steps > limits.max_steps:
+        raise Refused("too_many", f"steps = {request.steps}: at most {limits.max_steps}", field="steps")
+    sigmas = tuple(info.sigmas(request.steps, request.grid).tolist())
+    options = check_options(request.sampler, SAMPLERS[request.sampler], request.options)
+    calls = _calls(request.sampler, sigmas, tuple(sorted(options.items())), limits.max_calls)
     if calls > limits.max_calls:
         message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"
         raise Refused("too_many", message, field="options" if body.options else "steps")
-    if body.guidance != 1 and not info.classes:
-        raise Refused("invalid", "this model was trained without classes: leave guidance out", field="guidance")
-    request = Request(body.count, body.sampler, body.steps, seed, body.class_label, body.guidance)
     try:
         labels = request.labels(0, body.count, info)
     except UserError as error:
         raise Refused("invalid", str(error), field="class_label") from None
     return Job(
         checkpoint=info.url,
-        ema=served.ema(body.ema),
+        ema=served.ema(body.ema_length),
         shape=info.image_shape,
         seeds=tuple(request.sample_seeds(0, body.count).tolist()),
         labels=tuple(labels.tolist()) if info.classes else None,
-        sampler=body.sampler,
+        sampler=request.sampler,
+        grid=request.grid,
         sigmas=sigmas,
         guidance=body.guidance,
         calls=calls,
@@ -166,6 +179,26 @@ def make_job(body: SampleBody, served: Served, limits: Limits, media: str, seed:
         options=options,
         previews=body.previews if body.stream else 0,
     )
+
+
+def _fitted(body: SampleBody, info: ModelInfo, seed: int) -> Request:
+    """The request that `scoreray sample` makes of the same words. Raises Refused."""
+    try:
+        request = Request(
+            count=body.count,
+            sampler=body.sampler,
+            steps=body.steps,
+            grid=body.grid,
+            seed=seed,
+            class_label=body.class_label,
+            guidance=body.guidance,
+            options=dict(body.options),
+        )
+        return request.fitted(info)
+    except RequestError as error:
+        raise Refused("invalid", str(error), field=error.field) from None
+    except OverflowError as error:
+        raise Refused("invalid", str(error), field="options") from None
 
 
 @functools.lru_cache(1024)

@@ -269,7 +269,7 @@ class Service:
         before, served = run.served, self.models[run.served.name]
         if served.info.url == run.job.checkpoint:
             return None
-        run.served, run.job = served, replace(run.job, checkpoint=served.info.url, ema=served.ema(run.body.ema))
+        run.served, run.job = served, replace(run.job, checkpoint=served.info.url, ema=served.ema(run.body.ema_length))
         if run.entry is not None:
             run.entry.origin = Origin(served.name, served.info.url, served.info.images_seen, run.seed)
         return Origin(before.name, before.info.url, before.info.images_seen, run.seed)
@@ -283,6 +283,7 @@ class Service:
             "precision": done["precision"],
             "sampler": run.job.sampler,
             "steps": len(run.job.sigmas) - 1,
+            "grid": run.job.grid,
             "seed": run.seed,
             "guidance": run.job.guidance,
             "count": len(run.job.seeds),

@@ -37,6 +37,8 @@ SETTINGS = {
     "dpmpp_3m_sde": (karras(40, 0.02, 20.0), {}),
     "ncsn": (geometric(25, 0.02, 20.0), {"num_steps": 30, "epsilon": 0.1 * 0.02**2}),
     "ncsnv2": (geometric(200, 0.02, 20.0), {}),
+    "langevin": (karras(30, 0.02, 20.0), {"warm_start": True}),
+    "sgld": (karras(30, 0.02, 20.0), {"warm_start": True}),
     "heun": (karras(30, 0.02, 20.0), {}),
     "unipc": (karras(30, 0.02, 20.0), {}),
     "rk45": (karras(30, 0.02, 20.0), {"rtol": 1e-3, "atol": 1e-3}),
@@ -59,9 +61,8 @@ def test_samples_of_a_mixture_have_its_moments_and_its_projections(setting, mixt
 
 
 def test_every_stochastic_sampler_stands_in_these_tests():
-    own = {"langevin", "sgld"}  # below
     deterministic = {"euler", "dpm2", "dpmpp_2m"}  # equal to or as `heun`; orders are tested
-    assert {name.split()[0] for name in SETTINGS} | own | deterministic == set(SAMPLERS)
+    assert {name.split()[0] for name in SETTINGS} | deterministic == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("step", [0.1, 0.5, 1.0])

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from scoreray.cluster import cli
 from scoreray.data.errors import UserError
 from scoreray.sampling.generate import Request, generate
 from scoreray.sampling.load import load
@@ -169,6 +170,56 @@ def test_what_is_served_is_what_is_drawn_offline(run_url: str) -> None:
     asyncio.run(main())
 
 
+FITTED: list[dict[str, Any]] = [
+    {}, *({"grid": grid} for grid in ("karras", "geometric", "linear", "process")),
+    {"sampler": "heun", "grid": "process", "steps": 4}, {"sampler": "ncsnv2", "grid": "karras", "steps": 3},
+    {"sampler": "langevin", "options": {"warm_start": False}},
+    *({"sampler": name} | ({"options": {"num_steps": 3}} if name == "ncsn" else {}) for name in SAMPLERS),
+]  # fmt: skip
+
+
+def test_a_request_is_fitted_to_its_model_as_the_command_line_does(points_url: str, tmp_path: Path) -> None:
+    """The same words give the same samples: sampler, levels, grid and options that are left out are the same ones."""
+
+    model = load(points_url, device="cpu")
+
+    def by_command(number: int, fields: dict[str, Any]) -> np.ndarray:
+        words = [f"--{name}={value}" for name, value in fields.items() if name != "options"]
+        words += [f"--option={name}={str(value).lower()}" for name, value in fields.get("options", {}).items()]
+        out = str(tmp_path / f"{number}.npz")
+        cli.app(["sample", points_url, "--out", out, "--count=6", "--seed=3", *words], standalone_mode=False)
+        return np.load(out)["images"]
+
+    async def main() -> None:
+        async with serving(config(points_url)) as call:
+            for number, fields in enumerate(FITTED):
+                reply = await call.post({"count": 6, "seed": 3, **fields}, Accept="application/x-npz")
+                served = np.load(io.BytesIO(reply.body))["samples"]
+                ((offline, _),) = generate(model, Request(6, seed=3, **fields))
+                assert np.allclose(served, offline, rtol=1e-3, atol=1e-4), fields
+                if number in (0, 5, 6, 7):
+                    assert np.allclose(offline, by_command(number, fields), rtol=1e-3, atol=1e-4), fields
+                asked = {name: str(value) for name, value in fields.items() if name != "options"}
+                assert asked == {name: reply.headers[f"x-scoreray-{name}"] for name in asked}
+
+    asyncio.run(main())
+
+
+def test_samplers_that_stay_at_a_level_begin_near_the_data(points_url: str) -> None:
+    """From noise at the largest level a chain at the smallest one stays noise: of std 80 instead of the data's."""
+    model = load(points_url, "none", "cpu")
+    for sampler in ("langevin", "sgld"):
+        chain, cold = (
+            next(iter(generate(model, Request(64, sampler, options=options))))[0]
+            for options in ({}, {"warm_start": False})
+        )
+        (heun, _) = next(iter(generate(model, Request(64, "heun"))))
+        assert chain.std() == pytest.approx(heun.std().item(), rel=0.1)
+        assert cold.std() > 4 * heun.std()
+        with pytest.raises(UserError, match="give 2 steps or more"):
+            Request(1, sampler, 1).fitted(model.info)
+
+
 def test_points_are_numbers_not_pictures(points_url: str) -> None:
     async def main() -> None:
         async with serving(config(points_url)) as call:
@@ -213,6 +264,10 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 ({"steps": 51}, {}, 422, "too_many", "at most 50"),
                 ({"sampler": "ncsn"}, {}, 422, "too_many", "200 calls"),
                 ({"sampler": "huen"}, {}, 422, "invalid", "did you mean 'heun'"),
+                ({"sampler": "gibbs"}, {}, 422, "invalid", "is for RBMs"),
+                ({"grid": "karas"}, {}, 422, "invalid", "did you mean 'karras'"),
+                ({"grid": 3}, {}, 422, "invalid", "grid = 3: must be a string"),
+                ({"ema": 0.9}, {}, 422, "invalid", "EMA length '0.9' ('0.900')"),
                 ({"options": {"s_churm": 1}}, {}, 422, "invalid", "s_churm"),
                 ({"sampler": "ddim", "options": {"eta": 7}}, {}, 422, "invalid", "eta = 7"),
                 ({"class_label": "dog"}, {}, 422, "invalid", "unknown"),
@@ -648,9 +703,9 @@ def test_the_calls_that_a_request_is_charged_with_are_those_it_takes(sampler: st
 
     served = look_up("small", run_url)
     options = {"num_steps": 3} if sampler in ("ncsn", "ncsnv2") else {}
-    for steps in (1, 2, 7):
+    for steps in (2, 7) if sampler in ("langevin", "sgld") else (1, 2, 7):
         job = make_job(SampleBody(sampler=sampler, steps=steps, options=options), served, Limits(), "image/png", 0)
-        assert job.calls == num_calls(sampler, job.sigmas, **options)
+        assert job.calls == num_calls(sampler, job.sigmas, **job.options)
 
 
 def test_an_adaptive_sampler_is_thought_to_take_what_its_tolerance_wants(run_url: str) -> None:
