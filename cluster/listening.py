@@ -29,6 +29,7 @@ PROCESSES = {  # a part of the command line -> what it is
     "ray::": "worker",
     "default_worker.py": "worker",
 }
+ANSWER_S = 5.0
 OPEN = ("agent", "worker")  # metrics and a worker's own servers (Serve's HTTP, gloo, NCCL) ask for nothing
 
 
@@ -55,6 +56,21 @@ def listening(session: str) -> list[dict[str, Any]]:
                     found.append({"process": what, "address": address, "port": port})
     unique = {(one["process"], one["port"]): one for one in found}  # a forked child holds its parent's socket too
     return sorted(unique.values(), key=lambda one: (one["process"], one["port"]))
+
+
+def asks_for_token(gcs: str) -> bool | None:
+    """Whether Ray's GCS at HOST:PORT refuses a call without a token; None where that can't be found out."""
+    try:
+        import grpc
+    except ImportError:  # it comes with Ray Serve
+        return None
+    with grpc.insecure_channel(gcs) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
+            return True if refused else None
+    return False
 
 
 def _open_files(process: Path) -> Iterator[str]:

@@ -79,6 +79,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
                 f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}"
             ) from None
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
+        _warn_without_token(ray.get_runtime_context().gcs_address)
         try:
             yield
         finally:
@@ -93,6 +94,17 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             if last or crowding() <= 1:
                 raise
             say(f"{error}; trying once more")
+
+
+def _warn_without_token(gcs: str) -> None:
+    """A line where a cluster runs whatever anybody sends to it."""
+    from scoreray.cluster.listening import asks_for_token
+
+    if asks_for_token(gcs) is False:
+        say(
+            f"warning: the Ray cluster at {gcs} asks for no token: all who reach its ports may run code there; "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node (docs/security.md)"
+        )
 
 
 class _TooSlow(MachineError):

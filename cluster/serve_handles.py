@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+from scoreray.cluster.serve_network import keep_grpc_to_loopback
 from scoreray.sampling.serve_config import Limits
 from scoreray.sampling.serve_job import Event, Job, Lost
 from scoreray.sampling.serve_ledger import Claim, Ledger, Record, Told
@@ -74,7 +75,7 @@ class LedgerReplica:
     """The Serve deployment of the ledger: one `Ledger` in a process of its own."""
 
     def __init__(self, limits: Limits, most_replicas: int, handle: Any) -> None:
-        log_here()
+        prepare_process()
         self._ledger = Ledger(limits, RayBackend(handle), busy_tries=min(3, most_replicas))
 
     async def draw(self, claim: Claim, job: Job) -> AsyncGenerator[Event, None]:
@@ -134,6 +135,12 @@ def _lost() -> Iterator[None]:
         raise  # the other side's own exception: a bug, not its death
     except (RayError, RayServeException, TimeoutError) as error:
         raise Lost(f"{type(error).__name__}") from error
+
+
+def prepare_process() -> None:
+    """For the constructor of a deployment: what holds in each process of a service."""
+    keep_grpc_to_loopback()
+    log_here()
 
 
 def log_here() -> None:

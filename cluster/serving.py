@@ -17,7 +17,7 @@ from typing import Any
 
 from scoreray.cluster.display import say
 from scoreray.cluster.local_ray import connected
-from scoreray.cluster.serve_handles import LedgerReplica, RayBackend, RayLedger, last_of, log_here
+from scoreray.cluster.serve_handles import LedgerReplica, RayBackend, RayLedger, last_of, prepare_process
 from scoreray.data.errors import ScorerayError, UserError, nearest
 from scoreray.sampling.serve_access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.serve_config import Limits, ServeConfig
@@ -64,7 +64,7 @@ class ModelReplica:
     """The Serve deployment that draws: a `Replica` in an actor of its own."""
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
-        log_here()
+        prepare_process()
         self._replica = Replica(config)
         for name, url in config.models:
             served = await asyncio.to_thread(look_up, name, url, config.ema)
@@ -107,7 +107,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, most_replicas: int, handle: Any, ledger: Any
     ) -> None:
-        log_here()
+        prepare_process()
         tries = min(3, most_replicas)
         self._service = Service(config, RayBackend(handle), busy_tries=tries, ledger=RayLedger(ledger))
         await self._service.start()

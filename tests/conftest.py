@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from scoreray.data.local_s3 import LocalS3
@@ -77,6 +82,46 @@ def ray_cluster(local_s3: LocalS3) -> Iterator[None]:
 
     with connected(num_cpus=4):
         yield
+
+
+class Listeners:
+    """What this process and those that it started listen on while it is entered: TCP, and UDP that is not connected."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str, int]] = set()  # (process, address, port)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Listeners:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.2):
+            names = {os.getpid(): "this process"}
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                    names[process.pid] = process.name()
+            for one in psutil.net_connections("inet"):
+                takes_any = one.type == socket.SOCK_DGRAM and not one.raddr
+                if one.pid in names and (one.status == psutil.CONN_LISTEN or takes_any):
+                    self.seen.add((names[one.pid], one.laddr.ip.removeprefix("::ffff:"), one.laddr.port))
+
+    def check(self) -> None:
+        """Fails where another machine could reach one of them."""
+        assert len(self.seen) > 5, f"these are not the listeners of a Ray cluster: {self.seen}"
+        reached = {one for one in self.seen if not ipaddress.ip_address(one[1]).is_loopback}
+        assert not reached, f"other machines reach {reached}"
+
+
+@pytest.fixture(scope="session")
+def new_listeners() -> type[Listeners]:
+    """`with new_listeners() as listeners: ...; listeners.check()`"""
+    return Listeners
 
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]

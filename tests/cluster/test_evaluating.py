@@ -55,11 +55,12 @@ def asked(run: tuple[str, str], out: str) -> Settings:
 
 
 def test_workers_and_kills_do_not_change_a_record(
-    ray_cluster: None, run: tuple[str, str], tmp_path: Path, s3_url: str
+    ray_cluster: None, run: tuple[str, str], tmp_path: Path, s3_url: str, new_listeners: Any
 ) -> None:
     """One worker, two of which one dies by SIGKILL, and none but this process: the same bytes, wherever they go."""
-    with Actors(1, 1) as actors:
+    with new_listeners() as listeners, Actors(1, 1) as actors:
         folder, _, name = evaluate(asked(run, s3_url), run=actors.run).url.rpartition("/")
+    listeners.check()
     records = [open_store(folder).get(name)]
     killed: list[int] = []
     with Actors(2, 1) as actors:

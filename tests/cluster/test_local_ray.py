@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from scoreray.cluster import local_ray
+from scoreray.cluster.listening import asks_for_token
 from scoreray.cluster.ray_folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN, VARIABLE, private_folder
 from scoreray.data.errors import UserError
 from scoreray.trainer.run import SCRATCH
@@ -33,6 +36,35 @@ def test_nobody_else_reaches_the_sockets_of_an_embedded_ray(ray_cluster: None, t
     moved = subprocess.run(["mv", str(sockets[0] / "plasma_store"), "/tmp/x"], user=NOBODY, capture_output=True)
     assert moved.returncode
     assert sorted(path.name for path in sockets[0].iterdir()) == names
+
+
+def test_a_cluster_without_a_token_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    def answers(code: grpc.StatusCode) -> grpc.GenericRpcHandler:
+        def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if code is not grpc.StatusCode.OK:
+                context.abort(code, "InvalidAuthToken")
+            return b""
+
+        handler = grpc.unary_unary_rpc_method_handler(call)
+        return grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", {"CheckAlive": handler})
+
+    for code, asks in ((grpc.StatusCode.UNAUTHENTICATED, True), (grpc.StatusCode.OK, False)):
+        server = grpc.server(ThreadPoolExecutor(1), handlers=[answers(code)])
+        gcs = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        assert asks_for_token(gcs) is asks
+        local_ray._warn_without_token(gcs)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (0 if asks else 1)
+        assert asks or f"the Ray cluster at {gcs} asks for no token" in lines[0]
+        server.stop(None).wait()
+    assert asks_for_token(gcs) is None  # nothing answers
+
+
+def test_this_ray_asks_for_a_token(ray_cluster: None) -> None:
+    import ray
+
+    assert asks_for_token(ray.get_runtime_context().gcs_address) is True
 
 
 def test_a_folder_for_ray_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -58,10 +59,12 @@ def num_finished(url: Path) -> int:
 @pytest.mark.parametrize("place", ["path", "s3"])
 def test_ray_tasks_make_the_same_bytes_as_one_process(
     place: str, pictures: Path, whole: dict[str, str], tmp_path: Path, ray_cluster: None,
-    request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str], new_listeners: Any,
 ) -> None:  # fmt: skip
     url = str(tmp_path / "set") if place == "path" else request.getfixturevalue("s3_url")
-    pack_with_bar(str(pictures), url, workers=3, name=pictures.name, **SIZE)
+    with new_listeners() as listeners:
+        pack_with_bar(str(pictures), url, workers=3, name=pictures.name, **SIZE)
+    listeners.check()
     assert digests(url) == whole
     assert f"packed 400 samples in 40 shards at {url}" in capfd.readouterr().err
 

@@ -84,12 +84,15 @@ def test_shards_are_a_data_set_with_every_seed_once(run_url: str, tmp_path: Path
 
 
 def test_batch_size_and_actors_do_not_change_a_byte(
-    ray_cluster: None, run_url: str, s3_url: str, expected: dict[str, bytes], tmp_path: Path
-) -> None:
+    ray_cluster: None, run_url: str, s3_url: str, expected: dict[str, bytes], tmp_path: Path,
+    new_listeners: Any,
+) -> None:  # fmt: skip
     draw(str(tmp_path / "by5"), run_url, replace(REQUEST, batch_size=5), format="webdataset")
     assert contents(str(tmp_path / "by5")) == expected
     told: list[tuple[int, int]] = []
-    draw(f"{s3_url}/samples", run_url, mapper=on_actors(3, lambda done, total: told.append((done, total))))
+    with new_listeners() as listeners:
+        draw(f"{s3_url}/samples", run_url, mapper=on_actors(3, lambda done, total: told.append((done, total))))
+    listeners.check()
     assert contents(f"{s3_url}/samples") == expected
     assert told[-1] == (150, 150)
     assert [done for done, _ in told] == sorted(done for done, _ in told)

@@ -115,6 +115,17 @@ def test_samples_previews_and_the_model_through_the_client(service: str) -> None
     assert (one.headers["x-request-id"], one.json()["id"]) == ("mine-1", "mine-1")  # once, not also by Serve's proxy
 
 
+def test_a_service_listens_on_loopback_only(service: str, new_listeners: Any) -> None:
+    """Also the gRPC servers of its replicas, ingress and ledger, which Ray Serve starts for all addresses."""
+    with new_listeners() as listeners:
+        Client(service).sample(count=1, steps=2)
+        until(lambda: len(listeners.seen) > 5, "they are listed")
+    listeners.check()
+    assert {"ServeReplica", "ProxyActor"} <= {
+        name.removeprefix("ray::").partition(":")[0] for name, *_ in listeners.seen
+    }
+
+
 @pytest.mark.slow
 def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str) -> None:
     """SIGKILL of one of two replicas, ten times; every request is answered once, with what it would get in peace."""

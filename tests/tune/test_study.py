@@ -89,13 +89,17 @@ def test_asha_stops_trials_and_later_ones_get_their_resources(ray_cluster: None,
     assert config.objective.sigma_sampling == plan.config(best.values).objective.sigma_sampling
 
 
-def test_population_based_training_exchanges_weights(ray_cluster: None, sweep: dict[str, Any]) -> None:
+def test_population_based_training_exchanges_weights(
+    ray_cluster: None, sweep: dict[str, Any], new_listeners: Any
+) -> None:
     plan = load_sweep(
         {**sweep, "space": {"optimizer.learning_rate": {"log": [1e-6, 1e-2]}},
          "scheduler": {"kind": "pbt", "every_images": 512}},
         ["base.duration.images=1536"],
     )  # fmt: skip
-    trials = Study(plan, ROOM).run()
+    with new_listeners() as listeners:
+        trials = Study(plan, ROOM).run()
+    listeners.check()
     assert {trial.state for trial in trials} == {"done"}
     taken = [(trial, one) for trial in trials for one in trial.lineage if one["source"] is not None]
     assert len(taken) == 2  # at 512 and at 1,024 images the worst of four
