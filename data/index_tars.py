@@ -15,6 +15,7 @@ import numpy as np
 
 from scoreray.data.decode import decode, decode_class, look
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.listing import list_below
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
 from scoreray.data.packing import Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES
@@ -68,9 +69,13 @@ def tars_at(source: str | os.PathLike[str]) -> list[tuple[str, int]]:
     where = local_path(source)
     if where is not None and not where.is_dir():
         return []
-    listed = open_store(source).list()
-    tars = [(key, size) for key, size in listed if key.endswith(".tar")]
-    images = [key for key, _ in listed if key.lower().endswith(IMAGE_SUFFIXES)]
+    store = open_store(source)
+    listing = list_below(store)
+    tars = [(key, size) for key, size in listing.files.items() if key.endswith(".tar")]
+    images = [key for key in listing.files if key.lower().endswith(IMAGE_SUFFIXES)]
+    for key, to in listing.broken.items():
+        if tars or key.endswith(".tar"):
+            raise DataError(f"{store.url(key)}: a broken link, to {to}; restore what it leads to, or remove it")
     if tars and images:
         raise UserError(
             f"{source}: holds tars ({tars[0][0]!r}) and images ({images[0]!r}); give the folder of the ones to pack"

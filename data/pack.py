@@ -24,7 +24,7 @@ from scoreray.data.manifest import FORMATS, Manifest, Shard
 from scoreray.data.packing import Mapper, Packed, carry_out
 from scoreray.data.repack import plan_repack
 from scoreray.data.shards import ENCODING, ShardWriter, encode
-from scoreray.data.sources import Reading, Source, kinds_line, open_source
+from scoreray.data.sources import Reading, Source, open_source
 from scoreray.data.store import local_path, open_store
 
 SHARD_BYTES = 64 << 20  # about; large enough that a shard is one good read, small enough to make in memory
@@ -84,6 +84,7 @@ def pack(
             return carry_out(plan_tars(source, url, name, skip_bad > 0), **how)
         return carry_out(plan_repack(source, url, name, reading, image_format or "png", skip_bad > 0), **how)
     opened = open_source(source, reading)
+    opened.check_readable(skip_bad)
     chosen = "npy" if opened.dtype == "float32" else image_format or "png"
     if samples_per_shard is None:
         samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _member_bytes(opened, chosen))))
@@ -138,11 +139,7 @@ class ImagesPlan:
 
     @property
     def notes(self) -> list[str]:
-        left_out = self.source.left_out
-        if not left_out:
-            return []
-        num_files = sum(left_out.values())
-        return [f"{self.source.path}: {num_files:,} files that are no images are left out ({kinds_line(left_out)})"]
+        return list(self.source.notes)
 
     def total_samples(self, done: list[Shard]) -> int:
         return self.source.num_samples

@@ -20,6 +20,7 @@ from PIL import Image
 
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.listing import Listing, list_below
 from scoreray.data.packing import map_in_threads
 from scoreray.data.pictures import (
     HEAD_BYTES,
@@ -61,8 +62,8 @@ class Source:
     """Samples to pack. `shape` is (C, H, W) of images (`dtype` uint8), else an array's. `labels` int64 [N] or None.
 
     Either `array` holds all samples ([N, H, W, C] or [N, ...]) or `files` names them. Pickled, it leaves the array
-    behind: another process reads it again, and sees that it is the same. `left_out`: files that are no images, by
-    suffix.
+    behind: another process reads it again, and sees that it is the same. `unreadable`: those of `files` that are broken
+    links or no files, and why. `left_out`: what is not used, by kind. `notes`: lines about it for a person.
     """
 
     path: str
@@ -75,7 +76,9 @@ class Source:
     reading: Reading
     array: np.ndarray | None = field(default=None, repr=False)
     files: list[str] = field(default_factory=list, repr=False)
+    unreadable: dict[str, str] = field(default_factory=dict, repr=False)
     left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "array": None}
@@ -87,11 +90,21 @@ class Source:
         """Raises UserError or DataError when this process does not see the source."""
         if self.files:
             store = open_store(self.path)
-            for name in {self.files[0], self.files[-1]}:
+            for name in {self.files[0], self.files[-1]} - self.unreadable.keys():
                 if not store.exists(name):
                     raise UserError(f"{shown(self.path, name)}: there is no such file")
         elif self.array is None:
             _again(self.path, self.reading, self.fingerprint)
+
+    def check_readable(self, skip_bad: int) -> None:
+        """Raises DataError where more of the files are known to be unreadable than may be left out."""
+        if len(self.unreadable) > skip_bad:
+            name, why = next(iter(self.unreadable.items()))
+            count = f"{len(self.unreadable):,} files can't be read, --skip-bad is {skip_bad}; the first: "
+            raise DataError(
+                f"{count if skip_bad else ''}{shown(self.path, name)}: {why}; fix or remove it, or --skip-bad N "
+                "leaves out up to N such files"
+            )
 
     def read_all(self, numbers: Iterable[int]) -> Iterator[np.ndarray | DataError]:
         """The samples, in order; in place of one that can't be read, why."""
@@ -111,6 +124,8 @@ class Source:
         size = self.reading.image_size
         if self.files:
             name = shown(self.path, self.files[number])
+            if self.files[number] in self.unreadable:
+                raise DataError(f"{name}: {self.unreadable[self.files[number]]}")
             picture = open_picture(open_store(self.path).get(self.files[number]), name)
             return as_array(picture, self.shape, size, name, to_grey=self.reading.channels == 1)
         array = self.array if self.array is not None else _again(self.path, self.reading, self.fingerprint)
@@ -154,9 +169,9 @@ def open_source(path: str | os.PathLike[str], reading: Reading = Reading()) -> S
     )
 
 
-def shown(folder: str, name: str) -> str:
+def shown(*parts: str) -> str:
     """A file's path, on one line whatever its name is."""
-    path = f"{folder}/{name}"
+    path = "/".join(parts)
     return path if path.isprintable() else ascii(path)[1:-1]
 
 
@@ -270,25 +285,44 @@ def _channels_last(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def _open_folder(store: Store, reading: Reading) -> Source:
-    """Images below a folder or prefix. If all lie in subfolders, the first level names the class. Hidden files and
-    folders are not looked into."""
-    listed = [(name, size) for name, size in store.list() if not _is_hidden(name)]
-    pictures = _pictures(store, [name for name, _ in listed])
-    sizes = {name: size for name, size in sorted(listed) if name in pictures}
-    left_out = Counter(_suffix(name) or "no suffix" for name, _ in listed if name not in sizes)
+    """Images below a folder or prefix. If all lie in subfolders, the first level names the class."""
+    listing = list_below(store)
+    pictures = _pictures(store, list(listing.files))
+    sizes = {name: size for name, size in listing.files.items() if name in pictures}
+    left_out = Counter(_suffix(name) or "no suffix" for name in listing.files if name not in sizes)
+    unreadable = _unreadable(store.url(), listing, left_out)
     if not sizes:
         there = f"; it holds {kinds_line(left_out)}" if left_out else ""
         raise UserError(f"{store.url()}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}), and no tars{there}")
-    files = list(sizes)
+    files = sorted([*sizes, *unreadable])
     classes, labels = _classes_of(store, files) if reading.labelled else ([], None)
     fingerprint = hashlib.sha256()
-    for name, size in sizes.items():
-        fingerprint.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    shape = _look(store, files, reading)
+    for name in files:
+        fingerprint.update(f"{name}\0{sizes.get(name, 0)}\n".encode(errors="surrogateescape"))
+    shape = _look(store, list(sizes), reading)
     return Source(
         store.url(), len(files), shape, "uint8", labels, classes, fingerprint.hexdigest(), reading, files=files,
-        left_out=dict(left_out),
+        unreadable=unreadable, left_out=dict(left_out), notes=_notes(store.url(), listing, left_out, classes),
     )  # fmt: skip
+
+
+def _unreadable(url: str, listing: Listing, left_out: Counter[str]) -> dict[str, str]:
+    """What is called like a picture and can't be one, and why; what else is no file is counted in `left_out`. Raises
+    DataError for a broken link that may have led to a class."""
+    found = {}
+    for name, to in listing.broken.items():
+        found[name] = f"is a broken link, to {shown(to)}"
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            raise DataError(
+                f"{shown(url, name)}: {found[name]}; restore what it leads to, as it may be a folder of images, or "
+                "remove it"
+            )
+    for name, kind in listing.special.items():
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            found[name] = f"is {kind}, no file"
+        else:
+            left_out[kind.rpartition(" ")[2]] += 1
+    return found
 
 
 def _pictures(store: Store, names: list[str]) -> set[str]:
@@ -316,14 +350,28 @@ def _suffix(name: str) -> str:
     return suffix if any(letter.isalpha() for letter in suffix) and len(suffix) <= LONGEST_SUFFIX else ""
 
 
-def kinds_line(left_out: dict[str, int]) -> str:
-    """The most frequent kinds of files, on one line."""
-    most = sorted(left_out.items(), key=lambda item: -item[1])[:5]
-    return ", ".join(f"{n:,} {kind if kind.isprintable() else ascii(kind)[1:-1]}" for kind, n in most)
+def _notes(url: str, listing: Listing, left_out: Counter[str], classes: list[str]) -> tuple[str, ...]:
+    """Lines about what lies in the folder and is not packed."""
+    empty, notes = sorted(set(listing.folders) - set(classes)), []
+    if left_out:
+        notes.append(f"{left_out.total():,} files that are no images are left out ({kinds_line(left_out)})")
+    if classes and empty:
+        notes.append(f"{len(empty):,} folders hold no images and become no class: {_some(empty)}")
+    if listing.loops:
+        notes.append(
+            f"{len(listing.loops):,} links to a folder that they lie in are not followed: {_some(listing.loops)}"
+        )
+    return tuple(f"{url}: {note}" for note in notes)
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def kinds_line(counts: Counter[str]) -> str:
+    """What was left out, by kind, the most first: "60 .txt, 2 .csv"."""
+    rest = [f"{len(counts) - 5:,} other kinds"] if len(counts) > 5 else []
+    return ", ".join([*(f"{n:,} {shown(kind)}" for kind, n in counts.most_common(5)), *rest])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*map(shown, names[:5]), *["..."] * (len(names) > 5)])
 
 
 def _classes_of(store: Store, files: list[str]) -> tuple[list[str], np.ndarray | None]:

@@ -210,7 +210,7 @@ class PathStore(Store):
         found = []
         top = os.path.join(self.root, os.path.dirname(prefix)) if prefix else self.root
         with explained(Path(top)):
-            for folder, folders, names in os.walk(top):
+            for folder, folders, names in os.walk(top, onerror=_unless_gone):
                 if prefix and folder == top:  # the only ones that may lead to a key with the prefix
                     folders[:] = [name for name in folders if name.startswith(os.path.basename(prefix))]
                 for name in names:
@@ -259,6 +259,13 @@ class PathStore(Store):
                     folders.clear()
 
 
+def _unless_gone(error: OSError) -> None:
+    """A folder that can't be listed is an error: what is in it would look as if it were not there."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        with explained(Path(os.fsdecode(error.filename))):
+            raise error
+
+
 @contextlib.contextmanager
 def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
     """A synced file with `data` beside `path`, removed at the end if it still has its temporary name."""
@@ -299,9 +306,14 @@ def _opened(path: Path) -> Iterator[int]:
 
 def check_is_file(path: str | os.PathLike[str], mode: int) -> None:
     """Raises NotAFile where `mode` (of os.stat) is that of a FIFO, a socket or a device."""
-    kind = _SPECIAL.get(stat.S_IFMT(mode))
+    kind = special_kind(mode)
     if kind:
         raise NotAFile(f"{os.fspath(path)}: is {kind}, no file; copy what comes out of it to a file and give that")
+
+
+def special_kind(mode: int) -> str | None:
+    """What `mode` (of os.stat) is of, where that is a FIFO, a socket or a device."""
+    return _SPECIAL.get(stat.S_IFMT(mode))
 
 
 _SPECIAL = {

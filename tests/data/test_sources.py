@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.errors import DataError, ScorerayError, StorageError, UserError
 from scoreray.data.inspect import verify
 from scoreray.data.pack import pack
 from scoreray.data.pictures import open_picture, orientation_in
@@ -240,6 +241,90 @@ def test_hidden_files_are_not_looked_into_and_others_are_told(tmp_path: Path) ->
     assert source.files == ["a/1.png", "a/2.png"]
     assert source.classes == ["a"]
     assert source.left_out == {".csv": 1}
+
+
+def tree(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(name)).save(folder / name)
+
+
+def test_links_are_followed_and_those_in_a_circle_are_named(tmp_path: Path) -> None:
+    tree(tmp_path, "in/cat/1.png", "in/dog/1.png", "elsewhere/owl/1.png", "elsewhere/owl/deep/2.png", "elsewhere/3.png")
+    (tmp_path / "in" / "owl").symlink_to(tmp_path / "elsewhere" / "owl")
+    (tmp_path / "in" / "bird").symlink_to(tmp_path / "elsewhere" / "owl")  # the same folder twice is no circle
+    (tmp_path / "in" / "cat" / "3.png").symlink_to(tmp_path / "elsewhere" / "3.png")
+    (tmp_path / "in" / "cat" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere" / "owl" / "self").symlink_to(".")
+    source = open_source(tmp_path / "in", Reading(16))
+    assert source.classes == ["bird", "cat", "dog", "owl"]
+    assert source.files == ["bird/1.png", "bird/deep/2.png", "cat/1.png", "cat/3.png", "dog/1.png", "owl/1.png",
+                            "owl/deep/2.png"]  # fmt: skip
+    assert source.notes == (f"{tmp_path}/in: 3 links to a folder that they lie in are not followed: "
+                            "bird/self, cat/up, owl/self",)  # fmt: skip
+    (tmp_path / "all").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "all" / name).symlink_to(tmp_path / "in" / name)
+    (tmp_path / "link").symlink_to("all")
+    assert open_source(tmp_path / "link", Reading(16)).classes == ["cat", "dog"]
+    assert pack(tmp_path / "in", tmp_path / "out", image_size=8).class_counts == [2, 2, 1, 2]
+
+
+def test_a_broken_link_is_named_and_a_picture_among_them_can_be_left_out(tmp_path: Path) -> None:
+    tree(tmp_path, "in/cat/1.png", "in/dog/1.png", "in/dog/2.png")
+    (tmp_path / "in" / "cat" / "0.png").symlink_to("/nowhere/9.png")
+    with pytest.raises(
+        DataError, match=r"in/cat/0\.png: is a broken link, to /nowhere/9\.png; .* --skip-bad N leaves out"
+    ):
+        pack(tmp_path / "in", tmp_path / "out", image_size=8)
+    (tmp_path / "in" / "dog" / "0.png").symlink_to("0.png")
+    with pytest.raises(
+        DataError, match=r"2 files can't be read, --skip-bad is 1; the first: .*cat/0\.png: is a broken"
+    ):
+        pack(tmp_path / "in", tmp_path / "out", image_size=8, skip_bad=1)
+    assert not (tmp_path / "out").exists(), "known before any picture was packed"
+    assert pack(tmp_path / "in", tmp_path / "out", image_size=8, skip_bad=2).class_counts == [1, 2]
+    (tmp_path / "in" / "owl").symlink_to("/nowhere/owl")
+    with pytest.raises(
+        DataError, match=r"in/owl: is a broken link, to /nowhere/owl; restore what it leads to, as it may"
+    ):
+        pack(tmp_path / "in", tmp_path / "out2", image_size=8, skip_bad=9)
+
+
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_named(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the system's own call, as root may list every folder."""
+    tree(tmp_path, "in/cat/1.png", "in/secret/1.png", "in/.hidden/1.png")
+    real = getattr(os, call)
+
+    def refused(path: str, *arguments: object, **options: object) -> object:
+        if str(path).endswith(("secret", "hidden")):
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, refused)
+    with pytest.raises(StorageError, match=f"{tmp_path}/in/secret: (permission denied|the disk reports an error)"):
+        pack(tmp_path / "in", tmp_path / "out", image_size=8)
+    if call == "scandir":
+        with pytest.raises(StorageError, match=f"{tmp_path}/in/(secret|.hidden): (permission denied|the disk reports)"):
+            open_store(tmp_path / "in").list()
+
+
+def test_class_folders_without_images_and_what_is_no_file_are_told(tmp_path: Path) -> None:
+    tree(tmp_path, "in/cat/1.png", "in/dog/1.png", "in/lost+found/1.png")
+    (tmp_path / "in" / "empty").mkdir()
+    (tmp_path / "in" / "papers").mkdir()
+    (tmp_path / "in" / "papers" / "a.pdf").write_text("x")
+    os.mkfifo(tmp_path / "in" / "cat" / "pipe")
+    source = open_source(tmp_path / "in", Reading(16))
+    assert (source.classes, source.left_out) == (["cat", "dog"], {".pdf": 1, "FIFO": 1})
+    assert source.notes == (
+        f"{tmp_path}/in: 2 files that are no images are left out (1 .pdf, 1 FIFO)",
+        f"{tmp_path}/in: 2 folders hold no images and become no class: empty, papers",
+    )
 
 
 def test_folders_of_numbers_are_numbered_as_numbers(tmp_path: Path) -> None:

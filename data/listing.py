@@ -1,0 +1,86 @@
+"""The files below a folder that is to be packed, as a person sees them: links are followed, nothing just vanishes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scoreray.data.store import Store, explained, special_kind
+
+OF_SYSTEMS = ("__MACOSX", "lost+found")  # folders that an archiver or a file system makes
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies below a folder or prefix. Hidden files and folders are not looked into.
+
+    files: bytes of each file, by its key.  folders: those of the first level, also without a file.
+    broken: links that lead nowhere, and where to.  loops: links to a folder that they lie in, which are not followed.
+    special: what is neither a file nor a folder, and what it is.
+    """
+
+    files: dict[str, int] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    loops: list[str] = field(default_factory=list)
+    special: dict[str, str] = field(default_factory=dict)
+
+
+def list_below(store: Store) -> Listing:
+    """Raises StorageError naming the folder or file that can't be read."""
+    found = Listing()
+    if store.is_remote:
+        for key, size in store.list():
+            if not is_hidden(key):
+                found.files[key] = size
+        found.folders.extend(sorted({key.split("/", 1)[0] for key in found.files if "/" in key}))
+        return found
+    above = [("", store.root, frozenset[tuple[int, int]]())]
+    while above:
+        prefix, folder, parents = above.pop()
+        with explained(Path(folder)):
+            status = os.stat(folder)
+            within = parents | {(status.st_dev, status.st_ino)}
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries)
+        for name in names:
+            if not is_hidden(name) and _add(found, prefix + name, f"{folder}/{name}", within):
+                above.append((f"{prefix}{name}/", f"{folder}/{name}", within))
+    return Listing(
+        dict(sorted(found.files.items())),
+        sorted(found.folders),
+        dict(sorted(found.broken.items())),
+        sorted(found.loops),
+        dict(sorted(found.special.items())),
+    )
+
+
+def _add(found: Listing, key: str, path: str, within: frozenset[tuple[int, int]]) -> bool:
+    """Adds what is at `path`; True for a folder that is to be looked into. `within`: the folders that it lies in."""
+    with explained(Path(path)):
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            found.broken[key] = os.readlink(path)  # a file that was removed since the listing is not there either
+            return False
+    if stat.S_ISDIR(status.st_mode):
+        if (status.st_dev, status.st_ino) in within:
+            found.loops.append(key)
+            return False
+        if "/" not in key:
+            found.folders.append(key)
+        return True
+    if stat.S_ISREG(status.st_mode):
+        found.files[key] = status.st_size
+    else:
+        found.special[key] = special_kind(status.st_mode) or "a special file"
+    return False
+
+
+def is_hidden(key: str) -> bool:
+    return any(part.startswith(".") or part in OF_SYSTEMS for part in key.split("/"))
