@@ -1,0 +1,137 @@
+"""What a GPU computes is what a CPU computes: keyed numbers, losses, steps of the engine, whole runs. Needs CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scoreray.trainer import noise
+from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.denoiser import Denoiser
+from scoreray.trainer.dit import DiTConfig
+from scoreray.trainer.engine import build_engine
+from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.network import build_network
+from scoreray.trainer.objective import EDMObjective
+from scoreray.trainer.process import EDM
+from scoreray.trainer.step import TrainingModule
+from scoreray.trainer.stopping import Ask
+from scoreray.trainer.unet import UNetConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SHAPE, B = (3, 16, 16), 16
+NETWORKS = {
+    "unet": UNetConfig(model_channels=32, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(8,)),
+    "dit": DiTConfig(patch_size=4, hidden_size=64, depth=2, num_heads=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """float32 products in float32, not TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def module(name: str) -> TrainingModule:
+    torch.manual_seed(0)
+    network = build_network(NETWORKS[name], SHAPE, 10)
+    with torch.no_grad():  # the last layers begin at 0, which would hide what is before them
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return TrainingModule(Denoiser(network), EDMObjective(label_dropout=0.1), EDM(), seed=3, global_batch_size=B)
+
+
+def batch(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (B, *SHAPE), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (B,), generator=generator)
+    return images.to(device), labels.to(device), (torch.arange(B) + step * B).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keyed_numbers_are_the_cpu_s(dtype: torch.dtype) -> None:
+    positions = torch.arange(1000) * 7919
+    for seed in (0, 2**62):
+        here = noise.uniform(seed, positions, (3, 65), stream=4, dtype=dtype)
+        there = noise.uniform(seed, positions.cuda(), (3, 65), stream=4, dtype=dtype)
+        assert torch.equal(here, there.cpu())
+        signs = noise.rademacher(seed, positions.cuda(), (3, 65), stream=4)
+        assert torch.equal(noise.rademacher(seed, positions, (3, 65), stream=4), signs.cpu())
+        here = noise.normal(seed, positions, (3, 65), stream=2, dtype=dtype)
+        there = noise.normal(seed, positions.cuda(), (3, 65), stream=2, dtype=dtype).cpu()
+        assert (here - there).abs().max() < 8 * torch.finfo(dtype).eps * 6.8  # log and cos differ in the last place
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_losses_and_gradients_are_the_cpu_s(name: str) -> None:
+    here, there = module(name), module(name).cuda()
+    losses, sigmas = here(*batch(0, "cpu"))
+    losses_there, sigmas_there = there(*batch(0, "cuda"))
+    losses.mean().backward()
+    losses_there.mean().backward()
+    torch.testing.assert_close(sigmas_there.cpu(), sigmas, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses_there.cpu(), losses, rtol=1e-4, atol=1e-5)
+    for (key, a), b in zip(here.named_parameters(), there.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert (a.grad - b.grad.cpu()).norm() <= 1e-3 * a.grad.norm() + 1e-7, key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_the_engine_s_steps_follow_the_cpu_s(name: str, precision: str, compiled: bool) -> None:
+    ends = {}
+    for device in ("cpu", "cuda"):
+        quick = device == "cuda"
+        settings = config(Path("nowhere"), "nowhere", name, precision if quick else "fp32", compiled and quick)
+        engine = build_engine(module(name).to(device), settings, world_size=1, device=torch.device(device))
+        for step in range(4):
+            loss, _ = engine.module(*batch(step, device))
+            engine.backward(loss.mean())
+            engine.step(1e-3, settings.ema.decays(step + 1, B))
+        ends[device] = {
+            (f.name, key): tensor.float().cpu().clone() for f in engine.fragments() for key, tensor in f.tensors.items()
+        }
+    tolerance = 1e-3 if precision == "fp32" else 0.05
+    for key, here in ends["cpu"].items():
+        if key[1] == "master":
+            assert (ends["cuda"][key] - here).norm() <= tolerance * here.norm() + 1e-4 * here.numel() ** 0.5, key
+
+
+def config(storage: Path, data_url: str, name: str = "unet", precision: str = "fp32", compiled: bool = False) -> Config:
+    network = {"unet": {"kind": "unet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1}}
+    return load_config(
+        {
+            "run": {"name": "run", "storage": str(storage)},
+            "data": {"url": data_url, "global_batch_size": 16},
+            "network": network.get(
+                name, {"kind": "dit", "patch_size": 4, "hidden_size": 64, "depth": 2, "num_heads": 2}
+            ),
+            "engine": {"zero_stage": 0, "precision": precision, "compile": compiled},
+            "duration": {"images": 320},
+            "checkpoint": {"every_images": 96},
+        }
+    )
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(small_set: str, tmp_path: Path) -> None:
+    ends = []
+    for name in ("whole", "broken"):
+        settings = config(tmp_path / name, small_set)
+        if name == "broken":
+            asks = iter([Ask.NOTHING] * 7 + [Ask.STOP] * 2)
+            assert 0 < train(settings, device="cuda", asked=lambda asks=asks: next(asks)) < 320
+        assert train(settings, device="cuda") == 320
+        checkpoint = latest(run_store(settings))
+        assert checkpoint is not None
+        ends.append(checkpoint.full_state())
+    for key, whole in ends[0].items():
+        torch.testing.assert_close(ends[1][key], whole, rtol=1e-4, atol=1e-5)
