@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from scoreray.cluster.credentials import NAMES, refuse_text, refuse_wheel, refuse_words, shape_of
 from scoreray.cluster.wheel import build_wheel
 from scoreray.data.errors import StorageError, UserError, nearest
+from scoreray.data.scratch import scratch_folder
 from scoreray.trainer.presets import preset
 
 VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
@@ -52,13 +52,13 @@ def prepared(words: list[str], env: list[str], from_env: list[str], name: str | 
     variables, references = _variables(env), _references(from_env)
     refuse_words([*words, name or ""])
     config, run, writes = _examined(words)
-    with tempfile.TemporaryDirectory(prefix="scoreray-submit-") as folder:
-        place = Path(folder, "files")
+    with scratch_folder() as folder:
+        place = folder / "files"
         place.mkdir()
         line = "python -m scoreray.cluster.command " + shlex.join(_with_files(words, config, place))
         if references:
             line = "; ".join([*map(_reference, references), f"exec {line}"])
-        wheel = build_wheel(Path(folder))
+        wheel = build_wheel(folder)
         refuse_wheel(wheel)
         runtime_env = {"py_modules": [str(wheel)], "working_dir": str(place), "env_vars": variables}
         metadata = {"scoreray_verb": words[0], "scoreray_run": run, "scoreray_writes": writes}

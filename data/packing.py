@@ -19,6 +19,7 @@ import numpy as np
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.manifest import INDEX, MANIFEST, Index, Manifest, Shard
 from scoreray.data.records import chunk_digests, index_bytes, records_sha256
+from scoreray.data.scratch import scratch_file, scratch_folder
 from scoreray.data.store import NotFound, Store, explained, open_store
 
 PLAN = "packing/plan"
@@ -151,8 +152,8 @@ def pack_shard(plan: Plan, number: int) -> Packed:
             return packed
     except (NotFound, ValueError, KeyError, TypeError):
         pass
-    with explained(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="scoreray-pack-") as scratch:
-        data, packed = plan.make(number, Path(scratch))
+    with explained(Path(tempfile.gettempdir())), scratch_folder() as folder:
+        data, packed = plan.make(number, folder)
         if data is not None:
             store.put(packed.shard.name, data)
     put_record(store, number, packed)
@@ -197,8 +198,7 @@ def _commit(
     counts: list[int] = [0] * len(plan.classes or [])
     digests: list[bytes] = []
     index_sha256 = hashlib.sha256()
-    here = Path(tempfile.gettempdir())
-    with explained(here), tempfile.NamedTemporaryFile(prefix="scoreray-index-") as index:
+    with scratch_file() as (index, path):
         for packed in done:
             num_skipped += len(packed.skipped)
             if num_skipped > skip_bad:
@@ -220,7 +220,7 @@ def _commit(
         index.flush()
         if not shards:
             raise DataError(f"{plan.name}: none of its samples can be read")
-        store.put(INDEX, Path(index.name))
+        store.put(INDEX, path)
     mean, sigma_data = statistics(sums, squares, num_samples * math.prod(plan.shape), plan.dtype)
     if sigma_data <= 0:
         raise UserError(f"{plan.name}: all samples are the same, nothing can be learned from them")

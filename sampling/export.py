@@ -6,22 +6,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from scoreray.data.errors import DataError, StorageError, UserError, nearest
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.scratch import scratch_file
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import Checkpoint, find, verified_copy
 from scoreray.trainer.ema import RAW, choose_length, lengths_stored, state_key
+from scoreray.trainer.tensor_file import write_tensors
 
 PAGE = "model.json"
 FORMAT = 1
@@ -121,13 +120,7 @@ def find_exported(url: str) -> ExportedModel | None:
 
 
 def _put(store: Store, key: str, weights: State) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
-        path = Path(folder, "weights.safetensors")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
-        except OSError as error:
-            raise StorageError(f"{path}: weights can't be written: {error.strerror or error}") from error
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with scratch_file() as (file, path):
+        size, digest = write_tensors(file, {name: tensor.detach().cpu() for name, tensor in weights.items()})
         store.put(key, path)
-        return {"file": key, "bytes": path.stat().st_size, "sha256": digest}
+    return {"file": key, "bytes": size, "sha256": digest}

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError
+from scoreray.data.scratch import scratch_folder
 from scoreray.data.store import Store
 from scoreray.sampling.evaluate import described, evaluate
 from scoreray.sampling.evaluation_tasks import fixed_threads
@@ -145,8 +144,8 @@ def _events(found: Values) -> bytes:
         Event(wall_time=now, file_version="brain.Event:2"),
         Event(wall_time=now, step=found["images"], summary=Summary(value=values)),
     ]
-    with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
-        path = Path(folder, "events")
+    with scratch_folder() as folder:
+        path = folder / "events"
         writer = RecordWriter(str(path))
         for event in events:
             writer.write(event.SerializeToString())

@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from scoreray.data.errors import DataError
 from scoreray.data.manifest import FORMATS, MANIFEST, RECORD, Manifest
 from scoreray.data.packing import Packed, map_in_threads, put_record
 from scoreray.data.samples import read_samples
+from scoreray.data.scratch import scratch_folder
 from scoreray.data.shards import ShardWriter
 from scoreray.data.store import Store
 from scoreray.data.tars import Tape, members
@@ -69,8 +68,8 @@ def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> dict[st
     request, count = samples.job.request, samples.job.request.count
     labels = np.concatenate([np.frombuffer(packed.records, RECORD)["label"] for packed in made]).astype(np.int64)
     shape = samples.shape if samples.dtype == "float32" else (*samples.shape[1:], samples.shape[0])
-    with tempfile.TemporaryDirectory(prefix="scoreray-npz-") as folder:
-        file = Path(folder, "samples.npz")
+    with scratch_folder() as folder:
+        file = folder / "samples.npz"
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             with _array(archive, "images", samples.dtype, (count, *shape)) as out:
                 for packed in made:

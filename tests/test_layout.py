@@ -125,7 +125,7 @@ def test_a_presets_name_is_a_file_here_before_it_is_ours(tmp_path: Path, monkeyp
 def test_every_config_that_the_docs_name_is_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
-    named = {name for page in pages for name in re.findall(r"configs/[\w/-]+\.yaml", page.read_text())}
+    named = {name for page in pages for name in re.findall(r"configs/[a-z0-9/-]+\.yaml", page.read_text())}
     assert len(named) > 7
     for name in named:
         assert preset(Path(name)).is_file(), name

@@ -25,10 +25,10 @@ import torch
 from safetensors import safe_open
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.scratch import scratch_file
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.buffers import state_buffers
 from scoreray.trainer.fragments import MASTER, Fragment, StoredFragment, overlaps
-from scoreray.trainer.tensor_file import scratch_file
 
 FOLDER = "checkpoints"
 SNAPSHOTS = "snapshots"

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import Unanswered, UserError
+from scoreray.data.scratch import scratch_file
 from scoreray.data.store import NotFound, Store
 from scoreray.data.traces import span
 from scoreray.trainer.buffers import state_buffers
 from scoreray.trainer.checkpoint import BUFFERS, FOLDER, FORMAT, MARKER, OWNER, SNAPSHOTS, committed
 from scoreray.trainer.fragments import Fragment
-from scoreray.trainer.tensor_file import scratch_file, write_tensors
+from scoreray.trainer.tensor_file import write_tensors
 
 PART_BYTES = 512 << 20  # a share beyond this goes on in another file, so that readers of a range read little else
 METRICS = "metrics"  # what is written there before a commit, by rank 0 alone

@@ -6,12 +6,12 @@ checkpoint that they lead to (see `loop.py`), so a resumed run plots nothing twi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from scoreray.data.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from scoreray.trainer.progress import Progress
@@ -110,8 +110,8 @@ def tensorboard_events(records: Iterable[Mapping[str, Any]]) -> bytes:
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.record_writer import RecordWriter
 
-    with tempfile.TemporaryDirectory(prefix="scoreray-") as folder:
-        path = Path(folder, "events")
+    with scratch_folder() as folder:
+        path = folder / "events"
         writer = RecordWriter(str(path))
         records = list(records)
         writer.write(

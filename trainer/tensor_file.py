@@ -1,18 +1,12 @@
-"""Tensors into a file, hashed on the way, and files that are gone when the process is, however it ends."""
+"""Tensors into a file, hashed on the way."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import torch
-
-from scoreray.data.errors import StorageError
 
 DTYPES = {
     torch.float64: "F64",
@@ -28,18 +22,8 @@ DTYPES = {
 }
 
 
-@contextlib.contextmanager
-def scratch_file() -> Iterator[tuple[IO[bytes], Path]]:
-    """An empty file without a name on the local disk, and a path by which it can be opened meanwhile (Linux)."""
-    with tempfile.TemporaryFile(prefix="scoreray-") as file:
-        yield file, Path(f"/proc/self/fd/{file.fileno()}")
-
-
 def write_tensors(file: IO[bytes], tensors: dict[str, torch.Tensor]) -> tuple[int, str]:
-    """Write CPU tensors as safetensors; returns (bytes, SHA-256). Hashing and writing leave the interpreter free.
-
-    Raises StorageError when the local disk is full.
-    """
+    """Write CPU tensors as safetensors; returns (bytes, SHA-256). Hashing and writing leave the interpreter free."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that every one is aligned
     header, offset = {}, 0
     for name in names:
@@ -53,15 +37,11 @@ def write_tensors(file: IO[bytes], tensors: dict[str, torch.Tensor]) -> tuple[in
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
-    try:
-        for part in (len(text).to_bytes(8, "little"), text, *(_bytes(tensors[name]) for name in names)):
-            digest.update(part)
-            file.write(part)
-            size += len(part)
-        file.flush()
-    except OSError as error:
-        where = tempfile.gettempdir()
-        raise StorageError(f"{where}: a checkpoint's share can't be written: {error.strerror or error}") from error
+    for part in (len(text).to_bytes(8, "little"), text, *(_bytes(tensors[name]) for name in names)):
+        digest.update(part)
+        file.write(part)
+        size += len(part)
+    file.flush()
     return size, digest.hexdigest()
 
 

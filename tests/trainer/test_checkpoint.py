@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.scratch import scratch_file
 from scoreray.data.store import PathStore, Store, open_store
 from scoreray.trainer.checkpoint import MARKER, committed, find, latest, open_checkpoint
 from scoreray.trainer.checkpoint_writer import CheckpointWriter, kept
 from scoreray.trainer.fragments import Fragment, StoredFragment, overlaps
-from scoreray.trainer.tensor_file import scratch_file, write_tensors
+from scoreray.trainer.tensor_file import write_tensors
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}
 
@@ -286,7 +287,7 @@ def test_a_full_disk_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
         writer.save(200, 20, [Fragment("a", 0, 20_000, big)], torch.nn.Module(), about)
-        with pytest.raises(StorageError, match="can't be written"):
+        with pytest.raises(StorageError, match=r"temporary folder .*\(ulimit -f\); raise the limit"):
             writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
