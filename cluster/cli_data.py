@@ -25,6 +25,9 @@ def pack(
     channels: Annotated[
         int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Of arrays with four axes: NCHW or NHWC. Default: as their shape says.")
+    ] = None,
     no_classes: Annotated[bool, typer.Option("--no-classes", help="Subfolders are not classes.")] = False,
     skip_bad: Annotated[
         int, typer.Option(help="Leave out up to so many samples that can't be read; each is named.", min=0)
@@ -53,6 +56,7 @@ def pack(
         image_size=image_size,
         image_format=image_format,
         channels=channels,
+        layout=layout,
         labelled=not no_classes,
         skip_bad=skip_bad,
         samples_per_shard=samples_per_shard,

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import simplejpeg
 
-from scoreray.data.errors import DataError
-from scoreray.data.manifest import FORMATS
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.manifest import FORMATS, MAX_CLASSES, check_label
 
 try:
     import pyspng
@@ -212,6 +212,10 @@ _ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {
 def decode_class(data: bytes, name: str) -> int:
     """The class number of a `.cls` member. Raises DataError."""
     text = data[:32].strip()
-    if len(data) > 32 or not text.isdigit() or int(text) >= 1 << 31:
-        raise DataError(f"{name}: {data[:32]!r} is no class number (0 to 2147483647)")
+    if len(data) > 32 or not text.isdigit():
+        raise DataError(f"{name}: {data[:32]!r} is no class number (0 to {MAX_CLASSES - 1})")
+    try:
+        check_label(int(text), name)
+    except UserError as error:
+        raise DataError(str(error)) from None
     return int(text)

@@ -15,9 +15,10 @@ import numpy as np
 
 from scoreray.data.decode import decode, decode_class, look
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import list_below
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
-from scoreray.data.packing import Packed
+from scoreray.data.packing import Moments, Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES
 from scoreray.data.records import records_sha256
 from scoreray.data.store import NotFound, Store, local_path, open_store
@@ -84,7 +85,11 @@ def tars_at(source: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
 
 def plan_tars(
-    source: str | os.PathLike[str], url: str | os.PathLike[str], name: str | None, skips_bad: bool = False
+    source: str | os.PathLike[str],
+    url: str | os.PathLike[str],
+    name: str | None,
+    skips_bad: bool = False,
+    layout: Layout | None = None,
 ) -> TarsPlan:
     """Raises UserError when `url` is not where the tars lie, DataError when the first sample can't be read."""
     store = open_store(source)
@@ -100,6 +105,11 @@ def plan_tars(
         if image is None:
             raise DataError("holds no sample")
         shape, dtype = look(image.data, SUFFIXES[image.name.rpartition(".")[2].lower()])
+        if dtype == "float32" and len(shape) == 3 and checked_layout(image.name, shape, layout) == "NHWC":
+            raise UserError(
+                f"'{image.name}': an array of {' x '.join(map(str, shape))} with its channels last, where the model "
+                "takes [C, H, W] and tars are indexed as they are; write them so, or if they are, say --layout NCHW"
+            )
     return TarsPlan(store.url(), name or store.url().rpartition("/")[2], shards, shape, dtype, skips_bad)
 
 
@@ -144,24 +154,22 @@ def index_tar(plan: TarsPlan, number: int) -> Packed:
     key, size = plan.shards[number]
     dtype = np.dtype(plan.dtype)
     records: list[tuple[int, int, int, int, int]] = []
-    sums = np.zeros(plan.shape[0] if dtype == np.uint8 else int(np.prod(plan.shape)))
-    squares, class_counts, skipped = 0.0, [0], list[str]()
+    moments, class_counts, skipped = Moments(plan.shape, plan.dtype), [0], list[str]()
     with naming(store, key):
         tape = tape_of(store, key, size)
         for image, label in samples(tape):
             code = SUFFIXES[image.name.rpartition(".")[2].lower()]
             where = partial("byte {}: '{}'".format, image.offset, image.name)
             try:
-                values = decode(image.data, code, plan.shape, dtype, where).astype(np.float64)
+                values = decode(image.data, code, plan.shape, dtype, where)
+                if not np.isfinite(values).all():
+                    raise DataError(f"{where()}: holds a value that is not finite")
             except DataError as error:
                 if not plan.skips_bad:
                     raise
                 skipped.append(f"{store.url(key)}: {error}")
                 continue
-            sums += values.sum((0, 1)) if dtype == np.uint8 else values.ravel()
-            squares += float(np.square(values).sum())
-            if label >= 1_000_000:
-                raise DataError(f"{where()}: class {label}, the limit is 999999")
+            moments.add(values)
             class_counts += [0] * (label + 1 - len(class_counts))
             if label >= 0:
                 class_counts[label] += 1
@@ -171,7 +179,8 @@ def index_tar(plan: TarsPlan, number: int) -> Packed:
         array = np.zeros(len(records), RECORD)
         array[:] = records
         shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
-    return Packed(shard, sums.tolist(), squares, class_counts if any(class_counts) else [], array.tobytes(), skipped)
+    sums, squares = moments.sums.tolist(), moments.squares.tolist()
+    return Packed(shard, sums, squares, class_counts if any(class_counts) else [], array.tobytes(), skipped)
 
 
 def tape_of(store: Store, key: str, size: int) -> Tape:

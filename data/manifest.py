@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,8 +21,13 @@ from scoreray.data.store import NotFound, Store, check_key
 
 MANIFEST = "manifest.json"
 INDEX = "index.bin"
-MAX_MANIFEST_BYTES = 1 << 29  # 2e6 shards
+MAX_MANIFEST_BYTES = 1 << 29  # MAX_SHARDS of them
+MAX_NAME = 255
+MAX_KEY = 1024  # of a shard
+MAX_AXES, MAX_AXIS = 6, 1 << 20  # of a sample's shape
 MAX_VALUES = 1 << 28  # of one sample
+MAX_CLASSES = 1_000_000
+MAX_SHARDS = 2_000_000
 
 FORMATS = {"png": 1, "jpg": 2, "npy": 3}  # of a member, as the record's `format` says it
 FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
@@ -45,6 +50,39 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0, lt=1 << 62)]
 
 
+def check_limits(name: str, shape: Sequence[int], num_classes: int, num_shards: int) -> None:
+    """Raises UserError where a data set would get a manifest that can't be read: before the work begins."""
+    if len(name) > MAX_NAME:
+        raise UserError(f"--name '{name[:40]}...': {len(name)} characters, at most {MAX_NAME} are accepted")
+    check_shape(name, shape)
+    check_label(num_classes - 1, name)
+    if num_shards > MAX_SHARDS:
+        raise UserError(f"{name}: {num_shards:,} shards, the limit is {MAX_SHARDS:,}; put more samples into each")
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Raises UserError where no sample can have this shape."""
+    axes, shown = len(shape), " x ".join(map(str, shape))
+    if not 1 <= axes <= MAX_AXES:
+        raise UserError(f"{name}: samples of {axes} axes ({shown}); 1 to {MAX_AXES} are accepted: reshape them")
+    if not all(1 <= length <= MAX_AXIS for length in shape):
+        raise UserError(
+            f"{name}: samples of {shown}; each axis may have 1 to {MAX_AXIS:,} entries: reshape or cut them"
+        )
+    if math.prod(shape) > MAX_VALUES:
+        raise UserError(
+            f"{name}: samples of {math.prod(shape):,} values ({shown}), the limit is {MAX_VALUES:,}: cut them"
+        )
+
+
+def check_label(label: int, name: str) -> None:
+    """Raises UserError where a class has a number that no data set can have: each below it takes a name."""
+    if label >= MAX_CLASSES:
+        raise UserError(
+            f"{name}: class {label}, the limit is {MAX_CLASSES - 1}; number the classes from 0 without gaps"
+        )
+
+
 def digest(data: bytes) -> int:
     """A member's digest as its record holds it."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
@@ -54,7 +92,7 @@ def digest(data: bytes) -> int:
 class Shard:
     """One tar. `records_sha256` is that of its part of the index, made of its chunks' ones."""
 
-    name: Annotated[str, Field(max_length=1024)]
+    name: Annotated[str, Field(max_length=MAX_KEY)]
     num_samples: Count
     bytes: Count
     sha256: Sha256
@@ -63,7 +101,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    name: Annotated[str, Field(max_length=1024)]
+    name: Annotated[str, Field(max_length=MAX_KEY)]
     bytes: Count
     sha256: Sha256
 
@@ -73,8 +111,9 @@ class Manifest:
     """A packed data set. Sample i is the i-th of the shards in their order.
 
     shape: (C, H, W) of images, any for arrays.  dtype: "uint8" (images) or "float32" (arrays, used as they are).
-    mean: per channel, and sigma_data: the standard deviation of all values, both in the range that the model sees,
-    [-1, 1] for images (x / 127.5 - 1).  class_counts: samples of each class, in the order of `classes`.
+    mean, std: of each channel, the first axis of `shape`; sigma_data: the standard deviation of all values; all in the
+    range that the model sees, [-1, 1] for images (x / 127.5 - 1). Sets of earlier versions have no std, and of arrays
+    one mean a value.  class_counts: samples of each class, in the order of `classes`.
     packing: SHA-256 of what was packed and how; the same pack again is recognised by it.
 
     The file ends with the SHA-256 of all that is before it, so that a flipped digit does not pass.
@@ -83,13 +122,14 @@ class Manifest:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     version: Literal[2]
-    name: Annotated[str, Field(max_length=255)]
-    shape: Annotated[list[Annotated[int, Field(gt=0, le=1 << 20)]], Field(min_length=1, max_length=6)]
+    name: Annotated[str, Field(max_length=MAX_NAME)]
+    shape: Annotated[list[Annotated[int, Field(gt=0, le=MAX_AXIS)]], Field(min_length=1, max_length=MAX_AXES)]
     dtype: Literal["uint8", "float32"]
     num_samples: Count
-    classes: Annotated[list[Annotated[str, Field(max_length=255)]], Field(max_length=1_000_000)]
-    class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
-    mean: Annotated[list[float], Field(max_length=1 << 20)]
+    classes: Annotated[list[Annotated[str, Field(max_length=MAX_NAME)]], Field(max_length=MAX_CLASSES)]
+    class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CLASSES)]
+    mean: Annotated[list[float], Field(max_length=MAX_AXIS)]
+    std: Annotated[list[float], Field(max_length=MAX_AXIS)] = field(default_factory=list, kw_only=True)
     sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     index: Index
     shards: Annotated[list[Shard], Field(min_length=1)]
@@ -111,8 +151,8 @@ class Manifest:
             raise ValueError("images have the shape (C, H, W)")
         if len(self.class_counts) != len(self.classes):
             raise ValueError("classes and class_counts differ in length")
-        if not all(math.isfinite(value) for value in self.mean):
-            raise ValueError("mean is not finite")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError("mean or std is not finite")
 
     def to_json(self) -> str:
         """For people too: a field a line, a shard a line; the last line is the SHA-256 of those before."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.index_tars import plan_tars, tars_at
+from scoreray.data.layout import Layout
 from scoreray.data.manifest import FORMATS, Manifest, Shard
 from scoreray.data.packing import Mapper, Packed, carry_out
 from scoreray.data.repack import plan_repack
@@ -40,6 +41,7 @@ def pack(
     image_size: int | None = None,
     image_format: str | None = None,
     channels: Literal[1, 3] | None = None,
+    layout: Layout | None = None,
     labelled: bool = True,
     skip_bad: int = 0,
     seed: int = 0,
@@ -57,6 +59,7 @@ def pack(
       image_size: resize the shorter side to it and crop the centre.
       image_format: png (the default), jpg (lossy) or npy; arrays of floats are always npy.
       channels: 1 or 3; None: as the images of the folder are.
+      layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
       labelled: subfolders of a folder are classes.
       skip_bad: up to so many samples that can't be read are left out (`packing.Packed.skipped` names them).
       seed: of the permutation in which samples are packed.
@@ -75,13 +78,13 @@ def pack(
     how: dict[str, Any] = {
         "workers": workers, "map_shards": map_shards, "progress": progress, "skip_bad": skip_bad
     }  # fmt: skip
-    reading = Reading(image_size, channels, labelled)
+    reading = Reading(image_size, channels, labelled, layout)
     _check_apart(source, url)
     if tars_at(source):
         if samples_per_shard is not None:
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
         if image_size is None and image_format is None and channels is None:
-            return carry_out(plan_tars(source, url, name, skip_bad > 0), **how)
+            return carry_out(plan_tars(source, url, name, skip_bad > 0, layout), **how)
         return carry_out(plan_repack(source, url, name, reading, image_format or "png", skip_bad > 0), **how)
     opened = open_source(source, reading)
     opened.check_readable(skip_bad)

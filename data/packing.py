@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.manifest import INDEX, MANIFEST, Index, Manifest, Shard
+from scoreray.data.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits
 from scoreray.data.records import chunk_digests, index_bytes, records_sha256
 from scoreray.data.scratch import scratch_file, scratch_folder
 from scoreray.data.store import NotFound, Store, explained, open_store
@@ -36,12 +36,28 @@ class Packed:
     """A finished shard: what the manifest says of it, and what its samples add to the data set's statistics."""
 
     shard: Shard
-    sums: list[float]  # per channel; of uint8 values, or of floats
-    squares: float
+    sums: list[float]  # of each channel; of uint8 values, or of floats
+    squares: list[float]  # of each channel
     class_counts: list[int]
     records: bytes
     skipped: list[str] = field(default_factory=list)  # samples that could not be read and were left out, and why
     kept: bool = False  # it was there, from an earlier run of the same pack
+
+
+class Moments:
+    """Sums of the values of each channel and of their squares: the last axis of images [H, W, C], the first of arrays.
+
+    Those of bytes are exact in float64, so statistics do not depend on how the samples are put into shards.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        self._others = (0, 1) if dtype == "uint8" else tuple(range(1, len(shape)))
+        self.sums, self.squares = np.zeros(shape[0]), np.zeros(shape[0])
+
+    def add(self, array: np.ndarray) -> None:
+        values = array.astype(np.float64)
+        self.sums += values.sum(self._others)
+        self.squares += np.square(values).sum(self._others)
 
 
 class Plan(Protocol):
@@ -89,6 +105,7 @@ def carry_out(
     skip_bad: int = 0,
 ) -> Manifest:
     """Makes the shards that are not there yet and commits the data set; arguments as pack()'s."""
+    check_limits(plan.name, plan.shape, len(plan.classes or ()), plan.num_shards)
     store = open_store(plan.url)
     finished = _claim(store, plan)
     if finished:
@@ -194,7 +211,8 @@ def _commit(
 ) -> Manifest:
     """The index and the manifest from the finished shards, in order; then what the packing left is removed."""
     shards: list[Shard] = []
-    sums, squares, num_samples, num_skipped = np.zeros(1), 0.0, 0, 0
+    sums, squares = np.zeros(plan.shape[0]), np.zeros(plan.shape[0])
+    num_samples = num_skipped = 0
     counts: list[int] = [0] * len(plan.classes or [])
     digests: list[bytes] = []
     index_sha256 = hashlib.sha256()
@@ -207,7 +225,7 @@ def _commit(
             if packed.shard.num_samples:
                 shards.append(packed.shard)
             num_samples += packed.shard.num_samples
-            sums, squares = sums + np.asarray(packed.sums), squares + packed.squares
+            sums, squares = sums + np.asarray(packed.sums), squares + np.asarray(packed.squares)
             counts += [0] * (len(packed.class_counts) - len(counts))
             counts = [a + b for a, b in zip(counts, [*packed.class_counts, *[0] * len(counts)], strict=False)]
             index.write(packed.records)
@@ -221,7 +239,7 @@ def _commit(
         if not shards:
             raise DataError(f"{plan.name}: none of its samples can be read")
         store.put(INDEX, path)
-    mean, sigma_data = statistics(sums, squares, num_samples * math.prod(plan.shape), plan.dtype)
+    mean, std, sigma_data = statistics(sums, squares, num_samples * math.prod(plan.shape), plan.dtype)
     if sigma_data <= 0:
         raise UserError(f"{plan.name}: all samples are the same, nothing can be learned from them")
     dtype: Literal["uint8", "float32"] = "uint8" if plan.dtype == "uint8" else "float32"
@@ -234,6 +252,7 @@ def _commit(
         classes=[str(c) for c in range(len(counts))] if plan.classes is None else plan.classes,
         class_counts=counts,
         mean=mean,
+        std=std,
         sigma_data=sigma_data,
         index=Index(INDEX, index_bytes(shard.num_samples for shard in shards), index_sha256.hexdigest()),
         shards=shards,
@@ -244,10 +263,19 @@ def _commit(
     return manifest
 
 
-def statistics(sums: np.ndarray, squares: float, num_values: int, dtype: str) -> tuple[list[float], float]:
-    """(mean per channel, standard deviation of all values) in the range that the model sees."""
-    mean = sums / (num_values / len(sums))
-    deviation = math.sqrt(max(0.0, squares / num_values - (sums.sum() / num_values) ** 2))
+def statistics(
+    sums: np.ndarray, squares: np.ndarray, num_values: int, dtype: str
+) -> tuple[list[float], list[float], float]:
+    """(mean of each channel, standard deviation of each, standard deviation of all values) in the model's range."""
+    mean, std = _mean_and_std(sums, squares, num_values / len(sums))
+    _, overall = _mean_and_std(sums.sum(), squares.sum(), num_values)
     if dtype == "uint8":
-        return (mean / 127.5 - 1).tolist(), deviation / 127.5
-    return mean.tolist(), deviation
+        return (mean / 127.5 - 1).tolist(), (std / 127.5).tolist(), float(overall / 127.5)
+    return mean.tolist(), std.tolist(), float(overall)
+
+
+def _mean_and_std(sums: np.ndarray, squares: np.ndarray, count: float) -> tuple[np.ndarray, np.ndarray]:
+    mean = sums / count
+    variance = squares / count - mean**2
+    # Less than float32 tells apart is what rounding left of a constant, e.g. a channel that is 1000 everywhere.
+    return mean, np.sqrt(np.where(variance > 1e-14 * mean**2, variance, 0.0))

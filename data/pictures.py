@@ -42,7 +42,7 @@ def looks_like_a_picture(head: bytes) -> bool:
 
 
 def open_picture(data: bytes, name: str) -> Image.Image:
-    """The picture, turned upright as its EXIF data say. Nothing large is decoded yet. Raises DataError naming it."""
+    """The picture, decoded, and turned upright as its EXIF data say. Raises DataError naming it."""
     if not data:
         raise DataError(f"{name}: is empty (0 bytes)")
     try:
@@ -57,6 +57,7 @@ def open_picture(data: bytes, name: str) -> Image.Image:
                 raise DataError(f"{name}: an animation or a document of {frames} pictures; keep one of them")
             if image.mode.startswith("I") or image.mode == "F":
                 raise DataError(f"{name}: more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
+            image.load()  # now: what it finds damaged must not be lost where a failing search for a tag is no error
             turn = _UPRIGHT.get(_orientation(image))
             return image if turn is None else image.transpose(turn)
     except DataError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import tarfile
 from typing import IO
 
@@ -16,7 +15,7 @@ import simplejpeg
 from PIL import Image
 
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
-from scoreray.data.packing import Packed
+from scoreray.data.packing import Moments, Packed
 from scoreray.data.records import records_sha256
 
 JPEG_QUALITY = 95
@@ -30,11 +29,10 @@ class ShardWriter:
     """
 
     def __init__(self, file: IO[bytes], shape: tuple[int, ...], dtype: str, image_format: str) -> None:
-        self._file, self._format, self._is_image = file, image_format, dtype == "uint8"
+        self._file, self._format = file, image_format
         self._sha256, self._position = hashlib.sha256(), 0
         self._records: list[tuple[int, int, int, int, int]] = []
-        self._sums = np.zeros(shape[0] if self._is_image else math.prod(shape), np.float64)
-        self._squares = 0.0
+        self._moments = Moments(shape, dtype)
         self._class_counts: list[int] = []
 
     def add(self, key: str, array: np.ndarray, label: int, note: bytes = b"") -> None:
@@ -48,10 +46,7 @@ class ShardWriter:
         if note:
             self._member(f"{key}.json", note)
         self._records.append((offset, len(data), label, FORMATS[self._format], digest(data)))
-        # Sums of bytes are exact in float64, so statistics do not depend on how the samples are put into shards.
-        values = array.astype(np.float64)
-        self._sums += values.sum((0, 1)) if self._is_image else values.ravel()
-        self._squares += float(np.square(values).sum())
+        self._moments.add(array)
 
     def finish(self, name: str, skipped: list[str] | None = None) -> Packed:
         """Ends the tar; what is to be known of it."""
@@ -60,7 +55,8 @@ class ShardWriter:
         array[:] = self._records
         records = array.tobytes()
         shard = Shard(name, len(self._records), self._position, self._sha256.hexdigest(), records_sha256(records))
-        return Packed(shard, self._sums.tolist(), self._squares, self._class_counts, records, skipped or [])
+        sums, squares = self._moments.sums.tolist(), self._moments.squares.tolist()
+        return Packed(shard, sums, squares, self._class_counts, records, skipped or [])
 
     def _member(self, name: str, data: bytes) -> int:
         """Appends a member in plain USTAR; where its data begin."""

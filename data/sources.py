@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from scoreray.data.classes import in_order
-from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.errors import DataError, StorageError, UserError, nearest
+from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import Listing, list_below
+from scoreray.data.manifest import check_label, check_shape
 from scoreray.data.packing import map_in_threads
 from scoreray.data.pictures import (
     HEAD_BYTES,
@@ -44,17 +46,20 @@ LOOKED_AT = 32  # images of a folder that are looked at for colours
 @dataclass(frozen=True)
 class Reading:
     """How the samples of a source are read. `channels`: 1 or 3, None as most images of a folder are. `labelled`:
-    subfolders are classes."""
+    subfolders are classes. `layout`: of arrays with four axes, None as their shape says."""
 
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
     labelled: bool = True
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         if self.image_size is not None and not 1 <= self.image_size <= 8192:
             raise UserError(f"--image-size {self.image_size}: between 1 and 8192 is needed")
         if self.channels not in (None, 1, 3):
             raise UserError(f"--channels {self.channels}: 1 (grey) or 3 (RGB) is needed")
+        if self.layout not in (None, *get_args(Layout)):
+            raise UserError(f"--layout {self.layout}: {nearest(str(self.layout), get_args(Layout))}")
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,9 @@ def _open_idx(path: Path, reading: Reading) -> Source:
 def _read_idx(path: Path) -> np.ndarray:
     """Not more is unpacked than the header says, whatever follows it."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open(path, "rb") as raw:
+            is_zipped = raw.read(2) == b"\x1f\x8b"  # whatever the name says: browsers unpack, people rename
+        with gzip.open(path) if is_zipped else open(path, "rb") as file:
             zero, kind, rank = struct.unpack(">HBB", file.read(4))
             shape = struct.unpack(f">{rank}I", file.read(4 * rank))
             dtype = np.dtype(IDX_TYPES[kind])
@@ -232,56 +239,89 @@ def _check_memory(path: Path, size: int) -> None:
 def _of_array(
     path: Path, samples: np.ndarray, labels: np.ndarray | None, classes: list[str], reading: Reading
 ) -> Source:
-    num_samples, image_size = len(samples) if samples.ndim else 0, reading.image_size
+    num_samples = len(samples) if samples.ndim else 0
     _check_classes(str(path), classes)
     if num_samples == 0:
         raise UserError(f"{path}: holds no samples")
+    check_shape(str(path), samples.shape[1:])
     if labels is not None:
         if labels.shape != (num_samples,):
             raise UserError(
                 f"{path}: {num_samples} samples, but labels of shape {labels.shape}; one a sample is needed"
             )
         if labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise UserError(f"{path}: labels must be whole numbers from 0, they are {labels.dtype}")
+            raise UserError(
+                f"{path}: labels must be whole numbers from 0, they are {labels.dtype}, from {labels.min()}"
+            )
+        check_label(int(labels.max()), str(path))
         labels = labels.astype(np.int64)
         if classes and int(labels.max()) >= len(classes):
             raise UserError(f"{path}: label {labels.max()}, but only {len(classes)} classes are named")
         classes = classes or [str(c) for c in range(int(labels.max()) + 1)]
+    read = _images if samples.dtype == np.uint8 else _floats
+    array, shape, notes = read(path, samples, reading)
     fingerprint = hashlib.sha256(repr((samples.shape, samples.dtype.str, classes)).encode())
     fingerprint.update(np.ascontiguousarray(samples).data)
     fingerprint.update(b"" if labels is None else labels.tobytes())
-    if samples.dtype == np.uint8:
-        samples = _channels_last(path, samples)
-        height, width, channels = samples.shape[1:]
-        if image_size is None and height != width:
-            raise UserError(f"{path}: images of {height} x {width}; give --image-size to crop them to a square")
-        if reading.channels not in (None, channels):
-            raise UserError(f"{path}: --channels {reading.channels} is for folders of images; this has {channels}")
-        shape: tuple[int, ...] = (channels, image_size or height, image_size or width)
-        dtype = "uint8"
-    elif samples.dtype.kind == "f":
-        if samples.ndim < 2 or image_size:
-            raise UserError(f"{path}: {samples.dtype} {samples.shape}; floats are packed as [N, D, ...], not resized")
-        if not np.isfinite(samples).all():
-            raise UserError(
-                f"{path}: sample {np.argwhere(~np.isfinite(samples))[0][0]} holds a value that is not finite"
-            )
-        shape, dtype = samples.shape[1:], "float32"
-    else:
-        raise UserError(f"{path}: samples are {samples.dtype}; uint8 images or float arrays are packed")
+    dtype = "uint8" if array.dtype == np.uint8 else "float32"
     return Source(
-        str(path), num_samples, shape, dtype, labels, classes, fingerprint.hexdigest(), reading, array=samples
-    )
+        str(path), num_samples, shape, dtype, labels, classes, fingerprint.hexdigest(), reading, array=array,
+        notes=notes,
+    )  # fmt: skip
 
 
-def _channels_last(path: Path, images: np.ndarray) -> np.ndarray:
+Arrays = tuple[np.ndarray, tuple[int, ...], tuple[str, ...]]  # as `Source.array` has them, a sample's shape, notes
+
+
+def _images(path: Path, images: np.ndarray, reading: Reading) -> Arrays:
+    """uint8 as [N, H, W, C]."""
+    image_size = reading.image_size
     if images.ndim == 3:
-        return images[..., None]
-    if images.ndim == 4 and images.shape[3] in (1, 3):
-        return images
-    if images.ndim == 4 and images.shape[1] in (1, 3):
-        return images.transpose(0, 2, 3, 1)
-    raise UserError(f"{path}: images of shape {images.shape}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3")
+        images = images[..., None]
+    elif images.ndim == 4 and reading.layout != "NCHW" and images.shape[3] in (1, 3):
+        pass
+    elif images.ndim == 4 and reading.layout != "NHWC" and images.shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    else:
+        asked = f" (--layout {reading.layout})" if reading.layout else ""
+        raise UserError(
+            f"{path}: images of shape {images.shape}{asked}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
+        )
+    height, width, channels = images.shape[1:]
+    if image_size is None and height != width:
+        raise UserError(f"{path}: images of {height} x {width}; give --image-size to crop them to a square")
+    if reading.channels not in (None, channels):
+        raise UserError(f"{path}: --channels {reading.channels} is for folders of images; this has {channels}")
+    return images, (channels, image_size or height, image_size or width), ()
+
+
+def _floats(path: Path, arrays: np.ndarray, reading: Reading) -> Arrays:
+    """Floats as [N, ...], with four axes as [N, C, H, W]."""
+    if arrays.dtype.kind != "f":
+        raise UserError(f"{path}: samples are {arrays.dtype}; uint8 images or float arrays are packed")
+    if reading.image_size or reading.channels:
+        raise UserError(
+            f"{path}: {arrays.dtype} {arrays.shape}; floats are packed as they are, [N, D, ...], without --image-size "
+            "or --channels"
+        )
+    largest = np.finfo(np.float32).max
+    for start in range(0, len(arrays), 1024):  # at once it would take as much memory again
+        part = arrays[start : start + 1024]
+        bad = ~(np.abs(part) <= largest)
+        if bad.any():
+            at = tuple(np.argwhere(bad)[0])
+            what = "that is not finite" if not np.isfinite(part[at]) else f"above the largest float32: {part[at]:.3g}"
+            raise UserError(f"{path}: sample {start + at[0]} holds a value {what}")
+    note: tuple[str, ...] = ()
+    if arrays.ndim == 4:
+        if checked_layout(str(path), arrays.shape[1:], reading.layout) == "NHWC":
+            arrays = arrays.transpose(0, 3, 1, 2)
+            note = (
+                f"{path}: arrays with their channels last become [C, H, W] = {' x '.join(map(str, arrays.shape[1:]))}",
+            )
+    elif reading.layout:
+        raise UserError(f"{path}: --layout {reading.layout} is for arrays of four axes, this has {arrays.ndim}")
+    return arrays, arrays.shape[1:], note
 
 
 def _open_folder(store: Store, reading: Reading) -> Source:
