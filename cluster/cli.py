@@ -21,7 +21,7 @@ from scoreray.cluster.cli_sample import compare, evaluate, export, sample, serve
 from scoreray.cluster.cli_train import demo, doctor, submit, train, tune
 from scoreray.cluster.local_ray import stop
 from scoreray.cluster.words import local_s3 as server_on
-from scoreray.data.errors import ScorerayError
+from scoreray.data.errors import ScorerayError, readable
 
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click, under a private name
 STOPPED = "stopped; the same command goes on from what is committed"
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"scoreray: {message}", file=sys.stderr, flush=True)
+    print(f"scoreray: {readable(message)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

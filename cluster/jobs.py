@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from scoreray.cluster.credentials import NAMES, refuse_text, refuse_wheel, refuse_words, shape_of
 from scoreray.cluster.wheel import build_wheel
 from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.scratch import scratch_folder
+from scoreray.data.yaml_text import dump_yaml, parse_yaml
 from scoreray.trainer.presets import preset
 
 VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
@@ -158,7 +157,7 @@ def _with_files(words: list[str], config: Path | None, place: Path) -> list[str]
         if isinstance(base, str) and (path.parent / base).is_file():  # of a sweep
             below, _ = _read(path.parent / base)
             named = _stored(place, f"base-{Path(base).name}", below)
-            text = yaml.safe_dump(page | {"base": named}, sort_keys=False)
+            text = dump_yaml(page | {"base": named})
         sent.append(_stored(place, path.name, text))
     return sent
 
@@ -182,7 +181,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     page = None
-    with contextlib.suppress(yaml.YAMLError, RecursionError):
-        page = yaml.safe_load(text)
+    with contextlib.suppress(UserError):
+        page = parse_yaml(text, str(path))
     refuse_text(str(path), text, page)
     return text, page if isinstance(page, dict) else {}

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+SHOWN = 80  # characters of a value that a message echoes
+LONGEST_WORD, LONGEST_LINE, MOST_LINES = 500, 1500, 200  # of a message; a path is one word
+
+
+def shortened(text: str, most: int = SHOWN) -> str:
+    """What was given, as a message echoes it: its beginning and its length where it is longer than `most`."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def readable(message: str) -> str:
+    """A message without what a terminal would act on, none of whose words and lines is longer than a person reads.
+
+    What a person typed stands in messages, and may be of any length; this holds whatever a message forgot to shorten.
+    """
+    lines = message.split("\n", MOST_LINES)
+    if len(lines) > MOST_LINES:
+        lines[-1] = f"... ({lines[-1].count(chr(10)) + 1:,} more lines)"
+    lines = [re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shortened(word[0]), line) for line in lines]
+    text = "\n".join(shortened(line, LONGEST_LINE) for line in lines)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda one: ascii(one[0])[1:-1], text)
 
 
 class ScorerayError(Exception):
     """Base of the errors that a person should read as one line, without a traceback."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 class UserError(ScorerayError, ValueError):

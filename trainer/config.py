@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 import types
@@ -12,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.order import default_lanes
 from scoreray.data.store import NotFound, open_store
+from scoreray.data.yaml_text import MAX_BYTES, dump_yaml, parse_value, parse_yaml
 from scoreray.trainer import fits
 from scoreray.trainer.augmentation import AugmentationConfig
 from scoreray.trainer.denoiser import DenoiserConfig
@@ -35,7 +34,7 @@ def _workers(value: Any) -> Any:
     ends = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     good = all(isinstance(end, int) and not isinstance(end, bool) and end >= 1 for end in ends)
     if not good or len(ends) not in (1, 2) or ends[0] > ends[-1]:
-        raise ValueError(f"{value!r} is not accepted; it should be a number from 1, or [fewest, most]")
+        raise ValueError(f"{shortened(repr(value))} is not accepted; it should be a number from 1, or [fewest, most]")
     return ends[0] if len(ends) == 1 else tuple(ends)
 
 
@@ -50,7 +49,8 @@ def _mlflow_uri(uri: str | None) -> str | None:
         return uri
     if not re.match(r"(https?://[^/]|sqlite:///.|databricks://.)", uri):
         raise ValueError(
-            f"{uri!r} is not accepted; it should be https://HOST, http://HOST, sqlite:///FILE or databricks"
+            f"{shortened(repr(uri))} is not accepted; "
+            "it should be https://HOST, http://HOST, sqlite:///FILE or databricks"
         )
     if "@" in uri.partition("://")[2].partition("/")[0]:
         raise ValueError("a user or password has no place in a config; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
@@ -268,7 +268,7 @@ class Config(Section):
         return []
 
 
-MOST_KEYS = 10_000
+MOST_MISTAKES = 100  # that are listed
 
 # Keys that may change when a run goes on: they decide where and how long it computes, not what.
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
@@ -285,10 +285,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """
     name = "config" if isinstance(source, dict) else str(source)
     try:
-        raw = read_yaml(source)
-        if sum(1 for _ in itertools.islice(leaves(raw), MOST_KEYS + 1)) > MOST_KEYS:
-            raise UserError(f"{name}: more than {MOST_KEYS} keys (an alias counts as what it stands for): not a config")
-        raw = _with_default_kinds(override(raw, overrides))
+        raw = _with_default_kinds(override(read_yaml(source), overrides))
     except RecursionError:
         raise UserError(f"{name}: nested too deeply, or within itself: not a config") from None
     try:
@@ -299,14 +296,21 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
 
 def explained(error: ValidationError, root: type[BaseModel], name: str) -> UserError:
     """What pydantic found wrong with a `root` read from `name`, a line for each mistake."""
-    mistakes = [line for one in error.errors(include_url=False) for line in _describe(one, root).splitlines()]
+    return refusal(
+        name, [line for one in error.errors(include_url=False) for line in _describe(one, root).splitlines()]
+    )
+
+
+def refusal(name: str, mistakes: Sequence[str]) -> UserError:
+    """The error of what was read from `name`, a line for each mistake."""
     head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
-    return UserError(head + "\n  ".join(mistakes))
+    more = [f"... and {len(mistakes) - MOST_MISTAKES:,} more"] if len(mistakes) > MOST_MISTAKES else []
+    return UserError(head + "\n  ".join([*mistakes[:MOST_MISTAKES], *more]))
 
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, every default written out; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def differing_keys(old: Config, new: Config) -> list[str]:
@@ -322,37 +326,44 @@ def differing_keys(old: Config, new: Config) -> list[str]:
 
 
 def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """The mapping in a YAML file, here or in S3 (or a plain dict, as it is). Raises UserError, StorageError."""
     if isinstance(source, dict):
         return source
     remote = re.fullmatch(r"s3:/+(.+)/([^/]+)", str(source))  # a Path has one slash there
     try:
         if remote:
-            raw = yaml.safe_load(open_store(f"s3://{remote[1]}").get(remote[2]).decode("utf-8"))
+            data = open_store(f"s3://{remote[1]}").get(remote[2])
         else:
-            raw = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+            with Path(source).open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotFound):
         raise UserError(f"{source}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{source}: can't be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    return parse_sections(data, str(source))
+
+
+def parse_sections(data: bytes, name: str) -> dict[str, Any]:
+    """The mapping that the bytes of a config hold. Raises UserError, which begins with `name`."""
+    raw = parse_yaml(data, name)
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: a config is a mapping of sections, this is {type(raw).__name__}")
+        kind = "empty" if raw is None else f"a {type(raw).__name__}"
+        raise UserError(f"{name}: a config is a mapping of sections, this is {kind}")
     return raw
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it."""
+    """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it.
+
+    Of two overrides of one key the last holds, as of two options of a command line. Raises UserError.
+    """
     raw = copied(raw)
     for given in sorted(overrides, key=lambda text: kinds_first(text.partition("=")[0])):
         key, equals, text = given.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            raise UserError(f"'{given}' is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"'{given}': the value is not YAML") from None
-        set_key(raw, key, value, f"'{given}'")
+        name = f"'{shortened(given)}'"
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,31}", key):
+            raise UserError(f"{name} is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4")
+        set_key(raw, key, parse_value(text, name), name)
     return raw
 
 
@@ -370,7 +381,7 @@ def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
     for part in path:
         child = section.setdefault(part, {})
         if not isinstance(child, dict):
-            raise UserError(f"{name}: {part} is {child!r}, not a section")
+            raise UserError(f"{name}: {part} is {shortened(repr(child))}, not a section")
         section = child
     if leaf == "kind" and section.get("kind", value) != value:
         section.clear()
@@ -411,17 +422,20 @@ def _describe(mistake: Any, root: Any) -> str:
     kind, value = mistake["type"], mistake.get("input")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         _, section = _walk(mistake["loc"][:-1], root)
-        return f"{key}: unknown key; {nearest(key.rpartition('.')[2], _fields_of(section))}"
+        return f"{shortened(key)}: unknown key; {nearest(key.rpartition('.')[2], _fields_of(section))}"
     if kind in ("missing", "missing_argument"):
         return f"{key}: missing"
     if kind == "union_tag_invalid":
         expected = [tag.strip(" '") for tag in mistake["ctx"]["expected_tags"].split(",")]
-        return f"{key}.kind: unknown '{mistake['ctx']['tag']}'; {nearest(str(mistake['ctx']['tag']), expected)}"
+        tag = str(mistake["ctx"]["tag"])
+        return f"{key}.kind: unknown '{shortened(tag)}'; {nearest(tag, expected)}"
     if kind == "value_error":
         message = str(mistake["ctx"]["error"])
         return message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
-    shown = "a section" if isinstance(value, dict) else repr(value)
-    return f"{key}: {shown} is not accepted; it should be {mistake['msg'].removeprefix('Input should be ')}"
+    shown = "a section" if isinstance(value, dict) else shortened(repr(value))
+    accepted = mistake["msg"].removeprefix("Input should be ")
+    mend = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    return f"{key}: {shown} is not accepted; it should be {accepted}{mend}"
 
 
 def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:

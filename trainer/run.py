@@ -23,7 +23,7 @@ from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import latest
-from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
+from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
 from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.progress import Monitor, Progress
@@ -76,14 +76,30 @@ def check_run(config: Config) -> None:
 
 
 def stored_config(run: Store) -> Config:
-    """The config that made a run."""
+    """The config that made a run. Raises UserError where there is none, DataError where it is none."""
+    name = run.url(CONFIG_FILE)
     try:
-        return load_config(yaml.safe_load(run.get(CONFIG_FILE).decode()))
+        data = run.get(CONFIG_FILE)
     except NotFound:
         raise UserError(f"{run.url()}: not a run ({CONFIG_FILE} is missing)") from None
-    except (UserError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{run.url(CONFIG_FILE)}: not the config of a run: {reason}; mend it, or --fresh") from None
+    try:
+        raw = parse_sections(data, name)
+        try:
+            return load_config(raw)
+        except UserError:
+            if (older := _stored_as_yaml_1_1(data)) is None:
+                raise
+            return older
+    except UserError as error:
+        reason = " ".join(str(error).removeprefix(f"{name}: ").split())
+        raise DataError(f"{name}: not the config of a run: {reason}; mend it, or --fresh") from None
+
+
+def _stored_as_yaml_1_1(data: bytes) -> Config | None:
+    """A config that an earlier version stored: in YAML 1.1 a name such as 1e3 or 089 is a string without quotes."""
+    with contextlib.suppress(yaml.YAMLError, ValueError, TypeError, OverflowError):  # UserError is a ValueError
+        return load_config(yaml.safe_load(data))
+    return None
 
 
 def fit(

@@ -17,7 +17,7 @@ from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
 from scoreray.sampling.describe import ModelInfo, describe
 from scoreray.sampling.generate import Request
-from scoreray.trainer.config import explained, load_config, override, read_yaml
+from scoreray.trainer.config import explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.ema import RAW, choose_length, length_name
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.presets import preset
@@ -55,7 +55,7 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
             raw = {**raw, "base": read_yaml(preset(folder / raw["base"]))}
     raw = override(raw, others)
     if mistakes := misshapen(raw):
-        raise _refusal(name, mistakes)
+        raise refusal(name, mistakes)
     try:
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
@@ -67,13 +67,8 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         assert space is not None
         plan, mistakes = _with_base(sweep, space)
     if mistakes:
-        raise _refusal(name, mistakes)
+        raise refusal(name, mistakes)
     return plan
-
-
-def _refusal(name: str, mistakes: Sequence[str]) -> UserError:
-    head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
-    return UserError(head + "\n  ".join(mistakes))
 
 
 @contextlib.contextmanager

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
+from scoreray.data.errors import UserError, shortened
 from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.generate import Request
 from scoreray.sampling.samplers import num_calls
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
 from scoreray.trainer.units import Count
-from scoreray.tune.space import OPTION, SAMPLE, DimensionSection, Space, Values, flat, with_values
+from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
 
 MetricName = Literal["denoising", "bpd", "nats", "fid", "kid", "sw", "nfe"]
 METRICS: tuple[str, ...] = get_args(MetricName)
@@ -118,7 +120,7 @@ def misshapen(raw: Mapping[str, Any]) -> list[str]:
     """What is a value where the sweep's file has a section, a range or a list."""
     sections = {name for name in Sweep.model_fields if name not in ("base", "checkpoint", "trials")}
     found = [
-        f"{key}: {value!r} is not a section; write {key}: {{KEY: VALUE, ...}}"
+        f"{key}: {_shown(value)} is not a section; write {key}: {{KEY: VALUE, ...}}"
         for key, value in raw.items()
         if not isinstance(value, dict) and (key in sections or (key == "base" and value is not None))
     ]
@@ -126,8 +128,8 @@ def misshapen(raw: Mapping[str, Any]) -> list[str]:
     for key, given in space.items() if isinstance(space, dict) else ():
         if not isinstance(given, dict):
             found.append(
-                f"space.{key}: {given!r} is not a dimension; write {{uniform: [LOW, HIGH]}}, {{log: [LOW, HIGH]}}, "
-                "{int: [LOW, HIGH]} or {choice: [VALUE, ...]}"
+                f"space.{key}: {_shown(given)} is not a dimension; write {{uniform: [LOW, HIGH]}}, "
+                "{log: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [VALUE, ...]}"
             )
             continue
         for kind, value in given.items():
@@ -135,12 +137,18 @@ def misshapen(raw: Mapping[str, Any]) -> list[str]:
                 continue  # as a dumped sweep writes what is not given
             if kind in ("uniform", "int", "log") and not (kind == "log" and isinstance(value, bool)):
                 if not (isinstance(value, list | tuple) and len(value) == 2):
-                    found.append(f"space.{key}.{kind}: {value!r} is not a range; write [LOW, HIGH]")
+                    found.append(f"space.{key}.{kind}: {_shown(value)} is not a range; write [LOW, HIGH]")
             elif kind == "choice" and not isinstance(value, list | tuple):
-                found.append(f"space.{key}.choice: {value!r} is not a list; write [VALUE, ...]")
+                found.append(f"space.{key}.choice: {_shown(value)} is not a list; write [VALUE, ...]")
             elif kind == "when" and not isinstance(value, dict):
-                found.append(f"space.{key}.when: {value!r} is not a condition; write {{KEY: VALUE or [VALUE, ...]}}")
+                found.append(
+                    f"space.{key}.when: {_shown(value)} is not a condition; write {{KEY: VALUE or [VALUE, ...]}}"
+                )
     return found
+
+
+def _shown(value: Any) -> str:
+    return shortened(repr(value))
 
 
 @dataclass(frozen=True)
@@ -171,10 +179,19 @@ class Plan:
         for one in self.space.dimensions:
             if self.space.active(one, values, base):
                 there = base.get(one.key, _SAMPLE_DEFAULTS.get(one.key))
-                if not one.contains(there):
+                written = [value for value in (there, *one.choices) if self._is(one, value, there)]
+                if not written:
                     return None
-                values[one.key] = there
+                values[one.key] = written[0]
         return values
+
+    def _is(self, one: Dimension, value: Any, there: Any) -> bool:
+        """Whether a value of a dimension is the base config's `there`, however it is written ('64k', 64000)."""
+        if value == there or one.key not in self.base:
+            return value == there and one.contains(value)
+        with contextlib.suppress(UserError):
+            return bool(flat(self.config({one.key: value}).model_dump(mode="json")).get(one.key) == there)
+        return False
 
 
 _SAMPLE_DEFAULTS: dict[str, Any] = {

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.store import open_store
+from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import differing_keys, dump_config, load_config
 from scoreray.trainer.process import VP
+from scoreray.trainer.run import stored_config
 from scoreray.trainer.weighting import MinSNR
 
 MINIMAL: dict[str, Any] = {
@@ -80,12 +83,29 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("duration", "is not an override"),
         ("run.name.x=1", "not a section"),
         ("process.sigma_min=[", "not YAML"),
+        ("run.name=%40", "needs quotes"),
+        ("run.name=@1", "needs quotes"),
+        ("run.name=*x", "has no anchor"),
+        ("run.name=!!int 'abc'", "tags are not read"),
+        ("run.seed=" + "9" * 5000, "too long for a number"),
+        ("run.seed=1:30", "run.seed: '1:30' is not accepted"),
+        ("run.name=1e3", "run.name: 1000.0 is not accepted; it should be a valid string; put it in quotes"),
+        ("run.name=#1", "a comment"),
+        ("run={name: a, name: b}", "stands here again"),
+        ("objective=" + "[" * 3000, "nested too deeply"),
+        ("a" + ".a" * 3000 + "=1", "is not an override"),
+        ("optimizer.learning_rate=" + "x" * 100_000, "(100,002 characters) is not accepted"),
+        ("optimizer." + "x" * 100_000 + "=1", "unknown key"),
+        ("process.kind=" + "x" * 100_000, "unknown 'xxx"),
+        ("run.name.x" + "x" * 100_000 + "=1", "not a section"),
+        ("ema.stds=[" + "a, " * 5000 + "]", "and 4,900 more"),
     ],
 )
 def test_bad_overrides(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(MINIMAL, [override])
     assert message in str(caught.value)
+    assert max(len(line) for line in str(caught.value).splitlines()) < 600
 
 
 RBM = ["network.kind=rbm", "objective.kind=contrastive", "objective.chain=gibbs"]
@@ -104,7 +124,7 @@ ENERGY = ["denoiser.parameterization=energy_dot", "objective.kind=contrastive"]
         ),
         ([*RBM, "objective.step_size=0.2"], ["objective.step_size: chains of block Gibbs have none"]),
         ([*RBM, "objective.weighting.kind=edm"], ["objective.weighting: chains of block Gibbs have none"]),
-        ([*RBM, "network.binarize=no"], ["network.binarize: False is not accepted"]),
+        ([*RBM, "network.binarize=no"], ["network.binarize: 'no' is not accepted"]),
         ([*RBM, "network.num_hidden=0"], ["network.num_hidden is 0: give 1 or more"]),
         (["network.kind=gaussian_rbm", *RBM[1:], "network.std=0"], ["network.std is 0"]),
         (["objective.kind=contrastive", "objective.chain=gibbs"], ["'gibbs' moves the layers of an RBM"]),
@@ -137,6 +157,59 @@ def test_parts_that_do_not_go_together_are_told_a_line_each(overrides: list[str]
 def test_machines_and_persistent_chains_are_chosen_by_words_and_come_back_from_yaml(overrides: list[str]) -> None:
     config = load_config(MINIMAL, overrides)
     assert load_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_numbers_are_numbers_and_words_are_words_in_files_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL) + "optimizer: {learning_rate: 1e-3, eps: 1E-9}\nscaling: {use_gpu: no}\n")
+    config = load_config(file, ["run.seed=010", "data.prefetch_batches=0o10", "run.name='1e3'", "log.tensorboard=off"])
+    assert (config.optimizer.learning_rate, config.optimizer.eps, config.scaling.use_gpu) == (1e-3, 1e-9, False)
+    assert (config.run.seed, config.data.prefetch_batches, config.run.name) == (10, 8, "1e3")
+    assert not config.log.tensorboard
+    assert load_config(yaml.safe_load(dump_config(config))) == config
+    assert load_config(parse_yaml(dump_config(config), "")) == config
+
+
+@pytest.mark.parametrize("name", ["a", "1e3", "089", "1E5", "0o10", "2024", "yes", "1.5e-3"])
+def test_a_config_that_an_earlier_version_stored_is_read_equal(tmp_path: Path, name: str) -> None:
+    """It wrote YAML 1.1, where 1e3 and 089 are strings that need no quotes."""
+    config = load_config({**MINIMAL, "run": {"name": name, "storage": "1e9"}, "optimizer": {"eps": 1e-12}})
+    store = open_store(str(tmp_path))
+    store.put("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    assert stored_config(store) == config
+    store.put("config.yaml", dump_config(config).encode())
+    assert stored_config(store) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {}\nrun: {}", "line 2, column 1: key 'run' stands here again"),
+        ("[" * 2000, "nested too deeply"),
+        ("a: " + "9" * 5000, "too long for a number"),
+        ("x", "a mapping of sections, this is a str"),
+        ("a: 2024-13-45", "mistakes"),
+        ("a: &a {b: *a}", "within itself"),
+        ("run: {name: \x00}", r"U\+0000"),
+    ],
+)
+def test_a_stored_config_that_was_damaged_is_one_line_about_its_file(tmp_path: Path, text: str, message: str) -> None:
+    store = open_store(str(tmp_path))
+    store.put("config.yaml", text.encode())
+    with pytest.raises(DataError, match=f"config.yaml: not the config of a run: .*{message}"):
+        stored_config(store)
+
+
+def test_of_two_overrides_of_one_key_the_last_holds() -> None:
+    assert load_config(MINIMAL, ["run.seed=1", "run.seed=2"]).run.seed == 2
+    assert load_config(MINIMAL, ["run.seed=2", "run.seed=1"]).run.seed == 1
+
+
+def test_a_section_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optimizer: {learning_rate: 3e-4}\n" + yaml.safe_dump(MINIMAL) + "optimizer: {warmup_images: 5}\n")
+    with pytest.raises(UserError, match=r"c.yaml: line \d+, column 1: key 'optimizer' stands here again, after line 1"):
+        load_config(file)
 
 
 def test_an_outer_kind_does_not_undo_an_inner_one_whatever_their_order() -> None:
@@ -177,7 +250,17 @@ def test_a_file_that_grows_or_holds_itself_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[1, 2]", "mapping"), ("a: [", "not YAML"), ("\xff", "mapping"), ("", "mapping")],
+    [
+        ("[1, 2]", "mapping"),
+        ("a: [", "not YAML"),
+        ("\xff", "can't be read"),
+        ("", "this is empty"),
+        ("a: 2024-13-45", "a: unknown key"),
+        ("1: x", "put it in quotes"),
+        ("a: !!int abc", "tags are not read"),
+        ("a: " + "9" * 5000, "too long for a number"),
+        ("a: \x00", "U\\+0000"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "c.yaml"

@@ -53,6 +53,50 @@ BAD_SPACES: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("key", "choice", "default"),
+    [
+        ("optimizer.learning_rate", "[1e-3, 2e-3]", 2e-3),
+        ("optimizer.learning_rate", "['1e-3', '2e-3']", "2e-3"),
+        ("optimizer.warmup_images", "[0.5k, 1k, 10k]", "1k"),
+        ("optimizer.warmup_images", "[500, 1E3]", 1000),
+        ("data.num_lanes", "[~, 64]", None),
+        ("optimizer.learning_rate", "[1e-3, 5e-3]", "none"),
+    ],
+)
+def test_the_base_s_own_value_is_found_among_the_choices_however_it_is_written(
+    sweep: dict[str, Any], tmp_path: Path, key: str, choice: str, default: Any
+) -> None:
+    sweep["base"]["optimizer"] |= {"warmup_images": 1000}
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({name: value for name, value in sweep.items() if name != "space"}))
+    file.write_text(file.read_text() + f"space: {{{key}: {{choice: {choice}}}}}\n")
+    found = load_sweep(file).default()
+    assert found == (None if default == "none" else {key: default})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("space: " + "[" * 20_000, "nested too deeply"),
+        ("study: {name: a}\nstudy: {name: b}", "key 'study' stands here again, after line 1"),
+        ("space: {a: 2024-13-45}", "'2024-13-45' is not a dimension"),
+        ("space: {1: {uniform: [0, 1]}}", "put it in quotes"),
+        ("trials: !!int abc", "tags are not read"),
+        ("trials: " + "9" * 5000, "too long for a number"),
+        ("base: deep.yaml", "base: .*deep.yaml: .*nested too deeply"),
+    ],
+)
+def test_a_sweep_that_is_no_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "deep.yaml").write_text("{a: " * 5000)
+    (tmp_path / "sweep.yaml").write_text(text + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        load_sweep(tmp_path / "sweep.yaml")
+    assert max(map(len, str(caught.value).splitlines())) < 400
+    with pytest.raises(UserError, match=r"nested too deeply|is not an override"):
+        load_sweep(CONFIGS / "laptop.yaml", ["space=" + "[" * 20_000] if "[" in text else ["base" + ".a" * 3000 + "=1"])
+
+
 @pytest.mark.parametrize(("space", "message"), BAD_SPACES, ids=[message[:24] for _, message in BAD_SPACES])
 def test_a_bad_space_is_one_line(sweep: dict[str, Any], space: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
