@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -87,6 +87,7 @@ def sample(
     """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
     from scoreray.cluster.generation import sample_to
     from scoreray.sampling.generate import Request
+    from scoreray.sampling.options import parse_options
     from scoreray.sampling.steering import Guidance, measurement_of
 
     request = Request(
@@ -99,7 +100,7 @@ def sample(
         guidance=Guidance(guidance, autoguide, guide_ema, _interval(interval)),
         measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method),
         batch_size=batch_size,
-        options=_options(option or []),
+        options=parse_options(option or []),
     )
     make_bucket(out)
     drawn = sample_to(
@@ -245,6 +246,7 @@ def evaluate(
 ) -> None:
     """Measure a model: a record to compare, a page to look at. The same command again goes on, or finds it."""
     from scoreray.cluster.evaluating import evaluate_on_ray
+    from scoreray.sampling.options import parse_options
     from scoreray.sampling.plan import Settings
 
     settings = Settings(
@@ -267,7 +269,7 @@ def evaluate(
         seed=seed,
         guidance=guidance,
         batch_size=batch_size,
-        options=_options(option or []),
+        options=parse_options(option or []),
         rtol=rtol,
         threads=threads,
     )
@@ -304,15 +306,3 @@ def _interval(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         raise UserError(f"--interval {text}: write two noise levels, LOW,HIGH, e.g. 0.2,5") from None
     return low, high
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    options = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--option {pair}: write NAME=VALUE, e.g. s_churn=40")
-        options[name] = yaml.safe_load(value)
-    return options

@@ -9,10 +9,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import ScorerayError
+from scoreray.data.errors import UserError
 from scoreray.sampling.noise import Noise
 from scoreray.sampling.ode_samplers import Levels, Steps
-from scoreray.sampling.options import POSITIVE, Range
+from scoreray.sampling.options import Range
 
 # Dormand & Prince 1980: nodes, stages, and the fifth-order weights less the fourth-order ones.
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -32,8 +32,8 @@ def rk45(
     sigmas: Levels,
     noise: Noise,
     *,
-    rtol: Annotated[float, POSITIVE] = 1e-5,
-    atol: Annotated[float, POSITIVE] = 1e-5,
+    rtol: Annotated[float, Range(1e-14, 1)] = 1e-5,
+    atol: Annotated[float, Range(1e-14, 1e6)] = 1e-5,
     max_steps: Annotated[int, Range(1, 1_000_000)] = 10_000,
 ) -> Steps:
     """Dormand-Prince 5(4) on the probability-flow ODE; 6 calls a step of the slowest row, and 2 more.
@@ -42,7 +42,7 @@ def rk45(
     II.4, in the variable ln sigma, where it needs a quarter fewer calls than in sigma and keeps its tolerance. Of the
     grid it uses the ends, sigmas[0] and the last positive one, and takes the first interval as its first step; a step
     of Euler to 0 ends it. Every row has its own steps, so that its result does not depend on its batch-mates; a row
-    that is done waits, evaluated in place. Raises ScorerayError when a row needs more than `max_steps` steps.
+    that is done waits, evaluated in place. Raises UserError when a row needs more than `max_steps` steps.
     """
     first_step = math.log(sigmas[0] / max(sigmas[1], sigmas[-2]))
     x = yield from integrate(x, sigmas[0], sigmas[-2], first_step, rtol, atol, max_steps)
@@ -81,8 +81,8 @@ def integrate(
     if not bool((at != finish).any()):
         return x
     rows = torch.nonzero(at != finish).flatten().tolist()
-    raise ScorerayError(
-        f"the adaptive solver was not done after max_steps = {max_steps} in rows {rows[:8]}: raise it or the "
+    raise UserError(
+        f"max_steps = {max_steps}: the adaptive solver was not done by then in rows {rows[:8]}; raise it or the "
         "tolerances, and check that the denoiser's values are finite"
     )
 

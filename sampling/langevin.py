@@ -12,12 +12,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from scoreray.data.errors import UserError
 from scoreray.sampling.noise import Noise
 from scoreray.sampling.ode_samplers import Levels, Steps, heun
-from scoreray.sampling.options import POSITIVE, Range
+from scoreray.sampling.options import Range
 from scoreray.trainer import ladder
 
 COUNT = Range(1, 10_000_000)
+STEP_SIZE = Range(0, 1e30, open_low=True)
+LARGEST_RELATIVE = 1e36  # of a step: float32 ends at 3.4e38
 
 
 def langevin(
@@ -25,7 +28,7 @@ def langevin(
     sigmas: Levels,
     noise: Noise,
     *,
-    step_size: Annotated[float | None, POSITIVE] = None,
+    step_size: Annotated[float | None, STEP_SIZE] = None,
     num_steps: Annotated[int | None, COUNT] = None,
     denoise: bool = False,
     warm_start: bool = False,
@@ -38,9 +41,9 @@ def langevin(
     where the chain starts. From noise alone a chain at a small sigma does not reach the data (Song & Ermon 2019, 3.2).
     """
     sigma = sigmas[-2]
+    relative = 0.5 if step_size is None else _relative("step_size", step_size, sigma)
     if warm_start:
         x = yield from heun(x, sigmas[:-1], noise)
-    relative = 0.5 if step_size is None else step_size / sigma**2
     for _ in range(len(sigmas) - 1 if num_steps is None else num_steps):
         denoised = yield x, sigma
         x = torch.lerp(x, denoised, relative).add_(noise.like(x), alpha=sigma * math.sqrt(2 * relative))
@@ -54,8 +57,8 @@ def sgld(
     sigmas: Levels,
     noise: Noise,
     *,
-    step_size: Annotated[float | None, POSITIVE] = None,
-    offset: Annotated[float, POSITIVE] = 10.0,
+    step_size: Annotated[float | None, STEP_SIZE] = None,
+    offset: Annotated[float, Range(0, 1e12, open_low=True)] = 10.0,
     decay: Annotated[float, Range(0.5, 1, open_low=True)] = 0.55,
     num_steps: Annotated[int | None, COUNT] = None,
     warm_start: bool = False,
@@ -67,9 +70,9 @@ def sgld(
     defaults to sigma^2. `warm_start`: as of `langevin`.
     """
     sigma = sigmas[-2]
+    first = 1.0 if step_size is None else _relative("step_size", step_size, sigma)
     if warm_start:
         x = yield from heun(x, sigmas[:-1], noise)
-    first = 1.0 if step_size is None else step_size / sigma**2
     for k in range(len(sigmas) - 1 if num_steps is None else num_steps):
         denoised = yield x, sigma
         relative = first * (1 + k / offset) ** -decay
@@ -82,7 +85,7 @@ def ncsn(
     sigmas: Levels,
     noise: Noise,
     *,
-    epsilon: Annotated[float | None, POSITIVE] = None,
+    epsilon: Annotated[float | None, STEP_SIZE] = None,
     num_steps: Annotated[int, COUNT] = 100,
     denoise: bool = False,
 ) -> Steps:
@@ -91,7 +94,7 @@ def ncsn(
     Song & Ermon 2019, Alg. 1: step a_i = epsilon sigma_i^2 / sigma_L^2, x + a_i / 2 score + sqrt(a_i) z. `epsilon` is
     the step at the smallest level; by default 0.2 sigma_L^2, the paper's 2e-5 at sigma_L 0.01.
     """
-    relative = 0.2 if epsilon is None else epsilon / sigmas[-2] ** 2
+    relative = 0.2 if epsilon is None else _relative("epsilon", epsilon, sigmas[-2])
     return (yield from _annealed(x, sigmas, noise, relative / 2, num_steps, denoise))
 
 
@@ -100,7 +103,7 @@ def ncsnv2(
     sigmas: Levels,
     noise: Noise,
     *,
-    epsilon: Annotated[float | None, POSITIVE] = None,
+    epsilon: Annotated[float | None, STEP_SIZE] = None,
     num_steps: Annotated[int, COUNT] = 5,
     denoise: bool = True,
 ) -> Steps:
@@ -113,7 +116,17 @@ def ncsnv2(
         levels = len(sigmas) - 1
         ratio = (sigmas[0] / sigmas[-2]) ** (1 / (levels - 1)) if levels > 1 else 1.0
         epsilon = ladder.step_size(sigmas[-2], ratio, num_steps)
-    return (yield from _annealed(x, sigmas, noise, epsilon / sigmas[-2] ** 2, num_steps, denoise))
+    return (yield from _annealed(x, sigmas, noise, _relative("epsilon", epsilon, sigmas[-2]), num_steps, denoise))
+
+
+def _relative(name: str, step: float, sigma: float) -> float:
+    """step / sigma^2. Raises UserError where float32 can't hold it."""
+    if step >= LARGEST_RELATIVE * sigma**2:
+        raise UserError(
+            f"{name} = {step:g}: at noise level {sigma:g} this leads to numbers that are not finite; give less than "
+            f"{LARGEST_RELATIVE * sigma**2:g}"
+        )
+    return step / sigma**2
 
 
 def _annealed(x: Tensor, sigmas: Levels, noise: Noise, relative: float, num_steps: int, denoise: bool) -> Steps:

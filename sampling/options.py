@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
+import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.yaml_text import parse_value
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, to stand in an Annotated[float, Range(...)] of a sampler's signature."""
+    """Bounds of a number, to stand in an Annotated[float, Range(...)] of a sampler's signature.
+
+    Both are finite: what a sampler makes of any number between them must be one that float32 holds, as PyTorch refuses
+    others in the middle of the work.
+    """
 
     low: float
-    high: float = math.inf
+    high: float
     open_low: bool = False
 
     def __contains__(self, value: float) -> bool:
         return (self.low < value if self.open_low else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.high == math.inf else ']'}"
-
-
-POSITIVE = Range(0, open_low=True)
-NOT_NEGATIVE = Range(0)
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Option:
         """What may be given, in words for a message."""
         if self.choices:
             what = "one of " + ", ".join(self.choices)
-        elif self.bounds is not None:
+        elif self.bounds is not None:  # of every number
             what = f"{'an integer' if self.kind is int else 'a number'} in {self.bounds}"
         else:
             what = "true or false" if self.kind is bool else f"a {self.kind.__name__}"
@@ -60,15 +61,16 @@ class Option:
         if value is None and self.optional:
             return None
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        inside = number and self.bounds is not None and value in self.bounds
         fits = {
             bool: isinstance(value, bool),
-            str: value in self.choices,
-            int: number and value == int(value) if number and math.isfinite(value) else False,
-            float: number and math.isfinite(value),
+            str: isinstance(value, str) and value in self.choices,
+            int: inside and value == int(value),
+            float: inside,
         }.get(self.kind, isinstance(value, self.kind))
-        if not fits or (self.bounds is not None and value not in self.bounds):
+        if not fits:
             hint = f" ({nearest(value, self.choices)})" if self.kind is str and isinstance(value, str) else ""
-            raise UserError(f"{self.name} = {value!r}: must be {self.accepted}{hint}")
+            raise UserError(f"{self.name} = {shortened(repr(value))}: must be {self.accepted}{hint}")
         return self.kind(value) if self.kind in (bool, str, int, float) else value
 
 
@@ -86,8 +88,34 @@ def check_options(name: str, sampler: Callable[..., Any], options: dict[str, Any
     for key in options:
         if key not in known:
             have = nearest(key, known) if known else "it takes none"
-            raise UserError(f"sampler '{name}' has no option '{key}': {have}")
+            raise UserError(f"sampler '{name}' has no option '{shortened(str(key))}': {have}")
     return {key: known[key].check(value) for key, value in options.items()}
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from words NAME=VALUE, the value YAML; of two with one name the last holds. Raises UserError."""
+    options = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--option {shortened(pair)}: write NAME=VALUE, e.g. s_churn=40")
+        options[name] = parse_value(text, f"--option {shortened(pair)}")
+    return options
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Words of a command line from which `parse_options` gets these options back equal."""
+    return [word for name, value in options.items() for word in ("--option", f"{name}={_as_text(value)}")]
+
+
+def _as_text(value: Any) -> str:
+    """YAML of a value in one line, as a person would write it."""
+    try:
+        if parse_value(str(value), "") == value:
+            return str(value)
+    except UserError:
+        pass
+    return json.dumps(value)
 
 
 def _option(name: str, hint: Any, default: Any) -> Option:

@@ -16,8 +16,10 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.sampling.noise import Noise
 from scoreray.sampling.ode_samplers import Levels, Steps, _log_steps
-from scoreray.sampling.options import NOT_NEGATIVE, POSITIVE, Range
+from scoreray.sampling.options import Range
 from scoreray.trainer.process import GaussianProcess
+
+S_NOISE = Range(0, 100, open_low=True)
 
 
 def ddpm(x: Tensor, sigmas: Levels, noise: Noise, *, variance: Literal["small", "large"] = "small") -> Steps:
@@ -103,7 +105,7 @@ def predictor_corrector(
     sigmas: Levels,
     noise: Noise,
     *,
-    snr: Annotated[float, POSITIVE] = 0.16,
+    snr: Annotated[float, Range(0, 1, open_low=True)] = 0.16,
     corrector_steps: Annotated[int, Range(0, 1000)] = 1,
     predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion",
     norms: Literal["expected", "row"] = "expected",
@@ -142,10 +144,10 @@ def edm_sde(
     sigmas: Levels,
     noise: Noise,
     *,
-    s_churn: Annotated[float, NOT_NEGATIVE] = 40.0,
-    s_min: Annotated[float, NOT_NEGATIVE] = 0.05,
-    s_max: Annotated[float, NOT_NEGATIVE] = 50.0,
-    s_noise: Annotated[float, POSITIVE] = 1.003,
+    s_churn: Annotated[float, Range(0, 1e6)] = 40.0,
+    s_min: Annotated[float, Range(0, 1e12)] = 0.05,
+    s_max: Annotated[float, Range(0, 1e12)] = 50.0,
+    s_noise: Annotated[float, S_NOISE] = 1.003,
 ) -> Steps:
     """EDM's stochastic sampler: raise the noise a little ("churn"), then a step of Heun; 2 n - 1 calls.
 
@@ -172,8 +174,8 @@ def dpmpp_2m_sde(
     sigmas: Levels,
     noise: Noise,
     *,
-    eta: Annotated[float, NOT_NEGATIVE] = 1.0,
-    s_noise: Annotated[float, POSITIVE] = 1.0,
+    eta: Annotated[float, Range(0, 100)] = 1.0,
+    s_noise: Annotated[float, S_NOISE] = 1.0,
     solver: Literal["midpoint", "heun"] = "midpoint",
 ) -> Steps:
     """SDE-DPM-Solver++(2M): the two-step exponential integrator on the reverse SDE; n calls.
@@ -204,8 +206,8 @@ def dpmpp_3m_sde(
     sigmas: Levels,
     noise: Noise,
     *,
-    eta: Annotated[float, NOT_NEGATIVE] = 1.0,
-    s_noise: Annotated[float, POSITIVE] = 1.0,
+    eta: Annotated[float, Range(0, 100)] = 1.0,
+    s_noise: Annotated[float, S_NOISE] = 1.0,
 ) -> Steps:
     """DPM-Solver++(3M) SDE: three-step exponential integrator on the reverse SDE; n calls.
 

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from scoreray.data.errors import ScorerayError
 from scoreray.sampling.generate import Request, generate
 from scoreray.sampling.load import load
+from scoreray.sampling.options import option_words
 from scoreray.trainer.config import Config, dump_config
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (
@@ -228,12 +230,13 @@ def _best_yaml(plan: Plan, best: Trial) -> str:
 
 
 def _sample_command(plan: Plan, best: Trial) -> str:
+    """The command line that draws as the best trial was drawn from, for a shell."""
     drawn, report = draw_settings(plan.sweep, best.values), best.reports[-1]
-    words = [f"scoreray sample {report['checkpoint']} --count 64 --out samples --ema {report['ema']}"]
-    words += [f"--{key} {drawn[key]}" for key in ("sampler", "steps", "grid") if drawn[key] is not None]
-    words += [f"--guidance {drawn['guidance']}"] if drawn["guidance"] != 1.0 else []
-    words += [f"--option {key}={value}" for key, value in drawn["options"].items()]
-    return " ".join(words)
+    words = ["scoreray", "sample", report["checkpoint"], "--count", "64", "--out", "samples", "--ema", report["ema"]]
+    for key in ("sampler", "steps", "grid"):
+        words += [f"--{key}", str(drawn[key])] if drawn[key] is not None else []
+    words += ["--guidance", str(drawn["guidance"])] if drawn["guidance"] != 1.0 else []
+    return shlex.join([*words, *option_words(drawn["options"])])
 
 
 def _trained(trials: Sequence[Trial]) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from typing import Any
 
 import pytest
 import torch
 
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.options import options_of
+from scoreray.sampling.options import check_options, option_words, options_of, parse_options
 from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, Progress, drive, num_calls, sample, start
 from scoreray.sampling.sigmas import karras
 
@@ -197,7 +200,7 @@ def test_unknown_names_are_answered_with_the_nearest(gaussian):
         ("ddim", {"eta": math.nan}, "eta = nan"),
         ("ddim", {"eta": "1"}, "eta = '1'"),
         ("ddim", {"eta": True}, "eta = True"),
-        ("rk45", {"rtol": 0}, r"rtol = 0: must be a number in \(0, inf\)"),
+        ("rk45", {"rtol": 0}, r"rtol = 0: must be a number in \[1e-14, 1\]"),
         ("unipc", {"order": 4}, r"order = 4: must be an integer in \[1, 3\]"),
         ("unipc", {"order": 1.5}, "order = 1.5"),
         ("langevin", {"num_steps": 0}, "num_steps = 0: must be an integer in .* or none"),
@@ -209,6 +212,61 @@ def test_unknown_names_are_answered_with_the_nearest(gaussian):
 def test_options_out_of_range_are_refused_with_value_and_range(name, options, what, gaussian):
     with pytest.raises(UserError, match=what):
         sample(gaussian, draw(SEEDS), GRID, sampler=name, **options)
+
+
+EXTREMES: list[Any] = [
+    1e300, -1, 0, 0.0, math.nan, math.inf, -math.inf, 1e-320, 5e-324, 1e-45, 10**400, -(10**400), 2**63, 3.5e38, True,
+    False, "", "1", "nan", "x" * 1000, None, [], {}, [1], 1, 2, 0.5, 100.0, 1e-10, 1e10, b"1",
+]  # fmt: skip
+OPTIONS = [(name, option) for name, sampler in SAMPLERS.items() for option in options_of(sampler)]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_value_of_any_option_is_refused_or_gives_finite_samples(name, option, dtype, gaussian):
+    """In float32 too, where PyTorch raises on a coefficient beyond 3.4e38. Only steps may turn out to be too large."""
+    x = 10.0 * SampleNoise(SEEDS).normal((len(SEEDS), 2), dtype)
+    for value in EXTREMES:
+        options = {**(SMALL.get(name, {}) if option != "num_steps" else {}), option: value}
+        said = ""
+        try:
+            samples = sample(gaussian, x, GRID, sampler=name, generator=SEEDS, **options)
+            assert torch.isfinite(samples).all()
+        except UserError as error:
+            said = str(error)
+        if said:
+            assert said.startswith(f"{option} = ") or (option in ("step_size", "epsilon") and value >= 0.5)
+            assert len(said) < 250
+
+
+def test_every_number_that_a_sampler_takes_has_finite_bounds():
+    numbers = [options_of(SAMPLERS[name])[option] for name, option in OPTIONS]
+    numbers = [option for option in numbers if option.kind in (int, float)]
+    assert len(numbers) > 20
+    assert all(math.isfinite(option.bounds.low) and math.isfinite(option.bounds.high) for option in numbers)
+    assert all(option.default is None or option.default in option.bounds for option in numbers)
+
+
+def test_options_of_a_command_line_are_numbers_as_everywhere():
+    words = ["rtol=1e-3", "max_steps=010", "atol=.5", "denoise=true", "solver=heun", "process=null", "rtol=1E-4"]
+    options = parse_options(words)
+    assert options == {
+        "rtol": 1e-4, "max_steps": 10, "atol": 0.5, "denoise": True, "solver": "heun", "process": None
+    }  # fmt: skip
+    assert check_options("rk45", SAMPLERS["rk45"], parse_options(["rtol=1e-3", "max_steps=1e3"])) == {
+        "rtol": 1e-3, "max_steps": 1000
+    }  # fmt: skip
+    given = {"a": 1e-05, "b": True, "c": None, "d": "heun", "e": "1e-3", "f": 7, "g": "a b'\"", "h": "", "i": "no: #"}
+    assert parse_options(option_words(given)[1::2]) == given
+    assert shlex.split(shlex.join(option_words(given)))[::2] == ["--option"] * len(given)
+
+
+@pytest.mark.parametrize(
+    "word", ["x", "=1", "x=[1", "x={", "x=%40", "x=@1", "x=*x", "x=!!int a", "x=" + "9" * 5000, "x=&"]
+)
+def test_an_option_that_can_t_be_read_is_named(word):
+    with pytest.raises(UserError, match=f"^--option {re.escape(word[:40])}"):
+        parse_options([word])
 
 
 def test_an_integer_is_taken_where_a_number_is_asked_and_a_whole_number_where_an_integer_is(gaussian):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import warnings
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from scoreray.cluster.cli import app
+from scoreray.sampling.generate import Request
+from scoreray.sampling.options import parse_options
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
 from scoreray.tune.pictures import _ends, _front_frame, front_picture
@@ -145,3 +150,33 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
     assert list(short_names(keys).values()) == [
         "weighting.kind", "process.kind", "a.sigma_max", "b.sigma_max", "learning_rate"
     ]  # fmt: skip
+
+
+def test_the_printed_line_that_draws_is_what_the_command_reads(sweep: dict[str, Any]) -> None:
+    """Through the shell's rules and the command's own parser, at values that print as 1e-05."""
+    space = {
+        "sample.options.s_noise": {"log": [1e-5, 1.0]},
+        "sample.options.s_churn": {"int": [0, 40]},
+        "sample.sampler": {"choice": ["edm_sde", "heun"]},
+        "sample.steps": {"int": [4, 64]},
+    }
+    space = {
+        key: {**one, "when": {"sample.sampler": "edm_sde"}} if "options" in key else one for key, one in space.items()
+    }
+    plan = load_sweep({**sweep, "space": space, "metric": {**sweep["metric"], "names": ["nfe"]}})
+    drawn = {
+        "sample.sampler": "edm_sde",
+        "sample.steps": 9,
+        "sample.options.s_noise": 1e-05,
+        "sample.options.s_churn": 7,
+    }
+    report = make_report(plan, [made(plan, 0, drawn, [1.0])])
+    line = report.text().splitlines()[-1]
+    assert line.startswith("draw: scoreray sample /absent/from/here ")
+    words = shlex.split(line.removeprefix("draw: scoreray sample "))
+    command: Any = get_command(app)
+    params = command.commands["sample"].make_context("sample", words).params
+    assert (params["sampler"], params["steps"], params["ema"]) == ("edm_sde", 9, "0.100")
+    options = parse_options(params["option"])
+    assert options == {"s_noise": 1e-05, "s_churn": 7}
+    assert Request(count=1, sampler="edm_sde", options=options).options == options
