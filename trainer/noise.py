@@ -120,7 +120,10 @@ def _hash(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> T
     bases = torch.tensor([_signed(_mix_int(root + stream * _GOLDEN)) for stream in streams], device=positions.device)
     keys = _mix(positions.to(torch.int64) * _signed(_GOLDEN) + bases[:, None]).flatten()
     if torch.compiler.is_compiling():
-        return _mix(keys[:, None] + _elements.__wrapped__(count, positions.device))
+        # The exclusive or with 0 changes nothing, but hides the range from Inductor, which would take range times
+        # constant for an index, in 32 bits on a GPU, where the constant does not fit (Triton: "out of range").
+        numbers = torch.arange(1, count + 1, device=positions.device) ^ 0
+        return _mix(keys[:, None] + _mix(numbers * _signed(_GOLDEN)))
     elements = _elements(count, positions.device)
     if positions.device.type == "cpu":
         # numpy has unsigned shifts, so a hash takes two thirds of torch's operations; both wrap alike.
@@ -140,6 +143,8 @@ def _box_muller(hashed: Tensor, dtype: torch.dtype) -> Tensor:
     """Two normals of each 64-bit hash, [..., 2]: 32 bits of radius, never of ln 0, and 32 of angle."""
     radius = _shift(hashed, 32).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = hashed.to(torch.int32).to(dtype).mul_(math.pi * 2.0**-31)
+    if torch.compiler.is_compiling():  # Inductor makes no kernels for complex numbers
+        return torch.stack([angle.cos() * radius, angle.sin() * radius], dim=-1)
     real = angle.cos().mul_(radius)
     return torch.view_as_real(torch.complex(real, angle.sin_().mul_(radius)))
 

@@ -61,7 +61,7 @@ def test_unlike_requests_in_one_batch_get_what_each_gets_alone(url: str) -> None
         SampleRequest(range(10 * i, 10 * i + 3), (1, 8, 8), karras(steps, 0.02, 20.0), name)
         for i, (name, steps) in enumerate((("heun", 6), ("dpmpp_2m", 9), ("ddpm", 7), ("euler", 11)))
     ]
-    with StepBatcher(denoiser, max_batch=8) as batcher:
+    with StepBatcher(denoiser, max_batch=8, device="cuda") as batcher:
         together = [ticket.result(60) for ticket in [batcher.submit(request) for request in requests]]
     for request, drawn in zip(requests, together, strict=True):
         noise = SampleNoise(request.seeds)
