@@ -28,7 +28,9 @@ def pack(
     layout: Annotated[
         str | None, typer.Option(help="Of arrays with four axes: NCHW or NHWC. Default: as their shape says.")
     ] = None,
-    no_classes: Annotated[bool, typer.Option("--no-classes", help="Subfolders are not classes.")] = False,
+    no_classes: Annotated[
+        bool, typer.Option("--no-classes", help="Neither subfolders nor labels become classes.")
+    ] = False,
     skip_bad: Annotated[
         int, typer.Option(help="Leave out up to so many samples that can't be read; each is named.", min=0)
     ] = 0,

@@ -60,7 +60,7 @@ def pack(
       image_format: png (the default), jpg (lossy) or npy; arrays of floats are always npy.
       channels: 1 or 3; None: as the images of the folder are.
       layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
-      labelled: subfolders of a folder are classes.
+      labelled: subfolders of a folder, and labels that come with samples, are classes.
       skip_bad: up to so many samples that can't be read are left out (`packing.Packed.skipped` names them).
       seed: of the permutation in which samples are packed.
       workers: threads that make shards; each holds one in memory.

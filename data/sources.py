@@ -9,8 +9,8 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +20,7 @@ from PIL import Image
 
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, StorageError, UserError, nearest
+from scoreray.data.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
 from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import Listing, list_below
 from scoreray.data.manifest import check_label, check_shape
@@ -36,8 +37,6 @@ from scoreray.data.pictures import (
 from scoreray.data.store import NotAFile, PathStore, Store, check_is_file, local_path, open_store
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-NPZ_SAMPLES = ("images", "x", "X", "data", "points", "arr_0")
-NPZ_LABELS = ("labels", "y", "label", "targets")
 GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
 LONGEST_SUFFIX = 12  # of a file's name; what is longer is a part of the name
 LOOKED_AT = 32  # images of a folder that are looked at for colours
@@ -46,7 +45,8 @@ LOOKED_AT = 32  # images of a folder that are looked at for colours
 @dataclass(frozen=True)
 class Reading:
     """How the samples of a source are read. `channels`: 1 or 3, None as most images of a folder are. `labelled`:
-    subfolders are classes. `layout`: of arrays with four axes, None as their shape says."""
+    subfolders, or the labels beside the samples, are classes. `layout`: of arrays with four axes, None as their shape
+    says."""
 
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
@@ -183,26 +183,35 @@ def shown(*parts: str) -> str:
 def _open_npz(path: Path, reading: Reading) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            name = next((n for n in NPZ_SAMPLES if n in archive), None)
-            if name is None:
-                raise UserError(f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed")
             _check_memory(path, sum(entry.file_size for entry in archive.zip.infolist()))
-            samples = archive[name]
-            label_name = next((n for n in NPZ_LABELS if n in archive), None)
-            labels = archive[label_name] if label_name else None
-            classes = [str(c) for c in archive["classes"]] if "classes" in archive else []
+            arrays = choose_arrays(archive, archive.files, reading.labelled)
+            if arrays is None:
+                raise UserError(f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed")
     except UserError:
         raise
     except Exception as error:  # what zipfile and numpy raise on damaged bytes is not a short list
         raise DataError(f"{path}: no readable .npz of plain arrays: {' '.join(str(error).split())}") from error
-    return _of_array(path, samples, labels, classes, reading)
+    labels, classes = as_numbers(path, arrays.labels, arrays.classes)
+    source = _of_array(path, arrays.samples, labels, classes, reading)
+    if not arrays.left_out:
+        return source
+    sought = f"; labels are looked for as {', '.join(LABELS[:4])}, ..." if labels is None and reading.labelled else ""
+    note = f"{path}: arrays that are left out: {_some(arrays.left_out)}{sought}"
+    return replace(source, left_out=dict.fromkeys(arrays.left_out, 1), notes=(*source.notes, note))
 
 
 def _open_idx(path: Path, reading: Reading) -> Source:
-    """MNIST's format. The labels are taken from the file beside it that MNIST's naming gives them."""
-    labels_path = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    labels = _read_idx(labels_path) if labels_path != path and labels_path.exists() else None
-    return _of_array(path, _read_idx(path), labels, [], reading)
+    """MNIST's format, with the labels from the file beside it."""
+    labels_path, sought = beside_idx(path) if reading.labelled else (None, "")
+    found = _read_idx(labels_path) if labels_path else None
+    labels = None if found is None else of_nist(found)
+    source = _of_array(path, _read_idx(path), as_numbers(path, labels, None)[0], [], reading)
+    notes = list(source.notes)
+    if sought and labels_path is None:
+        notes.append(f"{path}: no labels beside it ({sought}, .gz or not): packed without classes")
+    if found is not labels:
+        notes.append(f"{labels_path}: the first column is the class, the others are left out")
+    return replace(source, notes=tuple(notes))
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -410,7 +419,7 @@ def kinds_line(counts: Counter[str]) -> str:
     return ", ".join([*(f"{n:,} {shown(kind)}" for kind, n in counts.most_common(5)), *rest])
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join([*map(shown, names[:5]), *["..."] * (len(names) > 5)])
 
 
