@@ -45,14 +45,17 @@ def train(
         typer.echo(dump_config(loaded), nl=False)
         return
     from scoreray.cluster.training import check_here, train_to_end
+    from scoreray.sampling.follow import check_evaluation
     from scoreray.trainer.run import check_run, prepare_run
 
     if check:
         check_run(loaded)
+        check_evaluation(loaded)
         check_here(loaded)
         typer.echo(f"{config}: good")
         return
     make_bucket(loaded.run.storage)
+    check_evaluation(loaded)
     result = train_to_end(prepare_run(loaded, fresh=fresh), verbose=verbose)
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 

@@ -13,6 +13,7 @@ import torch
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
+from scoreray.sampling.follow import check_evaluation
 from scoreray.trainer.config import Config
 from scoreray.trainer.engine import bucket_sizes, resolve_precision
 from scoreray.trainer.loop import run_store
@@ -55,7 +56,7 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     if shape is None:
         text = "can't be planned without the samples' shape; mend data.url, or say --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
-    return [*found, *plan(config, manifest, shape, machine)]
+    return [*found, *evaluation(config), *plan(config, manifest, shape, machine)]
 
 
 def software() -> Finding:
@@ -81,6 +82,18 @@ def data_set(config: Config) -> tuple[Manifest | None, Finding]:
         return None, Finding("data", "problem", str(error))
     text = f"{manifest.num_samples:,} samples of {'x'.join(map(str, manifest.shape))}, {len(manifest.classes)} classes"
     return manifest, Finding("data", "good", f"{text} at {config.data.url}", {"num_samples": manifest.num_samples})
+
+
+def evaluation(config: Config) -> list[Finding]:
+    """What is measured beside the run, where the config asks for anything and its data set is there."""
+    try:
+        check_evaluation(config)
+    except ScorerayError as error:
+        return [Finding("evaluation", "problem", str(error))]
+    section = config.evaluation
+    if not section.metrics:
+        return []
+    return [Finding("evaluation", "good", f"{', '.join(section.metrics)} against {section.reference or 'data.url'}")]
 
 
 def storage(config: Config) -> Finding:

@@ -197,6 +197,11 @@ class Manifest:
         return Manifest.from_json(store.get(MANIFEST), url)
 
     @property
+    def classes_with_images(self) -> int:
+        """How many classes have a sample: a class of another split, or one that was emptied, has a name and none."""
+        return sum(count > 0 for count in self.class_counts)
+
+    @property
     def bytes_per_sample(self) -> float:
         """Stored bytes of a sample, tar headers included, on average."""
         return sum(shard.bytes for shard in self.shards) / self.num_samples

@@ -123,11 +123,7 @@ def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[Ext
     info = describe(settings.checkpoint, settings.ema).info
     manifest = Manifest.load(open_store(settings.reference))
     cache = open_store(settings.cache or f"{settings.out or f'{run_of(info.url)}/{FOLDER}'}/cache")
-    looking = {metric for metric, parts in record.PROTOCOL.items() if "extractor" in parts}
-    if settings.metrics and not looking & set(settings.metrics):
-        extractor = ExtractorChoice("identity")
-    else:
-        extractor = features.choose(settings.extractor, manifest, cache)
+    extractor = choose_extractor(settings, manifest, cache)
     choose_metrics(settings.metrics, info, manifest, extractor, settings.restoration)
     settings.request().labels(0, 1, info)
     if extractor.kind != "classifier":
@@ -140,6 +136,14 @@ def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[Ext
         sha256 = json.loads(cache.get(key))["sha256"]
         extractor = ExtractorChoice("classifier", sha256, "classifier.safetensors")
     return extractor, read_classifier(extractor.file, cache.get(extractor.key))[1]
+
+
+def choose_extractor(settings: Settings, manifest: Manifest, cache: Store | None) -> ExtractorChoice:
+    """The extractor of an evaluation against the data set of `manifest`; errors and `cache` as of `features.choose`."""
+    looking = {metric for metric, parts in record.PROTOCOL.items() if "extractor" in parts}
+    if settings.metrics and not looking & set(settings.metrics):
+        return ExtractorChoice("identity")
+    return features.choose(settings.extractor, manifest, cache)
 
 
 def missing(plan: Plan, stage: str, tasks: list[Task]) -> list[Task]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
-from scoreray.sampling import classifier, inception
+from scoreray.sampling import classifier, frechet, inception
 
 IDENTITY_VALUES = 64  # samples of no more values have themselves for features, unless another extractor is given
 WORDS = ("auto", "classifier", "identity")
@@ -48,36 +48,33 @@ class ExtractorChoice:
         return f"extractors/{self.sha256}{Path(self.file).suffix}"
 
 
-def choose(spec: str, manifest: Manifest, cache: Store) -> ExtractorChoice:
-    """The extractor that a person means; a file is copied to the cache, where every worker finds it.
+def choose(spec: str, manifest: Manifest, cache: Store | None) -> ExtractorChoice:
+    """The extractor that a person means; a file is copied to the cache (if any), where every worker finds it.
 
     For a classifier that is still to be trained `sha256` is empty. Raises UserError (no such file, word or classes).
     """
-    num_values = math.prod(manifest.shape)
-    if spec == "auto":
-        if num_values <= IDENTITY_VALUES:
-            return ExtractorChoice("identity")
-        if len(manifest.shape) != 3 or len(manifest.classes) < 2:
-            raise UserError(
-                f"--extractor auto: the reference '{manifest.name}' ({list(manifest.shape)}, {len(manifest.classes)} "
-                "classes) is no set of images with classes to train one on; give --extractor FILE, or identity"
-            )
-        return ExtractorChoice("classifier")
-    if spec == "identity":
+    if spec == "identity" or (spec == "auto" and math.prod(manifest.shape) <= IDENTITY_VALUES):
         return ExtractorChoice("identity")
-    if spec == "classifier":
-        if len(manifest.shape) != 3 or len(manifest.classes) < 2:
-            raise UserError(
-                f"--extractor classifier: the reference '{manifest.name}' has {len(manifest.classes)} classes and "
-                f"shape {list(manifest.shape)}; it needs images of two classes or more"
-            )
+    if spec in ("auto", "classifier"):
+        _check_labels(spec, manifest)
         return ExtractorChoice("classifier")
     if len(manifest.shape) != 3:
         raise UserError(f"--extractor {spec}: takes images, the reference has samples of shape {list(manifest.shape)}")
     return _choose_file(spec, cache)
 
 
-def _choose_file(spec: str, cache: Store) -> ExtractorChoice:
+def _check_labels(spec: str, manifest: Manifest) -> None:
+    """Raises UserError where a classifier would learn nothing: one class has the same features for everything."""
+    labelled, classes = sum(manifest.class_counts), manifest.classes_with_images
+    if len(manifest.shape) != 3 or classes < 2 or labelled < frechet.FEWEST:
+        raise UserError(
+            f"--extractor {spec}: the reference '{manifest.name}' ({list(manifest.shape)}) has {labelled:,} labelled "
+            f"images, in {classes} of its {len(manifest.classes)} classes; a classifier learns from {frechet.FEWEST} "
+            "or more, of two classes or more: give --extractor FILE, or identity"
+        )
+
+
+def _choose_file(spec: str, cache: Store | None) -> ExtractorChoice:
     path = spec.removeprefix("inception:")
     accepted = f"accepted: {', '.join(WORDS)}, or a file that ends in {', '.join(SUFFIXES)}"
     if Path(path).suffix not in SUFFIXES:
@@ -105,7 +102,7 @@ def _choose_file(spec: str, cache: Store) -> ExtractorChoice:
             f"{path}: its SHA-256 begins {choice.sha256[:8]}, its name says {inception.SHA256_START}: fetch it again"
         )
     build(choice, data)  # finds out now, not on every worker
-    if not cache.exists(choice.key):
+    if cache is not None and not cache.exists(choice.key):
         cache.put(choice.key, data)
     return choice
 

@@ -20,13 +20,17 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError
+from scoreray.data.manifest import Manifest
 from scoreray.data.scratch import scratch_folder
-from scoreray.data.store import Store
-from scoreray.sampling.evaluate import described, evaluate
+from scoreray.data.store import Store, open_store
+from scoreray.sampling.batch_generation import is_picture
+from scoreray.sampling.describe import ModelInfo
+from scoreray.sampling.evaluate import choose_extractor, described, evaluate
 from scoreray.sampling.evaluation_tasks import fixed_threads
 from scoreray.sampling.generate import Request, generate, png_of_sheet
 from scoreray.sampling.load import load_model
 from scoreray.sampling.plan import FOLDER, Settings
+from scoreray.sampling.protocol import choose_metrics
 from scoreray.trainer.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.loop import run_store
@@ -76,24 +80,67 @@ def chosen(config: Config) -> list[Function]:
     return [function for function, asked in wanted.items() if asked]
 
 
+def check_evaluation(config: Config) -> None:
+    """Whether the functions will find what they need: the reference is there and fits what is trained, so do metrics,
+    extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
+    section = config.evaluation
+    if section.reference is None and not chosen(config):
+        return
+    data = _manifest(config.data.url)
+    info = ModelInfo("", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config)
+    try:
+        reference = data if section.reference is None else _manifest(section.reference)
+    except ScorerayError as error:
+        raise type(error)(f"evaluation.reference: {error}") from None
+    if reference.shape != data.shape:
+        raise UserError(
+            f"evaluation.reference: {section.reference} has samples of shape {reference.shape}, the data set that is "
+            f"trained on {data.shape}"
+        )
+    try:
+        settings = settings_of(config, "")
+        settings.request().fitted(info)
+        if section.metrics:
+            extractor = choose_extractor(settings, reference, None)
+            choose_metrics(settings.metrics, info, reference, extractor, settings.restoration)
+        if section.sheet:
+            _check_pictures(info.image_shape)
+    except ScorerayError as error:
+        raise type(error)(f"evaluation: {error}") from None
+
+
+def _manifest(url: str) -> Manifest:
+    store = open_store(url)
+    store.check_reachable()
+    return Manifest.load(store)
+
+
+def _check_pictures(shape: Sequence[int]) -> None:
+    if not is_picture(shape):
+        raise UserError(f"evaluation.sheet: samples of shape {list(shape)} are no pictures")
+
+
+def settings_of(config: Config, checkpoint_url: str) -> Settings:
+    """The evaluation of a checkpoint that a config asks for."""
+    section = config.evaluation
+    return Settings(
+        checkpoint=checkpoint_url,
+        reference=section.reference or config.data.url,
+        metrics=tuple(section.metrics),
+        out=run_store(config).url(FOLDER),
+        extractor=section.extractor,
+        count=section.count,
+        reference_count=section.reference_count,
+        sampler=section.sampler,
+        steps=section.steps,
+        guidance=section.guidance,
+        batch_size=section.batch_size,
+    )
+
+
 def measure(config: Config, checkpoint: Checkpoint) -> Values:
     """The metrics of the config, each as {name: value, name_error: its standard error}, and where the record lies."""
-    section = config.evaluation
-    done = evaluate(
-        Settings(
-            checkpoint=checkpoint.url,
-            reference=section.reference or config.data.url,
-            metrics=tuple(section.metrics),
-            out=run_store(config).url(FOLDER),
-            extractor=section.extractor,
-            count=section.count,
-            reference_count=section.reference_count,
-            sampler=section.sampler,
-            steps=section.steps,
-            guidance=section.guidance,
-            batch_size=section.batch_size,
-        )
-    )
+    done = evaluate(settings_of(config, checkpoint.url))
     found: Values = {"record": done.url}
     for name, values in done.record["metrics"].items():
         found[name] = values["value"]
@@ -114,8 +161,7 @@ def draw_sheet(config: Config, checkpoint: Checkpoint) -> Values:
     )
     with fixed_threads(1):
         samples = torch.cat([x for x, _ in generate(load_model(checkpoint.url, device="cpu"), request)])
-    if samples.ndim != 4 or samples.shape[1] not in (1, 3):
-        raise UserError(f"evaluation.sheet: samples of shape {list(samples.shape[1:])} are no pictures")
+    _check_pictures(samples.shape[1:])
     run, key = run_store(config), f"{SHEETS}/{checkpoint.images_seen:012d}.png"
     run.put(key, png_of_sheet(to_uint8(samples)))
     return {"sheet": run.url(key)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError
 
+FEWEST = 16  # samples of a side that a distance of two sets is taken from; more are needed for it to mean much
 GROUPS = 8  # equal parts of the samples whose moments are kept apart, for the error and the extrapolation
 
 

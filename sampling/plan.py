@@ -71,8 +71,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("count", "reference_count"):
-            if getattr(self, name) < frechet.GROUPS * 2:
-                raise UserError(f"{name} = {getattr(self, name)}: at least {frechet.GROUPS * 2} are needed")
+            if getattr(self, name) < frechet.FEWEST:
+                raise UserError(f"{name} = {getattr(self, name)}: at least {frechet.FEWEST} are needed")
         for name in ("likelihood_count", "loss_count", "restoration_count", "chains"):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} = {getattr(self, name)}: at least 2, for a standard error")

@@ -75,6 +75,7 @@ def restoration(name: str, shape: tuple[int, ...]) -> Operator:
     )
 
 
+OF_SETS = ("fid", "kid", "pr", "sw", "nn", "kde")  # compare the samples with the reference as a whole
 COSTLY = ("bpd", "nats", "psnr", "ssim", "ais")  # only where asked for
 
 
@@ -96,6 +97,12 @@ def choose_metrics(
     if {"psnr", "ssim"} & set(wanted):
         restoration(task, info.image_shape)
     chosen = wanted or [name for name, reason in reasons.items() if not reason and name not in COSTLY]
+    of_sets = [name for name in record.PROTOCOL if name in chosen and name in OF_SETS]
+    if of_sets and manifest.num_samples < frechet.FEWEST:
+        raise UserError(
+            f"--reference: '{manifest.name}' has {manifest.num_samples} samples, and {', '.join(of_sets)} compare sets "
+            f"of at least {frechet.FEWEST}; give a larger one, or other --metrics"
+        )
     return tuple(name for name in record.PROTOCOL if name in chosen)
 
 
@@ -170,4 +177,5 @@ def label_rule(info: ModelInfo, manifest: Manifest) -> str:
     """How classes are given to samples: as often as the reference has them, where it has the model's classes."""
     if not info.classes or info.is_machine:
         return "none"
-    return "as in the reference" if tuple(manifest.classes) == info.classes else "in turn"
+    known = tuple(manifest.classes) == info.classes and manifest.classes_with_images > 0
+    return "as in the reference" if known else "in turn"

@@ -22,8 +22,10 @@ from scoreray.sampling.distances import Estimate
 from scoreray.sampling.evaluation_tasks import get_arrays, put_arrays
 from scoreray.sampling.plan import Plan
 from scoreray.sampling.protocol import MOST_ROWS, NEIGHBOUR_PICTURES, NEIGHBOURS, kid_block
+from scoreray.sampling.record import PROTOCOL
 from scoreray.trainer.step import to_unit_range
 
+FEWEST_CLASSES = 1.5  # that the labels count as (exp of their entropy): below, it is 9 in 10 of one class
 CONFIDENCE = 1.96  # standard errors to either side of a value: 95%
 Values = dict[str, Any]
 
@@ -64,9 +66,24 @@ class Work:
 def compute(plan: Plan) -> tuple[dict[str, Values], Work]:
     """Every metric of the plan, of chunks that are all there: {name: {value, std_error, interval, ...}}."""
     work, found = Work(plan), {}
+    _warn_of_one_class(work)
     for name in plan.metrics:
         found[name] = METRICS[name](work)
     return found, work
+
+
+def _warn_of_one_class(work: Work) -> None:
+    """Where nearly all labels are one class, a classifier of them sees little: its features are alike for all."""
+    plan, counts = work.plan, np.array(work.plan.manifest.class_counts, dtype=np.float64)
+    if plan.extractor.kind != "classifier" or not any("extractor" in PROTOCOL[name] for name in plan.metrics):
+        return
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    if math.exp(-float((shares * np.log(shares)).sum())) < FEWEST_CLASSES:
+        name = plan.manifest.classes[int(counts.argmax())]
+        work.warnings.append(
+            f"extractor: {shares.max():.0%} of the reference's labels are '{name}', so a classifier of them tells "
+            "little apart, and distances in its features are too small: give --extractor FILE"
+        )
 
 
 def shown(estimate: Estimate, **more: Any) -> Values:

@@ -16,7 +16,10 @@ from scoreray.data.errors import ScorerayError, UserError, nearest
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
 from scoreray.sampling.describe import ModelInfo, describe
+from scoreray.sampling.evaluate import choose_extractor
 from scoreray.sampling.generate import Request
+from scoreray.sampling.plan import Settings
+from scoreray.sampling.protocol import choose_metrics
 from scoreray.trainer.config import explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.ema import RAW, choose_length, length_name
 from scoreray.trainer.meta import meta_module
@@ -316,6 +319,15 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
         found.append("metric.names: bpd is of 8-bit images; use nats for these data")
     if "nats" in sweep.metric.names and manifest.dtype == "uint8":
         found.append("metric.names: nats is of real-valued data; use bpd for 8-bit images")
+    of_samples = tuple(name for name in sweep.metric.names if name in OF_SAMPLES)
+    if found or not of_samples:
+        return found
+    try:
+        settings = Settings("", sweep.metric.reference, of_samples, extractor=sweep.metric.extractor)
+        extractor = choose_extractor(settings, manifest, None)
+        choose_metrics(of_samples, info, manifest, extractor, settings.restoration)
+    except ScorerayError as error:
+        found.append(f"metric: {error}")
     return found
 
 

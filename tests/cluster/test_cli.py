@@ -108,6 +108,7 @@ def test_storage_that_cannot_be_used(scoreray: Any, config_file: Path) -> None:
     assert_refused(scoreray(*check, "data.url=s3://no-such-bucket/data"), 3, "no-such-bucket")
     assert_refused(scoreray(*check, "run.storage=s3://no-such-bucket/runs"), 3, "no-such-bucket")
     assert_refused(scoreray(*check, "data.url=s3://scoreray-tests/nothing"), 2, "nothing")
+    assert_refused(scoreray(*check, "evaluation.reference=/nope"), 2, "evaluation.reference: ", "/nope: no data set")
     assert_refused(scoreray(*check, env={"AWS_SECRET_ACCESS_KEY": "wrong"}), 3, "credentials")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

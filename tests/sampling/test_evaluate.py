@@ -20,8 +20,10 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.pack import pack
-from scoreray.sampling import evaluation_tasks
-from scoreray.sampling.evaluate import evaluate
+from scoreray.data.samples import Samples
+from scoreray.sampling import evaluation_tasks, features
+from scoreray.sampling.evaluate import evaluate, prepare
+from scoreray.sampling.follow import check_evaluation
 from scoreray.sampling.load import load_machine
 from scoreray.sampling.plan import Settings
 from scoreray.sampling.quality import METRICS
@@ -238,7 +240,8 @@ def test_defaults_are_what_fits(points: tuple[str, str]) -> None:
 
 KILLED = """
 import sys
-from scoreray.sampling.evaluate import evaluate
+from scoreray.sampling.evaluate import evaluate, prepare
+from scoreray.sampling.follow import check_evaluation
 from scoreray.sampling.plan import Settings
 run, data, out = sys.argv[1:]
 evaluate(Settings(run, data, ("fid", "loss"), out, count=640, reference_count=300, steps=8, extractor="identity"))
@@ -367,3 +370,90 @@ def test_what_does_not_fit_is_named_before_anything_is_computed(
     with pytest.raises(UserError, match="count = 3"):
         Settings(run, data, count=3)
     assert not (tmp_path / "out").exists()
+
+
+def bright(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 12, 12), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("count", "labels"), [
+    (40, [0] * 40), (40, [2] * 40), (40, None), (15, [0, 1, 2] * 5), (40, [3] + [1] * 39),
+], ids=["first of one", "last of three", "none", "too few labels", "two"])  # fmt: skip
+def test_a_classifier_needs_images_of_two_classes(
+    count: int, labels: list[int] | None, pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    """Classes count that have images, not names: features of one class are the same for everything, FID 0, IS 1."""
+    data = packed(tmp_path, "few", bright(count), None if labels is None else np.array(labels, np.uint8))
+    for metrics in ((), ("is",), ("fid",), ("kid", "loss"), ("pr",), ("nn",)):
+        for extractor in ("auto", "classifier"):
+            settings = Settings(pictures[0], data, metrics, str(tmp_path / "out"), extractor=extractor)
+            if labels is not None and set(labels) == {1, 3}:
+                asked = prepare_without_training(settings)
+                assert asked == "classifier"
+                continue
+            with pytest.raises(UserError, match=f"--extractor {extractor}: .*two classes or more"):
+                evaluate(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def prepare_without_training(settings: Settings) -> str:
+    """Which extractor would be trained."""
+
+    def run(function: Any, arguments: Any, done: Any) -> None:
+        raise KeyError(function.__name__)
+
+    with pytest.raises(KeyError, match="_train_extractor"):
+        prepare(settings, run)
+    return features.choose(settings.extractor, Samples(settings.reference).manifest, None).kind
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 16])
+def test_a_reference_of_too_few_images_is_refused_before_anything_is_drawn(
+    count: int, pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    data = packed(tmp_path, "few", bright(count))
+
+    def drawn(*_: Any) -> None:
+        raise KeyError("samples are drawn")
+
+    for metrics in ((), ("fid",), ("kid",), ("pr",), ("sw",), ("nn",), ("fid", "loss")):
+        settings = Settings(pictures[0], data, metrics, str(tmp_path / "out"), extractor="identity", count=20)
+        with pytest.raises(KeyError if count == 16 else UserError, match="drawn" if count == 16 else "of at least 16"):
+            evaluate(settings, run=drawn)
+    with pytest.raises(KeyError):
+        evaluate(Settings(pictures[0], data, ("loss",), str(tmp_path / "out")), run=drawn)
+
+
+def test_a_reference_of_nearly_one_class_is_told(pictures: tuple[str, str], tmp_path: Path) -> None:
+    labels = np.array([0] * 57 + [1] * 3, np.uint8)
+    data = packed(tmp_path, "lopsided", bright(60), labels)
+    short = {"count": 16, "reference_count": 32, "steps": 2, "classifier_images": 64}
+    told = evaluate(Settings(pictures[0], data, ("kid",), str(tmp_path / "a"), **short)).record["warnings"]
+    assert any("95% of the reference's labels are" in line for line in told)
+    plain = evaluate(Settings(pictures[0], data, ("sw",), str(tmp_path / "b"), **short)).record["warnings"]
+    assert not any("labels" in line for line in plain)
+
+
+MISPLACED: dict[str, tuple[dict[str, Any], str]] = {
+    "nowhere": ({"reference": "/nope"}, r"evaluation\.reference: /nope: no data set here"),
+    "of another shape": ({"reference": "points"}, r"evaluation\.reference: .*shape \[4\].*\[1, 12, 12\]"),
+    "an unfit metric": ({"metrics": ["ais"]}, "evaluation: metric ais does not fit"),
+    "an unknown sampler": ({"metrics": ["loss"], "sampler": "huen"}, "evaluation: unknown sampler.*'heun'"),
+    "an extractor that is not there": ({"metrics": ["fid"], "extractor": "/x.pt"}, "evaluation: .*no such file"),
+    "too few images": ({"metrics": ["sw"], "reference": "few"}, "evaluation: .*at least 16"),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_an_evaluation_beside_a_run_is_checked_before_it_begins(
+    name: str, pictures: tuple[str, str], points: tuple[str, str], tmp_path: Path
+) -> None:
+    section, words = MISPLACED[name]
+    places = {"points": points[1], "few": packed(tmp_path, "few", bright(3))}
+    section = {**section, **({"reference": places.get(at, at)} if (at := section.get("reference")) else {})}
+    base = {"run": {"name": "a", "storage": str(tmp_path)}, "data": {"url": pictures[1], "global_batch_size": 16},
+            "duration": {"images": 16}}  # fmt: skip
+    check_evaluation(load_config({**base, "evaluation": {"metrics": ["fid", "is"], "sheet": 4}}))
+    check_evaluation(load_config(base))
+    with pytest.raises(UserError, match=words):
+        check_evaluation(load_config({**base, "evaluation": section}))

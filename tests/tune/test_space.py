@@ -189,6 +189,14 @@ def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points
                                ["metric.names=[sw]"]))  # fmt: skip
     with pytest.raises(UserError, match="bpd is of 8-bit images"):
         check_sweep(load_sweep(sweep, ["metric.names=[bpd]"]))
+    with pytest.raises(UserError, match=r"metric: --extractor classifier: .* in 0 of its 0 classes"):
+        check_sweep(load_sweep(sweep, ["metric.names=[fid]", "metric.extractor=classifier"]))
+    for given, named in ((0.1, "0.100"), ("0.2", "0.200"), ("5e-2", "0.050")):
+        lengths = load_sweep({**sweep, "space": {"sample.ema": {"choice": [given, "0.100", "1e-1"]}}},
+                             ["metric.names=[sw]"])  # fmt: skip
+        assert named in lengths.config({}).ema.names
+        assert len(lengths.config({}).ema.names) == (1 if named == "0.100" else 2)
+        assert check_sweep(lengths) == []
 
 
 def test_training_images_as_held_out_ones_are_warned_of(
