@@ -12,36 +12,28 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from scoreray.sampling.serve_answers import choose_media, event
-from scoreray.sampling.serve_config import ERRORS, Limits, Refused
+from scoreray.sampling.serve_answers import choose_media
+from scoreray.sampling.serve_config import ERRORS, HEADERS, Limits, Refused
 from scoreray.sampling.serve_docs import docs_page
 from scoreray.sampling.serve_request import KEY, SampleBody, check_key, parse
 from scoreray.sampling.serve_run import Answer, Run, json_answer
 from scoreray.sampling.serve_service import Service
+from scoreray.sampling.serve_stream import CANCELLED, Events
 from scoreray.sampling.serve_traces import trace_request
 
 log = logging.getLogger("scoreray.serve")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BODY_WITHIN_S = 30.0
-HEARTBEAT_S = 15.0
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -72,30 +64,29 @@ def make_app(service: Service) -> FastAPI:
         """For Prometheus, of the service and all its replicas."""
         return await _answered(service, request, _metrics)
 
-    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> Response:
         """200 while the service runs at all."""
         return Response("ok\n", media_type="text/plain")
 
-    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
-    async def readyz() -> Response:
+    async def readyz(request: Request) -> Response:
         """200 once the models are loaded and warm, until it is told to end; 503 else."""
         if service.ready and not service.draining:
             return Response("ready\n", media_type="text/plain")
-        return Response("draining\n" if service.draining else "starting\n", 503, {"Retry-After": "1"}, "text/plain")
+        code = "draining" if service.draining else "starting"
+        return _refused(Refused(code, ERRORS[code][1], retry_after_s=1), _request_id(request))
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
         return _json(app.openapi())
 
-    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         html = docs_page(app.openapi(), _url(request), bool(service.config.tokens))
         return Response(html, media_type="text/html", headers=HEADERS)
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return Response((files("scoreray.sampling") / "page.html").read_text(), media_type="text/html", headers=HEADERS)
 
@@ -106,6 +97,13 @@ def make_app(service: Service) -> FastAPI:
         refusal = Refused(code, message.get(code, str(error.detail)))
         return _refused(refusal, _request_id(request), dict(error.headers or {}))
 
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        log.error("request %s", _request_id(request), exc_info=error)
+        return _bug(_request_id(request))
+
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods]:
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     return app
 
 
@@ -133,31 +131,40 @@ async def _answered(
     request_id, started, who = _request_id(request), time.monotonic(), "-"
     try:
         _check_host(request, service.config.hosts)
-        who = service.access.who(request.headers.get("authorization"))
+        who = request.state.who = service.access.who(request.headers.get("authorization"))
         response = await handle(service, request, who, request_id)
         code = "ok"
     except Refused as refusal:
         response, code = _refused(refusal, request_id), refusal.code
     except (ClientDisconnect, asyncio.CancelledError):
-        _log(request, request_id, who, "gone", started)
-        if request.url.path == "/v1/samples":
-            service.meter["cancels"].inc()
+        _count(service, request, CANCELLED, started)
         raise
     except Exception:
         log.exception("request %s", request_id)
-        response, code = _refused(Refused("bug", "this is a bug in scoreray; the log tells more"), request_id), "bug"
-    if request.url.path == "/v1/samples":
-        service.meter["requests"].labels(code).inc()
-        if ERRORS.get(code, (0,))[0] in (429, 503):
-            service.meter["sheds"].labels(code).inc()
-        elif code == "ok" and not isinstance(response, StreamingResponse):
-            service.meter["request_seconds"].observe(time.monotonic() - started)
-    _log(request, request_id, who, code, started)
-    if request.url.path == "/v1/samples" and not isinstance(response, StreamingResponse):
-        about = getattr(request.state, "about", None)
-        trace_request(request_id, request.headers, code, time.monotonic() - started, about)
+        response, code = _bug(request_id), "bug"
     response.headers["X-Request-ID"] = request_id
+    if isinstance(response, Events):
+        return response  # counts when it has ended
+    _count(service, request, code, started)
+    if request.url.path == "/v1/samples":
+        took_s = time.monotonic() - started
+        if code == "ok":
+            service.meter["request_seconds"].observe(took_s)
+        trace_request(request_id, request.headers, code, took_s, getattr(request.state, "about", None))
     return response
+
+
+def _count(service: Service, request: Request, code: str, started: float) -> None:
+    """A line in the log for every request; those for samples are counted by how they ended."""
+    took_ms, who = (time.monotonic() - started) * 1e3, getattr(request.state, "who", "-")
+    log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, _request_id(request), code, took_ms)
+    if request.url.path != "/v1/samples":
+        return
+    service.meter["requests"].labels(code).inc()
+    if code == CANCELLED:
+        service.meter["cancels"].inc()
+    elif ERRORS.get(code, (0,))[0] in (429, 503):
+        service.meter["sheds"].labels(code).inc()
 
 
 async def _samples(service: Service, request: Request, who: str, request_id: str) -> Response:
@@ -183,45 +190,18 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
 
 
 async def _stream(service: Service, run: Run, request: Request, request_id: str, headers: dict[str, str]) -> Response:
-    """Events: start, then previews, then done (as the JSON answer) or error (as the JSON error)."""
+    """The events of a run once it is accepted. Raises Refused where it is not: that is an answer and no stream."""
+    started = time.monotonic()
     try:
         await run.accepted.wait()
         if run.task is not None and run.task.done():
-            await run.answer()  # refused before it began: an answer with that status, no stream
+            await run.answer()
     except BaseException:
         service.leave(run)
         raise
-
-    async def events() -> AsyncIterator[bytes]:
-        try:
-            yield event("start", {"id": request_id, "model": run.served.name, "checkpoint": run.job.checkpoint})
-            previews = run.previews()
-            pending = asyncio.ensure_future(anext(previews, None))
-            try:
-                while True:
-                    done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT_S)
-                    if not done:
-                        yield b": waiting\n\n"
-                        continue
-                    preview = pending.result()
-                    if preview is None:
-                        break
-                    yield event("preview", {name: value for name, value in preview.items() if name != "kind"})
-                    pending = asyncio.ensure_future(anext(previews, None))
-            finally:
-                pending.cancel()
-            answer = await run.answer()
-            took_s = time.monotonic() - run.started
-            service.meter["request_seconds"].observe(took_s)
-            trace_request(request_id, request.headers, "ok", took_s, answer.about)
-            yield b"event: done\ndata: " + json_answer(request_id, answer) + b"\n\n"
-        except Refused as refusal:
-            trace_request(request_id, request.headers, refusal.code, time.monotonic() - run.started)
-            yield event("error", _error(refusal, request_id))
-        finally:
-            service.leave(run)
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers={**HEADERS, **headers})
+    return Events(
+        service, run, request, request_id, headers, lambda outcome: _count(service, request, outcome, started)
+    )
 
 
 async def _model(service: Service, request: Request, who: str, request_id: str) -> Response:
@@ -298,18 +278,14 @@ def _request_id(request: Request) -> str:
     return request.state.request_id
 
 
-def _error(refusal: Refused, request_id: str) -> dict[str, Any]:
-    told = {"code": refusal.code, "message": refusal.message, "request_id": request_id}
-    return {**told, "field": refusal.field} if refusal.field else told
-
-
 def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None = None) -> Response:
-    headers = {**HEADERS, **(headers or {}), "X-Request-ID": request_id}
-    if refusal.retry_after is not None:
-        headers["Retry-After"] = refusal.retry_after
-    if refusal.status == 401:
-        headers["WWW-Authenticate"] = 'Bearer realm="scoreray"'
-    return _json(_error(refusal, request_id), refusal.status, headers)
+    headers = {**HEADERS, **(headers or {}), **refusal.headers(request_id)}
+    return _json(refusal.page(request_id), refusal.status, headers)
+
+
+def _bug(request_id: str) -> Response:
+    message = f"this is a bug in scoreray; the service's log has its traceback, at request {request_id}"
+    return _refused(Refused("bug", message), request_id)
 
 
 def _replayed(is_so: bool) -> dict[str, str]:
@@ -324,11 +300,6 @@ def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 def _latin(value: Any) -> str:
     return str(value).encode("ascii", "backslashreplace").decode()
-
-
-def _log(request: Request, request_id: str, who: str, code: str, started: float) -> None:
-    took_ms = (time.monotonic() - started) * 1e3
-    log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, request_id, code, took_ms)
 
 
 def _samples_schema() -> dict[str, Any]:

@@ -65,12 +65,14 @@ class ServeConfig:
 
 
 ERRORS: dict[str, tuple[int, str]] = {
+    "bad_request": (400, "what came is no HTTP/1.1 request, or its header is larger than 64 KiB"),
     "bad_json": (400, "the body is not JSON, or nested or numbered beyond reason"),
     "bad_header": (400, "a header (Host, Idempotency-Key, Content-Length) can't be used"),
     "no_token": (401, "no bearer token, or one that is not known"),
     "no_path": (404, "no such path"),
     "no_model": (404, "no model of that name is served here"),
     "bad_method": (405, "the path does not take this method"),
+    "too_slow": (408, "the request's header did not arrive within 30 s"),
     "body_too_large": (413, "the body is larger than the limit"),
     "not_json": (415, "the content type is not application/json"),
     "invalid": (422, "a field is unknown, of a wrong type or out of its range"),
@@ -85,9 +87,21 @@ ERRORS: dict[str, tuple[int, str]] = {
     "replica_lost": (503, "replicas died on this request again and again"),
     "ledger_lost": (503, "the process that draws requests with a key died meanwhile: nothing was billed"),
     "storage": (503, "the checkpoint can't be read at the moment"),
+    "unavailable": (503, "the process that answers requests has died, or is not ready yet"),
     "bug": (500, "a bug in scoreray"),
 }
 """Codes of errors: HTTP status, and what each means. Clients may rely on them."""
+
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+"""Of every answer."""
 
 
 class Refused(Exception):
@@ -107,3 +121,17 @@ class Refused(Exception):
         if self.status not in (429, 503):
             return None
         return str(max(1, math.ceil(self.retry_after_s or 1)))
+
+    def page(self, request_id: str) -> dict[str, str]:
+        """The JSON of the answer."""
+        page = {"code": self.code, "message": self.message, "request_id": request_id}
+        return {**page, "field": self.field} if self.field else page
+
+    def headers(self, request_id: str) -> dict[str, str]:
+        """What the answer has beside HEADERS."""
+        headers = {"Content-Type": "application/json", "X-Request-ID": request_id}
+        if self.retry_after is not None:
+            headers["Retry-After"] = self.retry_after
+        if self.status == 401:
+            headers["WWW-Authenticate"] = 'Bearer realm="scoreray"'
+        return headers

@@ -45,7 +45,11 @@ REPLICA_METRICS = (
 
 SERVICE_METRICS = (
     Metric(
-        "scoreray_requests", "requests", "requests for samples by outcome: ok or error code", ("code",), kind="counter"
+        "scoreray_requests",
+        "requests",
+        "requests for samples by outcome: ok, cancelled or error code",
+        ("code",),
+        kind="counter",
     ),
     Metric(
         "scoreray_request_seconds", "s", "answered requests, from arrival to answer", kind="histogram", buckets=SECONDS

@@ -67,7 +67,13 @@ class Caller:
         self.app, self.service, self.replica = app, service, replica
 
     async def __call__(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, leave_after: float = 1e9
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        leave_after: float = 1e9,
+        send_fails: bool = False,
     ) -> Reply:
         reply, ended = Reply(0, {}, b""), asyncio.Event()
         waiting = [body]
@@ -80,6 +86,8 @@ class Caller:
             return {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:
+            if send_fails:
+                raise OSError("the connection is closed")
             if message["type"] == "http.response.start":
                 reply.status = message["status"]
                 reply.headers = {k.decode(): v.decode("latin-1") for k, v in message["headers"]}
@@ -443,8 +451,58 @@ def test_a_client_that_goes_frees_its_rows(run_url: str) -> None:
                 assert call.replica.waiting_rows() == call.service.under_way() == 0
             page = (await call("GET", "/metrics")).body.decode()
             assert metric(page, "scoreray_cancelled_rows_total") == 128
+            assert 'scoreray_requests_total{code="cancelled"} 2.0' in page
+            assert metric(page, "scoreray_requests_total") == metric(page, "scoreray_cancels_total") == 2
             assert metric(page, "scoreray_billed_rows_total") == 0
             assert (await call.post({"steps": 3})).status == 200
+
+    asyncio.run(main())
+
+
+def test_a_stream_whose_client_took_nothing_is_cancelled_and_frees_its_rows(run_url: str) -> None:
+    """Gone between the request and the first event: the generator of events never began."""
+
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            body = json.dumps({"count": 64, "steps": 900, "stream": True}).encode()
+            with contextlib.suppress(Exception):
+                await call("POST", "/v1/samples", body, JSON, send_fails=True)
+            while call.replica.waiting_rows() or call.service.under_way():
+                await asyncio.sleep(0.01)
+            page = (await call("GET", "/metrics")).body.decode()
+            assert 'scoreray_requests_total{code="cancelled"} 1.0' in page
+            assert metric(page, "scoreray_requests_total") == 1
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_stream_is_counted_by_how_it_ended(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url, limits=Limits(max_calls=20))) as call:
+            assert b"event: done" in (await call.post({"stream": True, "steps": 4})).body
+            assert (await call.post({"stream": True, "steps": 900})).status == 422
+            page = (await call("GET", "/metrics")).body.decode()
+            assert 'scoreray_requests_total{code="ok"} 1.0' in page
+            assert 'scoreray_requests_total{code="too_many"} 1.0' in page
+
+    asyncio.run(main())
+
+
+def test_head_works_where_get_does(run_url: str) -> None:
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            for path in ("/", "/docs", "/openapi.json", "/v1/model", "/metrics", "/healthz", "/readyz"):
+                head, whole = await call("HEAD", path), await call("GET", path)
+                assert head.status == whole.status == 200
+                assert head.headers["content-type"] == whole.headers["content-type"]
+                if path != "/metrics":
+                    assert head.headers["content-length"] == whole.headers["content-length"]
+            assert [(await call("HEAD", path)).status for path in ("/v1/samples", "/nothing")] == [405, 404]
+            call.service.ready = False
+            reply = await call("GET", "/readyz")
+            assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "starting", "1")
+            call.service.draining = call.service.ready = True
+            assert (await call("GET", "/readyz")).code == "draining"
 
     asyncio.run(main())
 
@@ -655,7 +713,7 @@ def test_what_a_drain_cuts_off_is_told_so(run_url: str) -> None:
             assert b'"draining"' in stream.body
             while call.replica.waiting_rows():
                 await asyncio.sleep(0.01)
-            assert 'scoreray_sheds_total{code="draining"} 3.0' in (await call("GET", "/metrics")).body.decode()
+            assert 'scoreray_sheds_total{code="draining"} 4.0' in (await call("GET", "/metrics")).body.decode()
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

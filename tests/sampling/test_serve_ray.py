@@ -126,6 +126,20 @@ def test_a_service_listens_on_loopback_only(service: str, new_listeners: Any) ->
     }
 
 
+def test_serves_own_listener_refuses_in_json_and_hangs_up(service: str) -> None:
+    host, _, port = service.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        connection.sendall(b"\x16\x03\x01 this is no HTTP")
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["code"] == "bad_request"
+    for path in ("/", "/v1/model", "/metrics", "/healthz", "/readyz", "/docs", "/openapi.json"):
+        head, whole = (HTTP.request(method, service + path) for method in ("HEAD", "GET"))
+        assert (head.status, head.data) == (200, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+
+
 @pytest.mark.slow
 def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str) -> None:
     """SIGKILL of one of two replicas, ten times; every request is answered once, with what it would get in peace."""
