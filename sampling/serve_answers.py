@@ -20,17 +20,30 @@ MEDIA: tuple[Answer, ...] = ("application/json", "image/png", "application/x-npz
 
 
 def choose_media(accept: str | None) -> Answer:
-    """What an Accept header asks for; JSON where it asks for nothing that is there."""
+    """The medium that an Accept header wants most, JSON where it wants none of ours (RFC 9110, 12.5.1).
+
+    The most specific range that fits a medium says how much it is wanted; among equals the one that is named more
+    exactly, then the one that is named first.
+    """
+    ranges = [_range(position, part) for position, part in enumerate((accept or "").split(","))]
     wanted = []
-    for position, part in enumerate((accept or "").split(",")):
-        kind, *parameters = [piece.strip().lower() for piece in part.split(";")]
-        try:
-            quality = float(next((p[2:] for p in parameters if p.startswith("q=")), "1"))
-        except ValueError:
-            quality = 1.0
-        if kind in MEDIA and quality > 0:
-            wanted.append((-quality, position, kind))
-    return min(wanted)[2] if wanted else "application/json"
+    for media in MEDIA:
+        kinds = (media, media.partition("/")[0] + "/*", "*/*")
+        fits = [(kinds.index(kind), position, quality) for kind, position, quality in ranges if kind in kinds]
+        if fits and min(fits)[2] > 0:
+            breadth, position, quality = min(fits)
+            wanted.append((-quality, breadth, position, MEDIA.index(media)))
+    return MEDIA[min(wanted)[3]] if wanted else "application/json"
+
+
+def _range(position: int, part: str) -> tuple[str, int, float]:
+    """One range of media, its place, and its quality from 0 to 1; 1 where that is no number."""
+    kind, *parameters = [piece.strip().lower() for piece in part.split(";")]
+    try:
+        quality = float(next((p[2:] for p in parameters if p.startswith("q=")), "1"))
+    except ValueError:
+        quality = 1.0
+    return kind, position, min(1.0, quality) if quality > 0 else 0.0
 
 
 def is_picture(shape: Sequence[int]) -> bool:
