@@ -102,7 +102,7 @@ def make_app(service: Service) -> FastAPI:
         log.error("request %s", _request_id(request), exc_info=error)
         return _bug(_request_id(request))
 
-    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods]:
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
         app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     return app
 
