@@ -64,15 +64,15 @@ class Evaluation:
 
 def described(values: dict[str, Any]) -> str:
     """A metric's value and 95% interval as a person reads them, and what belongs to it."""
-    interval = values.get("interval")
-    text = f"{values['value']:.5g}"
-    if interval:
-        text += f"  ({interval[0]:.5g} to {interval[1]:.5g})"
+    text = record.as_text(values["value"])
+    if between := record.interval_text(values):
+        text += f"  ({between})"
     if values.get("fid_infinity") is not None:
         text += f"  at infinite count {values['fid_infinity']:.5g}"
     if "recall" in values:
-        text = f"precision {values['precision']['value']:.3f}, recall {values['recall']['value']:.3f}"
-    if "nfe" in values:
+        precision, recall = (record.as_text(values[name]["value"], ".3f") for name in ("precision", "recall"))
+        text = f"precision {precision}, recall {recall}"
+    if values.get("nfe") is not None:
         text += f"  {values['nfe']:.0f} evaluations"
     return text
 

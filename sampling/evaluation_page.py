@@ -16,6 +16,7 @@ from scoreray.data.inspect import picture_grid
 from scoreray.data.samples import Samples, spread
 from scoreray.sampling.evaluation_tasks import get_arrays
 from scoreray.sampling.plan import Plan
+from scoreray.sampling.record import as_text, interval_text
 
 if TYPE_CHECKING:
     from scoreray.sampling.quality import Work
@@ -92,14 +93,12 @@ def _table(record: dict[str, Any]) -> str:
         if values is None:
             continue
         entries = [(TITLES[name], values)]
-        if name == "pr":
+        if "recall" in values:
             entries = [("Precision", values["precision"]), ("Recall", values["recall"])]
         for title, entry in entries:
-            interval = entry["interval"]
-            between = "" if interval is None else f"{interval[0]:.5g} to {interval[1]:.5g}"
             rows.append(
-                f'<tr><th>{html.escape(title)}</th><td class="n">{entry["value"]:.5g}</td><td>{between}</td>'
-                f"<td>{html.escape(_beside(entry))}</td></tr>"
+                f'<tr><th>{html.escape(title)}</th><td class="n">{as_text(entry["value"])}</td>'
+                f"<td>{interval_text(entry)}</td><td>{html.escape(_beside(entry))}</td></tr>"
             )
     return (
         "<table><tr><th>metric</th><th>value</th><th>95% interval</th><th></th></tr>" + "".join(rows) + "</table>"
@@ -177,11 +176,10 @@ def _curves(work: Work) -> str:
         else:
             points = work.pictures["fid"]
             axes.plot([1 / n for n, _ in points], [d for _, d in points], "o")
-            slope, end = (
-                np.polyfit([1 / n for n, _ in points], [d for _, d in points], 1) if len(points) > 1 else (0, 0)
-            )
-            line = np.linspace(0, 1 / points[-1][0], 2)
-            axes.plot(line, end + slope * line, "--", color="0.5", lw=1)
+            if len(points) > 1 and np.isfinite(points).all():
+                slope, end = np.polyfit([1 / n for n, _ in points], [d for _, d in points], 1)
+                line = np.linspace(0, 1 / points[-1][0], 2)
+                axes.plot(line, end + slope * line, "--", color="0.5", lw=1)
             axes.set(
                 xlabel="1 / number of samples", ylabel="Fréchet distance", title="To infinite count", xlim=(0, None)
             )

@@ -26,6 +26,7 @@ from scoreray.sampling.record import PROTOCOL
 from scoreray.trainer.step import to_unit_range
 
 FEWEST_CLASSES = 1.5  # that the labels count as (exp of their entropy): below, it is 9 in 10 of one class
+NOT_FINITE = (torch.linalg.LinAlgError, np.linalg.LinAlgError, ArithmeticError)
 CONFIDENCE = 1.96  # standard errors to either side of a value: 95%
 Values = dict[str, Any]
 
@@ -68,7 +69,15 @@ def compute(plan: Plan) -> tuple[dict[str, Values], Work]:
     work, found = Work(plan), {}
     _warn_of_one_class(work)
     for name in plan.metrics:
-        found[name] = METRICS[name](work)
+        try:
+            found[name] = METRICS[name](work)
+        except NOT_FINITE:  # what eigenvalues, fits and exponentials raise where there is a NaN or an infinity
+            found[name] = shown(Estimate(math.nan, None))
+        if not math.isfinite(found[name]["value"]):
+            work.warnings.append(
+                f"{name}: not a finite number, so null in the record: the network's values, or the extractor's, are "
+                "not finite or too large at some of these samples"
+            )
     return found, work
 
 
@@ -168,6 +177,8 @@ def _pr(work: Work) -> Values:
     rows = work.num_rows
     samples, reference = work.rows("samples", "features", rows), work.rows("reference", "features", rows)
     precision, recall = distances.precision_recall(samples, reference, NEIGHBOURS)
+    if not _all_finite(samples, reference):  # comparisons with NaN are false, and would count as far apart
+        precision = recall = Estimate(math.nan, None)
     return shown(precision, precision=shown(precision), recall=shown(recall))
 
 
@@ -190,7 +201,7 @@ def _nn(work: Work) -> Values:
     to_reference, _ = distances.nearest(samples, reference, 2)
     among, _ = distances.nearest(reference, reference, 1, same=True)
     ratio = to_reference[:, 0] / to_reference[:, 1].clamp_min(1e-12)
-    copied = distances.mean_of((ratio < 1 / 3).double())
+    copied = distances.mean_of((ratio < 1 / 3).double()) if _all_finite(ratio) else Estimate(math.nan, None)
     first = torch.from_numpy(next(work.chunks("samples"))["features"])
     apart, numbers = distances.nearest(first, reference, 1)
     closest = apart[:, 0].argsort()[:NEIGHBOUR_PICTURES]
@@ -200,6 +211,10 @@ def _nn(work: Work) -> Values:
         median_distance=float(to_reference[:, 0].median()),
         median_distance_among_reference=float(among.median()),
     )
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _kde(work: Work) -> Values:

@@ -14,7 +14,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from scoreray.data.errors import DataError, UserError, nearest
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.store import NotFound, open_store
 
 FORMAT = 1
@@ -42,7 +44,27 @@ ONLY_TOLD = ("url", "name", "accuracy")  # in a record for people; no number dep
 
 def to_json(record: dict[str, Any]) -> bytes:
     """The record's bytes: sorted keys, numbers as they are, what is not finite as null."""
-    return (json.dumps(_finite(record), indent=1, sort_keys=True) + "\n").encode()
+    return (json.dumps(finite(record), indent=1, sort_keys=True) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: these become null, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_text(value: float | None, spec: str = ".5g") -> str:
+    """A number of a record as a person reads it; null stands for one that is not finite."""
+    return "not finite" if value is None or not math.isfinite(value) else format(value, spec)
+
+
+def interval_text(values: dict[str, Any]) -> str:
+    """The 95% interval of a metric as a person reads it; nothing where there is none."""
+    ends = values.get("interval")
+    return "" if ends is None or None in ends else f"{ends[0]:.5g} to {ends[1]:.5g}"
 
 
 def digest(parts: Any) -> str:
@@ -54,17 +76,51 @@ def read_record(url: str) -> dict[str, Any]:
     """A record by its URL or path. Raises UserError when there is none, DataError when it is something else."""
     folder, _, name = os.fspath(url).rpartition("/")
     try:
-        record = json.loads(open_store(folder or ("/" if url.startswith("/") else ".")).get(name))
-        if record["kind"] != KIND:
-            raise ValueError(f"kind {record['kind']!r}")
-        if record["format"] != FORMAT:
-            raise DataError(f"{url}: format {record['format']}, this version reads {FORMAT}")
-        record["subject"]["sampling"], record["protocol"], record["metrics"], record["versions"]
+        data = open_store(folder or ("/" if url.startswith("/") else ".")).get(name)
     except NotFound:
         raise UserError(f"{url}: no such record; an evaluation leaves one as record.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{url}: not the record of an evaluation: {error!r}") from None
+    try:
+        record = json.loads(data, parse_constant=lambda constant: None)
+        if not isinstance(record, dict) or record.get("kind") != KIND:
+            raise DataError(f"{url}: not the record of an evaluation")
+        if record.get("format") != FORMAT:
+            raise DataError(f"{url}: format {shortened(repr(record.get('format')))}, this version reads {FORMAT}")
+        _Parts.model_validate(record)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        raise DataError(f"{url}: not the record of an evaluation: {shortened(where)} is missing or wrong") from None
+    except (ValueError, RecursionError):  # no text, no JSON, a number of 5,000 digits
+        raise DataError(f"{url}: not the record of an evaluation: not JSON") from None
     return record
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Metric(_Strict):
+    value: float | None
+    std_error: float | None
+
+
+class _Checkpoint(_Strict):
+    url: str
+    images_seen: int
+    ema: str
+
+
+class _Subject(_Strict):
+    checkpoint: _Checkpoint
+    sampling: dict[str, Any]
+
+
+class _Parts(_Strict):
+    """What a record must hold to be compared."""
+
+    subject: _Subject
+    protocol: dict[str, Any]
+    versions: dict[str, Any]
+    metrics: dict[str, _Metric]
 
 
 def compare(
@@ -125,7 +181,8 @@ def comparison_text(found: dict[str, dict[str, Any]], beside: Sequence[str]) -> 
     for name, one in found.items():
         error = "" if one["std_error"] is None else f" +- {1.96 * one['std_error']:.3g}"
         verdict = {None: "", True: "", False: "  (within the error)"}[one["resolved"]]
-        lines.append(f"{name:5} {one['first']:.5g} -> {one['second']:.5g}  by {one['difference']:+.4g}{error}{verdict}")
+        change = "" if one["difference"] is None else f"  by {one['difference']:+.4g}"
+        lines.append(f"{name:5} {as_text(one['first'])} -> {as_text(one['second'])}{change}{error}{verdict}")
     return "\n".join([*lines, *(f"note: {line}" for line in beside)])
 
 
@@ -144,14 +201,7 @@ def _short(value: Any) -> str:
 def _against(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     errors = [float(one["std_error"]) for one in (a, b) if one.get("std_error") is not None]
     error = math.hypot(*errors) if len(errors) == 2 else None
-    change = b["value"] - a["value"]
-    resolved = None if not error else abs(change) > 2 * error
+    there = a["value"] is not None and b["value"] is not None
+    change = b["value"] - a["value"] if there else None
+    resolved = None if not error or change is None else abs(change) > 2 * error
     return {"first": a["value"], "second": b["value"], "difference": change, "std_error": error, "resolved": resolved}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

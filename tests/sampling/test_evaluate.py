@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.pack import pack
 from scoreray.data.samples import Samples
-from scoreray.sampling import evaluation_tasks, features
+from scoreray.sampling import evaluation_tasks, features, quality
 from scoreray.sampling.evaluate import evaluate, prepare
+from scoreray.sampling.evaluation_tasks import get_arrays
 from scoreray.sampling.follow import check_evaluation
 from scoreray.sampling.load import load_machine
 from scoreray.sampling.plan import Settings
@@ -231,6 +232,83 @@ def test_every_metric_of_images_and_their_page(pictures: tuple[str, str], folder
     assert evaluate(settings) == made  # found, not computed
 
 
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("pictures", ("fid", "kid", "is", "pr", "sw", "nn", "loss", "psnr")), ("points", ("fid", "sw", "nats", "loss"))],
+)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_not_finite_is_null_in_the_record_with_a_warning(
+    kind: str, wanted: tuple[str, ...], poison: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one number of each chunk that is not finite to record, page, text and comparison."""
+    run, data = request.getfixturevalue(kind)
+
+    def poisoned(store: Any, key: str) -> dict[str, np.ndarray]:
+        arrays = {name: np.array(array) for name, array in get_arrays(store, key).items()}
+        for array in arrays.values():
+            if array.dtype.kind == "f" and array.ndim and key != "moments.npz":
+                array[-1] = poison
+        return arrays
+
+    monkeypatch.setattr(quality, "get_arrays", poisoned)
+    seed = 3 if math.isnan(poison) else 4
+    made = evaluate(Settings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640, seed=seed))  # type: ignore[arg-type]
+    assert all(values["value"] is None for values in made.record["metrics"].values()), made.record["metrics"]
+    told = [line for line in made.record["warnings"] if "not a finite number, so null in the record" in line]
+    assert sorted(line.partition(":")[0] for line in told) == sorted(wanted)
+    strict = json.loads(Path(made.url).read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert strict == made.record
+    assert "not finite" in Path(made.report).read_text()
+    assert "not finite" in made.text()
+    record = read_record(made.url)
+    found = compare(record, record)
+    assert {(one["first"], one["difference"], one["resolved"]) for one in found.values()} == {(None, None, None)}
+    assert "not finite -> not finite" in comparison_text(found, [])
+    fine = json.loads(json.dumps(record))
+    for values in fine["metrics"].values():
+        values |= {"value": 1.0, "std_error": 0.1}
+    assert all(one["difference"] is None for one in compare(record, fine).values())
+    assert "not finite -> 1" in comparison_text(compare(record, fine), [])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (bytes(range(256)) * 4000, "not JSON"),
+        (b"\x89PNG\r\n" + b"\0" * 5000, "not JSON"),
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "not the record of an evaluation"),
+        (b'"' + b"x" * 100_000 + b'"', "not the record of an evaluation"),
+        (b'{"kind": "' + b"x" * 100_000 + b'"}', "not the record of an evaluation"),
+        (b'{"kind": "scoreray evaluation", "format": "' + b"9" * 100_000 + b'"}', "this version reads 1"),
+        (b'{"kind": "scoreray evaluation", "format": 1}', "subject is missing or wrong"),
+        (b'{"kind": "scoreray evaluation", "format": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+)
+def test_what_is_no_record_is_one_short_line(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(DataError, match=f"a.json: .*{message}") as caught:
+        read_record(str(tmp_path / "a.json"))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("where", ["subject", "protocol", "versions", "metrics", "metrics.loss", "metrics.loss.value"])
+def test_a_record_with_a_part_of_another_kind_is_one_line(records: Any, tmp_path: Path, where: str) -> None:
+    for wrong in ("7", [1], 7, True):
+        record = json.loads(json.dumps(records()))
+        *path, leaf = where.split(".")
+        section = record
+        for part in path:
+            section = section[part]
+        section[leaf] = wrong
+        if where == "metrics.loss.value" and wrong == 7:
+            continue
+        (tmp_path / "a.json").write_text(json.dumps(record))
+        with pytest.raises(DataError, match="is missing or wrong"):
+            read_record(str(tmp_path / "a.json"))
+
+
 def test_defaults_are_what_fits(points: tuple[str, str]) -> None:
     run, data = points
     made = evaluate(Settings(run, data, **{**QUICK, "steps": 3}))  # type: ignore[arg-type]
@@ -241,6 +319,7 @@ def test_defaults_are_what_fits(points: tuple[str, str]) -> None:
 KILLED = """
 import sys
 from scoreray.sampling.evaluate import evaluate, prepare
+from scoreray.sampling.evaluation_tasks import get_arrays
 from scoreray.sampling.follow import check_evaluation
 from scoreray.sampling.plan import Settings
 run, data, out = sys.argv[1:]
