@@ -10,6 +10,7 @@ far less than their values.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.errors import UserError
 from scoreray.data.samples import Samples, spread
 from scoreray.sampling.evaluate import evaluate
 from scoreray.sampling.evaluation_tasks import LOSS_STREAM
@@ -70,7 +72,8 @@ def measure(
     """Every metric of `section` of a loaded model: {"metrics": {name: value}, "curve": ..., "std_errors": ...}.
 
     url: of the model's checkpoint; drawn: how samples are drawn (`draw_settings`); place: where evaluations go.
-    The curve is the weighted denoising error by level, there whatever the metrics are.
+    The curve is the weighted denoising error by level, there whatever the metrics are. Raises UserError where a number
+    is not finite (`check_finite`).
     """
     held = held_out(section.reference, section.count)
     errors = denoising_errors(model, held, levels_of(section), section.batch_size)
@@ -88,11 +91,20 @@ def measure(
             found[name] = float(calls_of(request, model.info))
     if wanted := tuple(name for name in section.names if name in OF_SAMPLES):
         found |= _of_samples(model, url, section, drawn, place, wanted)
+    curve = weighted.mean(0).tolist()
+    check_finite({"denoising": float(weighted.mean()), **found})
     return {
         "metrics": {name: found[name] for name in section.names},
-        "curve": weighted.mean(0).tolist(),
+        "curve": curve,
         "std_errors": (weighted.std(0) / math.sqrt(len(weighted))).tolist(),
     }
+
+
+def check_finite(metrics: Mapping[str, float]) -> None:
+    """The rule that a trial without a finite metric has failed: it can't be compared. Raises UserError."""
+    bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"metric {', '.join(bad)}: not a finite number, so the trial can't be compared with others")
 
 
 def weights_of(section: MetricSection, held: Held) -> Tensor:
@@ -174,4 +186,5 @@ def _of_samples(
             device=device.type,
         )
     )
-    return {name: float(done.record["metrics"][name]["value"]) for name in names}
+    values = {name: done.record["metrics"][name]["value"] for name in names}
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}

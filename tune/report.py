@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from scoreray.data.errors import ScorerayError
 from scoreray.sampling.generate import Request, generate
 from scoreray.sampling.load import load
 from scoreray.sampling.options import option_words
+from scoreray.sampling.record import finite
 from scoreray.trainer.config import Config, dump_config
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (
@@ -100,7 +100,7 @@ def make_report(plan: Plan, trials: Sequence[Trial]) -> Report:
         "trials": [_told(trial) for trial in trials],
         "next": following,
     }
-    store.put(RECORD, json.dumps(_finite(record), indent=1).encode())
+    store.put(RECORD, json.dumps(finite(record), indent=1).encode())
     store.put(PAGE, page(plan, trials, best, default, record).encode())
     return Report(store.url(PAGE), record, best_url)
 
@@ -287,12 +287,3 @@ def _short(value: Any) -> str:
 
 def _numbers(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -86,10 +86,16 @@ def optuna_study(plan: Plan, trials: Sequence[Trial], sampler: Any = None) -> An
             params={key: _as_parameter(one, trial.values[key]) for key, one in kinds.items()},
             distributions={key: distribution(one) for key, one in kinds.items()},
             values=[trial.metrics[name] for name in names] if trial.state == "done" and trial.metrics else None,
-            intermediate_values={r["images"]: r["metrics"][names[0]] for r in trial.reports} if len(names) == 1 else {},
+            intermediate_values=_on_the_way(trial, names[0]) if len(names) == 1 else {},
         )
         study.add_trial(made)
     return study
+
+
+def _on_the_way(trial: Trial, name: str) -> dict[int, float]:
+    """Images seen -> metric, of each report of a trial that can be compared; Optuna takes no NaN."""
+    metrics = {report["images"]: report["metrics"][name] for report in trial.reports}
+    return {images: value for images, value in metrics.items() if math.isfinite(value)}
 
 
 def importance(plan: Plan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:

@@ -55,7 +55,7 @@ def claim(plan: Plan) -> list[Trial]:
     if not store.put_new(STUDY, json.dumps(sweep).encode()):
         try:
             there, here = flat(json.loads(store.get(STUDY))), flat(sweep)
-        except (ValueError, AttributeError):  # not JSON, or no mapping
+        except (ValueError, AttributeError, RecursionError):  # not JSON, or no mapping
             raise DataError(
                 f"{store.url(STUDY)}: not what a sweep leaves; delete that file, and the same command goes on"
             ) from None

@@ -21,7 +21,7 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.progress import Progress
 from scoreray.trainer.stopping import Ask
-from scoreray.tune.metric import measure
+from scoreray.tune.metric import check_finite, measure
 from scoreray.tune.space import Values
 from scoreray.tune.sweep import Plan, Sweep, draw_settings
 
@@ -118,6 +118,7 @@ def _read_trial(study: Store, key: str) -> Trial:
             raise ValueError(f"it says number {trial.number}")
         if trial.state in ("done", "stopped") and not trial.reports:
             raise ValueError(f"it is {trial.state}, and has no reports")
+        _fail_if_not_finite(trial)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
@@ -126,6 +127,15 @@ def _read_trial(study: Store, key: str) -> Trial:
     except (ValueError, RecursionError) as error:  # not JSON, not even text
         raise not_a_record(study, number, " ".join(str(error).split())) from None
     return trial
+
+
+def _fail_if_not_finite(trial: Trial) -> None:
+    """A trial that an earlier version left without a finite metric has failed, as it would now."""
+    for report in trial.reports:
+        try:
+            check_finite(report["metrics"])
+        except UserError as error:
+            trial.state, trial.error = "failed", trial.error or str(error)
 
 
 def not_a_record(study: Store, number: int, why: str) -> DataError:

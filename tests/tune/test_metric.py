@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from scoreray.data.errors import UserError
 from scoreray.data.pack import pack
 from scoreray.sampling.load import load
 from scoreray.trainer.config import load_config
@@ -19,7 +20,7 @@ from scoreray.trainer.loop import read_metrics, run_store, train
 from scoreray.trainer.targets import ring
 from scoreray.tune import metric
 from scoreray.tune.load import check_sweep, load_sweep
-from scoreray.tune.metric import denoising_errors, held_out, levels_of, likelihood, weights_of
+from scoreray.tune.metric import check_finite, denoising_errors, held_out, levels_of, likelihood, measure, weights_of
 from scoreray.tune.schedule import best_of
 from scoreray.tune.search import propose
 from scoreray.tune.sweep import MetricSection
@@ -190,3 +191,18 @@ def test_a_proposal_is_a_function_of_seed_number_and_history(sweep: dict[str, An
         ]  # fmt: skip
         assert propose(plan, 2, history) == propose(plan, 2, history)
         assert propose(plan, 2, history) != propose(plan, 1, history[:1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_error_is_not_finite_is_measured_as_a_failure(points: dict[str, str], value: float) -> None:
+    class Broken(Exact):
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
+            return torch.where(sigma.view(-1, 1) > 4.0, value, super().forward(x, sigma, labels))
+
+    section = MetricSection(reference=points["held"], count=64, levels=4, sigma_min=0.02, sigma_max=5.0)
+    drawn: dict[str, Any] = {"sampler": "heun", "steps": 4, "grid": None, "options": {}, "ema": None, "guidance": 1.0}
+    with pytest.raises(UserError, match=r"metric denoising (nan|inf): not a finite number"):
+        measure(Broken(), "", section, drawn, "")  # type: ignore[arg-type]
+    check_finite({"denoising": 1.0, "fid": -0.5})
+    with pytest.raises(UserError, match="metric fid nan: "):
+        check_finite({"denoising": 1.0, "fid": math.nan})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from scoreray.data.errors import DataError
 from scoreray.tune.load import load_sweep
+from scoreray.tune.report import make_report
+from scoreray.tune.schedule import best_of
+from scoreray.tune.search import propose
 from scoreray.tune.study import Study, claim
 from scoreray.tune.sweep import Plan
 from scoreray.tune.trial import Trial, read_trials, study_store
@@ -66,7 +70,7 @@ def test_a_wrecked_record_is_one_line_that_names_it(sweep: dict[str, Any]) -> No
 def test_a_wrecked_sweep_of_a_study_is_one_line(sweep: dict[str, Any]) -> None:
     plan = load_sweep(sweep)
     trials = recorded(plan, 2)
-    for data in (b"", b'{"x":', b"[1]", b"7", b"\xff"):
+    for data in (b"", b'{"x":', b"[1]", b"7", b"\xff", b"[" * 100_000, b'{"a":' * 100_000):
         study_store(plan.sweep).put("study.json", data)
         with pytest.raises(DataError, match=r"study.json: not what a sweep leaves; delete that file"):
             claim(plan)
@@ -85,3 +89,24 @@ def test_a_deleted_record_is_run_again_and_the_others_are_not(ray_cluster: None,
     assert after[1].reports[0]["metrics"] == before[1].reports[0]["metrics"]
     assert [after[i] == before[i] for i in range(4)] == [True, False, True, True]
     assert read_trials(study_store(plan.sweep)) == after
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["tpe", "random"])
+def test_a_trial_without_a_finite_metric_has_failed_and_the_study_goes_on(
+    sweep: dict[str, Any], value: float, kind: str
+) -> None:
+    """Also one that an earlier version recorded as done: it ended every later start of a TPE study."""
+    plan = load_sweep({**sweep, "search": {"kind": kind, "startup": 2}})
+    trials, store = recorded(plan, 4), study_store(plan.sweep)
+    trials[1].reports[0]["metrics"] = {"denoising": value}
+    trials[1].save(store)
+    there = claim(plan)
+    assert [trial.state for trial in there] == ["done", "failed", "done", "done"]
+    assert "not a finite number" in there[1].error
+    values = propose(plan, 4, there)
+    assert plan.space.dimensions[0].contains(values[MEAN])
+    assert [trial.number for trial in best_of(plan, there)] == [0, 2, 3]
+    made = make_report(plan, there)
+    assert made.record["states"] == {"done": 3, "stopped": 0, "failed": 1}
+    json.loads(store.get("report.json"), parse_constant=lambda word: pytest.fail(word))
