@@ -18,6 +18,7 @@ from typing import Any
 
 from scoreray.cluster.display import say
 from scoreray.cluster.ray_folder import RAYS_OWN, private_folder
+from scoreray.cluster.ray_watch import watched
 from scoreray.data.errors import MachineError, UserError
 from scoreray.trainer.run import SCRATCH
 
@@ -82,7 +83,8 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         _warn_without_token(ray.get_runtime_context().gcs_address)
         try:
-            yield
+            with watched(embedded=False):
+                yield
         finally:
             ray.shutdown()
         return
@@ -123,7 +125,8 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
         os.environ[SCRATCH] = str(folder)
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         try:
-            yield
+            with watched(embedded=True):
+                yield
         finally:
             os.environ.pop(SCRATCH, None)
             ray.shutdown()

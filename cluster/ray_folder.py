@@ -22,7 +22,8 @@ MOST_BYTES = 107 - len(f"/sr-12345678/{RAYS_OWN}{LONGEST_SOCKET}")
 # agents would outlive their raylet by a minute; they are known by the log files that they have open in our folder ($0).
 _CLEAN_UP = """cat >/dev/null; sleep 3
 for p in /proc/[0-9]*; do
-  [ "$p" = "/proc/$1" ] || ls -l "$p/fd" 2>/dev/null | grep -qF " $0/" && kill -9 "${p#/proc/}"
+  [ "$p" = "/proc/$1" ] && continue
+  ls -l "$p/fd" 2>/dev/null | grep -qF " $0/" && kill -9 "${p#/proc/}"
 done
 sleep 1; rm -rf "$0"
 """
@@ -33,7 +34,7 @@ def private_folder() -> Iterator[Path]:
     """A folder of mode 0700 in RAY_TMPDIR (which is made where it is missing), else in the temporary folder.
 
     Ray opens the folder that it is given to everybody (0777): give it `RAYS_OWN` within this one. Processes that still
-    have files open in it 3 s after an exception are ended. Raises UserError for a RAY_TMPDIR that can't be used,
+    have files open in it 3 s later are ended. Raises UserError for a RAY_TMPDIR that can't be used,
     MachineError where there is no temporary folder.
     """
     folder = _make()
@@ -43,13 +44,9 @@ def private_folder() -> Iterator[Path]:
     assert remover.stdin is not None
     try:
         yield folder
-    except BaseException:
-        remover.stdin.close()  # it does its work
-        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    remover.kill()
-    remover.wait()
+        remover.stdin.close()  # it looks for what Ray could not end, such as a process that was stopped
 
 
 def _make() -> Path:

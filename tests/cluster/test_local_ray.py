@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from scoreray.cluster import local_ray
 from scoreray.cluster.listening import asks_for_token
 from scoreray.cluster.ray_folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN, VARIABLE, private_folder
+from scoreray.cluster.ray_watch import Daemon
 from scoreray.data.errors import UserError
 from scoreray.trainer.run import SCRATCH
 
@@ -65,6 +71,14 @@ def test_this_ray_asks_for_a_token(ray_cluster: None) -> None:
     import ray
 
     assert asks_for_token(ray.get_runtime_context().gcs_address) is True
+
+
+def test_what_still_writes_into_the_folder_is_ended_but_not_its_owner() -> None:
+    with private_folder() as folder:
+        log = open(folder / "log", "w")  # noqa: SIM115
+        left = subprocess.Popen(["sleep", "600"], stdout=log)
+    with log:
+        assert left.wait(60) == -9
 
 
 def test_a_folder_for_ray_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +142,65 @@ def test_a_busy_machine_has_longer_to_start_ray(
         waits = {name: os.environ[name] for name in local_ray.START_WAITS}
     assert waits == {name: str(wait_s * unit) for name, unit in local_ray.START_WAITS.items()}
     assert [f"waiting up to {wait_s} s" in line for line in said] == [True] * (wait_s > 30)
+
+
+WAITS = """
+import sys, time
+from scoreray.cluster.local_ray import connected
+with connected(num_cpus=1):
+    import ray
+    print(sys.argv, flush=True)
+    ray.get(ray.remote(lambda: time.sleep(600)).remote())
+"""
+ENDED = "has ended (killed, or no memory left?); the same command goes on from what is committed"
+
+
+def daemon_of(process: subprocess.Popen[str], name: str) -> psutil.Process:
+    (found,) = (child for child in psutil.Process(process.pid).children() if child.name() == name)
+    return found
+
+
+@pytest.mark.parametrize("daemon", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) -> None:
+    """Ray itself would end it without a word (the raylet) or after a minute (the GCS), with status 1."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=environment) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        victim = daemon_of(process, daemon)
+        folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
+        victim.kill()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 3, told
+    name = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}[daemon]
+    assert told.splitlines()[-1] == f"scoreray: {name} {ENDED}"
+    assert "Traceback" not in told
+    until(
+        lambda: not [one for one in psutil.process_iter() if f"/sr-{folder}" in " ".join(cmdline(one))],
+        "all have ended",
+    )
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def test_a_daemon_is_gone_when_its_port_refuses_and_back_when_it_listens_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        daemon = Daemon("Ray's GCS", "127.0.0.1", listening.getsockname()[1], 50.0)
+        assert [daemon.gone_for(now) for now in (1.0, 2.0)] == [0.0, 0.0]
+    assert [daemon.gone_for(now) for now in (3.0, 3.5, 40.0)] == [0.0, 0.5, 37.0]
+    with socket.create_server(("127.0.0.1", daemon.port)):
+        assert daemon.gone_for(41.0) == 0.0
+    assert daemon.gone_for(45.0) == 0.0
