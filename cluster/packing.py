@@ -32,10 +32,11 @@ def pack_with_bar(source: str, url: str, *, workers: int | None = None, **option
     machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
     """
     open_store(url).check_writable()
-    kept, skipped = 0, list[str]()
+    asked, kept, skipped = 0, 0, list[str]()
 
     def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
-        nonlocal kept
+        nonlocal asked, kept
+        asked = len(numbers)
         for note in plan.notes:
             say(note)
         for packed in _make(plan, numbers, workers, stack):
@@ -45,8 +46,12 @@ def pack_with_bar(source: str, url: str, *, workers: int | None = None, **option
 
     with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
         manifest = pack(source, url, progress=progress, map_shards=counting, **options)
-    there = f", {kept} of them there from before" if kept else ""
-    say(f"packed {manifest.num_samples:,} samples in {len(manifest.shards)} shards{there} at {url}")
+    holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
+    kept += max(0, len(manifest.shards) - asked)  # of a pack that was finished, and of which some were gone
+    if asked:
+        say(f"packed {holds}{f', {kept} of them there from before' if kept else ''} at {url}")
+    else:
+        say(f"packed already: {holds} at {url}, of this source and with these options; nothing was to do")
     if skipped:
         more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
         say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))

@@ -15,6 +15,7 @@ import numpy as np
 
 from scoreray.data.decode import decode, decode_class, look
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.identity import identity
 from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import list_below
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
@@ -37,6 +38,7 @@ class TarsPlan:
     shape: tuple[int, ...]
     dtype: str
     skips_bad: bool = False
+    contents: str = ""  # identity() of them
 
     @property
     def num_shards(self) -> int:
@@ -48,7 +50,7 @@ class TarsPlan:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(["tars", self.name, self.shards]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(["tars", self.name, self.shards, self.contents]).encode()).hexdigest()
 
     def total_samples(self, done: list[Shard]) -> int:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
@@ -110,7 +112,8 @@ def plan_tars(
                 f"'{image.name}': an array of {' x '.join(map(str, shape))} with its channels last, where the model "
                 "takes [C, H, W] and tars are indexed as they are; write them so, or if they are, say --layout NCHW"
             )
-    return TarsPlan(store.url(), name or store.url().rpartition("/")[2], shards, shape, dtype, skips_bad)
+    contents = identity(store, dict(shards))
+    return TarsPlan(store.url(), name or store.url().rpartition("/")[2], shards, shape, dtype, skips_bad, contents)
 
 
 def samples(tape: Tape) -> Iterator[tuple[Member, int]]:

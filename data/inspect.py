@@ -13,6 +13,7 @@ from PIL import Image
 
 from scoreray.data.decode import decode
 from scoreray.data.errors import DataError, StorageError
+from scoreray.data.identity import hash_object
 from scoreray.data.manifest import Manifest, digest
 from scoreray.data.reader import Reader, Stats
 from scoreray.data.samples import read_samples
@@ -87,16 +88,12 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
             problems.append(str(error))
         if progress:
             progress(int(reader.first_samples[number + 1]), manifest.num_samples)
-    if not problems and _sha256(store, manifest.index.name) != manifest.index.sha256:
+    if (
+        not problems
+        and hash_object(store, manifest.index.name, store.size(manifest.index.name)) != manifest.index.sha256
+    ):
         problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's; pack the data set again")
     return problems
-
-
-def _sha256(store: Store, key: str) -> str:
-    found, size = hashlib.sha256(), store.size(key)
-    for start in range(0, size, WINDOW_BYTES):
-        found.update(store.get(key, start, min(size, start + WINDOW_BYTES)))
-    return found.hexdigest()
 
 
 def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int, records: np.ndarray) -> list[str]:

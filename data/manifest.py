@@ -114,6 +114,7 @@ class Manifest:
     mean, std: of each channel, the first axis of `shape`; sigma_data: the standard deviation of all values; all in the
     range that the model sees, [-1, 1] for images (x / 127.5 - 1). Sets of earlier versions have no std, and of arrays
     one mean a value.  class_counts: samples of each class, in the order of `classes`.
+    num_left_out: samples of the source that could not be read.
     packing: SHA-256 of what was packed and how; the same pack again is recognised by it.
 
     The file ends with the SHA-256 of all that is before it, so that a flipped digit does not pass.
@@ -133,6 +134,7 @@ class Manifest:
     sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     index: Index
     shards: Annotated[list[Shard], Field(min_length=1)]
+    num_left_out: Annotated[int, Field(ge=0)] = 0
     packing: str = ""
 
     def __post_init__(self) -> None:

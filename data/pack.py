@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -135,9 +135,12 @@ class ImagesPlan:
 
     @property
     def sha256(self) -> str:
-        parts = [ENCODING, self.source.fingerprint, self.shape, self.dtype, self.name, self.samples_per_shard,
+        labels = b"" if self.source.labels is None else self.source.labels.tobytes()
+        parts = [ENCODING, self.source.fingerprint, asdict(self.source.reading), self.source.classes,
+                 hashlib.sha256(labels).hexdigest(), self.shape, self.dtype, self.name, self.samples_per_shard,
                  self.image_format, self.seed]  # fmt: skip
-        # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so.
+        # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so; the manifest
+        # says how many were.
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property

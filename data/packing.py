@@ -17,13 +17,13 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.identity import hash_object
 from scoreray.data.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits
 from scoreray.data.records import chunk_digests, index_bytes, records_sha256
 from scoreray.data.scratch import scratch_file, scratch_folder
 from scoreray.data.store import NotFound, Store, explained, open_store
 
 PLAN = "packing/plan"
-WINDOW_BYTES = 8 << 20
 T = TypeVar("T")
 
 # How pack_shard(plan, number) is called for all numbers, in order: here, by threads, or (given by the caller) on a
@@ -107,11 +107,37 @@ def carry_out(
     """Makes the shards that are not there yet and commits the data set; arguments as pack()'s."""
     check_limits(plan.name, plan.shape, len(plan.classes or ()), plan.num_shards)
     store = open_store(plan.url)
-    finished = _claim(store, plan)
-    if finished:
-        return finished
-    done = (map_shards or partial(_map_here, workers))(plan, range(plan.num_shards))
-    return _commit(store, plan, done, skip_bad, progress)
+    make = map_shards or partial(_map_here, workers)
+    finished = _claim(store, plan, skip_bad)
+    if finished is None:
+        return _commit(store, plan, make(plan, range(plan.num_shards)), skip_bad, progress)
+    there = dict(store.list())
+    if (
+        there.get(finished.index.name) != finished.index.bytes
+    ):  # made of all shards' records, which went with the commit
+        return _commit(store, plan, make(plan, range(plan.num_shards)), skip_bad, progress)
+    lost = [shard for shard in finished.shards if there.get(shard.name) != shard.bytes]
+    if lost:
+        _make_again(store, plan, lost, make, progress)
+    return finished
+
+
+def _make_again(
+    store: Store, plan: Plan, lost: list[Shard], make: Mapper, progress: Callable[[int, int], None] | None
+) -> None:
+    """Shards of a finished pack that are gone or cut. Raises DataError where they become others than they were."""
+    numbers = [int(Path(shard.name).stem) for shard in lost]  # `Packed.shard.name` of the plans that write shards
+    done, total = 0, sum(shard.num_samples for shard in lost)
+    for shard, packed in zip(lost, make(plan, numbers), strict=True):
+        if packed.shard != shard:
+            raise DataError(
+                f"{store.url(shard.name)}: was gone or cut, and is not the same when it is made again (by another "
+                "version of a library?); remove the data set and pack it again"
+            )
+        done += shard.num_samples
+        if progress:
+            progress(done, total)
+    store.delete(f"packing/{number:06d}" for number in numbers)
 
 
 def _map_here(workers: int, plan: Plan, numbers: Sequence[int]) -> Iterable[Packed]:
@@ -144,17 +170,25 @@ def check_node(plan: Plan) -> None:
         raise UserError(f"{store.url()}: is not the place that the packing began at")
 
 
-def _claim(store: Store, plan: Plan) -> Manifest | None:
+def _claim(store: Store, plan: Plan, skip_bad: int) -> Manifest | None:
     """Makes the URL this plan's. The manifest if the same pack is already finished. Raises UserError for another's."""
     if store.exists(MANIFEST):
         manifest = Manifest.load(store)
-        if manifest.packing == plan.sha256:
-            return manifest
-        raise UserError(f"{store.url()}: holds another data set ('{manifest.name}'); give another URL or remove it")
+        if manifest.packing != plan.sha256:
+            raise UserError(
+                f"{store.url()}: holds another data set ('{manifest.name}'): of another source, or this one had other "
+                "contents, options or version; give another URL, or remove what is there"
+            )
+        if manifest.num_left_out > skip_bad:
+            raise UserError(
+                f"{store.url()}: is packed, without {manifest.num_left_out} samples that can't be read; accept that "
+                f"with --skip-bad {manifest.num_left_out}, or fix them and give another URL"
+            )
+        return manifest
     if not store.put_new(PLAN, plan.sha256.encode()) and store.get(PLAN) != plan.sha256.encode():
         raise UserError(
-            f"{store.url()}: a pack of another source, or with other arguments, has begun here; run that one again to "
-            "finish it, give another URL, or remove what is there"
+            f"{store.url()}: a pack of another source, or with other arguments, has begun here, or its source has "
+            "changed since; run that one again to finish it, give another URL, or remove what is there"
         )
     return None
 
@@ -165,7 +199,7 @@ def pack_shard(plan: Plan, number: int) -> Packed:
     done = f"packing/{number:06d}"
     try:
         packed = _from_record(store.get(done))
-        if not packed.shard.num_samples or _sha256(store, packed.shard) == packed.shard.sha256:
+        if not packed.shard.num_samples or _is_whole(store, packed.shard):
             return packed
     except (NotFound, ValueError, KeyError, TypeError):
         pass
@@ -177,16 +211,13 @@ def pack_shard(plan: Plan, number: int) -> Packed:
     return packed
 
 
+def _is_whole(store: Store, shard: Shard) -> bool:
+    return hash_object(store, shard.name, shard.bytes) == shard.sha256
+
+
 def put_record(store: Store, number: int, packed: Packed) -> None:
     """Says that shard `number` is finished: its bytes are there."""
     store.put(f"packing/{number:06d}", _to_record(packed))
-
-
-def _sha256(store: Store, shard: Shard) -> str:
-    found = hashlib.sha256()
-    for start in range(0, shard.bytes, WINDOW_BYTES):
-        found.update(store.get(shard.name, start, min(shard.bytes, start + WINDOW_BYTES)))
-    return found.hexdigest()
 
 
 def _to_record(packed: Packed) -> bytes:
@@ -256,6 +287,7 @@ def _commit(
         sigma_data=sigma_data,
         index=Index(INDEX, index_bytes(shard.num_samples for shard in shards), index_sha256.hexdigest()),
         shards=shards,
+        num_left_out=num_skipped,
         packing=plan.sha256,
     )
     store.put(MANIFEST, manifest.to_json().encode())

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.identity import identity
 from scoreray.data.index_tars import SUFFIXES, naming, samples, tape_of, tars_at
 from scoreray.data.manifest import FORMATS, Shard
 from scoreray.data.packing import Packed
@@ -33,6 +34,7 @@ class RepackPlan:
     url: str
     name: str
     tars: list[tuple[str, int]]  # (key, bytes)
+    contents: str  # identity() of them
     shape: tuple[int, ...]
     reading: Reading
     image_format: str
@@ -53,7 +55,8 @@ class RepackPlan:
 
     @property
     def sha256(self) -> str:
-        parts = ["repack", ENCODING, self.name, self.tars, self.shape, self.image_format]
+        parts = ["repack", ENCODING, self.name, self.tars, self.contents, self.shape, asdict(self.reading),
+                 self.image_format]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def total_samples(self, done: list[Shard]) -> int:
@@ -104,8 +107,8 @@ def plan_repack(
         width, height = images[0].size
     channels = reading.channels or (1 if all(is_grey(image) for image in images) else 3)
     return RepackPlan(
-        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, (channels, height, width),
-        reading, image_format, skips_bad,
+        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, identity(store, dict(tars)),
+        (channels, height, width), reading, image_format, skips_bad,
     )  # fmt: skip
 
 

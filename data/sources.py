@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import math
 import os
 import struct
@@ -20,6 +21,7 @@ from PIL import Image
 
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, StorageError, UserError, nearest
+from scoreray.data.identity import identity
 from scoreray.data.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
 from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import Listing, list_below
@@ -67,8 +69,9 @@ class Source:
     """Samples to pack. `shape` is (C, H, W) of images (`dtype` uint8), else an array's. `labels` int64 [N] or None.
 
     Either `array` holds all samples ([N, H, W, C] or [N, ...]) or `files` names them. Pickled, it leaves the array
-    behind: another process reads it again, and sees that it is the same. `unreadable`: those of `files` that are broken
-    links or no files, and why. `left_out`: what is not used, by kind. `notes`: lines about it for a person.
+    behind: another process reads it again, and sees that it is the same. `fingerprint`: of the contents.
+    `unreadable`: those of `files` that are broken links or no files, and why. `left_out`: what is not used, by kind.
+    `notes`: lines about it for a person.
     """
 
     path: str
@@ -345,12 +348,10 @@ def _open_folder(store: Store, reading: Reading) -> Source:
         raise UserError(f"{store.url()}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}), and no tars{there}")
     files = sorted([*sizes, *unreadable])
     classes, labels = _classes_of(store, files) if reading.labelled else ([], None)
-    fingerprint = hashlib.sha256()
-    for name in files:
-        fingerprint.update(f"{name}\0{sizes.get(name, 0)}\n".encode(errors="surrogateescape"))
     shape = _look(store, list(sizes), reading)
+    fingerprint = hashlib.sha256(json.dumps([identity(store, sizes), unreadable]).encode()).hexdigest()
     return Source(
-        store.url(), len(files), shape, "uint8", labels, classes, fingerprint.hexdigest(), reading, files=files,
+        store.url(), len(files), shape, "uint8", labels, classes, fingerprint, reading, files=files,
         unreadable=unreadable, left_out=dict(left_out), notes=_notes(store.url(), listing, left_out, classes),
     )  # fmt: skip
 

@@ -73,6 +73,10 @@ class Store(abc.ABC):
         """(key, bytes) of every object whose key starts with `prefix`, sorted by key."""
 
     @abc.abstractmethod
+    def stamps(self) -> dict[str, str]:
+        """Of every object what changes when it is written: its ETag in S3, a file's time of change."""
+
+    @abc.abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
         """Removes the objects. One that is already gone is no error."""
 
@@ -220,6 +224,13 @@ class PathStore(Store):
                         with contextlib.suppress(FileNotFoundError):  # removed since
                             found.append((key, os.stat(path).st_size))
         return sorted(found)
+
+    def stamps(self) -> dict[str, str]:
+        found = {}
+        for key, _ in self.list():
+            with contextlib.suppress(FileNotFoundError):  # removed since
+                found[key] = f"changed {os.stat(os.path.join(self.root, key)).st_mtime_ns}"
+        return found
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -122,18 +122,24 @@ class S3Store(Store):
 
         return _ask(self.url(key), head)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def _listed(self, prefix: str) -> list[tuple[str, Any]]:
         folder = self.root[5:].partition("/")[2]
         skip = len(folder) + 1 if folder else 0
 
-        def pages() -> list[tuple[str, int]]:
+        def pages() -> list[tuple[str, Any]]:
             found = []
             full = f"{folder}/{prefix}" if folder else prefix
             for page in client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=full):
-                found += [(item["Key"][skip:], item["Size"]) for item in page.get("Contents", [])]
-            return sorted((key, size) for key, size in found if not key.endswith("/"))
+                found += [(item["Key"][skip:], item) for item in page.get("Contents", [])]
+            return [(key, item) for key, item in found if not key.endswith("/")]
 
         return _ask(self.url(), pages)
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        return sorted((key, item["Size"]) for key, item in self._listed(prefix))
+
+    def stamps(self) -> dict[str, str]:
+        return {key: item["ETag"].strip('"') or str(item["LastModified"]) for key, item in self._listed("")}
 
     def delete(self, keys: Iterable[str]) -> None:
         objects = [{"Key": self._at(key)["Key"]} for key in keys]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from scoreray.data.errors import StorageError, UserError, nearest
+from scoreray.data.identity import WINDOW_BYTES
 from scoreray.data.manifest import INDEX, MANIFEST
-from scoreray.data.packing import WINDOW_BYTES, map_in_threads
+from scoreray.data.packing import map_in_threads
 from scoreray.data.store import NotFound, Store, open_store
 
 if TYPE_CHECKING:
