@@ -58,17 +58,27 @@ def sample(
         str | None, typer.Option(metavar="LOW,HIGH", help="Guide between these noise levels only.")
     ] = None,
     inpaint: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Keep what --mask marks of this png, jpg or npz; draw the rest.")
+        str | None,
+        typer.Option(metavar="IMAGE", help="Keep what --mask marks of this picture or array; draw the rest."),
     ] = None,
-    mask: Annotated[str | None, typer.Option(metavar="MASK", help="For --inpaint: bright where known.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(metavar="MASK", help="For --inpaint: white (or 1) where known, else 0.")
+    ] = None,
     inverse: Annotated[
         str | None,
         typer.Option(metavar="OPERATOR", help="superresolution=FACTOR, gray or matrix=FILE, of --measurement."),
     ] = None,
     measurement: Annotated[
-        str | None, typer.Option(metavar="FILE", help="For --inverse: what was measured, png, jpg, npy or npz.")
+        str | None, typer.Option(metavar="FILE", help="For --inverse: what was measured, a picture, npy or npz.")
     ] = None,
     noise_std: Annotated[float, typer.Option(help="The measurement's noise, for data in [-1, 1].")] = 0.0,
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="What black and white are in an array that is given; 0,255 of uint8, -1,1 of floats.",
+        ),
+    ] = None,
     inverse_method: Annotated[
         str, typer.Option(help="projection, or jacobian: nearer the posterior, a backward pass a call.")
     ] = "projection",
@@ -98,7 +108,7 @@ def sample(
         seed=seed,
         class_label=class_label,
         guidance=Guidance(guidance, autoguide, guide_ema, _interval(interval)),
-        measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method),
+        measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method, value_range),
         batch_size=batch_size,
         options=parse_options(option or []),
     )

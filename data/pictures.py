@@ -112,10 +112,7 @@ def as_array(
         raise UserError(
             f"{name}: has colours, but the others are grey; --channels 3 packs all as RGB, --channels 1 all as grey"
         )
-    try:
-        image = image.convert("L" if shape[0] == 1 else "RGB")
-    except Exception as error:
-        raise DataError(f"{name}: {_reason(error)}") from error
+    image = convert(image, shape[0], name)
     if image_size:
         image = fit(image, image_size)
     if image.size != (shape[2], shape[1]):
@@ -125,6 +122,14 @@ def as_array(
         )
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def convert(image: Image.Image, num_channels: int, name: str) -> Image.Image:
+    """Grey (1) or RGB (3) of any mode: transparency is dropped, palettes and CMYK become RGB. Raises DataError."""
+    try:
+        return image.convert("L" if num_channels == 1 else "RGB")
+    except Exception as error:  # a decoder of bytes from outside may raise anything
+        raise DataError(f"{name}: {_reason(error)}") from error
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -25,6 +25,7 @@ from scoreray.data.packing import Packed, carry_out, pack_shard
 from scoreray.data.shards import ShardWriter
 from scoreray.data.store import NotFound, open_store
 from scoreray.data.traces import span
+from scoreray.sampling.describe import is_picture
 from scoreray.sampling.driver import Form, choose_form, fingerprint, in_form
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
@@ -244,10 +245,6 @@ def _check_same(place: Place, there: dict[str, Any], job: Job) -> None:
             f"{place.store.url(place.record)}: here are samples of another request ({'; '.join(differing)}); "
             "give another --out, or remove what is there"
         )
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def default_shard(count: int, shape: Sequence[int]) -> int:

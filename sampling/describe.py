@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,11 @@ PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
 
 
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of a shape are pictures: [C, H, W] with one channel or three."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """Where a model comes from and what it draws."""
@@ -42,6 +47,11 @@ class ModelInfo:
     def class_number(self, label: str | int | None) -> int:
         """The class meant by a number or a name; -1 for None. Raises UserError (`data.classes`)."""
         return class_number(label, self.classes)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether its samples are grey or RGB pictures, -1 black and 1 white; else values in units of their own."""
+        return is_picture(self.image_shape)
 
     @property
     def is_machine(self) -> bool:

@@ -122,7 +122,7 @@ def _beside(values: dict[str, Any]) -> str:
 def _figures(plan: Plan, work: Work) -> list[str]:
     found = []
     stages = plan.stages()
-    if "samples" in stages and len(plan.info.image_shape) == 3 and plan.info.image_shape[0] in (1, 3):
+    if "samples" in stages and plan.info.is_picture:
         samples = torch.from_numpy(get_arrays(plan.store, stages["samples"][0].key)["pictures"])
         found.append(_figure("Samples, in the order of their numbers.", _png(picture_grid(samples[:SHEET]))))
         if "nn" in work.pictures:

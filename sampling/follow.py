@@ -23,8 +23,7 @@ from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.store import Store, open_store
-from scoreray.sampling.batch_generation import is_picture
-from scoreray.sampling.describe import ModelInfo
+from scoreray.sampling.describe import ModelInfo, is_picture
 from scoreray.sampling.evaluate import choose_extractor, described, evaluate
 from scoreray.sampling.evaluation_tasks import fixed_threads
 from scoreray.sampling.generate import Request, generate, png_of_sheet

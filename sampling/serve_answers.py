@@ -46,10 +46,6 @@ def _range(position: int, part: str) -> tuple[str, int, float]:
     return kind, position, min(1.0, quality) if quality > 0 else 0.0
 
 
-def is_picture(shape: Sequence[int]) -> bool:
-    return len(shape) == 3 and shape[0] in (1, 3)
-
-
 def encode(samples: Tensor, labels: Sequence[int], media: str, format_: str) -> bytes:
     """Samples [n, ...] in the model's range: the array of `data` as JSON, a PNG sheet, or an npz.
 

@@ -11,7 +11,6 @@ from scoreray.sampling.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.generate import Request
 from scoreray.sampling.options import options_of
 from scoreray.sampling.samplers import SAMPLERS
-from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.sampling.sigmas import GRIDS
 from scoreray.trainer.checkpoint import committed
@@ -65,7 +64,7 @@ class Served:
             "ema": info.ema,
             "emas": list(self.emas),
             "shape": list(info.image_shape),
-            "pictures": is_picture(info.image_shape),
+            "pictures": info.is_picture,
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.sampling.batcher import SampleRequest, StepBatcher, Ticket
+from scoreray.sampling.describe import is_picture
 from scoreray.sampling.fast import Fast, make_fast
 from scoreray.sampling.load import LoadedDenoiser, load
-from scoreray.sampling.serve_answers import encode, is_picture, preview_sheet
+from scoreray.sampling.serve_answers import encode, preview_sheet
 from scoreray.sampling.serve_config import ServeConfig
 from scoreray.sampling.serve_job import Event, Job
 from scoreray.sampling.serve_metrics import REPLICA_METRICS, Meter

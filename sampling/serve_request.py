@@ -13,11 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, nearest
-from scoreray.sampling.describe import ModelInfo
+from scoreray.sampling.describe import ModelInfo, is_picture
 from scoreray.sampling.generate import Request, RequestError
 from scoreray.sampling.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, check_options, start
-from scoreray.sampling.serve_answers import is_picture
 from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.sampling.serve_docs import in_words
 from scoreray.sampling.serve_job import Job

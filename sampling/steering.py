@@ -6,25 +6,17 @@ can travel; what a URL names is read where the samples are drawn.
 
 from __future__ import annotations
 
-import io
 import math
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from scoreray.data.decode import decode, look
-from scoreray.data.errors import DataError, UserError, nearest
-from scoreray.data.manifest import FORMATS
-from scoreray.data.store import NotFound, open_store
+from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.guidance import Autoguidance, ClassifierFree, Denoise, Interval
 from scoreray.sampling.inverse import LinearInverse, Operator, average_pool, gray, mask, matrix
 from scoreray.sampling.load import LoadedDenoiser, load
-from scoreray.trainer.step import to_unit_range
+from scoreray.sampling.observations import parse_value_range, read_mask, read_numbers, read_observed
 
 Method = Literal["projection", "jacobian"]
 MAX_GUIDANCE = 100  # beyond it, on either side, samples are noise or not finite
@@ -65,10 +57,12 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is known of each sample: `observed` (a URL of a png, jpg, npy or npz) is `operator` of it, plus noise.
+    """What is known of each sample: `observed` (a URL of a picture, npy or npz) is `operator` of it, plus noise.
 
     operator: "inpaint" with the URL of a `mask` (bright where the sample is known), "superresolution=FACTOR", "gray",
     or "matrix=URL" of an npy [m, d]. noise_std: of the measurement, for data in [-1, 1]. method: of `LinearInverse`.
+    value_range: what black and white are in `observed`, "LOW,HIGH" or "model"; None for what its type says.
+    See `observations.py` for what values mean.
     """
 
     operator: str
@@ -76,6 +70,7 @@ class Measurement:
     mask: str | None = None
     noise_std: float = 0.0
     method: Method = "projection"
+    value_range: str | None = None
 
     def __post_init__(self) -> None:
         name, _, value = self.operator.partition("=")
@@ -89,6 +84,8 @@ class Measurement:
             raise UserError(f"--noise-std {self.noise_std}: must be a finite number, 0 or above")
         if self.method not in get_args(Method):
             raise UserError(f"--inverse-method '{self.method}': {nearest(self.method, get_args(Method))}")
+        if self.value_range is not None:
+            parse_value_range(self.value_range)
 
 
 OPERATORS = {
@@ -107,6 +104,7 @@ def measurement_of(
     measurement: str | None,
     noise_std: float,
     method: str,
+    value_range: str | None = None,
 ) -> Measurement | None:
     """What the words of a command line say is known of the samples. Raises UserError where they do not go together."""
     if inpaint is not None and inverse is not None:
@@ -114,18 +112,19 @@ def measurement_of(
     if inpaint is not None:
         if measurement is not None:
             raise UserError("--measurement goes with --inverse; --inpaint names its picture itself")
-        return Measurement("inpaint", inpaint, mask, noise_std, cast(Method, method))
+        return Measurement("inpaint", inpaint, mask, noise_std, cast(Method, method), value_range)
     if inverse is not None:
         if inverse.partition("=")[0] == "inpaint":
             raise UserError("--inverse inpaint: write --inpaint IMAGE --mask MASK")
         if measurement is None:
             raise UserError("--inverse needs --measurement FILE, what was measured")
-        return Measurement(inverse, measurement, mask, noise_std, cast(Method, method))
+        return Measurement(inverse, measurement, mask, noise_std, cast(Method, method), value_range)
     lone = {
         "--mask": mask is not None,
         "--measurement": measurement is not None,
         "--noise-std": noise_std != 0,
         "--inverse-method": method != "projection",
+        "--value-range": value_range is not None,
     }
     given = [name for name, there in lone.items() if there]
     if given:
@@ -170,7 +169,13 @@ def _measured(denoiser: LoadedDenoiser, bent: Denoise, measurement: Measurement)
     shape, device = denoiser.info.image_shape, next(denoiser.parameters()).device
     operator = _operator(measurement, shape, device)
     expected = tuple(operator.apply(torch.zeros(1, *shape, device=device)).shape[1:])
-    observed = read_array(measurement.observed, expected, "the measurement").to(device)
+    observed = read_observed(
+        measurement.observed,
+        expected,
+        pictures=denoiser.info.is_picture and measurement.operator.partition("=")[0] != "matrix",
+        noise_std=measurement.noise_std,
+        value_range=measurement.value_range,
+    ).to(device)
     return LinearInverse(bent, operator, observed, measurement.noise_std, denoiser.sigma_data, measurement.method)
 
 
@@ -195,80 +200,4 @@ def _operator(measurement: Measurement, shape: tuple[int, ...], device: torch.de
             raise UserError(f"gray: this model's images have {shape[0]} channel, which needs no colour")
         return gray(shape[0])
     assert measurement.mask is not None
-    known = read_array(measurement.mask, shape, "the mask").to(device) > 0
-    if bool(known.all()) or not bool(known.any()):
-        raise UserError(f"{measurement.mask}: marks {'all' if known.all() else 'nothing'} as known; nothing to inpaint")
-    return mask(known)
-
-
-def read_array(url: str, shape: tuple[int, ...], what: str) -> Tensor:
-    """A picture or an array as float32 of `shape`, pictures and bytes in [-1, 1], bool as -1 and 1, one channel spread
-    over all. Raises UserError where it is of another shape, DataError where it can't be read."""
-    values = _read(url)
-    if values.dtype == torch.bool:
-        values = values.float() * 2 - 1
-    values = to_unit_range(values).float()
-    if len(shape) == 3 and values.ndim == 2:
-        values = values[None]
-    if len(shape) == 3 and values.shape == (1, *shape[1:]):
-        values = values.expand(shape)
-    if tuple(values.shape) != tuple(shape):
-        raise UserError(f"{url}: is {list(values.shape)}, and {what} must be {list(shape)}")
-    if not bool(values.isfinite().all()):
-        raise UserError(f"{url}: holds values that are not finite; mark unknown ones with a mask, not with NaN")
-    return values
-
-
-def read_numbers(url: str) -> Tensor:
-    """An npy or npz array as float32."""
-    return _read(url).float()
-
-
-def _read(url: str) -> Tensor:
-    """uint8 pictures as [C, H, W]; other arrays as they are."""
-    parent, _, name = url.rpartition("/")
-    try:
-        data = open_store(parent or ".").get(name)
-    except NotFound:
-        raise UserError(f"{url}: no such file") from None
-    for ending, read in READERS.items():
-        if url.lower().endswith(ending):
-            return torch.from_numpy(np.array(read(data, url)))
-    raise UserError(f"{url}: must end in {', '.join(READERS)}")
-
-
-def _picture(code: int) -> Callable[[bytes, str], np.ndarray]:
-    def read(data: bytes, url: str) -> np.ndarray:
-        try:
-            shape, dtype = look(data, code)
-        except DataError as error:
-            raise DataError(f"{url}: {error}") from None
-        return decode(data, code, shape, np.dtype(dtype), lambda: url).transpose(2, 0, 1)
-
-    return read
-
-
-def _numbers(data: bytes, url: str) -> np.ndarray:
-    """One array of numbers, never a pickle. uint8 pictures have channels last, as `scoreray sample` leaves them."""
-    try:
-        loaded = np.load(io.BytesIO(data), allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            name = "images" if "images" in loaded.files else loaded.files[0]
-            loaded = loaded[name]
-        array = np.asarray(loaded)
-        if not (array.dtype == bool or np.issubdtype(array.dtype, np.number)) or np.iscomplexobj(array):
-            raise ValueError(f"{array.dtype} is no number")
-    except (ValueError, OSError, IndexError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{url}: can't be read as an array: {' '.join(str(error).split())}") from None
-    if array.dtype == np.uint8 and array.ndim == 4 and len(array) == 1:
-        array = array[0]
-    return array.transpose(2, 0, 1) if array.dtype == np.uint8 and array.ndim == 3 else array
-
-
-READERS: dict[str, Callable[[bytes, str], np.ndarray]] = {
-    ".png": _picture(FORMATS["png"]),
-    ".jpg": _picture(FORMATS["jpg"]),
-    ".jpeg": _picture(FORMATS["jpg"]),
-    ".npy": _numbers,
-    ".npz": _numbers,
-}
+    return mask(read_mask(measurement.mask, shape).to(device))

@@ -137,6 +137,9 @@ def test_an_inpainted_sample_keeps_what_is_known(runs: dict[str, str], tmp_path:
     np.savez(tmp_path / "m.npz", mask=known > 0)
     words = "--inpaint", tmp_path / "i.png", "--mask", tmp_path / "m.npz"
     assert torch.equal(drawn(runs["unet"], tmp_path / "t.npz", *words), samples)
+    np.save(tmp_path / "unit.npy", image / 255)
+    words = "--inpaint", tmp_path / "unit.npy", "--mask", tmp_path / "m.png", "--value-range", "0,1"
+    assert (drawn(runs["unet"], tmp_path / "u.npz", *words) - samples).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("method", ["projection", "jacobian"])
@@ -202,6 +205,10 @@ NONSENSE: dict[str, tuple[list[str], str]] = {
     "absent": (["--inverse", "gray", "--measurement", "/nowhere/y.png"], "no such file"),
     "no picture": (["--inverse", "gray", "--measurement", "{text}"], "must end in .png"),
     "unknown method": (["--inverse", "gray", "--measurement", "{png}", "--inverse-method", "dps"], "accepted: jac"),
+    "floats of 0 to 1": (["--inpaint", "{unit}", "--mask", "{half}"], "float64 values from 0"),
+    "a soft mask": (["--inpaint", "{png}", "--mask", "{soft}"], "and a mask has two"),
+    "a range alone": (["--value-range", "0,1"], "--value-range: nothing is measured"),
+    "a range of words": (["--inpaint", "{unit}", "--mask", "{half}", "--value-range", "dark"], "LOW,HIGH"),
     "all known": (["--inpaint", "{png}", "--mask", "{white}"], "marks all as known"),
     "negative noise": (["--inverse", "gray", "--measurement", "{png}", "--noise-std", "-1"], "--noise-std -1"),
     "unknown sampler": (["--sampler", "gibs"], "did you mean 'gibbs'"),
@@ -218,7 +225,11 @@ def test_nonsense_is_refused_in_one_line(runs: dict[str, str], tmp_path: Path, n
         "png": picture(tmp_path / "y.png", bytes_of((8, 8, 3))),
         "white": picture(tmp_path / "white.png", np.full((8, 8), 255, dtype=np.uint8)),
         "text": tmp_path / "y.txt",
+        "unit": tmp_path / "unit.npy",
+        "half": picture(tmp_path / "half.png", np.tile(np.array([0, 255], np.uint8), (8, 4))),
+        "soft": picture(tmp_path / "soft.png", bytes_of((8, 8))),
     }
+    np.save(files["unit"], bytes_of((8, 8, 3)) / 255)
     with pytest.raises(UserError) as caught:
         drawn(runs["unet"], tmp_path / "s.npz", *(word.format(**files, **runs) for word in words))
     assert message in str(caught.value)
