@@ -227,4 +227,4 @@ def _array(data: bytes, url: str) -> np.ndarray:
 
 
 def _text(value: float) -> str:
-    return f"{float(value):.4g}"
+    return f"{float(value):.6g}"
