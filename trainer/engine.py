@@ -130,7 +130,7 @@ class FlatEngine:
         self._micro_batches_done = 0
         self.optimizer = AveragingAdamW([self._master], config.optimizer, config.ema)
         self.optimizer.init_state(self._master)
-        self.module: Any = torch.compile(module) if config.engine.compile else module
+        self.module: Any = torch.compile(module, dynamic=False) if config.engine.compile else module
 
     def backward(self, loss: torch.Tensor) -> None:
         self._micro_batches_done += 1
