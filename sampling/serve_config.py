@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, readable
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Refused(Exception):
 
     def __init__(self, code: str, message: str, *, field: str | None = None, retry_after_s: float | None = None):
         super().__init__(code, message, field, retry_after_s)
+        message = readable(message)
         self.code, self.message, self.field, self.retry_after_s = code, message, field, retry_after_s
 
     @property

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.sampling.describe import ModelInfo, is_picture
 from scoreray.sampling.generate import Request, RequestError
 from scoreray.sampling.noise import SampleNoise, TorchNoise
@@ -120,8 +120,7 @@ def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
     wrong = list(dict.fromkeys(str(mistake["loc"][0]) for mistake in mistakes))
     told = []
     for field in [field for field in wrong if field in fields][:4]:
-        given, may_be = json.dumps(data[field]), in_words(fields[field])
-        given = given if len(given) <= 40 else given[:40] + "..."
+        given, may_be = shortened(json.dumps(data[field])), in_words(fields[field])
         if any(m["type"] == "string_unicode" for m in mistakes if m["loc"][0] == field):
             may_be = "a string of whole Unicode characters"
         told.append(f"{field} = {given}: must be {may_be}")
@@ -196,8 +195,6 @@ def _fitted(body: SampleBody, info: ModelInfo, seed: int) -> Request:
         return request.fitted(info)
     except RequestError as error:
         raise Refused("invalid", str(error), field=error.field) from None
-    except OverflowError as error:
-        raise Refused("invalid", str(error), field="options") from None
 
 
 @functools.lru_cache(1024)
@@ -238,7 +235,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise Refused("bad_json", f"the name '{name[:64]}' stands twice in one object")
+            raise Refused("bad_json", f"the name '{shortened(name)}' stands twice in one object")
+        if not name.isascii() and any(
+            "\ud800" <= one <= "\udfff" for one in name
+        ):  # pydantic can't say which name it is
+            raise Refused("bad_json", f"the name {shortened(ascii(name))} is not of whole Unicode characters")
         found[name] = value
     return found
 

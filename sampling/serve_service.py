@@ -225,7 +225,8 @@ class Service:
                             break
                     else:
                         break
-                raise Refused(last["code"], last["message"], retry_after_s=last.get("retry_after_s"))
+                field = "options" if last["code"] == "not_finite" and run.job.options else None
+                raise Refused(last["code"], last["message"], field=field, retry_after_s=last.get("retry_after_s"))
         except asyncio.CancelledError:
             if run.cut_off is None:
                 raise
