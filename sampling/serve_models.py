@@ -9,7 +9,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.store import open_store
 from scoreray.sampling.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.generate import Request
-from scoreray.sampling.options import options_of
+from scoreray.sampling.options import Option, options_of
 from scoreray.sampling.samplers import SAMPLERS
 from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.sampling.sigmas import GRIDS
@@ -84,7 +84,15 @@ def look_up(name: str, url: str, ema: str | None = None) -> Served:
 
 
 def _options(sampler: str) -> dict[str, Any]:
+    """Those that JSON has a word for."""
     return {
-        name: {"accepted": option.accepted, "default": option.default}
+        name: {"accepted": option.accepted, "default": option.default, "choices": _choices(option)}
         for name, option in options_of(SAMPLERS[sampler]).items()
+        if option.kind in (bool, int, float, str)
     }
+
+
+def _choices(option: Option) -> list[str]:
+    """All values that an option may have, as words; empty for numbers."""
+    words = ["true", "false"] if option.kind is bool else list(option.choices)
+    return [*words, "none"] if words and option.optional else words

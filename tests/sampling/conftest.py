@@ -107,9 +107,10 @@ def distance():
 
 
 def write_run(
-    url: str, images: int = 64, *, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), classes: int = 3
+    url: str, images: int = 64, *, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), classes: int | list[str] = 3
 ) -> str:
     """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url."""
+    names = classes if isinstance(classes, list) else [f"class-{i}" for i in range(classes)]
     storage, _, name = url.rpartition("/")
     network = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
     config = load_config(
@@ -123,7 +124,7 @@ def write_run(
     torch.manual_seed(seed)
     module = torch.nn.Module()
     module.denoiser = torch.nn.Module()
-    module.denoiser.network = build_network(config.network, shape, classes)
+    module.denoiser.network = build_network(config.network, shape, len(names))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -133,7 +134,7 @@ def write_run(
         "shapes": {name: list(value.shape) for name, value in values.items()},
         "state_keys": ["ema_0.050", "ema_0.100"],
         "image_shape": list(shape),
-        "classes": [f"class-{i}" for i in range(classes)],
+        "classes": names,
     }
     fragments = [
         Fragment(

@@ -11,11 +11,14 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scoreray.sampling.options import options_of
+from scoreray.sampling.samplers import SAMPLERS
 from scoreray.sampling.serve_access import hash_of
 from scoreray.sampling.serve_config import Limits, ServeConfig
 
@@ -25,6 +28,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 PHONE, DESKTOP = (390, 844), (1280, 800)
+WIDTHS = (320, 390, 820, 1280)
+LONG = "a-word-that-does-not-break-" * 6
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's name for an element's id
 SECRET = "a-secret-of-thirty-characters!"
 
@@ -127,6 +132,12 @@ def browser(driver_port: int) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.environ.get("SCORERAY_PAGE_MODEL") or new_run(str(tmp_path_factory.mktemp("runs") / "small"))
+
+
+@pytest.fixture(scope="module")
+def long_names_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    classes = [LONG + "0", "many words " * 20, "1"]
+    return new_run(str(tmp_path_factory.mktemp("runs") / "long"), shape=(3, 16, 16), classes=classes)
 
 
 def config(url: str, **settings: Any) -> ServeConfig:
@@ -279,3 +290,154 @@ def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> Non
         while service.under_way():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def choose(browser: Browser, field: str, value: str) -> None:
+    browser.run(
+        "const field = document.querySelector(arguments[0]); field.value = arguments[1];"
+        "for (const name of ['change', 'input']) field.dispatchEvent(new Event(name, {bubbles: true}))",
+        field,
+        value,
+    )
+
+
+def captions(browser: Browser) -> list[str]:
+    return browser.run("return [...document.querySelectorAll('#samples figcaption')].map(e => e.textContent)")
+
+
+def open_page(browser: Browser, url: str) -> None:
+    browser.open(url)
+    browser.until("!document.querySelector('#draw').disabled")
+
+
+def assert_all_in_sight(browser: Browser, what: str) -> None:
+    """At every width nothing makes the page scroll sideways, and no picture, field or word is cut by its box."""
+    for width in WIDTHS:
+        browser.size(width, 800)
+        found = browser.run(
+            "return [document.documentElement.scrollWidth, innerWidth, [...document.querySelectorAll("
+            "'header *, main *')].filter(e => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 0.5)"
+            ".map(e => e.outerHTML.slice(0, 80))]"
+        )
+        assert found[0] <= found[1] == width, f"{what} at {width}: {found[2][:4]}"
+        assert found[2] == [], f"{what} at {width}"
+        view = browser.run(
+            "const box = document.querySelector('#view').getBoundingClientRect(); return [...document.querySelectorAll("
+            "'#view img, #view canvas, #view p')].map(e => e.getBoundingClientRect())"
+            ".every(r => r.left >= box.left && r.right <= box.right)"
+        )
+        assert view, f"{what} at {width}: the sheet is cut"
+        keep(browser, f"{what}-{width}")
+
+
+def test_nothing_is_wider_than_the_screen_with_long_names_and_many_samples(
+    browser: Browser, long_names_url: str, run_url: str, served: Any
+) -> None:
+    settings = replace(config(run_url), models=((f"model-{LONG}", long_names_url), ("small", run_url)))
+    with served(settings) as (url, _):
+        open_page(browser, url)
+        browser.run("document.querySelector('#options-box').open = true")
+        assert_all_in_sight(browser, "empty")
+        for count in (3, 70):
+            browser.type("#count", str(count))
+            browser.type("#steps", "16")
+            browser.click("#draw")
+            browser.until(f"document.querySelectorAll('#samples img').length === {count}", 60)
+            assert captions(browser)[:3] == [LONG + "0", "many words " * 20, "1"]
+            assert_all_in_sight(browser, f"{count}-samples")
+        browser.click("#strip li:first-child button")
+        browser.until("document.querySelector('#view img.sheet')")
+        assert_all_in_sight(browser, "sheet")
+        browser.run("notice('error', arguments[0], ['Try again', () => {}])", LONG * 4)
+        assert_all_in_sight(browser, "notice")
+        assert browser.errors() == []
+
+
+def test_another_model_chosen_meanwhile_leaves_the_pictures_their_names(
+    browser: Browser, long_names_url: str, run_url: str, served: Any
+) -> None:
+    settings = replace(config(run_url), models=(("small", run_url), ("long", long_names_url)))
+    with served(settings) as (url, _):
+        open_page(browser, url)
+        browser.type("#count", "3")
+        browser.type("#steps", "300")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#strip li').length >= 1")
+        choose(browser, "#model", "long")
+        assert browser.run("return document.querySelector('#samples') === null"), "it is drawn while the model changes"
+        browser.until("document.querySelectorAll('#samples img').length === 3", 60)
+        own = ["class-0", "class-1", "class-2"]
+        assert captions(browser) == own
+        assert browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalHeight)") == [8] * 3
+        browser.click("#strip li:first-child button")
+        browser.until("document.querySelector('#view img.sheet')")
+        browser.click("#strip li:last-child button")
+        browser.until("document.querySelector('#samples')")
+        assert captions(browser) == own
+        assert '"model":"long"' in browser.text("#curl")
+        assert LONG + "0" in browser.run("return document.querySelector('#class').innerText")
+
+
+def test_what_is_refused_or_stopped_leaves_the_earlier_pictures(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url, limits=Limits(max_count=8, token_requests=1))) as (url, service):
+        open_page(browser, url)
+        browser.type("#count", "4")
+        browser.type("#steps", "9")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 4")
+        before = browser.run("return document.querySelector('#view').innerHTML")
+        strip = browser.run("return document.querySelectorAll('#strip li').length")
+        pictures = f"document.querySelector('#view').innerHTML === {json.dumps(before)}"
+        browser.run("document.querySelector('#count').max = 99")
+        browser.type("#count", "9")
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.error')?.innerText.includes('at most 8')")
+        assert browser.run(f"return {pictures}")
+        browser.type("#count", "8")
+        service.draining = True
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.busy')?.innerText.includes('Trying again in')")
+        assert browser.run(f"return {pictures}")
+        assert browser.run("return document.querySelectorAll('#strip li').length") == strip
+        assert browser.run("return getComputedStyle(document.querySelector('#view')).opacity") == "1"
+        service.draining = False
+        browser.click("#notice button")
+        browser.until("document.querySelectorAll('#samples img').length === 8")
+        assert browser.errors() == []
+
+
+def test_it_starts_with_what_the_limits_allow_and_offers_no_class(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url, limits=Limits(max_count=8, max_steps=10))) as (url, _):
+        open_page(browser, url)
+        curl = browser.text("#curl")
+        assert '"count":8' in curl
+        assert '"steps":10' in curl
+        names = browser.run("return [...document.querySelector('#class').options].map(o => o.text)")
+        assert names == ["each in turn", "class-0", "class-1", "class-2", "no class"]
+        choose(browser, "#class", "-1")
+        assert '"class_label":-1' in browser.text("#curl")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 8")
+        assert captions(browser) == []
+        choose(browser, "#grid", "geometric")
+        assert '"grid":"geometric"' in browser.text("#curl")
+
+
+def test_only_options_that_a_person_can_give_are_offered(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url)) as (url, _):
+        open_page(browser, url)
+        for sampler, function in SAMPLERS.items():
+            choose(browser, "#sampler", sampler)
+            fields = browser.run(
+                "return [...document.querySelectorAll('#options .option')].map(e => [e.name, e.tagName, "
+                "[...(e.options ?? [])].map(o => o.value)])"
+            )
+            plain = {name: one for name, one in options_of(function).items() if one.kind in (bool, int, float, str)}
+            assert [name for name, *_ in fields] == list(plain), sampler
+            for name, tag, choices in fields:
+                assert (tag == "SELECT") == (plain[name].kind in (bool, str)), (sampler, name)
+                assert set(plain[name].choices) <= set(choices)
+        choose(browser, "#sampler", "edm_sde")
+        browser.run("document.querySelector('#options-box').open = true")
+        choose(browser, "#option-s_churn", "3")
+        assert '"options":{"s_churn":3}' in browser.text("#curl")
