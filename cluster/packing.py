@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from scoreray.data.errors import StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.pack import pack
 from scoreray.data.packing import Packed, Plan, check_node, pack_shard
+from scoreray.data.sources import kinds_line
 from scoreray.data.store import open_store
 
 WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves
@@ -32,7 +33,7 @@ def pack_with_bar(source: str, url: str, *, workers: int | None = None, **option
     machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
     """
     open_store(url).check_writable()
-    asked, kept, skipped = 0, 0, list[str]()
+    asked, kept, skipped, unused = 0, 0, list[str](), Counter[str]()
 
     def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
         nonlocal asked, kept
@@ -42,6 +43,7 @@ def pack_with_bar(source: str, url: str, *, workers: int | None = None, **option
         for packed in _make(plan, numbers, workers, stack):
             kept += packed.kept
             skipped.extend(packed.skipped)
+            unused.update(packed.unused)
             yield packed
 
     with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
@@ -52,6 +54,8 @@ def pack_with_bar(source: str, url: str, *, workers: int | None = None, **option
         say(f"packed {holds}{f', {kept} of them there from before' if kept else ''} at {url}")
     else:
         say(f"packed already: {holds} at {url}, of this source and with these options; nothing was to do")
+    if unused:
+        say(f"left out beside the images: {kinds_line(unused)}")
     if skipped:
         more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
         say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))

@@ -1,4 +1,4 @@
-"""Bytes of a tar member to an array: png, jpg and npy without pickle, nothing else, and never above a size.
+"""Bytes of a tar member to an array: pictures and npy without pickle, nothing else, and never above a size.
 
 Stock readers dispatch on the member's name and unpickle some; here the format comes from the verified index, and what
 a decoder may return (shape, type) is known beforehand from the manifest.
@@ -48,11 +48,11 @@ def decode_into(out: np.ndarray, data: bytes, code: int, name: Callable[[], str]
     except DataError as error:
         raise DataError(f"{name()}: {error}") from error
     except Exception as error:  # a decoder of untrusted bytes may raise anything
-        raise DataError(
-            f"{name()}: can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
+        raise DataError(f"{name()}: {_reason(error)}") from error
     if array is out:
         return
+    if array.dtype == np.uint8 and array.shape == (*out.shape[:-1], 1) and out.shape[-1] == 3 and out.ndim == 3:
+        array = np.broadcast_to(array, out.shape)  # a grey picture among others in colour
     if array.shape != out.shape or array.dtype != out.dtype:
         raise DataError(f"{name()}: holds {array.dtype} {array.shape}, the manifest says {out.dtype} {out.shape}")
     out[...] = array
@@ -72,19 +72,23 @@ def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndar
     return sorted(left)
 
 
-def look(data: bytes, code: int) -> tuple[tuple[int, ...], str]:
-    """(shape, dtype) as a manifest says them, of a sample that nothing is known of yet. Raises DataError."""
+def decode_as_found(data: bytes, code: int, name: Callable[[], str]) -> np.ndarray:
+    """A sample of which nothing is known yet: uint8 [H, W, 1 or 3] or float32. Raises DataError naming it."""
     try:
         array = _DECODERS[code](data, None)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"the first sample can't be decoded: {' '.join(str(error).split())}") from error
-    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3):
-        return (array.shape[2], *array.shape[:2]), "uint8"
-    if array.dtype == np.float32 and array.ndim:
-        return array.shape, "float32"
-    raise DataError(f"the first sample is {array.dtype} {array.shape}; grey or RGB uint8, or float32, is needed")
+    except DataError as error:
+        raise DataError(f"{name()}: {error}") from error
+    except Exception as error:  # a decoder of untrusted bytes may raise anything
+        raise DataError(f"{name()}: {_reason(error)}") from error
+    if (array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3)) or (
+        array.dtype == np.float32 and array.ndim
+    ):
+        return array
+    raise DataError(f"{name()}: is {array.dtype} {array.shape}; grey or RGB uint8, or float32, is needed")
+
+
+def _reason(error: BaseException) -> str:
+    return f"can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 # A decoder is given what to decode into, or None when nothing is known of the sample yet; it returns that or an array.
@@ -125,6 +129,17 @@ def _npy(data: bytes, out: np.ndarray | None) -> np.ndarray:
     return array.transpose(1, 2, 0) if dtype == np.uint8 and array.ndim == 3 else array
 
 
+def _picture(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    from scoreray.data.pictures import is_grey, open_picture
+
+    try:
+        image = open_picture(data, "", MAX_PIXELS)
+    except DataError as error:
+        raise DataError(str(error).removeprefix(": ")) from error  # the caller has the name
+    array = np.asarray(image.convert("L" if is_grey(image) else "RGB"))
+    return array[:, :, None] if array.ndim == 2 else array
+
+
 def _pillow(data: bytes, format: str) -> np.ndarray:
     from PIL import Image
 
@@ -145,6 +160,7 @@ _DECODERS: dict[int, Callable[[bytes, np.ndarray | None], np.ndarray]] = {
     FORMATS["png"]: _png,
     FORMATS["jpg"]: _jpg,
     FORMATS["npy"]: _npy,
+    FORMATS["picture"]: _picture,
 }
 
 
@@ -206,6 +222,7 @@ _ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {
     FORMATS["png"]: _png_rows,
     FORMATS["jpg"]: _jpg_rows,
     FORMATS["npy"]: _npy_rows,
+    FORMATS["picture"]: lambda members, out: [row for row, _ in members],
 }
 
 

@@ -13,24 +13,24 @@ from pathlib import Path
 
 import numpy as np
 
-from scoreray.data.decode import decode, decode_class, look
+from scoreray.data.decode import decode_as_found
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.identity import identity
 from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import list_below
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
 from scoreray.data.packing import Moments, Packed
-from scoreray.data.pictures import IMAGE_SUFFIXES
+from scoreray.data.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.records import records_sha256
 from scoreray.data.store import NotFound, Store, local_path, open_store
-from scoreray.data.tars import Member, Tape, members
-
-SUFFIXES = {**FORMATS, "jpeg": FORMATS["jpg"]}
+from scoreray.data.tar_samples import TarSamples
+from scoreray.data.tars import Member, Tape
 
 
 @dataclass(frozen=True)
 class TarsPlan:
-    """A packing.Plan over tars that are there."""
+    """A packing.Plan over tars that are there. `shape` has three channels for images: whether all are grey is known
+    when all are read."""
 
     url: str
     name: str
@@ -39,6 +39,7 @@ class TarsPlan:
     dtype: str
     skips_bad: bool = False
     contents: str = ""  # identity() of them
+    labelled: bool = True
 
     @property
     def num_shards(self) -> int:
@@ -50,7 +51,8 @@ class TarsPlan:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(["tars", self.name, self.shards, self.contents]).encode()).hexdigest()
+        parts = ["tars", self.name, self.shards, self.contents, self.labelled]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def total_samples(self, done: list[Shard]) -> int:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
@@ -92,8 +94,10 @@ def plan_tars(
     name: str | None,
     skips_bad: bool = False,
     layout: Layout | None = None,
+    labelled: bool = True,
 ) -> TarsPlan:
-    """Raises UserError when `url` is not where the tars lie, DataError when the first sample can't be read."""
+    """Raises UserError when `url` is not where the tars lie, DataError when no sample can be read, or, without
+    `skips_bad`, the first."""
     store = open_store(source)
     if open_store(url).url() != store.url():
         raise UserError(
@@ -101,89 +105,96 @@ def plan_tars(
             f"scoreray data pack {source} {source}; or make new ones of them: --image-size or --image-format"
         )
     shards = tars_at(source)
-    key, size = shards[0]
-    with naming(store, key):
-        image, _ = next(samples(tape_of(store, key, size)), (None, 0))
-        if image is None:
-            raise DataError("holds no sample")
-        shape, dtype = look(image.data, SUFFIXES[image.name.rpartition(".")[2].lower()])
-        if dtype == "float32" and len(shape) == 3 and checked_layout(image.name, shape, layout) == "NHWC":
-            raise UserError(
-                f"'{image.name}': an array of {' x '.join(map(str, shape))} with its channels last, where the model "
-                "takes [C, H, W] and tars are indexed as they are; write them so, or if they are, say --layout NCHW"
-            )
-    contents = identity(store, dict(shards))
-    return TarsPlan(store.url(), name or store.url().rpartition("/")[2], shards, shape, dtype, skips_bad, contents)
+    shape, dtype = _first_shape(store, shards, skips_bad, labelled, layout)
+    name = name or store.url().rpartition("/")[2]
+    return TarsPlan(store.url(), name, shards, shape, dtype, skips_bad, identity(store, dict(shards)), labelled)
 
 
-def samples(tape: Tape) -> Iterator[tuple[Member, int]]:
-    """(image member, label or -1) of each sample: neighbouring members with the same key, as WebDataset groups them."""
-    seen: set[bytes] = set()
-    key, image, label, kinds = "", None, -1, set[str]()
-    for member in members(tape):
-        folder, _, name = member.name.rpartition("/")
-        stem, _, kind = name.partition(".")
-        its_key, kind = f"{folder}/{stem}", kind.lower()
-        if its_key != key:
-            if key:
-                yield _whole(key, image, label)
-            hashed = hashlib.blake2b(its_key.encode(), digest_size=8).digest()
-            if hashed in seen:
-                raise DataError(f"byte {member.offset}: sample '{stem}' comes twice, or its members lie apart")
-            seen.add(hashed)
-            key, image, label, kinds = its_key, None, -1, set()
-        if kind in kinds:
-            raise DataError(f"byte {member.offset}: '{member.name}' comes twice")
-        kinds.add(kind)
-        if kind in SUFFIXES:
-            if image is not None:
-                raise DataError(f"byte {member.offset}: sample '{stem}' has two images")
-            image = member
-        elif kind == "cls":
-            label = decode_class(member.data, f"byte {member.offset}: '{member.name}'")
-    if key:
-        yield _whole(key, image, label)
-
-
-def _whole(key: str, image: Member | None, label: int) -> tuple[Member, int]:
-    if image is None:
-        raise DataError(f"sample '{key.strip('/')}' has no image ({', '.join(SUFFIXES)})")
-    return image, label
+def _first_shape(
+    store: Store, shards: list[tuple[str, int]], skips_bad: bool, labelled: bool, layout: Layout | None
+) -> tuple[tuple[int, ...], str]:
+    """(shape, dtype) of the first sample that can be read, images with three channels."""
+    for key, size in shards:
+        with naming(store, key):
+            for sample in TarSamples(tape_of(store, key, size), labelled):
+                try:
+                    member = sample.member()
+                    array, _ = _decoded(member)
+                except DataError:
+                    if not skips_bad:
+                        raise
+                    continue
+                if array.dtype == np.uint8:
+                    return (3, *array.shape[:2]), "uint8"
+                if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
+                    raise UserError(
+                        f"'{member.name}': an array of {' x '.join(map(str, array.shape))} with its channels last, "
+                        "where the model takes [C, H, W] and tars are indexed as they are; write them so, or if they "
+                        "are, say --layout NCHW"
+                    )
+                return array.shape, "float32"
+    key = shards[0][0]
+    raise DataError(f"{store.url(key)}: holds no sample" + " that can be read" * skips_bad)
 
 
 def index_tar(plan: TarsPlan, number: int) -> Packed:
     """Reads and decodes all of one tar. Raises DataError naming it, the offset, and what is wrong or not accepted."""
     store = open_store(plan.url)
     key, size = plan.shards[number]
-    dtype = np.dtype(plan.dtype)
     records: list[tuple[int, int, int, int, int]] = []
-    moments, class_counts, skipped = Moments(plan.shape, plan.dtype), [0], list[str]()
+    moments, class_counts, skipped, is_grey = Moments(plan.shape, plan.dtype), [0], list[str](), True
     with naming(store, key):
         tape = tape_of(store, key, size)
-        for image, label in samples(tape):
-            code = SUFFIXES[image.name.rpartition(".")[2].lower()]
-            where = partial("byte {}: '{}'".format, image.offset, image.name)
+        samples = TarSamples(tape, plan.labelled)
+        for sample in samples:
             try:
-                values = decode(image.data, code, plan.shape, dtype, where)
-                if not np.isfinite(values).all():
-                    raise DataError(f"{where()}: holds a value that is not finite")
+                member = sample.member()
+                values, code = _decoded(member)
+                _check_fits(plan, member, values)
             except DataError as error:
                 if not plan.skips_bad:
                     raise
                 skipped.append(f"{store.url(key)}: {error}")
                 continue
-            moments.add(values)
-            class_counts += [0] * (label + 1 - len(class_counts))
-            if label >= 0:
-                class_counts[label] += 1
-            records.append((image.offset, len(image.data), label, code, digest(image.data)))
+            is_grey = is_grey and values.dtype == np.uint8 and values.shape[2] == 1
+            moments.add(np.broadcast_to(values, (*values.shape[:2], 3)) if plan.dtype == "uint8" else values)
+            class_counts += [0] * (sample.label + 1 - len(class_counts))
+            if sample.label >= 0:
+                class_counts[sample.label] += 1
+            records.append((member.offset, len(member.data), sample.label, code, digest(member.data)))
         if not records and not skipped:
             raise DataError("holds no sample")
         array = np.zeros(len(records), RECORD)
         array[:] = records
         shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
-    sums, squares = moments.sums.tolist(), moments.squares.tolist()
-    return Packed(shard, sums, squares, class_counts if any(class_counts) else [], array.tobytes(), skipped)
+    return Packed(
+        shard, moments.sums.tolist(), moments.squares.tolist(), class_counts if any(class_counts) else [],
+        array.tobytes(), skipped, is_grey=is_grey, unused=dict(samples.unused),
+    )  # fmt: skip
+
+
+def _decoded(member: Member) -> tuple[np.ndarray, int]:
+    """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
+    is_array = member.name.lower().endswith(".npy")
+    code = FORMATS["npy" if is_array else plain_format(member.data) or "picture"]
+    return decode_as_found(member.data, code, lambda: f"byte {member.offset}: '{member.name}'"), code
+
+
+def _check_fits(plan: TarsPlan, member: Member, values: np.ndarray) -> None:
+    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite."""
+    name = f"byte {member.offset}: '{member.name}'"
+    if values.dtype != plan.dtype:
+        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {plan.dtype} {plan.shape}")
+    if values.dtype == np.uint8 and values.shape[:2] != plan.shape[1:]:
+        height, width = values.shape[:2]
+        raise DataError(
+            f"{name}: is {width} x {height} pixels, the first sample has {plan.shape[2]} x {plan.shape[1]}; "
+            "--image-size makes new tars of one size"
+        )
+    if values.dtype != np.uint8 and values.shape != plan.shape:
+        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {plan.dtype} {plan.shape}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{name}: holds a value that is not finite")
 
 
 def tape_of(store: Store, key: str, size: int) -> Tape:

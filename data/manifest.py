@@ -29,7 +29,10 @@ MAX_VALUES = 1 << 28  # of one sample
 MAX_CLASSES = 1_000_000
 MAX_SHARDS = 2_000_000
 
-FORMATS = {"png": 1, "jpg": 2, "npy": 3}  # of a member, as the record's `format` says it
+# Of a member, as the record's `format` says it. A picture is one of any other kind, or a png or jpg that is more than
+# its pixels: turned by EXIF, with transparency, a palette, CMYK. It is read as `pictures.open_picture` says.
+FORMATS = {"png": 1, "jpg": 2, "npy": 3, "picture": 4}
+WRITTEN_FORMATS = ("png", "jpg", "npy")
 FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
 
 # One sample in index.bin, little-endian: where its member's bytes lie in the shard, its class (-1: none), its format,

@@ -21,7 +21,7 @@ import numpy as np
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.index_tars import plan_tars, tars_at
 from scoreray.data.layout import Layout
-from scoreray.data.manifest import FORMATS, Manifest, Shard
+from scoreray.data.manifest import WRITTEN_FORMATS, Manifest, Shard
 from scoreray.data.packing import Mapper, Packed, carry_out
 from scoreray.data.repack import plan_repack
 from scoreray.data.shards import ENCODING, ShardWriter, encode
@@ -71,8 +71,8 @@ def pack(
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
-    if image_format not in (None, *FORMATS):
-        raise UserError(f"--image-format '{image_format}': {nearest(str(image_format), FORMATS)}")
+    if image_format not in (None, *WRITTEN_FORMATS):
+        raise UserError(f"--image-format '{image_format}': {nearest(str(image_format), WRITTEN_FORMATS)}")
     if samples_per_shard is not None and samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
     how: dict[str, Any] = {
@@ -84,7 +84,7 @@ def pack(
         if samples_per_shard is not None:
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
         if image_size is None and image_format is None and channels is None:
-            return carry_out(plan_tars(source, url, name, skip_bad > 0, layout), **how)
+            return carry_out(plan_tars(source, url, name, skip_bad > 0, layout, labelled), **how)
         return carry_out(plan_repack(source, url, name, reading, image_format or "png", skip_bad > 0), **how)
     opened = open_source(source, reading)
     opened.check_readable(skip_bad)

@@ -42,6 +42,8 @@ class Packed:
     records: bytes
     skipped: list[str] = field(default_factory=list)  # samples that could not be read and were left out, and why
     kept: bool = False  # it was there, from an earlier run of the same pack
+    is_grey: bool = False  # images that are counted with three channels have one
+    unused: dict[str, int] = field(default_factory=dict)  # what was beside the samples and is no part of them, by kind
 
 
 class Moments:
@@ -223,7 +225,8 @@ def put_record(store: Store, number: int, packed: Packed) -> None:
 def _to_record(packed: Packed) -> bytes:
     """A line of JSON, then the records."""
     described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__], "sums": packed.sums,
-                 "squares": packed.squares, "class_counts": packed.class_counts, "skipped": packed.skipped}  # fmt: skip
+                 "squares": packed.squares, "class_counts": packed.class_counts, "skipped": packed.skipped,
+                 "is_grey": packed.is_grey, "unused": packed.unused}  # fmt: skip
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
@@ -233,8 +236,8 @@ def _from_record(data: bytes) -> Packed:
     shard = Shard(*fields["shard"])
     if records_sha256(records) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
-    counts, skipped = fields["class_counts"], fields["skipped"]
-    return Packed(shard, fields["sums"], fields["squares"], counts, records, skipped, kept=True)
+    names = ("sums", "squares", "class_counts", "skipped", "is_grey", "unused")
+    return Packed(shard=shard, records=records, kept=True, **{name: fields[name] for name in names})
 
 
 def _commit(
@@ -243,7 +246,8 @@ def _commit(
     """The index and the manifest from the finished shards, in order; then what the packing left is removed."""
     shards: list[Shard] = []
     sums, squares = np.zeros(plan.shape[0]), np.zeros(plan.shape[0])
-    num_samples = num_skipped = 0
+    num_samples, num_skipped, shape = 0, 0, list(plan.shape)
+    is_grey = True
     counts: list[int] = [0] * len(plan.classes or [])
     digests: list[bytes] = []
     index_sha256 = hashlib.sha256()
@@ -255,6 +259,7 @@ def _commit(
                 raise DataError(f"{num_skipped} samples can't be read, --skip-bad is {skip_bad}; the last: {last}")
             if packed.shard.num_samples:
                 shards.append(packed.shard)
+                is_grey = is_grey and packed.is_grey
             num_samples += packed.shard.num_samples
             sums, squares = sums + np.asarray(packed.sums), squares + np.asarray(packed.squares)
             counts += [0] * (len(packed.class_counts) - len(counts))
@@ -270,14 +275,16 @@ def _commit(
         if not shards:
             raise DataError(f"{plan.name}: none of its samples can be read")
         store.put(INDEX, path)
-    mean, std, sigma_data = statistics(sums, squares, num_samples * math.prod(plan.shape), plan.dtype)
+    if is_grey:
+        shape[0], sums, squares = 1, sums[:1], squares[:1]
+    mean, std, sigma_data = statistics(sums, squares, num_samples * math.prod(shape), plan.dtype)
     if sigma_data <= 0:
         raise UserError(f"{plan.name}: all samples are the same, nothing can be learned from them")
     dtype: Literal["uint8", "float32"] = "uint8" if plan.dtype == "uint8" else "float32"
     manifest = Manifest(
         version=2,
         name=plan.name,
-        shape=list(plan.shape),
+        shape=shape,
         dtype=dtype,
         num_samples=num_samples,
         classes=[str(c) for c in range(len(counts))] if plan.classes is None else plan.classes,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from scoreray.data.errors import DataError, UserError
 
@@ -17,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif"
 )  # fmt: skip
-ORIENTATION = 0x0112
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +42,7 @@ def looks_like_a_picture(head: bytes) -> bool:
     )
 
 
-def open_picture(data: bytes, name: str) -> Image.Image:
+def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture, decoded, and turned upright as its EXIF data say. Raises DataError naming it."""
     if not data:
         raise DataError(f"{name}: is empty (0 bytes)")
@@ -49,14 +50,16 @@ def open_picture(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's opinions on sizes and odd chunks; the limit is ours
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{name}: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
-            # A phone's jpg may hold a second picture (a preview, a depth map): the first one is the photograph.
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if image.width * image.height > max_pixels:
+                raise DataError(f"{name}: {image.width} x {image.height} pixels, the limit is {max_pixels}")
+            frames = _num_pictures(image)
             if frames > 1:
                 raise DataError(f"{name}: an animation or a document of {frames} pictures; keep one of them")
-            if image.mode.startswith("I") or image.mode == "F":
-                raise DataError(f"{name}: more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
+            bits = _bits_per_channel(image, data)
+            if bits > 8:
+                raise DataError(
+                    f"{name}: more than 8 bits a channel ({image.mode}): {bits}; convert it to 8 bits first"
+                )
             image.load()  # now: what it finds damaged must not be lost where a failing search for a tag is no error
             turn = _UPRIGHT.get(_orientation(image))
             return image if turn is None else image.transpose(turn)
@@ -64,6 +67,46 @@ def open_picture(data: bytes, name: str) -> Image.Image:
         raise
     except Exception as error:  # a decoder of bytes from outside may raise anything
         raise DataError(f"{name}: {_reason(error)}") from error
+
+
+def plain_format(data: bytes) -> Literal["png", "jpg"] | None:
+    """png or jpg where such a decoder, which knows of pixels alone, gives what `open_picture` gives: grey or RGB of 8
+    bits, upright, without transparency. None for others and for what can't be opened."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+            if image.mode not in ("L", "RGB") or "transparency" in image.info or _num_pictures(image) > 1:
+                return None
+            if image.format == "PNG":
+                is_plain = data[24] == 8 and not any(name in data for name in _TURNED_PNG)
+                return "png" if is_plain else None
+            return "jpg" if _orientation(image) not in _UPRIGHT else None
+    except Exception:  # a parser of bytes from outside may raise anything
+        return None
+
+
+_TURNED_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what a turn may be written in, at either end
+
+
+def _num_pictures(image: Image.Image) -> int:
+    # A phone's jpg may hold a second picture (a preview, a depth map): the first one is the photograph.
+    return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+
+
+def _bits_per_channel(image: ImageFile.ImageFile, data: bytes) -> int:
+    """What the file has, where Pillow may drop the low ones without a word. 32 for floats."""
+    if image.mode in ("F", "I"):
+        return 32 if image.format != "PPM" else 16
+    if image.format == "PNG":
+        return data[24]  # of the header, which is always the first
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+    if image.format == "PPM" and image.tile[0].codec_name == "ppm":
+        return int(image.tile[0].args[1]).bit_length()  # type: ignore[index]
+    if image.format == "AVIF" and (at := data.find(b"pixi")) >= 0:
+        return max(data[at + 9 : at + 9 + data[at + 8]], default=8)
+    return 16 if image.mode.startswith("I;16") else 8
 
 
 def _orientation(image: Image.Image) -> int:

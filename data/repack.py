@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,17 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.identity import identity
-from scoreray.data.index_tars import SUFFIXES, naming, samples, tape_of, tars_at
-from scoreray.data.manifest import FORMATS, Shard
+from scoreray.data.index_tars import naming, tape_of, tars_at
+from scoreray.data.manifest import Shard
 from scoreray.data.packing import Packed
 from scoreray.data.pictures import as_array, is_grey, open_picture
 from scoreray.data.shards import ENCODING, ShardWriter
 from scoreray.data.sources import Reading
-from scoreray.data.store import open_store
+from scoreray.data.store import Store, open_store
+from scoreray.data.tar_samples import TarSamples
 from scoreray.data.tars import Member
 
-LOOKED_AT = 32  # samples of the first tar that are looked at for colours
+LOOKED_AT, TARS_LOOKED_AT = 32, 8  # samples, and tars that they are from, that are looked at for colours
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,17 @@ class RepackPlan:
         store, path, skipped = open_store(self.source), scratch / "shard.tar", list[str]()
         with open(path, "wb") as file, naming(store, key):
             writer = ShardWriter(file, self.shape, self.dtype, self.image_format)
-            for i, (image, label) in enumerate(samples(tape_of(store, key, size))):
+            samples = TarSamples(tape_of(store, key, size), self.reading.labelled)
+            for i, sample in enumerate(samples):
                 try:
-                    array = _array(image, self.shape, self.reading)
+                    array = _array(sample.member(), self.shape, self.reading)
                 except DataError as error:
                     if not self.skips_bad:
                         raise
                     skipped.append(f"{store.url(key)}: {error}")
                     continue
-                writer.add(f"{number:06d}-{i:08d}", array, label)
-            packed = writer.finish(f"shards/{number:06d}.tar", skipped)
+                writer.add(f"{number:06d}-{i:08d}", array, sample.label)
+            packed = replace(writer.finish(f"shards/{number:06d}.tar", skipped), unused=dict(samples.unused))
         return path if packed.shard.num_samples else None, packed
 
 
@@ -92,16 +94,11 @@ def plan_repack(
     image_format: str,
     skips_bad: bool,
 ) -> RepackPlan:
-    """Raises UserError when `url` is where the tars lie or they hold no images, DataError for a first tar that can't
-    be read."""
+    """Raises UserError when `url` is where the tars lie, DataError when they hold no image that can be read."""
     store, tars = open_store(source), tars_at(source)
     if open_store(url).url() == store.url():
         raise UserError(f"{store.url()}: new tars need another URL than that of the tars that they are made of")
-    key, size = tars[0]
-    with naming(store, key):
-        images = list(_first(samples(tape_of(store, key, size))))
-    if not images:
-        raise DataError(f"{store.url(key)}: holds no image that can be read")
+    images = _some_images(store, tars, reading)
     height = width = reading.image_size or 0
     if not reading.image_size:
         width, height = images[0].size
@@ -112,17 +109,30 @@ def plan_repack(
     )  # fmt: skip
 
 
-def _first(found: Iterator[tuple[Member, int]]) -> Iterator[Image.Image]:
-    for _, (member, _) in zip(range(LOOKED_AT), found, strict=False):
-        try:
-            yield _open(member)
-        except DataError:
-            continue
+def _some_images(store: Store, tars: list[tuple[str, int]], reading: Reading) -> list[Image.Image]:
+    """The first images of some tars that lie apart; where none of these can be read, of the first tar that has some."""
+    apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
+    images: list[Image.Image] = []
+    for number in [*apart, *(i for i in range(len(tars)) if i not in apart)]:
+        if images and number not in apart:
+            break
+        key, size = tars[number]
+        with naming(store, key):
+            found = 0
+            for sample in TarSamples(tape_of(store, key, size), reading.labelled):
+                with contextlib.suppress(DataError):
+                    images.append(_open(sample.member()))
+                    found += 1
+                if found == LOOKED_AT // len(apart):
+                    break
+    if not images:
+        raise DataError(f"{store.url()}: its tars hold no image that can be read")
+    return images
 
 
 def _open(member: Member) -> Image.Image:
     name = f"byte {member.offset}: '{member.name}'"
-    if SUFFIXES[member.name.rpartition(".")[2].lower()] == FORMATS["npy"]:
+    if member.name.lower().endswith(".npy"):
         raise UserError(f"{name}: arrays are not made into images; index these tars where they lie")
     return open_picture(member.data, name)
 

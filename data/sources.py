@@ -416,8 +416,9 @@ def _notes(url: str, listing: Listing, left_out: Counter[str], classes: list[str
 
 def kinds_line(counts: Counter[str]) -> str:
     """What was left out, by kind, the most first: "60 .txt, 2 .csv"."""
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     rest = [f"{len(counts) - 5:,} other kinds"] if len(counts) > 5 else []
-    return ", ".join([*(f"{n:,} {shown(kind)}" for kind, n in counts.most_common(5)), *rest])
+    return ", ".join([*(f"{n:,} {shown(kind)}" for kind, n in most), *rest])
 
 
 def _some(names: Sequence[str]) -> str:
