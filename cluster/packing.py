@@ -13,10 +13,10 @@ from typing import Any
 from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
 from scoreray.data.errors import StorageError, UserError
+from scoreray.data.listing import kinds_line
 from scoreray.data.manifest import Manifest
 from scoreray.data.pack import pack
 from scoreray.data.packing import Packed, Plan, check_node, pack_shard
-from scoreray.data.sources import kinds_line
 from scoreray.data.store import open_store
 
 WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves

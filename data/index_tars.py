@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +18,23 @@ from scoreray.data.decode import decode_as_found
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.identity import identity
 from scoreray.data.layout import Layout, checked_layout
-from scoreray.data.listing import list_below
-from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
+from scoreray.data.listing import kinds_line, list_below, suffix_of
+from scoreray.data.manifest import FORMATS, INDEX, MANIFEST, RECORD, Shard, digest
 from scoreray.data.packing import Moments, Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.records import records_sha256
 from scoreray.data.store import NotFound, Store, local_path, open_store
 from scoreray.data.tar_samples import TarSamples
 from scoreray.data.tars import Member, Tape
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars in a folder or prefix: (key, bytes) of each, and notes about what else there is."""
+
+    url: str
+    shards: list[tuple[str, int]]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class TarsPlan:
     skips_bad: bool = False
     contents: str = ""  # identity() of them
     labelled: bool = True
+    notes: list[str] = field(default_factory=list)
 
     @property
     def num_shards(self) -> int:
@@ -58,10 +69,6 @@ class TarsPlan:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
         return round(per_byte * sum(size for _, size in self.shards))
 
-    @property
-    def notes(self) -> list[str]:
-        return []
-
     def check_here(self) -> None:
         open_store(self.url).size(self.shards[0][0])
 
@@ -69,11 +76,11 @@ class TarsPlan:
         return None, index_tar(self, number)
 
 
-def tars_at(source: str | os.PathLike[str]) -> list[tuple[str, int]]:
-    """(key, bytes) of the tars below `source`, an S3 URL or a folder; none if it is neither."""
+def tars_at(source: str | os.PathLike[str]) -> Tars:
+    """The tars below `source`, an S3 URL or a folder; none if it is neither."""
     where = local_path(source)
     if where is not None and not where.is_dir():
-        return []
+        return Tars(os.fspath(source), [], ())
     store = open_store(source)
     listing = list_below(store)
     tars = [(key, size) for key, size in listing.files.items() if key.endswith(".tar")]
@@ -85,11 +92,20 @@ def tars_at(source: str | os.PathLike[str]) -> list[tuple[str, int]]:
         raise UserError(
             f"{source}: holds tars ({tars[0][0]!r}) and images ({images[0]!r}); give the folder of the ones to pack"
         )
-    return tars
+    others = Counter(
+        suffix_of(key) or "no suffix" for key in listing.files if not key.endswith(".tar") and not _is_ours(key)
+    )
+    note = f"{store.url()}: {others.total():,} files beside the tars are left out ({kinds_line(others)})"
+    return Tars(store.url(), tars, (note,) if others else ())
+
+
+def _is_ours(key: str) -> bool:
+    """Whether an earlier pack in this place made the file."""
+    return key in (MANIFEST, INDEX) or key.startswith("packing/")
 
 
 def plan_tars(
-    source: str | os.PathLike[str],
+    tars: Tars,
     url: str | os.PathLike[str],
     name: str | None,
     skips_bad: bool = False,
@@ -98,16 +114,15 @@ def plan_tars(
 ) -> TarsPlan:
     """Raises UserError when `url` is not where the tars lie, DataError when no sample can be read, or, without
     `skips_bad`, the first."""
-    store = open_store(source)
+    store, shards = open_store(tars.url), tars.shards
     if open_store(url).url() != store.url():
         raise UserError(
-            f"{store.url()}: holds tars, which are indexed where they lie, not copied; give it as the URL too: "
-            f"scoreray data pack {source} {source}; or make new ones of them: --image-size or --image-format"
+            f"{tars.url}: holds tars, which are indexed where they lie, not copied; give it as the URL too: "
+            f"scoreray data pack {tars.url} {tars.url}; or make new ones of them: --image-size or --image-format"
         )
-    shards = tars_at(source)
     shape, dtype = _first_shape(store, shards, skips_bad, labelled, layout)
-    name = name or store.url().rpartition("/")[2]
-    return TarsPlan(store.url(), name, shards, shape, dtype, skips_bad, identity(store, dict(shards)), labelled)
+    name, contents = name or tars.url.rpartition("/")[2], identity(store, dict(shards))
+    return TarsPlan(tars.url, name, shards, shape, dtype, skips_bad, contents, labelled, list(tars.notes))
 
 
 def _first_shape(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from scoreray.data.store import Store, explained, special_kind
 
+LONGEST_SUFFIX = 12  # of a file's name; what is longer is a part of the name
 OF_SYSTEMS = ("__MACOSX", "lost+found")  # folders that an archiver or a file system makes
 
 
@@ -84,3 +86,22 @@ def _add(found: Listing, key: str, path: str, within: frozenset[tuple[int, int]]
 
 def is_hidden(key: str) -> bool:
     return any(part.startswith(".") or part in OF_SYSTEMS for part in key.split("/"))
+
+
+def suffix_of(name: str) -> str:
+    """A file's lower-case suffix; "" for one that says nothing of its kind, such as that of `img_0.05`."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if any(letter.isalpha() for letter in suffix) and len(suffix) <= LONGEST_SUFFIX else ""
+
+
+def kinds_line(counts: Counter[str]) -> str:
+    """What was left out, by kind, the most first: "60 .txt, 2 .csv"."""
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
+    rest = [f"{len(counts) - 5:,} other kinds"] if len(counts) > 5 else []
+    return ", ".join([*(f"{n:,} {shown(kind)}" for kind, n in most), *rest])
+
+
+def shown(*parts: str) -> str:
+    """A file's path, on one line whatever its name is."""
+    path = "/".join(parts)
+    return path if path.isprintable() else ascii(path)[1:-1]

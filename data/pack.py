@@ -80,12 +80,13 @@ def pack(
     }  # fmt: skip
     reading = Reading(image_size, channels, labelled, layout)
     _check_apart(source, url)
-    if tars_at(source):
+    tars = tars_at(source)
+    if tars.shards:
         if samples_per_shard is not None:
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
         if image_size is None and image_format is None and channels is None:
-            return carry_out(plan_tars(source, url, name, skip_bad > 0, layout, labelled), **how)
-        return carry_out(plan_repack(source, url, name, reading, image_format or "png", skip_bad > 0), **how)
+            return carry_out(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), **how)
+        return carry_out(plan_repack(tars, url, name, reading, image_format or "png", skip_bad > 0), **how)
     opened = open_source(source, reading)
     opened.check_readable(skip_bad)
     chosen = "npy" if opened.dtype == "float32" else image_format or "png"

@@ -71,7 +71,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
 
 def plain_format(data: bytes) -> Literal["png", "jpg"] | None:
     """png or jpg where such a decoder, which knows of pixels alone, gives what `open_picture` gives: grey or RGB of 8
-    bits, upright, without transparency. None for others and for what can't be opened."""
+    bits, upright, without transparency, undamaged. None for others and for what can't be opened."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,6 +79,7 @@ def plain_format(data: bytes) -> Literal["png", "jpg"] | None:
             if image.mode not in ("L", "RGB") or "transparency" in image.info or _num_pictures(image) > 1:
                 return None
             if image.format == "PNG":
+                image.verify()  # its checksums, which the plain decoder passes over: flipped bits are other pixels
                 is_plain = data[24] == 8 and not any(name in data for name in _TURNED_PNG)
                 return "png" if is_plain else None
             return "jpg" if _orientation(image) not in _UPRIGHT else None

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.identity import identity
-from scoreray.data.index_tars import naming, tape_of, tars_at
+from scoreray.data.index_tars import Tars, naming, tape_of
 from scoreray.data.manifest import Shard
 from scoreray.data.packing import Packed
 from scoreray.data.pictures import as_array, is_grey, open_picture
@@ -41,6 +41,7 @@ class RepackPlan:
     image_format: str
     skips_bad: bool
     dtype: str = "uint8"
+    notes: list[str] = field(default_factory=list)
 
     @property
     def num_shards(self) -> int:
@@ -49,10 +50,6 @@ class RepackPlan:
     @property
     def classes(self) -> list[str] | None:
         return None
-
-    @property
-    def notes(self) -> list[str]:
-        return []
 
     @property
     def sha256(self) -> str:
@@ -87,7 +84,7 @@ class RepackPlan:
 
 
 def plan_repack(
-    source: str | os.PathLike[str],
+    found: Tars,
     url: str | os.PathLike[str],
     name: str | None,
     reading: Reading,
@@ -95,7 +92,7 @@ def plan_repack(
     skips_bad: bool,
 ) -> RepackPlan:
     """Raises UserError when `url` is where the tars lie, DataError when they hold no image that can be read."""
-    store, tars = open_store(source), tars_at(source)
+    store, tars = open_store(found.url), found.shards
     if open_store(url).url() == store.url():
         raise UserError(f"{store.url()}: new tars need another URL than that of the tars that they are made of")
     images = _some_images(store, tars, reading)
@@ -105,7 +102,7 @@ def plan_repack(
     channels = reading.channels or (1 if all(is_grey(image) for image in images) else 3)
     return RepackPlan(
         store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, identity(store, dict(tars)),
-        (channels, height, width), reading, image_format, skips_bad,
+        (channels, height, width), reading, image_format, skips_bad, notes=list(found.notes),
     )  # fmt: skip
 
 

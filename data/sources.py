@@ -24,7 +24,7 @@ from scoreray.data.errors import DataError, StorageError, UserError, nearest
 from scoreray.data.identity import identity
 from scoreray.data.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
 from scoreray.data.layout import Layout, checked_layout
-from scoreray.data.listing import Listing, list_below
+from scoreray.data.listing import Listing, kinds_line, list_below, shown, suffix_of
 from scoreray.data.manifest import check_label, check_shape
 from scoreray.data.packing import map_in_threads
 from scoreray.data.pictures import (
@@ -40,7 +40,6 @@ from scoreray.data.store import NotAFile, PathStore, Store, check_is_file, local
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
-LONGEST_SUFFIX = 12  # of a file's name; what is longer is a part of the name
 LOOKED_AT = 32  # images of a folder that are looked at for colours
 
 
@@ -175,12 +174,6 @@ def open_source(path: str | os.PathLike[str], reading: Reading = Reading()) -> S
         f"{where}: can't tell what this is; accepted: .npz with 'images' (and 'labels'), IDX (*-idx3-ubyte[.gz]), "
         "a folder with one subfolder of images a class, or a folder of WebDataset tars"
     )
-
-
-def shown(*parts: str) -> str:
-    """A file's path, on one line whatever its name is."""
-    path = "/".join(parts)
-    return path if path.isprintable() else ascii(path)[1:-1]
 
 
 def _open_npz(path: Path, reading: Reading) -> Source:
@@ -341,7 +334,7 @@ def _open_folder(store: Store, reading: Reading) -> Source:
     listing = list_below(store)
     pictures = _pictures(store, list(listing.files))
     sizes = {name: size for name, size in listing.files.items() if name in pictures}
-    left_out = Counter(_suffix(name) or "no suffix" for name in listing.files if name not in sizes)
+    left_out = Counter(suffix_of(name) or "no suffix" for name in listing.files if name not in sizes)
     unreadable = _unreadable(store.url(), listing, left_out)
     if not sizes:
         there = f"; it holds {kinds_line(left_out)}" if left_out else ""
@@ -377,7 +370,7 @@ def _unreadable(url: str, listing: Listing, left_out: Counter[str]) -> dict[str,
 
 def _pictures(store: Store, names: list[str]) -> set[str]:
     """Of these files, those that are pictures by their suffix or, where they have none, by their first bytes."""
-    unnamed = [name for name in names if not _suffix(name)]
+    unnamed = [name for name in names if not suffix_of(name)]
 
     def is_one(number: int) -> bool:
         try:
@@ -394,12 +387,6 @@ def _pictures(store: Store, names: list[str]) -> set[str]:
     return by_content | {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
 
 
-def _suffix(name: str) -> str:
-    """A file's lower-case suffix; "" for one that says nothing of its kind, such as that of `img_0.05`."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix if any(letter.isalpha() for letter in suffix) and len(suffix) <= LONGEST_SUFFIX else ""
-
-
 def _notes(url: str, listing: Listing, left_out: Counter[str], classes: list[str]) -> tuple[str, ...]:
     """Lines about what lies in the folder and is not packed."""
     empty, notes = sorted(set(listing.folders) - set(classes)), []
@@ -412,13 +399,6 @@ def _notes(url: str, listing: Listing, left_out: Counter[str], classes: list[str
             f"{len(listing.loops):,} links to a folder that they lie in are not followed: {_some(listing.loops)}"
         )
     return tuple(f"{url}: {note}" for note in notes)
-
-
-def kinds_line(counts: Counter[str]) -> str:
-    """What was left out, by kind, the most first: "60 .txt, 2 .csv"."""
-    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    rest = [f"{len(counts) - 5:,} other kinds"] if len(counts) > 5 else []
-    return ", ".join([*(f"{n:,} {shown(kind)}" for kind, n in most), *rest])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -18,8 +18,9 @@ from scoreray.data.errors import DataError
 from scoreray.data.inspect import verify
 from scoreray.data.manifest import Manifest
 from scoreray.data.pack import pack
-from scoreray.data.samples import Samples, read_samples
+from scoreray.data.samples import read_samples
 from scoreray.data.sources import open_source
+from scoreray.data.store import open_store
 from scoreray.data.stream import Stream
 from scoreray.data.tar_samples import TarSamples
 from scoreray.data.tars import Tape
@@ -175,7 +176,25 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert told in capsys.readouterr().err
     pack_with_bar(str(tmp_path / "t"), str(tmp_path / "new"), workers=1, image_size=4)
     assert told in capsys.readouterr().err
-    assert Manifest.load(Samples(str(tmp_path / "new"))._reader.store).class_counts == [0, 6]
+    assert Manifest.load(open_store(tmp_path / "new")).class_counts == [0, 6]
+
+
+def test_files_beside_tars_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0.parquet", "0_stats.json", ".hidden", "notes"):
+        (tmp_path / name).write_text("x")
+    packed(tmp_path, ("0.png", PNG), ("1.png", encoded(picture(1))))
+    pack_with_bar(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}-new"), workers=1, image_size=4)
+    told = "3 files beside the tars are left out (1 .json, 1 .parquet, 1 no suffix)"
+    assert told in capsys.readouterr().err, "and not the manifest and index that are there now"
+
+
+def test_a_png_with_flipped_bits_is_refused_where_its_pixels_could_be_others(tmp_path: Path) -> None:
+    """The fast decoder passes over checksums; once indexed, digests hold."""
+    for at in range(40, len(PNG) - 12, 7):
+        damaged = bytearray(PNG)
+        damaged[at] ^= 1
+        with pytest.raises(DataError, match=r"0\.tar: byte \d+: '1\.png': "):
+            packed(tmp_path / f"{at}", ("0.png", encoded(picture(1))), ("1.png", bytes(damaged)))
 
 
 def turned(orientation: int) -> Image.Exif:
