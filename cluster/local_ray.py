@@ -21,6 +21,7 @@ from scoreray.cluster.ray_folder import RAYS_OWN, private_folder
 from scoreray.cluster.ray_watch import watched
 from scoreray.data.errors import MachineError, UserError
 from scoreray.trainer.run import SCRATCH
+from scoreray.trainer.units import whole_number
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Must be set before `import ray` (and are inherited by every process that Ray starts).
@@ -215,7 +216,7 @@ def _keep_off_stdout(verbose: bool) -> None:
 def _check_address(address: str) -> None:
     """Seconds, where Ray would try for a minute and a half. Raises UserError when nothing listens there."""
     host, colon, port = address.rpartition("//")[2].partition("/")[0].rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not 0 < (whole_number(port) or 0) < 65536:
         return  # "auto", or a form that only Ray knows
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

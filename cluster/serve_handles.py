@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
-import sys
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+from scoreray.cluster.serve_log import log_here
 from scoreray.cluster.serve_network import keep_grpc_to_loopback
 from scoreray.sampling.serve_config import Limits
 from scoreray.sampling.serve_job import Event, Job, Lost
@@ -137,18 +136,7 @@ def _lost() -> Iterator[None]:
         raise Lost(f"{type(error).__name__}") from error
 
 
-def prepare_process() -> None:
-    """For the constructor of a deployment: what holds in each process of a service."""
+def prepare_process(errors: str = "") -> None:
+    """For the constructor of a deployment: what holds in each process of a service. errors: as of `log_here`."""
     keep_grpc_to_loopback()
-    log_here()
-
-
-def log_here() -> None:
-    """In a replica: our lines go to its standard error, which Ray keeps with its logs."""
-    logger = logging.getLogger("scoreray")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    log_here(errors)

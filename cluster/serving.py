@@ -18,15 +18,21 @@ from typing import Any
 from scoreray.cluster.display import say
 from scoreray.cluster.local_ray import connected
 from scoreray.cluster.serve_handles import LedgerReplica, RayBackend, RayLedger, last_of, prepare_process
-from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.cluster.serve_log import relayed
+from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
+from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.serve_access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.serve_config import Limits, ServeConfig
 from scoreray.sampling.serve_job import Event, Job
 from scoreray.sampling.serve_models import look_up
 from scoreray.sampling.serve_replica import Replica
 from scoreray.sampling.serve_service import Service
+from scoreray.trainer.run import SCRATCH
+from scoreray.trainer.units import whole_number
 
 APP = "scoreray"
+MOST = 1e15  # of any limit
+MOST_OF_PLACEMENT = 1e6  # CPUs, GPUs, seconds
 MANY = 100_000  # requests that Ray Serve may hand on: what is too much is judged by rows, in the replica
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -50,6 +56,9 @@ class Placement:
         low, high = self.replicas
         if not 1 <= low <= high:
             raise UserError(f"replicas = {low},{high}: must be MIN,MAX with 1 <= MIN <= MAX")
+        for name in ("cpus_per_replica", "gpus_per_replica", "drain_s"):
+            if not 0 <= getattr(self, name) <= MOST_OF_PLACEMENT:
+                raise UserError(f"{name} = {getattr(self, name)}: must be a number from 0 to {MOST_OF_PLACEMENT:g}")
         if not 0 <= self.port < 65536:
             raise UserError(f"port = {self.port}: must be in [0, 65535]; 0 takes a free one")
 
@@ -105,9 +114,9 @@ class Ingress:
     """The Serve deployment that answers HTTP: one, so that limits and counters are in one place."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: ServeConfig, most_replicas: int, handle: Any, ledger: Any
+        self, config: ServeConfig, most_replicas: int, handle: Any, ledger: Any, errors: str = ""
     ) -> None:
-        prepare_process()
+        prepare_process(errors)
         tries = min(3, most_replicas)
         self._service = Service(config, RayBackend(handle), busy_tries=tries, ledger=RayLedger(ledger))
         await self._service.start()
@@ -148,8 +157,11 @@ def replicas_wanted(context: Any) -> tuple[int, dict[str, Any]]:
     return max(context.capacity_adjusted_min_replicas, min(context.capacity_adjusted_max_replicas, wanted)), {}
 
 
-def application(config: ServeConfig, placement: Placement) -> Any:
-    """The Serve application: an ingress, replicas that draw, and the ledger between them for requests with a key."""
+def application(config: ServeConfig, placement: Placement, errors: str = "") -> Any:
+    """The Serve application: an ingress, replicas that draw, and the ledger between them for requests with a key.
+
+    errors: a file that the ingress, through which every error goes, adds tracebacks to.
+    """
     from ray import serve
 
     low, high = placement.replicas
@@ -179,12 +191,14 @@ def application(config: ServeConfig, placement: Placement) -> Any:
     replica = serve.deployment(name="model", ray_actor_options=size, **common, **scaling)(ModelReplica).bind(config)
     ledger = serve.deployment(name="ledger", **alone)(LedgerReplica).bind(config.limits, high, replica)
     ingress = serve.deployment(name="ingress", **alone)(serve.ingress()(Ingress))
-    return ingress.bind(config, high, replica, ledger)
+    return ingress.bind(config, high, replica, ledger, errors)
 
 
 @contextlib.contextmanager
-def served(config: ServeConfig, placement: Placement) -> Iterator[str]:
+def served(config: ServeConfig, placement: Placement, errors: str = "") -> Iterator[str]:
     """The service on the Ray cluster that this process is connected to, ready, under the url that is given.
+
+    errors: as of `application`.
 
     Raises UserError where the port is taken or Serve listens elsewhere already, ScorerayError where it can't start.
     """
@@ -198,7 +212,7 @@ def served(config: ServeConfig, placement: Placement) -> Iterator[str]:
     client = _started(serve, http, quiet)
     try:
         try:
-            serve.run(application(config, placement), name=APP, route_prefix="/", logging_config=quiet)
+            serve.run(application(config, placement, errors), name=APP, route_prefix="/", logging_config=quiet)
         except (RuntimeError, TimeoutError) as error:
             raise ScorerayError(f"the service did not start: {_reason(error)}") from None
         host = "127.0.0.1" if placement.host in ("0.0.0.0", "") else placement.host
@@ -248,13 +262,27 @@ def _serve(
     with connected(num_cpus=slots, verbose=verbose):
         if not verbose:
             _hush()
-        with served(config, placement) as url, _signals(told):
+        with _errors(verbose) as errors, served(config, placement, errors) as url, _signals(told):
             say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
             say(_curl(url, bool(config.tokens)))
             ready(url)
             told.wait()
             say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
             return drain(placement.drain_s)
+
+
+@contextlib.contextmanager
+def _errors(verbose: bool) -> Iterator[str]:
+    """The file whose lines are told on standard error, as an embedded Ray's logs go with its folder.
+
+    None on a cluster, whose logs stay, and with `verbose`, where Ray tells every line.
+    """
+    folder = os.environ.get(SCRATCH)
+    if verbose or not folder:
+        yield ""
+        return
+    with relayed(Path(folder, "errors.log")):
+        yield str(Path(folder, "errors.log"))
 
 
 def make_config(models: list[str], token_file: Path | None, host: str, no_auth: bool, **settings: Any) -> ServeConfig:
@@ -275,22 +303,27 @@ def make_limits(pairs: list[str]) -> Limits:
     """Limits from NAME=VALUE words. Raises UserError."""
     defaults, given = vars(Limits()), {}
     for pair in pairs:
-        name, _, value = pair.partition("=")
+        name, _, text = pair.partition("=")
         if name not in defaults:
-            raise UserError(f"--limit {pair}: unknown limit '{name}'; {nearest(name, defaults)}")
-        try:
-            given[name] = type(defaults[name])(value)
-        except ValueError:
-            raise UserError(f"--limit {pair}: write NAME=NUMBER, e.g. {name}={defaults[name]}") from None
+            raise UserError(f"--limit {shortened(pair)}: unknown limit; {nearest(name, defaults)}")
+        kind, value = type(defaults[name]), parse_value(text, f"--limit {shortened(pair)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MOST
+        if not number or kind(value) != value:
+            raise UserError(
+                f"--limit {shortened(pair)}: write NAME=NUMBER, a positive {'whole ' if kind is int else ''}"
+                f"number below {MOST:g}, e.g. {name}={defaults[name]}"
+            )
+        given[name] = kind(value)
     return Limits(**given)
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
     """MIN,MAX or one number for both. Raises UserError."""
-    low, _, high = text.partition(",")
-    if not low.strip().isdigit() or not (high or low).strip().isdigit():
-        raise UserError(f"--replicas {text}: write a number, or MIN,MAX to start more while many rows wait")
-    return int(low), int(high or low)
+    low, _, high = (part.strip() for part in text.partition(","))
+    ends = whole_number(low), whole_number(high or low)
+    if ends[0] is None or ends[1] is None:
+        raise UserError(f"--replicas {shortened(text)}: write a number, or MIN,MAX to start more while many rows wait")
+    return ends[0], ends[1]
 
 
 def _named(model: str) -> tuple[str, str]:

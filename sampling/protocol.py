@@ -15,6 +15,7 @@ from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
 from scoreray.sampling.inverse import Operator, average_pool, gray, mask
 from scoreray.sampling.likelihood import Trace
+from scoreray.trainer.units import whole_number
 
 if TYPE_CHECKING:
     from scoreray.sampling.plan import Settings
@@ -56,13 +57,9 @@ def restoration(name: str, shape: tuple[int, ...]) -> Operator:
     """What is known of an image: "superresolution=FACTOR", "gray", or "inpaint" (all but the middle half each way)."""
     word, _, value = name.partition("=")
     channels, height, width = shape
-    if (
-        word == "superresolution"
-        and value.isdigit()
-        and int(value) > 1
-        and height % int(value) == width % int(value) == 0
-    ):
-        return average_pool(int(value))
+    factor = whole_number(value) or 0
+    if word == "superresolution" and factor > 1 and height % factor == width % factor == 0:
+        return average_pool(factor)
     if word == "gray" and channels > 1 and not value:
         return gray(channels)
     if word == "inpaint" and not value:

@@ -284,7 +284,7 @@ def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None =
 
 
 def _bug(request_id: str) -> Response:
-    message = f"this is a bug in scoreray; the service's log has its traceback, at request {request_id}"
+    message = f"this is a bug in scoreray; the service's standard error has its traceback, at request {request_id}"
     return _refused(Refused("bug", message), request_id)
 
 

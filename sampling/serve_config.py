@@ -27,7 +27,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < value < math.inf:
                 raise UserError(f"{name} = {value}: must be a positive number")
 
 

@@ -12,11 +12,12 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.sampling.guidance import Autoguidance, ClassifierFree, Denoise, Interval
 from scoreray.sampling.inverse import LinearInverse, Operator, average_pool, gray, mask, matrix
 from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.sampling.observations import parse_value_range, read_mask, read_numbers, read_observed
+from scoreray.trainer.units import whole_number
 
 Method = Literal["projection", "jacobian"]
 MAX_GUIDANCE = 100  # beyond it, on either side, samples are noise or not finite
@@ -191,9 +192,11 @@ def _operator(measurement: Measurement, shape: tuple[int, ...], device: torch.de
     if len(shape) != 3:
         raise UserError(f"'{name}' is for images, and this model draws samples of shape {list(shape)}; use matrix=FILE")
     if name == "superresolution":
-        factor = int(value) if value.isdigit() else 0
+        factor = whole_number(value) or 0
         if factor < 2 or shape[1] % factor or shape[2] % factor:
-            raise UserError(f"superresolution={value}: the factor must be 2 or more and divide {shape[1]} x {shape[2]}")
+            raise UserError(
+                f"superresolution={shortened(value)}: the factor must be 2 or more and divide {shape[1]} x {shape[2]}"
+            )
         return average_pool(factor)
     if name == "gray":
         if shape[0] != 3:

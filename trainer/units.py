@@ -10,6 +10,11 @@ from pydantic import BeforeValidator, Field
 _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9}
 
 
+def whole_number(text: str) -> int | None:
+    """A number from 0 in at most 18 of the digits 0 to 9; None for any other text ("²", "--5", "1e3")."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
 def parse_count(value: Any) -> Any:
     """'200k', '1.5M' and '2G' as integers; anything else as it is, for pydantic to judge."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kMG])", value.strip())):
