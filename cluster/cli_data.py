@@ -48,7 +48,9 @@ def pack(
     """Images into WebDataset shards and a manifest. Run again after a kill, it goes on. The same source and options
     give the same bytes, whatever --workers is. Tars that lie at URL already are indexed in place."""
     from scoreray.cluster.packing import pack_with_bar
+    from scoreray.data.outputs import check_folder
 
+    check_folder(url, "URL")
     make_bucket(url)
     manifest, left_out = pack_with_bar(
         source,
@@ -98,7 +100,7 @@ def verify(
 
 def inspect(
     url: Annotated[str, typer.Argument(help="A packed data set.")],
-    picture: Annotated[Path | None, typer.Option(help="Where the picture grid goes (PNG).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where a picture of samples goes: .png, .jpg or .webp.")] = None,
     count: Annotated[int, typer.Option(help="Samples in the picture.", min=1, max=1024)] = 64,
     as_json: AsJson = False,
 ) -> None:
@@ -106,11 +108,14 @@ def inspect(
     from dataclasses import asdict
 
     from scoreray.data.inspect import picture_grid, summary
+    from scoreray.data.outputs import check_picture, write_picture
     from scoreray.data.samples import read_samples
     from scoreray.data.store import open_store
     from scoreray.trainer.ladder import suggest_ladder
     from scoreray.trainer.step import to_unit_range
 
+    if picture is not None:
+        check_picture(picture)
     open_store(url).check_reachable()
     found = asdict(summary(url))
     some = range(0, found["num_samples"], max(1, found["num_samples"] // 1024))
@@ -119,10 +124,7 @@ def inspect(
         if len(found["shape"]) != 3:
             raise UserError(f"--picture: samples of shape {list(found['shape'])} are no pictures")
         step = max(1, found["num_samples"] // count)
-        try:
-            picture_grid(read_samples(url, range(0, found["num_samples"], step)[:count])).save(picture)
-        except OSError as error:
-            raise UserError(f"--picture {picture}: can't be written: {error.strerror or error}") from None
+        write_picture(picture_grid(read_samples(url, range(0, found["num_samples"], step)[:count])), picture)
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -90,7 +90,7 @@ def sample(
     ] = "auto",
     compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
     samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where a grid of the first samples goes (PNG).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A picture of the first samples: .png, .jpg, .webp.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -143,7 +143,9 @@ def export(
 ) -> None:
     """Write a trained model for inference: safetensors, one per EMA length, and a page of JSON."""
     from scoreray.cluster.export import export_model
+    from scoreray.data.outputs import check_folder
 
+    check_folder(out, "OUT")
     make_bucket(out)
     page = export_model(checkpoint, out, ema or [])
     if as_json:
@@ -256,6 +258,7 @@ def evaluate(
 ) -> None:
     """Measure a model: a record to compare, a page to look at. The same command again goes on, or finds it."""
     from scoreray.cluster.evaluating import evaluate_on_ray
+    from scoreray.data.outputs import check_folder
     from scoreray.sampling.options import parse_options
     from scoreray.sampling.plan import Settings
 
@@ -283,6 +286,8 @@ def evaluate(
         rtol=rtol,
         threads=threads,
     )
+    check_folder(out, "--out")
+    check_folder(cache, "--cache")
     make_bucket(out)
     evaluation = evaluate_on_ray(settings, workers=workers, verbose=verbose)
     typer.echo(json.dumps(evaluation.answer()) if as_json else evaluation.text())

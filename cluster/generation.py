@@ -9,11 +9,11 @@ from typing import Any
 
 from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
-from scoreray.data.errors import StorageError, UserError
+from scoreray.data.outputs import check_picture, write_picture
 from scoreray.sampling.batch_generation import Job, Samples, begin, carry_out_job, here
 from scoreray.sampling.generate import Request
 from scoreray.sampling.sample_files import sheet
-from scoreray.sampling.sample_place import files_of, intact, place_of
+from scoreray.sampling.sample_place import files_of, intact, place_of, refuse_same
 from scoreray.trainer.cpu import keep_large_tensors_on_the_heap
 
 MOST_NAMED = 3  # of the files that are missing or damaged
@@ -63,8 +63,9 @@ def sample_to(
     actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
     """
     place = place_of(url, format)
-    if picture is not None and not picture.parent.is_dir():
-        raise UserError(f"--picture {picture}: its folder is not there")
+    if picture is not None:
+        check_picture(picture)
+        refuse_same(place, picture, "--picture")
     keep_large_tensors_on_the_heap()
     words = {**words, "pictures": picture is not None}
     job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
@@ -87,8 +88,5 @@ def sample_to(
             mapper = here(progress) if actors is None else on_actors(actors, progress, say)
             carry_out_job(place, samples, mapper, kept)
     if picture is not None:
-        try:
-            picture.write_bytes(sheet(place))
-        except OSError as error:
-            raise StorageError(f"--picture {picture}: can't be written: {error.strerror or error}") from None
+        write_picture(sheet(place), picture)
     return Drawn(job, [out], model.info.images_seen)

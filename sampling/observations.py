@@ -133,11 +133,12 @@ def _in_model_range(file: _File, noise_std: float, value_range: str | None) -> _
         raise UserError(f"{found}: say what black and white are with --value-range LOW,HIGH, or save it as uint8")
     else:
         bounds = (-1.0, 1.0)
-        fits = next((f"0,{top}" for top in (1, 255, 65535) if low >= 0 and high <= top), None)
-        if fits:
+        top = next((top for top in (1, 255, 65535) if low >= 0 and high <= top), None)
+        if top:
+            so_bright = " (or --value-range=-1,1 if it is so bright)" if top == 1 else ""
             raise UserError(
                 f"{found}: black and white of floats are -1 and 1, and nothing here is below middle grey; say what "
-                f"they are, --value-range {fits} (or --value-range=-1,1 if it is so bright)"
+                f"they are, --value-range 0,{top}{so_bright}"
             )
     if bounds is None:
         return file

@@ -15,9 +15,11 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from scoreray.data.decode import decode
 from scoreray.data.errors import DataError
+from scoreray.data.inspect import picture_grid
 from scoreray.data.manifest import FORMATS, MANIFEST, RECORD, Manifest
 from scoreray.data.packing import Packed, map_in_threads, put_record
 from scoreray.data.samples import read_samples
@@ -110,19 +112,19 @@ def _packed_again(samples: Samples, name: str, tar: bytes) -> Packed:
     return writer.finish(name)
 
 
-def sheet(place: Place) -> bytes:
-    """The first samples of a finished job on one PNG."""
+def sheet(place: Place) -> Image.Image:
+    """The first samples of a finished job on one picture."""
     if place.format == "png":
-        return place.store.get(SHEET)
+        return Image.open(io.BytesIO(place.store.get(SHEET)))
     if place.format == "webdataset":
         count = min(MAX_SHEET, Manifest.load(place.store).num_samples)
-        return png_of_sheet(read_samples(place.store.url(), range(count)))
+        return picture_grid(read_samples(place.store.url(), range(count)))
     with zipfile.ZipFile(io.BytesIO(place.store.get(place.name))) as archive, archive.open("images.npy") as array:
         np.lib.format.read_magic(array)
         (count, *shape), _, _ = np.lib.format.read_array_header_1_0(array)
         count = min(MAX_SHEET, count)
         values = np.frombuffer(array.read(count * math.prod(shape)), np.uint8).reshape(count, *shape)
-    return png_of_sheet(torch.from_numpy(values.transpose(0, 3, 1, 2).copy()))
+    return picture_grid(values.transpose(0, 3, 1, 2))
 
 
 def _array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:

@@ -9,11 +9,13 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.identity import WINDOW_BYTES
 from scoreray.data.manifest import INDEX, MANIFEST
+from scoreray.data.outputs import PICTURE_FORMATS, check_folder, suffix_of
 from scoreray.data.packing import map_in_threads
 from scoreray.data.store import NotFound, Store, open_store
 
@@ -71,15 +73,29 @@ def place_of(url: str, format: str = "auto") -> Place:
     """auto: npz where the URL ends so, shards in S3, pictures in a folder. Raises UserError."""
     if format not in ("auto", *FORMATS):
         raise UserError(f"--format {format}: {nearest(format, ('auto', *FORMATS))}")
-    ends = url.endswith(".npz")
+    ends = suffix_of(url) == ".npz"
     if ends != (format == "npz") and format != "auto":
         raise UserError(f"--format {format}, --out {url}: an npz, and only that, has a name that ends in .npz")
     if ends:
         parent, _, name = url.rpartition("/")
         return Place(open_store(parent or "."), "npz", name)
+    picture_hint = f"; for one picture of the first samples give --picture {url} and a folder to --out"
+    check_folder(url, "--out", picture_hint if suffix_of(url) in PICTURE_FORMATS else "; only .npz is one file")
     guess: Format = "webdataset" if url.startswith("s3://") else "png"
     chosen = next((f for f in FORMATS if f == format), guess)
     return Place(open_store(url), chosen)
+
+
+def refuse_same(place: Place, file: Path, word: str) -> None:
+    """Raises UserError where a local file that another option names is one that samples at the place are kept in."""
+    root = place.store.url()
+    if "://" in root or not file.resolve().is_relative_to(Path(root).resolve()):
+        return
+    key = file.resolve().relative_to(Path(root).resolve()).as_posix()
+    ours = {place.record, place.result, SHEET, MANIFEST, INDEX} if place.format != "npz" else {place.record, place.name}
+    parts = ("shards", "packing", place.unfinished) if place.format != "npz" else (place.unfinished,)
+    if key in ours or key.split("/")[0] in parts or (place.format != "npz" and PICTURE.fullmatch(key)):
+        raise UserError(f"{word} {file}: is one of the files that --out makes; give it another name")
 
 
 def refuse_strangers(place: Place) -> None:

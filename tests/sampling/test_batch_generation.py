@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from scoreray.cluster import cli
 from scoreray.cluster.generation import sample_to
 from scoreray.data.errors import UserError
 from scoreray.data.inspect import verify
@@ -412,3 +415,56 @@ def test_what_ray_tells_is_kept_off_stdout_and_actors_that_we_end_are_no_news(
 def printed_by_ray(data: dict[str, Any], ignore_prefix: bool) -> None:
     for line in data["lines"]:
         print(line, file=sys.stderr if data["is_err"] else sys.stdout)
+
+
+@pytest.mark.parametrize("format", ["auto", "png", "webdataset"])
+def test_a_folder_has_no_files_name(format: str, tmp_path: Path) -> None:
+    for name in ("grid.png", "GRID.PNG", "a.jpg", "a.jpeg", "a.webp", "a.tiff", "a.npy", "a.tar", "a.zip", "a.json"):
+        for where in (str(tmp_path), "s3://bucket/prefix"):
+            words = "--picture" if name[-3:].lower() in ("png", "jpg", "peg", "ebp") else "only .npz is one file"
+            with pytest.raises(UserError, match=rf"--out .*{name}: is the name of a .* file.*{words}"):
+                place_of(f"{where}/{name}", format)
+    for name in ("samples", "ema-0.050", "v1.2", "grid.png/", "a.b"):
+        assert place_of(f"{tmp_path}/{name}", format).format != "npz"
+    assert place_of(f"{tmp_path}/S.NPZ").format == "npz"
+    assert not list(tmp_path.iterdir())
+
+
+PICTURES = {"a.png": "PNG", "A.PNG": "PNG", "a.jpg": "JPEG", "a.jpeg": "JPEG", "a.webp": "WEBP"}
+
+
+def test_a_picture_has_the_format_of_its_name(run_url: str, tmp_path: Path) -> None:
+    request = replace(REQUEST, count=2)
+    for name, format in PICTURES.items():
+        sample_to(str(tmp_path / "s.npz"), run_url, None, request, picture=tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert image.format == format
+            assert image.width > 16
+    words = ["--count=2", "--steps=2", "--out", str(tmp_path / "d"), "--picture", str(tmp_path / "d.jpg")]
+    cli.app(["sample", run_url, *words], standalone_mode=False)
+    assert (tmp_path / "d.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+    with pytest.raises(UserError, match=r"is the name of a \.png file"):
+        cli.app(["export", run_url, str(tmp_path / "model.png")], standalone_mode=False)
+
+
+@pytest.mark.parametrize(("out", "picture", "words"), [
+    ("s.npz", "s.npz", "must end in .png"),
+    ("s.npz", "grid", "must end in .png"),
+    ("s.npz", "grid.pdf", "must end in .png"),
+    ("s.npz", "nowhere/grid.png", "its folder is not there"),
+    ("s.npz", "folder.png", "is a folder"),
+    ("d", "d/000001.png", "is one of the files that --out makes"),
+    ("d", "d/../d/samples.png", "is one of the files that --out makes"),
+    ("d", "link/000000.png", "is one of the files that --out makes"),
+], ids=str)  # fmt: skip
+def test_two_outputs_are_two_files(out: str, picture: str, words: str, run_url: str, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=re.escape(words)):
+        sample_to(str(tmp_path / out), run_url, None, replace(REQUEST, count=2), picture=tmp_path / picture)
+    assert sorted(tmp_path.rglob("*")) == before
+    beside = tmp_path / "d" / "mine.png"
+    sample_to(str(tmp_path / "d"), run_url, None, replace(REQUEST, count=2), picture=beside)
+    assert Image.open(beside).format == "PNG"
