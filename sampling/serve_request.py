@@ -149,7 +149,9 @@ def make_job(body: SampleBody, served: Served, limits: Limits, media: str, seed:
     assert request.steps is not None
     assert request.grid is not None
     if request.steps > limits.max_steps:
-        raise Refused("too_many", f"steps = {request.steps}: at most {limits.max_steps}", field="steps")
+        fitting = "" if body.steps else f", as sampler '{request.sampler}' takes them on this model"
+        message = f"steps = {request.steps}{fitting}: at most {limits.max_steps}"
+        raise Refused("too_many", message, field="steps")
     sigmas = tuple(info.sigmas(request.steps, request.grid).tolist())
     options = check_options(request.sampler, SAMPLERS[request.sampler], request.options)
     calls = _calls(request.sampler, sigmas, tuple(sorted(options.items())), limits.max_calls)

@@ -41,8 +41,9 @@ def test_what_made_the_samples_is_named_and_typed_as_in_json(url: str) -> None:
 def test_numbers_of_numpy_are_numbers(url: str) -> None:
     fields = {"count": np.int64(2), "steps": np.array(3), "guidance": np.float32(1.5), "class_label": torch.tensor(1)}
     options = {"s_churn": np.float64(2.0), "s_noise": np.float32(1.0)}
-    about = Client(url).sample(sampler="edm_sde", seed=np.uint32(5), options=options, **fields).about
+    about = Client(url).sample(sampler="edm_sde", grid="linear", seed=np.uint32(5), options=options, **fields).about
     assert (about["count"], about["steps"], about["guidance"], about["seed"]) == (2, 3, 1.5, 5)
+    assert about["grid"] == "linear"
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,8 @@ def test_what_is_served_is_what_is_drawn_offline(run_url: str) -> None:
             assert np.allclose(exact["samples"], samples.numpy(), atol=1e-4)
             other = await call.post({**fields, "ema": "none"})
             assert other.json["ema"] == "none"
+            for spelling in (0.1, "0.1", ".1", "1e-1", "0.100"):
+                assert (await call.post({"ema": spelling, "steps": 1})).json["ema"] == "0.100"
             assert (await call.post({"class_label": "class-2", "count": 2})).json["data"][1]["class"] == 2
 
     asyncio.run(main())
@@ -271,6 +273,7 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 ({"count": 9}, {}, 422, "too_many", "at most 8"),
                 ({"steps": 51}, {}, 422, "too_many", "at most 50"),
                 ({"sampler": "ncsn"}, {}, 422, "too_many", "200 calls"),
+                ({"sampler": "ncsn", "steps": 51}, {}, 422, "too_many", "steps = 51: at most 50"),
                 ({"sampler": "huen"}, {}, 422, "invalid", "did you mean 'heun'"),
                 ({"sampler": "gibbs"}, {}, 422, "invalid", "is for RBMs"),
                 ({"grid": "karas"}, {}, 422, "invalid", "did you mean 'karras'"),
