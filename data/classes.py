@@ -45,7 +45,7 @@ def class_number(label: object, classes: Sequence[str]) -> int:
     if len(found) > 1:
         ways = [f"{_spelled(n, word, classes)} for {_described(n, classes)}" for n in sorted(found)]
         more = [f"and {len(ways) - 4} more"] if len(ways) > 4 else []
-        raise UserError(f"class {_quoted(word)} may be any of {len(ways)}: give {'; '.join([*ways[:4], *more])}")
+        raise UserError(f"class {_quoted(word)} fits {len(ways)} classes: give {'; '.join([*ways[:4], *more])}")
     return found.pop()
 
 
@@ -85,7 +85,7 @@ def _spelled(number: int, word: str, classes: Sequence[str]) -> str:
 
 
 def _described(number: int, classes: Sequence[str]) -> str:
-    return f"class {number}, called {_quoted(classes[number])}" if number >= 0 else "no class"
+    return f"class {number} (called {_quoted(classes[number])})" if number >= 0 else "no class"
 
 
 def _quoted(word: str) -> str:

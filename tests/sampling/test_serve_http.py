@@ -282,6 +282,8 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 ({"options": {"s_churm": 1}}, {}, 422, "invalid", "s_churm"),
                 ({"sampler": "ddim", "options": {"eta": 7}}, {}, 422, "invalid", "eta = 7"),
                 ({"class_label": "dog"}, {}, 422, "invalid", "unknown"),
+                ({"class_label": "²"}, {}, 422, "invalid", "unknown"),
+                ({"class_label": "--5"}, {}, 422, "invalid", "unknown"),
                 ({"class_label": "dog\ud800"}, {}, 422, "invalid", "class_label"),
                 ({"class_label": 3}, {}, 422, "invalid", "class '3'"),
                 ({"ema": "0.9"}, {}, 422, "invalid", "0.050"),
