@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,3 +106,8 @@ def shown(*parts: str) -> str:
     """A file's path, on one line whatever its name is."""
     path = "/".join(parts)
     return path if path.isprintable() else ascii(path)[1:-1]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many, on one line."""
+    return ", ".join([*map(shown, names[:5]), *["..."] * (len(names) > 5)])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import math
 import os
-import struct
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,12 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from scoreray.data.arrays import Loaded, as_floats, as_images, read_idx, read_npz
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, StorageError, UserError, nearest
 from scoreray.data.identity import identity
-from scoreray.data.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
-from scoreray.data.layout import Layout, checked_layout
-from scoreray.data.listing import Listing, kinds_line, list_below, shown, suffix_of
+from scoreray.data.layout import Layout
+from scoreray.data.listing import Listing, kinds_line, list_below, shown, some_of, suffix_of
 from scoreray.data.manifest import check_label, check_shape
 from scoreray.data.packing import map_in_threads
 from scoreray.data.pictures import (
@@ -38,7 +34,6 @@ from scoreray.data.pictures import (
 )
 from scoreray.data.store import NotAFile, PathStore, Store, check_is_file, local_path, open_store
 
-IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
 LOOKED_AT = 32  # images of a folder that are looked at for colours
 
@@ -167,83 +162,17 @@ def open_source(path: str | os.PathLike[str], reading: Reading = Reading()) -> S
     check_is_file(where, where.stat().st_mode)
     name = where.name.removesuffix(".gz")
     if name.endswith(".npz"):
-        return _open_npz(where, reading)
+        return _of_arrays(where, read_npz(where, reading.labelled), reading)
     if "idx" in name and ("ubyte" in name or name.endswith("idx")):
-        return _open_idx(where, reading)
+        return _of_arrays(where, read_idx(where, reading.labelled), reading)
     raise UserError(
         f"{where}: can't tell what this is; accepted: .npz with 'images' (and 'labels'), IDX (*-idx3-ubyte[.gz]), "
         "a folder with one subfolder of images a class, or a folder of WebDataset tars"
     )
 
 
-def _open_npz(path: Path, reading: Reading) -> Source:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            _check_memory(path, sum(entry.file_size for entry in archive.zip.infolist()))
-            arrays = choose_arrays(archive, archive.files, reading.labelled)
-            if arrays is None:
-                raise UserError(f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed")
-    except UserError:
-        raise
-    except Exception as error:  # what zipfile and numpy raise on damaged bytes is not a short list
-        raise DataError(f"{path}: no readable .npz of plain arrays: {' '.join(str(error).split())}") from error
-    labels, classes = as_numbers(path, arrays.labels, arrays.classes)
-    source = _of_array(path, arrays.samples, labels, classes, reading)
-    if not arrays.left_out:
-        return source
-    sought = f"; labels are looked for as {', '.join(LABELS[:4])}, ..." if labels is None and reading.labelled else ""
-    note = f"{path}: arrays that are left out: {_some(arrays.left_out)}{sought}"
-    return replace(source, left_out=dict.fromkeys(arrays.left_out, 1), notes=(*source.notes, note))
-
-
-def _open_idx(path: Path, reading: Reading) -> Source:
-    """MNIST's format, with the labels from the file beside it."""
-    labels_path, sought = beside_idx(path) if reading.labelled else (None, "")
-    found = _read_idx(labels_path) if labels_path else None
-    labels = None if found is None else of_nist(found)
-    source = _of_array(path, _read_idx(path), as_numbers(path, labels, None)[0], [], reading)
-    notes = list(source.notes)
-    if sought and labels_path is None:
-        notes.append(f"{path}: no labels beside it ({sought}, .gz or not): packed without classes")
-    if found is not labels:
-        notes.append(f"{labels_path}: the first column is the class, the others are left out")
-    return replace(source, notes=tuple(notes))
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Not more is unpacked than the header says, whatever follows it."""
-    try:
-        with open(path, "rb") as raw:
-            is_zipped = raw.read(2) == b"\x1f\x8b"  # whatever the name says: browsers unpack, people rename
-        with gzip.open(path) if is_zipped else open(path, "rb") as file:
-            zero, kind, rank = struct.unpack(">HBB", file.read(4))
-            shape = struct.unpack(f">{rank}I", file.read(4 * rank))
-            dtype = np.dtype(IDX_TYPES[kind])
-            size = math.prod(shape) * dtype.itemsize
-            _check_memory(path, size)
-            data = file.read(size + 1)
-        if zero or rank == 0 or len(data) != size:
-            raise ValueError("its length is not what its header says")
-        return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
-    except UserError:
-        raise
-    except (struct.error, KeyError, ValueError, OSError, EOFError, zlib.error, MemoryError, OverflowError) as error:
-        raise DataError(f"{path}: no readable IDX file: {error}") from error
-
-
-def _check_memory(path: Path, size: int) -> None:
-    """Raises UserError when `size` bytes, which a small file may announce, are more than this machine has."""
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > has // 2:
-        raise UserError(
-            f"{path}: {size:,} bytes unpacked, half of this machine's memory is {has // 2:,}; pack it in parts, or as "
-            "a folder of files"
-        )
-
-
-def _of_array(
-    path: Path, samples: np.ndarray, labels: np.ndarray | None, classes: list[str], reading: Reading
-) -> Source:
+def _of_arrays(path: Path, loaded: Loaded, reading: Reading) -> Source:
+    samples, labels, classes = loaded.samples, loaded.labels, loaded.classes
     num_samples = len(samples) if samples.ndim else 0
     _check_classes(str(path), classes)
     if num_samples == 0:
@@ -263,7 +192,7 @@ def _of_array(
         if classes and int(labels.max()) >= len(classes):
             raise UserError(f"{path}: label {labels.max()}, but only {len(classes)} classes are named")
         classes = classes or [str(c) for c in range(int(labels.max()) + 1)]
-    read = _images if samples.dtype == np.uint8 else _floats
+    read = as_images if samples.dtype == np.uint8 else as_floats
     array, shape, notes = read(path, samples, reading)
     fingerprint = hashlib.sha256(repr((samples.shape, samples.dtype.str, classes)).encode())
     fingerprint.update(np.ascontiguousarray(samples).data)
@@ -271,62 +200,8 @@ def _of_array(
     dtype = "uint8" if array.dtype == np.uint8 else "float32"
     return Source(
         str(path), num_samples, shape, dtype, labels, classes, fingerprint.hexdigest(), reading, array=array,
-        notes=notes,
+        left_out=dict.fromkeys(loaded.left_out, 1), notes=(*notes, *loaded.notes),
     )  # fmt: skip
-
-
-Arrays = tuple[np.ndarray, tuple[int, ...], tuple[str, ...]]  # as `Source.array` has them, a sample's shape, notes
-
-
-def _images(path: Path, images: np.ndarray, reading: Reading) -> Arrays:
-    """uint8 as [N, H, W, C]."""
-    image_size = reading.image_size
-    if images.ndim == 3:
-        images = images[..., None]
-    elif images.ndim == 4 and reading.layout != "NCHW" and images.shape[3] in (1, 3):
-        pass
-    elif images.ndim == 4 and reading.layout != "NHWC" and images.shape[1] in (1, 3):
-        images = images.transpose(0, 2, 3, 1)
-    else:
-        asked = f" (--layout {reading.layout})" if reading.layout else ""
-        raise UserError(
-            f"{path}: images of shape {images.shape}{asked}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
-        )
-    height, width, channels = images.shape[1:]
-    if image_size is None and height != width:
-        raise UserError(f"{path}: images of {height} x {width}; give --image-size to crop them to a square")
-    if reading.channels not in (None, channels):
-        raise UserError(f"{path}: --channels {reading.channels} is for folders of images; this has {channels}")
-    return images, (channels, image_size or height, image_size or width), ()
-
-
-def _floats(path: Path, arrays: np.ndarray, reading: Reading) -> Arrays:
-    """Floats as [N, ...], with four axes as [N, C, H, W]."""
-    if arrays.dtype.kind != "f":
-        raise UserError(f"{path}: samples are {arrays.dtype}; uint8 images or float arrays are packed")
-    if reading.image_size or reading.channels:
-        raise UserError(
-            f"{path}: {arrays.dtype} {arrays.shape}; floats are packed as they are, [N, D, ...], without --image-size "
-            "or --channels"
-        )
-    largest = np.finfo(np.float32).max
-    for start in range(0, len(arrays), 1024):  # at once it would take as much memory again
-        part = arrays[start : start + 1024]
-        bad = ~(np.abs(part) <= largest)
-        if bad.any():
-            at = tuple(np.argwhere(bad)[0])
-            what = "that is not finite" if not np.isfinite(part[at]) else f"above the largest float32: {part[at]:.3g}"
-            raise UserError(f"{path}: sample {start + at[0]} holds a value {what}")
-    note: tuple[str, ...] = ()
-    if arrays.ndim == 4:
-        if checked_layout(str(path), arrays.shape[1:], reading.layout) == "NHWC":
-            arrays = arrays.transpose(0, 3, 1, 2)
-            note = (
-                f"{path}: arrays with their channels last become [C, H, W] = {' x '.join(map(str, arrays.shape[1:]))}",
-            )
-    elif reading.layout:
-        raise UserError(f"{path}: --layout {reading.layout} is for arrays of four axes, this has {arrays.ndim}")
-    return arrays, arrays.shape[1:], note
 
 
 def _open_folder(store: Store, reading: Reading) -> Source:
@@ -393,16 +268,12 @@ def _notes(url: str, listing: Listing, left_out: Counter[str], classes: list[str
     if left_out:
         notes.append(f"{left_out.total():,} files that are no images are left out ({kinds_line(left_out)})")
     if classes and empty:
-        notes.append(f"{len(empty):,} folders hold no images and become no class: {_some(empty)}")
+        notes.append(f"{len(empty):,} folders hold no images and become no class: {some_of(empty)}")
     if listing.loops:
         notes.append(
-            f"{len(listing.loops):,} links to a folder that they lie in are not followed: {_some(listing.loops)}"
+            f"{len(listing.loops):,} links to a folder that they lie in are not followed: {some_of(listing.loops)}"
         )
     return tuple(f"{url}: {note}" for note in notes)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*map(shown, names[:5]), *["..."] * (len(names) > 5)])
 
 
 def _classes_of(store: Store, files: list[str]) -> tuple[list[str], np.ndarray | None]:
