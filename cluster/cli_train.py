@@ -44,18 +44,18 @@ def train(
     if print_config:
         typer.echo(dump_config(loaded), nl=False)
         return
+    from scoreray.cluster.following import check_beside
     from scoreray.cluster.training import check_here, train_to_end
-    from scoreray.sampling.follow import check_evaluation
     from scoreray.trainer.run import check_run, prepare_run
 
     if check:
         check_run(loaded)
-        check_evaluation(loaded)
+        check_beside(loaded)
         check_here(loaded)
         typer.echo(f"{config}: good")
         return
     make_bucket(loaded.run.storage)
-    check_evaluation(loaded)
+    check_beside(loaded)
     result = train_to_end(prepare_run(loaded, fresh=fresh), verbose=verbose)
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from scoreray.cluster.following import check_beside
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
-from scoreray.sampling.follow import check_evaluation
 from scoreray.trainer.config import Config
 from scoreray.trainer.engine import bucket_sizes, resolve_precision
 from scoreray.trainer.loop import run_store
@@ -87,7 +87,7 @@ def data_set(config: Config) -> tuple[Manifest | None, Finding]:
 def evaluation(config: Config) -> list[Finding]:
     """What is measured beside the run, where the config asks for anything and its data set is there."""
     try:
-        check_evaluation(config)
+        check_beside(config)
     except ScorerayError as error:
         return [Finding("evaluation", "problem", str(error))]
     section = config.evaluation

@@ -40,12 +40,25 @@ class Follower:
         return lines
 
 
+def asked_for(config: Config) -> bool:
+    """Whether anything is to be measured or drawn beside the run."""
+    return bool(config.evaluation.metrics) or config.evaluation.sheet > 0
+
+
+def check_beside(config: Config) -> None:
+    """`follow.check_evaluation`, where the config says anything of it: its imports take a second that others save."""
+    if asked_for(config) or config.evaluation.reference is not None:
+        from scoreray.sampling.follow import check_evaluation
+
+        check_evaluation(config)
+
+
 @contextlib.contextmanager
 def beside(config: Config, note: Callable[[str], None]) -> Iterator[None]:
     """Evaluates the run's checkpoints while the block trains it, as `config.evaluation` asks; at the end waits for the
     last one. Whatever fails here is told by `note` and fails nothing else.
     """
-    if not config.evaluation.metrics and not config.evaluation.sheet:
+    if not asked_for(config):
         yield
         return
     started = _start(config, note)

@@ -83,8 +83,6 @@ def check_evaluation(config: Config) -> None:
     """Whether the functions will find what they need: the reference is there and fits what is trained, so do metrics,
     extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
     section = config.evaluation
-    if section.reference is None and not chosen(config):
-        return
     data = _manifest(config.data.url)
     info = ModelInfo("", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config)
     try:
