@@ -16,7 +16,7 @@ import stat
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from urllib.parse import unquote_to_bytes
 
 from scoreray.data.errors import StorageError, UserError
 
+TRIES = 10  # of a write into a folder that others clear at the same time
 TEMPORARY = ".part-"  # what a write that was killed may leave in a folder; never listed
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -189,19 +190,20 @@ class PathStore(Store):
 
     def put(self, key: str, data: bytes | Path) -> None:
         path = self._path(key)
-        with explained(path), _temporary(path, data) as temporary:
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+        _write(path, data, lambda temporary: os.replace(temporary, path))
 
     def put_new(self, key: str, data: bytes) -> bool:
-        path = self._path(key)
-        with explained(path), _temporary(path, data) as temporary:
+        path, new = self._path(key), True
+
+        def link(temporary: str) -> None:
+            nonlocal new
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
-            _sync_folder(path.parent)
-            return True
+                new = False
+
+        _write(path, data, link)
+        return new
 
     def size(self, key: str) -> int:
         path = self._path(key)
@@ -277,16 +279,31 @@ def _unless_gone(error: OSError) -> None:
             raise error
 
 
+def _write(path: Path, data: bytes | Path, place: Callable[[str], None]) -> None:
+    """Writes `data` to a temporary file beside `path`, to which `place` gives its name."""
+    for attempt in range(TRIES):
+        with explained(path), _temporary(path, data) as temporary:
+            try:
+                place(temporary)
+            except FileNotFoundError:  # a concurrent clear_unfinished() took it for what a killed write left
+                if attempt == TRIES - 1:
+                    raise
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a concurrent delete() removed the file, then the folder
+                _sync_folder(path.parent)
+            return
+
+
 @contextlib.contextmanager
 def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
     """A synced file with `data` beside `path`, removed at the end if it still has its temporary name."""
-    for attempt in range(10):
+    for attempt in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name[:100]}-", dir=path.parent)
             break
         except FileNotFoundError as error:  # a concurrent delete() removed the empty folder; always so in /proc
-            if attempt == 9:
+            if attempt == TRIES - 1:
                 raise StorageError(f"{path.parent}: can't be written: no folder can be made here") from error
     try:
         with open(descriptor, "wb") as file:

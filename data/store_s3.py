@@ -310,6 +310,8 @@ def _explain_answer(url: str, endpoint: str, error: botocore.exceptions.ClientEr
         return NotFound(f"{url}: no such object")
     if code in CODES_BUSY or status in CODES_BUSY:
         return Unanswered(f"{url}: {endpoint} is busy ({code or status})")
+    if code == "NoSuchUpload":
+        return Unanswered(f"{url}: its upload was removed meanwhile, as what another start clears up; it begins again")
     if code in CODES_CREDENTIALS or status == "403":
         return StorageError(
             f"{url}: credentials refused ({code}) at {endpoint}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "

@@ -178,3 +178,28 @@ def test_an_endpoint_that_does_not_answer_is_named(s3_url: str, monkeypatch: pyt
     monkeypatch.setattr(store_s3, "PATIENCE_S", 0.1)
     with pytest.raises(StorageError, match=r"the endpoint http://127.0.0.1:9 is not reachable; check AWS_ENDPOINT_URL"):
         open_store(s3_url).get("key")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_write_whose_temporary_file_another_start_clears_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
+) -> None:
+    store = open_store(tmp_path)
+    sync, cleared = os.fsync, 0
+
+    def cleared_away(descriptor: int) -> None:
+        nonlocal cleared
+        sync(descriptor)
+        if cleared < 3:
+            cleared += 1
+            store.clear_unfinished("metrics/", but="\0")
+
+    monkeypatch.setattr(os, "fsync", cleared_away)
+    if new:
+        assert store.put_new("metrics/100.jsonl", b"records")
+        assert not store.put_new("metrics/100.jsonl", b"others")
+    else:
+        store.put("metrics/100.jsonl", b"records")
+    assert cleared == 3
+    assert store.get("metrics/100.jsonl") == b"records"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["100.jsonl"]
