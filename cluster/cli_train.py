@@ -49,7 +49,7 @@ def train(
     from scoreray.trainer.run import check_run, prepare_run
 
     if check:
-        check_run(loaded)
+        check_run(loaded, fresh=fresh)
         check_beside(loaded)
         check_here(loaded)
         typer.echo(f"{config}: good")

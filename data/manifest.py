@@ -11,12 +11,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 
-from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.store import NotFound, Store, check_key
 
 MANIFEST = "manifest.json"
@@ -160,30 +161,17 @@ class Manifest:
             raise ValueError("mean or std is not finite")
 
     def to_json(self) -> str:
-        """For people too: a field a line, a shard a line; the last line is the SHA-256 of those before."""
+        """For people too: a field a line, a shard a line; sealed (`seal.py`)."""
         fields = asdict(self)
         shards = ",\n  ".join(json.dumps(shard) for shard in fields.pop("shards"))
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
-        text = "{\n" + ",\n".join(lines) + f',\n "shards": [\n  {shards}\n ],'
-        return text + f'{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+        return sealed([*lines, f'"shards": [\n  {shards}\n ]'])
 
     @staticmethod
     def from_json(text: bytes | str, url: str = MANIFEST) -> Manifest:
         """Raises DataError, naming `url` and the first field that is wrong."""
-        text = text.encode() if isinstance(text, str) else text
-        body, seal, end = text.rpartition(_SEAL.encode())
-        try:
-            found = _ADAPTER.validate_json(body.removesuffix(b",") + b"}" if seal else text, strict=True)
-        except ValidationError as error:
-            first: Any = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            mend = "; pack the data set again" if where == "version" else ""
-            raise DataError(f"{url}: no manifest of this version: {where}: {first['msg']}{mend}") from error
-        except StorageError as error:
-            raise DataError(f"{url}: {error}") from error
-        if end.split(b'"')[0].decode(errors="replace") != hashlib.sha256(body).hexdigest():
-            raise DataError(f"{url}: the manifest is damaged: its last line is not the SHA-256 of the lines before")
-        return found
+        data = text.encode() if isinstance(text, str) else text
+        return read_sealed(_ADAPTER, data, url, "manifest", again="; pack the data set again")
 
     @staticmethod
     def load(store: Store) -> Manifest:
@@ -207,6 +195,13 @@ class Manifest:
         return sum(count > 0 for count in self.class_counts)
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of which samples there are and in which order: of each shard's records, which hold a digest and the
+        class of every sample, and of what they mean. A copy elsewhere, under another name, has the same."""
+        shards = [(shard.num_samples, shard.bytes, shard.records_sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.shape, self.dtype, self.classes, shards]).encode()).hexdigest()
+
+    @property
     def bytes_per_sample(self) -> float:
         """Stored bytes of a sample, tar headers included, on average."""
         return sum(shard.bytes for shard in self.shards) / self.num_samples
@@ -218,4 +213,3 @@ class Manifest:
 
 
 _ADAPTER = TypeAdapter(Manifest)
-_SEAL = '\n "sha256": "'  # begins the last line of the file

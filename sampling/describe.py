@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from scoreray.data.classes import class_number
 from scoreray.data.errors import DataError, UserError
-from scoreray.sampling.export import PREFIX, ExportedModel, find_exported
+from scoreray.sampling.export import PREFIX, ExportedModel, Page, find_exported
 from scoreray.sampling.sigmas import from_process, grid
 from scoreray.trainer.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.ema import RAW, choose_length, lengths_stored, state_key
+from scoreray.trainer.marker import Marker
 from scoreray.trainer.rbm import MachineConfig
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
@@ -87,7 +87,7 @@ class Description:
     @cached_property
     def sha256(self) -> str:
         """One hash of the model: of all its files, and the length."""
-        hashes = sorted(about["sha256"] for about in _page(self.source)["files"].values())
+        hashes = sorted(about.sha256 for about in _page(self.source).files.values())
         return hashlib.sha256(json.dumps([hashes, self.info.ema]).encode()).hexdigest()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -110,29 +110,28 @@ def describe(url: str, ema: str | None = None) -> Description:
     source = find_exported(url) or find(url)
     page = _page(source)
     try:
-        config = load_config(page["config"])
-        shape, classes, images_seen = tuple(page["image_shape"]), tuple(page["classes"]), int(page["images_seen"])
+        config = load_config(page.config)
         lengths = _lengths(source, config)
-    except (KeyError, TypeError, UserError) as error:
+    except (TypeError, UserError) as error:
         raise DataError(f"{url}: does not describe a model: {error}") from None
     if not lengths:
         raise DataError(f"{url}: holds no weights of any EMA length")
     chosen = source.chosen if isinstance(source, ExportedModel) and ema is None else None
     name = chosen or choose_length(ema, lengths, url, config.ema.stds)
     where = source.store.url() if isinstance(source, ExportedModel) else source.url
-    return Description(ModelInfo(where, images_seen, name, shape, classes, config), lengths, source)
+    shape, classes = tuple(page.image_shape), tuple(page.classes)
+    return Description(ModelInfo(where, page.images_seen, name, shape, classes, config), lengths, source)
 
 
-def _page(source: Checkpoint | ExportedModel) -> Mapping[str, Any]:
+def _page(source: Checkpoint | ExportedModel) -> Page | Marker:
     return source.page if isinstance(source, ExportedModel) else source.marker
 
 
 def _lengths(source: Checkpoint | ExportedModel, config: Config) -> tuple[str, ...]:
     """The lengths that are stored, the config's first one first; of a checkpoint, the weights without averaging too."""
-    page = _page(source)
     if isinstance(source, ExportedModel):
-        return tuple(page["files"])
-    stored = lengths_stored(page["state_keys"])
+        return tuple(source.page.files)
+    stored = lengths_stored(source.marker.state_keys)
     ordered = [length for length in config.ema.names if length in stored]
     raw = () if f"/{SNAPSHOTS}/" in source.url else (RAW,)  # a snapshot is the averages alone
     return (*ordered, *(length for length in stored if length not in ordered), *raw)

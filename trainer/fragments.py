@@ -42,6 +42,12 @@ class StoredFragment:
         return f"{self.name}@{self.start}"
 
 
+def parameter_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
+    """Shapes of a module's trained parameters, whole ones also where ZeRO-3 has left this rank a piece of each."""
+    named = module.named_parameters()
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+
+
 def overlaps(start: int, length: int, stored: Iterable[StoredFragment]) -> list[tuple[StoredFragment, int, int, int]]:
     """How to fill [start, start + length): (piece, its first element to copy, where it goes, how many).
 

@@ -15,21 +15,24 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from scoreray.data.errors import Unanswered
 from scoreray.data.manifest import Manifest
-from scoreray.data.store import Store, open_store
+from scoreray.data.store import NotFound, Store, open_store
 from scoreray.data.stream import Batch, Stream
 from scoreray.data.traces import flush, span
-from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.checkpoint import TRIES, latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.cpu import keep_large_tensors_on_the_heap, onednn_products
 from scoreray.trainer.engine import Engine, build_engine, resolve_precision, settle_stage
 from scoreray.trainer.flops import matmul_rate, training_flops
+from scoreray.trainer.fragments import parameter_shapes
+from scoreray.trainer.marker import DataSet
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
 from scoreray.trainer.progress import Progress, Record
@@ -37,6 +40,8 @@ from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.step import build_training_module
 from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 from scoreray.trainer.vote import Vote
+
+T = TypeVar("T")
 
 
 def run_store(config: Config) -> Store:
@@ -73,29 +78,34 @@ def train(
     manifest = Manifest.load(open_store(config.data.url))
     torch.manual_seed(config.run.seed)
     module = build_training_module(config, manifest)
-    shapes = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    shapes = parameter_shapes(module)
     settled, why = settle_stage(config, module, world_size=world_size, device=device)
     if why:
         note(f"ZeRO-{settled.engine.zero_stage}: {why}")
     engine = build_engine(module, settled, world_size=world_size, device=device)
+    attempt, identity = _from_rank_0((uuid.uuid4().hex[:8], manifest.identity), world_size)
+    if identity != manifest.identity:
+        raise Unanswered(f"{config.data.url}: was packed again while ranks read it; they start again")
     writer = CheckpointWriter(
         run,
-        attempt=_shared_token(world_size),
+        attempt=attempt,
         rank=rank,
         world_size=world_size,
         keep=config.checkpoint.keep,
         keep_every_images=config.checkpoint.keep_every_images,
     )
     images_seen = num_steps = skipped = 0
-    checkpoint = latest(run)
+    checkpoint = _from_rank_0(latest(run) if rank == 0 else None, world_size)  # all go on from the same one
     if checkpoint is not None:
+        checkpoint.check_data(manifest, config.data.url)
         with span("train.restore", checkpoint=checkpoint.folder, images=checkpoint.images_seen):
             checkpoint.restore(engine.fragments(), module)
         images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
-        skipped = checkpoint.marker.get("skipped_steps", 0)
+        skipped = checkpoint.marker.skipped_steps
         engine.publish(num_steps)
-        writer.last_commit = (images_seen, checkpoint.marker.get("time", 0.0))
+        writer.last_commit = (images_seen, checkpoint.marker.time)
     if rank == 0:
+        writer.check_lease()  # else these may be a newer start's
         _forget_records(run, images_seen)
     saved, ahead = images_seen, config.checkpoint.ahead_images
 
@@ -105,6 +115,7 @@ def train(
         "state_keys": list(engine.optimizer.state_keys),
         "image_shape": list(manifest.shape),
         "classes": list(manifest.classes),
+        "data": DataSet.of(manifest),
     }
     unreadable = QuarantineLog(run, config.data, world_size)
     stream = Stream(
@@ -121,6 +132,7 @@ def train(
         cache_dir_bytes=config.data.cache_bytes,
         pin_memory=device.type == "cuda",
         quarantine=unreadable.quarantine,
+        manifest=manifest,
     )
     work = partial(_work_for_mfu, config, manifest, world_size, device) if rank == 0 else None
     meter, vote = _Meter(world_size, device, work), Vote(world_size)
@@ -168,6 +180,7 @@ def train(
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 lines.clear()
+            writer.poll()
             if ahead is not None and images_seen - saved >= ahead:
                 writer.wait()
             if rank == 0:
@@ -187,13 +200,18 @@ def train(
 
 def read_metrics(run: Store, after: int = 0) -> list[dict[str, Any]]:
     """A run's committed records beyond `after` images, oldest first."""
-    files = {int(key.rpartition("/")[2].split(".")[0]): key for key, _ in run.list(METRICS + "/")}
-    if max(files, default=0) <= after:
-        return []
-    newest = latest(run)
-    end = newest.images_seen if newest else 0
-    found = (json.loads(line) for at in sorted(files) if after < at <= end for line in run.get(files[at]).splitlines())
-    return [record for record in found if record["images"] > after]
+    for _ in range(TRIES):
+        files = {int(key.rpartition("/")[2].split(".")[0]): key for key, _ in run.list(METRICS + "/")}
+        if max(files, default=0) <= after:
+            return []
+        newest = latest(run)
+        end = newest.images_seen if newest else 0
+        try:
+            lines = [line for at in sorted(files) if after < at <= end for line in run.get(files[at]).splitlines()]
+        except NotFound:  # a start that goes on from before it has removed it since
+            continue
+        return [record for record in map(json.loads, lines) if record["images"] > after]
+    raise Unanswered(f"{run.url(METRICS)}: files go while they are read; is something removing them?")
 
 
 def _put_all(run: Store, objects: list[tuple[str, bytes]]) -> None:
@@ -267,12 +285,12 @@ def _work_for_mfu(config: Config, manifest: Manifest, world_size: int, device: t
     return training_flops(network, manifest.shape), rate * world_size
 
 
-def _shared_token(world_size: int) -> str:
-    """A name for this start of the worker group, the same on all ranks."""
-    token = [uuid.uuid4().hex[:8]]
+def _from_rank_0(value: T, world_size: int) -> T:
+    """Rank 0's value on every rank."""
+    values = [value]
     if world_size > 1:
-        dist.broadcast_object_list(token, src=0)
-    return token[0]
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 class _Meter:

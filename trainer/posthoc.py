@@ -96,7 +96,7 @@ def stored_averages(checkpoint: Checkpoint) -> list[Checkpoint]:
     for folder in (SNAPSHOTS, FOLDER):
         for name in committed(run, folder):
             one = open_checkpoint(run, name)
-            if one.num_steps < checkpoint.num_steps and one.marker["shapes"] == checkpoint.marker["shapes"]:
+            if one.num_steps < checkpoint.num_steps and one.marker.shapes == checkpoint.marker.shapes:
                 by_step[one.num_steps] = one
     return [by_step[step] for step in sorted(by_step)] + [checkpoint]
 
@@ -116,7 +116,7 @@ def reconstruct(
     `each(task, inputs)` calls the task for every range of parameters and may do so elsewhere (Ray); a task reads only
     the files that hold its range. Raises DataError (damaged), StorageError.
     """
-    shapes = checkpoint.marker["shapes"]
+    shapes = checkpoint.marker.shapes
     state = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
     for ranges in each(mix_ranges, [(mix, wanted) for wanted in ranges_of(checkpoint)]):
         for (name, start, length), values in ranges:
@@ -126,7 +126,7 @@ def reconstruct(
 
 def ranges_of(checkpoint: Checkpoint) -> list[list[Range]]:
     """The parameters in groups, each what one file of `checkpoint` holds: [(parameter, start, length), ...]."""
-    tables = [about["fragments"] for about in checkpoint.marker["files"].values()]
+    tables = [about.fragments for about in checkpoint.marker.files.values()]
     return [[(name, start, length) for name, start, length in table] for table in tables if table]
 
 
@@ -146,5 +146,5 @@ def mix_ranges(mix: Mix, ranges: list[Range]) -> Ranges:
 
 
 def _power_keys(stored: Checkpoint) -> list[str]:
-    lengths = {key: length_of_key(key) for key in stored.marker["state_keys"]}
+    lengths = {key: length_of_key(key) for key in stored.marker.state_keys}
     return [key for key, length in lengths.items() if length and is_power_length(length)]

@@ -22,7 +22,7 @@ import yaml
 from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
-from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
 from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.meta import meta_module
@@ -43,7 +43,7 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
     `fresh`: take the first unused name of name-2, name-3, ... instead of going on. Returns the config to run.
     Raises UserError with the differing keys when another config made this run; StorageError, DataError.
     """
-    check_run(config)
+    check_run(config, fresh=fresh)
     if fresh:
         config = _unused_name(config)
     run = run_store(config)
@@ -51,7 +51,7 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
         return config
     there = stored_config(run)
     differing = differing_keys(there, config)
-    if differing and latest(run) is None:  # nothing was trained under it: nothing would be mixed
+    if differing and not committed(run):  # nothing was trained under it: nothing would be mixed
         run.put(CONFIG_FILE, dump_config(config).encode())
         return config
     if differing:
@@ -62,8 +62,9 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
     return config
 
 
-def check_run(config: Config) -> None:
-    """What can be known before Ray starts: the data set is there, fits the network, and the run's place can be written.
+def check_run(config: Config, *, fresh: bool = False) -> None:
+    """What can be known before Ray starts: the data set is there, fits the network, is the one that the run has seen
+    so far (unless it is to be a `fresh` one), and the run's place can be written.
 
     Raises UserError, StorageError or DataError.
     """
@@ -72,7 +73,10 @@ def check_run(config: Config) -> None:
     data.check_reachable()
     manifest = Manifest.load(data)
     meta_module(config, manifest)
-    run_store(config).check_writable()
+    run = run_store(config)
+    run.check_writable()
+    if not fresh and (checkpoint := latest(run)) is not None:
+        checkpoint.check_data(manifest, config.data.url)
 
 
 def stored_config(run: Store) -> Config:
@@ -120,10 +124,10 @@ def fit(
     before = latest(run_store(config))
     if before is not None and before.images_seen >= config.duration.images:
         return before.images_seen
-    known = before.marker if before is not None else {}
+    known = (before.marker.time, before.marker.skipped_steps) if before is not None else (0.0, 0)
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
     near = ray.remote(num_cpus=0, label_selector=here)(Monitor)  # dies with us, not before
-    monitor = near.remote(config.run.name, known.get("time", 0.0), known.get("skipped_steps", 0))
+    monitor = near.remote(config.run.name, *known)
     done = threading.Event()
     if alone := on_one_machine():
         watch = _Standby(config, watch)
@@ -331,6 +335,6 @@ def _unused_name(config: Config) -> Config:
         name = base if number == 1 else f"{base}-{number}"
         section = config.run.model_copy(update={"name": name})
         candidate = config.model_copy(update={"run": section})
-        if not run_store(candidate).exists(CONFIG_FILE) or latest(run_store(candidate)) is None:
+        if not run_store(candidate).exists(CONFIG_FILE) or not committed(run_store(candidate)):
             return candidate
     raise StorageError(f"{config.run.storage}: no unused name like '{base}-N' is left")

@@ -243,12 +243,12 @@ def train_to(
 
 def copy_checkpoint(source: Checkpoint, run: Store) -> str:
     """A committed checkpoint into another run, each file verified on its way, the marker last; returns its folder."""
-    for name, about in source.marker["files"].items():
+    for name, about in source.marker.files.items():
         with verified_copy(source.store, f"{source.folder}/{name}", about) as path:
             run.put(f"{source.folder}/{name}", path)
     for key, _ in source.store.list(f"{source.folder}/"):
         name = key.rpartition("/")[2]
-        if name not in source.marker["files"] and name != MARKER:
+        if name not in source.marker.files and name != MARKER:
             run.put(key, source.store.get(key))
     run.put(f"{source.folder}/{MARKER}", source.store.get(f"{source.folder}/{MARKER}"))
     return source.folder

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from scoreray.cluster.cli import app
 from scoreray.cluster.doctor import examine
+from scoreray.sampling.describe import describe
 from scoreray.sampling.export import export
 from scoreray.sampling.generate import Request, generate
-from scoreray.sampling.load import load_model, without_weights
-from scoreray.sampling.plan import describe
+from scoreray.sampling.load import LoadedMachine, load_model
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.network import NetworkConfig
@@ -65,8 +65,8 @@ def test_a_network_goes_all_the_way(sections: dict[str, Any], small_run: Any, sm
     assert train(config) == 64  # goes on, so that what is restored is checked too
     run = run_store(config).url()
     model = load_model(run)
-    info, _ = describe(run, None)
-    assert type(without_weights(info)) is type(model)
+    assert describe(run).info == model.info
+    assert describe(run).info.is_machine == isinstance(model, LoadedMachine)
     (samples, _), *_ = generate(model, Request(count=2, steps=3, batch_size=2))
     assert samples.shape == (2, 1, 8, 8)
     assert bool(torch.isfinite(samples).all())

@@ -9,8 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +22,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.lease import LeaseRemoved, TakenOver
 from scoreray.data.scratch import scratch_file
+from scoreray.data.seal import sealed
 from scoreray.data.store import PathStore, Store, open_store
+from scoreray.sampling.describe import describe
+from scoreray.sampling.export import export
+from scoreray.sampling.load import load_model
+from scoreray.trainer import checkpoint_writer
 from scoreray.trainer.checkpoint import MARKER, committed, find, latest, open_checkpoint
 from scoreray.trainer.checkpoint_writer import CheckpointWriter, kept
-from scoreray.trainer.fragments import Fragment, StoredFragment, overlaps
+from scoreray.trainer.fragments import Fragment, StoredFragment, overlaps, parameter_shapes
+from scoreray.trainer.marker import DataSet, Marker
 from scoreray.trainer.tensor_file import write_tensors
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}
@@ -182,24 +192,145 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "null", "[]", "{}", '{"format": 1}', '{"format": 99}', "\x00\xff", '{"format": 1, "images_seen": "x"}'],
-)
+    ["", "null", "[]", "{}", '{"format": 1}', '{"format": 99}', "\x00\xff", '{"format": 1, "images_seen": "x"}',
+     "[" * 100_000, '{"format": 2, "sha256": "0"}', '{"images_seen": 1e999}'],
+    ids=lambda text: text[:20],
+)  # fmt: skip
 def test_bytes_that_are_no_marker_are_refused(tmp_path: Path, text: str) -> None:
     store = open_store(tmp_path)
     store.put(f"checkpoints/000000000100-x/{MARKER}", text.encode("latin-1"))
-    with pytest.raises(DataError, match="000000000100-x"):
+    with pytest.raises(DataError, match="000000000100-x") as caught:
         latest(store)
+    assert "\n" not in str(caught.value)
 
 
-def test_markers_cannot_point_outside(tmp_path: Path) -> None:
+def real_marker(tmp_path: Path) -> tuple[Store, str, Marker]:
+    """The store, the key and the value of a marker with all that one can hold."""
     store = open_store(tmp_path)
     write(store, 100)
     key = f"checkpoints/000000000100-one/{MARKER}"
-    marker = json.loads(store.get(key))
-    marker["files"]["../../config.yaml"] = marker["files"].pop("rank-00000.safetensors")
-    store.put(key, json.dumps(marker).encode())
-    with pytest.raises(DataError, match="bad entry"):
-        latest(store)
+    plain = Marker.from_json(store.get(key), key)
+    config = {"process": {"sigma_max": 80.0}, "denoiser": {"sigma_data": 0.5}}
+    marker = replace(
+        plain, image_shape=[3, 8, 8], classes=["cat", "d\u00f6g"], data=DataSet(64, "0" * 64), config=config
+    )
+    store.put(key, marker.to_json())
+    return store, key, marker
+
+
+def read(data: bytes) -> Marker | str:
+    """The marker, or the line that refuses it."""
+    try:
+        return Marker.from_json(data, "checkpoints/x/COMMITTED.json")
+    except DataError as error:
+        return str(error)
+
+
+def test_no_flipped_bit_of_a_marker_has_another_meaning(tmp_path: Path) -> None:
+    store, key, marker = real_marker(tmp_path)
+    data = bytearray(store.get(key))
+    assert read(bytes(data)) == marker
+    found = []
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        found.append(read(bytes(data)))
+        data[bit // 8] ^= 1 << bit % 8
+    refused = [one for one in found if isinstance(one, str)]
+    assert all(one == marker for one in found if not isinstance(one, str))
+    assert len(refused) > 8 * (len(data) - 10)
+    assert not [line for line in refused if "\n" in line or len(line) > 600]
+    assert all(isinstance(read(bytes(data[:end])), str) for end in range(len(data) - 4))
+
+
+def changed(value: Any, path: tuple[Any, ...], to: Any) -> Any:
+    """A JSON value with what lies at `path` removed (to is ...) or replaced."""
+    if not path:
+        return to
+    keys = value if isinstance(value, dict) else range(len(value))
+    items = {key: changed(value[key], path[1:], to) if key == path[0] else value[key] for key in keys}
+    items = {key: item for key, item in items.items() if item is not ...}
+    return items if isinstance(value, dict) else list(items.values())
+
+
+def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield above
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from paths(value[key], (*above, key))
+
+
+def test_a_marker_of_other_keys_or_types_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Every key removed, and every value replaced by one of each type; sealed by whoever changed it, or not."""
+    store, key, _ = real_marker(tmp_path)
+    whole = json.loads(store.get(key))
+    del whole["sha256"]
+    others = [..., None, True, -1, 0, 1, 2**70, 1.5, float("inf"), "x", "", [], {}, [[]], {"a": 1}]
+    values = [changed(whole, path, other) for path in paths(whole) if path for other in others]
+    bare = [read(json.dumps(value).encode()) for value in values]
+    resealed = [read(sealed([f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]).encode())
+                for value in values]  # fmt: skip
+    assert all(isinstance(one, str) for one in bare)
+    lines = [one for one in bare + resealed if isinstance(one, str)]
+    assert not [line for line in lines if "\n" in line or len(line) > 600]
+    wrong = {"images_seen": "x", "format": True, "files": [], "shapes": {"b": [[]]}, "world_size": 0, "time": None}
+    for name, other in wrong.items():
+        value = changed(whole, (name,), other)
+        line = read(sealed([f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]).encode())
+        assert isinstance(line, str)
+        assert f": {name}" in line
+
+
+def test_markers_cannot_point_outside(tmp_path: Path) -> None:
+    store, key, marker = real_marker(tmp_path)
+    file, *_ = marker.files.values()
+    for name in ("../../config.yaml", "/etc/passwd", "a\0b"):
+        bad = sealed([f'"{field}": {json.dumps(value)}' for field, value in asdict(marker).items() if field != "files"]
+                     + [f'"files": {json.dumps({name: asdict(file)})}'])  # fmt: skip
+        store.put(key, bad.encode())
+        with pytest.raises(DataError, match="bad entry"):
+            latest(store)
+    with pytest.raises(ValueError, match=r"a\.weight has no \[6, 13\)"):
+        replace(marker, files={"f": replace(file, fragments=[("a.weight", 6, 7)])})
+
+
+def test_a_damaged_marker_says_which_older_checkpoint_there_is(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for images in (100, 200, 300):
+        write(store, images, keep=3)
+    url = {n: store.url(f"checkpoints/000000000{n}-one") for n in (200, 300)}
+    for n in (300, 200):
+        file = Path(url[n], MARKER)
+        file.write_bytes(file.read_bytes().replace(b'"images_seen": ', b'"images_seen": 1', 1))
+        without, older = (f"folder {url[300]}", 200) if n == 300 else (f"folders {url[300]} and {url[200]}", 100)
+        readers = [lambda: latest(store), lambda: find(str(tmp_path)), lambda: find(url[300]),
+                   lambda: open_checkpoint(store, "checkpoints/000000000300-one"), lambda: load_model(str(tmp_path)),
+                   lambda: describe(url[300]), lambda: export(str(tmp_path), str(tmp_path / "out"))]  # fmt: skip
+        for read in readers:
+            with pytest.raises(DataError, match="damaged") as caught:
+                read()
+            assert f"without the {without} the one at {older} images is the newest" in str(caught.value)
+    shutil.rmtree(url[300])
+    shutil.rmtree(url[200])
+    left = latest(store)
+    assert left is not None
+    assert left.images_seen == 100
+
+
+def test_a_marker_from_before_seals_is_read_with_one_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, key, marker = real_marker(tmp_path)
+    unsealed = replace(marker, format=1, data=None)
+    old = asdict(unsealed)
+    del old["data"]
+    for _ in range(2):
+        store.put(key, json.dumps(old).encode())
+        found = latest(store)
+        assert found is not None
+        assert found.marker == unsealed
+        assert torch.equal(found.full_state()["b"], state(100)["master/b"])
+    assert len([record for record in caplog.records if "seal" in record.message]) == 1
+    for text in (unsealed.to_json(), json.dumps(old | {"format": 2}).encode()):
+        with pytest.raises(DataError, match="damaged"):  # an older number is no way around the seal
+            Marker.from_json(text, key)
 
 
 def test_what_a_person_may_point_at(tmp_path: Path) -> None:
@@ -349,3 +480,177 @@ def test_any_tensor_comes_back_from_a_file(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
+
+
+class Two(torch.nn.Module):
+    """A module of two parameters (and maybe a buffer), of given shapes."""
+
+    def __init__(self, **shapes: list[int]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            if name == "table":
+                self.register_buffer(name, torch.zeros(shape))
+            else:
+                self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ({"a": [3, 4], "b": [5], "table": [3]}, ""),
+        ({"a": [3, 4], "b": [4], "table": [3]}, r"parameter b has the shape \[5\], \[4\] is wanted"),
+        ({"a": [3, 4], "b": [6], "table": [3]}, r"parameter b has the shape \[5\], \[6\] is wanted"),
+        ({"a": [4, 3], "b": [5], "table": [3]}, r"parameter a has the shape \[3, 4\], \[4, 3\] is wanted"),
+        ({"a": [12], "b": [5], "table": [3]}, r"parameter a has the shape"),
+        ({"a": [3, 4], "table": [3]}, "parameter b is of another network"),
+        ({"a": [3, 4], "b": [5], "c": [1], "table": [3]}, "parameter c is not stored there"),
+        ({"a": [3, 4], "b": [5], "table": [1]}, r"buffer table has the shape \[3\], \[1\] is wanted"),
+        ({"a": [3, 4], "b": [5], "table": [2, 3]}, r"buffer table has the shape"),
+    ],
+)
+def test_what_is_not_of_the_same_shape_is_not_restored(tmp_path: Path, shapes: dict[str, Any], reason: str) -> None:
+    """A shorter parameter took the first values of a longer one, and a buffer was broadcast, without a word."""
+    store, stored = open_store(tmp_path), Two(a=[3, 4], b=[5], table=[3])
+    named = [(name, p.numel()) for name, p in stored.named_parameters()]
+    about = {"config": {}, "shapes": parameter_shapes(stored), "state_keys": []}
+    writer = CheckpointWriter(store, attempt="one", rank=0, world_size=1, keep=1)
+    writer.save(8, 1, [Fragment(name, 0, n, {"master": torch.ones(n)}) for name, n in named], stored, about)
+    writer.wait()
+    checkpoint, module = latest(store), Two(**shapes)
+    assert checkpoint is not None
+    fragments = [Fragment(name, 0, p.numel(), {"master": p.detach().view(-1)}) for name, p in module.named_parameters()]
+    if not reason:
+        checkpoint.restore(fragments, module)
+        assert all(bool((p == 1).all()) for p in module.parameters())
+        return
+    with pytest.raises(DataError, match=reason):
+        checkpoint.restore(fragments, module)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_of_several_starts_at_once_exactly_the_newest_goes_on(
+    tmp_path: Path, request: pytest.FixtureRequest, remote: bool
+) -> None:
+    """Processes that take one run over within 50 ms: all but the last to do so end as taken over, the last commits."""
+    url, rounds, starts = (request.getfixturevalue("s3_url"), 2, 3) if remote else (str(tmp_path / "run"), 12, 4)
+    helper = Path(__file__).with_name("racing_starts.py")
+    done = subprocess.run(
+        [sys.executable, str(helper), url, str(rounds), str(starts)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout)
+    assert facts["failed"] == 0, done.stderr[-3000:]
+    assert facts["taken over"] == rounds * (starts - 1)
+    assert facts["went on"] == facts["whole"] == facts["records"] == rounds
+    assert facts["most folders"] == 2
+
+
+def one_save(store: Store, world: int, **options: Any) -> CheckpointWriter:
+    """A writer of rank 0 that is at work on a first save."""
+    writer = CheckpointWriter(store, attempt="old", rank=0, world_size=world, keep=2, **options)
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+    writer.save(100, 10, fragments(state(100), 0, world), torch.nn.Module(), about)
+    return writer
+
+
+def test_who_waits_for_other_ranks_learns_that_it_was_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for half an hour for a share that the newer start had removed."""
+    monkeypatch.setattr(checkpoint_writer, "WAITING_EVERY_S", 0.0)
+    store = open_store(tmp_path)
+    old = one_save(store, 2)
+    write(store, 100, attempt="new")
+    with pytest.raises(TakenOver, match=r"another start of this run \(new\) has taken over from this one \(old\)"):
+        old.wait()
+    newest = latest(store)
+    assert newest is not None
+    assert newest.folder.endswith("-new")
+
+
+def test_who_trains_between_checkpoints_learns_that_it_was_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "LEASE_EVERY_S", 0.0)
+    store = open_store(tmp_path)
+    old = one_save(store, 1)
+    old.wait()
+    old.poll()
+    CheckpointWriter(store, attempt="new", rank=0, world_size=1, keep=2)
+
+    def poll_on() -> None:
+        while True:  # a look at the store, and then its answer
+            old.poll()
+
+    with pytest.raises(TakenOver):
+        poll_on()
+
+
+@pytest.mark.parametrize("gone", ["owner", "run"])
+@pytest.mark.parametrize("when", ["saving", "waiting", "training"])
+def test_a_run_that_is_removed_while_it_goes_on_ends_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str, when: str
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "WAITING_EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint_writer, "LEASE_EVERY_S", 0.0)
+    store = open_store(tmp_path / "run")
+    writer = one_save(store, 2 if when == "waiting" else 1)
+    if when != "waiting":
+        writer.wait()
+    remove = (lambda: store.delete(["owner"])) if gone == "owner" else (lambda: shutil.rmtree(tmp_path / "run"))
+    remove()
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+
+    def go_on() -> None:
+        if when == "saving":
+            writer.save(200, 20, fragments(state(200), 0, 1), torch.nn.Module(), about)
+        while when == "training":
+            writer.poll()
+        writer.wait()
+
+    with pytest.raises(LeaseRemoved, match=rf"{store.url()}/owner: was removed.*give the same command"):
+        go_on()
+    write(store, 300)
+    newest = latest(store)
+    assert newest is not None
+    assert newest.images_seen == 300
+
+
+def test_an_older_starts_sweep_does_not_meet_what_a_newer_one_writes(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    old = CheckpointWriter(store, attempt="old", rank=0, world_size=1, keep=2)
+    new = CheckpointWriter(store, attempt="new", rank=0, world_size=1, keep=2)
+    share = "checkpoints/000000000100-new/rank-00000.safetensors"
+    store.put(share, b"half a checkpoint")
+    half = Path(tmp_path, "metrics", ".part-000000000100.jsonl-abcd")
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+    old.save(100, 10, fragments(state(100), 0, 1), torch.nn.Module(), about)
+    with pytest.raises(TakenOver):
+        old.wait()
+    assert store.exists(share)
+    assert half.exists()
+    new.save(100, 10, fragments(state(100), 0, 1), torch.nn.Module(), about)
+    new.wait()
+    assert not half.exists()
+
+
+def test_the_newest_checkpoint_is_looked_for_again_where_it_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing and the reading of its marker a start that was taken over withdraws it."""
+    store = open_store(tmp_path)
+    for images in (100, 200):
+        write(store, images)
+    get = PathStore.get
+
+    def withdraw(self: PathStore, key: str, *at: int) -> bytes:
+        if "000000000200" in key and self.exists(key):
+            self.delete([key])
+        return get(self, key, *at)
+
+    monkeypatch.setattr(PathStore, "get", withdraw)
+    newest = latest(store)
+    assert newest is not None
+    assert newest.images_seen == 100

@@ -179,7 +179,7 @@ def test_a_node_that_is_drained_is_left_with_everything_saved(drained: tuple[Any
     run = run_store(load_config(file))
     first = latest(run)
     assert first is not None
-    assert (first.images_seen, first.marker["world_size"]) == (saved_at, 2)
+    assert (first.images_seen, first.marker.world_size) == (saved_at, 2)
     deadline = time.monotonic() + 90
     while True:  # on one node, from there
         shown = [re.search(r"train ([\d,]+)/", line) for line in list(driver.lines)]
@@ -192,4 +192,4 @@ def test_a_node_that_is_drained_is_left_with_everything_saved(drained: tuple[Any
     last = latest(run)
     assert last is not None
     assert last.images_seen > saved_at
-    assert last.marker["world_size"] == 1
+    assert last.marker.world_size == 1

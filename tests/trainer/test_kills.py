@@ -67,7 +67,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, floa
     checkpoint = latest(run)
     assert checkpoint is not None
     assert checkpoint.images_seen == TOTAL
-    keys = ("master", *checkpoint.marker["state_keys"])
+    keys = ("master", *checkpoint.marker.state_keys)
     state = {f"{key}/{name}": tensor for key in keys for name, tensor in checkpoint.full_state(key).items()}
     return state, [(record["images"], record["loss"]) for record in read_metrics(run)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_skipped_steps_are_counted_within_the_budget_also_over_a_resume(data_url
         assert train(c, note=notes.append, asked=lambda: Ask.STOP if seen >= 112 else Ask.NOTHING) == 112
         checkpoint = latest(run_store(c))
         assert checkpoint is not None
-        assert (checkpoint.marker["skipped_steps"], checkpoint.num_steps) == (1, 6)
+        assert (checkpoint.marker.skipped_steps, checkpoint.num_steps) == (1, 6)
         assert train(c, note=notes.append) == 320
         assert before.keys() == bad
         records = read_metrics(run_store(c))
@@ -208,3 +209,80 @@ def test_training_goes_so_far_ahead_of_a_slow_commit(data_url: str, tmp_path: Pa
         patch.setattr(loop, "CheckpointWriter", Slow)
         train(config(data_url, tmp_path, "checkpoint.every_images=96", f"checkpoint.ahead_images={ahead}"))
     assert 96 <= max(uncommitted) <= most
+
+
+@pytest.fixture(scope="module")
+def stopped(data_url: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run that was stopped after its first steps."""
+    c = config(data_url, tmp_path_factory.mktemp("stopped"))
+    train(c, asked=lambda: Ask.STOP)
+    return c
+
+
+def packed(folder: Path, name: str = "packed", **arrays: np.ndarray) -> str:
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / "p.npz", **arrays)
+    pack(str(folder / "p.npz"), str(folder / "packed"), name=name)
+    return str(folder / "packed")
+
+
+def pictures(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_a_run_goes_on_with_its_data_set_wherever_that_is(data_url: str, stopped: Config, tmp_path: Path) -> None:
+    """A copy, and the same pictures packed again under another name; with either the next steps are the same."""
+    shutil.copytree(data_url, tmp_path / "copy")
+    again = packed(tmp_path / "again", "renamed", images=pictures(100, 8, 8), labels=np.arange(100) % 3)
+    states = []
+    for url in (data_url, str(tmp_path / "copy"), again):
+        shutil.copytree(run_store(stopped).url(), tmp_path / "runs" / "run")
+        c = config(url, tmp_path / "runs", "duration.images=48")
+        train(c)
+        states.append(final(c)[0])
+        shutil.rmtree(tmp_path / "runs")
+    assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in other)
+
+
+OTHER = "other samples or another order"
+OTHER_SETS: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "colour": ({"images": pictures(100, 8, 8, 3), "labels": np.arange(100) % 3}, r"shape \[3, 8, 8\], not \[1, 8, 8\]"),
+    "larger": ({"images": pictures(100, 16, 16), "labels": np.arange(100) % 3}, r"shape \[1, 16, 16\]"),
+    "fewer classes": ({"images": pictures(100, 8, 8), "labels": np.arange(100) % 2}, "2 classes, not 3, missing: 2"),
+    "more classes": ({"images": pictures(100, 8, 8), "labels": np.arange(100) % 5}, "5 classes, not 3, new: 3, 4"),
+    "no classes": ({"images": pictures(100, 8, 8)}, "0 classes, not 3"),
+    "more samples": ({"images": pictures(101, 8, 8), "labels": np.arange(101) % 3}, "101 samples, not 100"),
+    "a grown set": ({"images": pictures(200, 8, 8), "labels": np.arange(200) % 3}, "200 samples, not 100"),
+    "other labels": ({"images": pictures(100, 8, 8), "labels": np.arange(1, 101) % 3}, OTHER),
+    "another order": ({"images": pictures(100, 8, 8)[::-1], "labels": np.arange(100) % 3}, OTHER),
+    "one bit": ({"images": pictures(100, 8, 8) ^ (np.arange(6400) == 77).reshape(100, 8, 8).astype(np.uint8),
+                 "labels": np.arange(100) % 3}, OTHER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_SETS)
+def test_a_run_does_not_go_on_with_another_data_set(stopped: Config, tmp_path: Path, name: str) -> None:
+    """Refused before anything starts, and by the workers, in one line with what differs; another run may have it."""
+    arrays, reason = OTHER_SETS[name]
+    section = stopped.data.model_copy(update={"url": packed(tmp_path, **arrays)})
+    other = stopped.model_copy(update={"data": section})
+    checkpoint = latest(run_store(other))
+    assert checkpoint is not None
+    for refuse in (prepare_run, check_run, train):
+        with pytest.raises(UserError, match=reason) as caught:
+            refuse(other)
+        assert re.match("data.url: .* is not the data set that .*--fresh", str(caught.value))
+        assert "\n" not in str(caught.value)
+    check_run(other, fresh=True)
+    assert committed(run_store(other)) == [checkpoint.folder]
+
+
+def test_another_data_set_under_the_same_url_is_refused(data_url: str, tmp_path: Path) -> None:
+    shutil.copytree(data_url, tmp_path / "data")
+    c = config(str(tmp_path / "data"), tmp_path / "runs")
+    train(c, asked=lambda: Ask.STOP)
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(packed(tmp_path / "other", images=pictures(99, 8, 8)), tmp_path / "data")
+    for refuse in (prepare_run, train):
+        with pytest.raises(UserError, match="0 classes, not 3, missing: 0, 1, 2; 99 samples, not 100"):
+            refuse(c)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,12 @@ def test_a_resumed_run_tells_when_its_checkpoint_was_committed(small_run: Settin
     run = run_store(c)
     checkpoint = latest(run)
     assert checkpoint is not None
-    old = {**checkpoint.marker, "time": checkpoint.marker["time"] - 5000}
-    run.put(f"{checkpoint.folder}/{MARKER}", json.dumps(old).encode())
+    old = replace(checkpoint.marker, time=checkpoint.marker.time - 5000)
+    run.put(f"{checkpoint.folder}/{MARKER}", old.to_json())
     told: list[Progress] = []
     train(c, watch=told.append)
-    assert told[0].committed_at == pytest.approx(old["time"])
-    assert told[-1].committed_at > old["time"] + 4900
+    assert told[0].committed_at == pytest.approx(old.time)
+    assert told[-1].committed_at > old.time + 4900
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:

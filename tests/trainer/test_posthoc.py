@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from scoreray.trainer.checkpoint import SNAPSHOTS, committed, latest, open_check
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.ema import power_of_std
 from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.marker import Marker
 from scoreray.trainer.posthoc import find_mix, inner_products, ranges_of, reconstruct, solve
 
 STEPS = 4096
@@ -75,14 +77,16 @@ def config(small_run: Any, small_set: str, tmp_path_factory: pytest.TempPathFact
     return config
 
 
+def untracked(marker: Marker, length: str) -> Marker:
+    return replace(marker, state_keys=[key for key in marker.state_keys if key != f"ema_{length}"])
+
+
 def forget(patch: pytest.MonkeyPatch, length: str) -> None:
     """As if `length` had not been tracked."""
     read = open_checkpoint
 
     def without(store, folder):  # type: ignore[no-untyped-def]
-        one = read(store, folder)
-        one.marker["state_keys"] = [key for key in one.marker["state_keys"] if key != f"ema_{length}"]
-        return one
+        return replace(one := read(store, folder), marker=untracked(one.marker, length))
 
     patch.setattr("scoreray.trainer.posthoc.open_checkpoint", without)
 
@@ -95,7 +99,7 @@ def test_a_real_runs_length_that_was_left_out(config: Config, monkeypatch: pytes
     assert len(committed(run, SNAPSHOTS)) == 16
     truth, near = newest.full_state("ema_0.070"), newest.full_state("ema_0.100")
     forget(monkeypatch, "0.070")
-    newest.marker["state_keys"].remove("ema_0.070")
+    newest = replace(newest, marker=untracked(newest.marker, "0.070"))
     mix = find_mix(newest, 0.07)
     assert mix.residual < 0.01
     made = reconstruct(newest, mix)
@@ -112,9 +116,9 @@ def test_snapshots_are_half_precision_and_nothing_but_averages(config: Config) -
     run = run_store(config)
     one = open_checkpoint(run, committed(run, SNAPSHOTS)[3])
     assert one.images_seen == 640
-    assert one.marker["state_keys"] == ["ema_0.050", "ema_0.070", "ema_0.100"]
-    parameters = sum(length for about in one.marker["files"].values() for _, _, length in about["fragments"])
-    size = sum(about["bytes"] for about in one.marker["files"].values())
+    assert one.marker.state_keys == ["ema_0.050", "ema_0.070", "ema_0.100"]
+    parameters = sum(length for about in one.marker.files.values() for _, _, length in about.fragments)
+    size = sum(about.bytes for about in one.marker.files.values())
     assert 6 * parameters < size < 6 * parameters + 100_000
 
 

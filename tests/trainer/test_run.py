@@ -60,7 +60,7 @@ def outcome(config: Config) -> tuple[dict[str, torch.Tensor], list[tuple[int, fl
     checkpoint = latest(run_store(config))
     assert checkpoint is not None
     assert checkpoint.images_seen == TOTAL
-    state = {f"{key}/{n}": t for key in ("master", *checkpoint.marker["state_keys"]) for n, t in
+    state = {f"{key}/{n}": t for key in ("master", *checkpoint.marker.state_keys) for n, t in
              checkpoint.full_state(key).items()}  # fmt: skip
     return state, [(record["images"], record["loss"]) for record in read_metrics(run_store(config))]
 

@@ -53,14 +53,14 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, s
         deadline = time.monotonic() + 60
         while True:  # it trains on, on one node
             newest = latest(run_store(load_config(settings)))
-            if newest is not None and newest.marker["world_size"] == 1:
+            if newest is not None and newest.marker.world_size == 1:
                 break
             assert time.monotonic() < deadline, driver.lines
             time.sleep(0.2)
         assert before is None or newest.images_seen >= before.images_seen
         nodes.start(1)
         driver.wait_for("there is room for 2")
-        while newest is None or newest.marker["world_size"] != 2:
+        while newest is None or newest.marker.world_size != 2:
             assert time.monotonic() < deadline + 60, driver.lines
             time.sleep(0.2)
             newest = latest(run_store(load_config(settings)))

@@ -293,4 +293,4 @@ def test_a_trial_of_two_workers_is_a_sharded_run(ray_cluster: None, sweep: dict[
     checkpoint = latest(run_store(config))
     assert checkpoint is not None
     assert checkpoint.images_seen == plan.total
-    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= checkpoint.marker["files"].keys()
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= checkpoint.marker.files.keys()
