@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.manifest import MANIFEST, Manifest, Shard
 from scoreray.data.packing import Packed, carry_out, pack_shard
 from scoreray.data.shards import ShardWriter
@@ -30,6 +31,7 @@ from scoreray.sampling.driver import Form, choose_form, fingerprint, in_form
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, LoadedMachine, load_model
 from scoreray.sampling.sample_place import (
+    OWNER,
     Digest,
     Format,
     Place,
@@ -37,10 +39,8 @@ from scoreray.sampling.sample_place import (
     files_of,
     group,
     group_name,
-    owner,
     refuse_strangers,
     shard_name,
-    take_over,
     taken_over,
 )
 from scoreray.sampling.steering import Guidance, Measurement
@@ -98,14 +98,14 @@ class Job:
 class Samples:
     """The plan of a job (`packing.Plan`): makes its shards. `done(n)` is called after each batch of n samples.
 
-    token: of the start that it is made for; where another start has taken over, no shard is put. Empty: not asked.
+    lease: of the start that it is made for; where another start has taken over, no shard is put. None: not asked.
     """
 
     job: Job
     url: str
     model: Model
     done: Callable[[int], None] = field(default=lambda n: None)
-    token: str = ""
+    lease: Lease | None = None
 
     def __post_init__(self) -> None:
         self._draw: Callable[[int, torch.Tensor], torch.Tensor] | None = None
@@ -135,8 +135,12 @@ class Samples:
 
     def check_owner(self) -> None:
         """Raises TakenOver where the job is another start's by now."""
-        if self.token and owner(open_store(self.url)) != self.token:
-            raise taken_over(self.url)
+        if self.lease is None:
+            return
+        try:
+            self.lease.check()
+        except (TakenOver, LeaseRemoved):  # removed: the other start has finished, and cleared up
+            raise taken_over(self.url) from None
 
     def make(self, number: int, scratch: Path) -> tuple[bytes, Packed]:
         """Members `<i>.png` (or .npy), `<i>.cls` where there are classes, and `<i>.json` with the sample's seed."""
@@ -261,14 +265,14 @@ def carry_out_job(place: Place, samples: Samples, map_shards: Mapper, kept: dict
     others are made again. Raises TakenOver where another start of the job has begun meanwhile.
     """
     store, job = place.store, samples.job
-    samples.token = take_over(place.shards)
+    lease = samples.lease = Lease.take(place.shards, OWNER, "job")
     try:
         make = _data_set if place.format == "webdataset" else _files
         files = make(place, samples, map_shards, kept)
         samples.check_owner()
     except ScorerayError:
-        newest = owner(place.shards)
-        if newest == samples.token:
+        newest = lease.holder()
+        if newest == lease.token:
             raise
         if not newest:
             place.clear()  # the other start was done before our last shard came

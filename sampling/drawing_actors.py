@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError
+from scoreray.data.lease import Lease
 from scoreray.data.packing import Packed, pack_shard
 from scoreray.data.traces import span
 from scoreray.sampling.batch_generation import Job, Mapper, Samples
@@ -23,8 +24,8 @@ POLL_S = 0.5
 class DrawingActor:
     """Makes shards of one job. The model is loaded by the first shard, so that a failure is that shard's."""
 
-    def __init__(self, job: Job, url: str, token: str) -> None:
-        self._job, self._url, self._token, self._drawn = job, url, token, 0
+    def __init__(self, job: Job, url: str, lease: Lease | None) -> None:
+        self._job, self._url, self._lease, self._drawn = job, url, lease, 0
         self._life = uuid.uuid4().hex
         self._samples: Samples | None = None
 
@@ -32,7 +33,7 @@ class DrawingActor:
         """(which process this is, the shard)."""
         if self._samples is None:
             with span("sample.load", checkpoint=self._job.checkpoint):
-                self._samples = Samples(self._job, self._url, _load(self._job), self._count, self._token)
+                self._samples = Samples(self._job, self._url, _load(self._job), self._count, self._lease)
         return self._life, pack_shard(self._samples, number)
 
     def drawn(self) -> tuple[str, int]:
@@ -74,7 +75,7 @@ def on_actors(
             concurrency_groups={"tell": 1},
             runtime_env={"env_vars": worker_environment(samples.model.info.config)},
         )(DrawingActor)
-        actors = [actor.remote(samples.job, samples.url, samples.token) for _ in range(min(num_actors, len(numbers)))]
+        actors = [actor.remote(samples.job, samples.url, samples.lease) for _ in range(min(num_actors, len(numbers)))]
         try:
             teller = _Teller(actors, samples.job.request.count, samples.elsewhere(numbers), progress, say)
             yield from _in_order(actors, numbers, teller)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.identity import WINDOW_BYTES
+from scoreray.data.lease import TakenOver
 from scoreray.data.manifest import INDEX, MANIFEST
 from scoreray.data.outputs import PICTURE_FORMATS, check_folder, suffix_of
 from scoreray.data.packing import map_in_threads
@@ -26,7 +26,7 @@ Format = Literal["webdataset", "png", "npz"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 RECORD = "sampling.json"
 SHEET = "samples.png"
-OWNER = "packing/owner"  # beside the shards while a job goes on: the token of its newest start
+OWNER = "packing/owner"  # beside the shards while a job goes on: the lease of its newest start
 AT_ONCE = 8  # pictures that are put or read at once
 PICTURE = re.compile(r"\d{6,}\.png")
 
@@ -116,25 +116,6 @@ def _strangers(place: Place) -> Iterator[str]:
     if place.format != "npz":
         for digit in "0123456789":  # by prefix: the place may hold much else
             yield from (key for key, _ in store.list(digit) if PICTURE.fullmatch(key))
-
-
-class TakenOver(UserError):
-    """A newer start of the same job is at work at this place, or has finished it."""
-
-
-def take_over(shards: Store) -> str:
-    """Makes the job at these shards this start's; an older one that still lives ends. The token to check it by."""
-    token = uuid.uuid4().hex
-    shards.put(OWNER, token.encode())
-    return token
-
-
-def owner(shards: Store) -> str:
-    """The token of the newest start; empty where none goes on."""
-    try:
-        return shards.get(OWNER).decode(errors="replace")
-    except NotFound:
-        return ""
 
 
 def taken_over(where: str) -> TakenOver:

@@ -11,17 +11,14 @@ none is lost, none runs twice.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
-from scoreray.data.store import NotFound
+from scoreray.data.lease import Lease
 from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import dump_config
 from scoreray.trainer.loop import run_store
@@ -104,8 +101,7 @@ class Study:
         self._pbt = kind == "pbt"
         self._seq = max((r["seq"] for trial in self.trials for r in trial.reports), default=-1) + 1
         self._pool = Pool(plan, dict(room))
-        self._token, self._owned = uuid.uuid4().hex, time.monotonic()
-        self.store.put(OWNER, self._token.encode())
+        self._lease = Lease.take(self.store, OWNER, "study")
         for trial in self.trials:
             self._decide(trial)  # a report may have been written, and the driver killed before what follows from it
 
@@ -129,7 +125,7 @@ class Study:
                 for one in ready:
                     self._finish(one)
                 self._pool.look()
-                self._check_owner()
+                self._lease.check_every(OWNED_EVERY_S)
         except KeyboardInterrupt:
             if self._pool.working:
                 self._note("stopping: saving first (once more Ctrl-C: at once)")
@@ -257,7 +253,7 @@ class Study:
             report |= {"seq": self._seq, "run": trial.run, "sent": work.sent}
             self._seq += 1
             trial.reports.append(report)
-            self._check_owner()
+            self._lease.check_every(OWNED_EVERY_S)
             trial.save(self.store)
             self._decide(trial)
 
@@ -302,18 +298,6 @@ class Study:
             there = latest(run_store(config)) if config and committed(run_store(config)) else None
             self._note(f"trial {trial.number}: {reason}; it goes on from {there.images_seen if there else 0:,} images")
         trial.save(self.store)
-
-    def _check_owner(self) -> None:
-        """Whether the study is still ours, asked of the store now and then."""
-        if time.monotonic() - self._owned < OWNED_EVERY_S:
-            return
-        self._owned = time.monotonic()
-        with contextlib.suppress(NotFound, Unanswered):
-            if self.store.get(OWNER) != self._token.encode():
-                raise UserError(
-                    f"study '{self.plan.sweep.study.name}' at {self.store.url()} was taken over by another start of "
-                    "the same command; it goes on there"
-                )
 
 
 def _last_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from scoreray.cluster.export import export_model, on_ray
 from scoreray.data.errors import DataError, UserError
-from scoreray.sampling.export import export
+from scoreray.sampling.export import ExportedFile, Page, export
 from scoreray.sampling.load import load
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, load_config
@@ -97,6 +98,47 @@ def test_what_is_not_whole_is_refused(config: Config, tmp_path: Path) -> None:
     (out / "model.json").unlink()
     with pytest.raises(UserError, match=r"no model\.json lies beside it"):
         load(str(file))
+
+
+FILES = {"0.050": ExportedFile("ema-0.050.safetensors", 9, "0" * 64)}
+
+
+def test_no_flipped_bit_of_a_page_has_another_meaning() -> None:
+    config = {"process": {"sigma_max": 80.0}, "denoiser": {"sigma_data": 0.5}}
+    page = Page(
+        "runs/r", 4000, [3, 8, 8], ["cat"], {"0.050": ExportedFile("ema-0.050.safetensors", 9, "0" * 64)}, config
+    )
+    data = bytearray(page.to_json())
+    assert read(bytes(data)) == page
+    found = []
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        found.append(read(bytes(data)))
+        data[bit // 8] ^= 1 << bit % 8
+    lines = [one for one in found if isinstance(one, str)]
+    assert all(one == page for one in found if not isinstance(one, str))
+    assert len(lines) > 8 * (len(data) - 10)
+    assert not [line for line in lines if "\n" in line or "model.json" not in line]
+
+
+def read(data: bytes) -> Page | str:
+    """The page, or the line that refuses it."""
+    try:
+        return Page.from_json(data, "model.json")
+    except DataError as error:
+        return str(error)
+
+
+def test_a_page_from_before_seals_is_read_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    page = Page(
+        "runs/r", 4000, [3, 8, 8], ["cat"], {"0.050": ExportedFile("ema-0.050.safetensors", 9, "0" * 64)}, {}, 1
+    )
+    assert read(json.dumps(asdict(page), indent=2).encode()) == page
+    assert "before its JSON files had a seal" in caplog.text
+    for text in (page.to_json(), json.dumps(asdict(replace(page, format=2))).encode()):
+        assert "is damaged" in str(read(text))
+    outside = asdict(page) | {"files": {"none": {"file": "../x", "bytes": 1, "sha256": "0" * 64}}}
+    assert "bad entry for file '../x'" in str(read(json.dumps(outside).encode()))
 
 
 def test_a_damaged_checkpoint_is_not_exported(config: Config, tmp_path: Path) -> None:
