@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -109,7 +108,7 @@ def plan_repack(
 def _some_images(store: Store, tars: list[tuple[str, int]], reading: Reading) -> list[Image.Image]:
     """The first images of some tars that lie apart; where none of these can be read, of the first tar that has some."""
     apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
-    images: list[Image.Image] = []
+    images, problems = list[Image.Image](), list[str]()
     for number in [*apart, *(i for i in range(len(tars)) if i not in apart)]:
         if images and number not in apart:
             break
@@ -117,13 +116,16 @@ def _some_images(store: Store, tars: list[tuple[str, int]], reading: Reading) ->
         with naming(store, key):
             found = 0
             for sample in TarSamples(tape_of(store, key, size), reading.labelled):
-                with contextlib.suppress(DataError):
+                try:
                     images.append(_open(sample.member()))
                     found += 1
+                except DataError as error:
+                    problems.append(f"{store.url(key)}: {error}")
                 if found == LOOKED_AT // len(apart):
                     break
     if not images:
-        raise DataError(f"{store.url()}: its tars hold no image that can be read")
+        why = f"; the first of {len(problems):,}: {problems[0]}" if problems else ""
+        raise DataError(f"{store.url()}: its tars hold no image that can be read{why}")
     return images
 
 
