@@ -24,6 +24,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
 from scoreray.data.store import open_store
+from scoreray.trainer.controller_watch import ControllerWatch
 from scoreray.trainer.ray_workers import FixedWorkers, WorkersThatFit, interface_of
 from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 
@@ -177,6 +178,7 @@ class RunTrainer(DataParallelTrainer):
         self,
         *arguments: Any,
         monitor: Any,
+        guard: ControllerWatch,
         run_url: str,
         sizes: Sequence[int],
         resize_every_s: float,
@@ -184,7 +186,7 @@ class RunTrainer(DataParallelTrainer):
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
-        self._monitor, self._run_url = monitor, run_url
+        self._monitor, self._guard, self._run_url = monitor, guard, run_url
         self._elastic = (sizes, resize_every_s, grace_s)
         self._controller: Any = None
 
@@ -207,6 +209,7 @@ class RunTrainer(DataParallelTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
+        self._guard.begin(controller)
 
     def wait(self, timeout_s: float) -> None:
         """Until the run has ended, at most so long."""

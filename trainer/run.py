@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import yaml
 
-from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.errors import DataError, MachineError, StorageError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
+from scoreray.trainer.controller_watch import ControllerWatch
 from scoreray.trainer.loop import run_store, train
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.progress import Monitor, Progress
@@ -131,22 +132,28 @@ def fit(
     done = threading.Event()
     if alone := on_one_machine():
         watch = _Standby(config, watch)
-    watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
-    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
+    guard = ControllerWatch(config.scaling.hang_timeout_s, note)
+    watcher = threading.Thread(target=_follow, args=(monitor, guard.passing(watch), note, done), daemon=True)
+    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch, guard:
         trainer: RunTrainer | None = None
         deaths = 0
         watcher.start()
         try:
             while trainer is None:
-                trainer = _trainer(config, monitor, os.path.join(scratch, str(deaths)))
+                trainer = _trainer(config, monitor, guard, os.path.join(scratch, str(deaths)))
                 if alone:
                     prestart(config.scaling.range[1], worker_environment(config, alone=True))
                 try:
                     trainer.fit()
                 except ray.exceptions.RayActorError:  # the controller; its workers end with it
                     deaths += 1
+                    if _images_committed(config) >= config.duration.images:
+                        break
                     if 0 <= config.scaling.max_failures < deaths:
-                        raise
+                        raise MachineError(
+                            f"Ray Train's controller died {deaths} times, scaling.max_failures is "
+                            f"{config.scaling.max_failures}; the same command goes on from what is committed"
+                        ) from None
                     ray.get(monitor.started_again.remote("Ray Train's controller died"))
                     trainer = None
         except KeyboardInterrupt:
@@ -164,7 +171,7 @@ def fit(
     return _images_committed(config)
 
 
-def _trainer(config: Config, monitor: Any, scratch: str) -> Any:
+def _trainer(config: Config, monitor: Any, guard: ControllerWatch, scratch: str) -> Any:
     """Ray Train's side of a run, not started yet."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -178,6 +185,7 @@ def _trainer(config: Config, monitor: Any, scratch: str) -> Any:
     return RunTrainer(
         _train_on_worker,
         monitor=monitor,
+        guard=guard,
         run_url=run_store(config).url(),
         sizes=config.world_sizes,
         resize_every_s=config.scaling.resize_every_s,

@@ -75,6 +75,28 @@ def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_p
     assert all(one["loss"] == pytest.approx(other["loss"], rel=1e-5) for one, other in pairs)
 
 
+@pytest.mark.parametrize("at_images", [1000, TOTAL - 320])  # it is needed again, or only to notice the end
+def test_a_stopped_controller_is_ended(ray_cluster: None, data_url: str, tmp_path: Path, at_images: int) -> None:
+    """SIGSTOP to Ray Train's controller: after scaling.hang_timeout_s it is killed, and the run ends as without."""
+    scaling = {"workers": 1, "hang_timeout_s": 3}
+    config = prepare_run(load_config(settings(data_url, tmp_path, "stopped", scaling=scaling)))
+    stopped: list[psutil.Process] = []
+    notes: list[str] = []
+
+    def meddle(progress: Any) -> None:
+        if not stopped and progress.images > at_images:
+            stopped.extend(processes(psutil.Process(), "TrainController"))
+            stopped[0].suspend()
+
+    assert fit(config, meddle, notes.append) == TOTAL
+    assert notes[0] == "Ray Train's controller was stopped for 3 s, and is ended"
+    assert not psutil.wait_procs(stopped, timeout=30)[1]
+    alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1})))
+    train(alone)
+    pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
+    assert all(one["loss"] == pytest.approx(other["loss"], rel=1e-5) for one, other in pairs)
+
+
 def ready(root: psutil.Process) -> set[int]:
     """Processes of Ray that have no work and have torch in memory."""
     idle = [process for process in processes(root, "ray::IDLE") if Path(f"/proc/{process.pid}/maps").exists()]
