@@ -49,7 +49,7 @@ def watched(*, embedded: bool) -> Iterator[None]:
     daemons, over = _daemons(embedded), threading.Event()
     heard = _Heartbeat(over)
     asking = threading.Thread(target=heard.keep, name="ray-heartbeat", daemon=True)
-    looking = threading.Thread(target=_watch, args=(daemons, heard, over), name="ray-watch", daemon=True)
+    looking = threading.Thread(target=watch, args=(daemons, heard, over), name="ray-watch", daemon=True)
     for thread in (asking, looking):
         thread.start()
     try:
@@ -93,7 +93,8 @@ class _Heartbeat:
                 self.at, self.raylet_is_dead = time.monotonic(), not alive.get(here, True)
 
 
-def _watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> None:
+def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> None:
+    """The thread's work, until `over` is set: ends this process when a daemon is lost."""
     while not over.wait(POLL_S):
         now = time.monotonic()
         gone = [one for one in daemons if one.gone_for(now) > one.patience_s]

@@ -7,16 +7,20 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import psutil
 import pytest
+import yaml
 
-from scoreray.cluster import local_ray
+from scoreray.cluster import local_ray, ray_watch
 from scoreray.cluster.listening import asks_for_token
 from scoreray.cluster.ray_folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN, VARIABLE, private_folder
 from scoreray.cluster.ray_watch import Daemon
@@ -204,3 +208,51 @@ def test_a_daemon_is_gone_when_its_port_refuses_and_back_when_it_listens_again()
     with socket.create_server(("127.0.0.1", daemon.port)):
         assert daemon.gone_for(41.0) == 0.0
     assert daemon.gone_for(45.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "raylet_is_dead", "line"),
+    [(ray_watch.SILENT_S - 5, False, None), (ray_watch.SILENT_S + 5, False, "Ray's GCS has not answered for 120 s"),
+     (0.0, True, "Ray's raylet does not answer")],
+)  # fmt: skip
+def test_a_daemon_that_listens_but_does_not_answer_is_lost_too(
+    silent_s: float, raylet_is_dead: bool, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    heard = SimpleNamespace(at=time.monotonic() - silent_s, raylet_is_dead=raylet_is_dead)
+    said: list[str] = []
+
+    def end(what: str) -> None:
+        said.append(what)
+        over.set()
+
+    monkeypatch.setattr(ray_watch, "_end", end)
+    monkeypatch.setattr(ray_watch, "POLL_S", 0.001)
+    looks = iter(range(50))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        daemon = Daemon("Ray's GCS", "127.0.0.1", listening.getsockname()[1], 0.0)
+        monkeypatch.setattr(over, "wait", lambda _: next(looks, 50) == 49 or over.is_set())
+        ray_watch.watch([daemon], heard, over)
+    assert said[:1] == ([line] if line else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
+    daemon: str, small_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = small_run("run", tmp_path, 3200, checkpoint={"every_images": 320, "keep": 2})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
+        daemon_of(process, daemon).kill()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 3, told
+    assert told.splitlines()[-1].endswith(ENDED)
+    assert "Traceback" not in told
+    again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from" in again.stderr
+    assert "trained to 3,200 images" in again.stdout
