@@ -9,6 +9,7 @@ from typing import Any
 
 from scoreray.cluster.display import bar
 from scoreray.cluster.local_ray import connected
+from scoreray.cluster.room import autoscaler, gpus_come, wait_for_room
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.sampling.evaluate import AT_ONCE, Evaluation, evaluate, find_finished, prepare
 from scoreray.sampling.plan import Plan, Settings, make_plan
@@ -26,16 +27,18 @@ def evaluate_on_ray(settings: Settings, *, workers: int | None = None, verbose: 
     with connected(verbose=verbose):
         import ray
 
+        if not (on_gpus := gpus_come(settings.threads)):
+            wait_for_room("--threads: a worker needs", [{"CPU": settings.threads}], "give fewer --threads")
         room = ray.cluster_resources()
-        gpus = int(room.get("GPU", 0))
-        settings = replace(settings, device="cuda" if gpus else "cpu")
+        gpus = int(room.get("GPU", 0)) if on_gpus else 0
+        settings = replace(settings, device="cuda" if on_gpus else "cpu")
         most = gpus or max(1, int(room.get("CPU", 1)) // settings.threads)
-        if workers is not None and workers > most:
+        if workers is not None and workers > most and not autoscaler().is_there:
             raise UserError(
                 f"--workers {workers}: the cluster has room for {most} ({gpus} GPUs, {room.get('CPU', 0):g} CPUs of "
                 f"which each takes {settings.threads}); ask for fewer"
             )
-        with Actors(workers or most, settings.threads, gpu=bool(gpus)) as actors:
+        with Actors(workers or most, settings.threads, gpu=on_gpus) as actors:
             return evaluate(settings, run=actors.run, bar=counting)
 
 

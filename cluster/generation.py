@@ -9,6 +9,7 @@ from typing import Any
 
 from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
+from scoreray.cluster.room import gpus_come, wait_for_room
 from scoreray.data.outputs import check_picture, write_picture
 from scoreray.sampling.batch_generation import Job, Samples, begin, carry_out_job, here
 from scoreray.sampling.generate import Request
@@ -80,12 +81,16 @@ def sample_to(
         say(f"{out}: these samples are there already, every byte as it was drawn")
     else:
         with contextlib.ExitStack() as stack:
+            gpu = False
             if actors is not None:
                 from scoreray.sampling.drawing_actors import on_actors
 
                 stack.enter_context(connected(num_cpus=actors, verbose=verbose))
+                gpu = gpus_come(1)
+                if not gpu:
+                    wait_for_room("--actors: an actor needs", [{"CPU": 1}], "try another RAY_ADDRESS")
             progress = stack.enter_context(counted("sample", "samples"))
-            mapper = here(progress) if actors is None else on_actors(actors, progress, say)
+            mapper = here(progress) if actors is None else on_actors(actors, progress, say, gpu=gpu)
             carry_out_job(place, samples, mapper, kept)
     if picture is not None:
         write_picture(sheet(place), picture)

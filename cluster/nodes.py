@@ -11,11 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from scoreray.cluster.doctor import Finding
 from scoreray.cluster.listening import judge_listening, listening
 from scoreray.cluster.reach import reached
+from scoreray.cluster.room import REPORTED_S, autoscaler
 from scoreray.data.errors import ScorerayError
 from scoreray.trainer.config import Config
 
@@ -153,7 +154,8 @@ def ask_cluster(ask: Ask) -> list[Finding]:
             if "error" not in asked:
                 told |= {"skew_s": asked["time"] - (began + ended) / 2, "within_s": (ended - began) / 2}
     there = [node for name, node in zip(names, nodes, strict=True) if "error" not in facts[name]]
-    room = judge_room(dict(zip(names, (node["Resources"] for node in nodes), strict=True)), ask)
+    resources = dict(zip(names, (node["Resources"] for node in nodes), strict=True))
+    room = judge_room(resources, ask, grows=autoscaler(REPORTED_S).is_there)
     return [*judge(facts), *room, *_dashboard(), *reached(there)]
 
 
@@ -227,8 +229,11 @@ def judge(facts: dict[str, Facts]) -> list[Finding]:
     return found
 
 
-def judge_room(resources: dict[str, dict[str, float]], ask: Ask) -> list[Finding]:
-    """Whether the run's least number of workers fits the nodes (of `ray.nodes()`), when nothing else is there."""
+def judge_room(resources: dict[str, dict[str, float]], ask: Ask, *, grows: bool = False) -> list[Finding]:
+    """Whether the run's least number of workers fits the nodes (of `ray.nodes()`), when nothing else is there.
+
+    grows: an autoscaler adds nodes; else a run that does not fit is refused, or would wait for good.
+    """
     from scoreray.trainer.ray_workers import workers_that_fit
 
     kinds = {
@@ -242,9 +247,11 @@ def judge_room(resources: dict[str, dict[str, float]], ask: Ask) -> list[Finding
         fit = workers_that_fit(resources, {"CPU": ask.cpus, "GPU": ask.gpus})
         each = f"{ask.cpus:g} CPUs" + (" and a GPU" if ask.gpus else "")
         text = f"room for {min(fit, ask.workers)} of {ask.workers} workers of {each}"
+        state: Literal["good", "note", "problem"] = "good"
         if fit < ask.workers:
-            text += "; the run waits for more nodes (of an autoscaler, if there is one), or lower scaling.workers"
-        found.append(Finding("room", "good" if fit >= ask.workers else "note", text, {"fit": fit}))
+            state = "note" if grows else "problem"
+            text += "; the run waits for its autoscaler's nodes" if grows else "; add nodes or lower scaling.workers"
+        found.append(Finding("room", state, text, {"fit": fit}))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from scoreray.cluster.display import counted, say
 from scoreray.cluster.local_ray import connected
+from scoreray.cluster.room import wait_for_room
 from scoreray.data.errors import StorageError, UserError
 from scoreray.data.listing import kinds_line
 from scoreray.data.manifest import Manifest
@@ -76,6 +77,7 @@ def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contex
             return
     stack.enter_context(connected(num_cpus=workers or cores))
     if on_cluster:
+        wait_for_room("a shard's task needs", [{"CPU": 1}], "--workers 1 packs here")
         _check_nodes(plan)
     yield from map_on_ray(plan, numbers[done:], workers)
 

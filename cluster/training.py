@@ -11,6 +11,7 @@ from typing import Any
 from scoreray.cluster.display import TrainLine, say
 from scoreray.cluster.following import beside
 from scoreray.cluster.local_ray import connected
+from scoreray.cluster.room import wait_for_room
 from scoreray.data.errors import UserError
 from scoreray.data.quarantine import Entries, Unreadable
 from scoreray.trainer.checkpoint import latest
@@ -69,7 +70,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
         low, high = config.scaling.range
         check_here(config)
         with connected(num_cpus=_slots(config), verbose=verbose):
-            _check_resources(config)
+            _wait_for_room(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
             say(f"run '{config.run.name}': {workers} workers, ZeRO {config.engine.zero_stage}, to {run.url()}")
             with beside(config, say), tracked(config, say), TrainLine(total) as line:
@@ -112,15 +113,11 @@ def _tell_crowding(config: Config) -> None:
         say(f"scaling.workers: {workers} workers want {wanted:g} cores and share this machine's {cores}")
 
 
-def _check_resources(config: Config) -> None:
-    """Refuse before Ray Train waits for resources that the cluster does not have."""
-    import ray
-
-    total, low = ray.cluster_resources(), config.scaling.range[0]
-    needs = {"CPU": low * config.scaling.cpus_per_worker, "GPU": float(low) if config.scaling.use_gpu else 0.0}
-    for name, amount in needs.items():
-        if amount > total.get(name, 0.0):
-            raise UserError(
-                f"scaling.workers: {low} workers need {amount:g} {name}, the cluster has {total.get(name, 0):g}; "
-                "ask for fewer, or connect to a larger cluster with RAY_ADDRESS"
-            )
+def _wait_for_room(config: Config) -> None:
+    """Before Ray Train would wait for what nobody brings. Raises UserError."""
+    low, use_gpu = config.scaling.range[0], config.scaling.use_gpu
+    bundle = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    otherwise = "ask for fewer, or connect to a larger cluster with RAY_ADDRESS"
+    if use_gpu:
+        otherwise = f"ask for fewer, scaling.use_gpu=false trains on its CPUs, {otherwise.partition(', ')[2]}"
+    wait_for_room(f"scaling.workers: {low} workers need", [bundle] * low, otherwise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from rich.text import Text
 
 from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
 from scoreray.cluster.local_ray import connected
-from scoreray.tune.load import check_room, check_sweep
+from scoreray.cluster.room import autoscaler, wait_for_room
+from scoreray.tune.load import check_room, check_sweep, needs
 from scoreray.tune.report import Report, make_report
 from scoreray.tune.schedule import best_of, expected_images
 from scoreray.tune.space import short_names
@@ -48,7 +50,8 @@ def check_tune(plan: Plan) -> None:
     _warn(plan)
     if "RAY_ADDRESS" in os.environ:
         with connected():
-            check_room(plan, _room())
+            if not autoscaler().is_there:
+                check_room(plan, _room())
     else:
         check_room(plan, {"CPU": float(os.cpu_count() or 1), "GPU": _gpus()})
 
@@ -58,6 +61,8 @@ def tune_to_end(plan: Plan, *, verbose: bool = False) -> TuneResult:
     started, store = time.monotonic(), study_store(plan.sweep)
     _warn(plan)
     with connected(verbose=verbose):
+        if autoscaler().is_there:
+            _wait_for_a_trial(plan)
         room = _room()
         check_room(plan, room)
         with TrialTable(plan) as table:
@@ -74,6 +79,13 @@ def tune_to_end(plan: Plan, *, verbose: bool = False) -> TuneResult:
 def _warn(plan: Plan) -> None:
     for line in check_sweep(plan):
         say(f"warning: {line}")
+
+
+def _wait_for_a_trial(plan: Plan) -> None:
+    """Until the largest trial has room, in units that a node may have: a CPU, a GPU."""
+    for where, need in needs(plan):
+        units = [{name: 1.0} for name, amount in need.items() for _ in range(math.ceil(amount))]
+        wait_for_room(f"{where}a trial needs", units, "ask for less")
 
 
 def _room() -> Mapping[str, float]:

@@ -55,8 +55,10 @@ def on_actors(
     num_actors: int,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    *,
+    gpu: bool = False,
 ) -> Mapper:
-    """Shards made by `num_actors` actors of the connected Ray cluster, with a GPU each where there are any.
+    """Shards made by `num_actors` actors of the connected Ray cluster; `gpu`: with one each.
 
     progress(samples done, in all): a few times a second. say: told when an actor died and was started again.
     """
@@ -66,10 +68,9 @@ def on_actors(
 
         from scoreray.trainer.run import worker_environment
 
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         actor = ray.remote(
             num_cpus=1,
-            num_gpus=gpus,
+            num_gpus=int(gpu),
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
             concurrency_groups={"tell": 1},

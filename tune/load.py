@@ -106,15 +106,20 @@ def check_sweep(plan: Plan) -> list[str]:
 
 def check_room(plan: Plan, room: Mapping[str, float]) -> None:
     """Raises UserError when a trial would wait for more than the cluster has."""
-    for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
-        config = None if plan.sweep.checkpoint else plan.config(values)
-        for name, amount in need_of(plan, config).items():
+    for where, need in needs(plan):
+        for name, amount in need.items():
             if amount > room.get(name, 0.0) + 1e-9:
-                where = f"space.{one.key}: at {value!r} " if one else "resources: "
                 raise UserError(
                     f"{where}a trial needs {amount:g} {name}, the cluster has {room.get(name, 0.0):g}; ask for less, "
                     "or connect to a larger cluster with RAY_ADDRESS"
                 )
+
+
+def needs(plan: Plan) -> Iterator[tuple[str, dict[str, float]]]:
+    """What trials may take, at the ends of the search space: ("resources: ", or the key and value; the need)."""
+    for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
+        config = None if plan.sweep.checkpoint else plan.config(values)
+        yield f"space.{one.key}: at {value!r} " if one else "resources: ", need_of(plan, config)
 
 
 def _warnings(sweep: Sweep, manifest: Manifest, trained_on: set[str]) -> list[str]:

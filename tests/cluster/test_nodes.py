@@ -100,10 +100,12 @@ def test_a_port_that_cannot_be_reached_is_of_the_node_that_was_dialled() -> None
 
 def test_workers_that_do_not_fit_and_gpus_that_differ_are_told() -> None:
     nodes = {"10.0.0.1": {"CPU": 4.0}, "10.0.0.2": {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H200": 1.0}}
-    gpus, room = judge_room(nodes, Ask(workers=16, cpus=7.0, gpus=1))
+    gpus, room = judge_room(nodes, Ask(workers=16, cpus=7.0, gpus=1), grows=True)
     assert (gpus.state, gpus.text) == ("good", "10.0.0.2 8 x H200")
     assert (room.state, room.facts["fit"]) == ("note", 8)
-    assert "room for 8 of 16 workers of 7 CPUs and a GPU; the run waits" in room.text
+    assert "room for 8 of 16 workers of 7 CPUs and a GPU; the run waits for its autoscaler's nodes" in room.text
+    alone = judge_room(nodes, Ask(workers=16, cpus=7.0, gpus=1))[1]
+    assert (alone.state, alone.text.partition("; ")[2]) == ("problem", "add nodes or lower scaling.workers")
     assert judge_room(nodes, Ask(workers=12, cpus=5.0))[1].state == "good"
     more = {**nodes, "10.0.0.3": {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}}
     assert judge_room(more, Ask())[0].state == "note"

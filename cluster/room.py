@@ -1,0 +1,156 @@
+"""Whether a cluster has room for what a command needs, and waiting, with a line, where its autoscaler will bring it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scoreray.cluster.display import say
+from scoreray.data.errors import UserError
+
+POLL_S, SAY_EVERY_S = 1.0, 60.0
+REPORTED_S = 10.0  # a head that has just started may not have looked at its cluster yet
+DECIDED_S = 30.0  # an autoscaler that can bring a node starts one within a few of its 5 s rounds
+STATUS = b"__autoscaling_status"  # in Ray's key-value store: what `ray status` prints
+UNCHANGEABLE = re.compile(r"node_[0-9a-f]{56}")  # Ray's name for the type of a node where nothing adds nodes
+
+Bundle = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Autoscaler:
+    """What the connected cluster's autoscaler says of itself."""
+
+    types: frozenset[str]
+    num_starting: int
+
+    @property
+    def is_there(self) -> bool:
+        """Every cluster has one that reports; where nothing adds nodes, each node is a type of its own to it."""
+        return any(not UNCHANGEABLE.fullmatch(name) for name in self.types)
+
+
+def autoscaler(within_s: float = 0.0) -> Autoscaler:
+    """Of the connected cluster; none where none has reported, `within_s` from now at most, or where it can't be asked.
+
+    Both ways of asking are experimental in Ray 2.60.
+    """
+    end = time.monotonic() + within_s
+    while "RAY_ADDRESS" in os.environ:
+        with contextlib.suppress(Exception):
+            from ray.experimental.internal_kv import _internal_kv_get
+
+            if status := _internal_kv_get(STATUS):
+                return from_status(json.loads(status))
+            if (found := from_v2(_status_v2())).types:
+                return found
+        if time.monotonic() >= end:
+            break
+        time.sleep(POLL_S)
+    return Autoscaler(frozenset(), 0)
+
+
+def from_status(status: Mapping[str, Any]) -> Autoscaler:
+    """Of version 1, which keeps JSON under STATUS."""
+    report = status.get("autoscaler_report") or {}
+    available = (report.get("node_availability_summary") or {}).get("node_availabilities") or {}
+    mapped = (report.get("node_type_mapping") or {}).values()
+    launches = report.get("pending_launches") or {}
+    types = {*(report.get("active_nodes") or {}), *launches, *available, *mapped}
+    return Autoscaler(frozenset(types), sum(launches.values()) + len(report.get("pending_nodes") or ()))
+
+
+def from_v2(status: Any) -> Autoscaler:
+    """Of version 2, which reports to the GCS (`ray.autoscaler.v2.schema.ClusterStatus`)."""
+    if status.stats.autoscaler_version in (None, "0"):  # it never has
+        return Autoscaler(frozenset(), 0)
+    nodes = [*status.active_nodes, *status.idle_nodes, *status.pending_nodes, *status.pending_launches]
+    num_starting = len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
+    return Autoscaler(frozenset(node.ray_node_type_name for node in nodes), num_starting)
+
+
+def _status_v2() -> Any:
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    return get_cluster_status(ray.get_runtime_context().gcs_address)
+
+
+def missing(bundles: Sequence[Bundle], room: Mapping[str, float]) -> dict[str, float]:
+    """Of which resources the cluster has fewer, in all, than `bundles` need: name -> how much they need."""
+    needs: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            needs[name] = needs.get(name, 0.0) + amount
+    return {name: amount for name, amount in needs.items() if amount > room.get(name, 0.0) + 1e-9}
+
+
+def wait_for_room(what: str, bundles: Sequence[Bundle], otherwise: str) -> None:
+    """Until the cluster has `bundles`, each on one node. Raises UserError at once where no autoscaler will add nodes.
+
+    what: "scaling.workers: 4 workers need"; otherwise: what a person can do.
+    """
+    import ray
+
+    room = ray.cluster_resources()
+    if not (lacking := missing(bundles, room)):
+        return
+    parts = [f"{amount:g} {name}, the cluster has {room.get(name, 0.0):g}" for name, amount in lacking.items()]
+    lack = f"{what} {' and '.join(parts)}"
+    if not autoscaler(REPORTED_S).is_there:
+        raise UserError(f"{lack}; {otherwise}")
+    say(f"{lack}: waiting for nodes of its autoscaler")
+    with _asked_for(bundles) as came:
+        while not came():
+            pass
+
+
+def gpus_come(cpus: float) -> bool:
+    """Whether work takes GPUs: the cluster has some, or its autoscaler brings one when asked; that is waited for."""
+    import ray
+
+    if ray.cluster_resources().get("GPU", 0):
+        return True
+    if not autoscaler(REPORTED_S).is_there:
+        return False
+    say("the cluster has no GPU up: its autoscaler is asked for one")
+    began, starts = time.monotonic(), False
+    with _asked_for([{"GPU": 1, "CPU": cpus}]) as came:
+        while not came():
+            starts = starts or autoscaler().num_starting > 0
+            if not starts and time.monotonic() - began > DECIDED_S:
+                say(f"it has started no node for that in {DECIDED_S:.0f} s: going on with CPUs")
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _asked_for(bundles: Sequence[Bundle]) -> Iterator[Any]:
+    """Has Ray ask for room; yields a function that waits a moment and says whether it is there, telling now and then.
+
+    A placement group that waits is what an autoscaler answers, and it is gone with this process, however that ends.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    group = placement_group([{name: amount for name, amount in one.items() if amount} for one in bundles])
+    began = told = time.monotonic()
+
+    def came() -> bool:
+        nonlocal told
+        if group.wait(POLL_S):
+            return True
+        if time.monotonic() - told >= SAY_EVERY_S:
+            told = time.monotonic()
+            say(f"still waiting for nodes, {told - began:,.0f} s now ({autoscaler().num_starting} are starting)")
+        return False
+
+    try:
+        yield came
+    finally:
+        remove_placement_group(group)
