@@ -95,8 +95,10 @@ class _Heartbeat:
 
 def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> None:
     """The thread's work, until `over` is set: ends this process when a daemon is lost."""
+    heard_at, silent = heard.at, 0  # looks, not seconds: while this process is stopped itself, nothing counts
     while not over.wait(POLL_S):
         now = time.monotonic()
+        heard_at, silent = heard.at, silent + 1 if heard.at == heard_at else 0
         gone = [one for one in daemons if one.gone_for(now) > one.patience_s]
         if over.is_set():
             return
@@ -104,7 +106,7 @@ def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> No
             _end(f"{gone[0].name} has ended")
         if heard.raylet_is_dead:
             _end("Ray's raylet does not answer")
-        if now - heard.at > SILENT_S:
+        if silent * POLL_S > SILENT_S:
             _end(f"Ray's GCS has not answered for {SILENT_S:.0f} s")
 
 
