@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,9 +187,38 @@ def patience() -> Iterator[threading.Timer]:
         timer.finished.set()
     timer.start()
     try:
-        yield timer
+        with _asking_for(wait_s):
+            yield timer
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def _asking_for(wait_s: float) -> Iterator[None]:
+    """Has `ray.init` look for its raylet for so long: 30 s are in its code (Ray 2.60), without a setting. Where
+    that code changes, it waits as long as it does, and is tried once more."""
+    from ray._private import services
+
+    ask = getattr(services, "get_node", None)
+    if ask is None:
+        yield
+        return
+
+    def patiently(*arguments: Any) -> Any:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                return ask(*arguments)
+            except RuntimeError:  # it has not registered yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patiently
+    try:
+        yield
+    finally:
+        services.get_node = ask
 
 
 def _keep_off_stdout(verbose: bool) -> None:
