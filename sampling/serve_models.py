@@ -69,7 +69,7 @@ class Served:
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),
             "grids": [*GRIDS, PROCESS_GRID],
-            "samplers": {name: _options(name) for name in SAMPLERS},
+            "samplers": {name: _options(name, info) for name in SAMPLERS},
             "limits": {"count": limits.max_count, "steps": limits.max_steps, "calls": limits.max_calls},
         }
 
@@ -83,10 +83,11 @@ def look_up(name: str, url: str, ema: str | None = None) -> Served:
     return Served(name, url, found.info, found.lengths, found.follows_run)
 
 
-def _options(sampler: str) -> dict[str, Any]:
-    """Those that JSON has a word for."""
+def _options(sampler: str, info: ModelInfo) -> dict[str, Any]:
+    """Those that JSON has a word for; `default` is what a request gets that does not name the option."""
+    filled_in = Request(1, sampler).fitted(info).options
     return {
-        name: {"accepted": option.accepted, "default": option.default, "choices": _choices(option)}
+        name: {"accepted": option.accepted, "default": filled_in.get(name, option.default), "choices": _choices(option)}
         for name, option in options_of(SAMPLERS[sampler]).items()
         if option.kind in (bool, int, float, str)
     }

@@ -77,6 +77,12 @@ def test_values_of_another_convention_are_refused_with_what_was_found(name: str,
         read_observed(saved(tmp_path, array), RGB, pictures=True, **settings)
 
 
+def test_the_models_own_units_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Of a model that was trained on floats of the shape of pictures; its checkpoint does not say in which unit."""
+    found = read_observed(saved(tmp_path, UNIT * 80), RGB, pictures=True, value_range="model")
+    assert np.allclose(found.permute(1, 2, 0).numpy(), UNIT * 80)
+
+
 def test_noise_may_take_a_measurement_out_of_its_range(tmp_path: Path) -> None:
     url = saved(tmp_path, UNIT + np.where(UNIT > 0, 1.0, -1.0))
     with pytest.raises(UserError, match="from -2 to 2"):
