@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from scoreray.data.manifest import FORMATS, INDEX, MANIFEST, RECORD, Shard, dige
 from scoreray.data.packing import Moments, Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.records import records_sha256
-from scoreray.data.store import NotFound, Store, local_path, open_store
+from scoreray.data.store import NotFound, Store, local_path, mode_of, open_store
 from scoreray.data.tar_samples import TarSamples
 from scoreray.data.tars import Member, Tape
 
@@ -79,7 +80,7 @@ class TarsPlan:
 def tars_at(source: str | os.PathLike[str]) -> Tars:
     """The tars below `source`, an S3 URL or a folder; none if it is neither."""
     where = local_path(source)
-    if where is not None and not where.is_dir():
+    if where is not None and not stat.S_ISDIR(mode_of(where)):
         return Tars(os.fspath(source), [], ())
     store = open_store(source)
     listing = list_below(store)

@@ -37,7 +37,7 @@ def list_below(store: Store) -> Listing:
     found = Listing()
     if store.is_remote:
         for key, size in store.list():
-            if not is_hidden(key):
+            if not is_hidden(key) and not key.endswith("/"):  # an empty object that stands for a folder
                 found.files[key] = size
         found.folders.extend(sorted({key.split("/", 1)[0] for key in found.files if "/" in key}))
         return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +27,7 @@ from scoreray.data.packing import Mapper, Packed, carry_out
 from scoreray.data.repack import plan_repack
 from scoreray.data.shards import ENCODING, ShardWriter, encode
 from scoreray.data.sources import Reading, Source, open_source
-from scoreray.data.store import local_path, open_store
+from scoreray.data.store import local_path, mode_of, open_store
 
 SHARD_BYTES = 64 << 20  # about; large enough that a shard is one good read, small enough to make in memory
 
@@ -100,7 +101,7 @@ def pack(
 def _check_apart(source: str | Path, url: str | Path) -> None:
     """A target below the source would be taken for a part of it by the next run."""
     where = local_path(source)
-    if where is None or where.is_dir():
+    if where is None or stat.S_ISDIR(mode_of(where)):
         within, target = open_store(source).url(), open_store(url).url()
         if target.startswith(within.rstrip("/") + "/"):
             raise UserError(f"{target}: lies in the folder that is packed ({within}); give a place outside it")

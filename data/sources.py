@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from scoreray.data.pictures import (
     looks_like_a_picture,
     open_picture,
 )
-from scoreray.data.store import NotAFile, PathStore, Store, check_is_file, local_path, open_store
+from scoreray.data.store import NotAFile, PathStore, Store, check_is_file, local_path, mode_of, open_store
 
 GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
 LOOKED_AT = 32  # images of a folder that are looked at for colours
@@ -155,11 +156,12 @@ def open_source(path: str | os.PathLike[str], reading: Reading = Reading()) -> S
     where = local_path(path)
     if where is None:
         return _open_folder(open_store(path), reading)
-    if not where.exists():
+    mode = mode_of(where)
+    if not mode:
         raise UserError(f"{where}: there is no such file or folder to pack")
-    if where.is_dir():
+    if stat.S_ISDIR(mode):
         return _open_folder(PathStore(str(where)), reading)
-    check_is_file(where, where.stat().st_mode)
+    check_is_file(where, mode)
     name = where.name.removesuffix(".gz")
     if name.endswith(".npz"):
         return _of_arrays(where, read_npz(where, reading.labelled), reading)

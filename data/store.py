@@ -146,6 +146,15 @@ def local_path(url: str | os.PathLike[str]) -> Path | None:
     return None if text.startswith("s3://") else Path(_local_path(text))
 
 
+def mode_of(path: Path) -> int:
+    """What is at a path, as os.stat has it; 0 for nothing. Raises StorageError where that can't be found out."""
+    with explained(path):
+        try:
+            return os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+
+
 def _local_path(text: str) -> str:
     path = text
     if text[:7].lower() == "file://":  # RFC 8089: no other host than this one, odd characters as %XX

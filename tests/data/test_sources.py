@@ -308,6 +308,12 @@ def test_a_folder_that_cannot_be_listed_is_named(
     monkeypatch.setattr(os, call, refused)
     with pytest.raises(StorageError, match=f"{tmp_path}/in/secret: (permission denied|the disk reports an error)"):
         pack(tmp_path / "in", tmp_path / "out", image_size=8)
+    if call == "stat":
+        for source in ("in/secret", "in/secret.npz/secret"):
+            with pytest.raises(
+                StorageError, match=f"{tmp_path}/{source}: (permission denied|the disk reports an error)"
+            ):
+                pack(tmp_path / source, tmp_path / "out", image_size=8)
     if call == "scandir":
         with pytest.raises(StorageError, match=f"{tmp_path}/in/(secret|.hidden): (permission denied|the disk reports)"):
             open_store(tmp_path / "in").list()
