@@ -21,6 +21,7 @@ from torch import Tensor
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.sampling.batcher import SampleRequest, StepBatcher, Ticket
 from scoreray.sampling.describe import is_picture
+from scoreray.sampling.driver import in_same_rows
 from scoreray.sampling.fast import Fast, make_fast
 from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.sampling.serve_answers import encode, preview_sheet
@@ -218,7 +219,10 @@ class Replica:
             pad_always=False,
         )
         device = next(denoiser.parameters()).device
-        batcher = StepBatcher(fast.denoiser, most, device=device, observe=self._observe)
+        drawn_by = fast.denoiser
+        if (config.precision, config.compile) == ("fp32", "off"):  # asked for the same bits, whatever it costs
+            drawn_by = in_same_rows(denoiser, most)
+        batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe)
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
         return _Model(denoiser, batcher.__enter__(), fast)
 

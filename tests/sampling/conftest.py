@@ -107,7 +107,13 @@ def distance():
 
 
 def write_run(
-    url: str, images: int = 64, *, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), classes: int | list[str] = 3
+    url: str,
+    images: int = 64,
+    *,
+    seed: int = 0,
+    shape: tuple[int, ...] = (1, 8, 8),
+    classes: int | list[str] = 3,
+    hidden_size: int = 16,
 ) -> str:
     """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url."""
     names = classes if isinstance(classes, list) else [f"class-{i}" for i in range(classes)]
@@ -117,7 +123,7 @@ def write_run(
         {
             "run": {"name": name, "storage": storage},
             "data": {"url": "s3://none/none", "global_batch_size": 16},
-            "network": network if len(shape) == 3 else {"kind": "mlp", "hidden_size": 16},
+            "network": network if len(shape) == 3 else {"kind": "mlp", "hidden_size": hidden_size},
             "duration": {"images": 1000},
         }
     )

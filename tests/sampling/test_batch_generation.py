@@ -29,7 +29,7 @@ from scoreray.data.stream import Stream
 from scoreray.data.tars import Tape, members
 from scoreray.sampling.batch_generation import Mapper, Samples, begin, carry_out_job, here
 from scoreray.sampling.drawing_actors import on_actors
-from scoreray.sampling.driver import Form, InRows, choose_form, in_form, network_calls
+from scoreray.sampling.driver import Form, InRows, choose_form, in_form, network_calls, steady_rows
 from scoreray.sampling.generate import Request, prepare
 from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.sampling.sample_place import TakenOver, intact, place_of
@@ -371,6 +371,17 @@ def test_rows_of_a_call_are_fixed_and_do_not_change_with_the_batch(run_url: str)
         alone = torch.cat([prepare(driven, request)(first, labels[first : first + 5]) for first in range(0, 37, 5)])
         assert torch.equal(whole, alone)
     assert set(sizes) == {16}
+
+
+def test_where_the_place_in_a_call_matters_calls_have_one_row(
+    run_url: str, new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    even = load(run_url)
+    assert steady_rows(even, 16) == 16
+    monkeypatch.setattr(
+        type(even), "forward", lambda self, x, sigma, labels: x + torch.arange(len(x)).view(-1, 1, 1, 1)
+    )
+    assert steady_rows(even, 16) == 1
 
 
 def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,6 +234,35 @@ def test_samplers_that_stay_at_a_level_begin_near_the_data(points_url: str) -> N
             Request(1, sampler, 1).fitted(model.info)
 
 
+@pytest.mark.parametrize("kind", ["pictures", "points", "points of a width that fills no vectors"])
+def test_without_bf16_and_compiler_a_request_has_the_same_bits_alone_and_among_others(
+    kind: str, run_url: str, points_url: str, new_run: Callable[..., str], tmp_path: Path
+) -> None:
+    """What docs/serving.md promises of --precision fp32 --compile off, to the last bit of float32."""
+    url = {"pictures": run_url, "points": points_url}.get(kind)
+    url = url or new_run(str(tmp_path / "odd"), shape=(50,), classes=0, hidden_size=37)
+    asked = [{"count": 1 + i % 3, "steps": 5 + i, "seed": i, "format": "npy"} for i in range(8)]
+    for request in asked[:2]:
+        request["sampler"] = "edm_sde"
+    if kind == "pictures":
+        asked[3]["guidance"] = 2.0
+    others = [{"count": 7, "steps": 4 + i, "seed": 100 + i, "sampler": "euler"} for i in range(6)]
+
+    async def main() -> None:
+        async with serving(config(url)) as call:
+            alone = [(await call.post(request)).json["data"] for request in asked]
+            rows = []
+            replica = call.replica
+            observe = replica._observe
+            replica._models[next(iter(replica._models))].batcher._observe = lambda n, s: (rows.append(n), observe(n, s))
+            replies = await asyncio.gather(*(call.post(request) for request in [*others, *asked]))
+            among = [reply.json["data"] for reply in replies[len(others) :]]
+            assert max(rows) > 20, "nobody shared a call"
+            assert [a == b for a, b in zip(alone, among, strict=True)] == [True] * 8
+
+    asyncio.run(main())
+
+
 def test_points_are_numbers_not_pictures(points_url: str) -> None:
     async def main() -> None:
         async with serving(config(points_url)) as call:
