@@ -79,7 +79,7 @@ def measure(name: str, batch: int, device: torch.device, arguments: argparse.Nam
     torch.manual_seed(0)
     network = build_network(config.network, shape, 1000)  # type: ignore[arg-type]
     num_params, work = num_parameters(network), training_flops(network, shape)
-    denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data)
+    denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     module = TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
     engine = build_engine(module, config, world_size=1, device=device)
     images = torch.randn(batch, *shape, device=device)

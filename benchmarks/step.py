@@ -221,7 +221,7 @@ def module_of(config, world):  # type: ignore[no-untyped-def]
 
     torch.manual_seed(0)
     network = build_network(config.network, (1, 28, 28), 10)
-    denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data)
+    denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     batch = config.data.global_batch_size
     return TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
 
@@ -238,7 +238,7 @@ def edm_loss(network, config, precision, images, labels):  # type: ignore[no-unt
     """EDM's loss in a few lines, with torch's noise."""
     import torch
 
-    objective, sd = config.objective, config.denoiser.sigma_data
+    objective, sd = config.objective, config.denoiser.resolved_sigma_data
     mean, std = objective.sigma_sampling.P_mean, objective.sigma_sampling.P_std
     x0 = images.float() / 127.5 - 1
     sigma = (torch.randn(len(x0)) * std + mean).exp()

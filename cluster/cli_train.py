@@ -45,14 +45,15 @@ def train(
         typer.echo(dump_config(loaded), nl=False)
         return
     from scoreray.cluster.following import check_beside
-    from scoreray.cluster.training import check_here, train_to_end
+    from scoreray.cluster.training import check_here, tell_of_data, train_to_end
     from scoreray.trainer.run import check_run, prepare_run
 
     if check:
         check_run(loaded, fresh=fresh)
         check_beside(loaded)
         check_here(loaded)
-        typer.echo(f"{config}: good")
+        warnings = tell_of_data(loaded)
+        typer.echo(f"{config}: good" + (", with a warning" if warnings else ""))
         return
     make_bucket(loaded.run.storage)
     check_beside(loaded)

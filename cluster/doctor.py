@@ -15,6 +15,7 @@ from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.manifest import Manifest
 from scoreray.data.store import open_store
 from scoreray.trainer.config import Config
+from scoreray.trainer.data_scale import misfit
 from scoreray.trainer.engine import bucket_sizes, resolve_precision
 from scoreray.trainer.loop import run_store
 from scoreray.trainer.network import build_network
@@ -81,7 +82,12 @@ def data_set(config: Config) -> tuple[Manifest | None, Finding]:
     except ScorerayError as error:
         return None, Finding("data", "problem", str(error))
     text = f"{manifest.num_samples:,} samples of {'x'.join(map(str, manifest.shape))}, {len(manifest.classes)} classes"
-    return manifest, Finding("data", "good", f"{text} at {config.data.url}", {"num_samples": manifest.num_samples})
+    facts = {"num_samples": manifest.num_samples, "sigma_data": manifest.sigma_data}
+    found = misfit(config, manifest)
+    if found:
+        state: Literal["note", "problem"] = "problem" if found.hopeless else "note"
+        return manifest, Finding("data", state, f"{text} at {config.data.url}; {found.text}", facts)
+    return manifest, Finding("data", "good", f"{text} at {config.data.url}", facts)
 
 
 def evaluation(config: Config) -> list[Finding]:

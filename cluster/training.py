@@ -18,7 +18,7 @@ from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.loop import read_metrics, run_store
 from scoreray.trainer.quarantined import FOLDER, read_quarantined
-from scoreray.trainer.run import fit
+from scoreray.trainer.run import data_warning, fit
 from scoreray.trainer.tracking import tracked
 
 MOST_NAMED = 10  # samples that could not be read, in the last lines of a run; the others are in its folder
@@ -69,6 +69,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
             say(f"run '{config.run.name}' goes on from {before.images_seen:,} images ({before.url})")
         low, high = config.scaling.range
         check_here(config)
+        tell_of_data(config)
         with connected(num_cpus=_slots(config), verbose=verbose):
             _wait_for_room(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
@@ -103,6 +104,14 @@ def check_here(config: Config) -> None:
             + "scaling.use_gpu=false trains on its CPUs, RAY_ADDRESS connects to a cluster"
         )
     _tell_crowding(config)
+
+
+def tell_of_data(config: Config) -> bool:
+    """Says that the data do not have the scale that the model expects; whether there was something to say."""
+    line = data_warning(config)
+    if line:
+        say(f"warning: {line}")
+    return bool(line)
 
 
 def _tell_crowding(config: Config) -> None:

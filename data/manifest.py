@@ -206,6 +206,12 @@ class Manifest:
         """Stored bytes of a sample, tar headers included, on average."""
         return sum(shard.bytes for shard in self.shards) / self.num_samples
 
+    def channel_means(self) -> list[float]:
+        """The mean of each channel, also where an earlier version kept one of each value of an array."""
+        values = np.asarray(self.mean)
+        parts = values.reshape(self.shape[0], -1) if values.size % self.shape[0] == 0 else values[:, None]
+        return [float(mean) for mean in parts.mean(1)]
+
     def first_samples(self) -> np.ndarray:
         """int64 [num_shards + 1]: the number of each shard's first sample; the last is num_samples."""
         counts = np.fromiter((shard.num_samples for shard in self.shards), np.int64, len(self.shards))

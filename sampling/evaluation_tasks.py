@@ -184,7 +184,7 @@ def _restoration(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     x0 = to_unit_range(images).to(settings.device)
     operator = restoration(settings.restoration, info.image_shape)
     observed = operator.apply(x0)
-    denoiser = LinearInverse(_denoiser(plan), operator, observed, data_std=info.config.denoiser.sigma_data)
+    denoiser = LinearInverse(_denoiser(plan), operator, observed, data_std=info.config.denoiser.resolved_sigma_data)
     request = plan.request
     assert request.steps is not None
     assert request.grid is not None
@@ -245,7 +245,7 @@ def _ais(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
 
 def ais_sigma(plan: Plan) -> float:
     """The noise level at which a denoiser's energy is normalised: a quarter of the data's own spread."""
-    return 0.25 * plan.info.config.denoiser.sigma_data
+    return 0.25 * plan.info.config.denoiser.resolved_sigma_data
 
 
 TASKS: dict[str, Callable[[Plan, Task, Rows], dict[str, np.ndarray]]] = {

@@ -69,6 +69,6 @@ def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     if isinstance(config.network, MachineConfig):
         return LoadedMachine(build_machine(config.network, info.image_shape), info)
     network = build_network(config.network, info.image_shape, len(info.classes))
-    denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data)
+    denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     denoiser.info = info
     return denoiser

@@ -151,7 +151,7 @@ def protocol(
             "sigma_min": low,
             "sigma_max": high,
             "levels": SIGMAS,
-            "sigma_data": info.config.denoiser.sigma_data,
+            "sigma_data": info.config.denoiser.resolved_sigma_data,
         },
         "restoration": {"task": settings.restoration, "count": min(settings.restoration_count, manifest.num_samples)},
         "ais": {"chains": settings.chains},

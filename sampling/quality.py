@@ -234,7 +234,7 @@ def _likelihood(work: Work, name: str) -> Values:
 def _loss(work: Work) -> Values:
     """EDM-weighted error at the fixed levels, and its curve over them; at the optimum it is below 1."""
     errors, sigmas = work.column("loss", "errors"), torch.tensor(work.plan.sigmas, dtype=torch.float64)
-    data = work.plan.info.config.denoiser.sigma_data
+    data = work.plan.info.config.denoiser.resolved_sigma_data
     weights = (sigmas**2 + data**2) / (sigmas * data) ** 2
     curve = [distances.mean_of(column) for column in (errors * weights).T]
     work.pictures["loss"] = (sigmas.tolist(), [point.value for point in curve], [point.std_error for point in curve])

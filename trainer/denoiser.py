@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
@@ -69,18 +69,38 @@ COEFFICIENTS: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
 }
 
 
+def _number_or_auto(value: Any) -> Any:
+    """One message for a union of both."""
+    try:
+        if value != "auto":
+            return float("true" if isinstance(value, bool) else value)
+        return value
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{str(value)[:40]!r} is not accepted; it should be a number above 0, or auto") from None
+
+
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """What the network outputs, and the standard deviation of the data that its scaling assumes."""
+    """What the network outputs, and the standard deviation of the data that its scaling assumes.
+
+    `sigma_data`: "auto" takes the manifest's; a run keeps the number that it began with (`data_scale.py`).
+    """
 
     parameterization: Parameterization = "edm"
-    sigma_data: float = 0.5
+    sigma_data: Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)] = 0.5
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         checks.choose("denoiser.parameterization", self.parameterization, dict.fromkeys(PARAMETERIZATIONS))
-        checks.positive("denoiser", sigma_data=self.sigma_data)
+        if self.sigma_data != "auto":
+            checks.positive("denoiser", sigma_data=self.resolved_sigma_data)
+
+    @property
+    def resolved_sigma_data(self) -> float:
+        """sigma_data where it is a number: of a config whose data were looked at, of every checkpoint's."""
+        assert self.sigma_data != "auto", "resolve_sigma_data() comes first"
+        return self.sigma_data
 
 
 class Denoiser(nn.Module):
@@ -100,7 +120,7 @@ class Denoiser(nn.Module):
         self,
         network: nn.Module | Callable[..., Tensor],
         parameterization: str = DenoiserConfig.parameterization,
-        sigma_data: float = DenoiserConfig.sigma_data,
+        sigma_data: float = 0.5,
     ):
         super().__init__()
         checks.choose("parameterization", parameterization, dict.fromkeys(PARAMETERIZATIONS))

@@ -29,6 +29,7 @@ from scoreray.trainer.checkpoint import TRIES, latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.cpu import keep_large_tensors_on_the_heap, onednn_products
+from scoreray.trainer.data_scale import resolve_sigma_data
 from scoreray.trainer.engine import Engine, build_engine, resolve_precision, settle_stage
 from scoreray.trainer.flops import matmul_rate, training_flops
 from scoreray.trainer.fragments import parameter_shapes
@@ -47,6 +48,12 @@ T = TypeVar("T")
 def run_store(config: Config) -> Store:
     """Everything that the run writes lies under this."""
     return open_store(f"{config.run.storage.rstrip('/')}/{config.run.name}")
+
+
+def trained_sigma_data(run: Store) -> float | None:
+    """`denoiser.sigma_data` of a run's newest checkpoint, None before there is one."""
+    checkpoint = latest(run)
+    return None if checkpoint is None else float(checkpoint.marker.config["denoiser"]["sigma_data"])
 
 
 def train(
@@ -76,6 +83,8 @@ def train(
     run = run_store(config)
     batch_size, total = config.data.global_batch_size, config.duration.images
     manifest = Manifest.load(open_store(config.data.url))
+    if config.denoiser.sigma_data == "auto":  # prepare_run() did it for any other start than this function's own
+        config = resolve_sigma_data(config, manifest, trained_sigma_data(run))
     torch.manual_seed(config.run.seed)
     module = build_training_module(config, manifest)
     shapes = parameter_shapes(module)

@@ -25,7 +25,8 @@ from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
 from scoreray.trainer.controller_watch import ControllerWatch
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.loop import run_store, train, trained_sigma_data
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.progress import Monitor, Progress
 from scoreray.trainer.standby import imports, prestart
@@ -44,10 +45,11 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
     `fresh`: take the first unused name of name-2, name-3, ... instead of going on. Returns the config to run.
     Raises UserError with the differing keys when another config made this run; StorageError, DataError.
     """
-    check_run(config, fresh=fresh)
+    manifest = check_run(config, fresh=fresh)
     if fresh:
         config = _unused_name(config)
     run = run_store(config)
+    config = resolve_sigma_data(config, manifest, trained_sigma_data(run))
     if run.put_new(CONFIG_FILE, dump_config(config).encode()):
         return config
     there = stored_config(run)
@@ -63,11 +65,11 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
     return config
 
 
-def check_run(config: Config, *, fresh: bool = False) -> None:
+def check_run(config: Config, *, fresh: bool = False) -> Manifest:
     """What can be known before Ray starts: the data set is there, fits the network, is the one that the run has seen
     so far (unless it is to be a `fresh` one), and the run's place can be written.
 
-    Raises UserError, StorageError or DataError.
+    Returns the data set's manifest. Raises UserError, StorageError or DataError.
     """
     check_mlflow(config)
     data = open_store(config.data.url)
@@ -76,8 +78,19 @@ def check_run(config: Config, *, fresh: bool = False) -> None:
     meta_module(config, manifest)
     run = run_store(config)
     run.check_writable()
-    if not fresh and (checkpoint := latest(run)) is not None:
+    checkpoint = None if fresh else latest(run)
+    if checkpoint is not None:
         checkpoint.check_data(manifest, config.data.url)
+    found = misfit(config, manifest)
+    if found and found.hopeless and checkpoint is None:  # a run that has begun may go on: its config can't change
+        raise UserError(found.text)
+    return manifest
+
+
+def data_warning(config: Config) -> str:
+    """A line about data of a scale that the model does not expect; "" where there is nothing to say."""
+    found = misfit(config, Manifest.load(open_store(config.data.url)))
+    return found.text if found else ""
 
 
 def stored_config(run: Store) -> Config:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scoreray.trainer import noise
 from scoreray.trainer.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.contrastive import PersistentChains
+from scoreray.trainer.data_scale import resolve_sigma_data
 from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.fits import chain_mistakes, label_mistakes, objective_mistakes, refuse
 from scoreray.trainer.layers import allow_double_backward
@@ -153,6 +154,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def build_training_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
     """The module that `config` trains on data of this manifest. Weights come from torch's global generator."""
+    config = resolve_sigma_data(config, manifest)
     seed, batch = config.run.seed, config.data.global_batch_size
     refuse(augmentation_mistakes(config.augmentation, manifest.shape))
     if isinstance(config.network, MachineConfig):
@@ -163,7 +165,7 @@ def build_training_module(config: Config, manifest: Manifest) -> TrainingModule 
         )
     network = build_network(config.network, manifest.shape, len(manifest.classes))
     return TrainingModule(
-        Denoiser(network, config.denoiser.parameterization, config.denoiser.sigma_data),
+        Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data),
         config.objective,
         config.process,
         seed=seed,

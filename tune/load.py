@@ -21,6 +21,7 @@ from scoreray.sampling.generate import Request
 from scoreray.sampling.plan import Settings
 from scoreray.sampling.protocol import choose_metrics
 from scoreray.trainer.config import explained, load_config, override, read_yaml, refusal
+from scoreray.trainer.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.ema import RAW, choose_length, length_name
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.presets import preset
@@ -101,7 +102,9 @@ def check_sweep(plan: Plan) -> list[str]:
     mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0], lengths)
     if mistakes:
         raise UserError("\n".join(mistakes))
-    return _warnings(sweep, manifest, {info.config.data.url for info in infos})
+    warnings = _warnings(sweep, manifest, {info.config.data.url for info in infos})
+    unfit = None if model else misfit(infos[0].config, _manifest(infos[0].config.data.url))
+    return [*warnings, f"base: {unfit.text}"] if unfit else warnings
 
 
 def check_room(plan: Plan, room: Mapping[str, float]) -> None:
@@ -306,6 +309,7 @@ def _described(plan: Plan) -> Any:
             with _told_of("space.data.url" if "data.url" in values else "base.data.url"):
                 seen[config.data.url] = _manifest(config.data.url)
         manifest = seen[config.data.url]
+        config = resolve_sigma_data(config, manifest)
         try:
             meta_module(config, manifest)
         except UserError as error:
