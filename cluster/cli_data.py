@@ -107,9 +107,9 @@ def inspect(
     """What a data set holds: counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its samples."""
     from dataclasses import asdict
 
-    from scoreray.data.inspect import picture_grid, summary
+    from scoreray.data.inspect import picture_grid, summary, visible
     from scoreray.data.outputs import check_picture, write_picture
-    from scoreray.data.samples import read_samples
+    from scoreray.data.samples import Samples
     from scoreray.data.store import open_store
     from scoreray.trainer.ladder import suggest_ladder
     from scoreray.trainer.step import to_unit_range
@@ -117,18 +117,24 @@ def inspect(
     if picture is not None:
         check_picture(picture)
     open_store(url).check_reachable()
-    found = asdict(summary(url))
-    some = range(0, found["num_samples"], max(1, found["num_samples"] // 1024))
-    found["ladder"] = asdict(suggest_ladder(to_unit_range(read_samples(url, some))))
+    samples = Samples(url)
+    num_samples, left_out = samples.manifest.num_samples, {"sigma_max": "none: one sample has no distances"}
     if picture is not None:
-        if len(found["shape"]) != 3:
-            raise UserError(f"--picture: samples of shape {list(found['shape'])} are no pictures")
-        step = max(1, found["num_samples"] // count)
-        write_picture(picture_grid(read_samples(url, range(0, found["num_samples"], step)[:count])), picture)
+        pictures = samples.read(range(0, num_samples, max(1, num_samples // count))[:count])[0]
+        write_picture(picture_grid(visible(pictures, samples.manifest)), picture)
+    found = asdict(summary(url))
+    try:
+        some = samples.read(range(0, num_samples, max(1, num_samples // 1024)))[0]
+        found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
+    except UserError as error:  # one sample, or distances below its least noise level
+        found["ladder"], left_out["ladder"] = None, f"none: {error}"
     if as_json:
         typer.echo(json.dumps(found))
         return
     for key, value in found.items():
+        if value is None:
+            typer.echo(f"{key:13} {left_out[key]}")
+            continue
         shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
         typer.echo(f"{key:13} {shown}")
     if picture is not None:

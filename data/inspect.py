@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from scoreray.data.decode import decode
-from scoreray.data.errors import DataError, StorageError
+from scoreray.data.distances import largest_distance
+from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.identity import hash_object
 from scoreray.data.manifest import Manifest, digest
 from scoreray.data.reader import Reader, Stats
@@ -20,13 +21,14 @@ from scoreray.data.samples import read_samples
 from scoreray.data.store import Store, open_store
 
 GRID_BACKGROUND = 48
+FAINT = 0.02  # a standard deviation of 2 or 3 of 255 levels
 WINDOW_BYTES = 8 << 20  # of a shard that is checked
 GRID_PIXELS = 720  # about how wide a grid of small images is made
 
 
 @dataclass(frozen=True)
 class Summary:
-    """`sigma_data` and `sigma_max` are what a run on this data set should start from."""
+    """`sigma_data` and `sigma_max` are what a run on this data set should start from; None where nothing is known."""
 
     name: str
     url: str
@@ -37,8 +39,9 @@ class Summary:
     dtype: str
     class_counts: dict[str, int]
     mean: list[float]
+    std: list[float]
     sigma_data: float
-    sigma_max: float
+    sigma_max: float | None
 
 
 def summary(url: str) -> Summary:
@@ -55,19 +58,31 @@ def summary(url: str) -> Summary:
         shape=tuple(manifest.shape),
         dtype=manifest.dtype,
         class_counts=dict(zip(manifest.classes, manifest.class_counts, strict=True)),
-        mean=manifest.mean,
+        mean=manifest.channel_means(),
+        std=manifest.std,
         sigma_data=manifest.sigma_data,
         sigma_max=suggested_sigma_max(samples),
     )
 
 
-def suggested_sigma_max(samples: torch.Tensor) -> float:
+def suggested_sigma_max(samples: torch.Tensor) -> float | None:
     """The largest distance between two of the samples [N, ...], in the model's range: noise of this size makes any of
-    them reachable from any other (Song & Ermon 2020, Technique 1)."""
-    values = samples.float().flatten(1)
-    if samples.dtype == torch.uint8:
-        values = values / 127.5 - 1
-    return float(torch.pdist(values).max()) if len(values) > 1 else 1.0
+    them reachable from any other (Song & Ermon 2020, Technique 1). None for a single sample."""
+    if len(samples) < 2:
+        return None
+    return largest_distance(samples) / (127.5 if samples.dtype == torch.uint8 else 1)
+
+
+def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
+    """Samples as `picture_grid` draws them: floats that leave [-1, 1], or hardly differ in it, are shown from two
+    standard deviations below the mean to two above. Raises UserError for what is no picture."""
+    if len(manifest.shape) != 3 or manifest.shape[0] not in (1, 3):
+        raise UserError(
+            f"--picture: samples of {' x '.join(map(str, manifest.shape))} are no pictures, which have 1 or 3 channels"
+        )
+    if samples.dtype == torch.uint8 or (float(samples.abs().max()) <= 1 and manifest.sigma_data > FAINT):
+        return samples
+    return (samples.double() - float(np.mean(manifest.channel_means()))) / (2 * manifest.sigma_data)
 
 
 def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:

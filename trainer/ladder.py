@@ -15,6 +15,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError
 from scoreray.trainer import checks
 from scoreray.trainer.buffers import ExactBuffers
@@ -53,12 +54,6 @@ def suggest_ladder(data: Tensor, sigma_min: float = 0.01, steps_per_level: int =
     num_levels = levels_needed(sigma_max, sigma_min, math.prod(data.shape[1:]))
     ratio = (sigma_max / sigma_min) ** (1 / (num_levels - 1))
     return Ladder(sigma_max, sigma_min, num_levels, steps_per_level, step_size(sigma_min, ratio, steps_per_level))
-
-
-def largest_distance(data: Tensor, chunk: int = 1024) -> float:
-    """Technique 1: sigma_1 is the largest Euclidean distance between any two samples of data [N, ...]."""
-    flat = data.flatten(1).to(torch.promote_types(data.dtype, torch.float32))
-    return max((float(torch.cdist(part, flat).max()) for part in flat.split(chunk)), default=0.0)
 
 
 def ladder_ratio(dimension: int) -> float:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from pydantic import Field, TypeAdapter
 
+from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError
 from scoreray.trainer.denoiser import Denoiser
 from scoreray.trainer.ladder import (
     LadderNetworkConfig,
     OnLadder,
     ladder_ratio,
-    largest_distance,
     levels_needed,
     overlap,
     step_size,
