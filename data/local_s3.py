@@ -6,8 +6,8 @@ data in that folder from one start to the next. It dies with the process that st
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import itertools
 import json
 import logging
 import os
@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from scoreray.data.errors import StorageError, UserError
 log = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 200 << 20
+JUST_MADE_S = 60.0
 START_S = 60.0  # measured: 1 to 4 s; a machine under load takes longer
 # Runs between fork and the server: asks the kernel for SIGKILL when the parent ends, and leaves if it already has.
 DIE_WITH_PARENT = """
@@ -87,6 +89,7 @@ class LocalS3:
             (self.folder / "data").mkdir(exist_ok=True)
             for stale in (self.folder / "data").glob("m[0-9]*"):
                 shutil.rmtree(stale)  # the master's state at its earlier port; the volumes tell it all anew
+            _remove_sockets()
             for attempt in range(3):
                 ports = self._ports = _free_ports(self._asked_port)
                 self.env = {
@@ -200,11 +203,34 @@ class LocalS3:
         if self._process and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-            for port in self._ports:  # the server's own, left behind by SIGKILL
-                for kind, number in itertools.product(("*", "*-grpc"), (port, port + 10000)):
-                    for name in Path("/tmp").glob(f"seaweedfs-{kind}-{number}.sock"):
-                        name.unlink(missing_ok=True)
+            _remove_sockets(*self._ports, *(port + 10000 for port in self._ports))
         self._process = None
+
+
+def _remove_sockets(*ports: int) -> None:
+    """The Unix sockets at these ports, which the server leaves at SIGKILL; and those of this user's other servers
+    that nobody listens on any more: a command that was killed with its server can't remove its own.
+
+    It puts most of them into /tmp, whatever TMPDIR says.
+    """
+    for path in Path("/tmp").glob("seaweedfs-*.sock"):
+        port = path.stem.rpartition("-")[2]
+        with contextlib.suppress(OSError):  # another server's end removes them too
+            if (port.isdigit() and int(port) in ports) or _is_dead(path):
+                path.unlink()
+
+
+def _is_dead(path: Path) -> bool:
+    found = path.lstat()
+    just_made = time.time() - found.st_mtime < JUST_MADE_S  # perhaps bound, and not listened on yet
+    if just_made or not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 def _program() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -30,6 +31,14 @@ time.sleep(600)
 """
 
 
+def _open_files(pid: int) -> list[str]:
+    found = []
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(file))
+    return found
+
+
 def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -44,6 +53,10 @@ def test_the_server_dies_with_a_killed_parent_and_its_data_can_be_opened_again(
     assert parent.stdout
     server = int(parent.stdout.readline())
     assert _runs(server)
+    numbers = {link.rpartition("[")[2].rstrip("]") for link in _open_files(server) if link.startswith("socket:")}
+    unix = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    sockets = [Path(one[7]) for one in unix if len(one) == 8 and one[6] in numbers and "seaweedfs" in one[7]]
+    assert len(set(sockets)) == 6
     assert os.getsid(server) != os.getsid(parent.pid), "Ctrl-C in the parent's terminal would reach the server"
     assert stat.S_IMODE((tmp_path / "s3.json").stat().st_mode) == 0o600
     parent.send_signal(signal.SIGKILL)
@@ -53,8 +66,12 @@ def test_the_server_dies_with_a_killed_parent_and_its_data_can_be_opened_again(
             break
         time.sleep(0.05)
     assert not _runs(server)
+    for path in set(sockets):
+        assert path.is_socket()
+        os.utime(path, (0, 0))  # made long ago
 
     with LocalS3(tmp_path) as again:
+        assert not [path for path in sockets if path.exists()], "its sockets are removed by the next start"
         for name, value in again.env.items():
             monkeypatch.setenv(name, value)
         again.create_bucket("bucket")
