@@ -109,7 +109,7 @@ class Refused(Exception):
 
     def __init__(self, code: str, message: str, *, field: str | None = None, retry_after_s: float | None = None):
         super().__init__(code, message, field, retry_after_s)
-        message = readable(message)
+        message = readable(message).replace("\n", " ")  # of a name or a value that was given: a refusal is one line
         self.code, self.message, self.field, self.retry_after_s = code, message, field, retry_after_s
 
     @property

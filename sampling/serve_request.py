@@ -216,10 +216,10 @@ def _calls(sampler: str, sigmas: tuple[float, ...], options: tuple[tuple[str, An
                 x, sigma = steps.send(x * (0.25 / (0.25 + sigma**2)) if sampler in ADAPTIVE else x)
     except StopIteration:
         pass
-    except (ArithmeticError, ValueError) as error:
-        raise Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options") from None
     except ScorerayError:
         pass  # more steps than it may take: the draw says so
+    except (ArithmeticError, ValueError) as error:
+        raise Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options") from None
     return calls
 
 
