@@ -14,6 +14,7 @@ from scoreray.data.errors import MachineError, UserError
 
 VARIABLE = "RAY_TMPDIR"
 RAYS_OWN = "r"
+LEAST_BYTES = 32 << 20  # below it Ray's daemons wait for each other's files until they give up
 # What Ray adds to its folder for a socket, at its longest; a socket's path may have 107 bytes (man 7 unix).
 LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 MOST_BYTES = 107 - len(f"/sr-12345678/{RAYS_OWN}{LONGEST_SOCKET}")
@@ -35,9 +36,15 @@ def private_folder() -> Iterator[Path]:
 
     Ray opens the folder that it is given to everybody (0777): give it `RAYS_OWN` within this one. Processes that still
     have files open in it 3 s later are ended. Raises UserError for a RAY_TMPDIR that can't be used,
-    MachineError where there is no temporary folder.
+    MachineError where there is no temporary folder, or no room in it.
     """
     folder = _make()
+    if (free := shutil.disk_usage(folder).free) < LEAST_BYTES:
+        folder.rmdir()
+        raise MachineError(
+            f"{folder.parent}: {free >> 20} MiB are free on its disk, Ray needs {LEAST_BYTES >> 20} MiB for its logs; "
+            f"free some, or set {VARIABLE} to a folder on another disk"
+        )
     command = ["sh", "-c", _CLEAN_UP, str(folder), str(os.getpid())]
     quiet = subprocess.DEVNULL  # who reads our output would else wait for this process too
     remover = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)

@@ -54,10 +54,10 @@ def watched(*, embedded: bool) -> Iterator[None]:
         thread.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for daemon in daemons:
             daemon.gone_for(time.monotonic())
-            if daemon.gone_since is not None and daemon.patience_s == 0:
+            if daemon.gone_since is not None and (daemon.patience_s == 0 or isinstance(error, Exception)):
                 _end(f"{daemon.name} has ended")
         raise
     finally:

@@ -17,6 +17,7 @@ from typing import Any
 
 from scoreray.cluster.display import say
 from scoreray.cluster.local_ray import connected
+from scoreray.cluster.room import wait_for_room
 from scoreray.cluster.serve_handles import LedgerReplica, RayBackend, RayLedger, last_of, prepare_process
 from scoreray.cluster.serve_log import relayed
 from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
@@ -260,6 +261,9 @@ def _serve(
     low = placement.replicas[0]
     slots = max(os.cpu_count() or 1, math.ceil(placement.replicas[1] * placement.cpus_per_replica))
     with connected(num_cpus=slots, verbose=verbose):
+        replica = {"CPU": placement.cpus_per_replica, "GPU": placement.gpus_per_replica}
+        otherwise = "give fewer, less to each (--gpus-per-replica, --cpus-per-replica), or another RAY_ADDRESS"
+        wait_for_room(f"--replicas: {low} of them need", [replica] * low, otherwise)
         if not verbose:
             _hush()
         with _errors(verbose) as errors, served(config, placement, errors) as url, _signals(told):

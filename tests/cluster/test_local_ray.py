@@ -23,7 +23,7 @@ from scoreray.cluster import local_ray, ray_watch
 from scoreray.cluster.listening import asks_for_token
 from scoreray.cluster.ray_folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN, VARIABLE, private_folder
 from scoreray.cluster.ray_watch import Daemon
-from scoreray.data.errors import UserError
+from scoreray.data.errors import MachineError, UserError
 from scoreray.trainer.run import SCRATCH
 
 NOBODY = 65534
@@ -101,6 +101,7 @@ def test_a_socket_of_ray_has_at_most_107_bytes_or_its_folder_is_refused(monkeypa
 
     monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
     monkeypatch.setattr("tempfile.mkdtemp", make)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
     for length in range(2, 200):
         monkeypatch.setenv(VARIABLE, "/" + "x" * (length - 1))
         if length <= MOST_BYTES:
@@ -110,6 +111,13 @@ def test_a_socket_of_ray_has_at_most_107_bytes_or_its_folder_is_refused(monkeypa
             with pytest.raises(UserError, match=f"{length} bytes, at most {MOST_BYTES}") as refused, private_folder():
                 raise AssertionError
             assert len(str(refused.value)) < 220
+
+
+def test_a_disk_without_room_for_ray_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 << 20))
+    line = rf"^/\S+: 20 MiB are free on its disk, Ray needs 32 MiB .* set {VARIABLE} to a folder on another disk$"
+    with pytest.raises(MachineError, match=line), private_folder():
+        raise AssertionError
 
 
 UNUSABLE = [

@@ -22,6 +22,8 @@ from scoreray.cluster import room
 from scoreray.cluster.ray_folder import RAYS_OWN, private_folder
 from scoreray.cluster.room import Autoscaler, from_status, from_v2, gpus_come, missing, wait_for_room
 from scoreray.data.errors import UserError
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import run_store, train
 
 HEAD = "f" * 51 + "00000"
 
@@ -83,6 +85,17 @@ def test_what_nobody_will_bring_is_refused_at_once(ray_cluster: None) -> None:
     with pytest.raises(UserError, match=refused):
         wait_for_room("4 workers need", [{"GPU": 2, "CPU": 10}] * 4, "ask for less")
     assert not gpus_come(1)
+
+
+def test_a_service_that_has_no_room_is_refused_before_it_starts(
+    scoreray: Any, ray_cluster: None, small_run: Any, tmp_path: Path
+) -> None:
+    config = load_config(small_run("served", tmp_path, 16))
+    train(config)
+    refused = scoreray("serve", run_store(config).url(), "--port", "0", "--gpus-per-replica", "1")
+    assert refused.returncode == 2, refused.stderr
+    assert "--replicas: 1 of them need 1 GPU, the cluster has 0; give fewer, less to each" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 class Clock:
