@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.store import open_store
@@ -198,6 +200,51 @@ def test_a_stored_config_that_was_damaged_is_one_line_about_its_file(tmp_path: P
     store.put("config.yaml", text.encode())
     with pytest.raises(DataError, match=f"config.yaml: not the config of a run: .*{message}"):
         stored_config(store)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(
+    [
+        "1e3",
+        "089",
+        "0o10",
+        "yes",
+        "null",
+        "~",
+        "2024-01-01",
+        "1:30",
+        ".inf",
+        "1_000",
+        "a: b",
+        "#",
+        "- x",
+        "*a",
+        "'",
+        "\n",
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    texts,
+    texts,
+    st.floats(1e-12, 1e12),
+    st.floats(1e-300, 1e-1, exclude_min=True),
+    st.integers(0, 2**63 - 1),
+    st.booleans(),
+)
+def test_any_config_that_is_dumped_is_read_back_equal(
+    url: str, sampler: str, cpus: float, eps: float, seed: int, flag: bool
+) -> None:
+    changes = {
+        "run": {"name": "1e3", "storage": url, "seed": seed}, "data": {"url": sampler}, "optimizer": {"eps": eps},
+        "log": {"tensorboard": flag}, "evaluation": {"sampler": sampler, "reference": url},
+        "scaling": {"cpus_per_worker": min(cpus, 1024)},
+    }  # fmt: skip
+    config = load_config({**MINIMAL, **changes})
+    text = dump_config(config)
+    assert load_config(parse_yaml(text, "")) == config
+    assert load_config(yaml.safe_load(text)) == config  # as an earlier version reads it
 
 
 def test_of_two_overrides_of_one_key_the_last_holds() -> None:
