@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scoreray.data.errors import MachineError, UserError
+from scoreray.data.errors import MachineError, UserError, shortened
 
 VARIABLE = "RAY_TMPDIR"
 RAYS_OWN = "r"
@@ -67,7 +67,7 @@ def _make() -> Path:
     base = os.path.abspath(os.path.expanduser(given))
     if len(os.fsencode(base)) > MOST_BYTES:
         raise UserError(
-            f"{VARIABLE}={_shortened(given)}: {len(os.fsencode(base))} bytes, at most {MOST_BYTES} as sockets are made "
+            f"{VARIABLE}={shortened(given)}: {len(os.fsencode(base))} bytes, at most {MOST_BYTES} as sockets are made "
             "in it; give a shorter path, or unset it for the temporary folder"
         )
     try:
@@ -78,10 +78,6 @@ def _make() -> Path:
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a folder was expected"
         raise UserError(
-            f"{VARIABLE}={_shortened(given)}: Ray's folder can't be made there: {reason}; give a folder that can be "
+            f"{VARIABLE}={shortened(given)}: Ray's folder can't be made there: {reason}; give a folder that can be "
             "written to, or unset it for the temporary folder"
         ) from None
-
-
-def _shortened(path: str) -> str:
-    return path if len(path) <= 60 else f"{path[:40]}...{path[-17:]}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.inspect import picture_grid
 from scoreray.sampling.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.gibbs import GIBBS, NUM_SWEEPS, gibbs
@@ -64,9 +64,11 @@ class Request:
             raise UserError("count must be below 2^32 and seed in [0, 2^31): together they number the samples")
         samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
         if self.sampler is not None and self.sampler not in samplers:
-            raise RequestError(f"unknown sampler '{self.sampler[:40]}': {nearest(self.sampler, samplers)}", "sampler")
+            raise RequestError(
+                f"unknown sampler '{shortened(self.sampler)}': {nearest(self.sampler, samplers)}", "sampler"
+            )
         if self.grid is not None and self.grid not in grids:
-            raise RequestError(f"unknown noise grid '{self.grid[:40]}': {nearest(self.grid, grids)}", "grid")
+            raise RequestError(f"unknown noise grid '{shortened(self.grid)}': {nearest(self.grid, grids)}", "grid")
         if self.sampler in SAMPLERS:
             try:
                 check_options(self.sampler, SAMPLERS[self.sampler], self.options)

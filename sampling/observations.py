@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import DataError, UserError
+from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.pictures import HEAD_BYTES, IMAGE_SUFFIXES, convert, looks_like_a_picture, open_picture
 from scoreray.data.store import NotFound, open_store
 
@@ -53,7 +53,9 @@ def parse_value_range(text: str) -> tuple[float, float] | None:
     except ValueError:
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"--value-range {text[:40]}: write what black and white are, LOW,HIGH such as 0,1, or 'model'")
+        raise UserError(
+            f"--value-range {shortened(text)}: write what black and white are, LOW,HIGH such as 0,1, or 'model'"
+        )
     return low, high
 
 

@@ -113,7 +113,7 @@ def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
     """A body that does not fit, in plain words: each field that is wrong, its value, and what it may be."""
     mistakes = error.errors(include_url=False, include_context=False, include_input=False)
     first = mistakes[0]
-    name = str(first["loc"][0])[:64] if first["loc"] else "body"
+    name = shortened(str(first["loc"][0])) if first["loc"] else "body"
     if first["type"] == "extra_forbidden":
         return Refused("invalid", f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}", field=name)
     fields = _fields()

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from pydantic import ConfigDict
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.trainer.fragments import MASTER
 from scoreray.trainer.units import CountOrZero
 
@@ -103,7 +103,7 @@ def length_name(text: str, stds: Iterable[float] = ()) -> str:
     std = float(text)
     name = name_of_std(std)
     if abs(std - float(name)) > 1e-9 and not any(math.isclose(std, known, rel_tol=1e-6) for known in stds):
-        raise UserError(f"EMA length '{text[:40]}': lengths have three decimals; the nearest is {name}")
+        raise UserError(f"EMA length '{shortened(text)}': lengths have three decimals; the nearest is {name}")
     return name
 
 
@@ -113,8 +113,8 @@ def choose_length(wanted: str | None, lengths: Sequence[str], where: str, stds: 
         return lengths[0]
     name = length_name(wanted, stds)
     if name not in lengths:
-        known_as = f" ('{name[:40]}')" if name != wanted and is_power_length(name) else ""
-        raise UserError(f"EMA length '{wanted[:40]}'{known_as} is not in {where}: {nearest(name[:40], lengths)}")
+        known_as = f" ('{shortened(name)}')" if name != wanted and is_power_length(name) else ""
+        raise UserError(f"EMA length '{shortened(wanted)}'{known_as} is not in {where}: {nearest(name, lengths)}")
     return name
 
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from scoreray.data.distances import largest_distance
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, shortened
 from scoreray.trainer import checks
 from scoreray.trainer.buffers import ExactBuffers
 from scoreray.trainer.dit import DiTConfig
@@ -140,7 +140,7 @@ class OnLadder(ExactBuffers):
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
         # Numbers are checked, not tensors: a module that is built on the meta device, as shapes alone, has none.
         if not levels or not all(isinstance(level, float) and 0 < level < math.inf for level in levels):
-            raise UserError(f"sigmas {str(levels)[:40]}: a ladder is a list of noise levels above 0")
+            raise UserError(f"sigmas {shortened(str(levels))}: a ladder is a list of noise levels above 0")
         self.network, self.num_classes = network, getattr(network, "num_classes", 0)
         logs = torch.tensor(levels, dtype=torch.float64).log().sort().values.float()
         self.register_buffer("log_sigmas", logs, persistent=False)

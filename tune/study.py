@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
+from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError, shortened
 from scoreray.data.lease import Lease
 from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import dump_config
@@ -77,7 +77,9 @@ def _check_fits(plan: Plan, trial: Trial) -> None:
     for values in [trial.values, *(one["values"] for one in trial.lineage)]:
         for key, value in values.items():
             if key not in dimensions or not dimensions[key].contains(value):
-                raise not_a_record(store, trial.number, f"{key} is {str(value)[:40]}, which the space does not contain")
+                raise not_a_record(
+                    store, trial.number, f"{key} is {shortened(str(value))}, which the space does not contain"
+                )
     for report in trial.reports:
         if set(report["metrics"]) != set(plan.sweep.metric.names):
             raise not_a_record(store, trial.number, f"its metrics are {', '.join(report['metrics']) or 'none'}")

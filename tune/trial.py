@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.errors import DataError, ScorerayError, UserError, shortened
 from scoreray.data.store import Store, open_store
 from scoreray.sampling.load import LoadedDenoiser, load_model
 from scoreray.trainer.checkpoint import MARKER, Checkpoint, latest, verified_copy
@@ -122,7 +122,7 @@ def _read_trial(study: Store, key: str) -> Trial:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        why = "missing" if first["type"] == "missing" else f"{repr(first['input'])[:40]} can't be"
+        why = "missing" if first["type"] == "missing" else f"{shortened(repr(first['input']))} can't be"
         raise not_a_record(study, number, f"{where}: {why}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not even text
         raise not_a_record(study, number, " ".join(str(error).split())) from None

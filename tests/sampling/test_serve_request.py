@@ -104,7 +104,7 @@ values = st.recursive(
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.dictionaries(st.sampled_from(list(SampleBody.model_fields)), values, max_size=4) | values | st.binary())
 def test_any_json_and_any_bytes_are_a_job_or_one_refusal(models: list[Served], body: Any) -> None:
