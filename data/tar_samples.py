@@ -24,10 +24,11 @@ PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 IMAGES = (*PICTURES, "npy")
 LABELS = ("cls", "class", "label", "target", "cls.txt", "class.txt", "label.txt", "target.txt")
 LABEL_KEYS = ("label", "class", "cls", "target", "class_label", "class_id", "label_id", "class_index", "y")  # of JSON
-MAX_JSON_BYTES = 1 << 20
+MAX_JSON_BYTES, MAX_LABEL_BYTES = 1 << 20, 64
 MAX_HELD_BYTES = 32 << 20  # of images whose key is not known yet
-MAX_KINDS = 100  # that are counted apart
+MAX_KINDS, MAX_KIND = 100, 64  # that are counted apart, and characters of one
 JSON = "json"
+KEPT = (*IMAGES, *LABELS, JSON)  # kinds of a sample's own members that are looked at
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TarSamples:
         self._seen: dict[str, set[bytes]] = {"key": set(), "dotted": set(), "stem": set()}
 
     def __iter__(self) -> Iterator[TarSample]:
-        key, group = "", dict[str, Member]()  # neighbours with the same key, by what follows its dot
+        key, group, held_bytes = "", dict[str, Member](), 0  # neighbours with the same key, by what follows its dot
         for member in members(self._tape):
             parts = [part for part in member.name.split("/") if part != "."]
             if is_hidden("/".join(parts)):
@@ -68,16 +69,17 @@ class TarSamples:
             its_key, kind = "/".join([*parts[:-1], stem]), kind.lower()
             if its_key != key:
                 yield from self._samples(key, group)
-                key, group = its_key, {}
-            elif _held_bytes(group) > MAX_HELD_BYTES:
+                key, group, held_bytes = its_key, {}, 0
+            elif held_bytes > MAX_HELD_BYTES and not any(image in group for image in IMAGES):
                 group = yield from self._all_but_the_last(key, group)
+                held_bytes = sum(len(kept.data) for kept in group.values())
             if kind in group:
                 raise DataError(f"byte {member.offset}: '{member.name}' comes twice")
-            group[kind] = member if _image_kind(kind) or kind.endswith((*LABELS, JSON)) else _without_data(member)
-            if kind in IMAGES:  # then what is called x.1.png is not the image
-                group.update(
-                    {k: _without_data(m) for k, m in group.items() if k != kind and _image_kind(k) not in (None, k)}
-                )
+            group[kind] = _kept(member, kind)
+            held_bytes += len(group[kind].data)
+            if held_bytes > MAX_HELD_BYTES and any(image in group for image in IMAGES):
+                group = {kind: _kept(member, kind if kind in KEPT else "") for kind, member in group.items()}
+                held_bytes = 0  # the image is known, others are only counted
         yield from self._samples(key, group)
 
     def _samples(self, key: str, group: dict[str, Member]) -> Iterator[TarSample]:
@@ -145,6 +147,7 @@ class TarSamples:
         return label, {kind for kind, number in said.items() if number == label}
 
     def _count(self, kind: str) -> None:
+        kind = kind[:MAX_KIND]
         self.unused[kind if kind in self.unused or len(self.unused) < MAX_KINDS else "others"] += 1
 
 
@@ -189,7 +192,7 @@ def _not_one(key: str, found: dict[str, Member], images: list[str]) -> str:
 def _fields(data: bytes) -> dict[str, Any]:
     """The fields of a JSON member; none where it is no object, or not JSON."""
     try:
-        found = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+        found = json.loads(data)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -215,13 +218,12 @@ def _number(value: str | float, name: str) -> int:
     return decode_class(text.encode(errors="replace"), name)
 
 
-def _held_bytes(group: dict[str, Member]) -> int:
-    """Of images that are not known to be the sample's."""
-    return 0 if any(kind in IMAGES for kind in group) else sum(len(member.data) for member in group.values())
-
-
-def _without_data(member: Member) -> Member:
-    return Member(member.name, member.offset, b"")
+def _kept(member: Member, kind: str) -> Member:
+    """The member with the bytes that may be looked at: those of images, labels and JSON of a sound size."""
+    ending = _image_kind(kind) or next((k for k in (*LABELS, JSON) if kind == k or kind.endswith(f".{k}")), "")
+    most = {JSON: MAX_JSON_BYTES, "": 0}.get(ending, MAX_LABEL_BYTES) if ending not in IMAGES else None
+    data = member.data if ending != JSON or len(member.data) <= MAX_JSON_BYTES else b""
+    return Member(member.name, member.offset, data[:most])
 
 
 def _where(member: Member) -> str:

@@ -108,6 +108,8 @@ def test_many_frames_of_one_name_are_not_held_in_memory(monkeypatch: pytest.Monk
     monkeypatch.setattr("scoreray.data.tar_samples.MAX_HELD_BYTES", 3 * len(PNG))
     frames = [f"f.{i:04d}.{kind}" for i in range(20) for kind in ("png", "cls")]
     assert found_in(*names(*frames)) == ({f"f.{i:04d}": 1 for i in range(20)}, {})
+    others = [f"f.{i:04d}.png" for i in range(20)]
+    assert found_in(*names("f.png", *others, "f.cls")) == ({"f": 1}, {f".{i:04d}.png": 1 for i in range(20)})
     with pytest.raises(DataError, match=r"sample 'f' has over \d+ bytes of images"):
         found_in(*names(*(f"f.{i}.png" for i in range(9)), "f.cls", "f.9.png"), ("f.txt", b"x"), *names("f.cls.txt"))
 
