@@ -114,8 +114,9 @@ def describe(url: str, ema: str | None = None) -> Description:
         lengths = _lengths(source, config)
     except (TypeError, UserError) as error:
         raise DataError(f"{url}: does not describe a model: {error}") from None
-    if not lengths:
-        raise DataError(f"{url}: holds no weights of any EMA length")
+    if not lengths or not page.image_shape:
+        what = "the shape of its samples is not there" if lengths else "it holds weights of no EMA length"
+        raise DataError(f"{url}: does not describe a model: {what}")
     chosen = source.chosen if isinstance(source, ExportedModel) and ema is None else None
     name = chosen or choose_length(ema, lengths, url, config.ema.stds)
     where = source.store.url() if isinstance(source, ExportedModel) else source.url

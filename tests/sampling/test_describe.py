@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from scoreray.cluster.export import export_model
-from scoreray.data.errors import UserError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.store import open_store
 from scoreray.sampling.describe import describe
 from scoreray.sampling.evaluate import prepare
@@ -20,7 +21,7 @@ from scoreray.sampling.plan import Settings, make_plan
 from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.sampling.serve_models import look_up
 from scoreray.sampling.serve_request import make_job, parse
-from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.checkpoint import Checkpoint, latest
 
 SPELLINGS = ["0.1", ".1", "0.10", "0.100", "1e-1", "10E-2", " 0.1 ", "+0.1"]
 
@@ -82,6 +83,16 @@ def test_a_length_that_is_not_there_is_refused_alike(urls: dict[str, str], small
         with pytest.raises(Refused) as refused:
             make_job(parse(b'{"ema": "%s"}' % length.encode()), served, Limits(), "image/png", 0)
         assert (refused.value.status, refused.value.field) == (422, "ema")
+
+
+def test_a_checkpoint_of_no_model_is_refused(urls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = describe(urls["run"]).source
+    assert isinstance(source, Checkpoint)
+    for changes in ({"image_shape": []}, {"config": {"run": {}}}):
+        damaged = replace(source, marker=replace(source.marker, **changes))
+        monkeypatch.setattr("scoreray.sampling.describe.find", lambda url, found=damaged: found)
+        with pytest.raises(DataError, match="does not describe a model"):
+            describe(urls["run"])
 
 
 def test_an_exported_model_is_not_exported_again(urls: dict[str, str], tmp_path: Path) -> None:

@@ -503,12 +503,12 @@ def test_a_reference_of_too_few_images_is_refused_before_anything_is_drawn(
         evaluate(Settings(pictures[0], data, ("loss",), str(tmp_path / "out")), run=drawn)
 
 
-def test_a_reference_of_nearly_one_class_is_told(pictures: tuple[str, str], tmp_path: Path) -> None:
+def test_a_reference_of_nearly_one_class_is_warned_of(pictures: tuple[str, str], tmp_path: Path) -> None:
     labels = np.array([0] * 57 + [1] * 3, np.uint8)
     data = packed(tmp_path, "lopsided", bright(60), labels)
     short = {"count": 16, "reference_count": 32, "steps": 2, "classifier_images": 64}
-    told = evaluate(Settings(pictures[0], data, ("kid",), str(tmp_path / "a"), **short)).record["warnings"]
-    assert any("95% of the reference's labels are" in line for line in told)
+    warned = evaluate(Settings(pictures[0], data, ("kid",), str(tmp_path / "a"), **short)).record["warnings"]
+    assert any("95% of the reference's labels are" in line for line in warned)
     plain = evaluate(Settings(pictures[0], data, ("sw",), str(tmp_path / "b"), **short)).record["warnings"]
     assert not any("labels" in line for line in plain)
 
