@@ -182,6 +182,7 @@ def default_lanes(global_batch_size: int, world_sizes: Iterable[int] = (1,)) -> 
             f"global_batch_size {global_batch_size} is not divisible by every world size that the run may take "
             f"({', '.join(map(str, sorted(world_sizes)))}); take a multiple of {needed}"
         )
-    divisors = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+    lower = [n for n in range(1, math.isqrt(global_batch_size) + 1) if global_batch_size % n == 0]
+    divisors = sorted({*lower, *(global_batch_size // n for n in lower)})
     fitting = [n for n in divisors if n % needed == 0 and n <= max(MOST_LANES, needed)]
     return max(fitting, key=lambda n: (sum(n % d == 0 for d in divisors), n))

@@ -29,12 +29,15 @@ from scoreray.trainer.rbm import MachineConfig
 from scoreray.trainer.unet import UNetConfig
 from scoreray.trainer.units import Count, CountOrZero
 
+MOST_WORKERS = 100_000
+
 
 def _workers(value: Any) -> Any:
     ends = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    good = all(isinstance(end, int) and not isinstance(end, bool) and end >= 1 for end in ends)
+    good = all(isinstance(end, int) and not isinstance(end, bool) and 1 <= end <= MOST_WORKERS for end in ends)
     if not good or len(ends) not in (1, 2) or ends[0] > ends[-1]:
-        raise ValueError(f"{shortened(repr(value))} is not accepted; it should be a number from 1, or [fewest, most]")
+        accepted = f"a number from 1 to {MOST_WORKERS:,}, or [fewest, most]"
+        raise ValueError(f"{shortened(repr(value))} is not accepted; it should be {accepted}")
     return ends[0] if len(ends) == 1 else tuple(ends)
 
 
@@ -434,6 +437,7 @@ def _describe(mistake: Any, root: Any) -> str:
         return message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"
     shown = "a section" if isinstance(value, dict) else shortened(repr(value))
     accepted = mistake["msg"].removeprefix("Input should be ")
+    accepted = "a whole number that 64 bits hold" if kind == "int_parsing_size" else accepted
     mend = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
     return f"{key}: {shown} is not accepted; it should be {accepted}{mend}"
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+_COUNT = re.compile(r"([0-9][0-9_]{0,29}(?:\.[0-9]{1,30})?)\s*([kMG])")
 _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -17,7 +18,7 @@ def whole_number(text: str) -> int | None:
 
 def parse_count(value: Any) -> Any:
     """'200k', '1.5M' and '2G' as integers; anything else as it is, for pydantic to judge."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kMG])", value.strip())):
+    if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip())):
         return round(float(match[1].replace("_", "")) * _SUFFIXES[match[2]])
     return value
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.order import default_lanes
 from scoreray.data.store import open_store
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import differing_keys, dump_config, load_config
@@ -93,6 +94,10 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("run.seed=1:30", "run.seed: '1:30' is not accepted"),
         ("run.name=1e3", "run.name: 1000.0 is not accepted; it should be a valid string; put it in quotes"),
         ("run.name=#1", "a comment"),
+        ("duration.images=" + "9" * 5000 + "k", "duration.images"),
+        ("duration.images=1" + "0" * 29 + "G", "duration.images"),
+        ("duration.images=1e30", "it should be a whole number that 64 bits hold"),
+        ("scaling.workers=[1,1000000000]", "a number from 1 to 100,000"),
         ("run={name: a, name: b}", "stands here again"),
         ("objective=" + "[" * 3000, "nested too deeply"),
         ("a" + ".a" * 3000 + "=1", "is not an override"),
@@ -245,6 +250,15 @@ def test_any_config_that_is_dumped_is_read_back_equal(
     text = dump_config(config)
     assert load_config(parse_yaml(text, "")) == config
     assert load_config(yaml.safe_load(text)) == config  # as an earlier version reads it
+
+
+def test_the_largest_batch_is_checked_in_no_time() -> None:
+    """Its lanes were looked for among all numbers up to it."""
+    assert load_config(MINIMAL, ["data.global_batch_size=999999999989"]).world_sizes == (1,)  # a prime
+    assert default_lanes(2**39) == 128
+    for batch in range(1, 200):
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        assert default_lanes(batch) == max(divisors, key=lambda n: (n <= 128, sum(n % d == 0 for d in divisors), n))
 
 
 def test_of_two_overrides_of_one_key_the_last_holds() -> None:
