@@ -193,6 +193,17 @@ def patience() -> Iterator[threading.Timer]:
         timer.cancel()
 
 
+def _a_daemon_has_died() -> bool:
+    """Whether a daemon that Ray started as a child of this process has ended; nobody waits for it, so it is still seen."""
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in file.read_text().split():
+                name, _, rest = Path(f"/proc/{child}/stat").read_text().partition("(")[2].rpartition(")")
+                if name in ("raylet", "gcs_server") and rest.split()[0] == "Z":
+                    return True
+    return False
+
+
 @contextlib.contextmanager
 def _asking_for(wait_s: float) -> Iterator[None]:
     """Has `ray.init` look for its raylet for so long: 30 s are in its code (Ray 2.60), without a setting. Where
@@ -209,8 +220,9 @@ def _asking_for(wait_s: float) -> Iterator[None]:
         while True:
             try:
                 return ask(*arguments)
-            except RuntimeError:  # it has not registered yet
-                if time.monotonic() > end:
+            except RuntimeError:  # it has not registered yet, or never will
+                if time.monotonic() > end or _a_daemon_has_died():
+                    time.sleep(0.5)  # Ray asks again at once, until its half minute is over
                     raise
                 time.sleep(0.1)
 

@@ -113,6 +113,16 @@ def test_a_socket_of_ray_has_at_most_107_bytes_or_its_folder_is_refused(monkeypa
             assert len(str(refused.value)) < 220
 
 
+def test_a_daemon_that_died_while_ray_started_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "raylet").symlink_to("/bin/sleep")
+    with subprocess.Popen([str(tmp_path / "raylet"), "600"]) as process:
+        assert not local_ray._a_daemon_has_died()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert local_ray._a_daemon_has_died()
+    assert not local_ray._a_daemon_has_died()
+
+
 def test_a_disk_without_room_for_ray_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 << 20))
     line = rf"^/\S+: 20 MiB are free on its disk, Ray needs 32 MiB .* set {VARIABLE} to a folder on another disk$"
