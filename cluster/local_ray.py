@@ -194,7 +194,7 @@ def patience() -> Iterator[threading.Timer]:
 
 
 def _a_daemon_has_died() -> bool:
-    """Whether a daemon that Ray started as a child of this process has ended; nobody waits for it, so it is still seen."""
+    """Whether a daemon that Ray started as a child of this process has ended (a zombie, as nobody waits for it)."""
     for file in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in file.read_text().split():
