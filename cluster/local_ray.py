@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,15 +193,22 @@ def patience() -> Iterator[threading.Timer]:
         timer.cancel()
 
 
-def _a_daemon_has_died() -> bool:
-    """Whether a daemon that Ray started as a child of this process has ended (a zombie, as nobody waits for it)."""
+def living_children() -> dict[int, str]:
+    """Processes that this one started and that live: id -> name. Empty where the kernel does not list them."""
+    found = {}
     for file in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a thread or a child that ended meanwhile
             for child in file.read_text().split():
                 name, _, rest = Path(f"/proc/{child}/stat").read_text().partition("(")[2].rpartition(")")
-                if name in ("raylet", "gcs_server") and rest.split()[0] == "Z":
-                    return True
-    return False
+                if rest.split()[0] != "Z":
+                    found[int(child)] = name
+    return found
+
+
+def lacks_a_daemon(before: Container[int]) -> bool:
+    """Whether one of Ray's two daemons, started since the children `before`, has ended."""
+    children = living_children()
+    return bool(children) and not {"raylet", "gcs_server"} <= {children[one] for one in children if one not in before}
 
 
 @contextlib.contextmanager
@@ -215,13 +222,15 @@ def _asking_for(wait_s: float) -> Iterator[None]:
         yield
         return
 
+    before = living_children()
+
     def patiently(*arguments: Any) -> Any:
         end = time.monotonic() + wait_s
         while True:
             try:
                 return ask(*arguments)
             except RuntimeError:  # it has not registered yet, or never will
-                if time.monotonic() > end or _a_daemon_has_died():
+                if time.monotonic() > end or lacks_a_daemon(before):
                     time.sleep(0.5)  # Ray asks again at once, until its half minute is over
                     raise
                 time.sleep(0.1)

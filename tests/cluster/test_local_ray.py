@@ -113,14 +113,21 @@ def test_a_socket_of_ray_has_at_most_107_bytes_or_its_folder_is_refused(monkeypa
             assert len(str(refused.value)) < 220
 
 
-def test_a_daemon_that_died_while_ray_started_is_seen(tmp_path: Path) -> None:
-    (tmp_path / "raylet").symlink_to("/bin/sleep")
-    with subprocess.Popen([str(tmp_path / "raylet"), "600"]) as process:
-        assert not local_ray._a_daemon_has_died()
+@pytest.mark.parametrize("reaped", [False, True])  # Ray asks some of its children whether they have ended
+def test_a_daemon_that_died_while_ray_started_is_seen(tmp_path: Path, reaped: bool) -> None:
+    before, started = local_ray.living_children(), []
+    for name in ("raylet", "gcs_server"):
+        (tmp_path / name).symlink_to("/bin/sleep")
+        started.append(subprocess.Popen([str(tmp_path / name), "600"]))
+    assert not local_ray.lacks_a_daemon(before)
+    started[1].kill()
+    os.waitid(os.P_PID, started[1].pid, os.WEXITED | os.WNOWAIT)
+    if reaped:
+        started[1].wait()
+    assert local_ray.lacks_a_daemon(before)
+    for process in started:
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert local_ray._a_daemon_has_died()
-    assert not local_ray._a_daemon_has_died()
+        process.wait()
 
 
 def test_a_disk_without_room_for_ray_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
