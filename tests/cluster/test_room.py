@@ -177,9 +177,7 @@ def from_zero() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_scales_from_zero_trains_and_evaluates(
-    from_zero: dict[str, str], small_run: Any, small_set: str, tmp_path: Path
-) -> None:
+def test_a_cluster_that_scales_from_zero_trains(from_zero: dict[str, str], small_run: Any, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(small_run("zero", tmp_path, 64)))
     call = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(config)]
@@ -189,8 +187,3 @@ def test_a_cluster_that_scales_from_zero_trains_and_evaluates(
         "scaling.workers: 1 workers need 1 CPU, the cluster has 0: waiting for nodes of its autoscaler" in done.stderr
     )
     assert "trained to 64 images" in done.stdout
-    measure = ["evaluate", str(tmp_path / "zero"), "--reference", small_set, "--metrics", "loss", "--loss-count", "16"]
-    done = subprocess.run([*call[:3], *measure], env=from_zero, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert "the cluster has no GPU up: its autoscaler is asked for one" in done.stderr
-    assert "it has started no node for that in 30 s: going on with CPUs" in done.stderr
