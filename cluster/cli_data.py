@@ -48,9 +48,10 @@ def pack(
     """Images into WebDataset shards and a manifest. Run again after a kill, it goes on. The same source and options
     give the same bytes, whatever --workers is. Tars that lie at URL already are indexed in place."""
     from scoreray.cluster.packing import pack_with_bar
-    from scoreray.data.outputs import check_folder
+    from scoreray.data.outputs import check_folder, suffix_of
 
-    check_folder(url, "URL")
+    if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
+        check_folder(url, "URL")
     make_bucket(url)
     manifest, left_out = pack_with_bar(
         source,
