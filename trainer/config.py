@@ -64,7 +64,7 @@ Metric = Literal["fid", "kid", "is", "pr", "sw", "nn", "kde", "bpd", "nats", "lo
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):

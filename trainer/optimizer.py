@@ -15,6 +15,7 @@ import torch
 from pydantic import ConfigDict
 
 from scoreray.data.errors import UserError
+from scoreray.trainer import checks
 from scoreray.trainer.ema import EMAConfig
 from scoreray.trainer.units import Count, CountOrZero
 
@@ -48,8 +49,10 @@ class OptimizerConfig:
             raise UserError(f"optimizer.learning_rate: {self.learning_rate} must be positive and finite")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas: {list(self.betas)} must both lie in [0, 1)")
-        if self.eps <= 0 or self.weight_decay < 0 or self.gradient_clip < 0:
-            raise UserError("optimizer: eps must be positive, weight_decay and gradient_clip at least 0")
+        checks.positive("optimizer", eps=self.eps)
+        for name in ("weight_decay", "gradient_clip"):
+            if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}: give a finite number, 0 or above")
 
     def rate(self, images_seen: int, total_images: int) -> float:
         """Learning rate of the step that ends at `images_seen` of `total_images`."""

@@ -241,9 +241,7 @@ def _dimension(key: str, section: DimensionSection, mistakes: list[str]) -> Dime
     log = section.log is True or isinstance(section.log, tuple)
     ends: Sequence[float] = section.integer or section.uniform or section.log  # type: ignore[assignment]
     low, high = ends
-    if not (math.isfinite(low) and math.isfinite(high)):
-        mistakes.append(f"space.{key}: [{low}, {high}] is not finite; give two numbers")
-    elif low > high:
+    if low > high:
         mistakes.append(f"space.{key}: [{low}, {high}] is reversed; write [{high}, {low}]")
     elif low == high:
         mistakes.append(f"space.{key}: [{low}, {high}] is empty; widen it, or set the key in the base config")

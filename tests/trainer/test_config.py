@@ -14,7 +14,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.order import default_lanes
 from scoreray.data.store import open_store
 from scoreray.data.yaml_text import parse_yaml
-from scoreray.trainer.config import differing_keys, dump_config, load_config
+from scoreray.trainer.config import differing_keys, dump_config, leaves, load_config
 from scoreray.trainer.process import VP
 from scoreray.trainer.run import stored_config
 from scoreray.trainer.weighting import MinSNR
@@ -360,3 +360,13 @@ def test_differing_keys_leave_out_what_may_change() -> None:
     cosine = load_config(MINIMAL, ["optimizer.schedule=cosine"])
     longer = load_config(MINIMAL, ["optimizer.schedule=cosine", "duration.images=1M"])
     assert differing_keys(cosine, longer) == ["duration.images: 200000 there, 1000000 here"]
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize(
+    "key", [key for key, value in leaves(load_config(MINIMAL).model_dump()) if type(value) is float]
+)
+def test_no_number_of_a_config_may_be_infinite_or_none_at_all(key: str, value: str) -> None:
+    with pytest.raises(UserError, match=key.rpartition(".")[2]) as caught:
+        load_config(MINIMAL, [f"{key}={value}"])
+    assert "\n" not in str(caught.value)

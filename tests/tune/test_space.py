@@ -22,7 +22,8 @@ MEAN = "objective.sigma_sampling.P_mean"
 BAD_SPACES: list[tuple[dict[str, Any], str]] = [
     ({MEAN: {"uniform": [5, 1]}}, "reversed; write [1.0, 5.0]"),
     ({MEAN: {"uniform": [1, 1]}}, "is empty"),
-    ({MEAN: {"uniform": [float("nan"), 1]}}, "is not finite"),
+    ({MEAN: {"uniform": [float("nan"), 1]}}, "nan is not accepted; it should be a finite number"),
+    ({MEAN: {"uniform": [0, float("inf")]}}, "inf is not accepted; it should be a finite number"),
     ({"objective.weighting.kind": {"choice": []}}, "choice is empty"),
     ({"objective.weighting.kind": {"choice": ["edm", "edm"]}}, "names a value twice"),
     ({"objective.weighting.kind": {"choice": ["edm", "min_snrr"]}}, "did you mean 'min_snr'"),
