@@ -17,7 +17,19 @@ MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 def identity(store: Store, sizes: Mapping[str, int]) -> str:
-    """SHA-256 of the names, sizes and contents of these files, {key: bytes}.
+    """SHA-256 of the names, sizes and contents of these files, {key: bytes}. Raises StorageError."""
+    return digest_of(content_marks(store, sizes))
+
+
+def digest_of(marks: Mapping[str, str]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(marks):
+        found.update(f"{name}\0{marks[name]}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def content_marks(store: Store, sizes: Mapping[str, int]) -> dict[str, str]:
+    """What says of each of these files, {key: bytes}, whether it is the one that it was: its size and contents.
 
     In S3 the listing's ETags stand for contents: of an object put in one piece it is the MD5, which is computed of
     local files, so that both give the same. A local folder of more than READ_WHOLE_BYTES is not read twice: times of
@@ -35,10 +47,7 @@ def identity(store: Store, sizes: Mapping[str, int]) -> str:
         marks = {name: stamps.get(name, "gone") for name in names}
         for i in np.unique(np.linspace(0, len(names) - 1, min(NUM_SAMPLED, len(names))).astype(int)):
             marks[names[i]] += f" {_sampled(store, names[i], sizes[names[i]])}"
-    found = hashlib.sha256()
-    for name in names:
-        found.update(f"{name}\0{sizes[name]}\0{marks[name]}\n".encode(errors="surrogateescape"))
-    return found.hexdigest()
+    return {name: f"{sizes[name]} {mark}" for name, mark in marks.items()}
 
 
 def hash_object(store: Store, key: str, size: int, algorithm: str = "sha256") -> str:

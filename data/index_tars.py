@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from scoreray.data.decode import decode_as_found
-from scoreray.data.errors import DataError, UserError
-from scoreray.data.identity import identity
+from scoreray.data.errors import DataError, UserError, shortened
+from scoreray.data.identity import content_marks, digest_of
 from scoreray.data.layout import Layout, checked_layout
-from scoreray.data.listing import kinds_line, list_below, suffix_of
-from scoreray.data.manifest import FORMATS, INDEX, MANIFEST, RECORD, Shard, digest
+from scoreray.data.listing import kinds_line, list_below, shown, suffix_of
+from scoreray.data.manifest import FORMATS, INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
 from scoreray.data.packing import Moments, Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.records import records_sha256
@@ -49,9 +49,11 @@ class TarsPlan:
     shape: tuple[int, ...]
     dtype: str
     skips_bad: bool = False
-    contents: str = ""  # identity() of them
+    marks: dict[str, str] = field(default_factory=dict)  # content_marks() of them
     labelled: bool = True
     notes: list[str] = field(default_factory=list)
+    origin: str = ""
+    in_place = True
 
     @property
     def num_shards(self) -> int:
@@ -63,8 +65,12 @@ class TarsPlan:
 
     @property
     def sha256(self) -> str:
-        parts = ["tars", self.name, self.shards, self.contents, self.labelled]
+        parts = ["tars", self.name, self.shards, digest_of(self.marks), self.labelled]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def inputs(self, number: int) -> str:
+        key = self.shards[number][0]
+        return digest_of({key: f"{self.marks.get(key)} {self.shape} {self.dtype}"})
 
     def total_samples(self, done: list[Shard]) -> int:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
@@ -121,9 +127,12 @@ def plan_tars(
             f"{tars.url}: holds tars, which are indexed where they lie, not copied; give it as the URL too: "
             f"scoreray data pack {tars.url} {tars.url}; or make new ones of them: --image-size or --image-format"
         )
+    for key, _ in shards:
+        if not key.isprintable() or len(key) > MAX_KEY:  # the manifest names them, as text
+            raise UserError(f"{shown(store.url(), shortened(key))}: can't be the name of a shard; rename it")
     shape, dtype = _first_shape(store, shards, skips_bad, labelled, layout)
-    name, contents = name or tars.url.rpartition("/")[2], identity(store, dict(shards))
-    return TarsPlan(tars.url, name, shards, shape, dtype, skips_bad, contents, labelled, list(tars.notes))
+    name, marks = name or tars.url.rpartition("/")[2], content_marks(store, dict(shards))
+    return TarsPlan(tars.url, name, shards, shape, dtype, skips_bad, marks, labelled, list(tars.notes))
 
 
 def _first_shape(

@@ -29,8 +29,8 @@ SAMPLES: dict[str, tuple[str, ...]] = {
     "arr_0": ("arr_1",),  # np.savez(file, x, y), as guided-diffusion writes samples
 }
 LABELS = (
-    "labels", "label", "y", "targets", "target", "class_labels", "class_label", "class_ids", "class_id", "cls",
-    "fine_labels", "fine_label", "y_train", "train_labels", "coarse_labels", "coarse_label",
+    "labels", "label", "y", "targets", "target", "class_labels", "class_label", "class_ids", "class_id", "label_ids",
+    "label_id", "cls", "fine_labels", "fine_label", "y_train", "train_labels", "coarse_labels", "coarse_label",
 )  # fmt: skip
 CLASSES = ("classes", "class_names", "label_names")
 NIST_COLUMNS = 8  # of a label in QMNIST: the class is the first, then writer, form, ...

@@ -56,6 +56,8 @@ Count = Annotated[int, Field(gt=0, lt=1 << 62)]
 
 def check_limits(name: str, shape: Sequence[int], num_classes: int, num_shards: int) -> None:
     """Raises UserError where a data set would get a manifest that can't be read: before the work begins."""
+    if not name.isprintable():  # a file's name need not be UTF-8, and JSON's text must be
+        raise UserError(f"--name {ascii(name)[:80]}: can't be the name of a data set; give it printable characters")
     if len(name) > MAX_NAME:
         raise UserError(f"--name '{name[:40]}...': {len(name)} characters, at most {MAX_NAME} are accepted")
     check_shape(name, shape)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import stat
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -80,31 +81,37 @@ def pack(
         "workers": workers, "map_shards": map_shards, "progress": progress, "skip_bad": skip_bad
     }  # fmt: skip
     reading = Reading(image_size, channels, labelled, layout)
-    _check_apart(source, url)
     tars = tars_at(source)
+    _check_apart(source, url, bool(tars.shards))
+    where = local_path(source)
+    asked = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(reading), name,
+             samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
+    origin = hashlib.sha256(json.dumps(asked).encode(errors="surrogateescape")).hexdigest()
     if tars.shards:
         if samples_per_shard is not None:
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
         if image_size is None and image_format is None and channels is None:
-            return carry_out(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), **how)
-        return carry_out(plan_repack(tars, url, name, reading, image_format or "png", skip_bad > 0), **how)
+            return carry_out(replace(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), origin=origin), **how)
+        repack = plan_repack(tars, url, name, reading, image_format or "png", skip_bad > 0)
+        return carry_out(replace(repack, origin=origin), **how)
     opened = open_source(source, reading)
     opened.check_readable(skip_bad)
     chosen = "npy" if opened.dtype == "float32" else image_format or "png"
     if samples_per_shard is None:
         samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _member_bytes(opened, chosen))))
     name = name or Path(opened.path).name.split(".")[0]
-    plan = ImagesPlan(open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0)
+    plan = ImagesPlan(open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0, origin)
     return carry_out(plan, **how)
 
 
-def _check_apart(source: str | Path, url: str | Path) -> None:
-    """A target below the source would be taken for a part of it by the next run."""
+def _check_apart(source: str | Path, url: str | Path, holds_tars: bool) -> None:
+    """A target below the source would be taken for a part of it by the next run. Tars are indexed where they are."""
     where = local_path(source)
     if where is None or stat.S_ISDIR(mode_of(where)):
-        within, target = open_store(source).url(), open_store(url).url()
-        if target.startswith(within.rstrip("/") + "/"):
-            raise UserError(f"{target}: lies in the folder that is packed ({within}); give a place outside it")
+        within, target = open_store(source).url().rstrip("/"), open_store(url).url().rstrip("/")
+        if target.startswith(within + "/") or (target == within and not holds_tars):
+            how = "is" if target == within else "lies in"
+            raise UserError(f"{target}: {how} the folder that is packed ({within}); give a place outside it")
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ class ImagesPlan:
     image_format: str
     seed: int
     skips_bad: bool = False
+    origin: str = ""
+    in_place = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,6 +152,15 @@ class ImagesPlan:
                  self.image_format, self.seed]  # fmt: skip
         # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so; the manifest
         # says how many were.
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def inputs(self, number: int) -> str:
+        if not self.source.files:
+            return self.source.fingerprint
+        numbers, labels = self.numbers(number).tolist(), self.source.labels
+        names = [self.source.files[sample] for sample in numbers]
+        parts = [self.shape, [(name, self.source.marks[name]) for name in names],
+                 [] if labels is None else labels[numbers].tolist(), number * self.samples_per_shard]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -179,7 +197,7 @@ def make_shard(plan: ImagesPlan, number: int) -> tuple[bytes | None, Packed]:
     for i, (sample, array) in enumerate(zip(numbers.tolist(), source.read_all(numbers.tolist()), strict=True)):
         if isinstance(array, DataError):
             if not plan.skips_bad:
-                raise DataError(f"{array}; mend or remove it, or --skip-bad N leaves out up to N such files")
+                raise DataError(f"{array}; fix or remove it, or --skip-bad N leaves out up to N such files")
             skipped.append(str(array))
             continue
         label = -1 if source.labels is None else int(source.labels[sample])

@@ -9,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -44,6 +44,7 @@ class Packed:
     kept: bool = False  # it was there, from an earlier run of the same pack
     is_grey: bool = False  # images that are counted with three channels have one
     unused: dict[str, int] = field(default_factory=dict)  # what was beside the samples and is no part of them, by kind
+    inputs: str = ""  # the plan's `inputs` of the shard when it was made
 
 
 class Moments:
@@ -82,6 +83,19 @@ class Plan(Protocol):
     @property
     def sha256(self) -> str:
         """The same for the same plan only."""
+
+    @property
+    def origin(self) -> str:
+        """The same for all packs of one source with the same options, whatever the source holds by now: an unfinished
+        one goes on when a file of its source has been fixed. "" where only the same plan may."""
+
+    def inputs(self, number: int) -> str:
+        """What decides the bytes of a shard, among plans of the same origin. A shard that was made of others is made
+        again."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the shards are there already, and are no one's to remove."""
 
     @property
     def notes(self) -> list[str]:
@@ -168,7 +182,7 @@ def check_node(plan: Plan) -> None:
     source, or not the place that they go to."""
     plan.check_here()
     store = open_store(plan.url)
-    if not store.exists(PLAN) or store.get(PLAN) != plan.sha256.encode():
+    if not store.exists(PLAN) or not _is_begun(store, plan):
         raise UserError(f"{store.url()}: is not the place that the packing began at")
 
 
@@ -187,21 +201,34 @@ def _claim(store: Store, plan: Plan, skip_bad: int) -> Manifest | None:
                 f"with --skip-bad {manifest.num_left_out}, or fix them and give another URL"
             )
         return manifest
-    if not store.put_new(PLAN, plan.sha256.encode()) and store.get(PLAN) != plan.sha256.encode():
+    if store.put_new(PLAN, f"{plan.sha256} {plan.origin}".encode()) or _is_begun(store, plan):
+        return None
+    if not plan.origin or store.get(PLAN).decode().split()[1:] != [plan.origin]:
         raise UserError(
-            f"{store.url()}: a pack of another source, or with other arguments, has begun here, or its source has "
-            "changed since; run that one again to finish it, give another URL, or remove what is there"
+            f"{store.url()}: a pack of another source, or with other arguments, has begun here; run that one again to "
+            "finish it, give another URL, or remove what is there"
         )
+    store.put(PLAN, f"{plan.sha256} {plan.origin}".encode())
+    names = [Path(key).name for key, _ in store.list("packing/")]
+    surplus = [name for name in names if name.isdecimal() and int(name) >= plan.num_shards]
+    store.delete([] if plan.in_place else [f"shards/{name}.tar" for name in surplus])
+    store.delete(f"packing/{name}" for name in surplus)
     return None
+
+
+def _is_begun(store: Store, plan: Plan) -> bool:
+    """Whether the pack that has begun at the URL is this one, of the same contents."""
+    return store.get(PLAN).decode().split()[:1] == [plan.sha256]
 
 
 def pack_shard(plan: Plan, number: int) -> Packed:
     """Makes and puts shard `number`, or finds it finished by an earlier run (its SHA-256 is checked)."""
     store = open_store(plan.url)
     done = f"packing/{number:06d}"
+    inputs = plan.inputs(number)
     try:
         packed = _from_record(store.get(done))
-        if not packed.shard.num_samples or _is_whole(store, packed.shard):
+        if packed.inputs == inputs and (not packed.shard.num_samples or _is_whole(store, packed.shard)):
             return packed
     except (NotFound, ValueError, KeyError, TypeError):
         pass
@@ -209,6 +236,7 @@ def pack_shard(plan: Plan, number: int) -> Packed:
         data, packed = plan.make(number, folder)
         if data is not None:
             store.put(packed.shard.name, data)
+    packed = replace(packed, inputs=inputs)
     put_record(store, number, packed)
     return packed
 
@@ -226,7 +254,7 @@ def _to_record(packed: Packed) -> bytes:
     """A line of JSON, then the records."""
     described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__], "sums": packed.sums,
                  "squares": packed.squares, "class_counts": packed.class_counts, "skipped": packed.skipped,
-                 "is_grey": packed.is_grey, "unused": packed.unused}  # fmt: skip
+                 "is_grey": packed.is_grey, "unused": packed.unused, "inputs": packed.inputs}  # fmt: skip
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
@@ -236,7 +264,7 @@ def _from_record(data: bytes) -> Packed:
     shard = Shard(*fields["shard"])
     if records_sha256(records) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
-    names = ("sums", "squares", "class_counts", "skipped", "is_grey", "unused")
+    names = ("sums", "squares", "class_counts", "skipped", "is_grey", "unused", "inputs")
     return Packed(shard=shard, records=records, kept=True, **{name: fields[name] for name in names})
 
 
@@ -297,6 +325,11 @@ def _commit(
         num_left_out=num_skipped,
         packing=plan.sha256,
     )
+    if store.exists(PLAN) and not _is_begun(store, plan):
+        raise UserError(
+            f"{store.url()}: another start of this pack, of a source that has changed since, has taken over; that one "
+            "finishes it"
+        )
     store.put(MANIFEST, manifest.to_json().encode())
     store.delete([PLAN, *(f"packing/{i:06d}" for i in range(plan.num_shards))])
     return manifest

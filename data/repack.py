@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.identity import identity
+from scoreray.data.identity import content_marks, digest_of
 from scoreray.data.index_tars import Tars, naming, tape_of
 from scoreray.data.manifest import Shard
 from scoreray.data.packing import Packed
@@ -34,13 +34,15 @@ class RepackPlan:
     url: str
     name: str
     tars: list[tuple[str, int]]  # (key, bytes)
-    contents: str  # identity() of them
+    marks: dict[str, str]  # content_marks() of them
     shape: tuple[int, ...]
     reading: Reading
     image_format: str
     skips_bad: bool
     dtype: str = "uint8"
     notes: list[str] = field(default_factory=list)
+    origin: str = ""
+    in_place = False
 
     @property
     def num_shards(self) -> int:
@@ -52,9 +54,13 @@ class RepackPlan:
 
     @property
     def sha256(self) -> str:
-        parts = ["repack", ENCODING, self.name, self.tars, self.contents, self.shape, asdict(self.reading),
+        parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), self.shape, asdict(self.reading),
                  self.image_format]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def inputs(self, number: int) -> str:
+        key = self.tars[number][0]
+        return digest_of({key: f"{self.marks[key]} {self.shape}"})
 
     def total_samples(self, done: list[Shard]) -> int:
         read = sum(size for _, size in self.tars[: len(done)])
@@ -99,8 +105,9 @@ def plan_repack(
     if not reading.image_size:
         width, height = images[0].size
     channels = reading.channels or (1 if all(is_grey(image) for image in images) else 3)
+    marks = content_marks(store, dict(tars))
     return RepackPlan(
-        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, identity(store, dict(tars)),
+        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, marks,
         (channels, height, width), reading, image_format, skips_bad, notes=list(found.notes),
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections import Counter
@@ -19,7 +18,7 @@ from PIL import Image
 from scoreray.data.arrays import Loaded, as_floats, as_images, read_idx, read_npz
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, StorageError, UserError, nearest
-from scoreray.data.identity import identity
+from scoreray.data.identity import content_marks, digest_of
 from scoreray.data.layout import Layout
 from scoreray.data.listing import Listing, kinds_line, list_below, shown, some_of, suffix_of
 from scoreray.data.manifest import check_label, check_shape
@@ -64,9 +63,9 @@ class Source:
     """Samples to pack. `shape` is (C, H, W) of images (`dtype` uint8), else an array's. `labels` int64 [N] or None.
 
     Either `array` holds all samples ([N, H, W, C] or [N, ...]) or `files` names them. Pickled, it leaves the array
-    behind: another process reads it again, and sees that it is the same. `fingerprint`: of the contents.
-    `unreadable`: those of `files` that are broken links or no files, and why. `left_out`: what is not used, by kind.
-    `notes`: lines about it for a person.
+    behind: another process reads it again, and sees that it is the same. `fingerprint`: of the contents; `marks`: of
+    those of each of `files`. `unreadable`: those of `files` that are broken links or no files, and why. `left_out`:
+    what is not used, by kind. `notes`: lines about it for a person.
     """
 
     path: str
@@ -79,6 +78,7 @@ class Source:
     reading: Reading
     array: np.ndarray | None = field(default=None, repr=False)
     files: list[str] = field(default_factory=list, repr=False)
+    marks: dict[str, str] = field(default_factory=dict, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -219,9 +219,9 @@ def _open_folder(store: Store, reading: Reading) -> Source:
     files = sorted([*sizes, *unreadable])
     classes, labels = _classes_of(store, files) if reading.labelled else ([], None)
     shape = _look(store, list(sizes), reading)
-    fingerprint = hashlib.sha256(json.dumps([identity(store, sizes), unreadable]).encode()).hexdigest()
+    marks = {**content_marks(store, sizes), **unreadable}
     return Source(
-        store.url(), len(files), shape, "uint8", labels, classes, fingerprint, reading, files=files,
+        store.url(), len(files), shape, "uint8", labels, classes, digest_of(marks), reading, files=files, marks=marks,
         unreadable=unreadable, left_out=dict(left_out), notes=_notes(store.url(), listing, left_out, classes),
     )  # fmt: skip
 

@@ -119,6 +119,12 @@ class Samples:
     def sha256(self) -> str:
         return hashlib.sha256(self.job.to_json()).hexdigest()
 
+    origin = ""  # only the same job goes on
+    in_place = False
+
+    def inputs(self, number: int) -> str:
+        return ""  # nothing but the job
+
     @property
     def num_shards(self) -> int:
         return math.ceil(self.job.request.count / self.job.samples_per_shard)

@@ -113,7 +113,7 @@ def test_what_a_task_raises_arrives_as_it_was(tmp_path: Path, ray_cluster: None)
     for i in range(20):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(source / f"{i:02d}.png")
     (source / "13.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"13.png: is empty \(0 bytes\); mend or remove it, or --skip-bad N leaves out"):
+    with pytest.raises(DataError, match=r"13.png: is empty \(0 bytes\); fix or remove it, or --skip-bad N leaves out"):
         pack_with_bar(str(source), str(tmp_path / "a"), workers=2, samples_per_shard=5)
     manifest, left_out = pack_with_bar(str(source), str(tmp_path / "b"), workers=2, samples_per_shard=5, skip_bad=1)
     assert manifest.num_samples == 19

@@ -18,7 +18,10 @@ import scoreray.data.pack as module
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.identity import identity
 from scoreray.data.inspect import verify
+from scoreray.data.manifest import Manifest
 from scoreray.data.pack import encode, pack
+from scoreray.data.packing import Packed
+from scoreray.data.sources import open_source
 from scoreray.data.store import open_store
 
 HERE = {"samples_per_shard": 3, "seed": 3}
@@ -86,19 +89,113 @@ CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
 def test_another_pack_at_the_same_url_is_refused_finished_or_not(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An unfinished one goes on where only its source has changed, and makes what a pack of that source makes."""
     source, (change, options) = folder(tmp_path / "in"), CHANGES[what]
     pack(source, tmp_path / "out", **HERE)
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "make_shard", lambda plan, number: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            pack(source, tmp_path / "begun", **HERE)
+    stopped_at_shard(2, monkeypatch, source, tmp_path / "begun", **HERE)
     before = contents(tmp_path / "out")
     change(source)
     with pytest.raises(UserError, match=r"out: holds another data set .*give another URL, or remove what is there"):
         pack(source, tmp_path / "out", **{**HERE, **options})
-    with pytest.raises(UserError, match="has begun here, or its source has changed since"):
-        pack(source, tmp_path / "begun", **{**HERE, **options})
     assert contents(tmp_path / "out") == before
+    if options:
+        with pytest.raises(UserError, match="a pack of another source, or with other arguments, has begun here"):
+            pack(source, tmp_path / "begun", **{**HERE, **options})
+    else:
+        pack(source, tmp_path / "begun", **HERE)
+        pack(source, tmp_path / "fresh", **HERE)
+        assert contents(tmp_path / "begun") == contents(tmp_path / "fresh")
+
+
+def stopped_at_shard(number: int, monkeypatch: pytest.MonkeyPatch, source: Path, url: Path, **options: Any) -> None:
+    """A pack that is stopped when it has made the shards before this one."""
+    real = module.make_shard
+
+    def make(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, Packed]:
+        if shard == number:
+            raise KeyboardInterrupt
+        return real(plan, shard)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_shard", make)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, url, **options)
+
+
+def test_a_pack_that_stopped_at_a_bad_file_goes_on_when_it_is_fixed(tmp_path: Path, made: list[int]) -> None:
+    """The shards that were made are kept; so are all but one where --skip-bad had left the file out."""
+    source = folder(tmp_path / "in")
+    pack(source, tmp_path / "fresh", **HERE)
+    order = np.concatenate(made_of := [module_numbers(source, shard) for shard in range(3)])
+    name = sorted(str(path.relative_to(source)) for path in source.rglob("*.bmp"))[int(order[-1])]
+    assert len(made_of[-1]) == 2
+    good = (source / name).read_bytes()
+    (source / name).write_bytes(bytes(len(good)))
+    with pytest.raises(DataError, match=f"{name}: .*fix or remove it, or --skip-bad N leaves out"):
+        pack(source, tmp_path / "out", **HERE)
+    with pytest.raises(UserError, match="a pack has begun there: run it again"):
+        Manifest.load(open_store(tmp_path / "out"))
+    shutil.copytree(tmp_path / "out", tmp_path / "skipped")
+    made.clear()
+    assert pack(source, tmp_path / "skipped", **HERE, skip_bad=1).num_left_out == 1
+    assert made == [2]
+    (source / name).write_bytes(good)
+    made.clear()
+    pack(source, tmp_path / "out", **HERE)
+    assert made == [2]
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def module_numbers(source: Path, shard: int) -> np.ndarray:
+    """Which of the source's samples are in a shard."""
+    opened = open_source(source)
+    return module.ImagesPlan("", "", opened, HERE["samples_per_shard"], "png", HERE["seed"]).numbers(shard)
+
+
+def test_shards_that_a_smaller_source_does_not_have_are_removed_but_never_the_users_tars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path / "in")
+    one = {"samples_per_shard": 1}
+    stopped_at_shard(7, monkeypatch, source, tmp_path / "begun", **one)
+    for name in ("cat/0.bmp", "cat/1.bmp", "dog/0.bmp"):
+        (source / name).unlink()
+    pack(source, tmp_path / "begun", **one)
+    pack(source, tmp_path / "fresh", **one)
+    assert contents(tmp_path / "begun") == contents(tmp_path / "fresh")
+
+    place = tmp_path / "place"
+    tars(place).mkdir(exist_ok=True)
+    (place / "shards").mkdir()
+    for i, path in enumerate(sorted(place.glob("*.tar"))):
+        path.rename(place / "shards" / f"{i:06d}.tar")
+    (place / "shards" / "000002.tar").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"000002\.tar: "):
+        pack(place, place)
+    (place / "shards" / "000000.tar").rename(place / "shards" / "000002.tar")
+    assert pack(place, place).num_samples == 8
+    assert sorted(path.name for path in (place / "shards").iterdir()) == ["000001.tar", "000002.tar"]
+    assert verify(str(place)) == []
+
+
+def test_two_packs_of_a_source_that_changes_meanwhile_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that began first sees that its shards are another's by now, and commits nothing."""
+    source, real = folder(tmp_path / "in"), module.make_shard
+
+    def overtaken(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, Packed]:
+        if shard == 2:
+            monkeypatch.setattr(module, "make_shard", real)
+            bitmap(source / "cat" / "2.bmp", 99)
+            stopped_at_shard(2, monkeypatch, source, tmp_path / "out", **HERE)
+        return real(plan, shard)
+
+    monkeypatch.setattr(module, "make_shard", overtaken)
+    with pytest.raises(UserError, match="another start of this pack, of a source that has changed since"):
+        pack(source, tmp_path / "out", **HERE)
+    pack(source, tmp_path / "out", **HERE)
+    assert verify(str(tmp_path / "out")) == []
 
 
 def test_a_copy_with_other_times_is_the_same_pack_and_nothing_is_made(tmp_path: Path, made: list[int]) -> None:

@@ -155,7 +155,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, str]]:
         "kind": ((folder / "x.txt",), "can't tell what this is; accepted"),
         "empty": ((folder / "empty",), "no images in this folder"),
         "mixed": ((folder / "mixed",), r"b.png: 9 x 9 pixels, the first image has 8 x 8; give --image-size"),
-        "broken": ((folder / "broken",), r"b.png: can't be decoded: .*; mend or remove it, or --skip-bad"),
+        "broken": ((folder / "broken",), r"b.png: can't be decoded: .*; fix or remove it, or --skip-bad"),
         "deep": ((folder / "deep",), r"a.png: more than 8 bits"),
         "npz": ((folder / "not.npz",), "no readable .npz"),
         "names": ((save("n.npz", other=images),), "holds other; 'images' is needed"),

@@ -6,8 +6,10 @@ import errno
 import gzip
 import io
 import os
+import shutil
 import socket
 import struct
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -503,3 +505,38 @@ def test_folders_and_files_of_any_name(folder: bytes, file: bytes) -> None:
             else:
                 assert labelled, "only the name of a class can be wrong"
                 assert "\n" not in said
+
+
+def noise(path: Path, seed: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+
+
+def test_names_that_no_manifest_can_hold_are_refused_before_the_work_begins(tmp_path: Path) -> None:
+    """File names may be of any bytes; a manifest with such a name could not be read again."""
+    named = tmp_path / os.fsdecode(b"caf\xe9")
+    for i in range(3):
+        noise(named / f"{i}.png", i)
+    with pytest.raises(UserError, match=r"--name .*caf.*: can't be the name of a data set"):
+        pack(named, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert pack(named, tmp_path / "out", name="cafe").num_samples == 3
+    for name in ("two\nlines", "\ud800"):
+        with pytest.raises(UserError, match="can't be the name of a data set"):
+            pack(named, tmp_path / "other", name=name)
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(3):
+            tar.add(named / f"{i}.png", f"{i}.png")
+    (tmp_path / "tars").mkdir()
+    shutil.copy(tmp_path / "x.tar", tmp_path / "tars" / os.fsdecode(b"\xe9.tar"))
+    with pytest.raises(UserError, match=r"tars/.*\.tar: can't be the name of a shard; rename it"):
+        pack(tmp_path / "tars", tmp_path / "tars")
+    assert pack(tmp_path / "tars", tmp_path / "new", image_size=8).num_samples == 3, "new tars have names of our own"
+
+
+def test_a_folder_of_pictures_is_not_packed_into_itself(tmp_path: Path) -> None:
+    for i in range(3):
+        noise(tmp_path / "in" / f"{i}.png", i)
+    with pytest.raises(UserError, match="in: is the folder that is packed"):
+        pack(tmp_path / "in", f"{tmp_path}/in/")
+    assert len(list((tmp_path / "in").iterdir())) == 3
