@@ -103,8 +103,13 @@ def check_sweep(plan: Plan) -> list[str]:
     if mistakes:
         raise UserError("\n".join(mistakes))
     warnings = _warnings(sweep, manifest, {info.config.data.url for info in infos})
-    unfit = None if model else misfit(infos[0].config, _manifest(infos[0].config.data.url))
-    return [*warnings, f"base: {unfit.text}"] if unfit else warnings
+    if model:
+        return warnings
+    data = {url: _manifest(url) for url in {info.config.data.url for info in infos}}
+    unfit = [misfit(info.config, data[info.config.data.url]) for info in infos]
+    if unfit[0] and all(found and found.hopeless for found in unfit):  # every trial would be refused
+        raise UserError(f"base: {unfit[0].text}")
+    return [*warnings, f"base: {unfit[0].text}"] if unfit[0] else warnings
 
 
 def check_room(plan: Plan, room: Mapping[str, float]) -> None:

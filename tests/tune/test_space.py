@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from scoreray.data.errors import UserError
+from scoreray.data.pack import pack
+from scoreray.data.samples import read_samples
 from scoreray.tune.load import check_room, check_sweep, load_sweep
 from scoreray.tune.metric import held_out
 from scoreray.tune.space import with_values
@@ -209,6 +212,21 @@ def test_training_images_as_held_out_ones_are_warned_of(
         assert "holds the images that are trained on" in line
     same = load_sweep(sweep, [f"metric.reference={points['train']}", "metric.names=[sw, nfe]"])
     assert check_sweep(same) == []  # distances between samples are often to those
+
+
+def test_data_that_no_trial_could_train_on_are_refused(
+    sweep: dict[str, Any], points: dict[str, str], tmp_path: Path
+) -> None:
+    data = read_samples(points["train"], range(64)).numpy()
+    np.savez(tmp_path / "large.npz", points=1e6 * data)
+    large = str(tmp_path / "large")
+    pack(tmp_path / "large.npz", large)
+    with pytest.raises(
+        UserError, match=r"^base: data.url: the data have .* noise levels from .* only; divide the data"
+    ):
+        check_sweep(load_sweep(sweep, [f"base.data.url={large}"]))
+    fits = {**sweep, "space": {"process.sigma_max": {"log": [1e3, 1e9]}}}
+    assert any(line.startswith("base: data.url") for line in check_sweep(load_sweep(fits, [f"base.data.url={large}"])))
 
 
 def test_conditions_decide_which_dimensions_exist(sweep: dict[str, Any]) -> None:
