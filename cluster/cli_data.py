@@ -108,7 +108,7 @@ def inspect(
     """What a data set holds: counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its samples."""
     from dataclasses import asdict
 
-    from scoreray.data.inspect import picture_grid, summary, visible
+    from scoreray.data.inspect import picture_grid, spread, summary, visible
     from scoreray.data.outputs import check_picture, write_picture
     from scoreray.data.samples import Samples
     from scoreray.data.store import open_store
@@ -119,13 +119,13 @@ def inspect(
         check_picture(picture)
     open_store(url).check_reachable()
     samples = Samples(url)
-    num_samples, left_out = samples.manifest.num_samples, {"sigma_max": "none: one sample has no distances"}
+    left_out = {"sigma_max": "none: one sample has no distances"}
     if picture is not None:
-        pictures = samples.read(range(0, num_samples, max(1, num_samples // count))[:count])[0]
+        pictures = samples.read(spread(samples.manifest, count)[:count])[0]
         write_picture(picture_grid(visible(pictures, samples.manifest)), picture)
     found = asdict(summary(url))
     try:
-        some = samples.read(range(0, num_samples, max(1, num_samples // 1024)))[0]
+        some = samples.read(spread(samples.manifest, 1024))[0]
         found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
     except UserError as error:  # one sample, or distances below its least noise level
         found["ladder"], left_out["ladder"] = None, f"none: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from scoreray.data.store import Store, open_store
 GRID_BACKGROUND = 48
 FAINT = 0.02  # a standard deviation of 2 or 3 of 255 levels
 WINDOW_BYTES = 8 << 20  # of a shard that is checked
+LOOKED_AT_BYTES = 256 << 20  # of samples that are in memory at once, as float32
 GRID_PIXELS = 720  # about how wide a grid of small images is made
 
 
@@ -48,7 +50,7 @@ def summary(url: str) -> Summary:
     """What the data set at `url` holds, from its manifest and a few samples."""
     store = open_store(url)
     manifest = Manifest.load(store)
-    samples = read_samples(url, range(0, manifest.num_samples, max(1, manifest.num_samples // 256)))
+    samples = read_samples(url, spread(manifest, 256))
     return Summary(
         name=manifest.name,
         url=store.url(),
@@ -63,6 +65,12 @@ def summary(url: str) -> Summary:
         sigma_data=manifest.sigma_data,
         sigma_max=suggested_sigma_max(samples),
     )
+
+
+def spread(manifest: Manifest, most: int) -> range:
+    """Numbers of `most` samples, or up to twice as many, from all over the set; of fewer where they are large."""
+    most = min(most, max(2, LOOKED_AT_BYTES // (4 * math.prod(manifest.shape))))
+    return range(0, manifest.num_samples, max(1, manifest.num_samples // most))
 
 
 def suggested_sigma_max(samples: torch.Tensor) -> float | None:

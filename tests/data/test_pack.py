@@ -6,6 +6,7 @@ import gzip
 import os
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import scoreray.data.pack as module
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
-from scoreray.data.inspect import picture_grid, summary, verify
+from scoreray.data.inspect import picture_grid, spread, summary, verify
 from scoreray.data.manifest import MANIFEST, Manifest
 from scoreray.data.pack import pack
 from scoreray.data.samples import read_samples
@@ -256,6 +257,14 @@ def test_summary_suggests_sigma_max_from_distances(packed: tuple[str, Manifest])
     images = read_samples(packed[0], range(0, 501, 1)).double().flatten(1) / 127.5 - 1
     assert found.num_samples == 501
     assert found.sigma_max == pytest.approx(float(np.sqrt(((images[:, None] - images) ** 2).sum(-1)).max()), rel=0.1)
+
+
+def test_of_large_samples_only_some_are_in_memory_at_once(packed: tuple[str, Manifest]) -> None:
+    small = packed[1]
+    assert list(spread(small, 1000)) == list(range(501))
+    assert list(spread(small, 100)) == list(range(0, 501, 5))
+    large = replace(small, shape=[3, 4096, 4096])
+    assert 2 <= len(spread(large, 1000)) <= 4
 
 
 def test_a_picture_grid_enlarges_by_whole_factors() -> None:
