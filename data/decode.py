@@ -84,7 +84,12 @@ def decode_as_found(data: bytes, code: int, name: Callable[[], str]) -> np.ndarr
         array.dtype == np.float32 and array.ndim
     ):
         return array
-    raise DataError(f"{name()}: is {array.dtype} {array.shape}; grey or RGB uint8, or float32, is needed")
+    stored = (
+        array.transpose(2, 0, 1) if code == FORMATS["npy"] and array.dtype == np.uint8 and array.ndim == 3 else array
+    )
+    raise DataError(
+        f"{name()}: is {array.dtype} {stored.shape}; uint8 [1 or 3, H, W], or float32 of any shape, is needed"
+    )
 
 
 def _reason(error: BaseException) -> str:

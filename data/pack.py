@@ -108,10 +108,19 @@ def _check_apart(source: str | Path, url: str | Path, holds_tars: bool) -> None:
     """A target below the source would be taken for a part of it by the next run. Tars are indexed where they are."""
     where = local_path(source)
     if where is None or stat.S_ISDIR(mode_of(where)):
-        within, target = open_store(source).url().rstrip("/"), open_store(url).url().rstrip("/")
-        if target.startswith(within + "/") or (target == within and not holds_tars):
+        within, target = _real_place(source), _real_place(url)
+        if target.startswith(f"{within}/") or (target == within and not holds_tars):
             how = "is" if target == within else "lies in"
-            raise UserError(f"{target}: {how} the folder that is packed ({within}); give a place outside it")
+            raise UserError(
+                f"{open_store(url).url()}: {how} the folder that is packed ({open_store(source).url()}); give a place "
+                "outside it"
+            )
+
+
+def _real_place(url: str | Path) -> str:
+    """Where it is, whichever links lead there."""
+    where = local_path(url)
+    return open_store(url).url().rstrip("/") if where is None else os.path.realpath(where)
 
 
 @dataclass(frozen=True)

@@ -539,4 +539,8 @@ def test_a_folder_of_pictures_is_not_packed_into_itself(tmp_path: Path) -> None:
         noise(tmp_path / "in" / f"{i}.png", i)
     with pytest.raises(UserError, match="in: is the folder that is packed"):
         pack(tmp_path / "in", f"{tmp_path}/in/")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for source, target in (("in", "link"), ("link", "in"), ("in", "link/out"), ("link", "in/out")):
+        with pytest.raises(UserError, match="the folder that is packed"):
+            pack(tmp_path / source, tmp_path / target)
     assert len(list((tmp_path / "in").iterdir())) == 3
