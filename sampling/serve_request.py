@@ -21,7 +21,7 @@ from scoreray.sampling.serve_config import Limits, Refused
 from scoreray.sampling.serve_docs import in_words
 from scoreray.sampling.serve_job import Job
 from scoreray.sampling.serve_models import Served
-from scoreray.sampling.steering import MAX_GUIDANCE
+from scoreray.trainer.config import MAX_GUIDANCE
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only told to take these
 LONGEST_NUMBER = 40

@@ -30,6 +30,8 @@ from scoreray.trainer.unet import UNetConfig
 from scoreray.trainer.units import Count, CountOrZero
 
 MOST_WORKERS = 100_000
+MOST_S = 1e9  # of waiting: what a system's timers take
+MAX_GUIDANCE = 100.0  # beyond it, on either side, samples are noise or not finite
 
 
 def _workers(value: Any) -> Any:
@@ -128,10 +130,10 @@ class ScalingSection(Section):
     use_gpu: bool = False
     cpus_per_worker: float = Field(1, gt=0, le=1024)
     max_failures: int = Field(8, ge=-1)
-    hang_timeout_s: float = Field(30, ge=3)
-    resize_every_s: float = Field(30, ge=1)
-    grace_s: float = Field(25, ge=0)
-    standby_after_s: float | None = Field(60, ge=0)
+    hang_timeout_s: float = Field(30, ge=3, le=MOST_S)
+    resize_every_s: float = Field(30, ge=1, le=MOST_S)
+    grace_s: float = Field(25, ge=0, le=MOST_S)
+    standby_after_s: float | None = Field(60, ge=0, le=MOST_S)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -188,7 +190,7 @@ class EvaluationSection(Section):
     extractor: str = "auto"
     sampler: str | None = None
     steps: int | None = Field(None, ge=1)
-    guidance: float = 1.0
+    guidance: float = Field(1.0, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
     batch_size: int = Field(64, ge=1)
 
 
@@ -393,17 +395,19 @@ def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
 
 def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
     """`raw` with the default `kind` wherever a section that has one leaves it out."""
-    defaults = {name: field.get_default() for name, field in Config.model_fields.items() if not field.is_required()}
 
-    def fill(section: Any, default: Any) -> Any:
-        if isinstance(section, dict) and hasattr(default, "kind"):
-            section.setdefault("kind", default.kind)
-            if section["kind"] == default.kind:
-                for key in section:
-                    section[key] = fill(section[key], getattr(default, key, None))
+    def fill(section: Any, annotation: Any, default: Any) -> Any:
+        if isinstance(section, dict):
+            if hasattr(default, "kind"):
+                section.setdefault("kind", default.kind)
+            members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+            chosen = next((one for one in map(_plain, members) if _kind_of(one) in (None, section.get("kind"))), None)
+            for key, inner in _fields_of(chosen).items():
+                if key in section:
+                    section[key] = fill(section[key], _plain(inner), _default_of(chosen, key))
         return section
 
-    return {key: fill(value, defaults.get(key)) for key, value in copied(raw).items()}
+    return fill(copied(raw), Config, None)  # type: ignore[no-any-return]
 
 
 def copied(value: Any) -> Any:
@@ -471,6 +475,13 @@ def _is_union(annotation: Any) -> bool:
 def _kind_of(annotation: Any) -> str | None:
     kind = _fields_of(annotation).get("kind")
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Literal else None
+
+
+def _default_of(annotation: Any, key: str) -> Any:
+    """What a section's key is where nothing is given; of a key that must be given, nothing that means anything."""
+    if issubclass(annotation, BaseModel):
+        return next(field for name, field in annotation.model_fields.items() if key in (field.alias, name)).default
+    return next(field.default for field in dataclasses.fields(annotation) if field.name == key)
 
 
 def _fields_of(annotation: Any) -> dict[str, Any]:

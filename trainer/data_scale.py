@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scoreray.trainer import checks
 from scoreray.trainer.process import EDM
 from scoreray.trainer.rbm import MachineConfig
 from scoreray.trainer.sigma_sampling import LogNormal
@@ -83,6 +84,9 @@ def _fix(config: Config, manifest: Manifest, uneven: bool) -> str:
             "data inspect` gives"
         )
     factor = manifest.sigma_data / 0.5
+    smallest, largest = checks.NOISE_LEVELS
+    if not (smallest <= factor * EDM().sigma_min and factor * EDM().sigma_max <= largest):
+        return f"divide the data by {factor:.3g} before packing"
     settings = ["denoiser.sigma_data=auto"]
     sampling = config.objective.sigma_sampling
     if isinstance(config.process, EDM) and isinstance(sampling, LogNormal):  # EDM's own settings, in the data's units

@@ -94,7 +94,7 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         checks.choose("denoiser.parameterization", self.parameterization, dict.fromkeys(PARAMETERIZATIONS))
         if self.sigma_data != "auto":
-            checks.positive("denoiser", sigma_data=self.resolved_sigma_data)
+            checks.noise_level("denoiser", sigma_data=self.resolved_sigma_data)
 
     @property
     def resolved_sigma_data(self) -> float:

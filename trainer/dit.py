@@ -27,6 +27,8 @@ from scoreray.trainer.layers import (
 
 SINUSOID_CHANNELS = 256
 
+MOST_MLP_RATIO = 1000
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -58,7 +60,12 @@ class DiTConfig:
             self.hidden_size,
             f"choose a positive multiple of 4 and of num_heads, {self.num_heads}",
         )
-        require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "choose a positive number")
+        require(
+            0 < self.mlp_ratio <= MOST_MLP_RATIO,
+            "mlp_ratio",
+            self.mlp_ratio,
+            f"choose a number above 0, at most {MOST_MLP_RATIO}",
+        )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
 
 

@@ -45,14 +45,10 @@ class OptimizerConfig:
     skip_nonfinite: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        if not (0 < self.learning_rate < math.inf):
-            raise UserError(f"optimizer.learning_rate: {self.learning_rate} must be positive and finite")
+        checks.positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas: {list(self.betas)} must both lie in [0, 1)")
-        checks.positive("optimizer", eps=self.eps)
-        for name in ("weight_decay", "gradient_clip"):
-            if not 0 <= getattr(self, name) < math.inf:  # NaN is neither
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}: give a finite number, 0 or above")
+        checks.between("optimizer", 0, checks.LARGEST, weight_decay=self.weight_decay, gradient_clip=self.gradient_clip)
 
     def rate(self, images_seen: int, total_images: int) -> float:
         """Learning rate of the step that ends at `images_seen` of `total_images`."""

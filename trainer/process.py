@@ -154,6 +154,7 @@ class VE(GaussianProcess):
 
     def __post_init__(self) -> None:
         _check_sigmas("process", self.sigma_min, self.sigma_max)
+        _check_noise_levels(self)
 
     @property
     def sampling_t_min(self) -> float:
@@ -180,6 +181,7 @@ class _LinearBeta(GaussianProcess):
     def __post_init__(self) -> None:
         _check_betas(self.beta_min, self.beta_max)
         _check_times(self.t_min, 1.0)
+        _check_noise_levels(self)
 
     @property
     def sampling_t_min(self) -> float:
@@ -234,6 +236,7 @@ class DDPM(GaussianProcess):
         _check_betas(self.beta_min, self.beta_max)
         checks.at_least("process", 2, num_steps=self.num_steps)
         checks.ordered("process", "beta_max", "the largest variance", self.beta_max, 1.0)
+        _check_noise_levels(self)
 
     @property
     def t_min(self) -> float:
@@ -274,6 +277,7 @@ class FlowMatching(GaussianProcess):
 
     def __post_init__(self) -> None:
         _check_times(self.t_min, self.t_max)
+        _check_noise_levels(self)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -296,6 +300,7 @@ class Cosine(GaussianProcess):
 
     def __post_init__(self) -> None:
         _check_times(self.t_min, self.t_max)
+        _check_noise_levels(self)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return (math.pi / 2 * t).cos()
@@ -318,6 +323,7 @@ class EDM(GaussianProcess):
 
     def __post_init__(self) -> None:
         _check_sigmas("process", self.sigma_min, self.sigma_max)
+        _check_noise_levels(self)
 
     @property
     def t_min(self) -> float:
@@ -396,6 +402,18 @@ def _scaled(factor: Tensor, x: Tensor) -> Tensor:
 def _check_sigmas(owner: str, sigma_min: float, sigma_max: float) -> None:
     checks.positive(owner, sigma_min=sigma_min, sigma_max=sigma_max)
     checks.ordered(owner, "sigma_min", "sigma_max", sigma_min, sigma_max)
+
+
+def _check_noise_levels(process: GaussianProcess) -> None:
+    """Noise levels are squared and divided by each other in float32: beyond these bounds that ends in inf, 0 or NaN."""
+    low, high = process.sigma_range()
+    smallest, largest = checks.NOISE_LEVELS
+    if not smallest <= low < high <= largest:  # NaN is none
+        settings = ", ".join(f"{name} {value}" for name, value in vars(process).items() if name != "kind")
+        raise UserError(
+            f"process: {settings} make noise levels (sigma / alpha) from {low:.3g} to {high:.3g}: "
+            f"they must rise within {smallest:g} to {largest:g}"
+        )
 
 
 def _check_betas(beta_min: float, beta_max: float) -> None:

@@ -18,6 +18,9 @@ from scoreray.trainer import checks
 from scoreray.trainer.noise import STREAM_SIGMA, uniform
 from scoreray.trainer.process import Process
 
+MOST_LOGIT = 50.0  # beyond it, on either side, t is one of its ends
+MOST_P_STD = 5.0  # of ln sigma: 1% of the noise levels are then more than a factor of 4e5 from the middle
+
 
 class _Sampling:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -34,8 +37,9 @@ class LogNormal(_Sampling):
     kind: Literal["log_normal"] = "log_normal"
 
     def __post_init__(self) -> None:
-        checks.finite("sigma_sampling", P_mean=self.P_mean)
+        checks.between("sigma_sampling", *map(math.log, checks.NOISE_LEVELS), P_mean=self.P_mean)
         checks.positive("sigma_sampling", P_std=self.P_std)
+        checks.between("sigma_sampling", 0, MOST_P_STD, P_std=self.P_std)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()
@@ -53,7 +57,7 @@ class LogUniform(_Sampling):
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("sigma_min", "sigma_max") if getattr(self, name) is not None}
-        checks.positive("sigma_sampling", **given)
+        checks.noise_level("sigma_sampling", **given)
         if len(given) == 2:
             checks.ordered("sigma_sampling", "sigma_min", "sigma_max", given["sigma_min"], given["sigma_max"])
 
@@ -86,8 +90,9 @@ class LogitNormal(_Sampling):
     kind: Literal["logit_normal"] = "logit_normal"
 
     def __post_init__(self) -> None:
-        checks.finite("sigma_sampling", mean=self.mean)
+        checks.between("sigma_sampling", -MOST_LOGIT, MOST_LOGIT, mean=self.mean)
         checks.positive("sigma_sampling", std=self.std)
+        checks.between("sigma_sampling", 0, MOST_LOGIT, std=self.std)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         # Not torch.sigmoid, whose last bit depends on a value's place in the tensor.

@@ -15,9 +15,11 @@ from scoreray.data.order import default_lanes
 from scoreray.data.store import open_store
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import differing_keys, dump_config, leaves, load_config
-from scoreray.trainer.process import VP
+from scoreray.trainer.objective import OBJECTIVES
+from scoreray.trainer.process import PROCESSES, VP
 from scoreray.trainer.run import stored_config
-from scoreray.trainer.weighting import MinSNR
+from scoreray.trainer.sigma_sampling import SIGMA_SAMPLINGS
+from scoreray.trainer.weighting import WEIGHTINGS, MinSNR
 
 MINIMAL: dict[str, Any] = {
     "run": {"name": "a", "storage": "s3://bucket/runs"},
@@ -286,6 +288,30 @@ def test_overrides_reach_any_key_and_kind() -> None:
     assert config.optimizer.learning_rate == 1e-3
     nested = load_config(MINIMAL, ["objective.sigma_sampling.P_mean=-0.5"])
     assert nested.objective.sigma_sampling.P_mean == -0.5  # type: ignore[union-attr]
+
+
+KINDS = (
+    *(f"process.kind={kind}" for kind in PROCESSES),
+    *(f"objective.sigma_sampling.kind={kind}" for kind in SIGMA_SAMPLINGS),
+    *(f"objective.weighting.kind={kind}" for kind in WEIGHTINGS),
+    *(f"objective.kind={kind}" for kind in OBJECTIVES if kind != "contrastive"),  # which needs an energy
+    "network.kind=dit",
+    "network.kind=mlp",
+)
+
+
+def test_no_number_of_a_config_may_be_beyond_what_float32_holds() -> None:
+    numbers = {
+        (kind, key)
+        for kind in KINDS
+        for key, value in leaves(load_config(MINIMAL, [kind]).model_dump())
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert len(numbers) > 400
+    for kind, key in numbers:
+        for value in ("1e300", "-1e300"):
+            with pytest.raises(UserError, match=key.rpartition(".")[2]):
+                load_config(MINIMAL, [kind, f"{key}={value}"])
 
 
 def test_a_new_kind_drops_the_old_kinds_keys(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ UNFIT = {
     "channels": ([0.0, 0.0], [0.01, 0.7], False, "center and scale each channel"),
     "everything": ([0, 1, 10, 100, 1000], [0.001, 0.1, 1, 10, 30], True, "center and scale each channel"),
     "below the noise": ([0.0], [1e-4], True, "divide the data by 0.0002 before packing"),
-    "above the noise": ([0.0], [1e30], True, r"divide the data by 2e\+30 before packing"),
+    "above the noise": ([0.0], [1e30], True, r"divide the data by 2e\+30 before packing$"),
     "far away": ([-90.0], [0.5], True, "center and scale each channel"),
 }
 

@@ -215,6 +215,16 @@ def test_a_config_chooses_a_process_by_its_kind():
         (lambda: DDPM(num_steps=1), "num_steps is 1: give 2 or more"),
         (lambda: DDPM(beta_max=1.5), "beta_max is 1.5"),
         (lambda: FlowMatching(t_max=1.5), "t_max is 1.5"),
+        (
+            lambda: EDM(sigma_max=1e300),
+            r"sigma_min 0.002, sigma_max 1e\+300 make noise levels .* to 1e\+300: they must",
+        ),
+        (lambda: VE(sigma_min=1e-300), "from 1e-300 to 50: they must rise within 1e-09 to 1e\\+09"),
+        (lambda: VP(beta_max=1e4), "beta_max 10000.0, .* to inf"),
+        (lambda: SubVP(t_min=1e-300), "noise levels .* from 0 to|from 1e-301"),
+        (lambda: DDPM(num_steps=10**6), "num_steps 1000000 make noise levels .* to inf"),
+        (lambda: FlowMatching(t_max=1.0), "t_max 1.0 make noise levels .* to inf"),
+        (lambda: Cosine(t_min=1e-300), "from 1.57e-300"),
     ],
 )
 def test_impossible_values_are_named(make, message):
