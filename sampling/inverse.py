@@ -17,6 +17,9 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance import Denoise, rows_per_sample
 
+BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, what Pillow and paint programs take
+MOST_NOISE_STD = 1e9  # its square must be a number of float32
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -46,11 +49,14 @@ def average_pool(factor: int) -> Operator:
     return Operator(lambda x: torch.nn.functional.avg_pool2d(x, factor), spread, _even(1 / factor**2))
 
 
-def gray(channels: int = 3) -> Operator:
-    """Colourisation: A is the mean over the channels of an image [B, C, H, W]."""
-    return Operator(
-        lambda x: x.mean(1, keepdim=True), lambda y: y.expand(-1, channels, -1, -1) / channels, _even(1 / channels)
-    )
+def gray() -> Operator:
+    """Colourisation: A is the brightness of a colour image [B, 3, H, W], as pictures are made grey everywhere."""
+
+    def weights(like: Tensor) -> Tensor:
+        return torch.tensor(BRIGHTNESS, dtype=like.dtype, device=like.device).view(3, 1, 1)
+
+    gram = math.fsum(weight**2 for weight in BRIGHTNESS)
+    return Operator(lambda x: (x * weights(x)).sum(1, keepdim=True), lambda y: y * weights(y), _even(gram))
 
 
 def matrix(a: Tensor) -> Operator:
@@ -92,8 +98,8 @@ class LinearInverse:
     method: Literal["projection", "jacobian"] = "projection"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
-            raise UserError(f"noise_std = {self.noise_std}: must be a number in [0, inf)")
+        if not 0 <= self.noise_std <= MOST_NOISE_STD:
+            raise UserError(f"noise_std = {self.noise_std}: must be a number in [0, {MOST_NOISE_STD:g}]")
         if not (math.isfinite(self.data_std) and self.data_std > 0):
             raise UserError(f"data_std = {self.data_std}: must be a positive number, the data's standard deviation")
         if self.method not in ("projection", "jacobian"):

@@ -31,6 +31,7 @@ OVERSHOOT = 1.5  # of floats in [-1, 1]: a measurement, or a sample that is give
 NOISE_STDS = 6  # by which noise takes a measurement out of its range
 MOST_VALUES = 1 << 28
 ARRAYS = (".npy", ".npz")
+MAGIC = (b"\x93NUMPY", b"PK\3\4", b"PK\5\6")  # of npy, of npz, of an npz without arrays
 NAMES = ("images", "samples")  # of the array of an npz, as `scoreray sample` and the service leave it
 
 
@@ -86,7 +87,7 @@ def read_mask(url: str, shape: Sequence[int]) -> Tensor:
 
     Raises UserError where it holds other values than two that mean yes and no, or only one of them.
     """
-    file = _read(url, one_channel=shape[0] == 1)
+    file = _read(url, one_channel=True)  # of a picture: red on black does not mean that red alone is known
     array = file.array
     _check_finite(file)
     values = np.unique(array)
@@ -208,11 +209,15 @@ def _pixels(data: bytes, url: str, one_channel: bool) -> np.ndarray:
 
 
 def _array(data: bytes, url: str) -> np.ndarray:
-    """One array of numbers, never a pickle. Raises DataError, UserError (several that could be meant)."""
+    """One array of numbers, never a pickle. Raises DataError, UserError (none, or several that could be meant)."""
     try:
+        if not data.startswith(MAGIC):
+            raise ValueError("neither npy nor npz")
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
             names = [name for name in NAMES if name in loaded.files] or loaded.files
+            if not names:
+                raise UserError(f"{url}: holds no arrays")
             if len(names) > 1:
                 shown = ", ".join(names[:8])
                 raise UserError(f"{url}: holds the arrays {shown}; leave one, or call the one that is meant 'images'")

@@ -13,7 +13,7 @@ from scoreray.data.samples import Samples
 from scoreray.sampling import frechet, record
 from scoreray.sampling.describe import ModelInfo
 from scoreray.sampling.features import IDENTITY_VALUES, ExtractorChoice
-from scoreray.sampling.inverse import Operator, average_pool, gray, mask
+from scoreray.sampling.inverse import BRIGHTNESS, Operator, average_pool, gray, mask
 from scoreray.sampling.likelihood import Trace
 from scoreray.trainer.units import whole_number
 
@@ -60,8 +60,8 @@ def restoration(name: str, shape: tuple[int, ...]) -> Operator:
     factor = whole_number(value) or 0
     if word == "superresolution" and factor > 1 and height % factor == width % factor == 0:
         return average_pool(factor)
-    if word == "gray" and channels > 1 and not value:
-        return gray(channels)
+    if word == "gray" and channels == 3 and not value:
+        return gray()
     if word == "inpaint" and not value:
         known = torch.ones(shape, dtype=torch.bool)
         known[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
@@ -153,7 +153,11 @@ def protocol(
             "levels": SIGMAS,
             "sigma_data": info.config.denoiser.resolved_sigma_data,
         },
-        "restoration": {"task": settings.restoration, "count": min(settings.restoration_count, manifest.num_samples)},
+        "restoration": {
+            "task": settings.restoration,
+            "count": min(settings.restoration_count, manifest.num_samples),
+            **({"brightness": list(BRIGHTNESS)} if settings.restoration == "gray" else {}),
+        },
         "ais": {"chains": settings.chains},
     }
     needed = {part for metric in metrics for part in record.PROTOCOL[metric]}

@@ -14,13 +14,13 @@ import torch
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.sampling.guidance import Autoguidance, ClassifierFree, Denoise, Interval
-from scoreray.sampling.inverse import LinearInverse, Operator, average_pool, gray, mask, matrix
+from scoreray.sampling.inverse import MOST_NOISE_STD, LinearInverse, Operator, average_pool, gray, mask, matrix
 from scoreray.sampling.load import LoadedDenoiser, load
 from scoreray.sampling.observations import parse_value_range, read_mask, read_numbers, read_observed
+from scoreray.trainer.config import MAX_GUIDANCE
 from scoreray.trainer.units import whole_number
 
 Method = Literal["projection", "jacobian"]
-MAX_GUIDANCE = 100  # beyond it, on either side, samples are noise or not finite
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Measurement:
             raise UserError(f"operator '{self.operator}': write {OPERATORS[name]}")
         if (name == "inpaint") != (self.mask is not None):
             raise UserError("--mask goes with --inpaint, and --inpaint needs it: a picture, bright where known")
-        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
-            raise UserError(f"--noise-std {self.noise_std}: must be a finite number, 0 or above")
+        if not 0 <= self.noise_std <= MOST_NOISE_STD:
+            raise UserError(f"--noise-std {self.noise_std}: must be a number from 0 to {MOST_NOISE_STD:g}")
         if self.method not in get_args(Method):
             raise UserError(f"--inverse-method '{self.method}': {nearest(self.method, get_args(Method))}")
         if self.value_range is not None:
@@ -200,7 +200,7 @@ def _operator(measurement: Measurement, shape: tuple[int, ...], device: torch.de
         return average_pool(factor)
     if name == "gray":
         if shape[0] != 3:
-            raise UserError(f"gray: this model's images have {shape[0]} channel, which needs no colour")
-        return gray(shape[0])
+            raise UserError(f"gray: of images with red, green and blue, and this model's have {shape[0]} channel(s)")
+        return gray()
     assert measurement.mask is not None
     return mask(read_mask(measurement.mask, shape).to(device))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.inverse import LinearInverse, average_pool, gray, inpaint, mask, matrix
@@ -41,6 +43,12 @@ def test_an_operators_transpose_and_solve_are_those_of_its_map(operator, shape):
     z = operator.solve(y, prior, noise)
     back = prior.view(-1, *[1] * (y.ndim - 1)) * operator.apply(operator.transpose(z)) + noise * z
     torch.testing.assert_close(back, y)
+
+
+def test_gray_is_the_brightness_that_pillow_gives_a_colour_picture():
+    colours = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    brightness = gray().apply(torch.from_numpy(colours).permute(2, 0, 1)[None].double())[0, 0]
+    assert (brightness - torch.from_numpy(np.array(Image.fromarray(colours).convert("L")))).abs().max() <= 0.51
 
 
 A = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -1.0]], dtype=torch.float64)

@@ -213,6 +213,12 @@ NONSENSE: dict[str, tuple[list[str], str]] = {
     "negative noise": (["--inverse", "gray", "--measurement", "{png}", "--noise-std", "-1"], "--noise-std -1"),
     "unknown sampler": (["--sampler", "gibs"], "did you mean 'gibbs'"),
     "gibbs for a network": (["--sampler", "gibbs"], "is for RBMs, and network.kind is 'unet'"),
+    "endless noise": (
+        ["--inverse", "gray", "--measurement", "{png}", "--noise-std", "1e300"],
+        "a number from 0 to 1e+09",
+    ),
+    "coloured mask": (["--inpaint", "{png}", "--mask", "{red}"], "red.png: has colours, and one channel is wanted"),
+    "no arrays": (["--inverse", "gray", "--measurement", "{none}"], "none.npz: holds no arrays"),
     "unknown grid": (["--grid", "karas"], "did you mean 'karras'"),
 }
 
@@ -228,7 +234,10 @@ def test_nonsense_is_refused_in_one_line(runs: dict[str, str], tmp_path: Path, n
         "unit": tmp_path / "unit.npy",
         "half": picture(tmp_path / "half.png", np.tile(np.array([0, 255], np.uint8), (8, 4))),
         "soft": picture(tmp_path / "soft.png", bytes_of((8, 8))),
+        "red": picture(tmp_path / "red.png", np.eye(8, dtype=np.uint8)[..., None] * np.array([255, 0, 0], np.uint8)),
+        "none": tmp_path / "none.npz",
     }
+    np.savez(files["none"])
     np.save(files["unit"], bytes_of((8, 8, 3)) / 255)
     with pytest.raises(UserError) as caught:
         drawn(runs["unet"], tmp_path / "s.npz", *(word.format(**files, **runs) for word in words))
