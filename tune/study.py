@@ -11,6 +11,7 @@ none is lost, none runs twice.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError, shortened
 from scoreray.data.lease import Lease
+from scoreray.data.yaml_text import parse_value
 from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import dump_config
 from scoreray.trainer.loop import run_store
@@ -56,7 +58,10 @@ def claim(plan: Plan) -> list[Trial]:
             raise DataError(
                 f"{store.url(STUDY)}: not what a sweep leaves; delete that file, and the same command goes on"
             ) from None
-        keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        values = {
+            key: (_as_read_now(there.get(key), here.get(key)), here.get(key)) for key in there.keys() | here.keys()
+        }
+        keys = sorted(key for key, (old, new) in values.items() if old != new)
         differing = [key for key in keys if not any(key == one or key.startswith(one + ".") for one in CHANGEABLE)]
         if differing and read_trials(store):
             lines = [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing]
@@ -67,8 +72,28 @@ def claim(plan: Plan) -> list[Trial]:
         store.put(STUDY, json.dumps(sweep).encode())
     trials = read_trials(store)
     for trial in trials:
+        _read_choices(plan, trial)
         _check_fits(plan, trial)
     return trials
+
+
+def _as_read_now(stored: Any, present: Any) -> Any:
+    """`stored`, or `present` where that is how it is read now: earlier versions took 1e-3 in a sweep for a string."""
+    if isinstance(stored, list) and isinstance(present, list) and len(stored) == len(present):
+        return [_as_read_now(old, new) for old, new in zip(stored, present, strict=True)]
+    if isinstance(stored, str) and isinstance(present, float):
+        with contextlib.suppress(UserError):
+            return present if parse_value(stored, "") == present else stored
+    return stored
+
+
+def _read_choices(plan: Plan, trial: Trial) -> None:
+    """Makes choices on record the present ones that they are read as."""
+    for values in [trial.values, *(one["values"] for one in trial.lineage)]:
+        for one in plan.space.dimensions:
+            if one.key in values:
+                there = values[one.key]
+                values[one.key] = next((new for new in one.choices if _as_read_now(there, new) == new), there)
 
 
 def _check_fits(plan: Plan, trial: Trial) -> None:
