@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from scoreray.cluster.serving import Placement, application, make_config, make_limits, parse_replicas
+from scoreray.data.yaml_text import parse_value
+
+TIMES_AND_SHARES = ("cpus_per_replica", "gpus_per_replica", "reload_s", "drain_s")
 
 
 class Settings(BaseModel):
     """`args` of the application: the words of `scoreray serve`, with the same meaning and defaults.
 
-    Tokens come from SCORERAY_TOKENS of the pods, never from here: the dashboard shows a Serve config.
+    Tokens come from SCORERAY_TOKENS of the pods, never from here: the dashboard shows a Serve config. Ray and KubeRay
+    read it as YAML 1.1, where 1e1 is a string and off is false; what is meant is read here by the rule of configs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +35,21 @@ class Settings(BaseModel):
     drain_s: float = 60.0
     limit: list[str] = []
     no_auth: bool = False
+
+    @field_validator("max_batch", "max_models", "threads", *TIMES_AND_SHARES, mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        return parse_value(value, str(info.field_name)) if isinstance(value, str) else value
+
+    @field_validator("replicas", "ema", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 def build(args: Settings) -> Any:

@@ -20,6 +20,7 @@ import yaml
 from scoreray.cluster.cli import app
 from scoreray.data.errors import UserError
 from scoreray.data.extras import EXTRAS
+from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
 
@@ -86,6 +87,20 @@ def test_the_serve_config_is_one_that_ray_serve_takes(clusters: Any, specs: Any,
         build(settings)
     monkeypatch.setenv("SCORERAY_TOKENS", "me:" + "x" * 32)
     assert "x" * 32 not in repr(build(settings))
+
+
+def test_numbers_and_words_of_a_serve_config_mean_the_same_though_ray_reads_it_as_yaml_1_1() -> None:
+    from scoreray.cluster.serve_app import Settings
+
+    text = "{checkpoints: [a], replicas: 2, ema: 0.05, max_batch: 1.6e1, reload_s: 1e1, drain_s: 5E-1, compile: off}"
+    expected = Settings(
+        checkpoints=["a"], replicas="2", ema="0.05", max_batch=16, reload_s=10.0, drain_s=0.5, compile="off"
+    )
+    assert Settings.model_validate(yaml.safe_load(text)) == expected
+    assert Settings.model_validate(parse_yaml(text, "")) == expected
+    for wrong in ({"reload_s": "soon"}, {"reload_s": "[1"}, {"compile": 1}, {"replicas": True}, {"max_batch": "1.5"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings.model_validate({"checkpoints": ["a"], **wrong})
 
 
 def test_a_typo_in_the_serve_config_is_refused() -> None:
