@@ -23,7 +23,9 @@ def demo(
 ) -> None:
     """The whole line on this machine: pack, train on Ray from S3, draw samples, show them."""
     from scoreray.cluster.demo import run_demo
+    from scoreray.data.outputs import check_folder
 
+    check_folder(str(out), "--out")
     result = run_demo(out, quick=quick, workers=workers, fresh=fresh, verbose=verbose)
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 
