@@ -10,15 +10,14 @@ import shutil
 import signal
 import socket
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.display import say
 from scoreray.cluster.ray_folder import RAYS_OWN, private_folder
+from scoreray.cluster.ray_start import SHORT_LOOKS, load_line, patience, start_wait_s
 from scoreray.cluster.ray_watch import watched
 from scoreray.data.errors import MachineError, UserError
 from scoreray.trainer.run import SCRATCH
@@ -41,15 +40,6 @@ QUIET_AND_LOCAL = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
 }
 
-START_S = 30  # Ray's own patience with its daemons
-MOST_CROWDED = 8.0
-TELL_AFTER_S = 15.0
-# Ray's waits while it starts -> their units in a second.
-START_WAITS = {
-    "RAY_raylet_start_wait_time_s": 1,
-    "RAY_gcs_server_port_wait_time_s": 1,
-    "RAY_agent_register_timeout_ms": 1000,
-}
 OUR_KILL = "killed by `ray.kill`"
 _verbose = False  # of the newest connection of this process
 
@@ -90,15 +80,8 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
         finally:
             ray.shutdown()
         return
-    for last in (False, True):
-        try:
-            with _embedded(num_cpus or os.cpu_count() or 1, verbose):
-                yield
-            return
-        except _TooSlow as error:
-            if last or crowding() <= 1:
-                raise
-            say(f"{error}; trying once more")
+    with _embedded(num_cpus or os.cpu_count() or 1, verbose):
+        yield
 
 
 def _warn_without_token(gcs: str) -> None:
@@ -121,9 +104,15 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
     """A Ray of our own. Raises MachineError where it can't be started."""
     import ray
 
-    with private_folder() as folder:
-        with patience():
-            _start(folder, num_cpus, verbose)
+    with contextlib.ExitStack() as stack:
+        wait_s = start_wait_s()
+        try:
+            folder = stack.enter_context(_started(num_cpus, verbose, wait_s))
+        except _TooSlow as error:
+            if (longer_s := start_wait_s()) < 2 * wait_s:
+                raise
+            say(f"{error}; the machine has become busier: once more, waiting up to {longer_s} s")
+            folder = stack.enter_context(_started(num_cpus, verbose, longer_s))
         os.environ[SCRATCH] = str(folder)
         signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
         try:
@@ -134,25 +123,30 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
             ray.shutdown()
 
 
-def _start(folder: Path, num_cpus: int, verbose: bool) -> None:
+@contextlib.contextmanager
+def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
+    """Ray's daemons, in a folder that is yielded and that goes with them."""
     import ray
 
-    try:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            configure_logging=True,
-            object_store_memory=_object_store_bytes(),
-            _temp_dir=str(folder / RAYS_OWN),
-            _node_ip_address="127.0.0.1",
-        )
-    except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
-        ray.shutdown()
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        kind = _TooSlow if "timed out" in reason.lower() else MachineError
-        raise kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}") from error
+    with private_folder() as folder:
+        try:
+            with patience(wait_s):
+                ray.init(
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=verbose,
+                    logging_level=logging.INFO if verbose else logging.ERROR,
+                    configure_logging=True,
+                    object_store_memory=_object_store_bytes(),
+                    _temp_dir=str(folder / RAYS_OWN),
+                    _node_ip_address="127.0.0.1",
+                )
+        except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
+            ray.shutdown()
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            kind = _TooSlow if "timed out" in reason.lower() else MachineError
+            raise kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}") from error
+        yield folder
 
 
 def _state(folder: Path) -> str:
@@ -162,84 +156,7 @@ def _state(folder: Path) -> str:
         for place in ("/dev/shm", str(folder.parent))
         if os.path.isdir(place)
     ]
-    return ", ".join([*free, _load()])
-
-
-def _load() -> str:
-    return f"load {os.getloadavg()[0]:.0f} on {len(os.sched_getaffinity(0))} cores"
-
-
-def crowding() -> float:
-    """How many processes wait for each core of this machine, over the last minute; at least 1."""
-    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-
-
-@contextlib.contextmanager
-def patience() -> Iterator[threading.Timer]:
-    """Has Ray wait longer for its daemons the more crowded this machine is, with a line when that takes long."""
-    wait_s = round(START_S * min(crowding(), MOST_CROWDED))
-    for name, per_s in START_WAITS.items():
-        os.environ.setdefault(name, str(wait_s * per_s))
-    line = f"Ray is still starting, on a busy machine ({_load()}): waiting up to {wait_s} s"
-    timer = threading.Timer(TELL_AFTER_S, say, [line])
-    timer.daemon = True
-    if wait_s == START_S:
-        timer.finished.set()
-    timer.start()
-    try:
-        with _asking_for(wait_s):
-            yield timer
-    finally:
-        timer.cancel()
-
-
-def living_children() -> dict[int, str]:
-    """Processes that this one started and that live: id -> name. Empty where the kernel does not list them."""
-    found = {}
-    for file in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread or a child that ended meanwhile
-            for child in file.read_text().split():
-                name, _, rest = Path(f"/proc/{child}/stat").read_text().partition("(")[2].rpartition(")")
-                if rest.split()[0] != "Z":
-                    found[int(child)] = name
-    return found
-
-
-def lacks_a_daemon(before: Container[int]) -> bool:
-    """Whether one of Ray's two daemons, started since the children `before`, has ended."""
-    children = living_children()
-    return bool(children) and not {"raylet", "gcs_server"} <= {children[one] for one in children if one not in before}
-
-
-@contextlib.contextmanager
-def _asking_for(wait_s: float) -> Iterator[None]:
-    """Has `ray.init` look for its raylet for so long: 30 s are in its code (Ray 2.60), without a setting. Where
-    that code changes, it waits as long as it does, and is tried once more."""
-    from ray._private import services
-
-    ask = getattr(services, "get_node", None)
-    if ask is None:
-        yield
-        return
-
-    before = living_children()
-
-    def patiently(*arguments: Any) -> Any:
-        end = time.monotonic() + wait_s
-        while True:
-            try:
-                return ask(*arguments)
-            except RuntimeError:  # it has not registered yet, or never will
-                if time.monotonic() > end or lacks_a_daemon(before):
-                    time.sleep(0.5)  # Ray asks again at once, until its half minute is over
-                    raise
-                time.sleep(0.1)
-
-    services.get_node = patiently
-    try:
-        yield
-    finally:
-        services.get_node = ask
+    return ", ".join([*free, load_line()])
 
 
 def _keep_off_stdout(verbose: bool) -> None:
@@ -292,6 +209,7 @@ def _set_environment() -> None:
     if address and _token_given():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+        os.environ |= SHORT_LOOKS
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

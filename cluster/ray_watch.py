@@ -111,12 +111,15 @@ def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> No
 
 
 def _end(what: str) -> None:
+    end(f"{what} (killed, or no memory left?); the same command goes on from what is committed")
+
+
+def end(line: str) -> None:
     """From whatever thread: nothing that is open can be closed without Ray, and what is committed needs no closing."""
     from scoreray.cluster.display import console
 
     with contextlib.suppress(Exception):
         console.show_cursor()
         sys.stdout.flush()
-    line = f"scoreray: {what} (killed, or no memory left?); the same command goes on from what is committed"
-    os.write(2, f"{line}\n".encode())
+    os.write(2, f"scoreray: {line}\n".encode())
     os._exit(STATUS)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from scoreray.cluster import local_ray, ray_watch
+from scoreray.cluster import local_ray, ray_start, ray_watch
 from scoreray.cluster.listening import asks_for_token
 from scoreray.cluster.ray_folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN, VARIABLE, private_folder
 from scoreray.cluster.ray_watch import Daemon
@@ -114,20 +114,89 @@ def test_a_socket_of_ray_has_at_most_107_bytes_or_its_folder_is_refused(monkeypa
 
 
 @pytest.mark.parametrize("reaped", [False, True])  # Ray asks some of its children whether they have ended
-def test_a_daemon_that_died_while_ray_started_is_seen(tmp_path: Path, reaped: bool) -> None:
-    before, started = local_ray.living_children(), []
-    for name in ("raylet", "gcs_server"):
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_daemon_that_died_while_ray_started_is_seen(tmp_path: Path, reaped: bool, seen: bool) -> None:
+    daemons, started = ray_start.Daemons(), []
+    for number, name in enumerate(ray_start.DAEMONS):
+        assert daemons.ended(ray_start.DAEMONS[:number]) == ""
         (tmp_path / name).symlink_to("/bin/sleep")
         started.append(subprocess.Popen([str(tmp_path / name), "600"]))
-    assert not local_ray.lacks_a_daemon(before)
+    assert not seen or daemons.ended(ray_start.DAEMONS) == ""
     started[1].kill()
     os.waitid(os.P_PID, started[1].pid, os.WEXITED | os.WNOWAIT)
     if reaped:
         started[1].wait()
-    assert local_ray.lacks_a_daemon(before)
+    assert daemons.ended(ray_start.DAEMONS) == "raylet"
+    assert daemons.ended() == ("" if reaped and not seen else "raylet")
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(("looks", "ended"), [("....", False), (".x.xxx..", False), ("..xxxx", True)])
+def test_a_daemon_that_ended_while_ray_waits_for_something_else_ends_the_command(
+    looks: str, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    left = iter(looks)
+    daemons: Any = SimpleNamespace(ended=lambda: "raylet" if next(left) == "x" else "")
+    over: Any = SimpleNamespace(wait=lambda _: len(looks) == len(waited) or waited.append(0), is_set=lambda: False)
+    waited: list[int] = []
+    monkeypatch.setattr(ray_start, "end", said.append)
+    ray_start.guard(daemons, over)
+    assert [line.rpartition(": ")[2] for line in said] == ["its raylet has ended"] * ended
+
+
+def test_ray_is_asked_again_and_again_and_no_longer_than_a_daemon_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The originals wait half a minute and more at a time, in C++: no signal is seen meanwhile."""
+    from ray._private import node, services
+
+    originals = node.wait_for_persisted_port, services.get_node
+    answers: list[Any] = [RuntimeError("Timed out waiting for file"), RuntimeError(), 6379]
+    asked: list[dict[str, Any]] = []
+
+    def ask(*arguments: Any, **named: Any) -> Any:
+        asked.append(named)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(node, "wait_for_persisted_port", ask)
+    ended: list[str] = []
+    monkeypatch.setattr(ray_start.Daemons, "ended", lambda *_: "".join(ended))
+    with ray_start.patience(30):
+        assert node.wait_for_persisted_port("folder", "id", "name", timeout_ms=30_000) == 6379
+        assert asked == [{"timeout_ms": 100}] * 3
+        ended.append("gcs_server")
+        answers[:] = [RuntimeError()] * 2
+        with pytest.raises(ray_start.DaemonEnded, match="its gcs_server has ended"):
+            node.wait_for_persisted_port("folder", "id", "name", timeout_ms=30_000)
+    monkeypatch.undo()
+    assert (node.wait_for_persisted_port, services.get_node) == originals
+
+
+@pytest.mark.parametrize(("loads", "tries"), [([1, 1], 1), ([16, 16], 1), ([2, 16], 2), ([16, 1], 1)])
+def test_a_ray_that_was_too_slow_is_started_once_more_only_where_it_may_take_longer_now(
+    loads: list[float], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    waits, setting = list[str](), next(iter(ray_start.START_WAITS))
+
+    def init(**_: Any) -> None:
+        waits.append(os.environ[setting])
+        raise Exception("The current node timed out during startup.")  # as Ray's
+
+    left = [*loads, *loads[-1:] * 9]
+    monkeypatch.delenv(setting, raising=False)
+    monkeypatch.setattr(ray_start, "crowding", lambda: max(1.0, left.pop(0) / 2))
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    timed_out = pytest.raises(MachineError, match=r"could not be started on this machine .* timed out")
+    with timed_out, local_ray._embedded(1, False):
+        raise AssertionError
+    assert waits == ["30", "240"][:tries] if loads[0] < 16 else ["240"]
 
 
 def test_a_disk_without_room_for_ray_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +231,14 @@ def test_a_busy_machine_has_longer_to_start_ray(
     said: list[str] = []
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    monkeypatch.setattr(local_ray, "TELL_AFTER_S", 0.0)
-    monkeypatch.setattr(local_ray, "say", said.append)
+    monkeypatch.setattr(ray_start, "TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(ray_start, "say", said.append)
     monkeypatch.setattr(os, "environ", {})
-    with local_ray.patience() as timer:
+    with ray_start.patience(ray_start.start_wait_s()) as timer:
         timer.join()
-        waits = {name: os.environ[name] for name in local_ray.START_WAITS}
-    assert waits == {name: str(wait_s * unit) for name, unit in local_ray.START_WAITS.items()}
+        waits = dict(os.environ)
+    assert waits == {name: str(wait_s * unit) for name, unit in ray_start.START_WAITS.items()}
+    assert not os.environ
     assert [f"waiting up to {wait_s} s" in line for line in said] == [True] * (wait_s > 30)
 
 
