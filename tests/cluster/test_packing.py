@@ -136,8 +136,26 @@ def test_a_machine_that_does_not_see_the_source_is_named(
         _check_nodes(replace(plan, url=str(tmp_path / "not shared")))
 
 
+# As `data pack`, which after four shards more than there were waits for its end.
+HELD = """
+import time
+from scoreray.cluster import packing
+from scoreray.cluster.command import main
+made = packing.map_on_ray
+def held(*arguments):
+    new = 0
+    for packed in made(*arguments):
+        yield packed
+        new += not packed.kept
+        if new == 4:
+            time.sleep(600)
+packing.map_on_ray = held
+main()
+"""
+
+
 def start(pictures: Path, url: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "data", "pack", str(pictures), str(url), "--workers", "2",
+    command = [sys.executable, "-c", HELD, "data", "pack", str(pictures), str(url), "--workers", "2",
                "--image-size", "32", "--samples-per-shard", "10"]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
