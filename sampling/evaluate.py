@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from scoreray.data.errors import DataError
 from scoreray.data.manifest import Manifest
 from scoreray.data.samples import Samples, spread
-from scoreray.data.store import NotFound, Store, open_store
+from scoreray.data.store import Store, open_store
 from scoreray.sampling import features, quality, record
 from scoreray.sampling.classifier import ClassifierConfig, read_classifier, train_classifier
 from scoreray.sampling.describe import describe
@@ -153,12 +154,14 @@ def missing(plan: Plan, stage: str, tasks: list[Task]) -> list[Task]:
 
 
 def find_finished(plan: Plan) -> Evaluation | None:
-    """The evaluation if its record is there."""
+    """The evaluation if its record is there. Raises DataError where it is damaged."""
     store = plan.store
-    try:
-        found = json.loads(store.get(RECORD))
-    except NotFound:
+    if not store.exists(RECORD):
         return None
+    try:
+        found = record.read_record(store.url(RECORD))
+    except DataError as error:
+        raise DataError(f"{error}; remove that file, and the same command evaluates again") from None
     return Evaluation(found, store.url(RECORD), store.url(PAGE))
 
 

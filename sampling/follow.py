@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,7 +60,8 @@ def follow(
     """
     functions = chosen(config) if functions is None else functions
     run, taken = run_store(config), 0
-    last = max((entry["images"] for entry in read_evaluations(run)), default=0)
+    names = (re.search(r"(\d{12,})\.json$", key) for key, _ in run.list(METRICS + "/"))
+    last = max((int(name[1]) for name in names if name), default=0)
     while functions:
         ending = stop()
         checkpoint = _newest(run, note)

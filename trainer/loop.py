@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from scoreray.data.errors import Unanswered
 from scoreray.data.manifest import Manifest
@@ -38,6 +39,7 @@ from scoreray.trainer.meta import meta_module
 from scoreray.trainer.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
 from scoreray.trainer.progress import Progress, Record
 from scoreray.trainer.quarantined import QuarantineLog
+from scoreray.trainer.segments import read_segment, segment_key, segments
 from scoreray.trainer.step import build_training_module
 from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
 from scoreray.trainer.vote import Vote
@@ -175,17 +177,17 @@ def train(
                 snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images or 2**63)
                 saved = images_seen
                 segment = "".join(line + "\n" for line in lines)
-                segments = [(f"{METRICS}/{images_seen:012d}.jsonl", segment.encode())]
+                objects = [(segment_key(METRICS, images_seen), segment.encode())]
                 if config.log.tensorboard and rank == 0:
-                    segments += [(tensorboard_key(images_seen), tensorboard_events(map(json.loads, lines)))]
-                segments += filter(None, [unreadable.segment(images_seen)])
+                    objects += [(tensorboard_key(images_seen), tensorboard_events(map(json.loads, lines)))]
+                objects += filter(None, [unreadable.segment(images_seen)])
                 writer.save(
                     images_seen,
                     num_steps,
                     list(engine.fragments()) if rank == 0 or not engine.replicated else [],
                     module,
                     {**about, "skipped_steps": skipped},
-                    before_commit=partial(_put_all, run, segments),
+                    before_commit=partial(_put_all, run, objects),
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 lines.clear()
@@ -207,19 +209,32 @@ def train(
     return images_seen
 
 
+class _StoredRecord(BaseModel):
+    """What all readers of metrics need; the rest of `Record` has grown from version to version."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    images: int
+    loss: float
+
+
+_RECORD = TypeAdapter(_StoredRecord)
+
+
 def read_metrics(run: Store, after: int = 0) -> list[dict[str, Any]]:
-    """A run's committed records beyond `after` images, oldest first."""
+    """A run's committed records beyond `after` images, oldest first. Raises DataError where a file is damaged."""
     for _ in range(TRIES):
-        files = {int(key.rpartition("/")[2].split(".")[0]): key for key, _ in run.list(METRICS + "/")}
+        files = segments(run, METRICS)
         if max(files, default=0) <= after:
             return []
         newest = latest(run)
         end = newest.images_seen if newest else 0
         try:
-            lines = [line for at in sorted(files) if after < at <= end for line in run.get(files[at]).splitlines()]
+            wanted = [files[at] for at in sorted(files) if after < at <= end]
+            records = [record for key in wanted for record in read_segment(run, key, _RECORD)]
         except NotFound:  # a start that goes on from before it has removed it since
             continue
-        return [record for record in map(json.loads, lines) if record["images"] > after]
+        return [dict(record) for record in records if record.images > after]
     raise Unanswered(f"{run.url(METRICS)}: files go while they are read; is something removing them?")
 
 
@@ -231,7 +246,8 @@ def _put_all(run: Store, objects: list[tuple[str, bytes]]) -> None:
 def _forget_records(run: Store, images_seen: int) -> None:
     """Remove records that a killed start wrote for a checkpoint that it did not commit: they will be measured again."""
     keys = [key for folder in (METRICS, TENSORBOARD) for key, _ in run.list(folder + "/")]
-    run.delete([key for key in keys if int(re.findall(r"\d+", key.rpartition("/")[2])[0]) > images_seen])
+    seen = {key: re.search(r"\d{12,}", key.rpartition("/")[2]) for key in keys}  # others' files have no such number
+    run.delete([key for key, found in seen.items() if found and int(found[0]) > images_seen])
 
 
 def _step(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from scoreray.data.errors import DataError
 from scoreray.data.quarantine import Entries, Quarantine, Unreadable, over_budget
@@ -15,18 +16,20 @@ from scoreray.data.store import Store
 from scoreray.data.stream import Stream
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import DataSection
+from scoreray.trainer.segments import read_segment, segment_key, segments
 
 FOLDER = "quarantined"  # under the run: one file of JSON lines for each checkpoint that found more
+_ENTRY = TypeAdapter(Unreadable)
 
 
 def read_quarantined(run: Store) -> list[Unreadable]:
     """What a run could not read up to its newest committed checkpoint, by sample."""
     newest = latest(run)
     found = Entries()
-    for key, _ in run.list(FOLDER + "/"):
-        if newest and int(key.rpartition("/")[2].split(".")[0]) <= newest.images_seen:
-            for line in run.get(key).splitlines():
-                found.add(Unreadable(**json.loads(line)))
+    for images_seen, key in segments(run, FOLDER).items():
+        if newest and images_seen <= newest.images_seen:
+            for entry in read_segment(run, key, _ENTRY):
+                found.add(entry)
     return list(found)
 
 
@@ -67,4 +70,4 @@ class QuarantineLog:
         fresh = [entry for entry in self._found if entry not in self._committed]
         self._committed |= set(fresh)
         lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in fresh)
-        return (f"{FOLDER}/{images_seen:012d}.jsonl", lines.encode()) if fresh else None
+        return (segment_key(FOLDER, images_seen), lines.encode()) if fresh else None

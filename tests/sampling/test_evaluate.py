@@ -12,6 +12,7 @@ import time
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import torch
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.pack import pack
 from scoreray.data.samples import Samples
+from scoreray.data.store import open_store
 from scoreray.sampling import evaluation_tasks, features, quality
-from scoreray.sampling.evaluate import evaluate, prepare
+from scoreray.sampling.evaluate import evaluate, find_finished, prepare
 from scoreray.sampling.evaluation_tasks import get_arrays
 from scoreray.sampling.follow import check_evaluation
 from scoreray.sampling.load import load_machine
@@ -352,6 +354,16 @@ def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str
     assert not set(done) & set(kept)
     whole = evaluate(Settings(run, data, ("fid", "loss"), str(tmp_path / "whole"), **settings))
     assert Path(resumed.url).read_bytes() == Path(whole.url).read_bytes()
+
+
+def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(store=open_store(tmp_path))
+    assert find_finished(plan) is None
+    for data in (b"", b"{", b"[]", b"\0" * 90, b'{"kind": "' + b"x" * 9999):
+        (tmp_path / "record.json").write_bytes(data)
+        line = r"record.json: not the record of an evaluation.*; remove that file, and the same command evaluates "
+        with pytest.raises(DataError, match=line):
+            find_finished(plan)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.pack import pack
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
@@ -286,3 +288,39 @@ def test_another_data_set_under_the_same_url_is_refused(data_url: str, tmp_path:
     for refuse in (prepare_run, train):
         with pytest.raises(UserError, match="0 classes, not 3, missing: 0, 1, 2; 99 samples, not 100"):
             refuse(c)
+
+
+def test_damaged_records_are_one_line_and_others_files_beside_them_are_nobodys(
+    small_run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    c = load_config(small_run("run", tmp_path, 48, checkpoint={"every_images": 16}, log={"every_images": 16}))
+    train(c)
+    run, folder = run_store(c), tmp_path / "run" / "metrics"
+    for name in (".DS_Store", "notes 99.txt", "000000000016.jsonl.bak"):
+        (folder / name).write_bytes(b"\xff")
+    whole = read_metrics(run)
+    assert [record["images"] for record in whole] == [16, 32, 48]
+    file = folder / "000000000032.jsonl"
+    right, rng = file.read_bytes(), random.Random(0)
+    damaged = [b"\0" * len(right), b"[]", b"{}", b'{"images": "32", "loss": 1}', b"\xff\xfe"]
+    damaged.append(right.replace(b"loss", b"boss"))
+    for _ in range(300):
+        flipped = bytearray(right)
+        flipped[rng.randrange(len(right))] ^= 1 << rng.randrange(8)
+        damaged += [bytes(flipped), right[: rng.randrange(1, len(right) - 1)]]
+    refused: list[str] = []
+    for data in damaged:
+        file.write_bytes(data)
+        try:
+            read_metrics(run)
+        except DataError as error:
+            refused.append(str(error))
+    line = (
+        rf"{re.escape(str(file))}: line \d+ is no record of a run \(.{{,110}}\); the checkpoints are not affected: .*"
+    )
+    assert [text for text in refused if not re.fullmatch(line, text)] == []
+    assert len(refused) > 306  # all that were cut, and flips in names and brackets; a flipped digit is another number
+    file.unlink()
+    assert read_metrics(run) == [whole[0], whole[2]]
+    train(load_config(small_run("run", tmp_path, 64, checkpoint={"every_images": 16}, log={"every_images": 16})))
+    assert len(list(folder.iterdir())) == 6  # nothing of others was removed

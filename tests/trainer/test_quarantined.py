@@ -59,6 +59,13 @@ def test_a_run_that_was_killed_and_went_on_counts_what_one_that_was_not_does(dam
     notes: list[str] = []
     train(whole, note=notes.append)
     listed = read_quarantined(run_store(whole))
+    list_file = next(tmp_path.glob("whole/run/quarantined/*.jsonl"))
+    right = list_file.read_bytes()
+    for wrong in (b"{", b"{}", b"\0", right.replace(b'"sample": 4', b'"sample": "4')):
+        list_file.write_bytes(wrong)
+        with pytest.raises(DataError, match="line 1 is no record of a run"):
+            read_quarantined(run_store(whole))
+    list_file.write_bytes(right)
     assert [entry.sample for entry in listed] == BAD
     assert [entry.key for entry in listed] == [f"{sample:08d}" for sample in BAD]
     assert sorted(notes) == sorted(f"quarantined: {entry.text()}" for entry in listed)
