@@ -97,6 +97,11 @@ def make_app(service: Service) -> FastAPI:
         refusal = Refused(code, message.get(code, str(error.detail)))
         return _refused(refusal, _request_id(request), dict(error.headers or {}))
 
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        """Nobody reads this: the client hung up, which is counted already and is no bug for the log of errors."""
+        return Response(status_code=400)
+
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         log.error("request %s", _request_id(request), exc_info=error)

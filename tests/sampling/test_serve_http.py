@@ -472,6 +472,28 @@ def test_keys_are_forgotten_in_time_and_number() -> None:
     assert keys.num_bytes == 300
 
 
+def test_a_client_that_hangs_up_while_it_sends_is_no_bug(run_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"50"), (b"host", b"127.0.0.1")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/samples", "raw_path": b"/v1/samples", "root_path": "",
+                 "headers": headers, "query_string": b"", "scheme": "http", "server": ("127.0.0.1", 80)}  # fmt: skip
+        messages = iter([{"type": "http.request", "body": b'{"co', "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive() -> dict[str, Any]:
+            return next(messages)
+
+        async def send(message: dict[str, Any]) -> None:
+            pass
+
+        async with serving(config(run_url)) as call:
+            await make_app(call.service)(scope, receive, send)
+            page = (await call("GET", "/metrics")).body.decode()
+            assert metric(page, "scoreray_requests_total") == metric(page, "scoreray_cancels_total") == 1
+
+    asyncio.run(main())
+    assert "Traceback" not in caplog.text
+
+
 def test_a_client_that_goes_frees_its_rows(run_url: str) -> None:
     async def main() -> None:
         async with serving(config(run_url)) as call:
