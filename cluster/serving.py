@@ -60,6 +60,10 @@ class Placement:
         for name in ("cpus_per_replica", "gpus_per_replica", "drain_s"):
             if not 0 <= getattr(self, name) <= MOST_OF_PLACEMENT:
                 raise UserError(f"{name} = {getattr(self, name)}: must be a number from 0 to {MOST_OF_PLACEMENT:g}")
+        if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
+            raise UserError(
+                f"gpus_per_replica = {self.gpus_per_replica}: Ray shares one GPU; above 1, give a whole number"
+            )
         if not 0 <= self.port < 65536:
             raise UserError(f"port = {self.port}: must be in [0, 65535]; 0 takes a free one")
 

@@ -92,3 +92,13 @@ def test_limits_are_numbers_as_everywhere() -> None:
 def test_sizes_that_no_machine_has_are_refused_before_ray_starts(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{name} = .*: must be a number from 0 to 1e\\+06"):
         Placement(**{name: value})
+
+
+def test_sizes_that_ray_or_torch_would_fail_on_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"gpus_per_replica = 1\.5: .* whole number"):
+        Placement(gpus_per_replica=1.5)
+    for name, value in (("max_batch", 10**20), ("max_batch", 0), ("threads", 10**6), ("threads", 0), ("reload_s", 0.0)):
+        with pytest.raises(UserError, match=f"{name} = .*: must be above 0, at most"):
+            ServeConfig((("a", "/absent"),), **{name: value})
+    with pytest.raises(UserError, match="reload_s = inf"):
+        ServeConfig((("a", "/absent"),), reload_s=math.inf)
