@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scoreray.data.store import open_store
 from scoreray.trainer.presets import preset
 
 _servers: list[Any] = []  # the S3 server of --local-s3, while it runs
@@ -43,4 +44,5 @@ def local_s3(folder: Path) -> Iterator[None]:
 def make_bucket(url: str) -> None:
     """On a server of our own (--local-s3), the bucket of a URL that is about to be written to."""
     if _servers and url.startswith("s3://"):
+        open_store(url)  # raises UserError for what can't be a bucket's name
         _servers[-1].create_bucket(url[5:].partition("/")[0])

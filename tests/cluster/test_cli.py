@@ -18,6 +18,8 @@ import pytest
 import torch
 import yaml
 
+from scoreray.cluster import words
+from scoreray.data.errors import UserError
 from scoreray.data.local_s3 import LocalS3
 
 ROOT = Path(__file__).parent.parent.parent
@@ -258,3 +260,12 @@ def test_what_ray_tells_of_workers_is_not_among_a_commands_answer(
     assert not told.out
     assert "printed by a worker" in told.err
     assert "a worker died" not in told.err
+
+
+def test_what_can_not_be_a_bucket_is_refused_before_a_server_of_our_own_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(words, "_servers", [None])
+    for url in ("s3:///prefix", "s3://", "s3://A_b/x", "s3://a/x"):
+        with pytest.raises(UserError, match="can't be a bucket's name"):
+            words.make_bucket(url)
