@@ -236,6 +236,8 @@ def pack_shard(plan: Plan, number: int) -> Packed:
         data, packed = plan.make(number, folder)
         if data is not None:
             store.put(packed.shard.name, data)
+        elif not plan.in_place:  # all of its samples are bad by now
+            store.delete([packed.shard.name])
     packed = replace(packed, inputs=inputs)
     put_record(store, number, packed)
     return packed

@@ -160,8 +160,10 @@ def test_shards_that_a_smaller_source_does_not_have_are_removed_but_never_the_us
     stopped_at_shard(7, monkeypatch, source, tmp_path / "begun", **one)
     for name in ("cat/0.bmp", "cat/1.bmp", "dog/0.bmp"):
         (source / name).unlink()
-    pack(source, tmp_path / "begun", **one)
-    pack(source, tmp_path / "fresh", **one)
+    for name in ("cat/2.bmp", "cat/3.bmp"):  # shards of bad samples only
+        (source / name).write_bytes(b"damaged")
+    pack(source, tmp_path / "begun", **one, skip_bad=2)
+    pack(source, tmp_path / "fresh", **one, skip_bad=2)
     assert contents(tmp_path / "begun") == contents(tmp_path / "fresh")
 
     place = tmp_path / "place"
