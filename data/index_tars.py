@@ -21,7 +21,8 @@ from scoreray.data.identity import content_marks, digest_of
 from scoreray.data.layout import Layout, checked_layout
 from scoreray.data.listing import kinds_line, list_below, shown, suffix_of
 from scoreray.data.manifest import FORMATS, INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
-from scoreray.data.packing import Moments, Packed
+from scoreray.data.moments import Moments
+from scoreray.data.packing import Packed
 from scoreray.data.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.records import records_sha256
 from scoreray.data.store import NotFound, Store, local_path, mode_of, open_store

@@ -15,7 +15,8 @@ import simplejpeg
 from PIL import Image
 
 from scoreray.data.manifest import FORMATS, RECORD, Shard, digest
-from scoreray.data.packing import Moments, Packed
+from scoreray.data.moments import Moments
+from scoreray.data.packing import Packed
 from scoreray.data.records import records_sha256
 
 JPEG_QUALITY = 95
