@@ -123,7 +123,7 @@ class _Builder:
 
     def _begin(self, event: Any, mark: Any) -> None:
         if event.tag is not None:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            tag = " ".join(event.tag.replace("tag:yaml.org,2002:", "!!").split())  # "!%0a" is one with a line's end
             raise _Wrong(f"tag {shortened(tag)}: tags are not read; write the value without one", mark)
         if isinstance(event, yaml.CollectionStartEvent):
             if len(self._open) >= MAX_DEPTH:

@@ -50,6 +50,7 @@ def test_values_are_those_of_yaml_1_2(text: str, value: Any) -> None:
         ("1e-999", "1e-999 is too small for a number"),
         ('!!int "abc"', "tag !!int: tags are not read"),
         ("!!python/object/apply:os.system [true]", "tag !!python/object/apply:os.system: tags"),
+        ("[!%0a%0ab 1]", "tag ! b: tags are not read"),
         ("a: !mine 1", "line 1, column 4: tag !mine"),
         ("[1", "not YAML: line 1, column 3"),
         ("{", "not YAML: line 1, column 2"),
