@@ -26,6 +26,7 @@ from scoreray.trainer.ladder import levels_needed
 from scoreray.trainer.objective import ContrastiveObjective
 
 MAX_SHEET = 256
+MOST_STEPS = 10_000_000  # sweeps of Gibbs; as noise levels they are 80 MB
 WARM_START = "warm_start"  # the option of samplers that stay at one noise level
 
 
@@ -62,6 +63,11 @@ class Request:
             raise UserError("count, steps and batch size must be at least 1")
         if self.count >= 2**32 or not 0 <= self.seed < 2**31:
             raise UserError("count must be below 2^32 and seed in [0, 2^31): together they number the samples")
+        for name, value, most in (("steps", self.steps or 1, MOST_STEPS), ("batch_size", self.batch_size, 2**32)):
+            if value > most:
+                raise RequestError(f"{name} = {shortened(str(value))}: must be at most {most:,}", name)
+        if not isinstance(self.guidance, Guidance):
+            Guidance(self.guidance)  # raises on a weight that makes noise of samples
         samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
         if self.sampler is not None and self.sampler not in samplers:
             raise RequestError(

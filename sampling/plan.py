@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.manifest import Manifest
 from scoreray.data.samples import Samples, spread
 from scoreray.data.store import Store, open_store
@@ -25,8 +25,10 @@ from scoreray.sampling.describe import ModelInfo, describe
 from scoreray.sampling.features import ExtractorChoice
 from scoreray.sampling.generate import Request
 from scoreray.sampling.protocol import SIGMAS, VERSION, choose_metrics, label_rule, protocol
+from scoreray.trainer.units import MOST_THREADS
 
 FOLDER = "evaluations"  # in a run, where nothing else is asked for
+SMALLEST_RTOL = 1e-14  # as of the sampler rk45
 RECORD, PAGE = "record.json", "report.html"
 CHUNK = 256  # samples, about: a multiple of the batch
 REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # the same of the reference, which costs less a sample
@@ -76,8 +78,10 @@ class Settings:
         for name in ("likelihood_count", "loss_count", "restoration_count", "chains"):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} = {getattr(self, name)}: at least 2, for a standard error")
-        if not 0 < self.rtol < 1:
-            raise UserError(f"rtol = {self.rtol}: must be in (0, 1)")
+        if not SMALLEST_RTOL <= self.rtol < 1:
+            raise UserError(f"rtol = {self.rtol}: must be in [{SMALLEST_RTOL:g}, 1)")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(f"threads = {shortened(str(self.threads))}: must be 1 to {MOST_THREADS}")
         for name in self.metrics:
             if name not in record.PROTOCOL:
                 raise UserError(f"unknown metric '{name}'; {nearest(name, record.PROTOCOL)}")

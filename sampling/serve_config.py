@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from scoreray.data.errors import UserError, readable
+from scoreray.trainer.units import MOST_THREADS
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ServeConfig:
             raise UserError(f"models {', '.join(names)}: a name stands twice; write NAME=URL to choose others")
         if self.max_models < 2:
             raise UserError(f"max_models = {self.max_models}: must be 2 or more, for the old and the new at a reload")
-        for name, most in (("max_batch", 1_000_000), ("threads", 1024), ("reload_s", 1_000_000)):
+        for name, most in (("max_batch", 1_000_000), ("threads", MOST_THREADS), ("reload_s", 1_000_000)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
                 raise UserError(f"{name} = {value}: must be above 0, at most {most:,}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 _COUNT = re.compile(r"([0-9][0-9_]{0,29}(?:\.[0-9]{1,30})?)\s*([kMG])")
+MOST_THREADS = 1024  # of one process
 _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9}
 
 

@@ -548,3 +548,20 @@ def test_an_evaluation_beside_a_run_is_checked_before_it_begins(
     check_evaluation(load_config(base))
     with pytest.raises(UserError, match=words):
         check_evaluation(load_config({**base, "evaluation": section}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": math.nan}, "guidance weight nan"),
+        ({"guidance": 1e300}, "guidance weight 1e\\+300"),
+        ({"steps": 10**20}, "steps = 100000000000000000000: must be at most 10,000,000"),
+        ({"batch_size": 10**20}, "batch_size = .*: must be at most"),
+        ({"threads": 10**6}, "threads = 1000000: must be 1 to 1024"),
+        ({"rtol": 1e-300}, "rtol = 1e-300: must be in"),
+        ({"rtol": math.nan}, "rtol = nan"),
+    ],
+)
+def test_numbers_that_no_evaluation_ends_with_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Settings("/absent", "/absent", **settings)
