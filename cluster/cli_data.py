@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,10 +54,12 @@ def pack(
     if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
         check_folder(url, "URL")
     make_bucket(url)
+    unused = Counter[str]()
     manifest, left_out = pack_with_bar(
         source,
         url,
         workers=workers,
+        unused=unused,
         name=name,
         image_size=image_size,
         image_format=image_format,
@@ -73,6 +76,7 @@ def pack(
             "num_samples": manifest.num_samples,
             "num_shards": len(manifest.shards),
             "left_out": left_out,
+            "unused": dict(unused),
         }
         typer.echo(json.dumps(answer))
     else:

@@ -27,14 +27,18 @@ AHEAD = 4  # shards that may be finished before an earlier one is, as a multiple
 CHECK_S = 60.0
 
 
-def pack_with_bar(source: str, url: str, *, workers: int | None = None, **options: Any) -> tuple[Manifest, list[str]]:
+def pack_with_bar(
+    source: str, url: str, *, workers: int | None = None, unused: Counter[str] | None = None, **options: Any
+) -> tuple[Manifest, list[str]]:
     """`scoreray.data.pack.pack` with a bar; options as there. Also returns what was left out, and why.
 
     workers: shards that are made at once. None: as many as RAY_ADDRESS's cluster has CPUs, or without that as this
     machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
+    unused: members of tars that are no part of a sample are counted in it, by kind.
     """
     open_store(url).check_writable()
-    asked, kept, skipped, unused = 0, 0, list[str](), Counter[str]()
+    asked, kept, skipped = 0, 0, list[str]()
+    unused = Counter() if unused is None else unused
 
     def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
         nonlocal asked, kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -17,11 +18,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import webdataset
 from PIL import Image
+from typer.testing import CliRunner
 
+from scoreray.cluster.cli import app
 from scoreray.cluster.packing import _check_nodes, map_on_ray, pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.pack import ImagesPlan, pack
+from scoreray.data.shards import encode
 from scoreray.data.sources import Reading, open_source
 from scoreray.data.store import open_store
 
@@ -187,3 +192,15 @@ def test_a_pack_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
     pack_with_bar(str(pictures), str(url), workers=1, **SIZE)
     assert f", {finished} of them there from before at" in capfd.readouterr().err
     assert digests(url) == whole
+
+
+def test_members_of_tars_that_are_not_used_are_in_the_answer(tmp_path: Path) -> None:
+    def png(i: int) -> bytes:
+        return encode(np.full((8, 8, 3), i, np.uint8), "png")
+
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), mtime=0) as writer:
+        for i in range(3):
+            writer.write({"__key__": str(i), "png": png(i), "txt": b"a caption"})
+    command = ["data", "pack", str(tmp_path), str(tmp_path), "--workers", "1", "--json"]
+    answer = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
+    assert (answer["num_samples"], answer["left_out"], answer["unused"]) == (3, [], {".txt": 3})
