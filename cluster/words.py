@@ -10,14 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from scoreray.data.store import open_store
+from scoreray.data.store import local_path, open_store
 from scoreray.trainer.presets import preset
 
 _servers: list[Any] = []  # the S3 server of --local-s3, while it runs
 
 
 def found(config: Path | None) -> Path | None:
-    """A callback of Typer's."""
+    """A callback of Typer's. The file may be written as file:///PATH too, of which Path leaves one slash."""
+    if config is not None and str(config)[:6].lower() == "file:/":
+        config = local_path(f"file://{str(config)[5:]}")
     return None if config is None else preset(config)
 
 

@@ -269,3 +269,11 @@ def test_what_can_not_be_a_bucket_is_refused_before_a_server_of_our_own_is_asked
     for url in ("s3:///prefix", "s3://", "s3://A_b/x", "s3://a/x"):
         with pytest.raises(UserError, match="can't be a bucket's name"):
             words.make_bucket(url)
+
+
+def test_a_config_may_be_a_file_url(tmp_path: Path) -> None:
+    path = tmp_path / "a b.yaml"
+    path.write_text("run: {name: r}\n")
+    assert words.found(Path(path.as_uri())) == path
+    assert words.found(path) == path
+    assert words.found(None) is None
