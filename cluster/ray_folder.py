@@ -61,14 +61,20 @@ def _make() -> Path:
     if not given:
         try:
             base = tempfile.gettempdir()
-            return Path(tempfile.mkdtemp(prefix="sr-", dir=base if len(os.fsencode(base)) <= MOST_BYTES else "/tmp"))
+            fits = _is_plain(base) and len(base) <= MOST_BYTES
+            return Path(tempfile.mkdtemp(prefix="sr-", dir=base if fits else "/tmp"))
         except OSError as error:
             raise MachineError(f"no temporary folder for Ray: {error.strerror or error}; set {VARIABLE}") from None
-    base = os.path.abspath(os.path.expanduser(given))
-    if len(os.fsencode(base)) > MOST_BYTES:
+    base, shown = os.path.abspath(os.path.expanduser(given)), shortened(ascii(given)[1:-1])
+    if not _is_plain(base):
         raise UserError(
-            f"{VARIABLE}={shortened(given)}: {len(os.fsencode(base))} bytes, at most {MOST_BYTES} as sockets are made "
-            "in it; give a shorter path, or unset it for the temporary folder"
+            f"{VARIABLE}={shown}: Ray takes folders of printable ASCII without quotes and backslashes; give "
+            "another one, or unset it for the temporary folder"
+        )
+    if len(base) > MOST_BYTES:
+        raise UserError(
+            f"{VARIABLE}={shown}: {len(base)} bytes, at most {MOST_BYTES} as sockets are made in it; "
+            "give a shorter path, or unset it for the temporary folder"
         )
     try:
         os.makedirs(base, exist_ok=True)
@@ -78,6 +84,11 @@ def _make() -> Path:
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a folder was expected"
         raise UserError(
-            f"{VARIABLE}={shortened(given)}: Ray's folder can't be made there: {reason}; give a folder that can be "
+            f"{VARIABLE}={shown}: Ray's folder can't be made there: {reason}; give a folder that can be "
             "written to, or unset it for the temporary folder"
         ) from None
+
+
+def _is_plain(path: str) -> bool:
+    """Ray (2.60) has the name of its folder in messages, as ASCII, and in command lines that its raylet parses."""
+    return path.isascii() and path.isprintable() and not set(path) & set("'\"\\")

@@ -199,6 +199,17 @@ def test_a_ray_that_was_too_slow_is_started_once_more_only_where_it_may_take_lon
     assert waits == ["30", "240"][:tries] if loads[0] < 16 else ["240"]
 
 
+@pytest.mark.parametrize("name", ["ä", "\udcff", "a\nb", "it's", "x" * 60])
+def test_a_temporary_folder_that_ray_can_not_use_is_passed_over(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+    with private_folder() as folder:
+        assert folder.parent == Path("/tmp")
+
+
 def test_a_disk_without_room_for_ray_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 << 20))
     line = rf"^/\S+: 20 MiB are free on its disk, Ray needs 32 MiB .* set {VARIABLE} to a folder on another disk$"
@@ -210,7 +221,11 @@ UNUSABLE = [
     ("/proc/x", "can't be made there"),
     ("/dev/null", "a folder was expected"),
     ("/dev/null/x", "a folder was expected"),
-    ("/tmp/a\0b", "null"),
+    ("/tmp/a\0b", "printable ASCII"),
+    ("/tmp/a\nb", "printable ASCII"),
+    ("/tmp/it's", "without quotes"),
+    ("/tmp/Müller", "printable ASCII"),
+    ("/tmp/\udcff", "printable ASCII"),
 ]
 
 
