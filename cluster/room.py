@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from scoreray.data.errors import UserError
 POLL_S, SAY_EVERY_S = 1.0, 60.0
 REPORTED_S = 10.0  # a head that has just started may not have looked at its cluster yet
 DECIDED_S = 30.0  # an autoscaler that can bring a node starts one within a few of its 5 s rounds
+STARTS_S = 1200.0  # a node that is longer about it, or that takes others' places at that, may never come
 STATUS = b"__autoscaling_status"  # in Ray's key-value store: what `ray status` prints
 UNCHANGEABLE = re.compile(r"node_[0-9a-f]{56}")  # Ray's name for the type of a node where nothing adds nodes
 
@@ -28,7 +29,7 @@ class Autoscaler:
     """What the connected cluster's autoscaler says of itself."""
 
     types: frozenset[str]
-    num_starting: int
+    starting: frozenset[str]  # names of nodes, or of launches that are no nodes yet
 
     @property
     def is_there(self) -> bool:
@@ -53,7 +54,7 @@ def autoscaler(within_s: float = 0.0) -> Autoscaler:
         if time.monotonic() >= end:
             break
         time.sleep(POLL_S)
-    return Autoscaler(frozenset(), 0)
+    return Autoscaler(frozenset(), frozenset())
 
 
 def from_status(status: Mapping[str, Any]) -> Autoscaler:
@@ -63,16 +64,22 @@ def from_status(status: Mapping[str, Any]) -> Autoscaler:
     mapped = (report.get("node_type_mapping") or {}).values()
     launches = report.get("pending_launches") or {}
     types = {*(report.get("active_nodes") or {}), *launches, *available, *mapped}
-    return Autoscaler(frozenset(types), sum(launches.values()) + len(report.get("pending_nodes") or ()))
+    nodes = (" ".join(map(str, node[:2])) for node in report.get("pending_nodes") or ())
+    return Autoscaler(frozenset(types), frozenset([*nodes, *_launching(launches.items())]))
 
 
 def from_v2(status: Any) -> Autoscaler:
     """Of version 2, which reports to the GCS (`ray.autoscaler.v2.schema.ClusterStatus`)."""
     if status.stats.autoscaler_version in (None, "0"):  # it never has
-        return Autoscaler(frozenset(), 0)
+        return Autoscaler(frozenset(), frozenset())
     nodes = [*status.active_nodes, *status.idle_nodes, *status.pending_nodes, *status.pending_launches]
-    num_starting = len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
-    return Autoscaler(frozenset(node.ray_node_type_name for node in nodes), num_starting)
+    launching = _launching((launch.ray_node_type_name, launch.count) for launch in status.pending_launches)
+    starting = frozenset([*(node.instance_id for node in status.pending_nodes), *launching])
+    return Autoscaler(frozenset(node.ray_node_type_name for node in nodes), starting)
+
+
+def _launching(counts: Iterable[tuple[str, int]]) -> list[str]:
+    return [f"{node_type} {number}" for node_type, count in counts for number in range(count)]
 
 
 def _status_v2() -> Any:
@@ -120,12 +127,16 @@ def gpus_come(cpus: float) -> bool:
     if not autoscaler(REPORTED_S).is_there:
         return False
     say("the cluster has no GPU up: its autoscaler is asked for one")
-    began, starts = time.monotonic(), False
+    last = time.monotonic()  # that a node was starting, or this began
+    seen: dict[str, float] = {}
     with _asked_for([{"GPU": 1, "CPU": cpus}]) as came:
         while not came():
-            starts = starts or autoscaler().num_starting > 0
-            if not starts and time.monotonic() - began > DECIDED_S:
-                say(f"it has started no node for that in {DECIDED_S:.0f} s: going on with CPUs")
+            now = time.monotonic()
+            ages_s = [now - seen.setdefault(name, now) for name in autoscaler().starting]
+            if min(ages_s, default=STARTS_S) < STARTS_S:
+                last = now
+            elif now - last > DECIDED_S:
+                say(f"no node has been starting for {DECIDED_S:.0f} s: going on with CPUs")
                 return False
     return True
 
@@ -147,7 +158,7 @@ def _asked_for(bundles: Sequence[Bundle]) -> Iterator[Any]:
             return True
         if time.monotonic() - told >= SAY_EVERY_S:
             told = time.monotonic()
-            say(f"still waiting for nodes, {told - began:,.0f} s now ({autoscaler().num_starting} are starting)")
+            say(f"still waiting for nodes, {told - began:,.0f} s now ({len(autoscaler().starting)} are starting)")
         return False
 
     try:

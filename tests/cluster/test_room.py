@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -51,7 +52,7 @@ def test_an_autoscaler_knows_types_of_nodes_by_other_names_than_the_nodes_own(
     told: dict[str, Any], is_there: bool, num_starting: int
 ) -> None:
     found = from_status(told)
-    assert (found.is_there, found.num_starting) == (is_there, num_starting)
+    assert (found.is_there, len(found.starting)) == (is_there, num_starting)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_the_second_autoscaler_is_there_once_it_has_reported(
         active_nodes=[], idle_nodes=[SimpleNamespace(ray_node_type_name=name) for name in types], pending_nodes=[],
         pending_launches=launches, stats=SimpleNamespace(autoscaler_version=version),
     )  # fmt: skip
-    assert (from_v2(told).is_there, from_v2(told).num_starting) == (is_there, num_starting)
+    assert (from_v2(told).is_there, len(from_v2(told).starting)) == (is_there, num_starting)
 
 
 def test_what_is_missing() -> None:
@@ -109,20 +110,34 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(("starting", "comes_after", "expected"), [(0, 5, True), (0, 10_000, False), (1, 300, True)])
+@pytest.mark.parametrize(
+    ("starting", "comes_after", "expected"),
+    [
+        (0, 5, True),
+        (0, 10_000, False),
+        (10_000, 300, True),
+        (300, 10_000, False),
+        (10, 20, True),
+        (10_000, 10_000, False),
+    ],
+)
 def test_cpus_are_fallen_back_to_only_when_no_node_is_started_for_a_gpu(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, starting: int, comes_after: int, expected: bool
 ) -> None:
-    """A node that is being started may take long; one that can't be would never come."""
+    """A node that is being started may take long; one that can't be would never come, nor does what is
+    of another job, whether it comes up or never does. `starting`: for so many looks there is one."""
     said: list[str] = []
-    looks = iter(range(1_000_000))
+    looks, asks = itertools.count(), itertools.count()
 
     @contextlib.contextmanager
     def asked(bundles: Any) -> Iterator[Any]:
         assert list(bundles) == [{"GPU": 1, "CPU": 2}]
         yield lambda: next(looks) >= comes_after
 
-    monkeypatch.setattr(room, "autoscaler", lambda within_s=0.0: Autoscaler(frozenset({"head"}), starting))
+    def state(within_s: float = 0.0) -> Autoscaler:
+        return Autoscaler(frozenset({"head"}), frozenset({"cpu 0", "a-node cpu"} if next(asks) < starting else ()))
+
+    monkeypatch.setattr(room, "autoscaler", state)
     monkeypatch.setattr(room, "_asked_for", asked)
     monkeypatch.setattr(room, "time", Clock())
     monkeypatch.setattr(room, "say", said.append)
