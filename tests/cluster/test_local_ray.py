@@ -374,3 +374,23 @@ def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
     assert again.returncode == 0, again.stderr
     assert "goes on from" in again.stderr
     assert "trained to 3,200 images" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
+    daemon: str, small_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ray itself would wait for it: half a minute for the raylet, a minute for the GCS, and then end with status 1."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(small_run("run", tmp_path, 64)))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        family = psutil.Process(process.pid)
+        until(lambda: any(child.name() == daemon for child in family.children()), "a daemon")
+        daemon_of(process, daemon).kill()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 3, told
+    assert told.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
+    assert told.splitlines()[-1].endswith(f"its {daemon} has ended")
+    assert "Traceback" not in told
