@@ -18,7 +18,7 @@ from scoreray.trainer.config import differing_keys, dump_config, leaves, load_co
 from scoreray.trainer.objective import OBJECTIVES
 from scoreray.trainer.process import PROCESSES, VP
 from scoreray.trainer.run import stored_config
-from scoreray.trainer.sigma_sampling import SIGMA_SAMPLINGS
+from scoreray.trainer.sigma_sampling import SIGMA_SAMPLINGS, LadderUniform
 from scoreray.trainer.weighting import WEIGHTINGS, MinSNR
 
 MINIMAL: dict[str, Any] = {
@@ -288,6 +288,8 @@ def test_overrides_reach_any_key_and_kind() -> None:
     assert config.optimizer.learning_rate == 1e-3
     nested = load_config(MINIMAL, ["objective.sigma_sampling.P_mean=-0.5"])
     assert nested.objective.sigma_sampling.P_mean == -0.5  # type: ignore[union-attr]
+    ddpm = load_config(MINIMAL, ["objective.kind=ddpm", "objective.sigma_sampling.num_levels=500"]).objective
+    assert ddpm.sigma_sampling == LadderUniform(500)  # the kind that is this objective's default
 
 
 KINDS = (
