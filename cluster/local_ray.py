@@ -141,6 +141,8 @@ def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
                     _temp_dir=str(folder / RAYS_OWN),
                     _node_ip_address="127.0.0.1",
                 )
+        except SystemExit:  # by Ray's own handler of SIGTERM, which is ours again once Ray has started
+            raise KeyboardInterrupt from None
         except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
             ray.shutdown()
             reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -257,6 +257,14 @@ def test_a_busy_machine_has_longer_to_start_ray(
     assert [f"waiting up to {wait_s} s" in line for line in said] == [True] * (wait_s > 30)
 
 
+def test_sigterm_while_ray_starts_is_what_it_is_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))  # what Ray's handler does
+    with pytest.raises(KeyboardInterrupt), local_ray._embedded(1, False):
+        raise AssertionError
+
+
 WAITS = """
 import sys, time
 from scoreray.cluster.local_ray import connected
