@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -90,7 +90,7 @@ class GaussianProcess:
 
     def sigma_range(self) -> tuple[float, float]:
         """The noise-to-signal ratios at t_min and t_max: the noise levels that this process covers."""
-        ends = self.noise_to_signal(torch.tensor([self.t_min, self.t_max], dtype=torch.float64))
+        ends = self.noise_to_signal(torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device="cpu"))
         return float(ends[0]), float(ends[1])
 
     def ladder(self, num_levels: int) -> Tensor:
@@ -370,8 +370,9 @@ def _beta_time(process: _LinearBeta, integral: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _ddpm_table(beta_min: float, beta_max: float, num_steps: int, device: torch.device) -> Tensor:
     """-ln alpha-bar_k for k = 0 .. num_steps, float64."""
-    steps = torch.log1p(-torch.linspace(beta_min, beta_max, num_steps, dtype=torch.float64))
-    return torch.cat([torch.zeros(1, dtype=torch.float64), -steps.cumsum(0)]).to(device)
+    on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}  # also while a model is built on the meta device
+    steps = torch.log1p(-torch.linspace(beta_min, beta_max, num_steps, **on_cpu))
+    return torch.cat([torch.zeros(1, **on_cpu), -steps.cumsum(0)]).to(device)
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
