@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import threading
 import time
@@ -32,6 +33,12 @@ START_WAITS = {
 # Each look for the raylet, of which `patience` makes many, waits so long in C++. Read when Ray is imported.
 SHORT_LOOKS = {"RAY_raylet_start_wait_time_s": "1"}
 DAEMONS = ("gcs_server", "raylet")  # in the order in which they are started; their processes' names
+# Where Ray waits for them: private names, each left alone where a version does not have it -> daemons that must have
+# been started by then, and what makes one look short.
+PRIVATE_WAITS: tuple[tuple[str, str, Sequence[str], dict[str, int]], ...] = (
+    ("ray._private.node", "wait_for_persisted_port", DAEMONS[:1], {"timeout_ms": round(LOOK_S * 1000)}),
+    ("ray._private.services", "get_node", DAEMONS, {}),
+)
 
 
 class DaemonEnded(MachineError):
@@ -110,15 +117,13 @@ def _children() -> dict[int, tuple[str, str]]:
 @contextlib.contextmanager
 def _looked_after(wait_s: float) -> Iterator[None]:
     """Both of Ray's waits for a daemon look at the daemons too, and last `wait_s` (the second would 30 s)."""
-    from ray._private import node, services
-
     daemons, over, replaced = Daemons(), threading.Event(), []
     threading.Thread(target=guard, args=(daemons, over), name="ray-start", daemon=True).start()
-    for module, name, started, options in (
-        (node, "wait_for_persisted_port", DAEMONS[:1], {"timeout_ms": round(LOOK_S * 1000)}),
-        (services, "get_node", DAEMONS, {}),
-    ):
-        if (ask := getattr(module, name, None)) is not None:
+    for path, name, started, options in PRIVATE_WAITS:
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(path)
+            if (ask := getattr(module, name, None)) is None:
+                continue
             replaced.append((module, name, ask))
             ended = functools.partial(daemons.ended, started)
             setattr(module, name, _patiently(ask, options, wait_s, ended))

@@ -61,9 +61,11 @@ class CheckpointWriter:
         self._stop = threading.Event()
         self.last_commit: tuple[int, float] | None = None
         self._lease: Lease | None = None
-        self._left: set[str] = set()  # uncommitted folders of earlier starts: seen before ours was known to any other
+        # Uncommitted folders of earlier starts, seen before ours was known to any other; a rank that is ahead of this
+        # one may have stored its share already.
+        self._left: set[str] = set()
         if rank == 0:
-            self._left = self._uncommitted()
+            self._left = {folder for folder in self._uncommitted() if not folder.endswith(f"-{attempt}")}
             self._lease = Lease.take(run, OWNER, "run", attempt)
 
     def save(

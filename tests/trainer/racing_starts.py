@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from scoreray.trainer.checkpoint import OWNER, committed, latest
 from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
 from scoreray.trainer.fragments import Fragment
 from scoreray.trainer.loop import _forget_records, read_metrics
+from scoreray.trainer.progress import Record
 
 LENGTH, WORLD = 5_000, 2
 STOPPED, TAKEN_OVER, FAILED = 0, 2, 1
@@ -56,7 +58,7 @@ def start(url: str, attempt: str) -> None:
             half = values(images)[rank * LENGTH // WORLD : (rank + 1) * LENGTH // WORLD]
             fragment = Fragment("p", rank * LENGTH // WORLD, LENGTH // WORLD, {"master": half})
             about = {"config": {}, "shapes": {"p": [LENGTH]}, "state_keys": []}
-            record = json.dumps({"images": images}).encode()
+            record = json.dumps(asdict(Record(images, 1.0, 1e-3, 1.0, 1.0, 0.0))).encode()
             put = partial(run.put, f"{METRICS}/{images:012d}.jsonl", record)
             writer.save(images, images // 100, [fragment], torch.nn.Module(), about, before_commit=put)
         for writer in writers:

@@ -619,6 +619,20 @@ def test_a_run_that_is_removed_while_it_goes_on_ends_with_what_to_do(
     assert newest.images_seen == 300
 
 
+def test_a_share_that_another_rank_stored_before_rank_0_had_begun_is_not_swept(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put("checkpoints/000000000050-old/rank-00000.safetensors", b"half a checkpoint of an earlier start")
+    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
+    for rank in (1, 0):
+        writer = CheckpointWriter(store, attempt="new", rank=rank, world_size=2, keep=2, timeout_s=5)
+        writer.save(100, 10, fragments(state(100), rank, 2), torch.nn.Module(), about)
+        writer.wait()
+    assert [key for key, _ in store.list("checkpoints/000000000050")] == []
+    newest = latest(store)
+    assert newest is not None
+    assert newest.images_seen == 100
+
+
 def test_an_older_starts_sweep_does_not_meet_what_a_newer_one_writes(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     old = CheckpointWriter(store, attempt="old", rank=0, world_size=1, keep=2)

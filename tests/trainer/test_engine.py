@@ -35,7 +35,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             for rank in range(world)
         ]
-        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+        try:
+            outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+        finally:
+            for rank in ranks:  # one that hangs would be another test's surprise
+                rank.kill()
         assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(output[-3000:] for output in outputs)
     return folder
 
