@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -196,7 +197,7 @@ class Manifest:
         """How many classes have a sample: a class of another split, or one that was emptied, has a name and none."""
         return sum(count > 0 for count in self.class_counts)
 
-    @property
+    @cached_property  # over all shards, of which there may be millions
     def identity(self) -> str:
         """SHA-256 of which samples there are and in which order: of each shard's records, which hold a digest and the
         class of every sample, and of what they mean. A copy elsewhere, under another name, has the same."""

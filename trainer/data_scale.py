@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 # Assumptions, not measured. Pictures in [-1, 1] have a standard deviation of 0.25 (dark) to 1 (black and white).
 FACTOR = 2.05  # between the data's standard deviation and sigma_data, beyond which that is said
-FAR = (
-    5.0  # of a channel's mean, in sigma_data: what the network would have to give at high noise, where F is of order 1
-)
+# Of a channel's mean, in sigma_data: what the network would have to give at high noise, where F is of order 1.
+FAR = 5.0
 APART = 10.0  # between the standard deviations of channels: the smaller ones are lost beside the larger ones
 TAIL = 0.02  # of the noise levels of training: the data's scale should not lie in it, at either end
 

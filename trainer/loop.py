@@ -52,10 +52,13 @@ def run_store(config: Config) -> Store:
     return open_store(f"{config.run.storage.rstrip('/')}/{config.run.name}")
 
 
-def trained_sigma_data(run: Store) -> float | None:
-    """`denoiser.sigma_data` of a run's newest checkpoint, None before there is one."""
+def with_sigma_data(config: Config, manifest: Manifest, run: Store) -> Config:
+    """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, else the data's."""
+    if config.denoiser.sigma_data != "auto":
+        return config
     checkpoint = latest(run)
-    return None if checkpoint is None else float(checkpoint.marker.config["denoiser"]["sigma_data"])
+    known = None if checkpoint is None else float(checkpoint.marker.config["denoiser"]["sigma_data"])
+    return resolve_sigma_data(config, manifest, known)
 
 
 def train(
@@ -85,8 +88,7 @@ def train(
     run = run_store(config)
     batch_size, total = config.data.global_batch_size, config.duration.images
     manifest = Manifest.load(open_store(config.data.url))
-    if config.denoiser.sigma_data == "auto":  # prepare_run() did it for any other start than this function's own
-        config = resolve_sigma_data(config, manifest, trained_sigma_data(run))
+    config = with_sigma_data(config, manifest, run)  # prepare_run() did it for any other start than this function's own
     torch.manual_seed(config.run.seed)
     module = build_training_module(config, manifest)
     shapes = parameter_shapes(module)

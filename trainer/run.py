@@ -25,8 +25,8 @@ from scoreray.data.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoint import committed, latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
 from scoreray.trainer.controller_watch import ControllerWatch
-from scoreray.trainer.data_scale import misfit, resolve_sigma_data
-from scoreray.trainer.loop import run_store, train, trained_sigma_data
+from scoreray.trainer.data_scale import misfit
+from scoreray.trainer.loop import run_store, train, with_sigma_data
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.progress import Monitor, Progress
 from scoreray.trainer.standby import imports, prestart
@@ -49,7 +49,7 @@ def prepare_run(config: Config, *, fresh: bool = False) -> Config:
     if fresh:
         config = _unused_name(config)
     run = run_store(config)
-    config = resolve_sigma_data(config, manifest, trained_sigma_data(run))
+    config = with_sigma_data(config, manifest, run)
     if run.put_new(CONFIG_FILE, dump_config(config).encode()):
         return config
     there = stored_config(run)

@@ -20,7 +20,7 @@ from scoreray.data.store import open_store
 from scoreray.trainer.checkpoint import latest
 from scoreray.trainer.config import Config, dump_config, load_config
 from scoreray.trainer.data_scale import misfit, resolve_sigma_data
-from scoreray.trainer.loop import run_store, train, trained_sigma_data
+from scoreray.trainer.loop import run_store, train, with_sigma_data
 from scoreray.trainer.run import check_run, prepare_run, stored_config
 from scoreray.trainer.step import build_training_module
 
@@ -116,9 +116,9 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     train(config)  # as a debugger starts it, without prepare_run
     checkpoint = latest(run_store(config))
     assert checkpoint is not None
-    assert trained_sigma_data(run_store(config)) == manifest.sigma_data
+    assert checkpoint.marker.config["denoiser"]["sigma_data"] == manifest.sigma_data
     other = replace(manifest, sigma_data=0.7)  # a copy that was packed with other statistics
-    again = resolve_sigma_data(config, other, trained_sigma_data(run_store(config)))
+    again = with_sigma_data(config, other, run_store(config))
     assert again == prepared
     assert prepare_run(config) == prepared
     with pytest.raises(UserError, match=r"denoiser\.sigma_data: 0\.\d+ there, 0\.5 here"):
