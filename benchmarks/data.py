@@ -36,13 +36,13 @@ import webdataset
 from PIL import Image
 
 from scoreray.data import fashion_mnist_path
-from scoreray.data.local_s3 import LocalS3
-from scoreray.data.manifest import Manifest
-from scoreray.data.order import Order, Run
-from scoreray.data.pack import pack
-from scoreray.data.reader import Reader, Stats
-from scoreray.data.store import open_store
-from scoreray.data.stream import Stream
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.order import Order, Run
+from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.stream import Stream
+from scoreray.data.storage.local_s3 import LocalS3
+from scoreray.data.storage.store import open_store
 
 BATCH = 256
 

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 
 from scoreray.data import fashion_mnist_path
-from scoreray.data.pack import pack
-from scoreray.data.store import open_store
-from scoreray.sampling import frechet
-from scoreray.sampling.classifier import Classifier, ClassifierConfig
-from scoreray.sampling.evaluate import here
-from scoreray.sampling.evaluation_tasks import get_arrays, run_task
-from scoreray.sampling.inception import InceptionV3
-from scoreray.sampling.plan import Plan, Settings, Task, make_plan
-from scoreray.trainer import noise
+from scoreray.data.packing.pack import pack
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.evaluation.evaluate import here
+from scoreray.sampling.evaluation.plan import Plan, Settings, Task, make_plan
+from scoreray.sampling.evaluation.tasks import get_arrays, run_task
+from scoreray.sampling.measures import frechet
+from scoreray.sampling.measures.classifier import Classifier, ClassifierConfig
+from scoreray.sampling.measures.inception import InceptionV3
 from scoreray.trainer.config import load_config
+from scoreray.trainer.diffusion import noise
 from scoreray.trainer.loop import train
 
 ROUNDS = 5
@@ -86,9 +86,9 @@ def beside(folder: Path, run: str, data: str, images: int) -> None:
 FOLLOW = """
 import itertools, sys
 import torch
-from scoreray.sampling.evaluate import evaluate
-from scoreray.sampling.follow import give_way
-from scoreray.sampling.plan import Settings
+from scoreray.sampling.evaluation.evaluate import evaluate
+from scoreray.sampling.evaluation.follow import give_way
+from scoreray.sampling.evaluation.plan import Settings
 folder, run, data, number = sys.argv[1:]
 torch.set_num_threads(1)
 give_way()
@@ -104,7 +104,7 @@ def features(
     folder: Path, run: str, data: str, images: int, network: torch.nn.Module, suffix: str, rounds: int = ROUNDS
 ) -> None:
     """Chunks of the reference as an evaluation does them (read, verify, decode, extract, store), and bare passes."""
-    from scoreray.sampling.features import choose
+    from scoreray.sampling.measures.features import choose
 
     scripted = folder / f"{suffix}.pt"
     sample = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
@@ -144,7 +144,7 @@ def do(plan: Plan, tasks: list[Task]) -> None:
 
 
 def _manifest(data: str):
-    from scoreray.data.manifest import Manifest
+    from scoreray.data.reading.manifest import Manifest
 
     return Manifest.load(open_store(data))
 
@@ -179,13 +179,13 @@ def memory(folder: Path) -> None:
 FINISH = """
 import sys, tempfile
 import numpy as np, torch
-from scoreray.data.manifest import Manifest
-from scoreray.data.store import open_store
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.storage.store import open_store
 from scoreray.sampling import quality
-from scoreray.sampling.evaluate import here
-from scoreray.sampling.evaluation_tasks import put_arrays
-from scoreray.sampling.features import ExtractorChoice
-from scoreray.sampling.plan import Settings, make_plan
+from scoreray.sampling.evaluation.evaluate import here
+from scoreray.sampling.evaluation.tasks import put_arrays
+from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.evaluation.plan import Settings, make_plan
 folder, count = sys.argv[1], int(sys.argv[2])
 with tempfile.TemporaryDirectory(dir=folder) as out:
     settings = Settings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count)

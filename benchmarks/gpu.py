@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.denoiser import Denoiser
-from scoreray.trainer.engine import build_engine, resolve_precision
-from scoreray.trainer.flops import matmul_rate, training_flops
-from scoreray.trainer.network import build_network, num_parameters
+from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.engine.engine import build_engine, resolve_precision
+from scoreray.trainer.networks.flops import matmul_rate, training_flops
+from scoreray.trainer.networks.network import build_network, num_parameters
 from scoreray.trainer.step import TrainingModule
 
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {

@@ -25,17 +25,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from scoreray.sampling.batch_generation import Job, Samples
-from scoreray.sampling.describe import ModelInfo
-from scoreray.sampling.driver import ROWS, Form, in_form
-from scoreray.sampling.generate import Request, prepare
-from scoreray.sampling.load import LoadedDenoiser, load
-from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.samplers import drive, start
-from scoreray.sampling.sigmas import karras
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.load import LoadedDenoiser, load
+from scoreray.sampling.offline.driver import ROWS, Form, in_form
+from scoreray.sampling.offline.generate import Request, prepare
+from scoreray.sampling.offline.job import Job, Samples
+from scoreray.sampling.samplers.by_name import drive, start
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.config import load_config
-from scoreray.trainer.cpu import keep_large_tensors_on_the_heap
-from scoreray.trainer.network import build_network, flops
+from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
+from scoreray.trainer.networks.network import build_network, flops
 from scoreray.trainer.step import to_uint8, to_unit_range
 
 SHAPE = (3, 32, 32)
@@ -218,7 +218,7 @@ def diffusers_pipeline(kind: str) -> tuple[Callable[[int], object], float]:
 
 def exact(arguments: argparse.Namespace) -> None:
     """How far bf16 and the compiled forward are from fp32: on samples of the same seeds, and in denoising error."""
-    from scoreray.data.samples import read_samples
+    from scoreray.data.reading.samples import read_samples
 
     model, count = load(arguments.checkpoint), 128
     request = Request(count, seed=1).fitted(model.info)

@@ -23,18 +23,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from compare import error_against_nfe
+from gallery import save_small
+from pictures import DETERMINISTIC, draw_error_against_nfe
 
-from scoreray.sampling.compare import error_against_nfe
-from scoreray.sampling.gallery import save_small
-from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.pictures import DETERMINISTIC, draw_error_against_nfe
-from scoreray.sampling.samplers import ADAPTIVE, SAMPLERS, drive, num_calls, start
-from scoreray.sampling.sigmas import karras
-from scoreray.trainer.denoiser import Denoiser
-from scoreray.trainer.dit import DiTConfig
-from scoreray.trainer.network import build_network, num_parameters
-from scoreray.trainer.targets import ring
-from scoreray.trainer.unet import UNetConfig
+from scoreray.sampling.samplers.by_name import ADAPTIVE, SAMPLERS, drive, num_calls, start
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sigmas import karras
+from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.targets import ring
+from scoreray.trainer.networks.dit import DiTConfig
+from scoreray.trainer.networks.network import build_network, num_parameters
+from scoreray.trainer.networks.unet import UNetConfig
 
 SHAPE = (3, 32, 32)
 NULL_STEPS = 40

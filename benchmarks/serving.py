@@ -41,13 +41,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.sampling.batcher import SampleRequest, StepBatcher
-from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.samplers import per_row, start
-from scoreray.sampling.sigmas import karras
-from scoreray.trainer.denoiser import Denoiser
-from scoreray.trainer.network import build_network
-from scoreray.trainer.unet import UNetConfig
+from scoreray.sampling.samplers.by_name import per_row, start
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sigmas import karras
+from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
+from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.networks.unet import UNetConfig
 
 MAX_ROWS, STEPS, COUNTS = 32, (10, 100), (1, 8)
 SIZES = (1, 2, 4, 8, 16, 24, 32)
@@ -378,7 +378,7 @@ def on_serve(policies: Iterable[str], stand_in: bool) -> Iterator[tuple[str, Any
     """(policy, handle of its running application), one after another."""
     from ray import serve
 
-    from scoreray.cluster.local_ray import connected
+    from scoreray.cluster.connect.local_ray import connected
 
     with connected(num_cpus=4):
         serve.start(logging_config={"enable_access_log": False, "log_level": "ERROR"})

@@ -67,7 +67,7 @@ def spent(before: dict[str, float], after: dict[str, float]) -> float:
 def pack_some(folder: Path) -> None:
     import numpy as np
 
-    from scoreray.data.pack import pack
+    from scoreray.data.packing.pack import pack
 
     images = np.random.default_rng(0).integers(0, 256, (2000, 8, 8), dtype=np.uint8)
     np.savez(folder / "pictures.npz", images=images)
@@ -88,10 +88,10 @@ def measured(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """In a process of its own: as `cluster/cli_train.py` trains, with a watch that notes moments instead of a line."""
-    from scoreray.cluster import training
+    """In a process of its own: as `cluster/cli/training.py` trains, but its watch notes moments."""
+    from scoreray.cluster.verbs import train as training
     from scoreray.trainer.config import load_config
-    from scoreray.trainer.run import prepare_run
+    from scoreray.trainer.on_ray.run import prepare_run
 
     moments: dict[str, dict] = {}
     victims: list[int] = []

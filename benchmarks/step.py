@@ -120,8 +120,8 @@ def threads(arguments: argparse.Namespace) -> int:
 
 
 def environment(rank: int) -> dict[str, str]:
-    from scoreray.cluster.demo import demo_config
-    from scoreray.trainer.run import worker_environment
+    from scoreray.cluster.verbs.demo import demo_config
+    from scoreray.trainer.on_ray.run import worker_environment
 
     return {**os.environ, **worker_environment(demo_config()), "LOCAL_RANK": str(rank)}
 
@@ -131,9 +131,9 @@ def rank_main(arguments: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from scoreray.cluster.demo import demo_config
+    from scoreray.cluster.verbs.demo import demo_config
     from scoreray.trainer.config import load_config
-    from scoreray.trainer.engine import resolve_precision
+    from scoreray.trainer.engine.engine import resolve_precision
 
     end_with(arguments.parent)
     torch.set_num_threads(threads(arguments))
@@ -215,8 +215,8 @@ def in_turns(cases, images, arguments):  # type: ignore[no-untyped-def]
 def module_of(config, world):  # type: ignore[no-untyped-def]
     import torch
 
-    from scoreray.trainer.denoiser import Denoiser
-    from scoreray.trainer.network import build_network
+    from scoreray.trainer.diffusion.denoiser import Denoiser
+    from scoreray.trainer.networks.network import build_network
     from scoreray.trainer.step import TrainingModule
 
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def deepspeed_step(config, stage, precision, images, labels, world, options):  #
 def diffusers_step(config, images, world):  # type: ignore[no-untyped-def]
     from baselines import diffusers_loop
 
-    from scoreray.trainer.flops import training_flops
+    from scoreray.trainer.networks.flops import training_flops
 
     goal = training_flops(module_of(config, world).denoiser.network, (1, 28, 28))
     return diffusers_loop(goal, images, world)
@@ -277,8 +277,8 @@ def passes_alone(config, images, labels, world):  # type: ignore[no-untyped-def]
     """Our network and loss without any optimizer, sum or norm."""
     import torch
 
-    from scoreray.trainer.cpu import onednn_products
-    from scoreray.trainer.engine import build_engine
+    from scoreray.trainer.engine.cpu import onednn_products
+    from scoreray.trainer.engine.engine import build_engine
 
     section = config.engine.model_copy(update={"zero_stage": 0})
     one = config.data.model_copy(update={"global_batch_size": len(images)})
@@ -327,8 +327,8 @@ def bare_step(config, precision, images, labels, world, network=None):  # type: 
 def engine_step(config, stage, images, labels, world):  # type: ignore[no-untyped-def]
     import torch
 
-    from scoreray.trainer.cpu import onednn_products
-    from scoreray.trainer.engine import build_engine
+    from scoreray.trainer.engine.cpu import onednn_products
+    from scoreray.trainer.engine.engine import build_engine
 
     section = config.engine.model_copy(update={"zero_stage": stage})
     config = config.model_copy(update={"engine": section})
@@ -349,14 +349,14 @@ def engine_step(config, stage, images, labels, world):  # type: ignore[no-untype
 
 def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
     """Rates between the run's own records, the first left out: waiting for data, logging and commits are all inside."""
-    from scoreray.cluster.demo import BUCKET, DATA_URL, demo_config
-    from scoreray.cluster.packing import pack_with_bar
-    from scoreray.cluster.training import train_to_end
+    from scoreray.cluster.verbs.demo import BUCKET, DATA_URL, demo_config
+    from scoreray.cluster.verbs.pack import pack_with_bar
+    from scoreray.cluster.verbs.train import train_to_end
     from scoreray.data import fashion_mnist_path
-    from scoreray.data.local_s3 import LocalS3
+    from scoreray.data.storage.local_s3 import LocalS3
     from scoreray.trainer.config import load_config
     from scoreray.trainer.loop import read_metrics, run_store
-    from scoreray.trainer.run import prepare_run
+    from scoreray.trainer.on_ray.run import prepare_run
 
     with LocalS3(folder) as server:
         os.environ.update(server.env)

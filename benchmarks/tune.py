@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from scoreray.cluster.local_ray import connected, stop
-from scoreray.data.pack import pack
-from scoreray.trainer.targets import sample_target
+from scoreray.cluster.connect.local_ray import connected, stop
+from scoreray.data.packing.pack import pack
+from scoreray.trainer.diffusion.targets import sample_target
 from scoreray.tune.load import load_sweep
 from scoreray.tune.schedule import Asha, milestones
 from scoreray.tune.search import propose

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from scoreray.trainer.loop import Progress as TrainProgress
 from scoreray.trainer.loop import Record
-from scoreray.trainer.metrics import sigma_labels
+from scoreray.trainer.monitoring.metrics import sigma_labels
 
 QUIET_LINE_EVERY_S = 10.0
 

@@ -42,7 +42,7 @@ def _is_command(words: list[str]) -> bool:
     while rest[0] in ("-u", "-X", "-W"):
         rest = rest[1:] if rest[0] == "-u" else rest[2:]
     if rest[0] == "-m":
-        return rest[1] in ("scoreray.cluster.command", "scoreray.cluster.cli")
+        return rest[1] == "scoreray.cluster.cli"
     return rest[0].rpartition("/")[2] == "scoreray"
 
 

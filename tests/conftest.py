@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 import pytest
 
-from scoreray.data.local_s3 import LocalS3
-from scoreray.data.pack import pack
+from scoreray.data.packing.pack import pack
+from scoreray.data.storage.local_s3 import LocalS3
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets its workers starve on a busy machine
 
@@ -78,7 +78,7 @@ def small_run(small_set: str) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def ray_cluster(local_s3: LocalS3) -> Iterator[None]:
     """One embedded Ray cluster for the session; its workers see the S3 server."""
-    from scoreray.cluster.local_ray import connected
+    from scoreray.cluster.connect.local_ray import connected
 
     with connected(num_cpus=4):
         yield

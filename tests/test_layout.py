@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import update_index
 import yaml
 
 from scoreray.cluster.wheel import LEFT_OUT, build_wheel
 from scoreray.data.extras import EXTRAS, install
 from scoreray.trainer.config import load_config
-from scoreray.trainer.objective import EDMObjective
-from scoreray.trainer.optimizer import OptimizerConfig
-from scoreray.trainer.presets import preset
+from scoreray.trainer.config.presets import preset
+from scoreray.trainer.diffusion.objective import EDMObjective
+from scoreray.trainer.optim.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("data", "trainer", "sampling", "tune", "cluster")
-WITHOUT_RAY = (
-    "process",
-    "denoiser",
-    "unet",
-    "dit",
-    "mlp",
-    "network",
-    "step",
-    "loop",
-    "objective",
-    "optimizer",
-    "engine",
+FOLDERS = ("data", "trainer", "sampling", "tune", "cluster")
+ROOMS = (
+    "data", "data.storage", "data.reading", "data.packing",
+    "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.config",
+    "trainer.checkpoints", "trainer.engine", "trainer", "trainer.on_ray",
+    "sampling.samplers", "sampling.measures", "sampling.model", "sampling.guidance", "sampling.offline",
+    "sampling.evaluation", "sampling.service", "sampling",
+    "tune",
+    "cluster", "cluster.connect", "cluster.serve", "cluster.verbs", "cluster.doctor", "cluster.submit", "cluster.cli",
+)  # fmt: skip
+"""Every package, in the order of imports: a module imports from its own room and from those before it, no others."""
+SHORT_PATHS = {
+    "data.stream": "data.reading.stream",
+    "trainer.process": "trainer.diffusion.process",
+    "trainer.denoiser": "trainer.diffusion.denoiser",
+    "sampling.sigmas": "sampling.samplers.sigmas",
+    "sampling.load": "sampling.model.load",
+    "sampling.batcher": "sampling.service.batcher",
+}
+"""Names that others call -> where they are. Nothing of ours imports the short ones."""
+WITHOUT_RAY = ("trainer", "sampling")
+CIRCLES = (
+    {"data.storage.s3", "data.storage.store"},
+    {"data.packing.arrays", "data.packing.sources"},
+    {"trainer.monitoring.progress", "trainer.monitoring.metrics"},
+    {"sampling.evaluation.plan", "sampling.evaluation.protocol"},
+    {"sampling.offline.files", "sampling.offline.job", "sampling.offline.place"},
 )
+"""Modules that still import each other."""
 
 
-def imported(tree: ast.AST, anywhere: bool = True) -> set[str]:
-    nodes = ast.walk(tree) if anywhere else ast.iter_child_nodes(tree)
+def modules() -> dict[str, Path]:
+    """Dotted name without `scoreray.` -> file, of every module on the disk, at any depth."""
+    found = {}
+    for folder in FOLDERS:
+        for file in (ROOT / folder).rglob("*.py"):
+            found[".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = file
+    return found
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every name that is imported anywhere in a module, also inside functions and under TYPE_CHECKING."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -49,32 +76,74 @@ def imported(tree: ast.AST, anywhere: bool = True) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ORDER)
-def test_imports_go_one_way(folder: str) -> None:
-    later = ORDER[ORDER.index(folder) + 1 :]
-    for file in (ROOT / folder).glob("*.py"):
-        names = imported(ast.parse(file.read_text()))
-        for other in later:
-            assert not any(name.startswith(f"scoreray.{other}") for name in names), f"{file} imports {other}"
-        assert not any(name.split(".")[0] in ORDER for name in names), f"{file}: import scoreray.<folder> instead"
+def imports() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports; the short paths, which only re-export, left out."""
+    known, graph = modules(), {}
+    for module in set(known) - set(SHORT_PATHS):
+        names = imported(ast.parse(known[module].read_text()))
+        assert not any(name.split(".")[0] in FOLDERS for name in names), f"{module}: import scoreray.<folder> instead"
+        ours = {name.removeprefix("scoreray.") for name in names if name.startswith("scoreray.")} & set(known)
+        packages = {name for name in ours if known[name].name == "__init__.py"}
+        parents = {package for package in packages if any(name.startswith(f"{package}.") for name in ours)}
+        graph[module] = ours - parents - {module}
+    return graph
+
+
+def room(module: str) -> str:
+    return ".".join(modules()[module].relative_to(ROOT).parts[:-1])
+
+
+def test_imports_go_one_way_at_any_depth() -> None:
+    known = {module: ROOMS.index(room(module)) for module in modules()}
+    wrong = [f"{a} imports {b}" for a, names in imports().items() for b in names if known[b] > known[a]]
+    assert not wrong
+    assert {ROOMS[number] for number in known.values()} == set(ROOMS)
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph = imports()
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        seen, open_ = set(), [*graph[module]]
+        while open_:
+            if (name := open_.pop()) not in seen:
+                seen.add(name)
+                open_ += graph.get(name, ())
+        reached[module] = seen
+    circles = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    assert circles == {frozenset(circle) for circle in CIRCLES}
+
+
+def test_short_paths_are_the_same_names_and_nothing_of_ours_uses_them() -> None:
+    for short, module in SHORT_PATHS.items():
+        here, there = (importlib.import_module(f"scoreray.{name}") for name in (short, module))
+        assert here.__all__
+        assert all(getattr(here, name) is getattr(there, name) for name in here.__all__)
+    assert not [f"{a} imports {b}" for a, names in imports().items() for b in names if b in SHORT_PATHS]
+    tree = ast.parse((ROOT / "tests" / "test_layout.py").read_text())
+    assert "importlib" in imported(tree)  # the reader reads
+
+
+def test_a_room_has_about_fifteen_files_at_most() -> None:
+    counts = Counter(room(module) for module in modules())
+    assert {name: count for name, count in counts.items() if count > 16 + 1} == {"sampling.service": 21}
 
 
 def test_the_mathematics_needs_neither_ray_nor_deepspeed() -> None:
-    files = [ROOT / "trainer" / f"{name}.py" for name in WITHOUT_RAY] + list((ROOT / "sampling").glob("*.py"))
-    code = "import sys\n" + "".join(
-        f"import scoreray.{f.parent.name}.{f.stem}\n" for f in files if f.stem != "__init__"
-    )
+    names = [name for name in modules() if name.split(".")[0] in WITHOUT_RAY and not name.startswith("trainer.on_ray")]
+    code = "import sys\n" + "".join(f"import scoreray.{name}\n" for name in names)
     code += "assert not {'ray', 'deepspeed'} & set(sys.modules), {'ray', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_folders_are_flat_and_listed() -> None:
-    """A subpackage that is not listed would work editable and be missing from the wheel."""
+def test_packages_are_listed() -> None:
+    """A sub-package that is not listed would work editable and be missing from the wheel."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(settings["packages"]) == sorted(f"scoreray.{folder}" for folder in (*ORDER, "configs"))
-    assert settings["package-dir"] == {f"scoreray.{folder}": folder for folder in (*ORDER, "configs")}
-    for folder in ORDER:
-        assert not list((ROOT / folder).glob("*/*.py"))
+    assert sorted(settings["packages"]) == sorted(f"scoreray.{name}" for name in (*ROOMS, "configs"))
+    assert settings["package-dir"] == {f"scoreray.{folder}": folder for folder in (*FOLDERS, "configs")}
+    for name in ROOMS:
+        assert (ROOT / name.replace(".", "/") / "__init__.py").exists()
+    for folder in FOLDERS:
         assert (ROOT / folder / "py.typed").exists()
         assert (ROOT / "tests" / "typing" / "scoreray" / folder).resolve() == ROOT / folder
 
@@ -83,14 +152,14 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(source)], check=True)
-    for folder in (*ORDER, "configs", "pyproject.toml", "README.md"):  # what is not committed yet counts too
+    for folder in (*FOLDERS, "configs", "pyproject.toml", "README.md"):  # what is not committed yet counts too
         subprocess.run(["cp", "-r", str(ROOT / folder), str(source)], check=True)
     subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, timeout=200)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         f"scoreray/{path.relative_to(ROOT)}"
-        for folder in (*ORDER, "configs")
+        for folder in (*FOLDERS, "configs")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
@@ -100,7 +169,8 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", str(site), str(wheel)], check=True)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv[0] = 'scoreray'; " + (
-        "from scoreray.cluster import cli; assert cli.__file__.startswith(sys.path[0]), cli.__file__; cli.main()"
+        "from scoreray.cluster.cli import main as cli; assert cli.__file__.startswith(sys.path[0]), cli.__file__; "
+        "cli.main()"
     )
     # -S would drop dependencies too; -P and the prepended site make the wheel's copy win over the editable one
     words = ["train", "configs/cifar10.yaml", "--print-config"]  # as the README has it, where no such folder is
@@ -171,17 +241,10 @@ def test_the_shipped_images_are_small_and_licensed() -> None:
     assert "MIT" in (ROOT / "data" / "fashion-mnist.LICENSE").read_text()
 
 
-def test_the_readmes_tree_is_the_tree() -> None:
-    """One line per module, from its docstring: `python docs/update_readme.py` writes it."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    readme = (ROOT / "README.md").read_text()
-    assert module.updated(readme) == readme, "run python docs/update_readme.py"
+def test_the_readmes_tree_and_the_index_are_of_these_modules() -> None:
+    """From docstrings: `python docs/tools/update_index.py` writes them."""
+    for name, text in update_index.files().items():
+        assert (ROOT / name).read_text() == text, f"{name} is old: python docs/tools/update_index.py"
 
 
 def test_the_config_page_names_every_key() -> None:

@@ -22,27 +22,27 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from scoreray.data.errors import Unanswered
-from scoreray.data.manifest import Manifest
-from scoreray.data.store import NotFound, Store, open_store
-from scoreray.data.stream import Batch, Stream
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.stream import Batch, Stream
+from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.data.traces import flush, span
-from scoreray.trainer.checkpoint import TRIES, latest
-from scoreray.trainer.checkpoint_writer import METRICS, CheckpointWriter
+from scoreray.trainer.checkpoints.checkpoint import TRIES, latest
+from scoreray.trainer.checkpoints.marker import DataSet
+from scoreray.trainer.checkpoints.writer import METRICS, CheckpointWriter
 from scoreray.trainer.config import Config
-from scoreray.trainer.cpu import keep_large_tensors_on_the_heap, onednn_products
-from scoreray.trainer.data_scale import resolve_sigma_data
-from scoreray.trainer.engine import Engine, build_engine, resolve_precision, settle_stage
-from scoreray.trainer.flops import matmul_rate, training_flops
-from scoreray.trainer.fragments import parameter_shapes
-from scoreray.trainer.marker import DataSet
+from scoreray.trainer.config.data_scale import resolve_sigma_data
+from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
+from scoreray.trainer.engine.engine import Engine, build_engine, resolve_precision, settle_stage
 from scoreray.trainer.meta import meta_module
-from scoreray.trainer.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
-from scoreray.trainer.progress import Progress, Record
+from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
+from scoreray.trainer.monitoring.progress import Progress, Record
+from scoreray.trainer.monitoring.segments import read_segment, segment_key, segments
+from scoreray.trainer.monitoring.stopping import Ask, Moved, NonFiniteError
+from scoreray.trainer.monitoring.vote import Vote
+from scoreray.trainer.networks.flops import matmul_rate, training_flops
+from scoreray.trainer.optim.fragments import parameter_shapes
 from scoreray.trainer.quarantined import QuarantineLog
-from scoreray.trainer.segments import read_segment, segment_key, segments
 from scoreray.trainer.step import build_training_module
-from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
-from scoreray.trainer.vote import Vote
 
 T = TypeVar("T")
 

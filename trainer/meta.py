@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 
 if TYPE_CHECKING:
-    from scoreray.data.manifest import Manifest
+    from scoreray.data.reading.manifest import Manifest
     from scoreray.trainer.config import Config
 
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from scoreray.data.errors import DataError
-from scoreray.data.quarantine import Entries, Quarantine, Unreadable, over_budget
-from scoreray.data.store import Store
-from scoreray.data.stream import Stream
-from scoreray.trainer.checkpoint import latest
+from scoreray.data.reading.quarantine import Entries, Quarantine, Unreadable, over_budget
+from scoreray.data.reading.stream import Stream
+from scoreray.data.storage.store import Store
+from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import DataSection
-from scoreray.trainer.segments import read_segment, segment_key, segments
+from scoreray.trainer.monitoring.segments import read_segment, segment_key, segments
 
 FOLDER = "quarantined"  # under the run: one file of JSON lines for each checkpoint that found more
 _ENTRY = TypeAdapter(Unreadable)

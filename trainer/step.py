@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scoreray.trainer import noise
-from scoreray.trainer.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
-from scoreray.trainer.contrastive import PersistentChains
-from scoreray.trainer.data_scale import resolve_sigma_data
-from scoreray.trainer.denoiser import Denoiser
-from scoreray.trainer.fits import chain_mistakes, label_mistakes, objective_mistakes, refuse
-from scoreray.trainer.layers import allow_double_backward
-from scoreray.trainer.network import build_network
-from scoreray.trainer.objective import (
+from scoreray.trainer.config.data_scale import resolve_sigma_data
+from scoreray.trainer.config.validation import chain_mistakes, label_mistakes, objective_mistakes, refuse
+from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
+from scoreray.trainer.diffusion.contrastive import PersistentChains
+from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.layers import allow_double_backward
+from scoreray.trainer.diffusion.objective import (
     ContrastiveObjective,
     ObjectiveConfig,
     draw_probes,
     loss_per_sample,
     needs_second_derivatives,
 )
-from scoreray.trainer.process import Process
-from scoreray.trainer.rbm import Machine, MachineConfig, build_machine
-from scoreray.trainer.sigma_sampling import sample_sigma
-from scoreray.trainer.weighting import build_weighting
+from scoreray.trainer.diffusion.process import Process
+from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
+from scoreray.trainer.diffusion.weighting import build_weighting
+from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.networks.rbm import Machine, MachineConfig, build_machine
 
 if TYPE_CHECKING:
-    from scoreray.data.manifest import Manifest
+    from scoreray.data.reading.manifest import Manifest
     from scoreray.trainer.config import Config
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from scoreray.data.errors import UserError
 from scoreray.data.extras import install
-from scoreray.data.store import NotFound
+from scoreray.data.storage.store import NotFound
 from scoreray.trainer.config import Config, leaves
 from scoreray.trainer.loop import read_metrics, run_store
-from scoreray.trainer.metrics import sigma_labels
+from scoreray.trainer.monitoring.metrics import sigma_labels
 
 KEY = "mlflow.json"
 POLL_S, MOST_PAUSE_S = 5.0, 60.0

@@ -13,18 +13,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, nearest
-from scoreray.data.manifest import Manifest
-from scoreray.data.store import open_store
-from scoreray.sampling.describe import ModelInfo, describe
-from scoreray.sampling.evaluate import choose_extractor
-from scoreray.sampling.generate import Request
-from scoreray.sampling.plan import Settings
-from scoreray.sampling.protocol import choose_metrics
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.evaluation.evaluate import choose_extractor
+from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.protocol import choose_metrics
+from scoreray.sampling.model.describe import ModelInfo, describe
+from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import explained, load_config, override, read_yaml, refusal
-from scoreray.trainer.data_scale import misfit, resolve_sigma_data
-from scoreray.trainer.ema import RAW, choose_length, length_name
+from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.config.presets import preset
 from scoreray.trainer.meta import meta_module
-from scoreray.trainer.presets import preset
+from scoreray.trainer.optim.ema import RAW, choose_length, length_name
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
 from scoreray.tune.sweep import (
     METRICS,

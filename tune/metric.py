@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.data.samples import Samples, spread
-from scoreray.sampling.evaluate import evaluate
-from scoreray.sampling.evaluation_tasks import LOSS_STREAM
-from scoreray.sampling.features import IDENTITY_VALUES
-from scoreray.sampling.generate import Request
-from scoreray.sampling.likelihood import dequantize, log_likelihood
-from scoreray.sampling.load import LoadedDenoiser
-from scoreray.sampling.noise import SAMPLING_SEED
-from scoreray.sampling.plan import Settings
-from scoreray.trainer import noise
+from scoreray.data.reading.samples import Samples, spread
+from scoreray.sampling.evaluation.evaluate import evaluate
+from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.tasks import LOSS_STREAM
+from scoreray.sampling.measures.features import IDENTITY_VALUES
+from scoreray.sampling.measures.likelihood import dequantize, log_likelihood
+from scoreray.sampling.model.load import LoadedDenoiser
+from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.samplers.noise import SAMPLING_SEED
+from scoreray.trainer.diffusion import noise
 from scoreray.trainer.step import to_unit_range
 from scoreray.tune.sweep import OF_SAMPLES, MetricSection, calls_of
 

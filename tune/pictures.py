@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.inspect import picture_grid
+from scoreray.data.packing.inspect import picture_grid
 from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of
 from scoreray.tune.schedule import best_of, cost_of

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scoreray.trainer.config import Config
-from scoreray.trainer.progress import Progress
-from scoreray.trainer.run import worker_environment
+from scoreray.trainer.monitoring.progress import Progress
+from scoreray.trainer.on_ray.run import worker_environment
 from scoreray.tune.sweep import Plan, Sweep, need_of
 from scoreray.tune.trial import Trial, advance
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError
-from scoreray.sampling.generate import Request, generate
-from scoreray.sampling.load import load
-from scoreray.sampling.options import option_words
-from scoreray.sampling.record import finite
+from scoreray.sampling.evaluation.record import finite
+from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.generate import Request, generate
+from scoreray.sampling.samplers.options import option_words
 from scoreray.trainer.config import Config, dump_config
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (

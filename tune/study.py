@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError, shortened
-from scoreray.data.lease import Lease
+from scoreray.data.storage.lease import Lease
 from scoreray.data.yaml_text import parse_value
-from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
+from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import dump_config
 from scoreray.trainer.loop import run_store
-from scoreray.trainer.run import CONFIG_FILE
+from scoreray.trainer.on_ray.run import CONFIG_FILE
 from scoreray.tune.processes import Pool, Work, kill
 from scoreray.tune.schedule import Asha, exchange, milestones
 from scoreray.tune.search import num_trials, propose

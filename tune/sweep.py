@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from scoreray.data.errors import UserError, shortened
-from scoreray.sampling.describe import ModelInfo
-from scoreray.sampling.generate import Request
-from scoreray.sampling.samplers import num_calls
+from scoreray.data.units import Count
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.samplers.by_name import num_calls
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
-from scoreray.trainer.units import Count
 from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
 
 MetricName = Literal["denoising", "bpd", "nats", "fid", "kid", "sw", "nfe"]

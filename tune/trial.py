@@ -14,13 +14,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scoreray.data.errors import DataError, ScorerayError, UserError, shortened
-from scoreray.data.store import Store, open_store
-from scoreray.sampling.load import LoadedDenoiser, load_model
-from scoreray.trainer.checkpoint import MARKER, Checkpoint, latest, verified_copy
+from scoreray.data.storage.store import Store, open_store
+from scoreray.sampling.model.load import LoadedDenoiser, load_model
+from scoreray.trainer.checkpoints.checkpoint import MARKER, Checkpoint, latest, verified_copy
 from scoreray.trainer.config import Config
 from scoreray.trainer.loop import run_store, train
-from scoreray.trainer.progress import Progress
-from scoreray.trainer.stopping import Ask
+from scoreray.trainer.monitoring.progress import Progress
+from scoreray.trainer.monitoring.stopping import Ask
 from scoreray.tune.metric import check_finite, measure
 from scoreray.tune.space import Values
 from scoreray.tune.sweep import Plan, Sweep, draw_settings
@@ -226,7 +226,7 @@ def train_to(
     if there >= target:
         return
     if config.scaling.range[1] > 1:
-        from scoreray.trainer.run import fit
+        from scoreray.trainer.on_ray.run import fit
 
         part = config.model_copy(update={"duration": config.duration.model_copy(update={"images": target})})
         fit(part, watch)

@@ -72,7 +72,7 @@ def test_a_driver_is_known_by_its_name(tmp_path: Path) -> None:
 
 def test_the_driver_of_a_submitted_job_is_found() -> None:
     """`submit` starts a module, not a file; a file that only lies in a folder of that name is no driver."""
-    command = [sys.executable, "-u", "-m", "scoreray.cluster.command", "train", "absent.yaml"]
+    command = [sys.executable, "-u", "-m", "scoreray.cluster.cli", "train", "absent.yaml"]
     found = False
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not found:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scoreray.data.manifest import Manifest
-from scoreray.data.pack import pack
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.manifest import Manifest
 
 NUM_SAMPLES = 501  # no multiple of any batch or world size used here
 

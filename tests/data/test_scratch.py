@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from scoreray.data.errors import StorageError
-from scoreray.data.pack import pack
+from scoreray.data.packing.pack import pack
 from scoreray.data.scratch import scratch_file, scratch_folder
-from scoreray.data.store import open_store
-from scoreray.sampling.export import export
-from scoreray.sampling.load import load
-from scoreray.trainer.checkpoint import latest
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.model.export import export
+from scoreray.sampling.model.load import load
+from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store, train
 

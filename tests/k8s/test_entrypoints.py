@@ -17,7 +17,7 @@ import pytest
 import typer
 import yaml
 
-from scoreray.cluster.cli import app
+from scoreray.cluster.cli.main import app
 from scoreray.data.errors import UserError
 from scoreray.data.extras import EXTRAS
 from scoreray.data.yaml_text import parse_yaml
@@ -74,7 +74,7 @@ def test_the_serve_config_is_one_that_ray_serve_takes(clusters: Any, specs: Any,
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
-    from scoreray.cluster.serve_app import Settings
+    from scoreray.cluster.serve.app import Settings
 
     settings = Settings.model_validate(application.args)
     low, high = map(int, settings.replicas.split(","))
@@ -90,7 +90,7 @@ def test_the_serve_config_is_one_that_ray_serve_takes(clusters: Any, specs: Any,
 
 
 def test_numbers_and_words_of_a_serve_config_mean_the_same_though_ray_reads_it_as_yaml_1_1() -> None:
-    from scoreray.cluster.serve_app import Settings
+    from scoreray.cluster.serve.app import Settings
 
     text = "{checkpoints: [a], replicas: 2, ema: 0.05, max_batch: 1.6e1, reload_s: 1e1, drain_s: 5E-1, compile: off}"
     expected = Settings(
@@ -104,7 +104,7 @@ def test_numbers_and_words_of_a_serve_config_mean_the_same_though_ray_reads_it_a
 
 
 def test_a_typo_in_the_serve_config_is_refused() -> None:
-    from scoreray.cluster.serve_app import Settings
+    from scoreray.cluster.serve.app import Settings
 
     with pytest.raises(ValueError, match="replica"):
         Settings.model_validate({"checkpoints": ["s3://b/r"], "replica": "2"})

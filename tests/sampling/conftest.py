@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoreray.data.store import open_store
-from scoreray.trainer.checkpoint_writer import CheckpointWriter
+from scoreray.data.storage.store import open_store
+from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
-from scoreray.trainer.fragments import Fragment
-from scoreray.trainer.network import build_network
+from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.optim.fragments import Fragment
 
 if TYPE_CHECKING:
-    from scoreray.sampling.serve_config import ServeConfig
-    from scoreray.sampling.serve_service import Service
+    from scoreray.sampling.service.config import ServeConfig
+    from scoreray.sampling.service.service import Service
 
 torch.set_num_threads(1)
 
@@ -169,9 +169,9 @@ def _served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
     """The service on a port of this machine, its replica in this process."""
     import uvicorn
 
-    from scoreray.sampling.serve import make_app
-    from scoreray.sampling.serve_replica import Replica
-    from scoreray.sampling.serve_service import LocalBackend, Service
+    from scoreray.sampling.service.app import make_app
+    from scoreray.sampling.service.replica import Replica
+    from scoreray.sampling.service.service import LocalBackend, Service
 
     started, box = threading.Event(), dict[str, Any]()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from scoreray.sampling import fast
-from scoreray.sampling.batcher import SampleRequest, StepBatcher
-from scoreray.sampling.likelihood import log_likelihood
-from scoreray.sampling.load import LoadedDenoiser, load
-from scoreray.sampling.noise import SampleNoise
-from scoreray.sampling.samplers import SAMPLERS, sample
-from scoreray.sampling.sigmas import karras
+from scoreray.sampling.measures.likelihood import log_likelihood
+from scoreray.sampling.model import fast
+from scoreray.sampling.model.load import LoadedDenoiser, load
+from scoreray.sampling.samplers.by_name import SAMPLERS, sample
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sigmas import karras
+from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

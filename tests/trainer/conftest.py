@@ -17,7 +17,7 @@ class Driver:
     """`scoreray train FILE`, after the words `within`; its lines as they come."""
 
     def __init__(self, file: Path, within: list[str] | None = None, environment: dict[str, str] | None = None) -> None:
-        command = [*(within or []), sys.executable, "-m", "scoreray.cluster.command", "train", str(file)]
+        command = [*(within or []), sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from scoreray.trainer import noise
-from scoreray.trainer.checkpoint import latest
+from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.denoiser import Denoiser
-from scoreray.trainer.dit import DiTConfig
-from scoreray.trainer.engine import build_engine
+from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.objective import EDMObjective
+from scoreray.trainer.diffusion.process import EDM
+from scoreray.trainer.engine.engine import build_engine
 from scoreray.trainer.loop import run_store, train
-from scoreray.trainer.network import build_network
-from scoreray.trainer.objective import EDMObjective
-from scoreray.trainer.process import EDM
+from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.networks.dit import DiTConfig
+from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.step import TrainingModule
-from scoreray.trainer.stopping import Ask
-from scoreray.trainer.unet import UNetConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.pack import pack
-from scoreray.trainer.checkpoint import committed, latest
+from scoreray.data.packing.pack import pack
+from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import Progress, read_metrics, run_store, train
-from scoreray.trainer.run import check_run, prepare_run
-from scoreray.trainer.stopping import Ask, Moved, NonFiniteError
+from scoreray.trainer.monitoring.stopping import Ask, Moved, NonFiniteError
+from scoreray.trainer.on_ray.run import check_run, prepare_run
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scoreray.cluster.training import train_to_end
+from scoreray.cluster.verbs.train import train_to_end
 from scoreray.data.errors import DataError
-from scoreray.data.manifest import Manifest
-from scoreray.data.pack import pack
-from scoreray.data.samples import read_samples
-from scoreray.data.store import open_store
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.samples import read_samples
+from scoreray.data.storage.store import open_store
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.on_ray.run import prepare_run
 from scoreray.trainer.quarantined import read_quarantined
-from scoreray.trainer.run import prepare_run
 
 BAD = [41, 43, 77]
 

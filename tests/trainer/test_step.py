@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.augmentation import AugmentationConfig, augment, augmentation_mistakes
-from scoreray.trainer.denoiser import PARAMETERIZATIONS, Denoiser
-from scoreray.trainer.objective import (
+from scoreray.trainer.diffusion.augmentation import AugmentationConfig, augment, augmentation_mistakes
+from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
+from scoreray.trainer.diffusion.objective import (
     OBJECTIVES,
     ContrastiveObjective,
     DenoisingObjective,
     EDMObjective,
     SlicedVRObjective,
 )
-from scoreray.trainer.process import EDM, PROCESSES, VP
-from scoreray.trainer.rbm import GaussianRBMConfig, RBMConfig, build_machine
-from scoreray.trainer.sigma_sampling import LogNormal, UniformT
+from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP
+from scoreray.trainer.diffusion.sigma_sampling import LogNormal, UniformT
+from scoreray.trainer.diffusion.weighting import WEIGHTINGS, Adaptive, Learned, Likelihood
+from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig, build_machine
 from scoreray.trainer.step import MachineModule, TrainingModule, to_uint8, to_unit_range
-from scoreray.trainer.weighting import WEIGHTINGS, Adaptive, Learned, Likelihood
 
 B = 12
 POSITIONS = torch.arange(100, 100 + B)
@@ -98,7 +98,7 @@ def test_every_byte_comes_back_and_what_is_outside_is_clipped():
 
 
 def test_the_default_step_is_edm_s_by_hand():
-    from scoreray.trainer import noise
+    from scoreray.trainer.diffusion import noise
 
     step = module()
     loss, sigma = step(images(), LABELS, POSITIONS)

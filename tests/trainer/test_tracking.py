@@ -18,8 +18,8 @@ from scoreray.data.errors import UserError
 from scoreray.trainer import tracking
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import read_metrics, run_store, train
-from scoreray.trainer.run import check_run
-from scoreray.trainer.stopping import Ask
+from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.on_ray.run import check_run
 from scoreray.trainer.tracking import tracked
 
 Settings = Callable[..., dict[str, Any]]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scoreray.data.pack import pack
-from scoreray.trainer.targets import sample_target
+from scoreray.data.packing.pack import pack
+from scoreray.trainer.diffusion.targets import sample_target
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.data.pack import pack
-from scoreray.sampling.load import load
+from scoreray.data.packing.pack import pack
+from scoreray.sampling.model.load import load
 from scoreray.trainer.config import load_config
+from scoreray.trainer.diffusion.targets import ring
 from scoreray.trainer.loop import read_metrics, run_store, train
-from scoreray.trainer.targets import ring
 from scoreray.tune import metric
 from scoreray.tune.load import check_sweep, load_sweep
 from scoreray.tune.metric import check_finite, denoising_errors, held_out, levels_of, likelihood, measure, weights_of

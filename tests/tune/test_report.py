@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from scoreray.cluster.cli import app
-from scoreray.sampling.generate import Request
-from scoreray.sampling.options import parse_options
+from scoreray.cluster.cli.main import app
+from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.samplers.options import parse_options
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
 from scoreray.tune.pictures import _ends, _front_frame, front_picture

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from scoreray.data.errors import UserError
-from scoreray.data.pack import pack
-from scoreray.data.samples import read_samples
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.samples import read_samples
 from scoreray.tune.load import check_room, check_sweep, load_sweep
 from scoreray.tune.metric import held_out
 from scoreray.tune.space import with_values

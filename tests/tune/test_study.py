@@ -18,11 +18,11 @@ import torch
 import yaml
 
 from scoreray.data.errors import UserError
-from scoreray.data.store import open_store
-from scoreray.trainer.checkpoint import committed, latest, open_checkpoint
+from scoreray.data.storage.store import open_store
+from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store
-from scoreray.trainer.run import check_run
+from scoreray.trainer.on_ray.run import check_run
 from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
@@ -246,7 +246,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_a_best_config_that_trains(
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({**sweep, "study": {"name": "study", "storage": s3_url}, "trials": 3}))
     plan = load_sweep(file, ["base.duration.images=65536"])
-    tune = [sys.executable, "-m", "scoreray.cluster.command", "tune", str(file), "base.duration.images=65536"]
+    tune = [sys.executable, "-m", "scoreray.cluster.cli", "tune", str(file), "base.duration.images=65536"]
     driver = subprocess.Popen(tune, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     store, deadline = study_store(plan.sweep), time.monotonic() + 200
     while not any(key.endswith("/config.yaml") for key, _ in store.list("runs/")):
@@ -276,7 +276,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_a_best_config_that_trains(
         assert start > (before.images_seen if before else 0)
     assert {"report.html", "report.json", "best.yaml"} <= {key for key, _ in store.list()}
 
-    train = [sys.executable, "-m", "scoreray.cluster.command", "train", store.url("best.yaml"), "--json"]
+    train = [sys.executable, "-m", "scoreray.cluster.cli", "train", store.url("best.yaml"), "--json"]
     trained = subprocess.run(train, capture_output=True, text=True, timeout=300)
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["images_seen"] == plan.total

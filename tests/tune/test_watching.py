@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from scoreray.cluster import tuning
-from scoreray.cluster.tuning import Pace, TrialTable
-from scoreray.trainer.progress import Progress
+from scoreray.cluster.verbs import tune as tuning
+from scoreray.cluster.verbs.tune import Pace, TrialTable
+from scoreray.trainer.monitoring.progress import Progress
 from scoreray.tune.load import load_sweep
 from scoreray.tune.processes import Work
 from scoreray.tune.schedule import expected_images

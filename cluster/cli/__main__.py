@@ -1,0 +1,25 @@
+"""Where `scoreray` begins: Ctrl-C is one line from here on, also while the command's modules are being imported."""
+
+import os
+import signal
+from types import FrameType
+
+
+def main() -> None:
+    """The `scoreray` command; see `cli.py`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    from scoreray.cluster.cli.main import main as run
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGTERM is set by `run`
+    run()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """An exception here would come out of some import as a traceback, or be swallowed there: nothing is open yet."""
+    os.write(2, b"scoreray: stopped before anything was started\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

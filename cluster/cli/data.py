@@ -1,0 +1,153 @@
+"""Verbs of data sets: `data pack`, `data verify`, `data inspect`. See `cli.py`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scoreray.cluster.cli.words import AsJson, make_bucket
+from scoreray.data.errors import UserError
+
+
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder of images (class = subfolder; here or in S3), .npz, IDX (.gz or not), or tars."),
+    ],
+    url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they lie.")],
+    image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None,
+    image_format: Annotated[
+        str | None, typer.Option(help="png (default), jpg (lossy) or npy. With it, tars are made into new ones.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Of arrays with four axes: NCHW or NHWC. Default: as their shape says.")
+    ] = None,
+    no_classes: Annotated[
+        bool, typer.Option("--no-classes", help="Neither subfolders nor labels become classes.")
+    ] = False,
+    skip_bad: Annotated[
+        int, typer.Option(help="Leave out up to so many samples that can't be read; each is named.", min=0)
+    ] = 0,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(help="Samples in one shard. Default: as many as make about 64 MB.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle at packing.", min=0)] = 0,
+    name: Annotated[str | None, typer.Option(help="The data set's name; default: the source's.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Shards made at once by Ray. Default: one a core, of RAY_ADDRESS's cluster if set.", min=1),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Images into WebDataset shards and a manifest. Run again after a kill, it goes on. The same source and options
+    give the same bytes, whatever --workers is. Tars that lie at URL already are indexed in place."""
+    from scoreray.cluster.verbs.pack import pack_with_bar
+    from scoreray.data.reading.outputs import check_folder, suffix_of
+
+    if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
+        check_folder(url, "URL")
+    make_bucket(url)
+    unused = Counter[str]()
+    manifest, left_out = pack_with_bar(
+        source,
+        url,
+        workers=workers,
+        unused=unused,
+        name=name,
+        image_size=image_size,
+        image_format=image_format,
+        channels=channels,
+        layout=layout,
+        labelled=not no_classes,
+        skip_bad=skip_bad,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+    )
+    if as_json:
+        answer = {
+            "url": url,
+            "num_samples": manifest.num_samples,
+            "num_shards": len(manifest.shards),
+            "left_out": left_out,
+            "unused": dict(unused),
+        }
+        typer.echo(json.dumps(answer))
+    else:
+        typer.echo(f"next: scoreray train CONFIG data.url={url}")
+
+
+def verify(
+    url: Annotated[str, typer.Argument(help="A packed data set.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a data set against its manifest; exit status 3 when something is wrong."""
+    from scoreray.cluster.display import counted
+    from scoreray.data.packing.inspect import verify as problems_of
+    from scoreray.data.storage.store import open_store
+
+    open_store(url).check_reachable()
+    with counted("verify", "samples") as progress:
+        problems = problems_of(url, progress)
+    if as_json:
+        typer.echo(json.dumps({"url": url, "problems": problems}))
+    else:
+        typer.echo("\n".join(problems) if problems else f"{url}: every shard is what the manifest says")
+    if problems:
+        raise typer.Exit(3)
+
+
+def inspect(
+    url: Annotated[str, typer.Argument(help="A packed data set.")],
+    picture: Annotated[Path | None, typer.Option(help="Where a picture of samples goes: .png, .jpg or .webp.")] = None,
+    count: Annotated[int, typer.Option(help="Samples in the picture.", min=1, max=1024)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """What a data set holds: counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its samples."""
+    from dataclasses import asdict
+
+    from scoreray.data.packing.inspect import picture_grid, spread, summary, visible
+    from scoreray.data.reading.outputs import check_picture, write_picture
+    from scoreray.data.reading.samples import Samples
+    from scoreray.data.storage.store import open_store
+    from scoreray.trainer.networks.ladder import suggest_ladder
+    from scoreray.trainer.step import to_unit_range
+
+    if picture is not None:
+        check_picture(picture)
+    open_store(url).check_reachable()
+    samples = Samples(url)
+    left_out = {"sigma_max": "none: one sample has no distances"}
+    if picture is not None:
+        pictures = samples.read(spread(samples.manifest, count)[:count])[0]
+        write_picture(picture_grid(visible(pictures, samples.manifest)), picture)
+    found = asdict(summary(url))
+    try:
+        some = samples.read(spread(samples.manifest, 1024))[0]
+        found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
+    except UserError as error:  # one sample, or distances below its least noise level
+        found["ladder"], left_out["ladder"] = None, f"none: {error}"
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for key, value in found.items():
+        if value is None:
+            typer.echo(f"{key:13} {left_out[key]}")
+            continue
+        shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
+        typer.echo(f"{key:13} {shown}")
+    if picture is not None:
+        typer.echo(f"{'picture':13} {picture}")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        more = [f"... ({len(value):,} in all)"] if len(value) > 16 else []
+        return ", ".join([*(_number(item) for item in value[:16]), *more])
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,323 @@
+"""Verbs for what was trained: `sample`, `export`, `serve`, `evaluate`, `compare`. See `cli.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scoreray.cluster.cli.words import AsJson, Verbose, make_bucket
+from scoreray.data.errors import UserError
+
+
+def sample(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
+    out: Annotated[
+        str, typer.Option(help="A folder or prefix, or a .npz. The same command again goes on there, or mends it.")
+    ],
+    count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    format: Annotated[
+        str,
+        typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3, else pictures."),
+    ] = "auto",
+    actors: Annotated[
+        int | None,
+        typer.Option(help="Draw by so many Ray actors, on RAY_ADDRESS's cluster or one here; else in-process.", min=1),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs. Default: what fits the model."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Noise levels, 18 for heun; sweeps of gibbs, 1000 by default.", min=1)
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
+    class_label: Annotated[
+        str | None,
+        typer.Option(
+            help="A class's name or number, -1 for none; name:2 or index:2 where one is the other's; all in turn if "
+            "left out."
+        ),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the class.")
+    ] = 1.0,
+    autoguide: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")
+    ] = None,
+    guide_ema: Annotated[
+        str | None, typer.Option(help="Guide by this EMA length, of the same model or of --autoguide's.")
+    ] = None,
+    interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Guide between these noise levels only.")
+    ] = None,
+    inpaint: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE", help="Keep what --mask marks of this picture or array; draw the rest."),
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(metavar="MASK", help="For --inpaint: white (or 1) where known, else 0.")
+    ] = None,
+    inverse: Annotated[
+        str | None,
+        typer.Option(metavar="OPERATOR", help="superresolution=FACTOR, gray or matrix=FILE, of --measurement."),
+    ] = None,
+    measurement: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For --inverse: what was measured, a picture, npy or npz.")
+    ] = None,
+    noise_std: Annotated[float, typer.Option(help="The measurement's noise, for data in [-1, 1].")] = 0.0,
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="What black and white are in an array that is given; 0,255 of uint8, -1,1 of floats.",
+        ),
+    ] = None,
+    inverse_method: Annotated[
+        str, typer.Option(help="projection, or jacobian: nearer the posterior, a backward pass a call.")
+    ] = "projection",
+    ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples that are drawn together.", min=1)] = 64,
+    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or auto: bf16 where the count pays for compiling and it is exact enough.")
+    ] = "auto",
+    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
+    samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None,
+    picture: Annotated[Path | None, typer.Option(help="A picture of the first samples: .png, .jpg, .webp.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
+    from scoreray.cluster.verbs.sample import sample_to
+    from scoreray.sampling.guidance.steering import Guidance, measurement_of
+    from scoreray.sampling.offline.generate import Request
+    from scoreray.sampling.samplers.options import parse_options
+
+    request = Request(
+        count=count,
+        sampler=sampler,
+        steps=steps,
+        grid=grid,
+        seed=seed,
+        class_label=class_label,
+        guidance=Guidance(guidance, autoguide, guide_ema, _interval(interval)),
+        measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method, value_range),
+        batch_size=batch_size,
+        options=parse_options(option or []),
+    )
+    make_bucket(out)
+    drawn = sample_to(
+        out,
+        checkpoint,
+        ema,
+        request,
+        format=format,
+        actors=actors,
+        picture=picture,
+        verbose=verbose,
+        precision=precision,
+        compile_=compile_,
+        samples_per_shard=samples_per_shard,
+    )
+    typer.echo(json.dumps(drawn.answer()) if as_json else drawn.text())
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")],
+    ema: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="EMA length, again for more; all tracked ones if left out, 'none' for raw weights. "
+            "One that was not tracked is made of the run's snapshots and checkpoints."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model for inference: safetensors, one per EMA length, and a page of JSON."""
+    from scoreray.cluster.verbs.export import export_model
+    from scoreray.data.reading.outputs import check_folder
+
+    check_folder(out, "OUT")
+    make_bucket(out)
+    page = export_model(checkpoint, out, ema or [])
+    if as_json:
+        typer.echo(json.dumps({"out": out, **page}))
+        return
+    for name, about in page["files"].items():
+        typer.echo(f"EMA {name}: {out.rstrip('/')}/{about['file']} ({about['bytes'] / 1e6:,.1f} MB)")
+    typer.echo(f"next: scoreray sample {out} --count 64 --out samples")
+
+
+def serve(
+    checkpoint: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]CHECKPOINT...", help="Runs (their newest checkpoint is followed) or checkpoints."
+        ),
+    ],
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Where to listen; others than loopback need tokens.")] = "127.0.0.1",
+    token_file: Annotated[Path | None, typer.Option(help="Lines name:token; or set SCORERAY_TOKENS.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve everybody who can reach the host.")] = False,
+    replicas: Annotated[str, typer.Option(help="How many, or MIN,MAX.")] = "1",
+    max_batch: Annotated[int, typer.Option(help="Rows of one call of the network.", min=2)] = 32,
+    max_models: Annotated[int, typer.Option(help="Weights in a replica's memory at once.", min=2)] = 4,
+    ema: Annotated[str | None, typer.Option(help="Default EMA length; requests may name another.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16; auto measures what bf16 changes.")] = "auto",
+    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
+    cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1.0,
+    gpus_per_replica: Annotated[float, typer.Option(min=0)] = 0.0,
+    threads: Annotated[int | None, typer.Option(help="Of a replica's network on CPUs.", min=1)] = None,
+    reload_s: Annotated[float, typer.Option(help="How often a run is asked for a newer checkpoint.", min=0.1)] = 10.0,
+    drain_s: Annotated[float, typer.Option(help="At the end, for requests under way.", min=0)] = 60.0,
+    limit: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_count=64; see docs/serving.md.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer sampling requests over HTTP. Ctrl-C or SIGTERM drains, then ends with 0 (130 if requests were cut off)."""
+    from scoreray.cluster.serve.serve import Placement, make_config, make_limits, parse_replicas, serve_until_stopped
+    from scoreray.sampling.model.fast import check_choices
+
+    check_choices(precision, compile_)
+    placement = Placement(
+        host, port, parse_replicas(replicas), cpus_per_replica, gpus_per_replica, max(128, 4 * max_batch), drain_s
+    )
+    config = make_config(
+        checkpoint,
+        token_file,
+        host,
+        no_auth,
+        ema=ema,
+        max_batch=max_batch,
+        max_models=max_models,
+        precision=precision,
+        compile=compile_,
+        threads=threads,
+        reload_s=reload_s,
+        limits=make_limits(limit or []),
+    )
+
+    def ready(url: str) -> None:
+        if as_json:
+            typer.echo(json.dumps({"url": url, "models": dict(config.models)}))
+
+    if serve_until_stopped(config, placement, ready, verbose=verbose):
+        sys.exit(130)
+
+
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="URL of a run, of one checkpoint in it, or of an exported model."),
+    ],
+    reference: Annotated[str, typer.Option(help="The packed data set that it is measured against.")],
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Of fid,kid,is,pr,sw,nn,kde,bpd,nats,loss,psnr,ssim,ais; default: what fits and is cheap. "
+            "See docs/evaluation.md."
+        ),
+    ] = "",
+    out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = "",
+    cache: Annotated[str, typer.Option(help="Extractors and reference features; default: cache/ in --out.")] = "",
+    extractor: Annotated[
+        str,
+        typer.Option(help="auto, classifier, identity, or a file: Inception-v3's weights, TorchScript (runs code)."),
+    ] = "auto",
+    count: Annotated[int, typer.Option(help="Samples to draw.")] = 10_000,
+    reference_count: Annotated[int, typer.Option(help="Samples of the reference, evenly over it.")] = 50_000,
+    likelihood_count: Annotated[int, typer.Option(help="Samples of the reference for bpd and nats.")] = 128,
+    loss_count: Annotated[int, typer.Option(help="Samples of the reference for loss.")] = 1024,
+    restoration_count: Annotated[int, typer.Option(help="Samples of the reference for psnr and ssim.")] = 128,
+    restoration: Annotated[
+        str, typer.Option(help="For psnr and ssim: superresolution=FACTOR, inpaint or gray.")
+    ] = "superresolution=2",
+    sampler: Annotated[str | None, typer.Option(help="As for sample; default: what fits the model.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Noise levels, or Gibbs sweeps.", min=1)] = None,
+    grid: Annotated[str | None, typer.Option(help="Noise levels, as for sample.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.", min=0)] = 0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
+    rtol: Annotated[float, typer.Option(help="Tolerance of the likelihood's solver.")] = 1e-5,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray actors; default: what the cluster has room for.", min=1)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of each worker; part of the record.", min=1)] = 1,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a model: a record to compare, a page to look at. The same command again goes on, or finds it."""
+    from scoreray.cluster.verbs.evaluate import evaluate_on_ray
+    from scoreray.data.reading.outputs import check_folder
+    from scoreray.sampling.evaluation.plan import Settings
+    from scoreray.sampling.samplers.options import parse_options
+
+    settings = Settings(
+        checkpoint=checkpoint,
+        reference=reference,
+        metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
+        out=out,
+        cache=cache,
+        ema=ema,
+        extractor=extractor,
+        count=count,
+        reference_count=reference_count,
+        likelihood_count=likelihood_count,
+        loss_count=loss_count,
+        restoration_count=restoration_count,
+        restoration=restoration,
+        sampler=sampler,
+        steps=steps,
+        grid=grid,
+        seed=seed,
+        guidance=guidance,
+        batch_size=batch_size,
+        options=parse_options(option or []),
+        rtol=rtol,
+        threads=threads,
+    )
+    check_folder(out, "--out")
+    check_folder(cache, "--cache")
+    make_bucket(out)
+    evaluation = evaluate_on_ray(settings, workers=workers, verbose=verbose)
+    typer.echo(json.dumps(evaluation.answer()) if as_json else evaluation.text())
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A.json", help="The record of an evaluation (record.json).")],
+    second: Annotated[str, typer.Argument(metavar="B.json", help="Another one.")],
+    metrics: Annotated[str, typer.Option(help="Only these; default: all that both have.")] = "",
+    vary: Annotated[str, typer.Option(help="Settings of sampling that are meant to differ: sampler,steps,...")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare two evaluations; exit status 2, naming what differs, when their numbers can't be compared."""
+    from scoreray.sampling.evaluation.record import compare as compared
+    from scoreray.sampling.evaluation.record import comparison_text, notes, read_record
+
+    a, b = read_record(first), read_record(second)
+    found = compared(a, b, *([part for part in text.split(",") if part] for text in (metrics, vary)))
+    beside = notes(a, b)
+    if as_json:
+        typer.echo(json.dumps({"metrics": found, "notes": beside}))
+    else:
+        typer.echo(comparison_text(found, beside))
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--interval {text}: write two noise levels, LOW,HIGH, e.g. 0.2,5") from None
+    return low, high

@@ -1,0 +1,166 @@
+"""Verbs about training: `demo`, `train`, `tune`, `doctor`, `submit`. See `cli.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scoreray.cluster.cli.words import AsJson, ConfigFile, Overrides, Verbose, found, make_bucket, parsed
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option(help="Seconds instead of minutes; the samples are then blurs.")] = False,
+    workers: Annotated[int, typer.Option(help="Training workers.", min=1, max=16)] = 2,
+    fresh: Annotated[bool, typer.Option(help="Start over where a demo has already run in this folder.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole line on this machine: pack, train on Ray from S3, draw samples, show them."""
+    from scoreray.cluster.verbs.demo import run_demo
+    from scoreray.data.reading.outputs import check_folder
+
+    check_folder(str(out), "--out")
+    result = run_demo(out, quick=quick, workers=workers, fresh=fresh, verbose=verbose)
+    typer.echo(json.dumps(result.answer()) if as_json else result.text())
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Start over under the next unused name (name-2, ...).")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check the config and what it names.")] = False,
+    print_config: Annotated[bool, typer.Option(help="Print the whole config, defaults included, and stop.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a score network. The same command again goes on from the newest committed checkpoint."""
+    from scoreray.trainer.config import dump_config, load_config
+
+    loaded = load_config(config, overrides or ())
+    if print_config:
+        typer.echo(dump_config(loaded), nl=False)
+        return
+    from scoreray.cluster.verbs.following import check_beside
+    from scoreray.cluster.verbs.train import check_here, tell_of_data, train_to_end
+    from scoreray.trainer.on_ray.run import check_run, prepare_run
+
+    if check:
+        check_run(loaded, fresh=fresh)
+        check_beside(loaded)
+        check_here(loaded)
+        warnings = tell_of_data(loaded)
+        typer.echo(f"{config}: good" + (", with a warning" if warnings else ""))
+        return
+    make_bucket(loaded.run.storage)
+    check_beside(loaded)
+    result = train_to_end(prepare_run(loaded, fresh=fresh), verbose=verbose)
+    typer.echo(json.dumps(result.answer()) if as_json else result.text())
+
+
+def tune(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", callback=found, help="A sweep's YAML file; configs/tune/ has some.")
+    ],
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the sweep and what it names.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search noise schedules, weightings, anything a config has. The same command again goes on where it was."""
+    from scoreray.cluster.verbs.tune import check_tune, tune_to_end
+    from scoreray.tune.load import load_sweep
+
+    plan = load_sweep(config, overrides or ())
+    if check:
+        check_tune(plan)
+        typer.echo(f"{config}: good")
+        return
+    make_bucket(plan.sweep.study.storage)
+    result = tune_to_end(plan, verbose=verbose)
+    typer.echo(json.dumps(result.answer()) if as_json else result.text())
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", callback=found, help="A YAML file, as for train.")
+    ] = None,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines of the workers; default: 8 GPUs each.", min=1)] = None,
+    shape: Annotated[str | None, typer.Option(help="Shape of a sample, e.g. 3x64x64; default: the data set's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem.
+
+    With RAY_ADDRESS (or as `submit doctor`) every node is asked: versions, clock, disks, storage, network, token,
+    ports.
+    """
+    from dataclasses import asdict
+
+    from scoreray.cluster.doctor.examine import Machine, examine, parse_bytes, parse_shape
+    from scoreray.data.errors import UserError
+    from scoreray.trainer.config import load_config
+
+    if config is None and (memory or nodes or shape):
+        raise UserError("--memory, --nodes and --shape are for the plan of a CONFIG; give one")
+    loaded = load_config(config, overrides or ()) if config else None
+    machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
+    found = examine(loaded, machine)
+    if os.environ.get("RAY_ADDRESS"):
+        from scoreray.cluster.connect.local_ray import connected
+        from scoreray.cluster.doctor.nodes import Ask, ask_cluster
+
+        with connected():
+            found += ask_cluster(Ask.of(loaded))
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+    else:
+        for one in found:
+            typer.echo(f"{one.state:8}{one.topic}: {one.text}")
+    if any(one.state == "problem" for one in found):
+        raise typer.Exit(2)
+
+
+def submit(
+    context: typer.Context,
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="VERB...", help="A verb with its words; or status ID, logs ID, stop ID, list."),
+    ],
+    address: Annotated[
+        str | None, typer.Option(help="http(s)://HOST:PORT of the cluster's dashboard; else RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the job; no credentials.")] = None,
+    from_env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VARIABLE", help="NAME is what VARIABLE is on the cluster.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the job; default: scoreray, the verb and the run's name.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is submitted.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a verb as a job on a remote Ray cluster: this code, its config; RAY_AUTH_TOKEN is the cluster's token.
+
+    Options of submit stand before VERB. The same submission again resumes the run.
+    """
+    from scoreray.cluster.submit.submit import submit as submitted
+
+    status = submitted(
+        words,
+        address=address,
+        env=env or [],
+        from_env=from_env or [],
+        name=name,
+        detach=detach,
+        as_json=as_json,
+        parse=lambda words: parsed(context.find_root().command, words),
+    )
+    if status:
+        sys.exit(status)

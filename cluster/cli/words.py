@@ -1,0 +1,69 @@
+"""Words that several verbs of the command line share, and the S3 server that `--local-s3` starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.data.storage.store import local_path, open_store
+from scoreray.trainer.config.presets import preset
+
+ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click, under a private name
+_servers: list[Any] = []  # the S3 server of --local-s3, while it runs
+
+
+def found(config: Path | None) -> Path | None:
+    """A callback of Typer's. The file may be written as file:///PATH too, of which Path leaves one slash."""
+    if config is not None and str(config)[:6].lower() == "file:/":
+        config = local_path(f"file://{str(config)[5:]}")
+    return None if config is None else preset(config)
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", callback=found, help="A YAML file; configs/NAME.yaml is a preset.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers print.")]
+
+
+@contextlib.contextmanager
+def local_s3(folder: Path) -> Iterator[None]:
+    from scoreray.data.storage.local_s3 import LocalS3
+
+    with LocalS3(folder) as server:
+        os.environ.update(server.env)
+        _servers.append(server)
+        yield
+
+
+def make_bucket(url: str) -> None:
+    """On a server of our own (--local-s3), the bucket of a URL that is about to be written to."""
+    if _servers and url.startswith("s3://"):
+        open_store(url)  # raises UserError for what can't be a bucket's name
+        _servers[-1].create_bucket(url[5:].partition("/")[0])
+
+
+def parsed(command: Any, words: list[str]) -> dict[str, Any]:
+    """A verb's options and arguments, as `command` (the whole `scoreray`) reads them. Raises UserError."""
+    path, rest = "scoreray", list(words)
+    while hasattr(command, "commands"):
+        given = rest.pop(0) if rest else ""
+        if given not in command.commands:
+            raise UserError(f"submit {' '.join([*path.split()[1:], given]).strip()}: no such verb; "
+                            f"{nearest(given, command.commands)}")  # fmt: skip
+        path, command = f"{path} {given}", command.commands[given]
+    try:
+        options: dict[str, Any] = command.make_context(path, rest).params
+    except ClickException as error:
+        reason = error.format_message().rstrip(".")
+        raise UserError(f"{reason}; see {path} --help (options of submit stand before the verb)") from None
+    return options

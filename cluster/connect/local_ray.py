@@ -1,0 +1,227 @@
+"""Connecting to Ray: the cluster that RAY_ADDRESS names, or one of our own on this machine that ends with us."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
+from scoreray.cluster.connect.start import SHORT_LOOKS, load_line, patience, start_wait_s
+from scoreray.cluster.connect.watch import watched
+from scoreray.cluster.display import say
+from scoreray.data.errors import MachineError, UserError
+from scoreray.data.units import whole_number
+from scoreray.trainer.on_ray.run import SCRATCH
+
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# Must be set before `import ray` (and are inherited by every process that Ray starts).
+QUIET_AND_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    LOOPBACK_ONLY: "0",  # listeners bind to loopback; not where nodes of a cluster must reach this process
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # for resources: after a node's death the first count is stale
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # ours say more
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "scoreray.sampling.service.connection:in_serves_proxy",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
+}
+
+OUR_KILL = "killed by `ray.kill`"
+_verbose = False  # of the newest connection of this process
+
+
+@contextlib.contextmanager
+def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
+    """A Ray cluster for the duration: RAY_ADDRESS's if that is set, else an embedded one with `num_cpus` slots.
+
+    The embedded one listens on loopback only, asks for a token that only this process and its children have, sends
+    no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
+    reached, MachineError when no Ray can be started here.
+    """
+    _set_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _keep_off_stdout(verbose)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            message = str(error).splitlines()[0]
+            hint = "was its token refused?" if _token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
+            raise UserError(
+                f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}"
+            ) from None
+        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
+        _warn_without_token(ray.get_runtime_context().gcs_address)
+        try:
+            with watched(embedded=False):
+                yield
+        finally:
+            ray.shutdown()
+        return
+    with _embedded(num_cpus or os.cpu_count() or 1, verbose):
+        yield
+
+
+def _warn_without_token(gcs: str) -> None:
+    """A line where a cluster runs whatever anybody sends to it."""
+    from scoreray.cluster.connect.listening import asks_for_token
+
+    if asks_for_token(gcs) is False:
+        say(
+            f"warning: the Ray cluster at {gcs} asks for no token: all who reach its ports may run code there; "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node (docs/security.md)"
+        )
+
+
+class _TooSlow(MachineError):
+    """Ray's daemons did not answer in time."""
+
+
+@contextlib.contextmanager
+def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
+    """A Ray of our own. Raises MachineError where it can't be started."""
+    import ray
+
+    with contextlib.ExitStack() as stack:
+        wait_s = start_wait_s()
+        try:
+            folder = stack.enter_context(_started(num_cpus, verbose, wait_s))
+        except _TooSlow as error:
+            if (longer_s := start_wait_s()) < 2 * wait_s:
+                raise
+            say(f"{error}; the machine has become busier: once more, waiting up to {longer_s} s")
+            folder = stack.enter_context(_started(num_cpus, verbose, longer_s))
+        os.environ[SCRATCH] = str(folder)
+        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
+        try:
+            with watched(embedded=True):
+                yield
+        finally:
+            os.environ.pop(SCRATCH, None)
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
+    """Ray's daemons, in a folder that is yielded and that goes with them."""
+    import ray
+
+    with private_folder() as folder:
+        try:
+            with patience(wait_s):
+                ray.init(
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=verbose,
+                    logging_level=logging.INFO if verbose else logging.ERROR,
+                    configure_logging=True,
+                    object_store_memory=_object_store_bytes(),
+                    _temp_dir=str(folder / RAYS_OWN),
+                    _node_ip_address="127.0.0.1",
+                )
+        except SystemExit:  # by Ray's own handler of SIGTERM, which is ours again once Ray has started
+            raise KeyboardInterrupt from None
+        except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
+            ray.shutdown()
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            kind = _TooSlow if "timed out" in reason.lower() else MachineError
+            raise kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}") from error
+        yield folder
+
+
+def _state(folder: Path) -> str:
+    """What a person may look at where Ray does not start."""
+    free = [
+        f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free in {place}"
+        for place in ("/dev/shm", str(folder.parent))
+        if os.path.isdir(place)
+    ]
+    return ", ".join([*free, load_line()])
+
+
+def _keep_off_stdout(verbose: bool) -> None:
+    """What Ray tells of raylets and workers goes to stderr: standard output is for a command's answer (--json).
+
+    That tasks fail whose actor we have ended ourselves is no news, and not told. Without `verbose` nothing of Ray's own
+    is: who waits for a worker that died tells of it in a line, and Ray would in a paragraph (kernel's log, advice).
+    """
+    global _verbose
+    _verbose = verbose
+    from ray._private import worker
+
+    printed = worker.print_to_stdstream
+    if not hasattr(printed, "to_stderr"):
+
+        def on_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
+            lines = [line for line in data["lines"] if OUR_KILL not in line]
+            if lines and (_verbose or data.get("pid") != "raylet"):
+                printed({**data, "lines": lines, "is_err": True}, ignore_prefix)
+
+        on_stderr.to_stderr = True  # type: ignore[attr-defined]
+        worker.print_to_stdstream = on_stderr
+
+
+def _check_address(address: str) -> None:
+    """Seconds, where Ray would try for a minute and a half. Raises UserError when nothing listens there."""
+    host, colon, port = address.rpartition("//")[2].partition("/")[0].rpartition(":")
+    if not colon or not 0 < (whole_number(port) or 0) < 65536:
+        return  # "auto", or a form that only Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error.strerror or error})") from None
+
+
+def stop(*_: object) -> None:
+    """A handler that makes SIGTERM what Ctrl-C is: everything is closed in order."""
+    raise KeyboardInterrupt
+
+
+def _set_environment() -> None:
+    """What Ray reads from the environment when it is imported: so before that, and for the rest of this process.
+
+    An embedded cluster gets a token that is in this process's environment and nowhere on disk.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    for name, value in QUIET_AND_LOCAL.items():
+        if name != LOOPBACK_ONLY or "127.0.0.1" in address or "localhost" in address or not address:
+            os.environ.setdefault(name, value)
+    if address and _token_given():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+        os.environ |= SHORT_LOOKS
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _token_given() -> bool:
+    return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+
+
+def _object_store_bytes() -> int:
+    """A small object store: only configs and progress pass through it, and /dev/shm may be small in a container."""
+    with contextlib.suppress(OSError):
+        return max(80 << 20, min(256 << 20, shutil.disk_usage("/dev/shm").free // 4))
+    return 128 << 20

@@ -1,0 +1,16 @@
+"""What the doctor found, as a line for a person and facts for a program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    state: Literal["good", "note", "problem"]
+    text: str
+    facts: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The sampling service on Ray Serve."""

@@ -1,0 +1,156 @@
+"""`data pack` with its progress shown, its shards made by Ray tasks: on RAY_ADDRESS's cluster or on all cores here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scoreray.cluster.connect.local_ray import connected
+from scoreray.cluster.connect.room import wait_for_room
+from scoreray.cluster.display import counted, say
+from scoreray.data.errors import StorageError, UserError
+from scoreray.data.packing.commit import Packed, Plan, check_node, pack_shard
+from scoreray.data.packing.listing import kinds_line
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.storage.store import open_store
+
+WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves
+MOST_NAMED = 10  # samples that were left out, in the last lines
+RETRIES = 4  # of a shard whose worker process dies
+AHEAD = 4  # shards that may be finished before an earlier one is, as a multiple of those at once
+CHECK_S = 60.0
+
+
+def pack_with_bar(
+    source: str, url: str, *, workers: int | None = None, unused: Counter[str] | None = None, **options: Any
+) -> tuple[Manifest, list[str]]:
+    """`scoreray.data.packing.pack.pack` with a bar; options as there. Also returns what was left out, and why.
+
+    workers: shards that are made at once. None: as many as RAY_ADDRESS's cluster has CPUs, or without that as this
+    machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
+    unused: members of tars that are no part of a sample are counted in it, by kind.
+    """
+    open_store(url).check_writable()
+    asked, kept, skipped = 0, 0, list[str]()
+    unused = Counter() if unused is None else unused
+
+    def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
+        nonlocal asked, kept
+        asked = len(numbers)
+        for note in plan.notes:
+            say(note)
+        for packed in _make(plan, numbers, workers, stack):
+            kept += packed.kept
+            skipped.extend(packed.skipped)
+            unused.update(packed.unused)
+            yield packed
+
+    with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
+        manifest = pack(source, url, progress=progress, map_shards=counting, **options)
+    holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
+    kept += max(0, len(manifest.shards) - asked)  # of a pack that was finished, and of which some were gone
+    if asked:
+        say(f"packed {holds}{f', {kept} of them there from before' if kept else ''} at {url}")
+    else:
+        say(f"packed already: {holds} at {url}, of this source and with these options; nothing was to do")
+    if unused:
+        say(f"left out beside the images: {kinds_line(unused)}")
+    if skipped:
+        more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
+        say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))
+    return manifest, skipped
+
+
+def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contextlib.ExitStack) -> Iterator[Packed]:
+    cores, started = len(os.sched_getaffinity(0)), time.monotonic()
+    on_cluster = "RAY_ADDRESS" in os.environ
+    done = 0
+    if workers == 1 or (workers is None and not on_cluster):
+        for done, number in enumerate(numbers, 1):
+            yield pack_shard(plan, number)
+            left_s = (time.monotonic() - started) / done * (len(numbers) - done)
+            if workers is None and min(cores, len(numbers) - done) > 1 and left_s > WORTH_RAY_S:
+                break
+        else:
+            return
+    stack.enter_context(connected(num_cpus=workers or cores))
+    if on_cluster:
+        wait_for_room("a shard's task needs", [{"CPU": 1}], "--workers 1 packs here")
+        _check_nodes(plan)
+    yield from map_on_ray(plan, numbers[done:], workers)
+
+
+def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -> Iterator[Packed]:
+    """pack_shard() for each number by tasks of the connected cluster, `workers` at once (None: as many as it has CPUs),
+    in order. A task whose process dies is started again. What still runs when this iterator ends is left to itself, and
+    ends with this process: a shard more does no harm, and Ray 2.60 may abort where a task ends while it is cancelled.
+
+    Raises what a task raised; StorageError when its process died RETRIES times.
+    """
+    import ray
+
+    # A lambda is sent by value, so that a task's process imports no more than packing needs.
+    task = ray.remote(lambda plan, number: pack_shard(plan, number))
+    shared = ray.put(plan)
+    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = deque(numbers)
+    running: dict[Any, int] = {}
+    finished: dict[int, Packed] = {}
+    for number in numbers:
+        while number not in finished:
+            while waiting and len(running) < at_once and waiting[0] < number + AHEAD * at_once:
+                started = waiting.popleft()
+                options = task.options(name=f"pack shard {started}", max_retries=RETRIES, num_cpus=1)
+                running[options.remote(shared, started)] = started
+            for ref in ray.wait(list(running))[0]:
+                finished[running[ref]] = _result(ref, running[ref])
+                del running[ref]
+        yield finished.pop(number)
+
+
+def _result(ref: Any, number: int) -> Packed:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"shard {number}: the process that made it died {RETRIES + 1} times ({reason}); is there memory for "
+            "so many shards at once? give a smaller --workers or --samples-per-shard"
+        ) from None
+
+
+def _check_nodes(plan: Plan) -> None:
+    """Each machine that may run a task looks for the source and the target. Raises UserError naming one that does not
+    see them."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    check = ray.remote(lambda plan: check_node(plan))
+    shared = ray.put(plan)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    for node in nodes:
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        node["check"] = check.options(scheduling_strategy=where, num_cpus=0, max_retries=0).remote(shared)
+    for node in nodes:
+        try:
+            ray.get(node["check"], timeout=CHECK_S)
+        except GetTimeoutError:
+            continue  # a busy machine; if it can't do it, its tasks will say so
+        except RayTaskError as error:
+            raise UserError(
+                f"Ray's machine {node['NodeManagerAddress']} (RAY_ADDRESS={os.environ['RAY_ADDRESS']}): {error.cause}; "
+                "put the source and the target where every machine sees them (S3, a shared disk), or --workers 1 packs "
+                "here"
+            ) from None

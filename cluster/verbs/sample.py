@@ -1,0 +1,97 @@
+"""`scoreray sample` with its progress shown: in this process, or by actors on RAY_ADDRESS's cluster or on one here."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scoreray.cluster.connect.local_ray import connected
+from scoreray.cluster.connect.room import gpus_come, wait_for_room
+from scoreray.cluster.display import counted, say
+from scoreray.data.reading.outputs import check_picture, write_picture
+from scoreray.sampling.offline.files import sheet
+from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.offline.job import Job, Samples, begin, carry_out_job, here
+from scoreray.sampling.offline.place import files_of, intact, place_of, refuse_same
+from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
+
+MOST_NAMED = 3  # of the files that are missing or damaged
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a finished job left: the URL of the manifest, of the sheet beside the pictures, or of the npz."""
+
+    job: Job
+    out: list[str]
+    images_seen: int
+
+    def answer(self) -> dict[str, Any]:
+        job = self.job
+        return {
+            "out": self.out,
+            "count": job.request.count,
+            "checkpoint": job.checkpoint,
+            "images_seen": self.images_seen,
+            "ema": job.ema,
+            "format": job.format,
+            "form": job.form.name,
+        }
+
+    def text(self) -> str:
+        job = self.job
+        return (
+            f"{job.request.count:,} samples of {job.checkpoint} (EMA {job.ema}, {job.form.name}): {', '.join(self.out)}"
+        )
+
+
+def sample_to(
+    url: str,
+    checkpoint: str,
+    ema: str | None,
+    request: Request,
+    *,
+    format: str = "auto",
+    actors: int | None = None,
+    picture: Path | None = None,
+    verbose: bool = False,
+    **words: Any,
+) -> Drawn:
+    """Draws `request` to `url`, or what is missing of it; `words` as `batch_generation.begin` takes them.
+
+    actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
+    """
+    place = place_of(url, format)
+    if picture is not None:
+        check_picture(picture)
+        refuse_same(place, picture, "--picture")
+    keep_large_tensors_on_the_heap()
+    words = {**words, "pictures": picture is not None}
+    job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
+    samples = Samples(job, place.shards.url(), model)
+    out = place.store.url(place.result)
+    kept = None if recorded is None else intact(place, job, recorded)
+    lost = [] if kept is None else [name for name in files_of(place, job) if name not in kept]
+    if lost:
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        say(f"{place.store.url(place.name)}: missing or damaged, and made again: {', '.join(lost[:MOST_NAMED])}{more}")
+    if kept is not None and not lost:
+        say(f"{out}: these samples are there already, every byte as it was drawn")
+    else:
+        with contextlib.ExitStack() as stack:
+            gpu = False
+            if actors is not None:
+                from scoreray.sampling.offline.actors import on_actors
+
+                stack.enter_context(connected(num_cpus=actors, verbose=verbose))
+                gpu = gpus_come(1)
+                if not gpu:
+                    wait_for_room("--actors: an actor needs", [{"CPU": 1}], "try another RAY_ADDRESS")
+            progress = stack.enter_context(counted("sample", "samples"))
+            mapper = here(progress) if actors is None else on_actors(actors, progress, say, gpu=gpu)
+            carry_out_job(place, samples, mapper, kept)
+    if picture is not None:
+        write_picture(sheet(place), picture)
+    return Drawn(job, [out], model.info.images_seen)

@@ -1,0 +1,1 @@
+"""Making data sets: what can be packed, how samples become shards and a manifest, and looking at the result."""

@@ -1,0 +1,238 @@
+"""Existing WebDataset tars, indexed where they lie: read once, checked, and given an index and a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from scoreray.data.errors import DataError, UserError, shortened
+from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.identity import content_marks, digest_of
+from scoreray.data.packing.layout import Layout, checked_layout
+from scoreray.data.packing.listing import kinds_line, list_below, shown, suffix_of
+from scoreray.data.packing.moments import Moments
+from scoreray.data.packing.tar_samples import TarSamples
+from scoreray.data.reading.decode import decode_as_found
+from scoreray.data.reading.manifest import FORMATS, INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
+from scoreray.data.reading.pictures import IMAGE_SUFFIXES, plain_format
+from scoreray.data.reading.records import records_sha256
+from scoreray.data.reading.tars import Member, Tape
+from scoreray.data.storage.store import NotFound, Store, local_path, mode_of, open_store
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars in a folder or prefix: (key, bytes) of each, and notes about what else there is."""
+
+    url: str
+    shards: list[tuple[str, int]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TarsPlan:
+    """A packing.Plan over tars that are there. `shape` has three channels for images: whether all are grey is known
+    when all are read."""
+
+    url: str
+    name: str
+    shards: list[tuple[str, int]]  # (key, bytes)
+    shape: tuple[int, ...]
+    dtype: str
+    skips_bad: bool = False
+    marks: dict[str, str] = field(default_factory=dict)  # content_marks() of them
+    labelled: bool = True
+    notes: list[str] = field(default_factory=list)
+    origin: str = ""
+    in_place = True
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    @property
+    def classes(self) -> list[str] | None:
+        return None
+
+    @property
+    def sha256(self) -> str:
+        parts = ["tars", self.name, self.shards, digest_of(self.marks), self.labelled]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def inputs(self, number: int) -> str:
+        key = self.shards[number][0]
+        return digest_of({key: f"{self.marks.get(key)} {self.shape} {self.dtype}"})
+
+    def total_samples(self, done: list[Shard]) -> int:
+        per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
+        return round(per_byte * sum(size for _, size in self.shards))
+
+    def check_here(self) -> None:
+        open_store(self.url).size(self.shards[0][0])
+
+    def make(self, number: int, scratch: Path) -> tuple[None, Packed]:
+        return None, index_tar(self, number)
+
+
+def tars_at(source: str | os.PathLike[str]) -> Tars:
+    """The tars below `source`, an S3 URL or a folder; none if it is neither."""
+    where = local_path(source)
+    if where is not None and not stat.S_ISDIR(mode_of(where)):
+        return Tars(os.fspath(source), [], ())
+    store = open_store(source)
+    listing = list_below(store)
+    tars = [(key, size) for key, size in listing.files.items() if key.endswith(".tar")]
+    images = [key for key in listing.files if key.lower().endswith(IMAGE_SUFFIXES)]
+    for key, to in listing.broken.items():
+        if tars or key.endswith(".tar"):
+            raise DataError(f"{store.url(key)}: a broken link, to {to}; restore what it leads to, or remove it")
+    if tars and images:
+        raise UserError(
+            f"{source}: holds tars ({tars[0][0]!r}) and images ({images[0]!r}); give the folder of the ones to pack"
+        )
+    others = Counter(
+        suffix_of(key) or "no suffix" for key in listing.files if not key.endswith(".tar") and not _is_ours(key)
+    )
+    note = f"{store.url()}: {others.total():,} files beside the tars are left out ({kinds_line(others)})"
+    return Tars(store.url(), tars, (note,) if others else ())
+
+
+def _is_ours(key: str) -> bool:
+    """Whether an earlier pack in this place made the file."""
+    return key in (MANIFEST, INDEX) or key.startswith("packing/")
+
+
+def plan_tars(
+    tars: Tars,
+    url: str | os.PathLike[str],
+    name: str | None,
+    skips_bad: bool = False,
+    layout: Layout | None = None,
+    labelled: bool = True,
+) -> TarsPlan:
+    """Raises UserError when `url` is not where the tars lie, DataError when no sample can be read, or, without
+    `skips_bad`, the first."""
+    store, shards = open_store(tars.url), tars.shards
+    if open_store(url).url() != store.url():
+        raise UserError(
+            f"{tars.url}: holds tars, which are indexed where they lie, not copied; give it as the URL too: "
+            f"scoreray data pack {tars.url} {tars.url}; or make new ones of them: --image-size or --image-format"
+        )
+    for key, _ in shards:
+        if not key.isprintable() or len(key) > MAX_KEY:  # the manifest names them, as text
+            raise UserError(f"{shown(store.url(), shortened(key))}: can't be the name of a shard; rename it")
+    shape, dtype = _first_shape(store, shards, skips_bad, labelled, layout)
+    name, marks = name or tars.url.rpartition("/")[2], content_marks(store, dict(shards))
+    return TarsPlan(tars.url, name, shards, shape, dtype, skips_bad, marks, labelled, list(tars.notes))
+
+
+def _first_shape(
+    store: Store, shards: list[tuple[str, int]], skips_bad: bool, labelled: bool, layout: Layout | None
+) -> tuple[tuple[int, ...], str]:
+    """(shape, dtype) of the first sample that can be read, images with three channels."""
+    for key, size in shards:
+        with naming(store, key):
+            for sample in TarSamples(tape_of(store, key, size), labelled):
+                try:
+                    member = sample.member()
+                    array, _ = _decoded(member)
+                except DataError:
+                    if not skips_bad:
+                        raise
+                    continue
+                if array.dtype == np.uint8:
+                    return (3, *array.shape[:2]), "uint8"
+                if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
+                    raise UserError(
+                        f"'{member.name}': an array of {' x '.join(map(str, array.shape))} with its channels last, "
+                        "where the model takes [C, H, W] and tars are indexed as they are; write them so, or if they "
+                        "are, say --layout NCHW"
+                    )
+                return array.shape, "float32"
+    key = shards[0][0]
+    raise DataError(f"{store.url(key)}: holds no sample" + " that can be read" * skips_bad)
+
+
+def index_tar(plan: TarsPlan, number: int) -> Packed:
+    """Reads and decodes all of one tar. Raises DataError naming it, the offset, and what is wrong or not accepted."""
+    store = open_store(plan.url)
+    key, size = plan.shards[number]
+    records: list[tuple[int, int, int, int, int]] = []
+    moments, class_counts, skipped, is_grey = Moments(plan.shape, plan.dtype), [0], list[str](), True
+    with naming(store, key):
+        tape = tape_of(store, key, size)
+        samples = TarSamples(tape, plan.labelled)
+        for sample in samples:
+            try:
+                member = sample.member()
+                values, code = _decoded(member)
+                _check_fits(plan, member, values)
+            except DataError as error:
+                if not plan.skips_bad:
+                    raise
+                skipped.append(f"{store.url(key)}: {error}")
+                continue
+            is_grey = is_grey and values.dtype == np.uint8 and values.shape[2] == 1
+            moments.add(np.broadcast_to(values, (*values.shape[:2], 3)) if plan.dtype == "uint8" else values)
+            class_counts += [0] * (sample.label + 1 - len(class_counts))
+            if sample.label >= 0:
+                class_counts[sample.label] += 1
+            records.append((member.offset, len(member.data), sample.label, code, digest(member.data)))
+        if not records and not skipped:
+            raise DataError("holds no sample")
+        array = np.zeros(len(records), RECORD)
+        array[:] = records
+        shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
+    return Packed(
+        shard, moments.sums.tolist(), moments.squares.tolist(), class_counts if any(class_counts) else [],
+        array.tobytes(), skipped, is_grey=is_grey, unused=dict(samples.unused),
+    )  # fmt: skip
+
+
+def _decoded(member: Member) -> tuple[np.ndarray, int]:
+    """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
+    is_array = member.name.lower().endswith(".npy")
+    code = FORMATS["npy" if is_array else plain_format(member.data) or "picture"]
+    return decode_as_found(member.data, code, lambda: f"byte {member.offset}: '{member.name}'"), code
+
+
+def _check_fits(plan: TarsPlan, member: Member, values: np.ndarray) -> None:
+    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite."""
+    name = f"byte {member.offset}: '{member.name}'"
+    if values.dtype != plan.dtype:
+        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {plan.dtype} {plan.shape}")
+    if values.dtype == np.uint8 and values.shape[:2] != plan.shape[1:]:
+        height, width = values.shape[:2]
+        raise DataError(
+            f"{name}: is {width} x {height} pixels, the first sample has {plan.shape[2]} x {plan.shape[1]}; "
+            "--image-size makes new tars of one size"
+        )
+    if values.dtype != np.uint8 and values.shape != plan.shape:
+        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {plan.dtype} {plan.shape}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{name}: holds a value that is not finite")
+
+
+def tape_of(store: Store, key: str, size: int) -> Tape:
+    return Tape(partial(store.get, key), size)
+
+
+@contextlib.contextmanager
+def naming(store: Store, key: str) -> Iterator[None]:
+    """Puts the shard's URL before what an error in it says."""
+    try:
+        yield
+    except NotFound as error:
+        raise DataError(f"{error}; it was there when the tars were listed") from error
+    except (DataError, UserError) as error:
+        raise type(error)(f"{store.url(key)}: {error}") from error

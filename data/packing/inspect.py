@@ -1,0 +1,203 @@
+"""Looking at a data set: `verify` checks every byte, `summary` says what it holds, `picture_grid` shows images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.packing.identity import hash_object
+from scoreray.data.reading.decode import decode
+from scoreray.data.reading.distances import largest_distance
+from scoreray.data.reading.manifest import Manifest, digest
+from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.samples import read_samples
+from scoreray.data.storage.store import Store, open_store
+
+GRID_BACKGROUND = 48
+FAINT = 0.02  # a standard deviation of 2 or 3 of 255 levels
+WINDOW_BYTES = 8 << 20  # of a shard that is checked
+LOOKED_AT_BYTES = 256 << 20  # of samples that are in memory at once, as float32
+GRID_PIXELS = 720  # about how wide a grid of small images is made
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`sigma_data` and `sigma_max` are what a run on this data set should start from; None where nothing is known."""
+
+    name: str
+    url: str
+    num_samples: int
+    num_shards: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    class_counts: dict[str, int]
+    mean: list[float]
+    std: list[float]
+    sigma_data: float
+    sigma_max: float | None
+
+
+def summary(url: str) -> Summary:
+    """What the data set at `url` holds, from its manifest and a few samples."""
+    store = open_store(url)
+    manifest = Manifest.load(store)
+    samples = read_samples(url, spread(manifest, 256))
+    return Summary(
+        name=manifest.name,
+        url=store.url(),
+        num_samples=manifest.num_samples,
+        num_shards=len(manifest.shards),
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        shape=tuple(manifest.shape),
+        dtype=manifest.dtype,
+        class_counts=dict(zip(manifest.classes, manifest.class_counts, strict=True)),
+        mean=manifest.channel_means(),
+        std=manifest.std,
+        sigma_data=manifest.sigma_data,
+        sigma_max=suggested_sigma_max(samples),
+    )
+
+
+def spread(manifest: Manifest, most: int) -> range:
+    """Numbers of `most` samples, or up to twice as many, from all over the set; of fewer where they are large."""
+    most = min(most, max(2, LOOKED_AT_BYTES // (4 * math.prod(manifest.shape))))
+    return range(0, manifest.num_samples, max(1, manifest.num_samples // most))
+
+
+def suggested_sigma_max(samples: torch.Tensor) -> float | None:
+    """The largest distance between two of the samples [N, ...], in the model's range: noise of this size makes any of
+    them reachable from any other (Song & Ermon 2020, Technique 1). None for a single sample."""
+    if len(samples) < 2:
+        return None
+    return largest_distance(samples) / (127.5 if samples.dtype == torch.uint8 else 1)
+
+
+def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
+    """Samples as `picture_grid` draws them: floats that leave [-1, 1], or hardly differ in it, are shown from two
+    standard deviations below the mean to two above. Raises UserError for what is no picture."""
+    if len(manifest.shape) != 3 or manifest.shape[0] not in (1, 3):
+        raise UserError(
+            f"--picture: samples of {' x '.join(map(str, manifest.shape))} are no pictures, which have 1 or 3 channels"
+        )
+    if samples.dtype == torch.uint8 or (float(samples.abs().max()) <= 1 and manifest.sigma_data > FAINT):
+        return samples
+    return (samples.double() - float(np.mean(manifest.channel_means()))) / (2 * manifest.sigma_data)
+
+
+def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Every problem of the data set, one line for a shard's size and digest and one for each range of samples that are
+    bad for the same reason; an empty list if it is whole. A window of a shard is in memory at a time.
+
+    Checks each shard's size and SHA-256, the index, each member's digest, and that each sample decodes to the shape
+    and type that the manifest says. `progress` is called with (samples done, samples in all) after each shard.
+    """
+    store = open_store(url)
+    manifest = Manifest.load(store)
+    problems = []
+    reader = Reader(store, manifest, Stats())
+    for number in range(len(manifest.shards)):
+        try:
+            problems += _verify_shard(store, manifest, reader, number, reader.records(number))
+        except (DataError, StorageError) as error:
+            problems.append(str(error))
+        if progress:
+            progress(int(reader.first_samples[number + 1]), manifest.num_samples)
+    if (
+        not problems
+        and hash_object(store, manifest.index.name, store.size(manifest.index.name)) != manifest.index.sha256
+    ):
+        problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's; pack the data set again")
+    return problems
+
+
+def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int, records: np.ndarray) -> list[str]:
+    shard, url = manifest.shards[number], store.url(manifest.shards[number].name)
+    first = int(reader.first_samples[number])
+    size, found, window, at = store.size(shard.name), hashlib.sha256(), b"", 0  # `window` begins at byte `at`
+    bad: list[tuple[int, str]] = []
+    for place in np.argsort(records["offset"], kind="stable").tolist():
+        start, length = int(records["offset"][place]), int(records["size"][place])
+        while at + len(window) < min(size, start + length):
+            end = at + len(window)
+            fresh = store.get(shard.name, end, min(size, end + WINDOW_BYTES))
+            if not fresh:
+                break
+            found.update(fresh)
+            kept = min(start, end)
+            window, at = window[kept - at :] + fresh, kept
+        member = (
+            window[start - at : start - at + length] if start >= at else store.get(shard.name, start, start + length)
+        )
+        if digest(member) != int(records["digest"][place]):
+            bad.append((place, "their bytes are not those of the index"))
+            continue
+        try:
+            code, name = int(records["format"][place]), partial(reader.name, number, place)
+            decode(member, code, tuple(manifest.shape), np.dtype(manifest.dtype), name)
+        except DataError as error:
+            bad.append((place, str(error).removeprefix(f"{reader.name(number, place)}: ")))
+    while at + len(window) < size:
+        at, window = at + len(window), store.get(shard.name, at + len(window), at + len(window) + WINDOW_BYTES)
+        found.update(window)
+    problems = []
+    if size != shard.bytes:
+        problems.append(
+            f"{url}: {size} bytes, the manifest says {shard.bytes}" + (": it is cut" * (size < shard.bytes))
+        )
+    elif found.hexdigest() != shard.sha256:
+        problems.append(f"{url}: its SHA-256 is not the manifest's")
+    return problems + [_range_line(url, records, first, *run) for run in _runs(sorted(bad))]
+
+
+def _runs(bad: list[tuple[int, str]]) -> list[tuple[int, int, str]]:
+    """(first place, last place, reason) of neighbours that are bad for the same reason."""
+    runs: list[tuple[int, int, str]] = []
+    for place, reason in bad:
+        if runs and runs[-1][1] == place - 1 and runs[-1][2] == reason:
+            runs[-1] = (runs[-1][0], place, reason)
+        else:
+            runs.append((place, place, reason))
+    return runs
+
+
+def _range_line(url: str, records: np.ndarray, first: int, low: int, high: int, reason: str) -> str:
+    offset = int(records["offset"][low])
+    if low == high:
+        return f"{url}: sample {first + low} at byte {offset}: {reason.replace('their bytes', 'its bytes')}"
+    return f"{url}: samples {first + low} to {first + high}, from byte {offset}: {reason}"
+
+
+def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) -> Image.Image:
+    """A picture of images [N, C, H, W], C 1 or 3: uint8, or floats in [-1, 1] (others are clipped).
+
+    Small images are enlarged by whole factors with nearest neighbour, so that their pixels are seen as they are.
+    `columns`: None makes it about square.
+    """
+    array = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
+        raise ValueError(f"images of shape {tuple(array.shape)}: [N, C, H, W] with C 1 or 3 is needed")
+    if images.dtype not in (torch.uint8, np.dtype(np.uint8)):
+        array = np.nan_to_num(array * 127.5 + 127.5, nan=0.0)
+    array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    n, _, height, width = array.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    scale = max(1, GRID_PIXELS // (columns * width))
+    gap = max(1, 2 * scale // 3)
+    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), GRID_BACKGROUND)
+    canvas = canvas.astype(np.uint8)
+    for i, image in enumerate(array):
+        large = image.repeat(scale, 1).repeat(scale, 2).transpose(1, 2, 0)
+        y = gap + i // columns * (height * scale + gap)
+        x = gap + i % columns * (width * scale + gap)
+        canvas[y : y + height * scale, x : x + width * scale] = large  # one channel is spread over three
+    return Image.fromarray(canvas)

@@ -1,0 +1,222 @@
+"""`pack(source, url)`: images to WebDataset tar shards, their index and manifest.
+
+The same source and arguments give the same bytes, whoever makes the shards. Each shard is put when it is done; the
+manifest comes last and is the commit. A pack that was killed is run again and keeps the shards that are there; another
+pack at the same URL is refused. Existing WebDataset tars are indexed where they lie, or made into new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.packing.commit import Mapper, Packed, carry_out
+from scoreray.data.packing.index_tars import plan_tars, tars_at
+from scoreray.data.packing.layout import Layout
+from scoreray.data.packing.repack import plan_repack
+from scoreray.data.packing.shards import ENCODING, ShardWriter, encode
+from scoreray.data.packing.sources import Reading, Source, open_source
+from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
+from scoreray.data.storage.store import local_path, mode_of, open_store
+
+SHARD_BYTES = 64 << 20  # about; large enough that a shard is one good read, small enough to make in memory
+
+
+def pack(
+    source: str | Path,
+    url: str | Path,
+    *,
+    name: str | None = None,
+    samples_per_shard: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    image_size: int | None = None,
+    image_format: str | None = None,
+    channels: Literal[1, 3] | None = None,
+    layout: Layout | None = None,
+    labelled: bool = True,
+    skip_bad: int = 0,
+    seed: int = 0,
+    workers: int = 1,
+    map_shards: Mapper | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Packs `source` (.npz, IDX, a folder of images here or in S3, WebDataset tars) at `url`; returns the manifest.
+
+    Tars are indexed where they lie when `url` is where that is; at another URL, with `image_size` or `image_format`,
+    new ones are made of them.
+
+    Args:
+      samples_per_shard: None aims at `shard_bytes` by encoding a few samples first.
+      image_size: resize the shorter side to it and crop the centre.
+      image_format: png (the default), jpg (lossy) or npy; arrays of floats are always npy.
+      channels: 1 or 3; None: as the images of the folder are.
+      layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
+      labelled: subfolders of a folder, and labels that come with samples, are classes.
+      skip_bad: up to so many samples that can't be read are left out (`packing.Packed.skipped` names them).
+      seed: of the permutation in which samples are packed.
+      workers: threads that make shards; each holds one in memory.
+      map_shards: makes the shards of a plan in another way (on a cluster) than by `workers`.
+      progress: called with (samples done, samples in all) after each shard.
+
+    Raises UserError for a source or URL that can't be used, DataError for an image that can't be read, StorageError.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1 is needed")
+    if image_format not in (None, *WRITTEN_FORMATS):
+        raise UserError(f"--image-format '{image_format}': {nearest(str(image_format), WRITTEN_FORMATS)}")
+    if samples_per_shard is not None and samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
+    how: dict[str, Any] = {
+        "workers": workers, "map_shards": map_shards, "progress": progress, "skip_bad": skip_bad
+    }  # fmt: skip
+    reading = Reading(image_size, channels, labelled, layout)
+    tars = tars_at(source)
+    _check_apart(source, url, bool(tars.shards))
+    where = local_path(source)
+    asked = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(reading), name,
+             samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
+    origin = hashlib.sha256(json.dumps(asked).encode(errors="surrogateescape")).hexdigest()
+    if tars.shards:
+        if samples_per_shard is not None:
+            raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
+        if image_size is None and image_format is None and channels is None:
+            return carry_out(replace(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), origin=origin), **how)
+        repack = plan_repack(tars, url, name, reading, image_format or "png", skip_bad > 0)
+        return carry_out(replace(repack, origin=origin), **how)
+    opened = open_source(source, reading)
+    opened.check_readable(skip_bad)
+    chosen = "npy" if opened.dtype == "float32" else image_format or "png"
+    if samples_per_shard is None:
+        samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _member_bytes(opened, chosen))))
+    name = name or Path(opened.path).name.split(".")[0]
+    plan = ImagesPlan(open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0, origin)
+    return carry_out(plan, **how)
+
+
+def _check_apart(source: str | Path, url: str | Path, holds_tars: bool) -> None:
+    """A target below the source would be taken for a part of it by the next run. Tars are indexed where they are."""
+    where = local_path(source)
+    if where is None or stat.S_ISDIR(mode_of(where)):
+        within, target = _real_place(source), _real_place(url)
+        if target.startswith(f"{within}/") or (target == within and not holds_tars):
+            how = "is" if target == within else "lies in"
+            raise UserError(
+                f"{open_store(url).url()}: {how} the folder that is packed ({open_store(source).url()}); give a place "
+                "outside it"
+            )
+
+
+def _real_place(url: str | Path) -> str:
+    """Where it is, whichever links lead there."""
+    where = local_path(url)
+    return open_store(url).url().rstrip("/") if where is None else os.path.realpath(where)
+
+
+@dataclass(frozen=True)
+class ImagesPlan:
+    """A packing.Plan that writes shards of a source's samples."""
+
+    url: str
+    name: str
+    source: Source
+    samples_per_shard: int
+    image_format: str
+    seed: int
+    skips_bad: bool = False
+    origin: str = ""
+    in_place = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.source.classes
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.source.num_samples // self.samples_per_shard)
+
+    @property
+    def sha256(self) -> str:
+        labels = b"" if self.source.labels is None else self.source.labels.tobytes()
+        parts = [ENCODING, self.source.fingerprint, asdict(self.source.reading), self.source.classes,
+                 hashlib.sha256(labels).hexdigest(), self.shape, self.dtype, self.name, self.samples_per_shard,
+                 self.image_format, self.seed]  # fmt: skip
+        # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so; the manifest
+        # says how many were.
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def inputs(self, number: int) -> str:
+        if not self.source.files:
+            return self.source.fingerprint
+        numbers, labels = self.numbers(number).tolist(), self.source.labels
+        names = [self.source.files[sample] for sample in numbers]
+        parts = [self.shape, [(name, self.source.marks[name]) for name in names],
+                 [] if labels is None else labels[numbers].tolist(), number * self.samples_per_shard]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self.source.notes)
+
+    def total_samples(self, done: list[Shard]) -> int:
+        return self.source.num_samples
+
+    def check_here(self) -> None:
+        self.source.check_here()
+
+    def numbers(self, shard: int) -> np.ndarray:
+        """Which samples of the source are in this shard: the permutation that the seed gives, cut into shards."""
+        order = _permutation(self.seed, self.source.num_samples)
+        return order[shard * self.samples_per_shard : (shard + 1) * self.samples_per_shard]
+
+    def make(self, number: int, scratch: Path) -> tuple[bytes | None, Packed]:
+        return make_shard(self, number)
+
+
+@lru_cache(maxsize=1)
+def _permutation(seed: int, n: int) -> np.ndarray:
+    """Sorted raw Philox words: the same with every version of numpy."""
+    words = np.random.Philox(key=[seed % (1 << 64), 0xDA7A]).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def make_shard(plan: ImagesPlan, number: int) -> tuple[bytes | None, Packed]:
+    """The bytes of a shard, and what is to be known of it. Members: `<number>.png` and, with labels, `<number>.cls`."""
+    source, tar, skipped = plan.source, io.BytesIO(), list[str]()
+    writer = ShardWriter(tar, source.shape, source.dtype, plan.image_format)
+    numbers = plan.numbers(number)
+    for i, (sample, array) in enumerate(zip(numbers.tolist(), source.read_all(numbers.tolist()), strict=True)):
+        if isinstance(array, DataError):
+            if not plan.skips_bad:
+                raise DataError(f"{array}; fix or remove it, or --skip-bad N leaves out up to N such files")
+            skipped.append(str(array))
+            continue
+        label = -1 if source.labels is None else int(source.labels[sample])
+        writer.add(f"{number * plan.samples_per_shard + i:08d}", array, label)
+    packed = writer.finish(f"shards/{number:06d}.tar", skipped)
+    return tar.getvalue() if packed.shard.num_samples else None, packed
+
+
+def _member_bytes(source: Source, image_format: str) -> float:
+    """Bytes of a sample in a tar, from a few of them that can be read."""
+    numbers = np.linspace(0, source.num_samples - 1, min(16, source.num_samples)).astype(int).tolist()
+    sizes = [len(encode(a, image_format)) for a in source.read_all(numbers) if not isinstance(a, DataError)]
+    return float(np.mean(sizes or [1 << 20])) + 256 + 512 + (1024 if source.labels is not None else 0)

@@ -1,0 +1,148 @@
+"""New tars of existing ones: each sample decoded, fitted, encoded; a tar at a time, streaming, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.identity import content_marks, digest_of
+from scoreray.data.packing.index_tars import Tars, naming, tape_of
+from scoreray.data.packing.shards import ENCODING, ShardWriter
+from scoreray.data.packing.sources import Reading
+from scoreray.data.packing.tar_samples import TarSamples
+from scoreray.data.reading.manifest import Shard
+from scoreray.data.reading.pictures import as_array, is_grey, open_picture
+from scoreray.data.reading.tars import Member
+from scoreray.data.storage.store import Store, open_store
+
+LOOKED_AT, TARS_LOOKED_AT = 32, 8  # samples, and tars that they are from, that are looked at for colours
+
+
+@dataclass(frozen=True)
+class RepackPlan:
+    """A packing.Plan that makes a new tar of each one at `source`; labels are kept, other members are not."""
+
+    source: str
+    url: str
+    name: str
+    tars: list[tuple[str, int]]  # (key, bytes)
+    marks: dict[str, str]  # content_marks() of them
+    shape: tuple[int, ...]
+    reading: Reading
+    image_format: str
+    skips_bad: bool
+    dtype: str = "uint8"
+    notes: list[str] = field(default_factory=list)
+    origin: str = ""
+    in_place = False
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.tars)
+
+    @property
+    def classes(self) -> list[str] | None:
+        return None
+
+    @property
+    def sha256(self) -> str:
+        parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), self.shape, asdict(self.reading),
+                 self.image_format]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def inputs(self, number: int) -> str:
+        key = self.tars[number][0]
+        return digest_of({key: f"{self.marks[key]} {self.shape}"})
+
+    def total_samples(self, done: list[Shard]) -> int:
+        read = sum(size for _, size in self.tars[: len(done)])
+        return round(sum(shard.num_samples for shard in done) / read * sum(size for _, size in self.tars))
+
+    def check_here(self) -> None:
+        open_store(self.source).size(self.tars[0][0])
+
+    def make(self, number: int, scratch: Path) -> tuple[Path | None, Packed]:
+        key, size = self.tars[number]
+        store, path, skipped = open_store(self.source), scratch / "shard.tar", list[str]()
+        with open(path, "wb") as file, naming(store, key):
+            writer = ShardWriter(file, self.shape, self.dtype, self.image_format)
+            samples = TarSamples(tape_of(store, key, size), self.reading.labelled)
+            for i, sample in enumerate(samples):
+                try:
+                    array = _array(sample.member(), self.shape, self.reading)
+                except DataError as error:
+                    if not self.skips_bad:
+                        raise
+                    skipped.append(f"{store.url(key)}: {error}")
+                    continue
+                writer.add(f"{number:06d}-{i:08d}", array, sample.label)
+            packed = replace(writer.finish(f"shards/{number:06d}.tar", skipped), unused=dict(samples.unused))
+        return path if packed.shard.num_samples else None, packed
+
+
+def plan_repack(
+    found: Tars,
+    url: str | os.PathLike[str],
+    name: str | None,
+    reading: Reading,
+    image_format: str,
+    skips_bad: bool,
+) -> RepackPlan:
+    """Raises UserError when `url` is where the tars lie, DataError when they hold no image that can be read."""
+    store, tars = open_store(found.url), found.shards
+    if open_store(url).url() == store.url():
+        raise UserError(f"{store.url()}: new tars need another URL than that of the tars that they are made of")
+    images = _some_images(store, tars, reading)
+    height = width = reading.image_size or 0
+    if not reading.image_size:
+        width, height = images[0].size
+    channels = reading.channels or (1 if all(is_grey(image) for image in images) else 3)
+    marks = content_marks(store, dict(tars))
+    return RepackPlan(
+        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, marks,
+        (channels, height, width), reading, image_format, skips_bad, notes=list(found.notes),
+    )  # fmt: skip
+
+
+def _some_images(store: Store, tars: list[tuple[str, int]], reading: Reading) -> list[Image.Image]:
+    """The first images of some tars that lie apart; where none of these can be read, of the first tar that has some."""
+    apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
+    images, problems = list[Image.Image](), list[str]()
+    for number in [*apart, *(i for i in range(len(tars)) if i not in apart)]:
+        if images and number not in apart:
+            break
+        key, size = tars[number]
+        with naming(store, key):
+            found = 0
+            for sample in TarSamples(tape_of(store, key, size), reading.labelled):
+                try:
+                    images.append(_open(sample.member()))
+                    found += 1
+                except DataError as error:
+                    problems.append(f"{store.url(key)}: {error}")
+                if found == LOOKED_AT // len(apart):
+                    break
+    if not images:
+        why = f"; the first of {len(problems):,}: {problems[0]}" if problems else ""
+        raise DataError(f"{store.url()}: its tars hold no image that can be read{why}")
+    return images
+
+
+def _open(member: Member) -> Image.Image:
+    name = f"byte {member.offset}: '{member.name}'"
+    if member.name.lower().endswith(".npy"):
+        raise UserError(f"{name}: arrays are not made into images; index these tars where they lie")
+    return open_picture(member.data, name)
+
+
+def _array(member: Member, shape: tuple[int, ...], reading: Reading) -> np.ndarray:
+    name = f"byte {member.offset}: '{member.name}'"
+    return as_array(_open(member), shape, reading.image_size, name, to_grey=reading.channels == 1)

@@ -1,0 +1,238 @@
+"""Samples of a WebDataset tar that somebody else made: an image with its class, and a count of what else there is.
+
+A sample's key is its members' name up to the first dot, as WebDataset reads it. Where no member of a key is just a
+picture (`img_0.05.png`, `img_0.10.png`), the names are taken to have dots in them, and the key goes to the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from scoreray.data.errors import DataError
+from scoreray.data.packing.listing import is_hidden
+from scoreray.data.reading.classes import NO_CLASS
+from scoreray.data.reading.decode import decode_class
+from scoreray.data.reading.pictures import IMAGE_SUFFIXES
+from scoreray.data.reading.tars import Member, Tape, members
+
+PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+IMAGES = (*PICTURES, "npy")
+LABELS = ("cls", "class", "label", "target", "cls.txt", "class.txt", "label.txt", "target.txt")
+LABEL_KEYS = ("label", "class", "cls", "target", "class_label", "class_id", "label_id", "class_index", "y")  # of JSON
+MAX_JSON_BYTES, MAX_LABEL_BYTES = 1 << 20, 64
+MAX_HELD_BYTES = 32 << 20  # of images whose key is not known yet
+MAX_KINDS, MAX_KIND = 100, 64  # that are counted apart, and characters of one
+JSON = "json"
+KEPT = (*IMAGES, *LABELS, JSON)  # kinds of a sample's own members that are looked at
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """`image` is None where `problem` says why it can't be used. `label`: the class's number, -1 for none."""
+
+    key: str
+    image: Member | None
+    label: int = NO_CLASS
+    problem: str = ""
+
+    def member(self) -> Member:
+        """The image. Raises DataError where there is none."""
+        if self.image is None:
+            raise DataError(self.problem)
+        return self.image
+
+
+class TarSamples:
+    """Iterates over the samples of a tar. `unused` counts the members that are no image and no class, by kind.
+
+    labelled: classes are read. Raises DataError for what no tar of samples can hold, with its offset.
+    """
+
+    def __init__(self, tape: Tape, labelled: bool = True) -> None:
+        self._tape, self._labelled = tape, labelled
+        self.unused: Counter[str] = Counter()
+        self._seen: dict[str, set[bytes]] = {"key": set(), "dotted": set(), "stem": set()}
+
+    def __iter__(self) -> Iterator[TarSample]:
+        key, group, held_bytes = "", dict[str, Member](), 0  # neighbours with the same key, by what follows its dot
+        for member in members(self._tape):
+            parts = [part for part in member.name.split("/") if part != "."]
+            if is_hidden("/".join(parts)):
+                self._count("hidden file")
+                continue
+            stem, _, kind = parts[-1].partition(".")
+            its_key, kind = "/".join([*parts[:-1], stem]), kind.lower()
+            if its_key != key:
+                yield from self._samples(key, group)
+                key, group, held_bytes = its_key, {}, 0
+            elif held_bytes > MAX_HELD_BYTES and not any(image in group for image in IMAGES):
+                group = yield from self._all_but_the_last(key, group)
+                held_bytes = sum(len(kept.data) for kept in group.values())
+            if kind in group:
+                raise DataError(f"byte {member.offset}: '{member.name}' comes twice")
+            group[kind] = _kept(member, kind)
+            held_bytes += len(group[kind].data)
+            if held_bytes > MAX_HELD_BYTES and any(image in group for image in IMAGES):
+                group = {kind: _kept(member, kind if kind in KEPT else "") for kind, member in group.items()}
+                held_bytes = 0  # the image is known, others are only counted
+        yield from self._samples(key, group)
+
+    def _samples(self, key: str, group: dict[str, Member]) -> Iterator[TarSample]:
+        if not group:
+            return
+        at = next(iter(group.values())).offset
+        dotted = None if any(kind in IMAGES for kind in group) else _by_last_dot(group)
+        if self._was_seen(key, "dotted" if dotted else "key"):
+            raise DataError(f"byte {at}: sample '{_name(key)}' comes twice, or its members lie apart")
+        for stem, found in (dotted or {"": group}).items():
+            whole = f"{key}.{stem}" if stem else key
+            if dotted and self._is_again(whole):
+                raise DataError(f"byte {at}: sample '{_name(whole)}' comes twice, or its members lie apart")
+            yield self._sample(whole, found)
+
+    def _all_but_the_last(self, key: str, group: dict[str, Member]) -> Generator[TarSample, None, dict[str, Member]]:
+        """Of names with dots that share their first part (`frame.0001.png`, ...) all in a tar may have the same key.
+        Returns the members of the sample that may not be whole yet."""
+        dotted = _by_last_dot(group)
+        if dotted is None:
+            at = next(iter(group.values())).offset
+            raise DataError(f"byte {at}: sample '{_name(key)}' has over {MAX_HELD_BYTES:,} bytes of images")
+        last = next(reversed(dotted))
+        kept = {id(member) for member in dotted[last].values()}
+        yield from self._samples(key, {kind: member for kind, member in group.items() if id(member) not in kept})
+        return {kind: member for kind, member in group.items() if id(member) in kept}
+
+    def _was_seen(self, key: str, how: str) -> bool:
+        """A key may come again only where its names have dots in them, as their order is another one then."""
+        hashed, kinds = _hashed(key), ("key",) if how == "dotted" else ("key", "dotted")
+        again = any(hashed in self._seen[kind] for kind in kinds)
+        self._seen[how].add(hashed)
+        return again
+
+    def _is_again(self, stem: str) -> bool:
+        hashed, seen = _hashed(stem), self._seen["stem"]
+        again = hashed in seen
+        seen.add(hashed)
+        return again
+
+    def _sample(self, key: str, found: dict[str, Member]) -> TarSample:
+        images = [kind for kind in found if kind in IMAGES]
+        if len(images) != 1:
+            return TarSample(key, None, problem=_not_one(key, found, images))
+        try:
+            label, used = self._label(found) if self._labelled else (NO_CLASS, set())
+        except DataError as error:
+            return TarSample(key, None, problem=f"{error}; --no-classes packs without classes")
+        for kind in (kind for kind in found if kind not in used and kind != images[0]):
+            self._count(f".{kind}" if kind else "no suffix")
+        return TarSample(key, found[images[0]], label)
+
+    def _label(self, found: dict[str, Member]) -> tuple[int, set[str]]:
+        """(the class's number, the kinds of the members that say so). The first of LABELS that is there wins, and JSON
+        comes last; others that say the same are no loss, and others that don't are counted."""
+        said = {kind: decode_class(found[kind].data, _where(found[kind])) for kind in LABELS if kind in found}
+        if JSON in found and (fields := _fields(found[JSON].data)):
+            key = _label_key(fields)
+            if key is not None:
+                said[JSON] = _number(fields[key], f"{_where(found[JSON])}: {key}")
+                if said[JSON] == next(iter(said.values())):
+                    for other in (other for other in fields if other != key):
+                        self._count(f".{JSON}.{other[:32]}" if other.isprintable() else f".{JSON}")
+        label = next(iter(said.values()), NO_CLASS)
+        return label, {kind for kind, number in said.items() if number == label}
+
+    def _count(self, kind: str) -> None:
+        kind = kind[:MAX_KIND]
+        self.unused[kind if kind in self.unused or len(self.unused) < MAX_KINDS else "others"] += 1
+
+
+def _by_last_dot(found: dict[str, Member]) -> dict[str, dict[str, Member]] | None:
+    """Members by what is before their kind, where each of these has one image; None where one has not.
+
+    A single image takes what has nothing before its kind too: `x.rgb.png` and `x.cls` are one sample.
+    """
+    stems: dict[str, dict[str, Member]] = {}
+    for kind, member in found.items():
+        known = _image_kind(kind) or next((k for k in (*LABELS, JSON) if kind == k or kind.endswith(f".{k}")), None)
+        known = known or kind.rpartition(".")[2]
+        stems.setdefault(kind.removesuffix(known).removesuffix("."), {})[known] = member
+    with_image = [stem for stem, members in stems.items() if any(kind in IMAGES for kind in members)]
+    if len(with_image) == 1 and stems.keys() - with_image == {""}:
+        shared = stems.pop("")
+        stems[with_image[0]] = {**shared, **stems[with_image[0]]}
+    one_each = all(sum(kind in IMAGES for kind in members) == 1 for members in stems.values())
+    return stems if stems and one_each else None
+
+
+def _image_kind(kind: str) -> str | None:
+    """The image's kind at the end of a member's: png of png and of 0.05.png."""
+    last = kind.rpartition(".")[2]
+    return last if last in IMAGES else None
+
+
+def _not_one(key: str, found: dict[str, Member], images: list[str]) -> str:
+    first, name = next(iter(found.values())), _name(key)
+    if images:
+        return f"byte {first.offset}: sample '{name}' has two images (.{', .'.join(images)}); keep one of them"
+    others = sorted(kind for kind in found if _image_kind(kind))
+    if others:
+        shown = ", ".join([f"'{name}.{kind}'" for kind in others[:3]] + ["..."] * (len(others) > 3))
+        return (
+            f"byte {first.offset}: sample '{name}' has no image of its own, but {shown}; one of them needs the name "
+            f"'{name}.{_image_kind(others[0])}'"
+        )
+    return f"byte {first.offset}: sample '{name}' has no image ({', '.join(IMAGES)})"
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    """The fields of a JSON member; none where it is no object, or not JSON."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _label_key(fields: dict[str, Any]) -> str | None:
+    """The field that says the class: a number before a word. Lists, true, 0.5 and null say none."""
+    words = [key for key in LABEL_KEYS if isinstance(fields.get(key), str)]
+    numbers = [key for key in LABEL_KEYS if _is_whole(fields.get(key))]
+    return next(iter([*numbers, *(key for key in words if fields[key].isdecimal()), *words]), None)
+
+
+def _is_whole(value: object) -> bool:
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: str | float, name: str) -> int:
+    if not isinstance(value, str) and value == NO_CLASS:
+        return NO_CLASS
+    text = value if isinstance(value, str) else str(int(value))
+    return decode_class(text.encode(errors="replace"), name)
+
+
+def _kept(member: Member, kind: str) -> Member:
+    """The member with the bytes that may be looked at: those of images, labels and JSON of a sound size."""
+    ending = _image_kind(kind) or next((k for k in (*LABELS, JSON) if kind == k or kind.endswith(f".{k}")), "")
+    most = {JSON: MAX_JSON_BYTES, "": 0}.get(ending, MAX_LABEL_BYTES) if ending not in IMAGES else None
+    data = member.data if ending != JSON or len(member.data) <= MAX_JSON_BYTES else b""
+    return Member(member.name, member.offset, data[:most])
+
+
+def _where(member: Member) -> str:
+    return f"byte {member.offset}: '{member.name}'"
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _hashed(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()

@@ -1,0 +1,243 @@
+"""Bytes of a tar member to an array: pictures and npy without pickle, nothing else, and never above a size.
+
+Stock readers dispatch on the member's name and unpickle some; here the format comes from the verified index, and what
+a decoder may return (shape, type) is known beforehand from the manifest.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import simplejpeg
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.reading.manifest import FORMATS, MAX_CLASSES, check_label
+
+try:
+    import pyspng
+except ImportError:  # no wheel for this platform: Pillow decodes the same, at a third of the speed
+    pyspng = None
+
+MAX_PIXELS = 1 << 25
+Members = Iterable[tuple[int, bytes | None]]  # (row, member), None for one that is quarantined
+
+
+def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name: Callable[[], str]) -> np.ndarray:
+    """The sample as the manifest describes it: images as [H, W, C] uint8 (C last), arrays in `shape`.
+
+    Args:
+      code: of the format (manifest.FORMATS).
+      shape: (C, H, W) of images with `dtype` uint8, else the array's.
+      name: what to call the sample in an error.
+
+    Raises DataError, naming the sample, when the bytes are damaged or hold another shape, type or format.
+    """
+    out = np.empty((*shape[1:], shape[0]) if dtype == np.uint8 else shape, dtype)
+    decode_into(out, data, code, name)
+    return out
+
+
+def decode_into(out: np.ndarray, data: bytes, code: int, name: Callable[[], str]) -> None:
+    """As decode(), into `out`: [H, W, C] uint8 or the array, contiguous."""
+    try:
+        array = _DECODERS[code](data, out)
+    except DataError as error:
+        raise DataError(f"{name()}: {error}") from error
+    except Exception as error:  # a decoder of untrusted bytes may raise anything
+        raise DataError(f"{name()}: {_reason(error)}") from error
+    if array is out:
+        return
+    if array.dtype == np.uint8 and array.shape == (*out.shape[:-1], 1) and out.shape[-1] == 3 and out.ndim == 3:
+        array = np.broadcast_to(array, out.shape)  # a grey picture among others in colour
+    if array.shape != out.shape or array.dtype != out.dtype:
+        raise DataError(f"{name()}: holds {array.dtype} {array.shape}, the manifest says {out.dtype} {out.shape}")
+    out[...] = array
+
+
+def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndarray) -> list[int]:
+    """Decodes member i, of format codes[i], into out[i] (as decode_into() does), at next to the decoders' own cost.
+
+    Returns the rows that it left out, for decode_into(): what is missing, damaged or not of the usual kind.
+    """
+    if len(codes) and (codes == codes[0]).all():
+        return _ROWS[int(codes[0])](enumerate(members), out)
+    left = []
+    for code in np.unique(codes).tolist():
+        rows = np.flatnonzero(codes == code).tolist()
+        left += _ROWS[code](((row, members[row]) for row in rows), out)
+    return sorted(left)
+
+
+def decode_as_found(data: bytes, code: int, name: Callable[[], str]) -> np.ndarray:
+    """A sample of which nothing is known yet: uint8 [H, W, 1 or 3] or float32. Raises DataError naming it."""
+    try:
+        array = _DECODERS[code](data, None)
+    except DataError as error:
+        raise DataError(f"{name()}: {error}") from error
+    except Exception as error:  # a decoder of untrusted bytes may raise anything
+        raise DataError(f"{name()}: {_reason(error)}") from error
+    if (array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3)) or (
+        array.dtype == np.float32 and array.ndim
+    ):
+        return array
+    stored = (
+        array.transpose(2, 0, 1) if code == FORMATS["npy"] and array.dtype == np.uint8 and array.ndim == 3 else array
+    )
+    raise DataError(
+        f"{name()}: is {array.dtype} {stored.shape}; uint8 [1 or 3, H, W], or float32 of any shape, is needed"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return f"can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+# A decoder is given what to decode into, or None when nothing is known of the sample yet; it returns that or an array.
+
+
+def _png(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise DataError("is no png")
+    width, height = struct.unpack(">II", data[16:24])
+    _check_size(width, height, out)
+    if pyspng is None:
+        return _pillow(data, "PNG")
+    array = pyspng.load(data)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _jpg(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height, out)
+    if out is None:
+        return simplejpeg.decode_jpeg(data, colorspace="GRAY" if colours == "Gray" else "RGB")
+    if out.ndim != 3 or out.dtype != np.uint8 or out.shape[2] not in (1, 3):
+        raise DataError(f"is a jpg, the manifest says {out.dtype} {out.shape}")
+    simplejpeg.decode_jpeg(data, colorspace="GRAY" if out.shape[2] == 1 else "RGB", buffer=out)
+    return out
+
+
+def _npy(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise DataError(f"npy version {version}, (1, 0) is read")
+    found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    rest = len(data) - file.tell()
+    if dtype.hasobject or fortran or math.prod(found) * dtype.itemsize != rest:
+        raise DataError("an npy of plain numbers in C order, as long as its header says, is needed")
+    array = np.frombuffer(data, dtype, offset=file.tell()).reshape(found)
+    return array.transpose(1, 2, 0) if dtype == np.uint8 and array.ndim == 3 else array
+
+
+def _picture(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    from scoreray.data.reading.pictures import is_grey, open_picture
+
+    try:
+        image = open_picture(data, "", MAX_PIXELS)
+    except DataError as error:
+        raise DataError(str(error).removeprefix(": ")) from error  # the caller has the name
+    array = np.asarray(image.convert("L" if is_grey(image) else "RGB"))
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _pillow(data: bytes, format: str) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=[format]) as image:
+        array = np.asarray(image)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _check_size(width: int, height: int, out: np.ndarray | None) -> None:
+    """Before a pixel is decoded: a header of a few bytes may announce any number of them."""
+    if out is not None and (height, width) != out.shape[:2]:
+        raise DataError(f"is {width} x {height} pixels, the manifest says {' x '.join(map(str, out.shape[1::-1]))}")
+    if not 0 < width * height <= MAX_PIXELS:
+        raise DataError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
+
+
+_DECODERS: dict[int, Callable[[bytes, np.ndarray | None], np.ndarray]] = {
+    FORMATS["png"]: _png,
+    FORMATS["jpg"]: _jpg,
+    FORMATS["npy"]: _npy,
+    FORMATS["picture"]: _picture,
+}
+
+
+# The same for many members. The usual header is compared as a whole, before a decoder sees the bytes; what has another
+# one (colours to be converted, interlacing, another shape) or fails is left to the decoders above, which say why.
+
+
+def _png_rows(members: Members, out: np.ndarray) -> list[int]:
+    if pyspng is None or out.dtype != np.uint8 or out.ndim != 4 or out.shape[3] not in (1, 3):
+        return [row for row, _ in members]
+    grey = out.shape[3] == 1
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(
+        ">I4sIIBBBBB", 13, b"IHDR", *out.shape[2:0:-1], 8, 0 if grey else 2, 0, 0, 0
+    )
+    if not 0 < out.shape[1] * out.shape[2] <= MAX_PIXELS:
+        return [row for row, _ in members]
+    load, kind, left = pyspng.c.spng_decode_image_bytes, pyspng.c.SPNG_FMT_G8 if grey else pyspng.c.SPNG_FMT_RGB8, []
+    for row, member in members:
+        if member is not None and member.startswith(head):
+            try:
+                out[row] = load(member, kind)
+                continue
+            except Exception:  # a decoder of untrusted bytes may raise anything
+                pass
+        left.append(row)
+    return left
+
+
+def _jpg_rows(members: Members, out: np.ndarray) -> list[int]:
+    if out.dtype != np.uint8 or out.ndim != 4 or out.shape[3] not in (1, 3):
+        return [row for row, _ in members]
+    load, colours, shape, left = simplejpeg.decode_jpeg, "GRAY" if out.shape[3] == 1 else "RGB", out.shape[1:], []
+    for row, member in members:
+        try:  # nothing is decoded that is larger than the buffer; a smaller one shows in the shape
+            if load(member, colours, buffer=out[row]).shape == shape:
+                continue
+        except Exception:
+            pass
+        left.append(row)
+    return left
+
+
+def _npy_rows(members: Members, out: np.ndarray) -> list[int]:
+    if out.dtype != np.float32:
+        return [row for row, _ in members]
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": out.shape[1:]})
+    head, shape, left = file.getvalue(), out.shape[1:], []
+    size = len(head) + math.prod(shape) * 4
+    for row, member in members:
+        if member is not None and len(member) == size and member.startswith(head):
+            out[row] = np.frombuffer(member, np.float32, offset=len(head)).reshape(shape)
+        else:
+            left.append(row)
+    return left
+
+
+_ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {
+    FORMATS["png"]: _png_rows,
+    FORMATS["jpg"]: _jpg_rows,
+    FORMATS["npy"]: _npy_rows,
+    FORMATS["picture"]: lambda members, out: [row for row, _ in members],
+}
+
+
+def decode_class(data: bytes, name: str) -> int:
+    """The class number of a `.cls` member. Raises DataError."""
+    text = data[:32].strip()
+    if len(data) > 32 or not text.isdigit():
+        raise DataError(f"{name}: {data[:32]!r} is no class number (0 to {MAX_CLASSES - 1})")
+    try:
+        check_label(int(text), name)
+    except UserError as error:
+        raise DataError(str(error)) from None
+    return int(text)

@@ -1,0 +1,224 @@
+"""What a data set is: `manifest.json` (counts, sizes, hashes, statistics) and `index.bin` (one record per sample).
+
+Both come from outside and are checked as such. The manifest grows with the number of shards; records are read by
+chunks (records.py), and never all at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.seal import read_sealed, sealed
+from scoreray.data.storage.store import NotFound, Store, check_key
+
+MANIFEST = "manifest.json"
+INDEX = "index.bin"
+MAX_MANIFEST_BYTES = 1 << 29  # MAX_SHARDS of them
+MAX_NAME = 255
+MAX_KEY = 1024  # of a shard
+MAX_AXES, MAX_AXIS = 6, 1 << 20  # of a sample's shape
+MAX_VALUES = 1 << 28  # of one sample
+MAX_CLASSES = 1_000_000
+MAX_SHARDS = 2_000_000
+
+# Of a member, as the record's `format` says it. A picture is one of any other kind, or a png or jpg that is more than
+# its pixels: turned by EXIF, with transparency, a palette, CMYK. It is read as `pictures.open_picture` says.
+FORMATS = {"png": 1, "jpg": 2, "npy": 3, "picture": 4}
+WRITTEN_FORMATS = ("png", "jpg", "npy")
+FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
+
+# One sample in index.bin, little-endian: where its member's bytes lie in the shard, its class (-1: none), its format,
+# and the first 8 bytes of the member's SHA-256, so that a ranged read can be verified.
+RECORD = np.dtype(
+    {
+        "names": ["offset", "size", "label", "format", "digest"],
+        "formats": ["<u8", "<u4", "<i4", "u1", "<u8"],
+        "offsets": [0, 8, 12, 16, 24],
+        "itemsize": 32,
+    }
+)
+
+CHUNK = 128  # records that are verified together
+
+Get = Callable[[str, int, int], bytes]  # (key, start, end)
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(gt=0, lt=1 << 62)]
+
+
+def check_limits(name: str, shape: Sequence[int], num_classes: int, num_shards: int) -> None:
+    """Raises UserError where a data set would get a manifest that can't be read: before the work begins."""
+    if not name.isprintable():  # a file's name need not be UTF-8, and JSON's text must be
+        raise UserError(f"--name {ascii(name)[:80]}: can't be the name of a data set; give it printable characters")
+    if len(name) > MAX_NAME:
+        raise UserError(f"--name '{name[:40]}...': {len(name)} characters, at most {MAX_NAME} are accepted")
+    check_shape(name, shape)
+    check_label(num_classes - 1, name)
+    if num_shards > MAX_SHARDS:
+        raise UserError(f"{name}: {num_shards:,} shards, the limit is {MAX_SHARDS:,}; put more samples into each")
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Raises UserError where no sample can have this shape."""
+    axes, shown = len(shape), " x ".join(map(str, shape))
+    if not 1 <= axes <= MAX_AXES:
+        raise UserError(f"{name}: samples of {axes} axes ({shown}); 1 to {MAX_AXES} are accepted: reshape them")
+    if not all(1 <= length <= MAX_AXIS for length in shape):
+        raise UserError(
+            f"{name}: samples of {shown}; each axis may have 1 to {MAX_AXIS:,} entries: reshape or cut them"
+        )
+    if math.prod(shape) > MAX_VALUES:
+        raise UserError(
+            f"{name}: samples of {math.prod(shape):,} values ({shown}), the limit is {MAX_VALUES:,}: cut them"
+        )
+
+
+def check_label(label: int, name: str) -> None:
+    """Raises UserError where a class has a number that no data set can have: each below it takes a name."""
+    if label >= MAX_CLASSES:
+        raise UserError(
+            f"{name}: class {label}, the limit is {MAX_CLASSES - 1}; number the classes from 0 without gaps"
+        )
+
+
+def digest(data: bytes) -> int:
+    """A member's digest as its record holds it."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar. `records_sha256` is that of its part of the index, made of its chunks' ones."""
+
+    name: Annotated[str, Field(max_length=MAX_KEY)]
+    num_samples: Count
+    bytes: Count
+    sha256: Sha256
+    records_sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Index:
+    name: Annotated[str, Field(max_length=MAX_KEY)]
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A packed data set. Sample i is the i-th of the shards in their order.
+
+    shape: (C, H, W) of images, any for arrays.  dtype: "uint8" (images) or "float32" (arrays, used as they are).
+    mean, std: of each channel, the first axis of `shape`; sigma_data: the standard deviation of all values; all in the
+    range that the model sees, [-1, 1] for images (x / 127.5 - 1). Sets of earlier versions have no std, and of arrays
+    one mean a value.  class_counts: samples of each class, in the order of `classes`.
+    num_left_out: samples of the source that could not be read.
+    packing: SHA-256 of what was packed and how; the same pack again is recognised by it.
+
+    The file ends with the SHA-256 of all that is before it, so that a flipped digit does not pass.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    version: Literal[2]
+    name: Annotated[str, Field(max_length=MAX_NAME)]
+    shape: Annotated[list[Annotated[int, Field(gt=0, le=MAX_AXIS)]], Field(min_length=1, max_length=MAX_AXES)]
+    dtype: Literal["uint8", "float32"]
+    num_samples: Count
+    classes: Annotated[list[Annotated[str, Field(max_length=MAX_NAME)]], Field(max_length=MAX_CLASSES)]
+    class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CLASSES)]
+    mean: Annotated[list[float], Field(max_length=MAX_AXIS)]
+    std: Annotated[list[float], Field(max_length=MAX_AXIS)] = field(default_factory=list, kw_only=True)
+    sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    index: Index
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    num_left_out: Annotated[int, Field(ge=0)] = 0
+    packing: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (self.index.name, *(shard.name for shard in self.shards)):
+            check_key(name)
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("two shards have the same name")
+        if sum(shard.num_samples for shard in self.shards) != self.num_samples:
+            raise ValueError("num_samples is not the sum over the shards")
+        num_chunks = sum(-(-shard.num_samples // CHUNK) for shard in self.shards)
+        if self.index.bytes != self.num_samples * RECORD.itemsize + num_chunks * 32:
+            raise ValueError(f"the index needs {RECORD.itemsize} bytes a sample and 32 for each {CHUNK} of a shard")
+        if math.prod(self.shape) > MAX_VALUES:
+            raise ValueError(f"a sample of {math.prod(self.shape)} values is above the limit of {MAX_VALUES}")
+        if self.dtype == "uint8" and len(self.shape) != 3:
+            raise ValueError("images have the shape (C, H, W)")
+        if len(self.class_counts) != len(self.classes):
+            raise ValueError("classes and class_counts differ in length")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError("mean or std is not finite")
+
+    def to_json(self) -> str:
+        """For people too: a field a line, a shard a line; sealed (`seal.py`)."""
+        fields = asdict(self)
+        shards = ",\n  ".join(json.dumps(shard) for shard in fields.pop("shards"))
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+        return sealed([*lines, f'"shards": [\n  {shards}\n ]'])
+
+    @staticmethod
+    def from_json(text: bytes | str, url: str = MANIFEST) -> Manifest:
+        """Raises DataError, naming `url` and the first field that is wrong."""
+        data = text.encode() if isinstance(text, str) else text
+        return read_sealed(_ADAPTER, data, url, "manifest", again="; pack the data set again")
+
+    @staticmethod
+    def load(store: Store) -> Manifest:
+        """The data set's manifest. Raises UserError when there is none, DataError when it is not valid."""
+        url = store.url(MANIFEST)
+        try:
+            size = store.size(MANIFEST)
+        except NotFound as error:
+            unfinished = "; a pack has begun there: run it again to finish it" if store.list("packing/") else ""
+            raise UserError(
+                f"{store.url()}: no data set here ({MANIFEST} is missing){unfinished}; "
+                "make one: scoreray data pack SOURCE URL"
+            ) from error
+        if size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{url}: {size} bytes is above the limit of {MAX_MANIFEST_BYTES}")
+        return Manifest.from_json(store.get(MANIFEST), url)
+
+    @property
+    def classes_with_images(self) -> int:
+        """How many classes have a sample: a class of another split, or one that was emptied, has a name and none."""
+        return sum(count > 0 for count in self.class_counts)
+
+    @cached_property  # over all shards, of which there may be millions
+    def identity(self) -> str:
+        """SHA-256 of which samples there are and in which order: of each shard's records, which hold a digest and the
+        class of every sample, and of what they mean. A copy elsewhere, under another name, has the same."""
+        shards = [(shard.num_samples, shard.bytes, shard.records_sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.shape, self.dtype, self.classes, shards]).encode()).hexdigest()
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Stored bytes of a sample, tar headers included, on average."""
+        return sum(shard.bytes for shard in self.shards) / self.num_samples
+
+    def channel_means(self) -> list[float]:
+        """The mean of each channel, also where an earlier version kept one of each value of an array."""
+        values = np.asarray(self.mean)
+        parts = values.reshape(self.shape[0], -1) if values.size % self.shape[0] == 0 else values[:, None]
+        return [float(mean) for mean in parts.mean(1)]
+
+    def first_samples(self) -> np.ndarray:
+        """int64 [num_shards + 1]: the number of each shard's first sample; the last is num_samples."""
+        counts = np.fromiter((shard.num_samples for shard in self.shards), np.int64, len(self.shards))
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+_ADAPTER = TypeAdapter(Manifest)

@@ -1,0 +1,228 @@
+"""Members of shards by ranged reads: neighbours in one request, each member verified by its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from scoreray.data.errors import DataError, StorageError
+from scoreray.data.reading.disk_cache import DiskCache
+from scoreray.data.reading.manifest import CHUNK, RECORD, Manifest
+from scoreray.data.reading.order import Run
+from scoreray.data.reading.quarantine import Quarantine, Unreadable
+from scoreray.data.reading.records import Records
+from scoreray.data.reading.tars import BLOCK, key_in
+from scoreray.data.storage.hedge import HedgedGet
+from scoreray.data.storage.store import NotFound, Store
+
+log = logging.getLogger(__name__)
+sha256 = hashlib.sha256
+
+MAX_GAP_BYTES = 64 << 10  # what lies between two members is read along with them up to this
+MAX_REQUEST_BYTES = 16 << 20
+REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
+REREAD_S = 0.5  # the longest pause before one
+
+
+@dataclass
+class Stats:
+    """What a stream has done so far. `stall_s` is how long its consumer waited."""
+
+    samples: int = 0
+    bytes_read: int = 0
+    requests: int = 0
+    hedged: int = 0  # asked twice because the first answer was slow
+    rereads: int = 0  # asked again because the bytes were wrong
+    stall_s: float = 0.0
+
+
+class Reader:
+    """Reads runs of samples from a data set's shards; used by several threads.
+
+    Memory: `records_kept` records of 32 bytes, and what read() returns.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        stats: Stats,
+        records_kept: int = 1 << 16,
+        quarantine: Quarantine | None = None,
+        cache: DiskCache | None = None,
+    ) -> None:
+        self.cache = cache
+        self.store, self.manifest, self.stats, self.quarantine = store, manifest, stats, quarantine
+        self._get = HedgedGet(store.get) if store.is_remote else store.get
+        self.first_samples = manifest.first_samples()
+        self._attempts = 1 + (REREADS if store.is_remote else int(cache is not None))
+        self._lock = threading.Lock()
+        index = store.url(manifest.index.name)
+        self._records = Records(self._get_counted, manifest, index, -(-records_kept // CHUNK))
+
+    def records(self, shard: int, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Records [start, start + count) of the shard, RECORD [count], verified. These can't be quarantined."""
+        if count is None:
+            count = self.manifest.shards[shard].num_samples - start
+        for attempt in range(self._attempts):
+            try:
+                return self._records.read(shard, start, count)
+            except (NotFound, DataError) as error:
+                if attempt + 1 < self._attempts:
+                    self._pause(attempt)
+                elif isinstance(error, NotFound):
+                    raise DataError(f"{error}; the manifest lists it: is the data set whole?") from error
+                else:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _get_members(self, shard: int, start: int, end: int) -> bytes:
+        entry = self.manifest.shards[shard]
+        if self.cache is None:
+            return self._get_counted(entry.name, start, end)
+        return self.cache.get(entry.sha256, entry.bytes, start, end, partial(self._get_counted, entry.name))
+
+    def _get_counted(self, key: str, start: int, end: int) -> bytes:
+        data = self._get(key, start, end)
+        self._count(len(data), 1)
+        return data
+
+    def read(self, runs: list[Run]) -> tuple[list[bytes | None], np.ndarray]:
+        """(members, records) of the runs' samples, in their order; None for a member that is quarantined.
+
+        Raises DataError naming shard, sample and offset.
+        """
+        members: list[bytes | None] = []
+        parts = []
+        for run in runs:
+            records = self.records(run.shard, run.first, run.count)
+            parts.append(records)
+            for i, j in _requests(records):
+                members += self._read(run.shard, run.first + i, records[i:j])
+        return members, parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, RECORD), *parts])
+
+    def advise(self, runs: list[Run]) -> None:
+        """Says that these runs will soon be read. Raises what records() does."""
+        for run in runs:
+            records = self.records(run.shard, run.first, run.count)
+            low, high = int(records["offset"].min()), int(records["offset"].max()) + int(records["size"][-1])
+            self.store.advise(self.manifest.shards[run.shard].name, low, high)
+
+    def read_one(self, sample: int) -> tuple[bytes, int, int]:
+        """(member, format, label) of one sample. Raises DataError, whatever may be quarantined."""
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        place = sample - int(self.first_samples[shard])
+        record = self.records(shard, place, 1)
+        member = self._read(shard, place, record)[0]
+        if member is None:
+            raise DataError(f"{self.name(shard, place)}: quarantined")
+        return member, int(record["format"][0]), int(record["label"][0])
+
+    def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
+        """The members of neighbouring records in one request, asked again while one of them is wrong."""
+        name, missing = self.manifest.shards[shard].name, False
+        if self.quarantine is not None and name in self.quarantine.missing:
+            return [None] * len(records)
+        begins = records["offset"].astype(np.int64)
+        low, high = int(begins[0]), int(begins[-1]) + int(records["size"][-1])
+        begins -= low
+        places = (begins.tolist(), (begins + records["size"]).tolist())
+        expected = records["digest"].tobytes()  # 8 bytes each
+        problem, bad = "", list(range(len(records)))
+        members: list[bytes | None] = [None] * len(records)
+        for attempt in range(self._attempts):
+            try:
+                data, missing = self._get_members(shard, low, high), False
+            except NotFound as error:
+                problem, missing = f"{error}; the manifest lists this shard: is the data set whole?", True
+                if attempt + 1 < self._attempts:  # a store under stress may say so of what is there
+                    self._pause(attempt)
+                continue
+            found = [data[begin:end] for begin, end in zip(*places, strict=True)]
+            digests = b"".join([sha256(member).digest()[:8] for member in found])
+            if digests == expected:
+                return found  # type: ignore[return-value]
+            for i in bad:
+                members[i] = found[i] if digests[8 * i : 8 * i + 8] == expected[8 * i : 8 * i + 8] else None
+            bad = [i for i in bad if members[i] is None]
+            if not bad:
+                return members
+            if self.cache is not None:
+                self.cache.forget(self.manifest.shards[shard].sha256, low, high)
+            problem = "its bytes are not those of the index" + (" (the shard is cut)" if len(data) < high - low else "")
+            if attempt + 1 < self._attempts:
+                log.warning("%s: %s; reading again", self.name(shard, first + bad[0]), problem)
+                self._pause(attempt)
+        if self.quarantine is None:
+            raise DataError(problem if missing else f"{self.name(shard, first + bad[0])}: {problem}")
+        if missing:
+            entry = self.manifest.shards[shard]
+            self.quarantine.add(
+                Unreadable(
+                    entry.name, int(self.first_samples[shard]), entry.num_samples, 0, "", "there is no such shard"
+                )
+            )
+            return [None] * len(records)
+        for i in bad:
+            self.put_aside(int(self.first_samples[shard]) + first + i, problem)
+        return members
+
+    def put_aside(self, sample: int, reason: str) -> None:
+        """A sample into the quarantine. Raises DataError when its budget is used up."""
+        assert self.quarantine is not None
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        name = self.manifest.shards[shard].name
+        offset = int(self.records(shard, sample - int(self.first_samples[shard]), 1)["offset"][0])
+        try:
+            key = key_in(self._get(name, max(0, offset - BLOCK), offset))
+        except StorageError:
+            key = ""
+        self.quarantine.add(Unreadable(name, sample, 1, offset, key, reason.removeprefix(f"{self.name_of(sample)}: ")))
+
+    def name(self, shard: int, place: int) -> str:
+        """What a sample is called in messages: shard, number, offset."""
+        offset = int(self.records(shard, place, 1)["offset"][0])
+        number = int(self.first_samples[shard]) + place
+        return f"{self.store.url(self.manifest.shards[shard].name)}: sample {number} at byte {offset}"
+
+    def name_of(self, sample: int) -> str:
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        return self.name(shard, sample - int(self.first_samples[shard]))
+
+    def _pause(self, attempt: int) -> None:
+        with self._lock:
+            self.stats.rereads += 1
+        time.sleep(min(REREAD_S, 0.05 * 2**attempt))
+
+    def close(self) -> None:
+        if isinstance(self._get, HedgedGet):
+            self._get.close()
+
+    def _count(self, num_bytes: int, requests: int) -> None:
+        with self._lock:
+            self.stats.bytes_read += num_bytes
+            self.stats.requests += requests
+            if isinstance(self._get, HedgedGet):
+                self.stats.hedged = self._get.num_hedged
+
+
+def _requests(records: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Record ranges [i, j) to read in one request each: no large gap inside, none above the request limit."""
+    if not len(records):
+        return
+    starts = records["offset"].astype(np.int64)
+    ends = starts + records["size"]
+    gaps = starts[1:] - ends[:-1]
+    cuts = (np.flatnonzero((gaps > MAX_GAP_BYTES) | (gaps < 0)) + 1).tolist()
+    for i, j in zip([0, *cuts], [*cuts, len(records)], strict=True):
+        while i < j:
+            k = max(i + 1, i + int(np.searchsorted(ends[i:j], starts[i] + MAX_REQUEST_BYTES, side="right")))
+            yield i, min(k, j)
+            i = min(k, j)

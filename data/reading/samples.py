@@ -1,0 +1,71 @@
+"""Samples of a packed data set by their numbers: neighbours in one request, each verified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.data.reading.decode import decode_into, decode_rows
+from scoreray.data.reading.manifest import MANIFEST, Manifest
+from scoreray.data.reading.order import Run
+from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.storage.store import open_store
+
+
+class Samples:
+    """Samples of the data set at `url`, each verified by its digest; `sha256` is the manifest's."""
+
+    def __init__(self, url: str) -> None:
+        store = open_store(url)
+        self.url = store.url()
+        self.manifest = Manifest.load(store)
+        self.sha256 = hashlib.sha256(store.get(MANIFEST)).hexdigest()
+        self._reader = Reader(store, self.manifest, Stats())
+
+    def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`. Raises IndexError
+        for a number that is not there, DataError (shard, sample, offset), StorageError."""
+        manifest, reader = self.manifest, self._reader
+        for number in (numbers[0], numbers[-1]) if len(numbers) else ():
+            if not 0 <= number < manifest.num_samples:
+                raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
+        members, records = reader.read(runs(numbers, reader.first_samples))
+        shape, dtype = tuple(manifest.shape), np.dtype(manifest.dtype)
+        pictures = dtype == np.uint8
+        out = np.empty((len(members), *((*shape[1:], shape[0]) if pictures else shape)), dtype)
+        for row in decode_rows(members, records["format"], out):
+            member = members[row]
+            assert member is not None  # nothing is quarantined here
+            decode_into(out[row], member, int(records["format"][row]), partial(reader.name_of, int(numbers[row])))
+        if pictures:  # in C order also by the strides of a single channel: torch would take others for channels last
+            out = out.reshape(-1, *shape) if shape[0] == 1 else np.ascontiguousarray(out.transpose(0, 3, 1, 2))
+        return torch.from_numpy(out), torch.from_numpy(records["label"].astype(np.int64))
+
+
+def read_samples(url: str, numbers: Sequence[int] | np.ndarray) -> Tensor:
+    """The samples of ascending `numbers`, uint8 [n, C, H, W] or float32 [n, ...]."""
+    return Samples(url).read(numbers)[0]
+
+
+def spread(count: int, total: int) -> np.ndarray:
+    """`count` of the numbers 0 to total - 1, evenly spread, ascending; all of them where count is not less."""
+    return np.arange(total) if count >= total else np.arange(count) * total // count
+
+
+def runs(numbers: Sequence[int] | np.ndarray, first_samples: np.ndarray) -> list[Run]:
+    """Ascending sample numbers as runs of neighbours in a shard."""
+    wanted = np.asarray(numbers, np.int64)
+    if not len(wanted):
+        return []
+    shards = np.searchsorted(first_samples, wanted, side="right") - 1
+    starts = np.flatnonzero((np.diff(wanted, prepend=-2) != 1) | (np.diff(shards, prepend=-1) != 0))
+    ends = np.append(starts[1:], len(wanted))
+    return [
+        Run(int(shards[i]), int(wanted[i] - first_samples[shards[i]]), int(j - i))
+        for i, j in zip(starts, ends, strict=True)
+    ]

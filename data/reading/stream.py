@@ -1,0 +1,246 @@
+"""The stream that a rank reads: batches of the run's order, prefetched, verified and decoded off the training thread.
+
+The position is the whole state. A stream opened at the same position, with the same manifest, seed, number of lanes
+and block size, hands out the same samples at any world size.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from scoreray.data.errors import UserError
+from scoreray.data.reading.blocks import BUFFER_BYTES, Blocks, Rows, blocks_at_once
+from scoreray.data.reading.disk_cache import DiskCache
+from scoreray.data.reading.manifest import CHUNK, Manifest
+from scoreray.data.reading.order import Order, default_lanes
+from scoreray.data.reading.quarantine import Quarantine, Unreadable
+from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.storage.store import open_store
+from scoreray.data.traces import span
+
+CACHE_BYTES = 256 << 20  # a data set that decoded is no larger is kept in memory
+CACHE_DIR_BYTES = 64 << 30
+LOOK_UP = 32  # samples of a lane that are looked up in the order at once
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: uint8 [b, C, H, W], channels last in memory, or float32 [b, ...].  labels: int64 [b], -1 for none.
+    index: int64 [b], the samples' numbers in the manifest.  position: int64 [b], their places in the run, ascending."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+    position: torch.Tensor
+
+
+def default_shuffle_block(manifest: Manifest, num_lanes: int) -> int:
+    """Samples that a lane shuffles at once: as many as fit BUFFER_BYTES, from 16 to 1024. Part of the run's order."""
+    fitting = int(BUFFER_BYTES / (2 * num_lanes * manifest.bytes_per_sample))
+    return max(16, min(1024, fitting, -(-manifest.num_samples // num_lanes)))
+
+
+class Stream:
+    """Endless batches for rank `rank` of `world_size`; batch k of the run holds positions [k B, (k + 1) B).
+
+    Args:
+      url: of a packed data set.
+      global_batch_size: B, of all ranks together; each gets B / world_size.
+      seed: of the run's order.
+      position: the first position to hand out; `.position` of an earlier stream, to go on.
+      num_lanes: L, fixed for a run: divides B, and every world size divides it. None: order.default_lanes(B).
+      shuffle_block: samples that a lane shuffles at once, fixed for a run. None: from the manifest.
+      prefetch_batches: decoded batches that wait.
+      decode_threads: for one thread, the prefetching thread decodes itself.
+      cache_bytes: a data set that decoded is no larger is kept in memory.
+      cache_dir: a folder of this machine that keeps what was read, up to `cache_dir_bytes`; ranks share it.
+      pin_memory: page-locked batches, for a copy to a GPU that overlaps with work.
+      quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
+        another stands in for it (its number is in Batch.index). None: the first one raises.
+
+    Memory: what a lane reads from and what it reads next, encoded (256 MB in all ranks together, by default), the
+    waiting batches, the records of the shards in use, and, up to `cache_bytes`, a decoded data set.
+
+    Raises UserError for sizes that do not divide. Iterating raises DataError (shard, sample, offset) and StorageError.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        position: int = 0,
+        num_lanes: int | None = None,
+        shuffle_block: int | None = None,
+        prefetch_batches: int = 4,
+        decode_threads: int = 1,
+        cache_bytes: int = CACHE_BYTES,
+        cache_dir: str | None = None,
+        cache_dir_bytes: int = CACHE_DIR_BYTES,
+        pin_memory: bool = False,
+        quarantine: Quarantine | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.num_lanes = _check_sizes(global_batch_size, rank, world_size, num_lanes)
+        if position < 0 or prefetch_batches < 1 or decode_threads < 1:
+            raise UserError(
+                f"position {position} must not be negative, prefetch_batches {prefetch_batches} and decode_threads "
+                f"{decode_threads} must be at least 1"
+            )
+        with span("data.open", url=url, rank=rank, position=position):
+            store = open_store(url)
+            self.manifest = manifest or Manifest.load(store)
+        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
+        self.seed, self.position = seed, position
+        self.shuffle_block = shuffle_block or default_shuffle_block(self.manifest, self.num_lanes)
+        self.stats = Stats()
+        self.order = Order(
+            [shard.num_samples for shard in self.manifest.shards],
+            seed=seed,
+            num_lanes=self.num_lanes,
+            shuffle_block=self.shuffle_block,
+        )
+        self._num_decoders, self._pin_memory = decode_threads, pin_memory
+        self._first_lane = rank * self.num_lanes // world_size
+        self._end_lane = (rank + 1) * self.num_lanes // world_size
+        self._quarantine = quarantine
+        disk_cache = DiskCache(cache_dir, cache_dir_bytes) if cache_dir else None
+        read_at_once = self.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
+        records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
+        self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine, disk_cache)
+        self._blocks = Blocks(self._reader, self.order, cache_bytes)
+        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
+        self._slots = threading.Semaphore(prefetch_batches)
+        self._stop = threading.Event()
+        self._producer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def quarantined(self) -> list[Unreadable]:
+        """What could not be read in the batches that were handed out, by sample."""
+        return self._quarantine.found if self._quarantine is not None else []
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. Waits for it if it is not there yet; the waiting is counted in stats.stall_s."""
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise StopIteration
+        if self._producer is None:  # only now: a stream may be made before a fork
+            self._producer = threading.Thread(target=self._produce, name="scoreray-stream", daemon=True)
+            self._producer.start()
+        started = time.perf_counter()
+        ready = self._ready.get()
+        self._slots.release()
+        self.stats.stall_s += time.perf_counter() - started
+        if isinstance(ready, BaseException):
+            self._error = ready
+            self.close()
+            raise ready
+        self.position += self.global_batch_size
+        self.stats.samples += len(ready.index)
+        if self._quarantine is not None and not self._quarantine.is_empty:
+            wanted = self.order.samples(ready.position.numpy())
+            self._quarantine.settle(wanted[wanted != ready.index.numpy()])
+        return ready
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the prefetching. The position stays readable."""
+        self._stop.set()
+        if self._producer is not None:
+            self._producer.join(timeout=30)
+        self._blocks.close()
+        self._reader.close()
+
+    def _produce(self) -> None:
+        try:
+            for batch in self._batches(self.position):
+                self._hand_over(batch)
+        except BaseException as error:
+            self._hand_over(error)
+
+    def _hand_over(self, ready: Batch | BaseException) -> None:
+        while not self._stop.is_set():
+            if self._slots.acquire(timeout=0.2):
+                self._ready.put(ready)
+                return
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """The rank's parts of the global batches from `start` on. Several at once are looked up in the order, so that
+        a lane has a few samples in each look-up."""
+        local, at_once = (
+            self.global_batch_size // self.world_size,
+            -(-LOOK_UP * self.num_lanes // self.global_batch_size),
+        )
+        decoders = ThreadPoolExecutor(self._num_decoders, "scoreray-decode") if self._num_decoders > 1 else None
+        try:
+            while not self._stop.is_set():
+                positions = np.arange(start, start + at_once * self.global_batch_size, dtype=np.int64)
+                lanes = positions % self.num_lanes
+                mine = positions[(lanes >= self._first_lane) & (lanes < self._end_lane)]
+                rows = self._blocks.rows(mine, self._stop)
+                for i in range(0, len(mine), local):
+                    yield self._batch(rows.part(i, i + local), decoders)
+                start += at_once * self.global_batch_size
+        finally:
+            if decoders:
+                decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _batch(self, rows: Rows, decoders: ThreadPoolExecutor | None) -> Batch:
+        n, dtype = len(rows.positions), self._blocks.dtype
+        images = np.empty((n, *self._blocks.stored_shape), dtype)
+        if decoders:
+            cuts = [n * i // self._num_decoders for i in range(self._num_decoders + 1)]
+            list(decoders.map(lambda i, j: self._blocks.decode(rows.part(i, j), images[i:j]), cuts[:-1], cuts[1:]))
+        else:
+            self._blocks.decode(rows, images)
+        if dtype == np.uint8:
+            images = images.transpose(0, 3, 1, 2)  # a view: whoever converts the bytes copies them anyway
+        # Copies, as a batch must not keep the rows of its neighbours alive.
+        arrays = [torch.from_numpy(a) for a in (images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())]
+        return Batch(*(array.pin_memory() for array in arrays)) if self._pin_memory else Batch(*arrays)
+
+
+def _check_sizes(global_batch_size: int, rank: int, world_size: int, num_lanes: int | None) -> int:
+    """The number of lanes. Raises UserError with the numbers that do not fit."""
+    if global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+        raise UserError(f"global_batch_size {global_batch_size}, rank {rank} of world_size {world_size}: out of range")
+    if global_batch_size % world_size:
+        raise UserError(
+            f"global_batch_size {global_batch_size} is not divisible by {world_size} workers; "
+            f"take {_nearest_multiple(global_batch_size, world_size)}"
+        )
+    lanes = default_lanes(global_batch_size) if num_lanes is None else num_lanes
+    if lanes < 1 or global_batch_size % lanes:
+        raise UserError(f"num_lanes {lanes} does not divide global_batch_size {global_batch_size}")
+    if lanes % world_size:
+        raise UserError(
+            f"{world_size} workers can't share num_lanes {lanes} evenly; fix num_lanes for the run, for example to "
+            f"{default_lanes(global_batch_size, [world_size])}"
+        )
+    return lanes
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)

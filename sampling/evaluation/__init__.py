@@ -1,0 +1,1 @@
+"""An evaluation of a model, from its settings to its record and page."""

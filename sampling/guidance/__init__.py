@@ -1,0 +1,1 @@
+"""What modifies sampling: guidance, inpainting, linear inverse problems, and the files that a request names."""

@@ -1,0 +1,206 @@
+"""Words of a request that bend what is drawn, as wrappers of the denoiser: guidance, inpainting, inverse problems.
+
+`steered` makes the denoiser that a request asks for. Everything in a request is a word, a number or a URL, so that it
+can travel; what a URL names is read where the samples are drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.units import whole_number
+from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval
+from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse, Operator, average_pool, gray, mask, matrix
+from scoreray.sampling.guidance.observations import parse_value_range, read_mask, read_numbers, read_observed
+from scoreray.sampling.model.load import LoadedDenoiser, load
+from scoreray.trainer.config import MAX_GUIDANCE
+
+Method = Literal["projection", "jacobian"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What samples are led towards: with `weight` from a weaker estimate to the model's own (1: the model alone).
+
+    The weaker one is the model without a class (classifier-free), or with `checkpoint` another model, or with `ema` the
+    same (or that) model at another EMA length (autoguidance). `interval`: noise levels (low, high) between which it
+    acts; None for all.
+    """
+
+    weight: float = 1.0
+    checkpoint: str | None = None
+    ema: str | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def auto(self) -> bool:
+        return self.checkpoint is not None or self.ema is not None
+
+    def __post_init__(self) -> None:
+        if not -MAX_GUIDANCE <= self.weight <= MAX_GUIDANCE:
+            raise UserError(
+                f"guidance weight {self.weight}: must be in [{-MAX_GUIDANCE:g}, {MAX_GUIDANCE:g}]; 1 is none, above 1 "
+                "strengthens it"
+            )
+        if self.weight == 1 and (self.auto or self.interval is not None):
+            what = "--autoguide" if self.checkpoint else "--guide-ema" if self.ema else "--interval"
+            raise UserError(f"{what} does nothing at guidance 1; give --guidance a weight such as 2")
+        if self.interval is not None:
+            low, high = self.interval
+            if not 0 <= low < high:
+                raise UserError(f"--interval {low:g},{high:g}: must be two noise levels, 0 <= low < high")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known of each sample: `observed` (a URL of a picture, npy or npz) is `operator` of it, plus noise.
+
+    operator: "inpaint" with the URL of a `mask` (bright where the sample is known), "superresolution=FACTOR", "gray",
+    or "matrix=URL" of an npy [m, d]. noise_std: of the measurement, for data in [-1, 1]. method: of `LinearInverse`.
+    value_range: what black and white are in `observed`, "LOW,HIGH" or "model"; None for what its type says.
+    See `observations.py` for what values mean.
+    """
+
+    operator: str
+    observed: str
+    mask: str | None = None
+    noise_std: float = 0.0
+    method: Method = "projection"
+    value_range: str | None = None
+
+    def __post_init__(self) -> None:
+        name, _, value = self.operator.partition("=")
+        if name not in OPERATORS:
+            raise UserError(f"unknown operator '{name}': {nearest(name, OPERATORS)}")
+        if (name in TAKES_VALUE) != bool(value):
+            raise UserError(f"operator '{self.operator}': write {OPERATORS[name]}")
+        if (name == "inpaint") != (self.mask is not None):
+            raise UserError("--mask goes with --inpaint, and --inpaint needs it: a picture, bright where known")
+        if not 0 <= self.noise_std <= MOST_NOISE_STD:
+            raise UserError(f"--noise-std {self.noise_std}: must be a number from 0 to {MOST_NOISE_STD:g}")
+        if self.method not in get_args(Method):
+            raise UserError(f"--inverse-method '{self.method}': {nearest(self.method, get_args(Method))}")
+        if self.value_range is not None:
+            parse_value_range(self.value_range)
+
+
+OPERATORS = {
+    "inpaint": "inpaint",
+    "superresolution": "superresolution=FACTOR, such as superresolution=4",
+    "gray": "gray",
+    "matrix": "matrix=FILE, an npy [m, d]",
+}
+TAKES_VALUE = ("superresolution", "matrix")
+
+
+def measurement_of(
+    inpaint: str | None,
+    mask: str | None,
+    inverse: str | None,
+    measurement: str | None,
+    noise_std: float,
+    method: str,
+    value_range: str | None = None,
+) -> Measurement | None:
+    """What the words of a command line say is known of the samples. Raises UserError where they do not go together."""
+    if inpaint is not None and inverse is not None:
+        raise UserError("--inpaint and --inverse: one measurement at a time; leave one of them out")
+    if inpaint is not None:
+        if measurement is not None:
+            raise UserError("--measurement goes with --inverse; --inpaint names its picture itself")
+        return Measurement("inpaint", inpaint, mask, noise_std, cast(Method, method), value_range)
+    if inverse is not None:
+        if inverse.partition("=")[0] == "inpaint":
+            raise UserError("--inverse inpaint: write --inpaint IMAGE --mask MASK")
+        if measurement is None:
+            raise UserError("--inverse needs --measurement FILE, what was measured")
+        return Measurement(inverse, measurement, mask, noise_std, cast(Method, method), value_range)
+    lone = {
+        "--mask": mask is not None,
+        "--measurement": measurement is not None,
+        "--noise-std": noise_std != 0,
+        "--inverse-method": method != "projection",
+        "--value-range": value_range is not None,
+    }
+    given = [name for name, there in lone.items() if there]
+    if given:
+        raise UserError(f"{', '.join(given)}: nothing is measured; give --inpaint IMAGE or --inverse OPERATOR")
+    return None
+
+
+def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measurement | None = None) -> Denoise:
+    """The denoiser that samples under `guidance` and given `measurement`; `denoiser` itself where neither says more.
+
+    Raises UserError where they do not fit the model, DataError and StorageError where a file can't be read.
+    """
+    bent: Denoise = denoiser
+    if guidance.weight != 1:
+        bent = _guided(denoiser, guidance)
+        if guidance.interval is not None:
+            bent = Interval(bent, denoiser, *guidance.interval)
+    return bent if measurement is None else _measured(denoiser, bent, measurement)
+
+
+def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
+    if not guidance.auto:
+        return ClassifierFree(denoiser, guidance.weight)
+    info, device = denoiser.info, next(denoiser.parameters()).device
+    url = guidance.checkpoint or info.url
+    weak = load(url, guidance.ema, device)
+    if weak.info.image_shape != info.image_shape:
+        raise UserError(
+            f"--autoguide {url}: draws samples of shape {list(weak.info.image_shape)}, this model "
+            f"{list(info.image_shape)}; a guide must be trained on the same data"
+        )
+    if weak.info.classes and weak.info.classes != info.classes:
+        raise UserError(f"--autoguide {url}: knows other classes than this model; take a guide of the same data")
+    if (weak.info.url, weak.info.ema) == (info.url, info.ema):
+        raise UserError(
+            f"--autoguide {url}: is this very model at EMA {info.ema}; take an earlier checkpoint or --guide-ema"
+        )
+    return Autoguidance(denoiser, weak, guidance.weight)
+
+
+def _measured(denoiser: LoadedDenoiser, bent: Denoise, measurement: Measurement) -> Denoise:
+    shape, device = denoiser.info.image_shape, next(denoiser.parameters()).device
+    operator = _operator(measurement, shape, device)
+    expected = tuple(operator.apply(torch.zeros(1, *shape, device=device)).shape[1:])
+    observed = read_observed(
+        measurement.observed,
+        expected,
+        pictures=denoiser.info.is_picture and measurement.operator.partition("=")[0] != "matrix",
+        noise_std=measurement.noise_std,
+        value_range=measurement.value_range,
+    ).to(device)
+    return LinearInverse(bent, operator, observed, measurement.noise_std, denoiser.sigma_data, measurement.method)
+
+
+def _operator(measurement: Measurement, shape: tuple[int, ...], device: torch.device) -> Operator:
+    name, _, value = measurement.operator.partition("=")
+    if name == "matrix":
+        size = math.prod(shape)
+        rows = read_numbers(value)
+        if rows.ndim != 2 or rows.shape[1] != size or rows.shape[0] > size:
+            raise UserError(f"{value}: is {list(rows.shape)}, and this model needs [m, {size}], m at most {size}")
+        flat = matrix(rows.to(device))
+        return Operator(lambda x: flat.apply(x.flatten(1)), lambda y: flat.transpose(y).view(-1, *shape), flat.solve)
+    if len(shape) != 3:
+        raise UserError(f"'{name}' is for images, and this model draws samples of shape {list(shape)}; use matrix=FILE")
+    if name == "superresolution":
+        factor = whole_number(value) or 0
+        if factor < 2 or shape[1] % factor or shape[2] % factor:
+            raise UserError(
+                f"superresolution={shortened(value)}: the factor must be 2 or more and divide {shape[1]} x {shape[2]}"
+            )
+        return average_pool(factor)
+    if name == "gray":
+        if shape[0] != 3:
+            raise UserError(f"gray: of images with red, green and blue, and this model's have {shape[0]} channel(s)")
+        return gray()
+    assert measurement.mask is not None
+    return mask(read_mask(measurement.mask, shape).to(device))

@@ -1,0 +1,1 @@
+"""What is measured of samples and models: features, distances, likelihoods."""

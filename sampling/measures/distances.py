@@ -1,0 +1,171 @@
+"""Distances between sets of features beside Frechet's: KID, Inception Score, precision and recall, sliced Wasserstein.
+
+Each takes features in fixed blocks, so that memory stays bounded and a result is the same wherever it is computed. All
+arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion import noise
+
+PROJECTION_SEED = 0x51CED
+BLOCK = 1024  # rows of a distance matrix that are held at once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error (None where the count gives none)."""
+
+    value: float
+    std_error: float | None = None
+
+
+def mean_of(values: Tensor) -> Estimate:
+    """Mean of independent values [n], and its standard error."""
+    values = values.double()
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+    return Estimate(float(values.mean()), error)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD of features a [n, d], b [m, d] under (x.y / d + 1)^3 (Binkowski 2018): KID of one block.
+
+    Can be negative, as unbiased estimates of small numbers are. Raises UserError below two rows a side.
+    """
+    n, m = len(a), len(b)
+    if n < 2 or m < 2:
+        raise UserError(f"KID of {n} and {m} samples: it needs at least two on each side")
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    aa, bb = kernel(a, a), kernel(b, b)
+    inner = (aa.sum() - aa.trace()) / (n * (n - 1)) + (bb.sum() - bb.trace()) / (m * (m - 1))
+    return float(inner - 2 * kernel(a, b).mean())
+
+
+def kid(blocks: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
+    """KID over disjoint blocks of both sets: the mean is unbiased at any block size, and its error is honest."""
+    return mean_of(torch.tensor([kernel_distance(a, b) for a, b in blocks], dtype=torch.float64))
+
+
+@dataclass
+class ClassSums:
+    """What the Inception Score needs of logits: the count, the sum of p [k] and the sum of p ln p."""
+
+    count: int
+    probabilities: Tensor
+    negentropy: float
+
+    @staticmethod
+    def of(logits: Tensor) -> ClassSums:
+        log_p = logits.double().log_softmax(1)
+        p = log_p.exp()
+        return ClassSums(len(p), p.sum(0), float((p * log_p).sum()))
+
+    def __add__(self, other: ClassSums) -> ClassSums:
+        return ClassSums(
+            self.count + other.count, self.probabilities + other.probabilities, self.negentropy + other.negentropy
+        )
+
+    def score(self) -> float:
+        """exp of the mean divergence of p(class | x) from p(class) (Salimans 2016)."""
+        mean = self.probabilities / self.count
+        return math.exp(self.negentropy / self.count - float(torch.xlogy(mean, mean).sum()))
+
+
+def inception_score(groups: list[ClassSums]) -> Estimate:
+    """Of all samples, its error from leaving out each group in turn."""
+    everything = total(groups)
+    num = len(groups)
+    if num < 2:
+        return Estimate(everything.score())
+    without = np.array([total(groups[:i] + groups[i + 1 :]).score() for i in range(num)])
+    error = math.sqrt((num - 1) / num * float(np.square(without - without.mean()).sum()))
+    return Estimate(everything.score(), error)
+
+
+def total(groups: list[ClassSums]) -> ClassSums:
+    """Of one or more groups together, added in their order."""
+    together = groups[0]
+    for group in groups[1:]:
+        together = together + group
+    return together
+
+
+def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
+    """Share of samples inside the reference's k-nearest-neighbour balls, and the other way round (Kynkaanniemi 2019).
+
+    samples [n, d], reference [m, d]. The errors are those of a share of n (of m), the balls taken as given.
+    """
+    precision = _covered(samples, reference, k)
+    recall = _covered(reference, samples, k)
+    return mean_of(precision), mean_of(recall)
+
+
+def _covered(points: Tensor, centers: Tensor, k: int) -> Tensor:
+    """Whether each of `points` lies in any center's ball, to its k-th nearest other center: [n] of 0 and 1."""
+    if len(centers) <= k:
+        raise UserError(f"precision and recall with k = {k} need more than {k} samples on each side")
+    radii = nearest(centers, centers, k, same=True)[0][:, -1]
+    found = []
+    for rows in points.double().split(BLOCK):
+        inside = torch.zeros(len(rows), dtype=torch.bool)
+        for first in range(0, len(centers), BLOCK):
+            part = _distances(rows, centers[first : first + BLOCK].double())
+            inside |= (part <= radii[first : first + BLOCK]).any(1)
+        found.append(inside)
+    return torch.cat(found).double()
+
+
+def nearest(points: Tensor, others: Tensor, k: int = 1, *, same: bool = False) -> tuple[Tensor, Tensor]:
+    """Distances [n, k] float64, ascending, and numbers [n, k] of the k nearest of `others`; `same`: not itself."""
+    distances, numbers = [], []
+    for first in range(0, len(points), BLOCK):
+        rows = points[first : first + BLOCK].double()
+        best = torch.full((len(rows), k), math.inf, dtype=torch.float64)
+        where = torch.zeros(len(rows), k, dtype=torch.int64)
+        for begin in range(0, len(others), BLOCK):
+            part = _distances(rows, others[begin : begin + BLOCK].double())
+            if same and begin == first:
+                part.fill_diagonal_(math.inf)
+            joined = torch.cat([best, part], 1)
+            own = torch.cat([where, torch.arange(begin, begin + part.shape[1]).expand(len(rows), -1)], 1)
+            best, chosen = joined.topk(k, dim=1, largest=False)
+            where = own.gather(1, chosen)
+        distances.append(best)
+        numbers.append(where)
+    return torch.cat(distances), torch.cat(numbers)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+    return squares.clamp_min_(0).sqrt_()
+
+
+def directions(dims: int, count: int) -> Tensor:
+    """Unit vectors [count, dims] float64, spread evenly by chance, always the same ones."""
+    lines = noise.normal(PROJECTION_SEED, torch.arange(count), (dims,), dtype=torch.float64)
+    return lines / lines.norm(dim=1, keepdim=True)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor) -> Estimate:
+    """Mean over the columns of 1-Wasserstein distances of projections a [n, p], b [m, p]; the error is over columns."""
+    if len(a) == len(b):
+        apart = (a.double().sort(0).values - b.double().sort(0).values).abs().mean(0)
+    else:
+        from scipy.stats import wasserstein_distance
+
+        pairs = zip(a.T.numpy(), b.T.numpy(), strict=True)
+        apart = torch.tensor([wasserstein_distance(x, y) for x, y in pairs], dtype=torch.float64)
+    return mean_of(apart)

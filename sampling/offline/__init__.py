@@ -1,0 +1,1 @@
+"""Many samples to a place, by one process or many."""

@@ -1,0 +1,208 @@
+"""The offline driver's network calls: batches of one shape, in the precision and form that pay for the work at hand.
+
+On a CPU every call has exactly ROWS rows, the last ones padded: kernels are chosen by shape, so a sample then has the
+same bits whatever the batch size, its place in a batch, or who drew it. Where the place matters, calls have one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.fast import check_choices, make_fast
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.samplers.by_name import ADAPTIVE, num_calls
+from scoreray.sampling.samplers.noise import SampleNoise
+
+log = logging.getLogger(__name__)
+
+ROWS = 16  # enough rows to fill a CPU's matrix kernels; a smaller batch costs as much per call, a larger one more
+COMPILE_S = 60.0  # what compiling a small U-Net takes on one busy core (measured: 10 to 60 s)
+COMPILED_BEFORE_S = 20.0  # with Inductor's kernels in its cache only the tracing is left
+SAVED = 0.5  # of an fp32, eager call's time by the fast form (measured: 0.5 to 0.75)
+STEADY_PROBES = 4
+ADAPTIVE_CALLS = 100  # of an adaptive sampler, about
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a network is called: precision fp32 or bf16, compiled or not, and the rows of a call (None: any)."""
+
+    precision: str = "fp32"
+    compiled: bool = False
+    rows: int | None = ROWS
+
+    @property
+    def name(self) -> str:
+        return self.precision + (", compiled" if self.compiled else "")
+
+
+class InRows(LoadedDenoiser):
+    """A loaded denoiser whose network is always called with `rows` rows, the last ones repeated to fill them up."""
+
+    rows: int
+
+    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        if len(x) == self.rows:
+            return super().forward(x, sigma, class_labels)
+        if not isinstance(sigma, Tensor):
+            sigma = x.new_full((len(x),), sigma)
+        parts = []
+        for first in range(0, len(x), self.rows):
+            rows = slice(first, first + self.rows)
+            labels = None if class_labels is None else self._filled(class_labels[rows])
+            part = super().forward(self._filled(x[rows]), self._filled(sigma[rows]), labels)
+            parts.append(part[: len(x) - first])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _filled(self, values: Tensor) -> Tensor:
+        missing = self.rows - len(values)
+        return values if not missing else torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
+
+
+def steady_rows(model: LoadedDenoiser, rows: int) -> int:
+    """`rows`, or 1 where a call of so many gives a row other bits at another place in it.
+
+    A CPU computes exp() of whole vectors and of what is left over by different routines, so the place matters where a
+    row's activations fill no whole vectors (seen: an MLP of width 37, and none of U-Nets, DiTs and widths of 16 n).
+    """
+    device, info = _device(model), model.info
+    noise = SampleNoise(range(STEADY_PROBES)).normal((STEADY_PROBES, *info.image_shape), torch.float32, device)
+    sigmas = torch.logspace(-2, 1, STEADY_PROBES, device=device)
+    with torch.no_grad():
+        for i in range(STEADY_PROBES):
+            x = ((model.sigma_data + sigmas[i]) * noise[i]).expand(rows, *info.image_shape)
+            labels = torch.full((rows,), i % len(info.classes), device=device) if info.classes else None
+            denoised = model(x, sigmas[i].expand(rows), labels)
+            if not bool((denoised == denoised[:1]).all()):
+                return 1
+    return rows
+
+
+def in_form(model: LoadedDenoiser | LoadedMachine, form: Form) -> LoadedDenoiser | LoadedMachine:
+    """`model` as `form` says; the same for every process that draws a part of one job. Raises UserError."""
+    if isinstance(model, LoadedMachine) or form.rows is None:
+        return model
+    fast = model if form == Form(rows=form.rows) else _fast(model, form)
+    driven = InRows(fast.network, fast.parameterization, fast.sigma_data)
+    driven.rows, driven.info = form.rows, model.info
+    return driven.eval()
+
+
+def in_same_rows(model: LoadedDenoiser, max_batch: int) -> LoadedDenoiser:
+    """`model` such that a sample's bits don't depend on which others share its calls, of up to `max_batch` rows.
+
+    Fewer rows a call cost less where one sample is drawn alone, more where many are: on a CPU a quarter of `max_batch`
+    is taken, on a GPU, where launching takes the time, all of it.
+    """
+    wanted = max(1, max_batch // 4) if _device(model).type == "cpu" else max_batch
+    return in_form(model, Form(rows=steady_rows(model, wanted)))  # type: ignore[return-value]
+
+
+def _fast(model: LoadedDenoiser, form: Form) -> Any:
+    made = make_fast(
+        model, form.rows or ROWS, precision=form.precision, compile_="on" if form.compiled else "off", limit_s=math.inf
+    )
+    if form.compiled:
+        _remember(model.info)
+    return made.denoiser
+
+
+def choose_form(
+    model: LoadedDenoiser | LoadedMachine, request: Request, *, precision: str, compile_: str, processes: int = 1
+) -> Form:
+    """What `precision` and `compile_` (auto, ...) mean for this request.
+
+    auto: bf16 weights and a compiled forward where the network's calls, by the time of one, pay for compiling, and
+    where `fast.make_fast` finds the samples close enough; else fp32 as it is. Raises UserError on unknown words.
+    """
+    check_choices(precision, compile_)
+    if isinstance(model, LoadedMachine):
+        if precision == "bf16" or compile_ == "on":
+            raise UserError("--precision bf16 and --compile on: a Gibbs chain has no network to call; leave them out")
+        return Form(rows=None)
+    rows = steady_rows(model, ROWS) if _device(model).type == "cpu" else request.batch_size
+    exact = Form("fp32" if precision == "auto" else precision, compile_ == "on", rows)
+    if request.measurement is not None or "auto" not in (precision, compile_):
+        return exact
+    if compile_ == "auto" and not _pays(model, request, rows, processes):
+        return exact
+    made = make_fast(model, rows, precision=precision, compile_=compile_)
+    chosen = Form("bf16" if made.name.startswith("bf16") else "fp32", "compiled" in made.name, rows)
+    if chosen.compiled:
+        _remember(model.info)
+    return chosen
+
+
+def network_calls(request: Request, info: ModelInfo, rows: int) -> int:
+    """Calls of the network, of `rows` rows each, that a request takes in all, about."""
+    assert request.sampler is not None
+    assert request.steps is not None
+    assert request.grid is not None
+    if request.sampler in ADAPTIVE:
+        calls = ADAPTIVE_CALLS
+    else:
+        calls = num_calls(request.sampler, info.sigmas(request.steps, request.grid), **request.options)
+    guided = 2 if request.guided.weight != 1 else 1
+    return calls * guided * math.ceil(request.count / rows)
+
+
+def _pays(model: LoadedDenoiser, request: Request, rows: int, processes: int) -> bool:
+    calls = network_calls(request, model.info, rows) / processes
+    saved_s = SAVED * calls * call_s(model, rows)
+    return saved_s > (COMPILED_BEFORE_S if _marker(model.info).exists() else COMPILE_S)
+
+
+def call_s(model: LoadedDenoiser, rows: int) -> float:
+    """Seconds of one call of the network as it is, the quicker of two after a first one."""
+    device = _device(model)
+    x, sigma = torch.zeros(rows, *model.info.image_shape, device=device), torch.ones(rows, device=device)
+    labels = torch.zeros(rows, dtype=torch.int64, device=device) if model.info.classes else None
+    times = []
+    with torch.no_grad():
+        for _ in range(3):
+            began = time.perf_counter()
+            float(model(x, sigma, labels).sum())  # waits for a GPU too
+            times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def fingerprint(model: LoadedDenoiser | LoadedMachine) -> str:
+    """SHA-256 of the weights, so that every process of a job draws from the same ones."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _marker(info: ModelInfo) -> Path:
+    """A file beside Inductor's cache, there once a network like this was compiled on this machine."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    parts: Sequence[object] = (torch.__version__, repr(info.config.network), info.image_shape, len(info.classes))
+    return Path(cache_dir(), "scoreray-" + hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:16])
+
+
+def _remember(info: ModelInfo) -> None:
+    try:
+        _marker(info).touch()
+    except OSError as error:
+        log.debug("the compiler's cache can't be marked: %s", error)
+
+
+def _device(model: LoadedDenoiser) -> torch.device:
+    return next(model.parameters()).device

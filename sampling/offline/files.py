@@ -1,0 +1,153 @@
+"""From finished shards of samples to a folder of pictures, to one npz, or to a sheet of the first ones.
+
+One shard is in memory at a time. The same shards give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scoreray.data.errors import DataError
+from scoreray.data.packing.commit import Packed, map_in_threads, put_record
+from scoreray.data.packing.inspect import picture_grid
+from scoreray.data.packing.shards import ShardWriter
+from scoreray.data.reading.decode import decode
+from scoreray.data.reading.manifest import FORMATS, MANIFEST, RECORD, Manifest
+from scoreray.data.reading.samples import read_samples
+from scoreray.data.reading.tars import Tape, members
+from scoreray.data.scratch import scratch_folder
+from scoreray.data.storage.store import Store
+from scoreray.sampling.offline.generate import MAX_SHEET, png_of_sheet
+from scoreray.sampling.offline.job import Samples
+from scoreray.sampling.offline.place import (
+    AT_ONCE,
+    SHEET,
+    Digest,
+    Place,
+    digest_of,
+    digest_of_file,
+    group,
+    group_name,
+    picture,
+    shard_name,
+)
+
+
+def write_pictures(place: Place, samples: Samples, numbers: Sequence[int], made: Sequence[Packed]) -> dict[str, Digest]:
+    """000000.png, ... of the shards `numbers`, which were made, and a sheet of the first ones, samples.png."""
+    digests = {}
+    for number, packed in zip(numbers, made, strict=True):
+        pictures, data = group(samples.job, number), [data for data, _ in _members(place.shards, packed)]
+        assert len(data) == len(pictures), f"{len(data)} samples instead of {len(pictures)}"
+        put = partial(_put, place.store, pictures[0], data)
+        for _ in map_in_threads(AT_ONCE, put, range(len(data))):
+            pass
+        digests[group_name(pictures)] = digest_of(data)
+    first = [place.store.get(picture(i)) for i in range(min(MAX_SHEET, samples.job.request.count))]
+    shape, dtype = samples.shape, np.dtype(samples.dtype)
+    arrays = [decode(data, FORMATS["png"], shape, dtype, partial(picture, i)) for i, data in enumerate(first)]
+    sheet = png_of_sheet(torch.from_numpy(np.stack([array.transpose(2, 0, 1) for array in arrays])))
+    place.store.put(SHEET, sheet)
+    return {**digests, SHEET: digest_of([sheet])}
+
+
+def _put(store: Store, first: int, data: Sequence[bytes], i: int) -> None:
+    store.put(picture(first + i), data[i])
+
+
+def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> dict[str, Digest]:
+    """`images` (uint8 [N, H, W, C], or float32 [N, ...] of what is no picture), `labels` and `seeds` int64 [N]."""
+    request, count = samples.job.request, samples.job.request.count
+    labels = np.concatenate([np.frombuffer(packed.records, RECORD)["label"] for packed in made]).astype(np.int64)
+    shape = samples.shape if samples.dtype == "float32" else (*samples.shape[1:], samples.shape[0])
+    with scratch_folder() as folder:
+        file = folder / "samples.npz"
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            with _array(archive, "images", samples.dtype, (count, *shape)) as out:
+                for packed in made:
+                    out.write(np.stack(list(_arrays(place.shards, samples, packed))).tobytes())
+            for name, values in (("labels", labels), ("seeds", request.sample_seeds(0, count).numpy())):
+                with _array(archive, name, "int64", values.shape) as out:
+                    out.write(values.tobytes())
+        place.store.put(place.name, file)
+    return {place.name: digest_of_file(place.store, place.name)}
+
+
+def take_back(place: Place, samples: Samples, kept: dict[str, Digest]) -> None:
+    """Makes a data set that was damaged one that is not finished: those of its shards that are `kept` count as made,
+    and the manifest, which is the commit, goes."""
+    for number in range(samples.num_shards):
+        name = shard_name(number)
+        if name in kept:
+            packed = _packed_again(samples, name, place.store.get(name))
+            if packed.shard.sha256 == kept[name]["sha256"]:  # else an encoder that has changed: it is drawn again
+                put_record(place.store, number, packed)
+    place.store.delete([MANIFEST])
+
+
+def _packed_again(samples: Samples, name: str, tar: bytes) -> Packed:
+    """What `Samples.make` said of a shard, from its bytes."""
+    image_format = "png" if samples.dtype == "uint8" else "npy"
+    writer = ShardWriter(io.BytesIO(), samples.shape, samples.dtype, image_format)
+    array, label, dtype = np.empty(0), -1, np.dtype(samples.dtype)
+    for member in members(Tape(lambda start, end: tar[start:end], len(tar))):
+        key, _, kind = member.name.rpartition(".")
+        if kind == image_format:
+            array = decode(member.data, FORMATS[kind], samples.shape, dtype, partial(str, member.name))
+        elif kind == "cls":
+            label = int(member.data)
+        else:  # .json, a sample's last
+            writer.add(key, array, label, member.data)
+            label = -1
+    return writer.finish(name)
+
+
+def sheet(place: Place) -> Image.Image:
+    """The first samples of a finished job on one picture."""
+    if place.format == "png":
+        return Image.open(io.BytesIO(place.store.get(SHEET)))
+    if place.format == "webdataset":
+        count = min(MAX_SHEET, Manifest.load(place.store).num_samples)
+        return picture_grid(read_samples(place.store.url(), range(count)))
+    with zipfile.ZipFile(io.BytesIO(place.store.get(place.name))) as archive, archive.open("images.npy") as array:
+        np.lib.format.read_magic(array)
+        (count, *shape), _, _ = np.lib.format.read_array_header_1_0(array)
+        count = min(MAX_SHEET, count)
+        values = np.frombuffer(array.read(count * math.prod(shape)), np.uint8).reshape(count, *shape)
+    return picture_grid(values.transpose(0, 3, 1, 2))
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:
+    """An array of an npz, to be written in parts; without a time of day in it."""
+    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    out = archive.open(entry, "w", force_zip64=True)
+    header: dict[str, Any] = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, header)
+    return out
+
+
+def _arrays(store: Store, samples: Samples, packed: Packed) -> Iterator[np.ndarray]:
+    """The samples of a shard: uint8 [H, W, C] or float32."""
+    for data, code in _members(store, packed):
+        yield decode(data, code, samples.shape, np.dtype(samples.dtype), partial(store.url, packed.shard.name))
+
+
+def _members(store: Store, packed: Packed) -> Iterator[tuple[bytes, int]]:
+    """(encoded sample, format) of a shard whose bytes are what was put. Raises DataError."""
+    data = store.get(packed.shard.name)
+    if hashlib.sha256(data).hexdigest() != packed.shard.sha256:
+        raise DataError(f"{store.url(packed.shard.name)}: was changed since it was made; remove it and run again")
+    for record in np.frombuffer(packed.records, RECORD):
+        start, size = int(record["offset"]), int(record["size"])
+        yield data[start : start + size], int(record["format"])

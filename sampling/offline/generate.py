@@ -1,0 +1,219 @@
+"""Drawing samples from one model: which ones a request means, batch by batch, and pictures of them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.packing.inspect import picture_grid
+from scoreray.sampling.guidance.guidance import Denoise
+from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
+from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.samplers.by_name import SAMPLERS, sample
+from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.options import check_options, options_of
+from scoreray.sampling.samplers.sigmas import GRIDS
+from scoreray.trainer.diffusion.objective import ContrastiveObjective
+from scoreray.trainer.networks.ladder import levels_needed
+
+MAX_SHEET = 256
+MOST_STEPS = 10_000_000  # sweeps of Gibbs; as noise levels they are 80 MB
+WARM_START = "warm_start"  # the option of samplers that stay at one noise level
+
+
+class RequestError(UserError):
+    """A request that makes no sense, or not for its model; `field` is which of its fields to change."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which samples: `count` of them, numbered, each with a seed of its own, so sample i is the same in any batch.
+
+    sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs.
+    class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes.
+    guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
+    """
+
+    count: int
+    sampler: str | None = None
+    steps: int | None = None
+    seed: int = 0
+    class_label: str | int | None = None
+    guidance: float | Guidance = 1.0
+    batch_size: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
+    grid: str | None = None
+    measurement: Measurement | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
+            raise UserError("count, steps and batch size must be at least 1")
+        if self.count >= 2**32 or not 0 <= self.seed < 2**31:
+            raise UserError("count must be below 2^32 and seed in [0, 2^31): together they number the samples")
+        for name, value, most in (("steps", self.steps or 1, MOST_STEPS), ("batch_size", self.batch_size, 2**32)):
+            if value > most:
+                raise RequestError(f"{name} = {shortened(str(value))}: must be at most {most:,}", name)
+        if not isinstance(self.guidance, Guidance):
+            Guidance(self.guidance)  # raises on a weight that makes noise of samples
+        samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
+        if self.sampler is not None and self.sampler not in samplers:
+            raise RequestError(
+                f"unknown sampler '{shortened(self.sampler)}': {nearest(self.sampler, samplers)}", "sampler"
+            )
+        if self.grid is not None and self.grid not in grids:
+            raise RequestError(f"unknown noise grid '{shortened(self.grid)}': {nearest(self.grid, grids)}", "grid")
+        if self.sampler in SAMPLERS:
+            try:
+                check_options(self.sampler, SAMPLERS[self.sampler], self.options)
+            except UserError as error:
+                raise RequestError(str(error), "options") from None
+
+    @property
+    def guided(self) -> Guidance:
+        return self.guidance if isinstance(self.guidance, Guidance) else Guidance(self.guidance)
+
+    def fitted(self, info: ModelInfo) -> Request:
+        """The request with all that was left out filled in for a model. Raises RequestError where it does not fit it.
+
+        An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
+        geometric, as many levels as its technique 2 asks for; anything else by Heun on 18 levels of Karras' grid.
+        Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
+        from noise at the largest level.
+        """
+        if info.is_machine:
+            return self._for_machine(info)
+        if self.sampler == GIBBS:
+            kind = info.config.network.kind
+            raise RequestError(
+                f"sampler '{GIBBS}' is for RBMs, and network.kind is '{kind}'; leave --sampler out", "sampler"
+            )
+        contrastive = isinstance(info.config.objective, ContrastiveObjective)
+        sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
+        annealed = sampler in ("ncsn", "ncsnv2")
+        levels = 18
+        if annealed and self.steps is None:
+            low, high = info.sigma_range
+            levels = levels_needed(high, low, math.prod(info.image_shape))
+        options = self.options
+        if WARM_START in options_of(SAMPLERS[sampler]):
+            options = {WARM_START: True, **options}
+            if self.steps == 1 and options[WARM_START]:
+                raise RequestError(f"sampler '{sampler}' walks down to its noise level: give 2 steps or more", "steps")
+        return replace(
+            self,
+            sampler=sampler,
+            steps=self.steps or levels,
+            grid=self.grid or ("geometric" if annealed else "karras"),
+            options=options,
+        )
+
+    def _for_machine(self, info: ModelInfo) -> Request:
+        kind = info.config.network.kind
+        refused = {
+            f"--sampler {self.sampler}": self.sampler not in (None, GIBBS),
+            f"--grid {self.grid}": self.grid is not None,
+            f"--class-label {self.class_label}": self.class_label is not None,
+            "--guidance": self.guided != Guidance(),
+            "--inpaint and --inverse": self.measurement is not None,
+            "--option": bool(self.options),
+        }
+        wrong = [what for what, given in refused.items() if given]
+        if wrong:
+            verb = "are" if len(wrong) > 1 else "is"
+            raise UserError(
+                f"{', '.join(wrong)}: {verb} not for network.kind '{kind}', which is drawn by {GIBBS} alone"
+            )
+        return replace(self, sampler=GIBBS, steps=self.steps or NUM_SWEEPS)
+
+    def sample_seeds(self, first: int, last: int) -> torch.Tensor:
+        """Seeds int64 of samples [first, last); no two samples of any two requests with different seeds share one."""
+        return torch.arange(first, last, dtype=torch.int64) + (self.seed << 32)
+
+    def labels(self, first: int, last: int, info: ModelInfo) -> torch.Tensor:
+        """Classes int64 of samples [first, last), -1 for none. Raises UserError for a class that is not there."""
+        if self.class_label is None and info.classes and not info.is_machine:
+            return torch.arange(first, last) % len(info.classes)
+        return torch.full((last - first,), info.class_number(self.class_label), dtype=torch.int64)
+
+
+def generate(
+    model: LoadedDenoiser | LoadedMachine, request: Request, done: Callable[[int], None] = lambda n: None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (samples float32 [b, ...] in the model's range, labels int64 [b]) batch by batch; `done(b)` after each."""
+    drawer = prepare(model, request)
+    for first in range(0, request.count, request.batch_size):
+        last = min(first + request.batch_size, request.count)
+        labels = request.labels(first, last, model.info)
+        yield drawer(first, labels), labels
+        done(last - first)
+
+
+def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """What draws batches of a request: `(first, labels int64 [b]) -> samples first, first + 1, ... float32 [b, ...]`.
+
+    What the request names is read and checked here, once. Raises UserError where it does not fit the model.
+    """
+    request = request.fitted(model.info)
+    if isinstance(model, LoadedMachine):
+        return partial(_draw_by_gibbs, model, request)
+    return partial(_draw, steered(model, request.guided, request.measurement), model, request)
+
+
+def draw(model: LoadedDenoiser | LoadedMachine, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+    """Samples first, first + 1, ... of a request in one batch, float32 [b, ...], of `labels` int64 [b] (-1: none)."""
+    return prepare(model, request)(first, labels)
+
+
+def _draw(denoise: Denoise, model: LoadedDenoiser, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+    assert request.sampler is not None
+    assert request.steps is not None
+    assert request.grid is not None
+    device = next(model.parameters()).device
+    sigmas = model.info.sigmas(request.steps, request.grid)
+    seeds = request.sample_seeds(first, first + len(labels)).to(device)
+    noise = SampleNoise(seeds).normal((len(labels), *model.info.image_shape), torch.float32, device)
+    return sample(
+        denoise,
+        noise * float(sigmas[0]),
+        sigmas,
+        sampler=request.sampler,
+        generator=seeds,
+        class_labels=labels.to(device),
+        **request.options,
+    ).cpu()
+
+
+def _draw_by_gibbs(model: LoadedMachine, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+    assert request.steps is not None
+    v = gibbs(model.machine, request.sample_seeds(first, first + len(labels)), request.steps)
+    return model.machine.picture(v).view(-1, *model.info.image_shape).float().cpu()
+
+
+def png(image: torch.Tensor) -> bytes:
+    """A uint8 picture [C, H, W] as PNG."""
+    from PIL import Image
+
+    array = image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png_of_sheet(images: torch.Tensor) -> bytes:
+    """A sheet of uint8 pictures [N, C, H, W] as PNG."""
+    buffer = io.BytesIO()
+    picture_grid(images).save(buffer, "PNG")
+    return buffer.getvalue()

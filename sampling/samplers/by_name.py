@@ -1,0 +1,185 @@
+"""Samplers by name, and the driver that runs one of them against one denoiser.
+
+A sampler is a generator (see `ode_samplers`): `drive` runs one to its end; the step batcher runs many side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.sampling.samplers.adaptive import rk45
+from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
+from scoreray.sampling.samplers.noise import Noise, SampleNoise, TorchNoise, as_noise
+from scoreray.sampling.samplers.ode import Steps, dpm2, dpmpp_2m, euler, heun, unipc
+from scoreray.sampling.samplers.options import check_options
+from scoreray.sampling.samplers.sde import (
+    ddim,
+    ddpm,
+    dpmpp_2m_sde,
+    dpmpp_3m_sde,
+    edm_sde,
+    predictor_corrector,
+    reverse_sde,
+)
+from scoreray.sampling.samplers.sigmas import as_grid
+
+SAMPLERS: dict[str, Callable[..., Steps]] = {
+    "langevin": langevin,
+    "sgld": sgld,
+    "ncsn": ncsn,
+    "ncsnv2": ncsnv2,
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "reverse_sde": reverse_sde,
+    "predictor_corrector": predictor_corrector,
+    "euler": euler,
+    "heun": heun,
+    "rk45": rk45,
+    "edm_sde": edm_sde,
+    "dpm2": dpm2,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc,
+}
+"""Every sampler, by the word that chooses it in a config, on the command line and in a request."""
+
+ADAPTIVE = frozenset({"rk45"})
+"""Samplers whose number of calls depends on what they sample."""
+
+Denoise = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback sees after each call of the network: calls so far, the state, its noise level, the estimate."""
+
+    nfe: int
+    x: Tensor
+    sigma: float | Tensor
+    denoised: Tensor
+
+
+def sample(
+    denoiser: Denoise,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    sampler: str = "heun",
+    generator: Noise | torch.Generator | Tensor | Sequence[int] | None = None,
+    class_labels: Tensor | None = None,
+    callback: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draws samples: takes `x` [B, ...] at noise level sigmas[0] down the grid to 0.
+
+    denoiser: `(x [B, ...], sigma [B], class_labels [B] or None) -> denoised [B, ...]`, in the dtype of x.
+    sigmas: a grid of `scoreray.sampling.samplers.sigmas`: [n + 1], descending, ending in 0.
+    sampler: a name of SAMPLERS; `options` are its keyword-only parameters.
+    generator: one integer seed for each row (its samples then don't depend on the batch), a torch.Generator, a Noise,
+        or None for torch's global generator.
+    class_labels: int64 [B], -1 for none.  callback: called with a Progress after each call of the network.
+    Returns samples in the shape, dtype and device of `x`. Raises UserError on a bad argument, and when the samples are
+    not finite.
+    """
+    steps = start(sampler, x, sigmas, generator, **options)
+    samples, _ = drive(steps, denoiser, class_labels=class_labels, callback=callback)
+    good = torch.isfinite(samples)
+    if not bool(good.all()):
+        rows = torch.nonzero(~good.flatten(1).all(1) if good.ndim > 1 else ~good).flatten().tolist()
+        raise UserError(
+            f"sampler '{sampler}' ended in values that are not finite in rows {rows[:8]} of {len(samples)}: "
+            "take more or smaller steps, less guidance if any, or check the denoiser"
+        )
+    return samples
+
+
+def start(
+    sampler: str,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    generator: Noise | torch.Generator | Tensor | Sequence[int] | None = None,
+    **options: Any,
+) -> Steps:
+    """A sampler's generator on checked arguments, for `drive` or a batcher; arguments and errors as in `sample`."""
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}': {nearest(str(sampler), SAMPLERS)}")
+    options = check_options(sampler, SAMPLERS[sampler], options)
+    levels = as_grid(sigmas).tolist()
+    if x.ndim < 1 or x.shape[0] < 1 or not x.is_floating_point():
+        raise UserError(f"x of shape {list(x.shape)}, {x.dtype}: must be floating point [B, ...] with at least one row")
+    if not bool(torch.isfinite(x).all()):
+        raise UserError("x holds values that are not finite: it must be noise of standard deviation sigmas[0]")
+    noise = as_noise(generator)
+    if isinstance(noise, SampleNoise):
+        if len(noise.seeds) != len(x):
+            raise UserError(f"{len(noise.seeds)} seeds for {len(x)} rows of x: must be one seed per row")
+        noise.expect(len(levels) - 2)  # one for each step but the last, as most samplers draw
+    return SAMPLERS[sampler](x, levels, noise, **options)
+
+
+def drive(
+    steps: Steps,
+    denoiser: Denoise,
+    *,
+    class_labels: Tensor | None = None,
+    callback: Callable[[Progress], None] | None = None,
+) -> tuple[Tensor, int]:
+    """Runs one sampler to its end. Returns its samples and nfe, the number of calls of the denoiser."""
+    nfe = 0
+    with torch.no_grad():
+        try:
+            x, sigma = next(steps)
+        except StopIteration as end:
+            return end.value, nfe
+        if class_labels is not None:
+            check_labels(class_labels, len(x))
+        while True:
+            levels = per_row(sigma, x)
+            denoised = denoiser(x, levels) if class_labels is None else denoiser(x, levels, class_labels)
+            nfe += 1
+            if denoised.shape != x.shape or denoised.dtype != x.dtype:
+                raise UserError(
+                    f"the denoiser gave {list(denoised.shape)} {denoised.dtype} for {list(x.shape)} {x.dtype}: "
+                    "it must keep shape and dtype"
+                )
+            if callback is not None:
+                callback(Progress(nfe, x, sigma, denoised))
+            try:
+                x, sigma = steps.send(denoised)
+            except StopIteration as end:
+                return end.value, nfe
+
+
+def per_row(sigma: float | Tensor, x: Tensor) -> Tensor:
+    """A noise level as the denoiser takes it: [B] on the device of x, float64 for float64 x, else float32."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(sigma, Tensor):
+        return sigma.to(x.device, dtype)
+    return torch.full((len(x),), sigma, dtype=dtype, device=x.device)
+
+
+def num_calls(sampler: str, sigmas: Tensor | Sequence[float], **options: Any) -> int:
+    """nfe of a sampler on a grid, counted on a dry run without a network. Raises UserError for one in ADAPTIVE."""
+    if sampler in ADAPTIVE:
+        raise UserError(f"sampler '{sampler}' chooses its steps as it goes: its number of calls is not known before")
+    steps = start(sampler, torch.zeros(1, 1), sigmas, TorchNoise(torch.Generator()), **options)
+    return drive(steps, lambda x, sigma: x)[1]
+
+
+def check_labels(class_labels: Tensor, rows: int, num_classes: int | None = None) -> None:
+    """Raises UserError unless `class_labels` is int64 [rows], each -1 (none) or a class."""
+    if class_labels.shape != (rows,) or class_labels.dtype != torch.int64:
+        raise UserError(
+            f"class_labels of shape {list(class_labels.shape)}, {class_labels.dtype}: must be int64 [{rows}]"
+        )
+    top = num_classes if num_classes is not None else torch.iinfo(torch.int64).max
+    bad = class_labels[(class_labels < -1) | (class_labels >= top)]
+    if len(bad):
+        raise UserError(f"class label {int(bad[0])}: must be -1 (no class) or in [0, {top})")

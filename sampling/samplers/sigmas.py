@@ -1,0 +1,119 @@
+"""Noise grids: the decreasing noise levels that a sampler walks down.
+
+Every grid is a float64 CPU tensor [n + 1], strictly descending, whose last entry is 0; a sampler makes n steps on it.
+Grids know nothing of samplers: any grid goes with any sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError, nearest
+from scoreray.trainer.diffusion.process import GaussianProcess
+
+MAX_STEPS = 1_000_000
+
+
+def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Levels evenly spaced in sigma^(1/rho): more of them where sigma is small (Karras 2022, eq. 5).
+
+    rho 1 is a linear grid, a large rho comes near the geometric one. Returns float64 [n + 1]; raises UserError.
+    """
+    _check(n, sigma_min, sigma_max)
+    if not (math.isfinite(rho) and rho > 0):
+        raise UserError(f"rho = {rho}: must be a positive number (7 in Karras 2022)")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return _finish((high + _ramp(n) * (low - high)) ** rho, sigma_min, sigma_max)
+
+
+def geometric(n: int, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Tensor:
+    """Levels of constant ratio: the ladder of NCSN and of the VE process, uniform in log sigma (Song & Ermon 2019, 4).
+
+    Returns float64 [n + 1]; raises UserError.
+    """
+    _check(n, sigma_min, sigma_max)
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    return _finish(torch.exp(high + _ramp(n) * (low - high)), sigma_min, sigma_max)
+
+
+def linear(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Levels evenly spaced in sigma. Returns float64 [n + 1]; raises UserError."""
+    _check(n, sigma_min, sigma_max)
+    return _finish(sigma_max + _ramp(n) * (sigma_min - sigma_max), sigma_min, sigma_max)
+
+
+def from_process(process: GaussianProcess, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
+    """Noise-to-signal ratios of a process at n times evenly spaced from `t_max` down to `t_min`.
+
+    What a sampler of Song 2021 does that steps uniformly in t; by default between the process's ends for sampling.
+    Returns float64 [n + 1]; raises UserError.
+    """
+    _check_count(n)
+    last = process.sampling_t_min if t_min is None else t_min
+    first = process.t_max if t_max is None else t_max
+    if not process.t_min <= last < first <= process.t_max:
+        raise UserError(
+            f"t_min = {last}, t_max = {first}: must be {process.t_min:g} <= t_min < t_max <= {process.t_max:g}, "
+            f"the range of process {process}"
+        )
+    levels = process.noise_to_signal(first + _ramp(n) * (last - first))
+    return as_grid(torch.cat([levels, levels.new_zeros(1)]))
+
+
+GRIDS: dict[str, Callable[..., Tensor]] = {"karras": karras, "geometric": geometric, "linear": linear}
+"""Grids by name, each `(n, sigma_min, sigma_max) -> [n + 1]`; a process's own grid is `from_process`."""
+
+
+def grid(name: str, n: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """The grid called `name` in GRIDS. Raises UserError, naming the nearest, on an unknown name."""
+    if name not in GRIDS:
+        raise UserError(f"unknown noise grid '{name}': {nearest(name, GRIDS)}")
+    return GRIDS[name](n, sigma_min, sigma_max)
+
+
+def as_grid(sigmas: Tensor | Sequence[float]) -> Tensor:
+    """A caller's own levels as a float64 CPU grid [n + 1]; raises UserError unless they descend strictly to 0."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
+    if levels.ndim != 1 or len(levels) < 2:
+        raise UserError(f"sigmas of shape {list(levels.shape)}: must be one-dimensional, at least two entries (n + 1)")
+    if not bool(torch.isfinite(levels).all()):
+        raise UserError(f"sigmas hold {levels[~torch.isfinite(levels)][0].item()}: every noise level must be finite")
+    if levels[-1] != 0:
+        raise UserError(f"sigmas end in {levels[-1].item():g}: must end in 0; append a 0")
+    if not bool((levels[:-1] > 0).all()):
+        raise UserError(f"sigmas hold {levels[:-1].min().item():g} before the end: every noise level must be positive")
+    rising = torch.nonzero(levels[1:] >= levels[:-1])
+    if len(rising):
+        at = int(rising[0])
+        raise UserError(
+            f"sigmas[{at}] = {levels[at].item():g} is followed by {levels[at + 1].item():g}: "
+            "a grid must descend strictly, from the largest noise level to 0"
+        )
+    return levels
+
+
+def _ramp(n: int) -> Tensor:
+    return torch.linspace(0, 1, n, dtype=torch.float64)
+
+
+def _finish(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    """Puts the exact ends in (powers and exponentials round) and appends 0."""
+    if len(levels) > 1:
+        levels[-1] = sigma_min
+    levels[0] = sigma_max
+    return as_grid(torch.cat([levels, levels.new_zeros(1)]))
+
+
+def _check_count(n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_STEPS:
+        raise UserError(f"n = {n!r}: the number of steps must be an integer in [1, {MAX_STEPS:,}]")
+
+
+def _check(n: int, sigma_min: float, sigma_max: float) -> None:
+    _check_count(n)
+    if not (math.isfinite(sigma_min) and math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
+        raise UserError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: must be 0 < sigma_min < sigma_max, finite")

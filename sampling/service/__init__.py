@@ -1,0 +1,1 @@
+"""The sampling service: HTTP, step batching, idempotency, metrics, client."""

@@ -1,0 +1,329 @@
+"""The HTTP of a sampling service, a FastAPI application over a `Service`: see docs/serving.md.
+
+Everything is served from here: the page, its documentation, the metrics. No request goes elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from scoreray.sampling.service.answers import choose_media
+from scoreray.sampling.service.config import ERRORS, HEADERS, Limits, Refused
+from scoreray.sampling.service.docs_page import docs_page
+from scoreray.sampling.service.request import KEY, SampleBody, check_key, parse
+from scoreray.sampling.service.run import Answer, Run, json_answer
+from scoreray.sampling.service.service import Service
+from scoreray.sampling.service.stream import CANCELLED, Events
+from scoreray.sampling.service.traces import trace_request
+
+log = logging.getLogger("scoreray.serve")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+BODY_WITHIN_S = 30.0
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application. `service` may still be starting; until it is ready, samples are refused with 503."""
+    app = FastAPI(
+        title="scoreray",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # to a url made of the Host header
+        description="Draws samples from trained models; see docs/serving.md.",
+    )
+
+    app.add_middleware(_Answering, service=service)
+
+    @app.post("/v1/samples", openapi_extra=_samples_schema(), responses=_error_responses())
+    async def samples(request: Request) -> Response:
+        """Draws samples: JSON with base64, or by Accept one PNG sheet or an npz; events when `stream`."""
+        return await _answered(service, request, _samples)
+
+    @app.get("/v1/model")
+    async def model(request: Request) -> Response:
+        """The models that are served: checkpoints, EMA lengths, classes, samplers with their options, limits."""
+        return await _answered(service, request, _model)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus, of the service and all its replicas."""
+        return await _answered(service, request, _metrics)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """200 while the service runs at all."""
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get("/readyz")
+    async def readyz(request: Request) -> Response:
+        """200 once the models are loaded and warm, until it is told to end; 503 else."""
+        if service.ready and not service.draining:
+            return Response("ready\n", media_type="text/plain")
+        code = "draining" if service.draining else "starting"
+        return _refused(Refused(code, ERRORS[code][1], retry_after_s=1), _request_id(request))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return _json(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        html = docs_page(app.openapi(), _url(request), bool(service.config.tokens))
+        return Response(html, media_type="text/html", headers=HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(
+            (files("scoreray.sampling.service") / "page.html").read_text(), media_type="text/html", headers=HEADERS
+        )
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        code = {404: "no_path", 405: "bad_method"}.get(error.status_code, "bad_header")
+        message = {"no_path": "no such path; see /docs", "bad_method": "this path does not take this method; see /docs"}
+        refusal = Refused(code, message.get(code, str(error.detail)))
+        return _refused(refusal, _request_id(request), dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        """Nobody reads this: the client hung up, which is counted already and is no bug for the log of errors."""
+        return Response(status_code=400)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        log.error("request %s", _request_id(request), exc_info=error)
+        return _bug(_request_id(request))
+
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+    return app
+
+
+class _Answering:
+    """Tells the service of requests for samples until their answer is handed on, so that a drain can wait for it."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != "/v1/samples":
+            return await self._app(scope, receive, send)
+        request = object()
+        self._service.answering.add(request)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._service.answering.discard(request)
+
+
+async def _answered(
+    service: Service, request: Request, handle: Callable[[Service, Request, str, str], Awaitable[Response]]
+) -> Response:
+    """Runs one handler behind the checks that all share; every way it ends is one answer and one line in the log."""
+    request_id, started, who = _request_id(request), time.monotonic(), "-"
+    try:
+        _check_host(request, service.config.hosts)
+        who = request.state.who = service.access.who(request.headers.get("authorization"))
+        response = await handle(service, request, who, request_id)
+        code = "ok"
+    except Refused as refusal:
+        response, code = _refused(refusal, request_id), refusal.code
+    except (ClientDisconnect, asyncio.CancelledError):
+        _count(service, request, CANCELLED, started)
+        raise
+    except Exception:
+        log.exception("request %s", request_id)
+        response, code = _bug(request_id), "bug"
+    response.headers["X-Request-ID"] = request_id
+    if isinstance(response, Events):
+        return response  # counts when it has ended
+    _count(service, request, code, started)
+    if request.url.path == "/v1/samples":
+        took_s = time.monotonic() - started
+        if code == "ok":
+            service.meter["request_seconds"].observe(took_s)
+        trace_request(request_id, request.headers, code, took_s, getattr(request.state, "about", None))
+    return response
+
+
+def _count(service: Service, request: Request, code: str, started: float) -> None:
+    """A line in the log for every request; those for samples are counted by how they ended."""
+    took_ms, who = (time.monotonic() - started) * 1e3, getattr(request.state, "who", "-")
+    log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, _request_id(request), code, took_ms)
+    if request.url.path != "/v1/samples":
+        return
+    service.meter["requests"].labels(code).inc()
+    if code == CANCELLED:
+        service.meter["cancels"].inc()
+    elif ERRORS.get(code, (0,))[0] in (429, 503):
+        service.meter["sheds"].labels(code).inc()
+
+
+async def _samples(service: Service, request: Request, who: str, request_id: str) -> Response:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused("not_json", "send the request as JSON, with the header Content-Type: application/json")
+    body = parse(await _read(request, service.limits))
+    key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
+    media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
+    run = await service.submit(body, token=who, key=key, media=media)
+    joined = run.asked > 1
+    if body.stream:
+        return await _stream(service, run, request, request_id, _replayed(joined))
+    try:
+        answer = await _unless_gone(request, run)
+    finally:
+        service.leave(run)
+    request.state.about = answer.about
+    headers = {**HEADERS, **_replayed(joined or run.replayed)}
+    if media == "application/json":
+        return Response(json_answer(request_id, answer), media_type=media, headers=headers)
+    told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
+    return Response(answer.body, media_type=media, headers={**headers, **told})
+
+
+async def _stream(service: Service, run: Run, request: Request, request_id: str, headers: dict[str, str]) -> Response:
+    """The events of a run once it is accepted. Raises Refused where it is not: that is an answer and no stream."""
+    started = time.monotonic()
+    try:
+        await run.accepted.wait()
+        if run.task is not None and run.task.done():
+            await run.answer()
+    except BaseException:
+        service.leave(run)
+        raise
+    return Events(
+        service, run, request, request_id, headers, lambda outcome: _count(service, request, outcome, started)
+    )
+
+
+async def _model(service: Service, request: Request, who: str, request_id: str) -> Response:
+    if not service.models:
+        raise Refused("starting", "the models are being looked up", retry_after_s=5)
+    pages = [served.page(service.limits) for served in service.models.values()]
+    return _json({**pages[0], "models": pages})
+
+
+async def _metrics(service: Service, request: Request, who: str, request_id: str) -> Response:
+    return Response(await service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """The body, at most `max_body_bytes` of it, within BODY_WITHIN_S. Raises Refused."""
+    most = limits.max_body_bytes
+    too_large = Refused("body_too_large", f"the body is larger than {most} bytes")
+    declared = request.headers.get("content-length")
+    if declared is not None and not (declared.isascii() and declared.isdigit()):
+        raise Refused("bad_header", "Content-Length is no number")
+    if declared is not None and (len(declared) > 12 or int(declared) > most):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_WITHIN_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refused("bad_json", f"the body did not arrive within {BODY_WITHIN_S:g} s") from None
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, run: Run) -> Answer:
+    """The answer, unless the client goes away first (ClientDisconnect)."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, left = asyncio.ensure_future(run.answer()), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        for task in (answer, left):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def _check_host(request: Request, hosts: tuple[str, ...]) -> None:
+    """Without tokens only loopback names are answered, so that no foreign page can reach the service by a DNS name."""
+    host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
+    if hosts and host not in hosts:
+        raise Refused("bad_header", f"the header Host names none of {', '.join(hosts)}")
+
+
+def _url(request: Request) -> str:
+    """Where the caller reaches this, for a line to copy: only from headers that look like it."""
+    host, scheme = request.headers.get("host", ""), request.headers.get("x-forwarded-proto", request.url.scheme)
+    host = host if re.fullmatch(r"[A-Za-z0-9.-]{1,253}(:\d{1,5})?|\[[0-9a-fA-F:]{2,45}\](:\d{1,5})?", host) else "HOST"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+
+
+def _request_id(request: Request) -> str:
+    """The caller's X-Request-ID where it is a plain word, else a new one; the same through one request."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return request.state.request_id
+
+
+def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None = None) -> Response:
+    headers = {**HEADERS, **(headers or {}), **refusal.headers(request_id)}
+    return _json(refusal.page(request_id), refusal.status, headers)
+
+
+def _bug(request_id: str) -> Response:
+    message = f"this is a bug in scoreray; the service's standard error has its traceback, at request {request_id}"
+    return _refused(Refused("bug", message), request_id)
+
+
+def _replayed(is_so: bool) -> dict[str, str]:
+    """The header of an answer that was drawn for an earlier request with the same key, or is just being drawn."""
+    return {"Idempotent-Replayed": "true"} if is_so else {}
+
+
+def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII: what a client sent may hold characters that have no UTF-8."""
+    return Response(json.dumps(data), status, headers or HEADERS, "application/json")
+
+
+def _latin(value: Any) -> str:
+    return str(value).encode("ascii", "backslashreplace").decode()
+
+
+def _samples_schema() -> dict[str, Any]:
+    key = {"type": "string", "pattern": f"^{KEY.pattern}$"}
+    header = {"name": "Idempotency-Key", "in": "header", "required": False, "schema": key}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": SampleBody.model_json_schema()}}},
+        "parameters": [header],
+    }
+
+
+def _error_responses() -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of each status: its codes."""
+    by_status: dict[int, list[str]] = {}
+    for code, (status, meaning) in ERRORS.items():
+        by_status.setdefault(status, []).append(f"{code}: {meaning}")
+    described: dict[int | str, dict[str, Any]] = {s: {"description": "; ".join(m)} for s, m in by_status.items()}
+    media = ("application/json", "image/png", "application/x-npz", "text/event-stream")
+    described[200] = {"description": "samples", "content": {name: {} for name in media}}
+    return described

@@ -1,0 +1,96 @@
+"""The page at /docs: the service's OpenAPI description as plain HTML, without a script."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import escape
+from typing import Any
+
+from scoreray.sampling.service.config import ERRORS
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;width:100%}
+td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem .3rem 0;text-align:left;
+vertical-align:top}code,pre{font:14px/1.5 ui-monospace,monospace}pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}
+@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}pre{background:#222}td,th{border-color:#444}}"""
+
+NAMES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+}
+
+
+def docs_page(openapi: dict[str, Any], url: str, tokens: bool) -> str:
+    """HTML: every path, every field of the request for samples, every error code.
+
+    url: of the service as its caller knows it. tokens: whether it asks for one.
+    """
+    token = "-H 'Authorization: Bearer TOKEN' " if tokens else ""
+    example = (
+        f"curl -s {url}/v1/samples -H 'Content-Type: application/json' \\\n  {token}-H 'Accept: image/png' "
+        '-d \'{"count": 16, "seed": 1}\' -o samples.png'
+    )
+    paths = [
+        (f"{method.upper()} {path}", operation.get("description", ""))
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    ]
+    body = openapi["paths"]["/v1/samples"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = [(name, _kind(about), about.get("description", "")) for name, about in body["properties"].items()]
+    errors = [(str(status), code, meaning) for code, (status, meaning) in ERRORS.items()]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>scoreray: HTTP</title><style>{STYLE}</style><h1>scoreray: HTTP</h1>"
+        f"<pre>{escape(example)}</pre><h2>Paths</h2>{_table(('path', ''), paths)}"
+        f"<h2>POST /v1/samples</h2>{_table(('field', 'value', ''), fields)}"
+        f"<h2>Errors</h2><p>JSON: code, message, request_id, field where one is meant.</p>"
+        f"{_table(('status', 'code', ''), errors)}"
+        '<p>The same for programs: <a href="openapi.json">openapi.json</a></p></html>'
+    )
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """What a field of a JSON schema may be, in plain words: "a whole number from 1 to 32"."""
+    return " or ".join(_variant(one) for one in about.get("anyOf", [about]) if one.get("type") != "null")
+
+
+def _kind(about: dict[str, Any]) -> str:
+    default = about.get("default")
+    return in_words(about) + ("" if default is None else f"; default {json.dumps(default)}")
+
+
+def _variant(one: dict[str, Any]) -> str:
+    if "enum" in one:
+        return " or ".join(json.dumps(value) for value in one["enum"])
+    if "pattern" in one:
+        return "a string of 1 to 255 printable ASCII characters, no spaces"  # the only pattern there is, KEY
+    if "maxProperties" in one:
+        return f"an object of at most {one['maxProperties']} values: numbers, strings, true, false or null"
+    name = NAMES.get(one.get("type", ""), "a value")
+    if "maxLength" in one:
+        return f"{name} of at most {one['maxLength']} characters"
+    low, high = one.get("minimum"), one.get("maximum")
+    if "exclusiveMaximum" in one:
+        high = one["exclusiveMaximum"] - 1  # of whole numbers only
+    if low is None:
+        return name
+    return f"{name}, {low:,.0f} or more" if high is None else f"{name} from {low:,.0f} to {high:,.0f}"
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(
+        "<tr>"
+        + "".join(f"<td>{f'<code>{escape(c)}</code>' if i == 0 else _prose(c)}</td>" for i, c in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{lines}</table>"
+
+
+def _prose(text: str) -> str:
+    """Text as HTML; what stands in backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

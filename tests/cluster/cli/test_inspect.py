@@ -1,0 +1,76 @@
+"""`data inspect` on data of any scale, count and shape: what is known is said, what is not has a reason."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from scoreray.cluster.cli.main import app
+from scoreray.data.errors import UserError
+from scoreray.data.packing.pack import pack
+
+NOISE = np.random.default_rng(0).normal(size=(6, 4, 8, 8))
+SETS = {
+    "latents": NOISE.astype(np.float32),
+    "vectors": NOISE[:, 0, 0],
+    "one": np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8),
+    "one array": NOISE[:1],
+    "tiny": 1e-4 * NOISE,
+    "tiniest": 1e-30 * NOISE,
+    "huge": 1e30 * NOISE,
+    "hugest": 3e38 * np.sign(NOISE),
+    "twice the same": np.concatenate([NOISE[:1], NOISE[:1]]),
+    "far": 1e6 + NOISE,
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_is_known_is_said_and_nothing_else_is_made_up(name: str, tmp_path: Path) -> None:
+    array, url = SETS[name], str(tmp_path / "set")
+    np.savez(tmp_path / "x.npz", images=array)
+    pack(tmp_path / "x.npz", url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = CliRunner().invoke(app, ["data", "inspect", url, "--json"])
+        shown = CliRunner().invoke(app, ["data", "inspect", url])
+    assert (said.exit_code, shown.exit_code, said.stderr, shown.stderr) == (0, 0, "", "")
+    found = json.loads(said.stdout, parse_constant=pytest.fail)  # no NaN, no Infinity
+    values = (array / 127.5 - 1 if array.dtype == np.uint8 else array.astype(np.float32)).astype(np.float64)
+    assert found["sigma_data"] == pytest.approx(values.std(), rel=1e-3)
+    assert len(found["mean"]) == len(found["std"]) == found["shape"][0]
+    if len(array) == 1:
+        assert (found["sigma_max"], found["ladder"]) == (None, None)
+        assert "sigma_max     none: one sample has no distances\n" in shown.stdout
+    else:
+        flat = values.reshape(len(values), -1)
+        distance = np.sqrt(np.square(flat[:, None] / 1e30 - flat / 1e30).sum(-1)).max() * 1e30
+        assert found["sigma_max"] == pytest.approx(distance, rel=1e-4)
+        assert (found["ladder"] is None) == (distance <= 0.01)
+        assert ("ladder        none: the largest distance in the data is" in shown.stdout) == (distance <= 0.01)
+
+
+def test_a_picture_is_drawn_of_what_has_one_or_three_channels_whatever_its_scale(tmp_path: Path) -> None:
+    for name, array in (
+        ("pixels", 0.4 * NOISE[:, :3]),
+        ("scaled", 400 * NOISE[:, :3] + 1000),
+        ("faint", NOISE[:, :1] / 1e4),
+    ):
+        np.savez(tmp_path / "x.npz", images=array)
+        pack(tmp_path / "x.npz", tmp_path / name)
+        words = ["data", "inspect", str(tmp_path / name), "--picture", str(tmp_path / f"{name}.png")]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        drawn = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        assert len(np.unique(drawn)) > 100, "the samples are seen, not clipped to black and white"
+    np.savez(tmp_path / "x.npz", images=NOISE)
+    pack(tmp_path / "x.npz", tmp_path / "latents")
+    refused = CliRunner().invoke(
+        app, ["data", "inspect", str(tmp_path / "latents"), "--picture", str(tmp_path / "l.png")]
+    )
+    assert isinstance(refused.exception, UserError)
+    assert "--picture: samples of 4 x 8 x 8 are no pictures, which have 1 or 3 channels" in str(refused.exception)

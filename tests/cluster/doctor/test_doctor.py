@@ -1,0 +1,96 @@
+"""The doctor tells what is missing and what will not fit, as a list of findings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scoreray.cluster.doctor.examine import Machine, examine, parse_bytes, parse_shape
+from scoreray.cluster.finding import Finding
+from scoreray.data.errors import UserError
+from scoreray.trainer.config import Config, load_config
+
+ROOT = Path(__file__).parents[3]
+
+
+def config(url: str, storage: Path, *overrides: str) -> Config:
+    settings: dict[str, Any] = {
+        "run": {"name": "run", "storage": str(storage)},
+        "data": {"url": url, "global_batch_size": 16},
+        "network": {"kind": "unet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1},
+        "scaling": {"workers": 4},
+        "duration": {"images": 64_000},
+        "checkpoint": {"every_images": 3200, "snapshot_every_images": 6400},
+    }
+    return load_config(settings, overrides)
+
+
+def by_topic(found: list[Finding]) -> dict[str, Finding]:
+    assert len({one.topic for one in found}) == len(found)
+    return {one.topic: one for one in found}
+
+
+def test_a_good_config_has_no_problem(small_set: str, tmp_path: Path) -> None:
+    found = by_topic(examine(config(small_set, tmp_path)))
+    assert all(one.state == "good" for one in found.values()), found
+    stages = found["memory"].facts["stages"]
+    totals = {(one["stage"], one["offload"]): one["total"] for one in stages}
+    assert totals[3, False] < totals[2, False] < totals[1, False] < totals[0, False]
+    assert "zero_stage=0" in found["fit"].text
+    assert "10 snapshots" in found["kept"].text
+    assert found["kept"].facts["snapshot_bytes"] == 4 * found["memory"].facts["num_params"]
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("fp32", 2)])
+def test_what_does_not_fit_is_a_problem_with_its_fix(
+    small_set: str, tmp_path: Path, precision: str, stage: int
+) -> None:
+    parameters = by_topic(examine(config(small_set, tmp_path)))["memory"].facts["num_params"]
+    tight = Machine(memory_bytes=int(parameters * 20))
+    keys = ("engine.zero_stage=0", "engine.micro_batch_size=1", f"engine.precision={precision}")
+    found = by_topic(examine(config(small_set, tmp_path, *keys), tight))
+    assert found["fit"].state == "problem"
+    assert f"set engine.zero_stage={stage}" in found["fit"].text
+    found = by_topic(examine(config(small_set, tmp_path), Machine(memory_bytes=1000)))
+    assert found["fit"].state == "problem"
+    assert "engine.micro_batch_size (now 4)" in found["fit"].text
+
+
+def test_what_is_missing_is_named(small_set: str, tmp_path: Path) -> None:
+    found = by_topic(examine(config(str(tmp_path / "absent"), tmp_path)))
+    assert found["data"].state == "problem"
+    assert "--shape" in found["memory"].text
+    found = by_topic(examine(config(str(tmp_path / "absent"), tmp_path), Machine(image_shape=(3, 16, 16))))
+    assert found["memory"].state == "good"
+    found = by_topic(examine(config(small_set, tmp_path, "network.kind=dit", "network.patch_size=3")))
+    assert "patch_size" in found["network"].text
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_presets_fit_what_they_are_for(preset: str) -> None:
+    shape = {"demo.yaml": (1, 28, 28), "cifar10.yaml": (3, 32, 32)}.get(preset, (3, 64, 64))
+    machine = Machine(memory_bytes=80 << 30, image_shape=shape)
+    found = by_topic(examine(load_config(ROOT / "configs" / preset), machine))
+    assert found["fit"].state == "good", found["fit"].text
+
+
+def test_nodes_bring_a_partition_group() -> None:
+    preset = load_config(ROOT / "configs" / "multinode.yaml")
+    found = by_topic(examine(preset, Machine(int(2.4 * 2**30), 2, (3, 64, 64))))
+    assert found["fit"].facts["partition_group"] == 8
+    assert "engine.partition_group=8" in found["fit"].text
+    with pytest.raises(UserError, match="--nodes 5"):
+        examine(preset, Machine(1 << 30, 5, (3, 64, 64)))
+
+
+def test_sizes_and_shapes() -> None:
+    assert parse_bytes("80G") == parse_bytes("80GiB") == 80 << 30
+    assert parse_bytes("1.5M") == 3 << 19
+    assert parse_shape("3x64x64") == (3, 64, 64)
+    for text in ("80X", "-1G", ""):
+        with pytest.raises(UserError, match="--memory"):
+            parse_bytes(text)
+    with pytest.raises(UserError, match="--shape"):
+        parse_shape("3,64")

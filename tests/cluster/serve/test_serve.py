@@ -1,0 +1,104 @@
+"""`scoreray serve`: its words are checked before Ray starts, and tracebacks outlive the service."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scoreray.cluster.serve.log import relayed
+from scoreray.cluster.serve.serve import Placement, _errors, application, make_limits, parse_replicas
+from scoreray.data.errors import UserError
+from scoreray.sampling.service.config import ServeConfig
+from scoreray.trainer.on_ray.run import SCRATCH
+
+OTHER_PROCESS = """
+import logging, sys
+from scoreray.cluster.serve.log import log_here
+log_here(sys.argv[1])
+log = logging.getLogger("scoreray.serve")
+log.info("one request")
+try:
+    raise KeyError("what nobody expected \\udc80")
+except KeyError:
+    log.exception("request 7f")
+"""
+
+
+def test_another_process_s_tracebacks_are_told_and_its_other_lines_are_not(tmp_path: Path) -> None:
+    file, told = tmp_path / "errors.log", list[str]()
+    with relayed(file, told.append):
+        done = subprocess.run([sys.executable, "-c", OTHER_PROCESS, file], capture_output=True, text=True, check=True)
+    text = "".join(told)
+    assert "ERROR request 7f\nTraceback (most recent call last):\n" in text
+    assert text.endswith("KeyError: 'what nobody expected \\udc80'\n")
+    assert "one request" not in text
+    assert "INFO one request" in done.stderr  # Ray keeps that with its logs
+    assert "Traceback" in done.stderr
+
+
+def test_what_came_before_a_failure_is_told_on_standard_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(SCRATCH, str(tmp_path))
+    with contextlib.suppress(KeyboardInterrupt), _errors(verbose=False) as errors:
+        Path(errors).write_bytes(b"Traceback\n\xff\n")
+        raise KeyboardInterrupt
+    assert capfd.readouterr().err == "Traceback\n\\xff\n"
+    with _errors(verbose=True) as errors:
+        assert errors == ""  # Ray tells every line
+    monkeypatch.delenv(SCRATCH)
+    with _errors(verbose=False) as errors:
+        assert errors == ""  # a cluster keeps its logs
+
+
+def test_the_ingress_is_given_the_file() -> None:
+    made = application(ServeConfig((("a", "/absent"),)), Placement(), "/errors.log")
+    assert made._bound_deployment.init_args[-1] == "/errors.log"
+
+
+@pytest.mark.parametrize("word", ["²", "--5", "1,²", "1e1", "", ",", "9" * 5000, "1,2,3", "١x", "nan"])
+def test_words_that_are_no_numbers_of_replicas_are_one_line(word: str) -> None:
+    with pytest.raises(UserError, match=r"^--replicas ") as caught:
+        parse_replicas(word)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["max_count=²", "max_count=--5", "max_count=1.5", "max_count=0", "max_count=nan", "max_count=true", "max_count=",
+     "max_count=" + "9" * 5000, "max_count=1e300", "max_request_s=.inf", "max_request_s=-1", "max_count=[1",
+     "max_cuont=1", "max_count", "x" * 100_000 + "=1", "max_count=*x", "max_count=!!int 1"],
+)  # fmt: skip
+def test_limits_that_are_no_numbers_are_one_line(word: str) -> None:
+    with pytest.raises(UserError, match=r"^--limit ") as caught:
+        make_limits([word])
+    assert len(str(caught.value)) < 400
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_limits_are_numbers_as_everywhere() -> None:
+    made = make_limits(["max_count=1e2", "max_request_s=.5", "max_steps=010"])
+    assert (made.max_count, made.max_request_s, made.max_steps) == (100, 0.5, 10)
+    assert isinstance(made.max_count, int)
+
+
+@pytest.mark.parametrize("name", ["cpus_per_replica", "gpus_per_replica", "drain_s"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e300])
+def test_sizes_that_no_machine_has_are_refused_before_ray_starts(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name} = .*: must be a number from 0 to 1e\\+06"):
+        Placement(**{name: value})
+
+
+def test_sizes_that_ray_or_torch_would_fail_on_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"gpus_per_replica = 1\.5: .* whole number"):
+        Placement(gpus_per_replica=1.5)
+    for name, value in (("max_batch", 10**20), ("max_batch", 0), ("threads", 10**6), ("threads", 0), ("reload_s", 0.0)):
+        with pytest.raises(UserError, match=f"{name} = .*: must be above 0, at most"):
+            ServeConfig((("a", "/absent"),), **{name: value})
+    with pytest.raises(UserError, match="reload_s = inf"):
+        ServeConfig((("a", "/absent"),), reload_s=math.inf)

@@ -1,0 +1,357 @@
+"""Jobs on a real Ray cluster that asks for a token: sent, followed through a broken connection, stopped, resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scoreray.cluster.connect.folder import private_folder
+from scoreray.cluster.wheel import PACKAGES, build_wheel
+
+BIN = Path(sys.executable).parent
+GCS: dict[int, int] = {}  # of the head that has this dashboard
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Proxy:
+    """Hands on connections to a port, until it is cut."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.open, self.cuts = target, True, 0
+        self._pairs: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if not self.open:
+                    client.close()
+                    continue
+                server = socket.create_connection(("127.0.0.1", self.target))
+                self._pairs += [client, server]
+                for a, b in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+
+    def _copy(self, a: socket.socket, b: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := a.recv(65536):
+                b.sendall(data)
+            b.shutdown(socket.SHUT_WR)
+
+    def cut(self, seconds: float) -> None:
+        self.open = False
+        for one in self._pairs:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._pairs.clear()
+        time.sleep(seconds)
+        self.open = True
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[int, str]]:
+    """(port of the dashboard, token) of a Ray head on loopback, started as on a cluster."""
+    token = secrets.token_hex(32)
+    gcs, dashboard, client, agent, metrics = free_ports(5)
+    GCS[dashboard] = gcs
+    environment = {
+        **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    environment.pop("RAY_ADDRESS", None)
+    with private_folder() as folder:
+        ray = subprocess.Popen(
+            [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--temp-dir={folder}",
+             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+             f"--metrics-export-port={metrics}", "--object-store-memory=80000000", "--node-ip-address=127.0.0.1"],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+            )
+            for _ in range(240):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(asked, timeout=5).read()
+                    break
+                time.sleep(0.5)
+            yield dashboard, token
+        finally:
+            ray.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ray.wait(timeout=5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ray.pid, 9)
+
+
+def command(port: int, token: str | None, *words: str) -> tuple[list[str], dict[str, str]]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+    if token is not None:
+        environment["RAY_AUTH_TOKEN"] = token
+    place = ["--address", f"http://127.0.0.1:{port}"]
+    return [sys.executable, "-m", "scoreray.cluster.cli", "submit", *place, *words], environment
+
+
+def run(port: int, token: str | None, *words: str) -> subprocess.CompletedProcess[str]:
+    line, environment = command(port, token, *words)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def api(port: int, token: str, path: str, method: str = "GET") -> Any:
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/api/jobs/{path}", headers={"Authorization": f"Bearer {token}"}, method=method
+    )
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return json.load(answer)
+
+
+def test_without_a_token_nothing_is_answered(head: tuple[int, str]) -> None:
+    port, _ = head
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=10)
+    assert refused.value.code == 401
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda token: run(port, token, "list"), (None, "x" * 64)))
+    for done in answers:
+        assert done.returncode == 2, done.stderr
+        assert "does not take this token" in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_address_that_is_given_is_the_one_that_counts(head: tuple[int, str]) -> None:
+    """Ray's client prefers two variables to the address that it gets."""
+    port, token = head
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    both = {"RAY_API_SERVER_ADDRESS": nobody, "RAY_ADDRESS": nobody}
+    line, environment = command(port, token, "list", "--json")
+    own = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "RAY_ADDRESS": nobody}
+    without = [word for word in line if word != "--address" and not word.startswith("http")]
+    asked = [(line, both), (line, {"RAY_ADDRESS": nobody}), (without, own)]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda one: subprocess.run(
+            one[0], env=environment | one[1], capture_output=True, text=True, timeout=120), asked))  # fmt: skip
+    for done in answers:
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), list)
+
+
+CLUSTER = """
+import json, sys
+from scoreray.cluster.submit.jobs import Job, _reference
+from scoreray.cluster.submit.jobs_api import Cluster
+
+def tried(call):
+    try:
+        return [0, str(call())]
+    except Exception as error:
+        return [error.exit_status, str(error)]
+
+def job(name, writes, entrypoint="sleep 120"):
+    return Job(entrypoint, {}, {"scoreray_run": "r", "scoreray_writes": writes}, name)
+
+cluster, notes = Cluster(sys.argv[1]), []
+jobs, calls = cluster.jobs, []
+
+def blind():  # once: as if both had looked before either submitted
+    calls.append(0)
+    return [] if len(calls) == 1 else jobs()
+
+told = {"gone": tried(lambda: cluster.follow("scoreray-train-gone-1", print, notes.append))}
+told["first"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
+told["other name"] = tried(lambda: cluster.submit(job("two", "s3://b/r")))
+told["other run"] = tried(lambda: cluster.submit(job("two", "s3://b/else")))
+cluster.jobs = blind
+told["at once"] = tried(lambda: cluster.submit(job("three", "s3://b/r")))
+calls.clear()
+told["same number"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
+cluster.jobs = jobs
+cluster.submit(job("lacking", "", _reference(("MINE", "NOT_THERE")) + "; exec echo went on"))
+out = []
+told["lacking"] = [cluster.follow("lacking-1", out.append, notes.append), "".join(out)]
+told["left"] = sorted([one.submission_id for one in jobs() if one.status in ("PENDING", "RUNNING")])
+for name in told["left"]:
+    cluster.stop(name)
+cluster.client._headers = {"Authorization": "Bearer " + "x" * 64}
+told["refused"] = tried(lambda: cluster.follow("one-1", print, notes.append))
+print(json.dumps(told | {"notes": notes}))
+"""
+
+
+def test_two_that_write_one_run_and_a_job_that_is_gone(head: tuple[int, str]) -> None:
+    """The later of two submissions is refused, or stopped; following ends where there is nothing to follow."""
+    port, token = head
+    _, environment = command(port, token)
+    line = [sys.executable, "-c", CLUSTER, f"http://127.0.0.1:{port}"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["gone"][0] == 3
+    assert "has no such job" in told["gone"][1]
+    assert told["refused"][0] == 2
+    assert "does not take this token" in told["refused"][1]
+    assert told["notes"] == []
+    assert told["first"] == [0, "one-1"]
+    assert told["other name"][0] == 2
+    assert "job 'one-1' of this run goes on" in told["other name"][1]
+    assert told["other run"] == [0, "two-1"]
+    assert told["at once"] == [2, "job 'one-1' of this run was submitted just before: 'three-1' was stopped"]
+    assert "job 'one-1': was submitted from elsewhere" in told["same number"][1]
+    assert told["lacking"][0] == 2
+    lines = told["lacking"][1].splitlines()  # Ray's own line on the entrypoint may come before or after
+    assert lines.count("scoreray: --from-env MINE=NOT_THERE: the node that runs the job has no variable NOT_THERE") == 1
+    assert "went on" not in lines
+    assert {"one-1", "two-1"} <= set(told["left"])
+
+
+def test_ctrl_c_before_anything_was_submitted_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        line, environment = command(silent.getsockname()[1], "x" * 64, "data", "verify", "/nowhere")
+        with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) as waiting:
+            silent.settimeout(60)
+            asking, _ = silent.accept()
+            waiting.send_signal(signal.SIGINT)
+            _, err = waiting.communicate(timeout=60)
+            asking.close()
+    assert waiting.returncode == 130
+    assert err == "stopped; nothing was submitted\n"
+
+
+@pytest.fixture(scope="module")
+def config(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("submitted")
+    every = {"checkpoint": {"every_images": 800}, "log": {"every_images": 400}}
+    (folder / "sent.yaml").write_text(json.dumps(small_run("sent", folder / "runs", 100_000_000, **every)))
+    return folder / "sent.yaml"
+
+
+def committed(config: Path) -> int:
+    from scoreray.data.storage.store import open_store
+    from scoreray.trainer.checkpoints.checkpoint import latest
+
+    found = latest(open_store(str(config.parent / "runs" / "sent")))
+    return found.images_seen if found else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, str], config: Path) -> None:
+    port, token = head
+    proxy = Proxy(port)
+    line, environment = command(proxy.port, token, "--env", "OMP_NUM_THREADS=1", "train", str(config))
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        deadline = time.monotonic() + 180
+        while committed(config) < 800 and follower.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.3)
+        proxy.cut(2.0)
+        shown = run(port, token, "--json", "status", "scoreray-train-sent")
+        again = run(port, token, "train", str(config))
+        renamed = run(port, token, "--name", "other", "train", str(config))
+        stopped = run(port, token, "stop", "scoreray-train-sent-1")
+        out, err = follower.communicate(timeout=180)
+    assert committed(config) >= 800, out + err
+    told = json.loads(shown.stdout)
+    assert (told["id"], told["status"], told["run"]) == ("scoreray-train-sent-1", "RUNNING", "sent")
+    assert again.returncode == renamed.returncode == 2
+    assert "goes on" in again.stderr
+    assert "job 'scoreray-train-sent-1' of this run goes on" in renamed.stderr
+    assert stopped.returncode == 0, stopped.stderr
+    assert follower.returncode == 130, err
+    assert "stopping: saving first" in out, out
+    assert err.count("connection lost") == 1, err
+    assert out.count("run 'sent':") == 1, out  # each line of the job once, also those from before the cut
+    before = committed(config)
+
+    second = run(port, token, "--detach", "--json", "train", str(config))
+    assert json.loads(second.stdout)["id"] == "scoreray-train-sent-2", second.stderr
+    line, environment = command(port, token, "logs", "scoreray-train-sent")
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        seen = ""
+        for text in follower.stdout:
+            seen += text
+            if "goes on from" in text or "Error" in text:
+                api(port, token, "scoreray-train-sent-2/stop", "POST")
+    assert f"goes on from {before:,} images" in seen, seen
+    listed = api(port, token, "")
+    assert {job["submission_id"]: job["status"] for job in listed if job["submission_id"]} == {
+        "scoreray-train-sent-1": "STOPPED", "scoreray-train-sent-2": "STOPPED",
+    }  # fmt: skip
+    assert token not in json.dumps(listed)
+
+
+def test_a_verb_runs_there_with_this_code_and_its_exit_status_comes_back(head: tuple[int, str]) -> None:
+    port, token = head
+    done = run(port, token, "--name", "look", "--from-env", "MINE=PATH", "data", "verify", "/nowhere/at/all")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "/nowhere/at/all" in done.stdout
+    about = json.dumps(api(port, token, "look-1"))
+    assert "py_modules" in about
+    assert token not in about
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: Path) -> None:
+    """Both ask the node itself; the dashboard's refusal is seen; the exit status is the job's."""
+    port, token = head
+    sent = run(port, token, "--json", "doctor", str(config), "--json")
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    (page,) = [line for line in sent.stderr.splitlines() if line.startswith("[{")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"RAY_ADDRESS": f"127.0.0.1:{GCS[port]}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    line = [sys.executable, "-m", "scoreray.cluster.cli", "doctor", str(config), "--json"]
+    asked = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert asked.returncode == 0, asked.stderr
+    for answer in (page, asked.stdout):
+        found = {one["topic"]: one for one in json.loads(answer) if one["state"] != "problem"}
+        assert {"versions", "clock", "disk", "/dev/shm", "storage", "token", "ports", "network"} <= set(found)
+        assert found["ports"]["text"] == "127.0.0.1: Ray listens on loopback only"
+        tokens = [one["text"] for one in json.loads(answer) if one["topic"] == "token"]
+        assert any("refuses who has none (401)" in text for text in tokens), tokens
+    missing = run(port, token, "doctor", str(config), "data.url=/nowhere/at/all")
+    assert missing.returncode == 2, missing.stdout + missing.stderr
+    assert "problem data: 127.0.0.1: can't read the data set" in missing.stdout
+
+
+def test_the_wheel_is_the_code_and_nothing_else(tmp_path: Path) -> None:
+    first, second = build_wheel(tmp_path), None
+    content = first.read_bytes()
+    second = build_wheel(tmp_path)
+    assert (first.name, content) == (second.name, second.read_bytes())
+    with zipfile.ZipFile(first) as archive:
+        names = set(archive.namelist())
+        (metadata,) = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
+    assert "Requires-Dist" not in metadata
+    root = Path(__file__).parents[3]
+    for package in PACKAGES:
+        modules = {f"scoreray/{package}/{path.name}" for path in (root / package).glob("*.py")}
+        assert modules <= names
+    assert len(content) < 3_000_000

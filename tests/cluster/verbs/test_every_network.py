@@ -1,0 +1,75 @@
+"""Every kind of network can be checked, planned, searched, trained, loaded and sampled."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from scoreray.cluster.cli.main import app
+from scoreray.cluster.doctor.examine import examine
+from scoreray.sampling.model.describe import describe
+from scoreray.sampling.model.export import export
+from scoreray.sampling.model.load import LoadedMachine, load_model
+from scoreray.sampling.offline.generate import Request, generate
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.networks.network import NetworkConfig
+from scoreray.trainer.networks.rbm import MachineConfig
+from scoreray.tune.load import load_sweep
+
+UNET = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+MLP = {"kind": "mlp", "hidden_size": 16, "num_layers": 1}
+GIBBS = {"kind": "contrastive", "chain": "gibbs", "start": "persistent", "num_steps": 1, "label_dropout": 0.0}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "unet": {"network": UNET},
+    "dit": {"network": {"kind": "dit", "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}},
+    "mlp": {"network": MLP},
+    "ladder": {"network": {"kind": "ladder", "num_levels": 7, "network": UNET}},
+    "ladder without codes": {"network": {"kind": "ladder", "num_levels": 7, "conditioning": "none", "network": MLP}},
+    "rbm": {"network": {"kind": "rbm", "num_hidden": 8}, "objective": GIBBS},
+    "gaussian_rbm": {"network": {"kind": "gaussian_rbm", "num_hidden": 8}, "objective": GIBBS},
+}
+
+
+def test_every_kind_is_among_them() -> None:
+    kinds = {config.kind for config in (*typing.get_args(NetworkConfig), *typing.get_args(MachineConfig))}
+    assert {section["network"]["kind"] for section in SECTIONS.values()} == kinds
+
+
+@pytest.mark.parametrize("sections", SECTIONS.values(), ids=SECTIONS)
+def test_a_network_goes_all_the_way(sections: dict[str, Any], small_run: Any, small_set: str, tmp_path: Path) -> None:
+    settings = small_run("run", tmp_path / "runs", 64, **sections)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    checked = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--check"])
+    assert checked.exit_code == 0, checked.output + str(checked.exception)
+    config = load_config(settings)
+    found = {one.topic: one for one in examine(config)}
+    assert all(one.state == "good" for one in found.values()), found
+    sweep = {
+        "study": {"name": "study", "storage": str(tmp_path / "studies")},
+        "base": {key: value for key, value in settings.items() if key != "run"},
+        "space": {"optimizer.learning_rate": {"log": [1e-4, 1e-2]}},
+        "metric": {"reference": small_set, "count": 16, "names": ["sw"]},
+        "trials": 1,
+    }
+    assert load_sweep(sweep).total == 64
+
+    assert train(config, asked=lambda: Ask.STOP) == 16
+    assert train(config) == 64  # goes on, so that what is restored is checked too
+    run = run_store(config).url()
+    model = load_model(run)
+    assert describe(run).info == model.info
+    assert describe(run).info.is_machine == isinstance(model, LoadedMachine)
+    (samples, _), *_ = generate(model, Request(count=2, steps=3, batch_size=2))
+    assert samples.shape == (2, 1, 8, 8)
+    assert bool(torch.isfinite(samples).all())
+    export(run, str(tmp_path / "model"))
+    (exported, _), *_ = generate(load_model(str(tmp_path / "model")), Request(count=2, steps=3, batch_size=2))
+    assert torch.equal(exported, samples)

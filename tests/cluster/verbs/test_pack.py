@@ -1,0 +1,206 @@
+"""Packing on Ray: the same bytes as in one process, whatever is killed on the way, and nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import webdataset
+from PIL import Image
+from typer.testing import CliRunner
+
+from scoreray.cluster.cli.main import app
+from scoreray.cluster.verbs.pack import _check_nodes, map_on_ray, pack_with_bar
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.packing.pack import ImagesPlan, pack
+from scoreray.data.packing.shards import encode
+from scoreray.data.packing.sources import Reading, open_source
+from scoreray.data.storage.store import open_store
+
+SIZE = {"image_size": 32, "samples_per_shard": 10}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 pictures of two classes and of any size."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(400):
+        path = folder / ("cat" if i % 2 else "dog") / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*rng.integers(40, 90, 2), 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """SHA-256 of each object, packed by one process."""
+    url = tmp_path_factory.mktemp("whole") / "set"
+    pack(pictures, url, **SIZE)
+    return digests(url)
+
+
+def digests(url: str | Path) -> dict[str, str]:
+    store = open_store(url)
+    return {key: hashlib.sha256(store.get(key)).hexdigest() for key, _ in store.list()}
+
+
+def num_finished(url: Path) -> int:
+    return len(list(url.glob("packing/0*")))
+
+
+@pytest.mark.parametrize("place", ["path", "s3"])
+def test_ray_tasks_make_the_same_bytes_as_one_process(
+    place: str, pictures: Path, whole: dict[str, str], tmp_path: Path, ray_cluster: None,
+    request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str], new_listeners: Any,
+) -> None:  # fmt: skip
+    url = str(tmp_path / "set") if place == "path" else request.getfixturevalue("s3_url")
+    with new_listeners() as listeners:
+        pack_with_bar(str(pictures), url, workers=3, name=pictures.name, **SIZE)
+    listeners.check()
+    assert digests(url) == whole
+    assert f"packed 400 samples in 40 shards at {url}" in capfd.readouterr().err
+
+
+def test_an_array_is_read_again_by_the_tasks_not_sent_to_them(tmp_path: Path, ray_cluster: None) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 12, 12), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    pack(tmp_path / "a.npz", tmp_path / "one", samples_per_shard=50)
+    pack_with_bar(str(tmp_path / "a.npz"), str(tmp_path / "ray"), workers=2, samples_per_shard=50)
+    assert digests(tmp_path / "ray") == digests(tmp_path / "one")
+    np.savez(tmp_path / "b.npz", images=images[1:])
+    plan = ImagesPlan(str(tmp_path / "other"), "b", open_source(tmp_path / "b.npz"), 50, "png", 0)
+    np.savez(tmp_path / "b.npz", images=images[::-1])
+    with pytest.raises(UserError, match="is not what it was when the packing began"):
+        list(map_on_ray(plan, range(6), 2))
+
+
+def test_a_task_that_is_killed_is_started_again(
+    pictures: Path, whole: dict[str, str], tmp_path: Path, ray_cluster: None
+) -> None:
+    killed: list[str] = []
+    done = threading.Event()
+
+    def kill() -> None:
+        while len(killed) < 3 and not done.wait(0.005):
+            for process in psutil.process_iter(["cmdline"]):
+                title = " ".join(process.info["cmdline"] or [])
+                if title.startswith("ray::pack shard") and title not in killed:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                        killed.append(title)
+                        break
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    pack_with_bar(str(pictures), str(tmp_path / "set"), workers=2, name=pictures.name, **SIZE)
+    done.set()
+    killer.join()
+    assert killed
+    assert digests(tmp_path / "set") == whole
+
+
+def test_what_a_task_raises_arrives_as_it_was(tmp_path: Path, ray_cluster: None) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(source / f"{i:02d}.png")
+    (source / "13.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"13.png: is empty \(0 bytes\); fix or remove it, or --skip-bad N leaves out"):
+        pack_with_bar(str(source), str(tmp_path / "a"), workers=2, samples_per_shard=5)
+    manifest, left_out = pack_with_bar(str(source), str(tmp_path / "b"), workers=2, samples_per_shard=5, skip_bad=1)
+    assert manifest.num_samples == 19
+    assert left_out == [f"{source}/13.png: is empty (0 bytes)"]
+
+
+def test_a_machine_that_does_not_see_the_source_is_named(
+    pictures: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
+    plan = ImagesPlan(str(tmp_path / "set"), "x", open_source(pictures, Reading(32)), 10, "png", 0)
+    open_store(tmp_path / "set").put("packing/plan", plan.sha256.encode())
+    _check_nodes(plan)
+    elsewhere = replace(plan, source=replace(plan.source, path="/a/disk/of/another/machine"))
+    with pytest.raises(
+        UserError, match=r"Ray's machine [\d.]+ \(RAY_ADDRESS=ray-head:6379\): /a/disk.*no such file; put"
+    ):
+        _check_nodes(elsewhere)
+    with pytest.raises(UserError, match="is not the place that the packing began at; put the source"):
+        _check_nodes(replace(plan, url=str(tmp_path / "not shared")))
+
+
+# As `data pack`, which after four shards more than there were waits for its end.
+HELD = """
+import time
+from scoreray.cluster import packing
+from scoreray.cluster.cli.__main__ import main
+made = packing.map_on_ray
+def held(*arguments):
+    new = 0
+    for packed in made(*arguments):
+        yield packed
+        new += not packed.kept
+        if new == 4:
+            time.sleep(600)
+packing.map_on_ray = held
+main()
+"""
+
+
+def start(pictures: Path, url: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", HELD, "data", "pack", str(pictures), str(url), "--workers", "2",
+               "--image-size", "32", "--samples-per-shard", "10"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_pack_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
+    pictures: Path, whole: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url, finished = tmp_path / "set", 0
+    for kill in (signal.SIGINT, signal.SIGKILL):
+        process = start(pictures, url)
+        deadline = time.monotonic() + 120
+        while num_finished(url) < finished + 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) > 2
+        process.send_signal(kill)
+        _, said = process.communicate(timeout=60)
+        if kill == signal.SIGINT:
+            assert process.returncode == 130, said
+            assert said.strip().splitlines()[-1].startswith("scoreray: stopped; the same command goes on")
+            assert "Traceback" not in said
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive, alive
+        finished = num_finished(url)
+        assert not (url / "manifest.json").exists()
+    pack_with_bar(str(pictures), str(url), workers=1, **SIZE)
+    assert f", {finished} of them there from before at" in capfd.readouterr().err
+    assert digests(url) == whole
+
+
+def test_members_of_tars_that_are_not_used_are_in_the_answer(tmp_path: Path) -> None:
+    def png(i: int) -> bytes:
+        return encode(np.full((8, 8, 3), i, np.uint8), "png")
+
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), mtime=0) as writer:
+        for i in range(3):
+            writer.write({"__key__": str(i), "png": png(i), "txt": b"a caption"})
+    command = ["data", "pack", str(tmp_path), str(tmp_path), "--workers", "1", "--json"]
+    answer = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
+    assert (answer["num_samples"], answer["left_out"], answer["unused"]) == (3, [], {".txt": 3})

@@ -1,0 +1,94 @@
+"""A second request for a straggler: the first good answer counts, and most requests are not asked twice."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+import scoreray.data.storage.hedge as module
+from scoreray.data.errors import StorageError
+from scoreray.data.storage.hedge import HedgedGet
+from scoreray.data.storage.store import open_store
+
+
+class Server:
+    """Answers call k by behaviours[k], the last one from then on."""
+
+    def __init__(self, *behaviours: str) -> None:
+        self.behaviours, self.calls, self.lock = list(behaviours), 0, threading.Lock()
+
+    def __call__(self, key: str, start: int, end: int) -> bytes:
+        with self.lock:
+            behaviour = self.behaviours[min(self.calls, len(self.behaviours) - 1)]
+            self.calls += 1
+        if behaviour.startswith("slow"):
+            time.sleep(1.0)
+        if behaviour.endswith("fails"):
+            raise StorageError("no answer")
+        return b"answer"
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_S", 0.05)
+
+
+def test_a_straggler_is_overtaken_by_a_second_request() -> None:
+    get = HedgedGet(Server("slow", "quick"))
+    started = time.monotonic()
+    assert get("key", 0, 6) == b"answer"
+    assert time.monotonic() - started < 0.8
+    assert get.num_hedged == 1
+
+
+def test_quick_answers_and_quick_failures_are_asked_once() -> None:
+    server = Server("quick")
+    get = HedgedGet(server)
+    assert [get("key", 0, 6) for _ in range(20)] == [b"answer"] * 20
+    assert (server.calls, get.num_hedged) == (20, 0)
+    with pytest.raises(StorageError, match="no answer"):
+        HedgedGet(Server("fails"))("key", 0, 6)
+
+
+@pytest.mark.parametrize("behaviours", [("slow", "fails"), ("slow fails", "slow")])
+def test_one_of_two_that_fails_does_not_matter(behaviours: tuple[str, str]) -> None:
+    assert HedgedGet(Server(*behaviours))("key", 0, 6) == b"answer"
+
+
+def test_a_store_that_is_slow_as_a_whole_is_not_asked_everything_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_S", 0.3)  # the first request waits four times this
+    server = Server("slow")
+    get = HedgedGet(server)
+    for _ in range(2):
+        get("key", 0, 6)
+    assert server.calls == 2
+
+
+def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the threads would hold the process for a minute after its stream was closed."""
+    with socket.socket() as refusing:  # bound, and nobody listens
+        refusing.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{refusing.getsockname()[1]}"
+        keys = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
+        for name, value in {"ENDPOINT_URL": endpoint, "ENDPOINT_URL_S3": endpoint, **keys}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        get = HedgedGet(open_store("s3://bucket/set").get)
+        errors: list[StorageError] = []
+
+        def ask() -> None:
+            try:
+                get("key", 0, 6)
+            except StorageError as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.5)
+        assert asking.is_alive(), errors
+        get.close()
+        asking.join(timeout=20)
+        assert not asking.is_alive()
+        assert len(errors) == 1

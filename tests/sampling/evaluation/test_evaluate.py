@@ -1,0 +1,569 @@
+"""Evaluations end to end, in one process: closed forms through the whole line, resumption, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.samples import Samples
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.evaluation import quality
+from scoreray.sampling.evaluation import tasks as evaluation_tasks
+from scoreray.sampling.evaluation.evaluate import evaluate, find_finished, prepare
+from scoreray.sampling.evaluation.follow import check_evaluation
+from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.quality import METRICS
+from scoreray.sampling.evaluation.record import PROTOCOL, compare, comparison_text, notes, read_record
+from scoreray.sampling.evaluation.tasks import get_arrays
+from scoreray.sampling.measures import features
+from scoreray.sampling.model.load import load_machine
+from scoreray.trainer.config import Metric, load_config
+from scoreray.trainer.loop import train
+
+SIGMA_DATA = 0.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluate")
+
+
+def packed(folder: Path, name: str, images: np.ndarray, labels: np.ndarray | None = None) -> str:
+    np.savez(folder / f"{name}.npz", images=images, **({} if labels is None else {"labels": labels}))
+    pack(str(folder / f"{name}.npz"), str(folder / name), samples_per_shard=200)
+    return str(folder / name)
+
+
+def trained(folder: Path, data: str, name: str, **changes: Any) -> str:
+    """A run of one step that moves no weight by more than 1e-9: its denoiser is that of N(0, sigma_data^2 I)."""
+    settings: dict[str, Any] = {
+        "run": {"name": name, "storage": str(folder / "runs")},
+        "data": {"url": data, "global_batch_size": 16},
+        "network": {"kind": "mlp", "hidden_size": 16, "num_layers": 1},
+        "denoiser": {"sigma_data": SIGMA_DATA},
+        "optimizer": {"learning_rate": 1e-9, "warmup_images": 0},
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "duration": {"images": 16},
+        **changes,
+    }
+    train(load_config(settings))
+    return str(folder / "runs" / name)
+
+
+@pytest.fixture(scope="module")
+def points(folder: Path) -> tuple[str, str]:
+    """(run whose model is N(0, 0.25 I) in 4 dimensions, 4,000 points of N(m, 0.49 I))."""
+    rng = np.random.default_rng(0)
+    mean = np.array([0.3, -0.2, 0.0, 0.1])
+    data = packed(folder, "points", (mean + 0.7 * rng.standard_normal((4000, 4))).astype(np.float32))
+    return trained(folder, data, "gaussian"), data
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> tuple[str, str]:
+    """(run, 400 labelled 12 x 12 images): each of three classes bright in its own third."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(400) % 3
+    images = rng.integers(0, 120, (400, 12, 12), dtype=np.uint8)
+    for i, label in enumerate(labels):
+        images[i, 4 * label : 4 * label + 4] += 100
+    data = packed(folder, "pictures", images, labels.astype(np.uint8))
+    network = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    return trained(folder, data, "pictures", network=network), data
+
+
+QUICK = {"count": 150, "reference_count": 300, "steps": 4, "batch_size": 32, "loss_count": 64}
+
+
+def test_a_gaussian_model_against_gaussian_data_gives_the_closed_forms(points: tuple[str, str], folder: Path) -> None:
+    """Frechet distance, likelihood and loss of N(0, s^2 I) against N(m, S^2 I), through files, sampler and solver."""
+    run, data = points
+    made = evaluate(
+        Settings(
+            run,
+            data,
+            metrics=("fid", "nats", "loss"),
+            count=6000,
+            steps=60,
+            likelihood_count=64,
+            loss_count=1000,
+            rtol=1e-6,
+        )
+    )
+    metrics = made.record["metrics"]
+    with np.load(folder / "points.npz") as file:
+        x = file["images"].astype(np.float64)
+    sample_cov = np.cov(x.T)
+    roots = np.sqrt(np.linalg.eigvalsh(sample_cov))
+    exact = np.square(x.mean(0)).sum() + np.square(roots - SIGMA_DATA).sum()
+    fid = metrics["fid"]
+    assert abs(fid["value"] - exact) < 4 * fid["std_error"] + 1e-3
+    assert fid["std_error"] < 0.05 * exact
+
+    rows = read_rows(data, 64)
+    variance = SIGMA_DATA**2 + 0.002**2
+    nats = -0.5 * (np.square(rows).sum(1) / variance + 4 * math.log(2 * math.pi * variance))
+    # At sigma_max the prior stands at the data's mean, which the model does not share: |m| |x| / sigma_max^2, 0.004.
+    assert metrics["nats"]["value"] == pytest.approx(nats.mean(), abs=4e-3)
+    assert metrics["nats"]["std_error"] == pytest.approx(nats.std(ddof=1) / 8, rel=2e-2)
+    assert metrics["nats"]["nfe"] > 20
+
+    sigmas, errors = np.array(metrics["loss"]["sigmas"]), np.array(metrics["loss"]["errors"])
+    kept = SIGMA_DATA**2 / (SIGMA_DATA**2 + sigmas**2)  # D = kept (x0 + sigma z)
+    second = np.square(read_rows(data, 1000)).mean()
+    assert errors == pytest.approx((kept - 1) ** 2 * second + kept**2 * sigmas**2, rel=0.05)
+
+
+def read_rows(data: str, count: int) -> np.ndarray:
+    from scoreray.data.reading.samples import Samples, spread
+
+    return Samples(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
+
+
+def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of four pixels: dequantised with the recorded noise, both densities are known."""
+    rng = np.random.default_rng(2)
+    data = packed(folder, "pixels", rng.integers(0, 256, (64, 2, 2), dtype=np.uint8))
+    run = trained(folder, data, "pixels")
+    settings = Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=1e-6)
+    from scoreray.data.reading.samples import Samples, spread
+    from scoreray.sampling.measures.likelihood import dequantize
+
+    numbers = spread(32, 64)
+    images, _ = Samples(data).read(numbers)
+    x = dequantize(images, torch.from_numpy(numbers))[0].double().flatten(1)
+
+    def bits(log_density: torch.Tensor) -> float:
+        return float((-log_density / (4 * math.log(2)) - math.log2(1 / 127.5)).mean())
+
+    variance = SIGMA_DATA**2 + 0.002**2
+    gaussian = -0.5 * (x.square() / variance + math.log(2 * math.pi * variance)).sum(1)
+    assert evaluate(settings).record["metrics"]["bpd"]["value"] == pytest.approx(bits(gaussian), abs=1e-3)
+
+    from scoreray.trainer.diffusion.targets import Mixture
+
+    means = torch.tensor([[-0.5, 0.3, 0.1, -0.6], [0.6, -0.4, 0.0, 0.2]]).double()
+    exact = Mixture(means, std=0.3)
+    monkeypatch.setattr(evaluation_tasks, "_denoiser", lambda plan: _Reshaped(exact))
+    found = evaluate(Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=2e-6))
+    parts = -0.5 * ((x[:, None] - means).square() / (0.09 + 4e-6) + math.log(2 * math.pi * (0.09 + 4e-6))).sum(2)
+    mixture = parts.logsumexp(1) - math.log(2)
+    assert found.record["metrics"]["bpd"]["value"] == pytest.approx(bits(mixture), abs=2e-3)
+
+
+class _Reshaped:
+    """A density of points as a denoiser of pictures."""
+
+    sigma_data = SIGMA_DATA
+
+    def __init__(self, exact: Any) -> None:
+        self.exact = exact
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: Any = None) -> torch.Tensor:
+        return self.exact(x.flatten(1).double(), sigma.double()).to(x.dtype).view(x.shape)
+
+
+def test_density_estimates_and_annealing(folder: Path, points: tuple[str, str]) -> None:
+    """KDE of exact samples is near the log-density; AIS finds the ln Z that a small machine's enumeration gives."""
+    run, data = points
+    record = evaluate(Settings(run, data, metrics=("kde",), count=3000, reference_count=1000)).record
+    x = read_rows(data, 1000)
+    exact = -0.5 * (np.square(x).sum(1) / SIGMA_DATA**2 + 4 * math.log(2 * math.pi * SIGMA_DATA**2))
+    assert record["metrics"]["kde"]["value"] == pytest.approx(exact.mean(), abs=0.35)
+
+    rng = np.random.default_rng(3)
+    binary = packed(folder, "binary", 255 * rng.integers(0, 2, (64, 4, 4), dtype=np.uint8))
+    machine = trained(
+        folder,
+        binary,
+        "machine",
+        network={"kind": "rbm", "num_hidden": 6},
+        denoiser={},
+        objective={"kind": "contrastive", "chain": "gibbs"},
+        optimizer={"learning_rate": 0.05, "warmup_images": 0},
+        duration={"images": 320},
+    )
+    made = evaluate(Settings(machine, binary, metrics=("ais",), chains=256)).record["metrics"]["ais"]
+    log_z = float(load_machine(machine).log_partition())
+    assert abs(made["log_z"] - log_z) < 4 * made["log_z_std_error"] + 1e-3
+
+
+def test_an_energys_likelihood_by_annealing(folder: Path, points: tuple[str, str]) -> None:
+    """An energy model of N(0, s^2 I): ln Z at the noise level that AIS works at is the Gaussian's."""
+    _, data = points
+    run = trained(folder, data, "energy", denoiser={"sigma_data": SIGMA_DATA, "parameterization": "energy_dot"})
+    made = evaluate(Settings(run, data, metrics=("ais",), chains=200)).record["metrics"]["ais"]
+    variance = SIGMA_DATA**2 + (SIGMA_DATA / 4) ** 2
+    normaliser = 2 * math.log(2 * math.pi * variance)
+    assert abs(made["log_z"] - normaliser) < 4 * made["log_z_std_error"] + 0.02
+
+
+def test_every_metric_of_images_and_their_page(pictures: tuple[str, str], folder: Path) -> None:
+    run, data = pictures
+    wanted = ("fid", "kid", "is", "pr", "sw", "nn", "loss", "psnr", "ssim")
+    settings = Settings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640)  # type: ignore[arg-type]
+    made = evaluate(settings)
+    assert list(made.record["metrics"]) == sorted(wanted)
+    for name, values in made.record["metrics"].items():
+        assert math.isfinite(values["value"]), name
+        assert values["std_error"] is not None, name
+    extractor = made.record["protocol"]["extractor"]
+    assert extractor["kind"] == "classifier"
+    assert len(extractor["sha256"]) == 64
+    assert extractor["accuracy"] > 0.9
+    page = Path(made.report).read_text()
+    assert page.count("data:image/png;base64,") == 4  # samples, neighbours, restorations, curves
+    assert "http" not in page.replace("http://www.w3.org", "")
+    left = {path.name for path in Path(made.url).parent.iterdir()}
+    assert left == {"record.json", "report.html"}  # chunks are gone
+    assert "fid" in made.text()
+    assert evaluate(settings) == made  # found, not computed
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("pictures", ("fid", "kid", "is", "pr", "sw", "nn", "loss", "psnr")), ("points", ("fid", "sw", "nats", "loss"))],
+)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_not_finite_is_null_in_the_record_with_a_warning(
+    kind: str, wanted: tuple[str, ...], poison: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one number of each chunk that is not finite to record, page, text and comparison."""
+    run, data = request.getfixturevalue(kind)
+
+    def poisoned(store: Any, key: str) -> dict[str, np.ndarray]:
+        arrays = {name: np.array(array) for name, array in get_arrays(store, key).items()}
+        for array in arrays.values():
+            if array.dtype.kind == "f" and array.ndim and key != "moments.npz":
+                array[-1] = poison
+        return arrays
+
+    monkeypatch.setattr(quality, "get_arrays", poisoned)
+    seed = 3 if math.isnan(poison) else 4
+    made = evaluate(Settings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640, seed=seed))  # type: ignore[arg-type]
+    assert all(values["value"] is None for values in made.record["metrics"].values()), made.record["metrics"]
+    told = [line for line in made.record["warnings"] if "not a finite number, so null in the record" in line]
+    assert sorted(line.partition(":")[0] for line in told) == sorted(wanted)
+    strict = json.loads(Path(made.url).read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert strict == made.record
+    assert "not finite" in Path(made.report).read_text()
+    assert "not finite" in made.text()
+    record = read_record(made.url)
+    found = compare(record, record)
+    assert {(one["first"], one["difference"], one["resolved"]) for one in found.values()} == {(None, None, None)}
+    assert "not finite -> not finite" in comparison_text(found, [])
+    fine = json.loads(json.dumps(record))
+    for values in fine["metrics"].values():
+        values |= {"value": 1.0, "std_error": 0.1}
+    assert all(one["difference"] is None for one in compare(record, fine).values())
+    assert "not finite -> 1" in comparison_text(compare(record, fine), [])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (bytes(range(256)) * 4000, "not JSON"),
+        (b"\x89PNG\r\n" + b"\0" * 5000, "not JSON"),
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "not the record of an evaluation"),
+        (b'"' + b"x" * 100_000 + b'"', "not the record of an evaluation"),
+        (b'{"kind": "' + b"x" * 100_000 + b'"}', "not the record of an evaluation"),
+        (b'{"kind": "scoreray evaluation", "format": "' + b"9" * 100_000 + b'"}', "this version reads 1"),
+        (b'{"kind": "scoreray evaluation", "format": 1}', "subject is missing or wrong"),
+        (b'{"kind": "scoreray evaluation", "format": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+)
+def test_what_is_no_record_is_one_short_line(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(DataError, match=f"a.json: .*{message}") as caught:
+        read_record(str(tmp_path / "a.json"))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("where", ["subject", "protocol", "versions", "metrics", "metrics.loss", "metrics.loss.value"])
+def test_a_record_with_a_part_of_another_kind_is_one_line(records: Any, tmp_path: Path, where: str) -> None:
+    for wrong in ("7", [1], 7, True):
+        record = json.loads(json.dumps(records()))
+        *path, leaf = where.split(".")
+        section = record
+        for part in path:
+            section = section[part]
+        section[leaf] = wrong
+        if where == "metrics.loss.value" and wrong == 7:
+            continue
+        (tmp_path / "a.json").write_text(json.dumps(record))
+        with pytest.raises(DataError, match="is missing or wrong"):
+            read_record(str(tmp_path / "a.json"))
+
+
+def test_defaults_are_what_fits(points: tuple[str, str]) -> None:
+    run, data = points
+    made = evaluate(Settings(run, data, **{**QUICK, "steps": 3}))  # type: ignore[arg-type]
+    assert sorted(made.record["metrics"]) == ["fid", "kde", "kid", "loss", "nn", "pr", "sw"]
+    assert made.record["protocol"]["extractor"]["kind"] == "identity"
+
+
+KILLED = """
+import sys
+from scoreray.sampling.evaluation.evaluate import evaluate, prepare
+from scoreray.sampling.evaluation.tasks import get_arrays
+from scoreray.sampling.evaluation.follow import check_evaluation
+from scoreray.sampling.evaluation.plan import Settings
+run, data, out = sys.argv[1:]
+evaluate(Settings(run, data, ("fid", "loss"), out, count=640, reference_count=300, steps=8, extractor="identity"))
+"""
+
+
+def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str], tmp_path: Path) -> None:
+    """SIGKILL when some chunks are stored; what they hold is not computed again, and the record is the same bytes."""
+    run, data = pictures
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, run, data, str(out)])
+    deadline = time.monotonic() + 100
+    while not list(out.glob("*/samples/*.npz")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/samples/*.npz")}
+    assert 0 < len(kept) < 3
+    assert not list(out.glob("*/record.json"))
+    settings: dict[str, Any] = {"count": 640, "reference_count": 300, "steps": 8, "extractor": "identity"}
+    done: list[Path] = []
+    real = evaluation_tasks.put_arrays
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_tasks, "put_arrays", lambda s, k, a: (done.append(Path(s.url(k))), real(s, k, a)))
+        resumed = evaluate(Settings(run, data, ("fid", "loss"), str(out), **settings))
+    assert done
+    assert not set(done) & set(kept)
+    whole = evaluate(Settings(run, data, ("fid", "loss"), str(tmp_path / "whole"), **settings))
+    assert Path(resumed.url).read_bytes() == Path(whole.url).read_bytes()
+
+
+def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(store=open_store(tmp_path))
+    assert find_finished(plan) is None
+    for data in (b"", b"{", b"[]", b"\0" * 90, b'{"kind": "' + b"x" * 9999):
+        (tmp_path / "record.json").write_bytes(data)
+        line = r"record.json: not the record of an evaluation.*; remove that file, and the same command evaluates "
+        with pytest.raises(DataError, match=line):
+            find_finished(plan)
+
+
+@pytest.fixture(scope="module")
+def records(points: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    run, data = points
+    out = str(tmp_path_factory.mktemp("records"))
+
+    def make(**changes: Any) -> dict[str, Any]:
+        settings = {"metrics": ("fid", "sw", "loss"), "out": out, **QUICK, **changes}
+        return read_record(evaluate(Settings(run, data, **settings)).url)
+
+    return make
+
+
+def test_what_is_comparable_and_what_is_refused_by_name(records: Any, folder: Path, points: tuple[str, str]) -> None:
+    """Another EMA length may be compared; another count, reference, sampler or seed is refused by what differs."""
+    first = records()
+    found = compare(first, records(ema="none"))
+    assert set(found) == {"fid", "sw", "loss"}
+    assert found["fid"]["resolved"] is False  # the weights hardly moved
+    assert "within the error" in comparison_text(found, notes(first, first))
+
+    with pytest.raises(UserError, match=r"protocol.count|samples.count: 150 in the first, 200 in the second"):
+        compare(first, records(count=200))
+    with pytest.raises(UserError, match=r"reference\.count"):
+        compare(first, records(reference_count=200))
+    with pytest.raises(UserError, match=r"sampling\.steps: 4 in the first, 5 in the second.*--vary steps"):
+        compare(first, records(steps=5))
+    assert compare(first, records(steps=5), vary=["steps"])
+    assert compare(first, records(steps=5), ["loss"])  # the loss knows no sampler
+    with pytest.raises(UserError, match="did you mean 'fid'"):
+        compare(first, first, ["fdi"])
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        compare(first, first, vary=["step"])
+    other = packed(folder, "others", np.random.default_rng(5).standard_normal((4000, 4)).astype(np.float32))
+    with pytest.raises(UserError, match=r"reference\.sha256"):
+        compare(first, read_record(evaluate(Settings(points[0], other, ("fid",), **QUICK)).url), ["fid"])  # type: ignore[arg-type]
+    changed = json.loads(json.dumps(first))
+    changed["versions"]["torch"] = "1.0"
+    assert any("versions.torch" in line for line in notes(first, changed))
+    assert compare(first, changed)
+
+
+def test_a_record_holds_everything_that_changes_it(records: Any) -> None:
+    record = records()
+    assert record["subject"]["checkpoint"].keys() == {"url", "sha256", "images_seen", "ema"}
+    assert {"sampler", "steps", "seed", "guidance", "grid", "options"} <= record["subject"]["sampling"].keys()
+    assert {"torch", "numpy", "python", "scoreray"} <= record["versions"].keys()
+    assert record["protocol"]["reference"]["count"] == 300
+    names = set(record["metrics"])
+    for change in ({"seed": 1}, {"steps": 5}, {"loss_count": 32}, {"count": 160}):
+        other = records(**change)
+        assert any(other["metrics"][name] != record["metrics"][name] for name in names), change
+
+
+def test_the_words_are_the_same_everywhere() -> None:
+    """In a config, in the protocol, among the functions, in the docs."""
+    words = set(PROTOCOL)
+    assert set(typing.get_args(Metric)) == words
+    assert set(METRICS) == words
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    assert all(f"`{word}`" in page for word in words)
+
+
+def test_likelihood_of_images_without_classes_needs_no_extractor(folder: Path) -> None:
+    images = np.random.default_rng(4).integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    data = packed(folder, "plain", images)
+    run = trained(folder, data, "plain")
+    assert set(evaluate(Settings(run, data, ("loss",))).record["metrics"]) == {"loss"}
+    small = packed(folder, "larger", np.random.default_rng(4).integers(0, 256, (40, 12, 12), dtype=np.uint8))
+    larger = trained(folder, small, "larger")
+    assert set(evaluate(Settings(larger, small, ("loss",))).record["metrics"]) == {"loss"}
+    with pytest.raises(UserError, match="give --extractor FILE"):
+        evaluate(Settings(larger, small, ("fid",)))
+
+
+def test_what_does_not_fit_is_named_before_anything_is_computed(
+    points: tuple[str, str], pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    run, data = points
+    with pytest.raises(UserError, match=r"bpd does not fit.*\n.*psnr does not fit.*\n?.*ais"):
+        evaluate(Settings(run, data, ("bpd", "psnr", "ais"), str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"is does not fit.*identity"):
+        evaluate(Settings(run, data, ("is",)))
+    with pytest.raises(UserError, match="did you mean 'kid'"):
+        Settings(run, data, ("kidd",))
+    with pytest.raises(UserError, match=r"\[1, 12, 12\].*\[4\]"):
+        evaluate(Settings(run, pictures[1]))
+    with pytest.raises(UserError, match="superresolution=FACTOR"):
+        evaluate(Settings(*pictures, ("psnr",), str(tmp_path / "out"), restoration="superresolution=5"))
+    with pytest.raises(UserError, match="takes images"):
+        evaluate(Settings(run, data, ("fid",), extractor="weights.pth"))
+    with pytest.raises(UserError, match="two classes"):
+        evaluate(Settings(run, data, ("fid",), extractor="classifier"))
+    with pytest.raises(UserError, match="count = 3"):
+        Settings(run, data, count=3)
+    assert not (tmp_path / "out").exists()
+
+
+def bright(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 12, 12), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("count", "labels"), [
+    (40, [0] * 40), (40, [2] * 40), (40, None), (15, [0, 1, 2] * 5), (40, [3] + [1] * 39),
+], ids=["first of one", "last of three", "none", "too few labels", "two"])  # fmt: skip
+def test_a_classifier_needs_images_of_two_classes(
+    count: int, labels: list[int] | None, pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    """Classes count that have images, not names: features of one class are the same for everything, FID 0, IS 1."""
+    data = packed(tmp_path, "few", bright(count), None if labels is None else np.array(labels, np.uint8))
+    for metrics in ((), ("is",), ("fid",), ("kid", "loss"), ("pr",), ("nn",)):
+        for extractor in ("auto", "classifier"):
+            settings = Settings(pictures[0], data, metrics, str(tmp_path / "out"), extractor=extractor)
+            if labels is not None and set(labels) == {1, 3}:
+                asked = prepare_without_training(settings)
+                assert asked == "classifier"
+                continue
+            with pytest.raises(UserError, match=f"--extractor {extractor}: .*two classes or more"):
+                evaluate(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def prepare_without_training(settings: Settings) -> str:
+    """Which extractor would be trained."""
+
+    def run(function: Any, arguments: Any, done: Any) -> None:
+        raise KeyError(function.__name__)
+
+    with pytest.raises(KeyError, match="_train_extractor"):
+        prepare(settings, run)
+    return features.choose(settings.extractor, Samples(settings.reference).manifest, None).kind
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 16])
+def test_a_reference_of_too_few_images_is_refused_before_anything_is_drawn(
+    count: int, pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    data = packed(tmp_path, "few", bright(count))
+
+    def drawn(*_: Any) -> None:
+        raise KeyError("samples are drawn")
+
+    for metrics in ((), ("fid",), ("kid",), ("pr",), ("sw",), ("nn",), ("fid", "loss")):
+        settings = Settings(pictures[0], data, metrics, str(tmp_path / "out"), extractor="identity", count=20)
+        with pytest.raises(KeyError if count == 16 else UserError, match="drawn" if count == 16 else "of at least 16"):
+            evaluate(settings, run=drawn)
+    with pytest.raises(KeyError):
+        evaluate(Settings(pictures[0], data, ("loss",), str(tmp_path / "out")), run=drawn)
+
+
+def test_a_reference_of_nearly_one_class_is_warned_of(pictures: tuple[str, str], tmp_path: Path) -> None:
+    labels = np.array([0] * 57 + [1] * 3, np.uint8)
+    data = packed(tmp_path, "lopsided", bright(60), labels)
+    short = {"count": 16, "reference_count": 32, "steps": 2, "classifier_images": 64}
+    warned = evaluate(Settings(pictures[0], data, ("kid",), str(tmp_path / "a"), **short)).record["warnings"]
+    assert any("95% of the reference's labels are" in line for line in warned)
+    plain = evaluate(Settings(pictures[0], data, ("sw",), str(tmp_path / "b"), **short)).record["warnings"]
+    assert not any("labels" in line for line in plain)
+
+
+MISPLACED: dict[str, tuple[dict[str, Any], str]] = {
+    "nowhere": ({"reference": "/nope"}, r"evaluation\.reference: /nope: no data set here"),
+    "of another shape": ({"reference": "points"}, r"evaluation\.reference: .*shape \[4\].*\[1, 12, 12\]"),
+    "an unfit metric": ({"metrics": ["ais"]}, "evaluation: metric ais does not fit"),
+    "an unknown sampler": ({"metrics": ["loss"], "sampler": "huen"}, "evaluation: unknown sampler.*'heun'"),
+    "an extractor that is not there": ({"metrics": ["fid"], "extractor": "/x.pt"}, "evaluation: .*no such file"),
+    "too few images": ({"metrics": ["sw"], "reference": "few"}, "evaluation: .*at least 16"),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_an_evaluation_beside_a_run_is_checked_before_it_begins(
+    name: str, pictures: tuple[str, str], points: tuple[str, str], tmp_path: Path
+) -> None:
+    section, words = MISPLACED[name]
+    places = {"points": points[1], "few": packed(tmp_path, "few", bright(3))}
+    section = {**section, **({"reference": places.get(at, at)} if (at := section.get("reference")) else {})}
+    base = {"run": {"name": "a", "storage": str(tmp_path)}, "data": {"url": pictures[1], "global_batch_size": 16},
+            "duration": {"images": 16}}  # fmt: skip
+    check_evaluation(load_config({**base, "evaluation": {"metrics": ["fid", "is"], "sheet": 4}}))
+    check_evaluation(load_config(base))
+    with pytest.raises(UserError, match=words):
+        check_evaluation(load_config({**base, "evaluation": section}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": math.nan}, "guidance weight nan"),
+        ({"guidance": 1e300}, "guidance weight 1e\\+300"),
+        ({"steps": 10**20}, "steps = 100000000000000000000: must be at most 10,000,000"),
+        ({"batch_size": 10**20}, "batch_size = .*: must be at most"),
+        ({"threads": 10**6}, "threads = 1000000: must be 1 to 1024"),
+        ({"rtol": 1e-300}, "rtol = 1e-300: must be in"),
+        ({"rtol": math.nan}, "rtol = nan"),
+    ],
+)
+def test_numbers_that_no_evaluation_ends_with_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Settings("/absent", "/absent", **settings)

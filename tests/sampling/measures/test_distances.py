@@ -1,0 +1,224 @@
+"""Distances between sets: closed forms, scipy, torchmetrics and torch-fidelity's Inception say the same."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+from scoreray.sampling.measures import distances, frechet
+from scoreray.sampling.measures.inception import InceptionV3
+from scoreray.trainer.diffusion import noise
+
+
+def normal(n: int, d: int, seed: int = 0) -> Tensor:
+    return noise.normal(seed, torch.arange(n), (d,), dtype=torch.float64)
+
+
+def of_gaussian(mean: Tensor, covariance: Tensor) -> frechet.Moments:
+    """Moments that are exactly a Gaussian's, as a million samples would have them."""
+    n = 10**6
+    return frechet.Moments(n, torch.zeros_like(mean), covariance * (n - 1), mean)
+
+
+def exactly(n: int, d: int) -> Tensor:
+    """Samples whose mean is 0 and whose covariance is I, exactly."""
+    x = normal(n, d)
+    x = x - x.mean(0)
+    return torch.linalg.qr(x)[0] * math.sqrt(n - 1)
+
+
+def test_the_distance_of_shifted_gaussians_is_the_square_of_the_shift() -> None:
+    """FID(N(0, I), N(m, I)) = |m|^2."""
+    x, m = exactly(500, 16), torch.linspace(-1, 2, 16, dtype=torch.float64)
+    assert frechet.frechet(x, x + m) == pytest.approx(float(m @ m), abs=1e-9)
+    assert frechet.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_scaled_and_commuting_covariances() -> None:
+    """tr (C1^(1/2) - C2^(1/2))^2 where they commute: (2 - 1)^2 a dimension for N(0, I) and N(0, 4 I)."""
+    x = exactly(400, 12)
+    assert frechet.frechet(x, 2 * x) == pytest.approx(12.0, abs=1e-9)
+    a, b = torch.tensor([0.0, 1.0, 4.0]).double(), torch.tensor([1.0, 9.0, 4.0]).double()
+    left, right = (of_gaussian(torch.zeros(3).double(), c.diag()) for c in (a, b))
+    value = frechet.distance(frechet.Reference.of(left), right)
+    assert value == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), abs=1e-7)  # one of them singular
+
+
+@pytest.mark.parametrize("n", [40, 900])  # fewer samples than dimensions, and more
+def test_eigenvalues_give_what_a_matrix_square_root_and_torchmetrics_give(n: int) -> None:
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = normal(1000, 64) @ (torch.eye(64).double() + 0.1 * normal(64, 64, 3)), 1.3 * normal(n, 64, 1) + 0.2
+    ours = frechet.frechet(a, b)
+    ma, mb = frechet.moments(a), frechet.moments(b)
+    theirs = float(_compute_fid(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    if n > 64:
+        assert ours == pytest.approx(frechet.frechet_by_sqrtm(ma, mb), rel=1e-6)
+
+
+def test_torchmetrics_frechet_inception_distance_on_the_same_features() -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = normal(600, 16).float(), (normal(500, 16, 1) * 1.2 + 0.1).float()
+    theirs = FrechetInceptionDistance(feature=_Given(16), normalize=True, input_img_size=(1, 4, 4)).set_dtype(
+        torch.float64
+    )
+    theirs.update(a.view(-1, 1, 4, 4).double(), real=True)
+    theirs.update(b.view(-1, 1, 4, 4).double(), real=False)
+    assert frechet.frechet(a, b) == pytest.approx(float(theirs.compute()), rel=1e-6)
+
+
+def test_kid_is_torchmetrics() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = normal(200, 24), normal(150, 24, 1) + 0.3
+    assert distances.kernel_distance(a, b) == pytest.approx(_unbiased_mmd(a.numpy(), b.numpy()), rel=1e-9)
+    same = normal(200, 24, 1) + 0.3
+    assert distances.kernel_distance(a, same) == pytest.approx(float(poly_mmd(a, same)), rel=1e-6)
+
+
+def test_kid_is_unbiased() -> None:
+    """Its mean over blocks of one distribution is 0 within its own error, where the biased one is far above."""
+    a, b = normal(2000, 8), normal(2000, 8, 1)
+    estimate = distances.kid((a[i::20], b[i::20]) for i in range(20))
+    assert estimate.std_error is not None
+    assert abs(estimate.value) < 3 * estimate.std_error
+    biased = np.mean([_biased_mmd(a[i::20].numpy(), b[i::20].numpy()) for i in range(20)])
+    assert biased > 10 * estimate.std_error
+
+
+def test_inception_score_is_torchmetrics_and_its_closed_forms() -> None:
+    from torchmetrics.image.inception import InceptionScore
+
+    logits = 3 * normal(300, 10).float()
+    theirs = InceptionScore(feature=_Given(10), normalize=False, splits=1)
+    theirs.features.append(logits)
+    ours = distances.inception_score([distances.ClassSums.of(part) for part in logits.split(100)])
+    assert ours.value == pytest.approx(float(theirs.compute()[0]), rel=1e-6)
+    sure = 1000.0 * torch.eye(10).repeat(5, 1)
+    assert distances.ClassSums.of(sure).score() == pytest.approx(10)  # sure of each class equally often
+    assert distances.ClassSums.of(torch.zeros(20, 10)).score() == pytest.approx(1)
+
+
+def test_precision_and_recall_see_what_is_missing() -> None:
+    """Samples on half of the data's support: precise, with half the recall; the other way round the other way round."""
+    data = torch.cat([normal(400, 2), normal(400, 2, 1) + 50])
+    half = normal(400, 2, 2)
+    precision, recall = distances.precision_recall(half, data)
+    assert precision.value > 0.9
+    assert recall.value == pytest.approx(0.5, abs=0.05)
+    precision, recall = distances.precision_recall(data, half)
+    assert precision.value == pytest.approx(0.5, abs=0.05)
+    assert recall.value > 0.9
+    with pytest.raises(UserError, match="more than 3"):
+        distances.precision_recall(data, half[:3])
+
+
+def test_nearest_neighbours_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "BLOCK", 17)
+    a, b = normal(50, 3), normal(60, 3, 1)
+    found, numbers = distances.nearest(a, b, 2)
+    exact, where = torch.cdist(a, b).topk(2, largest=False)
+    assert torch.allclose(found, exact, atol=1e-7)
+    assert torch.equal(numbers, where)
+    own, _ = distances.nearest(a, a, 1, same=True)
+    assert torch.allclose(own[:, 0], torch.cdist(a, a).fill_diagonal_(9).min(1).values, atol=1e-7)
+
+
+def test_sliced_wasserstein_of_a_shift() -> None:
+    """A shift by m moves the projection on v by v.m, whichever sizes the sets have."""
+    lines = distances.directions(5, 64)
+    x, m = normal(400, 5), torch.tensor([1.0, 0, -2, 0, 0.5]).double()
+    exact = float((lines @ m).abs().mean())
+    assert distances.sliced_wasserstein(x @ lines.T, (x + m) @ lines.T).value == pytest.approx(exact, rel=1e-9)
+    double = torch.cat([x, x])
+    assert distances.sliced_wasserstein(x @ lines.T, (double + m) @ lines.T).value == pytest.approx(exact, rel=1e-6)
+
+
+def test_fid_infinity_removes_the_bias_and_the_interval_holds() -> None:
+    """64 dimensions, 1,600 samples: the distance of one distribution to itself is far above 0, its extrapolation is
+    not."""
+    exact = frechet.Reference.of(of_gaussian(torch.zeros(64).double(), torch.eye(64).double()))
+    values, infinities, errors = [], [], []
+    for seed in range(12):
+        x = normal(1600, 64, 100 + seed)
+        groups = []
+        for part in x.split(200):
+            groups.append(frechet.Moments.zero(torch.zeros(64)))
+            groups[-1].add(part)
+        found = frechet.estimate(exact, groups)
+        assert [n for n, _ in found.points] == [1600, 800, 400, 200]
+        values.append(found.value)
+        infinities.append(found.infinity)
+        errors.append(found.std_error)
+    assert np.mean(values) > 0.5
+    assert abs(np.mean(infinities)) < 0.1 * np.mean(values)
+    assert 0.4 < np.mean(errors) / np.std(values) < 2.5
+
+
+def test_moments_add_up_whatever_the_centre() -> None:
+    x = 1000 + normal(300, 6)
+    center = x[0].clone()
+    parts = [frechet.Moments.zero(center) for _ in range(3)]
+    for moments, rows in zip(parts, x.split(100), strict=True):
+        moments.add(rows)
+    together = parts[0] + parts[1] + parts[2]
+    assert torch.allclose(together.covariance, x.T.cov(), atol=1e-9)
+    assert torch.allclose((together - parts[1]).mean, torch.cat([x[:100], x[200:]]).mean(0))
+
+
+def test_inception_is_torch_fidelitys() -> None:
+    """Features and logits of weights drawn by number: sums recorded from torch-fidelity 0.4.0 with the same weights."""
+    model = InceptionV3().eval()
+    state = model.state_dict()
+    for number, (name, value) in enumerate(sorted(state.items())):
+        if value.dtype != torch.float32:
+            continue
+        drawn = noise.normal(7, torch.tensor([number]), tuple(value.shape), dtype=torch.float64)[0]
+        if name.endswith("running_var"):
+            value.copy_((0.1 * drawn).exp())
+        elif name.endswith("bn.weight"):
+            value.copy_(1 + 0.1 * drawn)
+        else:
+            value.copy_(0.1 * drawn if value.ndim == 1 else drawn * (2 / value[0].numel()) ** 0.5)
+    images = (noise.uniform(8, torch.arange(2), (3, 32, 40)) * 256).to(torch.uint8)
+    with torch.no_grad():
+        features, logits = model(images)
+    assert features.shape == (2, 2048)
+    assert features.double().square().sum().item() == pytest.approx(1958.8046933132719, rel=1e-4)
+    assert logits.double().square().sum().item() == pytest.approx(1976.4235775151678, rel=1e-4)
+    assert features[0, :4].tolist() == pytest.approx([0.042266, 0.567022, 1.696870, 0.0], abs=1e-4)
+
+
+class _Given(torch.nn.Module):
+    """An extractor that hands out what it is given."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Binkowski 2018, eq. 4, pair by pair."""
+    aa, bb = _kernel(a, a), _kernel(b, b)
+    np.fill_diagonal(aa, 0)
+    np.fill_diagonal(bb, 0)
+    n, m = len(a), len(b)
+    return float(aa.sum() / (n * (n - 1)) + bb.sum() / (m * (m - 1)) - 2 * _kernel(a, b).mean())
+
+
+def _biased_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    return float(_kernel(a, a).mean() + _kernel(b, b).mean() - 2 * _kernel(a, b).mean())

@@ -1,0 +1,158 @@
+"""Kernel density estimates against closed forms, AIS against normalisers that are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import gaussian_kde
+
+from scoreray.data.errors import UserError
+from scoreray.sampling.measures import kde
+from scoreray.sampling.measures.ais import GaussianPath, GaussianRBMPath, RBMPath, ais
+from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_kernel_density_estimate_is_scipys():
+    data, x = normal(200, 1), normal(50, 1, seed=1)
+    theirs = gaussian_kde(data.T.numpy(), bw_method=0.4 / data.std().item()).logpdf(x.T.numpy())
+    np.testing.assert_allclose(kde.log_density(x, data, 0.4).numpy(), theirs, rtol=1e-9)
+
+
+def test_one_point_is_a_gaussian_and_images_are_flattened():
+    x = normal(4, 2, 3)
+    expected = -0.5 * (x.square() / 0.25 + math.log(2 * math.pi * 0.25)).flatten(1).sum(1)
+    torch.testing.assert_close(kde.log_density(x, torch.zeros(1, 2, 3), 0.5), expected)
+
+
+def test_chunks_do_not_show(monkeypatch):
+    data, x = normal(100, 2), normal(37, 2, seed=1)
+    whole, own = kde.log_density(x, data, 0.3), kde.leave_one_out(data, 0.3)
+    monkeypatch.setattr(kde, "CHUNK", 700)
+    torch.testing.assert_close(kde.log_density(x, data, 0.3), whole)
+    assert kde.leave_one_out(data, 0.3) == pytest.approx(own)
+
+
+def test_the_expected_estimate_of_normal_data_is_the_normal_widened_by_the_bandwidth():
+    data, at = normal(20_000, 1), torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    widened = -0.5 * (at[:, 0] ** 2 / 1.25 + math.log(2 * math.pi * 1.25))
+    torch.testing.assert_close(kde.log_density(at, data, 0.5), widened, atol=0.04, rtol=0)
+
+
+def test_leave_one_out_is_the_estimate_without_each_point():
+    data = normal(12, 2)
+    others = [kde.log_density(data[i : i + 1], torch.cat([data[:i], data[i + 1 :]]), 0.5).item() for i in range(12)]
+    assert kde.leave_one_out(data, 0.5) == pytest.approx(sum(others) / 12)
+
+
+def test_the_chosen_bandwidth_is_near_the_best_one_for_normal_data_and_finds_narrow_modes():
+    data = normal(1000, 1)
+    assert 0.5 < kde.choose_bandwidth(data) / kde.scott(data) < 2
+    modes = torch.cat([normal(300, 1) * 0.02, normal(300, 1, seed=1) * 0.02 + 5])
+    assert kde.choose_bandwidth(modes) < 0.2 * kde.scott(modes)
+
+
+def test_bad_points_and_bandwidths_are_refused():
+    with pytest.raises(UserError, match="bandwidth = 0"):
+        kde.log_density(normal(2, 2), normal(2, 2), 0.0)
+    with pytest.raises(UserError, match="x of 3 dimensions"):
+        kde.log_density(normal(2, 3), normal(2, 2), 1.0)
+    with pytest.raises(UserError, match="must be finite"):
+        kde.log_density(torch.full((2, 2), math.nan), normal(2, 2), 1.0)
+    with pytest.raises(UserError, match="no spread"):
+        kde.scott(torch.ones(5, 2))
+    with pytest.raises(UserError, match="at least two"):
+        kde.leave_one_out(normal(1, 2), 1.0)
+
+
+def double_well(x: torch.Tensor) -> torch.Tensor:
+    return (2 * (x**2 - 1) ** 2).sum(1)
+
+
+def test_ais_finds_the_normaliser_of_a_gaussian():
+    # E = |x - m|^2 / (2 s^2): ln Z = d ln(s sqrt(2 pi)).
+    std, dims = 0.3, 4
+    path = GaussianPath(lambda x: (x - 0.5).square().sum(1) / (2 * std**2), dims, step_size=0.05, num_steps=3)
+    found = ais(path, torch.linspace(0, 1, 201), range(500))
+    assert found.log_z == pytest.approx(dims * math.log(std * math.sqrt(2 * math.pi)), abs=5 * found.std_error)
+    assert found.std_error < 0.05
+    assert found.effective_samples > 200
+
+
+def test_ais_finds_the_normaliser_of_a_double_well_and_weighs_its_ends():
+    axis = torch.linspace(-4, 4, 20_001, dtype=torch.float64)[:, None]
+    exact = 2 * math.log(torch.trapezoid((-double_well(axis)).exp(), axis[:, 0]).item())
+    found = ais(GaussianPath(double_well, 2, step_size=0.05, num_steps=2), torch.linspace(0, 1, 101), range(800))
+    assert found.log_z == pytest.approx(exact, abs=5 * found.std_error)
+    assert found.std_error < 0.05
+
+
+def test_without_steps_between_ais_is_importance_sampling_and_more_betas_do_better():
+    path = GaussianPath(lambda x: (x - 1.0).square().sum(1) / (2 * 0.2**2), 3, step_size=0.02, num_steps=3)
+    exact = 3 * math.log(0.2 * math.sqrt(2 * math.pi))
+    once, often = (ais(path, torch.linspace(0, 1, n), range(400)) for n in (2, 150))
+    assert often.effective_samples > 20 * once.effective_samples
+    assert often.log_z == pytest.approx(exact, abs=5 * often.std_error)
+
+
+def test_mala_leaves_its_density_invariant_at_any_step_size():
+    path = GaussianPath(lambda x: x.square().sum(1) / 2, 1, step_size=0.9)
+    x = normal(40_000, 1)
+    for number in range(10):
+        x = path.step(x, 1.0, torch.arange(40_000), number)
+    assert x.var().item() == pytest.approx(1.0, abs=5 * math.sqrt(2 / 40_000))
+
+
+def test_a_chain_depends_on_its_seed_alone():
+    path = GaussianPath(double_well, 2)
+    together = ais(path, torch.linspace(0, 1, 20), [5, 6, 7])
+    alone = ais(path, torch.linspace(0, 1, 20), [6])
+    assert torch.equal(together.x[1], alone.x[0])
+    assert together.log_weights[1] == alone.log_weights[0]
+
+
+@pytest.mark.parametrize("betas", [[0.0], [0.1, 1.0], [0.0, 0.9], [0.0, 0.5, 0.5, 1.0]])
+def test_betas_that_do_not_ascend_from_0_to_1_are_refused(betas):
+    with pytest.raises(UserError, match="ascend strictly from 0 to 1"):
+        ais(GaussianPath(double_well, 2), betas, [0])
+    with pytest.raises(UserError, match="step_size = 0"):
+        GaussianPath(double_well, 2, step_size=0.0)
+
+
+def with_weights(machine, scale: float):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (machine.weight, machine.visible_bias, machine.hidden_bias):
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return machine.double()
+
+
+@pytest.mark.parametrize("base", ["own bias", "uniform"])
+def test_ais_finds_the_partition_function_of_an_enumerated_rbm(base):
+    rbm = with_weights(RBM(12, 8), 1.0)
+    path = RBMPath(rbm, None if base == "own bias" else torch.zeros(12, dtype=torch.float64))
+    found = ais(path, torch.linspace(0, 1, 301), range(500))
+    assert found.log_z == pytest.approx(rbm.log_partition().item(), abs=5 * found.std_error)
+    assert found.std_error < 0.05
+
+
+def test_ais_finds_the_partition_function_of_an_enumerated_gaussian_bernoulli_rbm():
+    rbm = with_weights(GaussianBernoulliRBM(6, 7, std=0.8), 0.7)
+    found = ais(GaussianRBMPath(rbm), torch.linspace(0, 1, 301), range(500))
+    assert found.log_z == pytest.approx(rbm.log_partition().item(), abs=5 * found.std_error)
+    assert found.std_error < 0.1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [RBMPath(with_weights(RBM(5, 4), 1.0)), GaussianRBMPath(with_weights(GaussianBernoulliRBM(5, 4), 1.0))],
+    ids=["binary", "gaussian"],
+)
+def test_a_path_to_an_rbm_ends_in_its_free_energy(path):
+    v = path.draw(torch.arange(6))
+    torch.testing.assert_close(path.log_density(v, 1.0), -path.rbm.free_energy(v))

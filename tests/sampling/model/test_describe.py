@@ -1,0 +1,107 @@
+"""Which model is at a URL, at which EMA length: one answer for every verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scoreray.cluster.verbs.export import export_model
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.evaluation.evaluate import prepare
+from scoreray.sampling.evaluation.plan import Settings, make_plan
+from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.model.describe import describe
+from scoreray.sampling.model.load import load
+from scoreray.sampling.service.config import Limits, Refused
+from scoreray.sampling.service.models import look_up
+from scoreray.sampling.service.request import make_job, parse
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+
+SPELLINGS = ["0.1", ".1", "0.10", "0.100", "1e-1", "10E-2", " 0.1 ", "+0.1"]
+
+
+@pytest.fixture(scope="module")
+def urls(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A run, its checkpoint, all of it exported, and one length exported."""
+    folder = tmp_path_factory.mktemp("described")
+    run = new_run(str(folder / "run"))
+    newest = latest(open_store(run))
+    assert newest is not None
+    export_model(run, str(folder / "all"), ["0.05", ".1", "none"])
+    export_model(run, str(folder / "one"), ["1e-1"])
+    return {"run": run, "checkpoint": newest.url, "all": str(folder / "all"), "one": str(folder / "one")}
+
+
+def test_what_each_url_holds(urls: dict[str, str]) -> None:
+    found = {name: describe(url) for name, url in urls.items()}
+    for name in ("run", "checkpoint", "all"):
+        assert found[name].lengths == ("0.050", "0.100", "none")
+        assert found[name].info.ema == "0.050"
+    assert found["one"].lengths == ("0.100",)
+    assert found["one"].info.ema == "0.100"
+    assert [found[name].follows_run for name in urls] == [True, False, False, False]
+    assert found["run"].info.url == found["checkpoint"].info.url == urls["checkpoint"]
+    assert describe(f"{urls['all']}/ema-0.100.safetensors").info.ema == "0.100"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", ["run", "checkpoint", "all", "one"])
+def test_every_verb_takes_every_spelling(urls: dict[str, str], small_set: str, name: str, spelling: str) -> None:
+    """sample, evaluate and serve know the length by one name: the same weights, the same record."""
+    url = urls[name]
+    assert describe(url, spelling).info.ema == load(url, spelling, "cpu").info.ema == "0.100"
+    assert look_up("m", url, spelling).info.ema == look_up("m", url).ema(spelling) == "0.100"
+    plans = [
+        make_plan(Settings(url, small_set, ("sw",), ema=ema), ExtractorChoice("identity"))
+        for ema in (spelling, "0.100")
+    ]
+    assert plans[0].name == plans[1].name
+
+
+@pytest.mark.parametrize("length", ["0.2", "0.0504", "half-life", "nope", "inf", "", "0" * 5000, "none"])
+def test_a_length_that_is_not_there_is_refused_alike(urls: dict[str, str], small_set: str, length: str) -> None:
+    """In one line that names what is there: by sample, serve and evaluate (before anything is drawn), and as 422."""
+    url = urls["one"]
+    calls: list[Callable[[], Any]] = [
+        lambda: load(url, length),
+        lambda: look_up("m", url, length),
+        lambda: prepare(Settings(url, small_set, ema=length)),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"EMA length") as error:
+            call()
+        assert len(str(error.value)) < 400
+        assert "\n" not in str(error.value)
+    served = look_up("m", url)
+    if len(length) <= 32:
+        with pytest.raises(Refused) as refused:
+            make_job(parse(b'{"ema": "%s"}' % length.encode()), served, Limits(), "image/png", 0)
+        assert (refused.value.status, refused.value.field) == (422, "ema")
+
+
+def test_a_checkpoint_of_no_model_is_refused(urls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = describe(urls["run"]).source
+    assert isinstance(source, Checkpoint)
+    for changes in ({"image_shape": []}, {"config": {"run": {}}}):
+        damaged = replace(source, marker=replace(source.marker, **changes))
+        monkeypatch.setattr("scoreray.sampling.model.describe.find", lambda url, found=damaged: found)
+        with pytest.raises(DataError, match="does not describe a model"):
+            describe(urls["run"])
+
+
+def test_an_exported_model_is_not_exported_again(urls: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an exported model already"):
+        export_model(urls["all"], str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_are_those_of_the_length(urls: dict[str, str]) -> None:
+    """Raw weights and the first average are equal in this run, the second is 0.9 of them."""
+    raw, other = (describe(urls["all"], ema).weights() for ema in ("none", "0.1"))
+    assert all(torch.equal(0.9 * raw[name], other[name]) for name in raw)

@@ -1,0 +1,140 @@
+"""The list of what the project must do: every row has its word or function and a test, and they exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from scoreray.data.errors import UserError
+from scoreray.sampling.guidance.steering import OPERATORS
+from scoreray.sampling.model.describe import PROCESS_GRID
+from scoreray.sampling.samplers.by_name import SAMPLERS
+from scoreray.sampling.samplers.gibbs import GIBBS
+from scoreray.sampling.samplers.sigmas import GRIDS
+from scoreray.trainer.config import load_config
+from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS
+from scoreray.trainer.diffusion.objective import OBJECTIVES, ContrastiveObjective
+from scoreray.trainer.diffusion.process import PROCESSES
+from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS
+from scoreray.trainer.diffusion.weighting import WEIGHTINGS
+from scoreray.trainer.networks.network import NETWORKS
+from scoreray.trainer.networks.rbm import MACHINES
+
+ROOT = Path(__file__).parents[3]
+TEXT = (ROOT / "docs" / "mathematics.md").read_text()
+PAGE = TEXT.split("## What is where")[1]
+DRAWING = TEXT.split("## Drawing")[1].split("## Randomness")[0]
+MINIMAL = {
+    "run": {"name": "a", "storage": "nowhere"},
+    "data": {"url": "nowhere"},
+    "duration": {"images": 1},
+    "denoiser": {"parameterization": "energy_dot"},
+}
+ROWS = {cells[0]: cells[1:] for line in PAGE.splitlines() if len(cells := re.split(r" *\| *", line)[1:-1]) == 4}
+
+# The members that are asked for, row by row, by the words that choose them.
+ASKED = {
+    "processes": (PROCESSES, "ve vp ddpm sub_vp flow_matching cosine edm"),
+    "parameterizations": (
+        PARAMETERIZATIONS,
+        "score noise denoised velocity v edm energy_dot energy_residual energy_norm",
+    ),
+    "objectives": (OBJECTIVES, "denoising implicit sliced sliced_vr flow_matching ddpm edm contrastive"),
+    "weightings": (
+        WEIGHTINGS,
+        "sigma2 constant likelihood edm velocity min_snr soft_min_snr adaptive learned",
+    ),
+    "sigma sampling": (SIGMA_SAMPLINGS, "ladder uniform_t log_normal log_uniform logit_normal"),
+    "networks": (NETWORKS, "mlp unet dit ladder"),
+    "RBMs": (MACHINES, "rbm gaussian_rbm"),
+    "noise grids": ((*GRIDS, PROCESS_GRID), "karras geometric linear process"),
+    "inpainting, inverse problems": (set(OPERATORS) - {"inpaint"}, "superresolution gray matrix"),
+    "samplers": (
+        (*SAMPLERS, GIBBS),
+        "gibbs langevin sgld ncsn ncsnv2 ddpm ddim reverse_sde predictor_corrector euler heun rk45 edm_sde dpm2 "
+        "dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde unipc",
+    ),
+}
+SAMPLER_ROWS = ("Langevin, Gibbs", "ancestral, reverse SDE", "probability-flow ODE")
+
+
+@pytest.mark.parametrize("group", ASKED)
+def test_every_member_of_the_list_is_a_word_and_every_word_stands_on_the_page(group):
+    words, asked = ASKED[group]
+    assert sorted(words) == sorted(asked.split())
+    rows = SAMPLER_ROWS if group == "samplers" else (group,)
+    named = [word for row in rows for word in re.findall(r"`(\w+)`", ROWS[row][0])]
+    assert set(words) <= set(named)
+
+
+def test_contrastive_chains_begin_and_move_as_the_page_says():
+    hints, named = (
+        typing.get_type_hints(ContrastiveObjective),
+        re.findall(r"`(\w+)`", ROWS["contrastive divergence"][0]),
+    )
+    assert set(typing.get_args(hints["start"]) + typing.get_args(hints["chain"])) == set(named)
+
+
+# Groups of the list, by the rows of the page that they are.
+GROUPS = {
+    "processes": ["processes"],
+    "ladders": ["ladders"],
+    "parameterizations": ["parameterizations"],
+    "objectives": ["objectives", "contrastive divergence"],
+    "weightings": ["weightings"],
+    "sigma sampling": ["sigma sampling"],
+    "networks": ["networks", "RBMs"],
+    "samplers": [*SAMPLER_ROWS, "noise grids"],
+    "guidance": ["guidance", "inpainting, inverse problems"],
+    "likelihood": ["likelihood"],
+}
+WITHOUT_WORDS = ("likelihood", "bad input", "devices")  # functions, and what holds for all
+
+
+@pytest.mark.parametrize("row", [row for group in GROUPS.values() for row in group])
+def test_every_row_is_chosen_by_a_word(row):
+    """A key of a config with its words, or an option of the command; both exist (see below)."""
+    keys = re.findall(r"`(?:(\w+)\.(\w+)|(--[\w-]+))`", ROWS[row][0])
+    assert bool(keys) != (row in WITHOUT_WORDS)
+    for section, key, option in keys:
+        assert option or _is_a_key(section, key), f"{section}.{key}"
+
+
+def _is_a_key(section: str, key: str) -> bool:
+    """Whether a config accepts `section.key`, where a section may also lie in the objective."""
+    words = ["objective.kind=contrastive"] if key in ("start", "chain") else []
+    prefix = "objective." if section in ("weighting", "sigma_sampling") else ""
+    try:
+        load_config(MINIMAL, [*words, f"{prefix}{section}.{key}=?"])
+    except UserError as error:
+        return "unknown key" not in str(error) and f"{section}.{key}" in str(error)
+    return True
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in ("row", "---")])
+def test_every_test_and_function_of_the_page_exists(row):
+    _, where, tests = ROWS[row]
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+    assert named, "a row without a test"
+    for file, test in named:
+        (path,) = ROOT.glob(f"tests/*/{file}")
+        assert f"def {test}(" in path.read_text(), f"{file}::{test}"
+    functions = re.findall(r"`(\w+)\.(\w+)`", where)
+    assert functions, "a row without a function"
+    for module, name in functions:
+        folder = "trainer" if (ROOT / "trainer" / f"{module}.py").exists() else "sampling"
+        assert hasattr(importlib.import_module(f"scoreray.{folder}.{module}"), name), f"{module}.{name}"
+
+
+def test_the_command_line_has_the_options_of_the_page():
+    cli = importlib.import_module("scoreray.cluster.cli.main")
+    shown = CliRunner().invoke(cli.app, ["sample", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    options = set(re.findall(r"`(--[\w-]+)", PAGE + DRAWING))
+    assert options >= {"--sampler", "--guidance", "--autoguide", "--inpaint", "--inverse", "--grid"}
+    known = set(re.findall(r"--[\w-]+", shown.output))
+    assert options <= known, options - known

@@ -1,0 +1,241 @@
+"""The step batcher: everyone gets what they would get alone, fairly, whoever fails or leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+
+import pytest
+import torch
+
+from scoreray.data.errors import ScorerayError, UserError
+from scoreray.sampling.guidance.guidance import ClassifierFree
+from scoreray.sampling.samplers.by_name import SAMPLERS, num_calls, sample
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sigmas import karras
+from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
+
+SMALL = {"ncsn": {"num_steps": 2}, "ncsnv2": {"num_steps": 2}}
+
+
+class Recorder:
+    """Data N(label / 2, 0.5^2), element by element, so that a row has the same bits in any batch; keeps the batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, sigma, labels=None):
+        self.batches.append(len(x))
+        shape = (-1, *[1] * (x.ndim - 1))
+        mean = 0.0 if labels is None else (labels.to(x.dtype) * 0.5).view(shape)
+        if labels is None:
+            mean = torch.full((len(x),), -0.5, dtype=x.dtype).view(shape)
+        kept = (0.25 / (0.25 + sigma**2)).to(x.dtype).view(shape)
+        return mean + (x - mean) * kept
+
+
+def alone(request: SampleRequest) -> torch.Tensor:
+    noise = SampleNoise(request.seeds)
+    x = float(request.sigmas[0]) * noise.normal((len(noise.seeds), *request.shape), request.dtype)
+    denoiser = Recorder() if request.guidance == 1 else ClassifierFree(Recorder(), request.guidance)
+    return sample(
+        denoiser, x, request.sigmas, sampler=request.sampler, generator=noise, class_labels=request.class_labels,
+        **request.options,
+    )  # fmt: skip
+
+
+def run(batcher: StepBatcher) -> int:
+    steps = 0
+    while batcher.step():
+        steps += 1
+    return steps
+
+
+def request(name="heun", count=3, steps=6, first=0, **settings) -> SampleRequest:
+    settings.setdefault("options", SMALL.get(name, {}))
+    return SampleRequest(range(first, first + count), (2, 2), karras(steps, 0.02, 20.0), name, **settings)
+
+
+def test_interleaved_requests_of_every_sampler_get_bitwise_what_each_gets_alone():
+    requests = [request(name, 1 + i % 5, 4 + i % 7, 100 * i) for i, name in enumerate(SAMPLERS)]
+    labels = torch.tensor([1, 0, 2])
+    requests += [request("heun", class_labels=labels), request("ddpm", guidance=2.5, class_labels=labels, first=50)]
+    denoiser = Recorder()
+    batcher = StepBatcher(denoiser, 24)
+    tickets = []
+    for one in requests:  # each comes when those before are under way
+        tickets.append(batcher.submit(one))
+        batcher.step()
+    run(batcher)
+    for one, ticket in zip(requests, tickets, strict=True):
+        assert torch.equal(ticket.result(0), alone(one)), one.sampler
+    assert max(denoiser.batches) <= 24
+    assert max(denoiser.batches) > 12
+
+
+def test_calls_are_shared_not_made_per_request():
+    denoiser = Recorder()
+    batcher = StepBatcher(denoiser, 32)
+    for i in range(16):
+        batcher.submit(request("euler", 2, 10, 10 * i))
+    assert run(batcher) == 10
+    assert denoiser.batches == [32] * 10
+    assert batcher.occupancy == 1.0
+
+
+def test_guidance_counts_two_rows_a_sample():
+    denoiser = Recorder()
+    batcher = StepBatcher(denoiser, 16)
+    labels = torch.zeros(16, dtype=torch.int64)
+    batcher.submit(request("euler", 16, 5, guidance=3.0, class_labels=labels))
+    assert run(batcher) == 10
+    assert denoiser.batches == [16] * 10
+
+
+def test_one_sample_does_not_wait_behind_many_nor_many_behind_a_stream_of_single_ones():
+    batcher = StepBatcher(Recorder(), 16)
+    large = batcher.submit(request("euler", 128, 10))
+    batcher.step()
+    single = batcher.submit(request("euler", 1, 10, 1000))
+    for _ in range(10):
+        assert not single.done()
+        batcher.step()
+    assert single.done()
+    waited = 0
+    while not large.done():
+        for i in range(4):  # of two calls each: half of what the network can do
+            batcher.submit(request("euler", 1, 2, 2000 + i))
+        batcher.step()
+        waited += 1
+        assert waited <= 3 * 128 * 10 / 16
+    assert large.result(0).shape == (128, 2, 2)
+
+
+def test_what_needs_less_work_ends_sooner_and_what_has_aged_is_not_passed_for_ever():
+    batcher = StepBatcher(Recorder(), 16)
+    long = batcher.submit(request("euler", 16, 60, expected_calls=60))
+    batcher.step()
+    short, calls = batcher.submit(request("euler", 16, 6, 100, expected_calls=6)), 0
+    while not short.done():
+        calls += batcher.step()
+    assert calls <= 9  # an even share would take 12
+    assert not long.done()
+    large, calls = batcher.submit(request("euler", 32, 10, 200, expected_calls=10)), 0
+    while not large.done():
+        while batcher.rows_waiting < 64:  # always some 30 others, of four calls each
+            batcher.submit(request("euler", 1, 4, 2000, expected_calls=4))
+        calls += batcher.step()
+        assert calls <= 240  # by even shares it would be some 350
+
+
+def test_a_large_request_is_begun_part_by_part():
+    batcher = StepBatcher(Recorder(), 16, part_rows=4)
+    batcher.submit(request("euler", 4096, 4))
+    batcher.step()
+    assert sum(len(job.parts) for job in batcher._jobs) <= 5
+    assert batcher.rows_waiting == 4096
+
+
+def test_a_cancelled_request_frees_its_rows_before_the_next_call():
+    denoiser = Recorder()
+    batcher = StepBatcher(denoiser, 16)
+    gone, stays = batcher.submit(request("euler", 8, 10)), batcher.submit(request("euler", 4, 10, 100))
+    batcher.step()
+    assert gone.cancel()
+    batcher.step()
+    assert denoiser.batches == [12, 4]
+    run(batcher)
+    assert torch.equal(stays.result(0), alone(request("euler", 4, 10, 100)))
+
+
+def test_one_that_fails_does_not_hurt_its_batch_mates():
+    class Picky(Recorder):
+        def __call__(self, x, sigma, labels=None):
+            if labels is not None and (labels == 7).any():
+                raise RuntimeError("no class 7")
+            if labels is not None and (labels == 6).any():
+                x = torch.where((labels == 6).view(-1, 1, 1), math.nan, x)
+            return super().__call__(x, sigma, labels)
+
+    batcher = StepBatcher(Picky(), 16)
+    good = batcher.submit(request("heun", 3, 6))
+    bad = batcher.submit(request("heun", 1, 6, class_labels=torch.tensor([7])))
+    nan = batcher.submit(request("heun", 1, 6, class_labels=torch.tensor([6])))
+    burst = batcher.submit(request("heun", 1, 6, 9, preview=lambda *_: 1 / 0))
+    run(batcher)
+    assert torch.equal(good.result(0), alone(request("heun", 3, 6)))
+    with pytest.raises(RuntimeError, match="no class 7"):
+        bad.result(0)
+    with pytest.raises(ScorerayError, match="not finite"):
+        nan.result(0)
+    with pytest.raises(ZeroDivisionError):
+        burst.result(0)
+
+
+def test_padding_to_compiled_sizes_does_not_show():
+    denoiser = Recorder()
+    batcher = StepBatcher(denoiser, 16, batch_sizes=(1, 4, 16))
+    ticket = batcher.submit(request("ddpm", 3, 6, class_labels=torch.tensor([0, 1, 2])))
+    run(batcher)
+    assert set(denoiser.batches) == {4}
+    assert torch.equal(ticket.result(0), alone(request("ddpm", 3, 6, class_labels=torch.tensor([0, 1, 2]))))
+
+
+def test_requests_of_other_shapes_and_dtypes_take_turns():
+    batcher = StepBatcher(Recorder(), 16)
+    requests = [
+        request("heun", 3, 6),
+        SampleRequest(range(3), (5,), karras(6)),
+        request("heun", 3, 6, dtype=torch.float64),
+    ]
+    tickets = [batcher.submit(one) for one in requests]
+    run(batcher)
+    for one, ticket in zip(requests, tickets, strict=True):
+        assert torch.equal(ticket.result(0), alone(one))
+        assert ticket.result(0).dtype == one.dtype
+
+
+def test_previews_name_their_rows_and_end_in_the_sample():
+    seen = []
+    batcher = StepBatcher(Recorder(), 16, part_rows=2)
+    ticket = batcher.submit(request("euler", 3, 5, preview=lambda first, sigma, d: seen.append((first, sigma, d))))
+    run(batcher)
+    assert {first for first, _, _ in seen} == {0, 2}
+    assert torch.equal([d for first, _, d in seen if first == 2][-1], ticket.result(0)[2:])
+    assert len(seen) == 2 * num_calls("euler", karras(5))
+
+
+def test_in_its_thread_it_serves_threads_and_asyncio_and_finishes_before_it_closes():
+    async def ask(batcher):
+        return await asyncio.gather(*[batcher.submit(request("heun", 2, 5, 10 * i)) for i in range(8)])
+
+    before = set(threading.enumerate())
+    with StepBatcher(Recorder(), 16) as batcher:
+        (thread,) = [new for new in set(threading.enumerate()) - before if new.name == "step-batcher"]
+        answers = asyncio.run(ask(batcher))
+        last = batcher.submit(request("euler", 40, 6))
+    for i, answer in enumerate(answers):
+        assert torch.equal(answer, alone(request("heun", 2, 5, 10 * i)))
+    assert last.result(0).shape == (40, 2, 2)
+    assert batcher.rows_waiting == 0
+    assert not thread.is_alive()
+    with pytest.raises(ScorerayError, match="closed"):
+        batcher.submit(request())
+
+
+def test_bad_requests_are_refused_when_they_are_submitted():
+    batcher = StepBatcher(Recorder())
+    for bad, what in (
+        (request("hein"), "did you mean 'heun'"),
+        (request("ddim", options={"eta": 2}), "eta = 2"),
+        (request(count=0), "no samples"),
+        (request(guidance=2.0), "needs class_labels"),
+        (request(class_labels=torch.zeros(2, dtype=torch.int64)), "class_labels of shape"),
+        (SampleRequest([1], (2,), [1.0, 2.0, 0.0]), "descend"),
+    ):
+        with pytest.raises(UserError, match=what):
+            batcher.submit(bad)
+    assert not batcher.step()
+    with pytest.raises(UserError, match="max_batch = 1"):
+        StepBatcher(Recorder(), 1)

@@ -1,0 +1,86 @@
+"""The client against the service on a port, and against urls where no service will ever answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.errors import StorageError, UserError
+from scoreray.sampling.service.client import Client, Declined
+from scoreray.sampling.service.config import ServeConfig
+
+
+@pytest.fixture(scope="module")
+def url(new_run: Callable[..., str], served: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service on a port of this machine."""
+    run = new_run(str(tmp_path_factory.mktemp("runs") / "asked"))
+    with served(ServeConfig((("small", run),), precision="fp32", compile="off")) as (url, _):
+        yield url.rstrip("/")
+
+
+def test_what_made_the_samples_is_named_and_typed_as_in_json(url: str) -> None:
+    client = Client(url)
+    fields: dict[str, Any] = {"count": 2, "steps": 3, "sampler": "euler", "guidance": 1.5, "class_label": 1}
+    told = client.sample_json(seed=7, **fields)
+    about = client.sample(seed=7, **fields).about
+    per_answer = {"id", "queued_s", "took_s"}
+    assert about.keys() == told.keys() - {"data"}
+    for name in about.keys() - per_answer:
+        assert (type(about[name]), about[name]) == (type(told[name]), told[name]), name
+    assert {type(about[name]) for name in per_answer} == {str, float}
+    chosen = client.sample(**fields)
+    again = client.sample(seed=chosen.about["seed"], **fields)
+    assert np.array_equal(chosen.images, again.images)
+
+
+def test_numbers_of_numpy_are_numbers(url: str) -> None:
+    fields = {"count": np.int64(2), "steps": np.array(3), "guidance": np.float32(1.5), "class_label": torch.tensor(1)}
+    options = {"s_churn": np.float64(2.0), "s_noise": np.float32(1.0)}
+    about = Client(url).sample(sampler="edm_sde", grid="linear", seed=np.uint32(5), options=options, **fields).about
+    assert (about["count"], about["steps"], about["guidance"], about["seed"]) == (2, 3, 1.5, 5)
+    assert about["grid"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"guidance": float("nan")}, "guidance = nan: must be a finite number"),
+        ({"options": {"eta": float("inf")}}, "options = {'eta': inf}: must be a finite number"),
+        ({"count": np.array([1, 2])}, "count = array"),
+        ({"stream": True}, "call `stream`"),
+        ({"idempotency_key": "a"}, "as `key`"),
+    ],
+)
+def test_what_can_not_be_asked_is_told_before_it_is_sent(fields: dict[str, Any], told: str) -> None:
+    client = Client("http://127.0.0.1:9")
+    for call in (client.sample, client.sample_json):
+        with pytest.raises(UserError, match=r"(?s)^[^\n]*$") as refused:
+            call(**fields)
+        assert told in str(refused.value)
+
+
+def test_an_unknown_host_and_a_url_that_is_none_are_told_at_once() -> None:
+    for url in ("http://no-such-host.invalid:8000", "nonsense://127.0.0.1:1", "http://:0:x"):
+        started = time.monotonic()
+        with pytest.raises(UserError, match="check the url"):
+            Client(url).sample()
+        assert time.monotonic() - started < 5
+
+
+def test_a_service_that_is_not_up_yet_is_asked_again(url: str) -> None:
+    with pytest.raises(StorageError, match="2 tries"):
+        Client("http://127.0.0.1:9", tries=2).sample()
+    with pytest.raises(Declined, match="did you mean 'heun'"):
+        Client(url).sample(sampler="huen")
+
+
+def test_https_to_a_service_without_tls_is_told_at_once(url: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match="plain http"):
+        Client(url.replace("http:", "https:")).sample()
+    assert time.monotonic() - started < 5

@@ -1,0 +1,443 @@
+"""The page in a real headless Chromium: what it shows, says and sends, on a phone and on a desktop."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scoreray.sampling.samplers.by_name import SAMPLERS
+from scoreray.sampling.samplers.options import options_of
+from scoreray.sampling.service.access import hash_of
+from scoreray.sampling.service.config import Limits, ServeConfig
+
+PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
+pytestmark = pytest.mark.skipif(
+    None in PROGRAMS, reason="no chromium and chromedriver here (apt-get install chromium chromium-driver)"
+)
+
+PHONE, DESKTOP = (390, 844), (1280, 800)
+WIDTHS = (320, 390, 820, 1280)
+LONG = "a-word-that-does-not-break-" * 6
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's name for an element's id
+SECRET = "a-secret-of-thirty-characters!"
+
+
+class Browser:
+    """A Chromium by the WebDriver protocol: as much of it as these tests need."""
+
+    def __init__(self, port: int, dark: bool = False) -> None:
+        self._url = f"http://127.0.0.1:{port}/session"
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+        options = {"args": arguments + (["--force-dark-mode"] if dark else [])}
+        wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
+        self._url += "/" + self._ask("", {"capabilities": wanted})["sessionId"]
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def size(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 800}
+        self.cdp("Emulation.setDeviceMetricsOverride", **metrics)
+
+    def cdp(self, command: str, **parameters: Any) -> Any:
+        return self._ask("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def open(self, url: str) -> None:
+        self._ask("/url", {"url": url})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self._ask("/execute/sync", {"script": script, "args": list(arguments)})
+
+    def element(self, selector: str) -> str:
+        return self._ask("/element", {"using": "css selector", "value": selector})[ELEMENT]
+
+    def click(self, selector: str) -> None:
+        self._ask(f"/element/{self.element(selector)}/click", {})
+
+    def type(self, selector: str, text: str) -> None:
+        element = self.element(selector)
+        self._ask(f"/element/{element}/clear", {})
+        self._ask(f"/element/{element}/value", {"text": text})
+
+    def text(self, selector: str) -> str:
+        return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def until(self, script: str, within_s: float = 20.0) -> Any:
+        deadline = time.monotonic() + within_s
+        while not (found := self.run(f"return {script}")):
+            assert time.monotonic() < deadline, f"{script} stays false: {self.text('main')}"
+            time.sleep(0.05)
+        return found
+
+    def errors(self) -> list[str]:
+        log = self._ask("/se/log", {"type": "browser"})
+        return [line["message"] for line in log if line["level"] == "SEVERE" and "status of" not in line["message"]]
+
+    def picture(self, file: Path) -> None:
+        height = self.run("return document.documentElement.scrollHeight")
+        width = self.run("return innerWidth")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        shot = self.cdp("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        file.write_bytes(base64.b64decode(shot["data"]))
+
+    def close(self) -> None:
+        self._ask("", method="DELETE")
+
+
+@pytest.fixture(scope="module")
+def driver_port() -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([str(PROGRAMS[1]), f"--port={port}"], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def browser(driver_port: int) -> Iterator[Browser]:
+    browser = Browser(driver_port)
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return os.environ.get("SCORERAY_PAGE_MODEL") or new_run(str(tmp_path_factory.mktemp("runs") / "small"))
+
+
+@pytest.fixture(scope="module")
+def long_names_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    classes = [LONG + "0", "many words " * 20, "1"]
+    return new_run(str(tmp_path_factory.mktemp("runs") / "long"), shape=(3, 16, 16), classes=classes)
+
+
+def config(url: str, **settings: Any) -> ServeConfig:
+    return ServeConfig((("small", url),), precision="fp32", compile="off", **settings)
+
+
+def keep(browser: Browser, name: str) -> None:
+    """A picture of the whole page, where a person asked for them."""
+    if folder := os.environ.get("SCORERAY_SCREENSHOTS"):
+        browser.picture(Path(folder, f"{name}.png"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
+def test_samples_form_on_the_page(
+    browser: Browser, run_url: str, served: Any, name: str, size: tuple[int, int]
+) -> None:
+    browser.size(*size)
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        assert "No samples yet" in browser.text("#view")
+        assert browser.run("return document.querySelectorAll('#sampler option').length") > 10
+        keep(browser, f"{name}-empty")
+        browser.type("#count", "6")
+        browser.type("#steps", "24")
+        browser.type("#seed", "5")
+        curl = browser.text("#curl")
+        assert '"count":6' in curl
+        assert '"seed":5' in curl
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#strip li').length >= 2")
+        keep(browser, f"{name}-drawing")
+        browser.until("document.querySelectorAll('#samples img').length === 6")
+        assert "6 samples in" in browser.text("#status")
+        assert browser.text("#draw") == "Draw"
+        shown = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalWidth > 0)")
+        assert all(shown)
+        strip = browser.run("return document.querySelectorAll('#strip li').length")
+        assert strip >= 4
+        keep(browser, f"{name}-samples")
+        browser.click("#strip li:first-child button")
+        browser.until("document.querySelector('#view img.sheet')")
+        wide = browser.run("return [document.documentElement.scrollWidth, innerWidth]")
+        assert wide[0] <= wide[1], "nothing is wider than the screen"
+        outside = browser.run(
+            "return performance.getEntriesByType('resource').map(r => r.name)"
+            ".filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'))"
+        )
+        assert outside == []
+        unnamed = browser.run(
+            "return [...document.querySelectorAll('input, select')].filter(e => !e.labels.length).map(e => e.id)"
+        )
+        assert unnamed == []
+        assert browser.errors() == []
+
+
+@pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
+def test_many_samples_are_large_enough_to_see(
+    browser: Browser, run_url: str, served: Any, name: str, size: tuple[int, int]
+) -> None:
+    browser.size(*size)
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.type("#count", "256")
+        browser.type("#steps", "8")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 256", 60)
+        sizes = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.clientWidth)")
+        assert min(sizes) >= 64, min(sizes)
+        seen = browser.run(
+            "return [...document.querySelectorAll('#strip li')].map(e => e.getBoundingClientRect())"
+            ".every(r => r.left >= 0 && r.right <= innerWidth)"
+        )
+        assert seen, "the strip from noise to image is seen as a whole"
+        keep(browser, f"{name}-many")
+
+
+def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        for field, wrong, right in (("count", "999", "3"), ("steps", "1.5", "4"), ("seed", "-1", "5")):
+            browser.type(f"#{field}", wrong)
+            told = browser.text("#curl")
+            assert "curl" not in told
+            assert told.startswith({"count": "Samples: ", "steps": "Steps: ", "seed": "Seed: "}[field])
+            assert browser.run("return document.querySelector('#copy').disabled")
+            browser.type(f"#{field}", right)
+            assert f'"{field}":{right}' in browser.text("#curl")
+            assert not browser.run("return document.querySelector('#copy').disabled")
+
+
+def test_the_curl_line_draws_the_same_samples(browser: Browser, run_url: str, tmp_path: Path, served: Any) -> None:
+    with served(config(run_url)) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.type("#count", "2")
+        browser.run("document.querySelector('#class').selectedIndex = 2")
+        browser.type("#guidance", "1.5")
+        answers = []
+        for name in ("a", "b"):
+            command = browser.run("showCurl(); return document.querySelector('#curl').textContent")
+            subprocess.run(["sh", "-c", command + f" -s -o {name}.png"], cwd=tmp_path, check=True)
+            answers.append((tmp_path / "samples.png").read_bytes())
+        assert answers[0] == answers[1]
+        assert answers[0].startswith(b"\x89PNG")
+        assert '"class_label":1' in command
+        assert '"guidance":1.5' in command
+
+
+def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_url: str, served: Any) -> None:
+    settings = config(run_url, tokens=(("me", hash_of(SECRET)),))
+    with served(settings) as (url, _):
+        browser.open(url)
+        browser.until("!document.querySelector('#token-form').hidden")
+        keep(browser, "token")
+        focused = browser.run("return document.activeElement.id")
+        assert focused == "token"
+        browser.type("#token", "wrong-wrong-wrong-wrong\ue007")
+        browser.until("document.querySelector('#notice').innerText.includes('not accepted')")
+        browser.type("#token", SECRET + "\ue007")  # Enter
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.type("#count", "1\ue007")
+        browser.until("document.querySelectorAll('#samples img').length === 1")
+        assert SECRET not in browser.run("return document.documentElement.outerHTML")
+
+
+def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000))) as (url, service):
+        browser.open(url)
+        browser.until("!document.querySelector('#draw').disabled")
+        browser.run("document.querySelector('#count').max = 99")
+        browser.type("#count", "9")
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.error')?.innerText.includes('at most 8')")
+        keep(browser, "error")
+        service.draining = True
+        browser.type("#count", "8")
+        browser.type("#steps", "1000")
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.busy')?.innerText.includes('Trying again in')")
+        keep(browser, "busy")
+        service.draining = False
+        browser.click("#notice button")
+        browser.until("document.querySelectorAll('#strip li').length >= 1")
+        browser.click("#draw")
+        browser.until("document.querySelector('#status').innerText === 'Stopped.'")
+        deadline = time.monotonic() + 10
+        while service.under_way():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def choose(browser: Browser, field: str, value: str) -> None:
+    browser.run(
+        "const field = document.querySelector(arguments[0]); field.value = arguments[1];"
+        "for (const name of ['change', 'input']) field.dispatchEvent(new Event(name, {bubbles: true}))",
+        field,
+        value,
+    )
+
+
+def captions(browser: Browser) -> list[str]:
+    return browser.run("return [...document.querySelectorAll('#samples figcaption')].map(e => e.textContent)")
+
+
+def open_page(browser: Browser, url: str) -> None:
+    browser.open(url)
+    browser.until("!document.querySelector('#draw').disabled")
+
+
+def assert_all_in_sight(browser: Browser, what: str) -> None:
+    """At every width nothing makes the page scroll sideways, and no picture, field or word is cut by its box."""
+    for width in WIDTHS:
+        browser.size(width, 800)
+        found = browser.run(
+            "return [document.documentElement.scrollWidth, innerWidth, [...document.querySelectorAll("
+            "'header *, main *')].filter(e => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 0.5)"
+            ".map(e => e.outerHTML.slice(0, 80))]"
+        )
+        assert found[0] <= found[1] == width, f"{what} at {width}: {found[2][:4]}"
+        assert found[2] == [], f"{what} at {width}"
+        view = browser.run(
+            "const box = document.querySelector('#view').getBoundingClientRect(); return [...document.querySelectorAll("
+            "'#view img, #view canvas, #view p')].map(e => e.getBoundingClientRect())"
+            ".every(r => r.left >= box.left && r.right <= box.right)"
+        )
+        assert view, f"{what} at {width}: the sheet is cut"
+        keep(browser, f"{what}-{width}")
+
+
+def test_nothing_is_wider_than_the_screen_with_long_names_and_many_samples(
+    browser: Browser, long_names_url: str, run_url: str, served: Any
+) -> None:
+    settings = replace(config(run_url), models=((f"model-{LONG}", long_names_url), ("small", run_url)))
+    with served(settings) as (url, _):
+        open_page(browser, url)
+        browser.run("document.querySelector('#options-box').open = true")
+        assert_all_in_sight(browser, "empty")
+        for count in (3, 70):
+            browser.type("#count", str(count))
+            browser.type("#steps", "16")
+            browser.click("#draw")
+            browser.until(f"document.querySelectorAll('#samples img').length === {count}", 60)
+            assert captions(browser)[:3] == [LONG + "0", "many words " * 20, "1"]
+            assert_all_in_sight(browser, f"{count}-samples")
+        browser.click("#strip li:first-child button")
+        browser.until("document.querySelector('#view img.sheet')")
+        assert_all_in_sight(browser, "sheet")
+        browser.run("notice('error', arguments[0], ['Try again', () => {}])", LONG * 4)
+        assert_all_in_sight(browser, "notice")
+        assert browser.errors() == []
+
+
+def test_another_model_chosen_meanwhile_leaves_the_pictures_their_names(
+    browser: Browser, long_names_url: str, run_url: str, served: Any
+) -> None:
+    settings = replace(config(run_url), models=(("small", run_url), ("long", long_names_url)))
+    with served(settings) as (url, _):
+        open_page(browser, url)
+        browser.type("#count", "3")
+        browser.type("#steps", "300")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#strip li').length >= 1")
+        choose(browser, "#model", "long")
+        assert browser.run("return document.querySelector('#samples') === null"), "it is drawn while the model changes"
+        browser.until("document.querySelectorAll('#samples img').length === 3", 60)
+        own = ["class-0", "class-1", "class-2"]
+        assert captions(browser) == own
+        assert browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalHeight)") == [8] * 3
+        browser.click("#strip li:first-child button")
+        browser.until("document.querySelector('#view img.sheet')")
+        browser.click("#strip li:last-child button")
+        browser.until("document.querySelector('#samples')")
+        assert captions(browser) == own
+        assert '"model":"long"' in browser.text("#curl")
+        assert LONG + "0" in browser.run("return document.querySelector('#class').innerText")
+
+
+def test_what_is_refused_or_stopped_leaves_the_earlier_pictures(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url, limits=Limits(max_count=8, token_requests=1))) as (url, service):
+        open_page(browser, url)
+        browser.type("#count", "4")
+        browser.type("#steps", "9")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 4")
+        before = browser.run("return document.querySelector('#view').innerHTML")
+        strip = browser.run("return document.querySelectorAll('#strip li').length")
+        pictures = f"document.querySelector('#view').innerHTML === {json.dumps(before)}"
+        browser.run("document.querySelector('#count').max = 99")
+        browser.type("#count", "9")
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.error')?.innerText.includes('at most 8')")
+        assert browser.run(f"return {pictures}")
+        browser.type("#count", "8")
+        service.draining = True
+        browser.click("#draw")
+        browser.until("document.querySelector('#notice.busy')?.innerText.includes('Trying again in')")
+        assert browser.run(f"return {pictures}")
+        assert browser.run("return document.querySelectorAll('#strip li').length") == strip
+        assert browser.run("return getComputedStyle(document.querySelector('#view')).opacity") == "1"
+        service.draining = False
+        browser.click("#notice button")
+        browser.until("document.querySelectorAll('#samples img').length === 8")
+        assert browser.errors() == []
+
+
+def test_it_starts_with_what_the_limits_allow_and_offers_no_class(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url, limits=Limits(max_count=8, max_steps=10))) as (url, _):
+        open_page(browser, url)
+        curl = browser.text("#curl")
+        assert '"count":8' in curl
+        assert '"steps":10' in curl
+        names = browser.run("return [...document.querySelector('#class').options].map(o => o.text)")
+        assert names == ["each in turn", "class-0", "class-1", "class-2", "no class"]
+        choose(browser, "#class", "-1")
+        assert '"class_label":-1' in browser.text("#curl")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 8")
+        assert captions(browser) == []
+        choose(browser, "#grid", "geometric")
+        assert '"grid":"geometric"' in browser.text("#curl")
+
+
+def test_only_options_that_a_person_can_give_are_offered(browser: Browser, run_url: str, served: Any) -> None:
+    with served(config(run_url)) as (url, _):
+        open_page(browser, url)
+        for sampler, function in SAMPLERS.items():
+            choose(browser, "#sampler", sampler)
+            fields = browser.run(
+                "return [...document.querySelectorAll('#options .option')].map(e => [e.name, e.tagName, "
+                "[...(e.options ?? [])].map(o => o.value)])"
+            )
+            plain = {name: one for name, one in options_of(function).items() if one.kind in (bool, int, float, str)}
+            assert [name for name, *_ in fields] == list(plain), sampler
+            for name, tag, choices in fields:
+                assert (tag == "SELECT") == (plain[name].kind in (bool, str)), (sampler, name)
+                assert set(plain[name].choices) <= set(choices)
+        choose(browser, "#sampler", "edm_sde")
+        browser.run("document.querySelector('#options-box').open = true")
+        choose(browser, "#option-s_churn", "3")
+        assert '"options":{"s_churn":3}' in browser.text("#curl")

@@ -1,0 +1,140 @@
+"""Ranks killed at random points, and world sizes that change, without Ray: bitwise the same, and each sample once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.packing.pack import pack
+from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import read_metrics, run_store
+
+BATCH, TOTAL, EVERY, SAMPLES = 48, 4800, 480, 600
+Plan = list[tuple[int, int | None]]
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    images = np.random.default_rng(0).integers(0, 256, (SAMPLES, 8, 8), dtype=np.uint8)
+    np.savez(folder / "p.npz", images=images, labels=np.arange(SAMPLES) % 3)
+    pack(str(folder / "p.npz"), str(folder / "packed"), samples_per_shard=50)
+    return str(folder / "packed")
+
+
+def run_plan(
+    folder: Path, data_url: str, plan: Plan, stage: int, dropout: float, ahead: int | None = None
+) -> list[dict[str, Any]]:
+    """Start after start as `plan` says; what each start was and where it began."""
+    folder.mkdir()
+    settings = {
+        "run": {"name": "run", "storage": str(folder)},
+        "data": {"url": data_url, "global_batch_size": BATCH},
+        "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": dropout},
+        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "scaling": {"workers": [1, 4]},
+        "duration": {"images": TOTAL},
+        "checkpoint": {"every_images": EVERY, "ahead_images": ahead},
+        "log": {"every_images": 240, "tensorboard": False},
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    helper = Path(__file__).with_name("kill_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(helper), str(folder), json.dumps(plan)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+    run = run_store(load_config(json.loads((folder / "settings.json").read_text())))
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    assert checkpoint.images_seen == TOTAL
+    keys = ("master", *checkpoint.marker.state_keys)
+    state = {f"{key}/{name}": tensor for key in keys for name, tensor in checkpoint.full_state(key).items()}
+    return state, [(record["images"], record["loss"]) for record in read_metrics(run)]
+
+
+def ledger(folder: Path, start: int, rank: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """For each step: images committed when it began (as rank 0 knows it), and its positions with their samples."""
+    lines = (folder / "ledger" / f"{start}-{rank}").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("]]]")]  # not one that a kill has cut
+
+
+def assert_exactly_once(folder: Path, starts: list[dict[str, Any]]) -> None:
+    """What counts of each start is what was committed before the next began; together that is every position once,
+    and every sample once an epoch."""
+    ends = [start["from"] for start in starts[1:]] + [TOTAL]
+    counted: Counter[int] = Counter()
+    sample_of: dict[int, int] = {}
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for rank in range(start["world"]):
+            for _, pairs in ledger(folder, number, rank):
+                for position, index in pairs:
+                    if start["from"] <= position < end:
+                        counted[position] += 1
+                    assert sample_of.setdefault(position, index) == index  # also in what was redone
+    assert counted == Counter(range(TOTAL))
+    for epoch in range(TOTAL // SAMPLES):
+        assert sorted(sample_of[epoch * SAMPLES + i] for i in range(SAMPLES)) == list(range(SAMPLES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_kills", "ahead"), [(10, 0), (5, None)])
+def test_kills_change_nothing(data_url: str, tmp_path: Path, num_kills: int, ahead: int | None) -> None:
+    """SIGKILL to one of two ranks at random points (ZeRO-2): every loss and every tensor bitwise as without.
+
+    Redone is what was trained since the newest commit: one interval at most where training waits for each commit.
+    Else also what was trained while the next commit travelled; the save after it waits for that one, so two intervals
+    bound the sum whatever the storage does.
+    """
+    choose = random.Random(1)
+    kills: Plan = [(2, choose.randint(1, 18)) for _ in range(num_kills)]
+    run_plan(tmp_path / "whole", data_url, [(2, None)], 2, dropout=0.1)
+    starts = run_plan(tmp_path / "killed", data_url, [*kills, (2, None)], 2, dropout=0.1, ahead=ahead)
+    state, losses = outcome(tmp_path / "whole")
+    other_state, other_losses = outcome(tmp_path / "killed")
+    assert other_losses == losses
+    assert other_state.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(other_state[name], tensor), name
+    assert_exactly_once(tmp_path / "killed", starts)
+    for number, (start, after) in enumerate(itertools.pairwise(starts)):
+        steps = ledger(tmp_path / "killed", number, 0)
+        reached, committed = start["from"] + BATCH * len(steps), steps[-1][0]
+        assert after["from"] >= committed  # a commit that was made is found
+        saved = (reached - BATCH) // EVERY * EVERY  # begun before the step that was killed
+        under_way = 0 if committed == saved else reached - saved
+        assert reached - after["from"] <= EVERY + under_way <= 2 * EVERY
+        assert ahead is None or reached - after["from"] <= EVERY
+
+
+@pytest.mark.slow
+def test_four_then_two_then_three_workers_see_each_sample_once(data_url: str, tmp_path: Path) -> None:
+    """The losses agree with those of a fixed size to the rounding of the reduction."""
+    run_plan(tmp_path / "fixed", data_url, [(1, None)], 0, dropout=0)
+    starts = run_plan(tmp_path / "elastic", data_url, [(4, 25), (2, 20), (3, 22), (2, None)], 0, dropout=0)
+    assert [start["world"] for start in starts] == [4, 2, 3, 2]
+    assert starts[1]["from"] < starts[2]["from"] < starts[3]["from"]
+    assert_exactly_once(tmp_path / "elastic", starts)
+    fixed, elastic = outcome(tmp_path / "fixed")[1], outcome(tmp_path / "elastic")[1]
+    assert [images for images, _ in elastic] == [images for images, _ in fixed]
+    for (_, one), (_, other) in zip(fixed, elastic, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)

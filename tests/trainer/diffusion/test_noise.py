@@ -1,0 +1,128 @@
+"""Noise is a pure function of (seed, stream, position, element), and its law is the one it claims."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from scoreray.trainer.diffusion import noise
+
+POSITIONS = torch.arange(512)
+DRAWS = {"uniform": noise.uniform, "normal": noise.normal, "rademacher": noise.rademacher}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 5, 7), (784,)])
+def test_a_value_does_not_depend_on_how_positions_are_batched(draw, shape):
+    whole = draw(7, POSITIONS, shape)
+    assert whole.shape == (512, *shape)
+    for size in (1, 3, 64, 511):
+        parts = torch.cat([draw(7, part, shape) for part in POSITIONS.split(size)])
+        assert torch.equal(parts, whole)
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(7, POSITIONS[order], shape), whole[order])
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_an_element_depends_on_its_index_and_not_on_the_shape(draw):
+    assert torch.equal(draw(7, POSITIONS, (100,))[:, :31], draw(7, POSITIONS, (31,)))
+    assert torch.equal(draw(7, POSITIONS, (2, 3)).flatten(1), draw(7, POSITIONS, (6,)))
+
+
+@pytest.mark.parametrize("draw", [noise.uniform, noise.normal])
+def test_float32_is_float64_rounded(draw):
+    single, double = draw(1, POSITIONS, (64,)), draw(1, POSITIONS, (64,), dtype=torch.float64)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert (single - double).abs().max() < 2e-6
+    assert draw(1, POSITIONS, (64,), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("draw", "law"), [(noise.uniform, stats.uniform), (noise.normal, stats.norm)])
+def test_the_law_passes_kolmogorov_smirnov_over_elements_and_over_positions(draw, law, dtype):
+    over_elements = draw(3, torch.tensor([10**12]), (200_000,), dtype=dtype).flatten()
+    over_positions = draw(3, torch.arange(200_000), (), dtype=dtype)
+    for values in (over_elements, over_positions):
+        assert stats.kstest(values.double().numpy(), law.cdf).pvalue > 1e-3
+
+
+def test_normal_has_the_moments_and_the_tails_of_a_normal():
+    count = 4_000_000
+    values = noise.normal(5, torch.arange(4000), (1000,), dtype=torch.float64).flatten()
+    # Standard errors of the first four moments of a standard normal: 1, sqrt 2, sqrt 15, sqrt 96 over sqrt n.
+    for power, (moment, deviation) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
+        assert abs((values**power).mean() - moment) < 4.5 * math.sqrt(deviation / count)
+    for edge in (3.0, 4.0):
+        expected = count * 2 * stats.norm.sf(edge)
+        assert abs((values.abs() > edge).sum() - expected) < 4.5 * math.sqrt(expected)
+    assert 4.7 < values.abs().max() < 6.8
+
+
+def test_seeds_streams_positions_and_elements_are_independent():
+    base = noise.normal(0, POSITIONS, (400,), dtype=torch.float64)
+    others = {
+        "seed": noise.normal(1, POSITIONS, (400,), dtype=torch.float64),
+        "stream": noise.normal(0, POSITIONS, (400,), stream=1, dtype=torch.float64),
+        "position": noise.normal(0, POSITIONS + 1, (400,), dtype=torch.float64),
+        "element": base.roll(1, dims=1),
+        "pair": base.reshape(512, 200, 2).flip(-1).reshape(512, 400),
+    }
+    bound = 4.5 / math.sqrt(base.numel())
+    for name, other in others.items():
+        assert abs((base * other).mean()) < bound, name
+        assert abs(((base**2 - 1) * (other**2 - 1)).mean() / 2) < bound, f"{name}, squares"
+
+
+def test_uniform_never_reaches_its_ends():
+    values = noise.uniform(0, torch.arange(2000), (2000,))
+    assert values.min() > 0
+    assert values.max() < 1
+    # The extremes that 23 bits can make stay inside too.
+    assert torch.tensor([0, 2**23 - 1]).float().add(0.5).mul(2.0**-23).tolist() == [2.0**-24, 1 - 2.0**-24]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_extreme_hashes_give_the_ends_of_the_tails_and_nothing_infinite(dtype):
+    extremes = torch.tensor([0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32)])
+    radius = noise._box_muller(extremes, dtype).square().sum(-1).sqrt()
+    assert radius.isfinite().all()
+    assert float(radius.max()) == pytest.approx(math.sqrt(66 * math.log(2)))  # u = 2^-33
+    assert float(radius.min()) < 1e-4
+
+
+def test_negative_and_huge_seeds_and_positions_are_accepted():
+    positions = torch.tensor([0, 2**62, -1])
+    values = [noise.normal(seed, positions, (8,)) for seed in (0, -1, 2**63 + 5, 2**70)]
+    assert all(value.isfinite().all() for value in values)
+    assert not torch.equal(values[0], values[1])
+
+
+def test_noise_compiles_into_one_graph():
+    compiled = torch.compile(lambda p: noise.normal(3, p, (2, 5)), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(POSITIONS), noise.normal(3, POSITIONS, (2, 5)))
+
+
+def test_a_chains_draws_are_its_own_each_a_new_one_and_in_the_dtype_asked_for():
+    whole, alone = noise.ChainNoise(3, torch.arange(50, 60)), noise.ChainNoise(3, torch.tensor([57]))
+    draws = []
+    for source in (whole, alone):
+        draws.append([source.uniform((1000,), torch.float64), source.normal((1000,), torch.float64)])
+        draws[-1].append(source.uniform((1000,), torch.float64))
+    for many, one in zip(*draws, strict=True):
+        assert torch.equal(many[7:8], one)
+    assert (draws[0][0] != draws[0][2]).all()
+    other = noise.ChainNoise(4, torch.tensor([57])).uniform((1000,), torch.float64)
+    for again in (draws[0][2][7], other[0]):
+        assert torch.corrcoef(torch.stack([draws[1][0][0], again]))[0, 1].abs() < 5 / 1000**0.5
+    training = noise.uniform(3, torch.tensor([57]), (1000,), stream=noise.STREAM_CHAIN, dtype=torch.float64)
+    assert (training != draws[1][0]).all()
+
+
+def test_draws_made_at_once_are_the_draws_one_by_one_and_numpys_hash_is_torchs():
+    at_once = noise.normals(7, POSITIONS, (3, 5), streams=range(40, 44))
+    assert torch.equal(at_once, torch.stack([noise.normal(7, POSITIONS, (3, 5), stream=s) for s in range(40, 44)]))
+    z = torch.cat([POSITIONS * 0x5DEECE66D123, torch.tensor([-1, -(2**63), 2**63 - 1, 0])])
+    assert torch.equal(torch.from_numpy(noise._mix_unsigned(z.numpy().view("u8").copy()).view("i8")), noise._mix(z))

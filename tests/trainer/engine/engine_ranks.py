@@ -1,0 +1,131 @@
+"""One rank of a small sharded training, a process of test_engine.py: `engine_ranks.py RANK WORLD FOLDER PORT`.
+
+For every case it trains a few steps, saves a checkpoint into FOLDER, and restores what another case saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": sys.argv[1]}
+
+import torch
+import torch.distributed as dist
+
+from scoreray.data.storage.store import open_store
+from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.writer import CheckpointWriter
+from scoreray.trainer.config import load_config
+from scoreray.trainer.engine.engine import build_engine
+from scoreray.trainer.monitoring.stopping import NonFiniteError
+
+RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+BATCH, STEPS = 24, 4
+
+
+def config(stage: int, precision: str = "fp32", micro: int | None = None, offload: str = "none"):
+    return load_config(
+        {
+            "run": {"name": "x", "storage": str(FOLDER)},
+            "data": {"url": "nowhere", "global_batch_size": BATCH},
+            "duration": {"images": BATCH * STEPS},
+            "optimizer": {"learning_rate": 0.01, "gradient_clip": 0.25, "weight_decay": 0.01},
+            "ema": {"half_life_images": 60},
+            "engine": {"zero_stage": stage, "precision": precision, "micro_batch_size": micro, "offload": offload},
+            "scaling": {"workers": WORLD},
+        }
+    )
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(7, 31), torch.nn.SiLU(), torch.nn.Linear(31, 29), torch.nn.SiLU(), torch.nn.Linear(29, 3)]
+    module = torch.nn.Sequential(*layers)
+    module.register_buffer("frequencies", torch.randn(5))
+    return module
+
+
+def train(case, first: int = 0, steps: int = STEPS, engine=None, poison: bool = False):
+    module = network()
+    engine = engine or build_engine(module, case, world_size=WORLD, device=torch.device("cpu"))
+    norms = []
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(BATCH, 7, generator=generator), torch.randn(BATCH, 3, generator=generator)
+        rows = slice(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+        x, y = x[rows], y[rows]
+        if poison and RANK == WORLD - 1:
+            x[0] = float("nan")
+        for xs, ys in zip(x.chunk(engine.num_micro_batches), y.chunk(engine.num_micro_batches), strict=True):
+            out = engine.module(xs.to(next(engine.module.parameters()).dtype))
+            engine.backward((out.float() - ys).square().mean())
+        norms.append(engine.step(0.01, case.ema.decays(step + 1, BATCH)))
+    return engine, module, norms
+
+
+def save(engine, module, where: Path) -> None:
+    writer = CheckpointWriter(open_store(where), attempt="a", rank=RANK, world_size=WORLD, keep=1)
+    fragments = list(engine.fragments()) if RANK == 0 or not engine.replicated else []
+    shapes = {name: list(p.shape) for name, p in network().named_parameters()}
+    about = {"config": {}, "shapes": shapes, "state_keys": list(engine.optimizer.state_keys)}
+    writer.save(BATCH * STEPS, STEPS, fragments, module, about)
+    writer.wait()
+    writer.close()
+    if WORLD > 1:
+        dist.barrier()
+
+
+CASES = {
+    "flat": config(0),
+    "flat-micro": config(0, micro=4),
+    "zero1": config(1),
+    "zero2": config(2),
+    "zero2-micro": config(2, micro=4),
+    "zero3": config(3),
+    "zero2-offload": config(2, offload="optimizer"),
+    "flat-bf16": config(0, "bf16"),
+    "zero1-bf16": config(1, "bf16"),
+    "zero2-bf16": config(2, "bf16"),
+    "zero3-bf16": config(3, "bf16"),
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if WORLD > 1:
+        port = sys.argv[4]
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=RANK, world_size=WORLD)
+    facts = {}
+    names = CASES if WORLD == 2 else ["flat"]
+    for name in names:
+        engine, module, norms = train(CASES[name])
+        save(engine, module, FOLDER / f"{name}-{WORLD}")
+        facts[name] = {"norms": norms}
+        try:
+            train(CASES[name], first=STEPS, steps=1, engine=engine, poison=True)
+        except NonFiniteError:
+            facts[name]["refused"] = True
+        save(engine, module, FOLDER / f"{name}-{WORLD}-after-refusal")
+        facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
+    # A checkpoint of any case continues in any other: same masters, moments and averages, then the same next step.
+    for source in ("flat-1", "zero3-2") if WORLD == 2 else ():
+        for name in ("flat", "zero1", "zero2", "zero3"):
+            module = network()
+            engine = build_engine(module, CASES[name], world_size=WORLD, device=torch.device("cpu"))
+            checkpoint = latest(open_store(FOLDER / source))
+            checkpoint.restore(engine.fragments(), module)
+            engine.publish(checkpoint.num_steps)
+            save(engine, module, FOLDER / f"{source}-in-{name}")
+            _, _, norms = train(CASES[name], first=STEPS, steps=1, engine=engine)
+            facts[f"{source}-in-{name}"] = {"norms": norms}
+    if RANK == 0:
+        (FOLDER / f"facts-{WORLD}.json").write_text(json.dumps(facts))
+    if WORLD > 1:
+        dist.barrier()
+
+
+main()
+os._exit(0)  # not through the interpreter's end: gloo's and DeepSpeed's threads abort it now and then

@@ -1,0 +1,108 @@
+"""Every ZeRO stage trains what one process trains, and any checkpoint continues under any stage and world size."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scoreray.data.storage.store import open_store
+from scoreray.trainer.checkpoints.checkpoint import latest
+
+RANKS = Path(__file__).with_name("engine_ranks.py")
+KEYS = ("master", "exp_avg", "exp_avg_sq", "ema_0.050", "ema_0.100", "ema_half-life")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of checkpoints by world sizes 1 and 2."""
+    folder = tmp_path_factory.mktemp("engine")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for world in (1, 2):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(RANKS), str(rank), str(world), str(folder), str(port)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+        finally:
+            for rank in ranks:  # one that hangs would be another test's surprise
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(output[-3000:] for output in outputs)
+    return folder
+
+
+def facts(folder: Path, world: int) -> dict:
+    return json.loads((folder / f"facts-{world}.json").read_text())
+
+
+def state(folder: Path, name: str, key: str) -> dict[str, torch.Tensor]:
+    checkpoint = latest(open_store(folder / name))
+    assert checkpoint is not None
+    return checkpoint.full_state(key)
+
+
+@pytest.mark.parametrize("name", ["flat", "flat-micro", "zero1", "zero2", "zero2-micro", "zero3", "zero2-offload"])
+@pytest.mark.parametrize("key", KEYS)
+def test_sharded_state_is_that_of_one_process(trained: Path, name: str, key: str) -> None:
+    """Masters, moments and every average, on two ranks, to the rounding of the gradient's reduction."""
+    reference = state(trained, "flat-1", key)
+    sharded = state(trained, f"{name}-2", key)
+    assert sharded.keys() == reference.keys()
+    for parameter, values in reference.items():
+        torch.testing.assert_close(sharded[parameter], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16", "zero2-bf16", "zero3-bf16"])
+def test_bf16_weights_train_fp32_masters(trained: Path, name: str) -> None:
+    reference, masters = state(trained, "flat-1", "master"), state(trained, f"{name}-2", "master")
+    for parameter, values in reference.items():
+        assert masters[parameter].dtype == torch.float32
+        difference = (masters[parameter] - values).abs()
+        assert difference.max() <= 0.08  # 4 steps of Adam at rate 0.01, at worst in opposite directions
+        assert difference.mean() < 0.002
+    assert any((values.bfloat16().float() != values).any() for values in masters.values())
+
+
+@pytest.mark.parametrize("name", ["flat", "zero1", "zero2", "zero3", "zero2-offload", "flat-bf16", "zero2-bf16"])
+def test_a_non_finite_gradient_stops_before_the_step(trained: Path, name: str) -> None:
+    """One NaN on one rank: every rank refuses, and masters, moments and averages are bitwise what they were."""
+    assert facts(trained, 2)[name]["refused"]
+    for key in KEYS:
+        before, after = state(trained, f"{name}-2", key), state(trained, f"{name}-2-after-refusal", key)
+        assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)
+
+
+@pytest.mark.parametrize("name", ["flat", "flat-micro", "zero1", "zero2", "zero2-micro", "zero3", "zero2-offload"])
+def test_a_refused_step_leaves_nothing_for_the_next(trained: Path, name: str) -> None:
+    """The step after it has the gradient that it has where nothing was refused: none of the NaNs stayed in a buffer."""
+    two = facts(trained, 2)
+    assert two[name]["next norm"] == pytest.approx(two["flat-1-in-flat"]["norms"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("source", ["flat-1", "zero3-2"])
+@pytest.mark.parametrize("name", ["flat", "zero1", "zero2", "zero3"])
+def test_resharding_is_bitwise(trained: Path, source: str, name: str) -> None:
+    for key in KEYS:
+        before, after = state(trained, source, key), state(trained, f"{source}-in-{name}", key)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)
+
+
+def test_the_step_after_resharding_is_the_same_step(trained: Path) -> None:
+    two = facts(trained, 2)
+    norms = [two[f"{source}-in-{name}"]["norms"][0] for source in ("flat-1", "zero3-2") for name in ("flat", "zero3")]
+    assert max(norms) - min(norms) < 1e-5 * norms[0]
+    assert two["flat"]["norms"] == pytest.approx(facts(trained, 1)["flat"]["norms"], rel=1e-5)

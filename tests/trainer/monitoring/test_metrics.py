@@ -1,0 +1,134 @@
+"""What a run measures: one catalogue, TensorBoard files that a resumed run does not repeat, and its FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scoreray.trainer.checkpoints.checkpoint import MARKER, latest
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.loop import Progress, read_metrics, run_store, train
+from scoreray.trainer.monitoring.metrics import CATALOGUE, SIGMA_EDGES, TENSORBOARD, sigma_labels, values
+from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.networks.dit import DiTConfig
+from scoreray.trainer.networks.flops import matmul_rate, training_flops
+from scoreray.trainer.networks.network import build_network, flops
+
+Settings = Callable[..., dict[str, Any]]
+MONITORS = {
+    f"scoreray_{name}"
+    for name in ("last_commit_time_s", "last_commit_age_s", "progress_age_s", "restarts", "skipped_steps",
+                 "stopped_nonfinite")
+}  # fmt: skip
+
+
+def config(small_run: Settings, storage: Path, *overrides: str) -> Config:
+    sections: dict[str, Any] = {"checkpoint": {"every_images": 96}, "log": {"every_images": 32}}
+    return load_config(small_run("run", storage, 320, **sections), overrides)
+
+
+def plotted(run_folder: str) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of all files, read as TensorBoard reads them: framed records with checksums."""
+    from tensorboardX.crc32c import crc32c
+    from tensorboardX.proto.event_pb2 import Event
+
+    def masked(data: bytes) -> int:
+        crc = crc32c(data)
+        return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+    points = []
+    for file in sorted(Path(run_folder, TENSORBOARD).iterdir()):
+        data = file.read_bytes()
+        first = True
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked(data[:8])
+            payload = data[12 : 12 + length]
+            assert int.from_bytes(data[12 + length : 16 + length], "little") == masked(payload)
+            event, data = Event.FromString(payload), data[16 + length :]
+            assert (event.file_version == "brain.Event:2") == first
+            first = False
+            points += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return points
+
+
+def test_tensorboard_has_every_record_once_also_after_a_kill(small_run: Settings, tmp_path: Path) -> None:
+    c = config(small_run, tmp_path)
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress: Progress) -> None:
+        if progress.images >= 160:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        from scoreray.trainer import loop
+
+        patch.setattr(loop._Meter, "show", lambda self, watch, images, total, commit, skipped, always=False: watch(
+            Progress(images, total, 0.0, 1.0, 0.0, 0)))  # fmt: skip
+        with pytest.raises(Killed):
+            train(c, watch=kill)
+    train(c)
+    run = run_store(c)
+    points = plotted(run.url())
+    assert len({point[:2] for point in points}) == len(points)
+    losses = {step: value for step, tag, value in points if tag == "train/loss"}
+    records = read_metrics(run)
+    assert losses == {record["images"]: pytest.approx(record["loss"]) for record in records}
+    assert sorted(losses) == [32, 64, 96, 128, 160, 192, 224, 256, 288, 320]
+    assert {tag for _, tag, _ in points} > {"train/gradient_norm", "train/mfu", "sigma_loss/0.316-1"}
+    train(config(small_run, tmp_path / "off", "log.tensorboard=false"))
+    assert not (tmp_path / "off" / "run" / TENSORBOARD).exists()
+
+
+def test_the_catalogue_names_what_is_told(small_run: Settings, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    train(config(small_run, tmp_path), watch=told.append)
+    names = {metric.name for metric in CATALOGUE}
+    found = values(told[-1])
+    assert {name for name, _ in found} == names - MONITORS
+    assert {sigma for name, sigma in found if sigma} <= set(sigma_labels())
+    assert len(sigma_labels()) == len(SIGMA_EDGES) + 1
+    assert found["scoreray_committed_images", ""] == 320
+    assert 0 < found["scoreray_mfu", ""] < 1
+    assert all(metric.unit and metric.meaning for metric in CATALOGUE)
+
+
+def test_a_resumed_run_tells_when_its_checkpoint_was_committed(small_run: Settings, tmp_path: Path) -> None:
+    """Else a run that dies before each commit would look as if it committed at each start."""
+    c = config(small_run, tmp_path)
+    train(c, asked=lambda: Ask.STOP)
+    run = run_store(c)
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    old = replace(checkpoint.marker, time=checkpoint.marker.time - 5000)
+    run.put(f"{checkpoint.folder}/{MARKER}", old.to_json())
+    told: list[Progress] = []
+    train(c, watch=told.append)
+    assert told[0].committed_at == pytest.approx(old.time)
+    assert told[-1].committed_at > old.time + 4900
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    """A DiT's linear layers and attention by hand, forward; backward is twice that, but for the input's gradient."""
+    width, depth, tokens = 64, 3, 64
+    network = build_network(DiTConfig(patch_size=2, hidden_size=width, depth=depth, num_heads=2), (3, 16, 16))
+    block = 2 * tokens * width * width * (3 + 1 + 4 + 4) + 2 * 2 * tokens * tokens * width + 2 * width * 6 * width
+    rest = 2 * 2 * tokens * 12 * width + 2 * (256 * width + width * width) + 2 * width * 2 * width
+    assert flops(network, (3, 16, 16)) == depth * block + rest
+    first = 2 * tokens * 12 * width + 2 * 256 * width  # whose inputs need no gradient
+    assert training_flops(network, (3, 16, 16)) == 3 * (depth * block + rest) - first
+
+
+def test_the_matmul_rate_is_one_that_products_reach() -> None:
+    rate = matmul_rate(torch.device("cpu"), torch.float32)
+    assert 1e9 < rate < 1e14
+    assert matmul_rate(torch.device("cpu"), torch.float32) == rate
+    assert math.isfinite(rate)

@@ -1,0 +1,166 @@
+"""What Prometheus is told of a run that hangs, dies again and again, or diverges: scraped from Ray's own exporter."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from scoreray.data.errors import ScorerayError
+from scoreray.trainer.config import load_config
+from scoreray.trainer.monitoring.metrics import CATALOGUE
+from scoreray.trainer.monitoring.progress import Monitor, Progress
+from scoreray.trainer.monitoring.stopping import NonFiniteError
+from scoreray.trainer.on_ray.run import fit, prepare_run
+
+Settings = Callable[..., dict[str, Any]]
+NAMES = {metric.name.removeprefix("scoreray_") for metric in CATALOGUE}
+
+
+def scraped(run: str) -> dict[str, float]:
+    """What the exporter of the session's node shows of a run now, without noise levels."""
+    import ray
+
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"
+    with urllib.request.urlopen(url, timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    found = [re.match(r"ray_scoreray_(\w+)\{(.*)\} (\S+)$", line) for line in lines]
+    return {one[1]: float(one[3]) for one in found if one and f'run="{run}"' in one[2]}
+
+
+def test_ages_and_counts_go_on_over_restarts(ray_cluster: None) -> None:
+    import ray
+
+    def told() -> dict[str, float]:
+        return {name.removeprefix("scoreray_"): value for (name, _), value in ray.get(monitor.told.remote()).items()}
+
+    now = time.time()
+    monitor = ray.remote(num_cpus=0)(Monitor).remote("restarted", now - 4000, 2)
+    try:
+        first = told()
+        assert 4000 <= first["last_commit_age_s"] < 4060
+        assert (first["restarts"], first["skipped_steps"], first["stopped_nonfinite"]) == (0, 2, 0)
+        for start in range(3):
+            progress = Progress(320, 640, 0.5, 9.0, 0.0, 160, now - 4000, time.time(), skipped_steps=3 - start)
+            ray.get(monitor.update.remote(progress))
+            assert told()["progress_age_s"] < 30
+            ray.get(monitor.started_again.remote("rank 0 died"))
+        last = told()
+        assert 4000 <= last["last_commit_age_s"] < 4060, "a restart is no commit"
+        assert (last["restarts"], last["skipped_steps"], last["images_seen"]) == (3, 3, 320)
+        ray.get(monitor.update.remote(Progress(480, 640, 0.5, 9.0, 0.0, 480, time.time())))
+        assert told()["last_commit_age_s"] < 60
+        ray.get(monitor.stopped_nonfinite.remote())
+        assert told()["stopped_nonfinite"] == 1
+    finally:
+        ray.kill(monitor)
+
+
+def test_before_the_first_commit_the_age_is_the_runs(ray_cluster: None) -> None:
+    import ray
+
+    monitor = ray.remote(num_cpus=0)(Monitor).remote("new")
+    try:
+        ray.get(monitor.started_again.remote("rank 0 died"))
+        time.sleep(1.1)
+        told = ray.get(monitor.told.remote())
+        assert told["scoreray_last_commit_age_s", ""] > 1
+        assert told["scoreray_last_commit_time_s", ""] == 0
+        assert told["scoreray_progress_age_s", ""] > 1
+    finally:
+        ray.kill(monitor)
+
+
+def test_a_loss_that_is_not_finite_is_no_bug() -> None:
+    assert ScorerayError.exit_status == 1
+    assert NonFiniteError("x").exit_status == 3
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_is_still_seen(ray_cluster: None, small_run: Settings, tmp_path: Path) -> None:
+    """SIGSTOP of the worker, for longer than Ray shows a gauge that nobody sets: every series stays, ages grow."""
+    sections = {"checkpoint": {"every_images": 8_000}, "scaling": {"hang_timeout_s": 300}}
+    config = prepare_run(load_config(small_run("hangs", tmp_path, 10_000_000, **sections)))
+    seen: list[int] = []
+    held: list[psutil.Process] = []
+
+    def look() -> None:
+        try:
+            while not seen or seen[-1] < 9_000:
+                time.sleep(0.2)
+            (worker,) = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in str(p.cmdline())]
+            worker.suspend()
+            held.append(worker)
+            for _ in range(40):
+                time.sleep(1)
+                pages.append(scraped("hangs"))
+        finally:
+            for worker in held:
+                worker.resume()
+            signal.raise_signal(signal.SIGINT)
+
+    pages: list[dict[str, float]] = []
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, lambda progress: seen.append(progress.images))
+    watcher.join()
+    hung = pages[15:]
+    assert len(hung) == 25
+    for page in hung:
+        assert page.keys() >= NAMES - {"mfu"}, NAMES - page.keys()
+    assert hung[-1]["progress_age_s"] > 20
+    assert hung[-1]["last_commit_age_s"] - hung[0]["last_commit_age_s"] > 10
+    assert hung[-1]["images_seen"] == hung[0]["images_seen"] >= 9_000
+    assert {page["restarts"] for page in pages if page} == {0}
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_seen_before_it_ends(
+    ray_cluster: None, small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)  # as on a cluster, which is scraped
+    wild = {"optimizer": {"learning_rate": 1e18, "gradient_clip": 0}}
+    config = prepare_run(load_config(small_run("diverges", tmp_path, 100_000, **wild)))
+    shown: list[float] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(1):
+            shown.extend([scraped("diverges").get("stopped_nonfinite", 0.0)])
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    notes: list[str] = []
+    try:
+        with pytest.raises(NonFiniteError, match=r"sample \d+"):
+            fit(config, note=notes.append)
+    finally:
+        over.set()
+        watcher.join()
+    assert shown.count(1.0) >= 15, "Prometheus asks each 15 s"
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_line_and_no_bug(small_run: Settings, tmp_path: Path) -> None:
+    wild = {"optimizer": {"learning_rate": 1e18, "gradient_clip": 0}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(small_run("diverges", tmp_path, 100_000, **wild)))
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 3, done.stderr
+    assert "sample" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,1 @@
+"""Checkpoints: written, committed by a marker, read, and averaged after training."""

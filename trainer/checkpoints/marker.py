@@ -1,0 +1,148 @@
+"""COMMITTED.json, what commits a checkpoint: which files it is made of, and what was trained on what; sealed.
+
+This module alone writes and reads it, and the tables by which ranks tell rank 0 what they have stored. Format 1 had
+neither the seal nor the data set: it is read with a note, as far as it can be checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from scoreray.data.reading.manifest import Manifest, Sha256
+from scoreray.data.seal import read_sealed, sealed
+
+FORMAT = 2
+UNSEALED = 1  # the format before there were seals
+Number = Annotated[int, Field(ge=0, lt=1 << 62)]
+_CONFIG = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One safetensors file. `fragments`: (parameter, first element, how many) of what lies in it."""
+
+    __pydantic_config__ = _CONFIG
+
+    bytes: Number
+    sha256: Sha256
+    fragments: list[tuple[str, Number, Number]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Which samples a run saw, in which order: the manifest's `identity`."""
+
+    __pydantic_config__ = _CONFIG
+
+    num_samples: Number
+    sha256: Sha256
+
+    @staticmethod
+    def of(manifest: Manifest) -> DataSet:
+        return DataSet(manifest.num_samples, manifest.identity)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a committed checkpoint (or snapshot of averages) is.
+
+    config: of the run, as `Config.model_dump` gives it.  shapes: of every trained parameter.  state_keys: what is
+    stored of each beside its master.  image_shape, classes, data: of what it was trained on; data is None in format 1.
+    time: when it was committed, seconds since 1970.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    images_seen: Number
+    num_steps: Number
+    config: dict[str, Any]
+    shapes: dict[str, list[Number]]
+    state_keys: list[str]
+    files: dict[str, StoredFile]
+    world_size: Annotated[int, Field(ge=1)]
+    time: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    image_shape: list[Number] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    data: DataSet | None = None
+    skipped_steps: Number = 0
+    format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format == UNSEALED and self.data is not None:
+            raise ValueError(f"format {UNSEALED} knows no data set")
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        for name, file in self.files.items():
+            if "/" in name or "\0" in name:
+                raise ValueError(f"bad entry for file {name!r}: its name leads elsewhere")
+            for parameter, start, length in file.fragments:
+                if not length or start + length > sizes.get(parameter, 0):
+                    raise ValueError(f"bad entry for file {name!r}: {parameter} has no [{start}, {start + length})")
+
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name, as in the file; for notebooks and scripts."""
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def to_json(self) -> bytes:
+        """For people too: a field a line, a file a line."""
+        fields = {"format": self.format, **{key: value for key, value in asdict(self).items() if key != "format"}}
+        files = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(file)}" for name, file in fields.pop("files").items())
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+        return sealed([*lines, f'"files": {{\n  {files}\n }}']).encode()
+
+    @staticmethod
+    def from_json(data: bytes, url: str) -> Marker:
+        """Raises DataError in one line that names `url`."""
+        place = url.rpartition("/")[0].rpartition("/")[0]
+        return read_sealed(_MARKER, data, url, "checkpoint's marker", unsealed_format=UNSEALED, place=place)
+
+    def differences(self, manifest: Manifest) -> list[str]:
+        """How a data set differs from the one that was trained on, a phrase for each; none where it is the same."""
+        found = []
+        if manifest.shape != self.image_shape:
+            found.append(f"samples of shape {manifest.shape}, not {self.image_shape}")
+        if manifest.classes != self.classes:
+            found.append(_other_classes(manifest.classes, self.classes))
+        if self.data is not None and manifest.num_samples != self.data.num_samples:
+            found.append(f"{manifest.num_samples:,} samples, not {self.data.num_samples:,}")
+        if not found and self.data is not None and manifest.identity != self.data.sha256:
+            found.append(
+                f"other samples or another order (SHA-256 {manifest.identity[:12]}, not {self.data.sha256[:12]})"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has stored of a checkpoint; that this table is there says that the rank is done."""
+
+    __pydantic_config__ = _CONFIG
+
+    files: dict[str, StoredFile]
+
+    def to_json(self) -> bytes:
+        return sealed([f'"files": {json.dumps(asdict(self)["files"])}']).encode()
+
+    @staticmethod
+    def from_json(data: bytes, url: str) -> Share:
+        """Raises DataError in one line that names `url`."""
+        return read_sealed(_SHARE, data, url, "table of a rank's share")
+
+
+def _other_classes(here: Sequence[str], there: Sequence[str]) -> str:
+    text = f"{len(here)} classes, not {len(there)}" if len(here) != len(there) else f"{len(here)} other classes"
+    for which, names, others in (("new", here, there), ("missing", there, here)):
+        some = [name for name in names if name not in set(others)]
+        if some:
+            text += f", {which}: {', '.join(name[:40] for name in some[:3])}{', ...' if len(some) > 3 else ''}"
+    return text if set(here) != set(there) else f"{text}: their order differs"
+
+
+_MARKER, _SHARE = TypeAdapter(Marker), TypeAdapter(Share)

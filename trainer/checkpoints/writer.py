@@ -1,0 +1,260 @@
+"""Writing checkpoints behind the training: shares, the marker that commits them, and which ones stay.
+
+What must hold when any process is killed at any moment: the newest marker belongs to a checkpoint that is whole, and
+what killed writes left is removed by a later start, so that it never grows without bound.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from scoreray.data.errors import Unanswered
+from scoreray.data.scratch import scratch_file
+from scoreray.data.storage.lease import Lease, TakenOver
+from scoreray.data.storage.store import NotFound, Store
+from scoreray.data.traces import span
+from scoreray.trainer.checkpoints.checkpoint import BUFFERS, FOLDER, MARKER, OWNER, SNAPSHOTS, committed
+from scoreray.trainer.checkpoints.marker import Marker, Share, StoredFile
+from scoreray.trainer.checkpoints.tensor_file import write_tensors
+from scoreray.trainer.diffusion.buffers import state_buffers
+from scoreray.trainer.optim.fragments import Fragment
+
+PART_BYTES = 512 << 20  # a share beyond this goes on in another file, so that readers of a range read little else
+Row = tuple[str, int, int]  # a fragment: parameter, first element, how many
+LEASE_EVERY_S = 10.0  # how often a run that trains asks whether it still is this start's
+WAITING_EVERY_S = 2.0  # and where it waits for the other ranks' shares
+METRICS = "metrics"  # what is written there before a commit, by rank 0 alone
+
+
+class CheckpointWriter:
+    """Saves a rank's share in the background; on rank 0, commits when every rank's share has arrived.
+
+    Ranks meet through the store alone, so training goes on while files travel and no collective is involved.
+    Making one on rank 0 takes the run over: a writer of an earlier start raises TakenOver instead of committing.
+    `attempt`: a token shared by the ranks of this start of the worker group; names of two attempts never meet.
+    `keep`, `keep_every_images`: which checkpoints stay, see `kept`.
+    """
+
+    def __init__(
+        self,
+        run: Store,
+        *,
+        attempt: str,
+        rank: int,
+        world_size: int,
+        keep: int,
+        keep_every_images: int | None = None,
+        timeout_s: float = 1800,
+    ):
+        self._run, self._attempt, self._rank, self._world_size = run, attempt, rank, world_size
+        self._keep, self._keep_every, self._timeout_s = keep, keep_every_images, timeout_s
+        self._swept = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._asked: Future[None] | None = None
+        self._stop = threading.Event()
+        self.last_commit: tuple[int, float] | None = None
+        self._lease: Lease | None = None
+        # Uncommitted folders of earlier starts, seen before ours was known to any other; a rank that is ahead of this
+        # one may have stored its share already.
+        self._left: set[str] = set()
+        if rank == 0:
+            self._left = {folder for folder in self._uncommitted() if not folder.endswith(f"-{attempt}")}
+            self._lease = Lease.take(run, OWNER, "run", attempt)
+
+    def save(
+        self,
+        images_seen: int,
+        num_steps: int,
+        fragments: Sequence[Fragment],
+        module: torch.nn.Module,
+        about: dict[str, Any],
+        before_commit: Callable[[], None] | None = None,
+        snapshot: Sequence[str] = (),
+    ) -> None:
+        """Copy the state and return; writing goes on behind. Waits for the save before this one first.
+
+        `about` (rank 0): fields of the `Marker` that the writer does not know: config, shapes, state_keys, image_shape,
+        classes, data, skipped_steps. `before_commit` (rank 0) writes what must be there once the checkpoint is.
+        `snapshot`: state keys that are also kept on their own, for good; they are committed before the checkpoint is.
+        Errors of a save are raised by the next call or `wait`.
+        """
+        self.wait()
+        tensors = {
+            f"{key}/{fragment.name}@{fragment.start}": value.detach().to("cpu", copy=True).contiguous()
+            for fragment in fragments
+            for key, value in fragment.tensors.items()
+        }
+        table = [(fragment.name, fragment.start, fragment.length) for fragment in fragments]
+        buffers = {}
+        if self._rank == 0:
+            buffers = {name: b.detach().to("cpu", copy=True).contiguous() for name, b in state_buffers(module).items()}
+        about = {"images_seen": images_seen, "num_steps": num_steps, **about}
+        self._pending = self._pool.submit(self._write, tensors, table, buffers, about, before_commit, snapshot)
+
+    def wait(self) -> None:
+        """Until the last save is committed (rank 0) or its share is stored (others)."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def check_lease(self) -> None:
+        """Raises TakenOver where a newer start has the run, LeaseRemoved where its folder was removed (rank 0)."""
+        if self._lease is not None:
+            self._lease.check()
+
+    def poll(self) -> None:
+        """Between steps: raises what a save behind has met, or, found out behind too, what `check_lease` raises."""
+        if self._pending is not None:
+            if self._pending.done():
+                self.wait()
+        elif self._lease is not None:
+            if self._asked is not None and self._asked.done():
+                self._asked.result()
+                self._asked = None
+            if self._asked is None:
+                self._asked = self._pool.submit(self._lease.check_every, LEASE_EVERY_S)
+
+    def close(self) -> None:
+        """Stop without waiting for a commit that may never come. `wait` first for an orderly end."""
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _write(
+        self, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any, snapshot: Sequence[str]
+    ) -> None:
+        with span("train.commit", run=self._run.url(), rank=self._rank, images=about["images_seen"]):
+            name = f"{about['images_seen']:012d}-{self._attempt}"
+            if self._rank == 0 and not self._swept:  # first: starts that never reach a commit would pile up
+                self.check_lease()
+                self._sweep()
+            if snapshot:
+                averages = {key: _halved(t) for key, t in tensors.items() if key.partition("/")[0] in snapshot}
+                self._commit(f"{SNAPSHOTS}/{name}", averages, table, buffers, {**about, "state_keys": list(snapshot)})
+            self._commit(f"{FOLDER}/{name}", tensors, table, buffers, about, before_commit)
+            if self._rank == 0:
+                self.last_commit = (about["images_seen"], time.time())
+                self._clean()
+
+    def _commit(
+        self, folder: str, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any = None
+    ) -> None:
+        """This rank's share; on rank 0 also the marker, when every share has arrived."""
+        share, files = f"rank-{self._rank:05d}", dict[str, StoredFile]()
+        for number, part in enumerate(_parts(tensors, table)):
+            file = f"{share}-{number:03d}.safetensors" if number else f"{share}.safetensors"
+            ours = {key: tensors[key] for key in tensors if key.partition("/")[2] in part}
+            files[file] = self._put(f"{folder}/{file}", ours, list(part.values()))
+        if buffers:
+            name = f"{BUFFERS}.safetensors"
+            files[name] = self._put(f"{folder}/{name}", buffers, [])
+        self._run.put(f"{folder}/{share}.json", Share(files).to_json())
+        if self._rank == 0:
+            files = self._collect(folder)
+            marker = Marker(**about, world_size=self._world_size, files=files, time=time.time()).to_json()
+            Marker.from_json(marker, self._run.url(f"{folder}/{MARKER}"))  # what could not be read is not committed
+            self.check_lease()
+            if before_commit is not None:
+                before_commit()
+            self._run.put(f"{folder}/{MARKER}", marker)
+            try:
+                self.check_lease()
+            except TakenOver:  # just now; the new start may have gone on from before, and removes our files
+                self._run.delete([f"{folder}/{MARKER}"])
+                raise
+
+    def _put(self, key: str, tensors: dict[str, torch.Tensor], fragments: list[Row]) -> StoredFile:
+        with scratch_file() as (file, path):
+            size, digest = write_tensors(file, tensors)
+            self._run.put(key, path)
+        return StoredFile(size, digest, fragments)
+
+    def _collect(self, folder: str) -> dict[str, StoredFile]:
+        """Every rank's files, once each has said that it is done."""
+        files: dict[str, StoredFile] = {}
+        deadline, pause_s = time.monotonic() + self._timeout_s, 0.02
+        for rank in range(self._world_size):
+            key = f"{folder}/rank-{rank:05d}.json"
+            while True:
+                try:
+                    files |= Share.from_json(self._run.get(key), self._run.url(key)).files
+                    break
+                except NotFound:
+                    self._check_waiting(deadline, f"{self._run.url(folder)}: rank {rank}'s share did not arrive")
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 1.0)
+        return files
+
+    def _check_waiting(self, deadline: float, otherwise: str) -> None:
+        """Raises where what is waited for won't come: a newer start removes what we have stored."""
+        if self._lease is not None:
+            self._lease.check_every(WAITING_EVERY_S)
+        if self._stop.is_set() or time.monotonic() > deadline:
+            raise Unanswered(otherwise)
+
+    def _sweep(self) -> None:
+        """What killed starts left: half-written, which no listing shows, and whole files that were never committed."""
+        for prefix in (FOLDER + "/", SNAPSHOTS + "/", METRICS + "/", "tensorboard/", "quarantined/", OWNER):
+            self._run.clear_unfinished(prefix, but=f"-{self._attempt}/")
+        self._remove(self._left & self._uncommitted())
+        self._clean()
+        self._swept = True
+
+    def _clean(self) -> None:
+        """Remove committed checkpoints that need not stay; their markers go first."""
+        folders = committed(self._run)
+        old = set(folders) - kept(folders, self._keep, self._keep_every)
+        self._run.delete([f"{folder}/{MARKER}" for folder in sorted(old)])
+        self._remove(old)
+
+    def _uncommitted(self) -> set[str]:
+        """Folders without a marker."""
+        keys = [key for place in (FOLDER, SNAPSHOTS) for key, _ in self._run.list(place + "/")]
+        return (
+            {key.rpartition("/")[0] for key in keys} - set(committed(self._run)) - set(committed(self._run, SNAPSHOTS))
+        )
+
+    def _remove(self, folders: set[str]) -> None:
+        self._run.delete([key for folder in sorted(folders) for key, _ in self._run.list(folder + "/")])
+
+
+def kept(folders: Sequence[str], keep: int, every_images: int | None) -> set[str]:
+    """Which of the committed checkpoints stay, oldest first: the newest `keep`, and the first at or after each multiple
+    of `every_images`."""
+    stay, before = set(folders[-keep:]), 0
+    for folder in folders if every_images else ():
+        interval = int(folder.rpartition("/")[2].partition("-")[0]) // (every_images or 1)
+        if interval > before:
+            stay.add(folder)
+            before = interval
+    return stay
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp16, unless a value is out of its range."""
+    half = tensor.half()
+    return half if bool(torch.isfinite(half).all()) else tensor
+
+
+def _parts(tensors: dict[str, torch.Tensor], table: Sequence[Row]) -> list[dict[str, Row]]:
+    """The fragments of `table` by key ("parameter@start"), in groups of at most `PART_BYTES` (or one fragment)."""
+    sizes: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        fragment = key.partition("/")[2]
+        sizes[fragment] = sizes.get(fragment, 0) + tensor.nbytes
+    parts: list[dict[str, Row]] = [{}]
+    filled = 0
+    for row in table:
+        key = f"{row[0]}@{row[1]}"
+        if parts[-1] and filled + sizes[key] > PART_BYTES:
+            parts.append({})
+            filled = 0
+        parts[-1][key] = row
+        filled += sizes[key]
+    return parts

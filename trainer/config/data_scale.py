@@ -1,0 +1,104 @@
+"""Whether the data have the mean and scale that a model expects, from the manifest's statistics; `sigma_data: auto`.
+
+Networks see c_in x and learn F of unit variance (Karras 2022, table 1); sampling starts from N(0, sigma_max^2) and ends
+at sigma_min. Data far from mean 0 and standard deviation sigma_data, or outside the range of noise levels, train
+without an error, and the samples are garbage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from scoreray.data import checks
+from scoreray.trainer.diffusion.process import EDM
+from scoreray.trainer.diffusion.sigma_sampling import LogNormal
+from scoreray.trainer.networks.rbm import MachineConfig
+
+if TYPE_CHECKING:
+    from scoreray.data.reading.manifest import Manifest
+    from scoreray.trainer.config import Config
+
+# Assumptions, not measured. Pictures in [-1, 1] have a standard deviation of 0.25 (dark) to 1 (black and white).
+FACTOR = 2.05  # between the data's standard deviation and sigma_data, beyond which that is said
+# Of a channel's mean, in sigma_data: what the network would have to give at high noise, where F is of order 1.
+FAR = 5.0
+APART = 10.0  # between the standard deviations of channels: the smaller ones are lost beside the larger ones
+TAIL = 0.02  # of the noise levels of training: the data's scale should not lie in it, at either end
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A line about data that do not fit; `hopeless`: nothing of use can be trained."""
+
+    text: str
+    hopeless: bool
+
+
+def resolve_sigma_data(config: Config, manifest: Manifest, known: float | None = None) -> Config:
+    """`config` with a number for `denoiser.sigma_data: auto`: the one `known` of the run, which stays whatever copy of
+    the data it goes on with, or the standard deviation of the data's values."""
+    if config.denoiser.sigma_data != "auto":
+        return config
+    denoiser = type(config.denoiser)(config.denoiser.parameterization, known or manifest.sigma_data)
+    return config.model_copy(update={"denoiser": denoiser})
+
+
+def misfit(config: Config, manifest: Manifest) -> Misfit | None:
+    """What a person should know before a model with this config is trained on these data, on one line."""
+    if isinstance(config.network, MachineConfig):  # knows no noise level
+        return None
+    config = resolve_sigma_data(config, manifest)
+    expected, std, mean = config.denoiser.resolved_sigma_data, manifest.sigma_data, manifest.channel_means()
+    stds = [value for value in manifest.std if value > 0] or [std]
+    low, high = config.process.sigma_range()
+    offset = max(abs(value) for value in mean)
+    hopeless = std >= high or std <= low or offset >= high
+    within = math.hypot(*stds) / math.sqrt(len(stds))  # what is left when each channel is centered
+    uneven = manifest.dtype != "uint8" and (offset > FAR * within or max(stds) > APART * min(stds))
+    scaled = not 1 / FACTOR <= std / expected <= FACTOR
+    ends = torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)
+    first, last = config.objective.sigma_sampling.quantile(ends, config.process).tolist()
+    unseen = not first <= std <= last
+    if not (hopeless or uneven or scaled or unseen):
+        return None
+    found = (
+        f"data.url: the data have channel means {_range(mean)}, standard deviations {_range(stds)}, {std:.3g} of all "
+        f"values; the model expects mean 0 and denoiser.sigma_data {expected:.3g}"
+    )
+    if hopeless:
+        found += f", and the process has noise levels from {low:.3g} to {high:.3g} only"
+    elif unseen:
+        found += f", and {100 - 200 * TAIL:.0f}% of its training at noise levels from {first:.3g} to {last:.3g}"
+    return Misfit(f"{found}; {_fix(config, manifest, uneven)}", hopeless)
+
+
+def _fix(config: Config, manifest: Manifest, uneven: bool) -> str:
+    if uneven:
+        return (
+            "center and scale each channel before packing: (x - mean) / (2 std), with the mean and std that `scoreray "
+            "data inspect` gives"
+        )
+    factor = manifest.sigma_data / 0.5
+    smallest, largest = checks.NOISE_LEVELS
+    if not (smallest <= factor * EDM().sigma_min and factor * EDM().sigma_max <= largest):
+        return f"divide the data by {factor:.3g} before packing"
+    settings = ["denoiser.sigma_data=auto"]
+    sampling = config.objective.sigma_sampling
+    if isinstance(config.process, EDM) and isinstance(sampling, LogNormal):  # EDM's own settings, in the data's units
+        shifted = LogNormal().P_mean + math.log(factor)
+        settings += [
+            f"process.sigma_min={EDM().sigma_min * factor:.3g}",
+            f"process.sigma_max={EDM().sigma_max * factor:.3g}",
+            f"objective.sigma_sampling.P_mean={shifted:.3g}",
+        ]
+    scale = "" if manifest.dtype == "uint8" else f"divide the data by {factor:.3g} before packing, or "
+    return f"{scale}set {' '.join(settings)}"
+
+
+def _range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,131 @@
+"""What goes with what: parts of a config that are each good and make no sense together, a line for each mistake."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion.denoiser import DenoiserConfig
+from scoreray.trainer.diffusion.objective import ContrastiveObjective, ObjectiveConfig, needs_second_derivatives
+from scoreray.trainer.diffusion.process import EDM, Process
+from scoreray.trainer.diffusion.weighting import Adaptive, Learned
+from scoreray.trainer.networks.network import NetworkConfig
+from scoreray.trainer.networks.rbm import MachineConfig
+
+NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale")  # what Gibbs leaves out
+
+
+def mistakes(
+    network: NetworkConfig | MachineConfig,
+    process: Process,
+    denoiser: DenoiserConfig,
+    objective: ObjectiveConfig,
+    global_batch_size: int,
+    compile: bool,
+) -> list[str]:
+    """Every mistake in how the parts of a config go together."""
+    found = chain_mistakes(objective, global_batch_size)
+    if isinstance(network, MachineConfig):
+        return found + _machine_mistakes(network, process, denoiser, objective, compile)
+    if isinstance(objective, ContrastiveObjective) and objective.chain == "gibbs":
+        return [
+            *found,
+            f"objective.chain: 'gibbs' moves the layers of an RBM, and network.kind is '{network.kind}'; choose "
+            "network.kind rbm or gaussian_rbm, or objective.chain langevin",
+        ]
+    found += objective_mistakes(objective, denoiser.parameterization)
+    if compile and needs_second_derivatives(objective, denoiser.parameterization):
+        found.append(
+            f"engine.compile: objective '{objective.kind}' with parameterization '{denoiser.parameterization}' "
+            "differentiates twice, which torch.compile can't; set engine.compile=false"
+        )
+    return found
+
+
+def objective_mistakes(objective: ObjectiveConfig, parameterization: str) -> list[str]:
+    """Where an objective can't train a parameterization."""
+    if not isinstance(objective, ContrastiveObjective):
+        return []
+    found = []
+    if not parameterization.startswith("energy_"):
+        found.append(
+            f"objective 'contrastive' needs an energy, and denoiser.parameterization is '{parameterization}': choose "
+            "energy_dot, energy_residual or energy_norm"
+        )
+    if isinstance(objective.weighting, Adaptive | Learned):
+        found.append(
+            f"objective 'contrastive' has a gradient but no error that weighting '{objective.weighting.kind}' could "
+            "learn from: choose another weighting"
+        )
+    return found
+
+
+def chain_mistakes(objective: ObjectiveConfig, global_batch_size: int) -> list[str]:
+    """Where the chains of contrastive divergence do not fit each other or the batch."""
+    if not isinstance(objective, ContrastiveObjective):
+        return []
+    if objective.start != "persistent":
+        return [
+            f"objective.{name}: {getattr(objective, name)} is for chains that persist, and objective.start is "
+            f"'{objective.start}'; leave it out or set objective.start=persistent"
+            for name in ("num_chains", "restart")
+            if getattr(objective, name) != _default(objective, name)
+        ]
+    if objective.num_chains is not None and objective.num_chains % global_batch_size:
+        return [
+            f"objective.num_chains: {objective.num_chains} is no multiple of data.global_batch_size "
+            f"{global_batch_size}, so that a chain would be wanted twice in a step"
+        ]
+    return []
+
+
+def label_mistakes(objective: ObjectiveConfig, num_classes: int) -> list[str]:
+    """Where an objective can't train on classes."""
+    persistent = isinstance(objective, ContrastiveObjective) and objective.start == "persistent"
+    if not persistent or not num_classes or objective.label_dropout == 1:
+        return []
+    return [
+        f"objective.start: a chain that persists meets samples of all {num_classes} classes, so it can have none; set "
+        "objective.label_dropout=1 to train without classes, or objective.start=noise"
+    ]
+
+
+def refuse(mistakes: list[str]) -> None:
+    """Raises UserError with all of the mistakes, if there are any."""
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def _machine_mistakes(
+    network: MachineConfig, process: Process, denoiser: DenoiserConfig, objective: ObjectiveConfig, compile: bool
+) -> list[str]:
+    kind = network.kind
+    found = [
+        f"{name}: network.kind '{kind}' knows no noise level, so it has no {name}; leave the section out"
+        for name, value, default in (("process", process, EDM()), ("denoiser", denoiser, DenoiserConfig()))
+        if value != default
+    ]
+    if compile:
+        found.append(f"engine.compile: the chains of network.kind '{kind}' are not compiled; set engine.compile=false")
+    if not isinstance(objective, ContrastiveObjective):
+        return [
+            *found,
+            f"objective.kind: '{objective.kind}' can't train network.kind '{kind}'; choose objective.kind contrastive "
+            "with objective.chain gibbs",
+        ]
+    if objective.chain != "gibbs":
+        return [
+            *found,
+            f"objective.chain: network.kind '{kind}' moves by 'gibbs', not by '{objective.chain}'; set "
+            "objective.chain=gibbs",
+        ]
+    return found + [
+        f"objective.{name}: chains of block Gibbs have none; leave it out"
+        for name in NO_NOISE_LEVEL
+        if getattr(objective, name) != _default(objective, name)
+    ]
+
+
+def _default(section: Any, name: str) -> Any:
+    return next(field.default for field in fields(section) if field.name == name)

@@ -1,0 +1,1 @@
+"""The mathematics: forward processes, the denoiser, objectives, weightings, noise levels and keyed noise."""

@@ -1,0 +1,157 @@
+"""Which noise levels training sees: each a quantile function of a uniform number.
+
+So a sample's sigma is a pure function of its place in the run, and any of them can be stratified: the uniforms of one
+global batch are then spread evenly over (0, 1), shifted together by one random number (Kingma 2021, appendix I.1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from scoreray.data import checks
+from scoreray.trainer.diffusion.noise import STREAM_SIGMA, uniform
+from scoreray.trainer.diffusion.process import Process
+
+MOST_LOGIT = 50.0  # beyond it, on either side, t is one of its ends
+MOST_P_STD = 5.0  # of ln sigma: 1% of the noise levels are then more than a factor of 4e5 from the middle
+
+
+class _Sampling:
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class LogNormal(_Sampling):
+    """ln sigma is normal with mean P_mean and standard deviation P_std (Karras 2022, table 1)."""
+
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    stratified: bool = False
+    _: KW_ONLY
+    kind: Literal["log_normal"] = "log_normal"
+
+    def __post_init__(self) -> None:
+        checks.between("sigma_sampling", *map(math.log, checks.NOISE_LEVELS), P_mean=self.P_mean)
+        checks.positive("sigma_sampling", P_std=self.P_std)
+        checks.between("sigma_sampling", 0, MOST_P_STD, P_std=self.P_std)
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()
+
+
+@dataclass(frozen=True)
+class LogUniform(_Sampling):
+    """ln sigma is uniform between sigma_min and sigma_max, the process's own range where they are None."""
+
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    stratified: bool = False
+    _: KW_ONLY
+    kind: Literal["log_uniform"] = "log_uniform"
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("sigma_min", "sigma_max") if getattr(self, name) is not None}
+        checks.noise_level("sigma_sampling", **given)
+        if len(given) == 2:
+            checks.ordered("sigma_sampling", "sigma_min", "sigma_max", given["sigma_min"], given["sigma_max"])
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        low, high = process.sigma_range()
+        low, high = self.sigma_min or low, self.sigma_max or high
+        return low * (u * math.log(high / low)).exp()
+
+
+@dataclass(frozen=True)
+class UniformT(_Sampling):
+    """t is uniform over the process's [t_min, t_max] (Song 2021)."""
+
+    stratified: bool = False
+    _: KW_ONLY
+    kind: Literal["uniform_t"] = "uniform_t"
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        return process.noise_to_signal(_between(u, process))
+
+
+@dataclass(frozen=True)
+class LogitNormal(_Sampling):
+    """The logit of t, scaled to [0, 1], is normal: the middle of the way is seen most (Esser 2024, eq. 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    stratified: bool = False
+    _: KW_ONLY
+    kind: Literal["logit_normal"] = "logit_normal"
+
+    def __post_init__(self) -> None:
+        checks.between("sigma_sampling", -MOST_LOGIT, MOST_LOGIT, mean=self.mean)
+        checks.positive("sigma_sampling", std=self.std)
+        checks.between("sigma_sampling", 0, MOST_LOGIT, std=self.std)
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        # Not torch.sigmoid, whose last bit depends on a value's place in the tensor.
+        fraction = 1 / (1 + (-self.mean - self.std * torch.special.ndtri(u)).exp())
+        return process.noise_to_signal(_between(fraction, process))
+
+
+@dataclass(frozen=True)
+class LadderUniform(_Sampling):
+    """Each of `num_levels` noise levels equally often: the process's ladder, even in t.
+
+    With VE it is NCSN's geometric ladder, with DDPM(num_steps=num_levels) the DDPM's steps (Song 2019; Ho 2020).
+    """
+
+    num_levels: int = 1000
+    stratified: bool = False
+    _: KW_ONLY
+    kind: Literal["ladder"] = "ladder"
+
+    def __post_init__(self) -> None:
+        checks.at_least("sigma_sampling", 2, num_levels=self.num_levels)
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        step = (u * self.num_levels).floor().clamp(max=self.num_levels - 1)
+        return process.noise_to_signal(_between(step / (self.num_levels - 1), process))
+
+
+SigmaSampling = LogNormal | LogUniform | UniformT | LogitNormal | LadderUniform
+
+SIGMA_SAMPLINGS: dict[str, type[SigmaSampling]] = {
+    "log_normal": LogNormal,
+    "log_uniform": LogUniform,
+    "uniform_t": UniformT,
+    "logit_normal": LogitNormal,
+    "ladder": LadderUniform,
+}
+
+
+def sample_sigma(
+    sampling: SigmaSampling,
+    process: Process,
+    seed: int,
+    positions: Tensor,
+    global_batch_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The noise level of each position [B]: a function of (seed, position) alone, computed in float64.
+
+    Stratified ones also need `global_batch_size`: positions [k n, (k + 1) n) are the k-th batch.
+    """
+    if not sampling.stratified:
+        u = uniform(seed, positions, stream=STREAM_SIGMA, dtype=torch.float64)
+    else:
+        batch = torch.div(positions, global_batch_size, rounding_mode="floor")
+        shift = uniform(seed, batch, stream=STREAM_SIGMA, dtype=torch.float64)
+        place = (positions - batch * global_batch_size).to(torch.float64) / global_batch_size
+        u = (shift + place).remainder(1.0).clamp(min=2.0**-53)
+    return sampling.quantile(u, process).to(dtype)
+
+
+def _between(fraction: Tensor, process: Process) -> Tensor:
+    return process.t_min + fraction * (process.t_max - process.t_min)

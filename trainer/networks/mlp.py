@@ -1,0 +1,71 @@
+"""A multilayer perceptron for points [d] (and anything small enough to be flattened)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from scoreray.data import checks
+from scoreray.trainer.diffusion.layers import MOST_LAYERS, Embedding, check_call, require, zero_
+
+SINUSOID_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The perceptron's size: `num_layers` residual layers of `hidden_size`."""
+
+    hidden_size: int = 128
+    num_layers: int = 3
+    _: KW_ONLY
+    kind: Literal["mlp"] = "mlp"
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.at_least("network", 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
+        require(self.num_layers <= MOST_LAYERS, "num_layers", self.num_layers, f"choose 1 to {MOST_LAYERS} layers")
+
+
+class MLP(nn.Module):
+    """network(x [B, ...], c_noise [B], class_labels int64 [B] or None) -> x's shape and dtype, 0 before training.
+
+    Residual layers that noise level and class scale and shift; smooth (SiLU), so that it can be differentiated twice.
+    Raises UserError where the samples are not of `shape`.
+    """
+
+    def __init__(self, config: MLPConfig, shape: Sequence[int], num_classes: int = 0):
+        super().__init__()
+        self.shape, self.num_classes = tuple(shape), num_classes
+        size, width = math.prod(shape), config.hidden_size
+        self.embedding = Embedding(num_classes, SINUSOID_CHANNELS, width)
+        self.first = nn.Linear(size, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(config.num_layers))
+        self.last = zero_(nn.Linear(width, size))
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        check_call(x, c_noise, tuple(x.shape[1:]) == self.shape, str(self.shape))
+        embedding = self.embedding(c_noise, class_labels)
+        h = self.first(x.flatten(1).to(self.first.weight.dtype))
+        for layer in self.layers:
+            h = layer(h, embedding)
+        return self.last(F.silu(h)).view(x.shape).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """(h [B, width], embedding [B, width]) -> [B, width]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.inside, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        return h + self.out(F.silu(self.inside(F.silu(h)) * (1 + scale) + shift))

@@ -1,0 +1,292 @@
+"""Restricted Boltzmann machines: energies whose conditionals factorise, so that Gibbs sampling moves whole layers.
+
+Both give free_energy(v) = -ln sum_h e^(-E(v, h)), block-Gibbs sweeps, the score of a continuous visible layer, and, for
+a few hidden units, the exact ln Z by enumeration: the oracle that approximations are tested against.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from scoreray.data import checks
+from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.contrastive import gibbs_divergence
+from scoreray.trainer.diffusion.noise import ChainNoise
+
+MOST_ENUMERATED = 20
+
+Source = torch.Generator | ChainNoise | None
+"""Where a chain's random numbers come from; None is torch's global generator."""
+
+
+@dataclass(frozen=True)
+class RBMConfig:
+    """A machine of binary units. Data in [-1, 1] become 0 and 1: above 0 is 1 ("threshold"), or 1 with the probability
+    (x + 1) / 2, drawn anew each time that a sample is seen ("sample"; Salakhutdinov & Murray 2008)."""
+
+    num_hidden: int = 256
+    binarize: Literal["threshold", "sample"] = "threshold"
+    _: KW_ONLY
+    kind: Literal["rbm"] = "rbm"
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.at_least("network", 1, num_hidden=self.num_hidden)
+
+
+@dataclass(frozen=True)
+class GaussianRBMConfig:
+    """A machine with continuous visible units; `std` is theirs given the hidden ones, at the start of training."""
+
+    num_hidden: int = 256
+    std: float = 0.5
+    _: KW_ONLY
+    kind: Literal["gaussian_rbm"] = "gaussian_rbm"
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.at_least("network", 1, num_hidden=self.num_hidden)
+        checks.positive("network", std=self.std)
+
+
+MachineConfig = RBMConfig | GaussianRBMConfig
+
+
+class _Bipartite(nn.Module):
+    """Parameters of both machines, and the sweep that alternates their layers."""
+
+    def __init__(self, num_visible: int, num_hidden: int):
+        super().__init__()
+        checks.at_least("rbm", 1, num_visible=num_visible, num_hidden=num_hidden)
+        self.num_visible, self.num_hidden = num_visible, num_hidden
+        self.weight = nn.Parameter(0.01 * torch.randn(num_visible, num_hidden))
+        self.visible_bias = nn.Parameter(torch.zeros(num_visible))
+        self.hidden_bias = nn.Parameter(torch.zeros(num_hidden))
+
+    def forward(self, v: Tensor, start: Tensor, num_sweeps: int, source: Source = None) -> tuple[Tensor, Tensor]:
+        """Contrastive divergence of v [B, num_visible] by chains from `start`: (loss [B], where they end).
+
+        What a training step calls, so that an engine that shards parameters has them whole meanwhile.
+        """
+        return gibbs_divergence(self, v, start, num_sweeps, source)
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
+        raise NotImplementedError
+
+    def hidden_logits(self, v: Tensor) -> Tensor:
+        """ln p(h = 1 | v) / p(h = 0 | v), [B, num_hidden]."""
+        raise NotImplementedError
+
+    def sample_hidden(self, v: Tensor, source: Source = None) -> Tensor:
+        """h | v, all units at once, [B, num_hidden] of 0 and 1."""
+        return _bernoulli(self.hidden_logits(v), source)
+
+    def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
+        """v | h, all units at once, [B, num_visible]."""
+        raise NotImplementedError
+
+    def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """Data x [B, ...] in [-1, 1] as visible units [B, num_visible]."""
+        raise NotImplementedError
+
+    def picture(self, v: Tensor) -> Tensor:
+        """Visible units as data in [-1, 1], [B, num_visible]."""
+        raise NotImplementedError
+
+    def fresh(self, source: ChainNoise) -> Tensor:
+        """Where chains begin that begin at no data, [B, num_visible]; no parameter in it."""
+        raise NotImplementedError
+
+    def _check(self, v: Tensor) -> None:
+        units = self.num_visible
+        if v.ndim != 2 or v.shape[1] != units or v.dtype != self.dtype:
+            raise UserError(f"v is {v.dtype} {tuple(v.shape)}: this machine takes {self.dtype} [B, {units}]")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the units and of all arithmetic: that of the parameters, float32 where they are narrower.
+
+        Differences of free energies are what is learnt from, and bfloat16 has no digits left in them.
+        """
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def _wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, visible and hidden bias in `dtype`."""
+        return self.weight.to(self.dtype), self.visible_bias.to(self.dtype), self.hidden_bias.to(self.dtype)
+
+    @torch.no_grad()
+    def gibbs(self, v: Tensor, num_sweeps: int, source: Source = None) -> Tensor:
+        """v [B, num_visible] after `num_sweeps` sweeps of block Gibbs: hidden layer, then visible layer."""
+        checks.at_least("gibbs", 0, num_sweeps=num_sweeps)
+        self._check(v)
+        for _ in range(num_sweeps):
+            v = self.sample_visible(self.sample_hidden(v, source), source)
+        return v
+
+
+class RBM(_Bipartite):
+    """Binary units: E(v, h) = -v . b - h . c - v W h, v in {0, 1}^num_visible, h in {0, 1}^num_hidden (Hinton 2002)."""
+
+    def __init__(self, num_visible: int, num_hidden: int, binarize: str = RBMConfig.binarize):
+        super().__init__(num_visible, num_hidden)
+        self.binarize = binarize
+
+    def energy(self, v: Tensor, h: Tensor) -> Tensor:
+        """E(v [B, num_visible], h [B, num_hidden]) -> [B]."""
+        weight, visible_bias, hidden_bias = self._wide
+        return -(v @ visible_bias) - h @ hidden_bias - ((v @ weight) * h).sum(1)
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
+        self._check(v)
+        return -(v @ self._wide[1]) - F.softplus(self.hidden_logits(v)).sum(1)
+
+    def hidden_logits(self, v: Tensor) -> Tensor:
+        weight, _, hidden_bias = self._wide
+        return v @ weight + hidden_bias
+
+    def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
+        """v | h, all units at once, [B, num_visible] of 0 and 1."""
+        weight, visible_bias, _ = self._wide
+        return _bernoulli(h @ weight.T + visible_bias, source)
+
+    def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """Data x [B, ...] in [-1, 1] as 0 and 1, [B, num_visible]: by `binarize` of RBMConfig."""
+        x = x.flatten(1).to(self.dtype)
+        if self.binarize == "threshold":
+            return (x > 0).to(self.dtype)
+        u = noise.uniform(seed, positions, tuple(x.shape[1:]), stream=noise.STREAM_BINARIZE, dtype=x.dtype)
+        return (u < (x + 1) / 2).to(self.dtype)
+
+    def picture(self, v: Tensor) -> Tensor:
+        return 2 * v - 1
+
+    def fresh(self, source: ChainNoise) -> Tensor:
+        """Units that are 0 or 1 with equal probability."""
+        u = source.uniform((self.num_visible,), self.dtype)
+        return (u < 0.5).to(self.dtype)
+
+    def log_partition(self) -> Tensor:
+        """ln Z, exactly, by enumerating the smaller layer. Raises UserError above 20 units."""
+        weight, visible_bias, hidden_bias = self._wide
+        if weight.shape[0] <= weight.shape[1]:
+            return torch.logsumexp(-self.free_energy(_states(visible_bias)), 0)
+        h = _states(hidden_bias)
+        return torch.logsumexp(h @ hidden_bias + F.softplus(h @ weight.T + visible_bias).sum(1), 0)
+
+
+class GaussianBernoulliRBM(_Bipartite):
+    """Continuous visible units: E(v, h) = |v - b|^2 / (2 s^2) - h . c - v W h / s^2, h in {0, 1}^num_hidden.
+
+    v | h is N(b + W h, s^2 I) (Cho 2011), so p(v) is a mixture of 2^num_hidden Gaussians. std: s, learned.
+    """
+
+    def __init__(self, num_visible: int, num_hidden: int, std: float = 1.0):
+        super().__init__(num_visible, num_hidden)
+        checks.positive("rbm", std=std)
+        self.log_std = nn.Parameter(torch.tensor([math.log(std)]))  # [1]: DeepSpeed can't share out a scalar
+
+    @property
+    def variance(self) -> Tensor:
+        return (2 * self.log_std.to(self.dtype)).exp().squeeze(0)
+
+    def energy(self, v: Tensor, h: Tensor) -> Tensor:
+        """E(v [B, num_visible], h [B, num_hidden]) -> [B]."""
+        weight, visible_bias, hidden_bias = self._wide
+        quadratic = (v - visible_bias).square().sum(1) / (2 * self.variance)
+        return quadratic - h @ hidden_bias - ((v @ weight) * h).sum(1) / self.variance
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
+        self._check(v)
+        quadratic = (v - self._wide[1]).square().sum(1) / (2 * self.variance)
+        return quadratic - F.softplus(self.hidden_logits(v)).sum(1)
+
+    def hidden_logits(self, v: Tensor) -> Tensor:
+        weight, _, hidden_bias = self._wide
+        return v @ weight / self.variance + hidden_bias
+
+    def score(self, v: Tensor) -> Tensor:
+        """grad_v ln p(v) = (b + W E[h | v] - v) / s^2, [B, num_visible]."""
+        weight, visible_bias, _ = self._wide
+        mean = visible_bias + self.hidden_logits(v).sigmoid() @ weight.T
+        return (mean - v) / self.variance
+
+    def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
+        """v | h, all units at once, [B, num_visible]."""
+        weight, visible_bias, _ = self._wide
+        mean = visible_bias + h @ weight.T
+        if isinstance(source, ChainNoise):
+            z = source.normal(tuple(mean.shape[1:]), mean.dtype)
+        else:
+            z = torch.randn(mean.shape, generator=source, dtype=mean.dtype, device=mean.device)
+        return mean + self.variance.sqrt() * z
+
+    def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """Data x [B, ...] as they are, [B, num_visible]."""
+        return x.flatten(1).to(self.dtype)
+
+    def picture(self, v: Tensor) -> Tensor:
+        return v
+
+    def fresh(self, source: ChainNoise) -> Tensor:
+        """Standard normal numbers."""
+        return source.normal((self.num_visible,), self.dtype)
+
+    def log_partition(self) -> Tensor:
+        """ln Z, exactly, by enumerating the hidden layer. Raises UserError above 20 units."""
+        weight, visible_bias, hidden_bias = self._wide
+        h = _states(hidden_bias)
+        shift = h @ weight.T
+        mean_term = (shift @ visible_bias + shift.square().sum(1) / 2) / self.variance
+        gaussian = len(visible_bias) / 2 * (2 * math.pi * self.variance).log()
+        return torch.logsumexp(h @ hidden_bias + mean_term, 0) + gaussian
+
+
+Machine = RBM | GaussianBernoulliRBM
+
+
+def _rbm(config: RBMConfig, num_visible: int) -> RBM:
+    return RBM(num_visible, config.num_hidden, config.binarize)
+
+
+def _gaussian_rbm(config: GaussianRBMConfig, num_visible: int) -> GaussianBernoulliRBM:
+    return GaussianBernoulliRBM(num_visible, config.num_hidden, config.std)
+
+
+MACHINES: dict[str, Callable[[Any, int], Machine]] = {"rbm": _rbm, "gaussian_rbm": _gaussian_rbm}
+"""Machines by the word that chooses one in a config (`network.kind`)."""
+
+
+def build_machine(config: MachineConfig, shape: Sequence[int]) -> Machine:
+    """The machine that `config` describes, a visible unit for each value of a sample of `shape`."""
+    return checks.choose("network.kind", config.kind, MACHINES)(config, math.prod(shape))
+
+
+def _bernoulli(logits: Tensor, source: Source) -> Tensor:
+    if isinstance(source, ChainNoise):
+        u = source.uniform(tuple(logits.shape[1:]), logits.dtype)
+    else:
+        u = torch.rand(logits.shape, generator=source, dtype=logits.dtype, device=logits.device)
+    return (u < logits.sigmoid()).to(logits.dtype)
+
+
+def _states(like: Tensor) -> Tensor:
+    """All binary vectors of the length of `like`, [2^n, n]."""
+    if len(like) > MOST_ENUMERATED:
+        raise UserError(f"ln Z by enumeration of {len(like)} units: {MOST_ENUMERATED} at most, use AIS above that")
+    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=len(like))), dtype=like.dtype, device=like.device)
