@@ -24,7 +24,7 @@ def scoreray() -> Command:
         if env is not None:
             command = [sys.executable, "-m", "scoreray.cluster.cli", *arguments]
             return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
-        from scoreray.cluster.cli.main import main as cli
+        from scoreray.cluster.cli import main as cli
 
         out, errors = io.StringIO(), io.StringIO()
         handler, status = signal.getsignal(signal.SIGTERM), 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scoreray.cluster.cli.main import main as cli
+from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Interval

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scoreray.cluster.cli.main import main as cli
+from scoreray.cluster.cli import main as cli
 from scoreray.cluster.verbs.sample import sample_to
 from scoreray.data.errors import UserError
 from scoreray.data.packing.commit import Packed

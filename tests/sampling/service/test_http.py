@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scoreray.cluster.cli.main import main as cli
+from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import UserError
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate

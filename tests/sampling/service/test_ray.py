@@ -29,7 +29,7 @@ import psutil
 import pytest
 import urllib3
 
-from scoreray.cluster.cli.main import main as cli
+from scoreray.cluster.cli import main as cli
 from scoreray.cluster.serve.serve import (
     APP,
     Placement,
