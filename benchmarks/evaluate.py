@@ -25,7 +25,7 @@ from scoreray.data import fashion_mnist_path
 from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import here
-from scoreray.sampling.evaluation.plan import Plan, Settings, Task, make_plan
+from scoreray.sampling.evaluation.plan import EvaluationPlan, EvaluationSettings, Task, make_plan
 from scoreray.sampling.evaluation.tasks import get_arrays, run_task
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.measures.classifier import Classifier, ClassifierConfig
@@ -88,14 +88,15 @@ import itertools, sys
 import torch
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import give_way
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 folder, run, data, number = sys.argv[1:]
 torch.set_num_threads(1)
 give_way()
 print(flush=True)
 for k in itertools.count():
     out = f"{folder}/beside-out-{number}-{k}"
-    evaluate(Settings(run, data, ("sw", "loss"), out, count=512, reference_count=512, loss_count=512, steps=20))
+    counts = {"count": 512, "reference_count": 512, "loss_count": 512}
+    evaluate(EvaluationSettings(run, data, ("sw", "loss"), out, **counts, steps=20))
     print(k, flush=True)
 """
 
@@ -112,7 +113,7 @@ def features(
     pixels = torch.from_numpy(np.load(folder / "f.npz")["images"][:images])[:, None]
     ratios, rates = [], []
     for number in range(rounds):
-        settings = Settings(
+        settings = EvaluationSettings(
             run, data, ("fid",), str(folder / f"out-{suffix}-{number}"), extractor=str(scripted), reference_count=images
         )
         cache = open_store(f"{settings.out}/cache")
@@ -139,7 +140,7 @@ def forward(module: torch.nn.Module, images: torch.Tensor, batch_size: int) -> N
             module(batch)
 
 
-def do(plan: Plan, tasks: list[Task]) -> None:
+def do(plan: EvaluationPlan, tasks: list[Task]) -> None:
     here(run_task, [(plan, task) for task in tasks], lambda count: None)
 
 
@@ -185,10 +186,10 @@ from scoreray.sampling import quality
 from scoreray.sampling.evaluation.evaluate import here
 from scoreray.sampling.evaluation.tasks import put_arrays
 from scoreray.sampling.measures.features import ExtractorChoice
-from scoreray.sampling.evaluation.plan import Settings, make_plan
+from scoreray.sampling.evaluation.plan import EvaluationSettings, make_plan
 folder, count = sys.argv[1], int(sys.argv[2])
 with tempfile.TemporaryDirectory(dir=folder) as out:
-    settings = Settings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count)
+    settings = EvaluationSettings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count)
     plan = make_plan(settings, ExtractorChoice("identity"))
     rng = np.random.default_rng(0)
     for stage, tasks in plan.stages().items():

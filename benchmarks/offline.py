@@ -30,8 +30,8 @@ from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import ROWS, Form, in_form
 from scoreray.sampling.offline.generate import Request, prepare
 from scoreray.sampling.offline.job import Job, Samples
-from scoreray.sampling.samplers.by_name import drive, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import drive, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap

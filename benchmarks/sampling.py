@@ -27,8 +27,8 @@ from compare import error_against_nfe
 from gallery import save_small
 from pictures import DETERMINISTIC, draw_error_against_nfe
 
-from scoreray.sampling.samplers.by_name import ADAPTIVE, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.targets import ring

@@ -41,8 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.sampling.samplers.by_name import per_row, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import per_row, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
 from scoreray.trainer.diffusion.denoiser import Denoiser

@@ -16,7 +16,7 @@ from scoreray.data.errors import ScorerayError, UserError, nearest
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import choose_extractor
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.protocol import choose_metrics
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
@@ -337,7 +337,7 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
     if found or not of_samples:
         return found
     try:
-        settings = Settings("", sweep.metric.reference, of_samples, extractor=sweep.metric.extractor)
+        settings = EvaluationSettings("", sweep.metric.reference, of_samples, extractor=sweep.metric.extractor)
         extractor = choose_extractor(settings, manifest, None)
         choose_metrics(of_samples, info, manifest, extractor, settings.restoration)
     except ScorerayError as error:

@@ -22,7 +22,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.data.reading.samples import Samples, spread
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.tasks import LOSS_STREAM
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import dequantize, log_likelihood
@@ -166,7 +166,7 @@ def _of_samples(
 ) -> dict[str, float]:
     device = next(model.parameters()).device
     done = evaluate(
-        Settings(
+        EvaluationSettings(
             checkpoint=url,
             reference=section.reference,
             metrics=names,

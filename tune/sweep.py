@@ -13,7 +13,7 @@ from scoreray.data.errors import UserError, shortened
 from scoreray.data.units import Count
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.samplers.by_name import num_calls
+from scoreray.sampling.samplers.sample import num_calls
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
 from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
 

@@ -259,10 +259,10 @@ def evaluate(
     """Measure a model: a record to compare, a page to look at. The same command again goes on, or finds it."""
     from scoreray.cluster.verbs.evaluate import evaluate_on_ray
     from scoreray.data.reading.outputs import check_folder
-    from scoreray.sampling.evaluation.plan import Settings
+    from scoreray.sampling.evaluation.plan import EvaluationSettings
     from scoreray.sampling.samplers.options import parse_options
 
-    settings = Settings(
+    settings = EvaluationSettings(
         checkpoint=checkpoint,
         reference=reference,
         metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),

@@ -12,12 +12,12 @@ from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import bar
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished, prepare
-from scoreray.sampling.evaluation.plan import Plan, Settings, make_plan
+from scoreray.sampling.evaluation.plan import EvaluationPlan, EvaluationSettings, make_plan
 
 RESTARTS = 4  # of one actor: a chunk that kills every process that takes it ends the evaluation
 
 
-def evaluate_on_ray(settings: Settings, *, workers: int | None = None, verbose: bool = False) -> Evaluation:
+def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None, verbose: bool = False) -> Evaluation:
     """Evaluate on RAY_ADDRESS's cluster, or on an embedded one of this machine; the record tells nothing of which.
 
     workers: actors, with a GPU each where the cluster has any; as many as it has room for by default. Raises
@@ -42,7 +42,7 @@ def evaluate_on_ray(settings: Settings, *, workers: int | None = None, verbose: 
             return evaluate(settings, run=actors.run, bar=counting)
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: EvaluationSettings) -> None:
     """What a person got wrong, in seconds; a classifier that is still to be trained is left for later."""
 
     def nothing(*_: Any) -> None:
@@ -101,7 +101,7 @@ class Actors:
         plans: dict[int, Any] = {}  # a plan goes over once, not with every chunk
 
         def once(argument: Any) -> Any:
-            if isinstance(argument, Plan):
+            if isinstance(argument, EvaluationPlan):
                 return plans.get(id(argument)) or plans.setdefault(id(argument), ray.put(argument))
             return argument
 

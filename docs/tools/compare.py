@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.sampling.samplers.by_name import ADAPTIVE, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.targets import Mixture
 

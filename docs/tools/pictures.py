@@ -13,8 +13,8 @@ from torch import Tensor
 from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.guidance.inverse import inpaint
 from scoreray.sampling.measures.likelihood import log_likelihood
-from scoreray.sampling.samplers.by_name import Progress, drive, sample, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import SamplerState, drive, sample, start
 from scoreray.sampling.samplers.sigmas import GRIDS, from_process, geometric, karras
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.targets import Mixture, ring, sample_target
@@ -84,7 +84,7 @@ def sampler_paths() -> Figure:
             levels, place, density.exp().T, cmap="Blues", vmin=0, vmax=1.3, shading="nearest", rasterized=True
         )
         noise = SampleNoise(range(12))
-        seen: list[Progress] = []
+        seen: list[SamplerState] = []
         x = 10.0 * noise.normal((12, 1), torch.float64)
         steps = start(name, x, sigmas, noise, **options.get(name, {}))
         drive(steps, target, callback=seen.append)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from pictures import COLORS, INK, _bare, _label, plt
 
-from scoreray.sampling.samplers.by_name import SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import geometric, karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.noise import normal

@@ -27,7 +27,16 @@ from scoreray.data.reading.samples import Samples, spread
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.evaluation import quality, record
 from scoreray.sampling.evaluation.page import page
-from scoreray.sampling.evaluation.plan import FOLDER, PAGE, RECORD, Plan, Settings, Task, make_plan, run_of
+from scoreray.sampling.evaluation.plan import (
+    FOLDER,
+    PAGE,
+    RECORD,
+    EvaluationPlan,
+    EvaluationSettings,
+    Task,
+    make_plan,
+    run_of,
+)
 from scoreray.sampling.evaluation.protocol import choose_metrics
 from scoreray.sampling.evaluation.tasks import fixed_threads, run_task
 from scoreray.sampling.measures import features
@@ -97,7 +106,7 @@ def silent(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     yield lambda n: None
 
 
-def evaluate(settings: Settings, *, run: Run = here, bar: Bar = silent) -> Evaluation:
+def evaluate(settings: EvaluationSettings, *, run: Run = here, bar: Bar = silent) -> Evaluation:
     """Evaluate a checkpoint, or find that the same evaluation is done. Raises ScorerayErrors, one line each.
 
     What is wrong with the settings is found before anything is computed.
@@ -120,7 +129,7 @@ def evaluate(settings: Settings, *, run: Run = here, bar: Bar = silent) -> Evalu
     return finished
 
 
-def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[ExtractorChoice, float | None]:
+def prepare(settings: EvaluationSettings, run: Run = here, bar: Bar = silent) -> tuple[ExtractorChoice, float | None]:
     """The extractor with its weights at hand, and a classifier's accuracy. Raises UserError for what does not fit."""
     info = describe(settings.checkpoint, settings.ema).info
     manifest = Manifest.load(open_store(settings.reference))
@@ -140,7 +149,7 @@ def prepare(settings: Settings, run: Run = here, bar: Bar = silent) -> tuple[Ext
     return extractor, read_classifier(extractor.file, cache.get(extractor.key))[1]
 
 
-def choose_extractor(settings: Settings, manifest: Manifest, cache: Store | None) -> ExtractorChoice:
+def choose_extractor(settings: EvaluationSettings, manifest: Manifest, cache: Store | None) -> ExtractorChoice:
     """The extractor of an evaluation against the data set of `manifest`; errors and `cache` as of `features.choose`."""
     looking = {metric for metric, parts in record.PROTOCOL.items() if "extractor" in parts}
     if settings.metrics and not looking & set(settings.metrics):
@@ -148,13 +157,13 @@ def choose_extractor(settings: Settings, manifest: Manifest, cache: Store | None
     return features.choose(settings.extractor, manifest, cache)
 
 
-def missing(plan: Plan, stage: str, tasks: list[Task]) -> list[Task]:
+def missing(plan: EvaluationPlan, stage: str, tasks: list[Task]) -> list[Task]:
     """The tasks of a stage whose chunks are not there yet."""
     there = {key for key, _ in plan.folder(stage).list(f"{stage}/")}
     return [task for task in tasks if task.key not in there]
 
 
-def find_finished(plan: Plan) -> Evaluation | None:
+def find_finished(plan: EvaluationPlan) -> Evaluation | None:
     """The evaluation if its record is there. Raises DataError where it is damaged."""
     store = plan.store
     if not store.exists(RECORD):
@@ -166,7 +175,7 @@ def find_finished(plan: Plan) -> Evaluation | None:
     return Evaluation(found, store.url(RECORD), store.url(PAGE))
 
 
-def finish(plan: Plan) -> int:
+def finish(plan: EvaluationPlan) -> int:
     """Metrics of chunks that are all there, the page, and last the record; then the chunks are removed."""
     with fixed_threads(plan.settings.threads):
         metrics, work = quality.compute(plan)
@@ -182,14 +191,14 @@ def _classifier_config(manifest: Manifest, images: int) -> ClassifierConfig:
     return ClassifierConfig(manifest.shape[0], len(manifest.classes), images)
 
 
-def _classifier_key(settings: Settings) -> str:
+def _classifier_key(settings: EvaluationSettings) -> str:
     reference = Samples(settings.reference)
     config = _classifier_config(reference.manifest, settings.classifier_images)
     about = [reference.sha256, asdict(config), torch.__version__, settings.threads, CLASSIFIER_IMAGES]
     return f"extractors/classifier-{record.digest(about)}.json"
 
 
-def _train_extractor(settings: Settings, cache_url: str) -> int:
+def _train_extractor(settings: EvaluationSettings, cache_url: str) -> int:
     """Trains the classifier of a reference set and leaves it in the cache under the hash of its weights."""
     reference, cache = Samples(settings.reference), open_store(cache_url)
     images, labels = _labelled(reference)

@@ -25,7 +25,7 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.evaluation.evaluate import choose_extractor, described, evaluate
-from scoreray.sampling.evaluation.plan import FOLDER, Settings
+from scoreray.sampling.evaluation.plan import FOLDER, EvaluationSettings
 from scoreray.sampling.evaluation.protocol import choose_metrics
 from scoreray.sampling.evaluation.tasks import fixed_threads
 from scoreray.sampling.model.describe import ModelInfo, is_picture
@@ -119,10 +119,10 @@ def _check_pictures(shape: Sequence[int]) -> None:
         raise UserError(f"evaluation.sheet: samples of shape {list(shape)} are no pictures")
 
 
-def settings_of(config: Config, checkpoint_url: str) -> Settings:
+def settings_of(config: Config, checkpoint_url: str) -> EvaluationSettings:
     """The evaluation of a checkpoint that a config asks for."""
     section = config.evaluation
-    return Settings(
+    return EvaluationSettings(
         checkpoint=checkpoint_url,
         reference=section.reference or config.data.url,
         metrics=tuple(section.metrics),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scoreray.data.packing.inspect import picture_grid
 from scoreray.data.reading.samples import Samples, spread
-from scoreray.sampling.evaluation.plan import Plan
+from scoreray.sampling.evaluation.plan import EvaluationPlan
 from scoreray.sampling.evaluation.record import as_text, interval_text
 from scoreray.sampling.evaluation.tasks import get_arrays
 
@@ -39,7 +39,7 @@ TITLES = {
 }
 
 
-def page(plan: Plan, record: dict[str, Any], work: Work) -> str:
+def page(plan: EvaluationPlan, record: dict[str, Any], work: Work) -> str:
     """The page of a record (as read back from its JSON) and the pictures that its metrics left."""
     parts = [
         _table(record),
@@ -119,7 +119,7 @@ def _beside(values: dict[str, Any]) -> str:
     return ", ".join(f"{text} {values[key]:.4g}" for key, text in names.items() if values.get(key) is not None)
 
 
-def _figures(plan: Plan, work: Work) -> list[str]:
+def _figures(plan: EvaluationPlan, work: Work) -> list[str]:
     found = []
     stages = plan.stages()
     if "samples" in stages and plan.info.is_picture:
@@ -140,7 +140,7 @@ def _figures(plan: Plan, work: Work) -> list[str]:
     return found
 
 
-def _neighbours(plan: Plan, work: Work, samples: Tensor) -> str:
+def _neighbours(plan: EvaluationPlan, work: Work, samples: Tensor) -> str:
     places, nearest = work.pictures["nn"]
     of_rows = plan.numbers(plan.num_reference)[spread(work.num_rows, plan.num_reference)]
     numbers = of_rows[np.array(nearest)]

@@ -36,7 +36,7 @@ REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # the same of the reference, w
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What a person asks for.
 
     metrics: none takes those that fit and cost no more than features and a forward pass.
@@ -121,10 +121,10 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """Everything that a worker needs to do any task, and what the record says of the evaluation."""
 
-    settings: Settings
+    settings: EvaluationSettings
     metrics: tuple[str, ...]
     info: ModelInfo
     request: Request
@@ -191,7 +191,9 @@ def run_of(url: str) -> str:
     return head[: -len("/checkpoints")] if head.endswith("/checkpoints") and tail else url.rstrip("/")
 
 
-def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | None = None) -> Plan:
+def make_plan(
+    settings: EvaluationSettings, extractor: ExtractorChoice, accuracy: float | None = None
+) -> EvaluationPlan:
     """The plan of checked settings, with an extractor whose weights are known."""
     model = describe(settings.checkpoint, settings.ema)
     info = model.info
@@ -220,7 +222,7 @@ def make_plan(settings: Settings, extractor: ExtractorChoice, accuracy: float | 
         VERSION,
     ]
     cache = settings.cache or f"{out}/cache"
-    return Plan(
+    return EvaluationPlan(
         settings, metrics, info, request, reference.manifest, extractor, page, out, cache, record.digest(features)
     )
 
@@ -237,7 +239,7 @@ def _sampling(request: Request, info: ModelInfo) -> dict[str, Any]:
     }
 
 
-def labels_of(plan: Plan, first: int, last: int) -> torch.Tensor:
+def labels_of(plan: EvaluationPlan, first: int, last: int) -> torch.Tensor:
     """Classes int64 of samples [first, last): every stretch of them has nearly the shares of the whole."""
     if label_rule(plan.info, plan.manifest) != "as in the reference":
         return plan.request.labels(first, last, plan.info)

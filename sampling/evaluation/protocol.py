@@ -19,7 +19,7 @@ from scoreray.sampling.measures.likelihood import Trace
 from scoreray.sampling.model.describe import ModelInfo
 
 if TYPE_CHECKING:
-    from scoreray.sampling.evaluation.plan import Settings
+    from scoreray.sampling.evaluation.plan import EvaluationSettings
 
 MOST_ROWS = 10_000  # a side, of metrics that look at all pairs or keep rows: memory does not grow beyond
 PROJECTIONS = 128
@@ -105,7 +105,7 @@ def choose_metrics(
 
 
 def protocol(
-    settings: Settings,
+    settings: EvaluationSettings,
     metrics: tuple[str, ...],
     info: ModelInfo,
     reference: Samples,

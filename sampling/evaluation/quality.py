@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scoreray.data.reading.samples import spread
 from scoreray.data.storage.store import NotFound
-from scoreray.sampling.evaluation.plan import Plan
+from scoreray.sampling.evaluation.plan import EvaluationPlan
 from scoreray.sampling.evaluation.protocol import MOST_ROWS, NEIGHBOUR_PICTURES, NEIGHBOURS, kid_block
 from scoreray.sampling.evaluation.record import PROTOCOL
 from scoreray.sampling.evaluation.tasks import get_arrays, put_arrays
@@ -35,7 +35,7 @@ Values = dict[str, Any]
 class Work:
     """The chunks of a plan as metrics read them, and what they found worth a warning or a picture."""
 
-    plan: Plan
+    plan: EvaluationPlan
     warnings: list[str] = field(default_factory=list)
     pictures: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Work:
         return min(MOST_ROWS, self.plan.settings.count, self.plan.num_reference)
 
 
-def compute(plan: Plan) -> tuple[dict[str, Values], Work]:
+def compute(plan: EvaluationPlan) -> tuple[dict[str, Values], Work]:
     """Every metric of the plan, of chunks that are all there: {name: {value, std_error, interval, ...}}."""
     work, found = Work(plan), {}
     _warn_of_one_class(work)
@@ -105,7 +105,7 @@ def shown(estimate: Estimate, **more: Any) -> Values:
 def _fid(work: Work) -> Values:
     plan, count = work.plan, work.plan.settings.count
     reference, center = _reference_moments(work)
-    groups = [frechet.Moments.zero(center) for _ in range(frechet.GROUPS)]
+    groups = [frechet.FeatureMoments.zero(center) for _ in range(frechet.GROUPS)]
     row = 0
     for chunk in work.chunks("samples"):
         features = torch.from_numpy(chunk["features"])
@@ -145,7 +145,7 @@ def _reference_moments(work: Work) -> tuple[frechet.Reference, Tensor]:
     for chunk in work.chunks("reference"):
         features = torch.from_numpy(chunk["features"])
         if moments is None:
-            moments = frechet.Moments.zero(features.double().mean(0))
+            moments = frechet.FeatureMoments.zero(features.double().mean(0))
         moments.add(features)
     assert moments is not None
     reference = frechet.Reference.of(moments)

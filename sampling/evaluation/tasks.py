@@ -22,7 +22,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.data.reading.samples import Samples
 from scoreray.data.storage.store import NotFound, Store, open_store
-from scoreray.sampling.evaluation.plan import Plan, Task, labels_of
+from scoreray.sampling.evaluation.plan import EvaluationPlan, Task, labels_of
 from scoreray.sampling.evaluation.protocol import PROJECTIONS, restoration, trace_of
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.measures import ais, distances, features
@@ -30,8 +30,8 @@ from scoreray.sampling.measures.features import IDENTITY_VALUES, Extract, Extrac
 from scoreray.sampling.measures.likelihood import dequantize, log_likelihood
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, load_model
 from scoreray.sampling.offline.generate import prepare
-from scoreray.sampling.samplers.by_name import sample
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
+from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.networks.rbm import RBM
 from scoreray.trainer.step import to_uint8, to_unit_range
@@ -45,7 +45,7 @@ _computing = threading.Lock()  # the number of torch's threads is the process's,
 Rows = tuple[Tensor, Tensor, Tensor]  # samples of the reference, labels, numbers int64
 
 
-def run_task(plan: Plan, task: Task) -> int:
+def run_task(plan: EvaluationPlan, task: Task) -> int:
     """Compute and store one chunk, unless it is there; returns its number of samples."""
     store = plan.folder(task.stage)
     if not store.exists(task.key):
@@ -81,12 +81,12 @@ def get_arrays(store: Store, key: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def keeps_values(plan: Plan) -> bool:
+def keeps_values(plan: EvaluationPlan) -> bool:
     """Whether all samples themselves are kept: few values, for a density estimate."""
     return math.prod(plan.info.image_shape) <= IDENTITY_VALUES
 
 
-def _reference(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+def _reference(plan: EvaluationPlan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     images, _, _ = rows
     found = _extracted(plan, images)
     found.pop("logits", None)
@@ -95,7 +95,7 @@ def _reference(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     return found
 
 
-def _samples(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+def _samples(plan: EvaluationPlan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     request, parts = plan.request, []
     draw = prepare(_model(plan), request)
     for first in range(task.first, task.last, request.batch_size):
@@ -118,7 +118,7 @@ def _samples(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     return found
 
 
-def _extracted(plan: Plan, samples: Tensor) -> dict[str, np.ndarray]:
+def _extracted(plan: EvaluationPlan, samples: Tensor) -> dict[str, np.ndarray]:
     """Features, logits and projections of samples, in batches of the plan's size."""
     extract = _extractor(plan)
     found: dict[str, list[Tensor]] = {"features": [], "logits": [], "projections": []}
@@ -133,7 +133,7 @@ def _extracted(plan: Plan, samples: Tensor) -> dict[str, np.ndarray]:
     return {name: torch.cat(parts).numpy() for name, parts in found.items() if parts}
 
 
-def _likelihood(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+def _likelihood(plan: EvaluationPlan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     images, labels, seeds = rows
     denoiser = _denoiser(plan)
     if plan.manifest.dtype == "uint8":
@@ -158,7 +158,7 @@ def _likelihood(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     return {"nats": nats.numpy(), "bpd": bits.numpy(), "nfe": np.array(found.nfe)}
 
 
-def _loss(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+def _loss(plan: EvaluationPlan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     """Denoising error per dimension [n, levels] at the fixed levels; a sample's noise is the same at each of them."""
     images, labels, seeds = rows
     denoiser, device = _denoiser(plan), plan.settings.device
@@ -176,7 +176,7 @@ def _loss(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     return {"errors": torch.cat(errors).numpy()}
 
 
-def _restoration(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+def _restoration(plan: EvaluationPlan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     images, labels, _ = rows
@@ -214,7 +214,7 @@ def _ssim_window(images: Tensor) -> int:
     return min(11, side - 1 + side % 2)
 
 
-def _ais(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
+def _ais(plan: EvaluationPlan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     """ln Z of the energy by annealing, and the energies of the reference: log p = -E - ln Z."""
     model = _model(plan)
     betas = torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64)
@@ -243,12 +243,12 @@ def _ais(plan: Plan, task: Task, rows: Rows) -> dict[str, np.ndarray]:
     }
 
 
-def ais_sigma(plan: Plan) -> float:
+def ais_sigma(plan: EvaluationPlan) -> float:
     """The noise level at which a denoiser's energy is normalised: a quarter of the data's own spread."""
     return 0.25 * plan.info.config.denoiser.resolved_sigma_data
 
 
-TASKS: dict[str, Callable[[Plan, Task, Rows], dict[str, np.ndarray]]] = {
+TASKS: dict[str, Callable[[EvaluationPlan, Task, Rows], dict[str, np.ndarray]]] = {
     "reference": _reference,
     "samples": _samples,
     "likelihood": _likelihood,
@@ -258,7 +258,7 @@ TASKS: dict[str, Callable[[Plan, Task, Rows], dict[str, np.ndarray]]] = {
 }
 
 
-def _rows(plan: Plan, task: Task) -> Rows:
+def _rows(plan: EvaluationPlan, task: Task) -> Rows:
     """What a task needs of the reference: samples are drawn from nothing, a partition function is one for all."""
     settings = plan.settings
     counts = {"reference": plan.num_reference, "likelihood": settings.likelihood_count, "loss": settings.loss_count,
@@ -272,7 +272,7 @@ def _rows(plan: Plan, task: Task) -> Rows:
     return images, labels, torch.from_numpy(numbers.astype(np.int64))
 
 
-def _mean(plan: Plan) -> Tensor | float:
+def _mean(plan: EvaluationPlan) -> Tensor | float:
     mean = torch.tensor(plan.manifest.mean, dtype=torch.float32)
     shape = plan.info.image_shape
     if mean.numel() == math.prod(shape):
@@ -290,11 +290,11 @@ def _loaded(url: str, ema: str, device: str) -> LoadedDenoiser | LoadedMachine:
     return load_model(url, ema, device)
 
 
-def _model(plan: Plan) -> LoadedDenoiser | LoadedMachine:
+def _model(plan: EvaluationPlan) -> LoadedDenoiser | LoadedMachine:
     return _loaded(plan.info.url, plan.info.ema, plan.settings.device)
 
 
-def _denoiser(plan: Plan) -> LoadedDenoiser:
+def _denoiser(plan: EvaluationPlan) -> LoadedDenoiser:
     model = _model(plan)
     assert isinstance(model, LoadedDenoiser)  # the plan has refused what does not fit a machine
     return model
@@ -320,5 +320,5 @@ def _weights(choice: ExtractorChoice, cache: Store) -> bytes:
         ) from None
 
 
-def _extractor(plan: Plan) -> Extract:
+def _extractor(plan: EvaluationPlan) -> Extract:
     return _built(plan.extractor, plan.cache, plan.settings.device)

@@ -36,7 +36,7 @@ class Path(Protocol):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PartitionEstimate:
     """`log_z` in nats, `log_weights` [M] of the chains, and their end points `x` [M, ...]."""
 
     log_z: float
@@ -55,7 +55,7 @@ class Estimate:
         return float(weights.std() / weights.mean() / math.sqrt(len(weights)))
 
 
-def ais(path: Path, betas: Tensor | Sequence[float], seeds: Tensor | Sequence[int]) -> Estimate:
+def ais(path: Path, betas: Tensor | Sequence[float], seeds: Tensor | Sequence[int]) -> PartitionEstimate:
     """Runs one chain per seed along `betas` [T + 1], from 0 up to 1, with one step of the path at each (Neal 2001).
 
     log_z is the log of the mean weight: exp(log_z) is unbiased, so log_z on average a little low. Each chain depends on
@@ -74,7 +74,7 @@ def ais(path: Path, betas: Tensor | Sequence[float], seeds: Tensor | Sequence[in
             log_weights += (path.log_density(x, beta) - path.log_density(x, before)).double()
             if beta < 1:
                 x = path.step(x, beta, positions, number)
-    return Estimate(float(log_weights.logsumexp(0)) - math.log(len(positions)), log_weights, x)
+    return PartitionEstimate(float(log_weights.logsumexp(0)) - math.log(len(positions)), log_weights, x)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ GROUPS = 8  # equal parts of the samples whose moments are kept apart, for the e
 
 
 @dataclass
-class Moments:
+class FeatureMoments:
     """Count, sum [d] and sum of outer products [d, d], float64, of features about `center` [d].
 
     A centre near the mean (the same for all that are added together) keeps the products' rounding small.
@@ -33,9 +33,9 @@ class Moments:
     center: Tensor
 
     @staticmethod
-    def zero(center: Tensor) -> Moments:
+    def zero(center: Tensor) -> FeatureMoments:
         dims = len(center)
-        return Moments(0, torch.zeros(dims).double(), torch.zeros(dims, dims).double(), center.double())
+        return FeatureMoments(0, torch.zeros(dims).double(), torch.zeros(dims, dims).double(), center.double())
 
     def add(self, features: Tensor) -> None:
         """Takes features [n, d] in."""
@@ -44,11 +44,11 @@ class Moments:
         self.total += rows.sum(0)
         self.outer.addmm_(rows.T, rows)
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer, self.center)
+    def __add__(self, other: FeatureMoments) -> FeatureMoments:
+        return FeatureMoments(self.count + other.count, self.total + other.total, self.outer + other.outer, self.center)
 
-    def __sub__(self, other: Moments) -> Moments:
-        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer, self.center)
+    def __sub__(self, other: FeatureMoments) -> FeatureMoments:
+        return FeatureMoments(self.count - other.count, self.total - other.total, self.outer - other.outer, self.center)
 
     @property
     def mean(self) -> Tensor:
@@ -63,9 +63,9 @@ class Moments:
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
-def moments(features: Tensor) -> Moments:
+def moments(features: Tensor) -> FeatureMoments:
     """Moments of features [n, d] about their mean."""
-    found = Moments.zero(features.double().mean(0))
+    found = FeatureMoments.zero(features.double().mean(0))
     found.add(features)
     return found
 
@@ -79,7 +79,7 @@ class Reference:
     root: Tensor
 
     @staticmethod
-    def of(moments: Moments) -> Reference:
+    def of(moments: FeatureMoments) -> Reference:
         covariance = moments.covariance
         return Reference(moments.mean, float(covariance.trace()), symmetric_root(covariance))
 
@@ -90,7 +90,7 @@ def symmetric_root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def distance(reference: Reference, other: Moments) -> float:
+def distance(reference: Reference, other: FeatureMoments) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), exact for singular covariances too (Dowson & Landau 1982).
 
     tr (C1 C2)^(1/2) = sum of the roots of the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2): real, and several
@@ -108,7 +108,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return distance(Reference.of(moments(a)), moments(b))
 
 
-def frechet_by_sqrtm(a: Moments, b: Moments) -> float:
+def frechet_by_sqrtm(a: FeatureMoments, b: FeatureMoments) -> float:
     """The same by scipy's general matrix square root, as most FID code has it: to compare with."""
     root = linalg.sqrtm((a.covariance @ b.covariance).numpy())
     shift = (a.mean - b.mean).square().sum()
@@ -129,7 +129,7 @@ class FrechetEstimate:
     points: list[tuple[int, float]]
 
 
-def estimate(reference: Reference, groups: Sequence[Moments]) -> FrechetEstimate:
+def estimate(reference: Reference, groups: Sequence[FeatureMoments]) -> FrechetEstimate:
     """Of samples in disjoint groups of equal size, with the jackknife's error and FID-infinity.
 
     The bias of the distance falls as 1 / count, so a line through the mean distance of halves, quarters, eighths ...
@@ -156,8 +156,8 @@ def estimate(reference: Reference, groups: Sequence[Moments]) -> FrechetEstimate
     return FrechetEstimate(value, error, float(infinity), points)
 
 
-def _sum(groups: Sequence[Moments]) -> Moments:
-    total = Moments.zero(groups[0].center)
+def _sum(groups: Sequence[FeatureMoments]) -> FeatureMoments:
+    total = FeatureMoments.zero(groups[0].center)
     for group in groups:
         total = total + group
     return total

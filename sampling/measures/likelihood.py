@@ -18,9 +18,9 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.samplers.adaptive import integrate
-from scoreray.sampling.samplers.by_name import drive
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, TorchNoise
 from scoreray.sampling.samplers.ode import Steps, dpm2
+from scoreray.sampling.samplers.sample import drive
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion import noise as counter
 
@@ -30,7 +30,7 @@ STREAM_DEQUANTIZE = 1 << 21
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class LogLikelihood:
     """`nats` [B] log-density at sigma_min; `latent` [B, ...] the end at sigma_max; `nfe` calls of the denoiser."""
 
     nats: Tensor
@@ -58,7 +58,7 @@ def log_likelihood(
     data_mean: Tensor | float = 0.0,
     data_std: float | None = None,
     class_labels: Tensor | None = None,
-) -> Likelihood:
+) -> LogLikelihood:
     """log p(x; sigma_min) of each row of `x` [B, ...], in the dtype of x.
 
     trace: of dD/dx. "exact" takes one backward pass per dimension; "rademacher" and "gaussian" are Hutchinson's
@@ -81,7 +81,7 @@ def log_likelihood(
     variance = sigma_max**2 + data_std**2
     squared = (latent - data_mean).flatten(1).square().sum(1)
     prior = -0.5 * (squared / variance + x[0].numel() * math.log(2 * math.pi * variance))
-    return Likelihood(prior + integral, latent, nfe)
+    return LogLikelihood(prior + integral, latent, nfe)
 
 
 def dequantize(images: Tensor, seeds: Tensor | Sequence[int]) -> tuple[Tensor, float]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.model.load import LoadedDenoiser
-from scoreray.sampling.samplers.by_name import sample
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.engine.cpu import has_bf16_units
 

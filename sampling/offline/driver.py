@@ -24,8 +24,8 @@ from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.fast import check_choices, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.samplers.by_name import ADAPTIVE, num_calls
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
 
 log = logging.getLogger(__name__)
 

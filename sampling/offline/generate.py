@@ -17,10 +17,10 @@ from scoreray.sampling.guidance.guidance import Denoise
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
-from scoreray.sampling.samplers.by_name import SAMPLERS, sample
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
+from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.diffusion.objective import ContrastiveObjective
 from scoreray.trainer.networks.ladder import levels_needed

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.sampling.guidance.guidance import classifier_free_steps, doubled_labels
-from scoreray.sampling.samplers.by_name import check_labels, per_row, start
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.ode import Steps
+from scoreray.sampling.samplers.sample import check_labels, per_row, start
 from scoreray.sampling.samplers.sigmas import as_grid
 
 IN_TURN = 2  # one part in so many of each call goes to all requests in turn, whatever they need

@@ -9,8 +9,8 @@ from scoreray.data.errors import UserError
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.samplers.by_name import SAMPLERS
 from scoreray.sampling.samplers.options import Option, options_of
+from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.trainer.checkpoints.checkpoint import committed

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.sampling.model.describe import ModelInfo, is_picture
 from scoreray.sampling.offline.generate import Request, RequestError
-from scoreray.sampling.samplers.by_name import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.docs_page import in_words
 from scoreray.sampling.service.job import Job

@@ -11,8 +11,8 @@ import torch
 from scoreray.sampling.measures.likelihood import log_likelihood
 from scoreray.sampling.model import fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
-from scoreray.sampling.samplers.by_name import SAMPLERS, sample
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
 

@@ -20,7 +20,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import follow, read_evaluations
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import run_store, train
 
@@ -49,9 +49,9 @@ def settings(base: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def asked(run: tuple[str, str], out: str) -> Settings:
-    return Settings(*run, metrics=("fid", "kid", "sw", "loss"), out=out, extractor="identity", count=600, steps=6,
-                    batch_size=64, loss_count=300)  # fmt: skip
+def asked(run: tuple[str, str], out: str) -> EvaluationSettings:
+    return EvaluationSettings(*run, metrics=("fid", "kid", "sw", "loss"), out=out, extractor="identity", count=600,
+                              steps=6, batch_size=64, loss_count=300)  # fmt: skip
 
 
 def test_workers_and_kills_do_not_change_a_record(

@@ -27,7 +27,7 @@ from scoreray.sampling.evaluation import quality
 from scoreray.sampling.evaluation import tasks as evaluation_tasks
 from scoreray.sampling.evaluation.evaluate import evaluate, find_finished, prepare
 from scoreray.sampling.evaluation.follow import check_evaluation
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.quality import METRICS
 from scoreray.sampling.evaluation.record import PROTOCOL, compare, comparison_text, notes, read_record
 from scoreray.sampling.evaluation.tasks import get_arrays
@@ -95,7 +95,7 @@ def test_a_gaussian_model_against_gaussian_data_gives_the_closed_forms(points: t
     """Frechet distance, likelihood and loss of N(0, s^2 I) against N(m, S^2 I), through files, sampler and solver."""
     run, data = points
     made = evaluate(
-        Settings(
+        EvaluationSettings(
             run,
             data,
             metrics=("fid", "nats", "loss"),
@@ -141,7 +141,7 @@ def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeyp
     rng = np.random.default_rng(2)
     data = packed(folder, "pixels", rng.integers(0, 256, (64, 2, 2), dtype=np.uint8))
     run = trained(folder, data, "pixels")
-    settings = Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=1e-6)
+    settings = EvaluationSettings(run, data, metrics=("bpd",), likelihood_count=32, rtol=1e-6)
     from scoreray.data.reading.samples import Samples, spread
     from scoreray.sampling.measures.likelihood import dequantize
 
@@ -161,7 +161,7 @@ def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeyp
     means = torch.tensor([[-0.5, 0.3, 0.1, -0.6], [0.6, -0.4, 0.0, 0.2]]).double()
     exact = Mixture(means, std=0.3)
     monkeypatch.setattr(evaluation_tasks, "_denoiser", lambda plan: _Reshaped(exact))
-    found = evaluate(Settings(run, data, metrics=("bpd",), likelihood_count=32, rtol=2e-6))
+    found = evaluate(EvaluationSettings(run, data, metrics=("bpd",), likelihood_count=32, rtol=2e-6))
     parts = -0.5 * ((x[:, None] - means).square() / (0.09 + 4e-6) + math.log(2 * math.pi * (0.09 + 4e-6))).sum(2)
     mixture = parts.logsumexp(1) - math.log(2)
     assert found.record["metrics"]["bpd"]["value"] == pytest.approx(bits(mixture), abs=2e-3)
@@ -182,7 +182,7 @@ class _Reshaped:
 def test_density_estimates_and_annealing(folder: Path, points: tuple[str, str]) -> None:
     """KDE of exact samples is near the log-density; AIS finds the ln Z that a small machine's enumeration gives."""
     run, data = points
-    record = evaluate(Settings(run, data, metrics=("kde",), count=3000, reference_count=1000)).record
+    record = evaluate(EvaluationSettings(run, data, metrics=("kde",), count=3000, reference_count=1000)).record
     x = read_rows(data, 1000)
     exact = -0.5 * (np.square(x).sum(1) / SIGMA_DATA**2 + 4 * math.log(2 * math.pi * SIGMA_DATA**2))
     assert record["metrics"]["kde"]["value"] == pytest.approx(exact.mean(), abs=0.35)
@@ -199,7 +199,7 @@ def test_density_estimates_and_annealing(folder: Path, points: tuple[str, str]) 
         optimizer={"learning_rate": 0.05, "warmup_images": 0},
         duration={"images": 320},
     )
-    made = evaluate(Settings(machine, binary, metrics=("ais",), chains=256)).record["metrics"]["ais"]
+    made = evaluate(EvaluationSettings(machine, binary, metrics=("ais",), chains=256)).record["metrics"]["ais"]
     log_z = float(load_machine(machine).log_partition())
     assert abs(made["log_z"] - log_z) < 4 * made["log_z_std_error"] + 1e-3
 
@@ -208,7 +208,7 @@ def test_an_energys_likelihood_by_annealing(folder: Path, points: tuple[str, str
     """An energy model of N(0, s^2 I): ln Z at the noise level that AIS works at is the Gaussian's."""
     _, data = points
     run = trained(folder, data, "energy", denoiser={"sigma_data": SIGMA_DATA, "parameterization": "energy_dot"})
-    made = evaluate(Settings(run, data, metrics=("ais",), chains=200)).record["metrics"]["ais"]
+    made = evaluate(EvaluationSettings(run, data, metrics=("ais",), chains=200)).record["metrics"]["ais"]
     variance = SIGMA_DATA**2 + (SIGMA_DATA / 4) ** 2
     normaliser = 2 * math.log(2 * math.pi * variance)
     assert abs(made["log_z"] - normaliser) < 4 * made["log_z_std_error"] + 0.02
@@ -217,7 +217,7 @@ def test_an_energys_likelihood_by_annealing(folder: Path, points: tuple[str, str
 def test_every_metric_of_images_and_their_page(pictures: tuple[str, str], folder: Path) -> None:
     run, data = pictures
     wanted = ("fid", "kid", "is", "pr", "sw", "nn", "loss", "psnr", "ssim")
-    settings = Settings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640)  # type: ignore[arg-type]
+    settings = EvaluationSettings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640)  # type: ignore[arg-type]
     made = evaluate(settings)
     assert list(made.record["metrics"]) == sorted(wanted)
     for name, values in made.record["metrics"].items():
@@ -256,7 +256,9 @@ def test_what_is_not_finite_is_null_in_the_record_with_a_warning(
 
     monkeypatch.setattr(quality, "get_arrays", poisoned)
     seed = 3 if math.isnan(poison) else 4
-    made = evaluate(Settings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640, seed=seed))  # type: ignore[arg-type]
+    made = evaluate(
+        EvaluationSettings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640, seed=seed)
+    )  # type: ignore[arg-type]
     assert all(values["value"] is None for values in made.record["metrics"].values()), made.record["metrics"]
     told = [line for line in made.record["warnings"] if "not a finite number, so null in the record" in line]
     assert sorted(line.partition(":")[0] for line in told) == sorted(wanted)
@@ -315,7 +317,7 @@ def test_a_record_with_a_part_of_another_kind_is_one_line(records: Any, tmp_path
 
 def test_defaults_are_what_fits(points: tuple[str, str]) -> None:
     run, data = points
-    made = evaluate(Settings(run, data, **{**QUICK, "steps": 3}))  # type: ignore[arg-type]
+    made = evaluate(EvaluationSettings(run, data, **{**QUICK, "steps": 3}))  # type: ignore[arg-type]
     assert sorted(made.record["metrics"]) == ["fid", "kde", "kid", "loss", "nn", "pr", "sw"]
     assert made.record["protocol"]["extractor"]["kind"] == "identity"
 
@@ -325,9 +327,10 @@ import sys
 from scoreray.sampling.evaluation.evaluate import evaluate, prepare
 from scoreray.sampling.evaluation.tasks import get_arrays
 from scoreray.sampling.evaluation.follow import check_evaluation
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 run, data, out = sys.argv[1:]
-evaluate(Settings(run, data, ("fid", "loss"), out, count=640, reference_count=300, steps=8, extractor="identity"))
+evaluate(EvaluationSettings(run, data, ("fid", "loss"), out, count=640, reference_count=300, steps=8,
+                            extractor="identity"))
 """
 
 
@@ -351,10 +354,10 @@ def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str
     real = evaluation_tasks.put_arrays
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_tasks, "put_arrays", lambda s, k, a: (done.append(Path(s.url(k))), real(s, k, a)))
-        resumed = evaluate(Settings(run, data, ("fid", "loss"), str(out), **settings))
+        resumed = evaluate(EvaluationSettings(run, data, ("fid", "loss"), str(out), **settings))
     assert done
     assert not set(done) & set(kept)
-    whole = evaluate(Settings(run, data, ("fid", "loss"), str(tmp_path / "whole"), **settings))
+    whole = evaluate(EvaluationSettings(run, data, ("fid", "loss"), str(tmp_path / "whole"), **settings))
     assert Path(resumed.url).read_bytes() == Path(whole.url).read_bytes()
 
 
@@ -375,7 +378,7 @@ def records(points: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
     def make(**changes: Any) -> dict[str, Any]:
         settings = {"metrics": ("fid", "sw", "loss"), "out": out, **QUICK, **changes}
-        return read_record(evaluate(Settings(run, data, **settings)).url)
+        return read_record(evaluate(EvaluationSettings(run, data, **settings)).url)
 
     return make
 
@@ -402,7 +405,7 @@ def test_what_is_comparable_and_what_is_refused_by_name(records: Any, folder: Pa
         compare(first, first, vary=["step"])
     other = packed(folder, "others", np.random.default_rng(5).standard_normal((4000, 4)).astype(np.float32))
     with pytest.raises(UserError, match=r"reference\.sha256"):
-        compare(first, read_record(evaluate(Settings(points[0], other, ("fid",), **QUICK)).url), ["fid"])  # type: ignore[arg-type]
+        compare(first, read_record(evaluate(EvaluationSettings(points[0], other, ("fid",), **QUICK)).url), ["fid"])  # type: ignore[arg-type]
     changed = json.loads(json.dumps(first))
     changed["versions"]["torch"] = "1.0"
     assert any("versions.torch" in line for line in notes(first, changed))
@@ -434,12 +437,12 @@ def test_likelihood_of_images_without_classes_needs_no_extractor(folder: Path) -
     images = np.random.default_rng(4).integers(0, 256, (40, 4, 4), dtype=np.uint8)
     data = packed(folder, "plain", images)
     run = trained(folder, data, "plain")
-    assert set(evaluate(Settings(run, data, ("loss",))).record["metrics"]) == {"loss"}
+    assert set(evaluate(EvaluationSettings(run, data, ("loss",))).record["metrics"]) == {"loss"}
     small = packed(folder, "larger", np.random.default_rng(4).integers(0, 256, (40, 12, 12), dtype=np.uint8))
     larger = trained(folder, small, "larger")
-    assert set(evaluate(Settings(larger, small, ("loss",))).record["metrics"]) == {"loss"}
+    assert set(evaluate(EvaluationSettings(larger, small, ("loss",))).record["metrics"]) == {"loss"}
     with pytest.raises(UserError, match="give --extractor FILE"):
-        evaluate(Settings(larger, small, ("fid",)))
+        evaluate(EvaluationSettings(larger, small, ("fid",)))
 
 
 def test_what_does_not_fit_is_named_before_anything_is_computed(
@@ -447,21 +450,21 @@ def test_what_does_not_fit_is_named_before_anything_is_computed(
 ) -> None:
     run, data = points
     with pytest.raises(UserError, match=r"bpd does not fit.*\n.*psnr does not fit.*\n?.*ais"):
-        evaluate(Settings(run, data, ("bpd", "psnr", "ais"), str(tmp_path / "out")))
+        evaluate(EvaluationSettings(run, data, ("bpd", "psnr", "ais"), str(tmp_path / "out")))
     with pytest.raises(UserError, match=r"is does not fit.*identity"):
-        evaluate(Settings(run, data, ("is",)))
+        evaluate(EvaluationSettings(run, data, ("is",)))
     with pytest.raises(UserError, match="did you mean 'kid'"):
-        Settings(run, data, ("kidd",))
+        EvaluationSettings(run, data, ("kidd",))
     with pytest.raises(UserError, match=r"\[1, 12, 12\].*\[4\]"):
-        evaluate(Settings(run, pictures[1]))
+        evaluate(EvaluationSettings(run, pictures[1]))
     with pytest.raises(UserError, match="superresolution=FACTOR"):
-        evaluate(Settings(*pictures, ("psnr",), str(tmp_path / "out"), restoration="superresolution=5"))
+        evaluate(EvaluationSettings(*pictures, ("psnr",), str(tmp_path / "out"), restoration="superresolution=5"))
     with pytest.raises(UserError, match="takes images"):
-        evaluate(Settings(run, data, ("fid",), extractor="weights.pth"))
+        evaluate(EvaluationSettings(run, data, ("fid",), extractor="weights.pth"))
     with pytest.raises(UserError, match="two classes"):
-        evaluate(Settings(run, data, ("fid",), extractor="classifier"))
+        evaluate(EvaluationSettings(run, data, ("fid",), extractor="classifier"))
     with pytest.raises(UserError, match="count = 3"):
-        Settings(run, data, count=3)
+        EvaluationSettings(run, data, count=3)
     assert not (tmp_path / "out").exists()
 
 
@@ -479,7 +482,7 @@ def test_a_classifier_needs_images_of_two_classes(
     data = packed(tmp_path, "few", bright(count), None if labels is None else np.array(labels, np.uint8))
     for metrics in ((), ("is",), ("fid",), ("kid", "loss"), ("pr",), ("nn",)):
         for extractor in ("auto", "classifier"):
-            settings = Settings(pictures[0], data, metrics, str(tmp_path / "out"), extractor=extractor)
+            settings = EvaluationSettings(pictures[0], data, metrics, str(tmp_path / "out"), extractor=extractor)
             if labels is not None and set(labels) == {1, 3}:
                 asked = prepare_without_training(settings)
                 assert asked == "classifier"
@@ -489,7 +492,7 @@ def test_a_classifier_needs_images_of_two_classes(
     assert not (tmp_path / "out").exists()
 
 
-def prepare_without_training(settings: Settings) -> str:
+def prepare_without_training(settings: EvaluationSettings) -> str:
     """Which extractor would be trained."""
 
     def run(function: Any, arguments: Any, done: Any) -> None:
@@ -510,20 +513,20 @@ def test_a_reference_of_too_few_images_is_refused_before_anything_is_drawn(
         raise KeyError("samples are drawn")
 
     for metrics in ((), ("fid",), ("kid",), ("pr",), ("sw",), ("nn",), ("fid", "loss")):
-        settings = Settings(pictures[0], data, metrics, str(tmp_path / "out"), extractor="identity", count=20)
+        settings = EvaluationSettings(pictures[0], data, metrics, str(tmp_path / "out"), extractor="identity", count=20)
         with pytest.raises(KeyError if count == 16 else UserError, match="drawn" if count == 16 else "of at least 16"):
             evaluate(settings, run=drawn)
     with pytest.raises(KeyError):
-        evaluate(Settings(pictures[0], data, ("loss",), str(tmp_path / "out")), run=drawn)
+        evaluate(EvaluationSettings(pictures[0], data, ("loss",), str(tmp_path / "out")), run=drawn)
 
 
 def test_a_reference_of_nearly_one_class_is_warned_of(pictures: tuple[str, str], tmp_path: Path) -> None:
     labels = np.array([0] * 57 + [1] * 3, np.uint8)
     data = packed(tmp_path, "lopsided", bright(60), labels)
     short = {"count": 16, "reference_count": 32, "steps": 2, "classifier_images": 64}
-    warned = evaluate(Settings(pictures[0], data, ("kid",), str(tmp_path / "a"), **short)).record["warnings"]
+    warned = evaluate(EvaluationSettings(pictures[0], data, ("kid",), str(tmp_path / "a"), **short)).record["warnings"]
     assert any("95% of the reference's labels are" in line for line in warned)
-    plain = evaluate(Settings(pictures[0], data, ("sw",), str(tmp_path / "b"), **short)).record["warnings"]
+    plain = evaluate(EvaluationSettings(pictures[0], data, ("sw",), str(tmp_path / "b"), **short)).record["warnings"]
     assert not any("labels" in line for line in plain)
 
 
@@ -566,4 +569,4 @@ def test_an_evaluation_beside_a_run_is_checked_before_it_begins(
 )
 def test_numbers_that_no_evaluation_ends_with_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Settings("/absent", "/absent", **settings)
+        EvaluationSettings("/absent", "/absent", **settings)

@@ -18,8 +18,8 @@ from scoreray.sampling.guidance.guidance import (
     rows_per_sample,
 )
 from scoreray.sampling.guidance.inverse import LinearInverse, mask, matrix
-from scoreray.sampling.samplers.by_name import drive, sample, start
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import drive, sample, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.inverse import LinearInverse, average_pool, gray, inpaint, mask, matrix
-from scoreray.sampling.samplers.by_name import sample
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import karras
 
 GRID = karras(60, 0.002, 40.0)

@@ -19,10 +19,10 @@ def normal(n: int, d: int, seed: int = 0) -> Tensor:
     return noise.normal(seed, torch.arange(n), (d,), dtype=torch.float64)
 
 
-def of_gaussian(mean: Tensor, covariance: Tensor) -> frechet.Moments:
+def of_gaussian(mean: Tensor, covariance: Tensor) -> frechet.FeatureMoments:
     """Moments that are exactly a Gaussian's, as a million samples would have them."""
     n = 10**6
-    return frechet.Moments(n, torch.zeros_like(mean), covariance * (n - 1), mean)
+    return frechet.FeatureMoments(n, torch.zeros_like(mean), covariance * (n - 1), mean)
 
 
 def exactly(n: int, d: int) -> Tensor:
@@ -150,7 +150,7 @@ def test_fid_infinity_removes_the_bias_and_the_interval_holds() -> None:
         x = normal(1600, 64, 100 + seed)
         groups = []
         for part in x.split(200):
-            groups.append(frechet.Moments.zero(torch.zeros(64)))
+            groups.append(frechet.FeatureMoments.zero(torch.zeros(64)))
             groups[-1].add(part)
         found = frechet.estimate(exact, groups)
         assert [n for n, _ in found.points] == [1600, 800, 400, 200]
@@ -165,7 +165,7 @@ def test_fid_infinity_removes_the_bias_and_the_interval_holds() -> None:
 def test_moments_add_up_whatever_the_centre() -> None:
     x = 1000 + normal(300, 6)
     center = x[0].clone()
-    parts = [frechet.Moments.zero(center) for _ in range(3)]
+    parts = [frechet.FeatureMoments.zero(center) for _ in range(3)]
     for moments, rows in zip(parts, x.split(100), strict=True):
         moments.add(rows)
     together = parts[0] + parts[1] + parts[2]

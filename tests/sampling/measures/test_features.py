@@ -17,7 +17,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import Settings
+from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures import distances, features
 from scoreray.sampling.measures.classifier import ClassifierConfig, read_classifier, train_classifier
 from scoreray.sampling.measures.frechet import frechet
@@ -146,7 +146,7 @@ def test_the_distance_falls_along_a_short_training(fashion: tuple[Tensor, Tensor
     folders = committed(run)
     for folder in (folders[0], folders[2], folders[-1]):
         made = evaluate(
-            Settings(
+            EvaluationSettings(
                 run.url(folder),
                 data,
                 ("fid", "loss"),

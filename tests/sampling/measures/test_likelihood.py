@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.measures.likelihood import Likelihood, dequantize, log_likelihood
+from scoreray.sampling.measures.likelihood import LogLikelihood, dequantize, log_likelihood
 
 
 def gaussian_nats(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -96,11 +96,11 @@ def test_the_datas_mean_and_spread_leave_no_error_of_the_prior(make_gaussian):
 
 
 def test_bits_per_dim_adds_seven_for_eight_bits_in_minus_one_to_one():
-    likelihood = Likelihood(torch.tensor([0.0]), torch.zeros(1, 3, 2, 2), 1)
+    likelihood = LogLikelihood(torch.tensor([0.0]), torch.zeros(1, 3, 2, 2), 1)
     assert likelihood.bits_per_dim().item() == 7
     assert likelihood.bits_per_dim(1 / 256).item() == 8
     # Uniform data in [-1, 1] has density 2^-d: 8 bits a dimension.
-    assert Likelihood(torch.tensor([-12 * math.log(2)]), torch.zeros(1, 3, 2, 2), 1).bits_per_dim().item() == 8
+    assert LogLikelihood(torch.tensor([-12 * math.log(2)]), torch.zeros(1, 3, 2, 2), 1).bits_per_dim().item() == 8
 
 
 def test_dequantized_pixels_fill_their_level_and_round_back_to_it():

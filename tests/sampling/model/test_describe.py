@@ -14,7 +14,7 @@ from scoreray.cluster.verbs.export import export_model
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import prepare
-from scoreray.sampling.evaluation.plan import Settings, make_plan
+from scoreray.sampling.evaluation.plan import EvaluationSettings, make_plan
 from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.load import load
@@ -58,7 +58,7 @@ def test_every_verb_takes_every_spelling(urls: dict[str, str], small_set: str, n
     assert describe(url, spelling).info.ema == load(url, spelling, "cpu").info.ema == "0.100"
     assert look_up("m", url, spelling).info.ema == look_up("m", url).ema(spelling) == "0.100"
     plans = [
-        make_plan(Settings(url, small_set, ("sw",), ema=ema), ExtractorChoice("identity"))
+        make_plan(EvaluationSettings(url, small_set, ("sw",), ema=ema), ExtractorChoice("identity"))
         for ema in (spelling, "0.100")
     ]
     assert plans[0].name == plans[1].name
@@ -71,7 +71,7 @@ def test_a_length_that_is_not_there_is_refused_alike(urls: dict[str, str], small
     calls: list[Callable[[], Any]] = [
         lambda: load(url, length),
         lambda: look_up("m", url, length),
-        lambda: prepare(Settings(url, small_set, ema=length)),
+        lambda: prepare(EvaluationSettings(url, small_set, ema=length)),
     ]
     for call in calls:
         with pytest.raises(UserError, match=r"EMA length") as error:

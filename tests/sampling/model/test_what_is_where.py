@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.steering import OPERATORS
 from scoreray.sampling.model.describe import PROCESS_GRID
-from scoreray.sampling.samplers.by_name import SAMPLERS
 from scoreray.sampling.samplers.gibbs import GIBBS
+from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS

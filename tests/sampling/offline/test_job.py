@@ -34,7 +34,7 @@ from scoreray.sampling.offline.driver import Form, InRows, choose_form, in_form,
 from scoreray.sampling.offline.generate import Request, prepare
 from scoreray.sampling.offline.job import Mapper, Samples, begin, carry_out_job, here
 from scoreray.sampling.offline.place import TakenOver, intact, place_of
-from scoreray.sampling.samplers.by_name import sample
+from scoreray.sampling.samplers.sample import sample
 
 REQUEST = Request(count=150, steps=3, seed=7, batch_size=32)
 SHARD = 32

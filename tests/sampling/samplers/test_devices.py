@@ -19,9 +19,9 @@ from scoreray.sampling.guidance.inverse import LinearInverse, average_pool, gray
 from scoreray.sampling.measures.ais import GaussianRBMPath, RBMPath
 from scoreray.sampling.measures.kde import _squares
 from scoreray.sampling.measures.likelihood import _Augmented, _probes
-from scoreray.sampling.samplers.by_name import ADAPTIVE, SAMPLERS, drive
 from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive
 from scoreray.sampling.samplers.sigmas import from_process, geometric
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from scoreray.trainer.diffusion.objective import (

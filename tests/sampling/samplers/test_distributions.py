@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from scoreray.sampling.samplers.by_name import SAMPLERS, sample
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import from_process, geometric, karras
 from scoreray.trainer.diffusion.process import VP, SubVP
 from scoreray.trainer.networks.ladder import step_size, variance_ratio

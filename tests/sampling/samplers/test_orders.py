@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scoreray.data.errors import ScorerayError
-from scoreray.sampling.samplers.by_name import drive, sample, start
+from scoreray.sampling.samplers.sample import drive, sample, start
 from scoreray.sampling.samplers.sigmas import geometric, karras
 
 START, END = 100.0, 0.05  # so far out that first steps of low order, where D hardly changes, do not show

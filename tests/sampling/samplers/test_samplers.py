@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from scoreray.data.errors import ScorerayError, UserError
-from scoreray.sampling.samplers.by_name import ADAPTIVE, SAMPLERS, Progress, drive, num_calls, sample, start
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.options import check_options, option_words, options_of, parse_options
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, SamplerState, drive, num_calls, sample, start
 from scoreray.sampling.samplers.sigmas import karras
 
 N = 9
@@ -163,7 +163,7 @@ def test_class_labels_reach_the_denoiser_at_every_call(gaussian):
 
 
 def test_a_callback_sees_every_call_and_its_last_preview_is_the_sample(mixture):
-    seen: list[Progress] = []
+    seen: list[SamplerState] = []
     samples = sample(mixture, draw(SEEDS), GRID, sampler="euler", callback=seen.append)
     assert [p.nfe for p in seen] == list(range(1, N + 1))
     assert [p.sigma for p in seen] == GRID[:-1].tolist()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.samplers.by_name import sample
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import from_process, geometric, karras
 from scoreray.trainer.diffusion.process import DDPM, EDM, VE, VP, Cosine, FlowMatching, SubVP
 

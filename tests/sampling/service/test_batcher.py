@@ -11,8 +11,8 @@ import torch
 
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.sampling.guidance.guidance import ClassifierFree
-from scoreray.sampling.samplers.by_name import SAMPLERS, num_calls, sample
 from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import SAMPLERS, num_calls, sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
 

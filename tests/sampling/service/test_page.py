@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from scoreray.sampling.samplers.by_name import SAMPLERS
 from scoreray.sampling.samplers.options import options_of
+from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.access import hash_of
 from scoreray.sampling.service.config import Limits, ServeConfig
 

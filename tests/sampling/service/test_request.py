@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scoreray.sampling.samplers.by_name import SAMPLERS
 from scoreray.sampling.samplers.options import options_of
+from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.config import ERRORS, Limits, Refused
 from scoreray.sampling.service.job import Job
 from scoreray.sampling.service.models import Served, look_up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scoreray.sampling.samplers.by_name import sample
+from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.objective import (

@@ -57,7 +57,7 @@ Denoise = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Progress:
+class SamplerState:
     """What a callback sees after each call of the network: calls so far, the state, its noise level, the estimate."""
 
     nfe: int
@@ -74,7 +74,7 @@ def sample(
     sampler: str = "heun",
     generator: Noise | torch.Generator | Tensor | Sequence[int] | None = None,
     class_labels: Tensor | None = None,
-    callback: Callable[[Progress], None] | None = None,
+    callback: Callable[[SamplerState], None] | None = None,
     **options: Any,
 ) -> Tensor:
     """Draws samples: takes `x` [B, ...] at noise level sigmas[0] down the grid to 0.
@@ -84,7 +84,7 @@ def sample(
     sampler: a name of SAMPLERS; `options` are its keyword-only parameters.
     generator: one integer seed for each row (its samples then don't depend on the batch), a torch.Generator, a Noise,
         or None for torch's global generator.
-    class_labels: int64 [B], -1 for none.  callback: called with a Progress after each call of the network.
+    class_labels: int64 [B], -1 for none.  callback: called with a SamplerState after each call of the network.
     Returns samples in the shape, dtype and device of `x`. Raises UserError on a bad argument, and when the samples are
     not finite.
     """
@@ -129,7 +129,7 @@ def drive(
     denoiser: Denoise,
     *,
     class_labels: Tensor | None = None,
-    callback: Callable[[Progress], None] | None = None,
+    callback: Callable[[SamplerState], None] | None = None,
 ) -> tuple[Tensor, int]:
     """Runs one sampler to its end. Returns its samples and nfe, the number of calls of the denoiser."""
     nfe = 0
@@ -150,7 +150,7 @@ def drive(
                     "it must keep shape and dtype"
                 )
             if callback is not None:
-                callback(Progress(nfe, x, sigma, denoised))
+                callback(SamplerState(nfe, x, sigma, denoised))
             try:
                 x, sigma = steps.send(denoised)
             except StopIteration as end:
