@@ -38,7 +38,7 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy tests/typing/scoreray
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 benchmarks: $(READY)
