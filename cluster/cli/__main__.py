@@ -6,7 +6,7 @@ from types import FrameType
 
 
 def main() -> None:
-    """The `scoreray` command; see `cli.py`."""
+    """The `scoreray` command; see `main.py`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     from scoreray.cluster.cli.main import main as run

@@ -1,4 +1,4 @@
-"""Verbs of data sets: `data pack`, `data verify`, `data inspect`. See `cli.py`."""
+"""Verbs of data sets: `data pack`, `data verify`, `data inspect`. See `main.py`."""
 
 from __future__ import annotations
 

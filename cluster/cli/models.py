@@ -1,4 +1,4 @@
-"""Verbs for what was trained: `sample`, `export`, `serve`, `evaluate`, `compare`. See `cli.py`."""
+"""Verbs for what was trained: `sample`, `export`, `serve`, `evaluate`, `compare`. See `main.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs about training: `demo`, `train`, `tune`, `doctor`, `submit`. See `cli.py`."""
+"""Verbs about training: `demo`, `train`, `tune`, `doctor`, `submit`. See `main.py`."""
 
 from __future__ import annotations
 

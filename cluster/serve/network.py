@@ -15,7 +15,7 @@ CALLED_BY_GRPC = ("RAY_SERVE_USE_GRPC_BY_DEFAULT", "RAY_SERVE_PROXY_USE_GRPC", "
 def keep_grpc_to_loopback() -> None:
     """gRPC servers that this process starts from now on listen on loopback where they ask for all addresses.
 
-    Ray Serve 2.60 starts one in every replica, `[::]:0` (serve/_private/replica.py), for calls between deployments
+    Ray Serve 2.60 starts one in every replica, `[::]:0` (ray/serve/_private/replica.py), for calls between deployments
     whose arguments are pickles, and has no setting for its address. Deployments call each other through Ray's actors
     unless CALLED_BY_GRPC say otherwise, so nobody dials it, on a cluster of many nodes neither. To be called from a
     deployment's constructor: Serve binds its server after that.

@@ -27,7 +27,7 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 
 Parse = Callable[[list[str]], dict[str, Any]]
-"""Words of a verb -> its options and arguments, as the command line reads them (`cli/words.py`)."""
+"""Words of a verb -> its options and arguments, as the command line reads them (`cluster/cli/words.py`)."""
 
 
 @dataclass(frozen=True)

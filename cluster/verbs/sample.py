@@ -59,7 +59,7 @@ def sample_to(
     verbose: bool = False,
     **words: Any,
 ) -> Drawn:
-    """Draws `request` to `url`, or what is missing of it; `words` as `batch_generation.begin` takes them.
+    """Draws `request` to `url`, or what is missing of it; `words` as `job.begin` takes them.
 
     actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
     """

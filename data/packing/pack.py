@@ -63,7 +63,7 @@ def pack(
       channels: 1 or 3; None: as the images of the folder are.
       layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
       labelled: subfolders of a folder, and labels that come with samples, are classes.
-      skip_bad: up to so many samples that can't be read are left out (`packing.Packed.skipped` names them).
+      skip_bad: up to so many samples that can't be read are left out (`commit.Packed.skipped` names them).
       seed: of the permutation in which samples are packed.
       workers: threads that make shards; each holds one in memory.
       map_shards: makes the shards of a plan in another way (on a cluster) than by `workers`.

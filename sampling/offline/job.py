@@ -96,7 +96,7 @@ class Job:
 
 @dataclass
 class Samples:
-    """The plan of a job (`packing.Plan`): makes its shards. `done(n)` is called after each batch of n samples.
+    """The plan of a job (`commit.Plan`): makes its shards. `done(n)` is called after each batch of n samples.
 
     lease: of the start that it is made for; where another start has taken over, no shard is put. None: not asked.
     """
@@ -266,8 +266,8 @@ def default_shard(count: int, shape: Sequence[int]) -> int:
 def carry_out_job(place: Place, samples: Samples, map_shards: Mapper, kept: dict[str, Digest] | None = None) -> str:
     """Makes the shards that are missing and puts them into their form; the URL of what came of it.
 
-    map_shards: calls `packing.pack_shard(samples, number)` for each number, in order, here or on a cluster.
-    kept: of a job that was finished before, those of its files that are as they were (`sample_place.intact`); the
+    map_shards: calls `commit.pack_shard(samples, number)` for each number, in order, here or on a cluster.
+    kept: of a job that was finished before, those of its files that are as they were (`place.intact`); the
     others are made again. Raises TakenOver where another start of the job has begun meanwhile.
     """
     store, job = place.store, samples.job

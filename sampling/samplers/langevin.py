@@ -1,6 +1,6 @@
 """Langevin samplers: plain, with decreasing steps, and annealed down a ladder of noise levels.
 
-The shape of a sampler is described in `ode_samplers`. With score = (D - x) / sigma^2, a step of relative size
+The shape of a sampler is described in `ode.py`. With score = (D - x) / sigma^2, a step of relative size
 a = eps / sigma^2 moves x by the fraction a of its way to D.
 """
 

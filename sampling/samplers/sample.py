@@ -1,6 +1,6 @@
 """Samplers by name, and the driver that runs one of them against one denoiser.
 
-A sampler is a generator (see `ode_samplers`): `drive` runs one to its end; the step batcher runs many side by side.
+A sampler is a generator (see `ode.py`): `drive` runs one to its end; the step batcher runs many side by side.
 """
 
 from __future__ import annotations

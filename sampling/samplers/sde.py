@@ -1,6 +1,6 @@
 """Stochastic samplers: ancestral sampling, solvers of the reverse SDE, and EDM's churn.
 
-The shape of a sampler is described in `ode_samplers`. Papers that work in another frame, x_t = alpha x0 + s z, are
+The shape of a sampler is described in `ode.py`. Papers that work in another frame, x_t = alpha x0 + s z, are
 transcribed by dividing by alpha (sigma = s / alpha); tests hold each against its paper's own formula in its own frame.
 """
 

@@ -8,7 +8,7 @@
     <run>/snapshots/000000012800-3f9a1c02/        the averages alone, in fp16, kept for good: what `posthoc.py` mixes
 
 No file is a pickle. A file is read only after its SHA-256 was found to be the marker's. Any world size and ZeRO stage
-can read what any other wrote (`fragments.py`). This file reads; `checkpoint_writer.py` writes.
+can read what any other wrote (`fragments.py`). This file reads; `writer.py` writes.
 """
 
 from __future__ import annotations
