@@ -12,9 +12,8 @@ from __future__ import annotations
 import io
 import json
 import random
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,9 @@ import urllib3
 
 from scoreray.data.errors import StorageError, UserError
 
-FINAL = ("timed_out",)  # of the codes of 429 and 503: asking again would only wait again
+FINAL = ("timed_out",)  # codes of 503 after which another try would only wait as long again
 LONGEST_PAUSE_S = 30.0
-ABOUT = "x-scoreray-"  # of the headers that say what made the samples, where the answer is no JSON
+ABOUT = "x-scoreray-"  # prefix of the headers that say what made the samples, where the answer is not JSON
 NUMBERS: dict[str, type[int] | type[float]] = {
     **dict.fromkeys(("images_seen", "seed", "steps", "count"), int),
     **dict.fromkeys(("guidance", "queued_s", "took_s"), float),
@@ -33,7 +32,7 @@ NUMBERS: dict[str, type[int] | type[float]] = {
 
 
 class Declined(UserError):
-    """The service refused the request for good; `code` is its word for why, `status` HTTP's."""
+    """The service refused the request for good; `code` is one of those in docs/serving.md, `status` HTTP's."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{code} ({status}): {message}")
@@ -41,8 +40,8 @@ class Declined(UserError):
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What was drawn. images: uint8 [n, H, W, C], or float32 [n, ...] of npy.
+class SampleBatch:
+    """The samples of one answer. images: uint8 [n, H, W, C], or float32 [n, ...] of npy.
 
     about: what made them, named and typed as in the JSON answer: id, model, checkpoint, images_seen, seed, sampler, ...
     """
@@ -50,6 +49,17 @@ class Samples:
     images: np.ndarray
     labels: np.ndarray
     about: dict[str, Any]
+
+
+class _Retry(urllib3.Retry):
+    """urllib3's count of tries and pauses (Retry-After's, or growing ones), spread so that clients come back apart."""
+
+    def get_retry_after(self, response: urllib3.BaseHTTPResponse) -> float | None:
+        try:
+            seconds = super().get_retry_after(response)
+        except urllib3.exceptions.InvalidHeader:
+            return None
+        return None if seconds is None else min(LONGEST_PAUSE_S, seconds) * random.uniform(1.0, 1.25)
 
 
 class Client:
@@ -62,9 +72,12 @@ class Client:
         self.url, self.tries, self._reached = url.rstrip("/"), tries, False
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = urllib3.Timeout(connect=10, read=timeout_s)
+        self._retry: urllib3.Retry = _Retry(
+            tries - 1, backoff_factor=0.1, backoff_max=LONGEST_PAUSE_S, backoff_jitter=0.1
+        )
         self._pool = urllib3.PoolManager(num_pools=4, maxsize=64, retries=False, timeout=timeout)
 
-    def sample(self, *, key: str | None = None, **fields: Any) -> Samples:
+    def sample(self, *, key: str | None = None, **fields: Any) -> SampleBatch:
         """Draws `count` samples; fields as in docs/serving.md, numbers of numpy too.
 
         Raises UserError (of which Declined is one), StorageError (no answer in `tries`).
@@ -73,7 +86,7 @@ class Client:
         response = self._send(fields, key, {"Accept": "application/x-npz"})
         with np.load(io.BytesIO(response.data), allow_pickle=False) as arrays:
             images = arrays["images"] if "images" in arrays else arrays["samples"]
-            return Samples(images, arrays["labels"], _about(response.headers))
+            return SampleBatch(images, arrays["labels"], _about(response.headers))
 
     def sample_json(self, *, key: str | None = None, **fields: Any) -> dict[str, Any]:
         """The same as the service's JSON, with base64 pictures."""
@@ -85,9 +98,11 @@ class Client:
 
         Begins again, with the same key, where the connection breaks before the end.
         """
-        key = key or uuid.uuid4().hex
-        for attempt in range(self.tries):
-            response = self._send({**fields, "stream": True}, key, {"Accept": "text/event-stream"}, preload=False)
+        key, retry = key or uuid.uuid4().hex, self._retry
+        while True:
+            response = self._send(
+                {**fields, "stream": True}, key, {"Accept": "text/event-stream"}, preload_content=False
+            )
             try:
                 for name, data in _events(response):
                     if name == "error":
@@ -95,18 +110,15 @@ class Client:
                     yield name, data
                     if name == "done":
                         return
-            except (urllib3.exceptions.HTTPError, OSError):
-                pass
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                last = f"the stream broke off: {error}"
             finally:
                 response.close()
-            time.sleep(_pause(attempt, None))
-        raise StorageError(f"{self.url}: the stream broke {self.tries} times")
+            retry = self._wait(retry, last)
 
     def model(self) -> dict[str, Any]:
         """What is served: checkpoints, classes, samplers, limits."""
-        return json.loads(
-            self._try(lambda: self._pool.request("GET", f"{self.url}/v1/model", headers=self._headers)).data
-        )
+        return json.loads(self._request("GET", "/v1/model", self._headers).data)
 
     def ready(self) -> bool:
         """Whether the service takes requests now."""
@@ -115,43 +127,41 @@ class Client:
         except urllib3.exceptions.HTTPError:
             return False
 
-    def _send(self, fields: dict[str, Any], key: str | None, headers: dict[str, str], preload: bool = True) -> Any:
-        headers = {
-            **self._headers,
-            **headers,
-            "Content-Type": "application/json",
-            "Idempotency-Key": key or uuid.uuid4().hex,
-        }
-        body = _body(fields)
-        return self._try(
-            lambda: self._pool.request(
-                "POST", f"{self.url}/v1/samples", body=body, headers=headers, preload_content=preload
-            )
-        )
+    def _send(self, fields: dict[str, Any], key: str | None, headers: dict[str, str], **how: Any) -> Any:
+        """POSTs a request for samples. how: of urllib3."""
+        more = {"Content-Type": "application/json", "Idempotency-Key": key or uuid.uuid4().hex}
+        return self._request("POST", "/v1/samples", {**self._headers, **headers, **more}, body=_body(fields), **how)
 
-    def _try(self, call: Callable[[], Any]) -> Any:
-        """The first good answer of `tries` calls, with pauses between them: Retry-After's, or growing ones."""
-        last, retry_after = "", None
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(_pause(attempt - 1, retry_after))
-            retry_after = None
+    def _request(self, method: str, path: str, headers: dict[str, str], **how: Any) -> Any:
+        """The first good answer of `tries` calls. Raises UserError where another would get no other, StorageError."""
+        retry = self._retry
+        while True:
+            response: urllib3.BaseHTTPResponse | None = None
             try:
-                response = call()
+                response = self._pool.request(method, self.url + path, headers=headers, **how)
+                if response.status != 200:
+                    code, message = _error(response.data)
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 if not self._reached and (why := _never(error)):
                     raise UserError(f"{self.url}: {why}: check the url") from None
                 last = f"{type(error).__name__}: {error}"
-                continue
-            self._reached = True
-            if response.status == 200:
-                return response
-            data = response.data if response.data else response.read()
-            code, message = _error(data)
-            if (response.status < 500 and response.status != 429) or code in FINAL:
-                raise Declined(response.status, code, message)
-            retry_after, last = response.headers.get("retry-after"), f"{code} ({response.status}): {message}"
-        raise StorageError(f"{self.url}: no answer in {self.tries} tries; the last: {last}")
+            else:
+                self._reached = True
+                if response.status == 200:
+                    return response
+                if (response.status < 500 and response.status != 429) or code in FINAL:
+                    raise Declined(response.status, code, message)
+                last = f"{code} ({response.status}): {message}"
+            retry = self._wait(retry, last, response)
+
+    def _wait(self, retry: urllib3.Retry, last: str, response: Any = None) -> urllib3.Retry:
+        """Pauses before the next try, with what counts that one. Raises StorageError where there is none."""
+        try:
+            retry = retry.increment(response=response)
+        except urllib3.exceptions.MaxRetryError:
+            raise StorageError(f"{self.url}: no answer in {self.tries} tries; the last: {last}") from None
+        retry.sleep(response)
+        return retry
 
 
 def _no_stream(fields: dict[str, Any]) -> None:
@@ -189,7 +199,7 @@ def _about(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _never(error: BaseException) -> str | None:
-    """Why a service that has never answered will not answer the next time either; None where it may."""
+    """Why a service that has not answered once will not answer the next time either; None where it may."""
     if isinstance(error, urllib3.exceptions.LocationValueError):
         return "is no url of a service"
     if isinstance(error, urllib3.exceptions.SSLError):
@@ -197,13 +207,6 @@ def _never(error: BaseException) -> str | None:
     if isinstance(error, urllib3.exceptions.NameResolutionError):
         return "no host of that name is known"
     return None
-
-
-def _pause(attempt: int, retry_after: str | None) -> float:
-    """Seconds before the next try; spread, so that many clients do not come back at once."""
-    if retry_after is not None and retry_after.isdigit():
-        return min(LONGEST_PAUSE_S, float(retry_after)) * random.uniform(1.0, 1.25)
-    return min(LONGEST_PAUSE_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
 
 
 def _error(body: bytes) -> tuple[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -84,3 +87,77 @@ def test_https_to_a_service_without_tls_is_told_at_once(url: str) -> None:
     with pytest.raises(UserError, match="plain http"):
         Client(url.replace("http:", "https:")).sample()
     assert time.monotonic() - started < 5
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[list[tuple[int, dict[str, str], Any]]], tuple[str, list[Any]]]]:
+    """A server that gives the answers of a list in turn: (status, headers, body); a body None cuts the connection."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answers: list[tuple[int, dict[str, str], Any]]) -> tuple[str, list[Any]]:
+        asked: list[Any] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                asked.append((time.monotonic(), self.headers["idempotency-key"]))
+                status, headers, body = answers.pop(0)
+                if body is None:
+                    self.connection.shutdown(2)
+                    self.close_connection = True
+                    return
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+BUSY = {"code": "overloaded", "message": "later"}
+
+
+def test_retries_keep_their_key_and_wait_as_long_as_retry_after_says(scripted: Any) -> None:
+    url, asked = scripted([(200, {}, None), (503, {"Retry-After": "1"}, BUSY), (429, {}, BUSY), (200, {}, {"id": "a"})])
+    assert Client(url).sample_json() == {"id": "a"}
+    times, keys = zip(*asked, strict=True)
+    assert len(set(keys)) == 1
+    assert 1.0 <= times[2] - times[1] <= 1.25 + 1.0
+    assert times[1] - times[0] < 1.0
+
+
+def test_what_another_try_would_not_change_is_not_tried_again(scripted: Any) -> None:
+    for status, code in ((422, "invalid"), (503, "timed_out"), (302, "unknown")):
+        url, asked = scripted([(status, {"Retry-After": "1"}, {"code": code, "message": "no"})] * 2)
+        with pytest.raises(Declined, match=rf"{code} \({status}\)"):
+            Client(url).sample_json()
+        assert len(asked) == 1
+
+
+def test_after_the_last_try_the_last_reason_is_reported(scripted: Any) -> None:
+    url, asked = scripted([(503, {"Retry-After": "soon"}, BUSY), (200, {}, None), (503, {}, BUSY)])
+    with pytest.raises(StorageError, match=r"no answer in 3 tries; the last: overloaded \(503\): later"):
+        Client(url, tries=3).sample_json()
+    assert len(asked) == 3
+
+
+def test_a_stream_that_breaks_off_begins_again_with_its_key(scripted: Any) -> None:
+    start, done = b'event: start\ndata: {"id": 1}\n\n', b'event: done\ndata: {"id": 2}\n\n'
+    url, asked = scripted([(200, {}, start), (200, {"Content-Length": "900"}, start), (200, {}, start + done)])
+    assert [name for name, _ in Client(url).stream()] == ["start", "start", "start", "done"]
+    assert len({key for _, key in asked}) == 1
+    url, _ = scripted([(200, {}, start)] * 2)
+    with pytest.raises(StorageError, match="2 tries; the last: the stream broke off"):
+        list(Client(url, tries=2).stream())
