@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from scoreray.cluster.actors import Retries, actors, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import bar
-from scoreray.data.errors import ScorerayError, StorageError, UserError
-from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished, prepare
+from scoreray.data.errors import UserError
+from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, Run, evaluate, find_finished, prepare
 from scoreray.sampling.evaluation.plan import EvaluationPlan, EvaluationSettings, make_plan
 
-RESTARTS = 4  # of one actor: a chunk that kills every process that takes it ends the evaluation
+RETRIES = Retries(
+    4, "a chunk", "is there memory for so many workers? give fewer --workers or a smaller --batch-size"
+)  # of one actor
 
 
 def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None, verbose: bool = False) -> Evaluation:
@@ -38,8 +42,8 @@ def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None,
                 f"--workers {workers}: the cluster has room for {most} ({gpus} GPUs, {room.get('CPU', 0):g} CPUs of "
                 f"which each takes {settings.threads}); ask for fewer"
             )
-        with Actors(workers or most, settings.threads, gpu=on_gpus) as actors:
-            return evaluate(settings, run=actors.run, bar=counting)
+        with workers_of(workers or most, settings.threads, gpu=on_gpus) as run:
+            return evaluate(settings, run=run, bar=counting)
 
 
 def _check(settings: EvaluationSettings) -> None:
@@ -65,56 +69,17 @@ def counting(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]
         yield lambda n: progress.advance(progress.task_ids[0], n)
 
 
-class Actors:
-    """Processes that keep model and extractor in memory and call functions; one that dies is started again."""
-
-    def __init__(self, count: int, threads: int, *, gpu: bool = False) -> None:
-        self._count, self._threads, self._gpu = count, threads, gpu
-        self._actors: list[Any] = []
-
-    def __enter__(self) -> Actors:
-        import ray
-
-        actor = ray.remote(
-            num_cpus=self._threads,
-            num_gpus=int(self._gpu),
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-            max_concurrency=AT_ONCE,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE"}},
-        )(Worker)
-        self._actors = [actor.remote() for _ in range(self._count)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        for actor in self._actors:
-            ray.kill(actor)
-
-    def run(
-        self, function: Callable[..., int], arguments: Sequence[tuple[Any, ...]], done: Callable[[int], None]
-    ) -> None:
-        """`sampling.evaluate.Run`: each call goes to whichever actor has room; the first error ends it."""
-        import ray
-
-        plans: dict[int, Any] = {}  # a plan goes over once, not with every chunk
-
-        def once(argument: Any) -> Any:
-            if isinstance(argument, EvaluationPlan):
-                return plans.get(id(argument)) or plans.setdefault(id(argument), ray.put(argument))
-            return argument
-
-        waiting, free = list(reversed(arguments)), self._actors * AT_ONCE
-        running: dict[Any, Any] = {}
-        while waiting or running:
-            while waiting and free:
-                actor = free.pop()
-                running[actor.call.remote(function, *map(once, waiting.pop()))] = actor
-            ready, _ = ray.wait(list(running))
-            for one in ready:
-                free.append(running.pop(one))
-                done(_result(one))
+@contextlib.contextmanager
+def workers_of(count: int, threads: int, *, gpu: bool = False) -> Iterator[Run]:
+    """Calls functions in `count` processes that keep model and extractor in memory."""
+    options = {
+        "num_cpus": threads,
+        "num_gpus": int(gpu),
+        "max_concurrency": AT_ONCE,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+    }
+    with actors(Worker, count, retries=RETRIES, **options) as workers:
+        yield partial(_run, workers)
 
 
 class Worker:
@@ -124,16 +89,21 @@ class Worker:
         return function(*arguments)
 
 
-def _result(one: Any) -> int:
+def _run(
+    workers: list[Any], function: Callable[..., int], arguments: Sequence[tuple[Any, ...]], done: Callable[[int], None]
+) -> None:
+    """Each call goes to a worker that has room; the first error ends it."""
     import ray
 
-    try:
-        return ray.get(one)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ScorerayError) else error from None
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(
-            f"the process of a chunk died {RESTARTS + 1} times ({reason}); is there memory for so many workers? give "
-            "fewer --workers or a smaller --batch-size"
-        ) from None
+    shared: dict[int, Any] = {}  # a plan is sent once, not with every chunk
+
+    def sent(argument: Any) -> Any:
+        if not isinstance(argument, EvaluationPlan):
+            return argument
+        return shared.get(id(argument)) or shared.setdefault(id(argument), ray.put(argument))
+
+    def call(worker: Any, chunk: tuple[Any, ...]) -> Any:
+        return worker.call.remote(function, *map(sent, chunk))
+
+    for _, count in completed([partial(call, worker) for worker in workers] * AT_ONCE, arguments, RETRIES):
+        done(count)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from scoreray.cluster.actors import Retries, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import UserError
@@ -17,6 +18,7 @@ from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.posthoc import Mix, find_mix, in_turn, reconstruct
 from scoreray.trainer.optim.ema import choose_length, is_power_length, length_name
 
+RETRIES = Retries(3, "averaging a range of parameters", "is there memory for it? give RAY_ADDRESS of a larger cluster")
 ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes longer than mixing them here
 
 
@@ -63,15 +65,10 @@ def on_ray(task: Callable[..., Any], inputs: Iterable[tuple]) -> Iterator[Any]:
     """The task's results, each called as a Ray task, in the order in which they are done."""
     import ray
 
-    remote = ray.remote(num_cpus=1)(task)
-    waiting = [remote.remote(*one) for one in inputs]
-    total = len(waiting)
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES.times)(task)
+    ranges = list(inputs)  # all are Ray's to schedule at once: it holds back what has no CPU yet
     with counted("average", "parts") as progress:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            for one in done:
-                try:
-                    yield ray.get(one)
-                except ray.exceptions.RayTaskError as error:
-                    raise getattr(error, "cause", error) from None
-            progress(total - len(waiting), total)
+        calls = [lambda arguments: remote.remote(*arguments)] * len(ranges)
+        for done, (_, result) in enumerate(completed(calls, ranges, RETRIES), 1):
+            yield result
+            progress(done, len(ranges))

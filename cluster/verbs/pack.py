@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scoreray.cluster.actors import Retries, in_order
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import counted, say
-from scoreray.data.errors import StorageError, UserError
+from scoreray.data.errors import UserError
 from scoreray.data.packing.commit import Packed, Plan, check_node, pack_shard
 from scoreray.data.packing.listing import kinds_line
 from scoreray.data.packing.pack import pack
@@ -22,8 +23,9 @@ from scoreray.data.storage.store import open_store
 
 WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves
 MOST_NAMED = 10  # samples that were left out, in the last lines
-RETRIES = 4  # of a shard whose worker process dies
-AHEAD = 4  # shards that may be finished before an earlier one is, as a multiple of those at once
+RETRIES = Retries(
+    4, "shard {}", "is there memory for so many shards at once? give a smaller --workers or --samples-per-shard"
+)
 CHECK_S = 60.0
 
 
@@ -88,46 +90,20 @@ def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contex
 
 def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -> Iterator[Packed]:
     """pack_shard() for each number by tasks of the connected cluster, `workers` at once (None: as many as it has CPUs),
-    in order. A task whose process dies is started again. What still runs when this iterator ends is left to itself, and
-    ends with this process: a shard more does no harm, and Ray 2.60 may abort where a task ends while it is cancelled.
-
-    Raises what a task raised; StorageError when its process died RETRIES times.
+    in order. What still runs when this iterator ends is left to itself, and ends with this process: one shard more does
+    no harm, and Ray 2.60 may abort where a task ends while it is cancelled.
     """
     import ray
 
     # A lambda is sent by value, so that a task's process imports no more than packing needs.
-    task = ray.remote(lambda plan, number: pack_shard(plan, number))
+    task = ray.remote(num_cpus=1, max_retries=RETRIES.times)(lambda plan, number: pack_shard(plan, number))
     shared = ray.put(plan)
     at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting = deque(numbers)
-    running: dict[Any, int] = {}
-    finished: dict[int, Packed] = {}
-    for number in numbers:
-        while number not in finished:
-            while waiting and len(running) < at_once and waiting[0] < number + AHEAD * at_once:
-                started = waiting.popleft()
-                options = task.options(name=f"pack shard {started}", max_retries=RETRIES, num_cpus=1)
-                running[options.remote(shared, started)] = started
-            for ref in ray.wait(list(running))[0]:
-                finished[running[ref]] = _result(ref, running[ref])
-                del running[ref]
-        yield finished.pop(number)
 
+    def call(number: int) -> Any:
+        return task.options(name=f"pack shard {number}").remote(shared, number)
 
-def _result(ref: Any, number: int) -> Packed:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        raise error.cause from None
-    except RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(
-            f"shard {number}: the process that made it died {RETRIES + 1} times ({reason}); is there memory for "
-            "so many shards at once? give a smaller --workers or --samples-per-shard"
-        ) from None
+    yield from in_order([call] * at_once, numbers, RETRIES)
 
 
 def _check_nodes(plan: Plan) -> None:

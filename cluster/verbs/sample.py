@@ -83,7 +83,7 @@ def sample_to(
         with contextlib.ExitStack() as stack:
             gpu = False
             if actors is not None:
-                from scoreray.sampling.offline.actors import on_actors
+                from scoreray.cluster.verbs.sample_actors import on_actors
 
                 stack.enter_context(connected(num_cpus=actors, verbose=verbose))
                 gpu = gpus_come(1)

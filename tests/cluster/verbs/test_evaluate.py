@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from scoreray.cluster.verbs.evaluate import Actors
+from scoreray.cluster.verbs.evaluate import workers_of
 from scoreray.cluster.verbs.following import beside
 from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
@@ -58,15 +58,15 @@ def test_workers_and_kills_do_not_change_a_record(
     ray_cluster: None, run: tuple[str, str], tmp_path: Path, s3_url: str, new_listeners: Any
 ) -> None:
     """One worker, two of which one dies by SIGKILL, and none but this process: the same bytes, wherever they go."""
-    with new_listeners() as listeners, Actors(1, 1) as actors:
-        folder, _, name = evaluate(asked(run, s3_url), run=actors.run).url.rpartition("/")
+    with new_listeners() as listeners, workers_of(1, 1) as run_on_ray:
+        folder, _, name = evaluate(asked(run, s3_url), run=run_on_ray).url.rpartition("/")
     listeners.check()
     records = [open_store(folder).get(name)]
     killed: list[int] = []
-    with Actors(2, 1) as actors:
+    with workers_of(2, 1) as run_on_ray:
         watcher = threading.Thread(target=_kill_one, args=(tmp_path / "killed", killed))
         watcher.start()
-        made = evaluate(asked(run, str(tmp_path / "killed")), run=actors.run)
+        made = evaluate(asked(run, str(tmp_path / "killed")), run=run_on_ray)
         watcher.join()
     assert killed
     records.append(Path(made.url).read_bytes())
@@ -94,8 +94,8 @@ def test_mistakes_on_a_worker_are_one_line(ray_cluster: None, run: tuple[str, st
     def wrong() -> int:
         raise UserError("mend this")
 
-    with Actors(1, 1) as actors, pytest.raises(UserError, match=r"^mend this$"):
-        actors.run(wrong, [()], lambda n: None)
+    with workers_of(1, 1) as run_on_ray, pytest.raises(UserError, match=r"^mend this$"):
+        run_on_ray(wrong, [()], lambda n: None)
 
 
 def test_each_checkpoint_is_measured_and_drawn(run: tuple[str, str], tmp_path: Path) -> None:

@@ -144,9 +144,9 @@ def test_a_machine_that_does_not_see_the_source_is_named(
 # As `data pack`, which after four shards more than there were waits for its end.
 HELD = """
 import time
-from scoreray.cluster import packing
+from scoreray.cluster.verbs import pack
 from scoreray.cluster.cli.__main__ import main
-made = packing.map_on_ray
+made = pack.map_on_ray
 def held(*arguments):
     new = 0
     for packed in made(*arguments):
@@ -154,7 +154,7 @@ def held(*arguments):
         new += not packed.kept
         if new == 4:
             time.sleep(600)
-packing.map_on_ray = held
+pack.map_on_ray = held
 main()
 """
 

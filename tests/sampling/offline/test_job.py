@@ -20,6 +20,7 @@ from PIL import Image
 
 from scoreray.cluster.cli import main as cli
 from scoreray.cluster.verbs.sample import sample_to
+from scoreray.cluster.verbs.sample_actors import on_actors
 from scoreray.data.errors import UserError
 from scoreray.data.packing.commit import Packed
 from scoreray.data.packing.inspect import verify
@@ -29,7 +30,6 @@ from scoreray.data.reading.tars import Tape, members
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.load import LoadedDenoiser, load
-from scoreray.sampling.offline.actors import on_actors
 from scoreray.sampling.offline.driver import Form, InRows, choose_form, in_form, network_calls, steady_rows
 from scoreray.sampling.offline.generate import Request, prepare
 from scoreray.sampling.offline.job import Mapper, Samples, begin, carry_out_job, here

@@ -1,0 +1,109 @@
+"""Work in Ray's processes: calls of tasks or actors, which are started again where their process dies.
+
+The restarts are Ray's own (`max_retries` of a task, `max_restarts` and `max_task_retries` of an actor). This module
+decides which process gets the next call and in which order results come, and makes one line of a failure.
+
+`ray.util.ActorPool` would do the first two for actors, but not for tasks; it doesn't say which of its calls failed, and
+in its ordered `map` an actor waits, idle, until its result's turn comes. Ray Data starts dead actors again without a
+limit: a shard that kills every process that makes it would never end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from scoreray.data.errors import ScorerayError, StorageError
+
+AHEAD = 4  # calls begun past the oldest that is not finished, as a multiple of those at once: results don't pile up
+T = TypeVar("T")
+
+Call = Callable[[T], Any]
+"""Sends one value to a process (`actor.method.remote`, `task.remote`); returns the ObjectRef of its result."""
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often Ray starts a process again, and what a person reads where it died once more.
+
+    work: what a call does, "shard {}" with the value in place of {}. hint: "give fewer --actors".
+    """
+
+    times: int
+    work: str
+    hint: str
+
+
+@contextlib.contextmanager
+def actors(kind: type, count: int, *arguments: Any, retries: Retries, **options: Any) -> Iterator[list[Any]]:
+    """`count` actors of the class `kind` on the connected cluster, for the duration; `options` as `ray.remote` takes
+    them."""
+    import ray
+
+    remote = ray.remote(max_restarts=retries.times, max_task_retries=retries.times, **options)(kind)
+    started = [remote.remote(*arguments) for _ in range(count)]
+    try:
+        yield started
+    finally:
+        for actor in started:
+            ray.kill(actor)
+
+
+def completed(
+    calls: Sequence[Call[T]],
+    values: Iterable[T],
+    retries: Retries,
+    *,
+    ahead: int | None = None,
+    poll_s: float | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, Any]]:
+    """(number of the value, result) in the order in which calls end. Each of `calls` has one value at a time: name an
+    actor's twice, and its next value is there when it has finished one.
+
+    ahead: values begun past the oldest one that isn't finished, at most. poll: called after every result, and every
+    `poll_s` seconds without one. Raises what a call raised first; StorageError where its process died
+    `retries.times` + 1 times. What still runs then, or when this iterator is closed, is left to end by itself.
+    """
+    import ray
+
+    waiting, free = deque(enumerate(values)), deque(calls)
+    running: dict[Any, tuple[int, T, Call[T]]] = {}
+    while waiting or running:
+        oldest = min((number for number, _, _ in running.values()), default=waiting[0][0] if waiting else 0)
+        while waiting and free and (ahead is None or waiting[0][0] < oldest + ahead):
+            (number, value), call = waiting.popleft(), free.popleft()
+            running[call(value)] = number, value, call
+        for ref in ray.wait(list(running), timeout=poll_s)[0]:
+            number, value, call = running.pop(ref)
+            free.append(call)
+            yield number, _result(ref, value, retries)
+        poll()
+
+
+def in_order(calls: Sequence[Call[T]], values: Iterable[T], retries: Retries, **options: Any) -> Iterator[Any]:
+    """The results of `completed`, in the order of `values`."""
+    finished: dict[int, Any] = {}
+    turn = 0
+    for number, result in completed(calls, values, retries, ahead=AHEAD * len(calls), **options):
+        finished[number] = result
+        while turn in finished:
+            yield finished.pop(turn)
+            turn += 1
+
+
+def _result(ref: Any, value: Any, retries: Retries) -> Any:
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        # A mistake's own line, without the remote traceback that Ray puts before it; a bug keeps that.
+        raise error.cause if isinstance(error.cause, ScorerayError) else error from None
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        work = retries.work.format(value)
+        raise StorageError(f"{work}: its process died {retries.times + 1} times ({reason}); {retries.hint}") from None

@@ -1,0 +1,153 @@
+"""Shards of samples made by Ray actors, each with the model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scoreray.cluster.actors import Retries, actors, in_order
+from scoreray.data.errors import DataError
+from scoreray.data.packing.commit import Packed, pack_shard
+from scoreray.data.storage.lease import Lease
+from scoreray.data.traces import span
+from scoreray.sampling.model.load import load_model
+from scoreray.sampling.offline.driver import fingerprint
+from scoreray.sampling.offline.job import Job, Mapper, Samples
+from scoreray.trainer.on_ray.run import worker_environment
+
+RETRIES = Retries(
+    10, "shard {}", "is there memory for so many actors? give fewer --actors or a smaller --batch-size"
+)  # of one actor
+CALLS_AT_ONCE = 2  # of an actor: it draws one shard while the other waits in its queue, so that it is never idle
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class ActorState:
+    """How far one actor is. process: changes when the actor is started again, while `actor`, Ray's id, stays."""
+
+    actor: str
+    process: str
+    samples: int
+
+
+class DrawingActor:
+    """Makes shards of one job. The model is loaded by the first shard, so that a failure is that shard's."""
+
+    def __init__(self, job: Job, url: str, lease: Lease | None) -> None:
+        import ray
+
+        self._job, self._url, self._lease, self._drawn = job, url, lease, 0
+        self._actor, self._process = ray.get_runtime_context().get_actor_id(), uuid.uuid4().hex
+        self._samples: Samples | None = None
+
+    def make(self, number: int) -> tuple[ActorState, Packed]:
+        if self._samples is None:
+            with span("sample.load", checkpoint=self._job.checkpoint):
+                self._samples = Samples(self._job, self._url, _load(self._job), self._count, self._lease)
+        packed = pack_shard(self._samples, number)
+        return self.state(), packed
+
+    def state(self) -> ActorState:
+        return ActorState(self._actor, self._process, self._drawn)
+
+    def _count(self, n: int) -> None:
+        self._drawn += n
+
+
+def _load(job: Job) -> Any:
+    model = load_model(job.checkpoint, job.ema)
+    if fingerprint(model) != job.weights:
+        raise DataError(f"{job.checkpoint}: its weights are not those that this job began with")
+    return model
+
+
+def on_actors(
+    num_actors: int,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    gpu: bool = False,
+) -> Mapper:
+    """Shards made by `num_actors` actors of the connected Ray cluster; `gpu`: with one each.
+
+    progress(samples done, in all): a few times a second. say: called with a line when an actor was started again.
+    """
+
+    def run(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
+        options = {
+            "num_cpus": 1,
+            "num_gpus": int(gpu),
+            "concurrency_groups": {"state": 1},  # a thread of its own: `state` answers while `make` draws
+            "runtime_env": {"env_vars": worker_environment(samples.model.info.config)},
+        }
+        count = min(num_actors, len(numbers))
+        with actors(
+            DrawingActor, count, samples.job, samples.url, samples.lease, retries=RETRIES, **options
+        ) as drawing:
+            watch = _Watch(drawing, samples.job.request.count, samples.elsewhere(numbers), progress, say)
+            calls = [actor.make.remote for actor in drawing] * CALLS_AT_ONCE
+            for state, packed in in_order(calls, numbers, RETRIES, poll_s=POLL_S, poll=watch.poll):
+                watch.finished(state, packed)
+                yield packed
+            watch.show()
+
+    return run
+
+
+class _Watch:
+    """Adds up the samples that were drawn, by asking each actor for its state, and notices actors started again."""
+
+    def __init__(
+        self,
+        drawing: list[Any],
+        total: int,
+        before: int,
+        progress: Callable[[int, int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._drawing, self._total, self._progress, self._say = drawing, total, progress, say
+        self._kept = self._finished = self._shown = before
+        self._next_s = 0.0
+        self._states: dict[str, ActorState] = {}
+        self._deaths: dict[str, int] = {}
+        self._calls: dict[Any, Any] = {}  # ObjectRef of a state -> its actor
+
+    def finished(self, state: ActorState, packed: Packed) -> None:
+        self._update(state)
+        self._finished += packed.shard.num_samples
+        self._kept += packed.shard.num_samples if packed.kept else 0
+
+    def poll(self) -> None:
+        import ray
+
+        if time.monotonic() < self._next_s:
+            return
+        self._next_s = time.monotonic() + POLL_S
+        ready = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)[0] if self._calls else []
+        for ref in ready:
+            del self._calls[ref]
+            with contextlib.suppress(ray.exceptions.RayError):  # it is being started again
+                self._update(ray.get(ref))
+        for actor in self._drawing:
+            if actor not in self._calls.values():
+                state = actor.state.options(concurrency_group="state", max_task_retries=0)
+                self._calls[state.remote()] = actor
+        self.show()
+
+    def _update(self, state: ActorState) -> None:
+        before = self._states.get(state.actor, state)
+        if before.process != state.process:
+            self._deaths[state.actor] = self._deaths.get(state.actor, 0) + 1
+            self._say(f"an actor died and was started again ({self._deaths[state.actor]} of {RETRIES.times})")
+        self._states[state.actor] = state
+
+    def show(self) -> None:
+        drawn = min(self._total, self._kept + sum(state.samples for state in self._states.values()))
+        self._shown = max(self._shown, self._finished, drawn)
+        if self._progress is not None:
+            self._progress(self._shown, self._total)
