@@ -29,7 +29,8 @@ from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import ROWS, Form, in_form
 from scoreray.sampling.offline.generate import Request, prepare
-from scoreray.sampling.offline.job import Job, Samples
+from scoreray.sampling.offline.plan import SamplePlan
+from scoreray.sampling.offline.record import SampleJob
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import drive, start
 from scoreray.sampling.samplers.sigmas import karras
@@ -120,8 +121,8 @@ def driver(arguments: argparse.Namespace) -> None:
         model, count = model_of(kind), 64
         form = Form("bf16", compiled=False)
         request = Request(count, "dpmpp_2m", STEPS).fitted(model.info)
-        job = Job("none", "none", "none", "", request, "webdataset", count, "bf16", "off", form)
-        samples, network = Samples(job, "none", model), in_form(model, form)
+        job = SampleJob("none", "none", "none", "", request, "webdataset", count, "bf16", "off", form)
+        samples, network = SamplePlan(job, "none", model), in_form(model, form)
         x, sigma = torch.randn(ROWS, *SHAPE), torch.ones(ROWS)
 
         def bare(network: Any = network, x: torch.Tensor = x, sigma: torch.Tensor = sigma) -> None:

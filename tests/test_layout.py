@@ -50,7 +50,6 @@ CIRCLES = (
     {"data.packing.arrays", "data.packing.sources"},
     {"trainer.monitoring.progress", "trainer.monitoring.metrics"},
     {"sampling.evaluation.plan", "sampling.evaluation.protocol"},
-    {"sampling.offline.files", "sampling.offline.job", "sampling.offline.place"},
 )
 """Modules that still import each other."""
 

@@ -13,8 +13,10 @@ from scoreray.cluster.display import counted, say
 from scoreray.data.reading.outputs import check_picture, write_picture
 from scoreray.sampling.offline.files import sheet
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.offline.job import Job, Samples, begin, carry_out_job, here
+from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
 from scoreray.sampling.offline.place import files_of, intact, place_of, refuse_same
+from scoreray.sampling.offline.plan import SamplePlan
+from scoreray.sampling.offline.record import SampleJob
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 
 MOST_NAMED = 3  # of the files that are missing or damaged
@@ -24,7 +26,7 @@ MOST_NAMED = 3  # of the files that are missing or damaged
 class Drawn:
     """What a finished job left: the URL of the manifest, of the sheet beside the pictures, or of the npz."""
 
-    job: Job
+    job: SampleJob
     out: list[str]
     images_seen: int
 
@@ -70,7 +72,7 @@ def sample_to(
     keep_large_tensors_on_the_heap()
     words = {**words, "pictures": picture is not None}
     job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
-    samples = Samples(job, place.shards.url(), model)
+    plan = SamplePlan(job, place.shards.url(), model)
     out = place.store.url(place.result)
     kept = None if recorded is None else intact(place, job, recorded)
     lost = [] if kept is None else [name for name in files_of(place, job) if name not in kept]
@@ -90,8 +92,8 @@ def sample_to(
                 if not gpu:
                     wait_for_room("--actors: an actor needs", [{"CPU": 1}], "try another RAY_ADDRESS")
             progress = stack.enter_context(counted("sample", "samples"))
-            mapper = here(progress) if actors is None else on_actors(actors, progress, say, gpu=gpu)
-            carry_out_job(place, samples, mapper, kept)
+            mapper = in_this_process(progress) if actors is None else on_actors(actors, progress, say, gpu=gpu)
+            carry_out_job(place, plan, mapper, kept)
     if picture is not None:
         write_picture(sheet(place), picture)
     return Drawn(job, [out], model.info.images_seen)

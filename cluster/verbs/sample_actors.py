@@ -16,7 +16,8 @@ from scoreray.data.storage.lease import Lease
 from scoreray.data.traces import span
 from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.driver import fingerprint
-from scoreray.sampling.offline.job import Job, Mapper, Samples
+from scoreray.sampling.offline.plan import Mapper, SamplePlan
+from scoreray.sampling.offline.record import SampleJob
 from scoreray.trainer.on_ray.run import worker_environment
 
 RETRIES = Retries(
@@ -38,18 +39,18 @@ class ActorState:
 class DrawingActor:
     """Makes shards of one job. The model is loaded by the first shard, so that a failure is that shard's."""
 
-    def __init__(self, job: Job, url: str, lease: Lease | None) -> None:
+    def __init__(self, job: SampleJob, url: str, lease: Lease | None) -> None:
         import ray
 
         self._job, self._url, self._lease, self._drawn = job, url, lease, 0
         self._actor, self._process = ray.get_runtime_context().get_actor_id(), uuid.uuid4().hex
-        self._samples: Samples | None = None
+        self._plan: SamplePlan | None = None
 
     def make(self, number: int) -> tuple[ActorState, Packed]:
-        if self._samples is None:
+        if self._plan is None:
             with span("sample.load", checkpoint=self._job.checkpoint):
-                self._samples = Samples(self._job, self._url, _load(self._job), self._count, self._lease)
-        packed = pack_shard(self._samples, number)
+                self._plan = SamplePlan(self._job, self._url, _load(self._job), self._count, self._lease)
+        packed = pack_shard(self._plan, number)
         return self.state(), packed
 
     def state(self) -> ActorState:
@@ -59,7 +60,7 @@ class DrawingActor:
         self._drawn += n
 
 
-def _load(job: Job) -> Any:
+def _load(job: SampleJob) -> Any:
     model = load_model(job.checkpoint, job.ema)
     if fingerprint(model) != job.weights:
         raise DataError(f"{job.checkpoint}: its weights are not those that this job began with")
@@ -78,18 +79,16 @@ def on_actors(
     progress(samples done, in all): a few times a second. say: called with a line when an actor was started again.
     """
 
-    def run(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
+    def run(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
         options = {
             "num_cpus": 1,
             "num_gpus": int(gpu),
             "concurrency_groups": {"state": 1},  # a thread of its own: `state` answers while `make` draws
-            "runtime_env": {"env_vars": worker_environment(samples.model.info.config)},
+            "runtime_env": {"env_vars": worker_environment(plan.model.info.config)},
         }
         count = min(num_actors, len(numbers))
-        with actors(
-            DrawingActor, count, samples.job, samples.url, samples.lease, retries=RETRIES, **options
-        ) as drawing:
-            watch = _Watch(drawing, samples.job.request.count, samples.elsewhere(numbers), progress, say)
+        with actors(DrawingActor, count, plan.job, plan.url, plan.lease, retries=RETRIES, **options) as drawing:
+            watch = _Watch(drawing, plan.job.request.count, plan.num_outside(numbers), progress, say)
             calls = [actor.make.remote for actor in drawing] * CALLS_AT_ONCE
             for state, packed in in_order(calls, numbers, RETRIES, poll_s=POLL_S, poll=watch.poll):
                 watch.finished(state, packed)

@@ -28,33 +28,32 @@ from scoreray.data.reading.tars import Tape, members
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.storage.store import Store
 from scoreray.sampling.offline.generate import MAX_SHEET, png_of_sheet
-from scoreray.sampling.offline.job import Samples
 from scoreray.sampling.offline.place import (
     AT_ONCE,
     SHEET,
-    Digest,
     Place,
     digest_of,
     digest_of_file,
-    group,
     group_name,
     picture,
     shard_name,
 )
+from scoreray.sampling.offline.plan import SamplePlan
+from scoreray.sampling.offline.record import Digests
 
 
-def write_pictures(place: Place, samples: Samples, numbers: Sequence[int], made: Sequence[Packed]) -> dict[str, Digest]:
+def write_pictures(place: Place, plan: SamplePlan, numbers: Sequence[int], made: Sequence[Packed]) -> Digests:
     """000000.png, ... of the shards `numbers`, which were made, and a sheet of the first ones, samples.png."""
     digests = {}
     for number, packed in zip(numbers, made, strict=True):
-        pictures, data = group(samples.job, number), [data for data, _ in _members(place.shards, packed)]
+        pictures, data = plan.job.shard_samples(number), [data for data, _ in _members(place.shards, packed)]
         assert len(data) == len(pictures), f"{len(data)} samples instead of {len(pictures)}"
         put = partial(_put, place.store, pictures[0], data)
         for _ in map_in_threads(AT_ONCE, put, range(len(data))):
             pass
         digests[group_name(pictures)] = digest_of(data)
-    first = [place.store.get(picture(i)) for i in range(min(MAX_SHEET, samples.job.request.count))]
-    shape, dtype = samples.shape, np.dtype(samples.dtype)
+    first = [place.store.get(picture(i)) for i in range(min(MAX_SHEET, plan.job.request.count))]
+    shape, dtype = plan.shape, np.dtype(plan.dtype)
     arrays = [decode(data, FORMATS["png"], shape, dtype, partial(picture, i)) for i, data in enumerate(first)]
     sheet = png_of_sheet(torch.from_numpy(np.stack([array.transpose(2, 0, 1) for array in arrays])))
     place.store.put(SHEET, sheet)
@@ -65,17 +64,17 @@ def _put(store: Store, first: int, data: Sequence[bytes], i: int) -> None:
     store.put(picture(first + i), data[i])
 
 
-def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> dict[str, Digest]:
+def write_npz(place: Place, plan: SamplePlan, made: Sequence[Packed]) -> Digests:
     """`images` (uint8 [N, H, W, C], or float32 [N, ...] of what is no picture), `labels` and `seeds` int64 [N]."""
-    request, count = samples.job.request, samples.job.request.count
+    request, count = plan.job.request, plan.job.request.count
     labels = np.concatenate([np.frombuffer(packed.records, RECORD)["label"] for packed in made]).astype(np.int64)
-    shape = samples.shape if samples.dtype == "float32" else (*samples.shape[1:], samples.shape[0])
+    shape = plan.shape if plan.dtype == "float32" else (*plan.shape[1:], plan.shape[0])
     with scratch_folder() as folder:
         file = folder / "samples.npz"
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            with _array(archive, "images", samples.dtype, (count, *shape)) as out:
+            with _array(archive, "images", plan.dtype, (count, *shape)) as out:
                 for packed in made:
-                    out.write(np.stack(list(_arrays(place.shards, samples, packed))).tobytes())
+                    out.write(np.stack(list(_arrays(place.shards, plan, packed))).tobytes())
             for name, values in (("labels", labels), ("seeds", request.sample_seeds(0, count).numpy())):
                 with _array(archive, name, "int64", values.shape) as out:
                     out.write(values.tobytes())
@@ -83,27 +82,27 @@ def write_npz(place: Place, samples: Samples, made: Sequence[Packed]) -> dict[st
     return {place.name: digest_of_file(place.store, place.name)}
 
 
-def take_back(place: Place, samples: Samples, kept: dict[str, Digest]) -> None:
+def take_back(place: Place, plan: SamplePlan, kept: Digests) -> None:
     """Makes a data set that was damaged one that is not finished: those of its shards that are `kept` count as made,
     and the manifest, which is the commit, goes."""
-    for number in range(samples.num_shards):
+    for number in range(plan.num_shards):
         name = shard_name(number)
         if name in kept:
-            packed = _packed_again(samples, name, place.store.get(name))
-            if packed.shard.sha256 == kept[name]["sha256"]:  # else an encoder that has changed: it is drawn again
+            packed = _packed_again(plan, name, place.store.get(name))
+            if packed.shard.sha256 == kept[name].sha256:  # else an encoder that has changed: it is drawn again
                 put_record(place.store, number, packed)
     place.store.delete([MANIFEST])
 
 
-def _packed_again(samples: Samples, name: str, tar: bytes) -> Packed:
-    """What `Samples.make` said of a shard, from its bytes."""
-    image_format = "png" if samples.dtype == "uint8" else "npy"
-    writer = ShardWriter(io.BytesIO(), samples.shape, samples.dtype, image_format)
-    array, label, dtype = np.empty(0), -1, np.dtype(samples.dtype)
+def _packed_again(plan: SamplePlan, name: str, tar: bytes) -> Packed:
+    """What `SamplePlan.make` said of a shard, from its bytes."""
+    image_format = "png" if plan.dtype == "uint8" else "npy"
+    writer = ShardWriter(io.BytesIO(), plan.shape, plan.dtype, image_format)
+    array, label, dtype = np.empty(0), -1, np.dtype(plan.dtype)
     for member in members(Tape(lambda start, end: tar[start:end], len(tar))):
         key, _, kind = member.name.rpartition(".")
         if kind == image_format:
-            array = decode(member.data, FORMATS[kind], samples.shape, dtype, partial(str, member.name))
+            array = decode(member.data, FORMATS[kind], plan.shape, dtype, partial(str, member.name))
         elif kind == "cls":
             label = int(member.data)
         else:  # .json, a sample's last
@@ -137,10 +136,10 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ..
     return out
 
 
-def _arrays(store: Store, samples: Samples, packed: Packed) -> Iterator[np.ndarray]:
+def _arrays(store: Store, plan: SamplePlan, packed: Packed) -> Iterator[np.ndarray]:
     """The samples of a shard: uint8 [H, W, C] or float32."""
     for data, code in _members(store, packed):
-        yield decode(data, code, samples.shape, np.dtype(samples.dtype), partial(store.url, packed.shard.name))
+        yield decode(data, code, plan.shape, np.dtype(plan.dtype), partial(store.url, packed.shard.name))
 
 
 def _members(store: Store, packed: Packed) -> Iterator[tuple[bytes, int]]:

@@ -1,15 +1,13 @@
-"""Where many samples go: the names of what is left there, whose place it is, and whether it still is what was drawn."""
+"""Where a job's samples go: names of the files there, whose place it is, whether files still are as they were drawn."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.packing.commit import map_in_threads
@@ -18,19 +16,13 @@ from scoreray.data.reading.manifest import INDEX, MANIFEST
 from scoreray.data.reading.outputs import PICTURE_FORMATS, check_folder, suffix_of
 from scoreray.data.storage.lease import TakenOver
 from scoreray.data.storage.store import NotFound, Store, open_store
+from scoreray.sampling.offline.record import FORMATS, Digests, FileDigest, Format, SampleJob
 
-if TYPE_CHECKING:
-    from scoreray.sampling.offline.job import Job
-
-Format = Literal["webdataset", "png", "npz"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 RECORD = "sampling.json"
 SHEET = "samples.png"
 OWNER = "packing/owner"  # beside the shards while a job goes on: the lease of its newest start
 AT_ONCE = 8  # pictures that are put or read at once
 PICTURE = re.compile(r"\d{6,}\.png")
-
-Digest = dict[str, Any]  # bytes and sha256 of a file, or of a shard's pictures one after another
 
 
 @dataclass(frozen=True)
@@ -128,15 +120,15 @@ def picture(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def files_of(place: Place, job: Job) -> dict[str, list[str]]:
+def files_of(place: Place, job: SampleJob) -> dict[str, list[str]]:
     """What a finished job leaves beside its record, by the names that the record gives: the keys of each. The pictures
     of a shard are one."""
     if place.format == "npz":
         return {place.name: [place.name]}
-    shards = range(math.ceil(job.request.count / job.samples_per_shard))
+    shards = range(job.num_shards)
     if place.format == "webdataset":
         return {name: [name] for name in (*(shard_name(number) for number in shards), INDEX, MANIFEST)}
-    groups = (group(job, number) for number in shards)
+    groups = (job.shard_samples(number) for number in shards)
     return {**{group_name(numbers): [picture(i) for i in numbers] for numbers in groups}, SHEET: [SHEET]}
 
 
@@ -144,18 +136,12 @@ def shard_name(number: int) -> str:
     return f"shards/{number:06d}.tar"
 
 
-def group(job: Job, number: int) -> range:
-    """The samples of shard `number`."""
-    first = number * job.samples_per_shard
-    return range(first, min(first + job.samples_per_shard, job.request.count))
-
-
 def group_name(numbers: range) -> str:
     """What the record calls the pictures of a shard."""
     return f"{picture(numbers[0])} to {picture(numbers[-1])}"
 
 
-def intact(place: Place, job: Job, recorded: dict[str, Digest]) -> dict[str, Digest]:
+def intact(place: Place, job: SampleJob, recorded: Digests) -> Digests:
     """Those of the recorded files whose bytes are what the record says; each is read once."""
     found = {}
     for name, keys in files_of(place, job).items():
@@ -165,23 +151,23 @@ def intact(place: Place, job: Job, recorded: dict[str, Digest]) -> dict[str, Dig
     return found
 
 
-def digest_of(parts: Sequence[bytes]) -> Digest:
+def digest_of(parts: Sequence[bytes]) -> FileDigest:
     found = hashlib.sha256()
     for part in parts:
         found.update(part)
-    return {"bytes": sum(map(len, parts)), "sha256": found.hexdigest()}
+    return FileDigest(sum(map(len, parts)), found.hexdigest())
 
 
-def digest_of_file(store: Store, key: str) -> Digest:
+def digest_of_file(store: Store, key: str) -> FileDigest:
     """Of one that may be larger than memory. Raises NotFound, StorageError."""
     found, size = hashlib.sha256(), 0
     while part := store.get(key, size, size + WINDOW_BYTES):
         found.update(part)
         size += len(part)
-    return {"bytes": size, "sha256": found.hexdigest()}
+    return FileDigest(size, found.hexdigest())
 
 
-def _digest(store: Store, keys: Sequence[str]) -> Digest | None:
+def _digest(store: Store, keys: Sequence[str]) -> FileDigest | None:
     """None where one is missing."""
     try:
         if len(keys) == 1:

@@ -32,8 +32,9 @@ from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import Form, InRows, choose_form, in_form, network_calls, steady_rows
 from scoreray.sampling.offline.generate import Request, prepare
-from scoreray.sampling.offline.job import Mapper, Samples, begin, carry_out_job, here
+from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
 from scoreray.sampling.offline.place import TakenOver, intact, place_of
+from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.samplers.sample import sample
 
 REQUEST = Request(count=150, steps=3, seed=7, batch_size=32)
@@ -51,7 +52,7 @@ def draw(url: str, run: str, request: Request = REQUEST, mapper: Mapper | None =
     place = place_of(url, str(words.pop("format", "auto")))
     job, model, recorded = begin(place, run, None, request, samples_per_shard=SHARD, **words)  # type: ignore[arg-type]
     kept = None if recorded is None else intact(place, job, recorded)
-    return carry_out_job(place, Samples(job, place.shards.url(), model), mapper or here(), kept)
+    return carry_out_job(place, SamplePlan(job, place.shards.url(), model), mapper or in_this_process(), kept)
 
 
 def contents(url: str) -> dict[str, bytes]:
@@ -145,8 +146,8 @@ def test_a_driver_that_is_killed_goes_on(run_url: str, expected: dict[str, bytes
     first = (url / "shards" / "000000.tar").stat()
     made: list[Packed] = []
 
-    def spied(samples: Samples, numbers: object) -> object:
-        for packed in here()(samples, numbers):  # type: ignore[arg-type]
+    def spied(samples: SamplePlan, numbers: object) -> object:
+        for packed in in_this_process()(samples, numbers):  # type: ignore[arg-type]
             made.append(packed)
             yield packed
 
@@ -160,8 +161,8 @@ def test_a_driver_that_is_killed_goes_on(run_url: str, expected: dict[str, bytes
 def test_a_damaged_shard_is_drawn_again(run_url: str, expected: dict[str, bytes], tmp_path: Path) -> None:
     url = tmp_path / "samples"
 
-    def stop_after_two(samples: Samples, numbers: object) -> object:
-        for number, packed in enumerate(here()(samples, numbers)):  # type: ignore[arg-type]
+    def stop_after_two(samples: SamplePlan, numbers: object) -> object:
+        for number, packed in enumerate(in_this_process()(samples, numbers)):  # type: ignore[arg-type]
             yield packed
             if number == 1:
                 raise KeyboardInterrupt
@@ -209,8 +210,8 @@ def test_what_is_missing_or_damaged_of_a_finished_job_is_drawn_again(
     draw(url, run_url, format=format)
     undisturbed = contents(str(tmp_path))
     numbers: list[int] = []
-    make = Samples.make
-    monkeypatch.setattr(Samples, "make", lambda self, i, scratch: numbers.append(i) or make(self, i, scratch))
+    make = SamplePlan.make
+    monkeypatch.setattr(SamplePlan, "make", lambda self, i, scratch: numbers.append(i) or make(self, i, scratch))
     for lost in (damages, {}):
         for key, how in lost.items():
             damage(tmp_path, key, how)
@@ -233,12 +234,12 @@ def test_of_two_starts_of_a_job_the_newer_goes_on(run_url: str, name: str, inter
     draw(str(expected_at / name if npz else expected_at), run_url, **words)
     url = str(at / name if npz else at)
 
-    def stop_after_one(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
-        yield next(iter(here()(samples, numbers)))
+    def stop_after_one(samples: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
+        yield next(iter(in_this_process()(samples, numbers)))
         raise KeyboardInterrupt
 
-    def overtaken(samples: Samples, numbers: Sequence[int]) -> Iterator[Packed]:
-        shards = iter(here()(samples, numbers))
+    def overtaken(samples: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
+        shards = iter(in_this_process()(samples, numbers))
         yield next(shards)
         if interrupted:
             with pytest.raises(KeyboardInterrupt):

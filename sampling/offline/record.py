@@ -1,0 +1,111 @@
+"""What a sample job is and what came of it, as `sampling.json` stores both beside the samples.
+
+Everything that decides the samples' bytes is here, in words and numbers, so that a job can be sent to other processes
+and a later start can see whether the samples at a place are those that it was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from scoreray.sampling.guidance.steering import Guidance, Measurement
+from scoreray.sampling.offline.driver import Form
+from scoreray.sampling.offline.generate import Request
+
+VERSION = 1  # raised when the bytes that the same job makes change
+Format = Literal["webdataset", "png", "npz"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """All that decides the samples and their bytes.
+
+    asked: the URL that was given; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
+    weights: their SHA-256. request: with sampler, steps and grid filled in; its batch_size decides nothing.
+    """
+
+    asked: str
+    checkpoint: str
+    ema: str
+    weights: str
+    request: Request
+    format: Format
+    samples_per_shard: int
+    precision: str
+    compile: str
+    form: Form
+    version: int = VERSION
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.request.count / self.samples_per_shard)
+
+    def shard_samples(self, number: int) -> range:
+        """The numbers of the samples in shard `number`."""
+        first = number * self.samples_per_shard
+        return range(first, min(first + self.samples_per_shard, self.request.count))
+
+    def to_json(self) -> bytes:
+        return SampleRecord(self).to_json()
+
+    def differences(self, other: SampleJob) -> list[str]:
+        """Where `other` is another job, each as "seed 7, not 8"; how it computes (`form`) is no difference."""
+        mine, theirs = _fields(self), _fields(other)
+        mine, theirs = mine | mine.pop("request"), theirs | theirs.pop("request")
+        return [
+            f"{name} {mine[name]!r}, not {theirs[name]!r}"
+            for name in theirs
+            if name != "form" and mine[name] != theirs[name]
+        ]
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Of a file, or of the pictures of one shard, one after another."""
+
+    bytes: int
+    sha256: str
+
+
+Digests = dict[str, FileDigest]
+"""By the name of the file, or of the group of pictures (`place.group_name`)."""
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """`sampling.json`: the job, and once it has finished the digest of every file that it made, by name."""
+
+    job: SampleJob
+    finished: Digests | None = None
+
+    def to_json(self) -> bytes:
+        fields = _fields(self.job)
+        if self.finished is not None:
+            fields["finished"] = {name: asdict(digest) for name, digest in self.finished.items()}
+        return (json.dumps(fields, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, batch_size: int) -> SampleRecord:
+        """Raises ValueError, TypeError or KeyError where `data` is not what `to_json` wrote."""
+        fields = json.loads(data)
+        finished, request = fields.pop("finished", None), fields.pop("request")
+        interval = request["guidance"]["interval"]
+        guidance = Guidance(**{**request["guidance"], "interval": tuple(interval) if interval else None})
+        measurement = Measurement(**request["measurement"]) if request["measurement"] else None
+        whole = Request(**{**request, "guidance": guidance, "measurement": measurement, "batch_size": batch_size})
+        job = SampleJob(**{**fields, "request": whole, "form": Form(**fields["form"])})
+        if not isinstance(finished, dict):
+            return cls(job)
+        return cls(job, {name: FileDigest(**digest) for name, digest in finished.items()})
+
+
+def _fields(job: SampleJob) -> dict[str, Any]:
+    """As JSON has them: lists for tuples; guidance as an object also where it was given as a weight."""
+    fields = asdict(job)
+    del fields["request"]["batch_size"]
+    fields["request"]["guidance"] = asdict(job.request.guided)
+    return json.loads(json.dumps(fields))
