@@ -44,7 +44,8 @@ from torch import Tensor
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import per_row, start
 from scoreray.sampling.samplers.sigmas import karras
-from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
+from scoreray.sampling.service.batcher import StepBatcher
+from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.unet import UNetConfig
@@ -300,7 +301,7 @@ def deployment(policy: str, stand_in: bool) -> Any:
     class Step:
         def __init__(self) -> None:
             torch.set_num_threads(1)
-            self.batcher = StepBatcher(StandIn() if stand_in else network(NETWORK, SHAPE), MAX_ROWS).__enter__()
+            self.batcher = StepBatcher(StandIn() if stand_in else network(NETWORK, SHAPE), MAX_ROWS).start()
 
         async def draw(self, asked: Asked) -> float:
             seeds = range(asked.number << 8, (asked.number << 8) + asked.count)

@@ -1,9 +1,6 @@
-"""A short path, kept for callers: all that is public of `sampling/service/batcher.py`."""
+"""A short path, kept for callers: the step batcher of `sampling/service/`, and the request that it takes."""
 
-from scoreray.sampling.service.batcher import (
-    SampleRequest,
-    StepBatcher,
-    Ticket,
-)
+from scoreray.sampling.service.batcher import StepBatcher, Ticket
+from scoreray.sampling.service.request import SampleRequest
 
 __all__ = ["SampleRequest", "StepBatcher", "Ticket"]

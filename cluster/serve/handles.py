@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from scoreray.cluster.serve.log import log_here
 from scoreray.cluster.serve.network import keep_grpc_to_loopback
 from scoreray.sampling.service.config import Limits
-from scoreray.sampling.service.job import Event, Job, Lost
-from scoreray.sampling.service.ledger import Claim, Ledger, Record, Told
+from scoreray.sampling.service.ledger import Claim, Ledger, LedgerEvent, Record, Told
+from scoreray.sampling.service.request import Event, Lost, SampleRequest
+
+EventT = TypeVar("EventT")
 
 READY_WITHIN_S = 600.0
 SYNC_WITHIN_S = 10.0
@@ -27,8 +29,8 @@ class RayBackend:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def draw(self, job: Job) -> AsyncGenerator[Event, None]:
-        return _events(self._handle, job.previews > 0, job)
+    def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
+        return _events(self._handle, request.previews > 0, request)
 
     async def prepare(self, checkpoint: str, ema: str) -> None:
         """On every replica that there is. Raises Lost where none could, with the reason of one."""
@@ -55,8 +57,8 @@ class RayLedger:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def draw(self, claim: Claim, job: Job) -> AsyncGenerator[Event, None]:
-        return _events(self._handle, job.previews > 0, claim, job)
+    def draw(self, claim: Claim, request: SampleRequest) -> AsyncGenerator[LedgerEvent, None]:
+        return _events(self._handle, request.previews > 0, claim, request)
 
     async def sync(self, asker: str, own: dict[str, int]) -> Told:
         return await self._ask("sync", asker, own)
@@ -77,13 +79,13 @@ class LedgerReplica:
         prepare_process()
         self._ledger = Ledger(limits, RayBackend(handle), busy_tries=min(3, most_replicas))
 
-    async def draw(self, claim: Claim, job: Job) -> AsyncGenerator[Event, None]:
-        async with contextlib.aclosing(self._ledger.draw(claim, job)) as events:
+    async def draw(self, claim: Claim, request: SampleRequest) -> AsyncGenerator[LedgerEvent, None]:
+        async with contextlib.aclosing(self._ledger.draw(claim, request)) as events:
             async for event in events:
                 yield event
 
-    async def draw_at_once(self, claim: Claim, job: Job) -> Event:
-        return await last_of(self._ledger.draw(claim, job))
+    async def draw_at_once(self, claim: Claim, request: SampleRequest) -> LedgerEvent:
+        return await last_of(self._ledger.draw(claim, request))
 
     async def sync(self, asker: str, own: dict[str, int]) -> Told:
         return await self._ledger.sync(asker, own)
@@ -95,16 +97,14 @@ class LedgerReplica:
         return os.getpid()
 
 
-async def last_of(draw: AsyncGenerator[Event, None]) -> Event:
+async def last_of(draw: AsyncGenerator[EventT, None]) -> EventT:
     """The last event of a draw: for one without previews, whose answer is one message."""
-    last: Event = {}
     async with contextlib.aclosing(draw) as events:
-        async for event in events:
-            last = event
-    return last
+        everything = [event async for event in events]
+    return everything[-1]
 
 
-async def _events(handle: Any, streams: bool, *arguments: Any) -> AsyncGenerator[Event, None]:
+async def _events(handle: Any, streams: bool, *arguments: Any) -> AsyncGenerator[Any, None]:
     """What `draw` yields behind a handle, or its last event alone, in one message. Raises Lost; leaving it cancels."""
     response: Any = None
     try:

@@ -25,9 +25,9 @@ from scoreray.data.units import whole_number
 from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.service.access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.service.config import Limits, ServeConfig
-from scoreray.sampling.service.job import Event, Job
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
+from scoreray.sampling.service.request import Event, SampleRequest
 from scoreray.sampling.service.service import Service
 from scoreray.trainer.on_ray.run import SCRATCH
 
@@ -84,13 +84,13 @@ class ModelReplica:
             served = await asyncio.to_thread(look_up, name, url, config.ema)
             await self._replica.prepare(served.info.url, served.info.ema)
 
-    async def draw(self, job: Job) -> AsyncGenerator[Event, None]:
-        async with contextlib.aclosing(self._replica.draw(job)) as events:
+    async def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
+        async with contextlib.aclosing(self._replica.draw(request)) as events:
             async for event in events:
                 yield event
 
-    async def draw_at_once(self, job: Job) -> Event:
-        return await last_of(self._replica.draw(job))
+    async def draw_at_once(self, request: SampleRequest) -> Event:
+        return await last_of(self._replica.draw(request))
 
     async def prepare(self, checkpoint: str, ema: str) -> str:
         """Loads; the reason where it could not."""

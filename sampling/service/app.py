@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scoreray.sampling.service.answers import choose_media
+from scoreray.sampling.service.body import KEY, SampleBody, check_key, parse
 from scoreray.sampling.service.config import ERRORS, HEADERS, Limits, Refused
 from scoreray.sampling.service.docs_page import docs_page
-from scoreray.sampling.service.request import KEY, SampleBody, check_key, parse
-from scoreray.sampling.service.run import Answer, Run, json_answer
+from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.service import Service
 from scoreray.sampling.service.stream import CANCELLED, Events
 from scoreray.sampling.service.traces import trace_request
@@ -180,34 +180,34 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     body = parse(await _read(request, service.limits))
     key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
     media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
-    run = await service.submit(body, token=who, key=key, media=media)
-    joined = run.asked > 1
+    draw = await service.submit(body, token=who, key=key, media=media)
+    joined = draw.joined > 1
     if body.stream:
-        return await _stream(service, run, request, request_id, _replayed(joined))
+        return await _stream(service, draw, request, request_id, _replayed(joined))
     try:
-        answer = await _unless_gone(request, run)
+        answer = await _unless_gone(request, draw)
     finally:
-        service.leave(run)
+        service.leave(draw)
     request.state.about = answer.about
-    headers = {**HEADERS, **_replayed(joined or run.replayed)}
+    headers = {**HEADERS, **_replayed(joined or draw.replayed)}
     if media == "application/json":
-        return Response(json_answer(request_id, answer), media_type=media, headers=headers)
-    told = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
-    return Response(answer.body, media_type=media, headers={**headers, **told})
+        return Response(answer.as_json(request_id), media_type=media, headers=headers)
+    about = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
+    return Response(answer.body, media_type=media, headers={**headers, **about})
 
 
-async def _stream(service: Service, run: Run, request: Request, request_id: str, headers: dict[str, str]) -> Response:
-    """The events of a run once it is accepted. Raises Refused where it is not: that is an answer and no stream."""
+async def _stream(service: Service, draw: Draw, request: Request, request_id: str, headers: dict[str, str]) -> Response:
+    """The events of a draw once a replica has taken it. Raises Refused where none does: an answer and no stream."""
     started = time.monotonic()
     try:
-        await run.accepted.wait()
-        if run.task is not None and run.task.done():
-            await run.answer()
+        await draw.accepted.wait()
+        if draw.task is not None and draw.task.done():
+            await draw.answer()
     except BaseException:
-        service.leave(run)
+        service.leave(draw)
         raise
     return Events(
-        service, run, request, request_id, headers, lambda outcome: _count(service, request, outcome, started)
+        service, draw, request, request_id, headers, lambda outcome: _count(service, request, outcome, started)
     )
 
 
@@ -243,14 +243,14 @@ async def _read(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(request: Request, run: Run) -> Answer:
+async def _unless_gone(request: Request, draw: Draw) -> SampleAnswer:
     """The answer, unless the client goes away first (ClientDisconnect)."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answer, left = asyncio.ensure_future(run.answer()), asyncio.ensure_future(gone())
+    answer, left = asyncio.ensure_future(draw.answer()), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():

@@ -14,8 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,43 +25,20 @@ from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.ode import Steps
 from scoreray.sampling.samplers.sample import check_labels, per_row, start
 from scoreray.sampling.samplers.sigmas import as_grid
+from scoreray.sampling.service.request import SampleRequest
 
 IN_TURN = 2  # one part in so many of each call goes to all requests in turn, whatever they need
 
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What one caller wants: a sample of `shape` for each of `seeds`, by `sampler` with `options` down `sigmas`.
-
-    class_labels: int64 [len(seeds)], -1 for none. guidance: classifier-free weight; not 1, it takes two rows a sample.
-    preview: called in the batcher's thread as (first row, sigma, denoised [b, *shape]) after each call of the network.
-    expected_calls: calls of the network that a sample is thought to take: orders requests, and tells `work_waiting`.
-    max_calls: a sample that takes more fails, so that no sampler runs for ever.
-    """
-
-    seeds: Tensor | Sequence[int]
-    shape: tuple[int, ...]
-    sigmas: Tensor | Sequence[float]
-    sampler: str = "heun"
-    options: dict[str, Any] = field(default_factory=dict)
-    class_labels: Tensor | None = None
-    guidance: float = 1.0
-    preview: Callable[[int, float | Tensor, Tensor], None] | None = None
-    dtype: torch.dtype = torch.float32
-    expected_calls: int = 1
-    max_calls: int | None = None
+ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
+"""Called in the batcher's thread after each call of the network: (first row, sigma, denoised [b, *shape])."""
 
 
-class Ticket(Future[Tensor]):
-    """The samples to come, [len(seeds), *shape]: `.result(timeout)` in a thread, `await` in asyncio, `.cancel()`.
+class NonFiniteSamplesError(UserError):
+    """The samples of a request are NaN or infinite: its options are too strong."""
 
-    queued_s: how long the request waited for its first call of the network, once that has come.
-    """
 
-    queued_s: float | None = None
-
-    def __await__(self) -> Generator[Any, None, Tensor]:
-        return asyncio.wrap_future(self).__await__()
+class BatcherStopped(ScorerayError):
+    """The batcher's thread has ended, or was asked to: what it was given will not be drawn here."""
 
 
 class StepBatcher:
@@ -75,7 +51,7 @@ class StepBatcher:
     batch_sizes: sizes to pad up to, for a network compiled for these; none by default.
     observe: called in the batcher's thread as (rows, seconds) after each call of the network.
 
-    As a context manager it runs in a thread of its own; without one, `step()` makes one call at a time.
+    `start()` (or `with`) runs it in a thread of its own, until `close()`; else `step()` makes one call at a time.
     """
 
     def __init__(
@@ -98,37 +74,37 @@ class StepBatcher:
         self.calls = self.rows = 0
         self.seconds_per_call = 0.0
         self._observe = observe
-        self._jobs: deque[_Job] = deque()
+        self._tickets: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, request: SampleRequest) -> Ticket:
+    def submit(self, request: SampleRequest, show: ShowEstimate | None = None) -> Ticket:
         """Queues a request. Raises UserError at once on bad arguments; a failure on the way is the ticket's."""
-        job = _Job(request, self.part_rows, self.max_batch // self.part_rows, self.device)
-        job.arrived = self.calls
+        ticket = Ticket(request, self.part_rows, self.max_batch // self.part_rows, self.device, show)
+        ticket.arrived = self.calls
         with self._changed:
             if self._closing:
-                raise ScorerayError("this batcher is closed: submit to another one")
-            self._jobs.append(job)
+                raise BatcherStopped("this batcher is closed: submit to another one")
+            self._tickets.append(ticket)
             self._changed.notify()
-        return job.ticket
+        return ticket
 
     @property
     def rows_waiting(self) -> int:
         """Samples that are not done yet, of all requests: what to shed load and to scale by."""
         with self._changed:
-            return sum(job.remaining for job in self._jobs if not job.ticket.done())
+            return sum(ticket.remaining for ticket in self._tickets if not ticket.done())
 
     @property
     def work_waiting(self) -> int:
-        """Rows that the network is still expected to be called with, over all requests: what a wait is told by."""
+        """Rows that the network is still expected to be called with, over all requests: used to estimate a wait."""
         with self._changed:
-            return sum(max(job.work, job.remaining) for job in self._jobs if not job.ticket.done())
+            return sum(max(ticket.work, ticket.remaining) for ticket in self._tickets if not ticket.done())
 
     @property
     def alive(self) -> bool:
-        """Whether the thread of `with` still runs."""
+        """Whether the thread still runs."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
@@ -152,12 +128,12 @@ class StepBatcher:
             self._observe(rows, took)
         return True
 
-    def __enter__(self) -> StepBatcher:
+    def start(self) -> Self:
         self._thread = threading.Thread(target=self._run, name="step-batcher", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         """Finishes what is queued, then ends the thread."""
         with self._changed:
             self._closing = True
@@ -165,15 +141,21 @@ class StepBatcher:
         if self._thread is not None:
             self._thread.join()
 
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def _run(self) -> None:
         try:
             self._serve()
         except BaseException as error:  # a bug: nobody may wait for ever
             with self._changed:
                 self._closing = True
-                jobs, self._jobs = self._jobs, deque()
-            for job in jobs:
-                job.fail(ScorerayError(f"the batcher stopped: {error!r}"))
+                tickets, self._tickets = self._tickets, deque()
+            for ticket in tickets:
+                ticket.fail(BatcherStopped(f"the batcher stopped: {error!r}"))
             raise
 
     def _serve(self) -> None:
@@ -181,28 +163,29 @@ class StepBatcher:
             if self.step():
                 continue
             with self._changed:
-                if not self._jobs:
+                if not self._tickets:
                     if self._closing:
                         return
                     self._changed.wait()
 
     def _choose(self) -> list[_Part]:
-        """The parts of the next call, all of one sample shape; rotates the jobs so that each is first in its turn."""
+        """The parts of the next call, all of one sample shape; rotates the requests, so each is first in its turn."""
         while True:
-            self._jobs = deque(job for job in self._jobs if not job.ticket.done())
-            if not self._jobs:
+            self._tickets = deque(ticket for ticket in self._tickets if not ticket.done())
+            if not self._tickets:
                 return []
-            self._jobs.rotate(-1)
-            kind = self._jobs[-1].kind
-            jobs = [self._jobs[-1], *(job for job in list(self._jobs)[:-1] if job.kind == kind)]
+            self._tickets.rotate(-1)
+            first = self._tickets[-1]
+            shape = first.request.shape
+            same = [first, *(ticket for ticket in list(self._tickets)[:-1] if ticket.request.shape == shape)]
             chosen: list[_Part] = []
             room, turns = self.max_batch, self.max_batch // IN_TURN
-            for job in jobs:
+            for ticket in same:
                 if self.max_batch - room >= turns:
                     break
-                room -= job.take(max(1, turns // len(jobs)), room, chosen)
-            for job in sorted(jobs, key=lambda job: job.response_ratio(self.calls), reverse=True):
-                room -= job.take(room, room, chosen) if room else 0
+                room -= ticket.take(max(1, turns // len(same)), room, chosen)
+            for ticket in sorted(same, key=lambda ticket: ticket.response_ratio(self.calls), reverse=True):
+                room -= ticket.take(room, room, chosen) if room else 0
             if chosen:
                 return chosen
 
@@ -237,29 +220,38 @@ class StepBatcher:
         return denoised[:count].split([len(part.x) for part in parts])
 
 
-class _Job:
-    """A request in the batcher: its parts that run, in order, the rows not begun, and its ticket."""
+class Ticket(Future[Tensor]):
+    """A request in the batcher: the samples to come, [len(seeds), *shape], the parts that run and the rows not begun.
 
-    def __init__(self, request: SampleRequest, part_rows: int, most_parts: int, device: torch.device) -> None:
+    `.result(timeout)` in a thread, `await` in asyncio, `.cancel()`. queued_s: how long the request waited for its first
+    call of the network, once that has come. The rest is the batcher's.
+    """
+
+    def __init__(
+        self, request: SampleRequest, part_rows: int, most_parts: int, device: torch.device, show: ShowEstimate | None
+    ) -> None:
+        super().__init__()
         self.request, self.part_rows, self.most_parts = request, part_rows, most_parts
-        self.device, self.ticket = device, Ticket()
+        self.device, self.show = device, show
+        self.queued_s: float | None = None
         if len(request.seeds) < 1:
             raise UserError("a request for no samples: give at least one seed")
         self.seeds = SampleNoise(request.seeds).seeds
         self.sigmas = as_grid(request.sigmas)
         self.remaining, self.begun = len(self.seeds), 0
         self.submitted, self.arrived = time.monotonic(), 0
-        rows = 1 if request.guidance == 1 else 2
-        self.work = self.remaining * rows * request.expected_calls
-        self.labels = request.class_labels
+        self.work = request.rows_per_call * request.expected_calls
+        self.labels = None if request.class_labels is None else torch.as_tensor(request.class_labels)
         if self.labels is not None:
             check_labels(self.labels, self.remaining)
         if request.guidance != 1 and self.labels is None:
             raise UserError(f"guidance {request.guidance:g} needs class_labels: give one class per sample")
-        self.kind = (tuple(request.shape), request.dtype)
         self.parts: list[_Part] = []
         self.samples: dict[int, Tensor] = {}
         self._begin()  # finds a bad sampler or option before the request is queued
+
+    def __await__(self) -> Generator[Any, None, Tensor]:
+        return asyncio.wrap_future(self).__await__()
 
     def response_ratio(self, calls: int) -> float:
         """Calls of the network since it came, for each row that it is still expected to take of them."""
@@ -274,8 +266,8 @@ class _Job:
             part.in_call = True
             chosen.append(part)
             taken += len(part.x)
-        if taken and self.ticket.queued_s is None:
-            self.ticket.queued_s = time.monotonic() - self.submitted
+        if taken and self.queued_s is None:
+            self.queued_s = time.monotonic() - self.submitted
         self.work -= taken
         return taken
 
@@ -294,11 +286,11 @@ class _Job:
 
     def _begin(self) -> _Part | None:
         """Starts the sampler of the next rows; None where all have begun."""
-        if self.begun >= len(self.seeds) or self.ticket.done():
+        if self.begun >= len(self.seeds) or self.done():
             return None
         rows = slice(self.begun, self.begun + self.part_rows)
         noise = SampleNoise(self.seeds[rows])
-        x = noise.normal((len(noise.seeds), *self.request.shape), self.request.dtype, self.device)
+        x = noise.normal((len(noise.seeds), *self.request.shape), torch.float32, self.device)
         x = x * float(self.sigmas[0])
         steps = start(self.request.sampler, x, self.sigmas, noise, **self.request.options)
         labels = None if self.labels is None else self.labels[rows].to(self.device)
@@ -309,26 +301,27 @@ class _Job:
 
     def finish(self, part: _Part, samples: Tensor) -> None:
         if not bool(torch.isfinite(samples).all()):
-            self.fail(ScorerayError(f"sampler '{self.request.sampler}' ended in values that are not finite"))
+            self.fail(NonFiniteSamplesError(f"sampler '{self.request.sampler}' ended in values that are not finite"))
             return
         self.parts.remove(part)
         self.samples[part.first] = samples
         self.remaining -= len(samples)
         if self.remaining == 0:
-            _settle(self.ticket.set_result, torch.cat([self.samples[first] for first in sorted(self.samples)]))
+            _settle(self.set_result, torch.cat([self.samples[first] for first in sorted(self.samples)]))
 
     def fail(self, error: Exception) -> None:
-        _settle(self.ticket.set_exception, error)
+        _settle(self.set_exception, error)
 
 
 class _Part:
-    """Some rows of a request: their generator, and what it waits for."""
+    """Some rows of a request: their sampler's generator, and the network call that it waits for."""
 
-    def __init__(self, job: _Job, first: int, steps: Steps, labels: Tensor | None) -> None:
-        self.job, self.first, self.in_call, self.calls = job, first, False, 0
-        guided = job.request.guidance != 1 and labels is not None
-        self.steps = classifier_free_steps(steps, job.request.guidance) if guided else steps
-        self.labels = doubled_labels(labels) if guided and labels is not None else labels
+    def __init__(self, ticket: Ticket, first: int, steps: Steps, labels: Tensor | None) -> None:
+        self.ticket, self.first, self.in_call, self.calls = ticket, first, False, 0
+        guidance = ticket.request.guidance
+        self.guided = guidance != 1 and labels is not None
+        self.steps = classifier_free_steps(steps, guidance) if self.guided else steps
+        self.labels = doubled_labels(labels) if self.guided and labels is not None else labels
         with torch.no_grad():
             self.x, self.sigma = next(self.steps)
 
@@ -336,23 +329,23 @@ class _Part:
         """Takes what the network gave: on to the next wait, to the end, or to the request's failure."""
         self.in_call = False
         if isinstance(denoised, Exception):
-            self.job.fail(denoised)
+            self.ticket.fail(denoised)
             return
         self.calls += 1
+        request = self.ticket.request
         try:
-            if self.job.request.max_calls is not None and self.calls > self.job.request.max_calls:
+            if request.max_calls is not None and self.calls > request.max_calls:
                 raise UserError(
-                    f"sampler '{self.job.request.sampler}' wanted more than {self.job.request.max_calls} calls of the "
-                    "network for a sample: take fewer steps or looser tolerances"
+                    f"sampler '{request.sampler}' needed more than {request.max_calls} calls of the network for a "
+                    "sample: take fewer steps or looser tolerances"
                 )
-            if self.job.request.preview is not None:
-                half = len(denoised) // (2 if self.job.request.guidance != 1 else 1)
-                self.job.request.preview(self.first, self.sigma, denoised[:half])
+            if self.ticket.show is not None:
+                self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // (2 if self.guided else 1)])
             self.x, self.sigma = self.steps.send(denoised)
         except StopIteration as end:
-            self.job.finish(self, end.value)
+            self.ticket.finish(self, end.value)
         except Exception as error:
-            self.job.fail(error)
+            self.ticket.fail(error)
 
 
 def _settle(set_: Callable[[Any], None], value: Any) -> None:

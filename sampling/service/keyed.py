@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 
 from scoreray.sampling.service.config import Limits, Refused
-from scoreray.sampling.service.job import Event, Job, Lost
+from scoreray.sampling.service.draw import Draw
 from scoreray.sampling.service.keys import Entry, Keys
-from scoreray.sampling.service.ledger import Claim, LedgerLike, Origin, Record, Told
-from scoreray.sampling.service.run import Run
+from scoreray.sampling.service.ledger import Claim, LedgerEvent, LedgerLike, Record, Told, Unsynced
+from scoreray.sampling.service.request import Drawn, Lost, Origin, SampleRequest
 
 log = logging.getLogger("scoreray.serve")
 
@@ -25,7 +25,7 @@ class Keyed:
     """Keys with their runs, the ledger that draws them, and rows billed."""
 
     def __init__(self, ledger: LedgerLike, limits: Limits) -> None:
-        self.keys: Keys[Origin, Run] = Keys(limits)
+        self.keys: Keys[Origin, Draw] = Keys(limits)
         self.bills = Bills()
         self._ledger, self._name = ledger, uuid.uuid4().hex
         self._epoch: str | None = None
@@ -51,20 +51,20 @@ class Keyed:
             await asyncio.sleep(SYNC_S)
 
     async def events(
-        self, entry: Entry[Origin, Run], job: Job, instead_of: Origin | None
-    ) -> AsyncGenerator[Event, None]:
-        """The events of a keyed job, as `Ledger.draw` gives them. Raises Refused where the ledger is lost meanwhile."""
+        self, entry: Entry[Origin, Draw], request: SampleRequest, instead_of: Origin | None
+    ) -> AsyncGenerator[LedgerEvent, None]:
+        """The events of a request with a key, as of `Ledger.draw`. Raises Refused when the ledger is lost."""
         try:
             while True:
                 if self._epoch is None:
                     await self.sync()
                 claim = Claim(entry.token, entry.key, entry.fingerprint, entry.origin, self._epoch, instead_of)
-                async with contextlib.aclosing(self._ledger.draw(claim, job)) as events:
+                async with contextlib.aclosing(self._ledger.draw(claim, request)) as events:
                     async for event in events:
-                        if event["kind"] == "unsynced":
+                        if isinstance(event, Unsynced):
                             break
-                        if event["kind"] == "done":
-                            self.bills.keyed[entry.token] = max(self.bills.keyed.get(entry.token, 0), event["billed"])
+                        if isinstance(event, Drawn):
+                            self.bills.keyed[entry.token] = max(self.bills.keyed.get(entry.token, 0), event.billed)
                         yield event
                     else:
                         return
@@ -77,7 +77,8 @@ class Keyed:
         """All keys, some MANY_BYTES of answers at a time; one list at least."""
         records, num_bytes = list[Record](), 0
         for entry in self.keys:
-            done = entry.run.done_event() if entry.run is not None else None
+            answer = entry.run.known_answer() if entry.run is not None else None
+            done = answer.as_event() if answer is not None else None
             record = Record(
                 entry.token, entry.key, entry.fingerprint, entry.origin, self.keys.age_s(entry), entry.billed, done
             )

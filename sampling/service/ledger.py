@@ -13,22 +13,37 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from scoreray.sampling.service.config import Limits, Refused
-from scoreray.sampling.service.job import Backend, Event, Job, drawn, timed_out
 from scoreray.sampling.service.keys import Entry, Keys
+from scoreray.sampling.service.request import (
+    Accepted,
+    Backend,
+    Drawn,
+    Event,
+    Failed,
+    Origin,
+    SampleRequest,
+    draw_with_retries,
+    timed_out,
+)
 
 log = logging.getLogger("scoreray.serve")
 
 
-class Origin(NamedTuple):
-    """What a job is made from beside the request: enough to make the same one again, and small enough to remember."""
+class Unsynced(NamedTuple):
+    """The last event of a claim by a process that knows another epoch: sync, then claim again."""
 
-    model: str
-    checkpoint: str
-    images_seen: int
-    seed: int
+
+class MadeFrom(NamedTuple):
+    """The last event of a claim whose key's samples are made from another origin: claim again with that one."""
+
+    origin: Origin
+
+
+LedgerEvent = Event | Unsynced | MadeFrom
 
 
 class Claim(NamedTuple):
@@ -54,7 +69,7 @@ class Record(NamedTuple):
     origin: Origin
     age_s: float
     billed: bool
-    done: Event | None
+    done: Drawn | None
 
 
 class Told(NamedTuple):
@@ -68,7 +83,7 @@ class Told(NamedTuple):
 class LedgerLike(Protocol):
     """A ledger, here or in another process; every method raises Lost where it can't be reached."""
 
-    def draw(self, claim: Claim, job: Job) -> AsyncGenerator[Event, None]: ...
+    def draw(self, claim: Claim, request: SampleRequest) -> AsyncGenerator[LedgerEvent, None]: ...
 
     async def sync(self, asker: str, own: dict[str, int]) -> Told: ...
 
@@ -86,38 +101,39 @@ class Ledger:
         self._own: dict[str, dict[str, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def draw(self, claim: Claim, job: Job) -> AsyncGenerator[Event, None]:
-        """The events of a keyed job: of the one draw that there is for its key, begun here, under way or answered.
+    async def draw(self, claim: Claim, request: SampleRequest) -> AsyncGenerator[LedgerEvent, None]:
+        """The events of a request with a key: of the one draw that there is for it, begun here, under way or answered.
 
-        A done event has `billed`, the token's rows by keys, and `replayed`. Two more kinds end it, for the asker to ask
-        again: `unsynced` where it knows another epoch, `origin` where the key's job is made from another one.
+        Drawn has `billed`, the token's rows by keys, and `replayed`. Unsynced and MadeFrom end it where the caller
+        must claim again.
         """
         if claim.epoch != self.epoch:
-            yield {"kind": "unsynced"}
+            yield Unsynced()
             return
         try:
             entry = self._keys.find(claim.token, claim.key, claim.fingerprint)
         except Refused as refusal:
-            yield {"kind": "refused", "code": refusal.code, "message": refusal.message}
+            yield Failed(refusal.code, refusal.message)
             return
         if entry is None:
             entry = self._keys.add(claim.token, claim.key, claim.fingerprint, claim.origin)
         elif claim.origin != entry.origin:
             if claim.instead_of != entry.origin or entry.run is not None:
-                yield {"kind": "origin", "origin": entry.origin}
+                yield MadeFrom(entry.origin)
                 return
             entry.origin = claim.origin
         if entry.run is None:
             entry.run = _Draw()
-            entry.run.task = asyncio.create_task(self._carry_out(entry, entry.run, job))
+            entry.run.task = asyncio.create_task(self._carry_out(entry, entry.run, request))
             self._tasks.add(entry.run.task)
             entry.run.task.add_done_callback(self._tasks.discard)
         draw, replayed = entry.run, entry.run.last is not None
         try:
             async with contextlib.aclosing(draw.watched()) as events:
                 async for event in events:
-                    done = event["kind"] == "done"
-                    yield {**event, "billed": self._keyed[claim.token], "replayed": replayed} if done else event
+                    if isinstance(event, Drawn):
+                        event = replace(event, billed=self._keyed[claim.token], replayed=replayed)
+                    yield event
         finally:
             if draw.watchers == 0 and draw.last is None:
                 if entry.run is draw:
@@ -143,17 +159,17 @@ class Ledger:
                     entry.billed = record.billed
                     if record.done is not None:
                         entry.run = _Draw(record.done)
-                        self._keys.keep(entry, len(record.done["body"]) + 4096)
+                        self._keys.keep(entry, len(record.done.body) + 4096)
         for token, rows in keyed.items():
             self._keyed[token] = max(self._keyed[token], rows)
 
-    async def _carry_out(self, entry: Entry[Origin, _Draw], draw: _Draw, job: Job) -> None:
-        last: Event = {"kind": "refused", "code": "bug", "message": "this is a bug in scoreray; the log tells more"}
+    async def _carry_out(self, entry: Entry[Origin, _Draw], draw: _Draw, request: SampleRequest) -> None:
+        last: Drawn | Failed = Failed("bug", "this is a bug in scoreray; the log has its traceback")
         try:
             async with asyncio.timeout(self.limits.max_request_s):
-                async with contextlib.aclosing(drawn(self.backend, job, self._busy_tries)) as events:
+                async with contextlib.aclosing(draw_with_retries(self.backend, request, self._busy_tries)) as events:
                     async for event in events:
-                        if event["kind"] in ("done", "refused"):
+                        if isinstance(event, Drawn | Failed):
                             last = event
                         else:
                             draw.tell(event)
@@ -161,12 +177,12 @@ class Ledger:
             last = timed_out(self.limits.max_request_s)
         except Exception:
             log.exception("a draw for a key")
-        if last["kind"] == "done":
+        if isinstance(last, Drawn):
             if not entry.billed:
-                self._keyed[entry.token] += len(job.seeds)
+                self._keyed[entry.token] += len(request.seeds)
             entry.billed = True
             if entry.run is draw:
-                self._keys.keep(entry, len(last["body"]) + job.num_bytes)
+                self._keys.keep(entry, len(last.body) + request.num_bytes)
         elif entry.run is draw:
             entry.run = None
         draw.tell(last)
@@ -175,16 +191,17 @@ class Ledger:
 class _Draw:
     """One draw and everybody who watches it. last: its last event, once that has come."""
 
-    def __init__(self, last: Event | None = None) -> None:
-        self.last, self.watchers = last, 0
+    def __init__(self, last: Drawn | None = None) -> None:
+        self.last: Drawn | Failed | None = last
+        self.watchers = 0
         self.task: asyncio.Task[None] | None = None
         self._queues: set[asyncio.Queue[Event]] = set()
         self._accepted: Event | None = None
 
     def tell(self, event: Event) -> None:
-        if event["kind"] in ("done", "refused"):
+        if isinstance(event, Drawn | Failed):
             self.last = event
-        elif event["kind"] == "accepted":
+        elif isinstance(event, Accepted):
             self._accepted = event
         for queue in self._queues:
             queue.put_nowait(event)

@@ -1,7 +1,7 @@
-"""What one replica of a service does: keeps models in memory, each with a step batcher, and draws what it is asked for.
+"""One replica of a service: keeps models in memory, each with a step batcher, and draws requests with them.
 
-It knows nothing of HTTP and nothing of Ray. A job names its checkpoint and carries everything that its samples depend
-on, so every replica gives it the same answer.
+It knows nothing of HTTP and nothing of Ray. A request names its checkpoint and carries everything that its samples
+depend on, so every replica gives the same answer.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.service.answers import encode, preview_sheet
-from scoreray.sampling.service.batcher import SampleRequest, StepBatcher, Ticket
+from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError, StepBatcher, Ticket
 from scoreray.sampling.service.config import ServeConfig
-from scoreray.sampling.service.job import Event, Job
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
+from scoreray.sampling.service.request import Accepted, Drawn, Event, Failed, Preview, SampleRequest
 
 log = logging.getLogger("scoreray.serve")
 
 PREVIEW_ROWS = 16
+MOST_PREVIEW_VALUES = 64  # of one sample that is no picture
 STAY_CALLS = 4  # of a row at one level, before it is one that its sampler stays at
 
 
@@ -44,7 +45,7 @@ class _Model:
 
 
 class Replica:
-    """Draws jobs. All methods run on one event loop; the networks run in their batchers' threads."""
+    """Draws requests. All methods run on one event loop; the networks run in their batchers' threads."""
 
     def __init__(self, config: ServeConfig, device: str | None = None) -> None:
         self.config, self.device = config, device
@@ -52,93 +53,66 @@ class Replica:
         self._models: OrderedDict[tuple[str, str], _Model] = OrderedDict()
         self._loading: dict[tuple[str, str], asyncio.Task[_Model]] = {}
         self._freed = asyncio.Condition()
-        self._arriving = 0  # rows of jobs that wait for their model
+        self._arriving = 0  # rows of requests that wait for their model
         if config.threads:
             torch.set_num_threads(config.threads)
 
     async def prepare(self, checkpoint: str, ema: str) -> None:
-        """Loads a checkpoint's weights and warms them up, so that the next job finds them ready."""
+        """Loads a checkpoint's weights and warms them up, so that the next request finds them ready."""
         async with self._model(checkpoint, ema):
             pass
 
-    async def draw(self, job: Job) -> AsyncGenerator[Event, None]:
-        """The events of a job. Leaving it early gives its rows up before the next call of the network."""
-        refusal = self._refusal(job)
-        if refusal is not None:
-            yield refusal
+    async def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
+        """The events of a request. Leaving it early gives its rows up before the next call of the network."""
+        overloaded = self._overloaded(request)
+        if overloaded is not None:
+            yield overloaded
             return
-        yield {"kind": "accepted"}
-        try:
-            async with contextlib.AsyncExitStack() as stack:
-                self._arriving += len(job.seeds)
-                try:
-                    model = await stack.enter_async_context(self._model(job.checkpoint, job.ema))
-                except ScorerayError as error:
-                    yield {"kind": "refused", "code": "storage", "message": str(error), "gone": True}
-                    return
-                finally:
-                    self._arriving -= len(job.seeds)
-                events = await stack.enter_async_context(contextlib.aclosing(self._run(job, model)))
+        yield Accepted()
+        async with contextlib.AsyncExitStack() as stack:
+            self._arriving += len(request.seeds)
+            try:
+                model = await stack.enter_async_context(self._model(request.origin.checkpoint, request.ema))
+            except ScorerayError as error:
+                yield Failed("storage", str(error))
+                return
+            finally:
+                self._arriving -= len(request.seeds)
+            try:
+                events = await stack.enter_async_context(contextlib.aclosing(self._run(request, model)))
                 async for event in events:
                     yield event
-        except UserError as error:
-            yield {"kind": "refused", "code": "invalid", "message": str(error)}
-        except ScorerayError as error:
-            code = "not_finite" if "not finite" in str(error) else "invalid"
-            yield {"kind": "refused", "code": code, "message": str(error)}
+            except ScorerayError as error:
+                yield failed(error)
 
-    async def _run(self, job: Job, model: _Model) -> AsyncGenerator[Event, None]:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+    async def _run(self, request: SampleRequest, model: _Model) -> AsyncGenerator[Event, None]:
+        loop, estimates = asyncio.get_running_loop(), asyncio.Queue[_Estimate | None]()
         arrived = time.monotonic()
-        preview = _Previews(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-        ticket = model.batcher.submit(
-            SampleRequest(
-                seeds=job.seeds,
-                shape=job.shape,
-                sigmas=job.sigmas,
-                sampler=job.sampler,
-                options=job.options,
-                class_labels=None if job.labels is None else torch.tensor(job.labels, dtype=torch.int64),
-                guidance=job.guidance,
-                preview=preview if job.previews else None,
-                expected_calls=job.calls,
-                max_calls=job.max_calls,
-            )
-        )
-        ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        show = _Previews(request, lambda estimate: loop.call_soon_threadsafe(estimates.put_nowait, estimate))
+        ticket = model.batcher.submit(request, show if request.previews else None)
+        ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(estimates.put_nowait, None))
         try:
-            while (event := await events.get()) is not None:
-                yield await asyncio.to_thread(_drawn, event)
+            while (estimate := await estimates.get()) is not None:
+                yield await asyncio.to_thread(_preview, estimate)
             samples = ticket.result(0)
             self._count(ticket, len(samples))
-            labels = job.labels or (-1,) * len(samples)
-            body = await asyncio.to_thread(encode, samples.cpu(), labels, job.media, job.format)
-            yield {
-                "kind": "done",
-                "body": body,
-                "queued_s": ticket.queued_s or 0.0,
-                "took_s": time.monotonic() - arrived,
-                "precision": model.fast.name,
-            }
+            labels = request.class_labels or (-1,) * len(samples)
+            body = await asyncio.to_thread(encode, samples.cpu(), labels, request.media, request.format)
+            yield Drawn(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
         finally:
             if ticket.cancel():
-                self.meter["cancelled_rows"].inc(len(job.seeds))
+                self.meter["cancelled_rows"].inc(len(request.seeds))
 
-    def _refusal(self, job: Job) -> Event | None:
-        """Why not to take a job, by the rows and the time that those before it need; None to take it."""
+    def _overloaded(self, request: SampleRequest) -> Failed | None:
+        """Why not to take a request, by the rows and the time that those before it need; None to take it."""
         batchers = [model.batcher for model in self._models.values()]
         limits = self.config.limits
         rows = self._arriving + sum(batcher.rows_waiting for batcher in batchers)
         wait_s = self.wait_s()
-        if rows == 0 or (rows + len(job.seeds) <= limits.max_waiting_rows and wait_s <= limits.max_wait_s):
+        if rows == 0 or (rows + len(request.seeds) <= limits.max_waiting_rows and wait_s <= limits.max_wait_s):
             return None
-        why = f"{rows} rows wait here, for about {wait_s:.0f} s; try again later, or ask for less"
-        return {
-            "kind": "refused",
-            "code": "overloaded",
-            "message": why,
-            "retry_after_s": min(60.0, max(1.0, wait_s / 2)),
-        }
+        message = f"{rows} samples wait in this replica, for about {wait_s:.0f} s; try again later, or request fewer"
+        return Failed("overloaded", message, retry_after_s=min(60.0, max(1.0, wait_s / 2)))
 
     def wait_s(self) -> float:
         """How long what is queued will take, from the calls that are still expected and the time of the last ones."""
@@ -166,7 +140,7 @@ class Replica:
         models = list(self._models.values())
         self._models.clear()
         for model in models:
-            await asyncio.to_thread(model.batcher.__exit__, None, None, None)
+            await asyncio.to_thread(model.batcher.close)
 
     @contextlib.asynccontextmanager
     async def _model(self, checkpoint: str, ema: str) -> AsyncIterator[_Model]:
@@ -201,7 +175,7 @@ class Replica:
             idle = next((key for key, model in self._models.items() if model.users == 0), None)
             if idle is not None:
                 model = self._models.pop(idle)
-                await asyncio.to_thread(model.batcher.__exit__, None, None, None)
+                await asyncio.to_thread(model.batcher.close)
             else:
                 async with self._freed:
                     await self._freed.wait()
@@ -224,7 +198,7 @@ class Replica:
             drawn_by = in_same_rows(denoiser, most)
         batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe)
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
-        return _Model(denoiser, batcher.__enter__(), fast)
+        return _Model(denoiser, batcher.start(), fast)
 
     def _observe(self, rows: int, seconds: float) -> None:
         self.meter["batch_occupancy"].observe(rows / self.config.max_batch)
@@ -236,20 +210,38 @@ class Replica:
         self.meter["queue_seconds"].observe(ticket.queued_s or 0.0)
 
 
-class _Previews:
-    """Gathers the estimates of a job's first rows; sends one event whenever another share of their calls is made.
+def failed(error: ScorerayError) -> Failed:
+    """How a request ends whose draw raised `error`. Raises it again where it is none of a request's own failures."""
+    if isinstance(error, NonFiniteSamplesError):
+        return Failed("not_finite", str(error))
+    if isinstance(error, UserError):
+        return Failed("invalid", str(error))
+    if isinstance(error, BatcherStopped):  # Serve's health check replaces this replica within a second
+        return Failed("unavailable", str(error))
+    raise error
 
-    The level told is the highest one that a row of the sheet was denoised at. It falls from event to event, but for
+
+@dataclass(frozen=True)
+class _Estimate:
+    progress: float
+    sigma: float
+    denoised: Tensor
+
+
+class _Previews:
+    """Gathers the estimates of a request's first rows; sends one whenever another share of their calls is made.
+
+    Its level is the highest one that a row of the sheet was denoised at. It falls from preview to preview, but for
     samplers that call the network many times at one level: after STAY_CALLS there the next share is shown all the same.
     """
 
-    def __init__(self, job: Job, send: Callable[[Event], object]) -> None:
-        self._job, self._send = job, send
-        self._rows = min(PREVIEW_ROWS, len(job.seeds))
-        self._estimate = torch.zeros(self._rows, *job.shape)
+    def __init__(self, request: SampleRequest, send: Callable[[_Estimate], object]) -> None:
+        self._previews, self._send = request.previews, send
+        self._rows = min(PREVIEW_ROWS, len(request.seeds))
+        self._denoised = torch.zeros(self._rows, *request.shape)
         self._levels = [math.inf] * self._rows
-        self._total = max(1, self._rows * job.calls)
-        self._done = self._sent = self._done_then = 0
+        self._total = max(1, self._rows * request.expected_calls)
+        self._calls = self._sent = self._calls_then = 0
         self._level_then = math.inf
 
     def __call__(self, first: int, sigma: float | Tensor, denoised: Tensor) -> None:
@@ -257,20 +249,21 @@ class _Previews:
         if not len(shown):
             return
         rows = slice(first, first + len(shown))
-        self._estimate[rows] = shown.float().cpu()
+        self._denoised[rows] = shown.float().cpu()
         self._levels[rows] = [sigma.max().item() if isinstance(sigma, Tensor) else sigma] * len(shown)
-        self._done += len(shown)
-        share, level = min(1.0, self._done / self._total), max(self._levels)
-        count = min(self._job.previews, int(share * (self._job.previews + 1)))
-        stayed = self._done - self._done_then >= STAY_CALLS * self._rows
+        self._calls += len(shown)
+        share, level = min(1.0, self._calls / self._total), max(self._levels)
+        count = min(self._previews, int(share * (self._previews + 1)))
+        stayed = self._calls - self._calls_then >= STAY_CALLS * self._rows
         if count > self._sent and math.isfinite(level) and (level < self._level_then or stayed):
-            self._sent, self._done_then, self._level_then = count, self._done, level
-            self._send({"kind": "preview", "progress": share, "sigma": level, "denoised": self._estimate.clone()})
+            self._sent, self._calls_then, self._level_then = count, self._calls, level
+            self._send(_Estimate(share, level, self._denoised.clone()))
 
 
-def _drawn(event: Event) -> Event:
-    """An event on its way out: its estimates as a picture, or as numbers where they are none."""
-    denoised = event.pop("denoised")
+def _preview(estimate: _Estimate) -> Preview:
+    """Estimates as a picture, or as numbers where they are none."""
+    denoised = estimate.denoised
     if is_picture(denoised.shape[1:]):
-        return {**event, "b64_json": preview_sheet(denoised)}
-    return {**event, "denoised": denoised.flatten(1).tolist() if denoised[0].numel() <= 64 else None}
+        return Preview(estimate.progress, estimate.sigma, b64_json=preview_sheet(denoised))
+    points = denoised.flatten(1).tolist() if denoised[0].numel() <= MOST_PREVIEW_VALUES else None
+    return Preview(estimate.progress, estimate.sigma, points=points)

@@ -1,8 +1,8 @@
 """The service behind HTTP: which model, which limits, one draw for each request, again where a replica died.
 
-A request becomes a job, whose samples are a function of (checkpoint, request), so a draw may be begun again anywhere
-and two requests with one key may share one draw. It knows nothing of HTTP and nothing of Ray: replicas are behind
-`Backend`.
+The samples are a function of the checked request, which names its checkpoint and seed, so a draw may be begun again
+anywhere and two requests with one key may share one draw. It knows nothing of HTTP and nothing of Ray: replicas are
+behind `Backend`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,29 @@ from typing import Any
 
 from scoreray.data.errors import ScorerayError, nearest
 from scoreray.sampling.service.access import Access
+from scoreray.sampling.service.body import SampleBody, made_from, make_request
 from scoreray.sampling.service.config import Refused, ServeConfig
-from scoreray.sampling.service.job import MAX_DEATHS, Backend, Event, Job, Lost, drawn, timed_out
+from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.keyed import Keyed
 from scoreray.sampling.service.keys import Entry, seed_of
-from scoreray.sampling.service.ledger import Ledger, LedgerLike, Origin
+from scoreray.sampling.service.ledger import Ledger, LedgerEvent, LedgerLike, MadeFrom
 from scoreray.sampling.service.metrics import SERVICE_METRICS, Meter, merged
 from scoreray.sampling.service.models import Served, look_up
 from scoreray.sampling.service.replica import Replica
-from scoreray.sampling.service.request import SampleBody, make_job
-from scoreray.sampling.service.run import Answer, Run
+from scoreray.sampling.service.request import (
+    MAX_DEATHS,
+    Accepted,
+    Backend,
+    Drawn,
+    Event,
+    Failed,
+    Lost,
+    Origin,
+    Preview,
+    SampleRequest,
+    draw_with_retries,
+    timed_out,
+)
 
 log = logging.getLogger("scoreray.serve")
 
@@ -41,8 +54,8 @@ class LocalBackend:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
-    def draw(self, job: Job) -> AsyncGenerator[Event, None]:
-        return self.replica.draw(job)
+    def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
+        return self.replica.draw(request)
 
     async def prepare(self, checkpoint: str, ema: str) -> None:
         await self.replica.prepare(checkpoint, ema)
@@ -67,7 +80,7 @@ class Service:
         self.ready = self.draining = False
         self._busy_tries = busy_tries
         self._keyed = Keyed(ledger or Ledger(config.limits, backend, busy_tries), config.limits)
-        self._runs: set[Run] = set()
+        self._draws: set[Draw] = set()
         self.answering: set[object] = set()  # requests whose answer is not sent yet
         self._reloading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -76,7 +89,7 @@ class Service:
         """Finds the models and waits until replicas have the default ones ready. Raises ScorerayErrors."""
         for name, url in self.config.models:
             self.models[name] = await asyncio.to_thread(look_up, name, url, self.config.ema)
-            self._tell_images(self.models[name])
+            self._count_images(self.models[name])
         for served in self.models.values():
             await self.backend.prepare(served.info.url, served.info.ema)
         self.ready = True
@@ -94,13 +107,13 @@ class Service:
         These are refused then (draining), and the answers that say so have LAST_ANSWERS_S to be taken.
         """
         self.draining = True
-        await self._until_none(self._runs, timeout_s)
-        late = set(self._runs)
-        for run in late:
-            run.cut_off = Refused("draining", "the service ended before the samples were ready", retry_after_s=5)
-            if run.task is not None:
-                run.task.cancel()
-        await self._until_none(self._runs, LAST_ANSWERS_S)
+        await self._until_none(self._draws, timeout_s)
+        late = set(self._draws)
+        for draw in late:
+            draw.cut_off = Refused("draining", "the service ended before the samples were ready", retry_after_s=5)
+            if draw.task is not None:
+                draw.task.cancel()
+        await self._until_none(self._draws, LAST_ANSWERS_S)
         await self._until_none(self.answering, LAST_ANSWERS_S)
         return len(late)
 
@@ -110,36 +123,35 @@ class Service:
             await asyncio.sleep(0.02)
 
     def under_way(self) -> int:
-        return len(self._runs)
+        return len(self._draws)
 
-    async def submit(self, body: SampleBody, *, token: str, key: str | None, media: str) -> Run:
-        """The run that answers a request: a new one, or that of the same key. The caller must `leave` it."""
+    async def submit(self, body: SampleBody, *, token: str, key: str | None, media: str) -> Draw:
+        """The draw that answers a request: a new one, or that of the same key. The caller must `leave` it."""
         self._check_open()
         fingerprint, keys = body.fingerprint(media), self._keyed.keys
         entry = keys.find(token, key, fingerprint) if key is not None else None
         if entry is None or entry.run is None:
-            served, seed = self._origin(body, token, key, entry)
-            job = await asyncio.to_thread(make_job, body, served, self.limits, media, seed)
+            served, seed = self._model_and_seed(body, token, key, entry)
+            request = await asyncio.to_thread(make_request, body, served, self.limits, media, seed)
             self._check_open()
-            if key is not None:  # asked again: another request may have brought it meanwhile
-                origin = Origin(served.name, served.info.url, served.info.images_seen, seed)
-                entry = keys.find(token, key, fingerprint) or keys.add(token, key, fingerprint, origin)
+            if key is not None:  # looked up again: another request may have brought it meanwhile
+                entry = keys.find(token, key, fingerprint) or keys.add(token, key, fingerprint, request.origin)
         if entry is not None and entry.run is not None:
             self.meter["replayed"].inc()
-            run = entry.run
+            draw = entry.run
         else:
-            run = self._begin(Run(job, served, seed, body), token, entry)
-        run.waiters += 1
-        run.asked += 1
-        return run
+            draw = self._begin(Draw(request), token, entry)
+        draw.waiting += 1
+        draw.joined += 1
+        return draw
 
-    def leave(self, run: Run) -> None:
-        """A caller has its answer or has gone. The last one to go before the answer ends the draw."""
-        run.waiters -= 1
-        if run.waiters == 0 and run.task is not None and not run.task.done():
-            if run.entry is not None and run.entry.run is run:
-                run.entry.run = None  # at once: the client may ask again before the task has ended
-            run.task.cancel()
+    def leave(self, draw: Draw) -> None:
+        """A request has its answer or its client has gone. The last one to go before the answer ends the draw."""
+        draw.waiting -= 1
+        if draw.waiting == 0 and draw.task is not None and not draw.task.done():
+            if draw.entry is not None and draw.entry.run is draw:
+                draw.entry.run = None  # at once: the client may send it again before the task has ended
+            draw.task.cancel()
 
     async def metrics(self) -> str:
         """The page for Prometheus: this service and all of its replicas."""
@@ -148,7 +160,7 @@ class Service:
                 await self._keyed.sync()
         for token, rows in self._keyed.bills.more():
             self.meter["billed_rows"].labels(token).inc(rows)
-        self.meter["requests_under_way"].set(len(self._runs))
+        self.meter["requests_under_way"].set(len(self._draws))
         try:
             replicas = await self.backend.metrics()
         except Exception as error:
@@ -162,8 +174,8 @@ class Service:
         if not self.ready:
             raise Refused("starting", "the models are being loaded", retry_after_s=5)
 
-    def _origin(
-        self, body: SampleBody, token: str, key: str | None, entry: Entry[Origin, Run] | None
+    def _model_and_seed(
+        self, body: SampleBody, token: str, key: str | None, entry: Entry[Origin, Draw] | None
     ) -> tuple[Served, int]:
         """The model and the seed of a request; those that it had where its key was seen before. Raises Refused."""
         if entry is not None:
@@ -183,115 +195,102 @@ class Service:
             raise Refused("no_model", f"model '{name}' is not served here: {nearest(name, self.models)}", field="model")
         return self.models[name]
 
-    def _begin(self, run: Run, token: str, entry: Entry[Origin, Run] | None) -> Run:
-        rows = run.job.rows_per_call
+    def _begin(self, draw: Draw, token: str, entry: Entry[Origin, Draw] | None) -> Draw:
+        rows = draw.request.rows_per_call
         self.access.enter(token, rows)
-        self._runs.add(run)
+        self._draws.add(draw)
         if entry is not None:
-            entry.run, run.entry = run, entry
-        run.task = self._spawn(self._draw(run))
+            entry.run, draw.entry = draw, entry
+        draw.task = self._spawn(self._carry_out(draw))
 
-        def ended(task: asyncio.Task[Answer]) -> None:
-            self._runs.discard(run)
+        def ended(task: asyncio.Task[SampleAnswer]) -> None:
+            self._draws.discard(draw)
             self.access.leave(token, rows)
             answered = not task.cancelled() and task.exception() is None
             if entry is None:
-                self._keyed.bills.own[token] += len(run.job.seeds) if answered else 0
+                self._keyed.bills.own[token] += len(draw.request.seeds) if answered else 0
             elif answered:
                 entry.billed = True
-                if entry.run is run:
-                    self._keyed.keys.keep(entry, len(task.result().body) + run.job.num_bytes)
-            elif entry.run is run:
+                if entry.run is draw:
+                    self._keyed.keys.keep(entry, len(task.result().body) + draw.request.num_bytes)
+            elif entry.run is draw:
                 entry.run = None
-            run.end()
+            draw.end()
 
-        run.task.add_done_callback(ended)
-        return run
+        draw.task.add_done_callback(ended)
+        return draw
 
-    async def _draw(self, run: Run) -> Answer:
-        """Draws a run's job, or has the ledger draw it where it has a key. Raises Refused."""
-        limit_s, instead_of = self.limits.max_request_s, None
+    async def _carry_out(self, draw: Draw) -> SampleAnswer:
+        """Draws a request, or has the ledger draw it where it has a key. Raises Refused."""
         try:
-            async with asyncio.timeout(limit_s):
-                for _ in range(MAX_DEATHS):
-                    last = await self._draw_once(run, instead_of)
-                    if last["kind"] == "done":
-                        return Answer(last["body"], self._about(run, last))
-                    if last["kind"] == "origin":
-                        await self._remake(run, last["origin"])
-                    elif last.get("gone"):
-                        instead_of = await self._moved(run)
-                        if instead_of is None:
-                            break
-                    else:
-                        break
-                field = "options" if last["code"] == "not_finite" and run.job.options else None
-                raise Refused(last["code"], last["message"], field=field, retry_after_s=last.get("retry_after_s"))
+            async with asyncio.timeout(self.limits.max_request_s):
+                last = await self._draw_until_settled(draw)
         except asyncio.CancelledError:
-            if run.cut_off is None:
+            if draw.cut_off is None:
                 raise
-            raise run.cut_off from None
+            raise draw.cut_off from None
         except TimeoutError:
-            late = timed_out(limit_s)
-            raise Refused(late["code"], late["message"], retry_after_s=late["retry_after_s"]) from None
+            last = timed_out(self.limits.max_request_s)
+        if isinstance(last, Drawn):
+            return SampleAnswer.of(draw.request, last)
+        field = "options" if last.code == "not_finite" and draw.request.options else None
+        raise Refused(last.code, last.message, field=field, retry_after_s=last.retry_after_s)
 
-    async def _draw_once(self, run: Run, instead_of: Origin | None) -> Event:
-        """The last event of a draw; shows the others."""
-        last: Event = {}
-        async with contextlib.aclosing(self._events(run, instead_of)) as events:
-            async for last in events:
-                if last["kind"] == "accepted":
-                    run.accepted.set()
-                elif last["kind"] == "preview":
-                    run.show(last)
-        run.replayed = bool(last.get("replayed"))
-        self.meter["retries"].inc(0 if last.get("replayed") else last.get("deaths", 0))
-        self.meter["replayed"].inc(1 if last.get("replayed") else 0)
-        return last
+    async def _draw_until_settled(self, draw: Draw) -> Drawn | Failed:
+        """The end of a draw, begun again where its samples must be made from another checkpoint or seed.
 
-    def _events(self, run: Run, instead_of: Origin | None) -> AsyncGenerator[Event, None]:
-        if run.entry is not None:
-            return self._keyed.events(run.entry, run.job, instead_of)
-        return drawn(self.backend, run.job, self._busy_tries)
-
-    async def _remake(self, run: Run, origin: Origin) -> None:
-        """Makes a run's job again from what the ledger says that its key was made from."""
-        assert run.entry is not None
-        served = self._as_then(origin)
-        run.job = await asyncio.to_thread(make_job, run.body, served, self.limits, run.job.media, origin.seed)
-        run.served, run.seed, run.entry.origin = served, origin.seed, origin
-
-    async def _moved(self, run: Run) -> Origin | None:
-        """Takes a run to the model's newest checkpoint when its own was removed from the store meanwhile.
-
-        What it was made from before; None where there is no newer one.
+        So it is where the ledger drew this key before from others, and where its checkpoint was removed meanwhile.
         """
-        await self._reload(run.served.name)
-        before, served = run.served, self.models[run.served.name]
-        if served.info.url == run.job.checkpoint:
-            return None
-        run.served, run.job = served, replace(run.job, checkpoint=served.info.url, ema=served.ema(run.body.ema_length))
-        if run.entry is not None:
-            run.entry.origin = Origin(served.name, served.info.url, served.info.images_seen, run.seed)
-        return Origin(before.name, before.info.url, before.info.images_seen, run.seed)
+        instead_of: Origin | None = None
+        for _ in range(MAX_DEATHS):
+            last = await self._draw_once(draw, instead_of)
+            if isinstance(last, MadeFrom):
+                self._make_from(draw, last.origin)
+                continue
+            if isinstance(last, Drawn) or last.code != "storage":
+                return last
+            instead_of = draw.request.origin
+            if not await self._take_to_newest(draw):
+                return last
+        return Failed("storage", "the checkpoints of this request are removed faster than they can be drawn from")
 
-    def _about(self, run: Run, done: Event) -> dict[str, Any]:
-        return {
-            "model": run.served.name,
-            "checkpoint": run.job.checkpoint,
-            "images_seen": run.served.info.images_seen,
-            "ema": run.job.ema,
-            "precision": done["precision"],
-            "sampler": run.job.sampler,
-            "steps": len(run.job.sigmas) - 1,
-            "grid": run.job.grid,
-            "seed": run.seed,
-            "guidance": run.job.guidance,
-            "count": len(run.job.seeds),
-            "format": run.job.format,
-            "queued_s": round(done["queued_s"], 4),
-            "took_s": round(done["took_s"], 4),
-        }
+    async def _draw_once(self, draw: Draw, instead_of: Origin | None) -> Drawn | Failed | MadeFrom:
+        """The last event of a draw; shows the others."""
+        async with contextlib.aclosing(self._events(draw, instead_of)) as events:
+            async for event in events:
+                if isinstance(event, Accepted):
+                    draw.accepted.set()
+                elif isinstance(event, Preview):
+                    draw.show(event)
+                elif isinstance(event, MadeFrom):
+                    return event
+                elif isinstance(event, Drawn | Failed):
+                    draw.replayed = isinstance(event, Drawn) and event.replayed
+                    self.meter["retries"].inc(0 if draw.replayed else event.deaths)
+                    self.meter["replayed"].inc(int(draw.replayed))
+                    return event
+        raise AssertionError("a draw has a last event")
+
+    def _events(self, draw: Draw, instead_of: Origin | None) -> AsyncGenerator[LedgerEvent, None]:
+        if draw.entry is not None:
+            return self._keyed.events(draw.entry, draw.request, instead_of)
+        return draw_with_retries(self.backend, draw.request, self._busy_tries)
+
+    def _make_from(self, draw: Draw, origin: Origin) -> None:
+        draw.request = made_from(draw.request, origin)
+        if draw.entry is not None:
+            draw.entry.origin = origin
+
+    async def _take_to_newest(self, draw: Draw) -> bool:
+        """Makes a request one to its model's newest checkpoint. False where that is the one it had."""
+        before = draw.request.origin
+        await self._reload(before.model)
+        newest = self.models[before.model]
+        if newest.info.url == before.checkpoint:
+            return False
+        self._make_from(draw, Origin(newest.name, newest.info.url, newest.info.images_seen, before.seed))
+        draw.request = replace(draw.request, ema=newest.ema(draw.request.ema))
+        return True
 
     async def _follow(self) -> None:
         """Takes newer checkpoints as they are committed, once every replica has them in memory."""
@@ -301,7 +300,7 @@ class Service:
                 await self._reload(name)
 
     async def _reload(self, name: str) -> None:
-        """One look at the store at a time, whoever asks: one that does not answer shall hold one thread, not all."""
+        """One look at the store at a time, whoever asks: one that does not answer must hold one thread, not all."""
         task = self._reloading.get(name)
         if task is None:
             task = self._reloading[name] = self._spawn(self._take_newer(name))
@@ -322,10 +321,10 @@ class Service:
             return
         self.models[name] = newest
         self.meter["reloads"].labels("ok").inc()
-        self._tell_images(newest)
+        self._count_images(newest)
         log.info("model %s: now %s, %d images seen", name, newest.info.url, newest.info.images_seen)
 
-    def _tell_images(self, served: Served) -> None:
+    def _count_images(self, served: Served) -> None:
         self.meter["images_seen"].labels(served.name).set(served.info.images_seen)
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:

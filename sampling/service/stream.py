@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from scoreray.sampling.service.answers import event
 from scoreray.sampling.service.config import HEADERS, Refused
-from scoreray.sampling.service.run import Run, json_answer
+from scoreray.sampling.service.draw import Draw
 from scoreray.sampling.service.service import Service
 from scoreray.sampling.service.traces import trace_request
 
@@ -21,7 +21,7 @@ CANCELLED = "cancelled"
 
 
 class Events(StreamingResponse):
-    """Events of a run: start, then previews, then done (as the JSON answer) or error (as the JSON error).
+    """Events of a draw: start, then previews, then done (as the JSON answer) or error (as the JSON error).
 
     ended: called once with the outcome: ok, an error's code, or CANCELLED where the client went away before the last
     event, also where it never took the first.
@@ -30,43 +30,44 @@ class Events(StreamingResponse):
     def __init__(
         self,
         service: Service,
-        run: Run,
+        draw: Draw,
         request: Request,
         request_id: str,
         headers: dict[str, str],
         ended: Callable[[str], None],
     ) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={**HEADERS, **headers})
-        self._service, self._run, self._request, self._id = service, run, request, request_id
+        self._service, self._draw, self._request, self._id = service, draw, request, request_id
         self._ended, self._outcome = ended, CANCELLED
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._service.leave(self._run)
+            self._service.leave(self._draw)
             self._ended(self._outcome)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        run = self._run
+        draw = self._draw
         try:
-            yield event("start", {"id": self._id, "model": run.served.name, "checkpoint": run.job.checkpoint})
+            origin = draw.request.origin
+            yield event("start", {"id": self._id, "model": origin.model, "checkpoint": origin.checkpoint})
             async for preview in self._previews():
                 yield preview
-            answer = await run.answer()
-            took_s = time.monotonic() - run.started
+            answer = await draw.answer()
+            took_s = time.monotonic() - draw.started
             self._service.meter["request_seconds"].observe(took_s)
             trace_request(self._id, self._request.headers, "ok", took_s, answer.about)
-            yield b"event: done\ndata: " + json_answer(self._id, answer) + b"\n\n"
+            yield b"event: done\ndata: " + answer.as_json(self._id) + b"\n\n"
             self._outcome = "ok"
         except Refused as refusal:
-            trace_request(self._id, self._request.headers, refusal.code, time.monotonic() - run.started)
+            trace_request(self._id, self._request.headers, refusal.code, time.monotonic() - draw.started)
             yield event("error", refusal.page(self._id))
             self._outcome = refusal.code
 
     async def _previews(self) -> AsyncIterator[bytes]:
         """Each as an event, and a comment now and then, so that nothing on the way takes the stream for dead."""
-        previews = self._run.previews()
+        previews = self._draw.previews()
         pending = asyncio.ensure_future(anext(previews, None))
         try:
             while True:
@@ -77,7 +78,7 @@ class Events(StreamingResponse):
                 preview = pending.result()
                 if preview is None:
                     return
-                yield event("preview", {name: value for name, value in preview.items() if name != "kind"})
+                yield event("preview", preview.page())
                 pending = asyncio.ensure_future(anext(previews, None))
         finally:
             pending.cancel()

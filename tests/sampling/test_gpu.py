@@ -14,7 +14,8 @@ from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import karras
-from scoreray.sampling.service.batcher import SampleRequest, StepBatcher
+from scoreray.sampling.service.batcher import StepBatcher
+from scoreray.sampling.service.request import SampleRequest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -18,9 +18,9 @@ from scoreray.sampling.evaluation.plan import EvaluationSettings, make_plan
 from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.load import load
+from scoreray.sampling.service.body import make_request, parse
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import look_up
-from scoreray.sampling.service.request import make_job, parse
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 
 SPELLINGS = ["0.1", ".1", "0.10", "0.100", "1e-1", "10E-2", " 0.1 ", "+0.1"]
@@ -81,7 +81,7 @@ def test_a_length_that_is_not_there_is_refused_alike(urls: dict[str, str], small
     served = look_up("m", url)
     if len(length) <= 32:
         with pytest.raises(Refused) as refused:
-            make_job(parse(b'{"ema": "%s"}' % length.encode()), served, Limits(), "image/png", 0)
+            make_request(parse(b'{"ema": "%s"}' % length.encode()), served, Limits(), "image/png", 0)
         assert (refused.value.status, refused.value.field) == (422, "ema")
 
 

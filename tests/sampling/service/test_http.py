@@ -31,13 +31,13 @@ from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.sample import SAMPLERS, num_calls
 from scoreray.sampling.service.access import NOBODY, hash_of, is_loopback, read_tokens
 from scoreray.sampling.service.app import make_app
+from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused, ServeConfig
-from scoreray.sampling.service.job import Event, Job, Lost
 from scoreray.sampling.service.keys import Keys
 from scoreray.sampling.service.metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.sampling.service.models import Served
 from scoreray.sampling.service.replica import Replica
-from scoreray.sampling.service.request import SampleBody, make_job
+from scoreray.sampling.service.request import Event, Lost, SampleRequest
 from scoreray.sampling.service.service import LocalBackend, Service
 from scoreray.trainer.step import to_uint8
 
@@ -435,7 +435,7 @@ def test_a_client_that_goes_and_comes_back_at_once_is_answered(run_url: str) -> 
             assert (await second.answer()).about["count"] == 2
             third = await call.service.submit(body, **asked)
             assert third is second
-            assert second.seed == first.seed
+            assert second.request.origin == first.request.origin
 
     asyncio.run(main())
 
@@ -592,9 +592,9 @@ def test_a_replica_that_dies_is_replaced_by_another_with_the_same_answer(run_url
 
         deaths = 3
 
-        async def draw(self, job: Job) -> AsyncIterator[Event]:
+        async def draw(self, request: SampleRequest) -> AsyncIterator[Event]:
             events = 0
-            async for event in self.replica.draw(job):
+            async for event in self.replica.draw(request):
                 if self.deaths and events == self.deaths % 2:
                     self.deaths -= 1
                     raise Lost("killed")
@@ -822,8 +822,9 @@ def test_the_calls_that_a_request_is_charged_with_are_those_it_takes(sampler: st
     served = look_up("small", run_url)
     options = {"num_steps": 3} if sampler in ("ncsn", "ncsnv2") else {}
     for steps in (2, 7) if sampler in ("langevin", "sgld") else (1, 2, 7):
-        job = make_job(SampleBody(sampler=sampler, steps=steps, options=options), served, Limits(), "image/png", 0)
-        assert job.calls == num_calls(sampler, job.sigmas, **job.options)
+        body = SampleBody(sampler=sampler, steps=steps, options=options)
+        request = make_request(body, served, Limits(), "image/png", 0)
+        assert request.expected_calls == num_calls(sampler, request.sigmas, **request.options)
 
 
 def test_an_adaptive_sampler_is_thought_to_take_what_its_tolerance_wants(run_url: str) -> None:
@@ -832,7 +833,8 @@ def test_an_adaptive_sampler_is_thought_to_take_what_its_tolerance_wants(run_url
     served = look_up("small", run_url)
 
     def calls(limits: Limits = Limits(), **options: Any) -> int:  # noqa: B008
-        return make_job(SampleBody(sampler="rk45", options=options), served, limits, "image/png", 0).calls
+        body = SampleBody(sampler="rk45", options=options)
+        return make_request(body, served, limits, "image/png", 0).expected_calls
 
     assert calls(rtol=1e-2, atol=1e-2) < 60 < calls() < 150 < calls(rtol=1e-6, atol=1e-6) < 250
     assert calls(rtol=1e-9, atol=1e-9) <= 1001

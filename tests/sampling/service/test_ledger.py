@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from scoreray.sampling.service.body import SampleBody
 from scoreray.sampling.service.config import Limits, Refused, ServeConfig
-from scoreray.sampling.service.job import Event, Job, Lost
+from scoreray.sampling.service.draw import SampleAnswer
 from scoreray.sampling.service.keyed import Bills, Keyed
-from scoreray.sampling.service.ledger import Claim, Ledger, Origin, Record, Told
-from scoreray.sampling.service.request import SampleBody
-from scoreray.sampling.service.run import Answer
+from scoreray.sampling.service.ledger import Claim, Ledger, LedgerEvent, Record, Told
+from scoreray.sampling.service.request import Accepted, Drawn, Event, Lost, Origin, SampleRequest
 from scoreray.sampling.service.service import Service
 
 
@@ -26,23 +26,23 @@ def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
 
 
 class Drawer:
-    """Replicas that draw nothing: a job's answer says how many draws have ended. `go` lets them end."""
+    """Replicas that draw nothing: an answer says how many draws have ended. `go` lets them end."""
 
     def __init__(self) -> None:
         self.begun = self.ended = self.given_up = 0
         self.go = asyncio.Event()
 
-    async def draw(self, job: Job) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
         self.begun += 1
-        yield {"kind": "accepted"}
+        yield Accepted()
         try:
             await self.go.wait()
         except BaseException:
             self.given_up += 1
             raise
         self.ended += 1
-        body = f"{self.ended} {job.checkpoint} {job.seeds[0]}".encode()
-        yield {"kind": "done", "body": body, "precision": "fp32", "queued_s": 0.0, "took_s": 0.0}
+        body = f"{self.ended} {request.origin.checkpoint} {request.seeds[0]}".encode()
+        yield Drawn(body, "fp32", 0.0, 0.0)
 
     async def prepare(self, checkpoint: str, ema: str) -> None:
         pass
@@ -74,8 +74,8 @@ class Wire:
             raise Lost("cut")
         return call.result()
 
-    async def draw(self, claim: Claim, job: Job) -> AsyncGenerator[Event, None]:
-        events = self.ledger.draw(claim, job)
+    async def draw(self, claim: Claim, request: SampleRequest) -> AsyncGenerator[LedgerEvent, None]:
+        events = self.ledger.draw(claim, request)
         try:
             while (event := await self._through(_next(events))) is not None:
                 yield event
@@ -90,7 +90,7 @@ class Wire:
         await self._through(self.ledger.restore(records, keyed))
 
 
-async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+async def _next(events: AsyncGenerator[LedgerEvent, None]) -> LedgerEvent | None:
     return await anext(events, None)
 
 
@@ -105,7 +105,7 @@ async def ingress(run_url: str, drawer: Drawer, wire: Wire, limits: Limits | Non
         await service.stop()
 
 
-async def ask(service: Service, key: str | None = "k", **fields: Any) -> Answer:
+async def ask(service: Service, key: str | None = "k", **fields: Any) -> SampleAnswer:
     run = await service.submit(SampleBody(steps=3, **fields), token="ana", key=key, media="application/json")
     try:
         return await run.answer()

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
+from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import Limits, ServeConfig
-from scoreray.sampling.service.job import Event
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
-from scoreray.sampling.service.request import SampleBody, make_job
+from scoreray.sampling.service.request import Drawn, Preview
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,17 @@ def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
     return new_run(str(tmp_path_factory.mktemp("runs") / "shown"))
 
 
-def previews(url: str, **fields: object) -> list[Event]:
-    async def main() -> list[Event]:
+def previews(url: str, **fields: object) -> list[Preview]:
+    async def main() -> list[Preview]:
         replica = Replica(ServeConfig((("small", url),), precision="fp32", compile="off"))
         body = SampleBody(stream=True, seed=1, **fields)
         try:
-            job = make_job(body, look_up("small", url), Limits(), "application/json", 1)
-            events = [event async for event in replica.draw(job)]
+            request = make_request(body, look_up("small", url), Limits(), "application/json", 1)
+            events = [event async for event in replica.draw(request)]
         finally:
             await replica.close()
-        assert events[-1]["kind"] == "done"
-        return [event for event in events if event["kind"] == "preview"]
+        assert isinstance(events[-1], Drawn)
+        return [event for event in events if isinstance(event, Preview)]
 
     return asyncio.run(main())
 
@@ -46,18 +46,18 @@ def test_sigma_falls_from_sheet_to_sheet_however_many_samples(
 ) -> None:
     """A request larger than a batch is drawn in parts: only the rows on the sheet count, not those drawn after them."""
     shown = previews(run_url, count=count, steps=18, previews=8, **fields)
-    sigmas = [event["sigma"] for event in shown]
+    sigmas = [event.sigma for event in shown]
     assert 6 <= len(shown) <= 8
     assert all(a > b for a, b in itertools.pairwise(sigmas)), sigmas
     assert sigmas[0] > 1 > sigmas[-1], sigmas
-    assert len({event["b64_json"] for event in shown}) == len(shown)
-    progress = [event["progress"] for event in shown]
+    assert len({event.b64_json for event in shown}) == len(shown)
+    progress = [event.progress for event in shown]
     assert progress == sorted(progress)
     assert all(abs(share - (i + 1) / 9) < 0.12 for i, share in enumerate(progress[-8:], 8 - len(shown))), progress
 
 
 def test_more_previews_than_levels_are_one_a_level(run_url: str) -> None:
-    sigmas = [event["sigma"] for event in previews(run_url, count=64, steps=5, previews=32)]
+    sigmas = [event.sigma for event in previews(run_url, count=64, steps=5, previews=32)]
     assert len(sigmas) == len(set(sigmas)) == 5
     assert sigmas == sorted(sigmas, reverse=True)
 
@@ -65,4 +65,4 @@ def test_more_previews_than_levels_are_one_a_level(run_url: str) -> None:
 def test_a_sampler_that_stays_at_a_level_is_shown_there_too(run_url: str) -> None:
     shown = previews(run_url, count=40, sampler="langevin", steps=60, previews=6)
     assert len(shown) == 6
-    assert len({event["b64_json"] for event in shown}) == 6
+    assert len({event.b64_json for event in shown}) == 6

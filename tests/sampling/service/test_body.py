@@ -1,4 +1,4 @@
-"""A request's body ends in a checked job or in one Refused that a client can read; nothing else is raised."""
+"""A body ends in a checked request or in one Refused that a client can read; nothing else is raised."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from scoreray.sampling.samplers.options import options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
+from scoreray.sampling.service.body import SampleBody, make_request, parse
 from scoreray.sampling.service.config import ERRORS, Limits, Refused
-from scoreray.sampling.service.job import Job
 from scoreray.sampling.service.models import Served, look_up
-from scoreray.sampling.service.request import SampleBody, make_job, parse
+from scoreray.sampling.service.request import SampleRequest
 
 LIMITS = Limits(max_count=2, max_steps=6, max_calls=40)
 NUMBERS = (0, 1, -1, 2, 100, 2**31, 2**63, 10**39, 10**30, 0.5, -0.0, 1e308, 1e300, -1e300, 1e-320, 1e30, 1e31, 1e-45)
@@ -56,12 +56,12 @@ def models(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
     return [pictures, points, replace(pictures, info=replace(pictures.info, classes=names))]
 
 
-def answer(body: bytes, served: Served, media: str = "application/json", seed: int = 0) -> Job | Refused:
+def answer(body: bytes, served: Served, media: str = "application/json", seed: int = 0) -> SampleRequest | Refused:
     """What a body leads to, checked for what every refusal holds."""
     try:
         parsed = parse(body)
         parsed.fingerprint(media)
-        return make_job(parsed, served, LIMITS, media, seed)
+        return make_request(parsed, served, LIMITS, media, seed)
     except Refused as error:
         refused = error
     assert 400 <= ERRORS[refused.code][0] < 500, body
@@ -87,13 +87,13 @@ def strange_body(rng: random.Random) -> bytes:
     return body
 
 
-def test_ten_thousand_strange_bodies_are_a_job_or_one_refusal_each(models: list[Served]) -> None:
+def test_ten_thousand_strange_bodies_are_a_request_or_one_refusal_each(models: list[Served]) -> None:
     rng, found = random.Random(0), Counter[str]()
     for _ in range(10_000):
         one = answer(strange_body(rng), rng.choice(models), rng.choice(["application/json", "image/png"]), 2**31 - 1)
-        found["job" if isinstance(one, Job) else one.code] += 1
-    assert {"job", "bad_json", "invalid", "too_many"} <= set(found), found
-    assert found["job"] > 300, found
+        found["request" if isinstance(one, SampleRequest) else one.code] += 1
+    assert {"request", "bad_json", "invalid", "too_many"} <= set(found), found
+    assert found["request"] > 300, found
 
 
 values = st.recursive(
@@ -107,7 +107,7 @@ values = st.recursive(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.dictionaries(st.sampled_from(list(SampleBody.model_fields)), values, max_size=4) | values | st.binary())
-def test_any_json_and_any_bytes_are_a_job_or_one_refusal(models: list[Served], body: Any) -> None:
+def test_any_json_and_any_bytes_are_a_request_or_one_refusal(models: list[Served], body: Any) -> None:
     answer(body if isinstance(body, bytes) else json.dumps(body).encode(), models[0])
 
 

@@ -1,0 +1,101 @@
+"""One draw of a service and the requests that wait for it: more than one where they have the same idempotency key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from scoreray.sampling.service.config import Refused
+from scoreray.sampling.service.keys import Entry
+from scoreray.sampling.service.request import Drawn, Origin, Preview, SampleRequest
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """What a draw ends in: the encoded samples, and what made them."""
+
+    body: bytes
+    about: dict[str, Any]
+
+    @staticmethod
+    def of(request: SampleRequest, drawn: Drawn) -> SampleAnswer:
+        about = {
+            "model": request.origin.model,
+            "checkpoint": request.origin.checkpoint,
+            "images_seen": request.origin.images_seen,
+            "ema": request.ema,
+            "precision": drawn.precision,
+            "sampler": request.sampler,
+            "steps": len(request.sigmas) - 1,
+            "grid": request.grid,
+            "seed": request.origin.seed,
+            "guidance": request.guidance,
+            "count": len(request.seeds),
+            "format": request.format,
+            "queued_s": round(drawn.queued_s, 4),
+            "took_s": round(drawn.took_s, 4),
+        }
+        return SampleAnswer(drawn.body, about)
+
+    def as_json(self, request_id: str) -> bytes:
+        """What made the samples, then `data`, an array that is already JSON."""
+        head = json.dumps({"id": request_id, **self.about})
+        return head[:-1].encode() + b', "data": ' + self.body + b"}"
+
+    def as_event(self) -> Drawn:
+        """The event that the answer was made of, for a ledger that was started again."""
+        return Drawn(self.body, *(self.about[name] for name in ("precision", "queued_s", "took_s")))
+
+
+class Draw:
+    """One draw and the requests that wait for it; given up when none does."""
+
+    def __init__(self, request: SampleRequest) -> None:
+        self.request = request
+        self.started = time.monotonic()
+        self.task: asyncio.Task[SampleAnswer] | None = None
+        self.accepted = asyncio.Event()
+        self.progress = 0.0
+        self.waiting = self.joined = 0  # requests that wait now, and all that ever did
+        self.replayed = False  # its answer had been drawn before
+        self.entry: Entry[Origin, Draw] | None = None
+        self.cut_off: Refused | None = None  # the answer of its requests, where the service cancels it
+        self._queues: set[asyncio.Queue[Preview | None]] = set()
+
+    def show(self, preview: Preview) -> None:
+        """Hands a preview on, unless one as late was shown before (by a replica that died since)."""
+        if preview.progress > self.progress:
+            self.progress = preview.progress
+            for queue in self._queues:
+                queue.put_nowait(preview)
+
+    def end(self) -> None:
+        self.accepted.set()
+        for queue in self._queues:
+            queue.put_nowait(None)
+
+    async def previews(self) -> AsyncIterator[Preview]:
+        """The previews from now on, until the draw ends."""
+        queue = asyncio.Queue[Preview | None]()
+        self._queues.add(queue)
+        try:
+            if self.task is not None and self.task.done():
+                return
+            while (event := await queue.get()) is not None:
+                yield event
+        finally:
+            self._queues.discard(queue)
+
+    async def answer(self) -> SampleAnswer:
+        assert self.task is not None
+        return await asyncio.shield(self.task)
+
+    def known_answer(self) -> SampleAnswer | None:
+        """The answer where there is one already."""
+        if self.task is None or not self.task.done() or self.task.cancelled() or self.task.exception() is not None:
+            return None
+        return self.task.result()
