@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from scoreray.trainer.loop import Progress as TrainProgress
-from scoreray.trainer.loop import Record
 from scoreray.trainer.monitoring.metrics import sigma_labels
+
+if TYPE_CHECKING:  # torch is imported with it
+    from scoreray.trainer.loop import Progress as TrainProgress
+    from scoreray.trainer.loop import Record
 
 QUIET_LINE_EVERY_S = 10.0
 

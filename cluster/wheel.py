@@ -12,7 +12,7 @@ import importlib
 import zipfile
 from pathlib import Path
 
-from scoreray.trainer.config.presets import PRESETS
+from scoreray.data.presets import PRESETS
 
 PACKAGES = ("data", "trainer", "sampling", "tune", "cluster")
 LEFT_OUT = (".pyc", ".npz", ".LICENSE")  # the demo's images: nothing that runs on a cluster reads them

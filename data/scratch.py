@@ -11,6 +11,9 @@ from typing import IO
 
 from scoreray.data.errors import StorageError
 
+SCRATCH = "SCORERAY_SCRATCH"
+"""Variable that names a folder for temporary files, which what started Ray removes at its end, also after a SIGKILL."""
+
 _ELSEWHERE = "set TMPDIR to a folder on another disk"
 NO_ROOM = {
     errno.ENOSPC: f"no space left on its disk; free some there, or {_ELSEWHERE}",

@@ -18,8 +18,8 @@ import yaml
 
 from scoreray.cluster.wheel import LEFT_OUT, build_wheel
 from scoreray.data.extras import EXTRAS, install
+from scoreray.data.presets import preset
 from scoreray.trainer.config import load_config
-from scoreray.trainer.config.presets import preset
 from scoreray.trainer.diffusion.objective import EDMObjective
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 
@@ -132,6 +132,13 @@ def test_the_mathematics_needs_neither_ray_nor_deepspeed() -> None:
     names = [name for name in modules() if name.split(".")[0] in WITHOUT_RAY and not name.startswith("trainer.on_ray")]
     code = "import sys\n" + "".join(f"import scoreray.{name}\n" for name in names)
     code += "assert not {'ray', 'deepspeed'} & set(sys.modules), {'ray', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_command_line_is_read_without_torch_and_ray() -> None:
+    """They take seconds to import: a mistake in a word, --help, and what packs data don't wait for them."""
+    code = "import sys\nimport scoreray.cluster.cli.main\nimport scoreray.cluster.verbs.pack\n"
+    code += "heavy = {'torch', 'ray', 'scipy', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

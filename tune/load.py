@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.data.presets import preset
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import choose_extractor
@@ -22,7 +23,6 @@ from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
-from scoreray.trainer.config.presets import preset
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.presets import preset
 from scoreray.data.storage.store import local_path, open_store
-from scoreray.trainer.config.presets import preset
 
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click, under a private name
 _servers: list[Any] = []  # the S3 server of --local-s3, while it runs

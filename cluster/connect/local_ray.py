@@ -20,8 +20,8 @@ from scoreray.cluster.connect.start import SHORT_LOOKS, load_line, patience, sta
 from scoreray.cluster.connect.watch import watched
 from scoreray.cluster.display import say
 from scoreray.data.errors import MachineError, UserError
+from scoreray.data.scratch import SCRATCH
 from scoreray.data.units import whole_number
-from scoreray.trainer.on_ray.run import SCRATCH
 
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Must be set before `import ray` (and are inherited by every process that Ray starts).

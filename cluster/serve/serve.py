@@ -21,6 +21,7 @@ from scoreray.cluster.display import say
 from scoreray.cluster.serve.handles import LedgerReplica, RayBackend, RayLedger, last_of, prepare_process
 from scoreray.cluster.serve.log import relayed
 from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
+from scoreray.data.scratch import SCRATCH
 from scoreray.data.units import whole_number
 from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.service.access import VARIABLE, is_loopback, read_tokens
@@ -29,7 +30,6 @@ from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import Event, SampleRequest
 from scoreray.sampling.service.service import Service
-from scoreray.trainer.on_ray.run import SCRATCH
 
 APP = "scoreray"
 MOST = 1e15  # of any limit

@@ -17,9 +17,9 @@ from typing import Any
 from scoreray.cluster.submit.credentials import NAMES, refuse_text, refuse_wheel, refuse_words, shape_of
 from scoreray.cluster.wheel import build_wheel
 from scoreray.data.errors import StorageError, UserError, nearest
+from scoreray.data.presets import preset
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.yaml_text import dump_yaml, parse_yaml
-from scoreray.trainer.config.presets import preset
 
 VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
 SAVE_WITHIN_S = 120  # after `stop`, before Ray kills the driver

@@ -17,9 +17,9 @@ from scoreray.cluster.verbs.report import loss_picture, summary_page
 from scoreray.cluster.verbs.train import TrainResult, train_to_end
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import StorageError
+from scoreray.data.presets import PRESETS
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.trainer.config import Config, dump_config, load_config
-from scoreray.trainer.config.presets import PRESETS
 from scoreray.trainer.loop import read_metrics, run_store
 from scoreray.trainer.on_ray.run import prepare_run
 

@@ -21,6 +21,7 @@ import yaml
 
 from scoreray.data.errors import DataError, MachineError, StorageError, UserError
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.scratch import SCRATCH
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
@@ -36,7 +37,6 @@ from scoreray.trainer.tracking import check_mlflow
 CONFIG_FILE = "config.yaml"
 POLL_S = 0.25
 LAST_WORD_S = 30.0  # Ray exports each 10 s, Prometheus asks each 15 s (k8s/base/platform/pod-monitor.yaml)
-SCRATCH = "SCORERAY_SCRATCH"  # a folder that whoever started Ray removes, also after a SIGKILL
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> Config:

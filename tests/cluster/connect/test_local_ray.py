@@ -26,7 +26,7 @@ from scoreray.cluster.connect.folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN
 from scoreray.cluster.connect.listening import asks_for_token
 from scoreray.cluster.connect.watch import Daemon
 from scoreray.data.errors import MachineError, UserError
-from scoreray.trainer.on_ray.run import SCRATCH
+from scoreray.data.scratch import SCRATCH
 
 NOBODY = 65534
 

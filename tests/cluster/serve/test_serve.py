@@ -13,8 +13,8 @@ import pytest
 from scoreray.cluster.serve.log import relayed
 from scoreray.cluster.serve.serve import Placement, _errors, application, make_limits, parse_replicas
 from scoreray.data.errors import UserError
+from scoreray.data.scratch import SCRATCH
 from scoreray.sampling.service.config import ServeConfig
-from scoreray.trainer.on_ray.run import SCRATCH
 
 OTHER_PROCESS = """
 import logging, sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PRESETS = Path(__file__).parents[2] / "configs"  # beside the folders in the repository as in a wheel
+PRESETS = Path(__file__).parents[1] / "configs"  # beside the folders in the repository as in a wheel
 
 
 def preset(path: Path) -> Path:
