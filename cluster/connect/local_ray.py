@@ -36,7 +36,7 @@ QUIET_AND_LOCAL = {
     "RAY_TRAIN_METRICS_ENABLED": "0",  # ours say more
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "scoreray.sampling.service.connection:in_serves_proxy",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "scoreray.sampling.http.connection:in_serves_proxy",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
 }
 

@@ -127,7 +127,7 @@ class Ingress:
         await self._service.start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        from scoreray.sampling.service.app import make_app
+        from scoreray.sampling.http.app import make_app
 
         return _one_request_id(make_app(self._service))
 

@@ -1,1 +1,1 @@
-"""The sampling service: HTTP, step batching, idempotency, metrics, client."""
+"""The sampling service: checked requests, step batching, replicas, idempotency, metrics."""

@@ -1,4 +1,4 @@
-"""Samples as the bytes of an answer: JSON with base64, one PNG sheet, an npz; and server-sent events."""
+"""Samples as the bytes of an answer: JSON with base64, one PNG sheet, or an npz."""
 
 from __future__ import annotations
 
@@ -80,8 +80,3 @@ def npy(array: Tensor) -> bytes:
 def preview_sheet(denoised: Tensor) -> str:
     """A sheet of denoised estimates [n, C, H, W] as base64 of a PNG."""
     return base64.b64encode(png_of_sheet(to_uint8(torch.nan_to_num(denoised)))).decode()
-
-
-def event(name: str, data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

@@ -22,7 +22,6 @@ from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.service.config import Limits, Refused
-from scoreray.sampling.service.docs_page import in_words
 from scoreray.sampling.service.models import Served
 from scoreray.sampling.service.request import Origin, SampleRequest
 from scoreray.trainer.config import MAX_GUIDANCE
@@ -30,6 +29,13 @@ from scoreray.trainer.config import MAX_GUIDANCE
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only assumed to take these
 LONGEST_NUMBER = 40
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+}
 
 
 class SampleBody(BaseModel):
@@ -134,6 +140,29 @@ def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
 @functools.cache
 def _fields() -> dict[str, Any]:
     return SampleBody.model_json_schema()["properties"]
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """What a field of a JSON schema may be, in plain words: "a whole number from 1 to 32"."""
+    return " or ".join(_variant(one) for one in about.get("anyOf", [about]) if one.get("type") != "null")
+
+
+def _variant(one: dict[str, Any]) -> str:
+    if "enum" in one:
+        return " or ".join(json.dumps(value) for value in one["enum"])
+    if "pattern" in one:
+        return "a string of 1 to 255 printable ASCII characters, no spaces"  # the only pattern there is, KEY
+    if "maxProperties" in one:
+        return f"an object of at most {one['maxProperties']} values: numbers, strings, true, false or null"
+    name = TYPES.get(one.get("type", ""), "a value")
+    if "maxLength" in one:
+        return f"{name} of at most {one['maxLength']} characters"
+    low, high = one.get("minimum"), one.get("maximum")
+    if "exclusiveMaximum" in one:
+        high = one["exclusiveMaximum"] - 1  # of whole numbers only
+    if low is None:
+        return name
+    return f"{name}, {low:,.0f} or more" if high is None else f"{name} from {low:,.0f} to {high:,.0f}"
 
 
 def make_request(body: SampleBody, served: Served, limits: Limits, media: str, seed: int) -> SampleRequest:

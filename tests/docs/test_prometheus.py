@@ -18,7 +18,7 @@ import pytest
 from catalogue import RAYS_GPUS, catalogue
 
 from scoreray.cluster.verbs.train import train_to_end
-from scoreray.sampling.service.app import make_app
+from scoreray.sampling.http.app import make_app
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.service import LocalBackend, Service

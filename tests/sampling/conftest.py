@@ -169,7 +169,7 @@ def _served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
     """The service on a port of this machine, its replica in this process."""
     import uvicorn
 
-    from scoreray.sampling.service.app import make_app
+    from scoreray.sampling.http.app import make_app
     from scoreray.sampling.service.replica import Replica
     from scoreray.sampling.service.service import LocalBackend, Service
 

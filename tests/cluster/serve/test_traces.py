@@ -19,8 +19,8 @@ import pytest
 
 from scoreray.cluster.verbs.sample import sample_to
 from scoreray.data import traces
+from scoreray.sampling.http.app import make_app
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.service.app import make_app
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.service import LocalBackend, Service

@@ -40,8 +40,8 @@ from scoreray.cluster.serve.serve import (
     served,
 )
 from scoreray.data.errors import StorageError, UserError
+from scoreray.sampling.http.client import Client, Declined
 from scoreray.sampling.service.access import hash_of
-from scoreray.sampling.service.client import Client, Declined
 from scoreray.sampling.service.config import Limits
 
 NUM_KILLS = 10

@@ -1,6 +1,6 @@
 """A client of a sampling service: retries that honour Retry-After, one idempotency key a call, numpy out.
 
-from scoreray.sampling.service.client import Client
+from scoreray.sampling.http.client import Client
 client = Client("http://127.0.0.1:8000", token="...")
 samples = client.sample(count=16, sampler="heun", steps=18, seed=1)
 samples.images        # uint8 [16, H, W, C]

@@ -19,8 +19,8 @@ import uvicorn
 import yaml
 
 from scoreray.cluster.connect.local_ray import QUIET_AND_LOCAL
+from scoreray.sampling.http.connection import Connection, JsonRefusals, Patience, in_serves_proxy
 from scoreray.sampling.service.config import ERRORS
-from scoreray.sampling.service.connection import Connection, JsonRefusals, Patience, in_serves_proxy
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"

@@ -26,11 +26,11 @@ from PIL import Image
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import UserError
+from scoreray.sampling.http.app import make_app
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.sample import SAMPLERS, num_calls
 from scoreray.sampling.service.access import NOBODY, hash_of, is_loopback, read_tokens
-from scoreray.sampling.service.app import make_app
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused, ServeConfig
 from scoreray.sampling.service.keys import Keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -10,11 +11,10 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from scoreray.sampling.service.answers import event
+from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.config import HEADERS, Refused
 from scoreray.sampling.service.draw import Draw
 from scoreray.sampling.service.service import Service
-from scoreray.sampling.service.traces import trace_request
 
 HEARTBEAT_S = 15.0
 CANCELLED = "cancelled"
@@ -51,7 +51,7 @@ class Events(StreamingResponse):
         draw = self._draw
         try:
             origin = draw.request.origin
-            yield event("start", {"id": self._id, "model": origin.model, "checkpoint": origin.checkpoint})
+            yield _event("start", {"id": self._id, "model": origin.model, "checkpoint": origin.checkpoint})
             async for preview in self._previews():
                 yield preview
             answer = await draw.answer()
@@ -62,7 +62,7 @@ class Events(StreamingResponse):
             self._outcome = "ok"
         except Refused as refusal:
             trace_request(self._id, self._request.headers, refusal.code, time.monotonic() - draw.started)
-            yield event("error", refusal.page(self._id))
+            yield _event("error", refusal.page(self._id))
             self._outcome = refusal.code
 
     async def _previews(self) -> AsyncIterator[bytes]:
@@ -78,7 +78,12 @@ class Events(StreamingResponse):
                 preview = pending.result()
                 if preview is None:
                     return
-                yield event("preview", preview.page())
+                yield _event("preview", preview.page())
                 pending = asyncio.ensure_future(anext(previews, None))
         finally:
             pending.cancel()
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

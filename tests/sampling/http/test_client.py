@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from scoreray.data.errors import StorageError, UserError
-from scoreray.sampling.service.client import Client, Declined
+from scoreray.sampling.http.client import Client, Declined
 from scoreray.sampling.service.config import ServeConfig
 
 

@@ -7,6 +7,7 @@ import re
 from html import escape
 from typing import Any
 
+from scoreray.sampling.service.body import in_words
 from scoreray.sampling.service.config import ERRORS
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -14,13 +15,6 @@ table{border-collapse:collapse;width:100%}
 td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem .3rem 0;text-align:left;
 vertical-align:top}code,pre{font:14px/1.5 ui-monospace,monospace}pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}pre{background:#222}td,th{border-color:#444}}"""
-
-NAMES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-}
 
 
 def docs_page(openapi: dict[str, Any], url: str, tokens: bool) -> str:
@@ -52,32 +46,9 @@ def docs_page(openapi: dict[str, Any], url: str, tokens: bool) -> str:
     )
 
 
-def in_words(about: dict[str, Any]) -> str:
-    """What a field of a JSON schema may be, in plain words: "a whole number from 1 to 32"."""
-    return " or ".join(_variant(one) for one in about.get("anyOf", [about]) if one.get("type") != "null")
-
-
 def _kind(about: dict[str, Any]) -> str:
     default = about.get("default")
     return in_words(about) + ("" if default is None else f"; default {json.dumps(default)}")
-
-
-def _variant(one: dict[str, Any]) -> str:
-    if "enum" in one:
-        return " or ".join(json.dumps(value) for value in one["enum"])
-    if "pattern" in one:
-        return "a string of 1 to 255 printable ASCII characters, no spaces"  # the only pattern there is, KEY
-    if "maxProperties" in one:
-        return f"an object of at most {one['maxProperties']} values: numbers, strings, true, false or null"
-    name = NAMES.get(one.get("type", ""), "a value")
-    if "maxLength" in one:
-        return f"{name} of at most {one['maxLength']} characters"
-    low, high = one.get("minimum"), one.get("maximum")
-    if "exclusiveMaximum" in one:
-        high = one["exclusiveMaximum"] - 1  # of whole numbers only
-    if low is None:
-        return name
-    return f"{name}, {low:,.0f} or more" if high is None else f"{name} from {low:,.0f} to {high:,.0f}"
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

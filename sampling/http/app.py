@@ -21,14 +21,14 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from scoreray.sampling.http.docs_page import docs_page
+from scoreray.sampling.http.stream import CANCELLED, Events
+from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.answers import choose_media
 from scoreray.sampling.service.body import KEY, SampleBody, check_key, parse
 from scoreray.sampling.service.config import ERRORS, HEADERS, Limits, Refused
-from scoreray.sampling.service.docs_page import docs_page
 from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.service import Service
-from scoreray.sampling.service.stream import CANCELLED, Events
-from scoreray.sampling.service.traces import trace_request
 
 log = logging.getLogger("scoreray.serve")
 
@@ -89,7 +89,7 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return Response(
-            (files("scoreray.sampling.service") / "page.html").read_text(), media_type="text/html", headers=HEADERS
+            (files("scoreray.sampling.http") / "page.html").read_text(), media_type="text/html", headers=HEADERS
         )
 
     @app.exception_handler(HTTPException)
