@@ -1,10 +1,14 @@
-"""Writes docs/metrics.md, Grafana's dashboards and Prometheus' rules: python docs/tools/update_metrics.py"""
+"""Writes docs/metrics.md, the tables of docs/serving.md, Grafana's dashboards and Prometheus' rules.
+
+python docs/tools/update_metrics.py
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import serving_tables
 import yaml
 from alerts import rules
 from catalogue import catalogue, page
@@ -19,6 +23,7 @@ def files() -> dict[str, str]:
     made = {f"{PLATFORM}/dashboards/{name}.json": json.dumps(dashboard(name), indent=1) + "\n" for name in catalogue()}
     made[f"{PLATFORM}/rules.yaml"] = yaml.safe_dump(rules(), sort_keys=False, width=1000)
     made["docs/metrics.md"] = page()
+    made["docs/serving.md"] = serving_tables.page()
     return made
 
 

@@ -46,45 +46,75 @@ class SampleBody(BaseModel):
     count: Annotated[int, Field(ge=1, description="how many samples")] = 1
     sampler: Annotated[
         str | None,
-        Field(max_length=64, description="heun, euler, ddim, dpmpp_2m, edm_sde, ...; what fits the model if left out"),
+        Field(
+            max_length=64,
+            description="heun, euler, ddim, dpmpp_2m, edm_sde, ...; if left out, what fits the model: heun for most, "
+            "`/v1/model` says under `defaults` which",
+        ),
     ] = None
     steps: Annotated[
-        int | None, Field(ge=1, description="noise levels; what fits the sampler if left out, 18 for heun")
+        int | None, Field(ge=1, description="noise levels; if left out, what fits the sampler: 18 for heun")
     ] = None
     grid: Annotated[
         str | None,
-        Field(max_length=64, description="noise levels as karras, geometric, linear, or process (even in its t)"),
+        Field(
+            max_length=64,
+            description="noise levels as karras, geometric, linear, or process (even in its t); if left out, what "
+            "fits the sampler",
+        ),
     ] = None
     seed: Annotated[
-        int | None, Field(ge=0, lt=2**31, description="sample i of a seed is always the same; chosen if left out")
+        int | None,
+        Field(
+            ge=0,
+            lt=2**31,
+            description="sample i of a seed is always the same, and the one that `scoreray sample --seed` draws (up to "
+            "rounding); chosen if left out",
+        ),
     ] = None
     class_label: Annotated[
         int | Annotated[str, Field(max_length=256)] | None,
         Field(
-            description="a class's number (a JSON number) or name (a string; `name:2`, `index:2` where it could be the "
-            "number of another); all in turn if left out; -1 for no class"
+            description="a class's number (a JSON number), or its name or number (a string: exact before any other "
+            "case; `name:2`, `index:2` where it is the name of one class and the number of another); -1 for no class; "
+            "all classes in turn if left out"
         ),
     ] = None
     guidance: Annotated[
         float,
-        Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE, description="classifier-free; 1 is none, above strengthens"),
+        Field(
+            ge=-MAX_GUIDANCE,
+            le=MAX_GUIDANCE,
+            description="classifier-free, from -100 to 100; 1 is none, above strengthens the class. Costs two rows a "
+            "sample",
+        ),
     ] = 1.0
     options: Annotated[
-        dict[str, bool | int | float | str | None], Field(max_length=16, description="the sampler's own, by name")
+        dict[str, bool | int | float | str | None],
+        Field(max_length=16, description="the sampler's own, by name, as under `samplers` of `/v1/model`"),
     ] = {}
-    model: Annotated[str | None, Field(max_length=256, description="one of /v1/model; the first if left out")] = None
+    model: Annotated[str | None, Field(max_length=256, description="one of `/v1/model`; the first if left out")] = None
     ema: Annotated[
         float | Annotated[str, Field(max_length=32)] | None,
-        Field(description="EMA length, e.g. 0.1; 'none' for raw weights"),
+        Field(
+            description='EMA length in any spelling (0.05, "0.050", ".05"); `none` for raw weights; if left out, the '
+            "model's default"
+        ),
     ] = None
     format: Annotated[
-        Literal["png", "npy"] | None, Field(description="of each sample; npy is float32. png where they are pictures")
+        Literal["png", "npy"] | None,
+        Field(
+            description="of each sample: png, or npy (float32, as the model gives them); if left out, png for pictures"
+        ),
     ] = None
-    stream: Annotated[bool, Field(description="server-sent events with denoised previews")] = False
+    stream: Annotated[bool, Field(description="server-sent events, with previews of the denoised estimate")] = False
     previews: Annotated[int, Field(ge=1, le=32, description="how many previews a stream shows at most")] = 8
     idempotency_key: Annotated[
         str | None,
-        Field(pattern=f"^{KEY.pattern}$", description="as the header Idempotency-Key: retries draw and bill once"),
+        Field(
+            pattern=f"^{KEY.pattern}$",
+            description="the same as the header `Idempotency-Key`: a retry with it is neither drawn nor billed twice",
+        ),
     ] = None
 
     @property
