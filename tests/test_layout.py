@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -54,6 +55,7 @@ CIRCLES = (
 """Modules that still import each other."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Dotted name without `scoreray.` -> file, of every module on the disk, at any depth."""
     found = {}
@@ -75,6 +77,7 @@ def imported(tree: ast.AST) -> set[str]:
     return found
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports; the short paths, which only re-export, left out."""
     known, graph = modules(), {}

@@ -1,0 +1,43 @@
+"""Plain words: some that readers stumble over, or would not search for, do not occur."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORDS = {  # word -> what to write
+    r"told": "reported, said, given",
+    r"mend(s|ed|ing)?": "fix, repair",
+    r"whoever": "callers, who",
+    r"anew": "again",
+    r"askers?": "caller, request",
+    r"what goes with what": "which parts of a config fit together",
+}
+FOUND = re.compile(rf"\b({'|'.join(WORDS)})\b", re.I)
+CLEAN = ("k8s", "benchmarks", "configs", "tests/docs", "tests/k8s")
+"""Folders whose Python, YAML and HTML files are read."""
+NOT_YET = ("docs/modules.md", "docs/metrics.md", "docs/serving.md")
+"""Pages that are not read."""
+
+
+def lines(path: Path) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if FOUND.search(line)
+    ]
+
+
+@pytest.mark.parametrize("folder", CLEAN)
+def test_a_folder_uses_plain_words(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".html")]
+    assert files
+    assert not [line for path in files if path != Path(__file__) for line in lines(path)]
+
+
+def test_pages_use_plain_words() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
+    assert not [line for page in pages if str(page.relative_to(ROOT)) not in NOT_YET for line in lines(page)]
