@@ -21,11 +21,11 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from scoreray.sampling.http.docs_page import docs_page
+from scoreray.sampling.http.docs_page import docs_page, request_schema, response_descriptions
 from scoreray.sampling.http.stream import CANCELLED, Events
 from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.answers import choose_media
-from scoreray.sampling.service.body import KEY, SampleBody, check_key, parse
+from scoreray.sampling.service.body import check_key, parse
 from scoreray.sampling.service.config import ERRORS, HEADERS, Limits, Refused
 from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.service import Service
@@ -43,13 +43,13 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        redirect_slashes=False,  # to a url made of the Host header
+        redirect_slashes=False,  # a redirect would go to a url made of the Host header, which the client chooses
         description="Draws samples from trained models; see docs/serving.md.",
     )
 
-    app.add_middleware(_Answering, service=service)
+    app.add_middleware(_UntilSent, service=service)
 
-    @app.post("/v1/samples", openapi_extra=_samples_schema(), responses=_error_responses())
+    @app.post("/v1/samples", openapi_extra=request_schema(), responses=response_descriptions())
     async def samples(request: Request) -> Response:
         """Draws samples: JSON with base64, or by Accept one PNG sheet or an npz; events when `stream`."""
         return await _answered(service, request, _samples)
@@ -71,7 +71,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz(request: Request) -> Response:
-        """200 once the models are loaded and warm, until it is told to end; 503 else."""
+        """200 once the models are loaded and warm, until it is asked to end; 503 else."""
         if service.ready and not service.draining:
             return Response("ready\n", media_type="text/plain")
         code = "draining" if service.draining else "starting"
@@ -101,7 +101,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        """Nobody reads this: the client hung up, which is counted already and is no bug for the log of errors."""
+        """The client hung up, so nobody reads this. It is counted already, and is no bug for the log of errors."""
         return Response(status_code=400)
 
     @app.exception_handler(Exception)
@@ -114,8 +114,8 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-class _Answering:
-    """Tells the service of requests for samples until their answer is handed on, so that a drain can wait for it."""
+class _UntilSent:
+    """Middleware: a request for samples stays in `service.answering` until its answer is sent, so a drain can wait."""
 
     def __init__(self, app: Any, service: Service) -> None:
         self._app, self._service = app, service
@@ -134,7 +134,7 @@ class _Answering:
 async def _answered(
     service: Service, request: Request, handle: Callable[[Service, Request, str, str], Awaitable[Response]]
 ) -> Response:
-    """Runs one handler behind the checks that all share; every way it ends is one answer and one line in the log."""
+    """Runs one handler behind the checks that all share; its end is always one answer and one line in the log."""
     request_id, started, who = _request_id(request), time.monotonic(), "-"
     try:
         _check_host(request, service.config.hosts)
@@ -264,21 +264,23 @@ async def _unless_gone(request: Request, draw: Draw) -> SampleAnswer:
 
 
 def _check_host(request: Request, hosts: tuple[str, ...]) -> None:
-    """Without tokens only loopback names are answered, so that no foreign page can reach the service by a DNS name."""
+    """Without tokens only loopback names are answered: a web page whose own DNS name leads to 127.0.0.1 (DNS rebinding)
+    could else use the service of its visitor.
+    """
     host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
     if hosts and host not in hosts:
         raise Refused("bad_header", f"the header Host names none of {', '.join(hosts)}")
 
 
 def _url(request: Request) -> str:
-    """Where the caller reaches this, for a line to copy: only from headers that look like it."""
+    """Where the client reaches this, for a curl line to copy: only from headers that look like a host."""
     host, scheme = request.headers.get("host", ""), request.headers.get("x-forwarded-proto", request.url.scheme)
     host = host if re.fullmatch(r"[A-Za-z0-9.-]{1,253}(:\d{1,5})?|\[[0-9a-fA-F:]{2,45}\](:\d{1,5})?", host) else "HOST"
     return f"{'https' if scheme == 'https' else 'http'}://{host}"
 
 
 def _request_id(request: Request) -> str:
-    """The caller's X-Request-ID where it is a plain word, else a new one; the same through one request."""
+    """The client's X-Request-ID where it is a plain word, else a new one; the same through one request."""
     if not hasattr(request.state, "request_id"):
         given = request.headers.get("x-request-id", "")
         request.state.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -291,7 +293,7 @@ def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None =
 
 
 def _bug(request_id: str) -> Response:
-    message = f"this is a bug in scoreray; the service's standard error has its traceback, at request {request_id}"
+    message = f"this is a bug in scoreray; the service's standard error has its traceback, under request {request_id}"
     return _refused(Refused("bug", message), request_id)
 
 
@@ -307,23 +309,3 @@ def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 def _latin(value: Any) -> str:
     return str(value).encode("ascii", "backslashreplace").decode()
-
-
-def _samples_schema() -> dict[str, Any]:
-    key = {"type": "string", "pattern": f"^{KEY.pattern}$"}
-    header = {"name": "Idempotency-Key", "in": "header", "required": False, "schema": key}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": SampleBody.model_json_schema()}}},
-        "parameters": [header],
-    }
-
-
-def _error_responses() -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of each status: its codes."""
-    by_status: dict[int, list[str]] = {}
-    for code, (status, meaning) in ERRORS.items():
-        by_status.setdefault(status, []).append(f"{code}: {meaning}")
-    described: dict[int | str, dict[str, Any]] = {s: {"description": "; ".join(m)} for s, m in by_status.items()}
-    media = ("application/json", "image/png", "application/x-npz", "text/event-stream")
-    described[200] = {"description": "samples", "content": {name: {} for name in media}}
-    return described

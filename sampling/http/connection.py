@@ -1,8 +1,9 @@
-"""The listener of a service: connections that are slow or idle are closed, and every refusal of it is JSON.
+"""What Ray Serve's HTTP proxy runs for us: time limits for connections, and refusals in JSON.
 
-uvicorn's protocol has a time limit for idle connections only, which a single byte ends, and answers what is no HTTP
-in plain text. Ray Serve starts uvicorn in a process of its own, which calls `in_serves_proxy` as the variable
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH says. Without torch: that process needs no more than HTTP.
+uvicorn's protocol limits idle connections only, one byte resets that limit, and what is no HTTP gets plain text: a
+client that sends a byte now and then (slowloris) would hold its connection for ever. Ray Serve starts uvicorn in a
+process of its own, which calls `in_serves_proxy` as RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH says. Without torch: that
+process needs no more than HTTP.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ UNAVAILABLE = "the process that answers requests has died or is not ready yet: a
 
 
 @dataclass(frozen=True)
-class Patience:
-    """Seconds that a connection may take, each from the moment that is named, whatever trickles in meanwhile.
+class ConnectionTimeouts:
+    """Seconds, each counted from the event that is named; bytes that arrive meanwhile do not reset them.
 
-    idle_s: for a request to begin. header_s: from a request's first byte to the end of its header. rest_s: for the
-    rest of a body that is answered already, or of what follows a refusal. stall_s: while the client reads nothing.
+    idle_s: for a request to begin. header_s: from a request's first byte to the end of its header. rest_s: to the
+    end of a body that is answered already, or of what follows a refusal. stall_s: while the client reads nothing.
     """
 
     idle_s: float = 60.0
@@ -42,10 +43,10 @@ class Patience:
     stall_s: float = 60.0
 
 
-class Connection(HttpToolsProtocol):
-    """One connection. While a request is being answered it has no limit here: the application has its own."""
+class TimedHttpProtocol(HttpToolsProtocol):
+    """One connection. While a request is being answered none of these limits runs: the application has its own."""
 
-    patience = Patience()
+    timeouts = ConnectionTimeouts()
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -57,7 +58,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._within(self.patience.idle_s, self._hang_up)
+        self._within(self.timeouts.idle_s, self._hang_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -80,7 +81,7 @@ class Connection(HttpToolsProtocol):
         self._in_header = self._in_message = True
         self._header_bytes = 0
         if not self._answering():
-            self._within(self.patience.header_s, self._header_is_late)
+            self._within(self.timeouts.header_s, self._header_is_late)
 
     def on_headers_complete(self) -> None:
         self._in_header = False
@@ -91,7 +92,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._in_message = False
         if not self._answering():
-            self._within(self.patience.idle_s, self._hang_up)
+            self._within(self.timeouts.idle_s, self._hang_up)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -100,11 +101,11 @@ class Connection(HttpToolsProtocol):
         elif self._answering():
             self._unlimited()  # the next of several that came at once
         elif self._in_header:
-            self._within(self.patience.header_s, self._header_is_late)
+            self._within(self.timeouts.header_s, self._header_is_late)
         elif self._in_message:
-            self._within(self.patience.rest_s, self._hang_up)
+            self._within(self.timeouts.rest_s, self._hang_up)
         else:
-            self._within(self.patience.idle_s, self._hang_up)
+            self._within(self.timeouts.idle_s, self._hang_up)
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(Refused("bad_request", "this is no request of HTTP/1.1"))
@@ -124,13 +125,13 @@ class Connection(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-            self._within(self.patience.rest_s, self._hang_up)
+            self._within(self.timeouts.rest_s, self._hang_up)
         else:  # TLS
             self._hang_up()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self.patience.stall_s, self.transport.abort)
+        self._stalled = self.loop.call_later(self.timeouts.stall_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -142,12 +143,12 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _header_is_late(self) -> None:
-        self.refuse(Refused("too_slow", f"the header did not arrive within {self.patience.header_s:g} s"))
+        self.refuse(Refused("too_slow", f"the header did not arrive within {self.timeouts.header_s:g} s"))
 
     def _hang_up(self) -> None:
         """Closes; what is written and not read yet has `stall_s` left."""
         self.transport.close()
-        self._within(self.patience.stall_s, self.transport.abort)
+        self._within(self.timeouts.stall_s, self.transport.abort)
 
     def _within(self, seconds: float, otherwise: Callable[[], None]) -> None:
         self._unlimited()
@@ -200,14 +201,15 @@ def _in_json(status: int, request_id: str) -> list[dict[str, Any]]:
 
 
 def in_serves_proxy() -> list[Middleware]:
-    """Called by Ray Serve in its listener's process, before that listens. What it gives is put around the application.
+    """Ray Serve calls this in its proxy's process, before that listens, and wraps the application in the result.
 
-    uvicorn takes any class as its protocol (`http=`), Serve passes on none: so the one that "auto" stands for is ours.
+    uvicorn takes a protocol class (`http=`), but Serve 2.60 has no setting to pass one: so the class that uvicorn's
+    default, "auto", stands for is replaced by ours. Without that (another uvicorn) the service works, without limits.
     """
     try:
         import uvicorn.config
 
-        uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{Connection.__module__}:{Connection.__qualname__}"
-    except (AttributeError, TypeError) as error:  # another uvicorn: its own protocol answers, without these limits
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{TimedHttpProtocol.__module__}:{TimedHttpProtocol.__qualname__}"
+    except (AttributeError, TypeError) as error:
         log.warning("slow and idle connections are not closed: %s", error)
     return [Middleware(JsonRefusals)]

@@ -1,4 +1,4 @@
-"""The page at /docs: the service's OpenAPI description as plain HTML, without a script."""
+"""What OpenAPI says of requests and answers, and the page at /docs: the same as plain HTML, without a script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import Any
 
-from scoreray.sampling.service.body import in_words
+from scoreray.sampling.service.body import KEY, SampleBody, in_words
 from scoreray.sampling.service.config import ERRORS
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -15,6 +15,27 @@ table{border-collapse:collapse;width:100%}
 td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem .3rem 0;text-align:left;
 vertical-align:top}code,pre{font:14px/1.5 ui-monospace,monospace}pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}pre{background:#222}td,th{border-color:#444}}"""
+
+
+def request_schema() -> dict[str, Any]:
+    """OpenAPI's words for the body and the header of `POST /v1/samples`."""
+    key = {"type": "string", "pattern": f"^{KEY.pattern}$"}
+    header = {"name": "Idempotency-Key", "in": "header", "required": False, "schema": key}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": SampleBody.model_json_schema()}}},
+        "parameters": [header],
+    }
+
+
+def response_descriptions() -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: the codes of each status."""
+    by_status: dict[int, list[str]] = {}
+    for code, (status, meaning) in ERRORS.items():
+        by_status.setdefault(status, []).append(f"{code}: {meaning}")
+    described: dict[int | str, dict[str, Any]] = {s: {"description": "; ".join(m)} for s, m in by_status.items()}
+    media = ("application/json", "image/png", "application/x-npz", "text/event-stream")
+    described[200] = {"description": "samples", "content": {name: {} for name in media}}
+    return described
 
 
 def docs_page(openapi: dict[str, Any], url: str, tokens: bool) -> str:

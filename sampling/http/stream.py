@@ -1,4 +1,4 @@
-"""The answer of a request with `stream`: server-sent events, and how it ended, which is known only then."""
+"""The answer to a request with `stream`: server-sent events, counted by how it ended, which is known only then."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Events(StreamingResponse):
     """Events of a draw: start, then previews, then done (as the JSON answer) or error (as the JSON error).
 
     ended: called once with the outcome: ok, an error's code, or CANCELLED where the client went away before the last
-    event, also where it never took the first.
+    event, even before the first.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Events(StreamingResponse):
             self._outcome = refusal.code
 
     async def _previews(self) -> AsyncIterator[bytes]:
-        """Each as an event, and a comment now and then, so that nothing on the way takes the stream for dead."""
+        """Each as an event, and a comment every HEARTBEAT_S, as proxies close connections that are silent for long."""
         previews = self._draw.previews()
         pending = asyncio.ensure_future(anext(previews, None))
         try:

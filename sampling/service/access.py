@@ -1,4 +1,4 @@
-"""Who may ask, and for how much at once: bearer tokens, and what each has under way."""
+"""Bearer tokens, and how many requests and rows each may have under way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_tokens(file: Path | None) -> tuple[tuple[str, str], ...]:
 
     One a line (in the variable also separated by commas): `name:token`, or `name:sha256:HEX` to keep the token itself
     out of the file. Empty lines and lines that begin with # are skipped; a file or a variable with nothing else is
-    refused, as it was meant to let nobody in without a token. An empty variable is one that is not set.
+    refused: it was set to keep people out, and without tokens everybody is let in. An empty variable counts as not set.
     """
     if file is not None:
         try:
@@ -56,7 +56,7 @@ def read_tokens(file: Path | None) -> tuple[tuple[str, str], ...]:
         else:
             digest = hash_of(secret)
         found[name] = digest
-    if given and not found:  # none may not mean everybody
+    if given and not found:  # no token would mean no check at all
         raise UserError(f"{where}: holds no token; write one line for each, name:token, or leave it out")
     return tuple(found.items())
 
@@ -88,7 +88,7 @@ class Access:
         scheme, _, token = (authorization or "").partition(" ")
         digest = hash_of(token.strip())
         found = None
-        for name, known in self._tokens:  # every one is compared, whichever matches
+        for name, known in self._tokens:
             if hmac.compare_digest(known, digest):
                 found = name
         if scheme.lower() != "bearer" or found is None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from scoreray.sampling.offline.generate import MAX_SHEET, png, png_of_sheet
 from scoreray.trainer.step import to_uint8
 
-Answer = Literal["application/json", "image/png", "application/x-npz"]
-MEDIA: tuple[Answer, ...] = ("application/json", "image/png", "application/x-npz")
+MediaType = Literal["application/json", "image/png", "application/x-npz"]
+MEDIA: tuple[MediaType, ...] = ("application/json", "image/png", "application/x-npz")
 
 
-def choose_media(accept: str | None) -> Answer:
+def choose_media(accept: str | None) -> MediaType:
     """The medium that an Accept header wants most, JSON where it wants none of ours (RFC 9110, 12.5.1).
 
     The most specific range that fits a medium says how much it is wanted; among equals the one that is named more

@@ -38,7 +38,7 @@ class NonFiniteSamplesError(UserError):
 
 
 class BatcherStopped(ScorerayError):
-    """The batcher's thread has ended, or was asked to: what it was given will not be drawn here."""
+    """The batcher's thread has ended or ends: what it was given will not be drawn by it."""
 
 
 class StepBatcher:

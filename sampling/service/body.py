@@ -158,13 +158,13 @@ def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
         return Refused("invalid", f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}", field=name)
     fields = _fields()
     wrong = list(dict.fromkeys(str(mistake["loc"][0]) for mistake in mistakes))
-    told = []
+    mistakes_in_words = []
     for field in [field for field in wrong if field in fields][:4]:
         given, may_be = shortened(json.dumps(data[field])), in_words(fields[field])
         if any(m["type"] == "string_unicode" for m in mistakes if m["loc"][0] == field):
             may_be = "a string of whole Unicode characters"
-        told.append(f"{field} = {given}: must be {may_be}")
-    return Refused("invalid", "; ".join(told), field=name)
+        mistakes_in_words.append(f"{field} = {given}: must be {may_be}")
+    return Refused("invalid", "; ".join(mistakes_in_words), field=name)
 
 
 @functools.cache

@@ -19,9 +19,9 @@ from scoreray.trainer.optim.ema import choose_length
 
 @dataclass(frozen=True)
 class Served:
-    """A model under a name. `url` is what was asked for; `info.url` the checkpoint that answers now.
+    """A model under a name. `url` is what the command line names; `info.url` the checkpoint that answers now.
 
-    emas: EMA lengths that can be asked for, `info.ema` the default. follows: whether `url` is a run, whose newest
+    emas: EMA lengths that requests may name, `info.ema` the default. follows: whether `url` is a run, whose newest
     checkpoint is taken.
     """
 
@@ -53,7 +53,7 @@ class Served:
         return {"sampler": request.sampler, "steps": request.steps, "grid": request.grid}
 
     def page(self, limits: Limits) -> dict[str, Any]:
-        """What GET /v1/model tells of it."""
+        """The JSON of it in GET /v1/model."""
         info = self.info
         return {
             "name": self.name,

@@ -19,12 +19,12 @@ import uvicorn
 import yaml
 
 from scoreray.cluster.connect.local_ray import QUIET_AND_LOCAL
-from scoreray.sampling.http.connection import Connection, JsonRefusals, Patience, in_serves_proxy
+from scoreray.sampling.http.connection import ConnectionTimeouts, JsonRefusals, TimedHttpProtocol, in_serves_proxy
 from scoreray.sampling.service.config import ERRORS
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
-QUICK = Patience(idle_s=0.2, header_s=0.2, rest_s=0.2, stall_s=0.2)
+QUICK = ConnectionTimeouts(idle_s=0.2, header_s=0.2, rest_s=0.2, stall_s=0.2)
 LONG = 64 << 20  # bytes: more than the kernel holds for a client that reads nothing
 
 
@@ -34,7 +34,7 @@ class Server:
     def __init__(self) -> None:
         self.go_on, self.left = threading.Event(), threading.Event()
         settings: Any = {"interface": "asgi3", "lifespan": "off", "log_level": "critical"}
-        self._server = uvicorn.Server(uvicorn.Config(self.app, http=Connection, port=0, **settings))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, http=TimedHttpProtocol, port=0, **settings))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:
@@ -71,7 +71,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(Connection, "patience", QUICK)
+    monkeypatch.setattr(TimedHttpProtocol, "timeouts", QUICK)
     server = Server()
     yield server
     server.close()
@@ -190,7 +190,7 @@ def test_garbage_after_a_request_does_not_disturb_its_answer(server: Server) -> 
 
 
 def test_a_header_without_end_is_not_kept_in_memory(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Connection, "patience", Patience())
+    monkeypatch.setattr(TimedHttpProtocol, "timeouts", ConnectionTimeouts())
     with server.connect(b"GET / HTTP/1.1\r\nHost: ") as connection:
         assert refusal(until_closed(connection, b"a" * 4096)) == (400, "bad_request")
 
@@ -257,4 +257,4 @@ def test_serves_listener_takes_our_connections(monkeypatch: pytest.MonkeyPatch) 
     assert [one.cls for one in in_serves_proxy()] == [JsonRefusals]
     config = uvicorn.Config(lambda: None, http="auto")
     config.load()
-    assert config.http_protocol_class is Connection
+    assert config.http_protocol_class is TimedHttpProtocol
