@@ -1,4 +1,4 @@
-"""The step batcher: everyone gets what they would get alone, fairly, whoever fails or leaves."""
+"""The step batcher: each request gets what it would get alone, and its fair share, whichever others fail or leave."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import threading
 import pytest
 import torch
 
-from scoreray.data.errors import ScorerayError, UserError
+from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SAMPLERS, num_calls, sample
 from scoreray.sampling.samplers.sigmas import karras
-from scoreray.sampling.service.batcher import StepBatcher
+from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError, StepBatcher
 from scoreray.sampling.service.request import SampleRequest
 
 SMALL = {"ncsn": {"num_steps": 2}, "ncsnv2": {"num_steps": 2}}
@@ -168,7 +168,7 @@ def test_one_that_fails_does_not_hurt_its_batch_mates():
     assert torch.equal(good.result(0), alone(request("heun", 3, 6)))
     with pytest.raises(RuntimeError, match="no class 7"):
         bad.result(0)
-    with pytest.raises(ScorerayError, match="not finite"):
+    with pytest.raises(NonFiniteSamplesError, match="not finite"):
         nan.result(0)
     with pytest.raises(ZeroDivisionError):
         burst.result(0)
@@ -216,7 +216,7 @@ def test_in_its_thread_it_serves_threads_and_asyncio_and_finishes_before_it_clos
     assert last.result(0).shape == (40, 2, 2)
     assert batcher.rows_waiting == 0
     assert not thread.is_alive()
-    with pytest.raises(ScorerayError, match="closed"):
+    with pytest.raises(BatcherStopped, match="closed"):
         batcher.submit(request())
 
 
@@ -235,3 +235,16 @@ def test_bad_requests_are_refused_when_they_are_submitted():
     assert not batcher.step()
     with pytest.raises(UserError, match="max_batch = 1"):
         StepBatcher(Recorder(), 1)
+
+
+def test_a_request_that_a_stopped_batcher_holds_ends_in_batcher_stopped():
+    """By its type a replica answers `unavailable`, which clients try again, and not that the request is wrong."""
+    batcher = StepBatcher(Recorder(), 16)
+    held = batcher.submit(request("euler", 2, 5))
+    batcher.step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        batcher._run()
+    with pytest.raises(BatcherStopped, match="ZeroDivisionError"):
+        held.result(0)
+    with pytest.raises(BatcherStopped, match="closed"):
+        batcher.submit(request("euler", 2, 5))

@@ -1,0 +1,96 @@
+"""A replica: its samples are to the last bit those of the sampler alone, and its failures are told apart by type."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.driver import in_same_rows
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import sample
+from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError
+from scoreray.sampling.service.body import make_request, parse
+from scoreray.sampling.service.config import Limits, ServeConfig
+from scoreray.sampling.service.models import look_up
+from scoreray.sampling.service.replica import Replica, failed
+from scoreray.sampling.service.request import Drawn, Event, Failed, SampleRequest
+
+
+@pytest.fixture(scope="module")
+def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_run(str(tmp_path_factory.mktemp("runs") / "exact"))
+
+
+def drawn(url: str, *requests: SampleRequest) -> list[list[Event]]:
+    """The events of requests that are drawn at the same time."""
+
+    async def main() -> list[list[Event]]:
+        replica = Replica(ServeConfig((("exact", url),), precision="fp32", compile="off"))
+        try:
+            return await asyncio.gather(*(everything(replica, request) for request in requests))
+        finally:
+            await replica.close()
+
+    async def everything(replica: Replica, request: SampleRequest) -> list[Event]:
+        return [event async for event in replica.draw(request)]
+
+    return asyncio.run(main())
+
+
+def test_from_body_to_answer_the_samples_are_bitwise_those_of_the_sampler_alone(run_url: str) -> None:
+    """Every step on the way (check, request, parts, batches, encoding) leaves each float32 as it is."""
+    served, denoiser = look_up("exact", run_url), in_same_rows(load(run_url, device="cpu"), 32)
+    bodies = [
+        b'{"count": 5, "seed": 7, "sampler": "edm_sde", "steps": 5, "format": "npy", "options": {"s_churn": 4.0}}',
+        b'{"count": 11, "seed": 8, "steps": 4, "grid": "process", "class_label": 2, "format": "npy"}',
+        b'{"count": 2, "seed": 2147483647, "sampler": "ddpm", "steps": 6, "format": "npy"}',
+    ]
+    requests = [make_request(parse(body), served, Limits(), "application/x-npz", parse(body).seed) for body in bodies]
+    for body, request, events in zip(bodies, requests, drawn(run_url, *requests), strict=True):
+        assert isinstance(events[-1], Drawn)
+        arrays = np.load(io.BytesIO(events[-1].body))
+        seeds = (parse(body).seed << 32) + torch.arange(parse(body).count)
+        noise = SampleNoise(seeds).normal((len(seeds), *request.shape), torch.float32)
+        alone = sample(
+            denoiser,
+            noise * request.sigmas[0],
+            request.sigmas,
+            sampler=request.sampler,
+            generator=seeds,
+            class_labels=torch.tensor(request.class_labels),
+            **request.options,
+        )
+        assert np.array_equal(arrays["samples"], alone.numpy()), body
+        assert arrays["labels"].tolist() == list(request.class_labels)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NonFiniteSamplesError("sampler 'x' ended in values that are not finite"), "not_finite"),
+        (UserError("a step of this size leads to numbers that are not finite"), "invalid"),
+        (BatcherStopped("the batcher stopped"), "unavailable"),
+    ],
+)
+def test_a_failure_has_its_code_by_its_type_whatever_its_words(error: ScorerayError, code: str) -> None:
+    assert failed(error) == Failed(code, str(error))
+
+
+def test_what_is_no_failure_of_a_request_is_a_bug() -> None:
+    with pytest.raises(DataError):
+        failed(DataError("the denoiser gave float64"))
+
+
+def test_a_checkpoint_that_is_gone_is_storage(run_url: str) -> None:
+    request = make_request(parse(b"{}"), look_up("exact", run_url), Limits(), "application/json", 0)
+    origin = request.origin._replace(checkpoint=f"{run_url}/checkpoints/none")
+    ((*_, last),) = drawn(run_url, SampleRequest((1,), request.shape, request.sigmas, origin=origin, ema=request.ema))
+    assert isinstance(last, Failed)
+    assert last.code == "storage"
