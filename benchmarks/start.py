@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     """In a process of its own: as `cluster/cli/training.py` trains, but its watch notes moments."""
     from scoreray.cluster.verbs import train as training
     from scoreray.trainer.config import load_config
-    from scoreray.trainer.on_ray.run import prepare_run
+    from scoreray.trainer.prepare import prepare_run
 
     moments: dict[str, dict] = {}
     victims: list[int] = []

@@ -355,15 +355,14 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
     from scoreray.data import fashion_mnist_path
     from scoreray.data.storage.local_s3 import LocalS3
     from scoreray.trainer.config import load_config
-    from scoreray.trainer.loop import read_metrics, run_store
-    from scoreray.trainer.on_ray.run import prepare_run
+    from scoreray.trainer.prepare import prepare_run
 
     with LocalS3(folder) as server:
         os.environ.update(server.env)
         server.create_bucket(BUCKET)
         pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000, workers=1)
         stage = arguments.stage if arguments.stage == "auto" else int(arguments.stage)
-        config = prepare_run(
+        prepared = prepare_run(
             load_config(
                 demo_config(workers=arguments.workers).model_dump(mode="json")
                 | {"network": NETWORKS[arguments.network]}
@@ -371,8 +370,7 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
                 [f"data.global_batch_size={arguments.batch}", f"duration.images={arguments.images}"],
             )
         )
-        train_to_end(config)
-        return [record["images_per_s"] for record in read_metrics(run_store(config))[1:]]
+        return [record.images_per_s for record in train_to_end(prepared).records[1:]]
 
 
 if __name__ == "__main__":

@@ -14,11 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from scoreray.trainer.monitoring.metrics import sigma_labels
-
-if TYPE_CHECKING:  # torch is imported with it
-    from scoreray.trainer.loop import Progress as TrainProgress
-    from scoreray.trainer.loop import Record
+if TYPE_CHECKING:
+    from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
 
 QUIET_LINE_EVERY_S = 10.0
 
@@ -48,8 +45,8 @@ class TrainLine:
         )
         self._task = self._bar.add_task("train", total=total, facts="starting workers")
         self._committed, self._ended = 0, False
-        self._record: Record | None = None
-        self._tabled: Record | None = None
+        self._record: TrainingRecord | None = None
+        self._tabled: TrainingRecord | None = None
 
     def __enter__(self) -> TrainLine:
         self._bar.start()
@@ -60,7 +57,7 @@ class TrainLine:
         if self._terminal and self._record is not None and self._record != self._tabled:
             console.print(sigma_table(self._record))
 
-    def __call__(self, progress: TrainProgress) -> None:
+    def __call__(self, progress: TrainingProgress) -> None:
         done = min(progress.images, progress.total)  # the last batch may pass the end
         rate = "" if math.isnan(progress.images_per_s) else f"{progress.images_per_s:,.0f} img/s"
         facts = f"loss {progress.loss:.4f}  {rate}  data stall {progress.data_stall:.0%}"
@@ -79,17 +76,16 @@ class TrainLine:
             say(f"train {done:,}/{progress.total:,} images  {facts}{left_text}")
 
 
-def sigma_table(record: Record) -> Table:
+def sigma_table(record: TrainingRecord) -> Table:
     """The weighted loss by noise level, as of one record."""
     table = Table(title=f"loss by noise level at {record.images:,} images", title_justify="left", box=None)
     table.add_column("sigma", justify="right")
     table.add_column("loss", justify="right")
     table.add_column("")
-    known = [loss for loss in record.sigma_losses if loss is not None]
-    most = max(known, default=0.0)
-    for label, loss in zip(sigma_labels(), record.sigma_losses, strict=True):
-        if loss is not None:
-            table.add_row(label, f"{loss:.4f}", "\u2588" * round(24 * loss / most) if most > 0 else "")
+    losses = record.sigma_losses_by_label()
+    most = max(losses.values(), default=0.0)
+    for label, loss in losses.items():
+        table.add_row(label, f"{loss:.4f}", "\u2588" * round(24 * loss / most) if most > 0 else "")
     return table
 
 

@@ -6,59 +6,40 @@ laptop, a profiler or a debugger. Started once per rank, it is what Ray Train ru
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import re
-import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from scoreray.data.errors import Unanswered
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.quarantine import Quarantine
 from scoreray.data.reading.stream import Batch, Stream
-from scoreray.data.storage.store import NotFound, Store, open_store
+from scoreray.data.storage.store import Store, open_store
 from scoreray.data.traces import flush, span
-from scoreray.trainer.checkpoints.checkpoint import TRIES, latest
-from scoreray.trainer.checkpoints.marker import DataSet
-from scoreray.trainer.checkpoints.writer import METRICS, CheckpointWriter
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.checkpoints.marker import DataSet, Marker
+from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
-from scoreray.trainer.config.data_scale import resolve_sigma_data
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
-from scoreray.trainer.engine.engine import Engine, build_engine, resolve_precision, settle_stage
-from scoreray.trainer.meta import meta_module
-from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TENSORBOARD, tensorboard_events, tensorboard_key
-from scoreray.trainer.monitoring.progress import Progress, Record
-from scoreray.trainer.monitoring.segments import read_segment, segment_key, segments
-from scoreray.trainer.monitoring.stopping import Ask, Moved, NonFiniteError
+from scoreray.trainer.engine.engine import Engine, build_engine, settle_stage
+from scoreray.trainer.meta import training_work
+from scoreray.trainer.monitoring.meter import StepMeter
+from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
+from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError, Preempted
 from scoreray.trainer.monitoring.vote import Vote
-from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.optim.fragments import parameter_shapes
+from scoreray.trainer.prepare import with_sigma_data
 from scoreray.trainer.quarantined import QuarantineLog
-from scoreray.trainer.step import build_training_module
+from scoreray.trainer.records import record_objects, remove_uncommitted
+from scoreray.trainer.run_folder import run_store
+from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 
 T = TypeVar("T")
-
-
-def run_store(config: Config) -> Store:
-    """Everything that the run writes lies under this."""
-    return open_store(f"{config.run.storage.rstrip('/')}/{config.run.name}")
-
-
-def with_sigma_data(config: Config, manifest: Manifest, run: Store) -> Config:
-    """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, else the data's."""
-    if config.denoiser.sigma_data != "auto":
-        return config
-    checkpoint = latest(run)
-    known = None if checkpoint is None else float(checkpoint.marker.config["denoiser"]["sigma_data"])
-    return resolve_sigma_data(config, manifest, known)
 
 
 def train(
@@ -67,93 +48,48 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    watch: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[TrainingProgress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda line: None,
-    asked: Callable[[], Ask] = lambda: Ask.NOTHING,
+    requested: Callable[[], LoopRequest] = lambda: LoopRequest.NOTHING,
 ) -> int:
     """Train until `duration.images`, from the newest committed checkpoint if there is one; returns images seen.
 
     Every rank calls it; with world_size > 1 torch's default process group must exist. Randomness is a function of
-    (seed, position), so the same config gives the same weights whether or not it was interrupted. `asked` is looked at
-    between steps (see `Ask`); told to stop, it returns what was seen by then, told to move, it raises Moved, both with
-    everything committed.
+    (seed, position), so the same config gives the same weights whether or not it was interrupted. `requested` is called
+    between steps (see `LoopRequest`): on STOP it returns what was seen by then, on PREEMPT it raises Preempted, both
+    with everything committed.
     """
     device = torch.device(device)
     if device.type == "cpu":
         keep_large_tensors_on_the_heap()
     if rank:
         note = lambda line: None  # noqa: E731
-    starting = contextlib.ExitStack()
-    starting.enter_context(span("train.start", run=config.run.name, rank=rank, world_size=world_size))
-    run = run_store(config)
-    batch_size, total = config.data.global_batch_size, config.duration.images
-    manifest = Manifest.load(open_store(config.data.url))
-    config = with_sigma_data(config, manifest, run)  # prepare_run() did it for any other start than this function's own
-    torch.manual_seed(config.run.seed)
-    module = build_training_module(config, manifest)
-    shapes = parameter_shapes(module)
-    settled, why = settle_stage(config, module, world_size=world_size, device=device)
-    if why:
-        note(f"ZeRO-{settled.engine.zero_stage}: {why}")
-    engine = build_engine(module, settled, world_size=world_size, device=device)
-    attempt, identity = _from_rank_0((uuid.uuid4().hex[:8], manifest.identity), world_size)
-    if identity != manifest.identity:
-        raise Unanswered(f"{config.data.url}: was packed again while ranks read it; they start again")
-    writer = CheckpointWriter(
-        run,
-        attempt=attempt,
-        rank=rank,
-        world_size=world_size,
-        keep=config.checkpoint.keep,
-        keep_every_images=config.checkpoint.keep_every_images,
-    )
-    images_seen = num_steps = skipped = 0
-    checkpoint = _from_rank_0(latest(run) if rank == 0 else None, world_size)  # all go on from the same one
-    if checkpoint is not None:
-        checkpoint.check_data(manifest, config.data.url)
-        with span("train.restore", checkpoint=checkpoint.folder, images=checkpoint.images_seen):
-            checkpoint.restore(engine.fragments(), module)
-        images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
-        skipped = checkpoint.marker.skipped_steps
-        engine.publish(num_steps)
-        writer.last_commit = (images_seen, checkpoint.marker.time)
-    if rank == 0:
-        writer.check_lease()  # else these may be a newer start's
-        _forget_records(run, images_seen)
-    saved, ahead = images_seen, config.checkpoint.ahead_images
-
-    about = {
-        "config": config.model_dump(mode="json"),
-        "shapes": shapes,
-        "state_keys": list(engine.optimizer.state_keys),
-        "image_shape": list(manifest.shape),
-        "classes": list(manifest.classes),
-        "data": DataSet.of(manifest),
-    }
-    unreadable = QuarantineLog(run, config.data, world_size)
-    stream = Stream(
-        config.data.url,
-        global_batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-        position=images_seen,
-        num_lanes=config.data.num_lanes,
-        shuffle_block=config.data.shuffle_block,
-        prefetch_batches=config.data.prefetch_batches,
-        cache_dir=config.data.cache_dir,
-        cache_dir_bytes=config.data.cache_bytes,
-        pin_memory=device.type == "cuda",
-        quarantine=unreadable.quarantine,
-        manifest=manifest,
-    )
-    work = partial(_work_for_mfu, config, manifest, world_size, device) if rank == 0 else None
-    meter, vote = _Meter(world_size, device, work), Vote(world_size)
-    lines: list[str] = []
-    norm, decided = 0.0, Ask.NOTHING
-    starting.close()
+    with span("train.start", run=config.run.name, rank=rank, world_size=world_size):
+        run, manifest = run_store(config), Manifest.load(open_store(config.data.url))
+        if config.denoiser.sigma_data == "auto":  # `prepare_run` has settled it for any start but this function's own
+            config = with_sigma_data(config, manifest, latest(run))
+        module, engine = _build(config, manifest, world_size, device, note)
+        writer, checkpoint = _take_over(config, manifest, run, rank, world_size)
+        images_seen = num_steps = skipped = 0
+        if checkpoint is not None:
+            images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
+            skipped = checkpoint.marker.skipped_steps
+            with span("train.restore", checkpoint=checkpoint.folder, images=images_seen):
+                checkpoint.restore(engine.fragments(), module)
+            engine.publish(num_steps)
+        if rank == 0:
+            writer.check_lease()  # else these may be a newer start's
+            remove_uncommitted(run, images_seen)
+        unreadable = QuarantineLog(run, config.data, world_size, checkpoint)
+        stream = _open_stream(config, manifest, images_seen, rank, world_size, device, unreadable.quarantine)
+        work = partial(training_work, config, manifest, world_size, device) if rank == 0 else None
+        meter, vote = StepMeter(world_size, device, work), Vote(world_size)
+    marker = _marker(config, manifest, module, engine, world_size)
+    batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
+    records: list[TrainingRecord] = []
+    norm, decided = 0.0, LoopRequest.NOTHING
     try:
-        while images_seen < total and decided < Ask.MOVE:
+        while images_seen < total and decided < LoopRequest.PREEMPT:
             batch = meter.waiting(lambda: next(stream))
             learning_rate = config.optimizer.rate(images_seen + batch_size, total)
             decays = config.ema.decays(num_steps + 1, batch_size)
@@ -168,92 +104,127 @@ def train(
                     raise
                 note(f"step to {images_seen:,} images skipped ({skipped} of optimizer.skip_nonfinite): {error}")
 
-            decided = vote.cast(asked())
-            last = images_seen >= total or decided >= Ask.SAVE
+            decided = vote.cast(requested())
+            last = images_seen >= total or decided >= LoopRequest.SAVE
             save = last or _crosses(before, images_seen, config.checkpoint.every_images)
             if save or _crosses(before, images_seen, config.log.every_images):
-                record = meter.record(images_seen, learning_rate, norm)
-                record = replace(record, quarantined=unreadable.gather(stream, note), skipped_steps=skipped)
-                lines.append(json.dumps(asdict(record)))
+                quarantined = unreadable.gather(stream, note)
+                records.append(meter.record(images_seen, learning_rate, norm, quarantined, skipped, stream.stats))
             if save:
-                snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images or 2**63)
-                saved = images_seen
-                segment = "".join(line + "\n" for line in lines)
-                objects = [(segment_key(METRICS, images_seen), segment.encode())]
-                if config.log.tensorboard and rank == 0:
-                    objects += [(tensorboard_key(images_seen), tensorboard_events(map(json.loads, lines)))]
-                objects += filter(None, [unreadable.segment(images_seen)])
+                plots = config.log.tensorboard and rank == 0
+                snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images)
                 writer.save(
-                    images_seen,
-                    num_steps,
+                    replace(marker, images_seen=images_seen, num_steps=num_steps, skipped_steps=skipped),
                     list(engine.fragments()) if rank == 0 or not engine.replicated else [],
                     module,
-                    {**about, "skipped_steps": skipped},
-                    before_commit=partial(_put_all, run, objects),
+                    record_objects(images_seen, records, plots) + unreadable.objects(images_seen),
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
-                lines.clear()
+                records.clear()
+                saved = images_seen
             writer.poll()
-            if ahead is not None and images_seen - saved >= ahead:
+            if (ahead := config.checkpoint.ahead_images) is not None and images_seen - saved >= ahead:
                 writer.wait()
             if rank == 0:
                 meter.show(watch, images_seen, total, writer.last_commit, skipped)
         writer.wait()
         if rank == 0:
             meter.show(watch, images_seen, total, writer.last_commit, skipped, always=True)
-        vote.close(meet=decided >= Ask.MOVE)
+        vote.close(meet=decided >= LoopRequest.PREEMPT)
     finally:
         stream.close()
         writer.close()
         flush()
-    if decided is Ask.MOVE and images_seen < total:
-        raise Moved(f"their places go away; all was saved at {images_seen:,} images")
+    if decided is LoopRequest.PREEMPT and images_seen < total:
+        raise Preempted(f"the workers' machines go away; all was saved at {images_seen:,} images")
     return images_seen
 
 
-class _StoredRecord(BaseModel):
-    """What all readers of metrics need; the rest of `Record` has grown from version to version."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    images: int
-    loss: float
-
-
-_RECORD = TypeAdapter(_StoredRecord)
-
-
-def read_metrics(run: Store, after: int = 0) -> list[dict[str, Any]]:
-    """A run's committed records beyond `after` images, oldest first. Raises DataError where a file is damaged."""
-    for _ in range(TRIES):
-        files = segments(run, METRICS)
-        if max(files, default=0) <= after:
-            return []
-        newest = latest(run)
-        end = newest.images_seen if newest else 0
-        try:
-            wanted = [files[at] for at in sorted(files) if after < at <= end]
-            records = [record for key in wanted for record in read_segment(run, key, _RECORD)]
-        except NotFound:  # a start that goes on from before it has removed it since
-            continue
-        return [dict(record) for record in records if record.images > after]
-    raise Unanswered(f"{run.url(METRICS)}: files go while they are read; is something removing them?")
+def _build(
+    config: Config, manifest: Manifest, world_size: int, device: torch.device, note: Callable[[str], None]
+) -> tuple[TrainingModule | MachineModule, Engine]:
+    """The module, with weights from the run's seed, and the engine that shards and steps it."""
+    torch.manual_seed(config.run.seed)
+    module = build_training_module(config, manifest)
+    settled, why = settle_stage(config, module, world_size=world_size, device=device)
+    if why:
+        note(f"ZeRO-{settled.engine.zero_stage}: {why}")
+    return module, build_engine(module, settled, world_size=world_size, device=device)
 
 
-def _put_all(run: Store, objects: list[tuple[str, bytes]]) -> None:
-    for key, data in objects:
-        run.put(key, data)
+def _take_over(
+    config: Config, manifest: Manifest, run: Store, rank: int, world_size: int
+) -> tuple[CheckpointWriter, Checkpoint | None]:
+    """This start becomes the run's only writer; returns its writer, and the checkpoint that all ranks resume from.
+
+    Rank 0 looks for the checkpoint after it has taken the run over: an older start may commit until then.
+    """
+    attempt, identity = _from_rank_0((uuid.uuid4().hex[:8], manifest.identity), world_size)
+    if identity != manifest.identity:
+        raise Unanswered(f"{config.data.url}: was packed again while ranks read it; they start again")
+    writer = CheckpointWriter(
+        run,
+        attempt=attempt,
+        rank=rank,
+        world_size=world_size,
+        keep=config.checkpoint.keep,
+        keep_every_images=config.checkpoint.keep_every_images,
+    )
+    checkpoint = _from_rank_0(latest(run) if rank == 0 else None, world_size)
+    if checkpoint is not None:
+        checkpoint.check_data(manifest, config.data.url)
+        writer.last_commit = (checkpoint.images_seen, checkpoint.marker.time)
+    return writer, checkpoint
 
 
-def _forget_records(run: Store, images_seen: int) -> None:
-    """Remove records that a killed start wrote for a checkpoint that it did not commit: they will be measured again."""
-    keys = [key for folder in (METRICS, TENSORBOARD) for key, _ in run.list(folder + "/")]
-    seen = {key: re.search(r"\d{12,}", key.rpartition("/")[2]) for key in keys}  # others' files have no such number
-    run.delete([key for key, found in seen.items() if found and int(found[0]) > images_seen])
+def _open_stream(
+    config: Config,
+    manifest: Manifest,
+    position: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    quarantine: Quarantine | None,
+) -> Stream:
+    """This rank's batches from `position` on."""
+    return Stream(
+        config.data.url,
+        global_batch_size=config.data.global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+        position=position,
+        num_lanes=config.data.num_lanes,
+        shuffle_block=config.data.shuffle_block,
+        prefetch_batches=config.data.prefetch_batches,
+        cache_dir=config.data.cache_dir,
+        cache_dir_bytes=config.data.cache_bytes,
+        pin_memory=device.type == "cuda",
+        quarantine=quarantine,
+        manifest=manifest,
+    )
+
+
+def _marker(
+    config: Config, manifest: Manifest, module: TrainingModule | MachineModule, engine: Engine, world_size: int
+) -> Marker:
+    """What the markers of this start's checkpoints have in common."""
+    return Marker(
+        images_seen=0,
+        num_steps=0,
+        config=config.model_dump(mode="json"),
+        shapes=parameter_shapes(module),
+        state_keys=list(engine.optimizer.state_keys),
+        files={},
+        world_size=world_size,
+        image_shape=list(manifest.shape),
+        classes=list(manifest.classes),
+        data=DataSet.of(manifest),
+    )
 
 
 def _step(
-    engine: Engine, batch: Batch, learning_rate: float, decays: list[float], meter: _Meter, world_size: int
+    engine: Engine, batch: Batch, learning_rate: float, decays: list[float], meter: StepMeter, world_size: int
 ) -> float:
     """One optimizer step on this rank's share of the global batch; returns the gradient's norm."""
     losses, sigmas = [], []
@@ -294,22 +265,13 @@ def _blame(loss: torch.Tensor, sigma: torch.Tensor, batch: Batch, world_size: in
 
 
 def _crosses(before: int, after: int, every: int) -> bool:
-    return before // every != after // every
+    """Whether a multiple of `every` was reached after `before`; with 0, never."""
+    return every > 0 and before // every != after // every
 
 
 def _seed_dropout(seed: int, rank: int, images_seen: int) -> None:
     """Generator state is a function of where the run is, so none is saved (after Karras 2024's training loop)."""
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + images_seen) % 2**63)
-
-
-def _work_for_mfu(config: Config, manifest: Manifest, world_size: int, device: torch.device) -> tuple[int, float]:
-    """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
-    module = meta_module(config, manifest)
-    network = getattr(getattr(module, "denoiser", module), "network", None)
-    if not isinstance(network, torch.nn.Module):
-        return 0, math.inf
-    rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
-    return training_flops(network, manifest.shape), rate * world_size
 
 
 def _from_rank_0(value: T, world_size: int) -> T:
@@ -318,103 +280,3 @@ def _from_rank_0(value: T, world_size: int) -> T:
     if world_size > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-class _Meter:
-    """Means since the last record, kept on the device so that a step needs no synchronisation for them."""
-
-    def __init__(
-        self, world_size: int, device: torch.device, work: Callable[[], tuple[int, float]] | None = None
-    ) -> None:
-        """`work`: FLOPs of an image, and FLOPs a second of all workers; takes a second, so asked after a first step."""
-        self._world_size, self._work = world_size, work
-        self._share_per_rate = math.nan
-        self._record: Record | None = None
-        self._started_at = time.time()
-        self._edges = torch.tensor(SIGMA_EDGES, device=device)
-        self._sums = torch.zeros(2, len(SIGMA_EDGES) + 1, dtype=torch.float64, device=device)
-        self._since = self._window_start = time.perf_counter()
-        self._waited_s = self._window_waited_s = 0.0
-        self._window_images, self._shown, self._rate, self._stall = 0, 0.0, math.nan, 0.0
-        self._loss = torch.full((), math.nan, device=device)
-
-    def waiting(self, fetch: Callable[[], Batch]) -> Batch:
-        start = time.perf_counter()
-        batch = fetch()
-        waited = time.perf_counter() - start
-        self._waited_s += waited
-        self._window_waited_s += waited
-        return batch
-
-    def add(self, loss: torch.Tensor, sigma: torch.Tensor) -> None:
-        bucket = torch.bucketize(sigma.float(), self._edges)
-        self._sums[0].index_add_(0, bucket, loss.double())
-        self._sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
-        self._loss = loss.mean()
-        self._window_images += len(loss) * self._world_size
-
-    def record(self, images: int, learning_rate: float, norm: float) -> Record:
-        """Averaged over all ranks: every rank calls it."""
-        if self._world_size > 1:
-            dist.all_reduce(self._sums)
-        sums, counts = self._sums.tolist()
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
-        record = Record(
-            images=images,
-            loss=sum(sums) / max(sum(counts), 1.0),
-            learning_rate=learning_rate,
-            gradient_norm=norm,
-            images_per_s=sum(counts) / elapsed,
-            data_stall=self._waited_s / elapsed,
-            sigma_losses=[s / c if c else None for s, c in zip(sums, counts, strict=True)],
-            mfu=None if math.isnan(self._share_per_rate) else self._share_per_rate * sum(counts) / elapsed,
-            time=time.time(),
-        )
-        self._record = record
-        self._sums.zero_()
-        self._since, self._waited_s = time.perf_counter(), 0.0
-        return record
-
-    def show(
-        self,
-        watch: Callable[[Progress], None],
-        images: int,
-        total: int,
-        commit: tuple[int, float] | None,
-        skipped: int,
-        always: bool = False,
-    ) -> None:
-        now = time.perf_counter()
-        if now - self._shown < 0.5 and not always:
-            return
-        elapsed = now - self._window_start
-        if elapsed > 3.0 or math.isnan(self._rate):
-            self._rate, self._stall = self._window_images / elapsed, self._window_waited_s / elapsed
-            self._window_start, self._window_images, self._window_waited_s = now, 0, 0.0
-        self._shown = now
-        committed, committed_at = commit or (0, 0.0)
-        watch(
-            Progress(
-                images,
-                total,
-                float(self._loss),
-                self._rate,
-                self._stall,
-                committed,
-                committed_at,
-                self._started_at,
-                self._rate * self._share_per_rate,
-                self._record,
-                skipped,
-            )
-        )
-        if self._work is not None:
-            self._measure(self._work)
-
-    def _measure(self, work: Callable[[], tuple[int, float]]) -> None:
-        """What MFU needs; the time that it takes counts nowhere."""
-        flops_per_image, flops_per_s = work()
-        self._share_per_rate = flops_per_image / flops_per_s if flops_per_image else math.nan
-        self._work = None
-        spent = time.perf_counter() - self._shown
-        self._since, self._window_start = self._since + spent, self._window_start + spent

@@ -1,12 +1,15 @@
-"""The module of a config as shapes alone: no memory, no numbers, and no second spent on drawing them."""
+"""The module of a config as shapes alone: no memory, no numbers, and no second spent on drawing them; and its FLOPs."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from scoreray.trainer.engine.engine import resolve_precision
+from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 
 if TYPE_CHECKING:
@@ -30,3 +33,13 @@ def meta_module(config: Config, manifest: Manifest) -> TrainingModule | MachineM
     """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
     with torch.device("meta"), _NoNumbers():
         return build_training_module(config, manifest)
+
+
+def training_work(config: Config, manifest: Manifest, world_size: int, device: torch.device) -> tuple[int, float]:
+    """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
+    module = meta_module(config, manifest)
+    network = getattr(getattr(module, "denoiser", module), "network", None)
+    if not isinstance(network, torch.nn.Module):
+        return 0, math.inf
+    rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
+    return training_flops(network, manifest.shape), rate * world_size

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
@@ -14,23 +12,17 @@ from scoreray.data.errors import DataError
 from scoreray.data.reading.quarantine import Entries, Quarantine, Unreadable, over_budget
 from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.store import Store
-from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint
+from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.config import DataSection
-from scoreray.trainer.monitoring.segments import read_segment, segment_key, segments
 
 FOLDER = "quarantined"  # under the run: one file of JSON lines for each checkpoint that found more
-_ENTRY = TypeAdapter(Unreadable)
+QUARANTINED = Segments(FOLDER, TypeAdapter(Unreadable))
 
 
-def read_quarantined(run: Store) -> list[Unreadable]:
+def read_quarantined(run: Store, newest: Checkpoint | None = None) -> list[Unreadable]:
     """What a run could not read up to its newest committed checkpoint, by sample."""
-    newest = latest(run)
-    found = Entries()
-    for images_seen, key in segments(run, FOLDER).items():
-        if newest and images_seen <= newest.images_seen:
-            for entry in read_segment(run, key, _ENTRY):
-                found.add(entry)
-    return list(found)
+    return list(Entries(QUARANTINED.read(run, newest)))
 
 
 class QuarantineLog:
@@ -40,12 +32,13 @@ class QuarantineLog:
     restart or in its next epoch, count once.
     """
 
-    def __init__(self, run: Store, data: DataSection, world_size: int) -> None:
+    def __init__(self, run: Store, data: DataSection, world_size: int, newest: Checkpoint | None = None) -> None:
+        """`newest`: the checkpoint that the run resumes from."""
         self.quarantine: Quarantine | None = None
-        self._run, self._world_size, self._budget = run, world_size, data.quarantine_budget
+        self._world_size, self._budget = world_size, data.quarantine_budget
         self._found, self._committed = Entries(), set[Unreadable]()
         if data.on_error == "quarantine":
-            self._found = Entries(read_quarantined(run))
+            self._found = Entries(read_quarantined(run, newest))
             self._committed = set(self._found)
             self.quarantine = Quarantine(self._budget, self._found)
 
@@ -65,9 +58,8 @@ class QuarantineLog:
                     raise DataError(over_budget(self._budget, entry))
         return self._found.num_samples
 
-    def segment(self, images_seen: int) -> tuple[str, bytes] | None:
-        """(key, bytes) of what was found since the last call, to be put with the checkpoint; None if nothing was."""
+    def objects(self, images_seen: int) -> list[tuple[str, bytes]]:
+        """(key, bytes) of what was found since the last call, to be put with the checkpoint; empty if nothing was."""
         fresh = [entry for entry in self._found if entry not in self._committed]
         self._committed |= set(fresh)
-        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in fresh)
-        return (segment_key(FOLDER, images_seen), lines.encode()) if fresh else None
+        return [QUARANTINED.write(images_seen, fresh)] if fresh else []

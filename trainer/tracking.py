@@ -2,8 +2,8 @@
 
     log: {mlflow: "https://mlflow.example"}        a run of experiment MLFLOW_EXPERIMENT_NAME ("scoreray")
 
-Only what was committed is sent, so a killed run plots nothing twice. Which MLflow run is ours lies in
-`<run>/mlflow.json`, how far it has come is asked of the server. Credentials come from the environment, as for MLflow.
+Only what was committed is sent, so a killed run plots nothing twice. Which MLflow run is ours is stored in
+`<run>/mlflow.json`; the server knows how far it has come. Credentials come from the environment, as for MLflow.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from scoreray.data.errors import UserError
 from scoreray.data.extras import install
 from scoreray.data.storage.store import NotFound
 from scoreray.trainer.config import Config, leaves
-from scoreray.trainer.loop import read_metrics, run_store
-from scoreray.trainer.monitoring.metrics import sigma_labels
+from scoreray.trainer.monitoring.metrics import TrainingRecord
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 KEY = "mlflow.json"
 POLL_S, MOST_PAUSE_S = 5.0, 60.0
-LAST_S, STOPPED_S = 15.0, 5.0  # for what is left when the run has ended, or was told to stop
+LAST_S, STOPPED_S = 15.0, 5.0  # for what is left when the run has ended, or was stopped
 RECORDS_AT_ONCE, PARAMS_AT_ONCE, PARAM_CHARACTERS = 40, 100, 500  # limits of MLflow's interface: 1,000 values, 100
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing is sent to anyone else
@@ -34,6 +38,17 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we try again, at our own pace
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+
+
+@dataclass(frozen=True)
+class _MlflowRun:
+    """`<run>/mlflow.json`: which MLflow run, at which server, is this run's."""
+
+    uri: str
+    run_id: str
+
+
+_STORED = TypeAdapter(_MlflowRun)
 
 
 def check_mlflow(config: Config) -> None:
@@ -46,7 +61,7 @@ def check_mlflow(config: Config) -> None:
 def tracked(config: Config, note: Callable[[str], None]) -> Iterator[None]:
     """Sends the run's records while the block trains it, and what is left at its end (for at most `LAST_S`).
 
-    What fails is told by `note` once, and tried again; what could not be sent by the end, the same command sends.
+    The first failure is passed to `note`, and sending is tried again; the same command sends what is left at the end.
     """
     if config.log.mlflow is None:
         yield
@@ -67,7 +82,7 @@ def tracked(config: Config, note: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Tracker:
-    """The thread beside the run. MLflow is imported there, when the first record is committed: it takes seconds."""
+    """The thread beside the run. MLflow is imported in it, at the first committed record: that takes seconds."""
 
     def __init__(self, config: Config, note: Callable[[str], None]) -> None:
         self._config, self._note = config, note
@@ -105,14 +120,14 @@ class _Tracker:
             return
         if self._client is None:
             self._open()
-            records = [record for record in records if record["images"] > self._sent]
+            records = [record for record in records if record.images > self._sent]
         for start in range(0, len(records), RECORDS_AT_ONCE):
             some = records[start : start + RECORDS_AT_ONCE]
             self._client.log_batch(self._run_id, metrics=[point for record in some for point in _points(record)])
-            self._sent = some[-1]["images"]
+            self._sent = some[-1].images
 
     def _open(self) -> None:
-        """Our MLflow run, found or made, and how far it has come."""
+        """Finds our MLflow run, or makes it, and finds how far it has come."""
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow.exceptions import MlflowException
@@ -121,9 +136,9 @@ class _Tracker:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         client = MlflowClient(tracking_uri=self._uri)
         with contextlib.suppress(NotFound):
-            stored = json.loads(self._run.get(KEY))
-            if stored["uri"] == self._uri:
-                self._run_id = stored["run_id"]
+            stored = _STORED.validate_json(self._run.get(KEY))
+            if stored.uri == self._uri:
+                self._run_id = stored.run_id
         if self._run_id:
             try:
                 client.update_run(self._run_id, status="RUNNING")
@@ -152,7 +167,7 @@ class _Tracker:
             experiment_id = experiment.experiment_id
         tags = {"scoreray.run": self._run.url()}
         run_id = str(client.create_run(experiment_id, run_name=self._config.run.name, tags=tags).info.run_id)
-        self._run.put(KEY, json.dumps({"uri": self._uri, "run_id": run_id}).encode())
+        self._run.put(KEY, json.dumps(asdict(_MlflowRun(self._uri, run_id))).encode())
         values = [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in leaves(self._config.model_dump())]
         for start in range(0, len(values), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=values[start : start + PARAMS_AT_ONCE])
@@ -169,12 +184,10 @@ class _Tracker:
         )
 
 
-def _points(record: Mapping[str, Any]) -> Sequence[Any]:
-    """A record as MLflow's values; steps are images seen."""
+def _points(record: TrainingRecord) -> list[Any]:
+    """A record as MLflow's values, whose names may hold no < and >; steps are images seen."""
     from mlflow.entities import Metric
 
-    values = {f"train/{k}": v for k, v in record.items() if k not in ("images", "time", "sigma_losses")}
-    for label, loss in zip(sigma_labels(), record["sigma_losses"], strict=True):
-        values[f"sigma_loss/{label.replace('<', 'below ').replace('>', 'above ')}"] = loss
-    at = {"timestamp": int(record["time"] * 1000), "step": record["images"]}
-    return [Metric(name, float(value), **at) for name, value in values.items() if value is not None]
+    scalars = ((name.replace("<", "below ").replace(">", "above "), value) for name, value in record.scalars())
+    time_ms = int(record.time * 1000)
+    return [Metric(name, float(value), timestamp=time_ms, step=record.images) for name, value in scalars]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scoreray.trainer.config import Config
-from scoreray.trainer.monitoring.progress import Progress
+from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.on_ray.run import worker_environment
 from scoreray.tune.sweep import Plan, Sweep, need_of
 from scoreray.tune.trial import Trial, advance
@@ -28,7 +28,7 @@ class Work:
     need: Signature
     sent: float
     run: str
-    progress: Progress | None = None
+    progress: TrainingProgress | None = None
     asked: Any = None
 
 
@@ -40,7 +40,7 @@ class TrialProcess:
 
         torch.set_num_threads(threads)
         self._sweep = sweep
-        self._progress: Progress | None = None
+        self._progress: TrainingProgress | None = None
         self._stopped = False
 
     def advance(self, config: dict[str, Any] | None, target: int, values: dict[str, Any], device: str) -> Any:
@@ -50,14 +50,14 @@ class TrialProcess:
             loaded, target, Sweep.model_validate(self._sweep), values, device, self._watch, lambda: self._stopped
         )
 
-    def progress(self) -> Progress | None:
+    def progress(self) -> TrainingProgress | None:
         return self._progress
 
     def stop(self) -> None:
         """Commit what is trained, and end the stretch."""
         self._stopped = True
 
-    def _watch(self, progress: Progress) -> None:
+    def _watch(self, progress: TrainingProgress) -> None:
         self._progress = progress
 
 

@@ -22,9 +22,7 @@ from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswe
 from scoreray.data.storage.lease import Lease
 from scoreray.data.yaml_text import parse_value
 from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
-from scoreray.trainer.config import dump_config
-from scoreray.trainer.loop import run_store
-from scoreray.trainer.on_ray.run import CONFIG_FILE
+from scoreray.trainer.run_folder import run_store, store_config
 from scoreray.tune.processes import Pool, Work, kill
 from scoreray.tune.schedule import Asha, exchange, milestones
 from scoreray.tune.search import num_trials, propose
@@ -258,7 +256,7 @@ class Study:
         if not self._pool.has_room(need_of(self.plan, config)):
             return False
         if config is not None:
-            run_store(config).put_new(CONFIG_FILE, dump_config(config).encode())
+            store_config(run_store(config), config)
         self._pool.start(trial, config, self._target(trial))
         return True
 

@@ -18,9 +18,10 @@ from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.model.load import LoadedDenoiser, load_model
 from scoreray.trainer.checkpoints.checkpoint import MARKER, Checkpoint, latest, verified_copy
 from scoreray.trainer.config import Config
-from scoreray.trainer.loop import run_store, train
-from scoreray.trainer.monitoring.progress import Progress
-from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.metrics import TrainingProgress
+from scoreray.trainer.monitoring.stopping import LoopRequest
+from scoreray.trainer.run_folder import run_store
 from scoreray.tune.metric import check_finite, measure
 from scoreray.tune.space import Values
 from scoreray.tune.sweep import Plan, Sweep, draw_settings
@@ -172,7 +173,7 @@ def advance(
     sweep: Sweep,
     values: Values,
     device: str = "cpu",
-    watch: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[TrainingProgress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train a run to `target` images, unless it is there already, and measure it: one report.
@@ -181,7 +182,7 @@ def advance(
     """
     started, first_step = time.time(), 0.0
 
-    def seen(progress: Progress) -> None:
+    def seen(progress: TrainingProgress) -> None:
         nonlocal first_step
         first_step = first_step or time.time()
         watch(progress)
@@ -215,7 +216,7 @@ def advance(
 
 
 def train_to(
-    config: Config, target: int, device: str, watch: Callable[[Progress], None], stop: Callable[[], bool]
+    config: Config, target: int, device: str, watch: Callable[[TrainingProgress], None], stop: Callable[[], bool]
 ) -> None:
     """Train until `target` images are seen and committed: in this process, or by Ray Train where there are workers.
 
@@ -233,12 +234,12 @@ def train_to(
         return
     seen = there
 
-    def asked() -> Ask:  # once a step
+    def requested() -> LoopRequest:  # once a step
         nonlocal seen
         seen += config.data.global_batch_size
-        return Ask.STOP if seen >= target or stop() else Ask.NOTHING
+        return LoopRequest.STOP if seen >= target or stop() else LoopRequest.NOTHING
 
-    train(config, device=torch.device(device), watch=watch, asked=asked)
+    train(config, device=torch.device(device), watch=watch, requested=requested)
 
 
 def copy_checkpoint(source: Checkpoint, run: Store) -> str:

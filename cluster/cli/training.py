@@ -47,15 +47,15 @@ def train(
         typer.echo(dump_config(loaded), nl=False)
         return
     from scoreray.cluster.verbs.following import check_beside
-    from scoreray.cluster.verbs.train import check_here, tell_of_data, train_to_end
-    from scoreray.trainer.on_ray.run import check_run, prepare_run
+    from scoreray.cluster.verbs.train import check_here, train_to_end, warn_of_data
+    from scoreray.trainer.prepare import check_run, prepare_run
 
     if check:
-        check_run(loaded, fresh=fresh)
+        checked = check_run(loaded, fresh=fresh)
         check_beside(loaded)
         check_here(loaded)
-        warnings = tell_of_data(loaded)
-        typer.echo(f"{config}: good" + (", with a warning" if warnings else ""))
+        warn_of_data(checked)
+        typer.echo(f"{config}: good" + (", with a warning" if checked.warning else ""))
         return
     make_bucket(loaded.run.storage)
     check_beside(loaded)

@@ -19,8 +19,8 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
 from scoreray.trainer.engine.engine import bucket_sizes, resolve_precision
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
-from scoreray.trainer.loop import run_store
 from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import build_training_module
 
 PARTS = ("weights", "gradients", "masters", "moments", "averages", "buffers", "activations")

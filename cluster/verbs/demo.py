@@ -20,8 +20,7 @@ from scoreray.data.errors import StorageError
 from scoreray.data.presets import PRESETS
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.trainer.config import Config, dump_config, load_config
-from scoreray.trainer.loop import read_metrics, run_store
-from scoreray.trainer.on_ray.run import prepare_run
+from scoreray.trainer.prepare import prepare_run
 
 BUCKET = "scoreray"
 DATA_URL = f"s3://{BUCKET}/data/fashion-mnist"
@@ -84,10 +83,10 @@ def run_demo(out: Path, *, quick: bool, workers: int, fresh: bool, verbose: bool
         server.create_bucket(BUCKET)
         say(f"S3 server (SeaweedFS) on {server.env['AWS_ENDPOINT_URL']}, data in {out / 's3'}")
         pack_with_bar(str(fashion_mnist_path()), DATA_URL, name="fashion-mnist", samples_per_shard=1000, workers=1)
-        config = prepare_run(demo_config(quick=quick, workers=workers), fresh=fresh)
-        trained = train_to_end(config, verbose=verbose)
+        prepared = prepare_run(demo_config(quick=quick, workers=workers), fresh=fresh)
+        trained = train_to_end(prepared, verbose=verbose)
         samples_s = _draw(trained, out)
-        _report(trained, config, out, samples_s)
+        _report(trained, prepared.config, out, samples_s)
     return DemoResult(out, trained, time.monotonic() - started)
 
 
@@ -118,7 +117,7 @@ def _draw(trained: TrainResult, out: Path) -> float:
 
 
 def _report(trained: TrainResult, config: Config, out: Path, samples_s: float) -> None:
-    records = read_metrics(run_store(config))
+    records = trained.records
     (out / "config.yaml").write_text(dump_config(config))
     loss_picture(records, out / "loss.png")
     (out / "summary.html").write_text(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scoreray.trainer.config import Config
-from scoreray.trainer.loop import SIGMA_EDGES
+from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingRecord
 
 if TYPE_CHECKING:
     from scoreray.cluster.verbs.train import TrainResult
 
 
-def loss_picture(records: list[dict[str, Any]], path: Path) -> None:
+def loss_picture(records: list[TrainingRecord], path: Path) -> None:
     """Two panels: the mean loss over images seen, and the last records' loss by noise level."""
     import matplotlib
 
@@ -22,7 +22,7 @@ def loss_picture(records: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([record["images"] for record in records], [record["loss"] for record in records], lw=1.6)
+    left.plot([record.images for record in records], [record.loss for record in records], lw=1.6)
     left.set(xlabel="images seen", ylabel="weighted loss", title="Loss over the run")
     left.grid(alpha=0.3)
     left.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
@@ -36,12 +36,12 @@ def loss_picture(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _by_sigma(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def _by_sigma(records: list[TrainingRecord]) -> tuple[list[float], list[float]]:
     ratio = SIGMA_EDGES[1] / SIGMA_EDGES[0]
     centres = [SIGMA_EDGES[0] / ratio**0.5] + [edge * ratio**0.5 for edge in SIGMA_EDGES]
     levels, losses = [], []
     for i, centre in enumerate(centres):
-        values = [record["sigma_losses"][i] for record in records if record["sigma_losses"][i] is not None]
+        values = [loss for record in records if (loss := record.sigma_losses[i]) is not None]
         if values:
             levels.append(centre)
             losses.append(sum(values) / len(values))
@@ -60,7 +60,7 @@ def _precision(config: Config) -> str:
 
 def summary_page(
     config: Config,
-    records: list[dict[str, Any]],
+    records: list[TrainingRecord],
     trained: TrainResult,
     *,
     num_samples: int,
@@ -68,7 +68,7 @@ def summary_page(
     guidance: float,
 ) -> str:
     """One HTML page beside samples.png, loss.png and config.yaml; nothing in it comes from elsewhere."""
-    rates = sorted(record["images_per_s"] for record in records[1:] or records)
+    rates = sorted(record.images_per_s for record in records[1:] or records)
     low, high = config.scaling.range
     rows = {
         "run": trained.run,
@@ -77,7 +77,7 @@ def summary_page(
         "images seen": f"{trained.images_seen:,}",
         "mean loss of the last record": "-" if trained.loss is None else f"{trained.loss:.4f}",
         "training rate": f"{rates[len(rates) // 2]:,.0f} images/s (median)" if rates else "-",
-        "waiting for data": f"{max(record['data_stall'] for record in records[-3:]):.1%}" if records else "-",
+        "waiting for data": f"{max(record.data_stall for record in records[-3:]):.1%}" if records else "-",
         "workers": f"{low if low == high else f'{low} to {high}'}, DeepSpeed ZeRO-{config.engine.zero_stage}",
         "precision": _precision(config),
         "network": config.network.kind,

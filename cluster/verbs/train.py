@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from scoreray.cluster.connect.local_ray import connected
@@ -16,9 +16,12 @@ from scoreray.data.errors import UserError
 from scoreray.data.reading.quarantine import Entries, Unreadable
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config
-from scoreray.trainer.loop import read_metrics, run_store
-from scoreray.trainer.on_ray.run import data_warning, fit
+from scoreray.trainer.monitoring.metrics import TrainingRecord
+from scoreray.trainer.on_ray.run import fit
+from scoreray.trainer.prepare import PreparedRun
 from scoreray.trainer.quarantined import FOLDER, read_quarantined
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.tracking import tracked
 
 MOST_NAMED = 10  # samples that could not be read, in the last lines of a run; the others are in its folder
@@ -34,9 +37,13 @@ class TrainResult:
     loss: float | None
     seconds: float
     quarantined: list[Unreadable] = field(default_factory=list)
+    records: list[TrainingRecord] = field(default_factory=list)
 
     def answer(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the records, which are in the run's folder."""
+        found = asdict(replace(self, records=[]))
+        del found["records"]
+        return found
 
     def text(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
@@ -55,11 +62,11 @@ class TrainResult:
         return f"could not read {Entries(self.quarantined).num_samples:,} samples:\n" + "".join(lines)
 
 
-def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
-    """Run a config that `prepare_run` returned until its last image, on RAY_ADDRESS's cluster or on this machine."""
+def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult:
+    """Run what `prepare_run` returned until its last image, on RAY_ADDRESS's cluster or on this machine."""
+    config, before = prepared.config, prepared.newest
     run = run_store(config)
     started, total = time.monotonic(), config.duration.images
-    before = latest(run)
     if before is not None and before.images_seen >= total:
         say(f"run '{config.run.name}' has already seen its {before.images_seen:,} images (--fresh starts another)")
         with tracked(config, say):  # what could not be sent before
@@ -69,7 +76,7 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
             say(f"run '{config.run.name}' goes on from {before.images_seen:,} images ({before.url})")
         low, high = config.scaling.range
         check_here(config)
-        tell_of_data(config)
+        warn_of_data(prepared)
         with connected(num_cpus=_slots(config), verbose=verbose):
             _wait_for_room(config)
             workers = f"{low}" if low == high else f"{low} to {high}"
@@ -79,10 +86,10 @@ def train_to_end(config: Config, *, verbose: bool = False) -> TrainResult:
     checkpoint = latest(run)
     if checkpoint is None:
         raise UserError(f"{run.url()}: training ended without a checkpoint")
-    records = read_metrics(run)
-    loss = records[-1]["loss"] if records else None
+    records = read_metrics(run, checkpoint)
+    loss = records[-1].loss if records else None
     return TrainResult(run.url(), checkpoint.url, checkpoint.images_seen, loss, time.monotonic() - started,
-                       read_quarantined(run))  # fmt: skip
+                       read_quarantined(run, checkpoint), records)  # fmt: skip
 
 
 def _slots(config: Config) -> int:
@@ -91,7 +98,7 @@ def _slots(config: Config) -> int:
 
 
 def check_here(config: Config) -> None:
-    """Without RAY_ADDRESS the run is this machine's: what it lacks is told before Ray is started. Raises UserError."""
+    """Without RAY_ADDRESS the run is this machine's: what it lacks is found before Ray starts. Raises UserError."""
     if os.environ.get("RAY_ADDRESS"):
         return
     import torch
@@ -103,19 +110,17 @@ def check_here(config: Config) -> None:
             + (f"scaling.workers={gpus} is what it has room for, " if gpus else "")
             + "scaling.use_gpu=false trains on its CPUs, RAY_ADDRESS connects to a cluster"
         )
-    _tell_crowding(config)
+    _warn_of_crowding(config)
 
 
-def tell_of_data(config: Config) -> bool:
-    """Says that the data do not have the scale that the model expects; whether there was something to say."""
-    line = data_warning(config)
-    if line:
-        say(f"warning: {line}")
-    return bool(line)
+def warn_of_data(prepared: PreparedRun) -> None:
+    """Says so where the data do not have the scale that the model expects."""
+    if prepared.warning:
+        say(f"warning: {prepared.warning}")
 
 
-def _tell_crowding(config: Config) -> None:
-    """Fewer cores than were asked for are no mistake: a laptop may try what a cluster will run. But it is told."""
+def _warn_of_crowding(config: Config) -> None:
+    """Fewer cores than configured are no mistake: a laptop may try what a cluster will run. It is worth a line."""
     workers, cores = config.scaling.range[1], os.cpu_count() or 1
     wanted = workers * config.scaling.cpus_per_worker
     if wanted > cores:
@@ -123,7 +128,7 @@ def _tell_crowding(config: Config) -> None:
 
 
 def _wait_for_room(config: Config) -> None:
-    """Before Ray Train would wait for what nobody brings. Raises UserError."""
+    """Else Ray Train would wait for ever for workers that no machine has room for. Raises UserError."""
     low, use_gpu = config.scaling.range[0], config.scaling.use_gpu
     bundle = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
     otherwise = "ask for fewer, or connect to a larger cluster with RAY_ADDRESS"

@@ -8,7 +8,7 @@ from scoreray.sampling.service.metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.trainer.monitoring.metrics import CATALOGUE as RUN_METRICS
 from scoreray.trainer.monitoring.metrics import Metric
 
-DATA = ("scoreray_data_stall", "scoreray_quarantined")
+DATA = ("scoreray_data_", "scoreray_quarantined")  # what their names begin with
 RAYS = (
     Metric("ray_node_cpu_utilization", "percent", "CPUs of a node in use", ("ip",)),
     Metric("ray_node_mem_used", "bytes", "Memory of a node in use", ("ip",)),
@@ -32,7 +32,7 @@ def catalogue() -> dict[str, tuple[Metric, ...]]:
         tuple(
             replace(metric, name=f"ray_{metric.name}", labels=("run", *metric.labels))
             for metric in RUN_METRICS
-            if (metric.name in DATA) == of_data
+            if metric.name.startswith(DATA) == of_data
         )
         for of_data in (True, False)
     )

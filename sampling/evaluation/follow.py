@@ -22,7 +22,6 @@ import torch
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.scratch import scratch_folder
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.evaluation.evaluate import choose_extractor, described, evaluate
 from scoreray.sampling.evaluation.plan import FOLDER, EvaluationSettings
@@ -33,7 +32,8 @@ from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
-from scoreray.trainer.loop import run_store
+from scoreray.trainer.monitoring.tensorboard import Point, events_file
+from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import to_uint8
 
 EVENTS = "tensorboard/evaluation/events.out.tfevents"
@@ -178,24 +178,8 @@ def give_way() -> None:
 
 def _events(found: Values) -> bytes:
     """A TensorBoard file of the metrics of one checkpoint; steps are images seen."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.record_writer import RecordWriter
-
-    scalars = {name: value for name, value in found.items() if isinstance(value, float)}
-    values = [Summary.Value(tag=f"evaluation/{name}", simple_value=value) for name, value in scalars.items()]
-    now = time.time()
-    events = [
-        Event(wall_time=now, file_version="brain.Event:2"),
-        Event(wall_time=now, step=found["images"], summary=Summary(value=values)),
-    ]
-    with scratch_folder() as folder:
-        path = folder / "events"
-        writer = RecordWriter(str(path))
-        for event in events:
-            writer.write(event.SerializeToString())
-        writer.close()
-        return path.read_bytes()
+    scalars = {f"evaluation/{name}": value for name, value in found.items() if isinstance(value, float)}
+    return events_file([Point(found["images"], time.time(), scalars)])
 
 
 def _newest(run: Store, note: Callable[[str], None]) -> Checkpoint | None:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from scoreray.cluster import display
 from scoreray.cluster.display import TrainLine, sigma_table
-from scoreray.trainer.loop import Progress, Record
+from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
 
-RECORD = Record(640, 0.5, 1e-3, 1.0, 100.0, 0.02, [None, 0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, None])
+RECORD = TrainingRecord(640, 0.5, 1e-3, 1.0, 100.0, 0.02, (None, 0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, None))
 
 
 def test_the_table_has_a_row_for_each_level_that_was_met() -> None:
@@ -33,10 +33,10 @@ def test_a_table_at_each_commit_on_a_terminal(monkeypatch: pytest.MonkeyPatch, t
     with console.capture() as capture, TrainLine(1280) as line:
         for images, committed in ((600, 0), (660, 640), (700, 640), (1280, 640), (1280, 1280)):
             record = replace(RECORD, images=images // 640 * 640)
-            line(Progress(images, 1280, 0.5, 100.0, 0.02, committed, record=record))
+            line(TrainingProgress(images, 1280, 0.5, 100.0, 0.02, committed, record=record))
     with console.capture() as later, TrainLine(1280) as line:
         for committed in (0, 640):  # stopped just after a commit
-            line(Progress(650, 1280, 0.5, 100.0, 0.02, committed, record=RECORD))
+            line(TrainingProgress(650, 1280, 0.5, 100.0, 0.02, committed, record=RECORD))
     shown = capture.get()
     assert shown.count("loss by noise level") == (2 if terminal else 0)
     assert later.get().count("loss by noise level") == (1 if terminal else 0)

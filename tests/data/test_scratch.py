@@ -20,7 +20,8 @@ from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import load
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.run_folder import run_store
 
 LINE = (
     r"^temporary folder /[^:]*: no space left on its disk; free some there, or set TMPDIR to a folder on another disk$"

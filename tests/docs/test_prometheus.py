@@ -23,6 +23,7 @@ from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.service import LocalBackend, Service
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.prepare import prepare_run
 
 Query = Callable[[str], list[dict[str, Any]]]
 
@@ -90,7 +91,7 @@ def missing(query: Query, names: set[str], within_s: float) -> set[str]:
 @pytest.mark.slow
 def test_every_metric_of_a_run_and_of_its_node_is_scraped(prometheus: tuple[Query, Path], config: Config) -> None:
     query, _ = prometheus
-    train_to_end(config)
+    train_to_end(prepare_run(config))
     shown = catalogue()
     names = {one.name for board in ("training", "data", "cluster") for one in shown[board] if one not in RAYS_GPUS}
     assert not missing(query, names, 30)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.storage.store import open_store
+from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.networks.network import build_network
@@ -135,13 +136,17 @@ def write_run(
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     values = dict(module.named_parameters())
-    about = {
-        "config": config.model_dump(mode="json"),
-        "shapes": {name: list(value.shape) for name, value in values.items()},
-        "state_keys": ["ema_0.050", "ema_0.100"],
-        "image_shape": list(shape),
-        "classes": names,
-    }
+    marker = Marker(
+        images,
+        images // 16,
+        config=config.model_dump(mode="json"),
+        shapes={name: list(value.shape) for name, value in values.items()},
+        state_keys=["ema_0.050", "ema_0.100"],
+        files={},
+        world_size=1,
+        image_shape=list(shape),
+        classes=names,
+    )
     fragments = [
         Fragment(
             name,
@@ -153,7 +158,7 @@ def write_run(
         for flat in [value.detach().flatten()]
     ]
     writer = CheckpointWriter(open_store(url), attempt=f"try{seed}", rank=0, world_size=1, keep=2)
-    writer.save(images, images // 16, fragments, module, about)
+    writer.save(marker, fragments, module)
     writer.wait()
     writer.close()
     return url

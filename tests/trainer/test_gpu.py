@@ -15,11 +15,12 @@ from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.objective import EDMObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine.engine import build_engine
-from scoreray.trainer.loop import run_store, train
-from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import TrainingModule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -127,8 +128,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(small_set: str, tmp_pa
     for name in ("whole", "broken"):
         settings = config(tmp_path / name, small_set)
         if name == "broken":
-            asks = iter([Ask.NOTHING] * 7 + [Ask.STOP] * 2)
-            assert 0 < train(settings, device="cuda", asked=lambda asks=asks: next(asks)) < 320
+            requests = iter([LoopRequest.NOTHING] * 7 + [LoopRequest.STOP] * 2)
+            assert 0 < train(settings, device="cuda", requested=lambda requests=requests: next(requests)) < 320
         assert train(settings, device="cuda") == 320
         checkpoint = latest(run_store(settings))
         assert checkpoint is not None

@@ -20,9 +20,12 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import Progress, read_metrics, run_store, train
-from scoreray.trainer.monitoring.stopping import Ask, Moved, NonFiniteError
-from scoreray.trainer.on_ray.run import check_run, prepare_run
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.metrics import TrainingProgress
+from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError, Preempted
+from scoreray.trainer.prepare import check_run, prepare_run
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +47,13 @@ def config(data_url: str, storage: Path, *overrides: str) -> Config:
         "checkpoint": {"every_images": 100},
         "log": {"every_images": 50},
     }
-    return prepare_run(load_config(settings, overrides))
+    return prepare_run(load_config(settings, overrides)).config
 
 
 def final(c: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
     checkpoint = latest(run_store(c))
     assert checkpoint is not None
-    losses = [record["loss"] for record in read_metrics(run_store(c))]
+    losses = [record.loss for record in read_metrics(run_store(c))]
     return checkpoint.full_state() | checkpoint.full_state("ema_0.050"), losses
 
 
@@ -99,13 +102,13 @@ def test_micro_batches_do_not_change_what_is_learnt(data_url: str, tmp_path: Pat
 
 def test_records_cover_every_image_once(data_url: str, tmp_path: Path) -> None:
     c = config(data_url, tmp_path)
-    shown: list[Progress] = []
+    shown: list[TrainingProgress] = []
     train(c, watch=shown.append)
     records = read_metrics(run_store(c))
-    images = [record["images"] for record in records]
+    images = [record.images for record in records]
     assert images == sorted(set(images))
     assert images[-1] == 320
-    assert all(len(record["sigma_losses"]) == 11 for record in records)
+    assert all(len(record.sigma_losses) == 11 for record in records)
     assert shown[-1].images == shown[-1].committed == 320
     assert len(committed(run_store(c))) == c.checkpoint.keep
 
@@ -135,25 +138,28 @@ def test_skipped_steps_are_counted_within_the_budget_also_over_a_resume(data_url
             for name, parameter in engine.module.named_parameters():
                 assert torch.equal(parameter, before[seen][name]), name
 
+    def stop_at_112() -> LoopRequest:
+        return LoopRequest.STOP if seen >= 112 else LoopRequest.NOTHING
+
     notes: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_step", spoilt)
         c = config(data_url, tmp_path / "allowed", "optimizer.skip_nonfinite=2")
-        assert train(c, note=notes.append, asked=lambda: Ask.STOP if seen >= 112 else Ask.NOTHING) == 112
+        assert train(c, note=notes.append, requested=stop_at_112) == 112
         checkpoint = latest(run_store(c))
         assert checkpoint is not None
         assert (checkpoint.marker.skipped_steps, checkpoint.num_steps) == (1, 6)
         assert train(c, note=notes.append) == 320
         assert before.keys() == bad
         records = read_metrics(run_store(c))
-        assert [(r["images"], r["skipped_steps"]) for r in records] == [
+        assert [(r.images, r.skipped_steps) for r in records] == [
             (64, 0), (112, 1), (160, 1), (208, 2), (256, 2), (304, 2), (320, 2)]  # fmt: skip
-        assert all(math.isfinite(r["loss"]) for r in records)
+        assert all(math.isfinite(r.loss) for r in records)
         assert [line for line in notes if "1 of optimizer.skip_nonfinite" in line and "to 80 images" in line]
         assert [line for line in notes if "2 of optimizer.skip_nonfinite" in line and "to 208 images" in line]
 
         c = config(data_url, tmp_path / "too-many", "optimizer.skip_nonfinite=1")
-        train(c, asked=lambda: Ask.STOP if seen >= 112 else Ask.NOTHING)
+        train(c, requested=stop_at_112)
         with pytest.raises(NonFiniteError, match=r"sample \d+ \(sigma"):  # the budget is the run's, not this start's
             train(c)
         checkpoint = latest(run_store(c))
@@ -161,16 +167,16 @@ def test_skipped_steps_are_counted_within_the_budget_also_over_a_resume(data_url
         assert checkpoint.images_seen == 112  # what was committed stays
 
 
-def test_told_to_save_or_to_stop_it_commits_at_once(data_url: str, tmp_path: Path) -> None:
-    """SAVE commits once and goes on; MOVE and STOP commit and end; the end is bitwise that of an uninterrupted run."""
+def test_on_a_request_to_save_or_stop_it_commits_at_once(data_url: str, tmp_path: Path) -> None:
+    """SAVE commits once and goes on; PREEMPT and STOP commit and end; the end is bitwise an uninterrupted run's."""
     whole = config(data_url, tmp_path / "whole")
     train(whole)
-    c = config(data_url, tmp_path / "asked", "checkpoint.every_images=1000", "checkpoint.keep=9")
-    calls = iter([Ask.NOTHING, Ask.SAVE, Ask.NOTHING, Ask.NOTHING, Ask.MOVE])
-    with pytest.raises(Moved, match="80 images"):
-        train(c, asked=lambda: next(calls))
+    c = config(data_url, tmp_path / "requested", "checkpoint.every_images=1000", "checkpoint.keep=9")
+    calls = iter([LoopRequest.NOTHING, LoopRequest.SAVE, LoopRequest.NOTHING, LoopRequest.NOTHING, LoopRequest.PREEMPT])
+    with pytest.raises(Preempted, match="80 images"):
+        train(c, requested=lambda: next(calls))
     assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run_store(c))] == [32, 80]
-    assert train(c, asked=lambda: Ask.STOP) == 96
+    assert train(c, requested=lambda: LoopRequest.STOP) == 96
     assert train(c) == 320
     for one, other in zip(final(whole)[0].values(), final(c)[0].values(), strict=True):
         assert torch.equal(one, other)
@@ -217,7 +223,7 @@ def test_training_goes_so_far_ahead_of_a_slow_commit(data_url: str, tmp_path: Pa
 def stopped(data_url: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run that was stopped after its first steps."""
     c = config(data_url, tmp_path_factory.mktemp("stopped"))
-    train(c, asked=lambda: Ask.STOP)
+    train(c, requested=lambda: LoopRequest.STOP)
     return c
 
 
@@ -282,7 +288,7 @@ def test_a_run_does_not_go_on_with_another_data_set(stopped: Config, tmp_path: P
 def test_another_data_set_under_the_same_url_is_refused(data_url: str, tmp_path: Path) -> None:
     shutil.copytree(data_url, tmp_path / "data")
     c = config(str(tmp_path / "data"), tmp_path / "runs")
-    train(c, asked=lambda: Ask.STOP)
+    train(c, requested=lambda: LoopRequest.STOP)
     shutil.rmtree(tmp_path / "data")
     shutil.copytree(packed(tmp_path / "other", images=pictures(99, 8, 8)), tmp_path / "data")
     for refuse in (prepare_run, train):
@@ -299,7 +305,7 @@ def test_damaged_records_are_one_line_and_others_files_beside_them_are_nobodys(
     for name in (".DS_Store", "notes 99.txt", "000000000016.jsonl.bak"):
         (folder / name).write_bytes(b"\xff")
     whole = read_metrics(run)
-    assert [record["images"] for record in whole] == [16, 32, 48]
+    assert [record.images for record in whole] == [16, 32, 48]
     file = folder / "000000000032.jsonl"
     right, rng = file.read_bytes(), random.Random(0)
     damaged = [b"\0" * len(right), b"[]", b"{}", b'{"images": "32", "loss": 1}', b"\xff\xfe"]

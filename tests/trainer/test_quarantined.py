@@ -16,9 +16,11 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import read_metrics, run_store, train
-from scoreray.trainer.on_ray.run import prepare_run
+from scoreray.trainer.loop import train
+from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.quarantined import read_quarantined
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 BAD = [41, 43, 77]
 
@@ -51,7 +53,7 @@ def config(url: str, storage: Path, *overrides: str) -> Config:
         "checkpoint": {"every_images": 32},
         "log": {"every_images": 16},
     }
-    return prepare_run(load_config(settings, overrides))
+    return prepare_run(load_config(settings, overrides)).config
 
 
 def test_a_run_that_was_killed_and_went_on_counts_what_one_that_was_not_does(damaged: str, tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_a_run_that_was_killed_and_went_on_counts_what_one_that_was_not_does(dam
     assert [entry.sample for entry in listed] == BAD
     assert [entry.key for entry in listed] == [f"{sample:08d}" for sample in BAD]
     assert sorted(notes) == sorted(f"quarantined: {entry.text()}" for entry in listed)
-    counts = [record["quarantined"] for record in read_metrics(run_store(whole))]
+    counts = [record.quarantined for record in read_metrics(run_store(whole))]
     assert counts == sorted(counts)
     assert counts[-1] == 3
 
@@ -78,7 +80,7 @@ def test_a_run_that_was_killed_and_went_on_counts_what_one_that_was_not_does(dam
         train(broken.model_copy(update={"duration": broken.duration.model_copy(update={"images": images})}))
     train(broken)
     assert read_quarantined(run_store(broken)) == listed
-    assert [r["quarantined"] for r in read_metrics(run_store(broken)) if r["images"] % 16 == 0] == counts
+    assert [r.quarantined for r in read_metrics(run_store(broken)) if r.images % 16 == 0] == counts
 
 
 def test_the_budget_is_the_runs_and_without_quarantine_the_first_one_stops(damaged: str, tmp_path: Path) -> None:
@@ -88,15 +90,15 @@ def test_the_budget_is_the_runs_and_without_quarantine_the_first_one_stops(damag
         train(config(damaged, tmp_path / "b", "data.on_error=stop"))
 
 
-def test_two_workers_tell_of_a_missing_shard_and_of_samples_in_one_summary(
+def test_two_workers_report_a_missing_shard_and_samples_in_one_summary(
     damaged: str, tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url = str(tmp_path / "set")
     shutil.copytree(damaged, url)
     shard = Manifest.load(open_store(url)).shards[0]
     Path(url, shard.name).unlink()
-    asked = config(url, tmp_path / "runs", "data.quarantine_budget=27", "scaling.workers=2")
-    result = train_to_end(asked)
+    two = config(url, tmp_path / "runs", "data.quarantine_budget=27", "scaling.workers=2")
+    result = train_to_end(prepare_run(two))
     assert [(entry.sample, entry.count) for entry in result.quarantined] == [(0, 24), *((s, 1) for s in BAD)]
     text = result.text()
     assert "could not read 27 samples:" in text
@@ -104,4 +106,4 @@ def test_two_workers_tell_of_a_missing_shard_and_of_samples_in_one_summary(
     assert "  shards/000001.tar: sample 41 (key '00000041') at byte" in text
     assert len(result.answer()["quarantined"]) == 4
     assert capfd.readouterr().err.count("quarantined: shards/000000.tar: samples 0 to 23") == 1
-    assert read_metrics(run_store(asked))[-1]["quarantined"] == 27
+    assert read_metrics(run_store(two))[-1].quarantined == 27

@@ -17,9 +17,11 @@ import pytest
 from scoreray.data.errors import UserError
 from scoreray.trainer import tracking
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import read_metrics, run_store, train
-from scoreray.trainer.monitoring.stopping import Ask
-from scoreray.trainer.on_ray.run import check_run
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.stopping import LoopRequest
+from scoreray.trainer.prepare import check_run
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.tracking import tracked
 
 Settings = Callable[..., dict[str, Any]]
@@ -59,19 +61,19 @@ def assert_each_record_once(c: Config, uri: str) -> str:
     """In one MLflow run, whose id is returned."""
     ((run_id, points),) = plotted(uri).items()
     records = read_metrics(run_store(c))
-    assert sorted(points["train/loss"]) == [(r["images"], pytest.approx(r["loss"])) for r in records]
-    assert sorted(step for step, _ in points["train/gradient_norm"]) == [r["images"] for r in records]
+    assert sorted(points["train/loss"]) == [(r.images, pytest.approx(r.loss)) for r in records]
+    assert sorted(step for step, _ in points["train/gradient_norm"]) == [r.images for r in records]
     assert {"sigma_loss/0.316-1", "train/images_per_s"} <= set(points)
     return run_id
 
 
 def stop_after(images: int) -> Any:
     calls = iter(range(16, 10_000, 16))
-    return lambda: Ask.STOP if next(calls) >= images else Ask.NOTHING
+    return lambda: LoopRequest.STOP if next(calls) >= images else LoopRequest.NOTHING
 
 
 def interrupted(c: Config) -> None:
-    train(c, asked=stop_after(112))
+    train(c, requested=stop_after(112))
     raise KeyboardInterrupt
 
 
@@ -92,10 +94,10 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(small_run: Settings, tmp_p
         taken.bind(("127.0.0.1", 0))
         away = config(small_run, tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}")
         with tracked(away, notes.append):
-            train(away, asked=stop_after(96))
+            train(away, requested=stop_after(96))
     assert len(notes) == 1
     assert "training goes on" in notes[0]
-    assert read_metrics(run_store(c))[-1]["images"] == 208
+    assert read_metrics(run_store(c))[-1].images == 208
 
     for _ in range(2):  # the second time there is nothing left to do
         with tracked(c, notes.append):
@@ -109,7 +111,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(small_run: Settings, tmp_p
     assert json.loads(run_store(c).get(tracking.KEY)) == {"uri": uri, "run_id": first}
 
 
-def test_what_is_missing_or_out_of_place_is_told_before_the_run(
+def test_what_is_missing_or_out_of_place_is_refused_before_the_run(
     small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for uri in ("./mlruns", "file:///tmp/mlruns", "mlflow.example", "https://"):
@@ -119,7 +121,7 @@ def test_what_is_missing_or_out_of_place_is_told_before_the_run(
         config(small_run, tmp_path, "https://me:hunter2@mlflow.example")
     assert "hunter2" not in str(refused.value)
     wanted = config(small_run, tmp_path, "https://mlflow.example")
-    check_run(wanted)  # whether it answers is not asked: it may later
+    check_run(wanted)  # whether it answers is not checked: it may later
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r"^log\.mlflow: .*pip install 'mlflow-skinny"):
         check_run(wanted)
@@ -144,7 +146,7 @@ make_server("127.0.0.1", int(port), guarded, threaded=True).serve_forever()
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Any]:
-    """start() -> process: MLflow's own server, always at start.uri, that asks for a password."""
+    """start() -> process: MLflow's own server, always at start.uri, that wants a password."""
     started: list[subprocess.Popen[bytes]] = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -184,19 +186,19 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
     c = config(small_run, tmp_path, server.uri)
     process = server()
     with tracked(c, notes.append):
-        train(c, asked=stop_after(96))
+        train(c, requested=stop_after(96))
     assert len(notes) == 1
     assert "401" in notes[0]
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     with tracked(c, notes.append):
-        train(c, asked=stop_after(96))
+        train(c, requested=stop_after(96))
         deadline = time.monotonic() + 60
         while not run_store(c).exists(tracking.KEY) or not any(plotted(server.uri).values()):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         process.kill()
         process.wait()
-        train(c, asked=stop_after(64))
+        train(c, requested=stop_after(64))
         while len(notes) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)

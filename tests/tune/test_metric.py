@@ -17,7 +17,9 @@ from scoreray.data.packing.pack import pack
 from scoreray.sampling.model.load import load
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.targets import ring
-from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 from scoreray.tune import metric
 from scoreray.tune.load import check_sweep, load_sweep
 from scoreray.tune.metric import check_finite, denoising_errors, held_out, levels_of, likelihood, measure, weights_of
@@ -61,7 +63,7 @@ def test_the_metric_ranks_weightings_as_the_true_score_error_does_and_the_traini
         config = load_config(base, overrides)
         train(config)
         model = load(run_store(config).url(), device="cpu")
-        trained[kind] = read_metrics(run_store(config))[-1]["loss"]
+        trained[kind] = read_metrics(run_store(config))[-1].loss
         fair[kind] = float((denoising_errors(model, held, sigmas, 512) * weights).mean())
         true[kind] = 0.0
         for sigma, weight, z in zip(sigmas, weights.tolist(), noises, strict=True):

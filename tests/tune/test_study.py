@@ -21,8 +21,8 @@ from scoreray.data.errors import UserError
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store
-from scoreray.trainer.on_ray.run import check_run
+from scoreray.trainer.prepare import check_run
+from scoreray.trainer.run_folder import run_store
 from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of

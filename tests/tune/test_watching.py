@@ -8,7 +8,7 @@ import pytest
 
 from scoreray.cluster.verbs import tune as tuning
 from scoreray.cluster.verbs.tune import Pace, TrialTable
-from scoreray.trainer.monitoring.progress import Progress
+from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.tune.load import load_sweep
 from scoreray.tune.processes import Work
 from scoreray.tune.schedule import expected_images
@@ -24,7 +24,7 @@ def trial(number: int, images: int, state: str) -> Trial:
 
 def under_way(one: Trial, images: int, target: int) -> Work:
     work = Work(one, target, None, (), 0.0, one.run)
-    work.progress = Progress(images, target, 1.0, 1.0, 0.0, 0)
+    work.progress = TrainingProgress(images, target, 1.0, 1.0, 0.0, 0)
     return work
 
 

@@ -3,7 +3,7 @@
     <run>/checkpoints/000000012800-3f9a1c02/      images seen, and the attempt that wrote it
         rank-00000.safetensors                    this rank's fragments: "<state>/<parameter>@<start>" -> [length] fp32
         rank-00000-001.safetensors                more of them, where one file would be large
-        rank-00000.json                           their table, the files' sizes and SHA-256; says this rank is done
+        rank-00000.json                           their table, the files' sizes and SHA-256; written when it is done
         COMMITTED.json                            the marker, written last (`marker.py`)
     <run>/snapshots/000000012800-3f9a1c02/        the averages alone, in fp16, kept for good: what `posthoc.py` mixes
 
@@ -34,9 +34,9 @@ from scoreray.trainer.optim.fragments import MASTER, Fragment, StoredFragment, o
 FOLDER = "checkpoints"
 SNAPSHOTS = "snapshots"
 MARKER = "COMMITTED.json"
-OWNER = "owner"  # holds the token of the newest start of the run; an older one that still lives may not commit
+OWNER = "owner"  # the lease of the newest start of the run; an older one that still runs may not commit
 BUFFERS = "buffers"
-TRIES = 20  # of reading the newest checkpoint while others commit
+TRIES = 20  # of reading what is newest while a writer commits, and removes what was newest a moment ago
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Checkpoint:
     def restore(self, fragments: Iterable[Fragment], module: torch.nn.Module) -> None:
         """Write the stored state into `fragments` (any partition of the same parameters) and the module's buffers.
 
-        Raises DataError when a file is not what the marker says, and where what the module has parameters or buffers
-        for is not what was stored: one is missing, there is one more, or a shape is another.
+        Raises DataError when a file is not what the marker says, and when the module's parameters or buffers are not
+        those that were stored: one is missing, there is one more, or a shape differs.
         """
         self._check_fit("parameter", parameter_shapes(module), self.marker.shapes)
         try:
@@ -79,10 +79,10 @@ class Checkpoint:
                 "URL where the same samples are, or begin a new run on these (another run.name, or --fresh)"
             )
 
-    def _check_fit(self, what: str, here: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> None:
-        """Raises DataError unless both have the same names and shapes; a module without any takes whatever is asked."""
-        for name in sorted(here.keys() | stored.keys()) if here else ():
-            if (one := here.get(name)) is None or (other := stored.get(name)) is None:
+    def _check_fit(self, what: str, wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> None:
+        """Raises DataError unless both have the same names and shapes; a module without any takes what is stored."""
+        for name in sorted(wanted.keys() | stored.keys()) if wanted else ():
+            if (one := wanted.get(name)) is None or (other := stored.get(name)) is None:
                 raise DataError(f"{self.url}: {what} {name} is {'not stored there' if one else 'of another network'}")
             if list(one) != list(other):
                 raise DataError(f"{self.url}: {what} {name} has the shape {list(other)}, {list(one)} is wanted")
@@ -165,8 +165,8 @@ def verified_copy(store: Store, key: str, about: StoredFile) -> Iterator[Path]:
             digest.update(data)
             local.write(data)
         local.flush()
-        if (there := path.stat().st_size) != size:
-            raise DataError(f"{store.url(key)}: {there:,} bytes are there, {size:,} were committed")
+        if (found := path.stat().st_size) != size:
+            raise DataError(f"{store.url(key)}: it has {found:,} bytes, {size:,} were committed")
         if digest.hexdigest() != about.sha256:
             raise DataError(f"{store.url(key)}: its bytes are not those that were committed (SHA-256)")
         yield path
@@ -191,7 +191,7 @@ def latest(run: Store) -> Checkpoint | None:
             continue
         except DataError as error:
             raise DataError(f"{error}; {instead_of(run, folders[-1])}") from error
-    raise Unanswered(f"{run.url(FOLDER)}: checkpoints go as fast as they are found there; is something removing them?")
+    raise Unanswered(f"{run.url(FOLDER)}: checkpoints go as fast as they are found; is something removing them?")
 
 
 def instead_of(store: Store, folder: str) -> str:

@@ -1,7 +1,7 @@
 """COMMITTED.json, what commits a checkpoint: which files it is made of, and what was trained on what; sealed.
 
-This module alone writes and reads it, and the tables by which ranks tell rank 0 what they have stored. Format 1 had
-neither the seal nor the data set: it is read with a note, as far as it can be checked.
+This module alone writes and reads it, and the table of files that each rank stores for rank 0. Format 1 had neither the
+seal nor the data set: it is read with a note, as far as it can be checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONFIG = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One safetensors file. `fragments`: (parameter, first element, how many) of what lies in it."""
+    """One safetensors file. `fragments`: (parameter, first element, how many) of what is stored in it."""
 
     __pydantic_config__ = _CONFIG
 
@@ -79,10 +79,15 @@ class Marker:
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         for name, file in self.files.items():
             if "/" in name or "\0" in name:
-                raise ValueError(f"bad entry for file {name!r}: its name leads elsewhere")
+                raise ValueError(f"bad entry for file {name!r}: its name is a path")
             for parameter, start, length in file.fragments:
                 if not length or start + length > sizes.get(parameter, 0):
                     raise ValueError(f"bad entry for file {name!r}: {parameter} has no [{start}, {start + length})")
+
+    @property
+    def sigma_data(self) -> float:
+        """What the run's `denoiser.sigma_data: auto` was settled to when it began."""
+        return float(self.config["denoiser"]["sigma_data"])
 
     def __getitem__(self, name: str) -> Any:
         """A field by its name, as in the file; for notebooks and scripts."""
@@ -121,7 +126,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank has stored of a checkpoint; that this table is there says that the rank is done."""
+    """Table of what a rank has stored of a checkpoint; it is written last, so its existence means the rank is done."""
 
     __pydantic_config__ = _CONFIG
 
@@ -136,13 +141,13 @@ class Share:
         return read_sealed(_SHARE, data, url, "table of a rank's share")
 
 
-def _other_classes(here: Sequence[str], there: Sequence[str]) -> str:
-    text = f"{len(here)} classes, not {len(there)}" if len(here) != len(there) else f"{len(here)} other classes"
-    for which, names, others in (("new", here, there), ("missing", there, here)):
+def _other_classes(given: Sequence[str], trained: Sequence[str]) -> str:
+    text = f"{len(given)} classes, not {len(trained)}" if len(given) != len(trained) else f"{len(given)} other classes"
+    for which, names, others in (("new", given, trained), ("missing", trained, given)):
         some = [name for name in names if name not in set(others)]
         if some:
             text += f", {which}: {', '.join(name[:40] for name in some[:3])}{', ...' if len(some) > 3 else ''}"
-    return text if set(here) != set(there) else f"{text}: their order differs"
+    return text if set(given) != set(trained) else f"{text}: their order differs"
 
 
 _MARKER, _SHARE = TypeAdapter(Marker), TypeAdapter(Share)

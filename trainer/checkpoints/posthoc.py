@@ -53,7 +53,7 @@ def solve(stored: Sequence[tuple[float, float]], wanted: tuple[float, float]) ->
     gamma = np.array([power_of_std(std) for _, std in stored])
     t_w, gamma_w = np.array([wanted[0]], dtype=np.float64), np.array([power_of_std(wanted[1])])
     products, right = inner_products(t, gamma, t, gamma), inner_products(t, gamma, t_w, gamma_w)[:, 0]
-    scale = 1 / np.sqrt(np.diag(products))  # of unit profiles the singular values tell what rounding does
+    scale = 1 / np.sqrt(np.diag(products))  # with unit profiles, small singular values are those that magnify rounding
     factors = (
         scale * np.linalg.lstsq(products * scale[:, None] * scale, right * scale, rcond=SMALLEST_SINGULAR_VALUE)[0]
     )
@@ -89,7 +89,7 @@ def find_mix(checkpoint: Checkpoint, std: float) -> Mix:
 def stored_averages(checkpoint: Checkpoint) -> list[Checkpoint]:
     """Committed snapshots and checkpoints of the same run up to `checkpoint`, one for each step, oldest first.
 
-    Where both are there, the checkpoint counts: its averages are fp32.
+    Where a step has both, the checkpoint counts: its averages are fp32.
     """
     run = open_store(checkpoint.url.rpartition(f"/{FOLDER}/")[0])
     by_step: dict[int, Checkpoint] = {}
@@ -102,7 +102,7 @@ def stored_averages(checkpoint: Checkpoint) -> list[Checkpoint]:
 
 
 def in_turn(task: Callable[..., Ranges], inputs: Iterable[tuple]) -> Iterable[Ranges]:
-    """Calls the task for each of the inputs, here."""
+    """Calls the task for each of the inputs, in this process."""
     return (task(*one) for one in inputs)
 
 

@@ -1,16 +1,17 @@
-"""Writing checkpoints behind the training: shares, the marker that commits them, and which ones stay.
+"""Writing checkpoints in the background of training: shares, the marker that commits them, and which ones stay.
 
 What must hold when any process is killed at any moment: the newest marker belongs to a checkpoint that is whole, and
-what killed writes left is removed by a later start, so that it never grows without bound.
+what killed writes left is removed by a later start, so that it never grows without bound (`test_kills.py`,
+`racing_starts.py`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -27,17 +28,20 @@ from scoreray.trainer.optim.fragments import Fragment
 
 PART_BYTES = 512 << 20  # a share beyond this goes on in another file, so that readers of a range read little else
 Row = tuple[str, int, int]  # a fragment: parameter, first element, how many
-LEASE_EVERY_S = 10.0  # how often a run that trains asks whether it still is this start's
-WAITING_EVERY_S = 2.0  # and where it waits for the other ranks' shares
-METRICS = "metrics"  # what is written there before a commit, by rank 0 alone
+LEASE_EVERY_S = 10.0  # how often a run that trains checks whether it still is this start's
+WAITING_EVERY_S = 2.0  # and while it waits for the other ranks' shares
+SWEPT = (FOLDER, SNAPSHOTS, "metrics", "tensorboard", "quarantined")  # where a start writes
+Tensors = dict[str, torch.Tensor]
+Objects = Sequence[tuple[str, bytes]]  # (key, bytes)
 
 
 class CheckpointWriter:
     """Saves a rank's share in the background; on rank 0, commits when every rank's share has arrived.
 
-    Ranks meet through the store alone, so training goes on while files travel and no collective is involved.
+    Ranks meet through the store alone: training goes on while files are uploaded, and no collective is involved, which
+    a rank that is late or dead would block.
     Making one on rank 0 takes the run over: a writer of an earlier start raises TakenOver instead of committing.
-    `attempt`: a token shared by the ranks of this start of the worker group; names of two attempts never meet.
+    `attempt`: a token shared by the ranks of this start of the worker group; no two attempts write the same key.
     `keep`, `keep_every_images`: which checkpoints stay, see `kept`.
     """
 
@@ -57,32 +61,30 @@ class CheckpointWriter:
         self._swept = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._asked: Future[None] | None = None
+        self._lease_check: Future[None] | None = None
         self._stop = threading.Event()
         self.last_commit: tuple[int, float] | None = None
         self._lease: Lease | None = None
-        # Uncommitted folders of earlier starts, seen before ours was known to any other; a rank that is ahead of this
-        # one may have stored its share already.
-        self._left: set[str] = set()
+        # Uncommitted folders of earlier starts, listed before any other rank can know our attempt and write under it:
+        # what was listed later could be the share of a rank that is ahead of this one.
+        self._leftovers: set[str] = set()
         if rank == 0:
-            self._left = {folder for folder in self._uncommitted() if not folder.endswith(f"-{attempt}")}
+            self._leftovers = {folder for folder in self._uncommitted() if not folder.endswith(f"-{attempt}")}
             self._lease = Lease.take(run, OWNER, "run", attempt)
 
     def save(
         self,
-        images_seen: int,
-        num_steps: int,
+        marker: Marker,
         fragments: Sequence[Fragment],
         module: torch.nn.Module,
-        about: dict[str, Any],
-        before_commit: Callable[[], None] | None = None,
+        objects: Objects = (),
         snapshot: Sequence[str] = (),
     ) -> None:
-        """Copy the state and return; writing goes on behind. Waits for the save before this one first.
+        """Copy the state and return; writing goes on in the background. Waits for the save before this one first.
 
-        `about` (rank 0): fields of the `Marker` that the writer does not know: config, shapes, state_keys, image_shape,
-        classes, data, skipped_steps. `before_commit` (rank 0) writes what must be there once the checkpoint is.
-        `snapshot`: state keys that are also kept on their own, for good; they are committed before the checkpoint is.
+        marker: what is committed; the writer fills in files, world_size and time.  objects (rank 0): written right
+        before the marker, so that they are stored once the checkpoint is.  snapshot: state keys that are also kept on
+        their own, for good; they are committed before the checkpoint is.
         Errors of a save are raised by the next call or `wait`.
         """
         self.wait()
@@ -95,8 +97,7 @@ class CheckpointWriter:
         buffers = {}
         if self._rank == 0:
             buffers = {name: b.detach().to("cpu", copy=True).contiguous() for name, b in state_buffers(module).items()}
-        about = {"images_seen": images_seen, "num_steps": num_steps, **about}
-        self._pending = self._pool.submit(self._write, tensors, table, buffers, about, before_commit, snapshot)
+        self._pending = self._pool.submit(self._write, marker, tensors, table, buffers, objects, snapshot)
 
     def wait(self) -> None:
         """Until the last save is committed (rank 0) or its share is stored (others)."""
@@ -110,16 +111,17 @@ class CheckpointWriter:
             self._lease.check()
 
     def poll(self) -> None:
-        """Between steps: raises what a save behind has met, or, found out behind too, what `check_lease` raises."""
+        """Between steps: raises the error of a save that has ended, or that of `check_lease`, which runs in the
+        background too."""
         if self._pending is not None:
             if self._pending.done():
                 self.wait()
         elif self._lease is not None:
-            if self._asked is not None and self._asked.done():
-                self._asked.result()
-                self._asked = None
-            if self._asked is None:
-                self._asked = self._pool.submit(self._lease.check_every, LEASE_EVERY_S)
+            if self._lease_check is not None and self._lease_check.done():
+                self._lease_check.result()
+                self._lease_check = None
+            if self._lease_check is None:
+                self._lease_check = self._pool.submit(self._lease.check_every, LEASE_EVERY_S)
 
     def close(self) -> None:
         """Stop without waiting for a commit that may never come. `wait` first for an orderly end."""
@@ -127,23 +129,30 @@ class CheckpointWriter:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _write(
-        self, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any, snapshot: Sequence[str]
+        self,
+        marker: Marker,
+        tensors: Tensors,
+        table: list[Row],
+        buffers: Tensors,
+        objects: Objects,
+        snapshot: Sequence[str],
     ) -> None:
-        with span("train.commit", run=self._run.url(), rank=self._rank, images=about["images_seen"]):
-            name = f"{about['images_seen']:012d}-{self._attempt}"
+        with span("train.commit", run=self._run.url(), rank=self._rank, images=marker.images_seen):
+            name = f"{marker.images_seen:012d}-{self._attempt}"
             if self._rank == 0 and not self._swept:  # first: starts that never reach a commit would pile up
                 self.check_lease()
                 self._sweep()
             if snapshot:
                 averages = {key: _halved(t) for key, t in tensors.items() if key.partition("/")[0] in snapshot}
-                self._commit(f"{SNAPSHOTS}/{name}", averages, table, buffers, {**about, "state_keys": list(snapshot)})
-            self._commit(f"{FOLDER}/{name}", tensors, table, buffers, about, before_commit)
+                kept_averages = replace(marker, state_keys=list(snapshot))
+                self._commit(f"{SNAPSHOTS}/{name}", kept_averages, averages, table, buffers)
+            self._commit(f"{FOLDER}/{name}", marker, tensors, table, buffers, objects)
             if self._rank == 0:
-                self.last_commit = (about["images_seen"], time.time())
+                self.last_commit = (marker.images_seen, time.time())
                 self._clean()
 
     def _commit(
-        self, folder: str, tensors: Any, table: Any, buffers: Any, about: Any, before_commit: Any = None
+        self, folder: str, marker: Marker, tensors: Tensors, table: list[Row], buffers: Tensors, objects: Objects = ()
     ) -> None:
         """This rank's share; on rank 0 also the marker, when every share has arrived."""
         share, files = f"rank-{self._rank:05d}", dict[str, StoredFile]()
@@ -157,26 +166,26 @@ class CheckpointWriter:
         self._run.put(f"{folder}/{share}.json", Share(files).to_json())
         if self._rank == 0:
             files = self._collect(folder)
-            marker = Marker(**about, world_size=self._world_size, files=files, time=time.time()).to_json()
-            Marker.from_json(marker, self._run.url(f"{folder}/{MARKER}"))  # what could not be read is not committed
+            text = replace(marker, world_size=self._world_size, files=files, time=time.time()).to_json()
+            Marker.from_json(text, self._run.url(f"{folder}/{MARKER}"))  # what could not be read is not committed
             self.check_lease()
-            if before_commit is not None:
-                before_commit()
-            self._run.put(f"{folder}/{MARKER}", marker)
+            for key, data in objects:
+                self._run.put(key, data)
+            self._run.put(f"{folder}/{MARKER}", text)
             try:
                 self.check_lease()
-            except TakenOver:  # just now; the new start may have gone on from before, and removes our files
+            except TakenOver:  # just now; the new start may have resumed from before, and removes our files
                 self._run.delete([f"{folder}/{MARKER}"])
                 raise
 
-    def _put(self, key: str, tensors: dict[str, torch.Tensor], fragments: list[Row]) -> StoredFile:
+    def _put(self, key: str, tensors: Tensors, fragments: list[Row]) -> StoredFile:
         with scratch_file() as (file, path):
             size, digest = write_tensors(file, tensors)
             self._run.put(key, path)
         return StoredFile(size, digest, fragments)
 
     def _collect(self, folder: str) -> dict[str, StoredFile]:
-        """Every rank's files, once each has said that it is done."""
+        """Every rank's files, once the table of each rank is stored."""
         files: dict[str, StoredFile] = {}
         deadline, pause_s = time.monotonic() + self._timeout_s, 0.02
         for rank in range(self._world_size):
@@ -192,17 +201,17 @@ class CheckpointWriter:
         return files
 
     def _check_waiting(self, deadline: float, otherwise: str) -> None:
-        """Raises where what is waited for won't come: a newer start removes what we have stored."""
+        """Raises where what is waited for won't come: the time is up, or a newer start removes what we have stored."""
         if self._lease is not None:
             self._lease.check_every(WAITING_EVERY_S)
         if self._stop.is_set() or time.monotonic() > deadline:
             raise Unanswered(otherwise)
 
     def _sweep(self) -> None:
-        """What killed starts left: half-written, which no listing shows, and whole files that were never committed."""
-        for prefix in (FOLDER + "/", SNAPSHOTS + "/", METRICS + "/", "tensorboard/", "quarantined/", OWNER):
+        """Remove what killed starts left: unfinished uploads, which no listing shows, and files never committed."""
+        for prefix in (*(f"{folder}/" for folder in SWEPT), OWNER):
             self._run.clear_unfinished(prefix, but=f"-{self._attempt}/")
-        self._remove(self._left & self._uncommitted())
+        self._remove(self._leftovers & self._uncommitted())
         self._clean()
         self._swept = True
 
@@ -242,7 +251,7 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
     return half if bool(torch.isfinite(half).all()) else tensor
 
 
-def _parts(tensors: dict[str, torch.Tensor], table: Sequence[Row]) -> list[dict[str, Row]]:
+def _parts(tensors: Tensors, table: Sequence[Row]) -> list[dict[str, Row]]:
     """The fragments of `table` by key ("parameter@start"), in groups of at most `PART_BYTES` (or one fragment)."""
     sizes: dict[str, int] = {}
     for key, tensor in tensors.items():

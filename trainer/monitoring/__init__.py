@@ -1,1 +1,1 @@
-"""What a run measures and reports, and how it is asked to stop or to save."""
+"""What a run measures and reports, and the requests to save or stop that reach its loop."""

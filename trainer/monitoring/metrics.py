@@ -1,23 +1,106 @@
-"""What a run measures, in one list, and the forms in which it is shown: Prometheus gauges through Ray, and TensorBoard.
+"""What a run measures: records (stored), progress (shown), and every Prometheus metric of it in one list.
 
-Inside Ray a gauge is called `ray_<name>` and has the tag `run`. Records and TensorBoard files are written with the
-checkpoint that they lead to (see `loop.py`), so a resumed run plots nothing twice.
+Inside Ray a metric is called `ray_<name>` and has the tag `run`. A metric of something that a record or a progress
+already holds is one row of `CATALOGUE`; a new measurement is also a field here, which `meter.py` fills.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from scoreray.data.scratch import scratch_folder
+from pydantic import ConfigDict
 
-if TYPE_CHECKING:
-    from scoreray.trainer.monitoring.progress import Progress
+from scoreray.data.reading.reader import Stats
 
-TENSORBOARD = "tensorboard"  # folder of a run: `tensorboard --logdir <run>/tensorboard`
 SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.0032 ... 100, half decades
+
+
+def sigma_labels() -> list[str]:
+    """A name for each bucket of noise levels, lowest first: "<0.00316", "0.00316-0.01", ..., ">100"."""
+    edges = [f"{edge:.3g}" for edge in SIGMA_EDGES]
+    between = [f"{low}-{high}" for low, high in pairwise(edges)]
+    return [f"<{edges[0]}", *between, f">{edges[-1]}"]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What was measured since the record before; one line of the run's metrics (`trainer/records.py`).
+
+    Fields without a default are in the files of every version; those with one were added later.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True)
+
+    images: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    images_per_s: float
+    data_stall: float
+    """share of the wall time that the step waited for data"""
+    sigma_losses: tuple[float | None, ...] = ()
+    """mean loss by noise level, between the `SIGMA_EDGES`; None for a bucket without a sample"""
+    quarantined: int = 0
+    """samples that could not be read, in the whole run so far"""
+    skipped_steps: int = 0
+    """steps without an update because loss or gradient was not finite, in the whole run so far"""
+    mfu: float | None = None
+    """FLOPs of training over what the workers' devices do in matrix products of the same precision (`flops.py`)"""
+    time: float = 0.0
+    """Unix time, s"""
+
+    def sigma_losses_by_label(self) -> dict[str, float]:
+        """Mean loss by bucket of noise levels; only buckets that a sample was in."""
+        pairs = zip(sigma_labels(), self.sigma_losses, strict=False)
+        return {label: loss for label, loss in pairs if loss is not None}
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """(name, value) of all that TensorBoard and MLflow plot."""
+        for name, value in asdict(self).items():
+            if name not in ("images", "time", "sigma_losses") and value is not None:
+                yield f"train/{name}", value
+        for label, loss in self.sigma_losses_by_label().items():
+            yield f"sigma_loss/{label}", loss
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a run is, for a person who watches: sent often, never stored."""
+
+    images: int
+    total: int
+    loss: float
+    images_per_s: float
+    data_stall: float
+    committed: int
+    committed_at: float = 0.0
+    """Unix time of the last commit, s, also by an earlier start; 0 before the first"""
+    started_at: float = 0.0
+    mfu: float = math.nan
+    record: TrainingRecord | None = None
+    """the newest one"""
+    skipped_steps: int = 0
+    """steps without an update because loss or gradient was not finite, in the whole run so far"""
+    reads: Stats = field(default_factory=Stats)
+    """what the streams of all ranks have done since the workers started, as of the newest record"""
+
+
+@dataclass
+class RunStatus:
+    """What the metrics of a run are computed from; the Monitor keeps it over restarts of the workers."""
+
+    progress: TrainingProgress | None = None
+    committed_at: float = 0.0
+    skipped_steps: int = 0
+    restarts: int = 0
+    stopped_nonfinite: bool = False
+    began_at: float = field(default_factory=time.time)
+    reported_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -35,100 +118,66 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-CATALOGUE = (
-    Metric("scoreray_images_seen", "images", "Images that the run has trained on"),
-    Metric("scoreray_images_total", "images", "Images after which the run ends"),
-    Metric("scoreray_images_per_s", "images/s", "Throughput of all workers over the last seconds"),
-    Metric("scoreray_mfu", "share", "Training FLOPs a second over the measured matmul rate of all workers' devices"),
-    Metric("scoreray_data_stall", "share", "Share of the wall time that a step waited for data"),
-    Metric("scoreray_loss", "1", "Weighted loss of the last step on rank 0"),
-    Metric("scoreray_sigma_loss", "1", "Weighted loss by noise level; tag `sigma` is the bucket", ("sigma",)),
-    Metric("scoreray_gradient_norm", "1", "Norm of the gradient before clipping, at the last record"),
-    Metric("scoreray_learning_rate", "1", "Learning rate at the last record"),
-    Metric("scoreray_last_commit_time_s", "s", "Unix time of the last committed checkpoint; 0 before the first"),
-    Metric("scoreray_last_commit_age_s", "s", "Seconds since the last commit, of any start; before it, since start"),
-    Metric("scoreray_progress_age_s", "s", "Seconds since the run told anything; until then all else stays as it was"),
-    Metric("scoreray_committed_images", "images", "Images of the last committed checkpoint"),
-    Metric("scoreray_restarts", "starts", "How often the workers were started again"),
-    Metric("scoreray_quarantined", "samples", "Samples that could not be read, in the whole run"),
-    Metric("scoreray_skipped_steps", "steps", "Steps that were left out as their loss or gradient was not finite"),
-    Metric("scoreray_stopped_nonfinite", "1", "1 once the run ends because loss or gradient was not finite, else 0"),
-)
+Value = float | Mapping[str, float] | None
+"""Of a metric now; by label where it has one; None where there is nothing to show yet."""
 
 
-def sigma_labels() -> list[str]:
-    """A name for each bucket of noise levels, lowest first: "<0.00316", "0.00316-0.01", ..., ">100"."""
-    edges = [f"{edge:.3g}" for edge in SIGMA_EDGES]
-    between = [f"{low}-{high}" for low, high in pairwise(edges)]
-    return [f"<{edges[0]}", *between, f">{edges[-1]}"]
+def _progress(of: Callable[[TrainingProgress], Value]) -> Callable[[RunStatus], Value]:
+    return lambda run: None if run.progress is None else of(run.progress)
 
 
-def values(progress: Progress) -> dict[tuple[str, str], float]:
-    """(metric, sigma bucket or "") -> value, of what a progress tells by itself; the rest is the `Monitor`'s."""
-    told = {
-        "images_seen": progress.images,
-        "images_total": progress.total,
-        "images_per_s": progress.images_per_s,
-        "data_stall": progress.data_stall,
-        "loss": progress.loss,
-        "mfu": progress.mfu,
-        "committed_images": progress.committed,
-    }
-    if (record := progress.record) is not None:
-        told |= {
-            "gradient_norm": record.gradient_norm,
-            "learning_rate": record.learning_rate,
-            "quarantined": record.quarantined,
-        }
-    found = {(f"scoreray_{name}", ""): float(value) for name, value in told.items() if value == value}
-    for label, loss in zip(sigma_labels(), record.sigma_losses if record else (), strict=False):
-        if loss is not None:
-            found["scoreray_sigma_loss", label] = loss
+def _record(of: Callable[[TrainingRecord], Value]) -> Callable[[RunStatus], Value]:
+    return lambda run: None if run.progress is None or run.progress.record is None else of(run.progress.record)
+
+
+CATALOGUE: dict[Metric, Callable[[RunStatus], Value]] = {
+    Metric("scoreray_images_seen", "images", "Images that the run has trained on"):
+        _progress(lambda p: p.images),
+    Metric("scoreray_images_total", "images", "Images after which the run ends"):
+        _progress(lambda p: p.total),
+    Metric("scoreray_images_per_s", "images/s", "Throughput of all workers over the last seconds"):
+        _progress(lambda p: p.images_per_s),
+    Metric("scoreray_mfu", "share", "Training FLOPs a second over the measured matmul rate of all workers' devices"):
+        _progress(lambda p: p.mfu),
+    Metric("scoreray_data_stall", "share", "Share of the wall time that a step waited for data"):
+        _progress(lambda p: p.data_stall),
+    Metric("scoreray_data_hedged", "requests", "Reads of data sent twice as the first was slow; of this start"):
+        _progress(lambda p: p.reads.hedged),
+    Metric("scoreray_data_rereads", "requests", "Reads of data repeated as the bytes were wrong; of this start"):
+        _progress(lambda p: p.reads.rereads),
+    Metric("scoreray_loss", "1", "Weighted loss of the last step on rank 0"):
+        _progress(lambda p: p.loss),
+    Metric("scoreray_sigma_loss", "1", "Weighted loss by noise level; tag `sigma` is the bucket", ("sigma",)):
+        _record(lambda r: r.sigma_losses_by_label()),
+    Metric("scoreray_gradient_norm", "1", "Norm of the gradient before clipping, at the last record"):
+        _record(lambda r: r.gradient_norm),
+    Metric("scoreray_learning_rate", "1", "Learning rate at the last record"):
+        _record(lambda r: r.learning_rate),
+    Metric("scoreray_last_commit_time_s", "s", "Unix time of the last committed checkpoint; 0 before the first"):
+        lambda run: run.committed_at,
+    Metric("scoreray_last_commit_age_s", "s", "Seconds since the last commit, of any start; before it, since start"):
+        lambda run: max(0.0, time.time() - (run.committed_at or run.began_at)),
+    Metric("scoreray_progress_age_s", "s", "Seconds since the workers last reported; all else is as old as that"):
+        lambda run: time.monotonic() - run.reported_at,
+    Metric("scoreray_committed_images", "images", "Images of the last committed checkpoint"):
+        _progress(lambda p: p.committed),
+    Metric("scoreray_restarts", "starts", "How often the workers were started again"):
+        lambda run: run.restarts,
+    Metric("scoreray_quarantined", "samples", "Samples that could not be read, in the whole run"):
+        _record(lambda r: r.quarantined),
+    Metric("scoreray_skipped_steps", "steps", "Steps that were left out as their loss or gradient was not finite"):
+        lambda run: run.skipped_steps,
+    Metric("scoreray_stopped_nonfinite", "1", "1 once the run ends because loss or gradient was not finite, else 0"):
+        lambda run: run.stopped_nonfinite,
+}  # fmt: skip
+"""Metric -> its value now. The order is that of the tables and dashboards made of it (`docs/tools/catalogue.py`)."""
+
+
+def values(run: RunStatus) -> dict[tuple[str, str], float]:
+    """(metric, value of its label or "") -> value, of all that can be shown now."""
+    found: dict[tuple[str, str], float] = {}
+    for metric, of in CATALOGUE.items():
+        value = of(run)
+        by_label = value if isinstance(value, Mapping) else {} if value is None else {"": value}
+        found |= {(metric.name, label): float(one) for label, one in by_label.items() if not math.isnan(one)}
     return found
-
-
-class Gauges:
-    """The catalogue as Ray's gauges in this process; needs a connected Ray."""
-
-    def __init__(self, run: str) -> None:
-        from ray.util.metrics import Gauge
-
-        self._run = run
-        self._gauges: dict[str, Any] = {
-            metric.name: Gauge(metric.name, f"{metric.meaning} ({metric.unit})", tag_keys=("run", *metric.labels))
-            for metric in CATALOGUE
-        }
-
-    def set(self, told: Mapping[tuple[str, str], float]) -> None:
-        for (name, sigma), value in told.items():
-            self._gauges[name].set(value, tags={"run": self._run} | ({"sigma": sigma} if sigma else {}))
-
-
-def tensorboard_events(records: Iterable[Mapping[str, Any]]) -> bytes:
-    """A TensorBoard file of a run's records (`Record` as dicts); steps are images seen."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.record_writer import RecordWriter
-
-    with scratch_folder() as folder:
-        path = folder / "events"
-        writer = RecordWriter(str(path))
-        records = list(records)
-        writer.write(
-            Event(wall_time=records[0]["time"] if records else 0, file_version="brain.Event:2").SerializeToString()
-        )
-        for record in records:
-            scalars = [(f"train/{k}", v) for k, v in record.items() if k not in ("images", "time", "sigma_losses")]
-            scalars += [
-                (f"sigma_loss/{label}", v) for label, v in zip(sigma_labels(), record["sigma_losses"], strict=True)
-            ]
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in scalars if v is not None])
-            event = Event(wall_time=record["time"], step=record["images"], summary=summary)
-            writer.write(event.SerializeToString())
-        writer.close()
-        return path.read_bytes()
-
-
-def tensorboard_key(images_seen: int) -> str:
-    """Where the events up to a checkpoint lie in a run; TensorBoard reads a folder's files by name."""
-    return f"{TENSORBOARD}/events.out.tfevents.{images_seen:012d}"

@@ -1,6 +1,6 @@
-"""What a run is asked between two steps, and the two errors by which its loop ends early. Needs no torch.
+"""Requests to a training loop between two steps, and the two errors by which it ends early. Needs no torch.
 
-A rank learns alone that it should save (a signal, a notice that its machine goes away, a word from the person who
+One rank alone learns that it should save (by a signal, by a notice that its machine goes away, from the person who
 started the run), but a checkpoint is of all ranks at one step: `vote.py` makes them agree.
 """
 
@@ -11,17 +11,17 @@ import enum
 from scoreray.data.errors import ScorerayError
 
 
-class Ask(enum.IntEnum):
-    """What a rank may be asked between two steps; of several, the greatest is done."""
+class LoopRequest(enum.IntEnum):
+    """What is requested of a rank between two steps; of several requests, the greatest is done."""
 
     NOTHING = 0
     SAVE = 1  # save, and go on
-    MOVE = 2  # save, and end so that the workers can be started again elsewhere
+    PREEMPT = 2  # save, and end so that the workers can be started again elsewhere
     STOP = 3  # save, and end the run for now
 
 
-class Moved(ScorerayError):
-    """The state was saved and this start of the workers ends because their places go away. No failure."""
+class Preempted(ScorerayError):
+    """The state was saved and this start of the workers ends because its machines go away. Not a failure."""
 
 
 class NonFiniteError(ScorerayError):

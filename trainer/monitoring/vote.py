@@ -1,6 +1,6 @@
-"""A vote of all ranks that each step carries along: what one rank was asked, all know a step later.
+"""A vote of all ranks that each step carries along: a request to one rank is known to all of them a step later.
 
-One number, reduced by a group of its own while the step computes, so nobody waits for it.
+The vote is one number, reduced by a process group of its own while the step computes, so no rank waits for it.
 """
 
 from __future__ import annotations
@@ -11,34 +11,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.monitoring.stopping import LoopRequest
 
 
 class Vote:
-    """Every rank calls `cast` once a step, with what it was asked; what any was asked a step earlier comes back."""
+    """Every rank calls `cast` once a step with the request that it has; returns the greatest one of the step before."""
 
     def __init__(self, world_size: int, timeout_s: float = 1800) -> None:
+        # gloo also on GPUs: the ballot is in host memory, and NCCL's kernels would queue behind the step's.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size > 1 else None
         self._ballot = torch.zeros((), dtype=torch.int32)
-        self._work: Any = None
-        self._before = Ask.NOTHING
+        self._reduction: Any = None
+        self._before = LoopRequest.NOTHING
 
-    def cast(self, ask: Ask) -> Ask:
-        """The greatest ask of any rank in the step before; on one process, this step's."""
+    def cast(self, request: LoopRequest) -> LoopRequest:
+        """The greatest request to any rank in the step before; on one process, this step's."""
         if self._group is None:
-            return ask
+            return request
         result = self.close()
-        self._ballot.fill_(ask)
-        self._work = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._ballot.fill_(request)
+        self._reduction = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return result
 
-    def close(self, meet: bool = False) -> Ask:
-        """The result of the last vote; a rank must not leave the group while one is under way. `meet`: nor before all
-        ranks are here, as one that is gone ends the others."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-            self._before = Ask(int(self._ballot))
+    def close(self, meet: bool = False) -> LoopRequest:
+        """The result of the last vote; a rank must not leave the group while one is under way.
+
+        `meet`: wait for all ranks too. Ray Train ends the others when one worker's function returns.
+        """
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
+            self._before = LoopRequest(int(self._ballot))
         if meet and self._group is not None:
             dist.barrier(group=self._group)
         return self._before

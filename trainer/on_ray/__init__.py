@@ -1,1 +1,1 @@
-"""A run on Ray Train: its workers, restarts, and what we change of Ray."""
+"""A run on Ray Train: its workers, restarts, rendezvous, and every private name of Ray that they need."""

@@ -1,6 +1,6 @@
-"""Ends Ray Train's controller where it is stopped, or stays when all is committed: its run would else never end.
+"""Kills Ray Train's controller when it is stopped, or stays alive after all is committed: its run would never end.
 
-Ray watches over workers, and the controller does, but nobody over the controller. It runs on the driver's machine.
+Ray and the controller check the health of workers; nothing checks the controller's. It runs on the driver's machine.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from scoreray.trainer.monitoring.progress import Progress
+from scoreray.trainer.monitoring.metrics import TrainingProgress
 
 LOOK_S = 1.0
 LATE = 4  # times the hang's time-out that a controller may take to notice the end of its run
 
 
 class ControllerWatch:
-    """One for a run; `begin` tells it of each controller. The run's own handling of a dead controller does the rest."""
+    """One for a run; `begin` is called with each controller. The run's handling of a dead controller does the rest."""
 
     def __init__(self, hang_timeout_s: float, note: Callable[[str], None]) -> None:
         self._looks, self._note = max(1, round(hang_timeout_s / LOOK_S)), note
         self._pid = self._stopped = self._finished = 0
-        self._progress: Progress | None = None
+        self._progress: TrainingProgress | None = None
         self._over = threading.Event()
 
     def __enter__(self) -> ControllerWatch:
@@ -52,10 +52,10 @@ class ControllerWatch:
     def pid(self, pid: int) -> None:
         self._pid, self._stopped, self._finished = pid, 0, 0
 
-    def passing(self, watch: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    def passing(self, watch: Callable[[TrainingProgress], None]) -> Callable[[TrainingProgress], None]:
         """`watch`, after this has seen the progress."""
 
-        def seen(progress: Progress) -> None:
+        def seen(progress: TrainingProgress) -> None:
             self._progress = progress
             watch(progress)
 
@@ -85,7 +85,7 @@ class ControllerWatch:
 
 
 def state_of(pid: int) -> str:
-    """A process's state as the kernel tells it (man 5 proc: "T" stopped by a signal); "" when it is gone."""
+    """A process's state as the kernel reports it (man 5 proc: "T" stopped by a signal); "" when it is gone."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0]

@@ -1,14 +1,14 @@
 """A run on a Ray cluster: Ray Train starts the loop on every worker, and again, from our checkpoints, when one dies.
 
-Ray's own checkpoint bookkeeping is not used: what is committed is decided by our marker alone (`checkpoint.py`), so
-a run survives the death of a worker, of Ray Train's controller and of the driver alike, by the same path.
+Ray's own checkpoint bookkeeping is not used: its `report()` returns before a checkpoint is registered (a 2 s poll), and
+its snapshot of a run, overwritten in place, can be cut by a kill. What is committed is decided by our marker alone
+(`checkpoint.py`), so a run survives the death of a worker, of Ray Train's controller and of the driver by one path.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import threading
 import time
@@ -17,112 +17,26 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-import yaml
 
-from scoreray.data.errors import DataError, MachineError, StorageError, UserError
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.errors import MachineError
 from scoreray.data.scratch import SCRATCH
-from scoreray.data.storage.store import NotFound, Store, open_store
-from scoreray.trainer.checkpoints.checkpoint import committed, latest
-from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
-from scoreray.trainer.config.data_scale import misfit
-from scoreray.trainer.loop import run_store, train, with_sigma_data
-from scoreray.trainer.meta import meta_module
-from scoreray.trainer.monitoring.progress import Monitor, Progress
-from scoreray.trainer.monitoring.stopping import Ask, NonFiniteError
+from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.config import Config
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.metrics import TrainingProgress
+from scoreray.trainer.monitoring.monitor import Monitor
+from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError
 from scoreray.trainer.on_ray.controller_watch import ControllerWatch
-from scoreray.trainer.on_ray.standby import imports, prestart
-from scoreray.trainer.tracking import check_mlflow
+from scoreray.trainer.on_ray.standby import import_variables, prestart
+from scoreray.trainer.run_folder import run_store
 
-CONFIG_FILE = "config.yaml"
 POLL_S = 0.25
-LAST_WORD_S = 30.0  # Ray exports each 10 s, Prometheus asks each 15 s (k8s/base/platform/pod-monitor.yaml)
-
-
-def prepare_run(config: Config, *, fresh: bool = False) -> Config:
-    """Claim the run's place before anything starts: its config is stored there, or is found there and agrees.
-
-    `fresh`: take the first unused name of name-2, name-3, ... instead of going on. Returns the config to run.
-    Raises UserError with the differing keys when another config made this run; StorageError, DataError.
-    """
-    manifest = check_run(config, fresh=fresh)
-    if fresh:
-        config = _unused_name(config)
-    run = run_store(config)
-    config = with_sigma_data(config, manifest, run)
-    if run.put_new(CONFIG_FILE, dump_config(config).encode()):
-        return config
-    there = stored_config(run)
-    differing = differing_keys(there, config)
-    if differing and not committed(run):  # nothing was trained under it: nothing would be mixed
-        run.put(CONFIG_FILE, dump_config(config).encode())
-        return config
-    if differing:
-        raise UserError(
-            f"run '{config.run.name}' exists at {run.url()} with another config; "
-            "give its config, another run.name, or --fresh\n  " + "\n  ".join(differing)
-        )
-    return config
-
-
-def check_run(config: Config, *, fresh: bool = False) -> Manifest:
-    """What can be known before Ray starts: the data set is there, fits the network, is the one that the run has seen
-    so far (unless it is to be a `fresh` one), and the run's place can be written.
-
-    Returns the data set's manifest. Raises UserError, StorageError or DataError.
-    """
-    check_mlflow(config)
-    data = open_store(config.data.url)
-    data.check_reachable()
-    manifest = Manifest.load(data)
-    meta_module(config, manifest)
-    run = run_store(config)
-    run.check_writable()
-    checkpoint = None if fresh else latest(run)
-    if checkpoint is not None:
-        checkpoint.check_data(manifest, config.data.url)
-    found = misfit(config, manifest)
-    if found and found.hopeless and checkpoint is None:  # a run that has begun may go on: its config can't change
-        raise UserError(found.text)
-    return manifest
-
-
-def data_warning(config: Config) -> str:
-    """A line about data of a scale that the model does not expect; "" where there is nothing to say."""
-    found = misfit(config, Manifest.load(open_store(config.data.url)))
-    return found.text if found else ""
-
-
-def stored_config(run: Store) -> Config:
-    """The config that made a run. Raises UserError where there is none, DataError where it is none."""
-    name = run.url(CONFIG_FILE)
-    try:
-        data = run.get(CONFIG_FILE)
-    except NotFound:
-        raise UserError(f"{run.url()}: not a run ({CONFIG_FILE} is missing)") from None
-    try:
-        raw = parse_sections(data, name)
-        try:
-            return load_config(raw)
-        except UserError:
-            if (older := _stored_as_yaml_1_1(data)) is None:
-                raise
-            return older
-    except UserError as error:
-        reason = " ".join(str(error).removeprefix(f"{name}: ").split())
-        raise DataError(f"{name}: not the config of a run: {reason}; mend it, or --fresh") from None
-
-
-def _stored_as_yaml_1_1(data: bytes) -> Config | None:
-    """A config that an earlier version stored: in YAML 1.1 a name such as 1e3 or 089 is a string without quotes."""
-    with contextlib.suppress(yaml.YAMLError, ValueError, TypeError, OverflowError):  # UserError is a ValueError
-        return load_config(yaml.safe_load(data))
-    return None
+SCRAPED_S = 30.0  # Ray exports each 10 s, Prometheus scrapes each 15 s (k8s/base/platform/pod-monitor.yaml)
 
 
 def fit(
     config: Config,
-    watch: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[TrainingProgress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Train `config` (see `prepare_run`) on the connected Ray cluster; returns images seen.
@@ -133,27 +47,28 @@ def fit(
     """
     import ray
 
-    from scoreray.trainer.on_ray.hooks import RunTrainer, cause, on_one_machine
+    from scoreray.trainer.on_ray.failures import cause
+    from scoreray.trainer.on_ray.hooks import RunTrainer, on_this_node
+    from scoreray.trainer.on_ray.workers import on_one_machine
 
     before = latest(run_store(config))
     if before is not None and before.images_seen >= config.duration.images:
         return before.images_seen
     known = (before.marker.time, before.marker.skipped_steps) if before is not None else (0.0, 0)
-    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
-    near = ray.remote(num_cpus=0, label_selector=here)(Monitor)  # dies with us, not before
-    monitor = near.remote(config.run.name, *known)
+    # On the driver's node: it then dies with the driver, and not before.
+    monitor = ray.remote(num_cpus=0, label_selector=on_this_node())(Monitor).remote(config.run.name, *known)
     done = threading.Event()
     if alone := on_one_machine():
         watch = _Standby(config, watch)
-    guard = ControllerWatch(config.scaling.hang_timeout_s, note)
-    watcher = threading.Thread(target=_follow, args=(monitor, guard.passing(watch), note, done), daemon=True)
-    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch, guard:
+    controller_watch = ControllerWatch(config.scaling.hang_timeout_s, note)
+    watcher = threading.Thread(target=_follow, args=(monitor, controller_watch.passing(watch), note, done), daemon=True)
+    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch, controller_watch:
         trainer: RunTrainer | None = None
         deaths = 0
         watcher.start()
         try:
             while trainer is None:
-                trainer = _trainer(config, monitor, guard, os.path.join(scratch, str(deaths)))
+                trainer = _trainer(config, monitor, controller_watch, os.path.join(scratch, str(deaths)))
                 if alone:
                     prestart(config.scaling.range[1], worker_environment(config, alone=True))
                 try:
@@ -167,7 +82,7 @@ def fit(
                             f"Ray Train's controller died {deaths} times, scaling.max_failures is "
                             f"{config.scaling.max_failures}; the same command goes on from what is committed"
                         ) from None
-                    ray.get(monitor.started_again.remote("Ray Train's controller died"))
+                    ray.get(monitor.restarted.remote("Ray Train's controller died"))
                     trainer = None
         except KeyboardInterrupt:
             if trainer is None or not _stop(trainer, monitor, config, note):
@@ -175,7 +90,7 @@ def fit(
         except Exception as error:
             reason = cause(error)
             if isinstance(reason, NonFiniteError) and not alone:
-                _tell_nonfinite(monitor, note)
+                _report_nonfinite(monitor, note)
             raise reason from None
         finally:
             done.set()
@@ -184,36 +99,46 @@ def fit(
     return _images_committed(config)
 
 
-def _trainer(config: Config, monitor: Any, guard: ControllerWatch, scratch: str) -> Any:
+def _trainer(config: Config, monitor: Any, controller_watch: ControllerWatch, scratch: str) -> Any:
     """Ray Train's side of a run, not started yet."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from scoreray.trainer.on_ray.hooks import MeetingConfig, RunTrainer, on_one_machine
+    from scoreray.trainer.on_ray.failures import RunFailurePolicy
+    from scoreray.trainer.on_ray.hooks import RunTrainer
+    from scoreray.trainer.on_ray.rendezvous import RendezvousConfig
+    from scoreray.trainer.on_ray.workers import FixedWorkers, WorkersThatFit, on_one_machine
 
     os.makedirs(scratch)
     (low, high), alone = config.scaling.range, on_one_machine()
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.hang_timeout_s - POLL_S - 1)
     if alone:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # our own machine gives no notice, but takes a process
+    scaling = ScalingConfig(
+        num_workers=low if low == high else (low, high),
+        use_gpu=config.scaling.use_gpu,
+        resources_per_worker={"CPU": config.scaling.cpus_per_worker, "GPU": int(config.scaling.use_gpu)},
+    )
+    failures = FailureConfig(max_failures=config.scaling.max_failures)
+    workers: Any = FixedWorkers(scaling, alone)
+    if low != high:
+        every_s, grace_s = config.scaling.resize_every_s, config.scaling.grace_s
+        workers = WorkersThatFit(scaling, monitor, alone, config.world_sizes, every_s, grace_s)
+    # Ray Data is not used, and its callback starts a process. The cleaner calls the State API, which only a dashboard
+    # serves: in vain on an embedded cluster, which needs no cleaning, as it ends with this process.
+    without = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
     return RunTrainer(
         _train_on_worker,
-        monitor=monitor,
-        guard=guard,
-        run_url=run_store(config).url(),
-        sizes=config.world_sizes,
-        resize_every_s=config.scaling.resize_every_s,
-        grace_s=config.scaling.grace_s,
-        backend_config=MeetingConfig(folder=scratch if alone else ""),
+        failure_policy=RunFailurePolicy(failures, monitor, run_store(config).url()),
+        scaling_policy=workers,
+        without=frozenset(without),
+        controller_watch=controller_watch,
+        backend_config=RendezvousConfig(folder=scratch if alone else ""),
         train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
-        scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
-            use_gpu=config.scaling.use_gpu,
-            resources_per_worker={"CPU": config.scaling.cpus_per_worker, "GPU": int(config.scaling.use_gpu)},
-        ),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=config.run.name,
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            failure_config=failures,
             worker_runtime_env={"env_vars": worker_environment(config, alone=alone)},
         ),
     )
@@ -224,7 +149,7 @@ def _stop(trainer: Any, monitor: Any, config: Config, note: Callable[[str], None
     import ray
 
     try:
-        if ray.get(monitor.ask_to_stop.remote(), timeout=5):  # else nothing was trained that could be saved
+        if ray.get(monitor.request_stop.remote(), timeout=5):  # else nothing was trained that could be saved
             note("stopping: saving first (once more Ctrl-C: at once)")
             trainer.wait(config.scaling.grace_s)
     except (KeyboardInterrupt, ray.exceptions.RayError):
@@ -233,14 +158,14 @@ def _stop(trainer: Any, monitor: Any, config: Config, note: Callable[[str], None
     return _images_committed(config) >= config.duration.images
 
 
-def _tell_nonfinite(monitor: Any, note: Callable[[str], None]) -> None:
-    """Until Prometheus has seen why the run ends; the gauge goes with the monitor. Ctrl-C: at once."""
+def _report_nonfinite(monitor: Any, note: Callable[[str], None]) -> None:
+    """Waits until Prometheus has scraped why the run ends: the gauge ends with the monitor. Ctrl-C: at once."""
     import ray
 
-    note(f"the loss is not finite: ends in {LAST_WORD_S:.0f} s, when the metrics have told (Ctrl-C: at once)")
+    note(f"the loss is not finite: ends in {SCRAPED_S:.0f} s, when the metrics have been scraped (Ctrl-C: at once)")
     with contextlib.suppress(KeyboardInterrupt, ray.exceptions.RayError):
         ray.get(monitor.stopped_nonfinite.remote(), timeout=5)
-        time.sleep(LAST_WORD_S)
+        time.sleep(SCRAPED_S)
 
 
 def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]:
@@ -256,7 +181,7 @@ def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]
         environment["DS_ACCELERATOR"] = "cpu"
     if alone:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-        environment |= imports(deepspeed=config.engine.zero_stage not in ("auto", 0))
+        environment |= import_variables(deepspeed=config.engine.zero_stage not in ("auto", 0))
     return environment
 
 
@@ -267,7 +192,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from scoreray.trainer.on_ray.hooks import told
+    from scoreray.trainer.on_ray.rendezvous import preempted
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray sets it by the worker's CPUs, perhaps after torch's import
@@ -275,7 +200,7 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     monitor = settings["monitor"]
     config = Config.model_validate(settings["config"])
-    reporter = _Reporter(monitor, told)
+    reporter = _Reporter(monitor, preempted)
     device = torch.device("cpu")
     if config.scaling.use_gpu:
         device = ray.train.torch.get_device()
@@ -287,38 +212,38 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
         device=device,
         watch=reporter,
         note=lambda line: monitor.note.remote(line),
-        asked=reporter.asked,
+        requested=reporter.requested,
     )
 
 
 class _Reporter:
-    """Sends progress to the monitor and keeps what it answers, without waiting for it."""
+    """Sends progress to the monitor and keeps the requests that it answers with, without waiting for it."""
 
-    def __init__(self, monitor: Any, told: Callable[[], Ask]) -> None:
-        self._monitor, self._told, self._ask = monitor, told, Ask.NOTHING
+    def __init__(self, monitor: Any, preempted: Callable[[], LoopRequest]) -> None:
+        self._monitor, self._preempted, self._request = monitor, preempted, LoopRequest.NOTHING
 
-    def __call__(self, progress: Progress) -> None:
-        self._monitor.update.remote(progress).future().add_done_callback(self._hear)
+    def __call__(self, progress: TrainingProgress) -> None:
+        self._monitor.update.remote(progress).future().add_done_callback(self._answered)
 
-    def _hear(self, answer: Future[int]) -> None:
+    def _answered(self, answer: Future[int]) -> None:
         if answer.exception() is None:
-            self._ask = max(self._ask, Ask(answer.result()))
+            self._request = max(self._request, LoopRequest(answer.result()))
 
-    def asked(self) -> Ask:
-        """The greater of what the monitor asks and what this process was told; to save, once."""
-        ask = self._ask
-        if ask is Ask.SAVE:
-            self._ask = Ask.NOTHING
-        return max(ask, self._told())
+    def requested(self) -> LoopRequest:
+        """The greater of the monitor's request and this process's own; one to save is returned once."""
+        request = self._request
+        if request is LoopRequest.SAVE:
+            self._request = LoopRequest.NOTHING
+        return max(request, self._preempted())
 
 
 class _Standby:
-    """Passes progress on, and has processes wait for the next start `scaling.standby_after_s` after each start."""
+    """Passes progress on, and starts pre-warmed processes `scaling.standby_after_s` after each start of the workers."""
 
-    def __init__(self, config: Config, watch: Callable[[Progress], None]) -> None:
+    def __init__(self, config: Config, watch: Callable[[TrainingProgress], None]) -> None:
         self._config, self._watch, self._ready_for = config, watch, 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: TrainingProgress) -> None:
         after_s, begun = self._config.scaling.standby_after_s, progress.started_at
         if after_s is not None and begun != self._ready_for and time.time() - begun >= after_s:
             self._ready_for = begun
@@ -327,7 +252,7 @@ class _Standby:
 
 
 def _follow(
-    monitor: Any, watch: Callable[[Progress], None], note: Callable[[str], None], done: threading.Event
+    monitor: Any, watch: Callable[[TrainingProgress], None], note: Callable[[str], None], done: threading.Event
 ) -> None:
     import ray
 
@@ -335,7 +260,7 @@ def _follow(
     while not done.wait(POLL_S):
         try:
             progress, notes = ray.get(monitor.read.remote(), timeout=10)
-        except Exception:  # the cluster is going away, or is too busy to say; the run itself tells
+        except Exception:  # the cluster is going away, or is too busy to answer; `fit` raises the run's own error
             time.sleep(1)
             continue
         for line in notes:
@@ -348,14 +273,3 @@ def _follow(
 def _images_committed(config: Config) -> int:
     checkpoint = latest(run_store(config))
     return checkpoint.images_seen if checkpoint else 0
-
-
-def _unused_name(config: Config) -> Config:
-    base = re.sub(r"-\d+$", "", config.run.name)
-    for number in range(1, 10_000):
-        name = base if number == 1 else f"{base}-{number}"
-        section = config.run.model_copy(update={"name": name})
-        candidate = config.model_copy(update={"run": section})
-        if not run_store(candidate).exists(CONFIG_FILE) or not committed(run_store(candidate)):
-            return candidate
-    raise StorageError(f"{config.run.storage}: no unused name like '{base}-N' is left")

@@ -1,12 +1,13 @@
 """How many workers a run has on a Ray cluster, now and when machines come or go, and by which address they are reached.
 
-Ray Train's own elastic policy asks a coordinator that looks at the cluster every 20 s and does not know what others
-hold. These policies look at the nodes themselves, and before a run grows they let it save, so that nothing is redone.
+Ray Train's own elastic policy relies on a coordinator that looks at the cluster every 20 s and does not know what
+others hold. These policies look at the nodes themselves, and let a run save before it grows, so nothing is redone.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import struct
 import time
@@ -14,11 +15,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 
-WAIT_S = 0.5  # between two looks for resources while too few are there
-TELL_EVERY_S = 30.0
+from scoreray.trainer.on_ray.hooks import (
+    NoopDecision,
+    ResizeDecision,
+    ScalingPolicy,
+    draining_nodes,
+    free_resources,
+    resources_per_worker,
+)
+
+WAIT_S = 0.5  # between two looks for resources while there are too few
+NOTE_EVERY_S = 30.0
 SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
+
+
+def on_one_machine() -> bool:
+    """Whether the connected cluster is an embedded one, of this machine alone."""
+    return "RAY_ADDRESS" not in os.environ and sum(bool(node["Alive"]) for node in ray.nodes()) == 1
 
 
 def interface_of(address: str) -> str | None:
@@ -46,7 +60,8 @@ def workers_that_fit(free: Mapping[str, Mapping[str, float]], each: Mapping[str,
 
 
 class _Policy(ScalingPolicy):
-    """`alone`: on a cluster of one machine no autoscaler listens: nothing is asked of it, and no process started."""
+    """`alone`: on a cluster of one machine there is no autoscaler: no resources are requested of it, which would start
+    a process."""
 
     def __init__(self, scaling_config: Any, alone: bool) -> None:
         super().__init__(scaling_config)
@@ -61,11 +76,11 @@ class _Policy(ScalingPolicy):
             super()._maybe_send_resource_request()
 
     def _resize(self, num_workers: int) -> ResizeDecision:
-        return ResizeDecision(num_workers, self.scaling_config._resources_per_worker_not_none)
+        return ResizeDecision(num_workers, resources_per_worker(self.scaling_config))
 
 
 class FixedWorkers(_Policy):
-    """As many workers as were asked for, whenever the cluster has them."""
+    """As many workers as the config says, whenever the cluster has them."""
 
     def _get_num_workers_for_resource_request(self) -> int:
         return int(self.scaling_config.num_workers)
@@ -83,7 +98,7 @@ class WorkersThatFit(_Policy):
     """As many workers as the live nodes have room for, of the `sizes` that the config allows (ascending).
 
     A group that lost a member starts again with those that are left. A group that could be larger, for `resize_every_s`
-    since it started or was last looked at, saves (`monitor` asks it, for at most `grace_s`) and starts again larger.
+    since it started or was last looked at, saves (`monitor` requests it; it has `grace_s`) and starts again larger.
     """
 
     def __init__(
@@ -99,7 +114,7 @@ class WorkersThatFit(_Policy):
         self._sizes = sizes
         self._monitor, self._resize_every_s, self._grace_s = monitor, resize_every_s, grace_s
         self._held: dict[str, int] = {}  # workers of the group that runs or ran last, by node: their places are ours
-        self._looked = self._told = float("-inf")
+        self._looked = self._noted = float("-inf")
         self._growing_since: float | None = None
 
     def _get_num_workers_for_resource_request(self) -> int:
@@ -110,8 +125,8 @@ class WorkersThatFit(_Policy):
         self._growing_since = None
         count, room = self._count()
         if count == 0:
-            if time.monotonic() - self._told > TELL_EVERY_S:
-                self._told, low = time.monotonic(), self._sizes[0]
+            if time.monotonic() - self._noted > NOTE_EVERY_S:
+                self._noted, low = time.monotonic(), self._sizes[0]
                 self._monitor.note.remote(f"waiting: the cluster has room for {room} workers, {low} are needed")
             time.sleep(WAIT_S)
             return NoopDecision()
@@ -132,7 +147,7 @@ class WorkersThatFit(_Policy):
             if self._count()[0] <= size:
                 return NoopDecision()
             self._growing_since = now
-            self._monitor.ask_to_save.remote()
+            self._monitor.request_save.remote()
             return NoopDecision()
         if not ray.get(self._monitor.has_saved.remote()) and now - self._growing_since < self._grace_s:
             return NoopDecision()
@@ -140,19 +155,14 @@ class WorkersThatFit(_Policy):
         count, _ = self._count()
         if count <= size:
             return NoopDecision()
-        self._monitor.started_again.remote(f"there is room for {count} of them now, not {size}")
+        self._monitor.restarted.remote(f"there is room for {count} of them now, not {size}")
         return self._resize(count)
 
     def _count(self) -> tuple[int, int]:
         """The largest of our sizes that the live nodes have room for (0: none), and how many workers would fit."""
-        each = self.scaling_config._resources_per_worker_not_none
-        draining = ray._private.state.state.get_draining_nodes()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining}
-        free: dict[str, dict[str, float]] = {
-            node: dict(resources)
-            for node, resources in ray._private.state.available_resources_per_node().items()
-            if node in alive
-        }
+        each, free = resources_per_worker(self.scaling_config), free_resources()
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
+        free = {node: resources for node, resources in free.items() if node in alive}
         for node, workers in self._held.items():
             for name, amount in each.items():
                 if node in free:

@@ -24,7 +24,8 @@ from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
 from scoreray.cluster.connect.room import Autoscaler, from_status, from_v2, gpus_come, missing, wait_for_room
 from scoreray.data.errors import UserError
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.run_folder import run_store
 
 HEAD = "f" * 51 + "00000"
 

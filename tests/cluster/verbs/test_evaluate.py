@@ -22,7 +22,8 @@ from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import follow, read_evaluations
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.run_folder import run_store
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import LoadedMachine, load_model
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store, train
-from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.network import NetworkConfig
 from scoreray.trainer.networks.rbm import MachineConfig
+from scoreray.trainer.run_folder import run_store
 from scoreray.tune.load import load_sweep
 
 UNET = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
@@ -61,7 +62,7 @@ def test_a_network_goes_all_the_way(sections: dict[str, Any], small_run: Any, sm
     }
     assert load_sweep(sweep).total == 64
 
-    assert train(config, asked=lambda: Ask.STOP) == 16
+    assert train(config, requested=lambda: LoopRequest.STOP) == 16
     assert train(config) == 64  # goes on, so that what is restored is checked too
     run = run_store(config).url()
     model = load_model(run)

@@ -18,7 +18,8 @@ from scoreray.sampling.model.load import load
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.posthoc import find_mix, reconstruct
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.run_folder import run_store
 
 
 @pytest.fixture(scope="module")

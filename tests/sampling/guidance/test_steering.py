@@ -21,8 +21,9 @@ from scoreray.sampling.offline.generate import Request, draw, generate
 from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
 from scoreray.trainer.networks.ladder import ladder_ratio
+from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import to_unit_range
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,8 @@ from scoreray.sampling.measures.frechet import frechet
 from scoreray.sampling.measures.inception import InceptionV3
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.run_folder import run_store
 
 
 @pytest.fixture(scope="module")

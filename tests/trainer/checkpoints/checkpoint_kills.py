@@ -18,6 +18,7 @@ import torch
 
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
+from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.optim.fragments import Fragment
 
@@ -39,8 +40,8 @@ def write(attempt: str) -> None:
         for rank, writer in enumerate(writers):
             half = values(images)[rank * LENGTH // 2 : (rank + 1) * LENGTH // 2]
             fragment = Fragment("p", rank * LENGTH // 2, LENGTH // 2, {"master": half})
-            about = {"config": {}, "shapes": {"p": [LENGTH]}, "state_keys": []}
-            writer.save(images, images // 100, [fragment], torch.nn.Module(), about)
+            marker = Marker(images, images // 100, {}, {"p": [LENGTH]}, [], {}, 1)
+            writer.save(marker, [fragment], torch.nn.Module())
         for writer in writers:
             writer.wait()
 

@@ -2,7 +2,7 @@
 
 Each start is a fork of this process, which has torch imported and one thread: it takes the run over, goes on from the
 newest checkpoint and writes one after another, with a record for each as the loop does, until it is taken over or, as
-the last one, told to stop.
+the last one, stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
 
 import torch
 
@@ -22,10 +20,11 @@ from scoreray.data.errors import ScorerayError
 from scoreray.data.storage.lease import TakenOver
 from scoreray.data.storage.store import Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import OWNER, committed, latest
-from scoreray.trainer.checkpoints.writer import METRICS, CheckpointWriter
-from scoreray.trainer.loop import _forget_records, read_metrics
-from scoreray.trainer.monitoring.progress import Record
+from scoreray.trainer.checkpoints.marker import Marker
+from scoreray.trainer.checkpoints.writer import CheckpointWriter
+from scoreray.trainer.monitoring.metrics import TrainingRecord
 from scoreray.trainer.optim.fragments import Fragment
+from scoreray.trainer.records import read_metrics, record_objects, remove_uncommitted
 
 LENGTH, WORLD = 5_000, 2
 STOPPED, TAKEN_OVER, FAILED = 0, 2, 1
@@ -39,11 +38,11 @@ def start(url: str, attempt: str) -> None:
     """Writes checkpoints until SIGTERM."""
     stop = False
 
-    def told(*_: object) -> None:
+    def on_sigterm(*_: object) -> None:
         nonlocal stop
         stop = True
 
-    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGTERM, on_sigterm)
     run = open_store(url)
     writers = [CheckpointWriter(run, attempt=attempt, rank=r, world_size=WORLD, keep=2) for r in range(WORLD)]
     newest = latest(run)
@@ -51,16 +50,15 @@ def start(url: str, attempt: str) -> None:
     if newest is not None:
         assert torch.equal(newest.full_state()["p"], values(images)), "another start's state"
     writers[0].check_lease()
-    _forget_records(run, images)
+    remove_uncommitted(run, images)
     while not stop:
         images += 100
         for rank, writer in enumerate(writers):
             half = values(images)[rank * LENGTH // WORLD : (rank + 1) * LENGTH // WORLD]
             fragment = Fragment("p", rank * LENGTH // WORLD, LENGTH // WORLD, {"master": half})
-            about = {"config": {}, "shapes": {"p": [LENGTH]}, "state_keys": []}
-            record = json.dumps(asdict(Record(images, 1.0, 1e-3, 1.0, 1.0, 0.0))).encode()
-            put = partial(run.put, f"{METRICS}/{images:012d}.jsonl", record)
-            writer.save(images, images // 100, [fragment], torch.nn.Module(), about, before_commit=put)
+            marker = Marker(images, images // 100, {}, {"p": [LENGTH]}, [], {}, 1)
+            record = TrainingRecord(images, 1.0, 1e-3, 1.0, 1.0, 0.0)
+            writer.save(marker, [fragment], torch.nn.Module(), record_objects(images, [record], plots=False))
         for writer in writers:
             writer.wait()
 
@@ -104,11 +102,11 @@ def race(url: str, tokens: list[str], choose: random.Random, facts: dict[str, in
 
 
 def check(run: Store, facts: dict[str, int]) -> None:
-    """The newest checkpoint is whole, and its records are there, once each."""
+    """The newest checkpoint is whole, and each of its records is stored once."""
     newest = latest(run)
     assert newest is not None
     facts["whole"] += bool(torch.equal(newest.full_state()["p"], values(newest.images_seen)))
-    images = [record["images"] for record in read_metrics(run)]
+    images = [record.images for record in read_metrics(run)]
     facts["records"] += images == list(range(100, newest.images_seen + 1, 100))
     facts["most folders"] = max(facts["most folders"], len(committed(run)))
 

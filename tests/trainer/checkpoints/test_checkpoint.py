@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -59,13 +59,19 @@ def fragments(values: dict[str, torch.Tensor], rank: int, world: int) -> list[Fr
     return found
 
 
+def marker_at(
+    images: int, steps: int, shapes: dict[str, list[int]] = SHAPES, state_keys: Sequence[str] = ("exp_avg",)
+) -> Marker:
+    """As a loop gives it to its writer, which fills in the rest."""
+    return Marker(images, steps, {}, shapes, list(state_keys), {}, 1)
+
+
 def write(store: Store, images: int, *, world: int = 2, attempt: str = "one", keep: int = 2) -> None:
     module = torch.nn.Module()
     module.register_buffer("table", torch.arange(3.0) + images)
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
     writers = [CheckpointWriter(store, attempt=attempt, rank=r, world_size=world, keep=keep) for r in range(world)]
     for rank, writer in reversed(list(enumerate(writers))):
-        writer.save(images, images // 10, fragments(state(images), rank, world), module, about)
+        writer.save(marker_at(images, images // 10), fragments(state(images), rank, world), module)
     for writer in writers:
         writer.wait()
         writer.close()
@@ -130,13 +136,12 @@ def test_without_its_marker_a_checkpoint_does_not_exist(tmp_path: Path) -> None:
 def test_an_older_start_of_the_run_cannot_commit(tmp_path: Path) -> None:
     """A worker group that was taken for dead and goes on, or the same command twice: the newest start has the run."""
     store = open_store(tmp_path)
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
     old, new = (CheckpointWriter(store, attempt=name, rank=0, world_size=1, keep=2) for name in ("old", "new"))
-    old.save(100, 10, fragments(state(100), 0, 1), torch.nn.Module(), about)
+    old.save(marker_at(100, 10), fragments(state(100), 0, 1), torch.nn.Module())
     with pytest.raises(UserError, match=r"another start of this run \(new\)"):
         old.wait()
     assert latest(store) is None
-    new.save(110, 11, fragments(state(110), 0, 1), torch.nn.Module(), about)
+    new.save(marker_at(110, 11), fragments(state(110), 0, 1), torch.nn.Module())
     new.wait()
     newest = latest(store)
     assert newest is not None
@@ -146,8 +151,7 @@ def test_an_older_start_of_the_run_cannot_commit(tmp_path: Path) -> None:
 def test_a_rank_that_never_arrives_is_no_commit(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     writer = CheckpointWriter(store, attempt="one", rank=0, world_size=2, keep=2, timeout_s=0.2)
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
-    writer.save(100, 10, fragments(state(100), 0, 2), torch.nn.Module(), about)
+    writer.save(marker_at(100, 10), fragments(state(100), 0, 2), torch.nn.Module())
     with pytest.raises(StorageError, match="rank 1's share did not arrive"):
         writer.wait()
     assert latest(store) is None
@@ -161,7 +165,7 @@ def test_a_damaged_checkpoint_says_which_older_one_there_is(tmp_path: Path) -> N
     assert newest is not None
     file = Path(newest.url) / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(DataError, match=rf"50 bytes are there.* without the folder {newest.url} the one at 100 images"):
+    with pytest.raises(DataError, match=rf"it has 50 bytes, .* without the folder {newest.url} the one at 100 images"):
         newest.full_state()
     shutil.rmtree(newest.url)
     older = latest(store)
@@ -244,7 +248,7 @@ def test_no_flipped_bit_of_a_marker_has_another_meaning(tmp_path: Path) -> None:
 
 
 def changed(value: Any, path: tuple[Any, ...], to: Any) -> Any:
-    """A JSON value with what lies at `path` removed (to is ...) or replaced."""
+    """A JSON value with what is at `path` removed (to is ...) or replaced."""
     if not path:
         return to
     keys = value if isinstance(value, dict) else range(len(value))
@@ -261,7 +265,7 @@ def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_a_marker_of_other_keys_or_types_is_refused_in_one_line(tmp_path: Path) -> None:
-    """Every key removed, and every value replaced by one of each type; sealed by whoever changed it, or not."""
+    """Every key removed, and every value replaced by one of each type; sealed again after the change, or not."""
     store, key, _ = real_marker(tmp_path)
     whole = json.loads(store.get(key))
     del whole["sha256"]
@@ -370,8 +374,7 @@ def test_what_killed_starts_left_goes_even_if_none_ever_committed(tmp_path: Path
         Path(tmp_path, f"checkpoints/000000000100-dead{attempt}/.part-rank-00001.safetensors-abcd").write_bytes(b"half")
         Path(tmp_path, f".part-owner-{attempt}").write_bytes(b"half")
     writer = CheckpointWriter(store, attempt="one", rank=0, world_size=2, keep=2, timeout_s=0.2)
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
-    writer.save(100, 10, fragments(state(100), 0, 2), torch.nn.Module(), about)
+    writer.save(marker_at(100, 10), fragments(state(100), 0, 2), torch.nn.Module())
     with pytest.raises(StorageError, match="did not arrive"):  # this start is no luckier: rank 1 is missing
         writer.wait()
     left = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
@@ -413,12 +416,11 @@ def test_a_full_disk_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
     write(store, 100, world=1)
     writer = CheckpointWriter(store, attempt="two", rank=0, world_size=1, keep=2)
     big = {"master": torch.zeros(20_000), "exp_avg": torch.zeros(20_000)}
-    about = {"config": {}, "shapes": {"a": [20_000]}, "state_keys": ["exp_avg"]}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        writer.save(200, 20, [Fragment("a", 0, 20_000, big)], torch.nn.Module(), about)
+        writer.save(marker_at(200, 20, {"a": [20_000]}), [Fragment("a", 0, 20_000, big)], torch.nn.Module())
         with pytest.raises(StorageError, match=r"temporary folder .*\(ulimit -f\); raise the limit"):
             writer.wait()
     finally:
@@ -448,11 +450,10 @@ def test_a_store_that_fails_midway_leaves_the_newest_checkpoint_whole(tmp_path: 
     write(open_store(tmp_path), 100, world=1)
     store = _Failing(str(tmp_path))
     _Failing.left = 1 + after
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
     writer = CheckpointWriter(store, attempt="two", rank=0, world_size=1, keep=2)
     module = torch.nn.Module()
     module.register_buffer("table", torch.arange(3.0))
-    writer.save(200, 20, fragments(state(200), 0, 1), module, about)
+    writer.save(marker_at(200, 20), fragments(state(200), 0, 1), module)
     with pytest.raises(StorageError, match="went away"):
         writer.wait()
     newest = latest(open_store(tmp_path))
@@ -513,9 +514,9 @@ def test_what_is_not_of_the_same_shape_is_not_restored(tmp_path: Path, shapes: d
     """A shorter parameter took the first values of a longer one, and a buffer was broadcast, without a word."""
     store, stored = open_store(tmp_path), Two(a=[3, 4], b=[5], table=[3])
     named = [(name, p.numel()) for name, p in stored.named_parameters()]
-    about = {"config": {}, "shapes": parameter_shapes(stored), "state_keys": []}
     writer = CheckpointWriter(store, attempt="one", rank=0, world_size=1, keep=1)
-    writer.save(8, 1, [Fragment(name, 0, n, {"master": torch.ones(n)}) for name, n in named], stored, about)
+    marker = marker_at(8, 1, parameter_shapes(stored), [])
+    writer.save(marker, [Fragment(name, 0, n, {"master": torch.ones(n)}) for name, n in named], stored)
     writer.wait()
     checkpoint, module = latest(store), Two(**shapes)
     assert checkpoint is not None
@@ -549,8 +550,7 @@ def test_of_several_starts_at_once_exactly_the_newest_goes_on(
 def one_save(store: Store, world: int, **options: Any) -> CheckpointWriter:
     """A writer of rank 0 that is at work on a first save."""
     writer = CheckpointWriter(store, attempt="old", rank=0, world_size=world, keep=2, **options)
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
-    writer.save(100, 10, fragments(state(100), 0, world), torch.nn.Module(), about)
+    writer.save(marker_at(100, 10), fragments(state(100), 0, world), torch.nn.Module())
     return writer
 
 
@@ -602,11 +602,10 @@ def test_a_run_that_is_removed_while_it_goes_on_ends_with_what_to_do(
         time.sleep(0.01)  # until this rank's share is whole: what is still written would keep a folder from going
     remove = (lambda: store.delete(["owner"])) if gone == "owner" else (lambda: shutil.rmtree(tmp_path / "run"))
     remove()
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
 
     def go_on() -> None:
         if when == "saving":
-            writer.save(200, 20, fragments(state(200), 0, 1), torch.nn.Module(), about)
+            writer.save(marker_at(200, 20), fragments(state(200), 0, 1), torch.nn.Module())
         while when == "training":
             writer.poll()
         writer.wait()
@@ -622,10 +621,9 @@ def test_a_run_that_is_removed_while_it_goes_on_ends_with_what_to_do(
 def test_a_share_that_another_rank_stored_before_rank_0_had_begun_is_not_swept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.put("checkpoints/000000000050-old/rank-00000.safetensors", b"half a checkpoint of an earlier start")
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
     for rank in (1, 0):
         writer = CheckpointWriter(store, attempt="new", rank=rank, world_size=2, keep=2, timeout_s=5)
-        writer.save(100, 10, fragments(state(100), rank, 2), torch.nn.Module(), about)
+        writer.save(marker_at(100, 10), fragments(state(100), rank, 2), torch.nn.Module())
         writer.wait()
     assert [key for key, _ in store.list("checkpoints/000000000050")] == []
     newest = latest(store)
@@ -642,13 +640,12 @@ def test_an_older_starts_sweep_does_not_meet_what_a_newer_one_writes(tmp_path: P
     half = Path(tmp_path, "metrics", ".part-000000000100.jsonl-abcd")
     half.parent.mkdir()
     half.write_bytes(b"half")
-    about = {"config": {}, "shapes": SHAPES, "state_keys": ["exp_avg"]}
-    old.save(100, 10, fragments(state(100), 0, 1), torch.nn.Module(), about)
+    old.save(marker_at(100, 10), fragments(state(100), 0, 1), torch.nn.Module())
     with pytest.raises(TakenOver):
         old.wait()
     assert store.exists(share)
     assert half.exists()
-    new.save(100, 10, fragments(state(100), 0, 1), torch.nn.Module(), about)
+    new.save(marker_at(100, 10), fragments(state(100), 0, 1), torch.nn.Module())
     new.wait()
     assert not half.exists()
 

@@ -19,7 +19,8 @@ import torch
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import read_metrics, run_store
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 BATCH, TOTAL, EVERY, SAMPLES = 48, 4800, 480, 600
 Plan = list[tuple[int, int | None]]
@@ -69,7 +70,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, floa
     assert checkpoint.images_seen == TOTAL
     keys = ("master", *checkpoint.marker.state_keys)
     state = {f"{key}/{name}": tensor for key in keys for name, tensor in checkpoint.full_state(key).items()}
-    return state, [(record["images"], record["loss"]) for record in read_metrics(run)]
+    return state, [(record.images, record.loss) for record in read_metrics(run)]
 
 
 def ledger(folder: Path, start: int, rank: int) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -15,7 +15,9 @@ import torch
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config, dump_config, load_config
-from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 RANKS = Path(__file__).with_name("persistent_ranks.py")
 BATCH, IMAGES = 16, 16 * 12
@@ -95,8 +97,8 @@ def test_chains_go_on_bitwise_after_an_interruption(wholes: Path, data_url: str,
     assert "master/chains.pool" in whole
     assert whole["master/chains.pool"].abs().max() > 0
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    losses = [record["loss"] for record in read_metrics(run_store(c))]
-    assert losses == [record["loss"] for record in read_metrics(run_store(config(data_url, wholes / case, case)))]
+    losses = [record.loss for record in read_metrics(run_store(c))]
+    assert losses == [record.loss for record in read_metrics(run_store(config(data_url, wholes / case, case)))]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,8 +15,9 @@ from scoreray.trainer.checkpoints.checkpoint import SNAPSHOTS, committed, latest
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.posthoc import find_mix, inner_products, ranges_of, reconstruct, solve
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import run_store, train
+from scoreray.trainer.loop import train
 from scoreray.trainer.optim.ema import power_of_std
+from scoreray.trainer.run_folder import run_store
 
 STEPS = 4096
 

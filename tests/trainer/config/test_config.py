@@ -19,7 +19,7 @@ from scoreray.trainer.diffusion.objective import OBJECTIVES
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS, LadderUniform
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, MinSNR
-from scoreray.trainer.on_ray.run import stored_config
+from scoreray.trainer.run_folder import stored_config
 
 MINIMAL: dict[str, Any] = {
     "run": {"name": "a", "storage": "s3://bucket/runs"},

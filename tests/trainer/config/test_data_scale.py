@@ -20,8 +20,9 @@ from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config, dump_config, load_config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
-from scoreray.trainer.loop import run_store, train, with_sigma_data
-from scoreray.trainer.on_ray.run import check_run, prepare_run, stored_config
+from scoreray.trainer.loop import train
+from scoreray.trainer.prepare import check_run, prepare_run, with_sigma_data
+from scoreray.trainer.run_folder import run_store, stored_config
 from scoreray.trainer.step import build_training_module
 
 
@@ -110,7 +111,7 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     assert load_config_again(config) == config
     manifest = Manifest.load(open_store(floats))
     assert build_training_module(config, manifest).denoiser.sigma_data == manifest.sigma_data
-    prepared = prepare_run(config)
+    prepared = prepare_run(config).config
     assert prepared.denoiser.resolved_sigma_data == manifest.sigma_data
     assert stored_config(run_store(config)) == prepared
     train(config)  # as a debugger starts it, without prepare_run
@@ -118,9 +119,9 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     assert checkpoint is not None
     assert checkpoint.marker.config["denoiser"]["sigma_data"] == manifest.sigma_data
     other = replace(manifest, sigma_data=0.7)  # a copy that was packed with other statistics
-    again = with_sigma_data(config, other, run_store(config))
+    again = with_sigma_data(config, other, checkpoint)
     assert again == prepared
-    assert prepare_run(config) == prepared
+    assert prepare_run(config).config == prepared
     with pytest.raises(UserError, match=r"denoiser\.sigma_data: 0\.\d+ there, 0\.5 here"):
         prepare_run(config_of(small_run, floats, tmp_path))
 

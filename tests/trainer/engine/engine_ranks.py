@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine.engine import build_engine
@@ -70,8 +71,8 @@ def save(engine, module, where: Path) -> None:
     writer = CheckpointWriter(open_store(where), attempt="a", rank=RANK, world_size=WORLD, keep=1)
     fragments = list(engine.fragments()) if RANK == 0 or not engine.replicated else []
     shapes = {name: list(p.shape) for name, p in network().named_parameters()}
-    about = {"config": {}, "shapes": shapes, "state_keys": list(engine.optimizer.state_keys)}
-    writer.save(BATCH * STEPS, STEPS, fragments, module, about)
+    state_keys = list(engine.optimizer.state_keys)
+    writer.save(Marker(BATCH * STEPS, STEPS, {}, shapes, state_keys, {}, 1), fragments, module)
     writer.wait()
     writer.close()
     if WORLD > 1:

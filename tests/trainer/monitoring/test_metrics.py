@@ -13,15 +13,26 @@ import torch
 
 from scoreray.trainer.checkpoints.checkpoint import MARKER, latest
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import Progress, read_metrics, run_store, train
-from scoreray.trainer.monitoring.metrics import CATALOGUE, SIGMA_EDGES, TENSORBOARD, sigma_labels, values
-from scoreray.trainer.monitoring.stopping import Ask
+from scoreray.trainer.loop import train
+from scoreray.trainer.monitoring.meter import StepMeter
+from scoreray.trainer.monitoring.metrics import (
+    CATALOGUE,
+    SIGMA_EDGES,
+    RunStatus,
+    TrainingProgress,
+    sigma_labels,
+    values,
+)
+from scoreray.trainer.monitoring.stopping import LoopRequest
+from scoreray.trainer.monitoring.tensorboard import FOLDER as TENSORBOARD
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.networks.network import build_network, flops
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 Settings = Callable[..., dict[str, Any]]
-MONITORS = {
+OF_MONITOR = {
     f"scoreray_{name}"
     for name in ("last_commit_time_s", "last_commit_age_s", "progress_age_s", "restarts", "skipped_steps",
                  "stopped_nonfinite")
@@ -64,15 +75,13 @@ def test_tensorboard_has_every_record_once_also_after_a_kill(small_run: Settings
     class Killed(Exception):
         pass
 
-    def kill(progress: Progress) -> None:
+    def kill(progress: TrainingProgress) -> None:
         if progress.images >= 160:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        from scoreray.trainer import loop
-
-        patch.setattr(loop._Meter, "show", lambda self, watch, images, total, commit, skipped, always=False: watch(
-            Progress(images, total, 0.0, 1.0, 0.0, 0)))  # fmt: skip
+        patch.setattr(StepMeter, "show", lambda self, watch, images, total, commit, skipped, always=False: watch(
+            TrainingProgress(images, total, 0.0, 1.0, 0.0, 0)))  # fmt: skip
         with pytest.raises(Killed):
             train(c, watch=kill)
     train(c)
@@ -81,19 +90,20 @@ def test_tensorboard_has_every_record_once_also_after_a_kill(small_run: Settings
     assert len({point[:2] for point in points}) == len(points)
     losses = {step: value for step, tag, value in points if tag == "train/loss"}
     records = read_metrics(run)
-    assert losses == {record["images"]: pytest.approx(record["loss"]) for record in records}
+    assert losses == {record.images: pytest.approx(record.loss) for record in records}
     assert sorted(losses) == [32, 64, 96, 128, 160, 192, 224, 256, 288, 320]
     assert {tag for _, tag, _ in points} > {"train/gradient_norm", "train/mfu", "sigma_loss/0.316-1"}
     train(config(small_run, tmp_path / "off", "log.tensorboard=false"))
     assert not (tmp_path / "off" / "run" / TENSORBOARD).exists()
 
 
-def test_the_catalogue_names_what_is_told(small_run: Settings, tmp_path: Path) -> None:
-    told: list[Progress] = []
-    train(config(small_run, tmp_path), watch=told.append)
+def test_every_metric_of_the_catalogue_has_a_value(small_run: Settings, tmp_path: Path) -> None:
+    shown: list[TrainingProgress] = []
+    train(config(small_run, tmp_path), watch=shown.append)
     names = {metric.name for metric in CATALOGUE}
-    found = values(told[-1])
-    assert {name for name, _ in found} == names - MONITORS
+    found = values(RunStatus(shown[-1]))
+    assert {name for name, _ in found} == names
+    assert {name for name, _ in values(RunStatus())} == OF_MONITOR
     assert {sigma for name, sigma in found if sigma} <= set(sigma_labels())
     assert len(sigma_labels()) == len(SIGMA_EDGES) + 1
     assert found["scoreray_committed_images", ""] == 320
@@ -101,19 +111,19 @@ def test_the_catalogue_names_what_is_told(small_run: Settings, tmp_path: Path) -
     assert all(metric.unit and metric.meaning for metric in CATALOGUE)
 
 
-def test_a_resumed_run_tells_when_its_checkpoint_was_committed(small_run: Settings, tmp_path: Path) -> None:
+def test_a_resumed_run_reports_when_its_checkpoint_was_committed(small_run: Settings, tmp_path: Path) -> None:
     """Else a run that dies before each commit would look as if it committed at each start."""
     c = config(small_run, tmp_path)
-    train(c, asked=lambda: Ask.STOP)
+    train(c, requested=lambda: LoopRequest.STOP)
     run = run_store(c)
     checkpoint = latest(run)
     assert checkpoint is not None
     old = replace(checkpoint.marker, time=checkpoint.marker.time - 5000)
     run.put(f"{checkpoint.folder}/{MARKER}", old.to_json())
-    told: list[Progress] = []
-    train(c, watch=told.append)
-    assert told[0].committed_at == pytest.approx(old.time)
-    assert told[-1].committed_at > old.time + 4900
+    shown: list[TrainingProgress] = []
+    train(c, watch=shown.append)
+    assert shown[0].committed_at == pytest.approx(old.time)
+    assert shown[-1].committed_at > old.time + 4900
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scoreray.trainer.monitoring.progress import Progress
+from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.on_ray.controller_watch import LATE, ControllerWatch, state_of
 
 
@@ -26,7 +26,7 @@ def looked(process: subprocess.Popen[bytes], looks: int, committed: int) -> tupl
     notes: list[str] = []
     watch = ControllerWatch(5.0, notes.append)
     watch.pid = process.pid
-    watch.passing(lambda _: None)(Progress(100, 100, 1.0, 1.0, 0.0, committed))
+    watch.passing(lambda _: None)(TrainingProgress(100, 100, 1.0, 1.0, 0.0, committed))
     for _ in range(looks):
         watch.look()
     return notes, process.wait(60) if watch.pid == 0 else None

@@ -18,8 +18,11 @@ import yaml
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import read_metrics, run_store, train
-from scoreray.trainer.on_ray.run import fit, prepare_run
+from scoreray.trainer.loop import train
+from scoreray.trainer.on_ray.run import fit
+from scoreray.trainer.prepare import prepare_run
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 pytestmark = pytest.mark.slow
 BATCH, TOTAL = 32, 3200
@@ -53,8 +56,8 @@ def processes(root: psutil.Process, name: str) -> list[psutil.Process]:
 
 def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
     """SIGKILL to Ray Train's controller: the driver starts another, its workers are new ones, and one line
-    tells. The losses are those of one process without Ray."""
-    config = prepare_run(load_config(settings(data_url, tmp_path, "killed")))
+    says so. The losses are those of one process without Ray."""
+    config = prepare_run(load_config(settings(data_url, tmp_path, "killed"))).config
     orphans: list[psutil.Process] = []
     notes: list[str] = []
 
@@ -69,17 +72,17 @@ def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_p
     assert len(notes) == 1
     assert "controller died" in notes[0]
     assert not psutil.wait_procs(orphans, timeout=30)[1], "workers of a dead controller are left"
-    alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1})))
+    alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1}))).config
     train(alone)
     pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
-    assert all(one["loss"] == pytest.approx(other["loss"], rel=1e-5) for one, other in pairs)
+    assert all(one.loss == pytest.approx(other.loss, rel=1e-5) for one, other in pairs)
 
 
 @pytest.mark.parametrize("at_images", [1000, TOTAL - 320])  # it is needed again, or only to notice the end
 def test_a_stopped_controller_is_ended(ray_cluster: None, data_url: str, tmp_path: Path, at_images: int) -> None:
     """SIGSTOP to Ray Train's controller: after scaling.hang_timeout_s it is killed, and the run ends as without."""
     scaling = {"workers": 1, "hang_timeout_s": 3}
-    config = prepare_run(load_config(settings(data_url, tmp_path, "stopped", scaling=scaling)))
+    config = prepare_run(load_config(settings(data_url, tmp_path, "stopped", scaling=scaling))).config
     stopped: list[psutil.Process] = []
     notes: list[str] = []
 
@@ -91,10 +94,10 @@ def test_a_stopped_controller_is_ended(ray_cluster: None, data_url: str, tmp_pat
     assert fit(config, meddle, notes.append) == TOTAL
     assert notes[0] == "Ray Train's controller was stopped for 3 s, and is ended"
     assert not psutil.wait_procs(stopped, timeout=30)[1]
-    alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1})))
+    alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1}))).config
     train(alone)
     pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
-    assert all(one["loss"] == pytest.approx(other["loss"], rel=1e-5) for one, other in pairs)
+    assert all(one.loss == pytest.approx(other.loss, rel=1e-5) for one, other in pairs)
 
 
 def ready(root: psutil.Process) -> set[int]:
@@ -107,7 +110,7 @@ def test_after_a_death_workers_start_in_processes_that_stood_by(
     ray_cluster: None, data_url: str, tmp_path: Path
 ) -> None:
     changes = {"scaling": {"workers": 2, "standby_after_s": 0}, "duration": {"images": 1_000_000}}
-    config = prepare_run(load_config(settings(data_url, tmp_path, "standby", **changes)))
+    config = prepare_run(load_config(settings(data_url, tmp_path, "standby", **changes))).config
     stood_by: set[int] = set()
     seen: list[set[int]] = []
 

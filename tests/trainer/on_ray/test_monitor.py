@@ -1,4 +1,4 @@
-"""What Prometheus is told of a run that hangs, dies again and again, or diverges: scraped from Ray's own exporter."""
+"""What Prometheus shows of a run that hangs, dies again and again, or diverges: scraped from Ray's own exporter."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import yaml
 
 from scoreray.data.errors import ScorerayError
 from scoreray.trainer.config import load_config
-from scoreray.trainer.monitoring.metrics import CATALOGUE
-from scoreray.trainer.monitoring.progress import Monitor, Progress
+from scoreray.trainer.monitoring.metrics import CATALOGUE, TrainingProgress
+from scoreray.trainer.monitoring.monitor import Monitor
 from scoreray.trainer.monitoring.stopping import NonFiniteError
-from scoreray.trainer.on_ray.run import fit, prepare_run
+from scoreray.trainer.on_ray.run import fit
+from scoreray.trainer.prepare import prepare_run
 
 Settings = Callable[..., dict[str, Any]]
 NAMES = {metric.name.removeprefix("scoreray_") for metric in CATALOGUE}
@@ -42,27 +43,27 @@ def scraped(run: str) -> dict[str, float]:
 def test_ages_and_counts_go_on_over_restarts(ray_cluster: None) -> None:
     import ray
 
-    def told() -> dict[str, float]:
-        return {name.removeprefix("scoreray_"): value for (name, _), value in ray.get(monitor.told.remote()).items()}
+    def shown() -> dict[str, float]:
+        return {name.removeprefix("scoreray_"): value for (name, _), value in ray.get(monitor.values.remote()).items()}
 
     now = time.time()
     monitor = ray.remote(num_cpus=0)(Monitor).remote("restarted", now - 4000, 2)
     try:
-        first = told()
+        first = shown()
         assert 4000 <= first["last_commit_age_s"] < 4060
         assert (first["restarts"], first["skipped_steps"], first["stopped_nonfinite"]) == (0, 2, 0)
         for start in range(3):
-            progress = Progress(320, 640, 0.5, 9.0, 0.0, 160, now - 4000, time.time(), skipped_steps=3 - start)
+            progress = TrainingProgress(320, 640, 0.5, 9.0, 0.0, 160, now - 4000, time.time(), skipped_steps=3 - start)
             ray.get(monitor.update.remote(progress))
-            assert told()["progress_age_s"] < 30
-            ray.get(monitor.started_again.remote("rank 0 died"))
-        last = told()
+            assert shown()["progress_age_s"] < 30
+            ray.get(monitor.restarted.remote("rank 0 died"))
+        last = shown()
         assert 4000 <= last["last_commit_age_s"] < 4060, "a restart is no commit"
         assert (last["restarts"], last["skipped_steps"], last["images_seen"]) == (3, 3, 320)
-        ray.get(monitor.update.remote(Progress(480, 640, 0.5, 9.0, 0.0, 480, time.time())))
-        assert told()["last_commit_age_s"] < 60
+        ray.get(monitor.update.remote(TrainingProgress(480, 640, 0.5, 9.0, 0.0, 480, time.time())))
+        assert shown()["last_commit_age_s"] < 60
         ray.get(monitor.stopped_nonfinite.remote())
-        assert told()["stopped_nonfinite"] == 1
+        assert shown()["stopped_nonfinite"] == 1
     finally:
         ray.kill(monitor)
 
@@ -72,12 +73,12 @@ def test_before_the_first_commit_the_age_is_the_runs(ray_cluster: None) -> None:
 
     monitor = ray.remote(num_cpus=0)(Monitor).remote("new")
     try:
-        ray.get(monitor.started_again.remote("rank 0 died"))
+        ray.get(monitor.restarted.remote("rank 0 died"))
         time.sleep(1.1)
-        told = ray.get(monitor.told.remote())
-        assert told["scoreray_last_commit_age_s", ""] > 1
-        assert told["scoreray_last_commit_time_s", ""] == 0
-        assert told["scoreray_progress_age_s", ""] > 1
+        shown = ray.get(monitor.values.remote())
+        assert shown["scoreray_last_commit_age_s", ""] > 1
+        assert shown["scoreray_last_commit_time_s", ""] == 0
+        assert shown["scoreray_progress_age_s", ""] > 1
     finally:
         ray.kill(monitor)
 
@@ -91,7 +92,7 @@ def test_a_loss_that_is_not_finite_is_no_bug() -> None:
 def test_a_run_that_hangs_is_still_seen(ray_cluster: None, small_run: Settings, tmp_path: Path) -> None:
     """SIGSTOP of the worker, for longer than Ray shows a gauge that nobody sets: every series stays, ages grow."""
     sections = {"checkpoint": {"every_images": 8_000}, "scaling": {"hang_timeout_s": 300}}
-    config = prepare_run(load_config(small_run("hangs", tmp_path, 10_000_000, **sections)))
+    config = prepare_run(load_config(small_run("hangs", tmp_path, 10_000_000, **sections))).config
     seen: list[int] = []
     held: list[psutil.Process] = []
 
@@ -134,7 +135,7 @@ def test_a_run_that_diverges_is_seen_before_it_ends(
 
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)  # as on a cluster, which is scraped
     wild = {"optimizer": {"learning_rate": 1e18, "gradient_clip": 0}}
-    config = prepare_run(load_config(small_run("diverges", tmp_path, 100_000, **wild)))
+    config = prepare_run(load_config(small_run("diverges", tmp_path, 100_000, **wild))).config
     shown: list[float] = []
     over = threading.Event()
 
@@ -151,7 +152,7 @@ def test_a_run_that_diverges_is_seen_before_it_ends(
     finally:
         over.set()
         watcher.join()
-    assert shown.count(1.0) >= 15, "Prometheus asks each 15 s"
+    assert shown.count(1.0) >= 15, "Prometheus scrapes each 15 s"
 
 
 @pytest.mark.slow

@@ -22,9 +22,12 @@ from scoreray.data.errors import DataError, StorageError, Unanswered, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import NonFiniteError
-from scoreray.trainer.on_ray.run import fit, prepare_run, stored_config
+from scoreray.trainer.on_ray.run import fit
+from scoreray.trainer.prepare import prepare_run
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store, stored_config
 
 BATCH, TOTAL = 32, 3200
 
@@ -62,7 +65,7 @@ def outcome(config: Config) -> tuple[dict[str, torch.Tensor], list[tuple[int, fl
     assert checkpoint.images_seen == TOTAL
     state = {f"{key}/{n}": t for key in ("master", *checkpoint.marker.state_keys) for n, t in
              checkpoint.full_state(key).items()}  # fmt: skip
-    return state, [(record["images"], record["loss"]) for record in read_metrics(run_store(config))]
+    return state, [(record.images, record.loss) for record in read_metrics(run_store(config))]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def watched() -> list[Any]:
 def uninterrupted(
     ray_cluster: None, data_url: str, new_listeners: Any, watched: list[Any]
 ) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
-    config = prepare_run(load_config(settings(data_url, "uninterrupted")))
+    config = prepare_run(load_config(settings(data_url, "uninterrupted"))).config
     with new_listeners() as listeners:
         assert fit(config, lambda progress: None) == TOTAL
     watched.append(listeners)
@@ -106,7 +109,7 @@ def test_everything_listens_on_loopback_only(uninterrupted: Any, watched: list[A
 
 
 def test_only_what_may_pass_is_tried_again() -> None:
-    from scoreray.trainer.on_ray.hooks import is_final
+    from scoreray.trainer.on_ray.failures import is_final
 
     for error in (UserError("x"), DataError("x"), NonFiniteError("x"), StorageError("no space left")):
         assert is_final(error)
@@ -115,13 +118,13 @@ def test_only_what_may_pass_is_tried_again() -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_told_to_end_then_one_that_hangs_then_one_that_is_killed(
+def test_a_worker_that_gets_sigterm_then_one_that_hangs_then_one_that_is_killed(
     uninterrupted: Any, data_url: str
 ) -> None:
     """SIGTERM: saved at once, no step redone. SIGSTOP: found within the time-out, and ended. SIGKILL. Each time Ray
     Train starts the workers again at the right image, and the end is bitwise that of an uninterrupted run."""
     scaling = {"workers": 2, "hang_timeout_s": 8}
-    config = prepare_run(load_config(settings(data_url, "worker-killed", scaling=scaling)))
+    config = prepare_run(load_config(settings(data_url, "worker-killed", scaling=scaling))).config
     plan = [(700, signal.SIGTERM), (1500, signal.SIGSTOP), (2300, signal.SIGKILL)]
     sent: list[tuple[psutil.Process, float]] = []
     notes: list[tuple[str, float]] = []
@@ -136,8 +139,8 @@ def test_a_worker_that_is_told_to_end_then_one_that_hangs_then_one_that_is_kille
 
     assert fit(config, meddle, lambda line: notes.append((line, time.monotonic()))) == TOTAL
     assert len(sent) == len(notes) == 3, notes
-    (told, _), (hung, found_at), (died, _) = notes
-    saved_at = int(re.search(r"all was saved at ([\d,]+) images", told)[1].replace(",", ""))  # type: ignore[index]
+    (preempted, _), (hung, found_at), (died, _) = notes
+    saved_at = int(re.search(r"all was saved at ([\d,]+) images", preempted)[1].replace(",", ""))  # type: ignore[index]
     assert min(images for images in seen[seen.index(max(i for i in seen if i <= saved_at)) + 1 :]) > saved_at
     assert "hung" in hung
     assert found_at - sent[1][1] < 8 + 4
@@ -178,19 +181,19 @@ def test_one_process_without_ray_trains_the_same(uninterrupted: Any, data_url: s
     """One rank, no Ray, no DeepSpeed: the same samples and noise, so the same loss to rounding of the reduction."""
     changes = {"engine": {"zero_stage": 0, "precision": "fp32"}, "scaling": {"workers": 1}}
     settings_without_dropout = settings(data_url, "alone", **changes)
-    config = prepare_run(load_config(settings_without_dropout, ["duration.images=320", "network.dropout=0"]))
+    config = prepare_run(load_config(settings_without_dropout, ["duration.images=320", "network.dropout=0"])).config
     train(config)
-    two = prepare_run(load_config(settings(data_url, "two"), ["duration.images=320", "network.dropout=0"]))
+    two = prepare_run(load_config(settings(data_url, "two"), ["duration.images=320", "network.dropout=0"])).config
     fit(two)
     alone, together = (read_metrics(run_store(c)) for c in (config, two))
     for one, other in zip(alone, together, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted: Any, data_url: str) -> None:
     config = load_config(settings(data_url, "uninterrupted"))
     started = time.monotonic()
-    assert fit(prepare_run(config)) == TOTAL
+    assert fit(prepare_run(config).config) == TOTAL
     assert time.monotonic() - started < 5  # no worker was started
 
 
@@ -198,11 +201,11 @@ def test_another_config_is_refused_by_key(uninterrupted: Any, data_url: str) -> 
     other = load_config(settings(data_url, "uninterrupted"), ["optimizer.learning_rate=0.5", "ema.stds=[0.2]"])
     with pytest.raises(UserError, match=r"(?s)ema\.stds.*optimizer\.learning_rate: 0.0002 there, 0.5 here"):
         prepare_run(other)
-    fresh = prepare_run(other, fresh=True)
+    fresh = prepare_run(other, fresh=True).config
     assert fresh.run.name == "uninterrupted-2"
     # A name under which nothing was trained is still free, and its config may be replaced.
     again = load_config(settings(data_url, "uninterrupted"), ["optimizer.learning_rate=0.25"])
-    claimed = prepare_run(again, fresh=True)
+    claimed = prepare_run(again, fresh=True).config
     assert claimed.run.name == "uninterrupted-2"
     assert stored_config(run_store(claimed)) == claimed
 
@@ -211,7 +214,7 @@ def test_what_does_not_change_the_result_may_change(uninterrupted: Any, data_url
     same = load_config(
         settings(data_url, "uninterrupted"), ["scaling.workers=1", "engine.zero_stage=0", "log.every_images=320"]
     )
-    assert prepare_run(same) == same
+    assert prepare_run(same).config == same
 
 
 def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
@@ -224,14 +227,14 @@ def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: st
         if key.endswith(".tar"):
             data[560] ^= 0xFF
         copy.put(key, bytes(data))
-    config = prepare_run(load_config(settings(copy.url(), "damaged")))
+    config = prepare_run(load_config(settings(copy.url(), "damaged"))).config
     with pytest.raises(DataError, match=r"\.tar"):
         fit(config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_a_driver_that_is_told_to_stop_saves_first(
+def test_a_driver_that_gets_ctrl_c_or_sigterm_saves_first(
     ray_cluster: None, data_url: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C or SIGTERM between two checkpoints: what was trained is committed, nothing is left running, status 130."""

@@ -15,7 +15,9 @@ import yaml
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import read_metrics, run_store, train
+from scoreray.trainer.loop import train
+from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_folder import run_store
 
 TOTAL = 400_000  # more than is trained: the run is stopped when all was seen
 
@@ -76,5 +78,5 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, s
         "scaling.workers=1", f"duration.images={records[-1]['images']}"])  # fmt: skip
     train(alone)
     for one, two in zip(read_metrics(run_store(alone)), records, strict=False):
-        if one["images"] == two["images"]:  # a save on the way has a record of its own
-            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        if one.images == two.images:  # a save on the way has a record of its own
+            assert two.loss == pytest.approx(one.loss, rel=1e-5)

@@ -1,0 +1,72 @@
+"""Checks before a run starts: its data set fits, its place in storage can be written and is not another run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from scoreray.data.errors import UserError
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.storage.store import open_store
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.config import Config
+from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.meta import meta_module
+from scoreray.trainer.run_folder import claim, run_store, with_unused_name
+from scoreray.trainer.tracking import check_mlflow
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A checked config and what was read to check it.
+
+    newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
+    the scale of the data; "" where it is what the model expects.
+    """
+
+    config: Config
+    manifest: Manifest
+    newest: Checkpoint | None = None
+    warning: str = ""
+
+
+def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
+    """What can be checked before Ray starts: the data set exists, fits the network, is the one that the run has been
+    trained on so far (unless it is to be a `fresh` one), and the run's place can be written.
+
+    Raises UserError, StorageError or DataError.
+    """
+    check_mlflow(config)
+    data = open_store(config.data.url)
+    data.check_reachable()
+    manifest = Manifest.load(data)
+    meta_module(config, manifest)
+    run = run_store(config)
+    run.check_writable()
+    newest = None if fresh else latest(run)
+    if newest is not None:
+        newest.check_data(manifest, config.data.url)
+    found = misfit(config, manifest)
+    if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
+        raise UserError(found.text)
+    return PreparedRun(config, manifest, newest, found.text if found else "")
+
+
+def prepare_run(config: Config, *, fresh: bool = False) -> PreparedRun:
+    """`check_run`, then claim the run's place: its config is stored in it, or the one that is stored agrees.
+
+    `fresh`: take the first unused name of name-2, name-3, ... instead of resuming. The result's config is the one to
+    run. Raises UserError with the differing keys when another config made this run; StorageError, DataError.
+    """
+    checked = check_run(config, fresh=fresh)
+    if fresh:
+        config = with_unused_name(config)
+    config = with_sigma_data(config, checked.manifest, checked.newest)
+    claim(run_store(config), config)
+    return replace(checked, config=config)
+
+
+def with_sigma_data(config: Config, manifest: Manifest, newest: Checkpoint | None) -> Config:
+    """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, else the data's."""
+    if config.denoiser.sigma_data != "auto" or newest is None:
+        return resolve_sigma_data(config, manifest)
+    return resolve_sigma_data(config, manifest, newest.marker.sigma_data)
