@@ -23,10 +23,11 @@ import torch
 
 from scoreray.data import fashion_mnist_path
 from scoreray.data.packing.pack import pack
-from scoreray.data.storage.store import open_store
-from scoreray.sampling.evaluation.evaluate import here
-from scoreray.sampling.evaluation.plan import EvaluationPlan, EvaluationSettings, Task, make_plan
-from scoreray.sampling.evaluation.tasks import get_arrays, run_task
+from scoreray.sampling.evaluation.chunks import FeatureChunk, read_chunk
+from scoreray.sampling.evaluation.evaluate import in_process
+from scoreray.sampling.evaluation.plan import Chunk, EvaluationPlan, EvaluationSettings
+from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
+from scoreray.sampling.evaluation.stages import STAGES, run_chunk
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.measures.classifier import Classifier, ClassifierConfig
 from scoreray.sampling.measures.inception import InceptionV3
@@ -105,8 +106,6 @@ def features(
     folder: Path, run: str, data: str, images: int, network: torch.nn.Module, suffix: str, rounds: int = ROUNDS
 ) -> None:
     """Chunks of the reference as an evaluation does them (read, verify, decode, extract, store), and bare passes."""
-    from scoreray.sampling.measures.features import choose
-
     scripted = folder / f"{suffix}.pt"
     sample = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     torch.jit.trace(network, sample).save(str(scripted))
@@ -116,18 +115,17 @@ def features(
         settings = EvaluationSettings(
             run, data, ("fid",), str(folder / f"out-{suffix}-{number}"), extractor=str(scripted), reference_count=images
         )
-        cache = open_store(f"{settings.out}/cache")
-        choice = choose(str(scripted), _manifest(data), cache)
-        plan = make_plan(settings, choice)
+        plan = make_plan(load_inputs(settings))
         module = torch.jit.load(str(scripted)).eval()
-        tasks = plan.stages()["reference"]
-        run_task(plan, tasks[0])  # loads what is kept
+        chunks = STAGES["reference"].chunks("reference", plan.inputs)
+        run_chunk(plan, chunks[0])  # loads what is kept
 
-        bare_s = seconds(partial(forward, module, pixels[tasks[0].size :], settings.batch_size))
-        ours_s = seconds(partial(do, plan, tasks[1:]))
+        bare_s = seconds(partial(forward, module, pixels[chunks[0].size :], settings.batch_size))
+        ours_s = seconds(partial(do, plan, chunks[1:]))
         ratios.append(bare_s / ours_s)
-        rates.append((images - tasks[0].size) / ours_s)
-        assert len(get_arrays(plan.folder("reference"), tasks[-1].key)["features"]) == tasks[-1].size
+        rates.append((images - chunks[0].size) / ours_s)
+        stored = read_chunk(plan.folder("reference"), chunks[-1].key, FeatureChunk)
+        assert len(stored.features) == chunks[-1].size
     print(
         f"{suffix}: {statistics.median(rates):,.0f} images/s, {statistics.median(ratios):.3f} of a bare loop of "
         f"forward passes ({min(ratios):.3f} to {max(ratios):.3f}, {rounds} rounds)"
@@ -140,14 +138,8 @@ def forward(module: torch.nn.Module, images: torch.Tensor, batch_size: int) -> N
             module(batch)
 
 
-def do(plan: EvaluationPlan, tasks: list[Task]) -> None:
-    here(run_task, [(plan, task) for task in tasks], lambda count: None)
-
-
-def _manifest(data: str):
-    from scoreray.data.reading.manifest import Manifest
-
-    return Manifest.load(open_store(data))
+def do(plan: EvaluationPlan, chunks: list[Chunk]) -> None:
+    in_process(run_chunk, [(plan, chunk) for chunk in chunks], lambda count: None)
 
 
 def distances(dims: list[int]) -> None:
@@ -180,28 +172,27 @@ def memory(folder: Path) -> None:
 FINISH = """
 import sys, tempfile
 import numpy as np, torch
-from scoreray.data.reading.manifest import Manifest
-from scoreray.data.storage.store import open_store
-from scoreray.sampling import quality
-from scoreray.sampling.evaluation.evaluate import here
-from scoreray.sampling.evaluation.tasks import put_arrays
-from scoreray.sampling.measures.features import ExtractorChoice
-from scoreray.sampling.evaluation.plan import EvaluationSettings, make_plan
+from scoreray.sampling.evaluation.chunks import FeatureChunk, write_chunk
+from scoreray.sampling.evaluation.metrics import compute_metrics, stages_of
+from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
+from scoreray.sampling.evaluation.stages import STAGES
 folder, count = sys.argv[1], int(sys.argv[2])
 with tempfile.TemporaryDirectory(dir=folder) as out:
-    settings = EvaluationSettings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count)
-    plan = make_plan(settings, ExtractorChoice("identity"))
+    settings = EvaluationSettings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count,
+                                  extractor="identity")
+    plan = make_plan(load_inputs(settings))
     rng = np.random.default_rng(0)
-    for stage, tasks in plan.stages().items():
-        for task in tasks:
-            put_arrays(plan.folder(stage), task.key, {
-                "features": rng.standard_normal((task.size, 64), dtype=np.float32),
-                "projections": rng.standard_normal((task.size, 128), dtype=np.float32)})
+    for stage in stages_of(plan):
+        for chunk in STAGES[stage].chunks(stage, plan.inputs):
+            write_chunk(plan.folder(stage), chunk.key, FeatureChunk(
+                rng.standard_normal((chunk.size, 64), dtype=np.float32),
+                rng.standard_normal((chunk.size, 128), dtype=np.float32)))
     def peak():
         status = open("/proc/self/status").read()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
     before = peak()
-    quality.compute(plan)
+    compute_metrics(plan)
     print(f"peak {peak():,.0f} MiB, of which {peak() - before:,.0f} for the metrics")
 """
 

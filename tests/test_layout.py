@@ -49,7 +49,6 @@ WITHOUT_RAY = ("trainer", "sampling")
 CIRCLES = (
     {"data.storage.s3", "data.storage.store"},
     {"data.packing.arrays", "data.packing.sources"},
-    {"sampling.evaluation.plan", "sampling.evaluation.protocol"},
 )
 """Modules that still import each other."""
 

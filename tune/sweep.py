@@ -38,7 +38,8 @@ class MetricSection(Section):
     `names`: denoising (error of the denoised image at fixed noise levels, EDM-weighted by the data's own spread), bpd,
     nats, fid, kid, sw (sliced Wasserstein), nfe (calls of the network for a sample).
     `reference`: a packed data set that is not trained on. `count`: of its images, evenly over it; their noise is fixed.
-    `sigma_min`, `sigma_max`, `levels`: the fixed noise levels, even in ln sigma.
+    `likelihood_count`: of its images, for bpd and nats; `rtol`: of their solver, cheaper than an evaluation's 1e-5.
+    `sigma_min`, `sigma_max`, `levels`: the fixed noise levels, even in ln sigma; the likelihood goes from end to end.
     `samples`, `sampler`, `steps`, `grid`, `batch_size`: the sampler's fixed budget, for fid, kid and sw.
     """
 
@@ -48,6 +49,8 @@ class MetricSection(Section):
     sigma_min: float = Field(0.01, gt=0)
     sigma_max: float = Field(50.0, gt=0)
     levels: int = Field(16, ge=2, le=256)
+    likelihood_count: int = Field(128, ge=2)
+    rtol: float = Field(1e-4, ge=1e-14, lt=1)
     samples: int = Field(2000, ge=32)
     sampler: str | None = None
     steps: int | None = Field(None, ge=1)

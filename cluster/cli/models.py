@@ -222,8 +222,8 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Of fid,kid,is,pr,sw,nn,kde,bpd,nats,loss,psnr,ssim,ais; default: what fits and is cheap. "
-            "See docs/evaluation.md."
+            help="Names with commas between, such as fid,kid,bpd; default: those that fit and are cheap. "
+            "docs/evaluation.md has all."
         ),
     ] = "",
     out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = "",
@@ -301,14 +301,15 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare two evaluations; exit status 2, naming what differs, when their numbers can't be compared."""
-    from scoreray.sampling.evaluation.record import compare as compared
-    from scoreray.sampling.evaluation.record import comparison_text, notes, read_record
+    from scoreray.sampling.evaluation.compare import compare as compared
+    from scoreray.sampling.evaluation.compare import comparison_text, notes
+    from scoreray.sampling.evaluation.record import read_record
 
     a, b = read_record(first), read_record(second)
     found = compared(a, b, *([part for part in text.split(",") if part] for text in (metrics, vary)))
     beside = notes(a, b)
     if as_json:
-        typer.echo(json.dumps({"metrics": found, "notes": beside}))
+        typer.echo(json.dumps({"metrics": {name: one.to_json() for name, one in found.items()}, "notes": beside}))
     else:
         typer.echo(comparison_text(found, beside))
 

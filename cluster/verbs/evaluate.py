@@ -13,8 +13,9 @@ from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import bar
 from scoreray.data.errors import UserError
-from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, Run, evaluate, find_finished, prepare
-from scoreray.sampling.evaluation.plan import EvaluationPlan, EvaluationSettings, make_plan
+from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished
+from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan, EvaluationSettings
+from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training
 
 RETRIES = Retries(
     4, "a chunk", "is there memory for so many workers? give fewer --workers or a smaller --batch-size"
@@ -22,12 +23,12 @@ RETRIES = Retries(
 
 
 def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None, verbose: bool = False) -> Evaluation:
-    """Evaluate on RAY_ADDRESS's cluster, or on an embedded one of this machine; the record tells nothing of which.
+    """Evaluate on RAY_ADDRESS's cluster, or on an embedded one of this machine; the record does not depend on which.
 
     workers: actors, with a GPU each where the cluster has any; as many as it has room for by default. Raises
     ScorerayErrors; what is wrong with the settings is found before Ray starts.
     """
-    _check(settings)
+    inputs = checked_inputs(settings)
     with connected(verbose=verbose):
         import ray
 
@@ -35,7 +36,7 @@ def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None,
             wait_for_room("--threads: a worker needs", [{"CPU": settings.threads}], "give fewer --threads")
         room = ray.cluster_resources()
         gpus = int(room.get("GPU", 0)) if on_gpus else 0
-        settings = replace(settings, device="cuda" if on_gpus else "cpu")
+        inputs = replace(inputs, settings=replace(settings, device="cuda" if on_gpus else "cpu"))
         most = gpus or max(1, int(room.get("CPU", 1)) // settings.threads)
         if workers is not None and workers > most and not autoscaler().is_there:
             raise UserError(
@@ -43,23 +44,20 @@ def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None,
                 f"which each takes {settings.threads}); ask for fewer"
             )
         with workers_of(workers or most, settings.threads, gpu=on_gpus) as run:
-            return evaluate(settings, run=run, bar=counting)
+            return evaluate(inputs, run=run, bar=counting)
 
 
-def _check(settings: EvaluationSettings) -> None:
-    """What a person got wrong, in seconds; a classifier that is still to be trained is left for later."""
+def checked_inputs(settings: EvaluationSettings) -> EvaluationInputs:
+    """What an evaluation reads, loaded once; a user's mistakes are found here, in seconds, before Ray starts.
 
-    def nothing(*_: Any) -> None:
-        raise _NotYet
-
-    with contextlib.suppress(_NotYet):
-        plan = make_plan(settings, *prepare(settings, run=nothing))
+    A classifier that is still to be trained is left for later, and so is whether the place can be written to.
+    """
+    inputs = load_inputs(settings)
+    if not needs_training(inputs):
+        plan = make_plan(inputs)
         if find_finished(plan) is None:
             plan.store.check_writable()
-
-
-class _NotYet(Exception):
-    pass
+    return inputs
 
 
 @contextlib.contextmanager

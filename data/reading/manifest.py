@@ -179,6 +179,11 @@ class Manifest:
     @staticmethod
     def load(store: Store) -> Manifest:
         """The data set's manifest. Raises UserError when there is none, DataError when it is not valid."""
+        return Manifest.from_json(Manifest.read(store), store.url(MANIFEST))
+
+    @staticmethod
+    def read(store: Store) -> bytes:
+        """The bytes of a data set's manifest, not yet checked. Raises UserError when there is none, DataError."""
         url = store.url(MANIFEST)
         try:
             size = store.size(MANIFEST)
@@ -190,7 +195,7 @@ class Manifest:
             ) from error
         if size > MAX_MANIFEST_BYTES:
             raise DataError(f"{url}: {size} bytes is above the limit of {MAX_MANIFEST_BYTES}")
-        return Manifest.from_json(store.get(MANIFEST), url)
+        return store.get(MANIFEST)
 
     @property
     def classes_with_images(self) -> int:

@@ -20,12 +20,18 @@ from scoreray.data.storage.store import open_store
 class Samples:
     """Samples of the data set at `url`, each verified by its digest; `sha256` is the manifest's."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, manifest: bytes | None = None) -> None:
+        """manifest: its bytes, where they have been read already."""
         store = open_store(url)
         self.url = store.url()
-        self.manifest = Manifest.load(store)
-        self.sha256 = hashlib.sha256(store.get(MANIFEST)).hexdigest()
+        self._bytes = Manifest.read(store) if manifest is None else manifest
+        self.manifest = Manifest.from_json(self._bytes, store.url(MANIFEST))
+        self.sha256 = hashlib.sha256(self._bytes).hexdigest()
         self._reader = Reader(store, self.manifest, Stats())
+
+    def __reduce__(self) -> tuple[type[Samples], tuple[str, bytes]]:
+        """To another process with the manifest's bytes, so that it reads nothing to open the data set."""
+        return Samples, (self.url, self._bytes)
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`. Raises IndexError

@@ -49,6 +49,10 @@ class Store(abc.ABC):
     root: str
     is_remote: ClassVar[bool] = False  # an answer may take long, or come damaged
 
+    def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
+        """To another process as its URL: connections stay where they are."""
+        return open_store, (self.url(),)
+
     @abc.abstractmethod
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         """The object's bytes, or as a slice does, those of [start, end). Raises NotFound, StorageError."""

@@ -23,10 +23,11 @@ import torch
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import Store, open_store
-from scoreray.sampling.evaluation.evaluate import choose_extractor, described, evaluate
+from scoreray.sampling.evaluation.evaluate import described, evaluate
+from scoreray.sampling.evaluation.metrics import check_names
 from scoreray.sampling.evaluation.plan import FOLDER, EvaluationSettings
-from scoreray.sampling.evaluation.protocol import choose_metrics
-from scoreray.sampling.evaluation.tasks import fixed_threads
+from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metrics
+from scoreray.sampling.evaluation.stages import fixed_threads
 from scoreray.sampling.model.describe import ModelInfo, is_picture
 from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
@@ -98,6 +99,7 @@ def check_evaluation(config: Config) -> None:
         )
     try:
         settings = settings_of(config, "")
+        check_names(settings.metrics)
         settings.request().fitted(info)
         if section.metrics:
             extractor = choose_extractor(settings, reference, None)
@@ -138,13 +140,13 @@ def settings_of(config: Config, checkpoint_url: str) -> EvaluationSettings:
 
 
 def measure(config: Config, checkpoint: Checkpoint) -> Values:
-    """The metrics of the config, each as {name: value, name_error: its standard error}, and where the record lies."""
+    """The metrics of the config, each as {name: value, name_error: its standard error}, and the record's URL."""
     done = evaluate(settings_of(config, checkpoint.url))
     found: Values = {"record": done.url}
-    for name, values in done.record["metrics"].items():
-        found[name] = values["value"]
-        found[f"{name}_error"] = values["std_error"]
-        found[f"{name}_text"] = described(values)
+    for name, metric in done.record.metrics.items():
+        found[name] = metric.value
+        found[f"{name}_error"] = metric.std_error
+        found[f"{name}_text"] = described(metric)
     return found
 
 

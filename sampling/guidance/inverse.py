@@ -1,13 +1,12 @@
 """Linear inverse problems y = A x0 + noise: wrappers of a denoiser whose samples then agree with a measurement y.
 
-Inpainting, super-resolution, colourisation and a general matrix differ in `Operator` only. Every sampler takes the
-wrapped denoiser, so there is no sampler of their own.
+Inpainting, super-resolution, colourisation and a general matrix differ in their `Operator` only. Every sampler takes
+the wrapped denoiser, so there is no sampler of their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,63 +15,9 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.guidance import Denoise, rows_per_sample
+from scoreray.sampling.guidance.operators import Operator, mask
 
-BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, what Pillow and paint programs take
 MOST_NOISE_STD = 1e9  # its square must be a number of float32
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A linear map A of one sample, batched: `apply` takes x [B, ...] to y, `transpose` y back to x.
-
-    `solve(residual, prior [B], noise)` is (prior A A^T + noise I)^-1 residual; it must have a meaning at noise 0.
-    """
-
-    apply: Callable[[Tensor], Tensor]
-    transpose: Callable[[Tensor], Tensor]
-    solve: Callable[[Tensor, Tensor, float], Tensor]
-
-
-def mask(known: Tensor) -> Operator:
-    """Inpainting: A keeps what `known` (bool, of a sample's shape, or [B, ...]) marks."""
-    if known.dtype != torch.bool:
-        raise UserError(f"a mask of {known.dtype}: must be bool, true where the sample is known")
-    return Operator(lambda x: x * known.to(x.device), lambda y: y * known.to(y.device), _even(1.0))
-
-
-def average_pool(factor: int) -> Operator:
-    """Super-resolution by `factor`: A is the mean over factor x factor blocks of an image [B, C, H, W]."""
-
-    def spread(y: Tensor) -> Tensor:
-        return y.repeat_interleave(factor, -1).repeat_interleave(factor, -2) / factor**2
-
-    return Operator(lambda x: torch.nn.functional.avg_pool2d(x, factor), spread, _even(1 / factor**2))
-
-
-def gray() -> Operator:
-    """Colourisation: A is the brightness of a colour image [B, 3, H, W], as pictures are made grey everywhere."""
-
-    def weights(like: Tensor) -> Tensor:
-        return torch.tensor(BRIGHTNESS, dtype=like.dtype, device=like.device).view(3, 1, 1)
-
-    gram = math.fsum(weight**2 for weight in BRIGHTNESS)
-    return Operator(lambda x: (x * weights(x)).sum(1, keepdim=True), lambda y: y * weights(y), _even(gram))
-
-
-def matrix(a: Tensor) -> Operator:
-    """Any A [m, d] of full row rank on flat samples [B, d]."""
-    values, vectors = torch.linalg.eigh((a @ a.T).double())
-    if values[0] <= 1e-12 * values[-1]:
-        raise UserError(
-            f"a matrix {list(a.shape)} whose rows depend on each other: leave out the ones that add nothing"
-        )
-
-    def solve(residual: Tensor, prior: Tensor, noise: float) -> Tensor:
-        basis = vectors.to(residual)
-        scaled = (residual @ basis) / (prior[:, None] * values.to(residual) + noise)
-        return scaled @ basis.T
-
-    return Operator(lambda x: x @ a.T.to(x), lambda y: y @ a.to(y), solve)
 
 
 @dataclass(frozen=True)
@@ -133,11 +78,6 @@ class LinearInverse:
 def inpaint(denoiser: Denoise, picture: Tensor, known: Tensor, **settings: float | str) -> LinearInverse:
     """The denoiser of what is missing: `picture` holds where the bool `known` is true; settings as in LinearInverse."""
     return LinearInverse(denoiser, mask(known), torch.where(known, picture, 0.0), **settings)  # type: ignore[arg-type]
-
-
-def _even(gram: float) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """`solve` of an operator whose A A^T is `gram` times the identity."""
-    return lambda residual, prior, noise: residual / (prior * gram + noise).view(-1, *[1] * (residual.ndim - 1))
 
 
 def _times(rows: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Words of a request that bend what is drawn, as wrappers of the denoiser: guidance, inpainting, inverse problems.
+"""Request options that modify sampling, as wrappers of the denoiser: guidance, inpainting, inverse problems.
 
 `steered` makes the denoiser that a request asks for. Everything in a request is a word, a number or a URL, so that it
 can travel; what a URL names is read where the samples are drawn.
@@ -6,17 +6,16 @@ can travel; what a URL names is read where the samples are drawn.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
 
-from scoreray.data.errors import UserError, nearest, shortened
-from scoreray.data.units import whole_number
+from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval
-from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse, Operator, average_pool, gray, mask, matrix
-from scoreray.sampling.guidance.observations import parse_value_range, read_mask, read_numbers, read_observed
+from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse
+from scoreray.sampling.guidance.observations import parse_value_range, read_observed
+from scoreray.sampling.guidance.operators import OPERATORS, make_operator
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.trainer.config import MAX_GUIDANCE
 
@@ -77,8 +76,8 @@ class Measurement:
         name, _, value = self.operator.partition("=")
         if name not in OPERATORS:
             raise UserError(f"unknown operator '{name}': {nearest(name, OPERATORS)}")
-        if (name in TAKES_VALUE) != bool(value):
-            raise UserError(f"operator '{self.operator}': write {OPERATORS[name]}")
+        if OPERATORS[name].takes_value != bool(value):
+            raise UserError(f"operator '{self.operator}': write {OPERATORS[name].usage}")
         if (name == "inpaint") != (self.mask is not None):
             raise UserError("--mask goes with --inpaint, and --inpaint needs it: a picture, bright where known")
         if not 0 <= self.noise_std <= MOST_NOISE_STD:
@@ -87,15 +86,6 @@ class Measurement:
             raise UserError(f"--inverse-method '{self.method}': {nearest(self.method, get_args(Method))}")
         if self.value_range is not None:
             parse_value_range(self.value_range)
-
-
-OPERATORS = {
-    "inpaint": "inpaint",
-    "superresolution": "superresolution=FACTOR, such as superresolution=4",
-    "gray": "gray",
-    "matrix": "matrix=FILE, an npy [m, d]",
-}
-TAKES_VALUE = ("superresolution", "matrix")
 
 
 def measurement_of(
@@ -138,12 +128,12 @@ def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measureme
 
     Raises UserError where they do not fit the model, DataError and StorageError where a file can't be read.
     """
-    bent: Denoise = denoiser
+    guided: Denoise = denoiser
     if guidance.weight != 1:
-        bent = _guided(denoiser, guidance)
+        guided = _guided(denoiser, guidance)
         if guidance.interval is not None:
-            bent = Interval(bent, denoiser, *guidance.interval)
-    return bent if measurement is None else _measured(denoiser, bent, measurement)
+            guided = Interval(guided, denoiser, *guidance.interval)
+    return guided if measurement is None else _measured(denoiser, guided, measurement)
 
 
 def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
@@ -166,41 +156,16 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
     return Autoguidance(denoiser, weak, guidance.weight)
 
 
-def _measured(denoiser: LoadedDenoiser, bent: Denoise, measurement: Measurement) -> Denoise:
+def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measurement) -> Denoise:
     shape, device = denoiser.info.image_shape, next(denoiser.parameters()).device
-    operator = _operator(measurement, shape, device)
+    name, _, value = measurement.operator.partition("=")
+    operator = make_operator(name, measurement.mask or value, shape, device)
     expected = tuple(operator.apply(torch.zeros(1, *shape, device=device)).shape[1:])
     observed = read_observed(
         measurement.observed,
         expected,
-        pictures=denoiser.info.is_picture and measurement.operator.partition("=")[0] != "matrix",
+        pictures=denoiser.info.is_picture and OPERATORS[name].of_images,
         noise_std=measurement.noise_std,
         value_range=measurement.value_range,
     ).to(device)
-    return LinearInverse(bent, operator, observed, measurement.noise_std, denoiser.sigma_data, measurement.method)
-
-
-def _operator(measurement: Measurement, shape: tuple[int, ...], device: torch.device) -> Operator:
-    name, _, value = measurement.operator.partition("=")
-    if name == "matrix":
-        size = math.prod(shape)
-        rows = read_numbers(value)
-        if rows.ndim != 2 or rows.shape[1] != size or rows.shape[0] > size:
-            raise UserError(f"{value}: is {list(rows.shape)}, and this model needs [m, {size}], m at most {size}")
-        flat = matrix(rows.to(device))
-        return Operator(lambda x: flat.apply(x.flatten(1)), lambda y: flat.transpose(y).view(-1, *shape), flat.solve)
-    if len(shape) != 3:
-        raise UserError(f"'{name}' is for images, and this model draws samples of shape {list(shape)}; use matrix=FILE")
-    if name == "superresolution":
-        factor = whole_number(value) or 0
-        if factor < 2 or shape[1] % factor or shape[2] % factor:
-            raise UserError(
-                f"superresolution={shortened(value)}: the factor must be 2 or more and divide {shape[1]} x {shape[2]}"
-            )
-        return average_pool(factor)
-    if name == "gray":
-        if shape[0] != 3:
-            raise UserError(f"gray: of images with red, green and blue, and this model's have {shape[0]} channel(s)")
-        return gray()
-    assert measurement.mask is not None
-    return mask(read_mask(measurement.mask, shape).to(device))
+    return LinearInverse(guided, operator, observed, measurement.noise_std, denoiser.sigma_data, measurement.method)

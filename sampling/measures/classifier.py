@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -35,6 +36,29 @@ class ClassifierConfig:
     version: int = 1
 
 
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """extractors/classifier-<what it was trained on>.json of a cache: the hash under which the weights are kept."""
+
+    __pydantic_config__ = ConfigDict(strict=True)
+
+    sha256: str
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes, url: str) -> TrainedClassifier:
+        """Raises DataError that names `url`."""
+        try:
+            return _TRAINED.validate_json(data)
+        except ValidationError:
+            raise DataError(f"{url}: not a trained classifier's hash; remove it, and one is trained again") from None
+
+
+_TRAINED = TypeAdapter(TrainedClassifier)
+
+
 class Classifier(nn.Module):
     """images uint8 [B, C, H, W] -> (features [B, 64], logits [B, num_classes]): three strided convolutions, a mean."""
 
@@ -45,6 +69,7 @@ class Classifier(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in WIDTHS)
         self.features = nn.Linear(WIDTHS[-1], NUM_FEATURES)
         self.logits = nn.Linear(NUM_FEATURES, config.num_classes)
+        self.accuracy: float | None = None  # on held-out images, of one that was trained
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.float() / 127.5 - 1
@@ -85,14 +110,15 @@ def train_classifier(
     return save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, about)
 
 
-def read_classifier(name: str, data: bytes) -> tuple[Classifier, float]:
-    """The classifier in a safetensors file's bytes, and its held-out accuracy. Raises DataError when it is none."""
+def read_classifier(name: str, data: bytes) -> Classifier:
+    """The classifier in a safetensors file's bytes, with its held-out accuracy. Raises DataError when it is none."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         fields = json.loads(header["__metadata__"]["classifier"])
         accuracy = float(fields.pop("accuracy"))
         model = Classifier(ClassifierConfig(**fields))
         model.load_state_dict(load(data))
+        model.accuracy = accuracy
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise DataError(f"{name}: not a classifier that was trained here: {' '.join(str(error).split())}") from None
-    return model, accuracy
+    return model

@@ -151,7 +151,7 @@ def build(choice: ExtractorChoice, data: bytes, device: str = "cpu") -> Extract:
         return _torchscript(choice, data, device)
     network: nn.Module
     if choice.kind == "classifier":
-        network = classifier.read_classifier(choice.file, data)[0]
+        network = classifier.read_classifier(choice.file, data)
     else:
         network = inception.InceptionV3()
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.sampling.model.describe import ModelInfo, describe
+from scoreray.sampling.model.describe import Description, ModelInfo, describe
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.rbm import Machine, MachineConfig, build_machine
@@ -54,13 +54,17 @@ def load_model(
     checkpoint_url, ema: as `describe` takes them.
     Raises UserError (no such checkpoint or length), DataError (bytes are not what was committed), StorageError.
     """
-    found = describe(checkpoint_url, ema)
+    return load_described(describe(checkpoint_url, ema), device)
+
+
+def load_described(found: Description, device: torch.device | str | None = None) -> LoadedDenoiser | LoadedMachine:
+    """The model of a description that was read already; errors of its weights as for `load_model`."""
     model, weights = _build(found.info), found.weights()
     holder: Any = model.machine if isinstance(model, LoadedMachine) else model.network
     try:
         holder.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"{checkpoint_url}: does not fit its own config: {' '.join(str(error).split())}") from None
+        raise DataError(f"{found.info.url}: does not fit its own config: {' '.join(str(error).split())}") from None
     return model.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

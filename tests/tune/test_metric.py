@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,19 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
+from scoreray.data.reading.samples import spread
+from scoreray.sampling.evaluation.evaluate import evaluate
+from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.measures import held_out as held_out_measures
+from scoreray.sampling.measures.held_out import denoising_errors, edm_weighted, held_out_likelihood
 from scoreray.sampling.model.load import load
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.targets import ring
 from scoreray.trainer.loop import train
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store
-from scoreray.tune import metric
 from scoreray.tune.load import check_sweep, load_sweep
-from scoreray.tune.metric import check_finite, denoising_errors, held_out, levels_of, likelihood, measure, weights_of
+from scoreray.tune.metric import check_finite, held_out, levels_of, measure, spread_of
 from scoreray.tune.schedule import best_of
 from scoreray.tune.search import propose
 from scoreray.tune.sweep import MetricSection
@@ -38,6 +43,7 @@ class Exact(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.own, self.model = torch.nn.Linear(1, 1), ring()
+        self.info: Any = SimpleNamespace(classes=())
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
         return self.model(x, sigma, labels)
@@ -50,7 +56,7 @@ def test_the_metric_ranks_weightings_as_the_true_score_error_does_and_the_traini
     """Four lambda(sigma) on a mixture whose score is known; sigma^2 |score error| weighted alike at every level."""
     section = MetricSection(reference=points["held"], count=512, levels=12, sigma_min=0.02, sigma_max=5.0)
     held, sigmas = held_out(section.reference, section.count), levels_of(section)
-    weights, exact = weights_of(section, held), ring()
+    weights, exact = edm_weighted(torch.ones(len(sigmas)), sigmas, spread_of(held)), ring()
     fresh = torch.Generator().manual_seed(7)
     x0 = exact.sample(4096, fresh).float()
     noises = [torch.randn(x0.shape, generator=fresh) for _ in sigmas]
@@ -64,7 +70,7 @@ def test_the_metric_ranks_weightings_as_the_true_score_error_does_and_the_traini
         train(config)
         model = load(run_store(config).url(), device="cpu")
         trained[kind] = read_metrics(run_store(config))[-1].loss
-        fair[kind] = float((denoising_errors(model, held, sigmas, 512) * weights).mean())
+        fair[kind] = float(edm_weighted(denoising_errors(model, held, sigmas, 512), sigmas, spread_of(held)).mean())
         true[kind] = 0.0
         for sigma, weight, z in zip(sigmas, weights.tolist(), noises, strict=True):
             level = torch.full((len(x0),), sigma)
@@ -82,7 +88,7 @@ def test_noise_and_images_are_the_same_for_every_trial(points: dict[str, str]) -
     held = held_out(points["held"], 64)
     one, other = (denoising_errors(Exact(), held, [0.1, 1.0], batch) for batch in (64, 7))
     assert torch.allclose(one, other, rtol=1e-5)
-    assert abs(held.spread - math.sqrt(0.25 + 0.05**2)) < 0.05
+    assert abs(spread_of(held) - math.sqrt(0.25 + 0.05**2)) < 0.05
 
 
 def test_every_metric_tells_a_trained_model_from_an_untrained_one_at_the_same_budget(tmp_path: Path) -> None:
@@ -102,8 +108,8 @@ def test_every_metric_tells_a_trained_model_from_an_untrained_one_at_the_same_bu
                  "network": {"kind": "mlp", "hidden_size": 64, "num_layers": 2}, "duration": {"images": 1600},
                  "engine": {"zero_stage": 0, "precision": "fp32"}, "log": {"tensorboard": False}},
         "space": {"optimizer.learning_rate": {"log": [1e-9, 5e-3]}},
-        "metric": {"names": list(QUALITY), "reference": urls["held"], "count": 32, "levels": 6, "sigma_min": 0.05,
-                   "sigma_max": 20.0, "samples": 128, "steps": 6, "sampler": "heun"},
+        "metric": {"names": list(QUALITY), "reference": urls["held"], "count": 32, "likelihood_count": 32, "levels": 6,
+                   "sigma_min": 0.05, "sigma_max": 20.0, "samples": 128, "steps": 6, "sampler": "heun"},
     })  # fmt: skip
     check_sweep(plan)
 
@@ -136,8 +142,8 @@ def test_likelihood_of_real_valued_data_is_that_of_the_known_density(points: dic
     """The exact denoiser's nats on the ring's own points against the mixture's log density, noised as little."""
     section = MetricSection(names=("nats",), reference=points["held"], count=64, sigma_min=0.002, sigma_max=20.0)
     held = held_out(section.reference, section.count)
-    found = likelihood(Exact(), held, section, "nats")
-    assert abs(found - float(ring().log_density(held.x0.double(), section.sigma_min).mean())) < 0.05
+    nats = held_out_likelihood(Exact(), held, sigma_range=(0.002, 20.0), rtol=section.rtol).nats
+    assert abs(float(nats.mean()) - float(ring().log_density(held.x0.double(), section.sigma_min).mean())) < 0.05
 
 
 def test_likelihood_is_of_images_all_over_the_reference(
@@ -145,15 +151,46 @@ def test_likelihood_is_of_images_all_over_the_reference(
 ) -> None:
     """Packed data may lie by class: the first ones are no sample of them."""
     section = MetricSection(names=("nats",), reference=points["held"], count=512, sigma_min=0.1, sigma_max=2.0)
-    held, seen, real = held_out(section.reference, section.count), list[torch.Tensor](), metric.log_likelihood
+    seen, real = list[torch.Tensor](), held_out_measures.log_likelihood
 
     def look(model: Any, x: torch.Tensor, **given: Any) -> Any:
         seen.append(x)
         return real(model, x, **given)
 
-    monkeypatch.setattr(metric, "log_likelihood", look)
-    likelihood(Exact(), held, section, "nats")
-    assert torch.equal(seen[0], held.x0[::4])
+    monkeypatch.setattr(held_out_measures, "log_likelihood", look)
+    measure(Exact(), "", section, {}, "")  # type: ignore[arg-type]
+    everything = held_out(section.reference, 10**9).x0
+    assert torch.equal(torch.cat(seen), everything[spread(section.likelihood_count, len(everything))])
+
+
+def test_a_study_and_an_evaluation_have_the_same_number_under_the_same_name(tmp_path: Path) -> None:
+    """bpd, and the denoising error that evaluations call loss, of one model by both ways: equal floats."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "held.npz", images=rng.integers(0, 256, (90, 4, 4), dtype=np.uint8), labels=np.arange(90) % 3)
+    pack(str(tmp_path / "held.npz"), str(tmp_path / "held"), name="held")
+    config = load_config({
+        "run": {"name": "a", "storage": str(tmp_path)},
+        "data": {"url": str(tmp_path / "held"), "global_batch_size": 30},
+        "network": {"kind": "mlp", "hidden_size": 16, "num_layers": 1}, "duration": {"images": 300},
+        "engine": {"zero_stage": 0, "precision": "fp32"}, "log": {"tensorboard": False},
+    })  # fmt: skip
+    train(config)
+    run, data = str(tmp_path / "a"), str(tmp_path / "held")
+    settings = EvaluationSettings(run, data, ("bpd", "loss"), likelihood_count=40, loss_count=60, rtol=1e-3)
+    record = evaluate(settings).record
+    low, high = record.subject.sampling.sigma_range
+    section = MetricSection(names=("bpd", "denoising"), reference=data, count=60, likelihood_count=40, rtol=1e-3,
+                            sigma_min=low, sigma_max=high, levels=12, batch_size=64)  # fmt: skip
+    model = load(run, device="cpu")
+    measured = measure(model, run, section, {}, "")["metrics"]
+    assert measured["bpd"] == record.metrics["bpd"].value
+    held, sigmas = held_out(data, 60, model.info.classes), levels_of(section)
+    assert sigmas == record.metrics["loss"].get("sigmas")
+    errors = denoising_errors(model, held, sigmas, 64)
+    assert errors.mean(0).tolist() == record.metrics["loss"].get("errors")
+    ours = edm_weighted(errors, sigmas, model.sigma_data)  # the study's own number has the data's spread for sigma_data
+    assert float(ours.mean(1).mean()) == record.metrics["loss"].value
+    assert measured["denoising"] == float(edm_weighted(errors, sigmas, spread_of(held)).mean())
 
 
 def test_tpe_finds_a_planted_optimum_that_random_search_misses(sweep: dict[str, Any]) -> None:

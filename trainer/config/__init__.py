@@ -62,9 +62,6 @@ def _mlflow_uri(uri: str | None) -> str | None:
     return uri
 
 
-Metric = Literal["fid", "kid", "is", "pr", "sw", "nn", "kde", "bpd", "nats", "loss", "psnr", "ssim", "ais"]
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -181,7 +178,7 @@ class EvaluationSection(Section):
     is slower than training). `reference`: a packed data set; None takes `data.url`.
     """
 
-    metrics: tuple[Metric, ...] = ()
+    metrics: tuple[str, ...] = ()
     sheet: int = Field(0, ge=0, le=1024)
     every_images: CountOrZero = 0
     reference: str | None = None

@@ -93,14 +93,14 @@ def test_mistakes_on_a_worker_are_one_line(ray_cluster: None, run: tuple[str, st
     from scoreray.data.errors import UserError
 
     def wrong() -> int:
-        raise UserError("mend this")
+        raise UserError("fix this")
 
-    with workers_of(1, 1) as run_on_ray, pytest.raises(UserError, match=r"^mend this$"):
+    with workers_of(1, 1) as run_on_ray, pytest.raises(UserError, match=r"^fix this$"):
         run_on_ray(wrong, [()], lambda n: None)
 
 
 def test_each_checkpoint_is_measured_and_drawn(run: tuple[str, str], tmp_path: Path) -> None:
-    """Followed at its end, a run's newest checkpoint is taken once; a failing function is told and fails nothing."""
+    """Followed at its end, a run's newest checkpoint is taken once; a failing function is noted and fails nothing."""
     base = run[0].removesuffix("/runs/short")
     section = {"metrics": ["loss", "fid"], "sheet": 4, "count": 32, "reference_count": 64, "steps": 3,
                "extractor": "identity"}  # fmt: skip
@@ -121,13 +121,13 @@ def test_each_checkpoint_is_measured_and_drawn(run: tuple[str, str], tmp_path: P
 
     other = load_config(settings(base, run={"name": "other", "storage": f"{base}/runs"}))
     train(other)
-    told: list[str] = []
-    assert follow(other, lambda: True, told.append, functions=[broken]) == 1
-    assert told == ["evaluation at 64 images failed: broken: RuntimeError: no way"]
+    lines: list[str] = []
+    assert follow(other, lambda: True, lines.append, functions=[broken]) == 1
+    assert lines == ["evaluation at 64 images failed: broken: RuntimeError: no way"]
 
 
 def test_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
-    """An actor at the lowest priority: what it finds is told while the run goes on, its errors are told and pass."""
+    """An actor at the lowest priority: what it finds is reported while the run goes on, and its errors end nothing."""
     base = run[0].removesuffix("/runs/short")
     section = {"metrics": ["loss"]}
     config = load_config(settings(base, run={"name": "beside", "storage": f"{base}/runs"}, evaluation=section))

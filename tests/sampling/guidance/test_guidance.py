@@ -17,7 +17,8 @@ from scoreray.sampling.guidance.guidance import (
     doubled_labels,
     rows_per_sample,
 )
-from scoreray.sampling.guidance.inverse import LinearInverse, mask, matrix
+from scoreray.sampling.guidance.inverse import LinearInverse
+from scoreray.sampling.guidance.operators import mask, matrix
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import drive, sample, start
 from scoreray.sampling.samplers.sigmas import karras

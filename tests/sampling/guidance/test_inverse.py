@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.guidance.inverse import LinearInverse, average_pool, gray, inpaint, mask, matrix
+from scoreray.sampling.guidance.inverse import LinearInverse, inpaint
+from scoreray.sampling.guidance.operators import average_pool, gray, mask, matrix
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import karras

@@ -14,7 +14,8 @@ from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Interval
-from scoreray.sampling.guidance.inverse import LinearInverse, average_pool, gray
+from scoreray.sampling.guidance.inverse import LinearInverse
+from scoreray.sampling.guidance.operators import average_pool, gray
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.load import load, load_machine, load_model
 from scoreray.sampling.offline.generate import Request, draw, generate

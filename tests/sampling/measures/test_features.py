@@ -104,8 +104,9 @@ def test_real_pictures_are_near_held_out_ones_and_far_from_noise_and_blur(fashio
     torch.set_num_threads(1)
     images, labels = fashion
     data = train_classifier(ClassifierConfig(1, 10, images=8000), images[:6000], labels[:6000])
-    network, accuracy = read_classifier("x", data)
-    assert accuracy > 0.7
+    network = read_classifier("x", data)
+    assert network.accuracy is not None
+    assert network.accuracy > 0.7
 
     def extracted(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -159,7 +160,7 @@ def test_the_distance_falls_along_a_short_training(fashion: tuple[Tensor, Tensor
                 classifier_images=6400,
             )
         )
-        values.append([made.record["metrics"][name]["value"] for name in ("fid", "loss")])
+        values.append([made.record.metrics[name].value for name in ("fid", "loss")])
     fids, losses = zip(*values, strict=True)
     assert len(fids) == 3
     assert fids[0] > 1.2 * fids[-1]

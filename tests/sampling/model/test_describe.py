@@ -13,9 +13,8 @@ import torch
 from scoreray.cluster.verbs.export import export_model
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.storage.store import open_store
-from scoreray.sampling.evaluation.evaluate import prepare
-from scoreray.sampling.evaluation.plan import EvaluationSettings, make_plan
-from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.load import load
 from scoreray.sampling.service.body import make_request, parse
@@ -58,10 +57,9 @@ def test_every_verb_takes_every_spelling(urls: dict[str, str], small_set: str, n
     assert describe(url, spelling).info.ema == load(url, spelling, "cpu").info.ema == "0.100"
     assert look_up("m", url, spelling).info.ema == look_up("m", url).ema(spelling) == "0.100"
     plans = [
-        make_plan(EvaluationSettings(url, small_set, ("sw",), ema=ema), ExtractorChoice("identity"))
-        for ema in (spelling, "0.100")
+        make_plan(load_inputs(EvaluationSettings(url, small_set, ("sw",), ema=ema))) for ema in (spelling, "0.100")
     ]
-    assert plans[0].name == plans[1].name
+    assert plans[0].store.url() == plans[1].store.url()
 
 
 @pytest.mark.parametrize("length", ["0.2", "0.0504", "half-life", "nope", "inf", "", "0" * 5000, "none"])
@@ -71,7 +69,7 @@ def test_a_length_that_is_not_there_is_refused_alike(urls: dict[str, str], small
     calls: list[Callable[[], Any]] = [
         lambda: load(url, length),
         lambda: look_up("m", url, length),
-        lambda: prepare(EvaluationSettings(url, small_set, ema=length)),
+        lambda: load_inputs(EvaluationSettings(url, small_set, ema=length)),
     ]
     for call in calls:
         with pytest.raises(UserError, match=r"EMA length") as error:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.guidance.steering import OPERATORS
+from scoreray.sampling.guidance.operators import OPERATORS
 from scoreray.sampling.model.describe import PROCESS_GRID
 from scoreray.sampling.samplers.gibbs import GIBBS
 from scoreray.sampling.samplers.sample import SAMPLERS

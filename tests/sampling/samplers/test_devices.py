@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree
-from scoreray.sampling.guidance.inverse import LinearInverse, average_pool, gray, mask, matrix
+from scoreray.sampling.guidance.inverse import LinearInverse
+from scoreray.sampling.guidance.operators import average_pool, gray, mask, matrix
 from scoreray.sampling.measures.ais import GaussianRBMPath, RBMPath
 from scoreray.sampling.measures.kde import _squares
 from scoreray.sampling.measures.likelihood import _Augmented, _probes

@@ -1,0 +1,98 @@
+"""What an evaluation stores until its record is written: a chunk's named arrays as one npz, read without pickle."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+
+from scoreray.data.errors import DataError
+from scoreray.data.storage.store import Store
+
+
+@dataclass(frozen=True)
+class FeatureChunk:
+    """Of the reference or of samples: features [n, d], projections [n, p] of the values themselves.
+
+    values: the samples [n, ...], where they are few values. pictures: the first chunk's samples, for the page.
+    counts [b], probabilities [b, k], negentropies [b]: of each batch, where the extractor has classes (`ClassSums`).
+    """
+
+    features: np.ndarray
+    projections: np.ndarray
+    values: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    negentropies: np.ndarray | None = None
+    pictures: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class LikelihoodChunk:
+    """nats, bpd [n]; nfe [], calls of the denoiser."""
+
+    nats: np.ndarray
+    bpd: np.ndarray
+    nfe: np.ndarray
+
+
+@dataclass(frozen=True)
+class LossChunk:
+    """Denoising errors [n, levels]."""
+
+    errors: np.ndarray
+
+
+@dataclass(frozen=True)
+class RestorationChunk:
+    """psnr, ssim [n]; pictures uint8 [m, 3, C, H, W] of the first chunk: images, what is known of them, restored."""
+
+    psnr: np.ndarray
+    ssim: np.ndarray
+    pictures: np.ndarray
+
+
+@dataclass(frozen=True)
+class AnnealingChunk:
+    """log_weights [chains] of AIS; energies [n] of the reference."""
+
+    log_weights: np.ndarray
+    energies: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReferenceMoments:
+    """`frechet.Reference` in the cache: mean [d], trace [], root [d, d]."""
+
+    mean: np.ndarray
+    trace: np.ndarray
+    root: np.ndarray
+
+
+ChunkArrays = FeatureChunk | LikelihoodChunk | LossChunk | RestorationChunk | AnnealingChunk | ReferenceMoments
+C = TypeVar("C", bound=ChunkArrays)
+
+
+def write_chunk(store: Store, key: str, chunk: ChunkArrays) -> None:
+    """Writes a chunk as one object."""
+    arrays = {one.name: value for one in fields(chunk) if (value := getattr(chunk, one.name)) is not None}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    store.put(key, buffer.getvalue())
+
+
+def read_chunk(store: Store, key: str, kind: type[C]) -> C:
+    """Reads it back. Raises NotFound, and DataError where the object is no such chunk."""
+    data = store.get(key)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return kind(**dict(file))
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{store.url(key)}: not a chunk of an evaluation ({reason}); remove it, and the same command computes it "
+            "again"
+        ) from None

@@ -1,0 +1,372 @@
+"""The chunks of an evaluation, each computed alone and stored: samples' features, likelihoods, losses, restorations.
+
+`run_chunk(plan, chunk)` does one, wherever it is called. What comes out depends on the numbers of the chunk's samples,
+on the batch and on the number of threads, all of which the plan fixes. Two threads that call it keep a process busy:
+one chunk is read or stored while another one is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+from scoreray.data.storage.store import NotFound
+from scoreray.sampling.evaluation.chunks import (
+    AnnealingChunk,
+    ChunkArrays,
+    FeatureChunk,
+    LikelihoodChunk,
+    LossChunk,
+    RestorationChunk,
+    write_chunk,
+)
+from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
+from scoreray.sampling.guidance.inverse import LinearInverse
+from scoreray.sampling.guidance.operators import BRIGHTNESS, restoration_task
+from scoreray.sampling.measures import ais, distances, features
+from scoreray.sampling.measures.features import IDENTITY_VALUES, Extract
+from scoreray.sampling.measures.held_out import (
+    LOSS_STREAM,
+    HeldOut,
+    denoising_errors,
+    held_out_likelihood,
+    read_held_out,
+    trace_of,
+)
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, load_described
+from scoreray.sampling.offline.generate import prepare
+from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
+from scoreray.sampling.samplers.sample import sample
+from scoreray.trainer.diffusion import noise
+from scoreray.trainer.networks.rbm import RBM
+from scoreray.trainer.step import to_uint8, to_unit_range
+
+CHUNK = 256  # samples, about: a multiple of the batch
+LIKELIHOOD_CHUNK = 16  # each takes hundreds of passes
+REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # of a chunk of the reference, which costs less a sample
+PROJECTIONS = 128
+NUM_BETAS = 500
+AIS_IMAGES = 1024  # whose energies stand beside a partition function
+KEPT_PICTURES = 8  # of restorations
+
+_computing = threading.Lock()  # the number of torch's threads is the process's, and two would halve each other's speed
+_loading = threading.Lock()
+_loaded: dict[str, tuple[Hashable, Any]] = {}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of chunk.
+
+    count: its rows in all. chunk_size: rows of a chunk, about, rounded up to whole batches unless `exact`.
+    protocol: the settings on which its numbers depend, as the record has them. numbers: which samples of the reference
+    a chunk reads, before it is computed.
+    """
+
+    count: Callable[[EvaluationInputs], int]
+    chunk_size: Callable[[EvaluationInputs], int]
+    protocol: Callable[[EvaluationInputs], dict[str, Any]]
+    compute: Callable[[EvaluationPlan, Chunk, HeldOut], ChunkArrays]
+    numbers: Callable[[EvaluationInputs, Chunk], np.ndarray]
+    exact: bool = False
+
+    def chunks(self, name: str, inputs: EvaluationInputs) -> list[Chunk]:
+        count, size, batch = self.count(inputs), self.chunk_size(inputs), inputs.settings.batch_size
+        size = size if self.exact or size < batch else -(-size // batch) * batch
+        return [Chunk(name, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
+
+
+def run_chunk(plan: EvaluationPlan, chunk: Chunk) -> int:
+    """Compute and store one chunk, unless it is stored already; returns its number of samples."""
+    store, inputs = plan.folder(chunk.stage), plan.inputs
+    if not store.exists(chunk.key):
+        stage = STAGES[chunk.stage]
+        reference = _once("reference", inputs.reference.sha256, lambda: inputs.reference)
+        rows = read_held_out(reference, stage.numbers(inputs, chunk), inputs.info.classes)
+        with _computing, fixed_threads(inputs.settings.threads):
+            found = stage.compute(plan, chunk, rows)
+        write_chunk(store, chunk.key, found)
+    return chunk.size
+
+
+@contextlib.contextmanager
+def fixed_threads(threads: int) -> Iterator[None]:
+    """torch on so many threads: sums are cut by threads, so their number is part of a result."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _once(what: str, which: Hashable, load: Callable[[], T]) -> T:
+    """What this process has loaded under a name; loaded again where another one is wanted."""
+    with _loading:
+        if what not in _loaded or _loaded[what][0] != which:
+            _loaded[what] = (which, load())
+        found: T = _loaded[what][1]
+        return found
+
+
+def load_extractor(inputs: EvaluationInputs) -> Extract:
+    """The extractor of an evaluation, once a process. Raises UserError where its weights are no longer in the cache."""
+    choice, device = inputs.extractor, inputs.settings.device
+
+    def build() -> Extract:
+        if choice.kind == "identity":
+            return features.build(choice, b"", device)
+        try:
+            data = inputs.cache.get(choice.key)
+        except NotFound:
+            url = inputs.cache.url(choice.key)
+            raise UserError(f"{url}: the extractor's weights are gone; start the evaluation again") from None
+        return features.build(choice, data, device)
+
+    return _once("extractor", (choice, device), build)
+
+
+def _model(inputs: EvaluationInputs) -> LoadedDenoiser | LoadedMachine:
+    which = (inputs.info.url, inputs.info.ema, inputs.settings.device)
+    return _once("model", which, lambda: load_described(inputs.model, inputs.settings.device))
+
+
+def _denoiser(inputs: EvaluationInputs) -> LoadedDenoiser:
+    model = _model(inputs)
+    assert isinstance(model, LoadedDenoiser)  # the plan has refused what does not fit a machine
+    return model
+
+
+def keeps_values(info: ModelInfo) -> bool:
+    """Whether all samples themselves are kept: few values, for a density estimate."""
+    return math.prod(info.image_shape) <= IDENTITY_VALUES
+
+
+def _own_rows(inputs: EvaluationInputs, chunk: Chunk) -> np.ndarray:
+    return inputs.numbers(STAGES[chunk.stage].count(inputs))[chunk.first : chunk.last]
+
+
+def _reference(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
+    found, _ = _extracted(plan.inputs, rows.images)
+    return FeatureChunk(**found, values=rows.images.numpy() if keeps_values(plan.inputs.info) else None)
+
+
+def _samples(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
+    inputs, request, parts = plan.inputs, plan.inputs.request, []
+    draw = prepare(_model(inputs), request)
+    for first in range(chunk.first, chunk.last, request.batch_size):
+        last = min(first + request.batch_size, chunk.last)
+        parts.append(draw(first, labels_of(inputs, first, last)))
+    samples = torch.cat(parts)
+    if inputs.manifest.dtype == "uint8":
+        samples = to_uint8(samples)
+    found, logits = _extracted(inputs, samples)
+    if logits is not None:
+        sums = [distances.ClassSums.of(batch) for batch in logits.split(request.batch_size)]
+        found["counts"] = np.array([one.count for one in sums])
+        found["probabilities"] = torch.stack([one.probabilities for one in sums]).numpy()
+        found["negentropies"] = np.array([one.negentropy for one in sums])
+    if keeps_values(inputs.info):
+        found["values"] = samples.numpy()
+    return FeatureChunk(**found, pictures=samples.numpy() if chunk.first == 0 else None)
+
+
+def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.ndarray], Tensor | None]:
+    """Features and projections of samples by name, and logits if any, in batches of the plan's size."""
+    extract, logits = load_extractor(inputs), list[Tensor]()
+    found: dict[str, list[Tensor]] = {"features": [], "projections": []}
+    dims = samples[0].numel()
+    lines = _once("lines", dims, lambda: distances.directions(dims, PROJECTIONS).float())
+    with torch.no_grad():
+        for batch in samples.split(inputs.settings.batch_size):
+            rows, of_classes = extract(batch.to(inputs.settings.device))
+            found["features"].append(rows.cpu())
+            if of_classes is not None:
+                logits.append(of_classes.cpu())
+            found["projections"].append(to_unit_range(batch).flatten(1) @ lines.T)
+    return {name: torch.cat(parts).numpy() for name, parts in found.items()}, torch.cat(logits) if logits else None
+
+
+def label_rule(info: ModelInfo, inputs: EvaluationInputs) -> str:
+    """How classes are given to samples: as often as the reference has them, where it has the model's classes."""
+    if not info.classes or info.is_machine:
+        return "none"
+    known = tuple(inputs.manifest.classes) == info.classes and inputs.manifest.classes_with_images > 0
+    return "as in the reference" if known else "in turn"
+
+
+def labels_of(inputs: EvaluationInputs, first: int, last: int) -> Tensor:
+    """Classes int64 of samples [first, last): every stretch of them has nearly the shares of the whole.
+
+    Number i takes the class at which the cumulative shares pass the fractional part of i times the golden ratio, the
+    sequence whose stretches are spread most evenly (Knuth, vol. 3, 6.4).
+    """
+    if label_rule(inputs.info, inputs) != "as in the reference":
+        return inputs.request.labels(first, last, inputs.info)
+    counts = inputs.manifest.class_counts
+    shares = np.cumsum(counts) / sum(counts)
+    golden = (np.arange(first, last) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1.0
+    return torch.from_numpy(np.minimum(np.searchsorted(shares, golden, side="right"), len(shares) - 1))
+
+
+def _likelihood(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LikelihoodChunk:
+    inputs = plan.inputs
+    found = held_out_likelihood(_denoiser(inputs), rows, sigma_range=inputs.info.sigma_range, rtol=inputs.settings.rtol,
+                                batch_size=chunk.size, device=inputs.settings.device)  # fmt: skip
+    return LikelihoodChunk(found.nats.numpy(), found.bpd.numpy(), np.array(found.nfe))
+
+
+def _loss(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LossChunk:
+    inputs, settings = plan.inputs, plan.inputs.settings
+    return LossChunk(
+        denoising_errors(_denoiser(inputs), rows, inputs.sigmas, settings.batch_size, settings.device).numpy()
+    )
+
+
+def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> RestorationChunk:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    inputs = plan.inputs
+    settings, info, request = inputs.settings, inputs.info, inputs.request
+    x0 = to_unit_range(rows.images).to(settings.device)
+    operator = restoration_task(settings.restoration, info.image_shape)
+    observed = operator.apply(x0)
+    sigma_data = info.config.denoiser.resolved_sigma_data
+    denoiser = LinearInverse(_denoiser(inputs), operator, observed, data_std=sigma_data)
+    assert request.steps is not None
+    assert request.grid is not None
+    assert request.sampler is not None
+    seeds = request.sample_seeds(chunk.first, chunk.last).to(settings.device)
+    sigmas = info.sigmas(request.steps, request.grid)
+    x = SampleNoise(seeds).normal(x0.shape, torch.float32, settings.device) * float(sigmas[0])
+    classes = None if rows.labels is None else rows.labels.to(settings.device)
+    restored = sample(denoiser, x, sigmas, sampler=request.sampler, generator=seeds, class_labels=classes,
+                      **request.options).clamp(-1, 1)  # fmt: skip
+    psnr = peak_signal_noise_ratio(restored, x0, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    ssim: Any = structural_similarity_index_measure(
+        restored, x0, data_range=2.0, reduction="none", kernel_size=_ssim_window(x0)
+    )
+    shown = operator.transpose(observed) * (1 / operator.transpose(operator.apply(torch.ones_like(x0))).clamp_min(1e-6))
+    pictures = torch.stack([x0, shown, restored], 1)[:KEPT_PICTURES]
+    return RestorationChunk(
+        psnr.double().cpu().numpy(),
+        ssim.double().cpu().numpy().reshape(-1),
+        to_uint8(pictures.cpu()).numpy() if chunk.number == 0 else np.zeros(0, np.uint8),
+    )
+
+
+def _ssim_window(images: Tensor) -> int:
+    """SSIM's usual window of 11 pixels, smaller (odd) for images that it would not fit into."""
+    side = min(images.shape[2:])
+    return min(11, side - 1 + side % 2)
+
+
+def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
+    """ln Z of the energy by annealing, and the energies of the reference: log p = -E - ln Z."""
+    model, x = _model(plan.inputs), rows.x0
+    betas = torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64)
+    if isinstance(model, LoadedMachine):
+        machine = model.machine
+        path: ais.Path = ais.RBMPath(machine) if isinstance(machine, RBM) else ais.GaussianRBMPath(machine)
+        energies = machine.free_energy(machine.visible(x, SAMPLING_SEED, rows.numbers))
+    else:
+        shape = plan.inputs.info.image_shape
+        sigma = 0.25 * plan.inputs.info.config.denoiser.resolved_sigma_data  # where a denoiser's energy is normalised
+        std = math.sqrt(model.sigma_data**2 + sigma**2)
+
+        def energy(flat: Tensor) -> Tensor:
+            return model.energy(flat.view(-1, *shape).float(), sigma).double()
+
+        path = ais.GaussianPath(energy, math.prod(shape), std=1.5 * std, step_size=0.3 * sigma**2)
+        noisy = x + sigma * noise.normal(SAMPLING_SEED, rows.numbers, shape, stream=LOSS_STREAM)
+        with torch.no_grad():
+            energies = energy(noisy.flatten(1))
+    found = ais.ais(path, betas, torch.arange(chunk.first, chunk.last))
+    return AnnealingChunk(found.log_weights.detach().cpu().numpy(), energies.detach().double().cpu().numpy())
+
+
+STAGES: dict[str, Stage] = {
+    "reference": Stage(
+        count=lambda inputs: inputs.num_reference,
+        chunk_size=lambda inputs: max(
+            CHUNK, min(MOST_REFERENCE, REFERENCE_BYTES // (4 * math.prod(inputs.manifest.shape)))
+        ),
+        protocol=lambda inputs: {
+            "url": inputs.reference.url,
+            "name": inputs.manifest.name,
+            "sha256": inputs.reference.sha256,
+            "count": inputs.num_reference,
+            "of": inputs.manifest.num_samples,
+        },
+        compute=_reference,
+        numbers=_own_rows,
+    ),
+    "samples": Stage(
+        count=lambda inputs: inputs.settings.count,
+        chunk_size=lambda inputs: CHUNK,
+        protocol=lambda inputs: {"count": inputs.settings.count, "classes": label_rule(inputs.info, inputs)},
+        compute=_samples,
+        numbers=lambda inputs, chunk: inputs.numbers(0),  # they are drawn from nothing
+    ),
+    "likelihood": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),
+        chunk_size=lambda inputs: LIKELIHOOD_CHUNK,
+        protocol=lambda inputs: {
+            "count": inputs.at_most(inputs.settings.likelihood_count),
+            "solver": "rk45",
+            "rtol": inputs.settings.rtol,
+            "trace": trace_of(inputs.info.image_shape),
+            "probes": 1,
+            "sigma_min": inputs.info.sigma_range[0],
+            "sigma_max": inputs.info.sigma_range[1],
+            "dequantize": inputs.manifest.dtype == "uint8",
+        },
+        compute=_likelihood,
+        numbers=_own_rows,
+    ),
+    "loss": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
+        chunk_size=lambda inputs: CHUNK,
+        protocol=lambda inputs: {
+            "count": inputs.at_most(inputs.settings.loss_count),
+            "sigma_min": inputs.info.sigma_range[0],
+            "sigma_max": inputs.info.sigma_range[1],
+            "levels": len(inputs.sigmas),
+            "sigma_data": inputs.info.config.denoiser.resolved_sigma_data,
+        },
+        compute=_loss,
+        numbers=_own_rows,
+    ),
+    "restoration": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.restoration_count),
+        chunk_size=lambda inputs: inputs.settings.batch_size,
+        protocol=lambda inputs: {
+            "task": inputs.settings.restoration,
+            "count": inputs.at_most(inputs.settings.restoration_count),
+            **({"brightness": list(BRIGHTNESS)} if inputs.settings.restoration == "gray" else {}),
+        },
+        compute=_restoration,
+        numbers=_own_rows,
+        exact=True,
+    ),
+    "ais": Stage(
+        count=lambda inputs: inputs.settings.chains,
+        chunk_size=lambda inputs: inputs.settings.chains,
+        protocol=lambda inputs: {"chains": inputs.settings.chains},
+        compute=_ais,
+        numbers=lambda inputs, chunk: inputs.numbers(inputs.at_most(AIS_IMAGES)),  # one partition function for all
+        exact=True,
+    ),
+}
+"""What metrics are computed from, in the order in which it is computed."""

@@ -1,0 +1,147 @@
+"""A model on samples that it was not trained on: its denoising error at fixed noise levels, its likelihood.
+
+One rule for evaluations (`loss`, `bpd`, `nats`) and for the comparison of trials (`denoising`, `bpd`, `nats`): at the
+same settings both have the same numbers, bit for bit. Noise is keyed by a sample's number, so every model sees the same
+noisy images, and differences between models vary far less than their values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.data.reading.samples import Samples
+from scoreray.sampling.measures.features import IDENTITY_VALUES
+from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood
+from scoreray.sampling.samplers.noise import SAMPLING_SEED
+from scoreray.trainer.diffusion import noise
+from scoreray.trainer.step import to_unit_range
+
+LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draws
+LIKELIHOOD_BATCH = 16  # samples that share an adaptive solver's calls; its gradients hold as many activations
+
+Denoise = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples of a packed data set, as a model is measured on them.
+
+    images: uint8 [n, C, H, W] or float32 [n, ...]; numbers: int64 [n], theirs in the data set, which key their noise.
+    labels: int64 [n], -1 for none; None for a model without classes. mean: of the whole data set in the model's range,
+    of a sample's shape or broadcastable to it.
+    """
+
+    images: Tensor
+    numbers: Tensor
+    labels: Tensor | None
+    mean: Tensor
+
+    @property
+    def x0(self) -> Tensor:
+        """The images in the model's range, float32."""
+        return to_unit_range(self.images)
+
+
+def read_held_out(reference: Samples, numbers: np.ndarray, classes: Sequence[str]) -> HeldOut:
+    """The samples of ascending `numbers` for a model of these classes; labels of other classes count as none."""
+    images, labels = reference.read(numbers)
+    if not classes:
+        given = None
+    else:
+        given = labels if tuple(reference.manifest.classes) == tuple(classes) else torch.full_like(labels, -1)
+    chosen = torch.from_numpy(numbers.astype(np.int64))
+    mean, shape = torch.tensor(reference.manifest.mean, dtype=torch.float32), tuple(reference.manifest.shape)
+    mean = mean.view(shape) if mean.numel() == math.prod(shape) else mean.view(-1, *[1] * (len(shape) - 1))
+    return HeldOut(images, chosen, given, mean)
+
+
+@torch.no_grad()
+def denoising_errors(
+    denoiser: Denoise, held: HeldOut, sigmas: Sequence[float], batch_size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """|D(x0 + sigma z, sigma) - x0|^2 per dimension, float64 [n, levels]; a sample has the same z at every level.
+
+    Its expectation at a level is E |D - D*|^2, D* the ideal denoiser, plus a constant of the data: so its order of
+    models is that of their score error, sigma^2 |score error| (Vincent 2011).
+    """
+    x0, errors = held.x0, []
+    for part in torch.arange(len(x0)).split(batch_size):
+        z = noise.normal(SAMPLING_SEED, held.numbers[part], tuple(x0.shape[1:]), stream=LOSS_STREAM).to(device)
+        clean = x0[part].to(device)
+        classes = None if held.labels is None else held.labels[part].to(device)
+        levels = []
+        for sigma in sigmas:
+            denoised = denoiser(clean + sigma * z, torch.full((len(part),), sigma, device=device), classes)
+            levels.append((denoised - clean).double().flatten(1).square().mean(1))
+        errors.append(torch.stack(levels, 1).cpu())
+    return torch.cat(errors)
+
+
+def edm_weighted(errors: Tensor, sigmas: Sequence[float], sigma_data: float) -> Tensor:
+    """Denoising errors [n, levels] times EDM's lambda(sigma) (Karras 2022, table 1), whatever was trained under.
+
+    At the optimum of Gaussian data with this standard deviation each level is 1, and below it for all others.
+    """
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    return errors * ((levels**2 + sigma_data**2) / (levels * sigma_data) ** 2)
+
+
+@dataclass(frozen=True)
+class HeldOutLikelihood:
+    """`nats` [n] log-density and `bpd` [n] bits per dimension (NaN unless the images are 8-bit), float64.
+
+    nfe: calls of the denoiser, the mean over batches.
+    """
+
+    nats: Tensor
+    bpd: Tensor
+    nfe: float
+
+
+def held_out_likelihood(
+    denoiser: Denoise,
+    held: HeldOut,
+    *,
+    sigma_range: tuple[float, float],
+    rtol: float,
+    batch_size: int = LIKELIHOOD_BATCH,
+    device: torch.device | str = "cpu",
+) -> HeldOutLikelihood:
+    """By the probability-flow ODE between the noise levels of `sigma_range`, the adaptive solver's tolerance `rtol`.
+
+    8-bit images are dequantised by noise of their own numbers. At the upper level the prior is normal about the data's
+    mean, with the denoiser's own sigma_data added to its variance.
+    """
+    nats, bits, nfe = [], [], []
+    for part in torch.arange(len(held.images)).split(batch_size):
+        if held.images.dtype == torch.uint8:
+            x, width = dequantize(held.images[part], held.numbers[part])
+        else:
+            x, width = held.images[part], math.nan
+        found = log_likelihood(
+            denoiser,
+            x.to(device),
+            sigma_min=sigma_range[0],
+            sigma_max=sigma_range[1],
+            trace=trace_of(tuple(x.shape[1:])),
+            seeds=held.numbers[part],
+            rtol=rtol,
+            atol=rtol,
+            data_mean=held.mean.to(device),
+            class_labels=None if held.labels is None else held.labels[part].to(device),
+        )
+        nats.append(found.nats.double().cpu())
+        bits.append(found.bits_per_dim(width).double().cpu() if width == width else nats[-1] * math.nan)
+        nfe.append(found.nfe)
+    return HeldOutLikelihood(torch.cat(nats), torch.cat(bits), sum(nfe) / len(nfe))
+
+
+def trace_of(shape: tuple[int, ...]) -> Trace:
+    """Of dD/dx: exactly where samples have few values (a backward pass each), else by one random vector a sample."""
+    return "exact" if math.prod(shape) <= IDENTITY_VALUES else "rademacher"
