@@ -11,6 +11,7 @@ What computes the chunks is a parameter: `in_process` does it here, `cluster/ver
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -42,7 +43,7 @@ class Evaluation:
     report: str
 
     def answer(self) -> dict[str, Any]:
-        return {"url": self.url, "report": self.report, **self.record.model_dump()}
+        return {"url": self.url, "report": self.report, **json.loads(self.record.to_json())}
 
     def text(self) -> str:
         subject, metrics = self.record.subject.checkpoint, self.record.metrics
