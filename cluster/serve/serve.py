@@ -11,14 +11,15 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import say
-from scoreray.cluster.serve.handles import LedgerReplica, RayBackend, RayLedger, last_of, prepare_process
+from scoreray.cluster.serve.handles import RayBackend, last_of, prepare_process
 from scoreray.cluster.serve.log import relayed
 from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.data.scratch import SCRATCH
@@ -26,12 +27,14 @@ from scoreray.data.units import whole_number
 from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.service.access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.service.config import Limits, ServeConfig
+from scoreray.sampling.service.idempotency import PASSWORD, kept, open_key_store
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import Event, SampleRequest
 from scoreray.sampling.service.service import Service
 
 APP = "scoreray"
+REDIS = "SCORERAY_REDIS"  # environment variable: redis://HOST:PORT, where idempotency keys are stored on a cluster
 MOST = 1e15  # of any limit
 MOST_OF_PLACEMENT = 1e6  # CPUs, GPUs, seconds
 MANY = 100_000  # requests that Ray Serve may hand on: what is too much is judged by rows, in the replica
@@ -80,17 +83,18 @@ class ModelReplica:
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
         prepare_process()
         self._replica = Replica(config)
+        self._store = open_key_store(config.keys, config.limits) if config.keys else None
         for name, url in config.models:
             served = await asyncio.to_thread(look_up, name, url, config.ema)
             await self._replica.prepare(served.info.url, served.info.ema)
 
     async def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
-        async with contextlib.aclosing(self._replica.draw(request)) as events:
+        async with contextlib.aclosing(kept(self._store, request, self._replica.draw(request))) as events:
             async for event in events:
                 yield event
 
     async def draw_at_once(self, request: SampleRequest) -> Event:
-        return await last_of(self._replica.draw(request))
+        return await last_of(kept(self._store, request, self._replica.draw(request)))
 
     async def prepare(self, checkpoint: str, ema: str) -> str:
         """Loads; the reason where it could not."""
@@ -119,11 +123,10 @@ class Ingress:
     """The Serve deployment that answers HTTP: one, so that limits and counters are in one place."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: ServeConfig, most_replicas: int, handle: Any, ledger: Any, errors: str = ""
+        self, config: ServeConfig, most_replicas: int, handle: Any, errors: str = ""
     ) -> None:
         prepare_process(errors)
-        tries = min(3, most_replicas)
-        self._service = Service(config, RayBackend(handle), busy_tries=tries, ledger=RayLedger(ledger))
+        self._service = Service(config, RayBackend(handle), busy_tries=min(3, most_replicas))
         await self._service.start()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -163,7 +166,7 @@ def replicas_wanted(context: Any) -> tuple[int, dict[str, Any]]:
 
 
 def application(config: ServeConfig, placement: Placement, errors: str = "") -> Any:
-    """The Serve application: an ingress, replicas that draw, and the ledger between them for requests with a key.
+    """The Serve application: an ingress, and replicas that draw.
 
     errors: a file that the ingress, through which every error goes, adds tracebacks to.
     """
@@ -194,9 +197,8 @@ def application(config: ServeConfig, placement: Placement, errors: str = "") -> 
     size = {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica}
     alone: dict[str, Any] = {**common, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
     replica = serve.deployment(name="model", ray_actor_options=size, **common, **scaling)(ModelReplica).bind(config)
-    ledger = serve.deployment(name="ledger", **alone)(LedgerReplica).bind(config.limits, high, replica)
     ingress = serve.deployment(name="ingress", **alone)(serve.ingress()(Ingress))
-    return ingress.bind(config, high, replica, ledger, errors)
+    return ingress.bind(config, high, replica, errors)
 
 
 @contextlib.contextmanager
@@ -270,6 +272,8 @@ def _serve(
         wait_for_room(f"--replicas: {low} of them need", [replica] * low, otherwise)
         if not verbose:
             _hush()
+        if not config.keys:
+            config = replace(config, keys=_key_file())
         with _errors(verbose) as errors, served(config, placement, errors) as url, _signals(told):
             say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
             say(_curl(url, bool(config.tokens)))
@@ -277,6 +281,14 @@ def _serve(
             told.wait()
             say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
             return drain(placement.drain_s)
+
+
+def _key_file() -> str:
+    """Where an embedded Ray's service stores idempotency keys; nowhere on a cluster, whose nodes share no folder."""
+    if folder := os.environ.get(SCRATCH):
+        return str(Path(folder, "keys.sqlite"))
+    say(f"warning: {REDIS} is not set: idempotency keys are forgotten when the process that answers HTTP dies")
+    return ""
 
 
 @contextlib.contextmanager
@@ -304,6 +316,12 @@ def make_config(models: list[str], token_file: Path | None, host: str, no_auth: 
             f"or {VARIABLE}; --no-auth serves everybody"
         )
     hosts = LOOPBACK_HOSTS if not tokens and is_loopback(host) else ()
+    keys = os.environ.get(REDIS, "")
+    if keys and urlsplit(keys).scheme not in ("redis", "rediss"):
+        raise UserError(f"{REDIS} = {keys}: must be redis://HOST:PORT, or rediss:// for TLS")
+    if urlsplit(keys).password:
+        raise UserError(f"{REDIS} holds a password, which would show in logs: put it into {PASSWORD}")
+    settings = {"keys": keys, **settings}
     return ServeConfig(tuple(_named(model) for model in models), tokens=tokens, hosts=hosts, **settings)
 
 

@@ -18,7 +18,7 @@ class Alert:
     mend: str
 
 
-SERVED = '{deployment=~"model|ingress|ledger"}'
+SERVED = '{deployment=~"model|ingress"}'
 STATUS = f"min by (deployment) (ray_serve_deployment_status{SERVED})"  # 0 to 2: unknown, failed, unhealthy
 HEALTHY = f"count by (deployment) (ray_serve_deployment_replica_healthy{SERVED} == 1)"
 WANTED = f"max by (deployment) (ray_serve_autoscaling_target_replicas{SERVED})"  # also without autoscaling

@@ -181,15 +181,15 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
     media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
     draw = await service.submit(body, token=who, key=key, media=media)
-    joined = draw.joined > 1
+    replayed = draw.joined > 1 or draw.replayed
     if body.stream:
-        return await _stream(service, draw, request, request_id, _replayed(joined))
+        return await _stream(service, draw, request, request_id, _replayed(replayed))
     try:
         answer = await _unless_gone(request, draw)
     finally:
         service.leave(draw)
     request.state.about = answer.about
-    headers = {**HEADERS, **_replayed(joined or draw.replayed)}
+    headers = {**HEADERS, **_replayed(replayed or draw.replayed)}
     if media == "application/json":
         return Response(answer.as_json(request_id), media_type=media, headers=headers)
     about = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}

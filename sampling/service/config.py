@@ -38,6 +38,7 @@ class ServeConfig:
 
     ema: the default length, None for each run's first. max_models: weights that a replica keeps in memory at once.
     precision, compile: see `fast.py`. reload_s: how often a run is asked for a newer checkpoint.
+    keys: where idempotency keys are stored, see `open_key_store`; empty for the memory of the process that answers HTTP.
     tokens: (name, SHA-256 of the token in hex) pairs; empty lets everybody in. hosts: Host headers that are answered,
     empty for all.
     """
@@ -52,6 +53,7 @@ class ServeConfig:
     threads: int | None = None
     reload_s: float = 10.0
     limits: Limits = field(default_factory=Limits)
+    keys: str = ""
     tokens: tuple[tuple[str, str], ...] = ()
     hosts: tuple[str, ...] = ()
 
@@ -90,7 +92,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "draining": (503, "the service is shutting down"),
     "timed_out": (503, "the samples did not get ready within the time limit"),
     "replica_lost": (503, "replicas died on this request again and again"),
-    "ledger_lost": (503, "the process that draws requests with a key died meanwhile: nothing was billed"),
+    "ledger_lost": (503, "the store of idempotency keys can't be reached: nothing was billed"),
     "storage": (503, "the checkpoint can't be read at the moment"),
     "unavailable": (503, "the process that answers requests has died, or is not ready yet"),
     "bug": (500, "a bug in scoreray"),

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scoreray.sampling.service.config import Refused
-from scoreray.sampling.service.keys import Entry
-from scoreray.sampling.service.request import Drawn, Origin, Preview, SampleRequest
+from scoreray.sampling.service.request import Drawn, Preview, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class SampleAnswer:
         head = json.dumps({"id": request_id, **self.about})
         return head[:-1].encode() + b', "data": ' + self.body + b"}"
 
-    def as_event(self) -> Drawn:
-        """The event that the answer was made of, for a ledger that was started again."""
-        return Drawn(self.body, *(self.about[name] for name in ("precision", "queued_s", "took_s")))
-
 
 class Draw:
     """One draw and the requests that wait for it; given up when none does."""
@@ -57,12 +52,11 @@ class Draw:
     def __init__(self, request: SampleRequest) -> None:
         self.request = request
         self.started = time.monotonic()
-        self.task: asyncio.Task[SampleAnswer] | None = None
+        self.task: asyncio.Future[SampleAnswer] | None = None
         self.accepted = asyncio.Event()
         self.progress = 0.0
         self.waiting = self.joined = 0  # requests that wait now, and all that ever did
         self.replayed = False  # its answer had been drawn before
-        self.entry: Entry[Origin, Draw] | None = None
         self.cut_off: Refused | None = None  # the answer of its requests, where the service cancels it
         self._queues: set[asyncio.Queue[Preview | None]] = set()
 
@@ -93,9 +87,3 @@ class Draw:
     async def answer(self) -> SampleAnswer:
         assert self.task is not None
         return await asyncio.shield(self.task)
-
-    def known_answer(self) -> SampleAnswer | None:
-        """The answer where there is one already."""
-        if self.task is None or not self.task.done() or self.task.cancelled() or self.task.exception() is not None:
-            return None
-        return self.task.result()

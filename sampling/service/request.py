@@ -1,7 +1,4 @@
-"""A checked request for samples, the events of its draw, and the draw again where a replica died.
-
-Without torch: the ledger's process, which must be back soon after it died, needs this and no network.
-"""
+"""A checked request for samples, the events of its draw, and the draw again where a replica died."""
 
 from __future__ import annotations
 
@@ -28,6 +25,18 @@ class Origin(NamedTuple):
 
 NOT_SERVED = Origin("", "", 0, 0)
 """Of a request that goes to a batcher directly."""
+
+
+class Claim(NamedTuple):
+    """A request's idempotency key, as the store of keys knows it (`key_store.py`).
+
+    fingerprint: of the request's fields, which a key may not change. owner: the ingress process that answers it.
+    """
+
+    token: str
+    key: str
+    fingerprint: str
+    owner: str
 
 
 @dataclass(frozen=True)
@@ -60,15 +69,11 @@ class SampleRequest:
     media: str = "application/json"
     format: str = "png"
     previews: int = 0
+    claim: Claim | None = None
 
     @property
     def rows_per_call(self) -> int:
         return len(self.seeds) * (1 if self.guidance == 1 else 2)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of memory, roughly: an object and its place in a tuple for each number, and the rest."""
-        return 4096 + 40 * (len(self.sigmas) + 2 * len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,7 @@ class Drawn:
     """The last event of a draw: the encoded samples.
 
     queued_s: before the first call of the network. took_s: in the replica, queue included. deaths: replicas that were
-    lost on the way. Of a draw with an idempotency key also: replayed, whether it had ended before this request came,
-    and billed, the rows of all keys of its token.
+    lost on the way. kept: whether the store of idempotency keys has it.
     """
 
     body: bytes
@@ -109,8 +113,7 @@ class Drawn:
     queued_s: float
     took_s: float
     deaths: int = 0
-    replayed: bool = False
-    billed: int = 0
+    kept: bool = False
 
 
 @dataclass(frozen=True)

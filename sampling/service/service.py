@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -21,9 +22,8 @@ from scoreray.sampling.service.access import Access
 from scoreray.sampling.service.body import SampleBody, made_from, make_request
 from scoreray.sampling.service.config import Refused, ServeConfig
 from scoreray.sampling.service.draw import Draw, SampleAnswer
-from scoreray.sampling.service.keyed import Keyed
-from scoreray.sampling.service.keys import Entry, seed_of
-from scoreray.sampling.service.ledger import Ledger, LedgerEvent, LedgerLike, MadeFrom
+from scoreray.sampling.service.idempotency import Bills, begin_key, kept, open_key_store, seed_of
+from scoreray.sampling.service.key_store import KeyEntry, KeyStore, key_reused
 from scoreray.sampling.service.metrics import SERVICE_METRICS, Meter, merged
 from scoreray.sampling.service.models import Served, look_up
 from scoreray.sampling.service.replica import Replica
@@ -31,6 +31,7 @@ from scoreray.sampling.service.request import (
     MAX_DEATHS,
     Accepted,
     Backend,
+    Claim,
     Drawn,
     Event,
     Failed,
@@ -45,6 +46,7 @@ from scoreray.sampling.service.request import (
 log = logging.getLogger("scoreray.serve")
 
 METRICS_SYNC_S = 2.0
+POLL_S = 0.1  # of the store, for the answer of a draw that another ingress, now dead, began
 LAST_ANSWERS_S = 5.0  # for those who are told at the end of a drain that it is over
 
 
@@ -67,11 +69,11 @@ class LocalBackend:
 class Service:
     """Requests in, answers out. One of it holds limits and counters; all methods run on one event loop.
 
-    ledger: what draws requests with a key; None for one in this process.
+    store: of idempotency keys; None for the one that the config names.
     """
 
     def __init__(
-        self, config: ServeConfig, backend: Backend, *, busy_tries: int = 1, ledger: LedgerLike | None = None
+        self, config: ServeConfig, backend: Backend, *, busy_tries: int = 1, store: KeyStore | None = None
     ) -> None:
         self.config, self.backend, self.limits = config, backend, config.limits
         self.access = Access(config.tokens, config.limits)
@@ -79,8 +81,11 @@ class Service:
         self.models: dict[str, Served] = {}
         self.ready = self.draining = False
         self._busy_tries = busy_tries
-        self._keyed = Keyed(ledger or Ledger(config.limits, backend, busy_tries), config.limits)
+        self._store = store or open_key_store(config.keys, config.limits)
+        self._owner = uuid.uuid4().hex
+        self._bills = Bills(self._store, self._owner)
         self._draws: set[Draw] = set()
+        self._by_key: dict[tuple[str, str], Draw] = {}  # of those, by token and idempotency key
         self.answering: set[object] = set()  # requests whose answer is not sent yet
         self._reloading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -94,12 +99,14 @@ class Service:
             await self.backend.prepare(served.info.url, served.info.ema)
         self.ready = True
         self._spawn(self._follow())
-        self._spawn(self._keyed.follow())
+        self._spawn(self._bills.follow())
 
     async def stop(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._bills.sync()
+        await asyncio.to_thread(self._store.close)
 
     async def drain(self, timeout_s: float) -> int:
         """Takes no more requests, waits for those under way; returns how many did not end in time.
@@ -115,6 +122,7 @@ class Service:
                 draw.task.cancel()
         await self._until_none(self._draws, LAST_ANSWERS_S)
         await self._until_none(self.answering, LAST_ANSWERS_S)
+        await self._bills.sync()
         return len(late)
 
     async def _until_none(self, those: set[Any], timeout_s: float) -> None:
@@ -128,37 +136,54 @@ class Service:
     async def submit(self, body: SampleBody, *, token: str, key: str | None, media: str) -> Draw:
         """The draw that answers a request: a new one, or that of the same key. The caller must `leave` it."""
         self._check_open()
-        fingerprint, keys = body.fingerprint(media), self._keyed.keys
-        entry = keys.find(token, key, fingerprint) if key is not None else None
-        if entry is None or entry.run is None:
-            served, seed = self._model_and_seed(body, token, key, entry)
+        claim = Claim(token, key, body.fingerprint(media), self._owner) if key is not None else None
+        draw = self._under_way(claim)
+        if draw is None:
+            served = self._served(body.model)
+            seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
             request = await asyncio.to_thread(make_request, body, served, self.limits, media, seed)
+            entry = None
+            if claim is not None:
+                entry = await begin_key(self._store, claim, request.origin)
+                if entry.origin != request.origin:
+                    request = made_from(request, entry.origin)
+                request = replace(request, claim=claim)
             self._check_open()
-            if key is not None:  # looked up again: another request may have brought it meanwhile
-                entry = keys.find(token, key, fingerprint) or keys.add(token, key, fingerprint, request.origin)
-        if entry is not None and entry.run is not None:
+            draw = self._under_way(claim)  # looked up again: another request may have brought it meanwhile
+            if draw is None:
+                draw = self._begin(Draw(request), token, entry)
+        if draw.joined or draw.replayed:
             self.meter["replayed"].inc()
-            draw = entry.run
-        else:
-            draw = self._begin(Draw(request), token, entry)
         draw.waiting += 1
         draw.joined += 1
         return draw
+
+    def _under_way(self, claim: Claim | None) -> Draw | None:
+        """The draw of a key that this ingress has begun. Raises Refused where the key came with another request."""
+        draw = self._by_key.get((claim.token, claim.key)) if claim is not None else None
+        if draw is not None and draw.request.claim != claim:
+            raise key_reused()
+        return draw
+
+    def _forget(self, draw: Draw) -> None:
+        """Lets the next request with a draw's key begin another one."""
+        claim = draw.request.claim
+        if claim is not None and self._by_key.get((claim.token, claim.key)) is draw:
+            del self._by_key[claim.token, claim.key]
 
     def leave(self, draw: Draw) -> None:
         """A request has its answer or its client has gone. The last one to go before the answer ends the draw."""
         draw.waiting -= 1
         if draw.waiting == 0 and draw.task is not None and not draw.task.done():
-            if draw.entry is not None and draw.entry.run is draw:
-                draw.entry.run = None  # at once: the client may send it again before the task has ended
+            self._forget(draw)  # at once: the client may send it again before the task has ended
             draw.task.cancel()
 
     async def metrics(self) -> str:
         """The page for Prometheus: this service and all of its replicas."""
-        with contextlib.suppress(Lost, TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(METRICS_SYNC_S):
-                await self._keyed.sync()
-        for token, rows in self._keyed.bills.more():
+                await self._bills.sync()
+        for token, rows in self._bills.grown():
             self.meter["billed_rows"].labels(token).inc(rows)
         self.meter["requests_under_way"].set(len(self._draws))
         try:
@@ -174,20 +199,6 @@ class Service:
         if not self.ready:
             raise Refused("starting", "the models are being loaded", retry_after_s=5)
 
-    def _model_and_seed(
-        self, body: SampleBody, token: str, key: str | None, entry: Entry[Origin, Draw] | None
-    ) -> tuple[Served, int]:
-        """The model and the seed of a request; those that it had where its key was seen before. Raises Refused."""
-        if entry is not None:
-            return self._as_then(entry.origin), entry.origin.seed
-        seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
-        return self._served(body.model), seed
-
-    def _as_then(self, origin: Origin) -> Served:
-        """A model with the checkpoint that an earlier request of the same key was answered from."""
-        served = self._served(origin.model)
-        return replace(served, info=replace(served.info, url=origin.checkpoint, images_seen=origin.images_seen))
-
     def _served(self, name: str | None) -> Served:
         if name is None:
             return next(iter(self.models.values()))
@@ -195,36 +206,36 @@ class Service:
             raise Refused("no_model", f"model '{name}' is not served here: {nearest(name, self.models)}", field="model")
         return self.models[name]
 
-    def _begin(self, draw: Draw, token: str, entry: Entry[Origin, Draw] | None) -> Draw:
-        rows = draw.request.rows_per_call
+    def _begin(self, draw: Draw, token: str, entry: KeyEntry | None) -> Draw:
+        """Starts a draw; one whose key is answered already ends at once."""
+        if entry is not None and entry.answer is not None:
+            draw.replayed, draw.task = True, asyncio.get_running_loop().create_future()
+            draw.task.set_result(SampleAnswer.of(draw.request, entry.answer))
+            draw.end()
+            return draw
+        rows, claim = draw.request.rows_per_call, draw.request.claim
         self.access.enter(token, rows)
         self._draws.add(draw)
-        if entry is not None:
-            entry.run, draw.entry = draw, entry
-        draw.task = self._spawn(self._carry_out(draw))
+        if claim is not None:
+            self._by_key[claim.token, claim.key] = draw
+        draw.task = self._spawn(self._carry_out(draw, entry))
 
-        def ended(task: asyncio.Task[SampleAnswer]) -> None:
+        def ended(task: asyncio.Future[SampleAnswer]) -> None:
             self._draws.discard(draw)
+            self._forget(draw)
             self.access.leave(token, rows)
-            answered = not task.cancelled() and task.exception() is None
-            if entry is None:
-                self._keyed.bills.own[token] += len(draw.request.seeds) if answered else 0
-            elif answered:
-                entry.billed = True
-                if entry.run is draw:
-                    self._keyed.keys.keep(entry, len(task.result().body) + draw.request.num_bytes)
-            elif entry.run is draw:
-                entry.run = None
+            if claim is None and not task.cancelled() and task.exception() is None:
+                self._bills.add(token, len(draw.request.seeds))
             draw.end()
 
         draw.task.add_done_callback(ended)
         return draw
 
-    async def _carry_out(self, draw: Draw) -> SampleAnswer:
-        """Draws a request, or has the ledger draw it where it has a key. Raises Refused."""
+    async def _carry_out(self, draw: Draw, entry: KeyEntry | None) -> SampleAnswer:
+        """Draws a request, or waits for its answer where a replica draws it for another ingress. Raises Refused."""
         try:
             async with asyncio.timeout(self.limits.max_request_s):
-                last = await self._draw_until_settled(draw)
+                last = await self._answer_of_another(draw, entry) or await self._draw_until_settled(draw)
         except asyncio.CancelledError:
             if draw.cut_off is None:
                 raise
@@ -236,60 +247,52 @@ class Service:
         field = "options" if last.code == "not_finite" and draw.request.options else None
         raise Refused(last.code, last.message, field=field, retry_after_s=last.retry_after_s)
 
-    async def _draw_until_settled(self, draw: Draw) -> Drawn | Failed:
-        """The end of a draw, begun again where its samples must be made from another checkpoint or seed.
+    async def _answer_of_another(self, draw: Draw, entry: KeyEntry | None) -> Drawn | None:
+        """The answer of a draw of the same key for another ingress; None once it stopped, or if there is none."""
+        claim = draw.request.claim
+        while claim is not None and entry is not None and not entry.mine:
+            draw.accepted.set()
+            await asyncio.sleep(POLL_S)
+            entry = await begin_key(self._store, claim, draw.request.origin)
+            if entry.answer is not None:
+                draw.replayed = True
+                self.meter["replayed"].inc()
+                return entry.answer
+        return None
 
-        So it is where the ledger drew this key before from others, and where its checkpoint was removed meanwhile.
-        """
-        instead_of: Origin | None = None
+    async def _draw_until_settled(self, draw: Draw) -> Drawn | Failed:
+        """The end of a draw, begun again from the newest checkpoint where its own was removed meanwhile."""
         for _ in range(MAX_DEATHS):
-            last = await self._draw_once(draw, instead_of)
-            if isinstance(last, MadeFrom):
-                self._make_from(draw, last.origin)
-                continue
-            if isinstance(last, Drawn) or last.code != "storage":
-                return last
-            instead_of = draw.request.origin
-            if not await self._take_to_newest(draw):
+            last = await self._draw_once(draw)
+            if isinstance(last, Drawn) or last.code != "storage" or not await self._take_to_newest(draw):
                 return last
         return Failed("storage", "the checkpoints of this request are removed faster than they can be drawn from")
 
-    async def _draw_once(self, draw: Draw, instead_of: Origin | None) -> Drawn | Failed | MadeFrom:
+    async def _draw_once(self, draw: Draw) -> Drawn | Failed:
         """The last event of a draw; shows the others."""
-        async with contextlib.aclosing(self._events(draw, instead_of)) as events:
+        events = draw_with_retries(self.backend, draw.request, self._busy_tries)
+        async with contextlib.aclosing(kept(self._store, draw.request, events)) as events:
             async for event in events:
                 if isinstance(event, Accepted):
                     draw.accepted.set()
                 elif isinstance(event, Preview):
                     draw.show(event)
-                elif isinstance(event, MadeFrom):
-                    return event
-                elif isinstance(event, Drawn | Failed):
-                    draw.replayed = isinstance(event, Drawn) and event.replayed
-                    self.meter["retries"].inc(0 if draw.replayed else event.deaths)
-                    self.meter["replayed"].inc(int(draw.replayed))
+                else:
+                    self.meter["retries"].inc(event.deaths)
                     return event
         raise AssertionError("a draw has a last event")
 
-    def _events(self, draw: Draw, instead_of: Origin | None) -> AsyncGenerator[LedgerEvent, None]:
-        if draw.entry is not None:
-            return self._keyed.events(draw.entry, draw.request, instead_of)
-        return draw_with_retries(self.backend, draw.request, self._busy_tries)
-
-    def _make_from(self, draw: Draw, origin: Origin) -> None:
-        draw.request = made_from(draw.request, origin)
-        if draw.entry is not None:
-            draw.entry.origin = origin
-
     async def _take_to_newest(self, draw: Draw) -> bool:
         """Makes a request one to its model's newest checkpoint. False where that is the one it had."""
-        before = draw.request.origin
+        before, claim = draw.request.origin, draw.request.claim
         await self._reload(before.model)
         newest = self.models[before.model]
+        origin = Origin(newest.name, newest.info.url, newest.info.images_seen, before.seed)
         if newest.info.url == before.checkpoint:
             return False
-        self._make_from(draw, Origin(newest.name, newest.info.url, newest.info.images_seen, before.seed))
-        draw.request = replace(draw.request, ema=newest.ema(draw.request.ema))
+        if claim is not None:
+            origin = (await begin_key(self._store, claim, origin, instead_of=before)).origin
+        draw.request = replace(made_from(draw.request, origin), ema=newest.ema(draw.request.ema))
         return True
 
     async def _follow(self) -> None:

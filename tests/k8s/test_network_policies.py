@@ -97,6 +97,7 @@ ALLOWED = [
     ("client", "sample/workers", 8000),
     ("operator", "sample/head", 8265),
     ("sample/head", "sample/StatefulSet/scoreray-redis-sample", 6379),
+    ("sample/workers", "sample/StatefulSet/scoreray-redis-sample", 6379),  # idempotency keys
     ("sample/head", "10.0.0.1", 6443),  # the autoscaler and the Kubernetes API
     ("dev/workers", "dev/Deployment/scoreray-s3-dev", 8333),
 ]
@@ -116,7 +117,6 @@ DENIED = [
     ("train/workers", "52.216.1.1", 22),
     ("train/workers", "10.0.0.1", 6443),
     ("train/submitter", "52.216.1.1", 443),  # hands on a job, reads nothing
-    ("sample/workers", "sample/StatefulSet/scoreray-redis-sample", 6379),
     ("train/head", "sample/StatefulSet/scoreray-redis-sample", 6379),
     ("stranger", "sample/StatefulSet/scoreray-redis-sample", 6379),
     ("sample/StatefulSet/scoreray-redis-sample", "52.216.1.1", 443),

@@ -213,6 +213,15 @@ def test_serving_outlives_its_head(specs: Any, built: Any) -> None:
     assert redis["spec"]["volumeClaimTemplates"]
 
 
+def test_every_pod_of_the_service_stores_idempotency_keys_in_the_heads_redis(specs: Any) -> None:
+    spec = specs["sample"]
+    options = spec["gcsFaultToleranceOptions"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        env = {one["name"]: one for one in group["template"]["spec"]["containers"][0]["env"]}
+        assert env["SCORERAY_REDIS"]["value"] == f"redis://{options['redisAddress']}"
+        assert env["SCORERAY_REDIS_PASSWORD"]["valueFrom"] == options["redisPassword"]["valueFrom"]
+
+
 def test_disruption_budgets_match_pods_and_hold_an_integer(built: Any, pods: Any) -> None:
     """For pods of an operator Kubernetes takes minAvailable as a number only."""
     for overlay in clusters_of(built):

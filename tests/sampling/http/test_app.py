@@ -33,7 +33,6 @@ from scoreray.sampling.samplers.sample import SAMPLERS, num_calls
 from scoreray.sampling.service.access import NOBODY, hash_of, is_loopback, read_tokens
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused, ServeConfig
-from scoreray.sampling.service.keys import Keys
 from scoreray.sampling.service.metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.sampling.service.models import Served
 from scoreray.sampling.service.replica import Replica
@@ -391,7 +390,7 @@ def test_tokens(run_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
     async def main() -> None:
-        async with serving(config(run_url, limits=Limits(remember_bytes=20_000))) as call:
+        async with serving(config(run_url, limits=Limits(remember_bytes=8_000))) as call:
             twins = await asyncio.gather(*[call.post({"count": 3}, Idempotency_Key="k") for _ in range(5)])
             again = await call.post({"count": 3}, Idempotency_Key="k")
             assert {reply.json["data"][0]["b64_json"] for reply in [*twins, again]} == {
@@ -413,7 +412,6 @@ def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
 
             for i in range(4):  # answers that push the first one out of memory
                 await call.post({"count": 3}, Idempotency_Key=f"other-{i}")
-            assert call.service._keyed.keys.num_bytes <= 20_000
             third = await call.post({"count": 3}, Idempotency_Key="k")
             assert "idempotent-replayed" not in third.headers
             assert third.json["data"] == again.json["data"]
@@ -434,42 +432,11 @@ def test_a_client_that_goes_and_comes_back_at_once_is_answered(run_url: str) -> 
             assert second is not first
             assert (await second.answer()).about["count"] == 2
             third = await call.service.submit(body, **asked)
-            assert third is second
+            assert third.replayed
+            assert (await third.answer()).body == (await second.answer()).body
             assert second.request.origin == first.request.origin
 
     asyncio.run(main())
-
-
-def test_what_is_remembered_of_a_long_request_is_counted(points_url: str) -> None:
-    """A body of 40 bytes may ask for 256 seeds and 1,000 noise levels: the job counts, not only its answer."""
-
-    async def main() -> None:
-        async with serving(config(points_url, limits=Limits(remember_bytes=30_000))) as call:
-            for i in range(3):
-                assert (await call.post({"steps": 400, "sampler": "euler"}, Idempotency_Key=f"{i}")).status == 200
-            kept = [entry.run for entry in call.service._keyed.keys]
-            assert [run is not None for run in kept] == [False, False, True]
-
-    asyncio.run(main())
-
-
-def test_keys_are_forgotten_in_time_and_number() -> None:
-    now = [0.0]
-    keys: Keys[str, str] = Keys(Limits(remember_keys=3, remember_s=10), clock=lambda: now[0])
-    for i in range(5):
-        now[0] = float(i)
-        keys.keep(keys.add("t", str(i), "f", "job"), 100)
-    assert [keys.find("t", str(i), "f") is not None for i in range(5)] == [False, False, True, True, True]
-    assert (len(keys), keys.num_bytes) == (3, 300)
-    now[0] = 13.5
-    assert keys.find("t", "2", "f") is None
-    assert keys.find("t", "4", "f") is not None
-    assert keys.find("other", "4", "f") is None
-    late = keys.add("t", "late", "f", "job")
-    for i in range(3):
-        keys.keep(keys.add("t", f"newer-{i}", "f", "job"), 100)
-    keys.keep(late, 100)  # forgotten while it was drawn
-    assert keys.num_bytes == 300
 
 
 def test_a_client_that_hangs_up_while_it_sends_is_no_bug(run_url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,6 @@ import urllib3
 
 from scoreray.cluster.cli import main as cli
 from scoreray.cluster.serve.serve import (
-    APP,
     Placement,
     make_config,
     make_limits,
@@ -43,6 +42,7 @@ from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.http.client import Client, Declined
 from scoreray.sampling.service.access import hash_of
 from scoreray.sampling.service.config import Limits
+from scoreray.sampling.service.idempotency import open_key_store
 
 NUM_KILLS = 10
 PATIENCE_S = 600.0  # of a busy machine; nothing here waits longer than it must
@@ -59,9 +59,14 @@ def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: None, run_url: str) -> Iterator[str]:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("keys") / "keys.sqlite")
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: None, run_url: str, keys: str) -> Iterator[str]:
     settings: dict[str, Any] = {"precision": "fp32", "compile": "off", "threads": 1, "reload_s": 0.5, "limits": LIMITS}
-    config = make_config([run_url], None, "127.0.0.1", False, **settings)
+    config = make_config([run_url], None, "127.0.0.1", False, keys=keys, **settings)
     with served(config, Placement(port=0, replicas=(2, 2), cpus_per_replica=0.1)) as url:
         yield url
 
@@ -124,7 +129,7 @@ def test_samples_previews_and_the_model_through_the_client(service: str) -> None
 
 
 def test_a_service_listens_on_loopback_only(service: str, new_listeners: Any) -> None:
-    """Also the gRPC servers of its replicas, ingress and ledger, which Ray Serve starts for all addresses."""
+    """Also the gRPC servers of its replicas and ingress, which Ray Serve starts for all addresses."""
     with new_listeners() as listeners:
         Client(service).sample(count=1, steps=2)
         until(lambda: len(listeners.seen) > 5, "they are listed")
@@ -199,20 +204,20 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["between draw and answer", "while it draws"])
-def test_a_retry_after_the_death_of_the_ingress_draws_and_bills_nothing_twice(service: str, when: str) -> None:
-    """SIGKILL of the ingress with a request in its hands; the client asks again with the same key.
+def test_a_retry_after_the_death_of_the_ingress_draws_and_bills_nothing_twice(
+    service: str, keys: str, when: str
+) -> None:
+    """SIGKILL of the ingress while it answers a request; the client sends it again with the same key.
 
-    The draw ends when nobody is there to take its answer, and then the client comes back; or the client comes first.
+    The draw ends with no ingress to take its answer, and then the client comes back; or the client comes first.
     """
-    from ray import serve
+    store = open_key_store(keys, LIMITS)
 
-    ledger = serve.get_deployment_handle("ledger", APP)
-
-    def keyed() -> int:
-        return sum(ledger.sync.remote("test", {}).result(timeout_s=PATIENCE_S).keyed.values())
+    def stored() -> int:
+        return sum(store.bill("test", {}).values())
 
     until(lambda: answering(service) == 2, "two replicas answer")
-    before, keyed_before = metrics(service), keyed()
+    before, stored_before = metrics(service), stored()
     (ingress,) = pids("ServeReplica:scoreray:ingress")
     key, fields = f"killed-{when}".replace(" ", "-"), {"count": 8, "steps": 900, "sampler": "euler"}
     with ThreadPoolExecutor(1) as one:
@@ -223,7 +228,7 @@ def test_a_retry_after_the_death_of_the_ingress_draws_and_bills_nothing_twice(se
         with contextlib.suppress(urllib3.exceptions.HTTPError):
             assert first.result().status != 200, "the answer was out before the kill: nothing is tested"
     if when.startswith("between"):
-        until(lambda: keyed() == keyed_before + 8, "the draw ends without the one who asked")
+        until(lambda: stored() == stored_before + 8, "the draw ends without its ingress")
     answer = Client(service, tries=1000).sample_json(key=key, **fields)
     assert len(answer["data"]) == 8
     until(lambda: answering(service) == 2, "two replicas answer")
