@@ -1,4 +1,4 @@
-"""Alerts for Prometheus: what somebody should be told of, when, and what to do then."""
+"""Alerts for Prometheus: which conditions, who must act how soon, and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Alert:
     lasts: str
     severity: str
     summary: str
-    mend: str
+    remedy: str
 
 
 SERVED = '{deployment=~"model|ingress"}'
@@ -71,7 +71,7 @@ ALERTS = (
         "0m",
         "ticket",
         "The workers of run {{ $labels.run }} were started again {{ $value }} times within an hour",
-        "The log tells each reason: nodes that go away, memory, a worker that hangs",
+        "The log has each reason: nodes that go away, memory, a worker that hangs",
     ),
     Alert(
         "ScorerayShedding",
@@ -103,7 +103,7 @@ ALERTS = (
         "10m",
         "ticket",
         "{{ $labels.deployment }} has {{ $value }} healthy replicas, fewer than are wanted",
-        "`ray status` tells what they wait for: nodes, GPUs, or a lower --replicas MAX",
+        "`ray status` shows what they wait for: nodes, GPUs, or a lower --replicas MAX",
     ),
 )
 
@@ -120,7 +120,7 @@ def rules() -> dict[str, Any]:
                         "expr": alert.when,
                         "for": alert.lasts,
                         "labels": {"severity": alert.severity},
-                        "annotations": {"summary": alert.summary, "description": alert.mend},
+                        "annotations": {"summary": alert.summary, "description": alert.remedy},
                     }
                     for alert in ALERTS
                 ],

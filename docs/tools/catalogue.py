@@ -9,7 +9,7 @@ from scoreray.trainer.monitoring.metrics import CATALOGUE as RUN_METRICS
 from scoreray.trainer.monitoring.metrics import Metric
 
 DATA = ("scoreray_data_", "scoreray_quarantined")  # what their names begin with
-RAYS = (
+RAY_METRICS = (
     Metric("ray_node_cpu_utilization", "percent", "CPUs of a node in use", ("ip",)),
     Metric("ray_node_mem_used", "bytes", "Memory of a node in use", ("ip",)),
     Metric("ray_node_mem_total", "bytes", "Memory of a node", ("ip",)),
@@ -19,7 +19,7 @@ RAYS = (
     Metric("ray_node_network_receive_speed", "bytes/s", "What a node receives", ("ip",)),
     Metric("ray_node_network_send_speed", "bytes/s", "What a node sends", ("ip",)),
 )
-RAYS_GPUS = (
+RAY_GPU_METRICS = (
     Metric("ray_node_gpus_utilization", "percent", "A GPU in use", ("ip", "GpuIndex")),
     Metric("ray_node_gram_used", "MB", "A GPU's memory in use", ("ip", "GpuIndex")),
 )
@@ -41,7 +41,7 @@ def catalogue() -> dict[str, tuple[Metric, ...]]:
         for metrics, more in ((REPLICA_METRICS, ("replica",)), (SERVICE_METRICS, ()))
         for one in metrics
     )
-    return {"training": training, "data": data, "sampling": sampling, "cluster": (*RAYS, *RAYS_GPUS)}
+    return {"training": training, "data": data, "sampling": sampling, "cluster": (*RAY_METRICS, *RAY_GPU_METRICS)}
 
 
 def page() -> str:
@@ -63,12 +63,12 @@ def page() -> str:
             "|---|---|---|---|---|",
         ]
         for one in metrics:
-            note = " (nodes with GPUs)" if one in RAYS_GPUS else ""
+            note = " (nodes with GPUs)" if one in RAY_GPU_METRICS else ""
             labels = ", ".join(f"`{label}`" for label in one.labels)
             lines.append(f"| `{one.name}` | {one.kind} | {one.unit} | {labels} | {one.meaning}{note} |")
     from alerts import ALERTS
 
     lines += ["", "## Alerts", "", "| alert | when | for | severity | what to do |", "|---|---|---|---|---|"]
     for alert in ALERTS:
-        lines.append(f"| `{alert.name}` | `{alert.when}` | {alert.lasts} | {alert.severity} | {alert.mend} |")
+        lines.append(f"| `{alert.name}` | `{alert.when}` | {alert.lasts} | {alert.severity} | {alert.remedy} |")
     return "\n".join(lines).replace("||", "|\\|") + "\n"

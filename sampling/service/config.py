@@ -38,7 +38,7 @@ class ServeConfig:
 
     ema: the default length, None for each run's first. max_models: weights that a replica keeps in memory at once.
     precision, compile: see `fast.py`. reload_s: how often a run is asked for a newer checkpoint.
-    keys: where idempotency keys are stored, see `open_key_store`; empty for the memory of the process that answers HTTP.
+    keys: where idempotency keys are stored (`open_key_store`); empty for the memory of the process that answers HTTP.
     tokens: (name, SHA-256 of the token in hex) pairs; empty lets everybody in. hosts: Host headers that are answered,
     empty for all.
     """
