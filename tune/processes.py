@@ -19,7 +19,7 @@ Signature = tuple[tuple[str, float], ...]
 
 
 @dataclass
-class Work:
+class RunningTrial:
     """A stretch of a trial that is being computed."""
 
     trial: Trial
@@ -29,7 +29,7 @@ class Work:
     sent: float
     run: str
     progress: TrainingProgress | None = None
-    asked: Any = None
+    answer: Any = None
 
 
 class TrialProcess:
@@ -67,7 +67,7 @@ class Pool:
 
     plan: Plan
     room: Mapping[str, float]
-    working: dict[Any, Work] = field(default_factory=dict)
+    working: dict[Any, RunningTrial] = field(default_factory=dict)
     idle: list[tuple[Any, Signature]] = field(default_factory=list)
 
     def has_room(self, need: Mapping[str, float]) -> bool:
@@ -83,13 +83,13 @@ class Pool:
         actor, signature = self._process(config, need)
         dumped = None if config is None else config.model_dump(mode="json")
         owed = actor.advance.remote(dumped, target, trial.values, "cuda" if need["GPU"] else "cpu")
-        self.working[owed] = Work(trial, target, actor, signature, time.time(), trial.run)
+        self.working[owed] = RunningTrial(trial, target, actor, signature, time.time(), trial.run)
 
-    def take(self, owed: Any) -> Work:
+    def take(self, owed: Any) -> RunningTrial:
         """A stretch that has ended, well or not."""
         return self.working.pop(owed)
 
-    def keep(self, work: Work) -> None:
+    def keep(self, work: RunningTrial) -> None:
         """Its process is good for another."""
         self.idle.append((work.actor, work.need))
 
@@ -98,12 +98,12 @@ class Pool:
         import ray
 
         for work in self.working.values():
-            if work.asked is None:
-                work.asked = work.actor.progress.remote()
-            elif ray.wait([work.asked], timeout=0)[0]:
+            if work.answer is None:
+                work.answer = work.actor.progress.remote()
+            elif ray.wait([work.answer], timeout=0)[0]:
                 with contextlib.suppress(ray.exceptions.RayError):
-                    work.progress = ray.get(work.asked)
-                work.asked = None
+                    work.progress = ray.get(work.answer)
+                work.answer = None
 
     def stop(self) -> None:
         """Ask trials under way to commit what they have trained, and wait for that, for at most SAVE_S."""

@@ -23,7 +23,7 @@ from scoreray.data.storage.lease import Lease
 from scoreray.data.yaml_text import parse_value
 from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.run_folder import run_store, store_config
-from scoreray.tune.processes import Pool, Work, kill
+from scoreray.tune.processes import Pool, RunningTrial, kill
 from scoreray.tune.schedule import Asha, exchange, milestones
 from scoreray.tune.search import num_trials, propose
 from scoreray.tune.space import flat
@@ -43,7 +43,7 @@ class State:
 
     trials: list[Trial]
     total: int
-    running: dict[int, Work] = field(default_factory=dict)
+    running: dict[int, RunningTrial] = field(default_factory=dict)
 
 
 def claim(plan: Plan) -> list[Trial]:

@@ -10,7 +10,7 @@ from scoreray.cluster.verbs import tune as tuning
 from scoreray.cluster.verbs.tune import Pace, TrialTable
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.tune.load import load_sweep
-from scoreray.tune.processes import Work
+from scoreray.tune.processes import RunningTrial
 from scoreray.tune.schedule import expected_images
 from scoreray.tune.study import State
 from scoreray.tune.sweep import Plan
@@ -22,8 +22,8 @@ def trial(number: int, images: int, state: str) -> Trial:
     return Trial(number, {}, f"run-{number}", state, [report] if images else [])
 
 
-def under_way(one: Trial, images: int, target: int) -> Work:
-    work = Work(one, target, None, (), 0.0, one.run)
+def under_way(one: Trial, images: int, target: int) -> RunningTrial:
+    work = RunningTrial(one, target, None, (), 0.0, one.run)
     work.progress = TrainingProgress(images, target, 1.0, 1.0, 0.0, 0)
     return work
 

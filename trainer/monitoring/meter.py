@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from scoreray.data.reading.reader import Stats
-from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingProgress, TrainingRecord
+from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, ReadCounts, TrainingProgress, TrainingRecord
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class StepMeter:
         self._world_size, self._work = world_size, work
         self._share_per_rate = math.nan
         self._record: TrainingRecord | None = None
-        self._reads = Stats()
+        self._reads = ReadCounts()
         self._started_at = time.time()
         self._edges = torch.tensor(SIGMA_EDGES, device=device)
         self._sums = torch.zeros(2, len(SIGMA_EDGES) + 1, dtype=torch.float64, device=device)
@@ -63,7 +63,7 @@ class StepMeter:
         self, images: int, learning_rate: float, norm: float, quarantined: int, skipped_steps: int, reads: Stats
     ) -> TrainingRecord:
         """Averaged over all ranks: every rank calls it. `reads`: of this rank's stream."""
-        self._reads = self._summed(reads)
+        self._reads = self._summed(ReadCounts.of(reads))
         if self._world_size > 1:
             dist.all_reduce(self._sums)
         sums, counts = self._sums.tolist()
@@ -85,12 +85,12 @@ class StepMeter:
         self._since, self._waited_s = time.perf_counter(), 0.0
         return self._record
 
-    def _summed(self, reads: Stats) -> Stats:
+    def _summed(self, reads: ReadCounts) -> ReadCounts:
         """Of all ranks. A reduction of its own: in one with the losses, it would change the order of their sums."""
-        counts = torch.tensor(astuple(reads), dtype=torch.float64, device=self._sums.device)
+        counts = torch.tensor(astuple(reads), dtype=torch.int64, device=self._sums.device)
         if self._world_size > 1:
             dist.all_reduce(counts)
-        return Stats(*counts.tolist())
+        return ReadCounts(*counts.tolist())
 
     def show(
         self,

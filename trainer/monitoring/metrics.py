@@ -69,6 +69,20 @@ class TrainingRecord:
 
 
 @dataclass(frozen=True)
+class ReadCounts:
+    """Of a stream since its start: what `Stream.stats` counts, as numbers that can be sent and added up over ranks."""
+
+    bytes_read: int = 0
+    num_requests: int = 0
+    num_hedges: int = 0
+    num_rereads: int = 0
+
+    @staticmethod
+    def of(stats: Stats) -> ReadCounts:
+        return ReadCounts(stats.bytes_read, stats.requests, stats.hedged, stats.rereads)
+
+
+@dataclass(frozen=True)
 class TrainingProgress:
     """Where a run is, for a person who watches: sent often, never stored."""
 
@@ -86,8 +100,8 @@ class TrainingProgress:
     """the newest one"""
     skipped_steps: int = 0
     """steps without an update because loss or gradient was not finite, in the whole run so far"""
-    reads: Stats = field(default_factory=Stats)
-    """what the streams of all ranks have done since the workers started, as of the newest record"""
+    reads: ReadCounts = field(default_factory=ReadCounts)
+    """of the streams of all ranks since the workers started, as of the newest record"""
 
 
 @dataclass
@@ -142,9 +156,9 @@ CATALOGUE: dict[Metric, Callable[[RunStatus], Value]] = {
     Metric("scoreray_data_stall", "share", "Share of the wall time that a step waited for data"):
         _progress(lambda p: p.data_stall),
     Metric("scoreray_data_hedged", "requests", "Reads of data sent twice as the first was slow; of this start"):
-        _progress(lambda p: p.reads.hedged),
+        _progress(lambda p: p.reads.num_hedges),
     Metric("scoreray_data_rereads", "requests", "Reads of data repeated as the bytes were wrong; of this start"):
-        _progress(lambda p: p.reads.rereads),
+        _progress(lambda p: p.reads.num_rereads),
     Metric("scoreray_loss", "1", "Weighted loss of the last step on rank 0"):
         _progress(lambda p: p.loss),
     Metric("scoreray_sigma_loss", "1", "Weighted loss by noise level; tag `sigma` is the bucket", ("sigma",)):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from scoreray.data.reading.reader import Stats
 from scoreray.trainer.checkpoints.checkpoint import MARKER, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
@@ -142,3 +143,13 @@ def test_the_matmul_rate_is_one_that_products_reach() -> None:
     assert 1e9 < rate < 1e14
     assert matmul_rate(torch.device("cpu"), torch.float32) == rate
     assert math.isfinite(rate)
+
+
+def test_what_a_stream_counts_reaches_the_metrics() -> None:
+    """Hedged and repeated reads are the first sign of a failing store; the run goes on, so nothing else shows it."""
+    meter, shown = StepMeter(1, torch.device("cpu")), list[TrainingProgress]()
+    meter.add(torch.ones(4), torch.ones(4))
+    meter.record(4, 1e-3, 1.0, 0, 0, Stats(bytes_read=700, requests=9, hedged=2, rereads=3))
+    meter.show(shown.append, 4, 8, None, 0)
+    found = values(RunStatus(shown[0]))
+    assert (found["scoreray_data_hedged", ""], found["scoreray_data_rereads", ""]) == (2, 3)
