@@ -88,7 +88,7 @@ def measured(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """In a process of its own: as `cluster/cli/training.py` trains, but its watch notes moments."""
+    """In a process of its own: as `cluster/cli/runs.py` trains, but its watch notes moments."""
     from scoreray.cluster.verbs import train as training
     from scoreray.trainer.config import load_config
     from scoreray.trainer.prepare import prepare_run

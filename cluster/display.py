@@ -1,4 +1,4 @@
-"""What a person sees while something runs: one line that tells how far, how fast and how long still."""
+"""Progress on the terminal: bars with rate and time left; in a log, a line now and then."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ console = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """A line for the person, beside the progress bars."""
+    """A line on stderr, beside the progress bars."""
     console.print(text, markup=False, soft_wrap=True)
 
 
@@ -121,6 +121,6 @@ def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
 
 @contextmanager
 def counted(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for what tells (done, in all) itself."""
+    """A bar for work that reports (done, total) itself."""
     with bar(name, 1, unit) as progress:
         yield lambda done, total: progress.update(progress.task_ids[0], completed=done, total=total)

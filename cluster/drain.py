@@ -1,10 +1,10 @@
-"""This machine goes away: tell Ray and our own drivers, and wait until they are done. A pod's preStop hook runs it.
+"""Drains this machine before it goes away: Ray's node on it, and our own drivers. A pod's preStop hook runs it.
 
     python -m scoreray.cluster.drain --deadline-s 150
 
-Ray Train's workers on a node that drains save at once and go elsewhere; Serve's replicas answer what they have. A
-`scoreray` driver on this machine is told as by Ctrl-C: it saves, ends with 130, and whoever keeps it (a RayJob's
-backoffLimit) starts it again.
+Ray Train's workers on a node that drains save at once and start again on another; Serve's replicas finish the requests
+that they have. A `scoreray` driver on this machine gets SIGTERM: it saves and ends with 130, and KubeRay starts it
+again (backoffLimit of its RayJob).
 """
 
 from __future__ import annotations
@@ -17,26 +17,21 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 REASON = "this machine goes away"
 
 
 def drivers() -> list[int]:
     """Process ids of `scoreray` commands on this machine, however they were started (a job's is a Python module)."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            if _is_command((folder / "cmdline").read_text(errors="replace").split("\0")):
-                found.append(int(folder.name))
-    return found
+    processes = psutil.process_iter(["cmdline"])
+    return [one.pid for one in processes if one.pid != os.getpid() and _is_command(one.info["cmdline"] or [""])]
 
 
-def _is_command(words: list[str]) -> bool:
-    name, rest = words[0].rpartition("/")[2], [*words[1:], "", "", ""]
+def _is_command(arguments: list[str]) -> bool:
+    name, rest = arguments[0].rpartition("/")[2], [*arguments[1:], "", "", ""]
     if not name.startswith("python"):
         return name == "scoreray"
     while rest[0] in ("-u", "-X", "-W"):
@@ -56,7 +51,7 @@ def drain_node(deadline_s: float, address: str) -> Callable[[], bool]:
 
     gcs = GcsClient(address=address)
 
-    def here() -> list[Any]:
+    def nodes_of_this_machine() -> list[Any]:
         alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
         ours = {socket.gethostname(), *_addresses()}
         nodes = gcs.get_all_node_info(timeout=10).values()
@@ -64,11 +59,11 @@ def drain_node(deadline_s: float, address: str) -> Callable[[], bool]:
 
     deadline_ms = int((time.time() + deadline_s) * 1000)
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    for node in here():
+    for node in nodes_of_this_machine():
         accepted, why = gcs.drain_node(node.node_id.hex(), reason, REASON, deadline_ms)
         if not accepted:
             raise RuntimeError(why)
-    return lambda: bool(here())
+    return lambda: bool(nodes_of_this_machine())
 
 
 def _addresses() -> set[str]:
@@ -82,20 +77,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scoreray.cluster.drain", description=__doc__)
     parser.add_argument("--deadline-s", type=float, default=60.0, help="how long it may take")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "127.0.0.1:6379"), help="the GCS")
-    asked = parser.parse_args(argv)
-    until = time.monotonic() + asked.deadline_s
-    told = drivers()
-    for pid in told:
+    options = parser.parse_args(argv)
+    until = time.monotonic() + options.deadline_s
+    stopping = drivers()
+    for pid in stopping:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGTERM)
     alive: Callable[[], bool] = lambda: False  # noqa: E731
-    if not told:  # a driver's own node is needed until it has saved
+    if not stopping:  # a driver's own node is needed until it has saved
         try:
-            alive = drain_node(asked.deadline_s, asked.address.rpartition("//")[2])
+            alive = drain_node(options.deadline_s, options.address.rpartition("//")[2])
         except Exception as error:
             print(f"not drained: {error}", file=sys.stderr)
     with contextlib.suppress(Exception):
-        while time.monotonic() < until and (set(told) & set(drivers()) or alive()):
+        while time.monotonic() < until and (set(stopping) & set(drivers()) or alive()):
             time.sleep(0.5)
     return 0
 

@@ -1,4 +1,4 @@
-"""From a sweep's YAML file to a checked plan: every mistake is told before any trial, most before any cluster."""
+"""From a sweep's YAML file to a checked plan: every mistake is reported before any trial, most before any cluster."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from scoreray.tune.sweep import (
     METRICS,
     OF_HELD_OUT,
     OF_SAMPLES,
-    Plan,
+    StudyPlan,
     Sweep,
     calls_of,
     draw_settings,
@@ -43,7 +43,7 @@ FIXED_IN_A_RUN = ("network", "ema", "data", "denoiser", "optimizer.schedule", "s
 PROBES = 16  # random points of the space whose configs are checked besides its corners
 
 
-def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Plan:
+def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> StudyPlan:
     """The checked sweep of a YAML file. Raises one UserError that lists every mistake, a line each."""
     name = "sweep" if isinstance(source, dict) else str(source)
     raw = read_yaml(source)
@@ -84,7 +84,7 @@ def _told_of(key: str) -> Iterator[None]:
         raise
 
 
-def check_sweep(plan: Plan) -> list[str]:
+def check_sweep(plan: StudyPlan) -> list[str]:
     """What needs the stores: the data are there, fit the metric and every corner's network, the study can be written.
 
     Returns warnings, a line each. Raises ScorerayErrors.
@@ -111,7 +111,7 @@ def check_sweep(plan: Plan) -> list[str]:
     return [*warnings, f"base: {unfit[0].text}"] if unfit[0] else warnings
 
 
-def check_room(plan: Plan, room: Mapping[str, float]) -> None:
+def check_room(plan: StudyPlan, room: Mapping[str, float]) -> None:
     """Raises UserError when a trial would wait for more than the cluster has."""
     for where, need in needs(plan):
         for name, amount in need.items():
@@ -122,7 +122,7 @@ def check_room(plan: Plan, room: Mapping[str, float]) -> None:
                 )
 
 
-def needs(plan: Plan) -> Iterator[tuple[str, dict[str, float]]]:
+def needs(plan: StudyPlan) -> Iterator[tuple[str, dict[str, float]]]:
     """What trials may take, at the ends of the search space: ("resources: ", or the key and value; the need)."""
     for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
         config = None if plan.sweep.checkpoint else plan.config(values)
@@ -206,15 +206,15 @@ def _draws(key: str, names: Sequence[str]) -> bool:
     return "nfe" in names and key not in ("sample.ema", "sample.guidance")
 
 
-def _with_base(sweep: Sweep, space: Space) -> tuple[Plan, list[str]]:
+def _with_base(sweep: Sweep, space: Space) -> tuple[StudyPlan, list[str]]:
     """The plan, and what a run's config refuses: at the base, at each corner, and at some points between."""
     if sweep.checkpoint is not None:
-        return Plan(sweep, space, {}), []
+        return StudyPlan(sweep, space, {}), []
     try:
         raw = load_config(_tracking(sweep)).model_dump(mode="json")
     except UserError as error:
-        return Plan(sweep, space, {}), [f"base: {line}" for line in _lines(error)]
-    plan, found = Plan(sweep, space, raw), []
+        return StudyPlan(sweep, space, {}), [f"base: {line}" for line in _lines(error)]
+    plan, found = StudyPlan(sweep, space, raw), []
     names = {one.key for one in space.dimensions} | plan.base.keys()
     found += [
         f"space.{one.key}.when: unknown key '{key}'; {nearest(key, names)}"
@@ -254,7 +254,7 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
     return raw
 
 
-def _refused(plan: Plan, values: Values) -> list[str]:
+def _refused(plan: StudyPlan, values: Values) -> list[str]:
     try:
         plan.config(values)
     except UserError as error:
@@ -268,17 +268,17 @@ def _lines(error: UserError) -> list[str]:
     return [line for line in lines if not re.fullmatch(r"\d+ mistakes", line)]
 
 
-def _schedule_mistakes(plan: Plan) -> list[str]:
+def _schedule_mistakes(plan: StudyPlan) -> list[str]:
     sweep, total, batch = plan.sweep, plan.total, plan.config({}).data.global_batch_size
     scheduler = sweep.scheduler
     step = scheduler.grace_images if scheduler.kind == "asha" else scheduler.every_images
     found = []
     if scheduler.kind != "none" and step is not None and not batch <= step < total:
         key = "grace_images" if scheduler.kind == "asha" else "every_images"
-        found.append(f"scheduler.{key}: {step} must lie between a batch ({batch}) and duration.images ({total})")
+        found.append(f"scheduler.{key}: {step} must be between a batch ({batch}) and duration.images ({total})")
     if scheduler.kind == "pbt":
         found += [
-            f"space.{one.key}: can't change while a trial goes on, so pbt can't explore it; search it with asha"
+            f"space.{one.key}: can't change within a trial, so pbt can't explore it; search it with asha"
             for one in plan.space.dimensions
             if any(_touches(one.key, section) for section in FIXED_IN_A_RUN)
         ]
@@ -304,7 +304,7 @@ def _manifest(url: str) -> Manifest:
     return Manifest.load(store)
 
 
-def _described(plan: Plan) -> Any:
+def _described(plan: StudyPlan) -> Any:
     """A model's description at the base and every corner, each of whose networks is built without memory."""
     seen: dict[str, Manifest] = {}
     for _, _, values in itertools.chain([(None, None, {})], plan.space.corners(plan.base)):
@@ -344,7 +344,7 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
     return found
 
 
-def _sample_mistakes(plan: Plan, info: ModelInfo, lengths: Sequence[str]) -> list[str]:
+def _sample_mistakes(plan: StudyPlan, info: ModelInfo, lengths: Sequence[str]) -> list[str]:
     """What drawing samples refuses, at each corner of the `sample.` keys."""
     found = []
     for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
@@ -364,7 +364,7 @@ def _sample_mistakes(plan: Plan, info: ModelInfo, lengths: Sequence[str]) -> lis
 
 
 def _touches(key: str, section: str) -> bool:
-    """Whether a searched key changes a section: it is the section, or one lies in the other."""
+    """Whether a searched key changes a section: it is the section, or one contains the other."""
     return inside(key, section) or inside(section, key)
 
 

@@ -15,7 +15,7 @@ from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of
 from scoreray.tune.schedule import best_of, cost_of
 from scoreray.tune.space import Dimension
-from scoreray.tune.sweep import MAXIMISED, Plan
+from scoreray.tune.sweep import MAXIMISED, StudyPlan
 from scoreray.tune.trial import Trial
 
 WIDTH = 7.2  # inches: what a page of text is wide
@@ -25,7 +25,7 @@ PALEST = 0.25  # of the colours from yellow to violet: what is paler can't be se
 NONE_AT = -0.12  # height on its axis of a dimension that a trial does not have
 
 
-def history_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
+def history_picture(plan: StudyPlan, trials: Sequence[Trial]) -> bytes:
     """The first metric of each trial, and the best so far."""
     figure, axes = _axes(WIDTH, 2.9)
     name = plan.sweep.metric.names[0]
@@ -56,7 +56,7 @@ def history_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
     return _png(figure)
 
 
-def progress_picture(plan: Plan, trials: Sequence[Trial], best: Trial) -> bytes:
+def progress_picture(plan: StudyPlan, trials: Sequence[Trial], best: Trial) -> bytes:
     """The first metric of each trial at its stops, by images seen."""
     figure, axes = _axes(WIDTH, 2.9)
     name = plan.sweep.metric.names[0]
@@ -78,7 +78,7 @@ def progress_picture(plan: Plan, trials: Sequence[Trial], best: Trial) -> bytes:
     return _png(figure)
 
 
-def _frame(plan: Plan, values: list[float], name: str = "", keep: Sequence[float] = ()) -> tuple[float, float]:
+def _frame(plan: StudyPlan, values: list[float], name: str = "", keep: Sequence[float] = ()) -> tuple[float, float]:
     """Ends of an axis for a metric (the first by default): all, but no farther off than 4 times the median is from the
     best; never less than `keep`."""
     if not values:
@@ -105,7 +105,7 @@ def importance_picture(shares: dict[str, float]) -> bytes:
     return _png(figure)
 
 
-def parallel_picture(plan: Plan, trials: Sequence[Trial]) -> bytes:
+def parallel_picture(plan: StudyPlan, trials: Sequence[Trial]) -> bytes:
     """A vertical axis for each dimension and each metric; a line for each finished trial, coloured by its rank."""
     import matplotlib
 
@@ -148,12 +148,12 @@ def _axis(axes: Any, place: int, ticks: list[tuple[float, str]]) -> None:
         axes.text(place + 0.04, height, text, fontsize=8, va="center", bbox=box, zorder=5)  # lines pass under it
 
 
-def _heights(plan: Plan, trial: Trial) -> list[float]:
-    """Where a trial's values lie on the axes; below them where it has none."""
+def _heights(plan: StudyPlan, trial: Trial) -> list[float]:
+    """Where a trial's values are on the axes; below them where it has none."""
     return [one.place(trial.values[one.key]) if one.key in trial.values else NONE_AT for one in plan.space.dimensions]
 
 
-def _ends(plan: Plan, trials: Sequence[Trial], name: str) -> tuple[float, float]:
+def _ends(plan: StudyPlan, trials: Sequence[Trial], name: str) -> tuple[float, float]:
     """Costs at the ends of a metric's axis, which one bad trial does not rule."""
     costs = [cost for trial in trials if math.isfinite(cost := cost_of(trial, name))] or [0.0]
     sign = -1 if name in MAXIMISED else 1
@@ -165,10 +165,10 @@ def _between(value: float, low: float, high: float) -> float:
     return 0.0 if high == low else min(1.0, (value - low) / (high - low))
 
 
-def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> bytes:
+def front_picture(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> bytes:
     """The first metric against each of the others; trials that nothing beats in all of them in colour, numbered.
 
-    With two metrics a staircase joins them: above and right of it everything is beaten. Crosses lie beyond the axes.
+    With two metrics a staircase joins them: above and right of it everything is beaten. Crosses are beyond the axes.
     """
     from matplotlib.figure import Figure
 
@@ -212,20 +212,20 @@ def front_picture(plan: Plan, trials: Sequence[Trial], default: Trial | None) ->
     return _png(figure)
 
 
-def _front_frame(plan: Plan, done: Sequence[Trial], front: set[int], name: str) -> tuple[float, float]:
+def _front_frame(plan: StudyPlan, done: Sequence[Trial], front: set[int], name: str) -> tuple[float, float]:
     """Ends of a metric's axis: the whole front, and as much of the others as `_frame` takes."""
     values = {t.number: t.metrics[name] for t in done if t.metrics and math.isfinite(t.metrics[name])}
     return _frame(plan, list(values.values()), name, [value for number, value in values.items() if number in front])
 
 
-def compared(plan: Plan, best: Trial, default: Trial | None) -> bool:
+def compared(plan: StudyPlan, best: Trial, default: Trial | None) -> bool:
     """Whether there is a default's curve beside the best's."""
     if default is None or default.number == best.number:
         return False
     return len(default.reports[-1]["curve"]) == len(levels_of(plan.sweep.metric))
 
 
-def curves_picture(plan: Plan, best: Trial, default: Trial | None) -> bytes:
+def curves_picture(plan: StudyPlan, best: Trial, default: Trial | None) -> bytes:
     """Per-sigma error of the best and the default with 95% bands, and their ratio."""
     from matplotlib.figure import Figure
 

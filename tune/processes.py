@@ -1,4 +1,4 @@
-"""The processes that trials are computed in: actors that are used again, so that torch and the data are there."""
+"""Processes for trials: actors that are used again, with torch and the data loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.on_ray.run import worker_environment
-from scoreray.tune.sweep import Plan, Sweep, need_of
+from scoreray.tune.sweep import StudyPlan, Sweep, need_of
 from scoreray.tune.trial import Trial, advance
 
 SAVE_S = 25.0
@@ -63,9 +63,9 @@ class TrialProcess:
 
 @dataclass
 class Pool:
-    """Processes within `room`, the cluster's resources: those at work, by the report that they owe, and those idle."""
+    """Processes within `room`, the cluster's resources: those at work, by their report's ObjectRef, and those idle."""
 
-    plan: Plan
+    plan: StudyPlan
     room: Mapping[str, float]
     working: dict[Any, RunningTrial] = field(default_factory=dict)
     idle: list[tuple[Any, Signature]] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Pool:
                 work.answer = None
 
     def stop(self) -> None:
-        """Ask trials under way to commit what they have trained, and wait for that, for at most SAVE_S."""
+        """Have trials under way commit what they have trained, and wait for that, for at most SAVE_S."""
         import ray
 
         for work in self.working.values():

@@ -34,7 +34,7 @@ from scoreray.tune.pictures import (
 from scoreray.tune.schedule import best_of
 from scoreray.tune.search import importance
 from scoreray.tune.space import short_names
-from scoreray.tune.sweep import Plan, draw_settings
+from scoreray.tune.sweep import StudyPlan, draw_settings
 from scoreray.tune.trial import Trial, study_store
 
 PAGE, RECORD, BEST = "report.html", "report.json", "best.yaml"
@@ -45,7 +45,7 @@ POINTS = 1000
 
 @dataclass(frozen=True)
 class Report:
-    """Where a study's report lies and what stands in it."""
+    """Where a study's report is stored and what it holds."""
 
     url: str
     record: dict[str, Any]
@@ -74,7 +74,7 @@ class Report:
         return "\n".join([*lines, *self.record["next"]])
 
 
-def make_report(plan: Plan, trials: Sequence[Trial]) -> Report:
+def make_report(plan: StudyPlan, trials: Sequence[Trial]) -> Report:
     """Write the report of a study's trials into its place; returns it."""
     store, ranked = study_store(plan.sweep), best_of(plan, list(trials))
     best, default = (ranked[0] if ranked else None), _default(plan, trials)
@@ -105,8 +105,10 @@ def make_report(plan: Plan, trials: Sequence[Trial]) -> Report:
     return Report(store.url(PAGE), record, best_url)
 
 
-def page(plan: Plan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]) -> str:
-    """The page; nothing in it comes from elsewhere."""
+def page(
+    plan: StudyPlan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]
+) -> str:
+    """The page; it loads nothing from other hosts."""
     names = plan.sweep.metric.names
     name, first, several = html.escape(plan.sweep.study.name), html.escape(names[0]), len(names) > 1
     parts = []
@@ -167,7 +169,7 @@ pre { font-size: 13px; background: #f5f5f5; padding: .6rem .8rem; overflow-x: au
 """
 
 
-def _sheets(plan: Plan, best: Trial, default: Trial | None) -> str:
+def _sheets(plan: StudyPlan, best: Trial, default: Trial | None) -> str:
     """Samples of the best and of the default, or why there are none."""
     shown = [("best", best)]
     if default is not None and default.number != best.number:
@@ -186,7 +188,7 @@ def _sheets(plan: Plan, best: Trial, default: Trial | None) -> str:
     return f'<div class="sheets">{"".join(parts)}</div>' if parts else ""
 
 
-def _samples(plan: Plan, trial: Trial) -> Tensor:
+def _samples(plan: StudyPlan, trial: Trial) -> Tensor:
     report, drawn = trial.reports[-1], draw_settings(plan.sweep, trial.values)
     model = load(report["checkpoint"], report["ema"], "cpu")
     count = SHEET if len(model.info.image_shape) == 3 else POINTS
@@ -196,7 +198,7 @@ def _samples(plan: Plan, trial: Trial) -> Tensor:
     return torch.cat([x for x, _ in generate(model, request)])
 
 
-def _table(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> str:
+def _table(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> str:
     """A row for each trial; a dimension's full key shows when its short name is pointed at."""
     keys, names = [one.key for one in plan.space.dimensions], plan.sweep.metric.names
     plain = all(trial.state == "done" for trial in trials)
@@ -217,7 +219,7 @@ def _table(plan: Plan, trials: Sequence[Trial], default: Trial | None) -> str:
     return f'<div class="wide"><table><tr>{top}</tr>{"".join(rows)}</table></div>'
 
 
-def _best_yaml(plan: Plan, best: Trial) -> str:
+def _best_yaml(plan: StudyPlan, best: Trial) -> str:
     """A config that `scoreray train` takes as it is: the best trial's, as a run of its own beside the study's."""
     config = plan.config(best.values)
     run = config.run.model_copy(update={"name": f"{plan.sweep.study.name}-best", "storage": plan.sweep.study.storage})
@@ -229,7 +231,7 @@ def _best_yaml(plan: Plan, best: Trial) -> str:
     return head + dump_config(made)
 
 
-def _sample_command(plan: Plan, best: Trial) -> str:
+def _sample_command(plan: StudyPlan, best: Trial) -> str:
     """The command line that draws as the best trial was drawn from, for a shell."""
     drawn, report = draw_settings(plan.sweep, best.values), best.reports[-1]
     words = ["scoreray", "sample", report["checkpoint"], "--count", "64", "--out", "samples", "--ema", report["ema"]]
@@ -247,7 +249,7 @@ def _trained(trials: Sequence[Trial]) -> int:
     return sum(seen.values())
 
 
-def _default(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
+def _default(plan: StudyPlan, trials: Sequence[Trial]) -> Trial | None:
     values = plan.default()
     if values is None:
         return None

@@ -1,4 +1,4 @@
-"""Which trials go on, and with which weights: plain functions of what the trials have reported."""
+"""Which trials continue, and with which weights: plain functions of what the trials have reported."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from scoreray.data.errors import UserError
 from scoreray.tune.space import Dimension, Values
-from scoreray.tune.sweep import MAXIMISED, Plan
+from scoreray.tune.sweep import MAXIMISED, StudyPlan
 from scoreray.tune.trial import Trial
 
 MOVES = (0.8, 1.25)  # Jaderberg 2017 perturbs by 1.2 and 0.8
-RESAMPLED = 0.25  # share of values that an exploring trial draws anew
+RESAMPLED = 0.25  # share of values that an exploring trial draws again
 
 
-def milestones(plan: Plan) -> list[int]:
+def milestones(plan: StudyPlan) -> list[int]:
     """Images at which a trial reports, ascending, the last its end."""
     scheduler, total = plan.sweep.scheduler, plan.total
     if scheduler.kind == "asha":
@@ -33,14 +33,14 @@ def milestones(plan: Plan) -> list[int]:
     return [total]
 
 
-def expected_images(plan: Plan) -> float:
-    """How far a trial comes on average, where asha lets go on exactly the share that it means to."""
+def expected_images(plan: StudyPlan) -> float:
+    """How far a trial comes on average, where asha continues exactly the share that it plans to."""
     share = 1 / plan.sweep.scheduler.reduction if plan.sweep.scheduler.kind == "asha" else 1.0
     stops = [0, *milestones(plan)]
     return sum((b - a) * share**k for k, (a, b) in enumerate(itertools.pairwise(stops)))
 
 
-def worth(plan: Plan, report: dict[str, Any]) -> float:
+def worth(plan: StudyPlan, report: dict[str, Any]) -> float:
     """The first metric of a report, less is better; infinite where it is not finite."""
     name = plan.sweep.metric.names[0]
     value = float(report["metrics"][name])
@@ -54,7 +54,7 @@ def cost_of(trial: Trial, name: str) -> float:
     return math.inf if not math.isfinite(value) else -value if name in MAXIMISED else value
 
 
-def best_of(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
+def best_of(plan: StudyPlan, trials: Sequence[Trial]) -> list[Trial]:
     """With one metric the finished trials from the best on; with several those that no other beats in all (Pareto)."""
     names = plan.sweep.metric.names
     costs = {trial.number: [cost_of(trial, name) for name in names] for trial in trials}
@@ -70,12 +70,12 @@ def best_of(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
 
 
 class Asha:
-    """Ray Tune's asynchronous successive halving (Li 2018) on images seen, told of reports in the order of `seq`.
+    """Ray Tune's asynchronous successive halving (Li 2018) on images seen; it gets reports in the order of `seq`.
 
     Its scheduler looks at nothing of a trial but its id, so it needs no Tuner around it; its state is the reports.
     """
 
-    def __init__(self, plan: Plan, trials: Sequence[Trial]) -> None:
+    def __init__(self, plan: StudyPlan, trials: Sequence[Trial]) -> None:
         from ray.tune.schedulers import AsyncHyperBandScheduler
 
         scheduler = plan.sweep.scheduler
@@ -84,15 +84,15 @@ class Asha:
             time_attr="images", metric="worth", mode="min", max_t=plan.total, grace_period=scheduler.grace_images,
             reduction_factor=scheduler.reduction, brackets=1,
         )  # fmt: skip
-        told = [(report["seq"], trial, report) for trial in trials for report in trial.reports]
-        for _, trial, report in sorted(told, key=lambda one: one[0]):
+        reports = [(report["seq"], trial, report) for trial in trials for report in trial.reports]
+        for _, trial, report in sorted(reports, key=lambda one: one[0]):
             self.goes_on(trial, report)
 
     def goes_on(self, trial: Trial, report: dict[str, Any]) -> bool:
-        """Whether a trial that reports this trains on; asked again, it says what it said."""
-        asked = (trial.number, int(report["images"]))
-        if asked in self._decided:
-            return self._decided[asked]
+        """Whether a trial that reports this trains on; the same answer for the same report again."""
+        key = (trial.number, int(report["images"]))
+        if key in self._decided:
+            return self._decided[key]
         stand_in: Any = SimpleNamespace(trial_id=str(trial.number))
         if trial.number not in self._known:
             self._known.add(trial.number)
@@ -100,11 +100,11 @@ class Asha:
         value = min(worth(self._plan, report), 1e30)
         result = {"images": report["images"], "worth": value}
         going = self._asha.on_trial_result(None, stand_in, result) == "CONTINUE"  # type: ignore[arg-type]
-        self._decided[asked] = going and value < 1e30
-        return self._decided[asked]
+        self._decided[key] = going and value < 1e30
+        return self._decided[key]
 
 
-def exchange(plan: Plan, trials: Sequence[Trial], images: int) -> dict[int, tuple[int | None, Values]]:
+def exchange(plan: StudyPlan, trials: Sequence[Trial], images: int) -> dict[int, tuple[int | None, Values]]:
     """Population-based training at `images`, which every trial has reported: number -> (source, values from here on).
 
     The worst quantile each take one of the best's weights and values near its; the others keep theirs (source None).
@@ -122,7 +122,7 @@ def exchange(plan: Plan, trials: Sequence[Trial], images: int) -> dict[int, tupl
     return decided
 
 
-def _explored(plan: Plan, values: Values, rng: random.Random) -> Values:
+def _explored(plan: StudyPlan, values: Values, rng: random.Random) -> Values:
     """Values near these, that the run's config accepts; these themselves where none of some tries is."""
     for _ in range(16):
         made: Values = {}

@@ -15,14 +15,14 @@ from typing import Any
 
 from scoreray.tune.schedule import cost_of
 from scoreray.tune.space import Dimension, Values
-from scoreray.tune.sweep import MAXIMISED, Plan
+from scoreray.tune.sweep import MAXIMISED, StudyPlan
 from scoreray.tune.trial import Trial
 
-FEWEST = 8  # trials that tell anything of a dimension's importance
-Search = Callable[[Plan, int, Sequence[Trial]], Values]
+FEWEST = 8  # trials below which a dimension's importance is noise
+Search = Callable[[StudyPlan, int, Sequence[Trial]], Values]
 
 
-def num_trials(plan: Plan) -> int:
+def num_trials(plan: StudyPlan) -> int:
     """Trials of the whole study; a grid has no more than its points."""
     search = plan.sweep.search
     if search.kind == "grid":
@@ -30,7 +30,7 @@ def num_trials(plan: Plan) -> int:
     return plan.sweep.trials
 
 
-def propose(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+def propose(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
     """Values of trial `number` after these trials; the base config's own for the first, where the space has them."""
     search = plan.sweep.search
     if number == 0 and search.default_first and search.kind != "grid" and (default := plan.default()) is not None:
@@ -38,15 +38,15 @@ def propose(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
     return SEARCHES[search.kind](plan, number, trials)
 
 
-def _random(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+def _random(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
     return plan.space.draw(random.Random(f"{plan.sweep.study.seed}/{number}"), plan.base)
 
 
-def _grid(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+def _grid(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
     return plan.space.grid(plan.sweep.search.points, plan.base)[number]
 
 
-def _tpe(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
+def _tpe(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
     """The tree-structured Parzen estimator (Bergstra 2011), over all dimensions together (Falkner 2018)."""
     import optuna
 
@@ -69,7 +69,7 @@ def _tpe(plan: Plan, number: int, trials: Sequence[Trial]) -> Values:
 SEARCHES: dict[str, Search] = {"random": _random, "grid": _grid, "tpe": _tpe}
 
 
-def optuna_study(plan: Plan, trials: Sequence[Trial], sampler: Any = None) -> Any:
+def optuna_study(plan: StudyPlan, trials: Sequence[Trial], sampler: Any = None) -> Any:
     """An Optuna study in memory with these trials: those stopped early as pruned, those under way as running."""
     import optuna
 
@@ -98,7 +98,7 @@ def _on_the_way(trial: Trial, name: str) -> dict[int, float]:
     return {images: value for images, value in metrics.items() if math.isfinite(value)}
 
 
-def importance(plan: Plan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
+def importance(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
     """Share of each dimension in what makes a trial good, by PED-ANOVA (Watanabe 2023), of the first metric; and of
     which trials that is, or why there is none.
 
@@ -131,7 +131,7 @@ def importance(plan: Plan, trials: Sequence[Trial]) -> tuple[dict[str, float], s
     return {}, f"{note}; no difference found" if found else note
 
 
-def _telling(plan: Plan, trials: Sequence[Trial]) -> tuple[list[Trial], str]:
+def _telling(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[list[Trial], str]:
     """Trials that importance is taken of, as they stood at one stop, and a word on them; none where too few."""
     first = plan.sweep.metric.names[0]
     done = [trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, first))]

@@ -50,7 +50,7 @@ class DimensionSection(Section):
             what = "none is given" if not given else f"{' and '.join(given)} are given"
             raise ValueError(f"a dimension is one of uniform, log, int and choice; {what}")
         if self.log is True and self.integer is None:
-            raise ValueError("log: true goes with int; for a real number write log: [low, high]")
+            raise ValueError("log: true is for int; for a real number write log: [low, high]")
         return self
 
 
@@ -81,7 +81,7 @@ class Dimension:
         return self._typed(min(max(math.exp(value) if self.log else value, self.low), self.high))
 
     def place(self, value: Any) -> float:
-        """Where a value lies in [0, 1], for pictures and for moving it a little."""
+        """Where a value is in [0, 1], for pictures and for moving it a little."""
         if self.kind == "choice":
             index = next((i for i, one in enumerate(self.choices) if one == value), 0)
             return index / max(1, len(self.choices) - 1)
@@ -194,7 +194,7 @@ def build_space(sections: Mapping[str, DimensionSection]) -> tuple[Space | None,
 
 
 def with_values(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as a dict, with dotted keys set; a new `kind` starts its section anew, as on the command line."""
+    """A config as a dict, with dotted keys set; a new `kind` replaces its section, as on the command line."""
     made = copied(raw)
     for key, value in sorted(values.items(), key=lambda item: kinds_first(item[0])):
         if not key.startswith(SAMPLE):
@@ -217,7 +217,7 @@ def flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """As few of the last words of each dotted key as tell it from the others."""
+    """As few of the last words of each dotted key as distinguish it from the others."""
     found = {}
     for key in keys:
         words = key.split(".")
@@ -246,12 +246,12 @@ def _dimension(key: str, section: DimensionSection, mistakes: list[str]) -> Dime
     elif low == high:
         mistakes.append(f"space.{key}: [{low}, {high}] is empty; widen it, or set the key in the base config")
     elif log and low <= 0:
-        mistakes.append(f"space.{key}: log [{low}, {high}] must lie above 0")
+        mistakes.append(f"space.{key}: log [{low}, {high}] must be above 0")
     return Dimension(key, "int" if section.integer else "float", low, high, log, when=when)
 
 
 def _overlaps(made: Mapping[str, Dimension]) -> list[str]:
-    """Sections searched beside their own keys: what a trial is told of the one, the other would undo unseen."""
+    """Sections searched beside their own keys, where one value of a trial would overwrite the other."""
     found = [
         f"space.{section}: sets space.{key} too, so one would undo the other; search the section or its keys, not both"
         for section in made
@@ -259,7 +259,7 @@ def _overlaps(made: Mapping[str, Dimension]) -> list[str]:
         if key != section and inside(key, section)
     ]
     found += [
-        f"space.{one.key}.when: {key} lies in space.{section}, which is searched whole; search its keys instead"
+        f"space.{one.key}.when: {key} is in space.{section}, which is searched whole; search its keys instead"
         for one in made.values()
         for key, _ in one.when
         for section in made

@@ -27,14 +27,14 @@ from scoreray.tune.processes import Pool, RunningTrial, kill
 from scoreray.tune.schedule import Asha, exchange, milestones
 from scoreray.tune.search import num_trials, propose
 from scoreray.tune.space import flat
-from scoreray.tune.sweep import Plan, draw_settings, need_of
+from scoreray.tune.sweep import StudyPlan, draw_settings, need_of
 from scoreray.tune.trial import RUNS, Trial, copy_checkpoint, not_a_record, read_trials, study_store, trial_config
 
 STUDY = "study.json"
 OWNER = "owner"
 POLL_S = 0.5
 OWNED_EVERY_S = 10.0
-CHANGEABLE = ("trials", "resources", "study.storage")  # may differ where a study goes on
+CHANGEABLE = ("trials", "resources", "study.storage")  # may differ where a study is continued
 
 
 @dataclass
@@ -46,23 +46,23 @@ class State:
     running: dict[int, RunningTrial] = field(default_factory=dict)
 
 
-def claim(plan: Plan) -> list[Trial]:
-    """Make the study's place ours, or find there what the same sweep left: its trials. Raises UserError on another."""
+def claim(plan: StudyPlan) -> list[Trial]:
+    """Make the study's place ours, or find the trials that the same sweep left there. Raises UserError on another."""
     store, sweep = study_store(plan.sweep), plan.sweep.dump()
     if not store.put_new(STUDY, json.dumps(sweep).encode()):
         try:
-            there, here = flat(json.loads(store.get(STUDY))), flat(sweep)
+            stored, given = flat(json.loads(store.get(STUDY))), flat(sweep)
         except (ValueError, AttributeError, RecursionError):  # not JSON, or no mapping
             raise DataError(
-                f"{store.url(STUDY)}: not what a sweep leaves; delete that file, and the same command goes on"
+                f"{store.url(STUDY)}: not a record of a sweep; delete that file and give the same command again"
             ) from None
         values = {
-            key: (_as_read_now(there.get(key), here.get(key)), here.get(key)) for key in there.keys() | here.keys()
+            key: (_as_read_now(stored.get(key), given.get(key)), given.get(key)) for key in stored.keys() | given.keys()
         }
         keys = sorted(key for key, (old, new) in values.items() if old != new)
         differing = [key for key in keys if not any(key == one or key.startswith(one + ".") for one in CHANGEABLE)]
         if differing and read_trials(store):
-            lines = [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing]
+            lines = [f"{key}: {stored.get(key)} in the study, {given.get(key)} in this sweep" for key in differing]
             raise UserError(
                 f"study '{plan.sweep.study.name}' exists at {store.url()} with another sweep; give its sweep, or "
                 "another study.name\n  " + "\n  ".join(lines)
@@ -85,16 +85,16 @@ def _as_read_now(stored: Any, present: Any) -> Any:
     return stored
 
 
-def _read_choices(plan: Plan, trial: Trial) -> None:
+def _read_choices(plan: StudyPlan, trial: Trial) -> None:
     """Makes choices on record the present ones that they are read as."""
     for values in [trial.values, *(one["values"] for one in trial.lineage)]:
         for one in plan.space.dimensions:
             if one.key in values:
-                there = values[one.key]
-                values[one.key] = next((new for new in one.choices if _as_read_now(there, new) == new), there)
+                stored = values[one.key]
+                values[one.key] = next((new for new in one.choices if _as_read_now(stored, new) == new), stored)
 
 
-def _check_fits(plan: Plan, trial: Trial) -> None:
+def _check_fits(plan: StudyPlan, trial: Trial) -> None:
     """Raises DataError where a trial on record can't be of this sweep, whatever wrote it."""
     store, dimensions = study_store(plan.sweep), {one.key: one for one in plan.space.dimensions}
     for values in [trial.values, *(one["values"] for one in trial.lineage)]:
@@ -113,7 +113,7 @@ class Study:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: StudyPlan,
         room: Mapping[str, float],
         note: Callable[[str], None] = lambda line: None,
         show: Callable[[State], None] = lambda state: None,
@@ -243,7 +243,7 @@ class Study:
                 folder = report["checkpoint"].rpartition("/checkpoints/")[2]
                 at = trial_config(self.plan, donor.values, report["run"])
                 copy_checkpoint(open_checkpoint(run_store(at), f"checkpoints/{folder}"), run_store(config))
-                self._note(f"trial {number} goes on with the weights of trial {source} at {images:,} images")
+                self._note(f"trial {number} continues with the weights of trial {source} at {images:,} images")
                 trial.values, trial.run = values, run
             trial.lineage.append({"images": images, "source": source, "values": trial.values})
             trial.save(self.store)
@@ -321,7 +321,9 @@ class Study:
         else:
             config = None if self.plan.sweep.checkpoint else trial_config(self.plan, trial.values, trial.run)
             there = latest(run_store(config)) if config and committed(run_store(config)) else None
-            self._note(f"trial {trial.number}: {reason}; it goes on from {there.images_seen if there else 0:,} images")
+            self._note(
+                f"trial {trial.number}: {reason}; it continues from {there.images_seen if there else 0:,} images"
+            )
         trial.save(self.store)
 
 

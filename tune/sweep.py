@@ -155,7 +155,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A checked sweep: its space, and the run's config as a dict that values are put into."""
 
     sweep: Sweep
@@ -205,7 +205,7 @@ _SAMPLE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def need_of(plan: Plan, config: Config | None) -> dict[str, float]:
+def need_of(plan: StudyPlan, config: Config | None) -> dict[str, float]:
     """What one trial takes of the cluster."""
     workers = config.scaling.range[1] if config else 1
     resources = plan.sweep.resources

@@ -24,7 +24,7 @@ from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.run_folder import run_store
 from scoreray.tune.metric import check_finite, measure
 from scoreray.tune.space import Values
-from scoreray.tune.sweep import Plan, Sweep, draw_settings
+from scoreray.tune.sweep import StudyPlan, Sweep, draw_settings
 
 TRIALS = "trials"
 RUNS = "runs"
@@ -154,7 +154,7 @@ def run_name(config: Config) -> str:
     return f"run-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def trial_config(plan: Plan, values: Values, name: str = "") -> Config:
+def trial_config(plan: StudyPlan, values: Values, name: str = "") -> Config:
     """The config of a trial's run, under the study's folder. Raises UserError where the values do not go together."""
     config = plan.config(values)
     study = plan.sweep.study
@@ -256,5 +256,5 @@ def copy_checkpoint(source: Checkpoint, run: Store) -> str:
 
 
 def study_store(sweep: Sweep) -> Store:
-    """Everything that a study writes lies under this."""
+    """Everything that a study writes is stored under this."""
     return open_store(f"{sweep.study.storage.rstrip('/')}/{sweep.study.name}")

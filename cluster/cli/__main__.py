@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """An exception here would come out of some import as a traceback, or be swallowed there: nothing is open yet."""
+    """Not an exception: out of some import it would be a traceback, or be caught in there. Nothing is open yet."""
     os.write(2, b"scoreray: stopped before anything was started\n")
     os._exit(130)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scoreray.cluster.cli.words import AsJson, make_bucket
+from scoreray.cluster.cli.options import AsJson, make_bucket
 from scoreray.data.errors import UserError
 
 
@@ -18,7 +18,7 @@ def pack(
         str,
         typer.Argument(help="A folder of images (class = subfolder; here or in S3), .npz, IDX (.gz or not), or tars."),
     ],
-    url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they lie.")],
+    url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they are stored.")],
     image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None,
     image_format: Annotated[
         str | None, typer.Option(help="png (default), jpg (lossy) or npy. With it, tars are made into new ones.")
@@ -47,7 +47,7 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Images into WebDataset shards and a manifest. Run again after a kill, it goes on. The same source and options
-    give the same bytes, whatever --workers is. Tars that lie at URL already are indexed in place."""
+    give the same bytes, whatever --workers is. Tars that are at URL already are indexed in place."""
     from scoreray.cluster.verbs.pack import pack_with_bar
     from scoreray.data.reading.outputs import check_folder, suffix_of
 

@@ -18,9 +18,9 @@ import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
 from scoreray.cluster.cli.models import compare, evaluate, export, sample, serve
-from scoreray.cluster.cli.training import demo, doctor, submit, train, tune
-from scoreray.cluster.cli.words import ClickException
-from scoreray.cluster.cli.words import local_s3 as server_on
+from scoreray.cluster.cli.options import ClickException
+from scoreray.cluster.cli.options import local_s3 as server_on
+from scoreray.cluster.cli.runs import demo, doctor, submit, train, tune
 from scoreray.cluster.connect.local_ray import stop
 from scoreray.data.errors import ScorerayError, readable
 
@@ -38,8 +38,8 @@ data_app = typer.Typer(help="Pack, check and look at data sets.", no_args_is_hel
 app.add_typer(data_app, name="data")
 
 
-def print_version(asked: bool) -> None:
-    if asked:
+def print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(installed_version("scoreray"))
         raise typer.Exit
 

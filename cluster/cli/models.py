@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from scoreray.cluster.cli.words import AsJson, Verbose, make_bucket
+from scoreray.cluster.cli.options import AsJson, Verbose, make_bucket
 from scoreray.data.errors import UserError
 
 
 def sample(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
     out: Annotated[
-        str, typer.Option(help="A folder or prefix, or a .npz. The same command again goes on there, or mends it.")
+        str, typer.Option(help="A folder or prefix, or a .npz. The same command again continues or repairs it.")
     ],
     count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
     format: Annotated[

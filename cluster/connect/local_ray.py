@@ -72,7 +72,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             raise UserError(
                 f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}"
             ) from None
-        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
+        signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
         _warn_without_token(ray.get_runtime_context().gcs_address)
         try:
             with watched(embedded=False):
@@ -85,8 +85,8 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
 
 
 def _warn_without_token(gcs: str) -> None:
-    """A line where a cluster runs whatever anybody sends to it."""
-    from scoreray.cluster.connect.listening import asks_for_token
+    """A line where a cluster asks for no token, and so runs whatever is sent to it."""
+    from scoreray.cluster.connect.open_ports import asks_for_token
 
     if asks_for_token(gcs) is False:
         say(
@@ -114,7 +114,7 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
             say(f"{error}; the machine has become busier: once more, waiting up to {longer_s} s")
             folder = stack.enter_context(_started(num_cpus, verbose, longer_s))
         os.environ[SCRATCH] = str(folder)
-        signal.signal(signal.SIGTERM, stop)  # Ray has put its own there, which prints a stack and dies
+        signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
         try:
             with watched(embedded=True):
                 yield
@@ -125,7 +125,7 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
-    """Ray's daemons, in a folder that is yielded and that goes with them."""
+    """Ray's daemons, in a folder that is yielded, and removed with them."""
     import ray
 
     with private_folder() as folder:
@@ -152,7 +152,7 @@ def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
 
 
 def _state(folder: Path) -> str:
-    """What a person may look at where Ray does not start."""
+    """Facts for the message that Ray does not start: disks that may be full, and load."""
     free = [
         f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free in {place}"
         for place in ("/dev/shm", str(folder.parent))
@@ -162,10 +162,10 @@ def _state(folder: Path) -> str:
 
 
 def _keep_off_stdout(verbose: bool) -> None:
-    """What Ray tells of raylets and workers goes to stderr: standard output is for a command's answer (--json).
+    """Ray's lines about raylets and workers go to stderr: standard output is for a command's answer (--json).
 
-    That tasks fail whose actor we have ended ourselves is no news, and not told. Without `verbose` nothing of Ray's own
-    is: who waits for a worker that died tells of it in a line, and Ray would in a paragraph (kernel's log, advice).
+    Failures of tasks whose actor we have ended ourselves are left out. Without `verbose` all lines of raylets are: the
+    command reports a worker that died in one line of its own, where Ray has a paragraph (kernel's log, advice).
     """
     global _verbose
     _verbose = verbose

@@ -1,4 +1,4 @@
-"""Whether a cluster has room for what a command needs, and waiting, with a line, where its autoscaler will bring it."""
+"""Whether a cluster has the resources that a command needs, and waiting for its autoscaler to bring them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Bundle = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Autoscaler:
-    """What the connected cluster's autoscaler says of itself."""
+    """The state of the connected cluster's autoscaler."""
 
     types: frozenset[str]
     starting: frozenset[str]  # names of nodes, or of launches that are no nodes yet
@@ -38,9 +38,9 @@ class Autoscaler:
 
 
 def autoscaler(within_s: float = 0.0) -> Autoscaler:
-    """Of the connected cluster; none where none has reported, `within_s` from now at most, or where it can't be asked.
+    """Of the connected cluster; none where none has reported within `within_s`, or where its state can't be read.
 
-    Both ways of asking are experimental in Ray 2.60.
+    Both ways to read it are experimental in Ray 2.60.
     """
     end = time.monotonic() + within_s
     while "RAY_ADDRESS" in os.environ:
@@ -113,23 +113,23 @@ def wait_for_room(what: str, bundles: Sequence[Bundle], otherwise: str) -> None:
     if not autoscaler(REPORTED_S).is_there:
         raise UserError(f"{lack}; {otherwise}")
     say(f"{lack}: waiting for nodes of its autoscaler")
-    with _asked_for(bundles) as came:
+    with _requested(bundles) as came:
         while not came():
             pass
 
 
 def gpus_come(cpus: float) -> bool:
-    """Whether work takes GPUs: the cluster has some, or its autoscaler brings one when asked; that is waited for."""
+    """Whether the cluster has GPUs, or its autoscaler brings one on request, which is waited for."""
     import ray
 
     if ray.cluster_resources().get("GPU", 0):
         return True
     if not autoscaler(REPORTED_S).is_there:
         return False
-    say("the cluster has no GPU up: its autoscaler is asked for one")
+    say("the cluster has no GPU up: requesting one from its autoscaler")
     last = time.monotonic()  # that a node was starting, or this began
     seen: dict[str, float] = {}
-    with _asked_for([{"GPU": 1, "CPU": cpus}]) as came:
+    with _requested([{"GPU": 1, "CPU": cpus}]) as came:
         while not came():
             now = time.monotonic()
             ages_s = [now - seen.setdefault(name, now) for name in autoscaler().starting]
@@ -142,23 +142,24 @@ def gpus_come(cpus: float) -> bool:
 
 
 @contextlib.contextmanager
-def _asked_for(bundles: Sequence[Bundle]) -> Iterator[Any]:
-    """Has Ray ask for room; yields a function that waits a moment and says whether it is there, telling now and then.
+def _requested(bundles: Sequence[Bundle]) -> Iterator[Any]:
+    """Requests `bundles` from the autoscaler; yields a function that waits a moment and returns whether they are there.
 
-    A placement group that waits is what an autoscaler answers, and it is gone with this process, however that ends.
+    The request is a pending placement group: an autoscaler starts nodes for it, and it is gone with this process,
+    however that ends. A line is printed now and then while it is pending.
     """
     from ray.util import placement_group, remove_placement_group
 
     group = placement_group([{name: amount for name, amount in one.items() if amount} for one in bundles])
-    began = told = time.monotonic()
+    began = said = time.monotonic()
 
     def came() -> bool:
-        nonlocal told
+        nonlocal said
         if group.wait(POLL_S):
             return True
-        if time.monotonic() - told >= SAY_EVERY_S:
-            told = time.monotonic()
-            say(f"still waiting for nodes, {told - began:,.0f} s now ({len(autoscaler().starting)} are starting)")
+        if time.monotonic() - said >= SAY_EVERY_S:
+            said = time.monotonic()
+            say(f"still waiting for nodes, {said - began:,.0f} s now ({len(autoscaler().starting)} are starting)")
         return False
 
     try:

@@ -1,7 +1,7 @@
 """Starting Ray's daemons: longer where the machine is busy, no longer than until one of them has ended.
 
-Ray (2.60) waits for them in C++, deaf to Ctrl-C, and for as long where they died at once. Where its code changes, it
-waits as it does.
+Ray (2.60) waits for them in C++, where Ctrl-C does not reach it, and as long where they died at once. Where a version
+of Ray lacks the names that are replaced here, it waits as it does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from scoreray.cluster.connect.watch import end
 from scoreray.cluster.display import say
@@ -25,7 +26,7 @@ MOST_CROWDED = 8.0
 TELL_AFTER_S = 15.0
 LOOK_S = 0.1
 GUARD_S, SEEN_BEFORE = 0.5, 3  # looks at a daemon that has ended before that ends us: an exception can be handled
-# Ray's waits while it starts -> their units in a second.
+# Environment variables of Ray's waits while it starts -> how many of their units are a second.
 START_WAITS = {
     "RAY_gcs_server_port_wait_time_s": 1,
     "RAY_agent_register_timeout_ms": 1000,
@@ -84,7 +85,7 @@ def patience(wait_s: int) -> Iterator[threading.Timer]:
 
 
 class Daemons:
-    """Ray's daemons among the processes that this one starts from now on. Without a /proc, none is known to end."""
+    """Ray's daemons among the processes that this one starts from now on."""
 
     def __init__(self) -> None:
         self._before, self._found = set(_children()), dict[str, int]()
@@ -95,22 +96,19 @@ class Daemons:
         for pid, (name, _) in children.items():
             if pid not in self._before and name in DAEMONS:
                 self._found[name] = pid
-        for name in {*started, *self._found} if children else ():
-            _, state = children.get(self._found.get(name, 0), ("", "Z"))  # no child: it has been waited for already
-            if state in "ZX":
+        for name in {*started, *self._found}:
+            _, status = children.get(self._found.get(name, 0), ("", psutil.STATUS_DEAD))  # no child: waited for already
+            if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return name
         return ""
 
 
 def _children() -> dict[int, tuple[str, str]]:
-    """Processes that this one has started and not waited for: id -> name and state, as in man 5 proc."""
+    """Processes that this one has started and not waited for: id -> name and status."""
     found = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            name, _, rest = file.read_text(errors="replace").partition("(")[2].rpartition(")")
-            state, parent = rest.split()[:2]
-            if int(parent) == os.getpid():
-                found[int(file.parent.name)] = name, state
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            found[child.pid] = child.name(), child.status()
     return found
 
 
@@ -122,17 +120,17 @@ def _looked_after(wait_s: float) -> Iterator[None]:
     for path, name, started, options in PRIVATE_WAITS:
         with contextlib.suppress(ImportError):
             module = importlib.import_module(path)
-            if (ask := getattr(module, name, None)) is None:
+            if (wait := getattr(module, name, None)) is None:
                 continue
-            replaced.append((module, name, ask))
+            replaced.append((module, name, wait))
             ended = functools.partial(daemons.ended, started)
-            setattr(module, name, _patiently(ask, options, wait_s, ended))
+            setattr(module, name, _patiently(wait, options, wait_s, ended))
     try:
         yield
     finally:
         over.set()
-        for module, name, ask in replaced:
-            setattr(module, name, ask)
+        for module, name, wait in replaced:
+            setattr(module, name, wait)
 
 
 def guard(daemons: Daemons, over: threading.Event) -> None:
@@ -147,15 +145,15 @@ def guard(daemons: Daemons, over: threading.Event) -> None:
 
 
 def _patiently(
-    ask: Callable[..., Any], options: dict[str, Any], wait_s: float, ended: Callable[[], str]
+    wait: Callable[..., Any], options: dict[str, Any], wait_s: float, ended: Callable[[], str]
 ) -> Callable[..., Any]:
-    """`ask`, again and again with these `options` until it answers, for `wait_s` at most."""
+    """Calls `wait` again and again with these `options` until it returns, for `wait_s` at most."""
 
-    def asking(*arguments: Any, **named: Any) -> Any:
+    def waiting(*arguments: Any, **named: Any) -> Any:
         end = time.monotonic() + wait_s
         while True:
             try:
-                return ask(*arguments, **named | options)
+                return wait(*arguments, **named | options)
             except RuntimeError:  # it is not there yet, or never will be
                 if name := ended():
                     raise DaemonEnded(f"its {name} has ended") from None
@@ -163,4 +161,4 @@ def _patiently(
                     raise
                 time.sleep(LOOK_S)
 
-    return asking
+    return waiting

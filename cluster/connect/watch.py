@@ -48,9 +48,9 @@ def watched(*, embedded: bool) -> Iterator[None]:
     ends with a line and status 3. An exception of the block that came of it ends the same way."""
     daemons, over = _daemons(embedded), threading.Event()
     heard = _Heartbeat(over)
-    asking = threading.Thread(target=heard.keep, name="ray-heartbeat", daemon=True)
+    heartbeat = threading.Thread(target=heard.keep, name="ray-heartbeat", daemon=True)
     looking = threading.Thread(target=watch, args=(daemons, heard, over), name="ray-watch", daemon=True)
-    for thread in (asking, looking):
+    for thread in (heartbeat, looking):
         thread.start()
     try:
         yield
@@ -62,7 +62,7 @@ def watched(*, embedded: bool) -> Iterator[None]:
         raise
     finally:
         over.set()
-        asking.join(10)  # a question after Ray has been shut down would start another one
+        heartbeat.join(10)  # a call after Ray has been shut down would start another Ray
 
 
 def _daemons(embedded: bool) -> list[Daemon]:
@@ -86,11 +86,11 @@ class _Heartbeat:
     def keep(self) -> None:
         import ray
 
-        here = ray.get_runtime_context().get_node_id()
+        this_node = ray.get_runtime_context().get_node_id()
         while not self._over.wait(4 * POLL_S):
-            with contextlib.suppress(Exception):  # what an answer that never comes means is the watch's to say
+            with contextlib.suppress(Exception):  # `watch` decides what it means that no answer comes
                 alive = {node["NodeID"]: node["Alive"] for node in ray.nodes()}
-                self.at, self.raylet_is_dead = time.monotonic(), not alive.get(here, True)
+                self.at, self.raylet_is_dead = time.monotonic(), not alive.get(this_node, True)
 
 
 def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> None:

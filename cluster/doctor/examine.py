@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from scoreray.cluster.finding import Finding
-from scoreray.cluster.verbs.following import check_beside
+from scoreray.cluster.verbs.beside_run import check_beside
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
@@ -46,7 +46,7 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     found += [about_data, storage(config)]
     shape = machine.image_shape or (tuple(manifest.shape) if manifest else None)
     if shape is None:
-        text = "can't be planned without the samples' shape; mend data.url, or say --shape 3x64x64"
+        text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
     return [*found, *evaluation(config), *plan(config, manifest, shape, machine)]
 
@@ -185,7 +185,9 @@ def _fits(
     if machine.memory_bytes is not None:
         available: float = machine.memory_bytes
     elif gpu and not torch.cuda.is_available():
-        return Finding("fit", "note", "no GPU is in this machine: say what a rank has with --memory, e.g. --memory 80G")
+        return Finding(
+            "fit", "note", "no GPU is in this machine: give what a rank has with --memory, e.g. --memory 80G"
+        )
     else:
         available = memory_of_rank(torch.device("cuda" if gpu else "cpu"))
         if not gpu and "RAY_ADDRESS" not in os.environ:

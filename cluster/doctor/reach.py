@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from scoreray.cluster.finding import Finding
 
 REDUCE_BYTES = 32 << 20
-REACH_S, MEET_S, WITHIN_S, FREE_GPU_S = 5.0, 20.0, 60.0, 20.0
-Facts = dict[str, Any]
+REACH_S, REDUCE_S, WITHIN_S, FREE_GPU_S = 5.0, 20.0, 60.0, 20.0
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What came of an all-reduce on one node."""
+
+    bytes_per_s: float = 0.0
+    error: str = ""
 
 
 class Prober:
-    """Run on a node: has a port of its own that others dial, dials theirs, and joins them in an all-reduce."""
+    """An actor on a node: has a port of its own that others dial, dials theirs, and joins them in an all-reduce."""
 
     def listen(self) -> tuple[str, int, int]:
         """This node's address, a port at which it listens from now on, and a free one for torch's store."""
@@ -38,17 +46,17 @@ class Prober:
         """What each port is -> "" or the error of a connection to it."""
         import socket
 
-        told = {}
+        errors = {}
         for what, port in ports.items():
             try:
                 socket.create_connection((address, port), timeout=REACH_S).close()
-                told[what] = ""
+                errors[what] = ""
             except OSError as error:
-                told[what] = error.strerror or str(error)
-        return told
+                errors[what] = error.strerror or str(error)
+        return errors
 
-    def reduce(self, meet: tuple[str, int], rank: int, size: int, within_s: float, backend: str = "gloo") -> Facts:
-        """Bytes a second of an all-reduce, or the error."""
+    def reduce(self, store: tuple[str, int], rank: int, size: int, within_s: float, backend: str = "gloo") -> Reduced:
+        """An all-reduce with `size` - 1 others, who find each other through torch's store at (address, port)."""
         import datetime
 
         import torch
@@ -57,7 +65,7 @@ class Prober:
         device = torch.device("cuda" if backend == "nccl" else "cpu")
         try:
             dist.init_process_group(
-                backend, init_method=f"tcp://{meet[0]}:{meet[1]}", rank=rank, world_size=size,
+                backend, init_method=f"tcp://{store[0]}:{store[1]}", rank=rank, world_size=size,
                 timeout=datetime.timedelta(seconds=within_s),
             )  # fmt: skip
             values, taken = torch.ones(REDUCE_BYTES // 4, device=device), []
@@ -68,8 +76,8 @@ class Prober:
                 taken.append(time.perf_counter() - began)
             dist.destroy_process_group()
         except Exception as error:
-            return {"error": str(error).splitlines()[0]}
-        return {"error": "", "bytes_per_s": REDUCE_BYTES / statistics.median(taken[1:])}
+            return Reduced(error=str(error).splitlines()[0])
+        return Reduced(REDUCE_BYTES / statistics.median(taken[1:]))
 
 
 def reached(nodes: list[Any]) -> list[Finding]:
@@ -88,11 +96,11 @@ def reached(nodes: list[Any]) -> list[Finding]:
         actors = [make.options(scheduling_strategy=On(node["NodeID"], soft=False)).remote() for node in some]
         try:
             for pairs in rounds(len(some)):
-                asked = [_Pair(some[i], some[j], actors[i], actors[j], backend) for i, j in pairs]
+                pairs_now = [_Pair(some[i], some[j], actors[i], actors[j], backend) for i, j in pairs]
                 for step in (_Pair.listen, _Pair.dial, _Pair.reduce):
-                    for pair in asked:
+                    for pair in pairs_now:
                         step(pair)
-                found += [one for pair in asked for one in pair.findings()]
+                found += [one for pair in pairs_now for one in pair.findings()]
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -109,62 +117,62 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 class _Pair:
-    """Two nodes; each step asks and does not wait, the next waits for it, so that a round's pairs go on together."""
+    """Two nodes. A step begins its calls without waiting, the next one waits for them: a round's pairs run together."""
 
     def __init__(self, first: Any, second: Any, a: Any, b: Any, backend: str) -> None:
         self.nodes, self.actors, self.backend = (first, second), (a, b), backend
         self.names = [str(node["NodeManagerAddress"]) for node in self.nodes]
         self.error = ""
-        self._asked: list[Any] = []
-        self._meet = ("", 0)
+        self._calls: list[Any] = []
+        self._store = ("", 0)
         self._blocked: list[Finding] = []
 
-    def _told(self, within_s: float) -> list[Any]:
+    def _results(self, within_s: float) -> list[Any]:
         import ray
 
         try:
-            return list(ray.get(self._asked, timeout=within_s))
+            return list(ray.get(self._calls, timeout=within_s))
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}".splitlines()[0]
             return []
 
     def listen(self) -> None:
-        self._asked = [actor.listen.remote() for actor in self.actors]
+        self._calls = [actor.listen.remote() for actor in self.actors]
 
     def dial(self) -> None:
-        told = self._told(FREE_GPU_S if self.backend == "nccl" else WITHIN_S)
+        listening = self._results(FREE_GPU_S if self.backend == "nccl" else WITHIN_S)
         if self.error:
             return
-        self._meet, self._asked = (told[0][0], told[0][2]), []
-        for (address, port, _), node, other in zip(told, self.nodes, reversed(self.actors), strict=True):
+        self._store, self._calls = (listening[0][0], listening[0][2]), []
+        for (address, port, _), node, other in zip(listening, self.nodes, reversed(self.actors), strict=True):
             ports = {"raylet": node["NodeManagerPort"], "object manager": node["ObjectManagerPort"], "worker": port}
-            self._asked.append(other.dial.remote(address, ports))
+            self._calls.append(other.dial.remote(address, ports))
 
     def reduce(self) -> None:
         if self.error:
             return
-        told = self._told(WITHIN_S)
-        for name, other, errors in zip(self.names, reversed(self.names), told, strict=False):
+        dialled = self._results(WITHIN_S)
+        for name, other, errors in zip(self.names, reversed(self.names), dialled, strict=False):
             self._blocked += judge_dialled(name, other, errors)
         if self.error or self._blocked:
             return
-        self._asked = [actor.reduce.remote(self._meet, rank, 2, MEET_S, self.backend)
+        self._calls = [actor.reduce.remote(self._store, rank, 2, REDUCE_S, self.backend)
                        for rank, actor in enumerate(self.actors)]  # fmt: skip
 
     def findings(self) -> list[Finding]:
-        told = [] if self.error or self._blocked else self._told(WITHIN_S)
+        reduced = [] if self.error or self._blocked else self._results(WITHIN_S)
         if self._blocked:
             return self._blocked
         if self.error and self.backend == "nccl":
             text = f"{self.names[0]} and {self.names[1]}: NCCL was not tried, a GPU of each must be free for it"
             return [Finding("network", "note", text, {"nodes": self.names})]
         first, second = self.names
-        return [judge_pair(first, second, told or [{"error": self.error}], self.backend)]
+        return [judge_pair(first, second, reduced or [Reduced(error=self.error)], self.backend)]
 
 
 def judge_dialled(node: str, dialler: str, errors: dict[str, str]) -> list[Finding]:
     """A problem of `node` for each of its ports that `dialler` could not reach."""
-    mend = {
+    fix = {
         "raylet": "open --node-manager-port",
         "object manager": "open --object-manager-port",
         "worker": "open TCP 32768-60999 (gloo and NCCL take any of these)",
@@ -172,23 +180,23 @@ def judge_dialled(node: str, dialler: str, errors: dict[str, str]) -> list[Findi
     return [
         Finding(
             "network", "problem",
-            f"{node}: its {what}'s port can't be reached from {dialler} ({error}); {mend[what]} between the nodes",
+            f"{node}: its {what}'s port can't be reached from {dialler} ({error}); {fix[what]} between the nodes",
             {"node": node, "from": dialler, "port_of": what},
         )
         for what, error in errors.items() if error
     ]  # fmt: skip
 
 
-def judge_pair(first: str, second: str, told: list[Facts], backend: str = "gloo") -> Finding:
+def judge_pair(first: str, second: str, results: list[Reduced], backend: str = "gloo") -> Finding:
     """What an all-reduce between two nodes says."""
-    errors = [one["error"] for one in told if one["error"]]
+    errors = [one.error for one in results if one.error]
     if errors:
         text = (
             f"{first} and {second} can't join an all-reduce over {backend} ({errors[0][:160]}); open TCP 32768-60999 "
             f"between the nodes, and set {backend.upper()}_SOCKET_IFNAME where a node has several addresses"
         )
         return Finding("network", "problem", text, {"nodes": [first, second], "backend": backend})
-    speed = min(one["bytes_per_s"] for one in told)
+    speed = min(one.bytes_per_s for one in results)
     text = f"{first} and {second}: all-reduce of {REDUCE_BYTES >> 20} MiB at {speed / 1e6:,.0f} MB/s ({backend})"
     facts = {"nodes": [first, second], "backend": backend, "bytes_per_s": speed}
     return Finding("network", "good", text, facts)

@@ -1,7 +1,7 @@
-"""What looks like a credential, in the words, variables and files of a job: these can be read with the cluster's token.
+"""Finds credentials in the arguments, variables and files of a job, which everybody with the cluster's token can read.
 
-By the shape of well-known tokens, and by names that say it (`password: ...`). Nobody can know every one: a key without
-a shape of its own, under a name that says nothing, is not seen.
+They are recognised by the format of well-known tokens and by names (`password: ...`). No list of these is complete: a
+key without a known format, under a name that says nothing, is not found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMES = re.compile(  # TOKENIZERS_PARALLELISM is none
     r"(?i)secret|passw|passphrase|credential|token(?!i[sz])|(?:^|[_.-])pat(?:$|[_.-])|[_.-]pwd$"
     r"|(?:api|access|private|account|auth|ssh|signing|encryption)[_-]?key|_key$"
 )
-WORDS = re.compile(r"(?i)secret|passw|passphrase|pwd")  # whose value is one, also when it is a number
+WORDS = re.compile(r"(?i)secret|passw|passphrase|pwd")  # names whose value is a credential also when it is a number
 COUNT = re.compile(r"(?i)[\d_.]+(e\d+)?[kmg]?|true|false|null|none")  # as of max_tokens
 SHAPES = {
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -33,11 +33,11 @@ SHAPES = {
 }
 _SHAPES = [(what, re.compile(shape)) for what, shape in SHAPES.items()]
 _FORTY = re.compile(r"(?<![\w/+.-])[A-Za-z0-9/+]{40}(?![\w/+=-])")
-MEND = "whoever holds the cluster's token could read it; let the nodes have it (--from-env NAME=VARIABLE)"
+FIX = "all who hold the cluster's token could read it; set it on the nodes and give --from-env NAME=VARIABLE"
 
 
 def shape_of(text: str) -> str:
-    """Which known credential stands somewhere in the text; empty: none."""
+    """Which known credential is somewhere in the text; empty: none."""
     if any(_is_aws_secret(found[0]) for found in _FORTY.finditer(text)):
         return "an AWS secret"
     return next((what for what, shape in _SHAPES if shape.search(text)), "")
@@ -54,30 +54,30 @@ def is_secret(name: str, value: Any) -> bool:
     return bool(text and NAMES.search(name) and (WORDS.search(name) or not COUNT.fullmatch(text)))
 
 
-def refuse_words(words: Sequence[str]) -> None:
+def refuse_arguments(arguments: Sequence[str]) -> None:
     """Raises UserError for `--aws-secret VALUE`, `api_key=VALUE`, and for a known shape in any of them."""
-    for i, word in enumerate(words):
+    for i, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        if word.startswith("-") and not equals and i + 1 < len(words):
-            value = "" if words[i + 1].startswith("-") else words[i + 1]
+        if word.startswith("-") and not equals and i + 1 < len(arguments):
+            value = "" if arguments[i + 1].startswith("-") else arguments[i + 1]
         if what := shape_of(word):
-            raise UserError(f"submit: a word looks like a credential ({what}); {MEND}")
+            raise UserError(f"submit: an argument looks like a credential ({what}); {FIX}")
         if is_secret(name, value):
-            raise UserError(f"submit {name}: its value looks like a credential; {MEND}")
+            raise UserError(f"submit {name}: its value looks like a credential; {FIX}")
 
 
 def refuse_text(where: str, text: str, page: Any = None) -> None:
     """Raises UserError for a known shape in a file's text (comments too), and for names that say it in its `page`."""
     for number, line in enumerate(text.splitlines(), 1):
         if what := shape_of(line):
-            raise UserError(f"{where}, line {number}: looks like a credential ({what}); {MEND}")
+            raise UserError(f"{where}, line {number}: looks like a credential ({what}); {FIX}")
     for key, value in _leaves(page):
         if is_secret(key, value):
-            raise UserError(f"{where}: {key}: its value looks like a credential; {MEND}")
+            raise UserError(f"{where}: {key}: its value looks like a credential; {FIX}")
 
 
 def refuse_wheel(wheel: Path) -> None:
-    """The same for the code that travels, by shapes only. Raises UserError."""
+    """The same for the code that is sent, by formats only. Raises UserError."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if not name.endswith("RECORD"):  # hashes
@@ -85,7 +85,7 @@ def refuse_wheel(wheel: Path) -> None:
 
 
 def _leaves(page: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """The values of a parsed YAML file, each with the keys that it stands below."""
+    """The values of a parsed YAML file, each with its dotted key."""
     if depth > 50:
         return
     if isinstance(page, dict):

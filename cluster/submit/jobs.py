@@ -1,7 +1,7 @@
-"""A verb and its words as a job: what is checked here, before anything is sent, and what travels.
+"""A verb and its arguments as a Ray job: they are checked on this machine, before anything is sent.
 
-A job is named after its run; its code is this checkout's, its configs are files that travel with it. Credentials do
-not: whoever may see the dashboard sees a job's environment, so it names the cluster's variables, not values.
+A job is named after its run. Its code (as a wheel) and its configs are sent with it; credentials are not: everybody who
+can open the dashboard can read a job's environment, so that names variables of the nodes instead of values.
 """
 
 from __future__ import annotations
@@ -9,62 +9,80 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from scoreray.cluster.submit.credentials import NAMES, refuse_text, refuse_wheel, refuse_words, shape_of
+from scoreray.cluster.submit.credentials import NAMES, refuse_arguments, refuse_text, refuse_wheel, shape_of
 from scoreray.cluster.wheel import build_wheel
 from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.presets import preset
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.yaml_text import dump_yaml, parse_yaml
 
+PREFIX = "scoreray_"  # of our keys in a job's metadata
 VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
 SAVE_WITHIN_S = 120  # after `stop`, before Ray kills the driver
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 
 Parse = Callable[[list[str]], dict[str, Any]]
-"""Words of a verb -> its options and arguments, as the command line reads them (`cluster/cli/words.py`)."""
+"""Arguments of a verb -> its parameters by name, as the command line reads them (`cluster/cli/options.py`)."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is sent: a shell line, where it runs (Ray's runtime_env), and what its metadata says.
+class JobMetadata:
+    """What a job's metadata say of it: its verb, its run's name, and the URL of the run that it writes; "" for none."""
 
-    `scoreray_run` in the metadata is the run's name, `scoreray_writes` where it is written, if it is.
-    """
+    verb: str
+    run: str = ""
+    writes: str = ""
+
+    def to_ray(self) -> dict[str, str]:
+        return {f"{PREFIX}{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_ray(cls, metadata: Mapping[str, str] | None) -> JobMetadata:
+        """Of any job; "" where another program submitted it."""
+        return cls(*((metadata or {}).get(f"{PREFIX}{one.name}", "") for one in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is sent: a shell line, Ray's runtime_env for it, and what the job's metadata say."""
 
     entrypoint: str
     runtime_env: dict[str, Any]
-    metadata: dict[str, str]
+    metadata: JobMetadata
     name: str
 
 
 @contextlib.contextmanager
-def prepared(words: list[str], env: list[str], from_env: list[str], name: str | None, parse: Parse) -> Iterator[Job]:
-    """The job of a verb and its words; its files last as long as the context. Raises UserError."""
-    if not words or words[0] not in VERBS:
-        given = words[0] if words else ""
+def prepared(
+    arguments: list[str], env: list[str], from_env: list[str], name: str | None, parse: Parse
+) -> Iterator[Submission]:
+    """The job of `arguments`, a verb first; its files last as long as the context. Raises UserError."""
+    if not arguments or arguments[0] not in VERBS:
+        given = arguments[0] if arguments else ""
         raise UserError(f"submit {given}: not a verb that runs as a job; {nearest(given, VERBS)}")
     if name is not None and not NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: a job's name has letters, digits, '.', '_' and '-' only, 150 at most")
     variables, references = _variables(env), _references(from_env)
-    refuse_words([*words, name or ""])
-    config, run, writes = _examined(words, parse)
+    refuse_arguments([*arguments, name or ""])
+    config, run, writes = _examined(arguments, parse)
     with scratch_folder() as folder:
         place = folder / "files"
         place.mkdir()
-        line = "python -m scoreray.cluster.cli " + shlex.join(_with_files(words, config, place))
+        line = "python -m scoreray.cluster.cli " + shlex.join(_with_files(arguments, config, place))
         if references:
             line = "; ".join([*map(_reference, references), f"exec {line}"])
         wheel = build_wheel(folder)
         refuse_wheel(wheel)
         runtime_env = {"py_modules": [str(wheel)], "working_dir": str(place), "env_vars": variables}
-        metadata = {"scoreray_verb": words[0], "scoreray_run": run, "scoreray_writes": writes}
-        yield Job(line, runtime_env, metadata, name or "-".join(filter(None, ("scoreray", words[0], run))))
+        verb = arguments[0]
+        default_name = "-".join(filter(None, ("scoreray", verb, run)))
+        yield Submission(line, runtime_env, JobMetadata(verb, run, writes), name or default_name)
 
 
 def _variables(pairs: list[str]) -> dict[str, str]:
@@ -92,23 +110,23 @@ def _references(pairs: list[str]) -> list[tuple[str, str]]:
 
 
 def _reference(names: tuple[str, str]) -> str:
-    """Shell that sets the first variable to what the second is on the node, or says there that it has none."""
+    """Shell that sets the first variable to the node's value of the second, or ends with a line where it has none."""
     mine, theirs = names
-    told = f"scoreray: --from-env {mine}={theirs}: the node that runs the job has no variable {theirs}"
-    return f'[ -n "${{{theirs}+set}}" ] || {{ echo "{told}" >&2; exit 2; }}; export {mine}="${theirs}"'
+    error = f"scoreray: --from-env {mine}={theirs}: the node that runs the job has no variable {theirs}"
+    return f'[ -n "${{{theirs}+set}}" ] || {{ echo "{error}" >&2; exit 2; }}; export {mine}="${theirs}"'
 
 
-def _examined(words: list[str], parse: Parse) -> tuple[Path | None, str, str]:
-    """The config among the words, its run's name, and where the verb writes that run; empty where there is none.
+def _examined(arguments: list[str], parse: Parse) -> tuple[Path | None, str, str]:
+    """The config among the arguments, its run's name, and where the verb writes that run; empty where there is none.
 
-    Mistakes in the words, a training config or a sweep are told here. Raises UserError.
+    Raises UserError for mistakes in the arguments, in a training config and in a sweep.
     """
-    options = parse(words)
-    if words[0] not in ("train", "tune", "doctor") or options.get("config") is None:
+    options = parse(arguments)
+    if arguments[0] not in ("train", "tune", "doctor") or options.get("config") is None:
         return None, "", ""
     config, overrides = Path(options["config"]), list(options.get("overrides") or ())
     try:
-        if words[0] == "tune":
+        if arguments[0] == "tune":
             from scoreray.tune.load import load_sweep
 
             study = load_sweep(config, overrides).sweep.study
@@ -120,14 +138,14 @@ def _examined(words: list[str], parse: Parse) -> tuple[Path | None, str, str]:
             name, storage = run.name, run.storage
     except StorageError:  # a config in S3 that can be read from the cluster only
         return config, "", ""
-    looks = words[0] == "doctor" or options.get("check") or options.get("print_config")
-    return config, name, "" if looks else f"{storage.rstrip('/')}/{name}"
+    only_looks = arguments[0] == "doctor" or options.get("check") or options.get("print_config")
+    return config, name, "" if only_looks else f"{storage.rstrip('/')}/{name}"
 
 
-def _with_files(words: list[str], config: Path | None, place: Path) -> list[str]:
-    """The words with local YAML files copied to `place` and named as there. Raises UserError."""
+def _with_files(arguments: list[str], config: Path | None, place: Path) -> list[str]:
+    """The arguments with local YAML files copied to `place`, by the names of the copies. Raises UserError."""
     sent = []
-    for word in words:
+    for word in arguments:
         path = preset(Path(word))
         is_yaml = path.suffix in (".yaml", ".yml") and not word.startswith("-") and "=" not in word
         if "://" in word or not (path.is_file() if path == config else is_yaml):
@@ -154,11 +172,11 @@ def _stored(place: Path, name: str, text: str) -> str:
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """A file that travels, and what it says as YAML (nothing if it is none: the verb tells that)."""
+    """The text of a file that is sent, and its YAML ({} where it is none: the verb itself reports that)."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file here, and jobs get their configs from here") from None
+        raise UserError(f"{path}: no such file on this machine, from which jobs get their configs") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     page = None

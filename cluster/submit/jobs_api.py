@@ -12,14 +12,14 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from scoreray.cluster.submit.jobs import Job
+from scoreray.cluster.submit.jobs import JobMetadata, Submission
 from scoreray.data.errors import ScorerayError, UserError, nearest
 
 ADDRESS, TOKEN = "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-class Cluster:
+class JobsClient:
     """A remote cluster's jobs. Raises UserError where it can't be reached or does not take the token."""
 
     def __init__(self, address: str | None) -> None:
@@ -35,20 +35,20 @@ class Cluster:
         ):
             logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
         with _only_our_address():
-            self.client: Any = self._asked(lambda: JobSubmissionClient(self.address))
+            self.client: Any = self._call(lambda: JobSubmissionClient(self.address))
         assert self.client.get_address() == self.address
 
-    def _asked(self, call: Callable[[], Any]) -> Any:
+    def _call(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
-            told = self._told(error)
-            if told is None:
+            known = self._as_ours(error)
+            if known is None:
                 raise
-            raise told from None
+            raise known from None
 
-    def _told(self, error: Exception) -> ScorerayError | None:
-        """What an error of Ray's client means; None: it is not known here."""
+    def _as_ours(self, error: Exception) -> ScorerayError | None:
+        """An error of Ray's client as one of ours; None where it is none of those that are known."""
         import requests
 
         text = str(error).strip()
@@ -69,7 +69,7 @@ class Cluster:
 
     def jobs(self) -> list[Any]:
         """Those that have a submission id, newest first."""
-        found = [job for job in self._asked(self.client.list_jobs) if job.submission_id]
+        found = [job for job in self._call(self.client.list_jobs) if job.submission_id]
         return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
 
     def job(self, name: str) -> Any:
@@ -80,26 +80,34 @@ class Cluster:
                 return job
         raise UserError(f"job '{name}': not on this cluster; {nearest(name, [j.submission_id for j in known])}")
 
-    def submit(self, job: Job) -> str:
+    def submit(self, job: Submission) -> str:
         """Starts it as <name>-<number>; refused while another job writes the same run.
 
-        Ray knows no lock. So it is looked again afterwards, and of two that came at once the later ends itself.
+        Ray has no lock for this. So jobs are listed again afterwards: of two that came at once the later is stopped.
         """
-        known, place = self.jobs(), job.metadata.get("scoreray_writes", "")
+        known, place = self.jobs(), job.metadata.writes
         for one in _writing(place, known):
             raise UserError(
-                f"job '{one.submission_id}' of this run goes on: 'submit logs' follows it, 'submit stop' ends it"
+                f"job '{one.submission_id}' of this run is running: 'submit logs' follows it, 'submit stop' ends it"
             )
         numbers = [int(found[1]) for one in known
                    if (found := re.fullmatch(rf"{re.escape(job.name)}-(\d+)", one.submission_id))]  # fmt: skip
         mine = f"{job.name}-{max(numbers, default=0) + 1}"
         try:
-            self._asked(lambda: self.client.submit_job(entrypoint=job.entrypoint, submission_id=mine,
-                                                       runtime_env=job.runtime_env, metadata=job.metadata))  # fmt: skip
+            self._call(
+                lambda: self.client.submit_job(
+                    entrypoint=job.entrypoint,
+                    submission_id=mine,
+                    runtime_env=job.runtime_env,
+                    metadata=job.metadata.to_ray(),
+                )
+            )
         except UserError as error:
             if "already exists" not in str(error):
                 raise
-            raise UserError(f"job '{mine}': was submitted from elsewhere at this moment; see 'submit list'") from None
+            raise UserError(
+                f"job '{mine}': was submitted by another client at this moment; see 'submit list'"
+            ) from None
         if place:
             self._give_way(mine, place)
         return mine
@@ -114,14 +122,14 @@ class Cluster:
             raise UserError(f"job '{first}' of this run was submitted just before: '{mine}' was stopped")
 
     def stop(self, job_id: str) -> bool:
-        """Asks it to end (as by SIGTERM: it saves first); whether it was going on."""
-        return bool(self._asked(lambda: self.client.stop_job(job_id)))
+        """Ends it as SIGTERM does, so it saves first; whether it was running."""
+        return bool(self._call(lambda: self.client.stop_job(job_id)))
 
     def logs(self, job_id: str) -> str:
-        return str(self._asked(lambda: self.client.get_job_logs(job_id)))
+        return str(self._call(lambda: self.client.get_job_logs(job_id)))
 
     def follow(self, job_id: str, out: Callable[[str], None], note: Callable[[str], None]) -> int:
-        """Hands on the output, each character once, also when the connection breaks; the exit status at the end.
+        """Passes the output on, each character once, also when the connection breaks; the exit status at the end.
 
         Raises Gone when the cluster does not know the job (any more), UserError when it refuses the token.
         """
@@ -130,7 +138,7 @@ class Cluster:
             broken = False
             try:
                 shown, broken = asyncio.run(self._tail(job_id, shown, out))
-                job = self._asked(lambda: self.client.get_job_info(job_id))
+                job = self._call(lambda: self.client.get_job_info(job_id))
                 if job.status in ENDED:
                     out(self._rest(job_id, shown, note))
                     return _status(job)
@@ -142,7 +150,7 @@ class Cluster:
             time.sleep(pause)
 
     async def _tail(self, job_id: str, shown: int, out: Callable[[str], None]) -> tuple[int, bool]:
-        """How many characters are shown now, and whether it ended by an error; which one, the job's state tells."""
+        """How many characters are shown now, and whether it ended by an error; which one, the job's state says."""
         seen = 0
         tail = self.client.tail_job_logs(job_id)
         while True:
@@ -158,7 +166,7 @@ class Cluster:
                 shown = seen
 
     def _rest(self, job_id: str, shown: int, note: Callable[[str], None]) -> str:
-        """What the job printed beyond `shown`; without its node, nobody has that."""
+        """What the job printed beyond `shown`; without its node, that is lost."""
         for pause in (1.0, 3.0, 0.0):
             try:
                 return self.logs(job_id)[shown:]
@@ -193,11 +201,9 @@ def _only_our_address() -> Iterator[None]:
 
 
 def _writing(place: str, jobs: list[Any]) -> list[Any]:
-    """Jobs that go on and write there, whatever their name and verb."""
+    """Running jobs that write to `place`, whatever their name and verb."""
     return [
-        job
-        for job in jobs
-        if place and job.status not in ENDED and (job.metadata or {}).get("scoreray_writes") == place
+        job for job in jobs if place and job.status not in ENDED and JobMetadata.from_ray(job.metadata).writes == place
     ]
 
 
@@ -224,8 +230,8 @@ def _status(job: Any) -> int:
 def answer(job: Any) -> dict[str, Any]:
     """A job for --json and `list`."""
     seconds = ((job.end_time or time.time() * 1000) - job.start_time) / 1000 if job.start_time else None
+    metadata = JobMetadata.from_ray(job.metadata)
     return {
         "id": job.submission_id, "status": str(getattr(job.status, "value", job.status)), "seconds": seconds,
-        "verb": (job.metadata or {}).get("scoreray_verb", ""), "run": (job.metadata or {}).get("scoreray_run", ""),
-        "message": job.message or "",
+        "verb": metadata.verb, "run": metadata.run, "message": job.message or "",
     }  # fmt: skip

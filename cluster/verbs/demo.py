@@ -1,4 +1,4 @@
-"""`scoreray demo`: real images through every link of the line, on this machine alone, in a few minutes."""
+"""`scoreray demo`: packs real images, trains, samples and draws, on this machine alone, in a few minutes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.display import bar, say
+from scoreray.cluster.verbs.demo_page import loss_picture, summary_page
 from scoreray.cluster.verbs.pack import pack_with_bar
-from scoreray.cluster.verbs.report import loss_picture, summary_page
 from scoreray.cluster.verbs.train import TrainResult, train_to_end
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import StorageError
@@ -50,14 +50,14 @@ class DemoResult:
         return {"folder": str(self.folder), "files": list(names), "seconds": self.seconds, **self.trained.answer()}
 
     def text(self) -> str:
-        here, command = self.folder, typed_command()
+        folder, command = self.folder, typed_command()
         local = f"{command} --local-s3 {shlex.quote(str(self.folder / 's3'))}"
         return (
             f"\nDone in {self.seconds:.0f} s. Look at\n"
-            f"  {here / 'samples.png'}    {NUM_SAMPLES} samples, drawn from the EMA weights\n"
-            f"  {here / 'loss.png'}       the loss, over images and by noise level\n"
-            f"  {here / 'summary.html'}   what was done, with what, on one page\n"
-            f"  {here / 'config.yaml'}    the run's whole config\n"
+            f"  {folder / 'samples.png'}    {NUM_SAMPLES} samples, drawn from the EMA weights\n"
+            f"  {folder / 'loss.png'}       the loss, over images and by noise level\n"
+            f"  {folder / 'summary.html'}   what was done, with what, on one page\n"
+            f"  {folder / 'config.yaml'}    the run's whole config\n"
             "\nNext:\n"
             f"  {local} sample {self.trained.run} --class-label sneaker --guidance 2 --count 16 --out sneakers\n"
             f"  {local} data inspect {DATA_URL}\n"
@@ -67,7 +67,7 @@ class DemoResult:
 
 
 def typed_command() -> str:
-    """How a person calls this program from here: by name, or by path where the name is not found."""
+    """How to call this program from this folder: by name, or by path where the name is not found."""
     if shutil.which("scoreray"):
         return "scoreray"
     program = Path(sys.argv[0]).absolute()

@@ -52,7 +52,7 @@ def _name(found: Description, length: str) -> str:
 
 @contextlib.contextmanager
 def _tasks(mixes: Iterable[Mix]) -> Iterator[Callable[..., Any]]:
-    """How to call a task for each of many inputs: here, or on Ray."""
+    """How to call a task for each of many inputs: in this process, or on Ray."""
     num_bytes = sum(about.bytes for mix in mixes for stored, _ in mix.parts for about in stored.marker.files.values())
     if not num_bytes or ("RAY_ADDRESS" not in os.environ and num_bytes < ON_RAY_FROM_BYTES):
         yield in_turn

@@ -1,4 +1,4 @@
-"""`data pack` with its progress shown, its shards made by Ray tasks: on RAY_ADDRESS's cluster or on all cores here."""
+"""`data pack` with its progress shown, its shards made by Ray tasks: on RAY_ADDRESS's cluster or on this machine."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def pack_with_bar(
     unused: members of tars that are no part of a sample are counted in it, by kind.
     """
     open_store(url).check_writable()
-    asked, kept, skipped = 0, 0, list[str]()
+    to_make, kept, skipped = 0, 0, list[str]()
     unused = Counter() if unused is None else unused
 
     def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
-        nonlocal asked, kept
-        asked = len(numbers)
+        nonlocal to_make, kept
+        to_make = len(numbers)
         for note in plan.notes:
             say(note)
         for packed in _make(plan, numbers, workers, stack):
@@ -56,11 +56,11 @@ def pack_with_bar(
     with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
         manifest = pack(source, url, progress=progress, map_shards=counting, **options)
     holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
-    kept += max(0, len(manifest.shards) - asked)  # of a pack that was finished, and of which some were gone
-    if asked:
-        say(f"packed {holds}{f', {kept} of them there from before' if kept else ''} at {url}")
+    kept += max(0, len(manifest.shards) - to_make)  # of a pack that was finished, and of which some were gone
+    if to_make:
+        say(f"packed {holds}{f', {kept} of them made before,' if kept else ''} at {url}")
     else:
-        say(f"packed already: {holds} at {url}, of this source and with these options; nothing was to do")
+        say(f"packed already: {holds} at {url}, of this source and with these options; nothing had to be done")
     if unused:
         say(f"left out beside the images: {kinds_line(unused)}")
     if skipped:

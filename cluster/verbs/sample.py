@@ -1,4 +1,4 @@
-"""`scoreray sample` with its progress shown: in this process, or by actors on RAY_ADDRESS's cluster or on one here."""
+"""`scoreray sample` with its progress shown: in this process, or by actors on RAY_ADDRESS's or an embedded cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_NAMED = 3  # of the files that are missing or damaged
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleResult:
     """What a finished job left: the URL of the manifest, of the sheet beside the pictures, or of the npz."""
 
     job: SampleJob
@@ -59,9 +59,9 @@ def sample_to(
     actors: int | None = None,
     picture: Path | None = None,
     verbose: bool = False,
-    **words: Any,
-) -> Drawn:
-    """Draws `request` to `url`, or what is missing of it; `words` as `job.begin` takes them.
+    **options: Any,
+) -> SampleResult:
+    """Draws `request` to `url`, or what is missing of it; `options` as `job.begin` takes them.
 
     actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
     """
@@ -70,8 +70,8 @@ def sample_to(
         check_picture(picture)
         refuse_same(place, picture, "--picture")
     keep_large_tensors_on_the_heap()
-    words = {**words, "pictures": picture is not None}
-    job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **words)
+    options = {**options, "pictures": picture is not None}
+    job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **options)
     plan = SamplePlan(job, place.shards.url(), model)
     out = place.store.url(place.result)
     kept = None if recorded is None else intact(place, job, recorded)
@@ -80,7 +80,7 @@ def sample_to(
         more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
         say(f"{place.store.url(place.name)}: missing or damaged, and made again: {', '.join(lost[:MOST_NAMED])}{more}")
     if kept is not None and not lost:
-        say(f"{out}: these samples are there already, every byte as it was drawn")
+        say(f"{out}: these samples were drawn before, and every byte is as it was")
     else:
         with contextlib.ExitStack() as stack:
             gpu = False
@@ -96,4 +96,4 @@ def sample_to(
             carry_out_job(place, plan, mapper, kept)
     if picture is not None:
         write_picture(sheet(place), picture)
-    return Drawn(job, [out], model.info.images_seen)
+    return SampleResult(job, [out], model.info.images_seen)

@@ -11,7 +11,7 @@ from typing import Any
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import TrainLine, say
-from scoreray.cluster.verbs.following import beside
+from scoreray.cluster.verbs.beside_run import beside
 from scoreray.data.errors import UserError
 from scoreray.data.reading.quarantine import Entries, Unreadable
 from scoreray.trainer.checkpoints.checkpoint import latest
@@ -75,7 +75,7 @@ def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult
         if before is not None:
             say(f"run '{config.run.name}' goes on from {before.images_seen:,} images ({before.url})")
         low, high = config.scaling.range
-        check_here(config)
+        check_machine(config)
         warn_of_data(prepared)
         with connected(num_cpus=_slots(config), verbose=verbose):
             _wait_for_room(config)
@@ -97,7 +97,7 @@ def _slots(config: Config) -> int:
     return max(os.cpu_count() or 1, math.ceil(config.scaling.range[1] * config.scaling.cpus_per_worker))
 
 
-def check_here(config: Config) -> None:
+def check_machine(config: Config) -> None:
     """Without RAY_ADDRESS the run is this machine's: what it lacks is found before Ray starts. Raises UserError."""
     if os.environ.get("RAY_ADDRESS"):
         return

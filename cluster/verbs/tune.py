@@ -22,10 +22,10 @@ from scoreray.tune.report import Report, make_report
 from scoreray.tune.schedule import best_of, expected_images
 from scoreray.tune.space import short_names
 from scoreray.tune.study import State, Study
-from scoreray.tune.sweep import Plan
+from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial, study_store
 
-PRIOR = 4  # trials that what a scheduler means to do counts for
+PRIOR = 4  # trials that the scheduler's plan counts for beside those that have ended
 ROWS = 12  # of the table: those under way, then the best
 
 
@@ -45,7 +45,7 @@ class TuneResult:
         return f"{self.report.text()}\n{self.trials} trials in {self.seconds:,.0f} s\nreport {self.report.url}"
 
 
-def check_tune(plan: Plan) -> None:
+def check_tune(plan: StudyPlan) -> None:
     """Everything that can be known before the first trial; warnings are said. Raises ScorerayErrors."""
     _warn(plan)
     if "RAY_ADDRESS" in os.environ:
@@ -56,7 +56,7 @@ def check_tune(plan: Plan) -> None:
         check_room(plan, {"CPU": float(os.cpu_count() or 1), "GPU": _gpus()})
 
 
-def tune_to_end(plan: Plan, *, verbose: bool = False) -> TuneResult:
+def tune_to_end(plan: StudyPlan, *, verbose: bool = False) -> TuneResult:
     """Run a study on RAY_ADDRESS's cluster or on this machine until its last trial, and write its report."""
     started, store = time.monotonic(), study_store(plan.sweep)
     _warn(plan)
@@ -76,12 +76,12 @@ def tune_to_end(plan: Plan, *, verbose: bool = False) -> TuneResult:
     return TuneResult(store.url(), report, len(trials), time.monotonic() - started)
 
 
-def _warn(plan: Plan) -> None:
+def _warn(plan: StudyPlan) -> None:
     for line in check_sweep(plan):
         say(f"warning: {line}")
 
 
-def _wait_for_a_trial(plan: Plan) -> None:
+def _wait_for_a_trial(plan: StudyPlan) -> None:
     """Until the largest trial has room, in units that a node may have: a CPU, a GPU."""
     for where, need in needs(plan):
         units = [{name: 1.0} for name, amount in need.items() for _ in range(math.ceil(amount))]
@@ -103,7 +103,7 @@ def _gpus() -> float:
 class TrialTable:
     """The trials of a study: a table on a terminal; in a log a line now and then, where something has changed."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: StudyPlan) -> None:
         self._plan = plan
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
         self._line_at, self._shown = time.monotonic(), ""
@@ -131,7 +131,7 @@ class TrialTable:
         if now - self._line_at <= QUIET_LINE_EVERY_S:
             return
         best = best_of(self._plan, state.trials)
-        shown = self._pace.told(state) + (f"; best trial {best[0].number}: {_metrics(best[0])}" if best else "")
+        shown = self._pace.progress(state) + (f"; best trial {best[0].number}: {_metrics(best[0])}" if best else "")
         if shown != self._shown:
             self._shown, self._line_at = shown, now
             say(f"tune: {shown}" + (f"; about {left:,.0f} s left" if left else ""))
@@ -141,18 +141,18 @@ class Pace:
     """How far a study has come since a start, and how long it will take: by images where trials are trained, else by
     trials."""
 
-    def __init__(self, plan: Plan, state: State, now: float) -> None:
+    def __init__(self, plan: StudyPlan, state: State, now: float) -> None:
         self._plan, self._at = plan, now
         self._before = self._images(state), _ended(state)
 
-    def told(self, state: State) -> str:
+    def progress(self, state: State) -> str:
         """Trials, and images trained on."""
         return summary_of(state) + (f"; {self._images(state):,} images" if self._plan.total else "")
 
     def left_s(self, state: State, now: float) -> float | None:
-        """Seconds until the last trial's end; None (and the clock starts anew) where nothing has been done yet.
+        """Seconds until the last trial's end; None (and the clock starts again) where nothing has been done yet.
 
-        A trial is taken to go as far as those that have ended did on average, at first as far as the scheduler means.
+        A trial is taken to go as far as those that have ended did on average, at first as far as the scheduler plans.
         """
         if not self._plan.space.trains:
             done, left = _ended(state) - self._before[1], state.total - _ended(state)
@@ -191,7 +191,7 @@ def summary_of(state: State) -> str:
     return f"{len(state.trials)} of {state.total} trials" + (f", {ended}" if ended else "")
 
 
-def table_of(plan: Plan, state: State) -> Table:
+def table_of(plan: StudyPlan, state: State) -> Table:
     """Trials under way first, then the best of those that have reported."""
     table = Table(box=None, title=f"study {plan.sweep.study.name}", title_justify="left")
     for name in ("trial", "state", "images", *plan.sweep.metric.names):
@@ -210,7 +210,7 @@ def table_of(plan: Plan, state: State) -> Table:
     return table
 
 
-def _values(plan: Plan, trial: Trial) -> str:
+def _values(plan: StudyPlan, trial: Trial) -> str:
     short = short_names([one.key for one in plan.space.dimensions])
     return "  ".join(
         f"{short[key]}={value:.3g}" if isinstance(value, float) else f"{short[key]}={value}"

@@ -127,7 +127,7 @@ def choose_form(
     """What `precision` and `compile_` (auto, ...) mean for this request.
 
     auto: bf16 weights and a compiled forward where the network's calls, by the time of one, pay for compiling, and
-    where `fast.make_fast` finds the samples close enough; else fp32 as it is. Raises UserError on unknown words.
+    where `fast.make_fast` finds the samples close enough; else fp32 as it is. Raises UserError for an unknown value.
     """
     check_choices(precision, compile_)
     if isinstance(model, LoadedMachine):

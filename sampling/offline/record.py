@@ -1,7 +1,7 @@
 """What a sample job is and what came of it, as `sampling.json` stores both beside the samples.
 
-Everything that decides the samples' bytes is here, in words and numbers, so that a job can be sent to other processes
-and a later start can see whether the samples at a place are those that it was asked for.
+Everything that decides the samples' bytes is in the job, as text and numbers: it can be sent to other processes, and a
+later start can see whether the samples at a place are those that it would draw.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pod's preStop hook on a real node: its Ray node is drained and ends, a driver of ours is told first and alone."""
+"""A pod's preStop hook on a real node: its Ray node is drained and ends; a driver of ours gets SIGTERM first, alone."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def test_a_driver_is_told_alone_and_without_one_the_node_ends(nodes: Any) -> Non
     nodes.start(1)
     head = f"{nodes.addresses[0]}:6399"
     driver = "bash -c 'exec -a /venv/bin/scoreray sleep 300' & sleep 1"
-    status, _, told = in_a_pod(nodes, f"{driver}; {DRAIN} {head}; kill -0 $! && echo goes on; true")
-    assert status == 0, told
-    assert "goes on" not in told
+    status, _, printed = in_a_pod(nodes, f"{driver}; {DRAIN} {head}; kill -0 $! && echo goes on; true")
+    assert status == 0, printed
+    assert "goes on" not in printed
     assert len(raylets(nodes, 1)) == 1, "the node of a driver is needed until it has saved"
 
-    status, took_s, told = in_a_pod(nodes, f"{DRAIN} {head}")
-    assert status == 0, told
-    assert took_s < 110, told
+    status, took_s, printed = in_a_pod(nodes, f"{DRAIN} {head}")
+    assert status == 0, printed
+    assert took_s < 110, printed
     deadline = time.monotonic() + 30
     while raylets(nodes, 1):
-        assert time.monotonic() < deadline, told
+        assert time.monotonic() < deadline, printed
         time.sleep(0.2)
     assert len(raylets(nodes, 0)) == 1, "another node was drained"
 
@@ -71,7 +71,7 @@ def test_a_driver_is_known_by_its_name(tmp_path: Path) -> None:
 
 
 def test_the_driver_of_a_submitted_job_is_found() -> None:
-    """`submit` starts a module, not a file; a file that only lies in a folder of that name is no driver."""
+    """`submit` starts a module, not a file; a file that is only in a folder of that name is no driver."""
     command = [sys.executable, "-u", "-m", "scoreray.cluster.cli", "train", "absent.yaml"]
     found = False
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:

@@ -149,7 +149,7 @@ def test_likelihood_of_real_valued_data_is_that_of_the_known_density(points: dic
 def test_likelihood_is_of_images_all_over_the_reference(
     points: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed data may lie by class: the first ones are no sample of them."""
+    """Packed data may be ordered by class: the first ones are no sample of them."""
     section = MetricSection(names=("nats",), reference=points["held"], count=512, sigma_min=0.1, sigma_max=2.0)
     seen, real = list[torch.Tensor](), held_out_measures.log_likelihood
 

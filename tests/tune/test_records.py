@@ -1,4 +1,4 @@
-"""What a study finds of itself in the store: torn and foreign files are named in one line, and can be mended."""
+"""What a study reads back from the store: torn and foreign files are named in one line, and can be removed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.search import propose
 from scoreray.tune.study import STUDY, Study, claim
-from scoreray.tune.sweep import Plan
+from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial, read_trials, study_store
 
 MEAN = "objective.sigma_sampling.P_mean"
 
 
-def recorded(plan: Plan, count: int) -> list[Trial]:
+def recorded(plan: StudyPlan, count: int) -> list[Trial]:
     """Finished trials, on record in the plan's study."""
     claim(plan)
     trials = []
@@ -92,7 +92,7 @@ def test_a_wrecked_sweep_of_a_study_is_one_line(sweep: dict[str, Any]) -> None:
     trials = recorded(plan, 2)
     for data in (b"", b'{"x":', b"[1]", b"7", b"\xff", b"[" * 100_000, b'{"a":' * 100_000):
         study_store(plan.sweep).put("study.json", data)
-        with pytest.raises(DataError, match=r"study.json: not what a sweep leaves; delete that file"):
+        with pytest.raises(DataError, match=r"study.json: not a record of a sweep; delete that file"):
             claim(plan)
     study_store(plan.sweep).delete(["study.json"])
     assert claim(plan) == trials

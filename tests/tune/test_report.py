@@ -20,7 +20,7 @@ from scoreray.tune.pictures import _ends, _front_frame, front_picture
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
-from scoreray.tune.sweep import Plan
+from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial, study_store
 
 SPACE = {
@@ -30,7 +30,7 @@ SPACE = {
 }
 
 
-def made(plan: Plan, number: int, values: dict[str, Any], costs: list[float], state: str = "done") -> Trial:
+def made(plan: StudyPlan, number: int, values: dict[str, Any], costs: list[float], state: str = "done") -> Trial:
     """A trial that has reported at as many stops as `costs` has numbers; every further metric goes the other way."""
     first, *others = plan.sweep.metric.names
     reports = [
@@ -76,7 +76,7 @@ def test_the_page_holds_every_trial_and_metric(sweep: dict[str, Any], count: int
     assert config.objective == plan.config(best.values).objective
 
 
-def asha(sweep: dict[str, Any], count: int, done: int) -> tuple[Plan, list[Trial]]:
+def asha(sweep: dict[str, Any], count: int, done: int) -> tuple[StudyPlan, list[Trial]]:
     """Trials of which asha let only some come to their end; their noise levels decide how good they are."""
     scheduler = {"kind": "asha", "grace_images": 1024, "reduction": 2}
     space = {"objective.sigma_sampling.P_mean": {"uniform": [-3.0, 1.0]}, "optimizer.learning_rate": {"log": [1e-3, 1]}}

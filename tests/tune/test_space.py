@@ -1,4 +1,4 @@
-"""Every bad sweep is refused before the first trial, in one line that says what to mend."""
+"""Every bad sweep is refused before the first trial, in one line that says what to fix."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ BAD_SPACES: list[tuple[dict[str, Any], str]] = [
     ({"objective.weighting.kind": {"choice": ["edm", "min_snrr"]}}, "did you mean 'min_snr'"),
     ({"objective.sigma_sampling.P_maen": {"uniform": [0, 1]}}, "did you mean 'P_mean'"),
     ({"optimiser.learning_rate": {"log": [1e-4, 1e-2]}}, "did you mean 'optimizer'"),
-    ({"optimizer.learning_rate": {"log": [0, 1e-2]}}, "must lie above 0"),
+    ({"optimizer.learning_rate": {"log": [0, 1e-2]}}, "must be above 0"),
     ({"objective.sigma_sampling.P_std": {"uniform": [-1, 2]}}, "at -1.0: "),
     ({"data.global_batch_size": {"int": [0, 64]}}, "at 0: data.global_batch_size"),
     ({MEAN: {"uniform": [0, 1], "log": [1, 2]}}, "uniform and log are given"),
     ({MEAN: {}}, "none is given"),
-    ({MEAN: {"log": True, "uniform": [0, 1]}}, "log: true goes with int"),
+    ({MEAN: {"log": True, "uniform": [0, 1]}}, "log: true is for int"),
     ({MEAN: {"unifrom": [0, 1]}}, "did you mean 'uniform'"),
     ({MEAN: {"uniform": [0, 1], "when": {"objective.weihting.kind": "edm"}}}, "unknown key 'objective.weihting.kind'"),
     ({"objective.weighting.kind": {"choice": ["edm", "min_snr"]},
@@ -51,7 +51,7 @@ BAD_SPACES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"choice": [{"learning_rate": 0.001}, {"learning_rate": 0.002}]},
       "optimizer.learning_rate": {"choice": [0.005, 1e30]}}, "space.optimizer: sets space.optimizer.learning_rate too"),
     ({"objective.weighting": {"choice": [{"kind": "edm"}, {"kind": "sigma2"}]},
-      MEAN: {"uniform": [0, 1], "when": {"objective.weighting.kind": "edm"}}}, "lies in space.objective.weighting"),
+      MEAN: {"uniform": [0, 1], "when": {"objective.weighting.kind": "edm"}}}, "is in space.objective.weighting"),
     ({"sample.step": {"int": [4, 9]}}, "did you mean 'steps'"),
     ({}, "space: is empty"),
 ]  # fmt: skip
@@ -115,16 +115,16 @@ def test_a_bad_space_is_one_line(sweep: dict[str, Any], space: dict[str, Any], m
         (["metric.sigma_min=9"], "must be below metric.sigma_max"),
         (["metric.names=[fidd]"], "metric.names"),
         (["scheduler.kind=asha"], "scheduler.grace_images: missing"),
-        (["scheduler.kind=asha", "scheduler.grace_images=1M"], "must lie between"),
+        (["scheduler.kind=asha", "scheduler.grace_images=1M"], "must be between"),
         (["scheduler.kind=pbt", "scheduler.every_images=512", "trials=2"], "pbt needs at least 4"),
         (["scheduler.kind=asha", "scheduler.grace_images=512", "metric.names=[denoising, nfe]"], "needs one metric"),
         (
             ["scheduler.kind=pbt", "scheduler.every_images=512", "space={network: {choice: [{kind: mlp}]}}"],
-            "space.network: can't change while a trial goes on",
+            "space.network: can't change within a trial",
         ),
         (
             ["scheduler.kind=pbt", "scheduler.every_images=512", "space={optimizer: {choice: [{schedule: constant}]}}"],
-            "space.optimizer: can't change while a trial goes on",
+            "space.optimizer: can't change within a trial",
         ),
         (["space={sample.steps: {int: [4, 9]}}"], "space.sample.steps: changes nothing that metric.names (denoising)"),
         (["metric.names=[nfe]", "space={sample.ema: {choice: [0.1]}}"], "add one of fid, kid, sw to them"),
@@ -243,7 +243,7 @@ def test_conditions_decide_which_dimensions_exist(sweep: dict[str, Any]) -> None
     assert len(plan.space.grid(3, plan.base)) == 1 + 3 + 3
 
 
-def test_a_new_kind_starts_its_section_anew_and_nothing_else_changes(sweep: dict[str, Any]) -> None:
+def test_a_new_kind_starts_a_new_section_and_nothing_else_changes(sweep: dict[str, Any]) -> None:
     raw = {"process": {"kind": "edm", "sigma_max": 80.0}, "ema": {"stds": [0.1]}}
     before = copy.deepcopy(raw)
     made = with_values(raw, {"process.kind": "vp", "process.beta_max": 10.0, "sample.steps": 3})

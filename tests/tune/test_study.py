@@ -27,7 +27,7 @@ from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.study import State, Study
-from scoreray.tune.sweep import Plan
+from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import read_trials, study_store, trial_config
 
 ROOM = {"CPU": 2.0}
@@ -43,7 +43,7 @@ def trial_processes() -> list[psutil.Process]:
     return found
 
 
-def runs_of(plan: Plan) -> set[str]:
+def runs_of(plan: StudyPlan) -> set[str]:
     return {key.split("/")[1] for key, _ in study_store(plan.sweep).list("runs/") if key.endswith("COMMITTED.json")}
 
 
@@ -190,7 +190,7 @@ def test_a_killed_trial_goes_on_from_its_newest_checkpoint(ray_cluster: None, sw
     assert trial.state == "done"
     assert trial.deaths == 1
     (note,) = [line for line in notes if "its process died" in line]
-    assert "goes on from 0 images" not in note
+    assert "continues from 0 images" not in note
 
 
 def test_a_sweep_of_the_sampler_and_the_ema_length_trains_once(ray_cluster: None, sweep: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ def test_a_trial_that_diverges_fails_alone(ray_cluster: None, sweep: dict[str, A
 
 
 def test_a_config_in_s3_is_read_as_one_on_disk(local_s3: Any, s3_url: str, sweep: dict[str, Any]) -> None:
-    """Where a study's best.yaml lies, and how the command line hands its name on."""
+    """Where a study's best.yaml is stored, and how the command line passes its name on."""
     text = yaml.safe_dump({**sweep["base"], "run": {"name": "best", "storage": s3_url}})
     open_store(s3_url).put("best.yaml", text.encode())
     assert load_config(Path(f"{s3_url}/best.yaml")).duration.images == 2048

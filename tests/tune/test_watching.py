@@ -13,7 +13,7 @@ from scoreray.tune.load import load_sweep
 from scoreray.tune.processes import RunningTrial
 from scoreray.tune.schedule import expected_images
 from scoreray.tune.study import State
-from scoreray.tune.sweep import Plan
+from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial
 
 
@@ -35,11 +35,11 @@ def test_time_left_follows_from_images_and_from_how_far_trials_go(sweep: dict[st
     pace = Pace(plan, state, now=100.0)
     assert pace.left_s(state, 101.0) is None
     state.running[0] = under_way(first, 1048, 2048)
-    assert pace.told(state) == "1 of 4 trials; 1,048 images"
+    assert pace.progress(state) == "1 of 4 trials; 1,048 images"
     assert pace.left_s(state, 111.0) == pytest.approx((1000 + 3 * 2048) / 100)  # the clock starts with the first image
     ended = State([trial(0, 512, "stopped"), trial(1, 2048, "done"), first := trial(2, 512, "running")], 4)
     ended.running[2] = under_way(first, 768, 2048)
-    assert pace.told(ended) == "3 of 4 trials, 1 done, 1 stopped; 3,328 images"
+    assert pace.progress(ended) == "3 of 4 trials, 1 done, 1 stopped; 3,328 images"
     far = (512 + 2048 + 4 * 2048) / 6  # those that ended, and four as they were meant
     assert pace.left_s(ended, 133.8) == pytest.approx((2048 - 768 + far) / 100)
 
@@ -55,12 +55,12 @@ def test_a_sweep_that_trains_nothing_counts_trials(sweep: dict[str, Any]) -> Non
     plan = load_sweep({**given, "checkpoint": "/absent", "space": {"sample.ema": {"choice": [0.1, 0.2]}}})
     pace = Pace(plan, State([], 6), now=0.0)
     state = State([trial(0, 9999, "done"), trial(1, 9999, "done"), trial(2, 0, "running")], 6)
-    assert pace.told(state) == "3 of 6 trials, 2 done"
+    assert pace.progress(state) == "3 of 6 trials, 2 done"
     assert pace.left_s(state, 10.0) == pytest.approx(20.0)
 
 
 def test_a_log_has_a_line_only_where_something_changed(sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    plan: Plan = load_sweep(sweep)
+    plan: StudyPlan = load_sweep(sweep)
     lines: list[str] = []
     monkeypatch.setattr(tuning, "say", lines.append)
     monkeypatch.setattr(tuning, "QUIET_LINE_EVERY_S", -1.0)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from scoreray.cluster.cli import words
+from scoreray.cluster.cli import options
 from scoreray.data.errors import UserError
 from scoreray.data.storage.local_s3 import LocalS3
 
@@ -188,7 +188,7 @@ def test_data_commands(scoreray: Any, packed: str, tmp_path: Path) -> None:
     assert_refused(scoreray("data", "pack", str(tmp_path / "absent"), packed), 2, "absent")
 
 
-def test_a_damaged_data_set_is_told_by_name(scoreray: Any, packed: str, tmp_path: Path) -> None:
+def test_a_damaged_data_set_is_named(scoreray: Any, packed: str, tmp_path: Path) -> None:
     from scoreray.data.storage.store import open_store
 
     store, copy = open_store(packed), open_store(tmp_path)
@@ -257,24 +257,24 @@ def test_what_ray_tells_of_workers_is_not_among_a_commands_answer(
 
     for pid, line in ((4711, "printed by a worker"), ("raylet", "a worker died")):
         worker.print_to_stdstream({"is_err": False, "pid": pid, "ip": "127.0.0.1", "lines": [line], "job": None}, False)
-    told = capsys.readouterr()
-    assert not told.out
-    assert "printed by a worker" in told.err
-    assert "a worker died" not in told.err
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "printed by a worker" in printed.err
+    assert "a worker died" not in printed.err
 
 
 def test_what_can_not_be_a_bucket_is_refused_before_a_server_of_our_own_is_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(words, "_servers", [None])
+    monkeypatch.setattr(options, "_servers", [None])
     for url in ("s3:///prefix", "s3://", "s3://A_b/x", "s3://a/x"):
         with pytest.raises(UserError, match="can't be a bucket's name"):
-            words.make_bucket(url)
+            options.make_bucket(url)
 
 
 def test_a_config_may_be_a_file_url(tmp_path: Path) -> None:
     path = tmp_path / "a b.yaml"
     path.write_text("run: {name: r}\n")
-    assert words.found(Path(path.as_uri())) == path
-    assert words.found(path) == path
-    assert words.found(None) is None
+    assert options.resolve_config(Path(path.as_uri())) == path
+    assert options.resolve_config(path) == path
+    assert options.resolve_config(None) is None

@@ -23,7 +23,7 @@ from scoreray.cluster.connect import local_ray
 from scoreray.cluster.connect import start as ray_start
 from scoreray.cluster.connect import watch as ray_watch
 from scoreray.cluster.connect.folder import LONGEST_SOCKET, MOST_BYTES, RAYS_OWN, VARIABLE, private_folder
-from scoreray.cluster.connect.listening import asks_for_token
+from scoreray.cluster.connect.open_ports import asks_for_token
 from scoreray.cluster.connect.watch import Daemon
 from scoreray.data.errors import MachineError, UserError
 from scoreray.data.scratch import SCRATCH
@@ -294,11 +294,11 @@ def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) 
         victim = daemon_of(process, daemon)
         folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
         victim.kill()
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 3, told
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
     name = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}[daemon]
-    assert told.splitlines()[-1] == f"scoreray: {name} {ENDED}"
-    assert "Traceback" not in told
+    assert errors.splitlines()[-1] == f"scoreray: {name} {ENDED}"
+    assert "Traceback" not in errors
     until(
         lambda: not [one for one in psutil.process_iter() if f"/sr-{folder}" in " ".join(cmdline(one))],
         "all have ended",
@@ -376,10 +376,10 @@ def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
         daemon_of(process, daemon).kill()
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 3, told
-    assert told.splitlines()[-1].endswith(ENDED)
-    assert "Traceback" not in told
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert errors.splitlines()[-1].endswith(ENDED)
+    assert "Traceback" not in errors
     again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert again.returncode == 0, again.stderr
     assert "goes on from" in again.stderr
@@ -399,8 +399,8 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
         family = psutil.Process(process.pid)
         until(lambda: any(child.name() == daemon for child in family.children()), "a daemon")
         daemon_of(process, daemon).kill()
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 3, told
-    assert told.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
-    assert told.splitlines()[-1].endswith(f"its {daemon} has ended")
-    assert "Traceback" not in told
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert errors.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
+    assert errors.splitlines()[-1].endswith(f"its {daemon} has ended")
+    assert "Traceback" not in errors

@@ -38,7 +38,7 @@ def status(**report: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("told", "is_there", "num_starting"),
+    ("status", "is_there", "num_starting"),
     [
         ({"autoscaler_report": None}, False, 0),
         (status(), False, 0),
@@ -50,9 +50,9 @@ def status(**report: Any) -> dict[str, Any]:
     ],
 )
 def test_an_autoscaler_knows_types_of_nodes_by_other_names_than_the_nodes_own(
-    told: dict[str, Any], is_there: bool, num_starting: int
+    status: dict[str, Any], is_there: bool, num_starting: int
 ) -> None:
-    found = from_status(told)
+    found = from_status(status)
     assert (found.is_there, len(found.starting)) == (is_there, num_starting)
 
 
@@ -65,11 +65,11 @@ def test_the_second_autoscaler_is_there_once_it_has_reported(
     version: str | None, types: list[str], launching: int, is_there: bool, num_starting: int
 ) -> None:
     launches = [SimpleNamespace(ray_node_type_name="gpu", count=launching)] if launching else []
-    told = SimpleNamespace(
+    status = SimpleNamespace(
         active_nodes=[], idle_nodes=[SimpleNamespace(ray_node_type_name=name) for name in types], pending_nodes=[],
         pending_launches=launches, stats=SimpleNamespace(autoscaler_version=version),
     )  # fmt: skip
-    assert (from_v2(told).is_there, len(from_v2(told).starting)) == (is_there, num_starting)
+    assert (from_v2(status).is_there, len(from_v2(status).starting)) == (is_there, num_starting)
 
 
 def test_what_is_missing() -> None:
@@ -139,7 +139,7 @@ def test_cpus_are_fallen_back_to_only_when_no_node_is_started_for_a_gpu(
         return Autoscaler(frozenset({"head"}), frozenset({"cpu 0", "a-node cpu"} if next(asks) < starting else ()))
 
     monkeypatch.setattr(room, "autoscaler", state)
-    monkeypatch.setattr(room, "_asked_for", asked)
+    monkeypatch.setattr(room, "_requested", asked)
     monkeypatch.setattr(room, "time", Clock())
     monkeypatch.setattr(room, "say", said.append)
     assert gpus_come(2) is expected

@@ -1,4 +1,4 @@
-"""The doctor tells what is missing and what will not fit, as a list of findings."""
+"""The doctor finds what is missing and what will not fit, as a list of findings."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from scoreray.cluster.cli import words
+from scoreray.cluster.cli import options
 from scoreray.data.storage.local_s3 import _arguments, _free_ports, _program
 
 OWNER, READER = ("OWNER", "owners-secret"), ("READER", "readers-secret")
@@ -29,23 +29,23 @@ CLOCK = """
 #include <sys/time.h>
 #include <time.h>
 #define AHEAD 40
-int clock_gettime(clockid_t which, struct timespec *told) {
+int clock_gettime(clockid_t which, struct timespec *now) {
     static int (*real)(clockid_t, struct timespec *);
     if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-    int status = real(which, told);
-    if (which == CLOCK_REALTIME || which == CLOCK_REALTIME_COARSE) told->tv_sec += AHEAD;
+    int status = real(which, now);
+    if (which == CLOCK_REALTIME || which == CLOCK_REALTIME_COARSE) now->tv_sec += AHEAD;
     return status;
 }
-int gettimeofday(struct timeval *told, void *zone) {
+int gettimeofday(struct timeval *result, void *zone) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    told->tv_sec = now.tv_sec, told->tv_usec = now.tv_nsec / 1000;
+    result->tv_sec = now.tv_sec, result->tv_usec = now.tv_nsec / 1000;
     return 0;
 }
-time_t time(time_t *told) {
+time_t time(time_t *seconds) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    return told ? (*told = now.tv_sec) : now.tv_sec;
+    return seconds ? (*seconds = now.tv_sec) : now.tv_sec;
 }
 """
 """A machine's wall clock can't differ by namespace: this one, preloaded, is 40 s ahead for a node's processes."""
@@ -134,9 +134,9 @@ def patched(cluster: Any) -> dict[str, Any]:
     about = cluster.folder / "other" / "webdataset-0.9.9.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 0.9.9\n")
-    ours = cluster.folder / "words.py"
-    ours.write_text(Path(str(words.__file__)).read_text() + "# another version\n")
-    return {"environment": {"PYTHONPATH": str(about.parent)}, "before": f"mount --bind {ours} {words.__file__}"}
+    ours = cluster.folder / "options.py"
+    ours.write_text(Path(str(options.__file__)).read_text() + "# another version\n")
+    return {"environment": {"PYTHONPATH": str(about.parent)}, "before": f"mount --bind {ours} {options.__file__}"}
 
 
 def firewall(cluster: Any) -> dict[str, Any]:
@@ -176,11 +176,11 @@ FAULTS = {
     "blocked ports": (firewall, {"network": ["its object manager's port can't be reached from", "open TCP 32768"]}),
     "workers behind a firewall": (mute, {"node": ["does not answer", "open TCP 10002-19999"]}),
     "wrong clock": (ahead, {"clock": ["its clock is +40.", "set up NTP"]}),
-    "full disk": (full, {"disk": ["0.0 GiB free for", "scratch", "have that folder elsewhere"]}),
-    "no right to write": (reader, {"storage": ["can't write there", "give its role that right"]}),
+    "full disk": (full, {"disk": ["0.0 GiB free for", "scratch", "put that folder on another disk"]}),
+    "no right to write": (reader, {"storage": ["can't write in run.storage", "give its role that right"]}),
     "refused credentials": (
         stranger,
-        {"storage": ["can't list there", "can't write"], "data": ["can't read the data"]},
+        {"storage": ["can't list in run.storage", "can't write"], "data": ["can't read the data"]},
     ),
 }
 
@@ -188,7 +188,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_on_a_node_is_found_and_nothing_else(cluster: Any, second: Any, fault: str) -> None:
-    """Each problem is of the second node, with the mend in its line; without one the exit status is 0."""
+    """Each problem is of the second node, with its fix in its line; without one the exit status is 0."""
     prepare, expected = FAULTS[fault]
     second(**prepare(cluster))
     status, found = examined(cluster)

@@ -15,9 +15,9 @@ import yaml
 from typer.main import get_command
 
 from scoreray.cluster.cli.main import app
-from scoreray.cluster.cli.words import parsed
+from scoreray.cluster.cli.options import parsed
 from scoreray.cluster.submit.credentials import shape_of
-from scoreray.cluster.submit.jobs import Job, prepared
+from scoreray.cluster.submit.jobs import JobMetadata, Submission, prepared
 from scoreray.cluster.submit.jobs_api import checked_address
 from scoreray.data.errors import UserError
 
@@ -34,7 +34,7 @@ def config(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "sent.yaml"
 
 
-def made(*words: str, env: tuple[str, ...] = (), from_env: tuple[str, ...] = (), name: str | None = None) -> Job:
+def made(*words: str, env: tuple[str, ...] = (), from_env: tuple[str, ...] = (), name: str | None = None) -> Submission:
     with prepared(list(words), list(env), list(from_env), name, PARSE) as job:
         return job
 
@@ -50,9 +50,12 @@ def test_jobs_hold_references_never_values(monkeypatch: pytest.MonkeyPatch, conf
         assert "of-ours" not in sent
         assert b"of-ours" not in files
         assert 'export AWS_SECRET_ACCESS_KEY="$TEAM_SECRET"; exec python -m' in job.entrypoint
-        assert job.metadata == {
+        stored = job.metadata.to_ray()
+        assert stored == {
             "scoreray_verb": "train", "scoreray_run": "sent", "scoreray_writes": f"{config.parent}/runs/sent",
         }  # fmt: skip
+        assert JobMetadata.from_ray(stored) == job.metadata
+        assert JobMetadata.from_ray({"of": "another program"}) == JobMetadata("")
         assert job.name == "scoreray-train-sent"
 
 
@@ -64,7 +67,7 @@ def test_only_what_writes_a_run_keeps_others_from_it(config: Path) -> None:
         (["doctor", str(config)], ""),
         (["evaluate", writes, "--reference", "s3://b/d"], ""),
     ]:
-        assert made(*words).metadata["scoreray_writes"] == found, words
+        assert made(*words).metadata.writes == found, words
 
 
 def sweep_of(config: Path, base: str = "./sent.yaml", **more: Any) -> Path:
@@ -82,7 +85,7 @@ def test_a_sweep_travels_with_its_base_and_its_mistakes_are_told_here(config: Pa
     with prepared(["tune", str(sweep)], [], [], None, PARSE) as job:
         place = Path(job.runtime_env["working_dir"])
         assert job.name == "scoreray-tune-wide"
-        assert job.metadata["scoreray_writes"] == "s3://b/s/wide"
+        assert job.metadata.writes == "s3://b/s/wide"
         assert job.entrypoint.endswith("tune sweep.yaml")
         sent = yaml.safe_load((place / "sweep.yaml").read_text())
         assert (place / sent.pop("base")).read_bytes() == config.read_bytes()
@@ -123,12 +126,12 @@ def test_files_of_one_name_are_both_sent(config: Path, tmp_path: Path) -> None:
         (["train"], [], "Missing argument 'CONFIG'"),
         (["train", "nope.yaml"], [], "nope.yaml: no such config file"),
         (["train", "--check", "nope"], [], "nope: no such config file"),
-        (["compare", "nope.yaml", "b.json"], [], "nope.yaml: no such file here"),
-        (["train", "x.yaml", "--detach"], [], "options of submit stand before the verb"),
+        (["compare", "nope.yaml", "b.json"], [], "nope.yaml: no such file on this machine"),
+        (["train", "x.yaml", "--detach"], [], "options of submit come before the verb"),
         (["data", "verfy", "s3://b/d"], [], "did you mean 'verify'"),
     ],
 )
-def test_what_must_not_travel_is_refused(words: list[str], env: list[str], named: str) -> None:
+def test_what_must_not_be_sent_is_refused(words: list[str], env: list[str], named: str) -> None:
     with pytest.raises(UserError, match=re.escape(named)) as refused:
         made(*words, env=tuple(env))
     assert "\n" not in str(refused.value)
@@ -147,7 +150,7 @@ def test_what_must_not_travel_is_refused(words: list[str], env: list[str], named
         ("x: |\n  -----BEGIN " + "OPENSSH PRIVATE KEY-----", "line 3: looks like a credential (a private key)"),
     ],
 )
-def test_every_file_that_travels_is_looked_at(config: Path, tmp_path: Path, line: str, named: str) -> None:
+def test_every_file_that_is_sent_is_checked(config: Path, tmp_path: Path, line: str, named: str) -> None:
     """Among the words, and as the base of a sweep."""
     for given in ("x.yaml", "base.yaml"):
         (tmp_path / given).write_text(f"a: 1\n{line}\n")
@@ -159,7 +162,7 @@ def test_every_file_that_travels_is_looked_at(config: Path, tmp_path: Path, line
         assert "\n" not in str(refused.value)
 
 
-def test_the_code_that_travels_is_looked_at(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_that_is_sent_is_checked(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from scoreray.cluster import wheel
 
     files = wheel._files() | {"scoreray/data/mine.py": f"KEY = '{GITHUB}'\n".encode()}

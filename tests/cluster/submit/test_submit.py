@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scoreray.cluster.connect.folder import private_folder
@@ -87,6 +88,9 @@ def head() -> Iterator[tuple[int, str]]:
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     with private_folder() as folder:
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(HIDE_EDITABLE)
+        environment["PYTHONPATH"] = str(folder / "site")
         ray = subprocess.Popen(
             [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--temp-dir={folder}",
              "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -110,6 +114,14 @@ def head() -> Iterator[tuple[int, str]]:
                 ray.wait(timeout=5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(ray.pid, 9)
+
+
+HIDE_EDITABLE = """
+import os, sys
+if "ONLY_THE_WHEEL" in os.environ:  # as on a machine where scoreray is not installed
+    sys.meta_path = [one for one in sys.meta_path if "EditableFinder" not in repr(one)]
+    sys.path_hooks = [one for one in sys.path_hooks if "EditableNamespaceFinder" not in repr(one)]
+"""
 
 
 def command(port: int, token: str | None, *words: str) -> tuple[list[str], dict[str, str]]:
@@ -165,8 +177,8 @@ def test_the_address_that_is_given_is_the_one_that_counts(head: tuple[int, str])
 
 CLUSTER = """
 import json, sys
-from scoreray.cluster.submit.jobs import Job, _reference
-from scoreray.cluster.submit.jobs_api import Cluster
+from scoreray.cluster.submit.jobs import JobMetadata, Submission, _reference
+from scoreray.cluster.submit.jobs_api import JobsClient
 
 def tried(call):
     try:
@@ -175,33 +187,33 @@ def tried(call):
         return [error.exit_status, str(error)]
 
 def job(name, writes, entrypoint="sleep 120"):
-    return Job(entrypoint, {}, {"scoreray_run": "r", "scoreray_writes": writes}, name)
+    return Submission(entrypoint, {}, JobMetadata("train", "r", writes), name)
 
-cluster, notes = Cluster(sys.argv[1]), []
+cluster, notes = JobsClient(sys.argv[1]), []
 jobs, calls = cluster.jobs, []
 
 def blind():  # once: as if both had looked before either submitted
     calls.append(0)
     return [] if len(calls) == 1 else jobs()
 
-told = {"gone": tried(lambda: cluster.follow("scoreray-train-gone-1", print, notes.append))}
-told["first"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
-told["other name"] = tried(lambda: cluster.submit(job("two", "s3://b/r")))
-told["other run"] = tried(lambda: cluster.submit(job("two", "s3://b/else")))
+found = {"gone": tried(lambda: cluster.follow("scoreray-train-gone-1", print, notes.append))}
+found["first"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
+found["other name"] = tried(lambda: cluster.submit(job("two", "s3://b/r")))
+found["other run"] = tried(lambda: cluster.submit(job("two", "s3://b/else")))
 cluster.jobs = blind
-told["at once"] = tried(lambda: cluster.submit(job("three", "s3://b/r")))
+found["at once"] = tried(lambda: cluster.submit(job("three", "s3://b/r")))
 calls.clear()
-told["same number"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
+found["same number"] = tried(lambda: cluster.submit(job("one", "s3://b/r")))
 cluster.jobs = jobs
 cluster.submit(job("lacking", "", _reference(("MINE", "NOT_THERE")) + "; exec echo went on"))
 out = []
-told["lacking"] = [cluster.follow("lacking-1", out.append, notes.append), "".join(out)]
-told["left"] = sorted([one.submission_id for one in jobs() if one.status in ("PENDING", "RUNNING")])
-for name in told["left"]:
+found["lacking"] = [cluster.follow("lacking-1", out.append, notes.append), "".join(out)]
+found["left"] = sorted([one.submission_id for one in jobs() if one.status in ("PENDING", "RUNNING")])
+for name in found["left"]:
     cluster.stop(name)
 cluster.client._headers = {"Authorization": "Bearer " + "x" * 64}
-told["refused"] = tried(lambda: cluster.follow("one-1", print, notes.append))
-print(json.dumps(told | {"notes": notes}))
+found["refused"] = tried(lambda: cluster.follow("one-1", print, notes.append))
+print(json.dumps(found | {"notes": notes}))
 """
 
 
@@ -212,23 +224,23 @@ def test_two_that_write_one_run_and_a_job_that_is_gone(head: tuple[int, str]) ->
     line = [sys.executable, "-c", CLUSTER, f"http://127.0.0.1:{port}"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["gone"][0] == 3
-    assert "has no such job" in told["gone"][1]
-    assert told["refused"][0] == 2
-    assert "does not take this token" in told["refused"][1]
-    assert told["notes"] == []
-    assert told["first"] == [0, "one-1"]
-    assert told["other name"][0] == 2
-    assert "job 'one-1' of this run goes on" in told["other name"][1]
-    assert told["other run"] == [0, "two-1"]
-    assert told["at once"] == [2, "job 'one-1' of this run was submitted just before: 'three-1' was stopped"]
-    assert "job 'one-1': was submitted from elsewhere" in told["same number"][1]
-    assert told["lacking"][0] == 2
-    lines = told["lacking"][1].splitlines()  # Ray's own line on the entrypoint may come before or after
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["gone"][0] == 3
+    assert "has no such job" in found["gone"][1]
+    assert found["refused"][0] == 2
+    assert "does not take this token" in found["refused"][1]
+    assert found["notes"] == []
+    assert found["first"] == [0, "one-1"]
+    assert found["other name"][0] == 2
+    assert "job 'one-1' of this run is running" in found["other name"][1]
+    assert found["other run"] == [0, "two-1"]
+    assert found["at once"] == [2, "job 'one-1' of this run was submitted just before: 'three-1' was stopped"]
+    assert "job 'one-1': was submitted by another client" in found["same number"][1]
+    assert found["lacking"][0] == 2
+    lines = found["lacking"][1].splitlines()  # Ray's own line on the entrypoint may come before or after
     assert lines.count("scoreray: --from-env MINE=NOT_THERE: the node that runs the job has no variable NOT_THERE") == 1
     assert "went on" not in lines
-    assert {"one-1", "two-1"} <= set(told["left"])
+    assert {"one-1", "two-1"} <= set(found["left"])
 
 
 def test_ctrl_c_before_anything_was_submitted_says_so() -> None:
@@ -277,11 +289,11 @@ def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, s
         stopped = run(port, token, "stop", "scoreray-train-sent-1")
         out, err = follower.communicate(timeout=180)
     assert committed(config) >= 800, out + err
-    told = json.loads(shown.stdout)
-    assert (told["id"], told["status"], told["run"]) == ("scoreray-train-sent-1", "RUNNING", "sent")
+    found = json.loads(shown.stdout)
+    assert (found["id"], found["status"], found["run"]) == ("scoreray-train-sent-1", "RUNNING", "sent")
     assert again.returncode == renamed.returncode == 2
-    assert "goes on" in again.stderr
-    assert "job 'scoreray-train-sent-1' of this run goes on" in renamed.stderr
+    for refused in (again, renamed):
+        assert "job 'scoreray-train-sent-1' of this run is running" in refused.stderr
     assert stopped.returncode == 0, stopped.stderr
     assert follower.returncode == 130, err
     assert "stopping: saving first" in out, out
@@ -317,6 +329,44 @@ def test_a_verb_runs_there_with_this_code_and_its_exit_status_comes_back(head: t
     assert token not in about
 
 
+WHEEL_JOB = """
+import dataclasses, shlex, sys
+from scoreray.cluster.submit.jobs import prepared
+from scoreray.cluster.submit.jobs_api import JobsClient
+with prepared(["data", "verify", "/x"], ["ONLY_THE_WHEEL=1"], [], "files", lambda arguments: {}) as job:
+    cluster = JobsClient(sys.argv[1])
+    name = cluster.submit(dataclasses.replace(job, entrypoint="python -c " + shlex.quote(sys.argv[2])))
+sys.exit(cluster.follow(name, print, print))
+"""
+"""A job of our own making in the environment of a submitted verb."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pack_and_train_run_from_the_wheel_alone(head: tuple[int, str], small_run: Any, tmp_path: Path) -> None:
+    """Where no scoreray is installed: every module of the job, and of its workers, is the wheel's."""
+    port, token = head
+    only = ("--env", "ONLY_THE_WHEEL=1", "--env", "OMP_NUM_THREADS=1")
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8))
+    packed = run(port, token, *only, "data", "pack", str(tmp_path / "x.npz"), str(tmp_path / "data"), "--workers", "2")
+    assert packed.returncode == 0, packed.stdout + packed.stderr
+    assert f"packed 64 samples in 1 shards at {tmp_path}/data" in packed.stdout
+    settings = small_run("sent", tmp_path / "runs", 64, data={"url": str(tmp_path / "data"), "global_batch_size": 16})
+    (tmp_path / "sent.yaml").write_text(json.dumps(settings))
+    trained = run(port, token, *only, "train", str(tmp_path / "sent.yaml"))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "trained to 64 images" in trained.stdout
+
+    look = "import scoreray.data.packing.pack as a, scoreray.trainer.on_ray.run as b; print(a.__file__, b.__file__)"
+    _, environment = command(port, token)
+    line = [sys.executable, "-c", WHEEL_JOB, f"http://127.0.0.1:{port}", look]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    files = [word for word in done.stdout.split() if word.endswith(".py")]
+    assert len(files) == 2, done.stdout
+    assert all("/runtime_resources/py_modules_files/" in file for file in files), files
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: Path) -> None:
@@ -335,7 +385,7 @@ def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: P
         assert {"versions", "clock", "disk", "/dev/shm", "storage", "token", "ports", "network"} <= set(found)
         assert found["ports"]["text"] == "127.0.0.1: Ray listens on loopback only"
         tokens = [one["text"] for one in json.loads(answer) if one["topic"] == "token"]
-        assert any("refuses who has none (401)" in text for text in tokens), tokens
+        assert any("refuses calls without one (401)" in text for text in tokens), tokens
     missing = run(port, token, "doctor", str(config), "data.url=/nowhere/at/all")
     assert missing.returncode == 2, missing.stdout + missing.stderr
     assert "problem data: 127.0.0.1: can't read the data set" in missing.stdout
@@ -351,7 +401,7 @@ def test_the_wheel_is_the_code_and_nothing_else(tmp_path: Path) -> None:
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
     assert "Requires-Dist" not in metadata
     root = Path(__file__).parents[3]
-    for package in PACKAGES:
-        modules = {f"scoreray/{package}/{path.name}" for path in (root / package).glob("*.py")}
-        assert modules <= names
+    modules = {f"scoreray/{path.relative_to(root)}" for name in PACKAGES for path in (root / name).rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
+    assert {name.count("/") for name in modules} == {2, 3}  # of sub-packages too
     assert len(content) < 3_000_000

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
+from scoreray.cluster.verbs.beside_run import beside
 from scoreray.cluster.verbs.evaluate import workers_of
-from scoreray.cluster.verbs.following import beside
 from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
@@ -139,7 +139,7 @@ def test_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
         while 19 not in priorities and time.monotonic() < deadline:
             time.sleep(0.1)
             family = psutil.Process().children(recursive=True)
-            priorities = [process.nice() for process in family if "Follower" in " ".join(process.cmdline())]
+            priorities = [process.nice() for process in family if "CheckpointEvaluator" in " ".join(process.cmdline())]
     assert priorities == [19]
     assert read_evaluations(run_store(config))[-1]["images"] == 64
     assert any("64 images: loss" in note for note in notes)

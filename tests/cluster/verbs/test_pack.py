@@ -190,7 +190,7 @@ def test_a_pack_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
         finished = num_finished(url)
         assert not (url / "manifest.json").exists()
     pack_with_bar(str(pictures), str(url), workers=1, **SIZE)
-    assert f", {finished} of them there from before at" in capfd.readouterr().err
+    assert f", {finished} of them made before, at" in capfd.readouterr().err
     assert digests(url) == whole
 
 

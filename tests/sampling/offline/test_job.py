@@ -1,4 +1,4 @@
-"""Batch generation: exactly N samples, whoever draws them, however often they are killed, in the same bytes."""
+"""Batch generation: exactly N samples, by any number of processes, however often they are killed, in the same bytes."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def test_batch_size_and_actors_do_not_change_a_byte(
 ) -> None:  # fmt: skip
     draw(str(tmp_path / "by5"), run_url, replace(REQUEST, batch_size=5), format="webdataset")
     assert contents(str(tmp_path / "by5")) == expected
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     with new_listeners() as listeners:
-        draw(f"{s3_url}/samples", run_url, mapper=on_actors(3, lambda done, total: told.append((done, total))))
+        draw(f"{s3_url}/samples", run_url, mapper=on_actors(3, lambda done, total: reported.append((done, total))))
     listeners.check()
     assert contents(f"{s3_url}/samples") == expected
-    assert told[-1] == (150, 150)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert reported[-1] == (150, 150)
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
 
 
 def test_an_actor_that_is_killed_changes_nothing(ray_cluster: None, run_url: str, tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_what_is_missing_or_damaged_of_a_finished_job_is_drawn_again(
         sample_to(url, run_url, None, REQUEST, format=format, samples_per_shard=SHARD)
         assert contents(str(tmp_path)) == undisturbed
         assert numbers == (drawn if lost else [])
-        told = capsys.readouterr().err
-        assert ("missing or damaged, and made again" in told) == bool(lost)
-        assert ("there already" in told) == (not lost)
+        printed = capsys.readouterr().err
+        assert ("missing or damaged, and made again" in printed) == bool(lost)
+        assert ("drawn before" in printed) == (not lost)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

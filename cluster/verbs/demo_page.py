@@ -1,4 +1,4 @@
-"""Pictures and pages that tell a person what a run did."""
+"""The demo's picture of the loss and its page, summary.html."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def summary_page(
     samples_s: float,
     guidance: float,
 ) -> str:
-    """One HTML page beside samples.png, loss.png and config.yaml; nothing in it comes from elsewhere."""
+    """One HTML page beside samples.png, loss.png and config.yaml; it loads nothing from other hosts."""
     rates = sorted(record.images_per_s for record in records[1:] or records)
     low, high = config.scaling.range
     rows = {

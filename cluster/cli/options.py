@@ -1,4 +1,4 @@
-"""Words that several verbs of the command line share, and the S3 server that `--local-s3` starts."""
+"""Options and arguments that several verbs share, and the S3 server that `--local-s3` starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy
 _servers: list[Any] = []  # the S3 server of --local-s3, while it runs
 
 
-def found(config: Path | None) -> Path | None:
+def resolve_config(config: Path | None) -> Path | None:
     """A callback of Typer's. The file may be written as file:///PATH too, of which Path leaves one slash."""
     if config is not None and str(config)[:6].lower() == "file:/":
         config = local_path(f"file://{str(config)[5:]}")
@@ -26,7 +26,7 @@ def found(config: Path | None) -> Path | None:
 
 
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", callback=found, help="A YAML file; configs/NAME.yaml is a preset.")
+    Path, typer.Argument(metavar="CONFIG", callback=resolve_config, help="A YAML file; configs/NAME.yaml is a preset.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
@@ -52,9 +52,9 @@ def make_bucket(url: str) -> None:
         _servers[-1].create_bucket(url[5:].partition("/")[0])
 
 
-def parsed(command: Any, words: list[str]) -> dict[str, Any]:
+def parsed(command: Any, arguments: list[str]) -> dict[str, Any]:
     """A verb's options and arguments, as `command` (the whole `scoreray`) reads them. Raises UserError."""
-    path, rest = "scoreray", list(words)
+    path, rest = "scoreray", list(arguments)
     while hasattr(command, "commands"):
         given = rest.pop(0) if rest else ""
         if given not in command.commands:
@@ -65,5 +65,5 @@ def parsed(command: Any, words: list[str]) -> dict[str, Any]:
         options: dict[str, Any] = command.make_context(path, rest).params
     except ClickException as error:
         reason = error.format_message().rstrip(".")
-        raise UserError(f"{reason}; see {path} --help (options of submit stand before the verb)") from None
+        raise UserError(f"{reason}; see {path} --help (options of submit come before the verb)") from None
     return options

@@ -1,4 +1,4 @@
-"""The process beside a run that evaluates its checkpoints: started with the run, ended with it, never in its way."""
+"""The actor beside a run that evaluates its checkpoints: started and ended with the run, never in its way."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RESTARTS = 4
 CALL_S = 30.0  # for an answer of an actor that only hands out lines
 
 
-class Follower:
-    """An actor that follows a run's commits, on one thread and last in the queue for a core."""
+class CheckpointEvaluator:
+    """Follows a run's commits, on one thread and at the lowest priority."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         from scoreray.sampling.evaluation.follow import give_way
@@ -40,14 +40,14 @@ class Follower:
         return lines
 
 
-def asked_for(config: Config) -> bool:
+def wants_evaluation(config: Config) -> bool:
     """Whether anything is to be measured or drawn beside the run."""
     return bool(config.evaluation.metrics) or config.evaluation.sheet > 0
 
 
 def check_beside(config: Config) -> None:
     """`follow.check_evaluation`, where the config says anything of it: its imports take a second that others save."""
-    if asked_for(config) or config.evaluation.reference is not None:
+    if wants_evaluation(config) or config.evaluation.reference is not None:
         from scoreray.sampling.evaluation.follow import check_evaluation
 
         check_evaluation(config)
@@ -55,10 +55,10 @@ def check_beside(config: Config) -> None:
 
 @contextlib.contextmanager
 def beside(config: Config, note: Callable[[str], None]) -> Iterator[None]:
-    """Evaluates the run's checkpoints while the block trains it, as `config.evaluation` asks; at the end waits for the
-    last one. Whatever fails here is told by `note` and fails nothing else.
+    """Evaluates the run's checkpoints while the block trains it, as `config.evaluation` says; at the end waits for the
+    last one. What fails in it is reported by `note` and fails nothing else.
     """
-    if not asked_for(config):
+    if not wants_evaluation(config):
         yield
         return
     started = _start(config, note)
@@ -80,9 +80,9 @@ def _start(config: Config, note: Callable[[str], None]) -> tuple[Any, Any, threa
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
-        )(Follower).remote(config.model_dump(mode="json"))
+        )(CheckpointEvaluator).remote(config.model_dump(mode="json"))
         following, done = actor.follow.remote(), threading.Event()
-        threading.Thread(target=_tell, args=(actor, note, done), daemon=True).start()
+        threading.Thread(target=_pass_on, args=(actor, note, done), daemon=True).start()
     except Exception as error:
         note(f"evaluation beside the run could not start: {_line(error)}")
         return None
@@ -111,7 +111,7 @@ def _end(started: tuple[Any, Any, threading.Event] | None, note: Callable[[str],
             ray.kill(actor)
 
 
-def _tell(actor: Any, note: Callable[[str], None], done: threading.Event) -> None:
+def _pass_on(actor: Any, note: Callable[[str], None], done: threading.Event) -> None:
     import ray
 
     while not done.wait(POLL_S):

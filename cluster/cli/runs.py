@@ -1,4 +1,4 @@
-"""Verbs about training: `demo`, `train`, `tune`, `doctor`, `submit`. See `main.py`."""
+"""Verbs of runs and clusters: `demo`, `train`, `tune`, `doctor`, `submit`. See `main.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from scoreray.cluster.cli.words import AsJson, ConfigFile, Overrides, Verbose, found, make_bucket, parsed
+from scoreray.cluster.cli.options import AsJson, ConfigFile, Overrides, Verbose, make_bucket, parsed, resolve_config
 
 
 def demo(
@@ -21,7 +21,7 @@ def demo(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """The whole line on this machine: pack, train on Ray from S3, draw samples, show them."""
+    """Everything once, on this machine: pack, train on Ray from S3, draw samples, show them."""
     from scoreray.cluster.verbs.demo import run_demo
     from scoreray.data.reading.outputs import check_folder
 
@@ -46,14 +46,14 @@ def train(
     if print_config:
         typer.echo(dump_config(loaded), nl=False)
         return
-    from scoreray.cluster.verbs.following import check_beside
-    from scoreray.cluster.verbs.train import check_here, train_to_end, warn_of_data
+    from scoreray.cluster.verbs.beside_run import check_beside
+    from scoreray.cluster.verbs.train import check_machine, train_to_end, warn_of_data
     from scoreray.trainer.prepare import check_run, prepare_run
 
     if check:
         checked = check_run(loaded, fresh=fresh)
         check_beside(loaded)
-        check_here(loaded)
+        check_machine(loaded)
         warn_of_data(checked)
         typer.echo(f"{config}: good" + (", with a warning" if checked.warning else ""))
         return
@@ -65,7 +65,8 @@ def train(
 
 def tune(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", callback=found, help="A sweep's YAML file; configs/tune/ has some.")
+        Path,
+        typer.Argument(metavar="CONFIG", callback=resolve_config, help="A sweep's YAML file; configs/tune/ has some."),
     ],
     overrides: Overrides = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the sweep and what it names.")] = False,
@@ -88,7 +89,7 @@ def tune(
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", callback=found, help="A YAML file, as for train.")
+        Path | None, typer.Argument(metavar="[CONFIG]", callback=resolve_config, help="A YAML file, as for train.")
     ] = None,
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
@@ -98,7 +99,7 @@ def doctor(
 ) -> None:
     """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem.
 
-    With RAY_ADDRESS (or as `submit doctor`) every node is asked: versions, clock, disks, storage, network, token,
+    With RAY_ADDRESS (or as `submit doctor`) every node is examined: versions, clock, disks, storage, network, token,
     ports.
     """
     from dataclasses import asdict
@@ -114,10 +115,11 @@ def doctor(
     found = examine(loaded, machine)
     if os.environ.get("RAY_ADDRESS"):
         from scoreray.cluster.connect.local_ray import connected
-        from scoreray.cluster.doctor.nodes import Ask, ask_cluster
+        from scoreray.cluster.doctor.facts import RunNeeds
+        from scoreray.cluster.doctor.nodes import examine_cluster
 
         with connected():
-            found += ask_cluster(Ask.of(loaded))
+            found += examine_cluster(RunNeeds.of(loaded))
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
     else:
@@ -129,9 +131,9 @@ def doctor(
 
 def submit(
     context: typer.Context,
-    words: Annotated[
+    arguments: Annotated[
         list[str],
-        typer.Argument(metavar="VERB...", help="A verb with its words; or status ID, logs ID, stop ID, list."),
+        typer.Argument(metavar="VERB...", help="A verb with its arguments; or status ID, logs ID, stop ID, list."),
     ],
     address: Annotated[
         str | None, typer.Option(help="http(s)://HOST:PORT of the cluster's dashboard; else RAY_API_SERVER_ADDRESS.")
@@ -148,19 +150,19 @@ def submit(
 ) -> None:
     """Run a verb as a job on a remote Ray cluster: this code, its config; RAY_AUTH_TOKEN is the cluster's token.
 
-    Options of submit stand before VERB. The same submission again resumes the run.
+    Options of submit come before VERB. The same submission again resumes the run.
     """
     from scoreray.cluster.submit.submit import submit as submitted
 
     status = submitted(
-        words,
+        arguments,
         address=address,
         env=env or [],
         from_env=from_env or [],
         name=name,
         detach=detach,
         as_json=as_json,
-        parse=lambda words: parsed(context.find_root().command, words),
+        parse=lambda given: parsed(context.find_root().command, given),
     )
     if status:
         sys.exit(status)
