@@ -183,27 +183,28 @@ def serve(
     verbose: Verbose = False,
 ) -> None:
     """Answer sampling requests over HTTP. Ctrl-C or SIGTERM drains, then ends with 0 (130 if requests were cut off)."""
-    from scoreray.cluster.serve.serve import Placement, make_config, make_limits, parse_replicas, serve_until_stopped
+    from scoreray.cluster.serve.command import serve_until_stopped
+    from scoreray.cluster.serve.options import ServeOptions
     from scoreray.sampling.model.fast import check_choices
 
     check_choices(precision, compile_)
-    placement = Placement(
-        host, port, parse_replicas(replicas), cpus_per_replica, gpus_per_replica, max(128, 4 * max_batch), drain_s
-    )
-    config = make_config(
-        checkpoint,
-        token_file,
-        host,
-        no_auth,
+    options = ServeOptions(
+        checkpoints=checkpoint,
+        replicas=replicas,
         ema=ema,
         max_batch=max_batch,
         max_models=max_models,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
         compile=compile_,
+        cpus_per_replica=cpus_per_replica,
+        gpus_per_replica=gpus_per_replica,
         threads=threads,
         reload_s=reload_s,
-        limits=make_limits(limit or []),
+        drain_s=drain_s,
+        limit=limit or [],
+        no_auth=no_auth,
     )
+    config, placement = options.checked(host, port, token_file)
 
     def ready(url: str) -> None:
         if as_json:

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-from scoreray.cluster.serve.log import log_here
-from scoreray.cluster.serve.network import keep_grpc_to_loopback
 from scoreray.sampling.service.request import Event, Lost, SampleRequest
 
 READY_WITHIN_S = 600.0
@@ -68,19 +66,16 @@ async def _events(handle: Any, request: SampleRequest) -> AsyncGenerator[Event, 
 
 @contextlib.contextmanager
 def _lost() -> Iterator[None]:
-    """Turns what Ray raises where a process died, or is not reached in time, into Lost."""
+    """Raises Lost for every exception of Ray that says that a process died or is not reached in time.
+
+    RayTaskError is the exception that the replica's own code raised: a bug, which another replica would only repeat.
+    """
     from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 
     try:
         yield
     except RayTaskError:
-        raise  # the other side's own exception: a bug, not its death
+        raise
     except (RayError, RayServeException, TimeoutError) as error:
         raise Lost(f"{type(error).__name__}") from error
-
-
-def prepare_process(errors: str = "") -> None:
-    """For the constructor of a deployment: what holds in each process of a service. errors: as of `log_here`."""
-    keep_grpc_to_loopback()
-    log_here(errors)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scoreray.sampling.service.config import Refused
-from scoreray.sampling.service.request import Drawn, Preview, SampleRequest
+from scoreray.sampling.service.request import Completed, Preview, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SampleAnswer:
     about: dict[str, Any]
 
     @staticmethod
-    def of(request: SampleRequest, drawn: Drawn) -> SampleAnswer:
+    def of(request: SampleRequest, drawn: Completed) -> SampleAnswer:
         about = {
             "model": request.origin.model,
             "checkpoint": request.origin.checkpoint,

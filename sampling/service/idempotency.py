@@ -19,7 +19,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.extras import install
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.key_store import LEASE_S, KeyEntry, KeyStore, SQLiteKeyStore, StoreLost
-from scoreray.sampling.service.request import Claim, Drawn, Event, Failed, Origin, SampleRequest
+from scoreray.sampling.service.request import Claim, Completed, Event, Failed, Origin, SampleRequest
 
 log = logging.getLogger("scoreray.serve")
 
@@ -66,7 +66,7 @@ async def kept(
         renewing = asyncio.create_task(_renew(store, claim))
         try:
             async for event in events:
-                if isinstance(event, Drawn) and not event.kept:
+                if isinstance(event, Completed) and not event.kept:
                     stored = await asyncio.to_thread(store.finish, claim, event, len(request.seeds))
                     event = replace(stored, deaths=event.deaths, kept=True)
                 yield event

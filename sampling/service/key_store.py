@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from scoreray.sampling.service.config import Limits, Refused
-from scoreray.sampling.service.request import Claim, Drawn, Origin
+from scoreray.sampling.service.request import Claim, Completed, Origin
 
 LEASE_S = 6.0
 """How long a draw is thought to go on after its owner or replica last said so (each third of this)."""
@@ -39,7 +39,7 @@ class KeyEntry:
 
     origin: Origin
     mine: bool = True
-    answer: Drawn | None = None
+    answer: Completed | None = None
 
 
 class KeyStore(Protocol):
@@ -61,7 +61,7 @@ class KeyStore(Protocol):
         """Says that the draw of a claim goes on."""
         ...
 
-    def finish(self, claim: Claim, answer: Drawn, num_rows: int) -> Drawn:
+    def finish(self, claim: Claim, answer: Completed, num_rows: int) -> Completed:
         """Stores a key's answer and bills its rows, both once; the first answer where two were drawn."""
         ...
 
@@ -77,7 +77,7 @@ def key_reused() -> Refused:
     return Refused("key_reused", message)
 
 
-def facts(answer: Drawn) -> str:
+def facts(answer: Completed) -> str:
     """What is stored of an answer beside its body, as JSON."""
     return json.dumps([answer.precision, answer.queued_s, answer.took_s])
 
@@ -128,7 +128,7 @@ class SQLiteKeyStore:
             if fingerprint != claim.fingerprint:
                 raise key_reused()
             if body is not None:
-                return KeyEntry(known, answer=Drawn(body, *json.loads(about)))
+                return KeyEntry(known, answer=Completed(body, *json.loads(about)))
             if owner != claim.owner and lease > now:
                 return KeyEntry(known, mine=False)
             made_from = origin if instead_of == known else known
@@ -143,12 +143,12 @@ class SQLiteKeyStore:
         with self._transaction() as db:
             db.execute("UPDATE keys SET lease = ? WHERE token = ? AND key = ? AND owner = ?", values)
 
-    def finish(self, claim: Claim, answer: Drawn, num_rows: int) -> Drawn:
+    def finish(self, claim: Claim, answer: Completed, num_rows: int) -> Completed:
         with self._transaction() as db:
             select = "SELECT id, billed, facts, body FROM keys WHERE token = ? AND key = ?"
             number, billed, about, body = db.execute(select, (claim.token, claim.key)).fetchone() or (None, 0, "", None)
             if body is not None:
-                return Drawn(body, *json.loads(about))
+                return Completed(body, *json.loads(about))
             if not billed:
                 more = "ON CONFLICT DO UPDATE SET num_rows = num_rows + excluded.num_rows"
                 db.execute(f"INSERT INTO billed VALUES (?, '', ?) {more}", (claim.token, num_rows))

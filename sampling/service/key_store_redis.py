@@ -15,7 +15,7 @@ import redis
 
 from scoreray.sampling.service.config import Limits
 from scoreray.sampling.service.key_store import LEASE_S, OVERHEAD_BYTES, KeyEntry, StoreLost, facts, key_reused
-from scoreray.sampling.service.request import Claim, Drawn, Origin
+from scoreray.sampling.service.request import Claim, Completed, Origin
 
 PREFIX = "{scoreray}:"  # braces: all keys in one slot, as a script may only touch one where Redis is a cluster
 WITHIN_S = 5.0
@@ -118,19 +118,19 @@ class RedisKeyStore:
             raise key_reused()
         made_from = Origin(*json.loads(rest[0]))
         if state == b"answered":
-            return KeyEntry(made_from, answer=Drawn(rest[2], *json.loads(rest[1])))
+            return KeyEntry(made_from, answer=Completed(rest[2], *json.loads(rest[1])))
         return KeyEntry(made_from, mine=state == b"mine")
 
     def renew(self, claim: Claim) -> None:
         with _reached():
             self._renew([*self._shared, _name(claim)], [claim.owner, _ms(LEASE_S)])
 
-    def finish(self, claim: Claim, answer: Drawn, num_rows: int) -> Drawn:
+    def finish(self, claim: Claim, answer: Completed, num_rows: int) -> Completed:
         num_bytes = len(answer.body) + OVERHEAD_BYTES
         values = (facts(answer), answer.body, num_bytes, self._limits.remember_bytes, f"{claim.token}\n", num_rows)
         with _reached():
             first = self._finish([*self._shared, _name(claim), self._billed], values)
-        return Drawn(first[1], *json.loads(first[0])) if first else answer
+        return Completed(first[1], *json.loads(first[0])) if first else answer
 
     def bill(self, source: str, num_rows: Mapping[str, int]) -> dict[str, int]:
         with _reached(), self._redis.pipeline(transaction=True) as both:

@@ -27,7 +27,7 @@ from scoreray.sampling.service.answers import encode, preview_sheet
 from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError, StepBatcher, Ticket
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
-from scoreray.sampling.service.request import Accepted, Drawn, Event, Failed, Preview, SampleRequest
+from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, Preview, SampleRequest
 
 log = logging.getLogger("scoreray.serve")
 
@@ -98,7 +98,7 @@ class Replica:
             self._count(ticket, len(samples))
             labels = request.class_labels or (-1,) * len(samples)
             body = await asyncio.to_thread(encode, samples.cpu(), labels, request.media, request.format)
-            yield Drawn(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
+            yield Completed(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
         finally:
             if ticket.cancel():
                 self.meter["cancelled_rows"].inc(len(request.seeds))

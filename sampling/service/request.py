@@ -101,7 +101,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Completed:
     """The last event of a draw: the encoded samples.
 
     queued_s: before the first call of the network. took_s: in the replica, queue included. deaths: replicas that were
@@ -126,7 +126,7 @@ class Failed:
     deaths: int = 0
 
 
-Event = Accepted | Preview | Drawn | Failed
+Event = Accepted | Preview | Completed | Failed
 
 
 class Lost(Exception):
@@ -148,7 +148,7 @@ async def draw_with_retries(
 ) -> AsyncGenerator[Event, None]:
     """The events of a request, begun again on another replica where one dies, or up to `busy_tries` are too busy.
 
-    The last one is Drawn or Failed; its `deaths` is how many replicas were lost.
+    The last one is Completed or Failed; its `deaths` is how many replicas were lost.
     """
     deaths = busy = 0
     while True:
@@ -158,7 +158,7 @@ async def draw_with_retries(
                     if isinstance(event, Failed) and event.code == "overloaded" and busy + 1 < busy_tries:
                         busy += 1
                         break
-                    if isinstance(event, Drawn | Failed):
+                    if isinstance(event, Completed | Failed):
                         yield replace(event, deaths=deaths)
                         return
                     yield event

@@ -32,7 +32,7 @@ from scoreray.sampling.service.request import (
     Accepted,
     Backend,
     Claim,
-    Drawn,
+    Completed,
     Event,
     Failed,
     Lost,
@@ -242,12 +242,12 @@ class Service:
             raise draw.cut_off from None
         except TimeoutError:
             last = timed_out(self.limits.max_request_s)
-        if isinstance(last, Drawn):
+        if isinstance(last, Completed):
             return SampleAnswer.of(draw.request, last)
         field = "options" if last.code == "not_finite" and draw.request.options else None
         raise Refused(last.code, last.message, field=field, retry_after_s=last.retry_after_s)
 
-    async def _answer_of_another(self, draw: Draw, entry: KeyEntry | None) -> Drawn | None:
+    async def _answer_of_another(self, draw: Draw, entry: KeyEntry | None) -> Completed | None:
         """The answer of a draw of the same key for another ingress; None once it stopped, or if there is none."""
         claim = draw.request.claim
         while claim is not None and entry is not None and not entry.mine:
@@ -260,15 +260,15 @@ class Service:
                 return entry.answer
         return None
 
-    async def _draw_until_settled(self, draw: Draw) -> Drawn | Failed:
+    async def _draw_until_settled(self, draw: Draw) -> Completed | Failed:
         """The end of a draw, begun again from the newest checkpoint where its own was removed meanwhile."""
         for _ in range(MAX_DEATHS):
             last = await self._draw_once(draw)
-            if isinstance(last, Drawn) or last.code != "storage" or not await self._take_to_newest(draw):
+            if isinstance(last, Completed) or last.code != "storage" or not await self._take_to_newest(draw):
                 return last
         return Failed("storage", "the checkpoints of this request are removed faster than they can be drawn from")
 
-    async def _draw_once(self, draw: Draw) -> Drawn | Failed:
+    async def _draw_once(self, draw: Draw) -> Completed | Failed:
         """The last event of a draw; shows the others."""
         events = draw_with_retries(self.backend, draw.request, self._busy_tries)
         async with contextlib.aclosing(kept(self._store, draw.request, events)) as events:

@@ -74,9 +74,9 @@ def test_the_serve_config_is_one_that_ray_serve_takes(clusters: Any, specs: Any,
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
-    from scoreray.cluster.serve.app import Settings
+    from scoreray.cluster.serve.options import ServeOptions
 
-    settings = Settings.model_validate(application.args)
+    settings = ServeOptions.model_validate(application.args)
     low, high = map(int, settings.replicas.split(","))
     group = specs["sample"]["workerGroupSpecs"][0]
     gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
@@ -90,24 +90,24 @@ def test_the_serve_config_is_one_that_ray_serve_takes(clusters: Any, specs: Any,
 
 
 def test_numbers_and_words_of_a_serve_config_mean_the_same_though_ray_reads_it_as_yaml_1_1() -> None:
-    from scoreray.cluster.serve.app import Settings
+    from scoreray.cluster.serve.options import ServeOptions
 
     text = "{checkpoints: [a], replicas: 2, ema: 0.05, max_batch: 1.6e1, reload_s: 1e1, drain_s: 5E-1, compile: off}"
-    expected = Settings(
+    expected = ServeOptions(
         checkpoints=["a"], replicas="2", ema="0.05", max_batch=16, reload_s=10.0, drain_s=0.5, compile="off"
     )
-    assert Settings.model_validate(yaml.safe_load(text)) == expected
-    assert Settings.model_validate(parse_yaml(text, "")) == expected
+    assert ServeOptions.model_validate(yaml.safe_load(text)) == expected
+    assert ServeOptions.model_validate(parse_yaml(text, "")) == expected
     for wrong in ({"reload_s": "soon"}, {"reload_s": "[1"}, {"compile": 1}, {"replicas": True}, {"max_batch": "1.5"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Settings.model_validate({"checkpoints": ["a"], **wrong})
+            ServeOptions.model_validate({"checkpoints": ["a"], **wrong})
 
 
 def test_a_typo_in_the_serve_config_is_refused() -> None:
-    from scoreray.cluster.serve.app import Settings
+    from scoreray.cluster.serve.options import ServeOptions
 
     with pytest.raises(ValueError, match="replica"):
-        Settings.model_validate({"checkpoints": ["s3://b/r"], "replica": "2"})
+        ServeOptions.model_validate({"checkpoints": ["s3://b/r"], "replica": "2"})
 
 
 def test_programs_and_modules_of_the_pods_are_there(pods: Any) -> None:

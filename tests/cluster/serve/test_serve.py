@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from scoreray.cluster.serve.command import _errors
+from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.log import relayed
-from scoreray.cluster.serve.serve import Placement, _errors, application, make_limits, parse_replicas
+from scoreray.cluster.serve.options import Placement, make_limits, parse_replicas
 from scoreray.data.errors import UserError
 from scoreray.data.scratch import SCRATCH
 from scoreray.sampling.service.config import ServeConfig

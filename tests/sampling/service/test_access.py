@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scoreray.cluster.serve.serve import make_config
+from scoreray.cluster.serve.options import make_config
 from scoreray.data.errors import UserError
 from scoreray.sampling.service.access import read_tokens
 

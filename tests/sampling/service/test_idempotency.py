@@ -16,7 +16,7 @@ from scoreray.sampling.service.config import Limits, Refused, ServeConfig
 from scoreray.sampling.service.draw import SampleAnswer
 from scoreray.sampling.service.idempotency import Bills, kept, open_key_store
 from scoreray.sampling.service.key_store import KeyStore, StoreLost
-from scoreray.sampling.service.request import Accepted, Drawn, Event, SampleRequest
+from scoreray.sampling.service.request import Accepted, Completed, Event, SampleRequest
 from scoreray.sampling.service.service import Service
 
 
@@ -48,7 +48,7 @@ class Drawer:
         draw = asyncio.create_task(self._carry_out(request, events))
         self._draws.add(draw)
         try:
-            while not isinstance(event := await events.get(), Drawn):
+            while not isinstance(event := await events.get(), Completed):
                 yield event
             yield event
         finally:
@@ -68,7 +68,7 @@ class Drawer:
             self.given_up += 1
             raise
         self.ended += 1
-        yield Drawn(f"{self.ended} {request.origin.checkpoint} {request.seeds[0]}".encode(), "fp32", 0.0, 0.0)
+        yield Completed(f"{self.ended} {request.origin.checkpoint} {request.seeds[0]}".encode(), "fp32", 0.0, 0.0)
 
     def die(self) -> None:
         for draw in self._draws:

@@ -22,7 +22,7 @@ from scoreray.sampling.service import idempotency, key_store
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.idempotency import open_key_store
 from scoreray.sampling.service.key_store import KeyStore, StoreLost
-from scoreray.sampling.service.request import Claim, Drawn, Origin
+from scoreray.sampling.service.request import Claim, Completed, Origin
 
 ORIGIN = Origin("small", "s3://b/runs/small/checkpoints/64", 64, 7)
 NEWER = Origin("small", "s3://b/runs/small/checkpoints/128", 128, 7)
@@ -91,8 +91,8 @@ def claim(key: str = "k", owner: str = "first", fingerprint: str = "f", token: s
     return Claim(token, key, fingerprint, owner)
 
 
-def answer(body: bytes = b"samples") -> Drawn:
-    return Drawn(body, "fp32", 0.25, 1.5)
+def answer(body: bytes = b"samples") -> Completed:
+    return Completed(body, "fp32", 0.25, 1.5)
 
 
 def test_a_key_is_answered_from_one_draw_and_billed_once(opened: Open) -> None:
@@ -233,12 +233,12 @@ WRITER = """
 import itertools, sys
 from scoreray.sampling.service.config import Limits
 from scoreray.sampling.service.idempotency import open_key_store
-from scoreray.sampling.service.request import Claim, Drawn, Origin
+from scoreray.sampling.service.request import Claim, Completed, Origin
 store = open_key_store(sys.argv[1], Limits(remember_bytes=3_000_000))
 for i in itertools.count():
     claim = Claim("ana", f"{sys.argv[2]}-{i}", "f", sys.argv[2])
     store.begin(claim, Origin("m", "c", 1, i))
-    store.finish(claim, Drawn(bytes([i % 256]) * 200_000, "fp32", 0.0, 0.0), 1)
+    store.finish(claim, Completed(bytes([i % 256]) * 200_000, "fp32", 0.0, 0.0), 1)
     print(i, flush=True)
 """
 

@@ -12,7 +12,7 @@ from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
-from scoreray.sampling.service.request import Drawn, Preview
+from scoreray.sampling.service.request import Completed, Preview
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def previews(url: str, **fields: object) -> list[Preview]:
             events = [event async for event in replica.draw(request)]
         finally:
             await replica.close()
-        assert isinstance(events[-1], Drawn)
+        assert isinstance(events[-1], Completed)
         return [event for event in events if isinstance(event, Preview)]
 
     return asyncio.run(main())

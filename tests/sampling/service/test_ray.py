@@ -30,14 +30,9 @@ import pytest
 import urllib3
 
 from scoreray.cluster.cli import main as cli
-from scoreray.cluster.serve.serve import (
-    Placement,
-    make_config,
-    make_limits,
-    parse_replicas,
-    replicas_wanted,
-    served,
-)
+from scoreray.cluster.serve.command import served
+from scoreray.cluster.serve.deployments import replicas_wanted
+from scoreray.cluster.serve.options import Placement, make_config, make_limits, parse_replicas
 from scoreray.data.errors import StorageError, UserError
 from scoreray.sampling.http.client import Client, Declined
 from scoreray.sampling.service.access import hash_of

@@ -20,7 +20,7 @@ from scoreray.sampling.service.body import make_request, parse
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica, failed
-from scoreray.sampling.service.request import Drawn, Event, Failed, SampleRequest
+from scoreray.sampling.service.request import Completed, Event, Failed, SampleRequest
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_from_body_to_answer_the_samples_are_bitwise_those_of_the_sampler_alone(
     ]
     requests = [make_request(parse(body), served, Limits(), "application/x-npz", parse(body).seed) for body in bodies]
     for body, request, events in zip(bodies, requests, drawn(run_url, *requests), strict=True):
-        assert isinstance(events[-1], Drawn)
+        assert isinstance(events[-1], Completed)
         arrays = np.load(io.BytesIO(events[-1].body))
         seeds = (parse(body).seed << 32) + torch.arange(parse(body).count)
         noise = SampleNoise(seeds).normal((len(seeds), *request.shape), torch.float32)

@@ -1,0 +1,159 @@
+"""`scoreray serve`: a service from its first replica to the end of its last request."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scoreray.cluster.connect.local_ray import connected
+from scoreray.cluster.connect.room import wait_for_room
+from scoreray.cluster.display import say
+from scoreray.cluster.serve.deployments import application
+from scoreray.cluster.serve.listener import check_port, free_port, reason_of, start_listening
+from scoreray.cluster.serve.log import relayed
+from scoreray.cluster.serve.options import REDIS, Placement
+from scoreray.data.errors import ScorerayError
+from scoreray.data.scratch import SCRATCH
+from scoreray.sampling.service.config import ServeConfig
+from scoreray.sampling.service.models import look_up
+
+APP = "scoreray"
+
+
+class Ended(ScorerayError):
+    """Ctrl-C (or SIGTERM) where there was nothing to drain yet, or again while it drained."""
+
+    exit_status = 130
+
+
+@contextlib.contextmanager
+def served(config: ServeConfig, placement: Placement, errors: str = "") -> Iterator[str]:
+    """The service on the Ray cluster that this process is connected to; yields its url once it is ready.
+
+    errors: as of `application`.
+
+    Raises UserError where the port is taken or Serve listens elsewhere already, ScorerayError where it can't start.
+    """
+    from ray import serve
+
+    port = placement.port or free_port(placement.host)
+    check_port(placement.host, port)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    http = {"host": placement.host, "port": port, "keep_alive_timeout_s": 60}
+    client = start_listening(http, quiet)
+    try:
+        try:
+            serve.run(application(config, placement, errors), name=APP, route_prefix="/", logging_config=quiet)
+        except (RuntimeError, TimeoutError) as error:
+            raise ScorerayError(f"the service did not start: {reason_of(error)}") from None
+        host = "127.0.0.1" if placement.host in ("0.0.0.0", "") else placement.host
+        yield f"http://{f'[{host}]' if ':' in host else host}:{client or port}"
+    finally:
+        serve.shutdown()
+
+
+def drain(timeout_s: float) -> int:
+    """Takes no more requests and waits for those under way; returns how many are left then."""
+    from ray import serve
+
+    try:
+        return serve.get_app_handle(APP).drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+    except Exception as error:
+        logging.getLogger("scoreray").warning("the service could not be drained: %s", error)
+        return 0
+
+
+def serve_until_stopped(
+    config: ServeConfig, placement: Placement, ready: Callable[[str], None] = lambda url: None, *, verbose: bool = False
+) -> int:
+    """Serves until SIGTERM or Ctrl-C, then drains; `ready(url)` once requests are answered.
+
+    Returns how many requests were cut off because they did not end in time. A second signal ends it at once.
+    """
+    stopping = threading.Event()
+    try:
+        left = _serve(config, placement, ready, stopping, verbose)
+    except KeyboardInterrupt:
+        if stopping.is_set():
+            raise Ended("ended at once; requests under way were cut off") from None
+        raise Ended("ended before it served; no request was taken") from None
+    say("ended" if not left else f"ended; {left} requests did not finish in time and were cut off")
+    return left
+
+
+def _serve(
+    config: ServeConfig, placement: Placement, ready: Callable[[str], None], stopping: threading.Event, verbose: bool
+) -> int:
+    for name, url in config.models:
+        look_up(name, url, config.ema)  # a wrong URL is refused before Ray starts, as a taken port is
+    if placement.port:
+        check_port(placement.host, placement.port)
+    low = placement.replicas[0]
+    slots = max(os.cpu_count() or 1, math.ceil(placement.replicas[1] * placement.cpus_per_replica))
+    with connected(num_cpus=slots, verbose=verbose):
+        replica = {"CPU": placement.cpus_per_replica, "GPU": placement.gpus_per_replica}
+        otherwise = "give fewer, less to each (--gpus-per-replica, --cpus-per-replica), or another RAY_ADDRESS"
+        wait_for_room(f"--replicas: {low} of them need", [replica] * low, otherwise)
+        if not config.keys:
+            config = replace(config, keys=_key_file())
+        with _errors(verbose) as errors, served(config, placement, errors) as url, _signals(stopping):
+            say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
+            say(_curl(url, bool(config.tokens)))
+            ready(url)
+            stopping.wait()
+            say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
+            return drain(placement.drain_s)
+
+
+def _key_file() -> str:
+    """Where an embedded Ray's service stores idempotency keys; nowhere on a cluster, whose nodes share no folder."""
+    if folder := os.environ.get(SCRATCH):
+        return str(Path(folder, "keys.sqlite"))
+    say(f"warning: {REDIS} is not set: idempotency keys are forgotten when the process that answers HTTP dies")
+    return ""
+
+
+@contextlib.contextmanager
+def _errors(verbose: bool) -> Iterator[str]:
+    """The file whose lines go to standard error, as an embedded Ray's logs are removed with its folder.
+
+    None on a cluster, whose logs stay, and with `verbose`, where Ray prints every line.
+    """
+    folder = os.environ.get(SCRATCH)
+    if verbose or not folder:
+        yield ""
+        return
+    with relayed(Path(folder, "errors.log")):
+        yield str(Path(folder, "errors.log"))
+
+
+def _curl(url: str, tokens: bool) -> str:
+    token = "-H 'Authorization: Bearer TOKEN' " if tokens else ""
+    return (
+        f"  curl {url}/v1/samples {token}-H 'Content-Type: application/json' -H 'Accept: image/png' "
+        "-d '{\"count\": 16}' -o samples.png\n"
+        f"  {url}/ is its page, {url}/docs its HTTP interface; Ctrl-C ends it"
+    )
+
+
+@contextlib.contextmanager
+def _signals(stopping: threading.Event) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C sets `stopping`; from the second on they interrupt, as everywhere else."""
+
+    def first(number: int, frame: Any) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, first)
+    yield
