@@ -39,9 +39,10 @@ from scoreray.data import fashion_mnist_path
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import Order, Run
-from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.local_s3 import LocalS3
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
 BATCH = 256
@@ -91,7 +92,7 @@ def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds
 
 def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarray]) -> Seconds:
     manifest = Manifest.load(open_store(url))
-    reader = Reader(open_store(url), manifest, Stats())
+    reader = Reader(open_store(url), manifest, ReadStats())
     runs = [Run(k, 0, shard.num_samples) for k, shard in enumerate(manifest.shards)]
     members = itertools.chain.from_iterable(reader.read([run])[0] for run in runs)
     some = list(itertools.islice(itertools.cycle(members), num_batches * BATCH))  # a stream meets each once an epoch
@@ -103,7 +104,7 @@ def to_litdata(url: str, folder: Path) -> str:
     from litdata.streaming.cache import Cache
 
     manifest, folder = Manifest.load(open_store(url)), folder / "litdata"
-    reader, cache, number = Reader(open_store(url), manifest, Stats()), Cache(str(folder), chunk_bytes="64MB"), 0
+    reader, cache, number = Reader(open_store(url), manifest, ReadStats()), Cache(str(folder), chunk_bytes="64MB"), 0
     for k, shard in enumerate(manifest.shards):
         members, records = reader.read([Run(k, 0, shard.num_samples)])
         for member, label in zip(members, records["label"].tolist(), strict=True):
@@ -142,7 +143,7 @@ def over_read(url: str, world_size: int) -> float:
     fetched = 0
     order = Order([s.num_samples for s in manifest.shards], seed=0, num_lanes=64, shuffle_block=64)
     for rank in range(world_size):
-        stats = Stats()
+        stats = ReadStats()
         reader = Reader(open_store(url), manifest, stats, records_kept=10**6)
         for lane in range(rank * 64 // world_size, (rank + 1) * 64 // world_size):
             for block in range(order.num_blocks(0, lane)):

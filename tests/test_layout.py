@@ -46,10 +46,7 @@ SHORT_PATHS = {
 }
 """Names that others call -> where they are. Nothing of ours imports the short ones."""
 WITHOUT_RAY = ("trainer", "sampling")
-CIRCLES = (
-    {"data.storage.s3", "data.storage.store"},
-    {"data.packing.arrays", "data.packing.sources"},
-)
+CIRCLES = ({"data.packing.arrays", "data.packing.sources"},)
 """Modules that still import each other."""
 
 

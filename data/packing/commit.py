@@ -22,7 +22,8 @@ from scoreray.data.packing.moments import statistics
 from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits
 from scoreray.data.reading.records import chunk_digests, index_bytes, records_sha256
 from scoreray.data.scratch import scratch_file, scratch_folder
-from scoreray.data.storage.store import NotFound, Store, explained, open_store
+from scoreray.data.storage.paths import explained
+from scoreray.data.storage.store import NotFound, Store, open_store
 
 PLAN = "packing/plan"
 T = TypeVar("T")

@@ -27,7 +27,8 @@ from scoreray.data.reading.manifest import FORMATS, INDEX, MANIFEST, MAX_KEY, RE
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.reading.records import records_sha256
 from scoreray.data.reading.tars import Member, Tape
-from scoreray.data.storage.store import NotFound, Store, local_path, mode_of, open_store
+from scoreray.data.storage.paths import mode_of
+from scoreray.data.storage.store import NotFound, Store, local_path, open_store
 
 
 @dataclass(frozen=True)

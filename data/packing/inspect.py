@@ -17,8 +17,9 @@ from scoreray.data.packing.identity import hash_object
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.distances import largest_distance
 from scoreray.data.reading.manifest import Manifest, digest
-from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import read_samples
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import Store, open_store
 
 GRID_BACKGROUND = 48
@@ -103,7 +104,7 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     store = open_store(url)
     manifest = Manifest.load(store)
     problems = []
-    reader = Reader(store, manifest, Stats())
+    reader = Reader(store, manifest, ReadStats())
     for number in range(len(manifest.shards)):
         try:
             problems += _verify_shard(store, manifest, reader, number, reader.records(number))

@@ -11,7 +11,7 @@ import numpy as np
 
 from scoreray.data.errors import UserError
 from scoreray.data.reading.classes import in_order
-from scoreray.data.storage.store import explained
+from scoreray.data.storage.paths import explained
 
 # Arrays that hold samples, the first that is there, and the labels that belong to each alone. In any case of letters.
 SAMPLES: dict[str, tuple[str, ...]] = {

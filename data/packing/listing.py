@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scoreray.data.storage.store import Store, explained, special_kind
+from scoreray.data.storage.paths import explained, special_kind
+from scoreray.data.storage.store import Store
 
 LONGEST_SUFFIX = 12  # of a file's name; what is longer is a part of the name
 OF_SYSTEMS = ("__MACOSX", "lost+found")  # folders that an archiver or a file system makes

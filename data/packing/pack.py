@@ -28,7 +28,8 @@ from scoreray.data.packing.repack import plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode
 from scoreray.data.packing.sources import Reading, Source, open_source
 from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
-from scoreray.data.storage.store import local_path, mode_of, open_store
+from scoreray.data.storage.paths import mode_of
+from scoreray.data.storage.store import local_path, open_store
 
 SHARD_BYTES = 64 << 20  # about; large enough that a shard is one good read, small enough to make in memory
 

@@ -32,7 +32,9 @@ from scoreray.data.reading.pictures import (
     looks_like_a_picture,
     open_picture,
 )
-from scoreray.data.storage.store import NotAFile, PathStore, Store, check_is_file, local_path, mode_of, open_store
+from scoreray.data.storage.interface import NotAFile
+from scoreray.data.storage.paths import check_is_file, mode_of
+from scoreray.data.storage.store import PathStore, Store, local_path, open_store
 
 GET_THREADS = 16  # images that are fetched from S3 at once, by one maker of shards
 LOOKED_AT = 32  # images of a folder that are looked at for colours

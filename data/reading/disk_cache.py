@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from scoreray.data.storage.stats import ReadStats
+
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 4 << 20
@@ -34,9 +36,15 @@ Fetch = Callable[[int, int], bytes]  # (start, end) of the shard
 class DiskCache:
     """Ranges of shards through the cache at `folder`, of at most `max_bytes`; used by several threads and processes."""
 
-    def __init__(self, folder: str | os.PathLike[str], max_bytes: int, piece_bytes: int = PIECE_BYTES) -> None:
-        self.folder, self.max_bytes, self.piece_bytes = Path(folder).expanduser(), max_bytes, piece_bytes
-        self.hits = self.misses = 0  # pieces
+    def __init__(
+        self, folder: str | os.PathLike[str], max_bytes: int, stats: ReadStats, piece_bytes: int = PIECE_BYTES
+    ) -> None:
+        self.folder, self.max_bytes, self.stats, self.piece_bytes = (
+            Path(folder).expanduser(),
+            max_bytes,
+            stats,
+            piece_bytes,
+        )
         self._writable = True
         self._lock = threading.Lock()
 
@@ -85,8 +93,7 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        with self._lock:
-            self.hits += 1
+        self.stats.add(cache_hits=1)
         return data
 
     def _fetched(self, sha256: str, size: int, pieces: list[int], fetch: Fetch) -> list[bytes]:
@@ -100,8 +107,7 @@ class DiskCache:
             if all(data is not None for data in theirs):
                 return theirs  # type: ignore[return-value]
             data = fetch(first, end)
-            with self._lock:
-                self.misses += len(pieces)
+            self.stats.add(cache_misses=len(pieces))
             n = self.piece_bytes
             parts = [data[i * n : (i + 1) * n] for i in range(len(pieces))]
             for piece, part, file in zip(pieces, parts, files, strict=True):
@@ -186,8 +192,8 @@ class DiskCache:
     def _give_up(self, error: OSError) -> None:
         """A full or broken disk costs speed, not the run."""
         with self._lock:
-            told, self._writable = not self._writable, False
-        if not told:
+            was_writable, self._writable = self._writable, False
+        if was_writable:
             log.warning(
                 "data.cache_dir %s: %s; going on without writing to it", self.folder, error.strerror or str(error)
             )

@@ -19,7 +19,8 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.seal import read_sealed, sealed
-from scoreray.data.storage.store import NotFound, Store, check_key
+from scoreray.data.storage.interface import check_key
+from scoreray.data.storage.store import NotFound, Store
 
 MANIFEST = "manifest.json"
 INDEX = "index.bin"

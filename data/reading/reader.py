@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,6 +18,7 @@ from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.records import Records
 from scoreray.data.reading.tars import BLOCK, key_in
 from scoreray.data.storage.hedge import HedgedGet
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import NotFound, Store
 
 log = logging.getLogger(__name__)
@@ -29,18 +28,6 @@ MAX_GAP_BYTES = 64 << 10  # what lies between two members is read along with the
 MAX_REQUEST_BYTES = 16 << 20
 REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
 REREAD_S = 0.5  # the longest pause before one
-
-
-@dataclass
-class Stats:
-    """What a stream has done so far. `stall_s` is how long its consumer waited."""
-
-    samples: int = 0
-    bytes_read: int = 0
-    requests: int = 0
-    hedged: int = 0  # asked twice because the first answer was slow
-    rereads: int = 0  # asked again because the bytes were wrong
-    stall_s: float = 0.0
 
 
 class Reader:
@@ -53,17 +40,16 @@ class Reader:
         self,
         store: Store,
         manifest: Manifest,
-        stats: Stats,
+        stats: ReadStats,
         records_kept: int = 1 << 16,
         quarantine: Quarantine | None = None,
         cache: DiskCache | None = None,
     ) -> None:
         self.cache = cache
         self.store, self.manifest, self.stats, self.quarantine = store, manifest, stats, quarantine
-        self._get = HedgedGet(store.get) if store.is_remote else store.get
+        self._get = HedgedGet(store.get, stats) if store.is_remote else store.get
         self.first_samples = manifest.first_samples()
         self._attempts = 1 + (REREADS if store.is_remote else int(cache is not None))
-        self._lock = threading.Lock()
         index = store.url(manifest.index.name)
         self._records = Records(self._get_counted, manifest, index, -(-records_kept // CHUNK))
 
@@ -91,7 +77,7 @@ class Reader:
 
     def _get_counted(self, key: str, start: int, end: int) -> bytes:
         data = self._get(key, start, end)
-        self._count(len(data), 1)
+        self.stats.add(bytes_read=len(data), num_requests=1)
         return data
 
     def read(self, runs: list[Run]) -> tuple[list[bytes | None], np.ndarray]:
@@ -197,20 +183,12 @@ class Reader:
         return self.name(shard, sample - int(self.first_samples[shard]))
 
     def _pause(self, attempt: int) -> None:
-        with self._lock:
-            self.stats.rereads += 1
+        self.stats.add(num_rereads=1)
         time.sleep(min(REREAD_S, 0.05 * 2**attempt))
 
     def close(self) -> None:
         if isinstance(self._get, HedgedGet):
             self._get.close()
-
-    def _count(self, num_bytes: int, requests: int) -> None:
-        with self._lock:
-            self.stats.bytes_read += num_bytes
-            self.stats.requests += requests
-            if isinstance(self._get, HedgedGet):
-                self.stats.hedged = self._get.num_hedged
 
 
 def _requests(records: np.ndarray) -> Iterator[tuple[int, int]]:

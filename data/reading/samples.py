@@ -13,7 +13,8 @@ from torch import Tensor
 from scoreray.data.reading.decode import decode_into, decode_rows
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.order import Run
-from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.reader import Reader
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
 
@@ -27,7 +28,7 @@ class Samples:
         self._bytes = Manifest.read(store) if manifest is None else manifest
         self.manifest = Manifest.from_json(self._bytes, store.url(MANIFEST))
         self.sha256 = hashlib.sha256(self._bytes).hexdigest()
-        self._reader = Reader(store, self.manifest, Stats())
+        self._reader = Reader(store, self.manifest, ReadStats())
 
     def __reduce__(self) -> tuple[type[Samples], tuple[str, bytes]]:
         """To another process with the manifest's bytes, so that it reads nothing to open the data set."""

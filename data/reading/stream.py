@@ -23,7 +23,8 @@ from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import CHUNK, Manifest
 from scoreray.data.reading.order import Order, default_lanes
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
-from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.reader import Reader
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 from scoreray.data.traces import span
 
@@ -105,7 +106,7 @@ class Stream:
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.seed, self.position = seed, position
         self.shuffle_block = shuffle_block or default_shuffle_block(self.manifest, self.num_lanes)
-        self.stats = Stats()
+        self.stats = ReadStats()
         self.order = Order(
             [shard.num_samples for shard in self.manifest.shards],
             seed=seed,
@@ -116,7 +117,7 @@ class Stream:
         self._first_lane = rank * self.num_lanes // world_size
         self._end_lane = (rank + 1) * self.num_lanes // world_size
         self._quarantine = quarantine
-        disk_cache = DiskCache(cache_dir, cache_dir_bytes) if cache_dir else None
+        disk_cache = DiskCache(cache_dir, cache_dir_bytes, self.stats) if cache_dir else None
         read_at_once = self.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
         records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
         self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine, disk_cache)
@@ -147,13 +148,13 @@ class Stream:
         started = time.perf_counter()
         ready = self._ready.get()
         self._slots.release()
-        self.stats.stall_s += time.perf_counter() - started
+        stall_s = time.perf_counter() - started
         if isinstance(ready, BaseException):
             self._error = ready
             self.close()
             raise ready
         self.position += self.global_batch_size
-        self.stats.samples += len(ready.index)
+        self.stats.add(num_samples=len(ready.index), stall_s=stall_s)
         if self._quarantine is not None and not self._quarantine.is_empty:
             wanted = self.order.samples(ready.position.numpy())
             self._quarantine.settle(wanted[wanted != ready.index.numpy()])

@@ -1,1 +1,1 @@
-"""Objects under a URL: folders and S3, ranged reads, hedged requests, leases, and an S3 server for this machine."""
+"""Objects under a URL: folders, S3 and other clouds, retries, hedged reads, leases, an S3 server for this machine."""

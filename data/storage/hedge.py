@@ -1,4 +1,4 @@
-"""A second request for a straggler: of two answers the first one counts (Dean & Barroso 2013, "The Tail at Scale")."""
+"""Hedged requests: a second one for a straggler; the first answer counts (Dean & Barroso 2013, "The Tail at Scale")."""
 
 from __future__ import annotations
 
@@ -9,39 +9,43 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from scoreray.data.storage.store import abandoned
+from scoreray.data.storage.interface import abandoned
+from scoreray.data.storage.stats import ReadStats, counting
 
 LEAST_S = 1.0  # no second request before this
-TIMES_MEDIAN = 4.0  # nor before so many times the median of late
+TIMES_MEDIAN = 4.0  # nor before so many times the recent median
 REMEMBERED = 64
 THREADS = 32  # twice the readers' requests, and room for some that hang
 
 
 class HedgedGet:
-    """`get(key, start, end)`, asked a second time when the answer takes much longer than most of late did."""
+    """`get(key, start, end)`, requested a second time when the answer takes much longer than recent ones did. Retries
+    and second requests are counted in `stats`."""
 
-    def __init__(self, get: Callable[[str, int, int], bytes]) -> None:
-        self._get = get
+    def __init__(self, get: Callable[[str, int, int], bytes], stats: ReadStats) -> None:
+        self._get, self._stats = get, stats
         self._took: deque[float] = deque(maxlen=REMEMBERED)
         self._threads: ThreadPoolExecutor | None = None
         self._lock, self._closed = threading.Lock(), threading.Event()
-        self.num_hedged = 0
+
+    def _begin_thread(self) -> None:
+        abandoned.set(self._closed)
+        counting.set(self._stats)
 
     def __call__(self, key: str, start: int, end: int) -> bytes:
         with self._lock:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, "scoreray-get", abandoned.set, (self._closed,))
+                self._threads = ThreadPoolExecutor(THREADS, "scoreray-get", self._begin_thread)
             threads = self._threads
             after_s = max(LEAST_S, TIMES_MEDIAN * statistics.median(self._took)) if self._took else 4 * LEAST_S
         started = time.monotonic()
         requests: list[Future[bytes]] = [threads.submit(self._get, key, start, end)]
         if not wait(requests, timeout=after_s).done:
-            with self._lock:
-                self.num_hedged += 1
+            self._stats.add(num_hedges=1)
             requests.append(threads.submit(self._get, key, start, end))
             wait(requests, return_when=FIRST_COMPLETED)
             requests.sort(key=_rank)
-        data = requests[0].result()  # of two that failed, either says why
+        data = requests[0].result()  # of two that failed, either explains it
         with self._lock:
             self._took.append(time.monotonic() - started)
         return data

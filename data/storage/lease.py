@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from scoreray.data.errors import DataError, Unanswered, UserError
-from scoreray.data.storage.store import NotFound, Store
+from scoreray.data.storage.interface import NotFound, Store
 
 
 class TakenOver(UserError):

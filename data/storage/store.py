@@ -1,162 +1,54 @@
-"""Objects under a URL: `open_store("s3://bucket/prefix")` or `open_store("some/folder")`, one interface for both.
-
-A store holds nothing but its URL: it can be pickled, sent to a Ray worker and used after a fork. Every failure is a
-StorageError of one line that names the URL, what is wrong and the mend.
-"""
+"""Where everybody opens objects under a URL: `open_store("s3://bucket/prefix")`, `open_store("some/folder")`."""
 
 from __future__ import annotations
 
-import abc
-import contextlib
-import errno
 import os
 import re
-import shutil
-import stat
-import tempfile
-import threading
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 from urllib.parse import unquote_to_bytes
 
-from scoreray.data.errors import StorageError, UserError
+from scoreray.data.errors import UserError
+from scoreray.data.storage.interface import NotFound, Store, check_key
+from scoreray.data.storage.paths import PathStore
 
-TRIES = 10  # of a write into a folder that others clear at the same time
-TEMPORARY = ".part-"  # what a write that was killed may leave in a folder; never listed
-BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+__all__ = ["NotFound", "PathStore", "Store", "local_path", "open_store"]
 
-
-abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
-"""Once it is set, nobody waits for the answer any more: a request that failed is not made again."""
-
-
-class NotFound(StorageError):
-    """There is no such key."""
-
-
-class NotAFile(StorageError):
-    """What has this name is a FIFO, a socket or a device: reading it could wait, or go on, without an end."""
-
-
-@dataclass(frozen=True)
-class Store(abc.ABC):
-    """Bytes by key. Keys are relative, '/'-separated and the same on every kind of store."""
-
-    root: str
-    is_remote: ClassVar[bool] = False  # an answer may take long, or come damaged
-
-    def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
-        """To another process as its URL: connections stay where they are."""
-        return open_store, (self.url(),)
-
-    @abc.abstractmethod
-    def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The object's bytes, or as a slice does, those of [start, end). Raises NotFound, StorageError."""
-
-    @abc.abstractmethod
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Writes the object whole or not at all, replacing an earlier one. A Path is a local file to upload."""
-
-    @abc.abstractmethod
-    def put_new(self, key: str, data: bytes) -> bool:
-        """Writes the object only if there is none: True if it is now ours, False if one was there before.
-
-        On S3 an answer can be lost after the write took place; the repeated request then finds its own object and
-        the result is False. Who must tell these apart writes something unique and reads it back.
-        """
-
-    @abc.abstractmethod
-    def size(self, key: str) -> int:
-        """Bytes of the object. Raises NotFound."""
-
-    @abc.abstractmethod
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(key, bytes) of every object whose key starts with `prefix`, sorted by key."""
-
-    @abc.abstractmethod
-    def stamps(self) -> dict[str, str]:
-        """Of every object what changes when it is written: its ETag in S3, a file's time of change."""
-
-    @abc.abstractmethod
-    def delete(self, keys: Iterable[str]) -> None:
-        """Removes the objects. One that is already gone is no error."""
-
-    @abc.abstractmethod
-    def clear_unfinished(self, prefix: str, but: str) -> None:
-        """Removes what killed writes left of keys that start with `prefix`, unless `but` is in the key. None of it is
-        ever listed or read, but it takes space."""
-
-    def exists(self, key: str) -> bool:
-        try:
-            self.size(key)
-        except NotFound:
-            return False
-        return True
-
-    def url(self, key: str = "") -> str:
-        return f"{self.root}/{check_key(key)}" if key else self.root
-
-    def child(self, prefix: str) -> Store:
-        """The store of the keys below `prefix/`."""
-        return type(self)(f"{self.root}/{check_key(prefix.rstrip('/'))}")
-
-    def advise(self, key: str, start: int, end: int) -> None:  # noqa: B027 (a store need not)
-        """Says that these bytes will soon be asked for. Returns at once, whether they are there or not."""
-
-    def check_reachable(self) -> None:  # noqa: B027 (a path always is)
-        """Tells a person within seconds that the store does not answer, where later requests would be patient."""
-
-    def check_writable(self) -> None:
-        """Writes, reads back and removes a small object, so that a run finds out before it starts, not after."""
-        key, data = f"scoreray-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-        try:
-            self.put(key, data)
-            found = self.get(key)
-            self.delete([key])
-        except StorageError as error:  # told of the place that was given, not of our probe
-            raise type(error)(str(error).replace(f"/{key}", "")) from error
-        if found != data:
-            raise StorageError(f"{self.url(key)}: read back other bytes than were written; is the store consistent?")
+REMOTE = re.compile(r"(s3|gs|az)://([^/]*)(.*)", re.DOTALL)
+BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
+ACCEPTED = "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, file:///PATH or a path"
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store at `s3://bucket/prefix`, `file:///folder` or a plain path. Does not touch it yet.
+    """The store at `s3://bucket/prefix`, `gs://...`, `az://...`, `file:///folder` or a path. Does not touch it yet.
 
     S3's endpoint, region and credentials come from where every AWS tool takes them: AWS_ENDPOINT_URL[_S3], AWS_REGION,
-    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile in ~/.aws, or the machine's role. Raises UserError.
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile in ~/.aws, or the machine's role; Google's and Azure's from
+    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and _KEY, or the machine's identity. Raises UserError.
     """
     text = os.fspath(url)
-    if text.startswith("s3://"):
+    if not (remote := REMOTE.fullmatch(text)):
+        return PathStore(os.path.abspath(_local_path(text)))
+    scheme, bucket, path = remote.groups()
+    if not BUCKET_NAME.fullmatch(bucket):
+        raise UserError(
+            f"'{text}': '{bucket}' can't be a bucket's name (3 to 63 of a-z, 0-9, '-', '_' and '.'); "
+            f"write {scheme}://BUCKET/PREFIX"
+        )
+    prefix = "/".join(part for part in path.split("/") if part)
+    root = f"{scheme}://{bucket}/{check_key(prefix)}" if prefix else f"{scheme}://{bucket}"
+    if scheme == "s3":
         from scoreray.data.storage.s3 import S3Store  # boto3 takes 0.2 s to import: only for those who need it
 
-        bucket = text[5:].partition("/")[0]
-        if not BUCKET_NAME.fullmatch(bucket):
-            raise UserError(
-                f"'{text}': '{bucket}' can't be a bucket's name (3 to 63 of a-z, 0-9, '-' and '.'); "
-                "write s3://BUCKET/PREFIX"
-            )
-        prefix = "/".join(part for part in text[5:].split("/")[1:] if part)
-        return S3Store(f"s3://{bucket}/{check_key(prefix)}" if prefix else f"s3://{bucket}")
-    return PathStore(os.path.abspath(_local_path(text)))
+        return S3Store(root)
+    from scoreray.data.storage.clouds import CloudStore
+
+    return CloudStore(root)
 
 
 def local_path(url: str | os.PathLike[str]) -> Path | None:
-    """The path that a plain path or `file:///...` names; None for a URL of S3. Raises UserError for any other."""
+    """The path that a plain path or `file:///...` names; None for a remote URL. Raises UserError for any other."""
     text = os.fspath(url)
-    return None if text.startswith("s3://") else Path(_local_path(text))
-
-
-def mode_of(path: Path) -> int:
-    """What is at a path, as os.stat has it; 0 for nothing. Raises StorageError where that can't be found out."""
-    with explained(path):
-        try:
-            return os.stat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return 0
+    return None if REMOTE.fullmatch(text) else Path(_local_path(text))
 
 
 def _local_path(text: str) -> str:
@@ -165,245 +57,5 @@ def _local_path(text: str) -> str:
         host, slash, rest = text[7:].partition("/")
         path = os.fsdecode(unquote_to_bytes(slash + rest)) if host.lower() in ("", "localhost") else ""
     if not path or "\0" in path or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-        raise UserError(f"'{text}' is no URL that can be opened; accepted: s3://BUCKET/PREFIX, file:///PATH or a path")
+        raise UserError(f"'{text}' is no URL that can be opened; accepted: {ACCEPTED}")
     return os.path.expanduser(path)
-
-
-def check_key(key: str) -> str:
-    """`key` if it stays below the root, on a path as on S3."""
-    parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\0" in key or parts[-1].startswith(TEMPORARY):
-        raise StorageError(f"'{key}' can't be the key of an object: a relative name without '..' is needed")
-    return key
-
-
-class PathStore(Store):
-    """Files below a folder. A write goes to a temporary file, is synced and then renamed: whole or not there."""
-
-    def _path(self, key: str) -> Path:
-        return Path(self.root, check_key(key))
-
-    def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
-        path = self._path(key)
-        if end is None:
-            with explained(path), _opened(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
-                file.seek(start or 0)
-                return file.read()
-        with explained(path), _opened(path) as descriptor:
-            at, parts = start or 0, []
-            while at < end and (part := os.pread(descriptor, end - at, at)):  # all at once, but for odd file systems
-                parts.append(part)
-                at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def advise(self, key: str, start: int, end: int) -> None:
-        with contextlib.suppress(OSError, NotAFile), _opened(self._path(key)) as descriptor:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        path = self._path(key)
-        _write(path, data, lambda temporary: os.replace(temporary, path))
-
-    def put_new(self, key: str, data: bytes) -> bool:
-        path, new = self._path(key), True
-
-        def link(temporary: str) -> None:
-            nonlocal new
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                new = False
-
-        _write(path, data, link)
-        return new
-
-    def size(self, key: str) -> int:
-        path = self._path(key)
-        with explained(path):
-            if path.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "is a folder")
-            return path.stat().st_size
-
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        found = []
-        top = os.path.join(self.root, os.path.dirname(prefix)) if prefix else self.root
-        with explained(Path(top)):
-            for folder, folders, names in os.walk(top, onerror=_unless_gone):
-                if prefix and folder == top:  # the only ones that may lead to a key with the prefix
-                    folders[:] = [name for name in folders if name.startswith(os.path.basename(prefix))]
-                for name in names:
-                    path = os.path.join(folder, name)
-                    key = os.path.relpath(path, self.root)
-                    if key.startswith(prefix) and not name.startswith(TEMPORARY):
-                        with contextlib.suppress(FileNotFoundError):  # removed since
-                            found.append((key, os.stat(path).st_size))
-        return sorted(found)
-
-    def stamps(self) -> dict[str, str]:
-        found = {}
-        for key, _ in self.list():
-            with contextlib.suppress(FileNotFoundError):  # removed since
-                found[key] = f"changed {os.stat(os.path.join(self.root, key)).st_mtime_ns}"
-        return found
-
-    def delete(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            path = self._path(key)
-            with explained(path), contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            for folder in path.parents:  # as on S3, a folder without objects does not exist
-                if not folder.is_relative_to(self.root) or folder == Path(self.root):
-                    break
-                try:
-                    folder.rmdir()
-                except OSError:
-                    break
-
-    def check_writable(self) -> None:
-        """Leaves no folder that was not there: a mistyped path must not look right the next time."""
-        root = Path(self.root)
-        made = [folder for folder in (root, *root.parents) if not folder.exists()]
-        super().check_writable()
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-    def clear_unfinished(self, prefix: str, but: str) -> None:
-        top = os.path.join(self.root, os.path.dirname(prefix))
-        with explained(Path(top)):
-            for folder, folders, names in os.walk(top):
-                for name in names:
-                    target = name.removeprefix(TEMPORARY).rpartition("-")[0]
-                    key = os.path.relpath(os.path.join(folder, target), self.root)
-                    if name.startswith(TEMPORARY) and key.startswith(prefix) and but not in key:
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(os.path.join(folder, name))
-                        with contextlib.suppress(OSError):
-                            os.rmdir(folder)
-                if not prefix.endswith("/"):
-                    folders.clear()
-
-
-def _unless_gone(error: OSError) -> None:
-    """A folder that can't be listed is an error: what is in it would look as if it were not there."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        with explained(Path(os.fsdecode(error.filename))):
-            raise error
-
-
-def _write(path: Path, data: bytes | Path, place: Callable[[str], None]) -> None:
-    """Writes `data` to a temporary file beside `path`, to which `place` gives its name."""
-    for attempt in range(TRIES):
-        with explained(path), _temporary(path, data) as temporary:
-            try:
-                place(temporary)
-            except FileNotFoundError:  # a concurrent clear_unfinished() took it for what a killed write left
-                if attempt == TRIES - 1:
-                    raise
-                continue
-            with contextlib.suppress(FileNotFoundError):  # a concurrent delete() removed the file, then the folder
-                _sync_folder(path.parent)
-            return
-
-
-@contextlib.contextmanager
-def _temporary(path: Path, data: bytes | Path) -> Iterator[str]:
-    """A synced file with `data` beside `path`, removed at the end if it still has its temporary name."""
-    for attempt in range(TRIES):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name[:100]}-", dir=path.parent)
-            break
-        except FileNotFoundError as error:  # a concurrent delete() removed the empty folder; always so in /proc
-            if attempt == TRIES - 1:
-                raise StorageError(f"{path.parent}: can't be written: no folder can be made here") from error
-    try:
-        with open(descriptor, "wb") as file:
-            if isinstance(data, Path):
-                with open(data, "rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            else:
-                file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
-            os.fsync(file.fileno())
-        yield name
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A file's descriptor. Raises NotAFile where opening or reading could wait for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer would wait
-    try:
-        check_is_file(path, os.fstat(descriptor).st_mode)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def check_is_file(path: str | os.PathLike[str], mode: int) -> None:
-    """Raises NotAFile where `mode` (of os.stat) is that of a FIFO, a socket or a device."""
-    kind = special_kind(mode)
-    if kind:
-        raise NotAFile(f"{os.fspath(path)}: is {kind}, no file; copy what comes out of it to a file and give that")
-
-
-def special_kind(mode: int) -> str | None:
-    """What `mode` (of os.stat) is of, where that is a FIFO, a socket or a device."""
-    return _SPECIAL.get(stat.S_IFMT(mode))
-
-
-_SPECIAL = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_umask() -> int:
-    """The process's umask; it can only be read by setting it, so once, before any thread runs."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()
-
-_MENDS = {
-    errno.ENOSPC: "no space left on this disk; free some, or give a URL on another",
-    errno.EDQUOT: "the disk quota is used up; free some space, or give a URL on another disk",
-    errno.EFBIG: "a file may not grow that large here (ulimit -f); raise the limit, or give a URL on another disk",
-    errno.EACCES: "permission denied; check the owner and mode of the file and its folders",
-    errno.EPERM: "not permitted; check the owner and mode of the file and its folders",
-    errno.EROFS: "this file system is read-only; give a URL that can be written to",
-    errno.EISDIR: "is a folder, a file was expected",
-    errno.EEXIST: "a part of this path is a file, a folder was expected",
-    errno.ENOTDIR: "a part of this path is a file, a folder was expected",
-    errno.ENAMETOOLONG: "the name is too long for this file system",
-    errno.EIO: "the disk reports an error; see the kernel's log",
-}
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Errors of the file system as one line that names `path`. Raises NotFound, StorageError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"{path}: no such file") from error
-    except OSError as error:
-        mend = _MENDS.get(error.errno or 0, f"{error.strerror or error}")
-        raise StorageError(f"{path}: {mend}") from error

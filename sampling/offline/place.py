@@ -15,7 +15,7 @@ from scoreray.data.packing.identity import WINDOW_BYTES
 from scoreray.data.reading.manifest import INDEX, MANIFEST
 from scoreray.data.reading.outputs import PICTURE_FORMATS, check_folder, suffix_of
 from scoreray.data.storage.lease import TakenOver
-from scoreray.data.storage.store import NotFound, Store, open_store
+from scoreray.data.storage.store import NotFound, Store, local_path, open_store
 from scoreray.sampling.offline.record import FORMATS, Digests, FileDigest, Format, SampleJob
 
 RECORD = "sampling.json"
@@ -73,7 +73,7 @@ def place_of(url: str, format: str = "auto") -> Place:
         return Place(open_store(parent or "."), "npz", name)
     picture_hint = f"; for one picture of the first samples give --picture {url} and a folder to --out"
     check_folder(url, "--out", picture_hint if suffix_of(url) in PICTURE_FORMATS else "; only .npz is one file")
-    guess: Format = "webdataset" if url.startswith("s3://") else "png"
+    guess: Format = "webdataset" if local_path(url) is None else "png"
     chosen = next((f for f in FORMATS if f == format), guess)
     return Place(open_store(url), chosen)
 

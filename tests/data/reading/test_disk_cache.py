@@ -24,6 +24,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.stream import Batch, Stream
+from scoreray.data.storage.stats import ReadStats
 
 PIECE = 1 << 16
 SHARD_BYTES = 12 * PIECE + 1000
@@ -32,6 +33,7 @@ SHARD_BYTES = 12 * PIECE + 1000
 PROCESS = f"""
 import hashlib, random, sys
 from scoreray.data.reading.disk_cache import DiskCache
+from scoreray.data.storage.stats import ReadStats
 folder, limit, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 shards = [bytes([k]) * 7 + random.Random(k).randbytes({SHARD_BYTES} - 7) for k in range(3)]
 names = [hashlib.sha256(shard).hexdigest() for shard in shards]
@@ -40,7 +42,7 @@ def fetch(shard, start, end):
     global fetched
     fetched += end - start
     return shard[start:end]
-cache, chance = DiskCache(folder, limit, {PIECE}), random.Random(seed)
+cache, chance = DiskCache(folder, limit, ReadStats(), {PIECE}), random.Random(seed)
 print("ready", flush=True)
 for i in range(count):
     k = chance.randrange(3)
@@ -92,7 +94,7 @@ def test_processes_share_a_full_cache_and_some_are_killed(tmp_path: Path) -> Non
     for process in stay:
         finish(process)
     assert 0 < largest <= limit
-    DiskCache(tmp_path, limit, PIECE)._shrink(0)
+    DiskCache(tmp_path, limit, ReadStats(), PIECE)._shrink(0)
     assert used(tmp_path) == 0
 
 

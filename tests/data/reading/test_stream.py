@@ -23,8 +23,9 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.blocks import blocks_at_once
 from scoreray.data.reading.manifest import CHUNK, MANIFEST, RECORD, Manifest
 from scoreray.data.reading.order import Order
-from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.stream import Batch, Stream
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
 BATCH = 24  # 1, 2, 3, 4, 6 and 8 divide it
@@ -268,7 +269,7 @@ def test_what_is_read_is_what_is_needed(tmp_path: Path) -> None:
     for world_size in (1, 2, 3, 4, 6, 8, 16, 32, 64):
         fetched, lanes = 0, 192 // world_size
         for rank in range(world_size):
-            stats = Stats()
+            stats = ReadStats()
             reader = Reader(open_store(tmp_path / "set"), manifest, stats, 2 * lanes * (32 + 2 * CHUNK) + 16 * CHUNK)
             for lane in range(rank * lanes, (rank + 1) * lanes):
                 for block in range(order.num_blocks(0, lane)):

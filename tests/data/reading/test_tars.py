@@ -31,10 +31,11 @@ from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import RECORD, Manifest, digest
 from scoreray.data.reading.order import Run
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
-from scoreray.data.reading.reader import Reader, Stats
+from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream
 from scoreray.data.reading.tars import Tape
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
 RAN: list[str] = []
@@ -355,7 +356,7 @@ def through_stream(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
 def through_reader(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
     """The same, without a stream's threads."""
     store, quarantine = open_store(url), Quarantine(4)
-    reader = Reader(store, Manifest.load(store), Stats(), quarantine=quarantine)
+    reader = Reader(store, Manifest.load(store), ReadStats(), quarantine=quarantine)
     members, records = reader.read([Run(0, 0, 4), Run(1, 0, 4)])
     found = {
         number: decode(member, int(record["format"]), (3, 8, 8), np.dtype("uint8"), str).transpose(2, 0, 1)

@@ -11,6 +11,7 @@ import pytest
 import scoreray.data.storage.hedge as module
 from scoreray.data.errors import StorageError
 from scoreray.data.storage.hedge import HedgedGet
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
 
@@ -37,31 +38,33 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_straggler_is_overtaken_by_a_second_request() -> None:
-    get = HedgedGet(Server("slow", "quick"))
+    stats = ReadStats()
+    get = HedgedGet(Server("slow", "quick"), stats)
     started = time.monotonic()
     assert get("key", 0, 6) == b"answer"
     assert time.monotonic() - started < 0.8
-    assert get.num_hedged == 1
+    assert stats.num_hedges == 1
 
 
 def test_quick_answers_and_quick_failures_are_asked_once() -> None:
     server = Server("quick")
-    get = HedgedGet(server)
+    stats = ReadStats()
+    get = HedgedGet(server, stats)
     assert [get("key", 0, 6) for _ in range(20)] == [b"answer"] * 20
-    assert (server.calls, get.num_hedged) == (20, 0)
+    assert (server.calls, stats.num_hedges) == (20, 0)
     with pytest.raises(StorageError, match="no answer"):
-        HedgedGet(Server("fails"))("key", 0, 6)
+        HedgedGet(Server("fails"), ReadStats())("key", 0, 6)
 
 
 @pytest.mark.parametrize("behaviours", [("slow", "fails"), ("slow fails", "slow")])
 def test_one_of_two_that_fails_does_not_matter(behaviours: tuple[str, str]) -> None:
-    assert HedgedGet(Server(*behaviours))("key", 0, 6) == b"answer"
+    assert HedgedGet(Server(*behaviours), ReadStats())("key", 0, 6) == b"answer"
 
 
 def test_a_store_that_is_slow_as_a_whole_is_not_asked_everything_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_S", 0.3)  # the first request waits four times this
     server = Server("slow")
-    get = HedgedGet(server)
+    get = HedgedGet(server, ReadStats())
     for _ in range(2):
         get("key", 0, 6)
     assert server.calls == 2
@@ -75,7 +78,8 @@ def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch:
         keys = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
         for name, value in {"ENDPOINT_URL": endpoint, "ENDPOINT_URL_S3": endpoint, **keys}.items():
             monkeypatch.setenv(f"AWS_{name}", value)
-        get = HedgedGet(open_store("s3://bucket/set").get)
+        stats = ReadStats()
+        get = HedgedGet(open_store("s3://bucket/set").get, stats)
         errors: list[StorageError] = []
 
         def ask() -> None:
@@ -92,3 +96,4 @@ def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch:
         asking.join(timeout=20)
         assert not asking.is_alive()
         assert len(errors) == 1
+        assert stats.num_retries >= 1  # counted, and shown in the run's metrics
