@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from scoreray.data.reading.reader import Stats
+from scoreray.data.storage.stats import ReadStats
 from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, ReadCounts, TrainingProgress, TrainingRecord
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class StepMeter:
         self._window_images += len(loss) * self._world_size
 
     def record(
-        self, images: int, learning_rate: float, norm: float, quarantined: int, skipped_steps: int, reads: Stats
+        self, images: int, learning_rate: float, norm: float, quarantined: int, skipped_steps: int, reads: ReadStats
     ) -> TrainingRecord:
         """Averaged over all ranks: every rank calls it. `reads`: of this rank's stream."""
         self._reads = self._summed(ReadCounts.of(reads))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Literal
 
 from pydantic import ConfigDict
 
-from scoreray.data.reading.reader import Stats
+from scoreray.data.storage.stats import ReadStats
 
 SIGMA_EDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-5, 5))  # 0.0032 ... 100, half decades
 
@@ -74,12 +74,15 @@ class ReadCounts:
 
     bytes_read: int = 0
     num_requests: int = 0
+    num_retries: int = 0
     num_hedges: int = 0
     num_rereads: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     @staticmethod
-    def of(stats: Stats) -> ReadCounts:
-        return ReadCounts(stats.bytes_read, stats.requests, stats.hedged, stats.rereads)
+    def of(stats: ReadStats) -> ReadCounts:
+        return ReadCounts(*(getattr(stats, counter.name) for counter in fields(ReadCounts)))
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,16 @@ CATALOGUE: dict[Metric, Callable[[RunStatus], Value]] = {
         _progress(lambda p: p.mfu),
     Metric("scoreray_data_stall", "share", "Share of the wall time that a step waited for data"):
         _progress(lambda p: p.data_stall),
+    Metric("scoreray_data_retries", "requests", "Reads of data repeated as the store was busy or away; of this start"):
+        _progress(lambda p: p.reads.num_retries),
     Metric("scoreray_data_hedged", "requests", "Reads of data sent twice as the first was slow; of this start"):
         _progress(lambda p: p.reads.num_hedges),
     Metric("scoreray_data_rereads", "requests", "Reads of data repeated as the bytes were wrong; of this start"):
         _progress(lambda p: p.reads.num_rereads),
+    Metric("scoreray_data_cache_hits", "pieces", "Pieces of data found in data.cache_dir; of this start"):
+        _progress(lambda p: p.reads.cache_hits),
+    Metric("scoreray_data_cache_misses", "pieces", "Pieces of data fetched into data.cache_dir; of this start"):
+        _progress(lambda p: p.reads.cache_misses),
     Metric("scoreray_loss", "1", "Weighted loss of the last step on rank 0"):
         _progress(lambda p: p.loss),
     Metric("scoreray_sigma_loss", "1", "Weighted loss by noise level; tag `sigma` is the bucket", ("sigma",)):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from scoreray.data.reading.reader import Stats
+from scoreray.data.storage.stats import ReadStats
 from scoreray.trainer.checkpoints.checkpoint import MARKER, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
@@ -149,7 +149,9 @@ def test_what_a_stream_counts_reaches_the_metrics() -> None:
     """Hedged and repeated reads are the first sign of a failing store; the run goes on, so nothing else shows it."""
     meter, shown = StepMeter(1, torch.device("cpu")), list[TrainingProgress]()
     meter.add(torch.ones(4), torch.ones(4))
-    meter.record(4, 1e-3, 1.0, 0, 0, Stats(bytes_read=700, requests=9, hedged=2, rereads=3))
+    counted = {"retries": 1, "hedged": 2, "rereads": 3, "cache_hits": 4, "cache_misses": 5}
+    reads = ReadStats(num_retries=1, num_hedges=2, num_rereads=3, cache_hits=4, cache_misses=5)
+    meter.record(4, 1e-3, 1.0, 0, 0, reads)
     meter.show(shown.append, 4, 8, None, 0)
     found = values(RunStatus(shown[0]))
-    assert (found["scoreray_data_hedged", ""], found["scoreray_data_rereads", ""]) == (2, 3)
+    assert {name: found[f"scoreray_data_{name}", ""] for name in counted} == counted
