@@ -24,31 +24,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError as WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy as DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling import FailureDecision as FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision as NoopDecision
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision as ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy as ScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from scoreray.trainer.on_ray.controller_watch import ControllerWatch
-
-__all__ = [
-    "DefaultFailurePolicy",
-    "FailureDecision",
-    "NoopDecision",
-    "ResizeDecision",
-    "RunTrainer",
-    "ScalingPolicy",
-    "WorkerHealthCheckFailedError",
-    "WorkerHealthCheckTimeoutError",
-    "draining_nodes",
-    "free_address",
-    "free_resources",
-    "on_this_node",
-    "preemption_announced",
-    "prestart_workers",
-    "resources_per_worker",
-    "set_rank_variables",
-]
 
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # names what a new worker process calls before any work
 WORKER_MODULE = "ray.train.v2._internal.execution.worker_group.worker"  # what a worker imports first
