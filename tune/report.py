@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import shlex
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError
+from scoreray.data.pages import render
 from scoreray.sampling.evaluation.record import finite
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
@@ -90,14 +89,14 @@ def make_report(plan: StudyPlan, trials: Sequence[Trial]) -> Report:
         "study": plan.sweep.dump(),
         "metrics": list(plan.sweep.metric.names),
         "sigmas": levels_of(plan.sweep.metric),
-        "best": _told(best),
-        "default": _told(default),
+        "best": _summary(best),
+        "default": _summary(default),
         "front": [trial.number for trial in ranked] if len(plan.sweep.metric.names) > 1 else [],
         "importance": shares,
         "importance_note": note,
         "states": {state: sum(trial.state == state for trial in trials) for state in ("done", "stopped", "failed")},
         "images": 0 if plan.sweep.checkpoint else _trained(trials),
-        "trials": [_told(trial) for trial in trials],
+        "trials": [_summary(trial) for trial in trials],
         "next": following,
     }
     store.put(RECORD, json.dumps(finite(record), indent=1).encode())
@@ -105,87 +104,106 @@ def make_report(plan: StudyPlan, trials: Sequence[Trial]) -> Report:
     return Report(store.url(PAGE), record, best_url)
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A picture and its caption; no picture where the caption says why there is none.
+
+    least_rem: its width on a phone, where it is moved sideways: 4.4 rem for each inch that it was drawn with keep its
+    letters readable.
+    """
+
+    caption: str
+    png: bytes | None = None
+    least_rem: float = 0.0
+
+    @staticmethod
+    def of(caption: str, png: bytes) -> Chart:
+        width = int.from_bytes(png[16:20], "big")  # of the PNG's header
+        return Chart(caption, png, 4.4 * width / DPI)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """A trial's cells; `error`: why it failed."""
+
+    cells: list[str]
+    error: str
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A row for each trial. head: (short name, full key) of each column."""
+
+    head: list[tuple[str, str]]
+    rows: list[ReportRow]
+
+
 def page(
     plan: StudyPlan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]
 ) -> str:
     """The page; it loads nothing from other hosts."""
-    names = plan.sweep.metric.names
-    name, first, several = html.escape(plan.sweep.study.name), html.escape(names[0]), len(names) > 1
-    parts = []
-    if best is not None:
-        best_ones = best_of(plan, list(trials))[:SHOWN]
-        best_ones += [default] if default is not None and default not in best_ones else []
-        parts.append(_table(plan, best_ones, default))
-    if record["next"]:
-        parts.append("<pre>" + "\n".join(html.escape(line) for line in record["next"]) + "</pre>")
-    if best is not None and several:
-        ring = " Ring: the default." if default is not None and default.metrics else ""
-        parts.append(_chart(f"The Pareto front: trials, by number, that none beats in every metric.{ring}",
-                            front_picture(plan, trials, default)))  # fmt: skip
-    parts.append(_chart("Trials in the order of their numbers, and the best so far.", history_picture(plan, trials)))
-    if best is not None and any(len(trial.reports) > 1 for trial in trials):
-        parts.append(_chart("Every trial as it trained; grey ones were stopped, the best is orange.",
-                            progress_picture(plan, trials, best)))  # fmt: skip
-    if record["importance"]:
-        note = html.escape(record["importance_note"])
-        parts.append(_chart(f"Share of each dimension in what makes a trial good, by {first}: {note}.",
-                            importance_picture(record["importance"])))  # fmt: skip
-    elif best is not None:
-        parts.append(f"<p>Importance of each dimension: {html.escape(record['importance_note'])}.</p>")
-    if best is not None:
-        parts.append(_chart(f"Each line is a finished trial, darker the better its {first}; grey ones were stopped.",
-                            parallel_picture(plan, trials)))  # fmt: skip
-        below = "; below, relative to the default" if compared(plan, best, default) else ""
-        parts.append(_chart(f"Weighted denoising error by noise level, 95% bands{below}.",
-                            curves_picture(plan, best, default)))  # fmt: skip
-        parts.append(_sheets(plan, best, default))
-    parts.append(f"<details><summary>All {len(trials)} trials</summary>{_table(plan, trials, default)}</details>")
     states = ", ".join(f"{count} {state}" for state, count in record["states"].items() if count)
     trained = "nothing was trained" if plan.sweep.checkpoint else f"{record['images']:,} images trained on"
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>scoreray study: {name}</title>
-<style>{STYLE}</style>
-<h1>{name}</h1>
-<p>{len(trials)} trials: {states}; {trained}. Compared by
-{html.escape(", ".join(names))} on {html.escape(plan.sweep.metric.reference)}.</p>
-{"".join(parts)}
-</html>
-"""
+    shown = best_of(plan, list(trials))[:SHOWN] if best is not None else []
+    shown += [default] if shown and default is not None and default not in shown else []
+    return render(
+        "scoreray.tune/report.html",
+        name=plan.sweep.study.name,
+        summary=f"{len(trials)} trials: {states}; {trained}. Compared by {', '.join(plan.sweep.metric.names)} on "
+        f"{plan.sweep.metric.reference}.",
+        best_table=_table(plan, shown, default) if shown else None,
+        next=record["next"],
+        charts=_charts(plan, trials, best, default, record),
+        sheets=[] if best is None else _sheets(plan, best, default),
+        table=_table(plan, trials, default),
+    )
 
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-figure { margin: 1.5rem 0; overflow-x: auto } figure img { width: 100% }
-.sheets { display: flex; flex-wrap: wrap; gap: 1rem } .sheets figure { flex: 1 1 16rem; margin: 0 }
-.sheets img { image-rendering: pixelated } figcaption { color: #555; font-size: 14px; position: sticky; left: 0 }
-.wide { overflow-x: auto; width: max-content; max-width: 100% }
-@media (min-width: 48rem) { .wide { max-width: calc(50vw + 21rem) } }
-table { border-collapse: collapse; font-size: 14px; white-space: nowrap }
-th, td { padding: .2rem .7rem; text-align: right; font-variant-numeric: tabular-nums; border-bottom: 1px solid #eee }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0 }
-td.error { text-align: left; white-space: normal; min-width: 16rem }
-pre { font-size: 13px; background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto } details { margin: 1.5rem 0 }
-"""
+def _charts(
+    plan: StudyPlan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]
+) -> list[Chart]:
+    names, found = plan.sweep.metric.names, list[Chart]()
+    if best is not None and len(names) > 1:
+        ring = " Ring: the default." if default is not None and default.metrics else ""
+        caption = f"The Pareto front: trials, by number, that none beats in every metric.{ring}"
+        found.append(Chart.of(caption, front_picture(plan, trials, default)))
+    caption = "Trials in the order of their numbers, and the best so far."
+    found.append(Chart.of(caption, history_picture(plan, trials)))
+    if best is not None and any(len(trial.reports) > 1 for trial in trials):
+        caption = "Every trial as it trained; grey ones were stopped, the best is orange."
+        found.append(Chart.of(caption, progress_picture(plan, trials, best)))
+    note = record["importance_note"]
+    if record["importance"]:
+        caption = f"Share of each dimension in what makes a trial good, by {names[0]}: {note}."
+        found.append(Chart.of(caption, importance_picture(record["importance"])))
+    elif best is not None:
+        found.append(Chart(f"Importance of each dimension: {note}."))
+    if best is not None:
+        caption = f"Each line is a finished trial, darker the better its {names[0]}; grey ones were stopped."
+        found.append(Chart.of(caption, parallel_picture(plan, trials)))
+        below = "; below, relative to the default" if compared(plan, best, default) else ""
+        caption = f"Weighted denoising error by noise level, 95% bands{below}."
+        found.append(Chart.of(caption, curves_picture(plan, best, default)))
+    return found
 
 
-def _sheets(plan: StudyPlan, best: Trial, default: Trial | None) -> str:
+def _sheets(plan: StudyPlan, best: Trial, default: Trial | None) -> list[Chart]:
     """Samples of the best and of the default, or why there are none."""
     shown = [("best", best)]
     if default is not None and default.number != best.number:
         shown.append(("default", default))
-    parts, frame = [], None
+    found, frame = list[Chart](), None
     for name, trial in shown:
         try:
             samples = _samples(plan, trial)
         except ScorerayError as error:
-            parts.append(f"<p>No samples of the {name}: {html.escape(str(error))}</p>")
+            found.append(Chart(f"No samples of the {name}: {error}"))
             continue
         frame = samples if frame is None else frame
         data = sheet_picture(samples, frame)
         if data is not None:
-            parts.append(_figure(f"Samples of the {name} (trial {trial.number}), the same seeds.", data))
-    return f'<div class="sheets">{"".join(parts)}</div>' if parts else ""
+            found.append(Chart(f"Samples of the {name} (trial {trial.number}), the same seeds.", data))
+    return found
 
 
 def _samples(plan: StudyPlan, trial: Trial) -> Tensor:
@@ -198,15 +216,14 @@ def _samples(plan: StudyPlan, trial: Trial) -> Tensor:
     return torch.cat([x for x, _ in generate(model, request)])
 
 
-def _table(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> str:
-    """A row for each trial; a dimension's full key shows when its short name is pointed at."""
+def _table(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> ReportTable:
+    """A dimension's full key shows when its short name is pointed at."""
     keys, names = [one.key for one in plan.space.dimensions], plan.sweep.metric.names
     plain = all(trial.state == "done" for trial in trials)
     short = short_names(keys)
     head = [(text, "") for text in ("trial", *([] if plain else ["state"]), *names, "images")]
     head += [(short[key], key) for key in keys]
     head += [("", "")] if any(trial.error for trial in trials) else []
-    top = "".join(f'<th title="{html.escape(full)}">{html.escape(text)}</th>' for text, full in head)
     rows = []
     for trial in trials:
         metrics = trial.metrics or {}
@@ -214,9 +231,8 @@ def _table(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> s
         cells += [] if plain else [trial.state]
         cells += [f"{metrics[name]:.5g}" if name in metrics else "" for name in names]
         cells += [f"{trial.images:,}", *(_short(trial.values.get(key, "")) for key in keys)]
-        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(f'<tr>{row}{f"""<td class="error">{html.escape(trial.error)}</td>""" if trial.error else ""}</tr>')
-    return f'<div class="wide"><table><tr>{top}</tr>{"".join(rows)}</table></div>'
+        rows.append(ReportRow(cells, trial.error))
+    return ReportTable(head, rows)
 
 
 def _best_yaml(plan: StudyPlan, best: Trial) -> str:
@@ -256,7 +272,7 @@ def _default(plan: StudyPlan, trials: Sequence[Trial]) -> Trial | None:
     return next((trial for trial in trials if trial.values == values and trial.reports and not trial.lineage), None)
 
 
-def _told(trial: Trial | None) -> dict[str, Any] | None:
+def _summary(trial: Trial | None) -> dict[str, Any] | None:
     if trial is None:
         return None
     last = trial.reports[-1] if trial.reports else {}
@@ -267,20 +283,6 @@ def _told(trial: Trial | None) -> dict[str, Any] | None:
         "reports": [{"images": r["images"], "metrics": r["metrics"], "seconds": r["seconds"]} for r in trial.reports],
         "lineage": trial.lineage,
     }  # fmt: skip
-
-
-def _figure(caption: str, data: bytes, least_rem: float = 0.0) -> str:
-    """A picture that is as wide as the page; on a phone at least `least_rem` wide, and moved sideways."""
-    source = base64.b64encode(data).decode()
-    style = f' style="min-width: {least_rem:.0f}rem"' if least_rem else ""
-    return (
-        f'<figure><img src="data:image/png;base64,{source}" alt=""{style}><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-def _chart(caption: str, data: bytes) -> str:
-    """A picture whose letters are to stay readable: 4.4 rem for each inch that it was drawn with."""
-    return _figure(caption, data, 4.4 * int.from_bytes(data[16:20], "big") / DPI)
 
 
 def _short(value: Any) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scoreray.data.pages import DPI, render
 from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingRecord
 
@@ -33,7 +33,7 @@ def loss_picture(records: list[TrainingRecord], path: Path) -> None:
     right.set(xscale="log", xlabel="noise level σ", ylabel="weighted loss", title="Loss by noise level")
     right.grid(alpha=0.3)
     right.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
 
 
 def _by_sigma(records: list[TrainingRecord]) -> tuple[list[float], list[float]]:
@@ -86,20 +86,4 @@ def summary_page(
         "EMA drawn from": config.ema.names[0],
         "samples": f"{num_samples} in {samples_s:.1f} s: Heun, 18 steps, classes in turn, guidance {guidance:g}",
     }
-    table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>scoreray: {html.escape(config.run.name)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-img {{ max-width: 100% }} th {{ text-align: left; padding-right: 1.5rem; font-weight: 600; vertical-align: top }}
-td {{ overflow-wrap: anywhere }}
-</style>
-<h1>{html.escape(config.run.name)}</h1>
-<p>A score network trained by Ray Train and DeepSpeed on WebDataset shards in S3, and what it draws.</p>
-<img src="samples.png" alt="{num_samples} samples">
-<img src="loss.png" alt="loss over images seen and by noise level">
-<table>{table}</table>
-<p>The whole config is in <a href="config.yaml">config.yaml</a>.</p>
-</html>
-"""
+    return render("scoreray.cluster.verbs/summary.html", name=config.run.name, rows=rows, num_samples=num_samples)

@@ -45,7 +45,7 @@ def page(record: EvaluationRecord, stored: StoredChunks, results: dict[str, Metr
     subject = record.subject.checkpoint
     return render(
         "scoreray.sampling.evaluation/report.html",
-        title=f"{subject.images_seen:,} images, EMA {subject.ema}",
+        title=f"evaluation at {subject.images_seen:,} images, EMA {subject.ema}",
         record=record,
         how=_how(record),
         rows=[row for name, metric in METRICS.items() if name in record.metrics
@@ -150,7 +150,11 @@ def _curves(drawn: dict[str, Any]) -> Captioned:
                 xlabel="1 / number of samples", ylabel="Fréchet distance", title="To infinite count", xlim=(0, None)
             )
         axes.grid(alpha=0.3)
-    return "", _saved(figure)
+    captions = {
+        "loss": "The loss at each level, with 95% bars.",
+        "fid": "Fréchet distance of parts of the samples, and of all.",
+    }
+    return " ".join(captions[name] for name in names), _saved(figure)
 
 
 def _new_figure(width: float, height: float) -> Any:
