@@ -6,12 +6,18 @@ import ast
 import functools
 import io
 import re
+import shlex
 import sysconfig
 import tokenize
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from scoreray.cluster.cli.main import app
+from scoreray.cluster.cli.words import parsed
+from scoreray.data.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("data", "trainer", "sampling", "tune", "cluster", "docs", "tests", "benchmarks", "configs", "k8s")
@@ -94,3 +100,26 @@ def test_commands_that_pages_name_are_files() -> None:
         assert (ROOT / script).is_file(), script
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`make ([\w-]+)", text)) <= targets
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words after `scoreray`) of every command that stands on a line of its own; two spaces end it."""
+    found = []
+    for page in PAGES:
+        for line in re.findall(r"^    (?:[A-Z_]+=\S+ )*scoreray (?:--local-s3 \S+ )?(.+)$", page.read_text(), re.M):
+            found += [(page.name, shlex.split(one)) for one in re.split(r"  .*| && scoreray ", line) if one]
+    return found
+
+
+def test_commands_of_pages_are_taken_by_the_command_line() -> None:
+    command = get_command(app)
+    assert len(commands()) > 30
+    for page, words in commands():
+        if words[0] == "submit":  # its own options, then a verb
+            words = words[3:] if words[1] == "--address" else words[1:]
+        if words[0] in ("list", "status", "logs", "stop"):
+            continue
+        try:
+            parsed(command, words)
+        except UserError as error:
+            pytest.fail(f"{page}: scoreray {' '.join(words)}: {error}")
