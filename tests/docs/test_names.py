@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 
 from scoreray.cluster.cli.main import app
-from scoreray.cluster.cli.words import parsed
+from scoreray.cluster.cli.options import parsed
 from scoreray.data.errors import UserError
 
 ROOT = Path(__file__).parents[2]
