@@ -1,4 +1,4 @@
-"""Checks of values that people write: every message names the value, the constraint and the mend."""
+"""Checks of values that people write: every message names the value, the constraint and the fix."""
 
 from __future__ import annotations
 

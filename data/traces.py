@@ -27,7 +27,7 @@ _making = threading.Lock()
 
 
 def span(name: str, **attributes: Any) -> contextlib.AbstractContextManager[Any]:
-    """`with span("train.restore", rank=0):`; a child of the span that this thread is in. An error inside is told."""
+    """`with span("train.restore", rank=0):`; a child of this thread's span. Exceptions are recorded on it."""
     tracer = _tracer()
     return _off if tracer is None else tracer.start_as_current_span(name, attributes=_plain(attributes))
 

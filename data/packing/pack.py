@@ -1,8 +1,8 @@
 """`pack(source, url)`: images to WebDataset tar shards, their index and manifest.
 
-The same source and arguments give the same bytes, whoever makes the shards. Each shard is put when it is done; the
-manifest comes last and is the commit. A pack that was killed is run again and keeps the shards that are there; another
-pack at the same URL is refused. Existing WebDataset tars are indexed where they lie, or made into new ones.
+The same source and arguments give the same bytes, whichever process makes the shards. Each shard is put when it is
+done; the manifest comes last and is the commit. A pack that was killed is run again and keeps shards that are there;
+another pack at the same URL is refused. Existing WebDataset tars are indexed where they lie, or made into new ones.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class Blocks:
 
     def _ask(self, key: Key, *, ahead: bool = False) -> None:
         """Has a block read; from a disk of this machine only when its turn comes (a thread that reads from there costs
-        the decoding one more than it saves), but the kernel is told of it."""
+        the decoding one more than it saves), but the kernel is advised to read it."""
         if key in self._asked:
             return
         if self._inline:

@@ -5,8 +5,8 @@ appears by a rename and is checked by who reads it (its size here, its members' 
 on open files, so the kernel frees those of a process that dies:
 
     <folder>/<2 hex>/<sha256>-<piece>         a piece; its modification time is when it was last read
-    <folder>/<2 hex>/<sha256>-<piece>.part    being fetched by whoever holds its lock; the others wait for it
-    <folder>/used                             bytes taken, as 8 bytes; counted anew whenever something is removed
+    <folder>/<2 hex>/<sha256>-<piece>.part    being fetched by the process that holds its lock; others wait for it
+    <folder>/used                             bytes taken, as 8 bytes; counted again whenever something is removed
 
 Removing a piece that somebody reads is harmless: they hold the file open, or find it gone and ask the store.
 """

@@ -217,7 +217,7 @@ class Stream:
         else:
             self._blocks.decode(rows, images)
         if dtype == np.uint8:
-            images = images.transpose(0, 3, 1, 2)  # a view: whoever converts the bytes copies them anyway
+            images = images.transpose(0, 3, 1, 2)  # a view: converting the bytes copies them anyway
         # Copies, as a batch must not keep the rows of its neighbours alive.
         arrays = [torch.from_numpy(a) for a in (images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())]
         return Batch(*(array.pin_memory() for array in arrays)) if self._pin_memory else Batch(*arrays)

@@ -35,7 +35,7 @@ class Lease:
 
     @staticmethod
     def take(store: Store, key: str, what: str, token: str = "") -> Lease:
-        """Make the place this start's, whoever had it before."""
+        """Make the place this start's, whichever start had it before."""
         token = token or uuid.uuid4().hex
         store.put(key, token.encode())
         return Lease(store, key, what, token)

@@ -88,7 +88,7 @@ class LocalS3:
             access_key, secret_key = _keys(self.folder)
             (self.folder / "data").mkdir(exist_ok=True)
             for stale in (self.folder / "data").glob("m[0-9]*"):
-                shutil.rmtree(stale)  # the master's state at its earlier port; the volumes tell it all anew
+                shutil.rmtree(stale)  # the master's state at its earlier port; the volumes report everything again
             _remove_sockets()
             for attempt in range(3):
                 ports = self._ports = _free_ports(self._asked_port)

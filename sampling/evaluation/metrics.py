@@ -1,8 +1,8 @@
 """Every metric of an evaluation: what it is computed from, which models and data it fits, its function, its warnings.
 
 A new one is one function and one entry of METRICS. Chunks are read one after another in their order, so sums are the
-same whoever computed them, and memory does not grow with the number of samples: what needs rows at once takes at most
-`plan.MOST_ROWS` of a side, spread evenly.
+same whichever process computed them, and memory does not grow with the number of samples: what needs rows at once takes
+at most `plan.MOST_ROWS` of a side, spread evenly.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 All strengthen D_base towards D_strong, denoised = D_base + weight (D_strong - D_base): weight 0 is the base, 1 is the
 strong one, above 1 is guidance. (Ho & Salimans 2022 write w = weight - 1.) `rows_per_sample` is how many rows the
-network sees for each row of x, for whoever counts them.
+network sees for each row of x, for callers that count them.
 """
 
 from __future__ import annotations

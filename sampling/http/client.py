@@ -189,9 +189,9 @@ def _plain(value: Any) -> Any:
 
 
 def _about(headers: Mapping[str, str]) -> dict[str, Any]:
-    told = {name.lower(): value for name, value in headers.items()}
-    about: dict[str, Any] = {"id": told.get("x-request-id")}
-    for header, value in told.items():
+    lower = {name.lower(): value for name, value in headers.items()}
+    about: dict[str, Any] = {"id": lower.get("x-request-id")}
+    for header, value in lower.items():
         if header.startswith(ABOUT):
             name = header.removeprefix(ABOUT).replace("-", "_")
             about[name] = NUMBERS[name](value) if name in NUMBERS else value

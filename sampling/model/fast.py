@@ -122,7 +122,7 @@ def distance(exact: LoadedDenoiser, other: Callable[..., Tensor]) -> float:
 class Sized(nn.Module):
     """A compiled network for batches of some sizes: others are padded to the next one, larger ones run uncompiled.
 
-    least: of a size, the rows from which on padding to it is quicker than running uncompiled; 1 where it is not told.
+    least: of a size, the rows from which on padding to it is quicker than running uncompiled; 1 where it is not known.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a sampling service is told when it starts: models, sizes, limits; and every reason for which it refuses."""
+"""The configuration of a sampling service (models, sizes, limits), and the codes of everything that it refuses."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ log = logging.getLogger("scoreray.serve")
 
 METRICS_SYNC_S = 2.0
 POLL_S = 0.1  # of the store, for the answer of a draw that another ingress, now dead, began
-LAST_ANSWERS_S = 5.0  # for those who are told at the end of a drain that it is over
+LAST_ANSWERS_S = 5.0  # for the refusals at the end of a drain to reach their clients
 
 
 class LocalBackend:
@@ -303,7 +303,7 @@ class Service:
                 await self._reload(name)
 
     async def _reload(self, name: str) -> None:
-        """One look at the store at a time, whoever asks: one that does not answer must hold one thread, not all."""
+        """One look at the store at a time, for all requests: one that does not answer must hold one thread, not all."""
         task = self._reloading.get(name)
         if task is None:
             task = self._reloading[name] = self._spawn(self._take_newer(name))

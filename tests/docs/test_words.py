@@ -17,7 +17,7 @@ WORDS = {  # word -> what to write
     r"what goes with what": "which parts of a config fit together",
 }
 FOUND = re.compile(rf"\b({'|'.join(WORDS)})\b", re.I)
-CLEAN = ("docs/tools", "k8s", "benchmarks", "configs", "tests/docs", "tests/k8s")
+CLEAN = ("data", "sampling", "tune", "cluster", "docs/tools", "k8s", "benchmarks", "configs", "tests/docs", "tests/k8s")
 """Folders whose Python, YAML and HTML files are read."""
 NOT_YET = ("docs/modules.md",)
 """Pages that are not read."""
