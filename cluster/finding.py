@@ -1,4 +1,4 @@
-"""What the doctor found, as a line for a person and facts for a program."""
+"""One finding of the doctor: a line for people, facts for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This code as a wheel, to run somewhere else: made of the files in a moment, the same bytes for the same files.
+"""Builds a wheel of this installation for submitted jobs: in a moment, the same bytes for the same files.
 
 A wheel is a zip of modules and a few lines about them (packaging.python.org, "Binary distribution format"). This one
 asks for no dependencies: the cluster's image has them, and Ray's `py_modules` would otherwise install torch again.

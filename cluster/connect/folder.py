@@ -1,4 +1,4 @@
-"""The folder of an embedded Ray: closed to other users, short enough for sockets, removed however its owner ends."""
+"""The folder of an embedded Ray: mode 0700, a path short enough for sockets, removed however its owner ends."""
 
 from __future__ import annotations
 

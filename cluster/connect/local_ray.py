@@ -1,4 +1,4 @@
-"""Connecting to Ray: the cluster that RAY_ADDRESS names, or one of our own on this machine that ends with us."""
+"""Connecting to Ray: the cluster that RAY_ADDRESS names, or an embedded one that ends with this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting Ray's daemons: longer where the machine is busy, no longer than until one of them has ended.
+"""How long to wait for Ray's daemons to start: longer on a busy machine, and no longer once one of them has ended.
 
 Ray (2.60) waits for them in C++, where Ctrl-C does not reach it, and as long where they died at once. Where a version
 of Ray lacks the names that are replaced here, it waits as it does.

@@ -1,4 +1,4 @@
-"""A command on Ray ends with one line of its own when a daemon of Ray has ended or hangs, before Ray ends it with none.
+"""Watches Ray's GCS and raylet: where one has ended or hangs, the command ends with a line, before Ray ends it.
 
 Ray's own answer comes up to a minute later, from C++: the process is gone, without an exception that could be caught.
 """

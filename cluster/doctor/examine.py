@@ -1,4 +1,4 @@
-"""`scoreray doctor`: what is missing or will not fit, said before a run finds out."""
+"""`scoreray doctor` on this machine: what a run lacks and what will not fit, before it starts."""
 
 from __future__ import annotations
 

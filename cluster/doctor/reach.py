@@ -1,4 +1,4 @@
-"""Whether nodes of a cluster reach each other, each the next: TCP both ways, then an all-reduce as training does."""
+"""Whether the nodes of a cluster reach each other, in a ring: by TCP both ways, then by an all-reduce."""
 
 from __future__ import annotations
 

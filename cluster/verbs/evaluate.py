@@ -18,8 +18,10 @@ from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan, 
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training
 
 RETRIES = Retries(
-    4, "a chunk", "is there memory for so many workers? give fewer --workers or a smaller --batch-size"
-)  # of one actor
+    times=4,
+    work="a chunk",
+    hint="is there memory for so many workers? give fewer --workers or a smaller --batch-size",
+)
 
 
 def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None, verbose: bool = False) -> Evaluation:

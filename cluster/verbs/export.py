@@ -18,7 +18,9 @@ from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.posthoc import Mix, find_mix, in_turn, reconstruct
 from scoreray.trainer.optim.ema import choose_length, is_power_length, length_name
 
-RETRIES = Retries(3, "averaging a range of parameters", "is there memory for it? give RAY_ADDRESS of a larger cluster")
+RETRIES = Retries(
+    times=3, work="averaging a range of parameters", hint="is there memory for it? set RAY_ADDRESS to a larger cluster"
+)
 ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes longer than mixing them here
 
 

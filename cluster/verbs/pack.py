@@ -24,7 +24,9 @@ from scoreray.data.storage.store import open_store
 WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves
 MOST_NAMED = 10  # samples that were left out, in the last lines
 RETRIES = Retries(
-    4, "shard {}", "is there memory for so many shards at once? give a smaller --workers or --samples-per-shard"
+    times=4,
+    work="shard {}",
+    hint="is there memory for so many shards at once? give a smaller --workers or --samples-per-shard",
 )
 CHECK_S = 60.0
 

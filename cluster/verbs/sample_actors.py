@@ -21,8 +21,10 @@ from scoreray.sampling.offline.record import SampleJob
 from scoreray.trainer.on_ray.run import worker_environment
 
 RETRIES = Retries(
-    10, "shard {}", "is there memory for so many actors? give fewer --actors or a smaller --batch-size"
-)  # of one actor
+    times=10,  # more than elsewhere: Ray counts them over an actor's whole life, and jobs take hours on spot instances
+    work="shard {}",
+    hint="is there memory for so many actors? give fewer --actors or a smaller --batch-size",
+)
 CALLS_AT_ONCE = 2  # of an actor: it draws one shard while the other waits in its queue, so that it is never idle
 POLL_S = 0.5
 
