@@ -181,22 +181,22 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
     media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
     draw = await service.submit(body, token=who, key=key, media=media)
-    replayed = draw.joined > 1 or draw.replayed
+    joined = draw.joined > 1
     if body.stream:
-        return await _stream(service, draw, request, request_id, _replayed(replayed))
+        return await _stream(service, draw, request, request_id, joined)
     try:
         answer = await _unless_gone(request, draw)
     finally:
         service.leave(draw)
     request.state.about = answer.about
-    headers = {**HEADERS, **_replayed(replayed or draw.replayed)}
+    headers = {**HEADERS, **_replayed(joined or draw.replayed)}
     if media == "application/json":
         return Response(answer.as_json(request_id), media_type=media, headers=headers)
     about = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
     return Response(answer.body, media_type=media, headers={**headers, **about})
 
 
-async def _stream(service: Service, draw: Draw, request: Request, request_id: str, headers: dict[str, str]) -> Response:
+async def _stream(service: Service, draw: Draw, request: Request, request_id: str, joined: bool) -> Response:
     """The events of a draw once a replica has taken it. Raises Refused where none does: an answer and no stream."""
     started = time.monotonic()
     try:
@@ -206,6 +206,7 @@ async def _stream(service: Service, draw: Draw, request: Request, request_id: st
     except BaseException:
         service.leave(draw)
         raise
+    headers = _replayed(joined or draw.replayed)
     return Events(
         service, draw, request, request_id, headers, lambda outcome: _count(service, request, outcome, started)
     )

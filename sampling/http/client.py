@@ -189,9 +189,9 @@ def _plain(value: Any) -> Any:
 
 
 def _about(headers: Mapping[str, str]) -> dict[str, Any]:
-    lower = {name.lower(): value for name, value in headers.items()}
-    about: dict[str, Any] = {"id": lower.get("x-request-id")}
-    for header, value in lower.items():
+    given = {name.lower(): value for name, value in headers.items()}
+    about: dict[str, Any] = {"id": given.get("x-request-id")}
+    for header, value in given.items():
         if header.startswith(ABOUT):
             name = header.removeprefix(ABOUT).replace("-", "_")
             about[name] = NUMBERS[name](value) if name in NUMBERS else value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from scoreray.data.errors import UserError
@@ -95,8 +97,9 @@ class Access:
             raise Refused("no_token", "send the header 'Authorization: Bearer TOKEN' with a token of this service")
         return found
 
-    def enter(self, name: str, rows: int) -> None:
-        """Counts a request in. Raises Refused when the token then had more than it may have."""
+    @contextlib.contextmanager
+    def under_way(self, name: str, rows: int) -> Iterator[None]:
+        """Counts a request while it is drawn. Raises Refused when the token then had more than it may have."""
         for what, used, more, most in (
             ("requests", self._requests[name], 1, self._limits.token_requests),
             ("rows", self._rows[name], rows, self._limits.token_rows),
@@ -107,7 +110,8 @@ class Access:
                 )
         self._requests[name] += 1
         self._rows[name] += rows
-
-    def leave(self, name: str, rows: int) -> None:
-        self._requests[name] -= 1
-        self._rows[name] -= rows
+        try:
+            yield
+        finally:
+            self._requests[name] -= 1
+            self._rows[name] -= rows

@@ -52,7 +52,7 @@ class Draw:
     def __init__(self, request: SampleRequest) -> None:
         self.request = request
         self.started = time.monotonic()
-        self.task: asyncio.Future[SampleAnswer] | None = None
+        self.task: asyncio.Task[SampleAnswer] | None = None
         self.accepted = asyncio.Event()
         self.progress = 0.0
         self.waiting = self.joined = 0  # requests that wait now, and all that ever did

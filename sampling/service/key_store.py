@@ -34,7 +34,7 @@ class StoreLost(Exception):
 class KeyEntry:
     """What is stored of a key. origin: what its samples are made from, whichever request brings it again.
 
-    answer: once it was drawn, until it is let go. mine: without an answer, whether the claim that asked may draw.
+    answer: once it was drawn, until it is let go. mine: without an answer, whether this claim may draw.
     """
 
     origin: Origin

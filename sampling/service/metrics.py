@@ -23,7 +23,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 REPLICA_METRICS = (
-    Metric("scoreray_waiting_rows", "rows", "samples asked for and not done yet"),
+    Metric("scoreray_waiting_rows", "rows", "samples requested and not done yet"),
     Metric("scoreray_waiting_calls", "rows", "rows that the network is still expected to be called with"),
     Metric(
         "scoreray_batch_occupancy",

@@ -23,7 +23,7 @@ from scoreray.sampling.service.body import SampleBody, made_from, make_request
 from scoreray.sampling.service.config import Refused, ServeConfig
 from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.idempotency import Bills, begin_key, kept, open_key_store, seed_of
-from scoreray.sampling.service.key_store import KeyEntry, KeyStore, key_reused
+from scoreray.sampling.service.key_store import KeyStore, key_reused
 from scoreray.sampling.service.metrics import SERVICE_METRICS, Meter, merged
 from scoreray.sampling.service.models import Served, look_up
 from scoreray.sampling.service.replica import Replica
@@ -142,17 +142,10 @@ class Service:
             served = self._served(body.model)
             seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
             request = await asyncio.to_thread(make_request, body, served, self.limits, media, seed)
-            entry = None
-            if claim is not None:
-                entry = await begin_key(self._store, claim, request.origin)
-                if entry.origin != request.origin:
-                    request = made_from(request, entry.origin)
-                request = replace(request, claim=claim)
             self._check_open()
-            draw = self._under_way(claim)  # looked up again: another request may have brought it meanwhile
-            if draw is None:
-                draw = self._begin(Draw(request), token, entry)
-        if draw.joined or draw.replayed:
+            # looked up again: another request may have brought the key meanwhile
+            draw = self._under_way(claim) or self._begin(Draw(replace(request, claim=claim)), token)
+        if draw.joined:
             self.meter["replayed"].inc()
         draw.waiting += 1
         draw.joined += 1
@@ -206,24 +199,16 @@ class Service:
             raise Refused("no_model", f"model '{name}' is not served here: {nearest(name, self.models)}", field="model")
         return self.models[name]
 
-    def _begin(self, draw: Draw, token: str, entry: KeyEntry | None) -> Draw:
-        """Starts a draw; one whose key is answered already ends at once."""
-        if entry is not None and entry.answer is not None:
-            draw.replayed, draw.task = True, asyncio.get_running_loop().create_future()
-            draw.task.set_result(SampleAnswer.of(draw.request, entry.answer))
-            draw.end()
-            return draw
-        rows, claim = draw.request.rows_per_call, draw.request.claim
-        self.access.enter(token, rows)
+    def _begin(self, draw: Draw, token: str) -> Draw:
+        claim = draw.request.claim
         self._draws.add(draw)
         if claim is not None:
             self._by_key[claim.token, claim.key] = draw
-        draw.task = self._spawn(self._carry_out(draw, entry))
+        draw.task = self._spawn(self._carry_out(draw, token))
 
-        def ended(task: asyncio.Future[SampleAnswer]) -> None:
+        def ended(task: asyncio.Task[SampleAnswer]) -> None:
             self._draws.discard(draw)
             self._forget(draw)
-            self.access.leave(token, rows)
             if claim is None and not task.cancelled() and task.exception() is None:
                 self._bills.add(token, len(draw.request.seeds))
             draw.end()
@@ -231,11 +216,11 @@ class Service:
         draw.task.add_done_callback(ended)
         return draw
 
-    async def _carry_out(self, draw: Draw, entry: KeyEntry | None) -> SampleAnswer:
-        """Draws a request, or waits for its answer where a replica draws it for another ingress. Raises Refused."""
+    async def _carry_out(self, draw: Draw, token: str) -> SampleAnswer:
+        """The answer of a key that has one, or a new draw's. Raises Refused."""
         try:
             async with asyncio.timeout(self.limits.max_request_s):
-                last = await self._answer_of_another(draw, entry) or await self._draw_until_settled(draw)
+                last = await self._stored_answer(draw) or await self._draw_until_settled(draw, token)
         except asyncio.CancelledError:
             if draw.cut_off is None:
                 raise
@@ -247,25 +232,32 @@ class Service:
         field = "options" if last.code == "not_finite" and draw.request.options else None
         raise Refused(last.code, last.message, field=field, retry_after_s=last.retry_after_s)
 
-    async def _answer_of_another(self, draw: Draw, entry: KeyEntry | None) -> Completed | None:
-        """The answer of a draw of the same key for another ingress; None once it stopped, or if there is none."""
-        claim = draw.request.claim
-        while claim is not None and entry is not None and not entry.mine:
-            draw.accepted.set()
-            await asyncio.sleep(POLL_S)
+    async def _stored_answer(self, draw: Draw) -> Completed | None:
+        """The answer of a key, waited for while a replica draws it for an ingress that died; None where there is none.
+
+        Makes the request one to the checkpoint and seed that its key came with first.
+        """
+        while (claim := draw.request.claim) is not None:
             entry = await begin_key(self._store, claim, draw.request.origin)
+            if entry.origin != draw.request.origin:
+                draw.request = made_from(draw.request, entry.origin)
             if entry.answer is not None:
                 draw.replayed = True
                 self.meter["replayed"].inc()
                 return entry.answer
+            if entry.mine:
+                return None
+            draw.accepted.set()
+            await asyncio.sleep(POLL_S)
         return None
 
-    async def _draw_until_settled(self, draw: Draw) -> Completed | Failed:
+    async def _draw_until_settled(self, draw: Draw, token: str) -> Completed | Failed:
         """The end of a draw, begun again from the newest checkpoint where its own was removed meanwhile."""
-        for _ in range(MAX_DEATHS):
-            last = await self._draw_once(draw)
-            if isinstance(last, Completed) or last.code != "storage" or not await self._take_to_newest(draw):
-                return last
+        with self.access.under_way(token, draw.request.rows_per_call):
+            for _ in range(MAX_DEATHS):
+                last = await self._draw_once(draw)
+                if isinstance(last, Completed) or last.code != "storage" or not await self._take_to_newest(draw):
+                    return last
         return Failed("storage", "the checkpoints of this request are removed faster than they can be drawn from")
 
     async def _draw_once(self, draw: Draw) -> Completed | Failed:

@@ -1,4 +1,4 @@
-"""One catalogue: the code, the page, the dashboards and the alerts tell the same, and Prometheus sees all of it."""
+"""One catalogue: the code, the page, the dashboards and the alerts agree, and Prometheus sees all of it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ LOST = [  # as scraped each 15 s from a service of two whose replica was killed,
     (STATUS, "6x40 2x160"),
 ]
 FIRES: dict[str, tuple[list[tuple[str, str]], str, dict[str, str]]] = {
-    # alert -> series each 15 s, when it is asked, its labels
+    # alert -> series each 15 s, when it is evaluated, its labels
     "ScorerayNoCommit": ([('ray_scoreray_last_commit_age_s{run="a"}', "2+15x290")], "67m", {"run": "a"}),
     "ScoreraySilent": ([('ray_scoreray_progress_age_s{run="a"}', "1x40 0+15x60")], "22m", {"run": "a"}),
     "ScorerayDataStalled": ([('ray_scoreray_data_stall{run="a"}', "0.7x80")], "11m", {"run": "a"}),
@@ -178,19 +178,19 @@ def firing(name: str, when: str, labels: dict[str, str]) -> dict[str, Any]:
     return {"expr": query, "eval_time": when, "exp_samples": [{"labels": "{}", "value": 1}]}
 
 
-def asked(pairs: list[tuple[str, str]], **checks: Any) -> dict[str, Any]:
+def queried(pairs: list[tuple[str, str]], **checks: Any) -> dict[str, Any]:
     return {"interval": "15s", "input_series": series(pairs), **checks}
 
 
 def test_each_alert_fires(tmp_path: Path) -> None:
     assert FIRES.keys() == {alert.name for alert in ALERTS}
     cases = [(name, *case) for name, case in FIRES.items()] + list(MORE.values())
-    done = promtool(tmp_path, [asked(pairs, promql_expr_test=[firing(name, *when)]) for name, pairs, *when in cases])
+    done = promtool(tmp_path, [queried(pairs, promql_expr_test=[firing(name, *when)]) for name, pairs, *when in cases])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_alert_fires_while_all_is_well(tmp_path: Path) -> None:
     minutes = range(1, 90)
     checks = [{"eval_time": f"{m}m", "alertname": alert.name, "exp_alerts": []} for alert in ALERTS for m in minutes]
-    done = promtool(tmp_path, [asked(pairs, alert_rule_test=checks) for pairs in GOOD.values()])
+    done = promtool(tmp_path, [queried(pairs, alert_rule_test=checks) for pairs in GOOD.values()])
     assert done.returncode == 0, done.stdout + done.stderr

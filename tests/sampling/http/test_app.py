@@ -432,8 +432,8 @@ def test_a_client_that_goes_and_comes_back_at_once_is_answered(run_url: str) -> 
             assert second is not first
             assert (await second.answer()).about["count"] == 2
             third = await call.service.submit(body, **asked)
-            assert third.replayed
             assert (await third.answer()).body == (await second.answer()).body
+            assert third.replayed
             assert second.request.origin == first.request.origin
 
     asyncio.run(main())
@@ -587,13 +587,13 @@ def test_a_token_has_only_so_much_under_way(run_url: str) -> None:
     async def main() -> None:
         async with serving(config(run_url, limits=limits)) as call:
             for under_way in ([8], [1, 1]):  # rows of each request
+                stack = contextlib.ExitStack()
                 for rows in under_way:
-                    call.service.access.enter(NOBODY, rows)
+                    stack.enter_context(call.service.access.under_way(NOBODY, rows))
                 reply = await call.post({"steps": 2})
                 assert (reply.status, reply.code) == (429, "token_busy")
                 assert int(reply.headers["retry-after"]) >= 1
-                for rows in under_way:
-                    call.service.access.leave(NOBODY, rows)
+                stack.close()
                 assert (await call.post({"steps": 2})).status == 200
             page = (await call("GET", "/metrics")).body.decode()
             assert metric(page, "scoreray_sheds_total") == 2

@@ -21,7 +21,7 @@ from scoreray.sampling.service.config import ServeConfig
 @pytest.fixture(scope="module")
 def url(new_run: Callable[..., str], served: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service on a port of this machine."""
-    run = new_run(str(tmp_path_factory.mktemp("runs") / "asked"))
+    run = new_run(str(tmp_path_factory.mktemp("runs") / "small"))
     with served(ServeConfig((("small", run),), precision="fp32", compile="off")) as (url, _):
         yield url.rstrip("/")
 
@@ -29,12 +29,12 @@ def url(new_run: Callable[..., str], served: Any, tmp_path_factory: pytest.TempP
 def test_what_made_the_samples_is_named_and_typed_as_in_json(url: str) -> None:
     client = Client(url)
     fields: dict[str, Any] = {"count": 2, "steps": 3, "sampler": "euler", "guidance": 1.5, "class_label": 1}
-    told = client.sample_json(seed=7, **fields)
+    in_json = client.sample_json(seed=7, **fields)
     about = client.sample(seed=7, **fields).about
     per_answer = {"id", "queued_s", "took_s"}
-    assert about.keys() == told.keys() - {"data"}
+    assert about.keys() == in_json.keys() - {"data"}
     for name in about.keys() - per_answer:
-        assert (type(about[name]), about[name]) == (type(told[name]), told[name]), name
+        assert (type(about[name]), about[name]) == (type(in_json[name]), in_json[name]), name
     assert {type(about[name]) for name in per_answer} == {str, float}
     chosen = client.sample(**fields)
     again = client.sample(seed=chosen.about["seed"], **fields)
@@ -50,7 +50,7 @@ def test_numbers_of_numpy_are_numbers(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reason"),
     [
         ({"guidance": float("nan")}, "guidance = nan: must be a finite number"),
         ({"options": {"eta": float("inf")}}, "options = {'eta': inf}: must be a finite number"),
@@ -59,15 +59,15 @@ def test_numbers_of_numpy_are_numbers(url: str) -> None:
         ({"idempotency_key": "a"}, "as `key`"),
     ],
 )
-def test_what_can_not_be_asked_is_told_before_it_is_sent(fields: dict[str, Any], told: str) -> None:
+def test_fields_that_can_not_be_sent_are_refused_before_they_are(fields: dict[str, Any], reason: str) -> None:
     client = Client("http://127.0.0.1:9")
     for call in (client.sample, client.sample_json):
         with pytest.raises(UserError, match=r"(?s)^[^\n]*$") as refused:
             call(**fields)
-        assert told in str(refused.value)
+        assert reason in str(refused.value)
 
 
-def test_an_unknown_host_and_a_url_that_is_none_are_told_at_once() -> None:
+def test_an_unknown_host_or_a_bad_url_is_refused_at_once() -> None:
     for url in ("http://no-such-host.invalid:8000", "nonsense://127.0.0.1:1", "http://:0:x"):
         started = time.monotonic()
         with pytest.raises(UserError, match="check the url"):
@@ -75,14 +75,14 @@ def test_an_unknown_host_and_a_url_that_is_none_are_told_at_once() -> None:
         assert time.monotonic() - started < 5
 
 
-def test_a_service_that_is_not_up_yet_is_asked_again(url: str) -> None:
+def test_a_service_that_is_not_up_yet_is_tried_again(url: str) -> None:
     with pytest.raises(StorageError, match="2 tries"):
         Client("http://127.0.0.1:9", tries=2).sample()
     with pytest.raises(Declined, match="did you mean 'heun'"):
         Client(url).sample(sampler="huen")
 
 
-def test_https_to_a_service_without_tls_is_told_at_once(url: str) -> None:
+def test_https_to_a_service_without_tls_is_refused_at_once(url: str) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match="plain http"):
         Client(url.replace("http:", "https:")).sample()
@@ -95,12 +95,12 @@ def scripted() -> Iterator[Callable[[list[tuple[int, dict[str, str], Any]]], tup
     servers: list[ThreadingHTTPServer] = []
 
     def start(answers: list[tuple[int, dict[str, str], Any]]) -> tuple[str, list[Any]]:
-        asked: list[Any] = []
+        sent: list[Any] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["content-length"]))
-                asked.append((time.monotonic(), self.headers["idempotency-key"]))
+                sent.append((time.monotonic(), self.headers["idempotency-key"]))
                 status, headers, body = answers.pop(0)
                 if body is None:
                     self.connection.shutdown(2)
@@ -118,7 +118,7 @@ def scripted() -> Iterator[Callable[[list[tuple[int, dict[str, str], Any]]], tup
 
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}", asked
+        return f"http://127.0.0.1:{servers[-1].server_port}", sent
 
     yield start
     for server in servers:
@@ -130,9 +130,9 @@ BUSY = {"code": "overloaded", "message": "later"}
 
 
 def test_retries_keep_their_key_and_wait_as_long_as_retry_after_says(scripted: Any) -> None:
-    url, asked = scripted([(200, {}, None), (503, {"Retry-After": "1"}, BUSY), (429, {}, BUSY), (200, {}, {"id": "a"})])
+    url, sent = scripted([(200, {}, None), (503, {"Retry-After": "1"}, BUSY), (429, {}, BUSY), (200, {}, {"id": "a"})])
     assert Client(url).sample_json() == {"id": "a"}
-    times, keys = zip(*asked, strict=True)
+    times, keys = zip(*sent, strict=True)
     assert len(set(keys)) == 1
     assert 1.0 <= times[2] - times[1] <= 1.25 + 1.0
     assert times[1] - times[0] < 1.0
@@ -140,24 +140,24 @@ def test_retries_keep_their_key_and_wait_as_long_as_retry_after_says(scripted: A
 
 def test_what_another_try_would_not_change_is_not_tried_again(scripted: Any) -> None:
     for status, code in ((422, "invalid"), (503, "timed_out"), (302, "unknown")):
-        url, asked = scripted([(status, {"Retry-After": "1"}, {"code": code, "message": "no"})] * 2)
+        url, sent = scripted([(status, {"Retry-After": "1"}, {"code": code, "message": "no"})] * 2)
         with pytest.raises(Declined, match=rf"{code} \({status}\)"):
             Client(url).sample_json()
-        assert len(asked) == 1
+        assert len(sent) == 1
 
 
 def test_after_the_last_try_the_last_reason_is_reported(scripted: Any) -> None:
-    url, asked = scripted([(503, {"Retry-After": "soon"}, BUSY), (200, {}, None), (503, {}, BUSY)])
+    url, sent = scripted([(503, {"Retry-After": "soon"}, BUSY), (200, {}, None), (503, {}, BUSY)])
     with pytest.raises(StorageError, match=r"no answer in 3 tries; the last: overloaded \(503\): later"):
         Client(url, tries=3).sample_json()
-    assert len(asked) == 3
+    assert len(sent) == 3
 
 
 def test_a_stream_that_breaks_off_begins_again_with_its_key(scripted: Any) -> None:
     start, done = b'event: start\ndata: {"id": 1}\n\n', b'event: done\ndata: {"id": 2}\n\n'
-    url, asked = scripted([(200, {}, start), (200, {"Content-Length": "900"}, start), (200, {}, start + done)])
+    url, sent = scripted([(200, {}, start), (200, {"Content-Length": "900"}, start), (200, {}, start + done)])
     assert [name for name, _ in Client(url).stream()] == ["start", "start", "start", "done"]
-    assert len({key for _, key in asked}) == 1
+    assert len({key for _, key in sent}) == 1
     url, _ = scripted([(200, {}, start)] * 2)
     with pytest.raises(StorageError, match="2 tries; the last: the stream broke off"):
         list(Client(url, tries=2).stream())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,23 @@ class Drawer:
         return {}
 
 
+class Unreachable:
+    """A store that stops to answer while `down`."""
+
+    def __init__(self, file: str) -> None:
+        self._store, self.down = open_key_store(file, Limits()), False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def called(*arguments: Any) -> Any:
+            if self.down:
+                raise StoreLost("down")
+            return method(*arguments)
+
+        return called
+
+
 @contextlib.asynccontextmanager
 async def ingress(
     run_url: str, drawer: Drawer, file: str, limits: Limits | None = None, store: KeyStore | None = None
@@ -94,9 +113,9 @@ async def ingress(
 
 
 async def draw_begins(service: Service, drawer: Drawer, **fields: Any) -> asyncio.Task[SampleAnswer]:
-    asked = asyncio.create_task(answered(service, **fields))
+    request = asyncio.create_task(answered(service, **fields))
     await until(lambda: drawer.begun > 0)
-    return asked
+    return request
 
 
 async def answered(service: Service, key: str | None = "k", **fields: Any) -> SampleAnswer:
@@ -212,6 +231,26 @@ def test_requests_with_one_key_share_a_draw_whose_samples_another_request_can_no
     asyncio.run(main())
 
 
+def test_a_store_that_is_slow_lets_no_two_draws_begin(run_url: str, file: str) -> None:
+    """The second request may find no answer in the store while the first one's draw begins and ends."""
+
+    class Slow(Unreachable):
+        def begin(self, *arguments: Any) -> Any:
+            entry = self._store.begin(*arguments)
+            time.sleep(random.uniform(0.0, 0.02))
+            return entry
+
+    async def main() -> None:
+        drawer = Drawer(file)
+        drawer.go.set()
+        async with ingress(run_url, drawer, file, store=Slow(file)) as service:
+            for round_ in range(15):
+                await asyncio.gather(*[answered(service, f"{round_}") for _ in range(4)])
+            assert (drawer.begun, await billed(service)) == (15, 15)
+
+    asyncio.run(main())
+
+
 def test_keys_outlive_every_process(run_url: str, file: str) -> None:
     async def main() -> None:
         bodies = []
@@ -226,23 +265,6 @@ def test_keys_outlive_every_process(run_url: str, file: str) -> None:
             assert (drawer.ended, await billed(service)) == (1, 8)
 
     asyncio.run(main())
-
-
-class Unreachable:
-    """A store that stops to answer while `down`."""
-
-    def __init__(self, file: str) -> None:
-        self._store, self.down = open_key_store(file, Limits()), False
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._store, name)
-
-        def called(*arguments: Any) -> Any:
-            if self.down:
-                raise StoreLost("down")
-            return method(*arguments)
-
-        return called
 
 
 def test_without_its_store_a_key_is_refused_and_a_request_without_one_is_drawn(run_url: str, file: str) -> None:
@@ -275,11 +297,11 @@ def test_an_answer_that_can_not_be_stored_is_refused_and_not_billed(run_url: str
     async def main() -> None:
         drawer, store = Drawer(None), Unreachable(file)  # the replica has no store: the ingress writes
         async with ingress(run_url, drawer, file, store=store) as service:
-            asked = await draw_begins(service, drawer)
+            request = await draw_begins(service, drawer)
             store.down = True
             drawer.go.set()
             with pytest.raises(Refused, match="nothing was billed") as refused:
-                await asked
+                await request
             assert refused.value.code == "ledger_lost"
             store.down = False
             assert (await answered(service)).body.startswith(b"2 ")
