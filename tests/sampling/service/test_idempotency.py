@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from scoreray.sampling.service import idempotency, key_store
 from scoreray.sampling.service.body import SampleBody
 from scoreray.sampling.service.config import Limits, Refused, ServeConfig
 from scoreray.sampling.service.draw import SampleAnswer
@@ -27,22 +26,17 @@ def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
     return new_run(str(tmp_path_factory.mktemp("runs") / "kept"))
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    return str(tmp_path / "keys.sqlite")
-
-
 class Drawer:
     """A replica process that draws nothing: an answer says how many draws have ended. `go` lets them end.
 
     A draw goes on when the ingress that began it is dead (`ingress_dies`), and stops where that one gives it up.
     """
 
-    def __init__(self, file: str | None, limits: Limits | None = None) -> None:
+    def __init__(self, keys_url: str | None, limits: Limits | None = None) -> None:
         self.begun = self.ended = self.given_up = 0
         self.go = asyncio.Event()
         self.ingress_is_dead = False
-        self._store = open_key_store(file, limits or Limits()) if file else None
+        self._store = open_key_store(keys_url, limits or Limits()) if keys_url else None
         self._draws: set[asyncio.Task[None]] = set()
 
     async def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:
@@ -86,8 +80,8 @@ class Drawer:
 class Unreachable:
     """A store that stops to answer while `down`."""
 
-    def __init__(self, file: str) -> None:
-        self._store, self.down = open_key_store(file, Limits()), False
+    def __init__(self, keys_url: str) -> None:
+        self._store, self.down = open_key_store(keys_url, Limits()), False
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
@@ -102,9 +96,9 @@ class Unreachable:
 
 @contextlib.asynccontextmanager
 async def ingress(
-    run_url: str, drawer: Drawer, file: str, limits: Limits | None = None, store: KeyStore | None = None
+    run_url: str, drawer: Drawer, keys_url: str, limits: Limits | None = None, store: KeyStore | None = None
 ) -> AsyncIterator[Service]:
-    service = Service(ServeConfig((("kept", run_url),), limits=limits or Limits(), keys=file), drawer, store=store)
+    service = Service(ServeConfig((("kept", run_url),), limits=limits or Limits(), keys=keys_url), drawer, store=store)
     await service.start()
     try:
         yield service
@@ -138,15 +132,15 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def test_an_answer_outlives_its_ingress_and_is_billed_once(run_url: str, file: str) -> None:
+def test_an_answer_outlives_its_ingress_and_is_billed_once(run_url: str, keys_url: str) -> None:
     async def main() -> None:
-        drawer = Drawer(file)
+        drawer = Drawer(keys_url)
         drawer.go.set()
-        async with ingress(run_url, drawer, file) as first:
+        async with ingress(run_url, drawer, keys_url) as first:
             await answered(first, None, count=3)
             before = await answered(first, count=2)
             assert await billed(first) == 5
-        async with ingress(run_url, drawer, file) as second:
+        async with ingress(run_url, drawer, keys_url) as second:
             assert await billed(second) == 5  # the counter does not begin again
             again = await answered(second, count=2)
             assert (again.body, again.about) == (before.body, before.about)
@@ -159,14 +153,14 @@ def test_an_answer_outlives_its_ingress_and_is_billed_once(run_url: str, file: s
     asyncio.run(main())
 
 
-def test_a_draw_goes_on_when_its_ingress_dies_and_a_retry_waits_for_it(run_url: str, file: str) -> None:
+def test_a_draw_goes_on_when_its_ingress_dies_and_a_retry_waits_for_it(run_url: str, keys_url: str) -> None:
     async def main() -> None:
-        drawer = Drawer(file)
-        async with ingress(run_url, drawer, file) as first:
+        drawer = Drawer(keys_url)
+        async with ingress(run_url, drawer, keys_url) as first:
             lost = await draw_begins(first, drawer, count=2)
             drawer.ingress_is_dead = True
         await asyncio.gather(lost, return_exceptions=True)
-        async with ingress(run_url, drawer, file) as second:
+        async with ingress(run_url, drawer, keys_url) as second:
             joined = asyncio.create_task(answered(second, count=2))
             await asyncio.sleep(0.3)
             assert not joined.done()
@@ -178,18 +172,17 @@ def test_a_draw_goes_on_when_its_ingress_dies_and_a_retry_waits_for_it(run_url: 
 
 
 def test_a_draw_whose_ingress_and_replica_died_is_begun_again_soon(
-    run_url: str, file: str, monkeypatch: pytest.MonkeyPatch
+    run_url: str, keys_url: str, lease_of: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr(key_store, "LEASE_S", 0.6)
-    monkeypatch.setattr(idempotency, "LEASE_S", 0.6)
+    lease_of(0.6)
 
     async def main() -> None:
-        drawer, other = Drawer(file), Drawer(file)
-        async with ingress(run_url, drawer, file) as first:
+        drawer, other = Drawer(keys_url), Drawer(keys_url)
+        async with ingress(run_url, drawer, keys_url) as first:
             lost = await draw_begins(first, drawer, count=2)
             drawer.ingress_is_dead = True
         await asyncio.gather(lost, return_exceptions=True)
-        async with ingress(run_url, other, file) as second:
+        async with ingress(run_url, other, keys_url) as second:
             again = asyncio.create_task(answered(second, count=2))
             await asyncio.sleep(1.2)  # two leases, renewed by the replica, which lives
             assert other.begun == 0
@@ -202,10 +195,10 @@ def test_a_draw_whose_ingress_and_replica_died_is_begun_again_soon(
     asyncio.run(main())
 
 
-def test_a_client_that_goes_gives_its_draw_up_and_may_come_back(run_url: str, file: str) -> None:
+def test_a_client_that_goes_gives_its_draw_up_and_may_come_back(run_url: str, keys_url: str) -> None:
     async def main() -> None:
-        drawer = Drawer(file)
-        async with ingress(run_url, drawer, file) as service:
+        drawer = Drawer(keys_url)
+        async with ingress(run_url, drawer, keys_url) as service:
             gone = await draw_begins(service, drawer)
             gone.cancel()
             await until(lambda: drawer.given_up == 1)
@@ -216,10 +209,10 @@ def test_a_client_that_goes_gives_its_draw_up_and_may_come_back(run_url: str, fi
     asyncio.run(main())
 
 
-def test_requests_with_one_key_share_a_draw_whose_samples_another_request_can_not_have(run_url: str, file: str) -> None:
+def test_requests_with_one_key_share_a_draw_that_another_request_can_not_have(run_url: str, keys_url: str) -> None:
     async def main() -> None:
-        drawer = Drawer(file)
-        async with ingress(run_url, drawer, file) as service:
+        drawer = Drawer(keys_url)
+        async with ingress(run_url, drawer, keys_url) as service:
             first = await draw_begins(service, drawer, count=2)
             second = asyncio.create_task(answered(service, count=2))
             with pytest.raises(Refused, match="another request"):
@@ -231,7 +224,7 @@ def test_requests_with_one_key_share_a_draw_whose_samples_another_request_can_no
     asyncio.run(main())
 
 
-def test_a_store_that_is_slow_lets_no_two_draws_begin(run_url: str, file: str) -> None:
+def test_a_store_that_is_slow_lets_no_two_draws_begin(run_url: str, keys_url: str) -> None:
     """The second request may find no answer in the store while the first one's draw begins and ends."""
 
     class Slow(Unreachable):
@@ -241,9 +234,9 @@ def test_a_store_that_is_slow_lets_no_two_draws_begin(run_url: str, file: str) -
             return entry
 
     async def main() -> None:
-        drawer = Drawer(file)
+        drawer = Drawer(keys_url)
         drawer.go.set()
-        async with ingress(run_url, drawer, file, store=Slow(file)) as service:
+        async with ingress(run_url, drawer, keys_url, store=Slow(keys_url)) as service:
             for round_ in range(15):
                 await asyncio.gather(*[answered(service, f"{round_}") for _ in range(4)])
             assert (drawer.begun, await billed(service)) == (15, 15)
@@ -251,27 +244,27 @@ def test_a_store_that_is_slow_lets_no_two_draws_begin(run_url: str, file: str) -
     asyncio.run(main())
 
 
-def test_keys_outlive_every_process(run_url: str, file: str) -> None:
+def test_keys_outlive_every_process(run_url: str, keys_url: str) -> None:
     async def main() -> None:
         bodies = []
         for _ in range(2):
-            drawer = Drawer(file)
+            drawer = Drawer(keys_url)
             drawer.go.set()
-            async with ingress(run_url, drawer, file) as service:
+            async with ingress(run_url, drawer, keys_url) as service:
                 bodies.append((await answered(service, "a", count=2)).body)
                 await answered(service, None, count=3)
         assert bodies[0] == bodies[1]
-        async with ingress(run_url, drawer, file) as service:
+        async with ingress(run_url, drawer, keys_url) as service:
             assert (drawer.ended, await billed(service)) == (1, 8)
 
     asyncio.run(main())
 
 
-def test_without_its_store_a_key_is_refused_and_a_request_without_one_is_drawn(run_url: str, file: str) -> None:
+def test_without_its_store_a_key_is_refused_and_a_request_without_one_is_drawn(run_url: str, keys_url: str) -> None:
     async def main() -> None:
-        drawer, store = Drawer(file), Unreachable(file)
+        drawer, store = Drawer(keys_url), Unreachable(keys_url)
         drawer.go.set()
-        async with ingress(run_url, drawer, file, store=store) as service:
+        async with ingress(run_url, drawer, keys_url, store=store) as service:
             before = await answered(service, "known")
             store.down = True
             for key in ("new", "known"):
@@ -293,10 +286,10 @@ def test_without_its_store_a_key_is_refused_and_a_request_without_one_is_drawn(r
     asyncio.run(main())
 
 
-def test_an_answer_that_can_not_be_stored_is_refused_and_not_billed(run_url: str, file: str) -> None:
+def test_an_answer_that_can_not_be_stored_is_refused_and_not_billed(run_url: str, keys_url: str) -> None:
     async def main() -> None:
-        drawer, store = Drawer(None), Unreachable(file)  # the replica has no store: the ingress writes
-        async with ingress(run_url, drawer, file, store=store) as service:
+        drawer, store = Drawer(None), Unreachable(keys_url)  # the replica has no store: the ingress writes
+        async with ingress(run_url, drawer, keys_url, store=store) as service:
             request = await draw_begins(service, drawer)
             store.down = True
             drawer.go.set()
@@ -310,16 +303,16 @@ def test_an_answer_that_can_not_be_stored_is_refused_and_not_billed(run_url: str
     asyncio.run(main())
 
 
-def test_an_answer_that_was_let_go_is_drawn_again_and_not_billed_again(run_url: str, file: str) -> None:
+def test_an_answer_that_was_let_go_is_drawn_again_and_not_billed_again(run_url: str, keys_url: str) -> None:
     limits = Limits(remember_keys=5, remember_bytes=4_000)
 
     async def main() -> None:
-        drawer = Drawer(file, limits)
+        drawer = Drawer(keys_url, limits)
         drawer.go.set()
-        async with ingress(run_url, drawer, file, limits) as service:
+        async with ingress(run_url, drawer, keys_url, limits) as service:
             for i in range(20):
                 await answered(service, f"{i}")
-        async with ingress(run_url, drawer, file, limits) as second:
+        async with ingress(run_url, drawer, keys_url, limits) as second:
             assert (await answered(second, "19")).body.startswith(b"20 ")
             await answered(second, "15")
             assert (drawer.ended, await billed(second)) == (21, 20)
@@ -327,17 +320,19 @@ def test_an_answer_that_was_let_go_is_drawn_again_and_not_billed_again(run_url: 
     asyncio.run(main())
 
 
-def test_a_retry_is_made_from_what_its_key_was_made_from(run_url: str, file: str, new_run: Callable[..., str]) -> None:
+def test_a_retry_is_made_from_what_its_key_was_made_from(
+    tmp_path: Path, keys_url: str, new_run: Callable[..., str]
+) -> None:
     """A newer checkpoint came between, and the answer was let go: checkpoint and seed are the first draw's."""
-    limits = Limits(remember_bytes=1)
+    limits, run_url = Limits(remember_bytes=1), new_run(str(tmp_path / "run"))
 
     async def main() -> None:
-        drawer = Drawer(file, limits)
+        drawer = Drawer(keys_url, limits)
         drawer.go.set()
-        async with ingress(run_url, drawer, file, limits) as first:
+        async with ingress(run_url, drawer, keys_url, limits) as first:
             before = (await answered(first)).about
         new_run(run_url, 128)
-        async with ingress(run_url, drawer, file, limits) as second:
+        async with ingress(run_url, drawer, keys_url, limits) as second:
             assert (await answered(second, "new")).about["images_seen"] == 128
             again = (await answered(second)).about
             assert again == before
@@ -346,9 +341,9 @@ def test_a_retry_is_made_from_what_its_key_was_made_from(run_url: str, file: str
     asyncio.run(main())
 
 
-def test_counters_never_go_backwards_nor_count_twice(file: str) -> None:
+def test_counters_never_go_backwards_nor_count_twice(keys_url: str) -> None:
     async def main() -> None:
-        store = open_key_store(file, Limits())
+        store = open_key_store(keys_url, Limits())
         first, second = Bills(store, "first"), Bills(store, "second")
         first.add("a", 2)
         assert list(first.grown()) == []

