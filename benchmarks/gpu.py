@@ -20,7 +20,7 @@ import torch
 
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.engine.engine import build_engine, resolve_precision
+from scoreray.trainer.engine import build_engine, resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.networks.network import build_network, num_parameters
 from scoreray.trainer.step import TrainingModule
@@ -81,7 +81,8 @@ def measure(name: str, batch: int, device: torch.device, arguments: argparse.Nam
     num_params, work = num_parameters(network), training_flops(network, shape)
     denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     module = TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
-    engine = build_engine(module, config, world_size=1, device=device)
+    parts = config.engine, config.optimizer, config.ema
+    engine = build_engine(module, *parts, global_batch_size=batch, world_size=1, device=device)
     images = torch.randn(batch, *shape, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
     seconds = []

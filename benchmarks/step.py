@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import logging
 import os
@@ -133,7 +134,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
     from scoreray.cluster.verbs.demo import demo_config
     from scoreray.trainer.config import load_config
-    from scoreray.trainer.engine.engine import resolve_precision
+    from scoreray.trainer.engine import resolve_precision
 
     end_with(arguments.parent)
     torch.set_num_threads(threads(arguments))
@@ -273,17 +274,23 @@ def diffusers_step(config, images, world):  # type: ignore[no-untyped-def]
     return diffusers_loop(goal, images, world)
 
 
+def engine_of(config, stage, module, batch, world):  # type: ignore[no-untyped-def]
+    import torch
+
+    from scoreray.trainer.engine import build_engine
+
+    section, device = dataclasses.replace(config.engine, zero_stage=stage), torch.device("cpu")
+    parts = section, config.optimizer, config.ema
+    return build_engine(module, *parts, global_batch_size=batch, world_size=world, device=device)
+
+
 def passes_alone(config, images, labels, world):  # type: ignore[no-untyped-def]
     """Our network and loss without any optimizer, sum or norm."""
     import torch
 
     from scoreray.trainer.engine.cpu import onednn_products
-    from scoreray.trainer.engine.engine import build_engine
 
-    section = config.engine.model_copy(update={"zero_stage": 0})
-    one = config.data.model_copy(update={"global_batch_size": len(images)})
-    config = config.model_copy(update={"engine": section, "data": one})
-    engine = build_engine(module_of(config, world), config, world_size=1, device=torch.device("cpu"))
+    engine = engine_of(config, 0, module_of(config, world), len(images), 1)
 
     def step(k: int) -> None:
         with onednn_products(engine.device):
@@ -328,11 +335,8 @@ def engine_step(config, stage, images, labels, world):  # type: ignore[no-untype
     import torch
 
     from scoreray.trainer.engine.cpu import onednn_products
-    from scoreray.trainer.engine.engine import build_engine
 
-    section = config.engine.model_copy(update={"zero_stage": stage})
-    config = config.model_copy(update={"engine": section})
-    engine = build_engine(module_of(config, world), config, world_size=world, device=torch.device("cpu"))
+    engine = engine_of(config, stage, module_of(config, world), config.data.global_batch_size, world)
     count = 0
 
     def step(k: int) -> None:

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("data", "trainer", "sampling", "tune", "cluster")
 ROOMS = (
     "data", "data.storage", "data.reading", "data.packing",
-    "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.config",
-    "trainer.checkpoints", "trainer.engine", "trainer", "trainer.on_ray",
+    "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config",
+    "trainer.checkpoints", "trainer", "trainer.on_ray",
     "sampling.samplers", "sampling.measures", "sampling.model", "sampling.guidance", "sampling.offline",
     "sampling.evaluation", "sampling.service", "sampling.http", "sampling",
     "tune",

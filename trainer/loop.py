@@ -25,8 +25,8 @@ from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.marker import DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
+from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
-from scoreray.trainer.engine.engine import Engine, build_engine, settle_stage
 from scoreray.trainer.meta import training_work
 from scoreray.trainer.monitoring.meter import StepMeter
 from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
@@ -146,10 +146,17 @@ def _build(
     """The module, with weights from the run's seed, and the engine that shards and steps it."""
     torch.manual_seed(config.run.seed)
     module = build_training_module(config, manifest)
-    settled, why = settle_stage(config, module, world_size=world_size, device=device)
-    if why:
-        note(f"ZeRO-{settled.engine.zero_stage}: {why}")
-    return module, build_engine(module, settled, world_size=world_size, device=device)
+    engine = build_engine(
+        module,
+        config.engine,
+        config.optimizer,
+        config.ema,
+        global_batch_size=config.data.global_batch_size,
+        world_size=world_size,
+        device=device,
+        note=note,
+    )
+    return module, engine
 
 
 def _take_over(

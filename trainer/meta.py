@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from scoreray.trainer.engine.engine import resolve_precision
+from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 

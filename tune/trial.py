@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -161,7 +161,7 @@ def trial_config(plan: StudyPlan, values: Values, name: str = "") -> Config:
     place = f"{study.storage.rstrip('/')}/{study.name}/{RUNS}"
     engine = config.engine
     if config.scaling.range[1] == 1:  # sharding has nothing to share out; one process needs no DeepSpeed
-        engine = engine.model_copy(update={"zero_stage": 0, "offload": "none"})
+        engine = replace(engine, zero_stage=0, offload="none")
     run = config.run.model_copy(update={"name": name or run_name(config), "storage": place})
     none = config.evaluation.model_copy(update={"metrics": (), "sheet": 0})
     return config.model_copy(update={"engine": engine, "run": run, "evaluation": none})

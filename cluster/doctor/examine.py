@@ -17,7 +17,8 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
-from scoreray.trainer.engine.engine import bucket_sizes, resolve_precision
+from scoreray.trainer.engine import resolve_precision
+from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
 from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.run_folder import run_store

@@ -51,7 +51,7 @@ def _by_sigma(records: list[TrainingRecord]) -> tuple[list[float], list[float]]:
 def _precision(config: Config) -> str:
     import torch
 
-    from scoreray.trainer.engine.engine import resolve_precision
+    from scoreray.trainer.engine import resolve_precision
 
     if config.engine.precision != "auto" or config.scaling.use_gpu:
         return config.engine.precision

@@ -14,7 +14,7 @@ from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.objective import EDMObjective
 from scoreray.trainer.diffusion.process import EDM
-from scoreray.trainer.engine.engine import build_engine
+from scoreray.trainer.engine import build_engine
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.dit import DiTConfig
@@ -93,7 +93,15 @@ def test_the_engine_s_steps_follow_the_cpu_s(name: str, precision: str, compiled
     for device in ("cpu", "cuda"):
         quick = device == "cuda"
         settings = config(Path("nowhere"), "nowhere", name, precision if quick else "fp32", compiled and quick)
-        engine = build_engine(module(name).to(device), settings, world_size=1, device=torch.device(device))
+        engine = build_engine(
+            module(name).to(device),
+            settings.engine,
+            settings.optimizer,
+            settings.ema,
+            global_batch_size=settings.data.global_batch_size,
+            world_size=1,
+            device=torch.device(device),
+        )
         for step in range(4):
             loss, _ = engine.module(*batch(step, device))
             engine.backward(loss.mean())

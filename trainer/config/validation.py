@@ -1,4 +1,4 @@
-"""What goes with what: parts of a config that are each good and make no sense together, a line for each mistake."""
+"""Cross-section validation of a config: sections that are each valid but contradict each other, a line a mistake."""
 
 from __future__ import annotations
 

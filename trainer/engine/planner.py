@@ -19,11 +19,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-STAGES = (0, 1, 2, 3)  # from the cheapest in time to the cheapest in memory
+Stage = Literal[0, 1, 2, 3]
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)  # from the cheapest in time to the cheapest in memory
 STATE_SHARE = 0.6  # of a rank's memory; the rest is for activations, buffers and the libraries (assumption)
 
 
@@ -50,7 +51,7 @@ def bytes_per_rank(
 
 def choose_stage(
     num_params: int, world_size: int, memory_bytes: int, *, half: bool, num_averages: int = 1, offload: bool = False
-) -> tuple[int, str]:
+) -> tuple[Stage, str]:
     """The first of `STAGES` whose state fits `STATE_SHARE` of a rank's memory (the last if none does), and why."""
     budget = memory_bytes * STATE_SHARE
     needs = {
@@ -58,7 +59,7 @@ def choose_stage(
         for stage in (STAGES[1:] if offload else STAGES)
     }
     fitting = [stage for stage, need in needs.items() if need <= budget]
-    stage = fitting[0] if fitting else 3
+    stage: Stage = fitting[0] if fitting else 3
     fits = "fits" if fitting else "is more than"
     why = f"{_size(needs[stage])} of state a rank {fits} {STATE_SHARE:.0%} of its {_size(memory_bytes)}"
     if (below := stage - 1) in needs:

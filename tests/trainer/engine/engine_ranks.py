@@ -20,7 +20,7 @@ from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
-from scoreray.trainer.engine.engine import build_engine
+from scoreray.trainer.engine import build_engine
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -49,9 +49,15 @@ def network() -> torch.nn.Module:
     return module
 
 
+def engine_of(module, case):
+    device = torch.device("cpu")
+    parts = case.engine, case.optimizer, case.ema
+    return build_engine(module, *parts, global_batch_size=BATCH, world_size=WORLD, device=device)
+
+
 def train(case, first: int = 0, steps: int = STEPS, engine=None, poison: bool = False):
     module = network()
-    engine = engine or build_engine(module, case, world_size=WORLD, device=torch.device("cpu"))
+    engine = engine or engine_of(module, case)
     norms = []
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
@@ -115,7 +121,7 @@ def main() -> None:
     for source in ("flat-1", "zero3-2") if WORLD == 2 else ():
         for name in ("flat", "zero1", "zero2", "zero3"):
             module = network()
-            engine = build_engine(module, CASES[name], world_size=WORLD, device=torch.device("cpu"))
+            engine = engine_of(module, CASES[name])
             checkpoint = latest(open_store(FOLDER / source))
             checkpoint.restore(engine.fragments(), module)
             engine.publish(checkpoint.num_steps)

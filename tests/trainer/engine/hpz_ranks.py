@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from scoreray.trainer.config import load_config
-from scoreray.trainer.engine.engine import build_engine
+from scoreray.trainer.engine import build_engine
 
-RANK, WORLD, WIDTH = int(sys.argv[1]), 4, 300
+# More parameters than DeepSpeed may keep gathered (2 M at least, `bucket_sizes`): of a smaller network no weight is
+# released between the forward and the backward pass, so after the first step there is no second copy to look at.
+RANK, WORLD, WIDTH, DEPTH = int(sys.argv[1]), 4, 600, 8
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=RANK, world_size=WORLD)
 facts = {}
@@ -29,16 +31,25 @@ for group in (1, 2):
             "scaling": {"workers": WORLD},
         }
     )
-    module = torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)])
-    engine = build_engine(module, config, world_size=WORLD, device=torch.device("cpu"))
-    norms = []
+    module = torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)])
+    engine = build_engine(
+        module,
+        config.engine,
+        config.optimizer,
+        config.ema,
+        global_batch_size=WORLD,
+        world_size=WORLD,
+        device=torch.device("cpu"),
+    )
+    norms, second = [], []
     for step in range(3):
         x = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(10 * step + RANK)).bfloat16()
         loss = engine.module(x).float().square().mean()
-        second = module[1].weight.ds_secondary_tensor  # until the step that changes the weights
+        copy = module[1].weight.ds_secondary_tensor  # dropped by the step, which changes the weights
+        second.append(None if copy is None else copy.numel())
         engine.backward(loss)
         norms.append(engine.step(1e-3, [0.5] * len(config.ema.names)))
-    facts[group] = {"norms": norms, "second": None if second is None else second.numel()}
+    facts[group] = {"norms": norms, "second": second}
 if RANK == 0:
     print(json.dumps(facts), flush=True)
 dist.barrier()

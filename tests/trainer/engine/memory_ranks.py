@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from scoreray.trainer.config import load_config
-from scoreray.trainer.engine.engine import build_engine
+from scoreray.trainer.engine import build_engine
 
 RANK, WORLD, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 WIDTH, DEPTH = 1400, 16
@@ -45,7 +45,15 @@ def peak_per_parameter(stage: int, precision: str, width: int = WIDTH) -> float:
     before = resident()
     module = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(DEPTH)])
     num_params = sum(p.numel() for p in module.parameters())
-    engine = build_engine(module, config, world_size=WORLD, device=torch.device("cpu"))
+    engine = build_engine(
+        module,
+        config.engine,
+        config.optimizer,
+        config.ema,
+        global_batch_size=config.data.global_batch_size,
+        world_size=WORLD,
+        device=torch.device("cpu"),
+    )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for step in range(3):
         if step == 2:

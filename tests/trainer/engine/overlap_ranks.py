@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from scoreray.trainer.config import load_config
-from scoreray.trainer.engine.engine import FlatEngine, overlap
+from scoreray.trainer.engine import overlap
+from scoreray.trainer.engine.flat import FlatEngine
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), 2, Path(sys.argv[2])
 ROWS = 6
@@ -39,16 +40,25 @@ class Network(torch.nn.Module):
         return h.square().sum(dim=1)
 
 
-def engine_of(network: Network, precision: torch.dtype, num_micro_batches: int) -> FlatEngine:
+def engine_of(network: Network, precision: str, num_micro_batches: int) -> FlatEngine:
     config = load_config(
         {
             "run": {"name": "x", "storage": str(FOLDER)},
             "data": {"url": "nowhere", "global_batch_size": WORLD * ROWS},
             "duration": {"images": WORLD * ROWS},
             "optimizer": {"gradient_clip": 0},
+            "engine": {"precision": precision, "micro_batch_size": ROWS // num_micro_batches},
         }
     )
-    return FlatEngine(network, config, precision, WORLD, num_micro_batches, torch.device("cpu"))
+    return FlatEngine(
+        network,
+        config.engine,
+        config.optimizer,
+        config.ema,
+        rank_batch_size=ROWS,
+        world_size=WORLD,
+        device=torch.device("cpu"),
+    )
 
 
 def loss(network: Network, case: dict, generator: torch.Generator) -> torch.Tensor:
@@ -76,10 +86,9 @@ def reference(case: dict) -> torch.Tensor:
 
 def run(case: dict, elements: int) -> dict:
     """The summed gradient, the weights after three steps, and what was summed when."""
-    precision = torch.bfloat16 if case.get("half") else torch.float32
-    network = Network().to(precision)
+    network = Network().to(torch.bfloat16 if case.get("half") else torch.float32)
     with mock.patch.object(overlap, "bucket_elements", return_value=elements):
-        engine = engine_of(network, precision, case.get("micro", 1))
+        engine = engine_of(network, "bf16" if case.get("half") else "fp32", case.get("micro", 1))
     events: list = []
     begin = dist.all_reduce
     generator = torch.Generator().manual_seed(RANK)

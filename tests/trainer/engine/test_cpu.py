@@ -12,8 +12,8 @@ import torch
 from scoreray.data.packing.pack import pack
 from scoreray.trainer import loop
 from scoreray.trainer.config import load_config
+from scoreray.trainer.engine.base import resolve_precision
 from scoreray.trainer.engine.cpu import has_bf16_units, keep_large_tensors_on_the_heap, onednn_products
-from scoreray.trainer.engine.engine import resolve_precision
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(512, 768, 192), (196, 192, 768), (4, 192, 1152)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scoreray.trainer.engine.engine import bucket_sizes
+from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import bytes_per_parameter
 
 RANKS = Path(__file__).with_name("memory_ranks.py")

@@ -1,0 +1,246 @@
+"""The sections of a run's config: frozen and typed, each default once.
+
+A section that configures one component is defined beside it (`network`, `process`, `optimizer`, `ema`, `engine`, ...);
+here are the sections of the run as a whole, and `Config`, which holds them all and checks them against each other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from scoreray.data.errors import shortened
+from scoreray.data.reading.order import default_lanes
+from scoreray.data.units import Count, CountOrZero
+from scoreray.trainer.config import validation
+from scoreray.trainer.diffusion.augmentation import AugmentationConfig
+from scoreray.trainer.diffusion.denoiser import DenoiserConfig
+from scoreray.trainer.diffusion.objective import EDMObjective, ObjectiveConfig
+from scoreray.trainer.diffusion.process import EDM, Process
+from scoreray.trainer.engine import EngineConfig
+from scoreray.trainer.networks.network import NetworkConfig
+from scoreray.trainer.networks.rbm import MachineConfig
+from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.optim.ema import EMAConfig
+from scoreray.trainer.optim.optimizer import OptimizerConfig
+
+MOST_WORKERS = 100_000
+MOST_S = 1e9  # of waiting: what a system's timers take
+MAX_GUIDANCE = 100.0  # beyond it, on either side, samples are noise or not finite
+
+
+def _workers(value: Any) -> Any:
+    ends = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    good = all(isinstance(end, int) and not isinstance(end, bool) and 1 <= end <= MOST_WORKERS for end in ends)
+    if not good or len(ends) not in (1, 2) or ends[0] > ends[-1]:
+        accepted = f"a number from 1 to {MOST_WORKERS:,}, or [fewest, most]"
+        raise ValueError(f"{shortened(repr(value))} is not accepted; it should be {accepted}")
+    return ends[0] if len(ends) == 1 else tuple(ends)
+
+
+def check_run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError("a run's name has letters, digits, '.', '_' and '-' only, 100 at most")
+    return name
+
+
+def _mlflow_uri(uri: str | None) -> str | None:
+    if uri is None or uri == "databricks":
+        return uri
+    if not re.match(r"(https?://[^/]|sqlite:///.|databricks://.)", uri):
+        raise ValueError(
+            f"{shortened(repr(uri))} is not accepted; "
+            "it should be https://HOST, http://HOST, sqlite:///FILE or databricks"
+        )
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        raise ValueError("a user or password has no place in a config; set MLFLOW_TRACKING_USERNAME and _PASSWORD")
+    return uri
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where the run lives: everything it writes goes under `<storage>/<name>`."""
+
+    name: Annotated[str, AfterValidator(check_run_name)]
+    storage: str
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class DataSection(Section):
+    """The packed data set (`scoreray data pack`) and how much of it makes one optimizer step.
+
+    `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
+    another one, up to `quarantine_budget` samples in the whole run.
+    `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
+    """
+
+    url: str
+    global_batch_size: Count = 256
+    num_lanes: Count | None = None
+    shuffle_block: Count | None = None
+    prefetch_batches: int = Field(4, ge=1, le=1024)
+    on_error: Literal["stop", "quarantine"] = "stop"
+    quarantine_budget: Count = 1000
+    cache_dir: str | None = None
+    cache_bytes: CountOrZero = Field(64 << 30, ge=64 << 20)
+
+
+class ScalingSection(Section):
+    """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster. Both must divide the
+    batch's lanes; of the numbers between, the run takes those that do.
+
+    `max_failures`: failures of workers without a commit in between, after which the run ends; -1 never ends it.
+    `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
+    `resize_every_s`: how often a run that could be larger looks whether the cluster has room.
+    `grace_s`: how long a run that is told to stop (Ctrl-C, SIGTERM) may take to save.
+    `standby_after_s`: on this machine's own Ray, so long after a start as many processes are made ready as there are
+    workers; when one of these dies, all start again there in seconds. null: none, which spares their memory.
+    """
+
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1, gt=0, le=1024)
+    max_failures: int = Field(8, ge=-1)
+    hang_timeout_s: float = Field(30, ge=3, le=MOST_S)
+    resize_every_s: float = Field(30, ge=1, le=MOST_S)
+    grace_s: float = Field(25, ge=0, le=MOST_S)
+    standby_after_s: float | None = Field(60, ge=0, le=MOST_S)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+class DurationSection(Section):
+    images: Count
+
+
+class CheckpointSection(Section):
+    """A checkpoint every so many images (and at the end); the newest `keep` stay.
+
+    `keep_every_images`: of the older ones, the first at or after each multiple of this stays too.
+    `snapshot_every_images`: with the first checkpoint after each so many images the averages alone are kept too, in
+    fp16 and for good (2 bytes per parameter and EMA length each), from which `scoreray export --ema` makes lengths that
+    were not tracked; 0 keeps none.
+    `ahead_images`: how far training may go on while a checkpoint is being committed, before it waits for that. A kill
+    costs at most `every_images` and this; None: until the next checkpoint is due, 0: it waits for every commit.
+    """
+
+    every_images: Count = 1_000_000
+    keep: int = Field(3, ge=1)
+    keep_every_images: Count | None = None
+    snapshot_every_images: CountOrZero = 0
+    ahead_images: CountOrZero | None = None
+
+
+class LogSection(Section):
+    """A line of metrics every so many images; `tensorboard`: also as files under `<run>/tensorboard`.
+
+    `mlflow`: also to this MLflow, "https://...", "http://...", "sqlite:///FILE" or "databricks"; needs the package.
+    """
+
+    every_images: Count = 10_000
+    tensorboard: bool = True
+    mlflow: Annotated[str | None, AfterValidator(_mlflow_uri)] = None
+
+
+class EvaluationSection(Section):
+    """What is measured beside the run at each committed checkpoint, by a process of its own that gives way to training.
+
+    `metrics`: as of `scoreray evaluate`; none measures nothing. `sheet`: samples in a picture of each checkpoint.
+    `every_images`: only the first checkpoint after each so many images; 0 takes every one (the newest, where evaluation
+    is slower than training). `reference`: a packed data set; None takes `data.url`.
+    """
+
+    metrics: tuple[str, ...] = ()
+    sheet: int = Field(0, ge=0, le=1024)
+    every_images: CountOrZero = 0
+    reference: str | None = None
+    count: Count = Field(1000, ge=16)
+    reference_count: Count = Field(10_000, ge=16)
+    extractor: str = "auto"
+    sampler: str | None = None
+    steps: int | None = Field(None, ge=1)
+    guidance: float = Field(1.0, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
+    batch_size: int = Field(64, ge=1)
+
+
+class Config(Section):
+    """A whole run. Keys and defaults: `scoreray train --print-config CONFIG`."""
+
+    run: RunSection
+    data: DataSection
+    augmentation: AugmentationConfig = AugmentationConfig()
+    process: Annotated[Process, Field(discriminator="kind")] = EDM()
+    network: Annotated[NetworkConfig | MachineConfig, Field(discriminator="kind")] = UNetConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    objective: Annotated[ObjectiveConfig, Field(discriminator="kind")] = EDMObjective()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    engine: EngineConfig = EngineConfig()
+    scaling: ScalingSection = ScalingSection()
+    duration: DurationSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _validate_across_sections(self) -> Config:
+        found = validation.mistakes(
+            self.network,
+            self.process,
+            self.denoiser,
+            self.objective,
+            self.data.global_batch_size,
+            self.engine.compile,
+        )
+        validation.refuse(found + self._batch_mistakes())
+        return self
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that the run may have, ascending: of scaling.workers, those that share the batch."""
+        low, high = self.scaling.range
+        batch, group = self.data.global_batch_size, self.engine.partition_group
+        micro = self.engine.micro_batch_size or 1
+        lanes = self.data.num_lanes or default_lanes(batch)
+        return tuple(
+            size
+            for size in range(low, high + 1)
+            if not (lanes % size or size % group or size == group > 1 or (batch // size) % micro)
+        )
+
+    def _batch_mistakes(self) -> list[str]:
+        """The global batch is the config's at every world size, so the fewest and the most workers must divide it; of
+        the numbers between, the run takes those that do (`world_sizes`)."""
+        batch, micro, group = self.data.global_batch_size, self.engine.micro_batch_size, self.engine.partition_group
+        low, high = self.scaling.range
+        for workers in (low, high):
+            if workers % group or workers == group > 1:
+                return [
+                    f"engine.partition_group: {group} must be a true divisor of every number of workers that the run "
+                    f"may have, scaling.workers {self.scaling.workers}; it is the number of workers on a node"
+                ]
+        lanes = self.data.num_lanes or default_lanes(batch)
+        if batch % lanes:
+            return [f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}"]
+        for workers in (low, high):
+            if lanes % workers:
+                fitting = math.lcm(low, high)
+                mend = "set data.num_lanes to" if batch % fitting == 0 else "make data.global_batch_size"
+                return [
+                    f"data.global_batch_size: {batch} in {lanes} lanes can't be shared by {workers} workers, of "
+                    f"scaling.workers {self.scaling.workers}; {mend} a multiple of {fitting}"
+                ]
+            if micro and (batch // workers) % micro:
+                return [
+                    f"engine.micro_batch_size: {micro} does not divide the {batch // workers} rows that each of "
+                    f"{workers} workers has of data.global_batch_size {batch}"
+                ]
+        return []
