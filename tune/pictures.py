@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.packing.inspect import picture_grid
+from scoreray.data.reading.manifest import is_picture
 from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of
 from scoreray.tune.schedule import best_of, cost_of
@@ -256,7 +257,7 @@ def curves_picture(plan: StudyPlan, best: Trial, default: Trial | None) -> bytes
 
 def sheet_picture(samples: Tensor, like: Tensor) -> bytes | None:
     """Images as a grid, points as a scatter in the frame of `like`, so that two sheets compare; None for other data."""
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+    if is_picture(samples.shape[1:]):
         buffer = io.BytesIO()
         picture_grid(to_uint8(samples)).save(buffer, "PNG")
         return buffer.getvalue()

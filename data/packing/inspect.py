@@ -16,7 +16,7 @@ from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.packing.identity import hash_object
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.distances import largest_distance
-from scoreray.data.reading.manifest import Manifest, digest
+from scoreray.data.reading.manifest import Manifest, digest, is_picture
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.storage.stats import ReadStats
@@ -85,7 +85,7 @@ def suggested_sigma_max(samples: torch.Tensor) -> float | None:
 def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
     """Samples as `picture_grid` draws them: floats that leave [-1, 1], or hardly differ in it, are shown from two
     standard deviations below the mean to two above. Raises UserError for what is no picture."""
-    if len(manifest.shape) != 3 or manifest.shape[0] not in (1, 3):
+    if not is_picture(manifest.shape):
         raise UserError(
             f"--picture: samples of {' x '.join(map(str, manifest.shape))} are no pictures, which have 1 or 3 channels"
         )
@@ -184,7 +184,7 @@ def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) 
     `columns`: None makes it about square.
     """
     array = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
-    if array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
+    if not is_picture(array.shape[1:]) or not len(array):
         raise ValueError(f"images of shape {tuple(array.shape)}: [N, C, H, W] with C 1 or 3 is needed")
     if images.dtype not in (torch.uint8, np.dtype(np.uint8)):
         array = np.nan_to_num(array * 127.5 + 127.5, nan=0.0)

@@ -83,6 +83,11 @@ def check_shape(name: str, shape: Sequence[int]) -> None:
         )
 
 
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of a shape are pictures: [C, H, W] with one channel or three."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 def check_label(label: int, name: str) -> None:
     """Raises UserError where a class has a number that no data set can have: each below it takes a name."""
     if label >= MAX_CLASSES:

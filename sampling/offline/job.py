@@ -14,10 +14,9 @@ from dataclasses import replace
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.packing.commit import Packed, carry_out, pack_shard
-from scoreray.data.reading.manifest import MANIFEST, Manifest
+from scoreray.data.reading.manifest import MANIFEST, Manifest, is_picture
 from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, open_store
-from scoreray.sampling.model.describe import is_picture
 from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.driver import Form, choose_form, fingerprint
 from scoreray.sampling.offline.files import take_back, write_npz, write_pictures

@@ -13,10 +13,9 @@ import torch
 
 from scoreray.data.packing.commit import Packed
 from scoreray.data.packing.shards import ShardWriter
-from scoreray.data.reading.manifest import Shard
+from scoreray.data.reading.manifest import Shard, is_picture
 from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.traces import span
-from scoreray.sampling.model.describe import is_picture
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.driver import in_form
 from scoreray.sampling.offline.generate import prepare

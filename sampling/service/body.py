@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
-from scoreray.sampling.model.describe import ModelInfo, is_picture
+from scoreray.data.reading.manifest import is_picture
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, start

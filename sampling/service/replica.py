@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError
-from scoreray.sampling.model.describe import is_picture
+from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import in_same_rows
