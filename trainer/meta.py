@@ -1,4 +1,4 @@
-"""The module of a config as shapes alone: no memory, no numbers, and no second spent on drawing them; and its FLOPs."""
+"""A config's module on the meta device: shapes without memory, for counting parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
 
 
-class _NoNumbers(TorchFunctionMode):
-    """Leaves initial values undrawn. On the meta device torch would import its compiler (1 s) to draw nothing."""
+class _NoInitialValues(TorchFunctionMode):
+    """Skips random initialisation: on the meta device torch would import its compiler (1 s) to draw nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -31,7 +31,7 @@ class _NoNumbers(TorchFunctionMode):
 
 def meta_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
     """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
-    with torch.device("meta"), _NoNumbers():
+    with torch.device("meta"), _NoInitialValues():
         return build_training_module(config, manifest)
 
 

@@ -17,9 +17,9 @@ from scoreray.data.storage.store import NotFound, open_store
 from scoreray.data.yaml_text import MAX_BYTES, dump_yaml, parse_value, parse_yaml
 from scoreray.trainer.config.sections import Config
 
-MOST_MISTAKES = 100  # that are listed
+MAX_MISTAKES = 100  # that an error lists
 
-# Keys that may change when a run goes on: they decide where and how long it computes, not what.
+# Keys that may change when a run is resumed: they decide where and how long it computes, not what it learns.
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
               "engine.zero_stage", "engine.micro_batch_size",
               "engine.offload", "engine.compile", "engine.partition_group", "data.url", "data.prefetch_batches",
@@ -53,8 +53,8 @@ def explained(error: ValidationError, root: type[BaseModel], name: str) -> UserE
 def refusal(name: str, mistakes: Sequence[str]) -> UserError:
     """The error of what was read from `name`, a line for each mistake."""
     head = f"{name}: {len(mistakes)} mistakes\n  " if len(mistakes) > 1 else f"{name}: "
-    more = [f"... and {len(mistakes) - MOST_MISTAKES:,} more"] if len(mistakes) > MOST_MISTAKES else []
-    return UserError(head + "\n  ".join([*mistakes[:MOST_MISTAKES], *more]))
+    more = [f"... and {len(mistakes) - MAX_MISTAKES:,} more"] if len(mistakes) > MAX_MISTAKES else []
+    return UserError(head + "\n  ".join([*mistakes[:MAX_MISTAKES], *more]))
 
 
 def dump_config(config: Config) -> str:
@@ -63,22 +63,22 @@ def dump_config(config: Config) -> str:
 
 
 def differing_keys(old: Config, new: Config) -> list[str]:
-    """Dotted keys that differ and that a run may not change while it goes on, each with both values."""
+    """Dotted keys that differ and that a resumed run may not change, each with both values."""
     old_values, new_values = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
     keys = [key for key in sorted(old_values.keys() | new_values.keys()) if old_values.get(key) != new_values.get(key)]
     changeable = tuple(key for key in CHANGEABLE if key != "duration" or new.optimizer.schedule != "cosine")
     return [
-        f"{key}: {old_values.get(key)} there, {new_values.get(key)} here"
+        f"{key}: {old_values.get(key)} in the run, {new_values.get(key)} in this config"
         for key in keys
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in changeable)
     ]
 
 
 def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """The mapping in a YAML file, here or in S3 (or a plain dict, as it is). Raises UserError, StorageError."""
+    """The mapping in a YAML file, local or in S3 (or a plain dict, as it is). Raises UserError, StorageError."""
     if isinstance(source, dict):
         return source
-    remote = re.fullmatch(r"s3:/+(.+)/([^/]+)", str(source))  # a Path has one slash there
+    remote = re.fullmatch(r"s3:/+(.+)/([^/]+)", str(source))  # Path("s3://a") has one slash left
     try:
         if remote:
             data = open_store(f"s3://{remote[1]}").get(remote[2])
@@ -102,7 +102,7 @@ def parse_sections(data: bytes, name: str) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`raw` with each dotted override set; a new `kind` starts its section anew, as the old keys mean nothing to it.
+    """`raw` with each dotted override set; a new `kind` clears its section, as the old keys mean nothing to it.
 
     Of two overrides of one key the last holds, as of two options of a command line. Raises UserError.
     """
@@ -117,14 +117,14 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def kinds_first(key: str) -> tuple[bool, int]:
-    """Sorts dotted keys: an outer kind, which starts its section anew, before an inner one, and all before the rest."""
+    """Sorts dotted keys: an outer kind, which clears its section, before an inner one, and all before the rest."""
     kind = key.rpartition(".")[2] == "kind"
     return not kind, key.count(".") if kind else 0
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
-    """Sets a dotted key of nested sections, in place; a new `kind` starts its section anew, as old keys mean nothing
-    to it. Raises UserError, which begins with `name`, where a part of the key is no section."""
+    """Sets a dotted key of nested sections, in place; a new `kind` clears its section, as old keys mean nothing to
+    it. Raises UserError, which begins with `name`, where a part of the key is no section."""
     *path, leaf = key.split(".")
     section = raw
     for part in path:
@@ -186,24 +186,24 @@ def _describe(mistake: Any, root: Any) -> str:
     shown = "a section" if isinstance(value, dict) else shortened(repr(value))
     accepted = mistake["msg"].removeprefix("Input should be ")
     accepted = "a whole number that 64 bits hold" if kind == "int_parsing_size" else accepted
-    mend = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
-    return f"{key}: {shown} is not accepted; it should be {accepted}{mend}"
+    fix = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    return f"{key}: {shown} is not accepted; it should be {accepted}{fix}"
 
 
 def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:
-    """Dotted key of a pydantic error location, without the union tags in it, and the type that lies there."""
+    """Dotted key of a pydantic error location, without the union tags in it, and the type at that place."""
     parts: list[str] = []
-    here: Any = root
+    current: Any = root
     for part in location:
-        members = [_plain(member) for member in typing.get_args(here)] if _is_union(here) else []
+        members = [_plain(member) for member in typing.get_args(current)] if _is_union(current) else []
         tagged = [member for member in members if _kind_of(member) == part]
         if tagged:
-            here = tagged[0]
+            current = tagged[0]
             continue
         parts.append(str(part))
-        values = typing.get_args(here)[1] if typing.get_origin(here) is dict else _fields_of(here).get(part)
-        here = _plain(values)
-    return ".".join(parts), here
+        values = typing.get_args(current)[1] if typing.get_origin(current) is dict else _fields_of(current).get(part)
+        current = _plain(values)
+    return ".".join(parts), current
 
 
 def _plain(annotation: Any) -> Any:

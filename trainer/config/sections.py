@@ -22,21 +22,20 @@ from scoreray.trainer.diffusion.objective import EDMObjective, ObjectiveConfig
 from scoreray.trainer.diffusion.process import EDM, Process
 from scoreray.trainer.engine import EngineConfig
 from scoreray.trainer.networks.network import NetworkConfig
-from scoreray.trainer.networks.rbm import MachineConfig
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 
-MOST_WORKERS = 100_000
-MOST_S = 1e9  # of waiting: what a system's timers take
-MAX_GUIDANCE = 100.0  # beyond it, on either side, samples are noise or not finite
+MAX_WORKERS = 100_000
+MAX_WAIT_S = 1e9  # what a system's timers take
+MAX_GUIDANCE = 100.0  # of either sign; beyond it samples are noise or not finite
 
 
 def _workers(value: Any) -> Any:
     ends = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    good = all(isinstance(end, int) and not isinstance(end, bool) and 1 <= end <= MOST_WORKERS for end in ends)
+    good = all(isinstance(end, int) and not isinstance(end, bool) and 1 <= end <= MAX_WORKERS for end in ends)
     if not good or len(ends) not in (1, 2) or ends[0] > ends[-1]:
-        accepted = f"a number from 1 to {MOST_WORKERS:,}, or [fewest, most]"
+        accepted = f"a number from 1 to {MAX_WORKERS:,}, or [fewest, most]"
         raise ValueError(f"{shortened(repr(value))} is not accepted; it should be {accepted}")
     return ends[0] if len(ends) == 1 else tuple(ends)
 
@@ -98,19 +97,19 @@ class ScalingSection(Section):
     `max_failures`: failures of workers without a commit in between, after which the run ends; -1 never ends it.
     `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
     `resize_every_s`: how often a run that could be larger looks whether the cluster has room.
-    `grace_s`: how long a run that is told to stop (Ctrl-C, SIGTERM) may take to save.
-    `standby_after_s`: on this machine's own Ray, so long after a start as many processes are made ready as there are
-    workers; when one of these dies, all start again there in seconds. null: none, which spares their memory.
+    `grace_s`: how long a run that is stopped (Ctrl-C, SIGTERM) may take to save.
+    `standby_after_s`: on an embedded local Ray, so long after a start one process per worker is pre-warmed (everything
+    imported); when a worker dies, all restart in these, in seconds. null: none, which spares their memory.
     """
 
     workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
     use_gpu: bool = False
     cpus_per_worker: float = Field(1, gt=0, le=1024)
     max_failures: int = Field(8, ge=-1)
-    hang_timeout_s: float = Field(30, ge=3, le=MOST_S)
-    resize_every_s: float = Field(30, ge=1, le=MOST_S)
-    grace_s: float = Field(25, ge=0, le=MOST_S)
-    standby_after_s: float | None = Field(60, ge=0, le=MOST_S)
+    hang_timeout_s: float = Field(30, ge=3, le=MAX_WAIT_S)
+    resize_every_s: float = Field(30, ge=1, le=MAX_WAIT_S)
+    grace_s: float = Field(25, ge=0, le=MAX_WAIT_S)
+    standby_after_s: float | None = Field(60, ge=0, le=MAX_WAIT_S)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -178,7 +177,7 @@ class Config(Section):
     data: DataSection
     augmentation: AugmentationConfig = AugmentationConfig()
     process: Annotated[Process, Field(discriminator="kind")] = EDM()
-    network: Annotated[NetworkConfig | MachineConfig, Field(discriminator="kind")] = UNetConfig()
+    network: Annotated[NetworkConfig, Field(discriminator="kind")] = UNetConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     objective: Annotated[ObjectiveConfig, Field(discriminator="kind")] = EDMObjective()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -233,10 +232,10 @@ class Config(Section):
         for workers in (low, high):
             if lanes % workers:
                 fitting = math.lcm(low, high)
-                mend = "set data.num_lanes to" if batch % fitting == 0 else "make data.global_batch_size"
+                fix = "set data.num_lanes to" if batch % fitting == 0 else "make data.global_batch_size"
                 return [
                     f"data.global_batch_size: {batch} in {lanes} lanes can't be shared by {workers} workers, of "
-                    f"scaling.workers {self.scaling.workers}; {mend} a multiple of {fitting}"
+                    f"scaling.workers {self.scaling.workers}; {fix} a multiple of {fitting}"
                 ]
             if micro and (batch // workers) % micro:
                 return [

@@ -1,4 +1,4 @@
-"""Changes of training images that keep them images of the data's kind, drawn anew each epoch by (seed, position)."""
+"""Augmentation of training images, drawn again each epoch as a function of (seed, position)."""
 
 from __future__ import annotations
 

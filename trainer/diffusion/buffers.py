@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class ExactBuffers(nn.Module):
-    """A module whose buffers keep dtype and bits when it, or one around it, is cast (to bf16, say); they do move."""
+    """A module whose buffers keep dtype and bits when it, or one around it, is cast (to bf16, say); they do move.
+
+    Noise levels, running errors and chains would be rounded to bf16's 8 bits by the engine's cast of the weights.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = dict(self._buffers)

@@ -76,7 +76,7 @@ def denoiser_divergence(
 
     Langevin steps of e = step_size sigma^2, as many as noises [B, K, ...] has, begin at `start` (x for None). The
     energy difference times 2 sigma^4 / (K e d) has, for small steps from the data, the gradient of the implicit score
-    matching error (Hyvarinen 2007): so weightings mean here what they mean elsewhere. Its value is not that error.
+    matching error (Hyvarinen 2007): so weightings mean the same as for other objectives. Its value is not that error.
     """
     with torch.no_grad():
         score = lambda y: denoiser.score(y, sigma, class_labels)  # noqa: E731
@@ -87,9 +87,9 @@ def denoiser_divergence(
 
 
 class PersistentChains(ExactBuffers):
-    """A pool of `count` chains [count, *shape] that go on where they ended (Tieleman 2008; Du 2019).
+    """A pool of `count` chains [count, *shape] that continue from where they ended (Tieleman 2008; Du 2019).
 
-    The chain of a sample is its position in the run modulo `count`, and it begins anew with probability `restart`, by a
+    The chain of a sample is its position in the run modulo `count`, and it restarts with probability `restart`, by a
     number that (seed, position) fixes. So what a chain does is the same in any micro-batch and at any world size. Every
     rank holds the whole pool, a buffer like any other for checkpoints; `put` shares what the ranks' chains came to.
     `count` must be a multiple of the global batch, so that no chain is taken twice in a step.
@@ -105,10 +105,10 @@ class PersistentChains(ExactBuffers):
         self.register_buffer("pool", torch.zeros(count, *shape))
 
     def take(self, positions: Tensor, fresh: Tensor) -> Tensor:
-        """The chains [B, ...] of the samples at `positions` int64 [B]; one that begins (anew) is at `fresh`."""
+        """The chains [B, ...] of the samples at `positions` int64 [B]; one that starts or restarts is at `fresh`."""
         u = noise.uniform(self.seed, positions, stream=noise.STREAM_RESTART)
-        anew = (u < self.restart) | (positions < self.count)
-        return torch.where(like(anew, fresh), fresh, self.pool[positions % self.count].to(fresh.dtype))
+        restarts = (u < self.restart) | (positions < self.count)
+        return torch.where(like(restarts, fresh), fresh, self.pool[positions % self.count].to(fresh.dtype))
 
     @torch.no_grad()
     def put(self, positions: Tensor, chains: Tensor) -> None:

@@ -144,12 +144,12 @@ class Denoiser(nn.Module):
 
     def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """As calling the denoiser, without any check of values: for training steps, sigma [B] on the device of x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)  # c_skip x + c_out F loses x's digits in bf16
         sigma = sigma.to(wide)
         output = self._output(x.to(wide), sigma, class_labels).to(wide)
         if output.shape != x.shape:
             raise UserError(f"the network gave {tuple(output.shape)} for x {tuple(x.shape)}: both must be the same")
-        if self.parameterization == "score":
+        if self.parameterization == "score":  # the score itself grows as 1 / sigma: no network could output it
             output = output / like(sigma, x)
         a, b = COEFFICIENTS["edm" if self.readout else self.parameterization](sigma, self.sigma_data)
         return (like(a, x) * x + like(b, x) * output).to(x.dtype)

@@ -1,7 +1,7 @@
 """What every engine has, and the config that chooses one.
 
 Engines own the module (in the compute precision), fp32 masters and one `AveragingAdamW`, and give their state out as
-fragments (`optim/fragments.py`), so that checkpoints know no engine.
+fragments (`trainer/optim/fragments.py`), so that checkpoints know no engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a CPU computes faster with: its units for bf16, and settings of this process, for training and drawing."""
+"""CPU settings for training and sampling: bf16 units, oneDNN matrix products, malloc thresholds."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def onednn_products(device: torch.device) -> Iterator[None]:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 is quicker than fp32 there: any recent GPU; a CPU with AVX-512 BF16 or AMX.
+    """Whether the device computes faster in bf16 than in fp32: any recent GPU; a CPU with AVX-512 BF16 or AMX.
 
-    oneDNN's own answer (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) is another: it says yes to any AVX-512, and
-    emulates bf16 there.
+    oneDNN's own test (`torch.ops.mkldnn._is_mkldnn_bf16_supported`) is no measure of speed: it accepts any AVX-512,
+    where bf16 is emulated.
     """
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -53,10 +53,10 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def _rounds_to_bf16() -> bool:
-    """Whether "medium" may cost precision here; taken to be so where torch can't say what the CPU has."""
+    """Whether "medium" may cost precision on this CPU; assumed where torch can't say what the CPU has."""
     return bool(_capabilities().get("amx_bf16", True))
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """What torch knows of the CPU's instructions; nothing before torch 2.7, which can't say."""
+    """The CPU's instructions as torch detects them; empty before torch 2.7, which can't."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -68,6 +68,7 @@ class DeepSpeedEngine:
         self.module = self._engine
         for partition in self._partitions():
             self.optimizer.init_state(partition)
+        # In fp32 DeepSpeed (0.19.8) looks for no overflow: a NaN gradient would enter weights and averages.
         self.optimizer.may_update = self._norm_is_finite
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -98,7 +99,7 @@ class DeepSpeedEngine:
             yield fragment_of(self.optimizer, name, start, length, partition, offset)
 
     def _layout(self) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
-        """(parameter, its first element here, how many, the flat partition that holds them, offset in it)."""
+        """(parameter, first element that this rank holds, number of elements, their flat partition, offset in it)."""
         if self._stage == 3:
             for group, partition in zip(
                 self._sharded.fp16_groups, self._sharded.fp32_partitioned_groups_flat, strict=True
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
         for i in range(len(self._sharded.fp16_groups)):
             self._sharded._reassign_or_swap_out_partitioned_parameters(i)
         persistent = self._sharded.persistent_parameters
-        if persistent:
+        if persistent:  # small ones stay gathered and would keep their old values
             persistent[0].all_gather(persistent)
 
 

@@ -21,6 +21,8 @@ CHUNK = 1 << 20  # elements of a half-precision gradient that are widened at onc
 class FlatEngine:
     """Replicated training with all parameters, gradients and state in flat buffers: one fused update, no DeepSpeed.
 
+    Parameters and their gradients are views of the buffers. A network has hundreds of small tensors; norm, clipping,
+    AdamW and the averages are then one call each instead of one a tensor.
     With several ranks, gradients are averaged in fp32, behind the last micro-batch's backward pass (`overlap.py`).
     """
 
@@ -91,7 +93,7 @@ class FlatEngine:
             self._sum.finish()
         scale = 1 / self._world_size
         norm = float(torch.linalg.vector_norm(gradient)) * scale
-        if not math.isfinite(norm):
+        if not math.isfinite(norm):  # all ranks summed the same gradient, so all raise
             gradient.zero_()
             raise NonFiniteError(f"the gradient's norm is {norm}")
         if 0 < self._clip < norm:

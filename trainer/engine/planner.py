@@ -31,7 +31,7 @@ STATE_SHARE = 0.6  # of a rank's memory; the rest is for activations, buffers an
 def bytes_per_parameter(
     stage: int, world_size: int, *, half: bool, num_averages: int = 1, offload: bool = False
 ) -> float:
-    """Bytes on one rank for each parameter; `half`: bf16 weights; `offload`: what steps lies in the host's memory."""
+    """Bytes on one rank for each parameter; `half`: bf16 weights; `offload`: optimizer state in host memory."""
     width, shards = (2 if half else 4), world_size if stage > 0 else 1
     weights = width / (world_size if stage == 3 else 1)
     gradients = width / (world_size if stage >= 2 else 1)
@@ -182,6 +182,7 @@ def activation_bytes(network: torch.nn.Module, image_shape: Sequence[int], dtype
     def leave() -> None:
         inside.pop()
 
+    # Blocks are the members of module lists, as in every network here; what is saved between them is counted with -1.
     hooks = []
     for number, block in enumerate(blocks):
         hooks.append(block.register_forward_pre_hook(lambda _, arguments, number=number: enter(number, arguments)))

@@ -59,6 +59,7 @@ class EMAConfig:
 
         Step 1 has factor 0 under a power function: the average starts as the first step's weights.
         """
+        # Karras 2024, section 3.1: with this factor at step t the average weighs each past step k by k^gamma.
         decays = [(1.0 - 1.0 / step) ** (power_of_std(std) + 1.0) for std in self.stds]
         if self.half_life_images:
             half_life = min(self.half_life_images, step * batch_size * self.ramp_up)
@@ -92,7 +93,7 @@ def is_power_length(length: str) -> bool:
 
 
 def length_name(text: str, stds: Iterable[float] = ()) -> str:
-    """The name of a length that a person wrote: 0.05, .05, 0.050 and 5e-2 are all "0.050"; words stay as they are.
+    """The name of a length as a user wrote it: 0.05, .05, 0.050 and 5e-2 are all "0.050"; words stay as they are.
 
     stds: those that a run was configured with, which may have more decimals than names show. Raises UserError for
     another number of more than three decimals: it would be taken for its neighbour.
@@ -108,7 +109,7 @@ def length_name(text: str, stds: Iterable[float] = ()) -> str:
 
 
 def choose_length(wanted: str | None, lengths: Sequence[str], where: str, stds: Iterable[float] = ()) -> str:
-    """Which of `lengths` a person means; the first when None. Raises UserError naming those that `where` holds."""
+    """Which of `lengths` the user means; the first when None. Raises UserError naming those that `where` holds."""
     if wanted is None:
         return lengths[0]
     name = length_name(wanted, stds)

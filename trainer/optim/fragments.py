@@ -1,4 +1,4 @@
-"""The pieces of a sharded training state, in a form that no world size and no ZeRO stage can be seen in.
+"""The pieces of a sharded training state, in a form that is independent of world size and ZeRO stage.
 
 A parameter's fp32 master, its moments and its averages are flat tensors of equal length. Wherever they are
 partitioned, a rank holds a contiguous run of each: a `Fragment`. A checkpoint is a set of fragments that covers
@@ -30,7 +30,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StoredFragment:
-    """Where elements [start, start + length) of a parameter lie: in which of a checkpoint's files."""
+    """Which of a checkpoint's files stores elements [start, start + length) of a parameter."""
 
     name: str
     start: int

@@ -70,7 +70,7 @@ def _without_compiler() -> None:
 
 
 _without_compiler()
-# The step itself, for the same reason: its wrapper imports the compiler to tell it where a graph would break.
+# The step itself, for the same reason: its wrapper imports the compiler to mark where a graph would break.
 _UPDATE: Any = getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step)
 
 
@@ -80,7 +80,7 @@ class AveragingAdamW(torch.optim.AdamW):
     Parameters are whatever it is given: whole tensors, or a rank's flat partition. `prepare_step` must be called
     before each step. Each state tensor has the parameter's shape: `exp_avg`, `exp_avg_sq`, `ema_<name>`.
 
-    `may_update`: asked before anything changes (once a step, or once for each part of a step that comes in parts);
+    `may_update`: called before anything changes (once a step, or once for each part of a step that comes in parts);
     False leaves weights and state as they are.
     """
 
@@ -128,6 +128,7 @@ class AveragingAdamW(torch.optim.AdamW):
             self.init_state(parameter)
         _UPDATE(self)
         for key, decay in zip(self.ema_keys, self._decays, strict=True):
+            # lerp towards the weights just written: average = decay average + (1 - decay) weight, in one kernel.
             averages = [self.state[parameter][key] for parameter in updated]
             if averages:
                 torch._foreach_lerp_(averages, updated, 1.0 - decay)

@@ -144,7 +144,9 @@ ENERGY = ["denoiser.parameterization=energy_dot", "objective.kind=contrastive"]
         ([*ENERGY, "engine.compile=true"], ["differentiates twice"]),
     ],
 )
-def test_parts_that_do_not_go_together_are_told_a_line_each(overrides: list[str], messages: list[str]) -> None:
+def test_sections_that_contradict_each_other_are_reported_a_line_each(
+    overrides: list[str], messages: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         load_config(MINIMAL, overrides)
     lines = [line.strip() for line in str(caught.value).removeprefix("config: ").splitlines()]
@@ -384,10 +386,10 @@ def test_differing_keys_leave_out_what_may_change() -> None:
         differing_keys(old, load_config(MINIMAL, ["scaling.workers=4", "engine.zero_stage=3", "duration.images=1M"]))
         == []
     )
-    assert differing_keys(old, load_config(MINIMAL, ["run.seed=1"])) == ["run.seed: 0 there, 1 here"]
+    assert differing_keys(old, load_config(MINIMAL, ["run.seed=1"])) == ["run.seed: 0 in the run, 1 in this config"]
     cosine = load_config(MINIMAL, ["optimizer.schedule=cosine"])
     longer = load_config(MINIMAL, ["optimizer.schedule=cosine", "duration.images=1M"])
-    assert differing_keys(cosine, longer) == ["duration.images: 200000 there, 1000000 here"]
+    assert differing_keys(cosine, longer) == ["duration.images: 200000 in the run, 1000000 in this config"]
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])

@@ -122,7 +122,7 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     again = with_sigma_data(config, other, checkpoint)
     assert again == prepared
     assert prepare_run(config).config == prepared
-    with pytest.raises(UserError, match=r"denoiser\.sigma_data: 0\.\d+ there, 0\.5 here"):
+    with pytest.raises(UserError, match=r"denoiser\.sigma_data: 0\.\d+ in the run, 0\.5 in this config"):
         prepare_run(config_of(small_run, floats, tmp_path))
 
 

@@ -40,7 +40,7 @@ def test_a_higher_stage_never_takes_more(half: bool, world_size: int) -> None:
 
 
 @pytest.mark.parametrize(("num_params", "stage"), [(10**6, 0), (3 * 10**9, 1), (15 * 10**9, 2), (20 * 10**9, 3)])
-def test_the_cheapest_stage_that_fits_is_chosen_and_the_reason_told(num_params: int, stage: int) -> None:
+def test_the_cheapest_stage_that_fits_is_chosen_and_the_reason_given(num_params: int, stage: int) -> None:
     chosen, why = choose_stage(num_params, 16, 80 * GIB, half=True)
     assert chosen == stage
     assert bytes_per_rank(num_params, chosen, 16, half=True) <= STATE_SHARE * 80 * GIB

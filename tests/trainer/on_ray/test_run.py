@@ -199,7 +199,9 @@ def test_a_finished_run_is_not_trained_again(uninterrupted: Any, data_url: str) 
 
 def test_another_config_is_refused_by_key(uninterrupted: Any, data_url: str) -> None:
     other = load_config(settings(data_url, "uninterrupted"), ["optimizer.learning_rate=0.5", "ema.stds=[0.2]"])
-    with pytest.raises(UserError, match=r"(?s)ema\.stds.*optimizer\.learning_rate: 0.0002 there, 0.5 here"):
+    with pytest.raises(
+        UserError, match=r"(?s)ema\.stds.*optimizer\.learning_rate: 0.0002 in the run, 0.5 in this config"
+    ):
         prepare_run(other)
     fresh = prepare_run(other, fresh=True).config
     assert fresh.run.name == "uninterrupted-2"
