@@ -36,7 +36,8 @@ from scoreray.sampling.samplers.sample import drive, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
-from scoreray.trainer.networks.network import build_network, flops
+from scoreray.trainer.networks.flops import flops
+from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.step import to_uint8, to_unit_range
 
 SHAPE = (3, 32, 32)

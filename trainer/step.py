@@ -13,20 +13,17 @@ from scoreray.trainer.config.validation import chain_mistakes, label_mistakes, o
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.diffusion.contrastive import PersistentChains
-from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
 from scoreray.trainer.diffusion.objective import (
     ContrastiveObjective,
     ObjectiveConfig,
-    draw_probes,
-    loss_per_sample,
     needs_second_derivatives,
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
-from scoreray.trainer.diffusion.weighting import build_weighting
 from scoreray.trainer.networks.network import build_network
-from scoreray.trainer.networks.rbm import Machine, MachineConfig, build_machine
+from scoreray.trainer.networks.rbm import Machine
 
 if TYPE_CHECKING:
     from scoreray.data.reading.manifest import Manifest
@@ -64,7 +61,7 @@ class TrainingModule(nn.Module):
         self.objective, self.process = objective, process
         self.augmentation = augmentation
         self.seed, self.global_batch_size = seed, global_batch_size
-        self.weighting = build_weighting(objective.weighting, process, denoiser.sigma_data)
+        self.weighting = objective.weighting.build(process, denoiser.sigma_data)
         self.chains = build_chains(objective, seed, global_batch_size, shape)
         if needs_second_derivatives(objective, denoiser.parameterization):
             allow_double_backward(denoiser)
@@ -75,15 +72,21 @@ class TrainingModule(nn.Module):
         sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
         labels = None if labels is None else self._hide(labels, positions)
-        probes = draw_probes(self.objective, self.seed, positions, shape, x0.dtype)
-        loss, _ = loss_per_sample(
-            self.objective, self.weighting, self.denoiser, x0, sigma, z, labels, probes, positions, self.chains
+        error = self.objective.error(
+            self.denoiser,
+            x0,
+            x0 + like(sigma, x0) * z,
+            sigma,
+            labels,
+            probes=self.objective.draw_probes(self.seed, positions, shape, x0.dtype),
+            positions=positions,
+            chains=self.chains,
         )
-        return loss.float(), sigma.float()
+        return self.weighting(error, sigma).float(), sigma.float()
 
     def _sigma(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         batch = self.global_batch_size
-        if self.chains is not None:  # a chain stays at its noise level, so its samples come at that one
+        if self.chains is not None:  # a persistent chain stays at its noise level, so its samples come at that one
             positions, batch = positions % self.chains.count, self.chains.count
         return sample_sigma(self.objective.sigma_sampling, self.process, self.seed, positions, batch, dtype)
 
@@ -98,8 +101,8 @@ class MachineModule(nn.Module):
     """TrainingModule's counterpart for the machines of `rbm`: contrastive divergence by block Gibbs, no noise level.
 
     The loss [B] is the free energy of the sample less that of its chain's end; sigma is 0. All random numbers are
-    functions of (seed, position). The machine lies where a denoiser's network does, `denoiser.network.*`, so that
-    checkpoints of both are loaded and exported by the same code.
+    functions of (seed, position). The machine's parameters are named `denoiser.network.*`, as those of a
+    denoiser's network are, so that checkpoints of both are loaded and exported by the same code.
     """
 
     def __init__(
@@ -157,13 +160,12 @@ def build_training_module(config: Config, manifest: Manifest) -> TrainingModule 
     config = resolve_sigma_data(config, manifest)
     seed, batch = config.run.seed, config.data.global_batch_size
     refuse(augmentation_mistakes(config.augmentation, manifest.shape))
-    if isinstance(config.network, MachineConfig):
-        assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
-        machine = build_machine(config.network, manifest.shape)
-        return MachineModule(
-            machine, config.objective, seed=seed, global_batch_size=batch, augmentation=config.augmentation
-        )
     network = build_network(config.network, manifest.shape, len(manifest.classes))
+    if isinstance(network, Machine):
+        assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
+        return MachineModule(
+            network, config.objective, seed=seed, global_batch_size=batch, augmentation=config.augmentation
+        )
     return TrainingModule(
         Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data),
         config.objective,

@@ -48,7 +48,7 @@ from scoreray.sampling.offline.generate import prepare
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion import noise
-from scoreray.trainer.networks.rbm import RBM
+from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
 from scoreray.trainer.step import to_uint8, to_unit_range
 
 CHUNK = 256  # samples, about: a multiple of the batch
@@ -278,6 +278,7 @@ def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
     betas = torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64)
     if isinstance(model, LoadedMachine):
         machine = model.machine
+        assert isinstance(machine, RBM | GaussianBernoulliRBM)
         path: ais.Path = ais.RBMPath(machine) if isinstance(machine, RBM) else ais.GaussianRBMPath(machine)
         energies = machine.free_energy(machine.visible(x, SAMPLING_SEED, rows.numbers))
     else:

@@ -23,6 +23,7 @@ from scoreray.sampling.samplers.ode import Steps, dpm2
 from scoreray.sampling.samplers.sample import drive
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion import noise as counter
+from scoreray.trainer.diffusion.jacobian import exact_trace, projected_trace
 
 Trace = Literal["exact", "rademacher", "gaussian"]
 STREAM_PROBES = 1 << 20  # far from the draws of a sampler with the same seeds
@@ -111,26 +112,11 @@ class _Augmented:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             denoised = self.denoiser(leaf.view(len(x), *self.shape), sigma, *self.labels).flatten(1)
-            trace = _exact_trace(denoised, leaf) if self.vectors is None else _hutchinson(denoised, leaf, self.vectors)
+            trace = (
+                exact_trace(denoised, leaf) if self.vectors is None else projected_trace(denoised, leaf, self.vectors)
+            )
         divergence = x.shape[1] - trace
         return torch.cat([denoised.detach(), (integral - divergence)[:, None]], dim=1)
-
-
-def _exact_trace(denoised: Tensor, leaf: Tensor) -> Tensor:
-    trace = torch.zeros_like(leaf[:, 0])
-    for i in range(leaf.shape[1]):
-        (row,) = torch.autograd.grad(denoised[:, i].sum(), leaf, retain_graph=True)
-        trace += row[:, i]
-    return trace
-
-
-def _hutchinson(denoised: Tensor, leaf: Tensor, vectors: Tensor) -> Tensor:
-    """Mean over probes [P, B, d] of v^T J v."""
-    trace = torch.zeros_like(leaf[:, 0])
-    for vector in vectors:
-        (pulled,) = torch.autograd.grad(denoised, leaf, vector, retain_graph=True)
-        trace += (pulled * vector).sum(1)
-    return trace / len(vectors)
 
 
 def _probes(x: Tensor, trace: Trace, probes: int, seeds: Tensor | Sequence[int] | None) -> Tensor:
@@ -142,7 +128,7 @@ def _probes(x: Tensor, trace: Trace, probes: int, seeds: Tensor | Sequence[int] 
     dims = (x[0].numel(),)
     streams = range(STREAM_PROBES, STREAM_PROBES + probes)
     drawn = [draw(SAMPLING_SEED, positions, dims, stream=stream, dtype=x.dtype) for stream in streams]
-    return torch.stack(drawn)
+    return torch.stack(drawn, 1)
 
 
 def _upwards(state: Tensor, sigma_min: float, sigma_max: float, steps: int | None, rtol: float, atol: float) -> Steps:

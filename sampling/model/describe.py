@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,21 +15,16 @@ import torch
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.reading.classes import class_number
+from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.model.export import PREFIX, ExportedModel, Page, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.networks.rbm import MachineConfig
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    """Whether samples of a shape are pictures: [C, H, W] with one channel or three."""
-    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class ModelInfo:
     @property
     def is_machine(self) -> bool:
         """Whether it is a restricted Boltzmann machine, which knows no noise level and has no denoiser."""
-        return isinstance(self.config.network, MachineConfig)
+        return self.config.network.is_machine
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.network import build_network
-from scoreray.trainer.networks.rbm import Machine, MachineConfig, build_machine
+from scoreray.trainer.networks.rbm import Machine
 
 
 class LoadedDenoiser(Denoiser):
@@ -70,9 +70,9 @@ def load_described(found: Description, device: torch.device | str | None = None)
 
 def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     config = info.config
-    if isinstance(config.network, MachineConfig):
-        return LoadedMachine(build_machine(config.network, info.image_shape), info)
     network = build_network(config.network, info.image_shape, len(info.classes))
+    if isinstance(network, Machine):
+        return LoadedMachine(network, info)
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     denoiser.info = info
     return denoiser

@@ -16,7 +16,6 @@ import torch
 from scoreray.data import checks
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
-from scoreray.trainer.networks.rbm import MachineConfig
 
 if TYPE_CHECKING:
     from scoreray.data.reading.manifest import Manifest
@@ -49,7 +48,7 @@ def resolve_sigma_data(config: Config, manifest: Manifest, known: float | None =
 
 def misfit(config: Config, manifest: Manifest) -> Misfit | None:
     """What a person should know before a model with this config is trained on these data, on one line."""
-    if isinstance(config.network, MachineConfig):  # knows no noise level
+    if config.network.is_machine:  # no noise level to scale
         return None
     config = resolve_sigma_data(config, manifest)
     expected, std, mean = config.denoiser.resolved_sigma_data, manifest.sigma_data, manifest.channel_means()

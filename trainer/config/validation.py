@@ -9,15 +9,13 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.objective import ContrastiveObjective, ObjectiveConfig, needs_second_derivatives
 from scoreray.trainer.diffusion.process import EDM, Process
-from scoreray.trainer.diffusion.weighting import Adaptive, Learned
 from scoreray.trainer.networks.network import NetworkConfig
-from scoreray.trainer.networks.rbm import MachineConfig
 
 NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale")  # what Gibbs leaves out
 
 
 def mistakes(
-    network: NetworkConfig | MachineConfig,
+    network: NetworkConfig,
     process: Process,
     denoiser: DenoiserConfig,
     objective: ObjectiveConfig,
@@ -26,7 +24,7 @@ def mistakes(
 ) -> list[str]:
     """Every mistake in how the parts of a config go together."""
     found = chain_mistakes(objective, global_batch_size)
-    if isinstance(network, MachineConfig):
+    if network.is_machine:
         return found + _machine_mistakes(network, process, denoiser, objective, compile)
     if isinstance(objective, ContrastiveObjective) and objective.chain == "gibbs":
         return [
@@ -53,7 +51,7 @@ def objective_mistakes(objective: ObjectiveConfig, parameterization: str) -> lis
             f"objective 'contrastive' needs an energy, and denoiser.parameterization is '{parameterization}': choose "
             "energy_dot, energy_residual or energy_norm"
         )
-    if isinstance(objective.weighting, Adaptive | Learned):
+    if objective.weighting.needs_error:
         found.append(
             f"objective 'contrastive' has a gradient but no error that weighting '{objective.weighting.kind}' could "
             "learn from: choose another weighting"
@@ -98,7 +96,7 @@ def refuse(mistakes: list[str]) -> None:
 
 
 def _machine_mistakes(
-    network: MachineConfig, process: Process, denoiser: DenoiserConfig, objective: ObjectiveConfig, compile: bool
+    network: NetworkConfig, process: Process, denoiser: DenoiserConfig, objective: ObjectiveConfig, compile: bool
 ) -> list[str]:
     kind = network.kind
     found = [

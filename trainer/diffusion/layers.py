@@ -21,7 +21,7 @@ LONGEST_WAVELENGTH = 8.0
 SHORTEST_WAVELENGTH = 0.25
 
 
-MOST_LAYERS = 1024  # beyond any network that was trained; a slip of the pen would otherwise be built for minutes
+MAX_LAYERS = 1024  # beyond any network that was trained; a slip of the pen would otherwise be built for minutes
 
 
 def require(ok: bool, field: str, value: object, accepted: str) -> None:

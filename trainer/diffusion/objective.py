@@ -13,9 +13,8 @@ objective, and all but the contrastive losses can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 from pydantic import ConfigDict, Field
@@ -25,6 +24,7 @@ from scoreray.data import checks
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.contrastive import PersistentChains, denoiser_divergence
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
+from scoreray.trainer.diffusion.jacobian import exact_trace, projected_trace
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform, LogNormal, SigmaSampling, UniformT
 from scoreray.trainer.diffusion.weighting import EDMWeighting, Sigma2, Velocity, Weighting
 
@@ -34,7 +34,12 @@ Probe = Literal["rademacher", "gaussian"]
 
 
 @dataclass(frozen=True)
-class _Objective:
+class BaseObjective:
+    """What every objective has: its weighting, its noise levels, and the error that both are of.
+
+    A subclass is a frozen dataclass with a `kind`; what it does not override is denoising score matching.
+    """
+
     weighting: AnyWeighting = field(default=Sigma2())
     sigma_sampling: AnySampling = field(default=UniformT())
     label_dropout: float = 0.0
@@ -42,12 +47,68 @@ class _Objective:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    needs_jacobian: ClassVar[bool] = False
+    """The error itself holds derivatives of the denoiser, so that a training step differentiates twice."""
+
     def __post_init__(self) -> None:
         checks.fraction("objective", label_dropout=self.label_dropout)
 
+    def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The random directions [B, P, *shape] that `error` needs beside the noise; None where it needs none."""
+        return None
+
+    def error(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        *,
+        probes: Tensor | None = None,
+        positions: Tensor | None = None,
+        chains: PersistentChains | None = None,
+    ) -> Tensor:
+        """The denoising error per dimension [B] of x [B, ...] = x0 + sigma z at sigma [B].
+
+        For implicit and sliced objectives an unbiased estimate of it, which can be negative. Persistent chains go on
+        from, and in training mode back to, the `chains` of `positions`. Nothing here waits for the device or draws a
+        number.
+        """
+        return (denoiser.denoise(x, sigma, class_labels) - x0).flatten(1).square().mean(1)
+
+
+class _ByJacobian(BaseObjective):
+    """Objectives that never look at x0: (|D - x|^2 + 2 sigma^2 tr dD/dx) / d - sigma^2, by Stein's identity."""
+
+    needs_jacobian = True
+
+    def error(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        *,
+        probes: Tensor | None = None,
+        positions: Tensor | None = None,
+        chains: PersistentChains | None = None,
+    ) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            denoised = denoiser.denoise(x, sigma, class_labels)
+            step = (denoised - x).flatten(1)
+            trace, squared = self.trace_and_norm(denoised, x, step, probes)
+        return (squared + 2 * sigma**2 * trace) / step.shape[1] - sigma**2
+
+    def trace_and_norm(self, denoised: Tensor, x: Tensor, step: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """tr dD/dx [B] and |D - x|^2 [B], where step [B, d] is D - x: each exact or through probes."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class EDMObjective(_Objective):
+class EDMObjective(BaseObjective):
     """EDM's: lambda = 1 / c_out^2, ln sigma normal (Karras 2022)."""
 
     weighting: AnyWeighting = field(default=EDMWeighting())
@@ -57,7 +118,7 @@ class EDMObjective(_Objective):
 
 
 @dataclass(frozen=True)
-class DenoisingObjective(_Objective):
+class DenoisingObjective(BaseObjective):
     """Denoising score matching: sigma^2 |score error|^2, t uniform (Vincent 2011; Song 2019; Song 2021)."""
 
     _: KW_ONLY
@@ -65,7 +126,7 @@ class DenoisingObjective(_Objective):
 
 
 @dataclass(frozen=True)
-class DDPMObjective(_Objective):
+class DDPMObjective(BaseObjective):
     """DDPM's simple loss: |noise error|^2 over the discrete ladder (Ho 2020, eq. 14)."""
 
     sigma_sampling: AnySampling = field(default=LadderUniform())
@@ -74,7 +135,7 @@ class DDPMObjective(_Objective):
 
 
 @dataclass(frozen=True)
-class FlowMatchingObjective(_Objective):
+class FlowMatchingObjective(BaseObjective):
     """Conditional flow matching: |velocity error|^2, t uniform (Lipman 2023)."""
 
     weighting: AnyWeighting = field(default=Velocity())
@@ -83,21 +144,37 @@ class FlowMatchingObjective(_Objective):
 
 
 @dataclass(frozen=True)
-class ImplicitObjective(_Objective):
+class ImplicitObjective(_ByJacobian):
     """Implicit score matching with the exact trace (Hyvarinen 2005): one backward pass per dimension, for points."""
 
     _: KW_ONLY
     kind: Literal["implicit"] = "implicit"
 
+    def trace_and_norm(self, denoised: Tensor, x: Tensor, step: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+        return exact_trace(denoised, x, create_graph=True), step.square().sum(1)
+
 
 @dataclass(frozen=True)
-class _Sliced(_Objective):
+class _Sliced(_ByJacobian):
     num_probes: int = 1
     probe: Probe = "rademacher"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.at_least("objective", 1, num_probes=self.num_probes)
+
+    def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        draw = noise.rademacher if self.probe == "rademacher" else noise.normal
+        return draw(seed, positions, (self.num_probes, *shape), stream=noise.STREAM_PROBE, dtype=dtype)
+
+    def trace_and_norm(self, denoised: Tensor, x: Tensor, step: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert probes is not None, "sliced objectives need probes"
+        directions = probes.flatten(2)
+        return projected_trace(denoised, x, directions, create_graph=True), self.norm(step, directions)
+
+    def norm(self, step: Tensor, directions: Tensor) -> Tensor:
+        """|step|^2 [B] of step [B, d]."""
+        return step.square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -106,6 +183,9 @@ class SlicedObjective(_Sliced):
 
     _: KW_ONLY
     kind: Literal["sliced"] = "sliced"
+
+    def norm(self, step: Tensor, directions: Tensor) -> Tensor:
+        return (directions * step[:, None]).sum(2).square().mean(1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +197,7 @@ class SlicedVRObjective(_Sliced):
 
 
 @dataclass(frozen=True)
-class ContrastiveObjective(_Objective):
+class ContrastiveObjective(BaseObjective):
     """Contrastive divergence of an energy by short chains (Hinton 2002).
 
     `chain`: "langevin" for an energy parameterization, at each noise level, num_steps of step_size sigma^2 with
@@ -125,7 +205,7 @@ class ContrastiveObjective(_Objective):
     block-Gibbs sweeps, without noise levels and weighting.
     `start`: where chains begin: at the (noised) sample ("data"), at noise ("noise"; Nijkamp 2019), or where they ended
     last ("persistent"; Tieleman 2008; Du 2019): num_chains of them, None for one a sample of the global batch, each
-    beginning anew with probability `restart` and each at a noise level of its own, that its samples share.
+    restarting with probability `restart` and each at a noise level of its own, that its samples share.
     """
 
     num_steps: int = 1
@@ -146,6 +226,44 @@ class ContrastiveObjective(_Objective):
         if self.num_chains is not None:
             checks.at_least("objective", 1, num_chains=self.num_chains)
 
+    def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = self.num_steps + (self.start != "data")
+        return noise.normal(seed, positions, (count, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
+
+    def error(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        *,
+        probes: Tensor | None = None,
+        positions: Tensor | None = None,
+        chains: PersistentChains | None = None,
+    ) -> Tensor:
+        """What has the gradient of the error, and not its value (`contrastive.denoiser_divergence`)."""
+        assert probes is not None, "contrastive divergence needs probes"
+        start = None
+        if self.start != "data":
+            width = (sigma**2 + denoiser.sigma_data**2).sqrt()
+            start, probes = like(width, x) * probes[:, -1], probes[:, :-1]
+        if chains is not None and start is not None and positions is not None:
+            start = chains.take(positions, start)
+        error, ends = denoiser_divergence(
+            denoiser,
+            x,
+            sigma,
+            class_labels,
+            probes,
+            step_size=self.step_size,
+            noise_scale=self.noise_scale,
+            start=start,
+        )
+        if chains is not None and positions is not None and chains.training:
+            chains.put(positions, ends)
+        return error
+
 
 ObjectiveConfig = (
     EDMObjective
@@ -158,136 +276,9 @@ ObjectiveConfig = (
     | ContrastiveObjective
 )
 
-JACOBIAN_OBJECTIVES = (ImplicitObjective, SlicedObjective, SlicedVRObjective)
-
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "edm": EDMObjective,
-    "denoising": DenoisingObjective,
-    "ddpm": DDPMObjective,
-    "flow_matching": FlowMatchingObjective,
-    "implicit": ImplicitObjective,
-    "sliced": SlicedObjective,
-    "sliced_vr": SlicedVRObjective,
-    "contrastive": ContrastiveObjective,
-}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.kind: config for config in get_args(ObjectiveConfig)}
 
 
 def needs_second_derivatives(objective: ObjectiveConfig, parameterization: str) -> bool:
     """Whether a training step differentiates twice, which torch.compile (2.13) and fused attention can't."""
-    return isinstance(objective, JACOBIAN_OBJECTIVES) or parameterization.startswith("energy_")
-
-
-def draw_probes(
-    objective: ObjectiveConfig, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor | None:
-    """The random directions [B, P, *shape] that `loss_per_sample` needs beside the noise; None where it needs none."""
-    if isinstance(objective, SlicedObjective | SlicedVRObjective):
-        draw = noise.rademacher if objective.probe == "rademacher" else noise.normal
-        return draw(seed, positions, (objective.num_probes, *shape), stream=noise.STREAM_PROBE, dtype=dtype)
-    if isinstance(objective, ContrastiveObjective):
-        count = objective.num_steps + (objective.start != "data")
-        return noise.normal(seed, positions, (count, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
-    return None
-
-
-def loss_per_sample(
-    objective: ObjectiveConfig,
-    weighting: Callable[[Tensor, Tensor], Tensor],
-    denoiser: Denoiser,
-    x0: Tensor,
-    sigma: Tensor,
-    z: Tensor,
-    class_labels: Tensor | None = None,
-    probes: Tensor | None = None,
-    positions: Tensor | None = None,
-    chains: PersistentChains | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(loss [B], error [B]) of x0 [B, ...] at sigma [B] with the standard normal z [B, ...].
-
-    The error is the denoising error per dimension (an unbiased estimate of it, that can be negative, for implicit and
-    sliced objectives); the loss is what `weighting(error, sigma)` (`weighting.build_weighting`) makes of it.
-    Some need `draw_probes`; persistent chains go on from, and in training mode back to, the `chains` of `positions`.
-    Nothing here waits for the device or draws a number.
-    """
-    x = x0 + like(sigma, x0) * z
-    if isinstance(objective, JACOBIAN_OBJECTIVES):
-        error = _stein_error(objective, denoiser, x, sigma, class_labels, probes)
-    elif isinstance(objective, ContrastiveObjective):
-        error = _contrastive_error(objective, denoiser, x, sigma, class_labels, probes, positions, chains)
-    else:
-        error = (denoiser.denoise(x, sigma, class_labels) - x0).flatten(1).square().mean(1)
-    return weighting(error, sigma), error.detach()
-
-
-def _contrastive_error(
-    objective: ContrastiveObjective,
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma: Tensor,
-    class_labels: Tensor | None,
-    probes: Tensor | None,
-    positions: Tensor | None,
-    chains: PersistentChains | None,
-) -> Tensor:
-    assert probes is not None, "contrastive divergence needs probes"
-    start = None
-    if objective.start != "data":
-        width = (sigma**2 + denoiser.sigma_data**2).sqrt()
-        start, probes = like(width, x) * probes[:, -1], probes[:, :-1]
-    if chains is not None and start is not None and positions is not None:
-        start = chains.take(positions, start)
-    error, ends = denoiser_divergence(
-        denoiser,
-        x,
-        sigma,
-        class_labels,
-        probes,
-        step_size=objective.step_size,
-        noise_scale=objective.noise_scale,
-        start=start,
-    )
-    if chains is not None and positions is not None and chains.training:
-        chains.put(positions, ends)
-    return error
-
-
-def _stein_error(
-    objective: ImplicitObjective | SlicedObjective | SlicedVRObjective,
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma: Tensor,
-    class_labels: Tensor | None,
-    probes: Tensor | None,
-) -> Tensor:
-    """(|D - x|^2 + 2 sigma^2 tr dD/dx) / d - sigma^2, the squared norm and the trace each exact or through probes."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        denoised = denoiser.denoise(x, sigma, class_labels)
-        step = (denoised - x).flatten(1)
-        if isinstance(objective, ImplicitObjective):
-            trace, squared = _exact_trace(denoised, x), step.square().sum(1)
-        else:
-            assert probes is not None, "sliced objectives need probes"
-            directions = probes.flatten(2)
-            trace = _projected_trace(denoised, x, directions)
-            projected = (directions * step[:, None]).sum(2).square().mean(1)
-            squared = projected if isinstance(objective, SlicedObjective) else step.square().sum(1)
-    return (squared + 2 * sigma**2 * trace) / step.shape[1] - sigma**2
-
-
-def _exact_trace(denoised: Tensor, x: Tensor) -> Tensor:
-    outputs = denoised.flatten(1)
-    trace = torch.zeros_like(outputs[:, 0])
-    for i in range(outputs.shape[1]):
-        (row,) = torch.autograd.grad(outputs[:, i].sum(), x, create_graph=True)
-        trace = trace + row.flatten(1)[:, i]
-    return trace
-
-
-def _projected_trace(denoised: Tensor, x: Tensor, directions: Tensor) -> Tensor:
-    """The mean of v . (dD/dx)^T v over directions [B, P, d] (Hutchinson 1989)."""
-    total = torch.zeros_like(directions[:, 0, 0])
-    for v in directions.unbind(1):
-        (product,) = torch.autograd.grad((denoised.flatten(1) * v).sum(), x, create_graph=True)
-        total = total + (product.flatten(1) * v).sum(1)
-    return total / directions.shape[1]
+    return objective.needs_jacobian or parameterization.startswith("energy_")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -60,7 +60,7 @@ class GaussianProcess:
 
     def _time_of(self, ratio: Tensor) -> Tensor:
         low, high = torch.full_like(ratio, self.t_min), torch.full_like(ratio, self.t_max)
-        for _ in range(64):
+        for _ in range(64):  # float64 has 53 bits: the interval cannot shrink further
             middle = (low + high) / 2
             below = self._ratio(middle) < ratio
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
@@ -136,9 +136,11 @@ class GaussianProcess:
         return _scaled(self._sigma(wide) ** -2, _scaled(self._alpha(wide), denoised) - x)
 
     def _drift_rate(self, t: Tensor) -> Tensor:
+        """alpha' / alpha = d ln alpha / dt."""
         return _derivative(self._alpha, t) / self._alpha(t)
 
     def _diffusion_squared(self, t: Tensor) -> Tensor:
+        """g^2: what the variance sigma^2 gains beyond the drift's own scaling of it."""
         sigma = self._sigma(t)
         return 2 * sigma * (_derivative(self._sigma, t) - self._drift_rate(t) * sigma)
 
@@ -158,7 +160,7 @@ class VE(GaussianProcess):
 
     @property
     def sampling_t_min(self) -> float:
-        return 1e-5
+        return 1e-5  # as in Song 2021: VE is sampled down to 1e-5, VP to 1e-3
 
     def _alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -199,10 +201,10 @@ class VP(_LinearBeta):
     kind: Literal["vp"] = "vp"
 
     def _sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-_beta_integral(self, t))).sqrt()
+        return (-torch.expm1(-_beta_integral(self, t))).sqrt()  # 1 - e^-B cancels at small t, expm1 does not
 
     def _time_of(self, ratio: Tensor) -> Tensor:
-        return _beta_time(self, torch.log1p(ratio**2))
+        return _beta_time(self, torch.log1p(ratio**2))  # B, from ratio^2 = e^B - 1
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,9 @@ class DDPM(GaussianProcess):
         table = _ddpm_table(self.beta_min, self.beta_max, self.num_steps, t.device)
         place = t * self.num_steps
         step = place.detach().floor().clamp(0, self.num_steps - 1).to(torch.int64)
-        here, there = table.take(step), table.take(step + 1)  # an index of no dimension would wait for the device
-        return here + (place - step) * (there - here)
+        # take(), as indexing with a tensor of no dimension would wait for the device.
+        low, high = table.take(step), table.take(step + 1)
+        return low + (place - step) * (high - low)
 
     def _time_of(self, ratio: Tensor) -> Tensor:
         exponent = torch.log1p(ratio**2)
@@ -345,15 +348,7 @@ class EDM(GaussianProcess):
 
 Process = VE | VP | SubVP | DDPM | FlowMatching | Cosine | EDM
 
-PROCESSES: dict[str, type[Process]] = {
-    "ve": VE,
-    "vp": VP,
-    "sub_vp": SubVP,
-    "ddpm": DDPM,
-    "flow_matching": FlowMatching,
-    "cosine": Cosine,
-    "edm": EDM,
-}
+PROCESSES: dict[str, type[Process]] = {config.kind: config for config in get_args(Process)}
 
 
 def _beta_integral(process: _LinearBeta, t: Tensor) -> Tensor:

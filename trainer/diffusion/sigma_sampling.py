@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -18,8 +18,8 @@ from scoreray.data import checks
 from scoreray.trainer.diffusion.noise import STREAM_SIGMA, uniform
 from scoreray.trainer.diffusion.process import Process
 
-MOST_LOGIT = 50.0  # beyond it, on either side, t is one of its ends
-MOST_P_STD = 5.0  # of ln sigma: 1% of the noise levels are then more than a factor of 4e5 from the middle
+MAX_LOGIT = 50.0  # beyond it, on either side, t is one of its ends
+MAX_P_STD = 5.0  # of ln sigma: 1% of the noise levels are then more than a factor of 4e5 from the middle
 
 
 class _Sampling:
@@ -39,7 +39,7 @@ class LogNormal(_Sampling):
     def __post_init__(self) -> None:
         checks.between("sigma_sampling", *map(math.log, checks.NOISE_LEVELS), P_mean=self.P_mean)
         checks.positive("sigma_sampling", P_std=self.P_std)
-        checks.between("sigma_sampling", 0, MOST_P_STD, P_std=self.P_std)
+        checks.between("sigma_sampling", 0, MAX_P_STD, P_std=self.P_std)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()
@@ -90,9 +90,9 @@ class LogitNormal(_Sampling):
     kind: Literal["logit_normal"] = "logit_normal"
 
     def __post_init__(self) -> None:
-        checks.between("sigma_sampling", -MOST_LOGIT, MOST_LOGIT, mean=self.mean)
+        checks.between("sigma_sampling", -MAX_LOGIT, MAX_LOGIT, mean=self.mean)
         checks.positive("sigma_sampling", std=self.std)
-        checks.between("sigma_sampling", 0, MOST_LOGIT, std=self.std)
+        checks.between("sigma_sampling", 0, MAX_LOGIT, std=self.std)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         # Not torch.sigmoid, whose last bit depends on a value's place in the tensor.
@@ -116,19 +116,13 @@ class LadderUniform(_Sampling):
         checks.at_least("sigma_sampling", 2, num_levels=self.num_levels)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
-        step = (u * self.num_levels).floor().clamp(max=self.num_levels - 1)
+        step = (u * self.num_levels).floor().clamp(max=self.num_levels - 1)  # u may round to 1
         return process.noise_to_signal(_between(step / (self.num_levels - 1), process))
 
 
 SigmaSampling = LogNormal | LogUniform | UniformT | LogitNormal | LadderUniform
 
-SIGMA_SAMPLINGS: dict[str, type[SigmaSampling]] = {
-    "log_normal": LogNormal,
-    "log_uniform": LogUniform,
-    "uniform_t": UniformT,
-    "logit_normal": LogitNormal,
-    "ladder": LadderUniform,
-}
+SIGMA_SAMPLINGS: dict[str, type[SigmaSampling]] = {config.kind: config for config in get_args(SigmaSampling)}
 
 
 def sample_sigma(
@@ -149,7 +143,7 @@ def sample_sigma(
         batch = torch.div(positions, global_batch_size, rounding_mode="floor")
         shift = uniform(seed, batch, stream=STREAM_SIGMA, dtype=torch.float64)
         place = (positions - batch * global_batch_size).to(torch.float64) / global_batch_size
-        u = (shift + place).remainder(1.0).clamp(min=2.0**-53)
+        u = (shift + place).remainder(1.0).clamp(min=2.0**-53)  # 0 is a normal quantile of minus infinity
     return sampling.quantile(u, process).to(dtype)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,25 @@ from scoreray.trainer.diffusion.buffers import ExactBuffers
 from scoreray.trainer.diffusion.process import Process
 
 
-class _Weighting:
+class BaseWeighting:
+    """A subclass is a frozen dataclass with a `kind` and `weight`, or `build` where it has parameters or state."""
+
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    needs_error: ClassVar[bool] = False
+    """It learns from the error's value, so it can't weigh an objective that has the error's gradient alone."""
+
+    def weight(self, sigma: Tensor, process: Process, sigma_data: float) -> Tensor:
+        """lambda(sigma), [B] -> [B]."""
+        raise NotImplementedError
+
+    def build(self, process: Process, sigma_data: float) -> nn.Module:
+        """A module (error [B], sigma [B]) -> loss [B], the weighted error."""
+        return FixedWeight(self, process, sigma_data)
 
 
 @dataclass(frozen=True)
-class Sigma2(_Weighting):
+class Sigma2(BaseWeighting):
     """sigma^2 on the score's error, 1 on the noise's: 1 / sigma^2 here (Song 2019; Ho 2020's simple loss)."""
 
     _: KW_ONLY
@@ -36,7 +49,7 @@ class Sigma2(_Weighting):
 
 
 @dataclass(frozen=True)
-class Constant(_Weighting):
+class Constant(BaseWeighting):
     """1: every noise level's error of the clean image counts as it is."""
 
     _: KW_ONLY
@@ -47,7 +60,7 @@ class Constant(_Weighting):
 
 
 @dataclass(frozen=True)
-class Likelihood(_Weighting):
+class LikelihoodWeighting(BaseWeighting):
     """g(t)^2 on the score's error in the process's frame, which bounds the likelihood when t is uniform (Song 2021b).
 
     Here it is g^2 / (alpha r^2)^2 with r = sigma / alpha, which equals -d SNR / dt (Kingma 2021).
@@ -63,7 +76,7 @@ class Likelihood(_Weighting):
 
 
 @dataclass(frozen=True)
-class EDMWeighting(_Weighting):
+class EDMWeighting(BaseWeighting):
     """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, so that the network's own output errs equally (Karras 2022)."""
 
     _: KW_ONLY
@@ -74,7 +87,7 @@ class EDMWeighting(_Weighting):
 
 
 @dataclass(frozen=True)
-class Velocity(_Weighting):
+class Velocity(BaseWeighting):
     """((1 + sigma) / sigma)^2: 1 on the error of the velocity z - x_0 (Lipman 2023)."""
 
     _: KW_ONLY
@@ -85,7 +98,7 @@ class Velocity(_Weighting):
 
 
 @dataclass(frozen=True)
-class MinSNR(_Weighting):
+class MinSNR(BaseWeighting):
     """min(SNR, gamma), SNR = 1 / sigma^2 (Hang 2023)."""
 
     gamma: float = 5.0
@@ -100,7 +113,7 @@ class MinSNR(_Weighting):
 
 
 @dataclass(frozen=True)
-class SoftMinSNR(_Weighting):
+class SoftMinSNR(BaseWeighting):
     """gamma SNR / (SNR + gamma) = 1 / (sigma^2 + 1 / gamma) (Crowson 2024)."""
 
     gamma: float = 4.0
@@ -115,7 +128,7 @@ class SoftMinSNR(_Weighting):
 
 
 @dataclass(frozen=True)
-class Adaptive(_Weighting):
+class Adaptive(BaseWeighting):
     """1 / E(sigma), E the running mean of the error in bins of ln sigma, so that every noise level's loss is about 1.
 
     `half_life` is the number of samples of a bin after which an old error counts half.
@@ -126,51 +139,42 @@ class Adaptive(_Weighting):
     _: KW_ONLY
     kind: Literal["adaptive"] = "adaptive"
 
+    needs_error: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         checks.at_least("weighting", 1, num_bins=self.num_bins)
         checks.positive("weighting", half_life=self.half_life)
 
+    def build(self, process: Process, sigma_data: float) -> nn.Module:
+        return AdaptiveWeight(self, sigma_data)
+
 
 @dataclass(frozen=True)
-class Learned(_Weighting):
+class Learned(BaseWeighting):
     """EDM's lambda / e^u(sigma), plus u(sigma): u is trained with the network (Karras 2024, eq. 14)."""
 
     num_features: int = 64
     _: KW_ONLY
     kind: Literal["learned"] = "learned"
 
+    needs_error: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         checks.at_least("weighting", 2, num_features=self.num_features)
 
-
-Weighting = Sigma2 | Constant | Likelihood | EDMWeighting | Velocity | MinSNR | SoftMinSNR | Adaptive | Learned
-
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    "sigma2": Sigma2,
-    "constant": Constant,
-    "likelihood": Likelihood,
-    "edm": EDMWeighting,
-    "velocity": Velocity,
-    "min_snr": MinSNR,
-    "soft_min_snr": SoftMinSNR,
-    "adaptive": Adaptive,
-    "learned": Learned,
-}
+    def build(self, process: Process, sigma_data: float) -> nn.Module:
+        return LearnedWeight(self, sigma_data)
 
 
-def build_weighting(config: Weighting, process: Process, sigma_data: float) -> nn.Module:
-    """A module (error [B], sigma [B]) -> loss [B]: the weighted error, with whatever parameters or state that takes."""
-    if isinstance(config, Adaptive):
-        return AdaptiveWeight(config, sigma_data)
-    if isinstance(config, Learned):
-        return LearnedWeight(config, sigma_data)
-    return FixedWeight(config, process, sigma_data)
+Weighting = Sigma2 | Constant | LikelihoodWeighting | EDMWeighting | Velocity | MinSNR | SoftMinSNR | Adaptive | Learned
+
+WEIGHTINGS: dict[str, type[Weighting]] = {config.kind: config for config in get_args(Weighting)}
 
 
 class FixedWeight(nn.Module):
     """loss = lambda(sigma) error."""
 
-    def __init__(self, config: Any, process: Process, sigma_data: float):
+    def __init__(self, config: BaseWeighting, process: Process, sigma_data: float):
         super().__init__()
         self.config, self.process, self.sigma_data = config, process, sigma_data
 
@@ -211,7 +215,7 @@ class AdaptiveWeight(ExactBuffers):
     In training mode each call updates E after using it, with the samples of all ranks, so that all hold the same E.
     """
 
-    LN_SIGMA = (math.log(1e-3), math.log(1e3))
+    LN_SIGMA = (math.log(1e-3), math.log(1e3))  # range of the bins; levels outside it share the first or last one
     ratio: Tensor
 
     def __init__(self, config: Adaptive, sigma_data: float):
@@ -224,6 +228,7 @@ class AdaptiveWeight(ExactBuffers):
         place = (sigma.float().log() - low) / (high - low) * self.num_bins
         bins = place.to(torch.int64).clamp(0, self.num_bins - 1)
         relative = (sigma**-2 + self.sigma_data**-2) * error
+        # A bin whose samples are all predicted exactly has E = 0; its weight stays finite.
         loss = relative / self.ratio[bins].clamp(min=1e-6)
         if self.training:
             self._observe(bins, relative.detach().float())
@@ -238,5 +243,6 @@ class AdaptiveWeight(ExactBuffers):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         total, count = sums
+        # A bin decays with its own samples, not with steps: rare noise levels keep what little they have seen.
         keep = 0.5 ** (count / self.half_life)
         self.ratio.mul_(keep).add_((1 - keep) * total / count.clamp(min=1))

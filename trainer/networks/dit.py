@@ -9,11 +9,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.trainer.diffusion.layers import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     Attention,
     Embedding,
     call_block,
@@ -24,22 +23,21 @@ from scoreray.trainer.diffusion.layers import (
     to_patches,
     zero_,
 )
+from scoreray.trainer.networks.base import BaseNetworkConfig
 
 SINUSOID_CHANNELS = 256
 
-MOST_MLP_RATIO = 1000
+MAX_MLP_RATIO = 1000  # usual: 4
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(BaseNetworkConfig):
     """The transformer's size. Raises UserError on a value that no image could go with.
 
     patch_size: pixels along a patch's side; an image becomes (H / patch_size) (W / patch_size) tokens.
     mlp_ratio: hidden width of a block's MLP, in units of hidden_size.
     activation_checkpointing: keep only each block's input for the backward pass; a third more work, far less memory.
     """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     patch_size: int = 2
     hidden_size: int = 384
@@ -52,7 +50,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose a divisor of the image's height and width")
-        require(0 < self.depth <= MOST_LAYERS, "depth", self.depth, f"choose 1 to {MOST_LAYERS} blocks")
+        require(0 < self.depth <= MAX_LAYERS, "depth", self.depth, f"choose 1 to {MAX_LAYERS} blocks")
         require(self.num_heads > 0, "num_heads", self.num_heads, "choose 1 or more heads")
         require(
             self.hidden_size > 0 and self.hidden_size % 4 == 0 and self.hidden_size % self.num_heads == 0,
@@ -61,15 +59,18 @@ class DiTConfig:
             f"choose a positive multiple of 4 and of num_heads, {self.num_heads}",
         )
         require(
-            0 < self.mlp_ratio <= MOST_MLP_RATIO,
+            0 < self.mlp_ratio <= MAX_MLP_RATIO,
             "mlp_ratio",
             self.mlp_ratio,
-            f"choose a number above 0, at most {MOST_MLP_RATIO}",
+            f"choose a number above 0, at most {MAX_MLP_RATIO}",
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
 
+    def build(self, image_shape: Sequence[int], num_classes: int) -> DiT:
+        return DiT(self, image_shape, num_classes)
 
-class Block(nn.Module):
+
+class DiTBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm that `emb` scales and shifts and a gate that starts at 0 (adaLN-zero).
 
     (x [B, T, D], emb [B, D]) -> [B, T, D]
@@ -109,7 +110,7 @@ class DiT(nn.Module):
         grid = height // config.patch_size, width // config.patch_size
         self.positions = nn.Parameter(grid_code(*grid, config.hidden_size))
         self.embedding = Embedding(num_classes, SINUSOID_CHANNELS, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.modulation_out = zero_(nn.Linear(config.hidden_size, 2 * config.hidden_size))
         self.patch_out = zero_(nn.Linear(config.hidden_size, patch_channels))
         for name, module in self.named_modules():
@@ -124,6 +125,8 @@ class DiT(nn.Module):
         h = h + self.positions.to(h.dtype)
         emb = self.embedding(c_noise, class_labels)
         recompute = self.config.activation_checkpointing and self.training
+        # No token for the class: noise level and class reach every block through adaLN-zero alone, which Peebles and
+        # Xie found better than tokens or cross-attention at the same cost (their figure 5).
         for block in self.blocks:
             h = call_block(block, h, emb, recompute=recompute)
         shift, scale = self.modulation_out(emb)[:, None].chunk(2, dim=2)

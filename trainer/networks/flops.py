@@ -11,28 +11,36 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-SIZE = {"cpu": 1024, "cuda": 8192}
+SIZE = {"cpu": 1024, "cuda": 8192}  # side of the square matrices: large enough that memory does not limit the rate
 
 
-def training_flops(network: nn.Module, image_shape: Sequence[int]) -> int:
-    """Floating-point operations of one sample's forward and backward pass (a multiply-add is two).
+def flops(network: nn.Module, image_shape: Sequence[int], *, backward: bool = False) -> int:
+    """Floating-point operations of one sample's forward pass, with its backward pass too (a multiply-add is two).
 
-    Counted on the meta device: nothing is computed. Recomputation by activation checkpointing is not counted, as it is
-    not progress (model FLOPs). 0 for a module without such a forward pass.
+    Counted on the meta device: nothing is computed. Call it before an engine shards the parameters. Recomputation by
+    activation checkpointing is not counted, as it is not progress (model FLOPs; Chowdhery 2022, appendix B).
     """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     meta = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    x, c_noise = torch.empty(1, *image_shape, device="meta"), torch.empty(1, device="meta")
     training = network.training
     network.eval()
-    x = torch.empty(1, *image_shape, device="meta")
     try:
-        with FlopCounterMode(display=False) as counter:
-            functional_call(network, meta, (x, torch.empty(1, device="meta"))).sum().backward()
-    except (TypeError, RuntimeError, NotImplementedError):
-        return 0
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            out = functional_call(network, meta, (x, c_noise))
+            if backward:
+                out.sum().backward()
     finally:
         network.train(training)
     return counter.get_total_flops()
+
+
+def training_flops(network: nn.Module, image_shape: Sequence[int]) -> int:
+    """FLOPs of training on one sample; 0 for a module that is not called as a network is (an RBM)."""
+    try:
+        return flops(network, image_shape, backward=True)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return 0
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError, shortened
 from scoreray.data.reading.distances import largest_distance
 from scoreray.trainer.diffusion.buffers import ExactBuffers
-from scoreray.trainer.networks.dit import DiTConfig
-from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.unet import UNetConfig
 
 Conditioning = Literal["learned", "none"]
 
@@ -38,7 +34,7 @@ class Ladder:
 
     def sigmas(self) -> Tensor:
         """[num_levels], descending, float64."""
-        return _geometric(self.sigma_max, self.sigma_min, self.num_levels)
+        return geometric_ladder(self.sigma_max, self.sigma_min, self.num_levels)
 
 
 def suggest_ladder(data: Tensor, sigma_min: float = 0.01, steps_per_level: int = 5) -> Ladder:
@@ -100,35 +96,11 @@ def variance_ratio(epsilon: float, sigma_min: float, ratio: float, steps_per_lev
     return kept ** (2 * steps_per_level) * (ratio**2 - stationary) + stationary
 
 
-@dataclass(frozen=True)
-class LadderNetworkConfig:
-    """A network that knows the rungs of a geometric ladder only (`OnLadder`), around any other network."""
-
-    network: Annotated[UNetConfig | DiTConfig | MLPConfig, Field(discriminator="kind")] = field(default=UNetConfig())
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
-    num_levels: int = 232
-    conditioning: Conditioning = "learned"
-    _: KW_ONLY
-    kind: Literal["ladder"] = "ladder"
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    def __post_init__(self) -> None:
-        checks.positive("network", sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        checks.ordered("network", "sigma_min", "sigma_max", self.sigma_min, self.sigma_max)
-        checks.at_least("network", 2, num_levels=self.num_levels)
-
-    def sigmas(self) -> Tensor:
-        """[num_levels], descending, float64."""
-        return _geometric(self.sigma_max, self.sigma_min, self.num_levels)
-
-
 class OnLadder(ExactBuffers):
     """A network of the usual signature that knows the ladder's rungs only: any sigma is taken for the nearest one.
 
     conditioning "learned": each rung has a learned code (begun at ln(sigma) / 4), as NCSN has per-level parameters.
-    "none": the network is not told the level; with the "score" parameterization this is NCSNv2's s = f / sigma.
+    "none": the network does not see the level; with the "score" parameterization this is NCSNv2's s = f / sigma.
     sigmas: L numbers (or a tensor [L] that holds numbers), in any order.
     """
 
@@ -159,7 +131,7 @@ class OnLadder(ExactBuffers):
         return self.network(x, self.codes(self.rung(c_noise)).squeeze(1), class_labels)
 
 
-def _geometric(sigma_max: float, sigma_min: float, num_levels: int) -> Tensor:
+def geometric_ladder(sigma_max: float, sigma_min: float, num_levels: int) -> Tensor:
     """On the CPU whatever the default device is: on the meta device a level would have no value."""
     ends = math.log10(sigma_max), math.log10(sigma_min)
     return torch.logspace(*ends, num_levels, dtype=torch.float64, device="cpu")

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.data import checks
-from scoreray.trainer.diffusion.layers import MOST_LAYERS, Embedding, check_call, require, zero_
+from scoreray.trainer.diffusion.layers import MAX_LAYERS, Embedding, check_call, require, zero_
+from scoreray.trainer.networks.base import BaseNetworkConfig
 
 SINUSOID_CHANNELS = 32
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(BaseNetworkConfig):
     """The perceptron's size: `num_layers` residual layers of `hidden_size`."""
 
     hidden_size: int = 128
@@ -26,11 +26,12 @@ class MLPConfig:
     _: KW_ONLY
     kind: Literal["mlp"] = "mlp"
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
     def __post_init__(self) -> None:
         checks.at_least("network", 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
-        require(self.num_layers <= MOST_LAYERS, "num_layers", self.num_layers, f"choose 1 to {MOST_LAYERS} layers")
+        require(self.num_layers <= MAX_LAYERS, "num_layers", self.num_layers, f"choose 1 to {MAX_LAYERS} layers")
+
+    def build(self, image_shape: Sequence[int], num_classes: int) -> MLP:
+        return MLP(self, image_shape, num_classes)
 
 
 class MLP(nn.Module):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.data import checks
@@ -22,31 +21,35 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.contrastive import gibbs_divergence
 from scoreray.trainer.diffusion.noise import ChainNoise
+from scoreray.trainer.networks.base import BaseNetworkConfig
 
-MOST_ENUMERATED = 20
+MAX_ENUMERATED = 20
 
 Source = torch.Generator | ChainNoise | None
 """Where a chain's random numbers come from; None is torch's global generator."""
 
 
 @dataclass(frozen=True)
-class RBMConfig:
+class RBMConfig(BaseNetworkConfig):
     """A machine of binary units. Data in [-1, 1] become 0 and 1: above 0 is 1 ("threshold"), or 1 with the probability
-    (x + 1) / 2, drawn anew each time that a sample is seen ("sample"; Salakhutdinov & Murray 2008)."""
+    (x + 1) / 2, drawn again each time that a sample is seen ("sample"; Salakhutdinov & Murray 2008)."""
 
     num_hidden: int = 256
     binarize: Literal["threshold", "sample"] = "threshold"
     _: KW_ONLY
     kind: Literal["rbm"] = "rbm"
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    is_machine: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.at_least("network", 1, num_hidden=self.num_hidden)
 
+    def build(self, image_shape: Sequence[int], num_classes: int) -> RBM:
+        return RBM(math.prod(image_shape), self.num_hidden, self.binarize)
+
 
 @dataclass(frozen=True)
-class GaussianRBMConfig:
+class GaussianRBMConfig(BaseNetworkConfig):
     """A machine with continuous visible units; `std` is theirs given the hidden ones, at the start of training."""
 
     num_hidden: int = 256
@@ -54,24 +57,27 @@ class GaussianRBMConfig:
     _: KW_ONLY
     kind: Literal["gaussian_rbm"] = "gaussian_rbm"
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    is_machine: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.at_least("network", 1, num_hidden=self.num_hidden)
         checks.positive("network", std=self.std)
 
+    def build(self, image_shape: Sequence[int], num_classes: int) -> GaussianBernoulliRBM:
+        return GaussianBernoulliRBM(math.prod(image_shape), self.num_hidden, self.std)
 
-MachineConfig = RBMConfig | GaussianRBMConfig
 
+class Machine(nn.Module):
+    """A restricted Boltzmann machine: a visible unit for each value of a sample, and the sweep that alternates layers.
 
-class _Bipartite(nn.Module):
-    """Parameters of both machines, and the sweep that alternates their layers."""
+    A subclass says what the visible units are.
+    """
 
     def __init__(self, num_visible: int, num_hidden: int):
         super().__init__()
         checks.at_least("rbm", 1, num_visible=num_visible, num_hidden=num_hidden)
         self.num_visible, self.num_hidden = num_visible, num_hidden
-        self.weight = nn.Parameter(0.01 * torch.randn(num_visible, num_hidden))
+        self.weight = nn.Parameter(0.01 * torch.randn(num_visible, num_hidden))  # Hinton 2010, section 8
         self.visible_bias = nn.Parameter(torch.zeros(num_visible))
         self.hidden_bias = nn.Parameter(torch.zeros(num_hidden))
 
@@ -138,7 +144,7 @@ class _Bipartite(nn.Module):
         return v
 
 
-class RBM(_Bipartite):
+class RBM(Machine):
     """Binary units: E(v, h) = -v . b - h . c - v W h, v in {0, 1}^num_visible, h in {0, 1}^num_hidden (Hinton 2002)."""
 
     def __init__(self, num_visible: int, num_hidden: int, binarize: str = RBMConfig.binarize):
@@ -189,7 +195,7 @@ class RBM(_Bipartite):
         return torch.logsumexp(h @ hidden_bias + F.softplus(h @ weight.T + visible_bias).sum(1), 0)
 
 
-class GaussianBernoulliRBM(_Bipartite):
+class GaussianBernoulliRBM(Machine):
     """Continuous visible units: E(v, h) = |v - b|^2 / (2 s^2) - h . c - v W h / s^2, h in {0, 1}^num_hidden.
 
     v | h is N(b + W h, s^2 I) (Cho 2011), so p(v) is a mixture of 2^num_hidden Gaussians. std: s, learned.
@@ -257,26 +263,6 @@ class GaussianBernoulliRBM(_Bipartite):
         return torch.logsumexp(h @ hidden_bias + mean_term, 0) + gaussian
 
 
-Machine = RBM | GaussianBernoulliRBM
-
-
-def _rbm(config: RBMConfig, num_visible: int) -> RBM:
-    return RBM(num_visible, config.num_hidden, config.binarize)
-
-
-def _gaussian_rbm(config: GaussianRBMConfig, num_visible: int) -> GaussianBernoulliRBM:
-    return GaussianBernoulliRBM(num_visible, config.num_hidden, config.std)
-
-
-MACHINES: dict[str, Callable[[Any, int], Machine]] = {"rbm": _rbm, "gaussian_rbm": _gaussian_rbm}
-"""Machines by the word that chooses one in a config (`network.kind`)."""
-
-
-def build_machine(config: MachineConfig, shape: Sequence[int]) -> Machine:
-    """The machine that `config` describes, a visible unit for each value of a sample of `shape`."""
-    return checks.choose("network.kind", config.kind, MACHINES)(config, math.prod(shape))
-
-
 def _bernoulli(logits: Tensor, source: Source) -> Tensor:
     if isinstance(source, ChainNoise):
         u = source.uniform(tuple(logits.shape[1:]), logits.dtype)
@@ -287,6 +273,6 @@ def _bernoulli(logits: Tensor, source: Source) -> Tensor:
 
 def _states(like: Tensor) -> Tensor:
     """All binary vectors of the length of `like`, [2^n, n]."""
-    if len(like) > MOST_ENUMERATED:
-        raise UserError(f"ln Z by enumeration of {len(like)} units: {MOST_ENUMERATED} at most, use AIS above that")
+    if len(like) > MAX_ENUMERATED:
+        raise UserError(f"ln Z by enumeration of {len(like)} units: {MAX_ENUMERATED} at most, use AIS above that")
     return torch.tensor(list(itertools.product((0.0, 1.0), repeat=len(like))), dtype=like.dtype, device=like.device)

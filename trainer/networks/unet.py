@@ -9,12 +9,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.layers import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     Attention,
     Embedding,
     call_block,
@@ -25,10 +24,11 @@ from scoreray.trainer.diffusion.layers import (
     to_patches,
     zero_,
 )
+from scoreray.trainer.networks.base import BaseNetworkConfig
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(BaseNetworkConfig):
     """The U-Net's size. Raises UserError on a value that no image could go with.
 
     model_channels times channel_mult[i] is the width at resolution level i; each level halves height and width.
@@ -36,8 +36,6 @@ class UNetConfig:
     patch_size: work on space-to-depth patches of this size (2 makes a 28x28 image 14x14: a quarter of the work).
     activation_checkpointing: keep only each block's input for the backward pass; a third more work, far less memory.
     """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     model_channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2)
@@ -62,14 +60,17 @@ class UNetConfig:
             self.channel_mult,
             "choose one positive integer a resolution level, such as [1, 2, 2]",
         )
-        blocks = f"choose 1 to {MOST_LAYERS} residual blocks a level"
-        require(0 < self.num_blocks <= MOST_LAYERS, "num_blocks", self.num_blocks, blocks)
+        blocks = f"choose 1 to {MAX_LAYERS} residual blocks a level"
+        require(0 < self.num_blocks <= MAX_LAYERS, "num_blocks", self.num_blocks, blocks)
         require(self.head_channels > 0, "head_channels", self.head_channels, "choose 1 or more channels a head")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or a divisor of the image's size")
 
+    def build(self, image_shape: Sequence[int], num_classes: int) -> UNet:
+        return UNet(self, image_shape, num_classes)
 
-class Block(nn.Module):
+
+class ResidualBlock(nn.Module):
     """Residual block, BigGAN order (Song 2021, DDPM++; scale-shift of Dhariwal 2021), skip paths scaled by sqrt(1/2).
 
     (x [B, in, H, W], emb [B, E]) -> [B, out, H', W']. A block that goes up doubles height and width.
@@ -96,6 +97,7 @@ class Block(nn.Module):
         h = F.silu(self.norm_out(h) * (scale + 1) + shift)  # on a CPU faster than addcmul with a broadcast
         h = self.conv_out(F.dropout(h, self.dropout, self.training))
         x = resampled(x, self.resample)
+        # Two independent paths of unit variance sum to variance 2; sqrt(1/2) keeps it at 1 at any depth (Song 2021).
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.attention is None or self.norm_attention is None:
             return x
@@ -118,7 +120,7 @@ class UNet(nn.Module):
         self.num_classes, self.channels = num_classes, channels
         widths = [config.model_channels * mult for mult in config.channel_mult]
         heights = [height // config.patch_size]
-        for _ in widths[1:]:
+        for _ in widths[1:]:  # halved upwards, as ceil_mode pooling does
             heights.append(-(-heights[-1] // 2))
         unmatched = set(config.attention_resolutions) - set(heights)
         require(
@@ -130,10 +132,12 @@ class UNet(nn.Module):
         emb_width = 4 * config.model_channels
         self.embedding = Embedding(num_classes, config.model_channels, emb_width)
 
-        def block(in_channels: int, level: int, *, attention: bool = False, resample: str = "") -> Block:
+        def block(in_channels: int, level: int, *, attention: bool = False, resample: str = "") -> ResidualBlock:
             attends = attention or (not resample and heights[level] in config.attention_resolutions)
             heads = num_heads(widths[level], config.head_channels) if attends else 0
-            return Block(in_channels, widths[level], emb_width, heads=heads, dropout=config.dropout, resample=resample)
+            return ResidualBlock(
+                in_channels, widths[level], emb_width, heads=heads, dropout=config.dropout, resample=resample
+            )
 
         patch_channels = channels * config.patch_size**2
         self.conv_in = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
@@ -172,7 +176,7 @@ class UNet(nn.Module):
         for block in self.up:
             if block.resample == "up":
                 h = call_block(block, h, emb, recompute=recompute)
-                h = h[:, :, : skips[-1].shape[2], : skips[-1].shape[3]]
+                h = h[:, :, : skips[-1].shape[2], : skips[-1].shape[3]]  # 7 was halved to 4, and doubled to 8
             else:
                 h = call_block(block, torch.cat([h, skips.pop()], dim=1), emb, recompute=recompute)
         h = self.conv_out(F.silu(self.norm_out(h)))

@@ -21,7 +21,6 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.network import NetworkConfig
-from scoreray.trainer.networks.rbm import MachineConfig
 from scoreray.trainer.run_folder import run_store
 from scoreray.tune.load import load_sweep
 
@@ -40,7 +39,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_kind_is_among_them() -> None:
-    kinds = {config.kind for config in (*typing.get_args(NetworkConfig), *typing.get_args(MachineConfig))}
+    kinds = {config.kind for config in typing.get_args(NetworkConfig)}
     assert {section["network"]["kind"] for section in SECTIONS.values()} == kinds
 
 

@@ -37,14 +37,12 @@ from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.networks.network import NetworkConfig, build_network
 from scoreray.trainer.networks.rbm import (
     RBM,
     GaussianBernoulliRBM,
     GaussianRBMConfig,
-    MachineConfig,
     RBMConfig,
-    build_machine,
 )
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.step import MachineModule, TrainingModule
@@ -151,8 +149,8 @@ def test_image_networks_as_energies(network: UNetConfig | DiTConfig) -> None:
 
 @pytest.mark.parametrize("start", ["data", "noise", "persistent"])
 @pytest.mark.parametrize("config", [RBMConfig(3), RBMConfig(3, "sample"), GaussianRBMConfig(3)])
-def test_machines_train_there(config: MachineConfig, start: str) -> None:
-    machine = build_machine(config, SHAPE)
+def test_machines_train_there(config: NetworkConfig, start: str) -> None:
+    machine = build_network(config, SHAPE)
     objective = ContrastiveObjective(chain="gibbs", start=start)  # type: ignore[arg-type]
     step = MachineModule(machine, objective, seed=0, global_batch_size=B)
     loss, _ = step.to("meta")(torch.empty(B, *SHAPE, device="meta"), None, inputs()[2])

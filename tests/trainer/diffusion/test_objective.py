@@ -25,11 +25,10 @@ from scoreray.trainer.diffusion.objective import (
     ObjectiveConfig,
     SlicedObjective,
     SlicedVRObjective,
-    loss_per_sample,
 )
 from scoreray.trainer.diffusion.process import VP
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform, LogNormal, LogUniform, UniformT
-from scoreray.trainer.diffusion.weighting import Adaptive, Constant, EDMWeighting, Sigma2, Velocity, build_weighting
+from scoreray.trainer.diffusion.weighting import Adaptive, Constant, EDMWeighting, Sigma2, Velocity
 from scoreray.trainer.step import TrainingModule
 
 F64 = torch.float64
@@ -39,13 +38,14 @@ every_objective = pytest.mark.parametrize("objective", ERRORS, ids=lambda o: o.k
 
 
 def estimates(objective, denoiser, data, sigma, count, num_probes=1, weighting=None) -> Tensor:
-    """Losses of `count` independent samples at one noise level, unweighted unless told."""
+    """Losses of `count` independent samples at one noise level, unweighted by default."""
     positions = torch.arange(count)
     x0 = data(normal(1, positions, (D,), dtype=F64))
     z = normal(2, positions, (D,), dtype=F64)
     probes = (rademacher if objective.kind != "contrastive" else normal)(3, positions, (num_probes, D), dtype=F64)
-    weight = build_weighting(weighting or Constant(), VP(), denoiser.sigma_data)
-    return loss_per_sample(objective, weight, denoiser, x0, torch.full((count,), sigma, dtype=F64), z, probes=probes)[0]
+    weight = (weighting or Constant()).build(VP(), denoiser.sigma_data)
+    levels = torch.full((count,), sigma, dtype=F64)
+    return weight(objective.error(denoiser, x0, x0 + sigma * z, levels, probes=probes), levels)
 
 
 def near(values: Tensor, expected: float) -> bool:
@@ -128,8 +128,7 @@ def test_contrastive_divergence_from_the_data_has_the_gradient_of_score_matching
 
     def gradient(objective, probes):
         denoiser = Denoiser(Tanh(), "energy_residual")
-        weight = build_weighting(Constant(), VP(), 0.5)
-        loss_per_sample(objective, weight, denoiser, x0, sigma, z, probes=probes)[0].mean().backward()
+        objective.error(denoiser, x0, x0 + sigma[:, None] * z, sigma, probes=probes).mean().backward()
         return torch.cat([p.grad.flatten() for p in denoiser.parameters()])
 
     objective = ContrastiveObjective(num_steps=num_steps, step_size=2e-3)

@@ -16,12 +16,11 @@ from scoreray.trainer.diffusion.weighting import (
     Constant,
     EDMWeighting,
     Learned,
-    Likelihood,
+    LikelihoodWeighting,
     MinSNR,
     Sigma2,
     SoftMinSNR,
     Velocity,
-    build_weighting,
 )
 
 F64 = torch.float64
@@ -62,7 +61,7 @@ def test_likelihood_weighting_is_the_rate_of_the_signal_to_noise_ratio(process):
         t = ((t * 1000).floor() + 0.5) / 1000
     step = 1e-5 * t
     numeric = (process.log_snr(t - step).exp() - process.log_snr(t + step).exp()) / (2 * step)
-    got = Likelihood().weight(process.noise_to_signal(t), process, SD)
+    got = LikelihoodWeighting().weight(process.noise_to_signal(t), process, SD)
     torch.testing.assert_close(got, numeric, rtol=1e-5, atol=0)
     # and it is g^2 on the error of the score in the process's own frame, whose noise is sigma z for data alpha x_0
     squared = (process.diffusion(t) * process.alpha(t) / process.sigma(t) ** 2) ** 2
@@ -71,7 +70,7 @@ def test_likelihood_weighting_is_the_rate_of_the_signal_to_noise_ratio(process):
 
 def test_learned_uncertainty_starts_at_edm_and_its_optimum_is_the_log_of_the_expected_loss():
     torch.manual_seed(0)
-    module = build_weighting(Learned(), VP(), SD)
+    module = Learned().build(VP(), SD)
     sigma = torch.logspace(-2, 1, 200)
     error = 0.3 * sigma**0.5 / (sigma**-2 + SD**-2)
     torch.testing.assert_close(module(error, sigma), 0.3 * sigma**0.5)
@@ -90,7 +89,7 @@ def test_learned_uncertainty_starts_at_edm_and_its_optimum_is_the_log_of_the_exp
 
 
 def test_learned_uncertainty_works_in_bf16():
-    module = build_weighting(Learned(), VP(), SD).bfloat16()
+    module = Learned().build(VP(), SD).bfloat16()
     loss = module(torch.ones(3), torch.tensor([0.01, 1.0, 50.0]))
     assert loss.dtype == torch.float32
     loss.sum().backward()
@@ -98,7 +97,7 @@ def test_learned_uncertainty_works_in_bf16():
 
 
 def test_adaptive_weighting_brings_every_noise_level_to_one():
-    module = build_weighting(Adaptive(half_life=50.0), VP(), SD)
+    module = Adaptive(half_life=50.0).build(VP(), SD)
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
         sigma = (torch.rand(64, generator=generator) * math.log(1e4) + math.log(1e-2)).exp()
@@ -112,7 +111,7 @@ def test_adaptive_weighting_brings_every_noise_level_to_one():
 
 
 def test_adaptive_state_is_a_buffer_that_stays_float32_and_ignores_what_is_not_finite():
-    module = build_weighting(Adaptive(), VP(), SD).bfloat16()
+    module = Adaptive().build(VP(), SD).bfloat16()
     assert module.state_dict()["ratio"].dtype == torch.float32
     module(torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 1.0]))
     assert module.ratio.isfinite().all()
@@ -121,17 +120,17 @@ def test_adaptive_state_is_a_buffer_that_stays_float32_and_ignores_what_is_not_f
 
 def test_adaptive_state_is_that_of_the_whole_batch_on_every_rank(monkeypatch):
     error, sigma = torch.linspace(0.1, 2, 40), torch.logspace(-2, 1, 40)
-    alone = build_weighting(Adaptive(half_life=10.0), VP(), SD)
+    alone = Adaptive(half_life=10.0).build(VP(), SD)
     alone(error, sigma)
     sent = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sent.append(sums.clone()))
     halves = [(error[::2], sigma[::2]), (error[1::2], sigma[1::2])]
     for half in halves:
-        build_weighting(Adaptive(half_life=10.0), VP(), SD)(*half)
+        Adaptive(half_life=10.0).build(VP(), SD)(*half)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.copy_(sent[0] + sent[1]))
     for half in halves:
-        rank = build_weighting(Adaptive(half_life=10.0), VP(), SD)
+        rank = Adaptive(half_life=10.0).build(VP(), SD)
         rank(*half)
         torch.testing.assert_close(rank.ratio, alone.ratio)
 
@@ -139,7 +138,7 @@ def test_adaptive_state_is_that_of_the_whole_batch_on_every_rank(monkeypatch):
 @pytest.mark.parametrize("config", [cls() for cls in WEIGHTINGS.values()], ids=lambda c: c.kind)
 def test_every_weighting_gives_a_finite_loss_of_its_inputs_dtype(config):
     sigma = torch.logspace(-2, 2, 9)
-    loss = build_weighting(config, VP(), SD)(torch.ones(9), sigma)
+    loss = config.build(VP(), SD)(torch.ones(9), sigma)
     assert loss.dtype == torch.float32
     assert loss.isfinite().all()
 

@@ -27,8 +27,8 @@ from scoreray.trainer.monitoring.metrics import (
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.monitoring.tensorboard import FOLDER as TENSORBOARD
 from scoreray.trainer.networks.dit import DiTConfig
-from scoreray.trainer.networks.flops import matmul_rate, training_flops
-from scoreray.trainer.networks.network import build_network, flops
+from scoreray.trainer.networks.flops import flops, matmul_rate, training_flops
+from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store
 

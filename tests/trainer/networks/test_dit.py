@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scoreray.trainer.networks.dit import Block, DiT, DiTConfig, grid_code
+from scoreray.trainer.networks.dit import DiT, DiTBlock, DiTConfig, grid_code
 
 SMALL = DiTConfig(patch_size=4, hidden_size=16, depth=2, num_heads=2)
 
 
 def test_dit_xl_2_has_its_published_size_and_cost():
     """Peebles and Xie 2023, table 4: 675 M parameters, 118.64 Gflops (they count a multiply-add as one)."""
-    from scoreray.trainer.networks.network import flops, num_parameters
+    from scoreray.trainer.networks.flops import flops
+    from scoreray.trainer.networks.network import num_parameters
 
     with torch.device("meta"):
         network = DiT(DiTConfig(patch_size=2, hidden_size=1152, depth=28, num_heads=16), (4, 32, 32), 1000)
@@ -22,7 +23,7 @@ def test_dit_xl_2_has_its_published_size_and_cost():
 
 def test_a_new_block_is_the_identity():
     x = torch.randn(2, 5, 16)
-    assert torch.equal(Block(SMALL)(x, torch.randn(2, 16)), x)
+    assert torch.equal(DiTBlock(SMALL)(x, torch.randn(2, 16)), x)
 
 
 def test_positions_start_as_distinct_codes_of_unit_variance():

@@ -13,8 +13,8 @@ from scoreray.data.errors import UserError
 from scoreray.data.reading.distances import largest_distance
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.process import VE
+from scoreray.trainer.networks.flops import flops
 from scoreray.trainer.networks.ladder import (
-    LadderNetworkConfig,
     OnLadder,
     ladder_ratio,
     levels_needed,
@@ -24,7 +24,7 @@ from scoreray.trainer.networks.ladder import (
     variance_ratio,
 )
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import NetworkConfig, build_network, flops
+from scoreray.trainer.networks.network import LadderNetworkConfig, NetworkConfig, build_network
 
 CIFAR_RATIO = 5000 ** (1 / 231)
 

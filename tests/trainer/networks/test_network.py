@@ -15,8 +15,9 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.layers import Attention, allow_double_backward, sinusoids
 from scoreray.trainer.networks import dit, unet
 from scoreray.trainer.networks.dit import DiTConfig
+from scoreray.trainer.networks.flops import flops
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import NetworkConfig, build_network, flops, num_parameters
+from scoreray.trainer.networks.network import NetworkConfig, build_network, num_parameters
 from scoreray.trainer.networks.unet import UNetConfig
 
 UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(6,))
@@ -157,8 +158,8 @@ def test_compiles_as_one_graph(config):
 @pytest.mark.parametrize(
     ("block", "x"),
     [
-        (lambda: dit.Block(DIT), torch.randn(2, 6, 16)),
-        (lambda: unet.Block(8, 16, 16, heads=2, resample="down"), torch.randn(2, 8, 6, 4)),
+        (lambda: dit.DiTBlock(DIT), torch.randn(2, 6, 16)),
+        (lambda: unet.ResidualBlock(8, 16, 16, heads=2, resample="down"), torch.randn(2, 8, 6, 4)),
     ],
     ids=["dit", "unet"],
 )
