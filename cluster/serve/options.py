@@ -132,13 +132,23 @@ def make_config(models: list[str], token_file: Path | None, host: str, no_auth: 
             f"or {VARIABLE}; --no-auth serves everybody"
         )
     hosts = LOOPBACK_HOSTS if not tokens and is_loopback(host) else ()
-    keys = os.environ.get(REDIS, "")
-    if keys and urlsplit(keys).scheme not in ("redis", "rediss"):
-        raise UserError(f"{REDIS} = {keys}: must be redis://HOST:PORT, or rediss:// for TLS")
-    if urlsplit(keys).password:
-        raise UserError(f"{REDIS} holds a password, which would show in logs: put it into {PASSWORD}")
-    settings = {"keys": keys, **settings}
+    settings = {"keys": _redis_url(), **settings}
     return ServeConfig(tuple(_name_and_url(model) for model in models), tokens=tokens, hosts=hosts, **settings)
+
+
+def _redis_url() -> str:
+    """What SCORERAY_REDIS names, empty where it is not set. Raises UserError, which shows no password."""
+    url = os.environ.get(REDIS, "")
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in ("redis", "rediss") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # of a port that is no number, or a bracket
+        raise UserError(f"{REDIS}: no url; write redis://HOST:PORT, or rediss:// for TLS") from None
+    if parts.password:
+        raise UserError(f"{REDIS}: holds a password, which would show in logs; put it into {PASSWORD}")
+    if url and not is_one:
+        raise UserError(f"{REDIS} = {shortened(url)}: write redis://HOST:PORT, or rediss:// for TLS")
+    return url
 
 
 def make_limits(pairs: list[str]) -> Limits:

@@ -12,8 +12,10 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from scoreray.data.errors import UserError
 from scoreray.data.extras import install
@@ -26,6 +28,8 @@ log = logging.getLogger("scoreray.serve")
 PASSWORD = "SCORERAY_REDIS_PASSWORD"  # environment variable of each process: a url shows in logs and configs
 SYNC_S = 1.0  # what an ingress bills without keys in this time is lost with it
 AGAIN_S = 2.0
+THREADS = ThreadPoolExecutor(8, "scoreray-keys")
+T = TypeVar("T")
 
 
 def open_key_store(url: str, limits: Limits) -> KeyStore:
@@ -42,10 +46,15 @@ def open_key_store(url: str, limits: Limits) -> KeyStore:
     return RedisKeyStore(url, os.environ.get(PASSWORD), limits)
 
 
+async def _called(method: Callable[..., T], *arguments: Any) -> T:
+    """A store's method in a thread of its own pool: a Redis that hangs holds these, and no request without a key."""
+    return await asyncio.get_running_loop().run_in_executor(THREADS, method, *arguments)
+
+
 async def begin_key(store: KeyStore, claim: Claim, origin: Origin, instead_of: Origin | None = None) -> KeyEntry:
     """`KeyStore.begin`. Raises Refused: key_reused, and ledger_lost where the store can't be reached."""
     try:
-        return await asyncio.to_thread(store.begin, claim, origin, instead_of)
+        return await _called(store.begin, claim, origin, instead_of)
     except StoreLost as error:
         raise Refused("ledger_lost", _lost(error), retry_after_s=AGAIN_S) from None
 
@@ -67,7 +76,7 @@ async def kept(
         try:
             async for event in events:
                 if isinstance(event, Completed) and not event.kept:
-                    stored = await asyncio.to_thread(store.finish, claim, event, len(request.seeds))
+                    stored = await _called(store.finish, claim, event, len(request.seeds))
                     event = replace(stored, deaths=event.deaths, kept=True)
                 yield event
         except StoreLost as error:
@@ -81,7 +90,7 @@ async def _renew(store: KeyStore, claim: Claim) -> None:
     while True:
         await asyncio.sleep(LEASE_S / 3)
         with contextlib.suppress(StoreLost):
-            await asyncio.to_thread(store.renew, claim)
+            await _called(store.renew, claim)
 
 
 def _lost(error: StoreLost) -> str:
@@ -110,7 +119,7 @@ class Bills:
         """Writes what was added, and reads what all have billed; the next one does where the store can't be reached."""
         own = self._own.copy()
         with contextlib.suppress(StoreLost):
-            self._totals = await asyncio.to_thread(self._store.bill, self._source, own)
+            self._totals = await _called(self._store.bill, self._source, own)
             self._written = own
 
     async def follow(self) -> None:

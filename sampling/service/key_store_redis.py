@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator, Mapping
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from scoreray.sampling.service.config import Limits
 from scoreray.sampling.service.key_store import LEASE_S, OVERHEAD_BYTES, KeyEntry, StoreLost, facts, key_reused
@@ -96,10 +98,10 @@ class RedisKeyStore:
     """
 
     def __init__(self, url: str, password: str | None, limits: Limits) -> None:
-        self._limits, self._redis = (
-            limits,
-            redis.Redis.from_url(url, password=password, socket_timeout=WITHIN_S, socket_connect_timeout=WITHIN_S),
-        )
+        self._limits = limits
+        once = Retry(NoBackoff(), 1)  # a pooled connection that a new start of Redis cut; all scripts may be repeated
+        times = {"socket_timeout": WITHIN_S, "socket_connect_timeout": WITHIN_S}
+        self._redis = redis.Redis.from_url(url, password=password, retry=once, **times)
         self._begin, self._renew, self._finish = (
             self._redis.register_script(COMMON + script) for script in (BEGIN, RENEW, FINISH)
         )

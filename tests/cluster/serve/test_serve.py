@@ -13,7 +13,7 @@ import pytest
 from scoreray.cluster.serve.command import _errors
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.log import relayed
-from scoreray.cluster.serve.options import Placement, make_limits, parse_replicas
+from scoreray.cluster.serve.options import Placement, make_config, make_limits, parse_replicas
 from scoreray.data.errors import UserError
 from scoreray.data.scratch import SCRATCH
 from scoreray.sampling.service.config import ServeConfig
@@ -81,6 +81,27 @@ def test_limits_that_are_no_numbers_are_one_line(word: str) -> None:
         make_limits([word])
     assert len(str(caught.value)) < 400
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://h:6379", "SCORERAY_REDIS = http://h:6379: write redis://HOST:PORT"),
+        ("redis://", "write redis://HOST:PORT"),
+        ("redis://h:port", "no url"),
+        ("redis://[h", "no url"),
+        ("redis://:hidden-word@h:6379", "put it into SCORERAY_REDIS_PASSWORD"),
+        ("http://:hidden-word@h:6379", "put it into SCORERAY_REDIS_PASSWORD"),
+    ],
+)
+def test_a_redis_that_is_no_url_of_one_is_one_line(url: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORERAY_REDIS", url)
+    with pytest.raises(UserError, match=r"^[^\n]*$") as refused:
+        make_config(["a"], None, "127.0.0.1", True)
+    assert reason in str(refused.value)
+    assert "hidden-word" not in str(refused.value)
+    monkeypatch.setenv("SCORERAY_REDIS", "rediss://h:6379/1")
+    assert make_config(["a"], None, "127.0.0.1", True).keys == "rediss://h:6379/1"
 
 
 def test_limits_are_numbers_as_everywhere() -> None:

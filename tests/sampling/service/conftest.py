@@ -27,6 +27,11 @@ def redis_server() -> str | None:
 
 
 @pytest.fixture(scope="session")
+def redis_password() -> str:
+    return PASSWORD
+
+
+@pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     program = redis_server()
     if program is None or find_spec("redis") is None:

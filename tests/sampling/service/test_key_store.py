@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,6 +232,30 @@ def test_a_store_that_does_not_answer_is_lost(tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("redis")
     with pytest.raises(StoreLost, match="Redis: ConnectionError"):
         open_key_store("redis://127.0.0.1:9", Limits()).begin(claim(), ORIGIN)
+
+
+def test_a_redis_that_hangs_is_lost_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    store_module = pytest.importorskip("scoreray.sampling.service.key_store_redis")
+    monkeypatch.setattr(store_module, "WITHIN_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = open_key_store(f"redis://127.0.0.1:{silent.getsockname()[1]}", Limits())
+        started = time.monotonic()
+        with pytest.raises(StoreLost, match="Redis: TimeoutError"):
+            store.begin(claim(), ORIGIN)
+        assert time.monotonic() - started < 3
+
+
+def test_a_connection_that_redis_cut_is_opened_again(
+    redis_url: str, redis_password: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import redis
+
+    monkeypatch.setenv(idempotency.PASSWORD, redis_password)
+    store, admin = open_key_store(redis_url, Limits()), redis.Redis.from_url(redis_url, password=redis_password)
+    admin.flushall()
+    store.begin(claim(), ORIGIN)
+    admin.client_kill_filter(skipme=True, _type="normal")
+    assert store.begin(claim(), NEWER).origin == ORIGIN
 
 
 def test_a_wrong_password_is_not_shown(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
