@@ -52,14 +52,17 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> PreparedRun:
-    """`check_run`, then claim the run's place: its config is stored in it, or the one that is stored agrees.
+    """`check_run`, then `claim_run`."""
+    return claim_run(check_run(config, fresh=fresh), fresh=fresh)
+
+
+def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
+    """Make the run's place ours: its config is stored in it, or the one that is stored agrees.
 
     `fresh`: take the first unused name of name-2, name-3, ... instead of resuming. The result's config is the one to
     run. Raises UserError with the differing keys when another config made this run; StorageError, DataError.
     """
-    checked = check_run(config, fresh=fresh)
-    if fresh:
-        config = with_unused_name(config)
+    config = with_unused_name(checked.config) if fresh else checked.config
     config = with_sigma_data(config, checked.manifest, checked.newest)
     claim(run_store(config), config)
     return replace(checked, config=config)

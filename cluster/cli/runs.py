@@ -48,18 +48,18 @@ def train(
         return
     from scoreray.cluster.verbs.beside_run import check_beside
     from scoreray.cluster.verbs.train import check_machine, train_to_end, warn_of_data
-    from scoreray.trainer.prepare import check_run, prepare_run
+    from scoreray.trainer.prepare import check_run, claim_run
 
+    if not check:
+        make_bucket(loaded.run.storage)
+    checked = check_run(loaded, fresh=fresh)
+    check_beside(loaded, checked.manifest)
     if check:
-        checked = check_run(loaded, fresh=fresh)
-        check_beside(loaded)
         check_machine(loaded)
         warn_of_data(checked)
         typer.echo(f"{config}: good" + (", with a warning" if checked.warning else ""))
         return
-    make_bucket(loaded.run.storage)
-    check_beside(loaded)
-    result = train_to_end(prepare_run(loaded, fresh=fresh), verbose=verbose)
+    result = train_to_end(claim_run(checked, fresh=fresh), verbose=verbose)
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 
 

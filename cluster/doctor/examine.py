@@ -49,7 +49,7 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     if shape is None:
         text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
-    return [*found, *evaluation(config), *plan(config, manifest, shape, machine)]
+    return [*found, *evaluation(config, manifest), *plan(config, manifest, shape, machine)]
 
 
 def software() -> Finding:
@@ -82,10 +82,12 @@ def data_set(config: Config) -> tuple[Manifest | None, Finding]:
     return manifest, Finding("data", "good", f"{text} at {config.data.url}", facts)
 
 
-def evaluation(config: Config) -> list[Finding]:
-    """What is measured beside the run, where the config asks for anything and its data set is there."""
+def evaluation(config: Config, manifest: Manifest | None) -> list[Finding]:
+    """What is measured beside the run, where the config names anything and its data set can be read."""
+    if manifest is None:
+        return []
     try:
-        check_beside(config)
+        check_beside(config, manifest)
     except ScorerayError as error:
         return [Finding("evaluation", "problem", str(error))]
     section = config.evaluation

@@ -82,11 +82,10 @@ def chosen(config: Config) -> list[Function]:
     return [function for function, asked in wanted.items() if asked]
 
 
-def check_evaluation(config: Config) -> None:
-    """Whether the functions will find what they need: the reference is there and fits what is trained, so do metrics,
-    extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
+def check_evaluation(config: Config, data: Manifest) -> None:
+    """Whether the functions will find what they need: the reference is there and fits `data`, the training set, and so
+    do metrics, extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
     section = config.evaluation
-    data = _manifest(config.data.url)
     info = ModelInfo("", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config)
     try:
         reference = data if section.reference is None else _manifest(section.reference)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from scoreray.cluster.verbs.evaluate import checked_inputs
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import Samples
 from scoreray.data.storage.store import PathStore, open_store
 from scoreray.sampling.evaluation import metrics, stages, stored
@@ -557,10 +559,12 @@ def test_an_evaluation_beside_a_run_is_checked_before_it_begins(
     section = {**section, **({"reference": places.get(at, at)} if (at := section.get("reference")) else {})}
     base = {"run": {"name": "a", "storage": str(tmp_path)}, "data": {"url": pictures[1], "global_batch_size": 16},
             "duration": {"images": 16}}  # fmt: skip
-    check_evaluation(load_config({**base, "evaluation": {"metrics": ["fid", "is"], "sheet": 4}}))
-    check_evaluation(load_config(base))
+    data = Manifest.load(open_store(pictures[1]))
+    check = partial(check_evaluation, data=data)
+    check(load_config({**base, "evaluation": {"metrics": ["fid", "is"], "sheet": 4}}))
+    check(load_config(base))
     with pytest.raises(UserError, match=words):
-        check_evaluation(load_config({**base, "evaluation": section}))
+        check(load_config({**base, "evaluation": section}))
 
 
 @pytest.mark.parametrize(
