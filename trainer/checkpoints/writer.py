@@ -26,7 +26,7 @@ from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.optim.fragments import Fragment
 
-PART_BYTES = 512 << 20  # a share beyond this goes on in another file, so that readers of a range read little else
+PART_BYTES = 512 << 20  # a larger share is split into files of this size, so that readers of a range read little else
 Row = tuple[str, int, int]  # a fragment: parameter, first element, how many
 LEASE_EVERY_S = 10.0  # how often a run that trains checks whether it still is this start's
 WAITING_EVERY_S = 2.0  # and while it waits for the other ranks' shares
@@ -65,8 +65,8 @@ class CheckpointWriter:
         self._stop = threading.Event()
         self.last_commit: tuple[int, float] | None = None
         self._lease: Lease | None = None
-        # Uncommitted folders of earlier starts, listed before any other rank can know our attempt and write under it:
-        # what was listed later could be the share of a rank that is ahead of this one.
+        # Uncommitted folders of earlier starts. Listed before the lease is taken, as what comes later may be a newer
+        # start's; without our own, as a rank that is ahead of this one may have stored its share already.
         self._leftovers: set[str] = set()
         if rank == 0:
             self._leftovers = {folder for folder in self._uncommitted() if not folder.endswith(f"-{attempt}")}
