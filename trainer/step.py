@@ -23,7 +23,7 @@ from scoreray.trainer.diffusion.objective import (
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
 from scoreray.trainer.networks.network import build_network
-from scoreray.trainer.networks.rbm import Machine
+from scoreray.trainer.networks.rbm import BoltzmannMachine
 
 if TYPE_CHECKING:
     from scoreray.data.reading.manifest import Manifest
@@ -107,7 +107,7 @@ class MachineModule(nn.Module):
 
     def __init__(
         self,
-        machine: Machine,
+        machine: BoltzmannMachine,
         objective: ContrastiveObjective,
         *,
         seed: int,
@@ -161,7 +161,7 @@ def build_training_module(config: Config, manifest: Manifest) -> TrainingModule 
     seed, batch = config.run.seed, config.data.global_batch_size
     refuse(augmentation_mistakes(config.augmentation, manifest.shape))
     network = build_network(config.network, manifest.shape, len(manifest.classes))
-    if isinstance(network, Machine):
+    if isinstance(network, BoltzmannMachine):
         assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
         return MachineModule(
             network, config.objective, seed=seed, global_batch_size=batch, augmentation=config.augmentation

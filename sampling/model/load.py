@@ -10,7 +10,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.network import build_network
-from scoreray.trainer.networks.rbm import Machine
+from scoreray.trainer.networks.rbm import BoltzmannMachine
 
 
 class LoadedDenoiser(Denoiser):
@@ -22,7 +22,7 @@ class LoadedDenoiser(Denoiser):
 class LoadedMachine(torch.nn.Module):
     """A restricted Boltzmann machine (eval mode, no gradients) that knows where it comes from."""
 
-    def __init__(self, machine: Machine, info: ModelInfo):
+    def __init__(self, machine: BoltzmannMachine, info: ModelInfo):
         super().__init__()
         self.machine, self.info = machine, info
 
@@ -38,7 +38,9 @@ def load(checkpoint_url: str, ema: str | None = None, device: torch.device | str
     return model
 
 
-def load_machine(checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None) -> Machine:
+def load_machine(
+    checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None
+) -> BoltzmannMachine:
     """The RBM of a committed checkpoint, or of an exported model; arguments and errors as for `load_model`."""
     model = load_model(checkpoint_url, ema, device)
     if isinstance(model, LoadedDenoiser):
@@ -71,7 +73,7 @@ def load_described(found: Description, device: torch.device | str | None = None)
 def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     config = info.config
     network = build_network(config.network, info.image_shape, len(info.classes))
-    if isinstance(network, Machine):
+    if isinstance(network, BoltzmannMachine):
         return LoadedMachine(network, info)
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     denoiser.info = info

@@ -67,7 +67,7 @@ class GaussianRBMConfig(BaseNetworkConfig):
         return GaussianBernoulliRBM(math.prod(image_shape), self.num_hidden, self.std)
 
 
-class Machine(nn.Module):
+class BoltzmannMachine(nn.Module):
     """A restricted Boltzmann machine: a visible unit for each value of a sample, and the sweep that alternates layers.
 
     A subclass says what the visible units are.
@@ -144,7 +144,7 @@ class Machine(nn.Module):
         return v
 
 
-class RBM(Machine):
+class RBM(BoltzmannMachine):
     """Binary units: E(v, h) = -v . b - h . c - v W h, v in {0, 1}^num_visible, h in {0, 1}^num_hidden (Hinton 2002)."""
 
     def __init__(self, num_visible: int, num_hidden: int, binarize: str = RBMConfig.binarize):
@@ -195,7 +195,7 @@ class RBM(Machine):
         return torch.logsumexp(h @ hidden_bias + F.softplus(h @ weight.T + visible_bias).sum(1), 0)
 
 
-class GaussianBernoulliRBM(Machine):
+class GaussianBernoulliRBM(BoltzmannMachine):
     """Continuous visible units: E(v, h) = |v - b|^2 / (2 s^2) - h . c - v W h / s^2, h in {0, 1}^num_hidden.
 
     v | h is N(b + W h, s^2 I) (Cho 2011), so p(v) is a mixture of 2^num_hidden Gaussians. std: s, learned.
