@@ -67,7 +67,7 @@ def test_data_near_what_the_model_expects_are_good(
 
 
 @pytest.mark.parametrize("what", UNFIT)
-def test_data_far_from_it_are_told_in_a_line_and_the_settings_that_it_names_fit(
+def test_data_far_from_it_are_reported_in_a_line_and_the_settings_that_it_names_fit(
     what: str, small_run: Callable[..., dict[str, Any]], floats: str, tmp_path: Path
 ) -> None:
     mean, std, hopeless, fix = UNFIT[what]
