@@ -92,7 +92,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "draining": (503, "the service is shutting down"),
     "timed_out": (503, "the samples did not get ready within the time limit"),
     "replica_lost": (503, "replicas died on this request again and again"),
-    "ledger_lost": (503, "the store of idempotency keys can't be reached: nothing was billed"),
+    "ledger_lost": (503, "the store of idempotency keys can't be reached; the same key again is billed once"),
     "storage": (503, "the checkpoint can't be read at the moment"),
     "unavailable": (503, "the process that answers requests has died, or is not ready yet"),
     "bug": (500, "a bug in scoreray"),

@@ -95,7 +95,7 @@ async def _renew(store: KeyStore, claim: Claim) -> None:
 
 def _lost(error: StoreLost) -> str:
     log.warning("the store of idempotency keys can't be reached: %s", error)
-    return "the store of idempotency keys can't be reached, and nothing was billed: send it again with the same key"
+    return "the store of idempotency keys can't be reached: send it again with the same key, which is billed once"
 
 
 class Bills:

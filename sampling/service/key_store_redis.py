@@ -106,7 +106,7 @@ class RedisKeyStore:
             self._redis.register_script(COMMON + script) for script in (BEGIN, RENEW, FINISH)
         )
         self._shared = [PREFIX + name for name in ("ages", "answered", "sizes", "bytes")]
-        self._billed = f"{PREFIX}billed:{os.environ.get('RAY_CLUSTER_NAME', '')}"
+        self._billed = f"{PREFIX}billed:{os.environ.get('RAY_CLUSTER_NAME', '')}"  # KubeRay sets it in each pod
 
     def begin(self, claim: Claim, origin: Origin, instead_of: Origin | None = None) -> KeyEntry:
         limits = self._limits

@@ -4,7 +4,8 @@ A run's metrics go through `ray.util.metrics` and the exporter of each Ray node.
 answer GET /metrics of a service. Tried with `ray.serve.metrics` on Ray 2.60 without dashboard, two replicas that had
 drawn ten requests: a count was on the exporter's page 2.5 to 10 s later (agents report every 10 s); the page has
 567,434 bytes, Ray's own metrics for the most part, and took 0.14 s; counts and gauges of a replica that was killed
-stayed on it, so rows that a dead replica held would seem to wait for ever. And each node has a page of its own.
+stayed on it, so rows that a dead replica held would seem to wait for ever. And each node has a page of its own. The
+page here has 7 KB for one replica, took 13 to 49 ms on the same busy machine, and is as new as the request for it.
 """
 
 from __future__ import annotations

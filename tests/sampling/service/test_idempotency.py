@@ -293,7 +293,7 @@ def test_an_answer_that_can_not_be_stored_is_refused_and_not_billed(run_url: str
             request = await draw_begins(service, drawer)
             store.down = True
             drawer.go.set()
-            with pytest.raises(Refused, match="nothing was billed") as refused:
+            with pytest.raises(Refused, match="again with the same key") as refused:
                 await request
             assert refused.value.code == "ledger_lost"
             store.down = False
