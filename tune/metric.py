@@ -60,7 +60,7 @@ def measure(
     """Every metric of `section` of a loaded model: {"metrics": {name: value}, "curve": ..., "std_errors": ...}.
 
     url: of the model's checkpoint; drawn: how samples are drawn (`draw_settings`); place: where evaluations go.
-    The curve is the weighted denoising error by level, there whatever the metrics are. Raises UserError where a number
+    The curve is the weighted denoising error by level, whatever the metrics are. Raises UserError where a number
     is not finite (`check_finite`).
     """
     device, classes = next(model.parameters()).device, model.info.classes

@@ -86,13 +86,14 @@ def silent(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     yield lambda n: None
 
 
-def evaluate(asked: EvaluationSettings | EvaluationInputs, *, run: Run = in_process, bar: Bar = silent) -> Evaluation:
+def evaluate(inputs: EvaluationInputs | EvaluationSettings, *, run: Run = in_process, bar: Bar = silent) -> Evaluation:
     """Evaluate a checkpoint, or find that the same evaluation is done. Raises ScorerayErrors, one line each.
 
-    asked: settings, or what `load_inputs` has loaded of them. What is wrong with them is found before anything is
+    inputs: what `load_inputs` has loaded, or settings to load. What is wrong with them is found before anything is
     computed.
     """
-    inputs = load_inputs(asked) if isinstance(asked, EvaluationSettings) else asked
+    if isinstance(inputs, EvaluationSettings):
+        inputs = load_inputs(inputs)
     if needs_training(inputs):
         with bar("train classifier", inputs.settings.classifier_images, "images") as done:
             inputs = train_extractor(inputs, run, done)

@@ -1,6 +1,6 @@
 """Beside a run: every newly committed checkpoint is handed to functions that measure it or draw from it.
 
-    <run>/evaluations/metrics/000000020480.json     what they found there, against images seen
+    <run>/evaluations/metrics/000000020480.json     what they found, by images seen
     <run>/evaluations/sheets/000000020480.png       samples of that checkpoint
     <run>/tensorboard/evaluation/                   the same for TensorBoard
     <run>/evaluations/failed/000000020480.txt       what went wrong, in one line a function
@@ -79,7 +79,7 @@ def follow(
 def chosen(config: Config) -> list[Function]:
     """The functions that a config asks for."""
     wanted = {measure: bool(config.evaluation.metrics), draw_sheet: config.evaluation.sheet > 0}
-    return [function for function, asked in wanted.items() if asked]
+    return [function for function, is_wanted in wanted.items() if is_wanted]
 
 
 def check_evaluation(config: Config, data: Manifest) -> None:

@@ -23,7 +23,7 @@ from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.model.describe import Description, ModelInfo
 from scoreray.sampling.offline.generate import Request
 
-FOLDER = "evaluations"  # in a run, where nothing else is asked for
+FOLDER = "evaluations"  # in a run, where no other place is given
 SMALLEST_RTOL = 1e-14  # as of the sampler rk45
 MOST_ROWS = 10_000  # a side, of metrics that look at all pairs or keep rows: memory does not grow beyond
 NUM_SIGMAS = 12
@@ -32,7 +32,7 @@ VERSION = 1  # raised when the same settings give other numbers
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What a person asks for.
+    """What is evaluated, against what, and how much of it.
 
     metrics: none takes those that fit and cost no more than features and a forward pass.
     sampler, steps, grid: None takes what fits the model.

@@ -117,7 +117,7 @@ def measurement_of(
         "--inverse-method": method != "projection",
         "--value-range": value_range is not None,
     }
-    given = [name for name, there in lone.items() if there]
+    given = [name for name, is_given in lone.items() if is_given]
     if given:
         raise UserError(f"{', '.join(given)}: nothing is measured; give --inpaint IMAGE or --inverse OPERATOR")
     return None

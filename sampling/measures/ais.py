@@ -59,8 +59,8 @@ def ais(path: Path, betas: Tensor | Sequence[float], seeds: Tensor | Sequence[in
     """Runs one chain per seed along `betas` [T + 1], from 0 up to 1, with one step of the path at each (Neal 2001).
 
     log_z is the log of the mean weight: exp(log_z) is unbiased, so log_z on average a little low. Each chain depends on
-    its seed alone; they lie where `path` draws them (GaussianPath: where the seeds are). Raises UserError unless
-    the betas ascend from 0 to 1.
+    its seed alone; they stay on the device where `path` draws them (GaussianPath: that of the seeds). Raises UserError
+    unless the betas ascend from 0 to 1.
     """
     levels = torch.as_tensor(betas, dtype=torch.float64).tolist()
     if len(levels) < 2 or levels[0] != 0 or levels[-1] != 1 or any(a >= b for a, b in pairwise(levels)):
@@ -113,12 +113,13 @@ class GaussianPath:
 
     def _mala(self, x: Tensor, beta: float, z: Tensor, u: Tensor) -> Tensor:
         eps = self.step_size
-        here, score = self._density_and_score(x, beta)
+        density, score = self._density_and_score(x, beta)
         proposal = x + eps * score + math.sqrt(2 * eps) * z
-        there, score_there = self._density_and_score(proposal, beta)
-        back = (x - proposal - eps * score_there).square().sum(1) / (4 * eps)
-        forth = z.square().sum(1) / 2
-        accepted = u.log() < there - here + forth - back
+        proposed, proposed_score = self._density_and_score(proposal, beta)
+        # -ln q of the Gaussian move from the proposal back to x, and of the one that was made, without their constant
+        backward = (x - proposal - eps * proposed_score).square().sum(1) / (4 * eps)
+        forward = z.square().sum(1) / 2
+        accepted = u.log() < proposed - density + forward - backward
         return torch.where(accepted[:, None], proposal, x)
 
     def _density_and_score(self, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """A small classifier trained on a reference set's own classes: features for evaluations without any file from outside.
 
-Its distances mean something among evaluations with the same weights only, whose hash stands in every record.
+Its distances mean something among evaluations with the same weights only, whose hash is in every record.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[Es
 
 
 def _covered(points: Tensor, centers: Tensor, k: int) -> Tensor:
-    """Whether each of `points` lies in any center's ball, to its k-th nearest other center: [n] of 0 and 1."""
+    """Whether each of `points` is in any center's ball, out to its k-th nearest other center: [n] of 0 and 1."""
     if len(centers) <= k:
         raise UserError(f"precision and recall with k = {k} need more than {k} samples on each side")
     radii = nearest(centers, centers, k, same=True)[0][:, -1]

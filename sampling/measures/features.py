@@ -1,4 +1,4 @@
-"""Feature extractors: what an evaluation sees of an image, a word or a file, known by the hash of its weights.
+"""Feature extractors: the network whose features are compared, known by the hash of its weights.
 
     auto          classifier where the reference has classes, identity for samples of few values
     classifier    a small network trained on the reference's classes, kept in the cache by hash

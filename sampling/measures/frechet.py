@@ -117,7 +117,7 @@ def frechet_by_sqrtm(a: FeatureMoments, b: FeatureMoments) -> float:
 
 @dataclass(frozen=True)
 class FrechetEstimate:
-    """`value` of all samples, `infinity` by extrapolation, and what stands behind them.
+    """`value` of all samples, `infinity` by extrapolation, and what they are made of.
 
     `std_error` is that of `value` from leaving out each of the groups in turn (the reference counts as fixed), None
     with a single group. `points`: (count, distance) pairs that the extrapolation went through.

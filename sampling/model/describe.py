@@ -1,6 +1,6 @@
-"""Which model is at a URL, of which kind, at which EMA length: read from its page alone, before any weights.
+"""Which model is at a URL, of which kind, at which EMA length: read from its JSON, before any weights.
 
-Whatever takes the URL of a model (sample, serve, evaluate, export, tune) asks `describe`, so all of them know the same
+Whatever takes the URL of a model (sample, serve, evaluate, export, tune) calls `describe`, so all of them know the same
 URLs, the same spellings of a length, and refuse in the same words.
 """
 
@@ -16,7 +16,7 @@ import torch
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.reading.classes import class_number
 from scoreray.data.reading.manifest import is_picture
-from scoreray.sampling.model.export import PREFIX, ExportedModel, Page, find_exported
+from scoreray.sampling.model.export import PREFIX, ExportedModel, ModelManifest, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.checkpoints.marker import Marker
@@ -118,7 +118,7 @@ def describe(url: str, ema: str | None = None) -> Description:
     return Description(ModelInfo(where, page.images_seen, name, shape, classes, config), lengths, source)
 
 
-def _page(source: Checkpoint | ExportedModel) -> Page | Marker:
+def _page(source: Checkpoint | ExportedModel) -> ModelManifest | Marker:
     return source.page if isinstance(source, ExportedModel) else source.marker
 
 

@@ -1,4 +1,4 @@
-"""Models for inference: safetensors, one per EMA length, and a page of JSON; nothing of the training state.
+"""Models for inference: safetensors, one per EMA length, and model.json; nothing of the training state.
 
 <out>/model.json                  what the network is, written last: config, classes, each file's bytes and SHA-256;
                                   sealed (`data/seal.py`), but for format 1
@@ -27,10 +27,10 @@ from scoreray.trainer.checkpoints.marker import Number, StoredFile
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 
-PAGE = "model.json"
+MODEL_JSON = "model.json"
 FORMAT = 2
-UNSEALED = 1  # the format before there were seals
-PREFIX = "denoiser.network."  # where the network lies in the training module
+UNSEALED = 1  # the format before seals
+PREFIX = "denoiser.network."  # of the network's parameters in the training module
 OURS = r"(ema-([0-9.]+|half-life)|weights-none)\.safetensors"
 
 State = dict[str, torch.Tensor]
@@ -52,7 +52,7 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
-class Page:
+class ModelManifest:
     """model.json. checkpoint: the URL of what was exported. files: by EMA length. config: of the run."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -71,17 +71,17 @@ class Page:
         return sealed([f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]).encode()
 
     @staticmethod
-    def from_json(data: bytes, url: str) -> Page:
+    def from_json(data: bytes, url: str) -> ModelManifest:
         """Raises DataError in one line that names `url`."""
-        return read_sealed(_PAGE, data, url, "exported model's page", unsealed_format=UNSEALED, place=url)
+        return read_sealed(_ADAPTER, data, url, "exported model's page", unsealed_format=UNSEALED, place=url)
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A folder that `export` wrote; `chosen`: the length that its URL named, if it was one file's."""
+    """A folder that `export` wrote; `chosen`: the length of the file that the URL named, if it named one."""
 
     store: Store
-    page: Page
+    page: ModelManifest
     chosen: str | None = None
 
     def weights(self, name: str) -> State:
@@ -101,7 +101,7 @@ def export(
     *,
     states: Mapping[str, Callable[[], State]] | None = None,
 ) -> dict[str, Any]:
-    """Write the networks of a committed checkpoint to `out` (a folder or `s3://` prefix); returns its page.
+    """Write the networks of a committed checkpoint to `out` (a folder or `s3://` prefix); returns model.json's fields.
 
     lengths: tracked EMA lengths ("0.050", "none" for raw weights); all tracked ones when empty.
     states: whole training states by length for those not in the checkpoint (`trainer/checkpoints/posthoc.py`).
@@ -112,24 +112,24 @@ def export(
     tracked = lengths_stored(checkpoint.marker.state_keys)
     names = [choose_length(name, (*tracked, *states, RAW), checkpoint.url) for name in lengths] or tracked
     store = open_store(out)
-    store.delete([PAGE])
+    store.delete([MODEL_JSON])
     files = {}
     for name in dict.fromkeys(names):
         state = states[name]() if name in states else checkpoint.full_state(state_key(name))
         weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
         files[name] = _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", weights)
     marker = checkpoint.marker
-    page = Page(checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config)
-    store.put(PAGE, page.to_json())
-    there = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}
-    store.delete(there - {about.file for about in files.values()})  # of an export before: no page names them now
+    page = ModelManifest(checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config)
+    store.put(MODEL_JSON, page.to_json())
+    stored = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}
+    store.delete(stored - {about.file for about in files.values()})  # of an earlier export
     return asdict(page)
 
 
 def find_exported(url: str) -> ExportedModel | None:
     """The exported model at `url`, a folder or one of its safetensors files; None when it is something else.
 
-    Raises DataError when its page is not one.
+    Raises DataError when its model.json is not one.
     """
     folder, file = url.rstrip("/"), None
     if folder.endswith(".safetensors"):
@@ -137,16 +137,16 @@ def find_exported(url: str) -> ExportedModel | None:
     store = open_store(folder or ".")
     store.check_reachable()
     try:
-        page = Page.from_json(store.get(PAGE), store.url(PAGE))
+        page = ModelManifest.from_json(store.get(MODEL_JSON), store.url(MODEL_JSON))
     except NotFound:
         if file is None:
             return None
-        raise UserError(f"{url}: no {PAGE} lies beside it, so it is not a model that was exported") from None
+        raise UserError(f"{url}: no {MODEL_JSON} is beside it, so it is not a model that was exported") from None
     if file is None:
         return ExportedModel(store, page)
     chosen = [name for name, about in page.files.items() if about.file == file]
     if not chosen:
-        raise UserError(f"{url}: not one of the files of {store.url(PAGE)}")
+        raise UserError(f"{url}: not one of the files of {store.url(MODEL_JSON)}")
     return ExportedModel(store, page, chosen[0])
 
 
@@ -157,4 +157,4 @@ def _put(store: Store, key: str, weights: State) -> ExportedFile:
     return ExportedFile(key, size, digest)
 
 
-_PAGE = TypeAdapter(Page)
+_ADAPTER = TypeAdapter(ModelManifest)

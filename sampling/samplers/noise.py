@@ -46,7 +46,7 @@ class SampleNoise:
         self._kind: object = None
 
     def expect(self, draws: int) -> None:
-        """Says that about so many draws will be asked for: some are then made at once, which is quicker."""
+        """Announces about how many draws follow: some are then made in one call, which is quicker."""
         self._expected = draws
 
     def normal(

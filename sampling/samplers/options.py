@@ -1,4 +1,4 @@
-"""Options of samplers: name, type, range and default all stand in the sampler's signature and are checked from it."""
+"""Options of samplers: name, type, range and default are written in the sampler's signature and checked from it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from scoreray.cluster.verbs.export import export_model, on_ray
 from scoreray.data.errors import DataError, UserError
-from scoreray.sampling.model.export import ExportedFile, Page, export
+from scoreray.sampling.model.export import ExportedFile, ModelManifest, export
 from scoreray.sampling.model.load import load
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.posthoc import find_mix, reconstruct
@@ -106,7 +106,7 @@ FILES = {"0.050": ExportedFile("ema-0.050.safetensors", 9, "0" * 64)}
 
 def test_no_flipped_bit_of_a_page_has_another_meaning() -> None:
     config = {"process": {"sigma_max": 80.0}, "denoiser": {"sigma_data": 0.5}}
-    page = Page(
+    page = ModelManifest(
         "runs/r", 4000, [3, 8, 8], ["cat"], {"0.050": ExportedFile("ema-0.050.safetensors", 9, "0" * 64)}, config
     )
     data = bytearray(page.to_json())
@@ -122,16 +122,16 @@ def test_no_flipped_bit_of_a_page_has_another_meaning() -> None:
     assert not [line for line in lines if "\n" in line or "model.json" not in line]
 
 
-def read(data: bytes) -> Page | str:
+def read(data: bytes) -> ModelManifest | str:
     """The page, or the line that refuses it."""
     try:
-        return Page.from_json(data, "model.json")
+        return ModelManifest.from_json(data, "model.json")
     except DataError as error:
         return str(error)
 
 
 def test_a_page_from_before_seals_is_read_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
-    page = Page(
+    page = ModelManifest(
         "runs/r", 4000, [3, 8, 8], ["cat"], {"0.050": ExportedFile("ema-0.050.safetensors", 9, "0" * 64)}, {}, 1
     )
     assert read(json.dumps(asdict(page), indent=2).encode()) == page
