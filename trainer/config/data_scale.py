@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Assumptions, not measured. Pictures in [-1, 1] have a standard deviation of 0.25 (dark) to 1 (black and white).
 FACTOR = 2.05  # between the data's standard deviation and sigma_data, beyond which that is said
-# Of a channel's mean, in sigma_data: what the network would have to give at high noise, where F is of order 1.
+# Of a channel's mean, in sigma_data: what F, of order 1 otherwise, would have to reach at high noise.
 FAR = 5.0
 APART = 10.0  # between the standard deviations of channels: the smaller ones are lost beside the larger ones
 TAIL = 0.02  # of the noise levels of training: the data's scale should not lie in it, at either end
@@ -47,7 +47,7 @@ def resolve_sigma_data(config: Config, manifest: Manifest, known: float | None =
 
 
 def misfit(config: Config, manifest: Manifest) -> Misfit | None:
-    """What a person should know before a model with this config is trained on these data, on one line."""
+    """A warning of one line, where a model with this config would not learn these data well; None where it should."""
     if config.network.is_machine:  # no noise level to scale
         return None
     config = resolve_sigma_data(config, manifest)

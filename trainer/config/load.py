@@ -107,6 +107,7 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     Of two overrides of one key the last holds, as of two options of a command line. Raises UserError.
     """
     raw = copied(raw)
+    # In any order on the command line: a kind that came last would clear the keys that are meant for it.
     for given in sorted(overrides, key=lambda text: kinds_first(text.partition("=")[0])):
         key, equals, text = given.partition("=")
         name = f"'{shortened(given)}'"
@@ -138,7 +139,10 @@ def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
 
 
 def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with the default `kind` wherever a section that has one leaves it out."""
+    """`raw` with the default `kind` wherever a section that has one leaves it out.
+
+    pydantic's discriminated unions refuse a section without its tag, also where only one key of the default is changed.
+    """
 
     def fill(section: Any, annotation: Any, default: Any) -> Any:
         if isinstance(section, dict):
@@ -196,6 +200,7 @@ def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:
     current: Any = root
     for part in location:
         members = [_plain(member) for member in typing.get_args(current)] if _is_union(current) else []
+        # pydantic puts the union's tag into the path (process, ve, sigma_min), which no user has written.
         tagged = [member for member in members if _kind_of(member) == part]
         if tagged:
             current = tagged[0]

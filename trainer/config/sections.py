@@ -209,6 +209,7 @@ class Config(Section):
         batch, group = self.data.global_batch_size, self.engine.partition_group
         micro = self.engine.micro_batch_size or 1
         lanes = self.data.num_lanes or default_lanes(batch)
+        # Whole lanes, whole partition groups (one of all ranks would only add a second copy), whole micro-batches.
         return tuple(
             size
             for size in range(low, high + 1)

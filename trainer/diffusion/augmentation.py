@@ -37,6 +37,7 @@ def augment(images: Tensor, config: AugmentationConfig, seed: int, positions: Te
     if not config.horizontal_flip:
         return images
     flipped = uniform(seed, positions, stream=STREAM_AUGMENTATION) < config.horizontal_flip
+    # Every image is flipped and one of the two is taken: selecting rows by a mask would wait for the device.
     return images.flip(-1).where(flipped[:, None, None, None], images)
 
 

@@ -1,4 +1,4 @@
-"""Buffers that keep their precision, and those that are state."""
+"""Buffers that keep their precision when weights are cast, and buffers that are training state."""
 
 from __future__ import annotations
 

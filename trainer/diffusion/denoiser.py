@@ -70,7 +70,7 @@ COEFFICIENTS: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
 
 
 def _number_or_auto(value: Any) -> Any:
-    """One message for a union of both."""
+    """A number, or "auto": one message, where pydantic would report a mistake for each member of the union."""
     try:
         if value != "auto":
             return float("true" if isinstance(value, bool) else value)

@@ -21,7 +21,7 @@ LONGEST_WAVELENGTH = 8.0
 SHORTEST_WAVELENGTH = 0.25
 
 
-MAX_LAYERS = 1024  # beyond any network that was trained; a slip of the pen would otherwise be built for minutes
+MAX_LAYERS = 1024  # beyond any network that was trained; a typo would otherwise be built for minutes
 
 
 def require(ok: bool, field: str, value: object, accepted: str) -> None:
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     On a GPU it is torch's fused scaled-dot-product attention. On a CPU two plain batched products are up to six times
     as fast at the few tokens of an image (64 tokens in bf16: 4.5 ms against 26.9 ms, forward and backward, measured).
-    `plain` asks for the products everywhere: fused kernels have no second derivative, which energies need.
+    `plain` takes the products everywhere: fused kernels have no second derivative, which energies need.
     """
 
     def __init__(self, channels: int, num_heads: int, zero_output: bool = False):

@@ -44,6 +44,7 @@ def _cheapest_stage(
     module: torch.nn.Module, config: EngineConfig, num_averages: int, world_size: int, device: torch.device
 ) -> tuple[Stage, str]:
     """(the stage that fits the rank with the least memory, so equal on all ranks; why)."""
+    # Machines may differ, and ranks of different stages would wait for each other's collectives forever.
     memory = torch.tensor(memory_of_rank(device), device=device)
     if world_size > 1:
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)

@@ -74,6 +74,7 @@ class DeepSpeedEngine:
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
         self._micro_batches_done += 1
+        # DeepSpeed counts micro-batches by its own step(), which updates nothing before the last one.
         if self._micro_batches_done < self.num_micro_batches:
             self._engine.step()
 

@@ -54,6 +54,7 @@ class FlatEngine:
         half = precision != torch.float32
         self._weights = self._master.detach().to(precision) if half else self._master.detach()
         self._gradient = torch.zeros_like(self._weights) if half else self._master.grad
+        # autograd adds into a .grad that exists, so gradients are accumulated in the buffer without a copy.
         for (_, start, length), (_, parameter) in zip(self._slices, named, strict=True):
             parameter.data = self._weights[start : start + length].view(parameter.shape)
             parameter.grad = self._gradient[start : start + length].view(parameter.shape)
@@ -72,7 +73,7 @@ class FlatEngine:
         if self._sum is not None and summing:
             self._sum.begin()
         (loss / self.num_micro_batches).backward()
-        if not summing:
+        if not summing:  # else OverlappedSum has collected range by range
             self._collect(slice(0, len(self._master)))
 
     def _collect(self, part: slice) -> None:
@@ -115,5 +116,5 @@ class FlatEngine:
         self._copy_to_weights()
 
     def _copy_to_weights(self) -> None:
-        if self._weights.dtype != self._master.dtype:
+        if self._weights.dtype != self._master.dtype:  # in fp32 the weights are the master
             self._weights.copy_(self._master.detach())

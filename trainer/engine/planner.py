@@ -5,7 +5,7 @@ Bytes per parameter (after Rajbhandari 2020, table 1, with our averages and fp32
     what                        stage 0              1            2            3
     weights, bf16 (fp32)        2 (0: the master)    2 (4)        2 (4)        2/N (4/N)
     gradients of the weights    2 (0)                2 (4)        2/N (4/N)    2/N (4/N)
-    fp32 gradient that steps    4                    4/N          4/N          4/N
+    fp32 gradient of the step   4                    4/N          4/N          4/N
     fp32 master, two moments    12                   12/N         12/N         12/N
     fp32 averages               4 k                  4 k/N        4 k/N        4 k/N
 
@@ -36,7 +36,7 @@ def bytes_per_parameter(
     weights = width / (world_size if stage == 3 else 1)
     gradients = width / (world_size if stage >= 2 else 1)
     if stage == 0 and not half:
-        weights = gradients = 0.0  # the weights are the master, their gradients the gradient that steps
+        weights = gradients = 0.0  # the weights are the master, their gradients the step's own
     stepping = (4 + 12 + 4 * num_averages) / shards
     return weights + gradients + (0.0 if offload else stepping)
 

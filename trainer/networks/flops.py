@@ -44,7 +44,7 @@ def training_flops(network: nn.Module, image_shape: Sequence[int]) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of square matrix products in `dtype`: the best of some, measured once.
+    """Floating-point operations a second of square matrix products in `dtype`: the best of several, measured once.
 
     With the threads that this process computes with. About 0.1 s.
     """

@@ -77,7 +77,7 @@ _UPDATE: Any = getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW (decoupled weight decay) that also keeps exponential moving averages of its parameters.
 
-    Parameters are whatever it is given: whole tensors, or a rank's flat partition. `prepare_step` must be called
+    Parameters may be whole tensors or a rank's flat partition. `prepare_step` must be called
     before each step. Each state tensor has the parameter's shape: `exp_avg`, `exp_avg_sq`, `ema_<name>`.
 
     `may_update`: called before anything changes (once a step, or once for each part of a step that comes in parts);
@@ -91,7 +91,7 @@ class AveragingAdamW(torch.optim.AdamW):
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=True,
+            fused=True,  # one kernel that reads and writes each moment once, instead of one per operation
         )
         self.ema_keys = tuple(f"ema_{name}" for name in ema.names)
         self.may_update: Callable[[], bool] | None = None
