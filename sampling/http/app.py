@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scoreray.sampling.http.docs_page import docs_page, request_schema, response_descriptions
+from scoreray.sampling.http.parse import check_key, parse
 from scoreray.sampling.http.stream import CANCELLED, Events
 from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.answers import choose_media
-from scoreray.sampling.service.body import check_key, parse
 from scoreray.sampling.service.config import ERRORS, HEADERS, Limits, Refused
 from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.service import Service

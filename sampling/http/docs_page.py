@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from scoreray.data.pages import render
-from scoreray.sampling.service.body import KEY, SampleBody, in_words
+from scoreray.sampling.http.parse import in_words
+from scoreray.sampling.service.body import KEY, SampleBody
 from scoreray.sampling.service.config import ERRORS
 
 

@@ -8,35 +8,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
+from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, start
 from scoreray.sampling.service.config import Limits, Refused
-from scoreray.sampling.service.models import Served
+from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.request import Origin, SampleRequest
 from scoreray.trainer.config import MAX_GUIDANCE
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only assumed to take these
-LONGEST_NUMBER = 40
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
-
-TYPES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-}
 
 
 class SampleBody(BaseModel):
@@ -129,74 +120,7 @@ class SampleBody(BaseModel):
         return hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode()).hexdigest()
 
 
-def parse(body: bytes) -> SampleBody:
-    """The request in a body. Raises Refused (bad_json, invalid)."""
-    try:
-        text = body.decode("utf-8")
-        data = json.loads(
-            text, parse_constant=_no_constant, parse_int=_int, parse_float=_float, object_pairs_hook=_object
-        )
-    except RecursionError:
-        raise Refused("bad_json", "the body is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise Refused("bad_json", f"the body is not UTF-8: byte {error.start}") from None
-    except ValueError as error:
-        raise Refused("bad_json", f"the body is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise Refused("invalid", 'the body must be a JSON object, such as {"count": 4}')
-    try:
-        return SampleBody.model_validate(data)
-    except ValidationError as error:
-        raise _refusal(error, data) from None
-
-
-def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
-    """A body that does not fit, in plain words: each field that is wrong, its value, and what it may be."""
-    mistakes = error.errors(include_url=False, include_context=False, include_input=False)
-    first = mistakes[0]
-    name = shortened(str(first["loc"][0])) if first["loc"] else "body"
-    if first["type"] == "extra_forbidden":
-        return Refused("invalid", f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}", field=name)
-    fields = _fields()
-    wrong = list(dict.fromkeys(str(mistake["loc"][0]) for mistake in mistakes))
-    mistakes_in_words = []
-    for field in [field for field in wrong if field in fields][:4]:
-        given, may_be = shortened(json.dumps(data[field])), in_words(fields[field])
-        if any(m["type"] == "string_unicode" for m in mistakes if m["loc"][0] == field):
-            may_be = "a string of whole Unicode characters"
-        mistakes_in_words.append(f"{field} = {given}: must be {may_be}")
-    return Refused("invalid", "; ".join(mistakes_in_words), field=name)
-
-
-@functools.cache
-def _fields() -> dict[str, Any]:
-    return SampleBody.model_json_schema()["properties"]
-
-
-def in_words(about: dict[str, Any]) -> str:
-    """What a field of a JSON schema may be, in plain words: "a whole number from 1 to 32"."""
-    return " or ".join(_variant(one) for one in about.get("anyOf", [about]) if one.get("type") != "null")
-
-
-def _variant(one: dict[str, Any]) -> str:
-    if "enum" in one:
-        return " or ".join(json.dumps(value) for value in one["enum"])
-    if "pattern" in one:
-        return "a string of 1 to 255 printable ASCII characters, no spaces"  # the only pattern there is, KEY
-    if "maxProperties" in one:
-        return f"an object of at most {one['maxProperties']} values: numbers, strings, true, false or null"
-    name = TYPES.get(one.get("type", ""), "a value")
-    if "maxLength" in one:
-        return f"{name} of at most {one['maxLength']} characters"
-    low, high = one.get("minimum"), one.get("maximum")
-    if "exclusiveMaximum" in one:
-        high = one["exclusiveMaximum"] - 1  # of whole numbers only
-    if low is None:
-        return name
-    return f"{name}, {low:,.0f} or more" if high is None else f"{name} from {low:,.0f} to {high:,.0f}"
-
-
-def make_request(body: SampleBody, served: Served, limits: Limits, media: str, seed: int) -> SampleRequest:
+def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: str, seed: int) -> SampleRequest:
     """A body as a checked request to a model. Raises Refused. Counts calls for milliseconds: not on an event loop."""
     if body.count > limits.max_count:
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
@@ -291,44 +215,3 @@ def _calls(sampler: str, sigmas: tuple[float, ...], options: tuple[tuple[str, An
     except (ArithmeticError, ValueError) as error:
         raise Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options") from None
     return calls
-
-
-def check_key(header: str | None, body: str | None) -> str | None:
-    """The idempotency key of a request, which may come either way. Raises Refused."""
-    if header is not None and body is not None and header != body:
-        raise Refused("bad_header", "the header Idempotency-Key and the field idempotency_key differ")
-    key = header if header is not None else body
-    if key is not None and not KEY.fullmatch(key):
-        raise Refused("bad_header", "an idempotency key has 1 to 255 printable ASCII characters, no spaces")
-    return key
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise Refused("bad_json", f"the name '{shortened(name)}' stands twice in one object")
-        if not name.isascii() and any(
-            "\ud800" <= one <= "\udfff" for one in name
-        ):  # pydantic can't say which name it is
-            raise Refused("bad_json", f"the name {shortened(ascii(name))} is not of whole Unicode characters")
-        found[name] = value
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _int(text: str) -> int:
-    if len(text) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
-
-
-def _float(text: str) -> float | int:
-    """A number with a point or an exponent; 4.0 is the integer 4, as JSON has one kind of number only."""
-    value = float(text) if len(text) <= LONGEST_NUMBER else math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:LONGEST_NUMBER]} is too large or too long")
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value

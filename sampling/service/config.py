@@ -18,7 +18,7 @@ class Limits:
     max_steps: int = 1000
     max_calls: int = 10_000  # of the network, for one sample
     max_request_s: float = 120.0
-    max_waiting_rows: int = 1024  # in one replica; above it the next request is shed
+    max_waiting_rows: int = 1024  # in one replica; above it the next request is refused
     max_wait_s: float = 30.0  # estimated, from the calls that wait and the time of one
     token_requests: int = 64
     token_rows: int = 2048
@@ -37,7 +37,7 @@ class ServeConfig:
     """A service. models: (name, URL) pairs, the first is the default; a run's URL follows its newest checkpoint.
 
     ema: the default length, None for each run's first. max_models: weights that a replica keeps in memory at once.
-    precision, compile: see `fast.py`. reload_s: how often a run is asked for a newer checkpoint.
+    precision, compile: see `fast.py`. reload_s: how often runs are searched for a newer checkpoint.
     keys: where idempotency keys are stored (`open_key_store`); empty for the memory of the process that answers HTTP.
     tokens: (name, SHA-256 of the token in hex) pairs; empty lets everybody in. hosts: Host headers that are answered,
     empty for all.
@@ -90,8 +90,8 @@ ERRORS: dict[str, tuple[int, str]] = {
     "overloaded": (503, "too many rows wait"),
     "starting": (503, "the service is not ready yet"),
     "draining": (503, "the service is shutting down"),
-    "timed_out": (503, "the samples did not get ready within the time limit"),
-    "replica_lost": (503, "replicas died on this request again and again"),
+    "timed_out": (503, "the samples were not ready within the time limit"),
+    "replica_lost": (503, "replica after replica died during this request"),
     "ledger_lost": (503, "the store of idempotency keys can't be reached; the same key again is billed once"),
     "storage": (503, "the checkpoint can't be read at the moment"),
     "unavailable": (503, "the process that answers requests has died, or is not ready yet"),
@@ -112,11 +112,11 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not answered with samples. `code` is one of ERRORS."""
+    """A request that is not answered with samples: an answer of HTTP, and no bug. `code` is one of ERRORS."""
 
     def __init__(self, code: str, message: str, *, field: str | None = None, retry_after_s: float | None = None):
         super().__init__(code, message, field, retry_after_s)
-        message = readable(message).replace("\n", " ")  # of a name or a value that was given: a refusal is one line
+        message = readable(message).replace("\n", " ")  # names and values that were sent may hold line breaks
         self.code, self.message, self.field, self.retry_after_s = code, message, field, retry_after_s
 
     @property

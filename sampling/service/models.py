@@ -18,7 +18,7 @@ from scoreray.trainer.optim.ema import choose_length
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model under a name. `url` is what the command line names; `info.url` the checkpoint that answers now.
 
     emas: EMA lengths that requests may name, `info.ema` the default. follows: whether `url` is a run, whose newest
@@ -74,13 +74,13 @@ class Served:
         }
 
 
-def look_up(name: str, url: str, ema: str | None = None) -> Served:
+def look_up(name: str, url: str, ema: str | None = None) -> ServedModel:
     """The model at a URL as it is now, without its weights. Raises UserError, DataError, StorageError."""
     found = describe(url, ema)
     if found.info.is_machine:
         kind = found.info.config.network.kind
         raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
-    return Served(name, url, found.info, found.lengths, found.follows_run)
+    return ServedModel(name, url, found.info, found.lengths, found.follows_run)
 
 
 def _options(sampler: str, info: ModelInfo) -> dict[str, Any]:

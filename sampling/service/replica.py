@@ -24,10 +24,11 @@ from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.service.answers import encode, preview_sheet
-from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError, StepBatcher, Ticket
+from scoreray.sampling.service.batcher import BatcherStopped, StepBatcher
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
 from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, Preview, SampleRequest
+from scoreray.sampling.service.ticket import NonFiniteSamplesError, Ticket
 
 log = logging.getLogger("scoreray.serve")
 

@@ -25,7 +25,7 @@ from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.idempotency import Bills, begin_key, kept, open_key_store, seed_of
 from scoreray.sampling.service.key_store import KeyStore, key_reused
 from scoreray.sampling.service.metrics import SERVICE_METRICS, Meter, merged
-from scoreray.sampling.service.models import Served, look_up
+from scoreray.sampling.service.models import ServedModel, look_up
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import (
     MAX_DEATHS,
@@ -78,7 +78,7 @@ class Service:
         self.config, self.backend, self.limits = config, backend, config.limits
         self.access = Access(config.tokens, config.limits)
         self.meter = Meter(SERVICE_METRICS)
-        self.models: dict[str, Served] = {}
+        self.models: dict[str, ServedModel] = {}
         self.ready = self.draining = False
         self._busy_tries = busy_tries
         self._store = store or open_key_store(config.keys, config.limits)
@@ -192,7 +192,7 @@ class Service:
         if not self.ready:
             raise Refused("starting", "the models are being loaded", retry_after_s=5)
 
-    def _served(self, name: str | None) -> Served:
+    def _served(self, name: str | None) -> ServedModel:
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -319,7 +319,7 @@ class Service:
         self._count_images(newest)
         log.info("model %s: now %s, %d images seen", name, newest.info.url, newest.info.images_seen)
 
-    def _count_images(self, served: Served) -> None:
+    def _count_images(self, served: ServedModel) -> None:
         self.meter["images_seen"].labels(served.name).set(served.info.images_seen)
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:

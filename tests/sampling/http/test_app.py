@@ -34,7 +34,7 @@ from scoreray.sampling.service.access import NOBODY, hash_of, is_loopback, read_
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused, ServeConfig
 from scoreray.sampling.service.metrics import REPLICA_METRICS, SERVICE_METRICS
-from scoreray.sampling.service.models import Served
+from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import Event, Lost, SampleRequest
 from scoreray.sampling.service.service import LocalBackend, Service
@@ -604,7 +604,7 @@ def test_a_token_has_only_so_much_under_way(run_url: str) -> None:
 def test_what_would_wait_too_long_is_shed_by_the_rows_before_it(run_url: str) -> None:
     async def main() -> None:
         async with serving(config(run_url, limits=Limits(max_waiting_rows=40))) as call:
-            first = asyncio.create_task(call.post({"count": 30, "steps": 500}))
+            first = asyncio.create_task(call.post({"count": 30, "steps": 100}))
             while call.replica.waiting_rows() < 30:
                 await asyncio.sleep(0)
             reply = await call.post({"count": 30, "steps": 2})
@@ -676,13 +676,13 @@ def test_a_store_that_fails_or_hangs_stops_nothing(
             gone = await call.post({"ema": "none"})
             assert (gone.status, gone.code) == (503, "storage")
 
-            def broken(served: Served) -> bool:
+            def broken(served: ServedModel) -> bool:
                 looks.append(served)
                 release.wait()
                 raise OSError("nobody expects this")
 
             with monkeypatch.context() as patch:
-                patch.setattr(Served, "newer", broken)
+                patch.setattr(ServedModel, "newer", broken)
                 while not looks:
                     await asyncio.sleep(0.01)
                 waiting = [asyncio.create_task(call.post({"ema": "none"})) for _ in range(40)]

@@ -15,9 +15,10 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
+from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.load import load
-from scoreray.sampling.service.body import make_request, parse
+from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import look_up
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest

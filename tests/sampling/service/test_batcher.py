@@ -14,8 +14,9 @@ from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SAMPLERS, num_calls, sample
 from scoreray.sampling.samplers.sigmas import karras
-from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError, StepBatcher
+from scoreray.sampling.service.batcher import BatcherStopped, StepBatcher
 from scoreray.sampling.service.request import SampleRequest
+from scoreray.sampling.service.ticket import NonFiniteSamplesError
 
 SMALL = {"ncsn": {"num_steps": 2}, "ncsnv2": {"num_steps": 2}}
 

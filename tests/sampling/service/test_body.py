@@ -13,11 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scoreray.sampling.http.parse import parse
 from scoreray.sampling.samplers.options import options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
-from scoreray.sampling.service.body import SampleBody, make_request, parse
+from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused
-from scoreray.sampling.service.models import Served, look_up
+from scoreray.sampling.service.models import ServedModel, look_up
 from scoreray.sampling.service.request import SampleRequest
 
 LIMITS = Limits(max_count=2, max_steps=6, max_calls=40)
@@ -47,7 +48,7 @@ SPLICES = (b"9" * 50, b"1e999", b"NaN", b"[", b"{", b'"', b"\\ud800", b"\xff", b
 
 
 @pytest.fixture(scope="module")
-def models(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> list[Served]:
+def models(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> list[ServedModel]:
     """Pictures with classes, points without, and classes whose names look like numbers."""
     folder = tmp_path_factory.mktemp("runs")
     pictures = look_up("small", new_run(str(folder / "small")))
@@ -56,7 +57,7 @@ def models(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
     return [pictures, points, replace(pictures, info=replace(pictures.info, classes=names))]
 
 
-def answer(body: bytes, served: Served, media: str = "application/json", seed: int = 0) -> SampleRequest | Refused:
+def answer(body: bytes, served: ServedModel, media: str = "application/json", seed: int = 0) -> SampleRequest | Refused:
     """What a body leads to, checked for what every refusal holds."""
     try:
         parsed = parse(body)
@@ -87,7 +88,7 @@ def strange_body(rng: random.Random) -> bytes:
     return body
 
 
-def test_ten_thousand_strange_bodies_are_a_request_or_one_refusal_each(models: list[Served]) -> None:
+def test_ten_thousand_strange_bodies_are_a_request_or_one_refusal_each(models: list[ServedModel]) -> None:
     rng, found = random.Random(0), Counter[str]()
     for _ in range(10_000):
         one = answer(strange_body(rng), rng.choice(models), rng.choice(["application/json", "image/png"]), 2**31 - 1)
@@ -107,11 +108,11 @@ values = st.recursive(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.dictionaries(st.sampled_from(list(SampleBody.model_fields)), values, max_size=4) | values | st.binary())
-def test_any_json_and_any_bytes_are_a_request_or_one_refusal(models: list[Served], body: Any) -> None:
+def test_any_json_and_any_bytes_are_a_request_or_one_refusal(models: list[ServedModel], body: Any) -> None:
     answer(body if isinstance(body, bytes) else json.dumps(body).encode(), models[0])
 
 
-def test_any_depth_is_one_refusal(models: list[Served]) -> None:
+def test_any_depth_is_one_refusal(models: list[ServedModel]) -> None:
     for depth in (1, 10, 50, 100, 200, 240, 300, *range(900, 1010, 3), 5000, 30_000):
         for opened, closed in (("[", "]"), ('{"a":', "}")):
             for field in ("count", "options", "class_label", "nothing"):
@@ -144,7 +145,7 @@ def test_any_depth_is_one_refusal(models: list[Served]) -> None:
     ],
 )
 def test_what_was_a_500_names_its_field(
-    models: list[Served], body: dict[str, Any], code: str, field: str | None, words: str
+    models: list[ServedModel], body: dict[str, Any], code: str, field: str | None, words: str
 ) -> None:
     refused = answer(json.dumps({"steps": 2, **body}).encode(), models[0])
     assert isinstance(refused, Refused)

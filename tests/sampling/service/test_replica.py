@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
-from scoreray.sampling.service.batcher import BatcherStopped, NonFiniteSamplesError
-from scoreray.sampling.service.body import make_request, parse
+from scoreray.sampling.service.batcher import BatcherStopped
+from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica, failed
 from scoreray.sampling.service.request import Completed, Event, Failed, SampleRequest
+from scoreray.sampling.service.ticket import NonFiniteSamplesError
 
 
 @pytest.fixture(scope="module")
