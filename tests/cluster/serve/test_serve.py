@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scoreray.cluster.serve.command import _errors
+from scoreray.cluster.serve.command import _errors, _key_file
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.log import relayed
 from scoreray.cluster.serve.options import Placement, make_config, make_limits, parse_replicas
@@ -102,6 +102,18 @@ def test_a_redis_that_is_no_url_of_one_is_one_line(url: str, reason: str, monkey
     assert "hidden-word" not in str(refused.value)
     monkeypatch.setenv("SCORERAY_REDIS", "rediss://h:6379/1")
     assert make_config(["a"], None, "127.0.0.1", True).keys == "rediss://h:6379/1"
+
+
+def test_keys_are_beside_an_embedded_ray_and_a_cluster_without_redis_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(SCRATCH, str(tmp_path))
+    assert _key_file() == str(tmp_path / "keys.sqlite")
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv(SCRATCH)
+    assert _key_file() == ""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "SCORERAY_REDIS is not set" in line
 
 
 def test_limits_are_numbers_as_everywhere() -> None:
