@@ -38,7 +38,7 @@ from PIL import Image
 from scoreray.data import fashion_mnist_path
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.order import Order, Run
+from scoreray.data.reading.order import Order, RecordRange
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.local_s3 import LocalS3
@@ -93,8 +93,8 @@ def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds
 def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarray]) -> Seconds:
     manifest = Manifest.load(open_store(url))
     reader = Reader(open_store(url), manifest, ReadStats())
-    runs = [Run(k, 0, shard.num_samples) for k, shard in enumerate(manifest.shards)]
-    members = itertools.chain.from_iterable(reader.read([run])[0] for run in runs)
+    ranges = [RecordRange(k, 0, shard.num_samples) for k, shard in enumerate(manifest.shards)]
+    members = itertools.chain.from_iterable(reader.read([part])[0] for part in ranges)
     some = list(itertools.islice(itertools.cycle(members), num_batches * BATCH))  # a stream meets each once an epoch
     return timed(lambda: deque(map(decoder, some), maxlen=0))
 
@@ -106,7 +106,7 @@ def to_litdata(url: str, folder: Path) -> str:
     manifest, folder = Manifest.load(open_store(url)), folder / "litdata"
     reader, cache, number = Reader(open_store(url), manifest, ReadStats()), Cache(str(folder), chunk_bytes="64MB"), 0
     for k, shard in enumerate(manifest.shards):
-        members, records = reader.read([Run(k, 0, shard.num_samples)])
+        members, records = reader.read([RecordRange(k, 0, shard.num_samples)])
         for member, label in zip(members, records["label"].tolist(), strict=True):
             cache[number] = {"image": member, "label": label}
             number += 1
@@ -147,7 +147,7 @@ def over_read(url: str, world_size: int) -> float:
         reader = Reader(open_store(url), manifest, stats, records_kept=10**6)
         for lane in range(rank * 64 // world_size, (rank + 1) * 64 // world_size):
             for block in range(order.num_blocks(0, lane)):
-                reader.read(order.block(0, lane, block).runs)
+                reader.read(order.block(0, lane, block).ranges)
         fetched += stats.bytes_read
     return fetched / sum(shard.bytes for shard in manifest.shards)
 

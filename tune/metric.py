@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.data.reading.samples import Samples, spread
+from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures.held_out import (
@@ -32,8 +32,8 @@ from scoreray.tune.sweep import OF_SAMPLES, MetricSection, calls_of
 
 
 @lru_cache(maxsize=2)
-def _reference(url: str) -> Samples:
-    return Samples(url)
+def _reference(url: str) -> SampleReader:
+    return SampleReader(url)
 
 
 @lru_cache(maxsize=4)

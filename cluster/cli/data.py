@@ -54,12 +54,12 @@ def pack(
     if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
         check_folder(url, "URL")
     make_bucket(url)
-    unused = Counter[str]()
-    manifest, left_out = pack_with_bar(
+    left_out = Counter[str]()
+    manifest, skipped = pack_with_bar(
         source,
         url,
         workers=workers,
-        unused=unused,
+        left_out=left_out,
         name=name,
         image_size=image_size,
         image_format=image_format,
@@ -75,8 +75,8 @@ def pack(
             "url": url,
             "num_samples": manifest.num_samples,
             "num_shards": len(manifest.shards),
-            "left_out": left_out,
-            "unused": dict(unused),
+            "left_out": skipped,  # samples; beside them, by kind:
+            "unused": dict(left_out),
         }
         typer.echo(json.dumps(answer))
     else:
@@ -114,7 +114,7 @@ def inspect(
 
     from scoreray.data.packing.inspect import picture_grid, spread, summary, visible
     from scoreray.data.reading.outputs import check_picture, write_picture
-    from scoreray.data.reading.samples import Samples
+    from scoreray.data.reading.samples import SampleReader
     from scoreray.data.storage.store import open_store
     from scoreray.trainer.networks.ladder import suggest_ladder
     from scoreray.trainer.step import to_unit_range
@@ -122,8 +122,8 @@ def inspect(
     if picture is not None:
         check_picture(picture)
     open_store(url).check_reachable()
-    samples = Samples(url)
-    left_out = {"sigma_max": "none: one sample has no distances"}
+    samples = SampleReader(url)
+    unknown = {"sigma_max": "none: one sample has no distances"}
     if picture is not None:
         pictures = samples.read(spread(samples.manifest, count)[:count])[0]
         write_picture(picture_grid(visible(pictures, samples.manifest)), picture)
@@ -132,13 +132,13 @@ def inspect(
         some = samples.read(spread(samples.manifest, 1024))[0]
         found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
     except UserError as error:  # one sample, or distances below its least noise level
-        found["ladder"], left_out["ladder"] = None, f"none: {error}"
+        found["ladder"], unknown["ladder"] = None, f"none: {error}"
     if as_json:
         typer.echo(json.dumps(found))
         return
     for key, value in found.items():
         if value is None:
-            typer.echo(f"{key:13} {left_out[key]}")
+            typer.echo(f"{key:13} {unknown[key]}")
             continue
         shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
         typer.echo(f"{key:13} {shown}")

@@ -15,7 +15,7 @@ from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import UserError
-from scoreray.data.packing.commit import Packed, Plan, check_node, pack_shard
+from scoreray.data.packing.commit import PackedShard, PackPlan, check_node, pack_shard
 from scoreray.data.packing.listing import kinds_line
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
@@ -32,19 +32,19 @@ CHECK_S = 60.0
 
 
 def pack_with_bar(
-    source: str, url: str, *, workers: int | None = None, unused: Counter[str] | None = None, **options: Any
+    source: str, url: str, *, workers: int | None = None, left_out: Counter[str] | None = None, **options: Any
 ) -> tuple[Manifest, list[str]]:
     """`scoreray.data.packing.pack.pack` with a bar; options as there. Also returns what was left out, and why.
 
     workers: shards that are made at once. None: as many as RAY_ADDRESS's cluster has CPUs, or without that as this
     machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
-    unused: members of tars that are no part of a sample are counted in it, by kind.
+    left_out: members of tars that are no part of a sample are counted in it, by kind.
     """
     open_store(url).check_writable()
     to_make, kept, skipped = 0, 0, list[str]()
-    unused = Counter() if unused is None else unused
+    left_out = Counter() if left_out is None else left_out
 
-    def counting(plan: Plan, numbers: Sequence[int]) -> Iterator[Packed]:
+    def counting(plan: PackPlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         nonlocal to_make, kept
         to_make = len(numbers)
         for note in plan.notes:
@@ -52,7 +52,7 @@ def pack_with_bar(
         for packed in _make(plan, numbers, workers, stack):
             kept += packed.kept
             skipped.extend(packed.skipped)
-            unused.update(packed.unused)
+            left_out.update(packed.left_out)
             yield packed
 
     with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
@@ -63,15 +63,17 @@ def pack_with_bar(
         say(f"packed {holds}{f', {kept} of them made before,' if kept else ''} at {url}")
     else:
         say(f"packed already: {holds} at {url}, of this source and with these options; nothing had to be done")
-    if unused:
-        say(f"left out beside the images: {kinds_line(unused)}")
+    if left_out:
+        say(f"left out beside the images: {kinds_line(left_out)}")
     if skipped:
         more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
         say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))
     return manifest, skipped
 
 
-def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contextlib.ExitStack) -> Iterator[Packed]:
+def _make(
+    plan: PackPlan, numbers: Sequence[int], workers: int | None, stack: contextlib.ExitStack
+) -> Iterator[PackedShard]:
     cores, started = len(os.sched_getaffinity(0)), time.monotonic()
     on_cluster = "RAY_ADDRESS" in os.environ
     done = 0
@@ -90,7 +92,7 @@ def _make(plan: Plan, numbers: Sequence[int], workers: int | None, stack: contex
     yield from map_on_ray(plan, numbers[done:], workers)
 
 
-def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -> Iterator[Packed]:
+def map_on_ray(plan: PackPlan, numbers: Sequence[int], workers: int | None = None) -> Iterator[PackedShard]:
     """pack_shard() for each number by tasks of the connected cluster, `workers` at once (None: as many as it has CPUs),
     in order. What still runs when this iterator ends is left to itself, and ends with this process: one shard more does
     no harm, and Ray 2.60 may abort where a task ends while it is cancelled.
@@ -108,7 +110,7 @@ def map_on_ray(plan: Plan, numbers: Sequence[int], workers: int | None = None) -
     yield from in_order([call] * at_once, numbers, RETRIES)
 
 
-def _check_nodes(plan: Plan) -> None:
+def _check_nodes(plan: PackPlan) -> None:
     """Each machine that may run a task looks for the source and the target. Raises UserError naming one that does not
     see them."""
     import ray

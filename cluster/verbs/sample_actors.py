@@ -11,7 +11,7 @@ from typing import Any
 
 from scoreray.cluster.actors import Retries, actors, in_order
 from scoreray.data.errors import DataError
-from scoreray.data.packing.commit import Packed, pack_shard
+from scoreray.data.packing.commit import PackedShard, pack_shard
 from scoreray.data.storage.lease import Lease
 from scoreray.data.traces import span
 from scoreray.sampling.model.load import load_model
@@ -48,7 +48,7 @@ class DrawingActor:
         self._actor, self._process = ray.get_runtime_context().get_actor_id(), uuid.uuid4().hex
         self._plan: SamplePlan | None = None
 
-    def make(self, number: int) -> tuple[ActorState, Packed]:
+    def make(self, number: int) -> tuple[ActorState, PackedShard]:
         if self._plan is None:
             with span("sample.load", checkpoint=self._job.checkpoint):
                 self._plan = SamplePlan(self._job, self._url, _load(self._job), self._count, self._lease)
@@ -81,7 +81,7 @@ def on_actors(
     progress(samples done, in all): a few times a second. say: called with a line when an actor was started again.
     """
 
-    def run(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
+    def run(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         options = {
             "num_cpus": 1,
             "num_gpus": int(gpu),
@@ -118,7 +118,7 @@ class _Watch:
         self._deaths: dict[str, int] = {}
         self._calls: dict[Any, Any] = {}  # ObjectRef of a state -> its actor
 
-    def finished(self, state: ActorState, packed: Packed) -> None:
+    def finished(self, state: ActorState, packed: PackedShard) -> None:
         self._update(state)
         self._finished += packed.shard.num_samples
         self._kept += packed.shard.num_samples if packed.kept else 0

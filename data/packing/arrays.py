@@ -9,7 +9,6 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,17 +16,15 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
 from scoreray.data.packing.layout import checked_layout
 from scoreray.data.packing.listing import some_of
-
-if TYPE_CHECKING:
-    from scoreray.data.packing.sources import Reading
+from scoreray.data.packing.options import SourceOptions
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a file holds. labels: whole numbers or None.  classes: their names, if it has them.  left_out: names of
-    arrays that are not used.  notes: lines about that for a person."""
+class LoadedArrays:
+    """What a file holds. samples: [N, ...].  labels: whole numbers [N] or None.  classes: their names, if it has them.
+    left_out: names of arrays that are not used.  notes: lines about that for a person."""
 
     samples: np.ndarray
     labels: np.ndarray | None
@@ -36,7 +33,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def read_npz(path: Path, labelled: bool) -> Loaded:
+def read_npz(path: Path, labelled: bool) -> LoadedArrays:
     """An archive's samples and labels. Raises UserError, DataError naming the file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -51,10 +48,10 @@ def read_npz(path: Path, labelled: bool) -> Loaded:
     labels, classes = as_numbers(path, arrays.labels, arrays.classes)
     sought = f"; labels are looked for as {', '.join(LABELS[:4])}, ..." if labels is None and labelled else ""
     note = f"{path}: arrays that are left out: {some_of(arrays.left_out)}{sought}"
-    return Loaded(arrays.samples, labels, classes, arrays.left_out, (note,) if arrays.left_out else ())
+    return LoadedArrays(arrays.samples, labels, classes, arrays.left_out, (note,) if arrays.left_out else ())
 
 
-def read_idx(path: Path, labelled: bool) -> Loaded:
+def read_idx(path: Path, labelled: bool) -> LoadedArrays:
     """MNIST's format, with the labels from the file beside it. Raises UserError, DataError naming the file."""
     labels_path, sought = beside_idx(path) if labelled else (None, "")
     found = _read_idx(labels_path) if labels_path else None
@@ -64,7 +61,7 @@ def read_idx(path: Path, labelled: bool) -> Loaded:
         notes.append(f"{path}: no labels beside it ({sought}, .gz or not): packed without classes")
     if found is not labels:
         notes.append(f"{labels_path}: the first column is the class, the others are left out")
-    return Loaded(_read_idx(path), as_numbers(path, labels, None)[0], [], notes=tuple(notes))
+    return LoadedArrays(_read_idx(path), as_numbers(path, labels, None)[0], [], notes=tuple(notes))
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -98,36 +95,36 @@ def _check_memory(path: Path, size: int) -> None:
         )
 
 
-Samples = tuple[np.ndarray, tuple[int, ...], tuple[str, ...]]  # as `Source.array` has them, a sample's shape, notes
+ShapedArrays = tuple[np.ndarray, tuple[int, ...], tuple[str, ...]]  # [N, ...] as packed, a sample's shape, notes
 
 
-def as_images(path: Path, images: np.ndarray, reading: Reading) -> Samples:
+def as_images(path: Path, images: np.ndarray, options: SourceOptions) -> ShapedArrays:
     """uint8 as [N, H, W, C]."""
-    image_size = reading.image_size
+    image_size = options.image_size
     if images.ndim == 3:
         images = images[..., None]
-    elif images.ndim == 4 and reading.layout != "NCHW" and images.shape[3] in (1, 3):
+    elif images.ndim == 4 and options.layout != "NCHW" and images.shape[3] in (1, 3):
         pass
-    elif images.ndim == 4 and reading.layout != "NHWC" and images.shape[1] in (1, 3):
+    elif images.ndim == 4 and options.layout != "NHWC" and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
     else:
-        asked = f" (--layout {reading.layout})" if reading.layout else ""
+        asked = f" (--layout {options.layout})" if options.layout else ""
         raise UserError(
             f"{path}: images of shape {images.shape}{asked}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
         )
     height, width, channels = images.shape[1:]
     if image_size is None and height != width:
         raise UserError(f"{path}: images of {height} x {width}; give --image-size to crop them to a square")
-    if reading.channels not in (None, channels):
-        raise UserError(f"{path}: --channels {reading.channels} is for folders of images; this has {channels}")
+    if options.channels not in (None, channels):
+        raise UserError(f"{path}: --channels {options.channels} is for folders of images; this has {channels}")
     return images, (channels, image_size or height, image_size or width), ()
 
 
-def as_floats(path: Path, arrays: np.ndarray, reading: Reading) -> Samples:
+def as_floats(path: Path, arrays: np.ndarray, options: SourceOptions) -> ShapedArrays:
     """Floats as [N, ...], with four axes as [N, C, H, W]."""
     if arrays.dtype.kind != "f":
         raise UserError(f"{path}: samples are {arrays.dtype}; uint8 images or float arrays are packed")
-    if reading.image_size or reading.channels:
+    if options.image_size or options.channels:
         raise UserError(
             f"{path}: {arrays.dtype} {arrays.shape}; floats are packed as they are, [N, D, ...], without --image-size "
             "or --channels"
@@ -142,11 +139,11 @@ def as_floats(path: Path, arrays: np.ndarray, reading: Reading) -> Samples:
             raise UserError(f"{path}: sample {start + at[0]} holds a value {what}")
     note: tuple[str, ...] = ()
     if arrays.ndim == 4:
-        if checked_layout(str(path), arrays.shape[1:], reading.layout) == "NHWC":
+        if checked_layout(str(path), arrays.shape[1:], options.layout) == "NHWC":
             arrays = arrays.transpose(0, 3, 1, 2)
             note = (
                 f"{path}: arrays with their channels last become [C, H, W] = {' x '.join(map(str, arrays.shape[1:]))}",
             )
-    elif reading.layout:
-        raise UserError(f"{path}: --layout {reading.layout} is for arrays of four axes, this has {arrays.ndim}")
+    elif options.layout:
+        raise UserError(f"{path}: --layout {options.layout} is for arrays of four axes, this has {arrays.ndim}")
     return arrays, arrays.shape[1:], note

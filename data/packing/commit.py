@@ -28,13 +28,12 @@ from scoreray.data.storage.store import NotFound, Store, open_store
 PLAN = "packing/plan"
 T = TypeVar("T")
 
-# How pack_shard(plan, number) is called for all numbers, in order: here, by threads, or (given by the caller) on a
-# cluster.
-Mapper = Callable[["Plan", Sequence[int]], Iterable["Packed"]]
+Mapper = Callable[["PackPlan", Sequence[int]], Iterable["PackedShard"]]
+"""Calls pack_shard(plan, number) for all numbers and returns the results in order: by threads, or on a cluster."""
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedShard:
     """A finished shard: what the manifest says of it, and what its samples add to the data set's statistics."""
 
     shard: Shard
@@ -45,11 +44,11 @@ class Packed:
     skipped: list[str] = field(default_factory=list)  # samples that could not be read and were left out, and why
     kept: bool = False  # it was there, from an earlier run of the same pack
     is_grey: bool = False  # images that are counted with three channels have one
-    unused: dict[str, int] = field(default_factory=dict)  # what was beside the samples and is no part of them, by kind
+    left_out: dict[str, int] = field(default_factory=dict)  # members that are no part of a sample, by kind
     inputs: str = ""  # the plan's `inputs` of the shard when it was made
 
 
-class Plan(Protocol):
+class PackPlan(Protocol):
     """All that decides what becomes of a shard. Picklable, so that shards can be made on other machines."""
 
     @property
@@ -87,7 +86,7 @@ class Plan(Protocol):
     def notes(self) -> list[str]:
         """Lines that a person should read before it begins."""
 
-    def make(self, number: int, scratch: Path) -> tuple[bytes | Path | None, Packed]:
+    def make(self, number: int, scratch: Path) -> tuple[bytes | Path | None, PackedShard]:
         """(what to put, what it is) of a shard, a Path being one in the folder `scratch`; None for bytes that are
         there already, or for a shard without samples."""
 
@@ -99,7 +98,7 @@ class Plan(Protocol):
 
 
 def carry_out(
-    plan: Plan,
+    plan: PackPlan,
     *,
     workers: int,
     map_shards: Mapper | None,
@@ -125,10 +124,10 @@ def carry_out(
 
 
 def _make_again(
-    store: Store, plan: Plan, lost: list[Shard], make: Mapper, progress: Callable[[int, int], None] | None
+    store: Store, plan: PackPlan, lost: list[Shard], make: Mapper, progress: Callable[[int, int], None] | None
 ) -> None:
     """Shards of a finished pack that are gone or cut. Raises DataError where they become others than they were."""
-    numbers = [int(Path(shard.name).stem) for shard in lost]  # `Packed.shard.name` of the plans that write shards
+    numbers = [int(Path(shard.name).stem) for shard in lost]  # `PackedShard.shard.name` of the plans that write shards
     done, total = 0, sum(shard.num_samples for shard in lost)
     for shard, packed in zip(lost, make(plan, numbers), strict=True):
         if packed.shard != shard:
@@ -142,7 +141,7 @@ def _make_again(
     store.delete(f"packing/{number:06d}" for number in numbers)
 
 
-def _map_here(workers: int, plan: Plan, numbers: Sequence[int]) -> Iterable[Packed]:
+def _map_here(workers: int, plan: PackPlan, numbers: Sequence[int]) -> Iterable[PackedShard]:
     make = partial(pack_shard, plan)
     return map(make, numbers) if workers == 1 else map_in_threads(workers, make, numbers)
 
@@ -163,7 +162,7 @@ def map_in_threads(workers: int, make: Callable[[int], T], numbers: Iterable[int
                 future.cancel()
 
 
-def check_node(plan: Plan) -> None:
+def check_node(plan: PackPlan) -> None:
     """Raises UserError, DataError or StorageError when this process can't make shards of the plan: it does not see the
     source, or not the place that they go to."""
     plan.check_here()
@@ -172,7 +171,7 @@ def check_node(plan: Plan) -> None:
         raise UserError(f"{store.url()}: is not the place that the packing began at")
 
 
-def _claim(store: Store, plan: Plan, skip_bad: int) -> Manifest | None:
+def _claim(store: Store, plan: PackPlan, skip_bad: int) -> Manifest | None:
     """Makes the URL this plan's. The manifest if the same pack is already finished. Raises UserError for another's."""
     if store.exists(MANIFEST):
         manifest = Manifest.load(store)
@@ -202,12 +201,12 @@ def _claim(store: Store, plan: Plan, skip_bad: int) -> Manifest | None:
     return None
 
 
-def _is_begun(store: Store, plan: Plan) -> bool:
+def _is_begun(store: Store, plan: PackPlan) -> bool:
     """Whether the pack that has begun at the URL is this one, of the same contents."""
     return store.get(PLAN).decode().split()[:1] == [plan.sha256]
 
 
-def pack_shard(plan: Plan, number: int) -> Packed:
+def pack_shard(plan: PackPlan, number: int) -> PackedShard:
     """Makes and puts shard `number`, or finds it finished by an earlier run (its SHA-256 is checked)."""
     store = open_store(plan.url)
     done = f"packing/{number:06d}"
@@ -233,31 +232,35 @@ def _is_whole(store: Store, shard: Shard) -> bool:
     return hash_object(store, shard.name, shard.bytes) == shard.sha256
 
 
-def put_record(store: Store, number: int, packed: Packed) -> None:
+def put_record(store: Store, number: int, packed: PackedShard) -> None:
     """Says that shard `number` is finished: its bytes are there."""
     store.put(f"packing/{number:06d}", _to_record(packed))
 
 
-def _to_record(packed: Packed) -> bytes:
+def _to_record(packed: PackedShard) -> bytes:
     """A line of JSON, then the records."""
     described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__], "sums": packed.sums,
                  "squares": packed.squares, "class_counts": packed.class_counts, "skipped": packed.skipped,
-                 "is_grey": packed.is_grey, "unused": packed.unused, "inputs": packed.inputs}  # fmt: skip
+                 "is_grey": packed.is_grey, "left_out": packed.left_out, "inputs": packed.inputs}  # fmt: skip
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
-def _from_record(data: bytes) -> Packed:
+def _from_record(data: bytes) -> PackedShard:
     described, _, records = data.partition(b"\n")
     fields = json.loads(described)
     shard = Shard(*fields["shard"])
     if records_sha256(records) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
-    names = ("sums", "squares", "class_counts", "skipped", "is_grey", "unused", "inputs")
-    return Packed(shard=shard, records=records, kept=True, **{name: fields[name] for name in names})
+    names = ("sums", "squares", "class_counts", "skipped", "is_grey", "left_out", "inputs")
+    return PackedShard(shard=shard, records=records, kept=True, **{name: fields[name] for name in names})
 
 
 def _commit(
-    store: Store, plan: Plan, done: Iterable[Packed], skip_bad: int, progress: Callable[[int, int], None] | None
+    store: Store,
+    plan: PackPlan,
+    done: Iterable[PackedShard],
+    skip_bad: int,
+    progress: Callable[[int, int], None] | None,
 ) -> Manifest:
     """The index and the manifest from the finished shards, in order; then what the packing left is removed."""
     shards: list[Shard] = []

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError, shortened
-from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.identity import content_marks, digest_of
 from scoreray.data.packing.layout import Layout, checked_layout
 from scoreray.data.packing.listing import kinds_line, list_below, shown, suffix_of
-from scoreray.data.packing.moments import Moments
+from scoreray.data.packing.moments import ChannelMoments
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.decode import decode_as_found
 from scoreray.data.reading.manifest import FORMATS, INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
@@ -42,7 +42,7 @@ class Tars:
 
 @dataclass(frozen=True)
 class TarsPlan:
-    """A packing.Plan over tars that are there. `shape` has three channels for images: whether all are grey is known
+    """A PackPlan over tars that are there. `shape` has three channels for images: whether all are grey is known
     when all are read."""
 
     url: str
@@ -81,7 +81,7 @@ class TarsPlan:
     def check_here(self) -> None:
         open_store(self.url).size(self.shards[0][0])
 
-    def make(self, number: int, scratch: Path) -> tuple[None, Packed]:
+    def make(self, number: int, scratch: Path) -> tuple[None, PackedShard]:
         return None, index_tar(self, number)
 
 
@@ -164,12 +164,12 @@ def _first_shape(
     raise DataError(f"{store.url(key)}: holds no sample" + " that can be read" * skips_bad)
 
 
-def index_tar(plan: TarsPlan, number: int) -> Packed:
+def index_tar(plan: TarsPlan, number: int) -> PackedShard:
     """Reads and decodes all of one tar. Raises DataError naming it, the offset, and what is wrong or not accepted."""
     store = open_store(plan.url)
     key, size = plan.shards[number]
     records: list[tuple[int, int, int, int, int]] = []
-    moments, class_counts, skipped, is_grey = Moments(plan.shape, plan.dtype), [0], list[str](), True
+    moments, class_counts, skipped, is_grey = ChannelMoments(plan.shape, plan.dtype), [0], list[str](), True
     with naming(store, key):
         tape = tape_of(store, key, size)
         samples = TarSamples(tape, plan.labelled)
@@ -194,9 +194,9 @@ def index_tar(plan: TarsPlan, number: int) -> Packed:
         array = np.zeros(len(records), RECORD)
         array[:] = records
         shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
-    return Packed(
+    return PackedShard(
         shard, moments.sums.tolist(), moments.squares.tolist(), class_counts if any(class_counts) else [],
-        array.tobytes(), skipped, is_grey=is_grey, unused=dict(samples.unused),
+        array.tobytes(), skipped, is_grey=is_grey, left_out=dict(samples.left_out),
     )  # fmt: skip
 
 

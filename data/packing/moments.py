@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class Moments:
+class ChannelMoments:
     """Sums of the values of each channel and of their squares: the last axis of images [H, W, C], the first of arrays.
 
     Those of bytes are exact in float64, so statistics do not depend on how the samples are put into shards.

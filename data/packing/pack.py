@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError, nearest
-from scoreray.data.packing.commit import Mapper, Packed, carry_out
+from scoreray.data.packing.commit import Mapper, PackedShard, carry_out
 from scoreray.data.packing.index_tars import plan_tars, tars_at
 from scoreray.data.packing.layout import Layout
 from scoreray.data.packing.repack import plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode
-from scoreray.data.packing.sources import Reading, Source, open_source
+from scoreray.data.packing.sources import Source, SourceOptions, open_source
 from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.store import local_path, open_store
@@ -64,7 +64,7 @@ def pack(
       channels: 1 or 3; None: as the images of the folder are.
       layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
       labelled: subfolders of a folder, and labels that come with samples, are classes.
-      skip_bad: up to so many samples that can't be read are left out (`commit.Packed.skipped` names them).
+      skip_bad: up to so many samples that can't be read are left out (`PackedShard.skipped` names them).
       seed: of the permutation in which samples are packed.
       workers: threads that make shards; each holds one in memory.
       map_shards: makes the shards of a plan in another way (on a cluster) than by `workers`.
@@ -81,11 +81,11 @@ def pack(
     how: dict[str, Any] = {
         "workers": workers, "map_shards": map_shards, "progress": progress, "skip_bad": skip_bad
     }  # fmt: skip
-    reading = Reading(image_size, channels, labelled, layout)
+    options = SourceOptions(image_size, channels, labelled, layout)
     tars = tars_at(source)
     _check_apart(source, url, bool(tars.shards))
     where = local_path(source)
-    asked = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(reading), name,
+    asked = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
              samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
     origin = hashlib.sha256(json.dumps(asked).encode(errors="surrogateescape")).hexdigest()
     if tars.shards:
@@ -93,9 +93,9 @@ def pack(
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
         if image_size is None and image_format is None and channels is None:
             return carry_out(replace(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), origin=origin), **how)
-        repack = plan_repack(tars, url, name, reading, image_format or "png", skip_bad > 0)
+        repack = plan_repack(tars, url, name, options, image_format or "png", skip_bad > 0)
         return carry_out(replace(repack, origin=origin), **how)
-    opened = open_source(source, reading)
+    opened = open_source(source, options)
     opened.check_readable(skip_bad)
     chosen = "npy" if opened.dtype == "float32" else image_format or "png"
     if samples_per_shard is None:
@@ -126,7 +126,7 @@ def _real_place(url: str | Path) -> str:
 
 @dataclass(frozen=True)
 class ImagesPlan:
-    """A packing.Plan that writes shards of a source's samples."""
+    """A PackPlan that writes shards of a source's samples."""
 
     url: str
     name: str
@@ -157,7 +157,7 @@ class ImagesPlan:
     @property
     def sha256(self) -> str:
         labels = b"" if self.source.labels is None else self.source.labels.tobytes()
-        parts = [ENCODING, self.source.fingerprint, asdict(self.source.reading), self.source.classes,
+        parts = [ENCODING, self.source.fingerprint, asdict(self.source.options), self.source.classes,
                  hashlib.sha256(labels).hexdigest(), self.shape, self.dtype, self.name, self.samples_per_shard,
                  self.image_format, self.seed]  # fmt: skip
         # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so; the manifest
@@ -188,7 +188,7 @@ class ImagesPlan:
         order = _permutation(self.seed, self.source.num_samples)
         return order[shard * self.samples_per_shard : (shard + 1) * self.samples_per_shard]
 
-    def make(self, number: int, scratch: Path) -> tuple[bytes | None, Packed]:
+    def make(self, number: int, scratch: Path) -> tuple[bytes | None, PackedShard]:
         return make_shard(self, number)
 
 
@@ -199,7 +199,7 @@ def _permutation(seed: int, n: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def make_shard(plan: ImagesPlan, number: int) -> tuple[bytes | None, Packed]:
+def make_shard(plan: ImagesPlan, number: int) -> tuple[bytes | None, PackedShard]:
     """The bytes of a shard, and what is to be known of it. Members: `<number>.png` and, with labels, `<number>.cls`."""
     source, tar, skipped = plan.source, io.BytesIO(), list[str]()
     writer = ShardWriter(tar, source.shape, source.dtype, plan.image_format)

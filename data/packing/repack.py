@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.identity import content_marks, digest_of
 from scoreray.data.packing.index_tars import Tars, naming, tape_of
 from scoreray.data.packing.shards import ENCODING, ShardWriter
-from scoreray.data.packing.sources import Reading
+from scoreray.data.packing.sources import SourceOptions
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.manifest import Shard
 from scoreray.data.reading.pictures import as_array, is_grey, open_picture
@@ -28,7 +28,7 @@ LOOKED_AT, TARS_LOOKED_AT = 32, 8  # samples, and tars that they are from, that 
 
 @dataclass(frozen=True)
 class RepackPlan:
-    """A packing.Plan that makes a new tar of each one at `source`; labels are kept, other members are not."""
+    """A PackPlan that makes a new tar of each one at `source`; labels are kept, other members are not."""
 
     source: str
     url: str
@@ -36,7 +36,7 @@ class RepackPlan:
     tars: list[tuple[str, int]]  # (key, bytes)
     marks: dict[str, str]  # content_marks() of them
     shape: tuple[int, ...]
-    reading: Reading
+    options: SourceOptions
     image_format: str
     skips_bad: bool
     dtype: str = "uint8"
@@ -54,7 +54,7 @@ class RepackPlan:
 
     @property
     def sha256(self) -> str:
-        parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), self.shape, asdict(self.reading),
+        parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), self.shape, asdict(self.options),
                  self.image_format]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -69,22 +69,22 @@ class RepackPlan:
     def check_here(self) -> None:
         open_store(self.source).size(self.tars[0][0])
 
-    def make(self, number: int, scratch: Path) -> tuple[Path | None, Packed]:
+    def make(self, number: int, scratch: Path) -> tuple[Path | None, PackedShard]:
         key, size = self.tars[number]
         store, path, skipped = open_store(self.source), scratch / "shard.tar", list[str]()
         with open(path, "wb") as file, naming(store, key):
             writer = ShardWriter(file, self.shape, self.dtype, self.image_format)
-            samples = TarSamples(tape_of(store, key, size), self.reading.labelled)
+            samples = TarSamples(tape_of(store, key, size), self.options.labelled)
             for i, sample in enumerate(samples):
                 try:
-                    array = _array(sample.member(), self.shape, self.reading)
+                    array = _array(sample.member(), self.shape, self.options)
                 except DataError as error:
                     if not self.skips_bad:
                         raise
                     skipped.append(f"{store.url(key)}: {error}")
                     continue
                 writer.add(f"{number:06d}-{i:08d}", array, sample.label)
-            packed = replace(writer.finish(f"shards/{number:06d}.tar", skipped), unused=dict(samples.unused))
+            packed = replace(writer.finish(f"shards/{number:06d}.tar", skipped), left_out=dict(samples.left_out))
         return path if packed.shard.num_samples else None, packed
 
 
@@ -92,7 +92,7 @@ def plan_repack(
     found: Tars,
     url: str | os.PathLike[str],
     name: str | None,
-    reading: Reading,
+    options: SourceOptions,
     image_format: str,
     skips_bad: bool,
 ) -> RepackPlan:
@@ -100,19 +100,19 @@ def plan_repack(
     store, tars = open_store(found.url), found.shards
     if open_store(url).url() == store.url():
         raise UserError(f"{store.url()}: new tars need another URL than that of the tars that they are made of")
-    images = _some_images(store, tars, reading)
-    height = width = reading.image_size or 0
-    if not reading.image_size:
+    images = _some_images(store, tars, options)
+    height = width = options.image_size or 0
+    if not options.image_size:
         width, height = images[0].size
-    channels = reading.channels or (1 if all(is_grey(image) for image in images) else 3)
+    channels = options.channels or (1 if all(is_grey(image) for image in images) else 3)
     marks = content_marks(store, dict(tars))
     return RepackPlan(
         store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, marks,
-        (channels, height, width), reading, image_format, skips_bad, notes=list(found.notes),
+        (channels, height, width), options, image_format, skips_bad, notes=list(found.notes),
     )  # fmt: skip
 
 
-def _some_images(store: Store, tars: list[tuple[str, int]], reading: Reading) -> list[Image.Image]:
+def _some_images(store: Store, tars: list[tuple[str, int]], options: SourceOptions) -> list[Image.Image]:
     """The first images of some tars that lie apart; where none of these can be read, of the first tar that has some."""
     apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
     images, problems = list[Image.Image](), list[str]()
@@ -122,7 +122,7 @@ def _some_images(store: Store, tars: list[tuple[str, int]], reading: Reading) ->
         key, size = tars[number]
         with naming(store, key):
             found = 0
-            for sample in TarSamples(tape_of(store, key, size), reading.labelled):
+            for sample in TarSamples(tape_of(store, key, size), options.labelled):
                 try:
                     images.append(_open(sample.member()))
                     found += 1
@@ -143,6 +143,6 @@ def _open(member: Member) -> Image.Image:
     return open_picture(member.data, name)
 
 
-def _array(member: Member, shape: tuple[int, ...], reading: Reading) -> np.ndarray:
+def _array(member: Member, shape: tuple[int, ...], options: SourceOptions) -> np.ndarray:
     name = f"byte {member.offset}: '{member.name}'"
-    return as_array(_open(member), shape, reading.image_size, name, to_grey=reading.channels == 1)
+    return as_array(_open(member), shape, options.image_size, name, to_grey=options.channels == 1)

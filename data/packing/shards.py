@@ -14,8 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from scoreray.data.packing.commit import Packed
-from scoreray.data.packing.moments import Moments
+from scoreray.data.packing.commit import PackedShard
+from scoreray.data.packing.moments import ChannelMoments
 from scoreray.data.reading.manifest import FORMATS, RECORD, Shard, digest
 from scoreray.data.reading.records import records_sha256
 
@@ -33,7 +33,7 @@ class ShardWriter:
         self._file, self._format = file, image_format
         self._sha256, self._position = hashlib.sha256(), 0
         self._records: list[tuple[int, int, int, int, int]] = []
-        self._moments = Moments(shape, dtype)
+        self._moments = ChannelMoments(shape, dtype)
         self._class_counts: list[int] = []
 
     def add(self, key: str, array: np.ndarray, label: int, note: bytes = b"") -> None:
@@ -49,7 +49,7 @@ class ShardWriter:
         self._records.append((offset, len(data), label, FORMATS[self._format], digest(data)))
         self._moments.add(array)
 
-    def finish(self, name: str, skipped: list[str] | None = None) -> Packed:
+    def finish(self, name: str, skipped: list[str] | None = None) -> PackedShard:
         """Ends the tar; what is to be known of it."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         array = np.zeros(len(self._records), RECORD)
@@ -57,7 +57,7 @@ class ShardWriter:
         records = array.tobytes()
         shard = Shard(name, len(self._records), self._position, self._sha256.hexdigest(), records_sha256(records))
         sums, squares = self._moments.sums.tolist(), self._moments.squares.tolist()
-        return Packed(shard, sums, squares, self._class_counts, records, skipped or [])
+        return PackedShard(shard, sums, squares, self._class_counts, records, skipped or [])
 
     def _member(self, name: str, data: bytes) -> int:
         """Appends a member in plain USTAR; where its data begin."""

@@ -55,7 +55,7 @@ class TarSamples:
 
     def __init__(self, tape: Tape, labelled: bool = True) -> None:
         self._tape, self._labelled = tape, labelled
-        self.unused: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self._seen: dict[str, set[bytes]] = {"key": set(), "dotted": set(), "stem": set()}
 
     def __iter__(self) -> Iterator[TarSample]:
@@ -148,7 +148,7 @@ class TarSamples:
 
     def _count(self, kind: str) -> None:
         kind = kind[:MAX_KIND]
-        self.unused[kind if kind in self.unused or len(self.unused) < MAX_KINDS else "others"] += 1
+        self.left_out[kind if kind in self.left_out or len(self.left_out) < MAX_KINDS else "others"] += 1
 
 
 def _by_last_dot(found: dict[str, Member]) -> dict[str, dict[str, Member]] | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from scoreray.data.errors import DataError
 from scoreray.data.reading.decode import decode_into, decode_rows
-from scoreray.data.reading.order import Key, Order, Run
+from scoreray.data.reading.order import BlockKey, Order, RecordRange
 from scoreray.data.reading.reader import Reader
 
 READ_THREADS = 8
@@ -26,7 +26,7 @@ STAND_INS = 16  # samples that are tried in the place of a quarantined one
 
 
 @dataclass(frozen=True)
-class Block:
+class ReadBlock:
     """A block that was read, in the order in which it is handed out. A member is None when it is quarantined; when all
     are in the cache, there are none."""
 
@@ -56,7 +56,7 @@ class Rows:
         )
 
 
-class Blocks:
+class BlockReader:
     """The blocks that positions lie in, and the next ones of their lanes, read by several threads.
 
     A data set that decoded takes up to `cache_bytes` is kept decoded, as far as it has been read.
@@ -73,8 +73,8 @@ class Blocks:
         self._inline = self._cache is None and reader.cache is None and not reader.store.is_remote
         self._at_once = blocks_at_once(order, manifest.bytes_per_sample) if reader.store.is_remote else 1
         # A block, or where it will be, or None: to be read when its turn comes.
-        self._asked: dict[Key, tuple[Future[list[Block]], int] | Block | None] = {}
-        self._newest: dict[int, Key] = {}  # of each lane
+        self._asked: dict[BlockKey, tuple[Future[list[ReadBlock]], int] | ReadBlock | None] = {}
+        self._newest: dict[int, BlockKey] = {}  # of each lane
         self._threads: ThreadPoolExecutor | None = None
 
     def rows(self, positions: np.ndarray, stop: threading.Event) -> Rows:
@@ -157,14 +157,14 @@ class Blocks:
             f"{self.reader.name_of(sample)}: quarantined, and so are {STAND_INS} that could stand in for it"
         )
 
-    def _ask(self, key: Key, *, ahead: bool = False) -> None:
+    def _ask(self, key: BlockKey, *, ahead: bool = False) -> None:
         """Has a block read; from a disk of this machine only when its turn comes (a thread that reads from there costs
         the decoding one more than it saves), but the kernel is advised to read it."""
         if key in self._asked:
             return
         if self._inline:
             if ahead:
-                self.reader.advise(self.order.block(*key).runs)
+                self.reader.advise(self.order.block(*key).ranges)
             self._asked[key] = None
             return
         if self._threads is None:
@@ -175,7 +175,7 @@ class Blocks:
         read = self._threads.submit(self._read, keys)
         self._asked.update((key, (read, i)) for i, key in enumerate(keys))
 
-    def _wait(self, key: Key, stop: threading.Event) -> Block:
+    def _wait(self, key: BlockKey, stop: threading.Event) -> ReadBlock:
         asked = self._asked[key]
         if asked is None:
             asked = self._read([key])[0]
@@ -187,18 +187,18 @@ class Blocks:
         self._asked[key] = asked
         return asked
 
-    def _next(self, key: Key) -> Key:
+    def _next(self, key: BlockKey) -> BlockKey:
         epoch, lane, block = key
         while block + 1 >= self.order.num_blocks(epoch, lane):  # a lane may have no sample in a short epoch
             epoch, block = epoch + 1, -1
         return epoch, lane, block + 1
 
-    def _read(self, keys: list[Key]) -> list[Block]:
+    def _read(self, keys: list[BlockKey]) -> list[ReadBlock]:
         """Blocks that follow each other in a lane. Runs in a reading thread."""
         blocks, cache = [self.order.block(*key) for key in keys], self._cache
         if cache is not None and all(cache.has[block.samples].all() for block in blocks):
-            return [Block(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8)) for block in blocks]
-        read, records = self.reader.read(_joined([run for block in blocks for run in block.runs]))
+            return [ReadBlock(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8)) for block in blocks]
+        read, records = self.reader.read(_joined([part for block in blocks for part in block.ranges]))
         labels, formats = records["label"].astype(np.int64), records["format"]
         made, first = [], 0
         for block in blocks:
@@ -210,14 +210,14 @@ class Blocks:
 
     def _block(
         self, samples: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None]
-    ) -> Block:
+    ) -> ReadBlock:
         if self._cache is None:
-            return Block(samples, labels, formats, members)
+            return ReadBlock(samples, labels, formats, members)
         source = samples.copy()
         values = np.empty((len(source), *self.stored_shape), self.dtype)
         self._decode(source, labels, formats, members, values)
         self._cache.put(samples, source, labels, values)
-        return Block(samples, labels, np.zeros(0, np.uint8))
+        return ReadBlock(samples, labels, np.zeros(0, np.uint8))
 
 
 def blocks_at_once(order: Order, bytes_per_sample: float) -> int:
@@ -226,14 +226,14 @@ def blocks_at_once(order: Order, bytes_per_sample: float) -> int:
     return max(1, min(MOST_BLOCKS, int(most_bytes / (order.shuffle_block * bytes_per_sample))))
 
 
-def _joined(runs: list[Run]) -> list[Run]:
-    """`runs`, those that lie side by side made one."""
-    joined: list[Run] = []
-    for run in runs:
-        if joined and joined[-1].shard == run.shard and joined[-1].first + joined[-1].count == run.first:
-            joined[-1] = replace(joined[-1], count=joined[-1].count + run.count)
+def _joined(ranges: list[RecordRange]) -> list[RecordRange]:
+    """`ranges`, those that lie side by side made one."""
+    joined: list[RecordRange] = []
+    for part in ranges:
+        if joined and joined[-1].shard == part.shard and joined[-1].first + joined[-1].count == part.first:
+            joined[-1] = replace(joined[-1], count=joined[-1].count + part.count)
         else:
-            joined.append(run)
+            joined.append(part)
     return joined
 
 

@@ -28,13 +28,13 @@ from scoreray.data.errors import UserError
 MOST_LANES = 128
 EPOCHS_KEPT = 3
 BLOCKS_KEPT = 256
-Key = tuple[int, int, int]  # epoch, lane, block
+BlockKey = tuple[int, int, int]  # epoch, lane, block
 _SHARDS, _TURN, _BLOCK = 0, 1, 2  # what a stream of random words is for
 
 
 @dataclass(frozen=True)
-class Run:
-    """Samples that lie side by side: `count` records of shard `shard`, from its record `first` on."""
+class RecordRange:
+    """Neighbouring samples: `count` records of shard number `shard`, from its record `first` on."""
 
     shard: int
     first: int
@@ -42,11 +42,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Block:
+class ShuffleBlock:
     """What a lane reads at once. `samples` int64 [n]: numbers in the manifest, as the lane hands them out.
-    `slots` int64 [n]: where each lies in `runs` put end to end."""
+    `slots` int64 [n]: where each lies in `ranges` put end to end."""
 
-    runs: list[Run]
+    ranges: list[RecordRange]
     samples: np.ndarray
     slots: np.ndarray
 
@@ -77,7 +77,7 @@ class Order:
         self.seed, self.num_lanes, self.shuffle_block = seed, num_lanes, shuffle_block
         self._first_samples = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._blocks: OrderedDict[Key, Block] = OrderedDict()
+        self._blocks: OrderedDict[BlockKey, ShuffleBlock] = OrderedDict()
         self._lock = threading.Lock()  # of both
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -89,7 +89,7 @@ class Order:
         block, place = np.divmod((rest - first) // self.num_lanes + self._stagger(lane), self.shuffle_block)
         return epoch, lane, block, place - np.where(block == 0, self._stagger(lane), 0)
 
-    def by_block(self, positions: np.ndarray) -> list[tuple[Key, np.ndarray, np.ndarray]]:
+    def by_block(self, positions: np.ndarray) -> list[tuple[BlockKey, np.ndarray, np.ndarray]]:
         """The positions by the block that they lie in: (block, rows of `positions`, places in the block)."""
         epoch, lane, block, place = self.locate(positions)
         rows = np.lexsort((block, epoch, lane))
@@ -111,7 +111,7 @@ class Order:
         size = int(state.lane_start[lane + 1] - state.lane_start[lane])
         return -(-(size + self._stagger(lane)) // self.shuffle_block) if size else 0
 
-    def block(self, epoch: int, lane: int, block: int) -> Block:
+    def block(self, epoch: int, lane: int, block: int) -> ShuffleBlock:
         key = (epoch, lane, block)
         with self._lock:
             if key in self._blocks:
@@ -124,10 +124,12 @@ class Order:
         count = min((block + 1) * self.shuffle_block - stagger, size) - start
         if count <= 0:
             raise IndexError(f"lane {lane} has no block {block} in epoch {epoch}")
-        runs = self._runs(state, int(state.lane_start[lane]) + start, count)
-        numbers = np.concatenate([np.arange(run.count) + run.first + self._first_samples[run.shard] for run in runs])
+        ranges = self._ranges(state, int(state.lane_start[lane]) + start, count)
+        numbers = np.concatenate(
+            [np.arange(part.count) + part.first + self._first_samples[part.shard] for part in ranges]
+        )
         slots = np.argsort(self._random(count, _BLOCK, epoch, lane, block), kind="stable")
-        made = Block(runs, numbers[slots], slots)
+        made = ShuffleBlock(ranges, numbers[slots], slots)
         with self._lock:
             self._blocks[key] = made
             if len(self._blocks) > BLOCKS_KEPT:
@@ -138,16 +140,16 @@ class Order:
         """How much shorter a lane's first block is: spreads the lanes' reads over time."""
         return lane * self.shuffle_block // self.num_lanes % self.shuffle_block
 
-    def _runs(self, state: _Epoch, start: int, count: int) -> list[Run]:
-        """The samples [start, start + count) of the ring, as runs of shards."""
-        runs = []
+    def _ranges(self, state: _Epoch, start: int, count: int) -> list[RecordRange]:
+        """The samples [start, start + count) of the ring, as ranges of shards."""
+        ranges = []
         while count:
             at = (start + state.turn) % self.num_samples
             k = int(np.searchsorted(state.starts, at, side="right")) - 1
             taken = min(count, int(state.starts[k + 1]) - at)
-            runs.append(Run(int(state.permuted[k]), at - int(state.starts[k]), taken))
+            ranges.append(RecordRange(int(state.permuted[k]), at - int(state.starts[k]), taken))
             start, count = start + taken, count - taken
-        return runs
+        return ranges
 
     def _epoch(self, epoch: int) -> _Epoch:
         with self._lock:

@@ -13,7 +13,7 @@ import numpy as np
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import CHUNK, RECORD, Manifest
-from scoreray.data.reading.order import Run
+from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.records import Records
 from scoreray.data.reading.tars import BLOCK, key_in
@@ -31,7 +31,7 @@ REREAD_S = 0.5  # the longest pause before one
 
 
 class Reader:
-    """Reads runs of samples from a data set's shards; used by several threads.
+    """Reads ranges of samples from a data set's shards; used by several threads.
 
     Memory: `records_kept` records of 32 bytes, and what read() returns.
     """
@@ -80,26 +80,26 @@ class Reader:
         self.stats.add(bytes_read=len(data), num_requests=1)
         return data
 
-    def read(self, runs: list[Run]) -> tuple[list[bytes | None], np.ndarray]:
-        """(members, records) of the runs' samples, in their order; None for a member that is quarantined.
+    def read(self, ranges: list[RecordRange]) -> tuple[list[bytes | None], np.ndarray]:
+        """(members, records) of the samples in these ranges, in their order; None for a member that is quarantined.
 
         Raises DataError naming shard, sample and offset.
         """
         members: list[bytes | None] = []
         parts = []
-        for run in runs:
-            records = self.records(run.shard, run.first, run.count)
+        for part in ranges:
+            records = self.records(part.shard, part.first, part.count)
             parts.append(records)
             for i, j in _requests(records):
-                members += self._read(run.shard, run.first + i, records[i:j])
+                members += self._read(part.shard, part.first + i, records[i:j])
         return members, parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, RECORD), *parts])
 
-    def advise(self, runs: list[Run]) -> None:
-        """Says that these runs will soon be read. Raises what records() does."""
-        for run in runs:
-            records = self.records(run.shard, run.first, run.count)
+    def advise(self, ranges: list[RecordRange]) -> None:
+        """Says that these ranges will soon be read. Raises what records() does."""
+        for part in ranges:
+            records = self.records(part.shard, part.first, part.count)
             low, high = int(records["offset"].min()), int(records["offset"].max()) + int(records["size"][-1])
-            self.store.advise(self.manifest.shards[run.shard].name, low, high)
+            self.store.advise(self.manifest.shards[part.shard].name, low, high)
 
     def read_one(self, sample: int) -> tuple[bytes, int, int]:
         """(member, format, label) of one sample. Raises DataError, whatever may be quarantined."""

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from scoreray.data.reading.decode import decode_into, decode_rows
 from scoreray.data.reading.manifest import MANIFEST, Manifest
-from scoreray.data.reading.order import Run
+from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.reader import Reader
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
 
-class Samples:
+class SampleReader:
     """Samples of the data set at `url`, each verified by its digest; `sha256` is the manifest's."""
 
     def __init__(self, url: str, manifest: bytes | None = None) -> None:
@@ -30,9 +30,9 @@ class Samples:
         self.sha256 = hashlib.sha256(self._bytes).hexdigest()
         self._reader = Reader(store, self.manifest, ReadStats())
 
-    def __reduce__(self) -> tuple[type[Samples], tuple[str, bytes]]:
+    def __reduce__(self) -> tuple[type[SampleReader], tuple[str, bytes]]:
         """To another process with the manifest's bytes, so that it reads nothing to open the data set."""
-        return Samples, (self.url, self._bytes)
+        return SampleReader, (self.url, self._bytes)
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`. Raises IndexError
@@ -41,7 +41,7 @@ class Samples:
         for number in (numbers[0], numbers[-1]) if len(numbers) else ():
             if not 0 <= number < manifest.num_samples:
                 raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
-        members, records = reader.read(runs(numbers, reader.first_samples))
+        members, records = reader.read(ranges(numbers, reader.first_samples))
         shape, dtype = tuple(manifest.shape), np.dtype(manifest.dtype)
         pictures = dtype == np.uint8
         out = np.empty((len(members), *((*shape[1:], shape[0]) if pictures else shape)), dtype)
@@ -56,7 +56,7 @@ class Samples:
 
 def read_samples(url: str, numbers: Sequence[int] | np.ndarray) -> Tensor:
     """The samples of ascending `numbers`, uint8 [n, C, H, W] or float32 [n, ...]."""
-    return Samples(url).read(numbers)[0]
+    return SampleReader(url).read(numbers)[0]
 
 
 def spread(count: int, total: int) -> np.ndarray:
@@ -64,8 +64,8 @@ def spread(count: int, total: int) -> np.ndarray:
     return np.arange(total) if count >= total else np.arange(count) * total // count
 
 
-def runs(numbers: Sequence[int] | np.ndarray, first_samples: np.ndarray) -> list[Run]:
-    """Ascending sample numbers as runs of neighbours in a shard."""
+def ranges(numbers: Sequence[int] | np.ndarray, first_samples: np.ndarray) -> list[RecordRange]:
+    """Ascending sample numbers as ranges of neighbours in a shard."""
     wanted = np.asarray(numbers, np.int64)
     if not len(wanted):
         return []
@@ -73,6 +73,6 @@ def runs(numbers: Sequence[int] | np.ndarray, first_samples: np.ndarray) -> list
     starts = np.flatnonzero((np.diff(wanted, prepend=-2) != 1) | (np.diff(shards, prepend=-1) != 0))
     ends = np.append(starts[1:], len(wanted))
     return [
-        Run(int(shards[i]), int(wanted[i] - first_samples[shards[i]]), int(j - i))
+        RecordRange(int(shards[i]), int(wanted[i] - first_samples[shards[i]]), int(j - i))
         for i, j in zip(starts, ends, strict=True)
     ]

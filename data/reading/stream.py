@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.data.reading.blocks import BUFFER_BYTES, Blocks, Rows, blocks_at_once
+from scoreray.data.reading.blocks import BUFFER_BYTES, BlockReader, Rows, blocks_at_once
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import CHUNK, Manifest
 from scoreray.data.reading.order import Order, default_lanes
@@ -121,7 +121,7 @@ class Stream:
         read_at_once = self.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
         records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
         self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine, disk_cache)
-        self._blocks = Blocks(self._reader, self.order, cache_bytes)
+        self._blocks = BlockReader(self._reader, self.order, cache_bytes)
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)
         self._stop = threading.Event()

@@ -13,7 +13,7 @@ import numpy as np
 
 from scoreray.data.errors import UserError, shortened
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.samples import Samples, spread
+from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.units import MOST_THREADS
 from scoreray.sampling.evaluation.record import RecordHead, digest
@@ -103,7 +103,7 @@ class EvaluationInputs:
 
     settings: EvaluationSettings
     model: Description
-    reference: Samples
+    reference: SampleReader
     extractor: ExtractorChoice
     accuracy: float | None = None
 

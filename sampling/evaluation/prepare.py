@@ -13,7 +13,7 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.samples import Samples, spread
+from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.metrics import METRICS, check_names
 from scoreray.sampling.evaluation.plan import VERSION, EvaluationInputs, EvaluationPlan, EvaluationSettings
@@ -41,7 +41,7 @@ Run = Callable[[Callable[..., int], Sequence[tuple[Any, ...]], Callable[[int], N
 def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     """Everything that an evaluation reads but samples and weights. Raises UserError for what does not fit together."""
     check_names(settings.metrics)
-    model, reference = describe(settings.checkpoint, settings.ema), Samples(settings.reference)
+    model, reference = describe(settings.checkpoint, settings.ema), SampleReader(settings.reference)
     inputs = EvaluationInputs(settings, model, reference, ExtractorChoice("identity"))
     extractor = choose_extractor(settings, reference.manifest, inputs.cache)
     choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)
@@ -180,7 +180,7 @@ def train_into_cache(inputs: EvaluationInputs) -> int:
     return inputs.settings.classifier_images
 
 
-def _labelled(reference: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+def _labelled(reference: SampleReader) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels to learn from, in an order that does not depend on how they were packed by class."""
     numbers = spread(CLASSIFIER_IMAGES, reference.manifest.num_samples)
     images, labels = reference.read(numbers)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.reading.samples import Samples
+from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
@@ -48,7 +48,7 @@ class HeldOut:
         return to_unit_range(self.images)
 
 
-def read_held_out(reference: Samples, numbers: np.ndarray, classes: Sequence[str]) -> HeldOut:
+def read_held_out(reference: SampleReader, numbers: np.ndarray, classes: Sequence[str]) -> HeldOut:
     """The samples of ascending `numbers` for a model of these classes; labels of other classes count as none."""
     images, labels = reference.read(numbers)
     if not classes:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from scoreray.data.errors import DataError
-from scoreray.data.packing.commit import Packed, map_in_threads, put_record
+from scoreray.data.packing.commit import PackedShard, map_in_threads, put_record
 from scoreray.data.packing.inspect import picture_grid
 from scoreray.data.packing.shards import ShardWriter
 from scoreray.data.reading.decode import decode
@@ -42,7 +42,7 @@ from scoreray.sampling.offline.plan import SamplePlan
 from scoreray.sampling.offline.record import Digests
 
 
-def write_pictures(place: Place, plan: SamplePlan, numbers: Sequence[int], made: Sequence[Packed]) -> Digests:
+def write_pictures(place: Place, plan: SamplePlan, numbers: Sequence[int], made: Sequence[PackedShard]) -> Digests:
     """000000.png, ... of the shards `numbers`, which were made, and a sheet of the first ones, samples.png."""
     digests = {}
     for number, packed in zip(numbers, made, strict=True):
@@ -64,7 +64,7 @@ def _put(store: Store, first: int, data: Sequence[bytes], i: int) -> None:
     store.put(picture(first + i), data[i])
 
 
-def write_npz(place: Place, plan: SamplePlan, made: Sequence[Packed]) -> Digests:
+def write_npz(place: Place, plan: SamplePlan, made: Sequence[PackedShard]) -> Digests:
     """`images` (uint8 [N, H, W, C], or float32 [N, ...] of what is no picture), `labels` and `seeds` int64 [N]."""
     request, count = plan.job.request, plan.job.request.count
     labels = np.concatenate([np.frombuffer(packed.records, RECORD)["label"] for packed in made]).astype(np.int64)
@@ -94,7 +94,7 @@ def take_back(place: Place, plan: SamplePlan, kept: Digests) -> None:
     place.store.delete([MANIFEST])
 
 
-def _packed_again(plan: SamplePlan, name: str, tar: bytes) -> Packed:
+def _packed_again(plan: SamplePlan, name: str, tar: bytes) -> PackedShard:
     """What `SamplePlan.make` said of a shard, from its bytes."""
     image_format = "png" if plan.dtype == "uint8" else "npy"
     writer = ShardWriter(io.BytesIO(), plan.shape, plan.dtype, image_format)
@@ -136,13 +136,13 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ..
     return out
 
 
-def _arrays(store: Store, plan: SamplePlan, packed: Packed) -> Iterator[np.ndarray]:
+def _arrays(store: Store, plan: SamplePlan, packed: PackedShard) -> Iterator[np.ndarray]:
     """The samples of a shard: uint8 [H, W, C] or float32."""
     for data, code in _members(store, packed):
         yield decode(data, code, plan.shape, np.dtype(plan.dtype), partial(store.url, packed.shard.name))
 
 
-def _members(store: Store, packed: Packed) -> Iterator[tuple[bytes, int]]:
+def _members(store: Store, packed: PackedShard) -> Iterator[tuple[bytes, int]]:
     """(encoded sample, format) of a shard whose bytes are what was put. Raises DataError."""
     data = store.get(packed.shard.name)
     if hashlib.sha256(data).hexdigest() != packed.shard.sha256:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
-from scoreray.data.packing.commit import Packed, carry_out, pack_shard
+from scoreray.data.packing.commit import PackedShard, carry_out, pack_shard
 from scoreray.data.reading.manifest import MANIFEST, Manifest, is_picture
 from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, open_store
@@ -164,7 +164,7 @@ def _files(place: Place, plan: SamplePlan, map_shards: Mapper, kept: Digests | N
 def in_this_process(progress: Callable[[int, int], None] | None = None) -> Mapper:
     """Shards made one after another; progress(samples done, in all) after every batch."""
 
-    def run(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
+    def run(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         total, done = plan.job.request.count, plan.num_outside(numbers)
 
         def count(n: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.shards import ShardWriter
 from scoreray.data.reading.manifest import Shard, is_picture
 from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
@@ -24,13 +24,13 @@ from scoreray.sampling.offline.record import SampleJob
 from scoreray.trainer.step import to_uint8
 
 Model = LoadedDenoiser | LoadedMachine
-Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[Packed]]
+Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
 """Makes the shards of these numbers, in order: in this process or on a cluster."""
 
 
 @dataclass
 class SamplePlan:
-    """The plan of a job (`packing.commit.Plan`). `done(n)` is called after each batch of n samples.
+    """The plan of a job (`packing.commit.PackPlan`). `done(n)` is called after each batch of n samples.
 
     lease: of the start that the shards are made for; where another start has taken over, no shard is stored.
     """
@@ -82,7 +82,7 @@ class SamplePlan:
         except (TakenOver, LeaseRemoved):  # removed: the other start has finished, and cleared up
             raise taken_over(self.url) from None
 
-    def make(self, number: int, scratch: Path) -> tuple[bytes, Packed]:
+    def make(self, number: int, scratch: Path) -> tuple[bytes, PackedShard]:
         """Members `<i>.png` (or .npy), `<i>.cls` where there are classes, and `<i>.json` with the sample's seed."""
         job, request, info = self.job, self.job.request, self.model.info
         self.check_owner()

@@ -27,7 +27,7 @@ from scoreray.cluster.verbs.pack import _check_nodes, map_on_ray, pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import ImagesPlan, pack
 from scoreray.data.packing.shards import encode
-from scoreray.data.packing.sources import Reading, open_source
+from scoreray.data.packing.sources import SourceOptions, open_source
 from scoreray.data.storage.store import open_store
 
 SIZE = {"image_size": 32, "samples_per_shard": 10}
@@ -129,7 +129,7 @@ def test_a_machine_that_does_not_see_the_source_is_named(
     pictures: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
-    plan = ImagesPlan(str(tmp_path / "set"), "x", open_source(pictures, Reading(32)), 10, "png", 0)
+    plan = ImagesPlan(str(tmp_path / "set"), "x", open_source(pictures, SourceOptions(32)), 10, "png", 0)
     open_store(tmp_path / "set").put("packing/plan", plan.sha256.encode())
     _check_nodes(plan)
     elsewhere = replace(plan, source=replace(plan.source, path="/a/disk/of/another/machine"))

@@ -18,7 +18,7 @@ from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.layout import layout_of
 from scoreray.data.packing.pack import encode, pack
-from scoreray.data.packing.sources import Reading, open_source
+from scoreray.data.packing.sources import SourceOptions, open_source
 from scoreray.data.reading.decode import decode_class
 from scoreray.data.reading.manifest import MAX_AXES, MAX_AXIS, MAX_CLASSES, MAX_VALUES, Manifest
 from scoreray.data.reading.samples import read_samples
@@ -61,7 +61,7 @@ def test_the_channels_of_float_arrays_are_found_or_asked_for(shape: tuple[int, .
         assert bool(found.notes) == (LAYOUTS[shape] == "NHWC"), "what is turned is told"
         assert all((found.read(i) == expected[i]).all() for i in range(2))
     for layout, expected in (("NCHW", first), ("NHWC", last)):
-        assert (open_source(source, Reading(layout=layout)).read(1) == expected[1]).all()
+        assert (open_source(source, SourceOptions(layout=layout)).read(1) == expected[1]).all()
 
 
 def test_packed_channels_last_floats_are_read_back_channels_first(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_packed_channels_last_floats_are_read_back_channels_first(tmp_path: Path
 
 def test_a_layout_that_can_not_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--layout HWC: .*accepted: NCHW, NHWC"):
-        Reading(layout="HWC")  # type: ignore[arg-type]
+        SourceOptions(layout="HWC")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--layout NHWC is for arrays of four axes, this has 3"):
         pack(saved(tmp_path, images=floats(4, 8, 8)), tmp_path / "out", layout="NHWC")
     with pytest.raises(UserError, match=r"images of shape .* \(--layout NCHW\)"):

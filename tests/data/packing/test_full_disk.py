@@ -43,7 +43,7 @@ def assert_goes_on(noise: str, url: Path, tmp_path: Path) -> None:
     assert kept > 3
     done = command(noise, str(url), "--samples-per-shard", "10")
     assert done.returncode == 0, done.stderr
-    assert f"30 shards, {kept} of them there from before" in done.stderr
+    assert f"30 shards, {kept} of them made before" in done.stderr
     pack(noise, tmp_path / "whole", samples_per_shard=10)
     one, other = open_store(url), open_store(tmp_path / "whole")
     assert {k: one.get(k) for k, _ in one.list()} == {k: other.get(k) for k, _ in other.list()}

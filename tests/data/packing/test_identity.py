@@ -16,7 +16,7 @@ from PIL import Image
 import scoreray.data.packing.identity as identity_module
 import scoreray.data.packing.pack as module
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.identity import identity
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import encode, pack
@@ -111,7 +111,7 @@ def stopped_at_shard(number: int, monkeypatch: pytest.MonkeyPatch, source: Path,
     """A pack that is stopped when it has made the shards before this one."""
     real = module.make_shard
 
-    def make(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, Packed]:
+    def make(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, PackedShard]:
         if shard == number:
             raise KeyboardInterrupt
         return real(plan, shard)
@@ -186,7 +186,7 @@ def test_two_packs_of_a_source_that_changes_meanwhile_do_not_mix(
     """The one that began first sees that its shards are another's by now, and commits nothing."""
     source, real = folder(tmp_path / "in"), module.make_shard
 
-    def overtaken(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, Packed]:
+    def overtaken(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, PackedShard]:
         if shard == 2:
             monkeypatch.setattr(module, "make_shard", real)
             bitmap(source / "cat" / "2.bmp", 99)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scoreray.data.errors import UserError
-from scoreray.data.packing.sources import Reading, open_source
+from scoreray.data.packing.sources import SourceOptions, open_source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 LABELS = np.arange(6) % 3
@@ -52,7 +52,7 @@ def test_labels_of_an_npz_are_found_by_their_usual_names(name: str, tmp_path: Pa
     assert ("arrays that are left out: " + ", ".join(left_out) in "".join(source.notes)) == bool(left_out)
     assert ("labels are looked for as labels, label, y" in "".join(source.notes)) == (labels is None)
     assert np.array_equal(source.read(3), IMAGES[3])
-    without = open_source(tmp_path / "x.npz", Reading(labelled=False))
+    without = open_source(tmp_path / "x.npz", SourceOptions(labelled=False))
     assert (without.labels, without.classes) == (None, [])
 
 
@@ -77,7 +77,7 @@ def test_what_can_not_be_labels_is_refused_not_lost(name: str, tmp_path: Path) -
     np.savez(tmp_path / "x.npz", images=IMAGES, **arrays)
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "x.npz")
-    assert open_source(tmp_path / "x.npz", Reading(labelled=False)).labels is None
+    assert open_source(tmp_path / "x.npz", SourceOptions(labelled=False)).labels is None
 
 
 def idx(path: Path, array: np.ndarray, code: int = 8) -> None:
@@ -106,7 +106,7 @@ def test_labels_beside_an_idx_file_are_found_zipped_or_not(name: str, images: st
     assert source.labels is not None
     assert source.labels.tolist() == LABELS.tolist()
     assert ("the first column is the class" in "".join(source.notes)) == ("qmnist" in name)
-    assert open_source(tmp_path / f"{name}{images}", Reading(labelled=False)).labels is None
+    assert open_source(tmp_path / f"{name}{images}", SourceOptions(labelled=False)).labels is None
 
 
 def test_idx_images_without_labels_say_where_they_were_looked_for(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_killed_pack_is_finished_by_the_same_command_and_keeps_what_is_whole(
     pack(source, tmp_path / "whole", samples_per_shard=50)
     real, made = module.make_shard, []
 
-    def killed(plan: module.ImagesPlan, number: int) -> tuple[bytes | None, module.Packed]:
+    def killed(plan: module.ImagesPlan, number: int) -> tuple[bytes | None, module.PackedShard]:
         if number == 6:
             raise KeyboardInterrupt
         return real(plan, number)

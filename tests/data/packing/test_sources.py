@@ -25,7 +25,7 @@ from PIL import Image
 from scoreray.data.errors import DataError, ScorerayError, StorageError, UserError
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
-from scoreray.data.packing.sources import Reading, open_source
+from scoreray.data.packing.sources import SourceOptions, open_source
 from scoreray.data.reading.pictures import open_picture, orientation_in
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.storage.store import open_store
@@ -72,7 +72,7 @@ def test_every_kind_of_picture_becomes_the_rgb_image_that_one_sees(tmp_path: Pat
     expected = np.asarray(picture(1, 36, 36)).astype(int)
     grey = np.asarray(picture(1, 36, 36).convert("L")).astype(int)[..., None]
     for name, path in kinds(tmp_path / "in").items():
-        (image,) = open_source(path.parent, Reading()).read_all([sorted(os.listdir(path.parent)).index(name)])
+        (image,) = open_source(path.parent, SourceOptions()).read_all([sorted(os.listdir(path.parent)).index(name)])
         assert isinstance(image, np.ndarray), image
         assert image.shape == (36, 36, 3)
         reference = grey if name.startswith(("grey", "bits")) else expected
@@ -130,14 +130,14 @@ def test_pictures_are_found_by_what_they_are_where_the_name_does_not_say(tmp_pat
     picture(1, 16, 16).save(folder / "web.AVIF", "AVIF")
     (folder / "LICENSE").write_text("BSD, P6 or not")
     (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    source = open_source(folder, Reading())
+    source = open_source(folder, SourceOptions())
     assert sorted(source.files) == sorted([*formats.values(), "web.jfif", "web.AVIF"])
     assert source.left_out == {"no suffix": 1, ".heic": 1}
     assert all(isinstance(image, np.ndarray) for image in source.read_all(range(source.num_samples)))
     (tmp_path / "none").mkdir()
     (folder / "photo.heic").rename(tmp_path / "none" / "photo.heic")
     with pytest.raises(UserError, match=r"no images in this folder .*and no tars; it holds 1 \.heic"):
-        open_source(tmp_path / "none", Reading())
+        open_source(tmp_path / "none", SourceOptions())
 
 
 def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_hidden_files_are_not_looked_into_and_others_are_told(tmp_path: Path) ->
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(len(name)).save(tmp_path / name)
     (tmp_path / "in" / "a" / "labels.csv").write_text("x")
-    source = open_source(tmp_path / "in", Reading(16))
+    source = open_source(tmp_path / "in", SourceOptions(16))
     assert source.files == ["a/1.png", "a/2.png"]
     assert source.classes == ["a"]
     assert source.left_out == {".csv": 1}
@@ -258,7 +258,7 @@ def test_links_are_followed_and_those_in_a_circle_are_named(tmp_path: Path) -> N
     (tmp_path / "in" / "cat" / "3.png").symlink_to(tmp_path / "elsewhere" / "3.png")
     (tmp_path / "in" / "cat" / "up").symlink_to(tmp_path / "in")
     (tmp_path / "elsewhere" / "owl" / "self").symlink_to(".")
-    source = open_source(tmp_path / "in", Reading(16))
+    source = open_source(tmp_path / "in", SourceOptions(16))
     assert source.classes == ["bird", "cat", "dog", "owl"]
     assert source.files == ["bird/1.png", "bird/deep/2.png", "cat/1.png", "cat/3.png", "dog/1.png", "owl/1.png",
                             "owl/deep/2.png"]  # fmt: skip
@@ -268,7 +268,7 @@ def test_links_are_followed_and_those_in_a_circle_are_named(tmp_path: Path) -> N
     for name in ("cat", "dog"):
         (tmp_path / "all" / name).symlink_to(tmp_path / "in" / name)
     (tmp_path / "link").symlink_to("all")
-    assert open_source(tmp_path / "link", Reading(16)).classes == ["cat", "dog"]
+    assert open_source(tmp_path / "link", SourceOptions(16)).classes == ["cat", "dog"]
     assert pack(tmp_path / "in", tmp_path / "out", image_size=8).class_counts == [2, 2, 1, 2]
 
 
@@ -327,7 +327,7 @@ def test_class_folders_without_images_and_what_is_no_file_are_told(tmp_path: Pat
     (tmp_path / "in" / "papers").mkdir()
     (tmp_path / "in" / "papers" / "a.pdf").write_text("x")
     os.mkfifo(tmp_path / "in" / "cat" / "pipe")
-    source = open_source(tmp_path / "in", Reading(16))
+    source = open_source(tmp_path / "in", SourceOptions(16))
     assert (source.classes, source.left_out) == (["cat", "dog"], {".pdf": 1, "FIFO": 1})
     assert source.notes == (
         f"{tmp_path}/in: 2 files that are no images are left out (1 .pdf, 1 FIFO)",
@@ -339,7 +339,7 @@ def test_folders_of_numbers_are_numbered_as_numbers(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / "in" / f"{number}").mkdir(parents=True)
         Image.new("L", (8, 8), 20 * number).save(tmp_path / "in" / f"{number}" / "1.png")
-    source = open_source(tmp_path / "in", Reading())
+    source = open_source(tmp_path / "in", SourceOptions())
     assert source.classes == [str(number) for number in range(12)]
     assert source.labels is not None
     assert [int(source.read(i)[0, 0, 0]) for i in range(12)] == [20 * label for label in source.labels]
@@ -363,7 +363,7 @@ def test_channels_are_those_of_most_images_or_as_asked(tmp_path: Path) -> None:
     shapes = {channels: pack(tmp_path / "in", tmp_path / f"{channels}", image_size=8, channels=channels).shape[0]
               for channels in (1, 3)}  # fmt: skip
     assert shapes == {1: 1, 3: 3}
-    if open_source(tmp_path / "in", Reading(8)).shape[0] == 1:
+    if open_source(tmp_path / "in", SourceOptions(8)).shape[0] == 1:
         with pytest.raises(UserError, match=r"020\.png: has colours, but the others are grey; --channels 3 packs all"):
             pack(tmp_path / "in", tmp_path / "out", image_size=8)
 

@@ -62,7 +62,7 @@ def found_in(*members: tuple[str, bytes], labelled: bool = True) -> tuple[dict[s
     """(label or problem by key, what is unused) of a tar."""
     data = tar_bytes(*members)
     samples = TarSamples(Tape(lambda start, end: data[start:end], len(data)), labelled)
-    return {sample.key: sample.problem or sample.label for sample in samples}, dict(samples.unused)
+    return {sample.key: sample.problem or sample.label for sample in samples}, dict(samples.left_out)
 
 
 def names(*names: str) -> list[tuple[str, bytes]]:
@@ -92,8 +92,8 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_grouped_into_samples(name: str) -> None:
-    members, samples, unused = NAMES[name]
-    assert found_in(*names(*members)) == (samples, unused)
+    members, samples, left_out = NAMES[name]
+    assert found_in(*names(*members)) == (samples, left_out)
 
 
 def test_pictures_that_share_a_class_need_a_name_for_one_of_them() -> None:
@@ -146,9 +146,9 @@ LABELS = {
 
 @pytest.mark.parametrize("name", LABELS)
 def test_the_class_of_a_sample_is_read_where_people_write_it(name: str, tmp_path: Path) -> None:
-    members, label, unused = LABELS[name]
+    members, label, left_out = LABELS[name]
     sample = [("0.png", PNG), *((f"0.{kind}", data) for kind, data in members)]
-    assert found_in(*sample) == ({"0": label}, unused)
+    assert found_in(*sample) == ({"0": label}, left_out)
     manifest = packed(tmp_path / "t", *sample, ("1.png", encoded(picture(1))))
     assert manifest.class_counts == ([] if label < 0 else [0, 0, 1])
     assert found_in(*sample, labelled=False)[0] == {"0": -1}
@@ -338,13 +338,13 @@ member_names = (
 @given(st.lists(member_names, max_size=8, unique=True))
 def test_any_names_become_samples_or_one_line_and_every_member_is_accounted_for(found: list[str]) -> None:
     members = names(*(f"d/{name}" for name in found))
-    samples, unused, refusal = {}, {}, ""
+    samples, left_out, refusal = {}, {}, ""
     try:
-        samples, unused = found_in(*members, labelled=False)
+        samples, left_out = found_in(*members, labelled=False)
     except DataError as error:
         refusal = str(error)
     assert refusal.isprintable()
     assert not refusal or "comes twice" in refusal
     good = [key for key, label in samples.items() if isinstance(label, int)]
     if not refusal and len(good) == len(samples):
-        assert len(members) == len(good) + sum(unused.values())
+        assert len(members) == len(good) + sum(left_out.values())

@@ -60,7 +60,7 @@ PINNED = [0, 4, 9, 12, 1, 6, 8, 15, 2, 5, 10, 14, 3, 7, 11, 13, 2, 6, 10, 13, 3,
 def test_blocks_of_a_lane_are_few_long_runs() -> None:
     order = Order([1000] * 20, seed=0, num_lanes=8, shuffle_block=256)
     for epoch in range(3):
-        runs = [r for l in range(8) for b in range(order.num_blocks(epoch, l)) for r in order.block(epoch, l, b).runs]
+        runs = [r for l in range(8) for b in range(order.num_blocks(epoch, l)) for r in order.block(epoch, l, b).ranges]
         assert sum(run.count for run in runs) == 20_000
         assert len(runs) < 20_000 / 256 + 8 + 20 + 8 + 1  # blocks, the lanes' ends, the shards' ends, the turn
 

@@ -273,7 +273,7 @@ def test_what_is_read_is_what_is_needed(tmp_path: Path) -> None:
             reader = Reader(open_store(tmp_path / "set"), manifest, stats, 2 * lanes * (32 + 2 * CHUNK) + 16 * CHUNK)
             for lane in range(rank * lanes, (rank + 1) * lanes):
                 for block in range(order.num_blocks(0, lane)):
-                    reader.read(order.block(0, lane, block).runs)
+                    reader.read(order.block(0, lane, block).ranges)
             fetched += stats.bytes_read
         assert fetched / sum(shard.bytes for shard in manifest.shards) < 1.1
 

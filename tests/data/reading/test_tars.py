@@ -29,7 +29,7 @@ from scoreray.data.packing.pack import encode, pack
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import RECORD, Manifest, digest
-from scoreray.data.reading.order import Run
+from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import read_samples
@@ -357,7 +357,7 @@ def through_reader(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
     """The same, without a stream's threads."""
     store, quarantine = open_store(url), Quarantine(4)
     reader = Reader(store, Manifest.load(store), ReadStats(), quarantine=quarantine)
-    members, records = reader.read([Run(0, 0, 4), Run(1, 0, 4)])
+    members, records = reader.read([RecordRange(0, 0, 4), RecordRange(1, 0, 4)])
     found = {
         number: decode(member, int(record["format"]), (3, 8, 8), np.dtype("uint8"), str).transpose(2, 0, 1)
         for number, (member, record) in enumerate(zip(members, records, strict=True))

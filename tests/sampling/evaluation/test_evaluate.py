@@ -24,7 +24,7 @@ from scoreray.cluster.verbs.evaluate import checked_inputs
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.samples import Samples
+from scoreray.data.reading.samples import SampleReader
 from scoreray.data.storage.store import PathStore, open_store
 from scoreray.sampling.evaluation import metrics, stages, stored
 from scoreray.sampling.evaluation.chunks import ChunkArrays, read_chunk
@@ -136,7 +136,7 @@ def test_a_gaussian_model_against_gaussian_data_gives_the_closed_forms(points: t
 def read_rows(data: str, count: int) -> np.ndarray:
     from scoreray.data.reading.samples import spread
 
-    return Samples(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
+    return SampleReader(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
 
 
 def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeyp
     from scoreray.sampling.measures.likelihood import dequantize
 
     numbers = spread(32, 64)
-    images, _ = Samples(data).read(numbers)
+    images, _ = SampleReader(data).read(numbers)
     x = dequantize(images, torch.from_numpy(numbers))[0].double().flatten(1)
 
     def bits(log_density: torch.Tensor) -> float:

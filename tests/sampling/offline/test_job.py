@@ -22,7 +22,7 @@ from scoreray.cluster.cli import main as cli
 from scoreray.cluster.verbs.sample import sample_to
 from scoreray.cluster.verbs.sample_actors import on_actors
 from scoreray.data.errors import UserError
-from scoreray.data.packing.commit import Packed
+from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.inspect import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.stream import Stream
@@ -144,7 +144,7 @@ def test_a_driver_that_is_killed_goes_on(run_url: str, expected: dict[str, bytes
     process.wait()
     assert not (url / "manifest.json").exists()
     first = (url / "shards" / "000000.tar").stat()
-    made: list[Packed] = []
+    made: list[PackedShard] = []
 
     def spied(samples: SamplePlan, numbers: object) -> object:
         for packed in in_this_process()(samples, numbers):  # type: ignore[arg-type]
@@ -234,11 +234,11 @@ def test_of_two_starts_of_a_job_the_newer_goes_on(run_url: str, name: str, inter
     draw(str(expected_at / name if npz else expected_at), run_url, **words)
     url = str(at / name if npz else at)
 
-    def stop_after_one(samples: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
+    def stop_after_one(samples: SamplePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         yield next(iter(in_this_process()(samples, numbers)))
         raise KeyboardInterrupt
 
-    def overtaken(samples: SamplePlan, numbers: Sequence[int]) -> Iterator[Packed]:
+    def overtaken(samples: SamplePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         shards = iter(in_this_process()(samples, numbers))
         yield next(shards)
         if interrupted:
