@@ -14,3 +14,8 @@ class Finding:
     state: Literal["good", "note", "problem"]
     text: str
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def error_line(error: BaseException) -> str:
+    """The kind of an error and its first line: what follows in Ray's are stacks and paths of logs."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

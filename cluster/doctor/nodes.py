@@ -9,7 +9,7 @@ from scoreray.cluster.connect.room import REPORTED_S, autoscaler
 from scoreray.cluster.doctor.facts import Clock, NodeReport, RunNeeds, facts_of_node, time_of_node
 from scoreray.cluster.doctor.judge import judge, judge_room
 from scoreray.cluster.doctor.reach import reached
-from scoreray.cluster.finding import Finding
+from scoreray.cluster.finding import Finding, error_line
 
 WITHIN_S = 60.0
 
@@ -31,7 +31,7 @@ def examine_cluster(needs: RunNeeds) -> list[Finding]:
         try:
             reports[name] = NodeReport(ray.get(facts[name], timeout=max(1.0, end - time.monotonic())))
         except Exception as error:  # of every kind: what Ray raises, and what the node's own code does
-            reports[name] = NodeReport(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            reports[name] = NodeReport(error=error_line(error))
     for name, report in reports.items():  # one by one, and after the facts: starting a worker takes seconds
         if not report.error:
             reports[name] = _with_clock(report, time_of.options(**on[name]))
@@ -49,7 +49,7 @@ def _with_clock(report: NodeReport, time_of: Any) -> NodeReport:
         theirs = ray.get(time_of.remote(), timeout=WITHIN_S)
         ended = time.time()
     except Exception as error:
-        return NodeReport(error=f"{type(error).__name__}: {error}".splitlines()[0])
+        return NodeReport(error=error_line(error))
     return NodeReport(report.facts, Clock(theirs - (began + ended) / 2, (ended - began) / 2))
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from scoreray.cluster.finding import Finding
+from scoreray.cluster.finding import Finding, error_line
 
 REDUCE_BYTES = 32 << 20
 REACH_S, REDUCE_S, WITHIN_S, FREE_GPU_S = 5.0, 20.0, 60.0, 20.0
@@ -133,7 +133,7 @@ class _Pair:
         try:
             return list(ray.get(self._calls, timeout=within_s))
         except Exception as error:
-            self.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.error = error_line(error)
             return []
 
     def listen(self) -> None:
