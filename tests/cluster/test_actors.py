@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from scoreray.cluster.actors import AHEAD, Retries, actors, completed, in_order
 from scoreray.data.errors import DataError, StorageError
@@ -33,6 +32,8 @@ class Killed:
 
 
 def test_results_are_in_order_and_no_call_is_far_ahead(ray_cluster: None) -> None:
+    import ray  # not above: an embedded Ray keeps to loopback only where it is imported after its environment is set
+
     begun: list[int] = []
 
     @ray.remote(num_cpus=0)
@@ -62,6 +63,8 @@ def test_an_actor_is_started_again_as_often_as_allowed(ray_cluster: None, tmp_pa
 
 
 def test_what_a_call_raises_arrives_as_it_was(ray_cluster: None) -> None:
+    import ray
+
     @ray.remote(num_cpus=0)
     def wrong(number: int) -> None:
         raise DataError("one line") if number else ValueError("a bug")
