@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -405,7 +406,7 @@ def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str
 def test_what_an_evaluation_reads_is_loaded_once(
     extractor: str, pictures: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the check before Ray starts to the page: one manifest, one marker, one file of weights, one extractor."""
+    """From the check before Ray starts to a worker and the page: a manifest, a marker, weights, an extractor."""
     monkeypatch.setattr(stages, "_loaded", {})
     read, real = list[str](), PathStore.get
 
@@ -417,7 +418,7 @@ def test_what_an_evaluation_reads_is_loaded_once(
     monkeypatch.setattr(PathStore, "get", get)
     settings = EvaluationSettings(*pictures, ("fid", "nn", "loss"), str(tmp_path / "out"), extractor=extractor,
                                   classifier_images=64, **QUICK)  # type: ignore[arg-type]  # fmt: skip
-    evaluate(checked_inputs(settings))
+    evaluate(pickle.loads(pickle.dumps(checked_inputs(settings))))  # as they travel to a worker
     once = [name for name in read if name.endswith((".safetensors", "manifest.json", "COMMITTED.json"))]
     assert len(once) == len(set(once)) == 3 + (extractor == "classifier")
 
