@@ -44,7 +44,7 @@ def ordered(owner: str, low: str, high: str, low_value: float, high_value: float
 
 
 def fraction(owner: str, **values: float) -> None:
-    """Raises UserError unless every value lies in [0, 1]."""
+    """Raises UserError unless every value is in [0, 1]."""
     between(owner, 0, 1, **values)
 
 
@@ -55,7 +55,7 @@ def noise_level(owner: str, **values: float) -> None:
 
 
 def between(owner: str, low: float, high: float, **values: float) -> None:
-    """Raises UserError unless every value lies in [low, high]."""
+    """Raises UserError unless every value is in [low, high]."""
     for name, value in values.items():
         if not low <= value <= high:  # NaN does not
             raise UserError(f"{owner}.{name} is {value}: give a number between {low:g} and {high:g}")

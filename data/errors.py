@@ -1,4 +1,4 @@
-"""What can go wrong outside the code, each with the exit status that the command line gives it."""
+"""Exceptions for what goes wrong outside the code, shown as one line; each has its exit status."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ LONGEST_WORD, LONGEST_LINE, MOST_LINES = 500, 1500, 200  # of a message; a path 
 
 
 def shortened(text: str, most: int = SHOWN) -> str:
-    """What was given, as a message echoes it: its beginning and its length where it is longer than `most`."""
+    """`text`, or where it is longer than `most`, its beginning and its length, for a message."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def readable(message: str) -> str:
-    """A message without what a terminal would act on, none of whose words and lines is longer than a person reads.
+    """A message without control characters, with its longest words and lines shortened.
 
-    What a person typed stands in messages, and may be of any length; this holds whatever a message forgot to shorten.
+    Messages echo what a person typed, which may be of any length and hold escape sequences.
     """
     lines = message.split("\n", MOST_LINES)
     if len(lines) > MOST_LINES:
@@ -50,7 +50,7 @@ class StorageError(ScorerayError):
 
 
 class Unanswered(StorageError):
-    """No usable answer came (busy, cut off, timed out): worth asking again."""
+    """The store gave no usable answer (busy, cut off, timed out): a later request may succeed."""
 
 
 class DataError(ScorerayError):
@@ -60,7 +60,7 @@ class DataError(ScorerayError):
 
 
 class MachineError(ScorerayError):
-    """This machine can't do what every command needs of it: no room, no processor time, a limit of the system."""
+    """This machine lacks what every command needs: disk space, processor time, a limit of the system."""
 
     exit_status = 3
 

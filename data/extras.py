@@ -1,6 +1,6 @@
-"""Packages that only some runs need: pyproject.toml's extras, as a command that installs them.
+"""Optional dependencies (the extras of pyproject.toml), and the command that installs them.
 
-`pip install 'scoreray[NAME]'` would ask an index that may not have this package.
+`pip install 'scoreray[NAME]'` is not printed: the index that pip uses may not have this package.
 """
 
 from __future__ import annotations

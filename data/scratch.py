@@ -1,4 +1,4 @@
-"""Temporary files of this machine: gone when they have been used; a disk without room is one line that names it."""
+"""Temporary files and folders, removed after use; a full disk is a StorageError that names it."""
 
 from __future__ import annotations
 

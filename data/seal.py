@@ -1,7 +1,7 @@
-"""The seal of a JSON file: its last line is the SHA-256 of all that is before it, so that no flipped bit passes.
+"""A checksum inside a JSON file: its last line is the SHA-256 of all lines before, so that a flipped bit is noticed.
 
-Without one a flipped digit is another number: a position, a noise level, a shape. It is no signature: who can write the
-file can seal it too.
+Without it a flipped digit is another valid number: a position, a noise level, a shape. It is no signature: anybody who
+can write the file can write its checksum too.
 """
 
 from __future__ import annotations

@@ -108,9 +108,9 @@ def as_images(path: Path, images: np.ndarray, options: SourceOptions) -> ShapedA
     elif images.ndim == 4 and options.layout != "NHWC" and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
     else:
-        asked = f" (--layout {options.layout})" if options.layout else ""
+        given = f" (--layout {options.layout})" if options.layout else ""
         raise UserError(
-            f"{path}: images of shape {images.shape}{asked}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
+            f"{path}: images of shape {images.shape}{given}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
         )
     height, width, channels = images.shape[1:]
     if image_size is None and height != width:

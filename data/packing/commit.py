@@ -1,4 +1,4 @@
-"""Finished shards on their way to a data set: a record of each is kept under `packing/`, the manifest is the commit."""
+"""Carrying out a pack: makes the missing shards, keeps a record of each under `packing/`, commits with the manifest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Mapper = Callable[["PackPlan", Sequence[int]], Iterable["PackedShard"]]
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A finished shard: what the manifest says of it, and what its samples add to the data set's statistics."""
+    """A finished shard: its entry of the manifest, its records, and its part of the data set's statistics."""
 
     shard: Shard
     sums: list[float]  # of each channel; of uint8 values, or of floats
@@ -49,7 +49,8 @@ class PackedShard:
 
 
 class PackPlan(Protocol):
-    """All that decides what becomes of a shard. Picklable, so that shards can be made on other machines."""
+    """What is to be packed and how; it determines the bytes of every shard. Picklable, so that shards can be made on
+    other machines."""
 
     @property
     def url(self) -> str: ...
@@ -67,20 +68,20 @@ class PackPlan(Protocol):
     def num_shards(self) -> int: ...
     @property
     def sha256(self) -> str:
-        """The same for the same plan only."""
+        """Equal for equal plans only."""
 
     @property
     def origin(self) -> str:
-        """The same for all packs of one source with the same options, whatever the source holds by now: an unfinished
-        one goes on when a file of its source has been fixed. "" where only the same plan may."""
+        """Equal for all packs of one source with the same options, even after files of the source have changed: an
+        unfinished pack goes on once a broken file has been fixed. "" where only an equal plan may go on."""
 
     def inputs(self, number: int) -> str:
-        """What decides the bytes of a shard, among plans of the same origin. A shard that was made of others is made
-        again."""
+        """A digest of what determines the bytes of a shard, among plans of one origin. A shard that an earlier run made
+        from other inputs is made again."""
 
     @property
     def in_place(self) -> bool:
-        """Whether the shards are there already, and are no one's to remove."""
+        """Whether the shards exist already (tars of somebody else, which are never removed)."""
 
     @property
     def notes(self) -> list[str]:
@@ -90,11 +91,11 @@ class PackPlan(Protocol):
         """(what to put, what it is) of a shard, a Path being one in the folder `scratch`; None for bytes that are
         there already, or for a shard without samples."""
 
-    def check_here(self) -> None:
+    def check_visible(self) -> None:
         """Raises UserError, DataError or StorageError when this process does not see the source."""
 
     def total_samples(self, done: list[Shard]) -> int:
-        """How many there are in all, or likely are."""
+        """The number of samples in all, or an estimate from the shards that are done."""
 
 
 def carry_out(
@@ -108,16 +109,14 @@ def carry_out(
     """Makes the shards that are not there yet and commits the data set; arguments as pack()'s."""
     check_limits(plan.name, plan.shape, len(plan.classes or ()), plan.num_shards)
     store = open_store(plan.url)
-    make = map_shards or partial(_map_here, workers)
+    make = map_shards or partial(_map_in_process, workers)
     finished = _claim(store, plan, skip_bad)
     if finished is None:
         return _commit(store, plan, make(plan, range(plan.num_shards)), skip_bad, progress)
-    there = dict(store.list())
-    if (
-        there.get(finished.index.name) != finished.index.bytes
-    ):  # made of all shards' records, which went with the commit
+    sizes = dict(store.list())
+    if sizes.get(finished.index.name) != finished.index.bytes:  # it needs all shards' records, removed at the commit
         return _commit(store, plan, make(plan, range(plan.num_shards)), skip_bad, progress)
-    lost = [shard for shard in finished.shards if there.get(shard.name) != shard.bytes]
+    lost = [shard for shard in finished.shards if sizes.get(shard.name) != shard.bytes]
     if lost:
         _make_again(store, plan, lost, make, progress)
     return finished
@@ -141,7 +140,7 @@ def _make_again(
     store.delete(f"packing/{number:06d}" for number in numbers)
 
 
-def _map_here(workers: int, plan: PackPlan, numbers: Sequence[int]) -> Iterable[PackedShard]:
+def _map_in_process(workers: int, plan: PackPlan, numbers: Sequence[int]) -> Iterable[PackedShard]:
     make = partial(pack_shard, plan)
     return map(make, numbers) if workers == 1 else map_in_threads(workers, make, numbers)
 
@@ -165,7 +164,7 @@ def map_in_threads(workers: int, make: Callable[[int], T], numbers: Iterable[int
 def check_node(plan: PackPlan) -> None:
     """Raises UserError, DataError or StorageError when this process can't make shards of the plan: it does not see the
     source, or not the place that they go to."""
-    plan.check_here()
+    plan.check_visible()
     store = open_store(plan.url)
     if not store.exists(PLAN) or not _is_begun(store, plan):
         raise UserError(f"{store.url()}: is not the place that the packing began at")
@@ -233,7 +232,7 @@ def _is_whole(store: Store, shard: Shard) -> bool:
 
 
 def put_record(store: Store, number: int, packed: PackedShard) -> None:
-    """Says that shard `number` is finished: its bytes are there."""
+    """Records that shard `number` is finished: its bytes are stored."""
     store.put(f"packing/{number:06d}", _to_record(packed))
 
 

@@ -94,16 +94,14 @@ def _pictures(store: Store, names: list[str]) -> set[str]:
 
 
 def _notes(url: str, listing: Listing, left_out: Counter[str], classes: list[str]) -> tuple[str, ...]:
-    """Lines about what lies in the folder and is not packed."""
+    """Lines about what is in the folder and not packed."""
     empty, notes = sorted(set(listing.folders) - set(classes)), []
     if left_out:
         notes.append(f"{left_out.total():,} files that are no images are left out ({kinds_line(left_out)})")
     if classes and empty:
         notes.append(f"{len(empty):,} folders hold no images and become no class: {some_of(empty)}")
     if listing.loops:
-        notes.append(
-            f"{len(listing.loops):,} links to a folder that they lie in are not followed: {some_of(listing.loops)}"
-        )
+        notes.append(f"{len(listing.loops):,} links to a folder above them are not followed: {some_of(listing.loops)}")
     return tuple(f"{url}: {note}" for note in notes)
 
 
@@ -113,7 +111,7 @@ def _classes_of(store: Store, files: list[str]) -> tuple[list[str], np.ndarray |
         return [], None
     if loose:
         raise UserError(
-            f"{store.url()}: {len(loose)} images lie beside the folders of the classes "
+            f"{store.url()}: {len(loose)} images are beside the folders of the classes "
             f"({shown(store.url(), loose[0])}); move them into one, or --no-classes packs all without classes"
         )
     tops = [name.split("/", 1)[0] for name in files]

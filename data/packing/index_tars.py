@@ -1,4 +1,4 @@
-"""Existing WebDataset tars, indexed where they lie: read once, checked, and given an index and a manifest."""
+"""Existing WebDataset tars, indexed in place: read once, checked, and given an index and a manifest."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TarsPlan:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
         return round(per_byte * sum(size for _, size in self.shards))
 
-    def check_here(self) -> None:
+    def check_visible(self) -> None:
         open_store(self.url).size(self.shards[0][0])
 
     def make(self, number: int, scratch: Path) -> tuple[None, PackedShard]:
@@ -121,12 +121,12 @@ def plan_tars(
     layout: Layout | None = None,
     labelled: bool = True,
 ) -> TarsPlan:
-    """Raises UserError when `url` is not where the tars lie, DataError when no sample can be read, or, without
+    """Raises UserError when `url` is not where the tars are, DataError when no sample can be read, or, without
     `skips_bad`, the first."""
     store, shards = open_store(tars.url), tars.shards
     if open_store(url).url() != store.url():
         raise UserError(
-            f"{tars.url}: holds tars, which are indexed where they lie, not copied; give it as the URL too: "
+            f"{tars.url}: holds tars, which are indexed in place, not copied; give it as the URL too: "
             f"scoreray data pack {tars.url} {tars.url}; or make new ones of them: --image-size or --image-format"
         )
     for key, _ in shards:

@@ -1,4 +1,4 @@
-"""Looking at a data set: `verify` checks every byte, `summary` says what it holds, `picture_grid` shows images."""
+"""Inspecting a data set: `verify` checks every byte, `summary` counts and measures, `picture_grid` draws images."""
 
 from __future__ import annotations
 

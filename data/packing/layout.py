@@ -25,9 +25,9 @@ def layout_of(shape: Sequence[int]) -> Layout | None:
     return "NCHW" if first < min(middle, last) else None
 
 
-def checked_layout(name: str, shape: Sequence[int], asked: Layout | None) -> Layout:
-    """What is asked for, or what `layout_of` finds. Raises UserError, which begins with `name`, where that is open."""
-    found = asked or layout_of(shape)
+def checked_layout(name: str, shape: Sequence[int], given: Layout | None) -> Layout:
+    """`given`, or what `layout_of` finds. Raises UserError, which begins with `name`, where the shape fits both."""
+    found = given or layout_of(shape)
     if found is None:
         raise UserError(
             f"{name}: samples of shape {tuple(shape)} may be [C, H, W] or [H, W, C]; say which: --layout NCHW or NHWC"

@@ -1,4 +1,4 @@
-"""The files below a folder that is to be packed, as a person sees them: links are followed, nothing just vanishes."""
+"""The files below a folder that is to be packed: links are followed, and what can't be packed is listed too."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ OF_SYSTEMS = ("__MACOSX", "lost+found")  # folders that an archiver or a file sy
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder or prefix. Hidden files and folders are not looked into.
+    """What is below a folder or prefix. Hidden files and folders are not looked into.
 
     files: bytes of each file, by its key.  folders: those of the first level, also without a file.
-    broken: links that lead nowhere, and where to.  loops: links to a folder that they lie in, which are not followed.
+    broken: links that lead nowhere, and where to.  loops: links to a folder above them, which are not followed.
     special: what is neither a file nor a folder, and what it is.
     """
 
@@ -63,7 +63,7 @@ def list_below(store: Store) -> Listing:
 
 
 def _add(found: Listing, key: str, path: str, within: frozenset[tuple[int, int]]) -> bool:
-    """Adds what is at `path`; True for a folder that is to be looked into. `within`: the folders that it lies in."""
+    """Adds what is at `path`; True for a folder that is to be looked into. `within`: the folders above it."""
     with explained(Path(path)):
         try:
             status = os.stat(path)

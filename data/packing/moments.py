@@ -1,4 +1,4 @@
-"""Statistics of a data set's values: sums of each channel, added up shard by shard; means and standard deviations."""
+"""Mean and standard deviation of each channel, from sums that are added up shard by shard."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def statistics(
 def _mean_and_std(sums: np.ndarray, squares: np.ndarray, count: float) -> tuple[np.ndarray, np.ndarray]:
     mean = sums / count
     variance = squares / count - mean**2
-    # Less than float32 tells apart is what rounding left of a constant, e.g. a channel that is 1000 everywhere.
+    # A variance below float32's resolution is rounding of a constant, e.g. a channel that is 1000 everywhere.
     return mean, np.sqrt(np.where(variance > 1e-14 * mean**2, variance, 0.0))

@@ -2,7 +2,7 @@
 
 The same source and arguments give the same bytes, whichever process makes the shards. Each shard is put when it is
 done; the manifest comes last and is the commit. A pack that was killed is run again and keeps shards that are there;
-another pack at the same URL is refused. Existing WebDataset tars are indexed where they lie, or made into new ones.
+another pack at the same URL is refused. Existing WebDataset tars are indexed in place, or made into new ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pack(
 ) -> Manifest:
     """Packs `source` (.npz, IDX, a folder of images here or in S3, WebDataset tars) at `url`; returns the manifest.
 
-    Tars are indexed where they lie when `url` is where that is; at another URL, with `image_size` or `image_format`,
+    Tars are indexed in place when `url` is where they are; at another URL, with `image_size` or `image_format`,
     new ones are made of them.
 
     Args:
@@ -85,9 +85,9 @@ def pack(
     tars = tars_at(source)
     _check_apart(source, url, bool(tars.shards))
     where = local_path(source)
-    asked = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
+    given = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
              samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
-    origin = hashlib.sha256(json.dumps(asked).encode(errors="surrogateescape")).hexdigest()
+    origin = hashlib.sha256(json.dumps(given).encode(errors="surrogateescape")).hexdigest()
     if tars.shards:
         if samples_per_shard is not None:
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
@@ -106,12 +106,12 @@ def pack(
 
 
 def _check_apart(source: str | Path, url: str | Path, holds_tars: bool) -> None:
-    """A target below the source would be taken for a part of it by the next run. Tars are indexed where they are."""
+    """A target below the source would be taken for a part of it by the next run. Tars may be indexed in place."""
     where = local_path(source)
     if where is None or stat.S_ISDIR(mode_of(where)):
         within, target = _real_place(source), _real_place(url)
         if target.startswith(f"{within}/") or (target == within and not holds_tars):
-            how = "is" if target == within else "lies in"
+            how = "is" if target == within else "is inside"
             raise UserError(
                 f"{open_store(url).url()}: {how} the folder that is packed ({open_store(source).url()}); give a place "
                 "outside it"
@@ -160,8 +160,8 @@ class ImagesPlan:
         parts = [ENCODING, self.source.fingerprint, asdict(self.source.options), self.source.classes,
                  hashlib.sha256(labels).hexdigest(), self.shape, self.dtype, self.name, self.samples_per_shard,
                  self.image_format, self.seed]  # fmt: skip
-        # Not skips_bad: a shard that has a bad sample is only kept when it was skipped, and then says so; the manifest
-        # says how many were.
+        # Not skips_bad: a shard with a bad sample is only finished where that was skipped, and its record lists it; the
+        # manifest has the number.
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def inputs(self, number: int) -> str:
@@ -180,8 +180,8 @@ class ImagesPlan:
     def total_samples(self, done: list[Shard]) -> int:
         return self.source.num_samples
 
-    def check_here(self) -> None:
-        self.source.check_here()
+    def check_visible(self) -> None:
+        self.source.check_visible()
 
     def numbers(self, shard: int) -> np.ndarray:
         """Which samples of the source are in this shard: the permutation that the seed gives, cut into shards."""

@@ -1,4 +1,4 @@
-"""New tars of existing ones: each sample decoded, fitted, encoded; a tar at a time, streaming, in bounded memory."""
+"""New tars from existing ones: each sample decoded, fitted and encoded again; streaming, in bounded memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RepackPlan:
         read = sum(size for _, size in self.tars[: len(done)])
         return round(sum(shard.num_samples for shard in done) / read * sum(size for _, size in self.tars))
 
-    def check_here(self) -> None:
+    def check_visible(self) -> None:
         open_store(self.source).size(self.tars[0][0])
 
     def make(self, number: int, scratch: Path) -> tuple[Path | None, PackedShard]:
@@ -96,7 +96,7 @@ def plan_repack(
     image_format: str,
     skips_bad: bool,
 ) -> RepackPlan:
-    """Raises UserError when `url` is where the tars lie, DataError when they hold no image that can be read."""
+    """Raises UserError when `url` is where the tars are, DataError when they hold no image that can be read."""
     store, tars = open_store(found.url), found.shards
     if open_store(url).url() == store.url():
         raise UserError(f"{store.url()}: new tars need another URL than that of the tars that they are made of")
@@ -113,7 +113,7 @@ def plan_repack(
 
 
 def _some_images(store: Store, tars: list[tuple[str, int]], options: SourceOptions) -> list[Image.Image]:
-    """The first images of some tars that lie apart; where none of these can be read, of the first tar that has some."""
+    """The first images of some tars spread over the set; where none can be read, of the first tar that has some."""
     apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
     images, problems = list[Image.Image](), list[str]()
     for number in [*apart, *(i for i in range(len(tars)) if i not in apart)]:
@@ -139,7 +139,7 @@ def _some_images(store: Store, tars: list[tuple[str, int]], options: SourceOptio
 def _open(member: Member) -> Image.Image:
     name = f"byte {member.offset}: '{member.name}'"
     if member.name.lower().endswith(".npy"):
-        raise UserError(f"{name}: arrays are not made into images; index these tars where they lie")
+        raise UserError(f"{name}: arrays are not made into images; index these tars in place")
     return open_picture(member.data, name)
 
 

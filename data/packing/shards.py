@@ -1,4 +1,4 @@
-"""Writing one shard: samples encoded into a plain USTAR tar, their records, and what their values add up to.
+"""Writing one shard: samples encoded into a plain USTAR tar, with their records and channel sums.
 
 The bytes depend on the samples alone: no times, owners or paths are in them.
 """

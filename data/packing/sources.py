@@ -68,7 +68,7 @@ class Source:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def check_here(self) -> None:
+    def check_visible(self) -> None:
         """Raises UserError or DataError when this process does not see the source."""
         if self.files:
             store = open_store(self.path)

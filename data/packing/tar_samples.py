@@ -1,4 +1,4 @@
-"""Samples of a WebDataset tar that somebody else made: an image with its class, and a count of what else there is.
+"""Samples of a WebDataset tar that somebody else made: image and class; other members are counted by kind.
 
 A sample's key is its members' name up to the first dot, as WebDataset reads it. Where no member of a key is just a
 picture (`img_0.05.png`, `img_0.10.png`), the names are taken to have dots in them, and the key goes to the last one.
@@ -88,11 +88,11 @@ class TarSamples:
         at = next(iter(group.values())).offset
         dotted = None if any(kind in IMAGES for kind in group) else _by_last_dot(group)
         if self._was_seen(key, "dotted" if dotted else "key"):
-            raise DataError(f"byte {at}: sample '{_name(key)}' comes twice, or its members lie apart")
+            raise DataError(f"byte {at}: sample '{_name(key)}' comes twice, or its members are not side by side")
         for stem, found in (dotted or {"": group}).items():
             whole = f"{key}.{stem}" if stem else key
             if dotted and self._is_again(whole):
-                raise DataError(f"byte {at}: sample '{_name(whole)}' comes twice, or its members lie apart")
+                raise DataError(f"byte {at}: sample '{_name(whole)}' comes twice, or its members are not side by side")
             yield self._sample(whole, found)
 
     def _all_but_the_last(self, key: str, group: dict[str, Member]) -> Generator[TarSample, None, dict[str, Member]]:

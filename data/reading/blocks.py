@@ -1,6 +1,6 @@
-"""Blocks of a rank's lanes, read ahead: the rows that a stream's batches are made of.
+"""Reads the blocks of a rank's lanes ahead of time: the rows that a stream's batches are made of.
 
-While a lane hands out one block, its next one is being read. Nothing here runs on the training thread.
+While a lane hands out one block, its next one is being read. Nothing in this module runs on the training thread.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ READ_THREADS = 8
 BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: what a lane reads from, and what it reads next
 REQUEST_BYTES = 1 << 20  # a lane's small blocks are read from a remote store several at once, up to this
 MOST_BLOCKS = 16
-STAND_INS = 16  # samples that are tried in the place of a quarantined one
+SUBSTITUTES = 16  # samples that are tried in the place of a quarantined one
 
 
 @dataclass(frozen=True)
 class ReadBlock:
-    """A block that was read, in the order in which it is handed out. A member is None when it is quarantined; when all
-    are in the cache, there are none."""
+    """A block that was read, in the order in which it is handed out. A quarantined member is None; `members` is empty
+    when all are in the cache."""
 
     samples: np.ndarray
     labels: np.ndarray
@@ -57,7 +57,7 @@ class Rows:
 
 
 class BlockReader:
-    """The blocks that positions lie in, and the next ones of their lanes, read by several threads.
+    """The blocks of given positions, and the next ones of their lanes, read by several threads.
 
     A data set that decoded takes up to `cache_bytes` is kept decoded, as far as it has been read.
     """
@@ -72,27 +72,27 @@ class BlockReader:
         self._cache = _Cache(manifest.num_samples, self.stored_shape, self.dtype) if num_bytes <= cache_bytes else None
         self._inline = self._cache is None and reader.cache is None and not reader.store.is_remote
         self._at_once = blocks_at_once(order, manifest.bytes_per_sample) if reader.store.is_remote else 1
-        # A block, or where it will be, or None: to be read when its turn comes.
-        self._asked: dict[BlockKey, tuple[Future[list[ReadBlock]], int] | ReadBlock | None] = {}
+        # A block, or the future that will hold it, or None: to be read when its turn comes.
+        self._requested: dict[BlockKey, tuple[Future[list[ReadBlock]], int] | ReadBlock | None] = {}
         self._newest: dict[int, BlockKey] = {}  # of each lane
         self._threads: ThreadPoolExecutor | None = None
 
     def rows(self, positions: np.ndarray, stop: threading.Event) -> Rows:
         """The samples at `positions` (ascending), waiting for them to be read."""
         if self._cache is not None and self._cache.is_whole:
-            self._asked.clear()
+            self._requested.clear()
             samples = self.order.samples(positions)
             return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), [])
         groups = self.order.by_block(positions)
         passed = []
         for key, _, _ in groups:
-            self._ask(key)
+            self._request(key)
             lane = key[1]
             if self._newest.get(lane) != key:
                 if lane in self._newest:
                     passed.append(self._newest[lane])
                 self._newest[lane] = key
-                self._ask(self._next(key), ahead=True)
+                self._request(self._next(key), ahead=True)
         order = np.concatenate([rows for _, rows, _ in groups])
         index, labels, formats = (list[np.ndarray]() for _ in range(3))
         members: list[bytes | None] = []
@@ -107,13 +107,13 @@ class BlockReader:
         if self._cache is None:
             members = [members[i] for i in back.tolist()]
         for key in passed:
-            del self._asked[key]
+            del self._requested[key]
         codes = np.concatenate(formats)[back] if self._cache is None else np.zeros(0, np.uint8)
         return Rows(positions, np.concatenate(index)[back], np.concatenate(labels)[back], codes, members)
 
     def decode(self, rows: Rows, out: np.ndarray) -> None:
-        """The rows' samples into `out` [n, H, W, C] or [n, ...]. Where one stands in for a quarantined sample, the
-        index and label in `rows` become its own. Raises DataError."""
+        """The rows' samples into `out` [n, H, W, C] or [n, ...]. Where one replaces a quarantined sample, the index
+        and label in `rows` become its own. Raises DataError."""
         if self._cache is not None:
             np.take(self._cache.values, rows.index, axis=0, out=out)
             rows.index[:] = self._cache.source[rows.index]
@@ -123,7 +123,7 @@ class BlockReader:
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
-        self._asked.clear()
+        self._requested.clear()
 
     def _decode(
         self, index: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None], out: np.ndarray
@@ -138,13 +138,13 @@ class BlockReader:
                 if self.reader.quarantine is None:
                     raise
                 self.reader.put_aside(sample, str(error))
-                index[row], labels[row] = self._stand_in(sample, out[row])
+                index[row], labels[row] = self._substitute(sample, out[row])
 
-    def _stand_in(self, sample: int, out: np.ndarray) -> tuple[int, int]:
+    def _substitute(self, sample: int, out: np.ndarray) -> tuple[int, int]:
         """Decodes another sample in the place of `sample`: a function of its number, so the same on every rank."""
         n = self.reader.manifest.num_samples
         step = max(1, int(n * 0.6180339887))  # golden section: away from a shard that is bad as a whole
-        for k in range(1, STAND_INS + 1):
+        for k in range(1, SUBSTITUTES + 1):
             other = (sample + k * step) % n
             name = partial(self.reader.name_of, other)
             try:
@@ -153,39 +153,39 @@ class BlockReader:
                 return other, label
             except DataError:
                 continue
-        raise DataError(
-            f"{self.reader.name_of(sample)}: quarantined, and so are {STAND_INS} that could stand in for it"
-        )
+        raise DataError(f"{self.reader.name_of(sample)}: quarantined, and so are {SUBSTITUTES} that could replace it")
 
-    def _ask(self, key: BlockKey, *, ahead: bool = False) -> None:
+    def _request(self, key: BlockKey, *, ahead: bool = False) -> None:
         """Has a block read; from a disk of this machine only when its turn comes (a thread that reads from there costs
         the decoding one more than it saves), but the kernel is advised to read it."""
-        if key in self._asked:
+        if key in self._requested:
             return
         if self._inline:
             if ahead:
                 self.reader.advise(self.order.block(*key).ranges)
-            self._asked[key] = None
+            self._requested[key] = None
             return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS, "scoreray-read")
         epoch, lane, block = key
         end = min(block + self._at_once, self.order.num_blocks(epoch, lane))
-        keys = list(itertools.takewhile(lambda k: k not in self._asked, ((epoch, lane, b) for b in range(block, end))))
+        keys = list(
+            itertools.takewhile(lambda k: k not in self._requested, ((epoch, lane, b) for b in range(block, end)))
+        )
         read = self._threads.submit(self._read, keys)
-        self._asked.update((key, (read, i)) for i, key in enumerate(keys))
+        self._requested.update((key, (read, i)) for i, key in enumerate(keys))
 
     def _wait(self, key: BlockKey, stop: threading.Event) -> ReadBlock:
-        asked = self._asked[key]
-        if asked is None:
-            asked = self._read([key])[0]
-        elif isinstance(asked, tuple):
-            read, i = asked
+        block = self._requested[key]
+        if block is None:
+            block = self._read([key])[0]
+        elif isinstance(block, tuple):
+            read, i = block
             while not read.done() and not stop.is_set():
                 wait([read], timeout=0.2)
-            asked = read.result(timeout=0)[i]
-        self._asked[key] = asked
-        return asked
+            block = read.result(timeout=0)[i]
+        self._requested[key] = block
+        return block
 
     def _next(self, key: BlockKey) -> BlockKey:
         epoch, lane, block = key
@@ -227,7 +227,7 @@ def blocks_at_once(order: Order, bytes_per_sample: float) -> int:
 
 
 def _joined(ranges: list[RecordRange]) -> list[RecordRange]:
-    """`ranges`, those that lie side by side made one."""
+    """`ranges`, with neighbours joined into one."""
     joined: list[RecordRange] = []
     for part in ranges:
         if joined and joined[-1].shard == part.shard and joined[-1].first + joined[-1].count == part.first:

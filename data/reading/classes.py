@@ -1,4 +1,4 @@
-"""Class names and numbers: how names are put in order when a data set is packed, and which class a label asks for."""
+"""Class names and numbers: how names are ordered when a data set is packed, and which class a label names."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def class_number(label: object, classes: Sequence[str]) -> int:
-    """The number of the class that `label` asks for; -1 for None, which asks for no class.
+    """The number of the class that `label` names; -1 for None, which names no class.
 
     A number (Python's, numpy's, JSON's) is the class's number, -1 no class. A word, which is all that a command line
-    has, is a class's exact name, or its number in digits, or its name in another case. `name:2` asks for the class
-    that is called 2, `index:2` for number 2.
+    has, is a class's exact name, or its number in digits, or its name in another case. `name:2` is the class
+    that is called 2, `index:2` number 2.
 
-    Raises UserError where there is no such class, and where a word fits two: it names both and how to ask for each.
+    Raises UserError where there is no such class, and where a word fits two: it names both and how to write each.
     """
     if label is None:
         return NO_CLASS
@@ -63,7 +63,7 @@ def _by_index(word: str, classes: Sequence[str]) -> set[int]:
 
 
 def _meant(word: str, classes: Sequence[str]) -> set[int]:
-    """Numbers of all classes that a word may ask for. Exact readings come before any with another case."""
+    """Numbers of all classes that a word may name. Exact matches come before those in another case."""
     by_name = word.removeprefix(BY_NAME) if word.startswith(BY_NAME) else None
     exact = {i for i, name in enumerate(classes) if name in (word, by_name)}
     exact |= _by_index(word.removeprefix(BY_INDEX), classes)
@@ -77,7 +77,7 @@ def _folded(name: str) -> str:
 
 
 def _spelled(number: int, word: str, classes: Sequence[str]) -> str:
-    """What asks for this class and for no other, where `word` does not."""
+    """How to write this class so that no other is meant, where `word` fits several."""
     name = classes[number] if number >= 0 else ""
     by_name, by_index = f"{BY_NAME}{name}", f"{BY_INDEX}{number}"
     ways = [name, by_name, by_index, str(number)] if name == word else [name, by_index, by_name, str(number)]

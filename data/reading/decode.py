@@ -1,4 +1,4 @@
-"""Bytes of a tar member to an array: pictures and npy without pickle, nothing else, and never above a size.
+"""Decoding a tar member into an array: pictures and npy without pickle, nothing else, and never above a size.
 
 Stock readers dispatch on the member's name and unpickle some; here the format comes from the verified index, and what
 a decoder may return (shape, type) is known beforehand from the manifest.

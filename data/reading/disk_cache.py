@@ -1,14 +1,14 @@
 """A cache of shards on a disk of this machine, shared by its ranks: pieces of a fixed size, within a limit of bytes.
 
 A piece is a file named by the SHA-256 of its shard and its number, so data sets never mix, whatever they are called. It
-appears by a rename and is checked by who reads it (its size here, its members' digests in the reader). Locks are held
+appears by a rename and is checked when it is read (its size here, its members' digests in the reader). Locks are held
 on open files, so the kernel frees those of a process that dies:
 
     <folder>/<2 hex>/<sha256>-<piece>         a piece; its modification time is when it was last read
     <folder>/<2 hex>/<sha256>-<piece>.part    being fetched by the process that holds its lock; others wait for it
     <folder>/used                             bytes taken, as 8 bytes; counted again whenever something is removed
 
-Removing a piece that somebody reads is harmless: they hold the file open, or find it gone and ask the store.
+Removing a piece that another process reads is harmless: it holds the file open, or finds it gone and fetches it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DiskCache:
         self._lock = threading.Lock()
 
     def get(self, sha256: str, size: int, start: int, end: int, fetch: Fetch) -> bytes:
-        """Bytes [start, end) of the shard with this SHA-256 and size; what is not here is fetched and kept."""
+        """Bytes [start, end) of the shard with this SHA-256 and size; missing pieces are fetched and kept."""
         end, n = min(end, size), self.piece_bytes
         parts: list[bytes] = []
         missing: list[int] = []
@@ -97,7 +97,7 @@ class DiskCache:
         return data
 
     def _fetched(self, sha256: str, size: int, pieces: list[int], fetch: Fetch) -> list[bytes]:
-        """Neighbouring pieces that are not here, in one request; of those that another fetches just now, theirs."""
+        """Neighbouring missing pieces, in one request; of those that another process is fetching, its result."""
         if not pieces:
             return []
         first, end = pieces[0] * self.piece_bytes, min(size, (pieces[-1] + 1) * self.piece_bytes)

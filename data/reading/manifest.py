@@ -1,6 +1,6 @@
-"""What a data set is: `manifest.json` (counts, sizes, hashes, statistics) and `index.bin` (one record per sample).
+"""The files that describe a data set: `manifest.json` (counts, sizes, hashes, statistics), `index.bin` (records).
 
-Both come from outside and are checked as such. The manifest grows with the number of shards; records are read by
+Both are untrusted input and checked as such. The manifest grows with the number of shards; records are read by
 chunks (records.py), and never all at once.
 """
 
@@ -38,7 +38,7 @@ FORMATS = {"png": 1, "jpg": 2, "npy": 3, "picture": 4}
 WRITTEN_FORMATS = ("png", "jpg", "npy")
 FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
 
-# One sample in index.bin, little-endian: where its member's bytes lie in the shard, its class (-1: none), its format,
+# One sample in index.bin, little-endian: where its member's bytes are in the shard, its class (-1: none), its format,
 # and the first 8 bytes of the member's SHA-256, so that a ranged read can be verified.
 RECORD = np.dtype(
     {

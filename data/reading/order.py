@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (counts, seed, epoch), the same at every world size.
 
-Positions count the run's samples: position p = e N + q is the q-th of epoch e. A fixed number of lanes L deals them
-out, lane(p) = p mod L. In each epoch the shards are permuted and put end to end on a ring, the ring is turned by a
-random amount and cut into L contiguous slices, one a lane, each exactly as long as the lane has positions in this
+Positions count the run's samples: position p = e N + q is the q-th of epoch e. They are dealt out to a fixed number
+L of lanes, lane(p) = p mod L. In each epoch the shards are permuted and put end to end on a ring, the ring is turned by
+a random amount and cut into L contiguous slices, one a lane, each exactly as long as the lane has positions in this
 epoch. A lane goes through its slice in blocks and shuffles inside each. So every sample has exactly one position an
 epoch, whatever N, the batch and the world size; a rank owns lanes, reads few long ranges, and a change of world size
 only hands lanes over.
@@ -44,7 +44,7 @@ class RecordRange:
 @dataclass(frozen=True)
 class ShuffleBlock:
     """What a lane reads at once. `samples` int64 [n]: numbers in the manifest, as the lane hands them out.
-    `slots` int64 [n]: where each lies in `ranges` put end to end."""
+    `slots` int64 [n]: where each is in `ranges` put end to end."""
 
     ranges: list[RecordRange]
     samples: np.ndarray
@@ -90,7 +90,7 @@ class Order:
         return epoch, lane, block, place - np.where(block == 0, self._stagger(lane), 0)
 
     def by_block(self, positions: np.ndarray) -> list[tuple[BlockKey, np.ndarray, np.ndarray]]:
-        """The positions by the block that they lie in: (block, rows of `positions`, places in the block)."""
+        """The positions by their block: (block, rows of `positions`, places in the block)."""
         epoch, lane, block, place = self.locate(positions)
         rows = np.lexsort((block, epoch, lane))
         epoch, lane, block, place = epoch[rows], lane[rows], block[rows], place[rows]

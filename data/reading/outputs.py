@@ -1,4 +1,4 @@
-"""Names of what a command writes: a folder or prefix of many files, or one picture. Checked before any work begins."""
+"""Checks of output names before any work begins: a folder or prefix of many files, or one picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One picture from outside, whatever camera or program made it, as the array that is packed: every step bounded."""
+"""Decoding one untrusted picture, whatever camera or program made it, into the array that is packed, within limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-HEAD_BYTES = 32  # enough of a file to tell a picture by
+HEAD_BYTES = 32  # enough of a file to recognise a picture
 
 
 def looks_like_a_picture(head: bytes) -> bool:
@@ -124,7 +124,7 @@ def _orientation(image: Image.Image) -> int:
 
 def orientation_in(exif: bytes) -> int | None:
     """The orientation tag of EXIF data, None where there is none to be found. Pillow's parser stops at the first tag
-    whose value lies outside the data; this one looks at no other tag's value (Exif 2.3, 4.6.2)."""
+    whose value is outside the data; this one looks at no other tag's value (Exif 2.3, 4.6.2)."""
     data = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     try:

@@ -1,4 +1,4 @@
-"""Samples that can't be read: each named once, counted against a budget, and handed on to the run's summary."""
+"""Quarantine of samples that can't be read: each is logged once, counted against a budget, listed in the summary."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Quarantine:
 
     def __init__(self, budget: int, known: Iterable[Unreadable] = ()) -> None:
         self.budget = budget
-        self.missing: set[str] = set()  # shards that are not asked for again
+        self.missing: set[str] = set()  # shards that are not requested again
         known = list(known)
         self._met, self._found = Entries(known), Entries(known)
         self._lock = threading.Lock()
@@ -100,7 +100,7 @@ class Quarantine:
             raise DataError(over_budget(self.budget, entry))
 
     def settle(self, samples: np.ndarray) -> None:
-        """Says which samples others stood in for in a batch that is handed out."""
+        """Takes the samples that others replaced in a batch that is handed out."""
         with self._lock:
             for sample in samples.tolist():
                 if entry := self._met.of(sample):
@@ -108,7 +108,7 @@ class Quarantine:
 
     @property
     def found(self) -> list[Unreadable]:
-        """The entries whose turn has come, by sample."""
+        """The entries met in batches that were handed out, by sample."""
         with self._lock:
             return list(self._found)
 

@@ -24,7 +24,7 @@ from scoreray.data.storage.store import NotFound, Store
 log = logging.getLogger(__name__)
 sha256 = hashlib.sha256
 
-MAX_GAP_BYTES = 64 << 10  # what lies between two members is read along with them up to this
+MAX_GAP_BYTES = 64 << 10  # a gap between two members is read along with them up to this
 MAX_REQUEST_BYTES = 16 << 20
 REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
 REREAD_S = 0.5  # the longest pause before one
@@ -112,7 +112,7 @@ class Reader:
         return member, int(record["format"][0]), int(record["label"][0])
 
     def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
-        """The members of neighbouring records in one request, asked again while one of them is wrong."""
+        """The members of neighbouring records in one request, repeated while one of them is wrong."""
         name, missing = self.manifest.shards[shard].name, False
         if self.quarantine is not None and name in self.quarantine.missing:
             return [None] * len(records)

@@ -1,4 +1,4 @@
-"""The index's records, by chunks: a rank reads and verifies those of its own samples, not those of whole shards.
+"""Reads and verifies the index's records in chunks, so that a rank needs those of its own samples only.
 
 index.bin holds the records of all samples, then the SHA-256 of every CHUNK records of every shard. A shard's
 `records_sha256` in the manifest is the SHA-256 of its chunks' ones put end to end. So what is needed of a shard of many
@@ -39,7 +39,7 @@ def index_bytes(counts: Iterable[int]) -> int:
 
 
 class Records:
-    """Verified records of a data set, those of late kept in memory; used by several threads.
+    """Verified records of a data set, recently used ones kept in memory; used by several threads.
 
     Args:
       get: of the data set's store.
@@ -56,12 +56,12 @@ class Records:
         self._chunks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._digests: OrderedDict[int, bytes] = OrderedDict()  # of shards that were read in part
         self._lock = threading.Lock()
-        self._asking = [threading.Lock() for _ in range(LOCKS)]  # one request for what several threads need
+        self._requesting = [threading.Lock() for _ in range(LOCKS)]  # one request for what several threads need
 
     def read(self, shard: int, start: int, count: int) -> np.ndarray:
         """Records [start, start + count) of the shard. Raises DataError, StorageError."""
         first, end = start // CHUNK, -(-(start + count) // CHUNK)
-        with self._asking[shard % LOCKS]:
+        with self._requesting[shard % LOCKS]:
             with self._lock:
                 kept = {c: self._chunks[shard, c] for c in range(first, end) if (shard, c) in self._chunks}
                 for c in kept:

@@ -1,4 +1,4 @@
-"""The stream that a rank reads: batches of the run's order, prefetched, verified and decoded off the training thread.
+"""The batches of one rank, in the run's order: prefetched, verified and decoded off the training thread.
 
 The position is the whole state. A stream opened at the same position, with the same manifest, seed, number of lanes
 and block size, hands out the same samples at any world size.
@@ -66,7 +66,7 @@ class Stream:
       cache_dir: a folder of this machine that keeps what was read, up to `cache_dir_bytes`; ranks share it.
       pin_memory: page-locked batches, for a copy to a GPU that overlaps with work.
       quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
-        another stands in for it (its number is in Batch.index). None: the first one raises.
+        another replaces it (its number is in Batch.index). None: the first one raises.
 
     Memory: what a lane reads from and what it reads next, encoded (256 MB in all ranks together, by default), the
     waiting batches, the records of the shards in use, and, up to `cache_bytes`, a decoded data set.

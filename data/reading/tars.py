@@ -1,4 +1,4 @@
-"""Members of a tar that somebody else made: every step bounded, plain files only, names used for grouping alone.
+"""Parsing an untrusted tar: bounded memory and time, plain files only, member names used for grouping alone.
 
 Python's tarfile follows whatever a header says (a 2.5 KB tar can hang it, CVE-2026-11972) and takes a tar that is cut
 between two members for a whole one. Here a tar is refused, with the reason and the offset, unless it is complete.
@@ -24,7 +24,7 @@ PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".dill", ".joblib")
 
 @dataclass(frozen=True)
 class Member:
-    """A plain file: `offset` is where its bytes lie in the tar."""
+    """A plain file: `offset` is where its bytes begin in the tar."""
 
     name: str
     offset: int

@@ -1,7 +1,7 @@
-"""Whose turn it is where several starts of one job could work at one place: the newest one's.
+"""A lease on a place in the store: of several starts of one job the newest works there, and older ones end.
 
-A start takes the lease by writing its token, without asking anybody: an older start may be a process that hangs. The
-older one finds another token, and ends. The store has no transaction around a check and what follows it, so a holder
+A start takes the lease by writing its token, without waiting for an older start, which may hang. The older one finds
+another token, and ends. The store has no transaction around a check and what follows it, so a holder
 checks right before what must not be done twice, and once more after it.
 """
 
@@ -63,7 +63,7 @@ class Lease:
             )
 
     def check_every(self, seconds: float) -> None:
-        """`check`, where the last one is so long ago; a store that does not answer is asked again another time."""
+        """`check`, where the last one is so long ago; a store that does not answer is tried again at the next call."""
         now = time.monotonic()
         if 0 <= now - self._checked_at < seconds:
             return

@@ -1,6 +1,6 @@
 """A real S3 server on this machine (SeaweedFS), for laptops and tests: same protocol as in the cluster.
 
-Listens on 127.0.0.1 only, sends no telemetry, asks for keys (random, kept in a 0600 file of its folder), and keeps its
+Listens on 127.0.0.1 only, sends no telemetry, requires keys (random, kept in a 0600 file of its folder), and keeps its
 data in that folder from one start to the next. It dies with the process that started it, even by SIGKILL.
 """
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LEAST_FREE_BYTES = 200 << 20
 JUST_MADE_S = 60.0
 START_S = 60.0  # measured: 1 to 4 s; a machine under load takes longer
-# Runs between fork and the server: asks the kernel for SIGKILL when the parent ends, and leaves if it already has.
+# Runs between fork and the server: has the kernel send SIGKILL when the parent ends, and exits if it already has.
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -48,7 +48,7 @@ class LocalS3:
     """SeaweedFS over `folder`: `with LocalS3(folder) as s3: os.environ.update(s3.env)`.
 
     Args:
-      folder: where the data and the keys lie; made if missing. One server at a time may use it.
+      folder: of the data and the keys; made if missing. One server at a time may use it.
       port: of the S3 endpoint; None takes a free one.
 
     Raises UserError when the program is missing, the port or the folder is in use, or the server died or did not
@@ -57,7 +57,7 @@ class LocalS3:
 
     def __init__(self, folder: str | os.PathLike[str], port: int | None = None) -> None:
         self.folder = Path(folder).resolve()
-        self._asked_port = port
+        self._given_port = port
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: list[int] = []
         self._lock: IO[str] | None = None
@@ -91,7 +91,7 @@ class LocalS3:
                 shutil.rmtree(stale)  # the master's state at its earlier port; the volumes report everything again
             _remove_sockets()
             for attempt in range(3):
-                ports = self._ports = _free_ports(self._asked_port)
+                ports = self._ports = _free_ports(self._given_port)
                 self.env = {
                     "AWS_ACCESS_KEY_ID": access_key,
                     "AWS_SECRET_ACCESS_KEY": secret_key,
@@ -181,7 +181,7 @@ class LocalS3:
         deadline = time.monotonic() + START_S
         pending = [
             (f"http://127.0.0.1:{ports[1]}/dir/status", rb'"Max":[1-9]'),  # the master has room for volumes
-            (f"http://127.0.0.1:{ports[0]}/", b"AccessDenied"),  # S3 answers, and asks for keys
+            (f"http://127.0.0.1:{ports[0]}/", b"AccessDenied"),  # S3 answers, and requires keys
         ]
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -277,21 +277,21 @@ def _arguments(folder: Path, ports: list[int]) -> list[str]:
         f"-master.port={master}", "-master.telemetry=false", "-master.electionTimeout=1s", "-master.resumeState=false",
         # Every bucket grows up to seven volumes: small ones, so that a small disk holds enough of them.
         "-master.volumeSizeLimitMB=256", "-volume.max=0", f"-volume.port={volume}",
-        # A ranged GET reads whole pieces of an object: small ones, and those of late from memory.
+        # A ranged GET reads whole pieces of an object: small ones, and recent ones from memory.
         "-filer", f"-filer.port={filer}", "-filer.maxMB=1", "-s3.cacheCapacityMB=64",
         "-s3", f"-s3.port={s3}", "-s3.ip.bind=127.0.0.1", f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
     ]  # fmt: skip
 
 
-def _free_ports(asked: int | None) -> list[int]:
+def _free_ports(given: int | None) -> list[int]:
     """Ports for S3, master, volume and filer, each with the one 10,000 above it free too (its gRPC twin). Below the
     range that the kernel gives to outgoing connections (32768 on Linux), so none is taken in between."""
-    if asked is not None and not 1 <= asked <= 55535:
-        raise UserError(f"port {asked}: between 1 and 55535 is needed, as port + 10000 is used too")
-    if asked is not None and not (_is_free(asked) and _is_free(asked + 10000)):
-        raise UserError(f"port {asked} or {asked + 10000} on 127.0.0.1 is in use; give another, or none for a free one")
-    ports = [asked] if asked is not None else []
+    if given is not None and not 1 <= given <= 55535:
+        raise UserError(f"port {given}: between 1 and 55535 is needed, as port + 10000 is used too")
+    if given is not None and not (_is_free(given) and _is_free(given + 10000)):
+        raise UserError(f"port {given} or {given + 10000} on 127.0.0.1 is in use; give another, or none for a free one")
+    ports = [given] if given is not None else []
     chance = random.SystemRandom()
     while len(ports) < 4:
         port = chance.randrange(11000, 22000)

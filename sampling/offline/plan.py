@@ -70,7 +70,7 @@ class SamplePlan:
         """How many samples are in other shards than these."""
         return self.job.request.count - sum(len(self.job.shard_samples(number)) for number in numbers)
 
-    def check_here(self) -> None:
+    def check_visible(self) -> None:
         """The model is loaded already."""
 
     def check_owner(self) -> None:

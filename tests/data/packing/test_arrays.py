@@ -58,7 +58,7 @@ def test_the_channels_of_float_arrays_are_found_or_asked_for(shape: tuple[int, .
         found = open_source(source)
         expected = first if LAYOUTS[shape] == "NCHW" else last
         assert found.shape == expected.shape[1:]
-        assert bool(found.notes) == (LAYOUTS[shape] == "NHWC"), "what is turned is told"
+        assert bool(found.notes) == (LAYOUTS[shape] == "NHWC"), "what is turned is reported"
         assert all((found.read(i) == expected[i]).all() for i in range(2))
     for layout, expected in (("NCHW", first), ("NHWC", last)):
         assert (open_source(source, SourceOptions(layout=layout)).read(1) == expected[1]).all()

@@ -24,7 +24,7 @@ from scoreray.data.packing.sources import open_source
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 
-HERE = {"samples_per_shard": 3, "seed": 3}
+SMALL_SHARDS = {"samples_per_shard": 3, "seed": 3}
 
 
 def bitmap(path: Path, seed: int) -> None:
@@ -91,19 +91,19 @@ def test_another_pack_at_the_same_url_is_refused_finished_or_not(
 ) -> None:
     """An unfinished one goes on where only its source has changed, and makes what a pack of that source makes."""
     source, (change, options) = folder(tmp_path / "in"), CHANGES[what]
-    pack(source, tmp_path / "out", **HERE)
-    stopped_at_shard(2, monkeypatch, source, tmp_path / "begun", **HERE)
+    pack(source, tmp_path / "out", **SMALL_SHARDS)
+    stopped_at_shard(2, monkeypatch, source, tmp_path / "begun", **SMALL_SHARDS)
     before = contents(tmp_path / "out")
     change(source)
     with pytest.raises(UserError, match=r"out: holds another data set .*give another URL, or remove what is there"):
-        pack(source, tmp_path / "out", **{**HERE, **options})
+        pack(source, tmp_path / "out", **{**SMALL_SHARDS, **options})
     assert contents(tmp_path / "out") == before
     if options:
         with pytest.raises(UserError, match="a pack of another source, or with other arguments, has begun here"):
-            pack(source, tmp_path / "begun", **{**HERE, **options})
+            pack(source, tmp_path / "begun", **{**SMALL_SHARDS, **options})
     else:
-        pack(source, tmp_path / "begun", **HERE)
-        pack(source, tmp_path / "fresh", **HERE)
+        pack(source, tmp_path / "begun", **SMALL_SHARDS)
+        pack(source, tmp_path / "fresh", **SMALL_SHARDS)
         assert contents(tmp_path / "begun") == contents(tmp_path / "fresh")
 
 
@@ -125,23 +125,23 @@ def stopped_at_shard(number: int, monkeypatch: pytest.MonkeyPatch, source: Path,
 def test_a_pack_that_stopped_at_a_bad_file_goes_on_when_it_is_fixed(tmp_path: Path, made: list[int]) -> None:
     """The shards that were made are kept; so are all but one where --skip-bad had left the file out."""
     source = folder(tmp_path / "in")
-    pack(source, tmp_path / "fresh", **HERE)
+    pack(source, tmp_path / "fresh", **SMALL_SHARDS)
     order = np.concatenate(made_of := [module_numbers(source, shard) for shard in range(3)])
     name = sorted(str(path.relative_to(source)) for path in source.rglob("*.bmp"))[int(order[-1])]
     assert len(made_of[-1]) == 2
     good = (source / name).read_bytes()
     (source / name).write_bytes(bytes(len(good)))
     with pytest.raises(DataError, match=f"{name}: .*fix or remove it, or --skip-bad N leaves out"):
-        pack(source, tmp_path / "out", **HERE)
+        pack(source, tmp_path / "out", **SMALL_SHARDS)
     with pytest.raises(UserError, match="a pack has begun there: run it again"):
         Manifest.load(open_store(tmp_path / "out"))
     shutil.copytree(tmp_path / "out", tmp_path / "skipped")
     made.clear()
-    assert pack(source, tmp_path / "skipped", **HERE, skip_bad=1).num_left_out == 1
+    assert pack(source, tmp_path / "skipped", **SMALL_SHARDS, skip_bad=1).num_left_out == 1
     assert made == [2]
     (source / name).write_bytes(good)
     made.clear()
-    pack(source, tmp_path / "out", **HERE)
+    pack(source, tmp_path / "out", **SMALL_SHARDS)
     assert made == [2]
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
@@ -149,7 +149,9 @@ def test_a_pack_that_stopped_at_a_bad_file_goes_on_when_it_is_fixed(tmp_path: Pa
 def module_numbers(source: Path, shard: int) -> np.ndarray:
     """Which of the source's samples are in a shard."""
     opened = open_source(source)
-    return module.ImagesPlan("", "", opened, HERE["samples_per_shard"], "png", HERE["seed"]).numbers(shard)
+    return module.ImagesPlan("", "", opened, SMALL_SHARDS["samples_per_shard"], "png", SMALL_SHARDS["seed"]).numbers(
+        shard
+    )
 
 
 def test_shards_that_a_smaller_source_does_not_have_are_removed_but_never_the_users_tars(
@@ -190,31 +192,31 @@ def test_two_packs_of_a_source_that_changes_meanwhile_do_not_mix(
         if shard == 2:
             monkeypatch.setattr(module, "make_shard", real)
             bitmap(source / "cat" / "2.bmp", 99)
-            stopped_at_shard(2, monkeypatch, source, tmp_path / "out", **HERE)
+            stopped_at_shard(2, monkeypatch, source, tmp_path / "out", **SMALL_SHARDS)
         return real(plan, shard)
 
     monkeypatch.setattr(module, "make_shard", overtaken)
     with pytest.raises(UserError, match="another start of this pack, of a source that has changed since"):
-        pack(source, tmp_path / "out", **HERE)
-    pack(source, tmp_path / "out", **HERE)
+        pack(source, tmp_path / "out", **SMALL_SHARDS)
+    pack(source, tmp_path / "out", **SMALL_SHARDS)
     assert verify(str(tmp_path / "out")) == []
 
 
 def test_a_copy_with_other_times_is_the_same_pack_and_nothing_is_made(tmp_path: Path, made: list[int]) -> None:
     source = folder(tmp_path / "a" / "in")
-    manifest = pack(source, tmp_path / "out", **HERE)
+    manifest = pack(source, tmp_path / "out", **SMALL_SHARDS)
     assert made == [0, 1, 2]
     shutil.copytree(source, tmp_path / "b" / "in")
     os.utime(tmp_path / "b" / "in" / "cat" / "1.bmp", (1, 1))
-    assert pack(tmp_path / "b" / "in", tmp_path / "out", **HERE) == manifest
-    assert pack((tmp_path / "b" / "in").as_uri(), tmp_path / "out", **HERE, workers=2) == manifest
+    assert pack(tmp_path / "b" / "in", tmp_path / "out", **SMALL_SHARDS) == manifest
+    assert pack((tmp_path / "b" / "in").as_uri(), tmp_path / "out", **SMALL_SHARDS, workers=2) == manifest
     assert made == [0, 1, 2]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "all gone", "index gone", "index cut"])
 def test_what_is_lost_of_a_finished_pack_is_made_again(damage: str, tmp_path: Path, made: list[int]) -> None:
     source = folder(tmp_path / "in")
-    pack(source, tmp_path / "out", **HERE)
+    pack(source, tmp_path / "out", **SMALL_SHARDS)
     before = contents(tmp_path / "out")
     made.clear()
     shards, index = tmp_path / "out" / "shards", tmp_path / "out" / "index.bin"
@@ -228,30 +230,30 @@ def test_what_is_lost_of_a_finished_pack_is_made_again(damage: str, tmp_path: Pa
         index.unlink()
     else:
         os.truncate(index, 64)
-    told: list[tuple[int, int]] = []
-    pack(source, tmp_path / "out", **HERE, progress=lambda n, total: told.append((n, total)))
+    reported: list[tuple[int, int]] = []
+    pack(source, tmp_path / "out", **SMALL_SHARDS, progress=lambda n, total: reported.append((n, total)))
     assert contents(tmp_path / "out") == before
     assert made == ([1] if damage in ("gone", "cut") else [0, 1, 2])
-    assert told[-1] == ((3, 3) if damage in ("gone", "cut") else (8, 8))
+    assert reported[-1] == ((3, 3) if damage in ("gone", "cut") else (8, 8))
 
 
 def test_a_lost_shard_that_becomes_another_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "in")
-    pack(source, tmp_path / "out", **HERE)
+    pack(source, tmp_path / "out", **SMALL_SHARDS)
     (tmp_path / "out" / "shards" / "000001.tar").unlink()
     monkeypatch.setattr("scoreray.data.packing.shards.encode", lambda array, kind: encode(array, "png") + b" ")
     with pytest.raises(DataError, match=r"000001\.tar: was gone or cut, and is not the same when it is made again"):
-        pack(source, tmp_path / "out", **HERE)
+        pack(source, tmp_path / "out", **SMALL_SHARDS)
 
 
 def test_what_was_left_out_is_asked_for_again(tmp_path: Path) -> None:
     source = folder(tmp_path / "in")
     (source / "cat" / "2.bmp").write_bytes(bytes(246))
-    manifest = pack(source, tmp_path / "out", **HERE, skip_bad=2)
+    manifest = pack(source, tmp_path / "out", **SMALL_SHARDS, skip_bad=2)
     assert manifest.num_left_out == 1
-    assert pack(source, tmp_path / "out", **HERE, skip_bad=1) == manifest
+    assert pack(source, tmp_path / "out", **SMALL_SHARDS, skip_bad=1) == manifest
     with pytest.raises(UserError, match=r"out: is packed, without 1 samples .*accept that with --skip-bad 1"):
-        pack(source, tmp_path / "out", **HERE)
+        pack(source, tmp_path / "out", **SMALL_SHARDS)
 
 
 @pytest.mark.parametrize("place", ["path", "s3"])

@@ -31,9 +31,9 @@ def contents(url: str | Path) -> dict[str, bytes]:
 
 def test_the_same_pack_gives_the_same_bytes_in_any_number_of_threads(source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "a", samples_per_shard=50)
-    told: list[tuple[int, int]] = []
-    pack(source, tmp_path / "b", samples_per_shard=50, workers=3, progress=lambda n, total: told.append((n, total)))
-    assert told == [(n, 501) for n in (*range(50, 501, 50), 501)]
+    reported: list[tuple[int, int]] = []
+    pack(source, tmp_path / "b", samples_per_shard=50, workers=3, progress=lambda n, total: reported.append((n, total)))
+    assert reported == [(n, 501) for n in (*range(50, 501, 50), 501)]
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(contents(tmp_path / "a"))[:3] == ["index.bin", MANIFEST, "shards/000000.tar"]
     pack(source, tmp_path / "c", samples_per_shard=50, seed=1)

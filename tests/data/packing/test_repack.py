@@ -1,4 +1,4 @@
-"""New tars of existing ones: each sample fitted and encoded anew, its label kept, whatever a tar's size is."""
+"""New tars of existing ones: each sample fitted and encoded again, its label kept, whatever a tar's size is."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ TURNED = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
 MALFORMED = {
     "a number as text": (0x011A, 2, 3, b"72\0\0"),
     "text as a fraction": (0x0131, 5, 1, struct.pack("<I", 8)),
-    "a value that lies outside": (0x010E, 2, 5000, b"\xff" * 4),
+    "a value that is stored outside": (0x010E, 2, 5000, b"\xff" * 4),
     "a type that there is not": (0x0128, 99, 1, bytes(4)),
     "a directory that leads nowhere": (0x8769, 4, 1, b"\xff" * 4),
     "a maker's note of 4 GB": (0x927C, 7, 2**32 - 1, bytes(4)),
@@ -167,7 +167,7 @@ def test_a_file_url_is_a_source_and_a_target(tmp_path: Path) -> None:
     manifest = pack(folder.as_uri(), (tmp_path / "out #1").as_uri())
     assert manifest == pack(str(folder), str(tmp_path / "same"))
     assert (tmp_path / "out #1" / "manifest.json").exists()
-    with pytest.raises(UserError, match="lies in the folder that is packed"):
+    with pytest.raises(UserError, match="is inside the folder that is packed"):
         pack(folder.as_uri(), (folder / "out").as_uri())
     with pytest.raises(UserError, match=r"there is no such file"):
         pack((tmp_path / "absent.npz").as_uri(), tmp_path / "never")
@@ -262,7 +262,7 @@ def test_links_are_followed_and_those_in_a_circle_are_named(tmp_path: Path) -> N
     assert source.classes == ["bird", "cat", "dog", "owl"]
     assert source.files == ["bird/1.png", "bird/deep/2.png", "cat/1.png", "cat/3.png", "dog/1.png", "owl/1.png",
                             "owl/deep/2.png"]  # fmt: skip
-    assert source.notes == (f"{tmp_path}/in: 3 links to a folder that they lie in are not followed: "
+    assert source.notes == (f"{tmp_path}/in: 3 links to a folder above them are not followed: "
                             "bird/self, cat/up, owl/self",)  # fmt: skip
     (tmp_path / "all").mkdir()
     for name in ("cat", "dog"):
@@ -349,7 +349,7 @@ def test_images_beside_class_folders_are_not_quietly_unlabelled(tmp_path: Path) 
     (tmp_path / "in" / "a").mkdir(parents=True)
     picture(0).save(tmp_path / "in" / "a" / "1.png")
     picture(1).save(tmp_path / "in" / "cover.png")
-    with pytest.raises(UserError, match=r"1 images lie beside the folders of the classes .*cover.png.*--no-classes"):
+    with pytest.raises(UserError, match=r"1 images are beside the folders of the classes .*cover.png.*--no-classes"):
         pack(tmp_path / "in", tmp_path / "out", image_size=16)
     manifest = pack(tmp_path / "in", tmp_path / "out", image_size=16, labelled=False)
     assert (manifest.num_samples, manifest.classes) == (2, [])
@@ -382,7 +382,7 @@ def test_a_folder_in_s3_gives_the_bytes_that_it_gives_here(tmp_path: Path, s3_ur
 
 def test_a_target_in_the_source_and_a_mixture_are_refused(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="lies in the folder that is packed"):
+    with pytest.raises(UserError, match="is inside the folder that is packed"):
         pack(tmp_path, tmp_path / "out", image_size=8)
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds tars .*x.tar.* and images .*0.png"):

@@ -167,27 +167,27 @@ def test_a_class_that_is_no_number_is_refused_not_lost(kind: str, data: bytes, t
     assert packed(tmp_path / "u", *sample, labelled=False).num_samples == 3
 
 
-def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t").mkdir()
     for tar in range(2):
         members = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", encoded(picture(i))),
                    ("txt", b"a cat"), ("json", js(label=1, caption="x")), (f"kind-{tar}-{i}", b""))]  # fmt: skip
         (tmp_path / "t" / f"{tar}.tar").write_bytes(tar_bytes(*members))
     pack_with_bar(str(tmp_path / "t"), str(tmp_path / "t"), workers=1)
-    told = "left out beside the images: 6 .json.caption, 6 .txt, 1 .kind-0-0, 1 .kind-0-1, 1 .kind-0-2, 3 other kinds"
-    assert told in capsys.readouterr().err
+    said = "left out beside the images: 6 .json.caption, 6 .txt, 1 .kind-0-0, 1 .kind-0-1, 1 .kind-0-2, 3 other kinds"
+    assert said in capsys.readouterr().err
     pack_with_bar(str(tmp_path / "t"), str(tmp_path / "new"), workers=1, image_size=4)
-    assert told in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert Manifest.load(open_store(tmp_path / "new")).class_counts == [0, 6]
 
 
-def test_files_beside_tars_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_beside_tars_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("0.parquet", "0_stats.json", ".hidden", "notes"):
         (tmp_path / name).write_text("x")
     packed(tmp_path, ("0.png", PNG), ("1.png", encoded(picture(1))))
     pack_with_bar(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}-new"), workers=1, image_size=4)
-    told = "3 files beside the tars are left out (1 .json, 1 .parquet, 1 no suffix)"
-    assert told in capsys.readouterr().err, "and not the manifest and index that are there now"
+    said = "3 files beside the tars are left out (1 .json, 1 .parquet, 1 no suffix)"
+    assert said in capsys.readouterr().err, "and not the manifest and index that are there now"
 
 
 def test_a_png_with_flipped_bits_is_refused_where_its_pixels_could_be_others(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which class a label asks for, and how classes are numbered: never another one than was meant."""
+"""Which class a label names, and how classes are numbered: never another one than was meant."""
 
 from __future__ import annotations
 

@@ -89,14 +89,14 @@ class FaultProxy:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends RST
             elif kind == "cut":
                 connection.sendall(head + body[: len(body) // 2])
-            elif kind == "short":  # at a tar block, with a Content-Length that says so: nothing in HTTP tells
+            elif kind == "short":  # at a tar block, with a Content-Length that says so: nothing in HTTP shows it
                 size = max(512, len(body) // 2 // 512 * 512)
                 lines = [b"Content-Length: %d" % size if l.lower().startswith(b"content-length") else l
                          for l in head.split(b"\r\n")]  # fmt: skip
                 connection.sendall(b"\r\n".join(lines) + body[:size])
             elif kind == "flip":
                 flipped = bytearray(body)
-                for at in range(len(body) % 101, len(body), 101):  # in each member: what lies between is not looked at
+                for at in range(len(body) % 101, len(body), 101):  # in each member: gaps are not looked at
                     flipped[at] ^= 4
                 connection.sendall(head + flipped)
             elif kind == "slow":
@@ -308,14 +308,14 @@ def damaged(packed: tuple[str, Manifest], tmp_path: Path) -> str:
     shutil.copytree(packed[0], url)
     path = url / packed[1].shards[1].name
     data = bytearray(path.read_bytes())
-    for block in (1, 5, 9):  # members lie in blocks of 512: header, png, header, cls
+    for block in (1, 5, 9):  # members are in blocks of 512: header, png, header, cls
         data[512 * block + 50] ^= 255
     path.write_bytes(data)
     return str(url)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_quarantined_samples_are_named_counted_and_stood_in_for(
+def test_quarantined_samples_are_named_counted_and_replaced(
     damaged: str, packed: tuple[str, Manifest], cache_bytes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = {int(p): int(i) for b in read(packed[0], 63) for p, i in zip(b.position, b.index, strict=True)}

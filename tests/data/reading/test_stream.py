@@ -108,7 +108,7 @@ def test_a_stream_may_begin_at_any_position(packed: tuple[str, Manifest]) -> Non
         assert part == {p: whole[p] for p in range(position, position + 3 * BATCH)}
 
 
-# Forks a reader at each position that it is sent, so that torch is imported once. The reader tells its process id and
+# Forks a reader at each position that it is sent, so that torch is imported once. The reader prints its process id and
 # then its samples, a batch a line; when it has died, "end".
 READERS = """
 import os, sys
@@ -126,7 +126,7 @@ for line in sys.stdin:
 
 
 def test_a_reader_killed_at_20_random_points_and_resumed_sees_the_same_samples(packed: tuple[str, Manifest]) -> None:
-    """Each life goes on from the last position committed, which may lie before what the killed one had handed out."""
+    """Each life goes on from the last position committed, which may be before what the killed one had handed out."""
     url, _ = packed
     rng, lines = np.random.default_rng(0), list[list[int]]()
     with subprocess.Popen(
@@ -297,7 +297,7 @@ def test_what_waits_stays_within_the_stated_memory(
             next(stream)
             time.sleep(0.1)
             at_once = blocks_at_once(stream.order, stream.manifest.bytes_per_sample) if remote else 1
-            assert len(stream._blocks._asked) <= 2 * 6 * at_once + 6  # a look-up may span a lane's next block
+            assert len(stream._blocks._requested) <= 2 * 6 * at_once + 6  # a look-up may span a lane's next block
             assert at_once * 8 * stream.manifest.bytes_per_sample <= 1 << 20
             assert stream._ready.qsize() <= 3
 

@@ -1,4 +1,4 @@
-"""Tars that somebody else made: indexed where they lie, and refused by name when they are not what they should be."""
+"""Tars that somebody else made: indexed in place, and refused by name when they are not what they should be."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_existing_webdataset_tars_are_indexed_where_they_lie(
 
 def test_tars_are_not_copied_or_resized_in_place(tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", 1)
-    with pytest.raises(UserError, match="indexed where they lie, not copied; give it as the URL too"):
+    with pytest.raises(UserError, match="indexed in place, not copied; give it as the URL too"):
         pack(tmp_path / "tars", tmp_path / "elsewhere")
     with pytest.raises(UserError, match="new tars need another URL than that of the tars"):
         pack(tmp_path / "tars", tmp_path / "tars", image_size=32)
@@ -153,7 +153,7 @@ HOSTILE = {
     "absolute": (made(*GOOD, ("/etc/004.png", PNG)), "leaves the tar"),
     "no printable name": (made(*GOOD, ("0\n04.png", PNG)), "can't be a member's name"),
     "duplicate member": (made(*GOOD, GOOD[3]), "'003.png' comes twice"),
-    "unsorted": (made(*GOOD, ("000.cls", b"1")), "sample '000' comes twice, or its members lie apart"),
+    "unsorted": (made(*GOOD, ("000.cls", b"1")), "sample '000' comes twice, or its members are not side by side"),
     "two images": (made(*GOOD, ("003.jpg", b"x")), "has two images"),
     "no image": (made(*GOOD, ("004.cls", b"1")), "sample '004' has no image"),
     "bad class": (made(*GOOD, ("003.cls", b"cat")), "is no class number"),
@@ -317,7 +317,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_thousand_mutated_tars_are_refused_or_whole_and_none_takes_long(
     kind: str, indexed: str, tmp_path: Path
 ) -> None:
-    """Each by both ways in: indexed where it lies, and read by the index of what it was."""
+    """Each by both ways in: indexed in place, and read by the index of what it was."""
     chance, base = random.Random(kind), made(*GOOD)
     pictures = [image(i).transpose(2, 0, 1) for i in range(4)]
     refusals, quarantined = [], 0
@@ -368,7 +368,7 @@ def through_reader(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
 
 
 def test_a_mutated_shard_of_a_packed_set_never_gives_other_images(packed: tuple[str, Manifest], tmp_path: Path) -> None:
-    """With the manifest's digests every change of a member is seen; what else lies in a tar is not looked at."""
+    """With the manifest's digests every change of a member is seen; what else is in a tar is not looked at."""
     url = tmp_path / "set"
     shutil.copytree(packed[0], url)
     path = url / packed[1].shards[2].name
