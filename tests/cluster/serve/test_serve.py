@@ -31,11 +31,11 @@ except KeyError:
 """
 
 
-def test_another_process_s_tracebacks_are_told_and_its_other_lines_are_not(tmp_path: Path) -> None:
-    file, told = tmp_path / "errors.log", list[str]()
-    with relayed(file, told.append):
+def test_another_process_s_tracebacks_are_relayed_and_its_other_lines_are_not(tmp_path: Path) -> None:
+    file, written = tmp_path / "errors.log", list[str]()
+    with relayed(file, written.append):
         done = subprocess.run([sys.executable, "-c", OTHER_PROCESS, file], capture_output=True, text=True, check=True)
-    text = "".join(told)
+    text = "".join(written)
     assert "ERROR request 7f\nTraceback (most recent call last):\n" in text
     assert text.endswith("KeyError: 'what nobody expected \\udc80'\n")
     assert "one request" not in text
@@ -43,7 +43,7 @@ def test_another_process_s_tracebacks_are_told_and_its_other_lines_are_not(tmp_p
     assert "Traceback" in done.stderr
 
 
-def test_what_came_before_a_failure_is_told_on_standard_error(
+def test_what_came_before_a_failure_is_on_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(SCRATCH, str(tmp_path))
@@ -52,7 +52,7 @@ def test_what_came_before_a_failure_is_told_on_standard_error(
         raise KeyboardInterrupt
     assert capfd.readouterr().err == "Traceback\n\\xff\n"
     with _errors(verbose=True) as errors:
-        assert errors == ""  # Ray tells every line
+        assert errors == ""  # Ray prints every line
     monkeypatch.delenv(SCRATCH)
     with _errors(verbose=False) as errors:
         assert errors == ""  # a cluster keeps its logs

@@ -222,9 +222,9 @@ def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url:
         browser.until("!document.querySelector('#draw').disabled")
         for field, wrong, right in (("count", "999", "3"), ("steps", "1.5", "4"), ("seed", "-1", "5")):
             browser.type(f"#{field}", wrong)
-            told = browser.text("#curl")
-            assert "curl" not in told
-            assert told.startswith({"count": "Samples: ", "steps": "Steps: ", "seed": "Seed: "}[field])
+            shown = browser.text("#curl")
+            assert "curl" not in shown
+            assert shown.startswith({"count": "Samples: ", "steps": "Steps: ", "seed": "Seed: "}[field])
             assert browser.run("return document.querySelector('#copy').disabled")
             browser.type(f"#{field}", right)
             assert f'"{field}":{right}' in browser.text("#curl")

@@ -1,4 +1,4 @@
-"""A replica: its samples are to the last bit those of the sampler alone, and its failures are told apart by type."""
+"""A replica: its samples are to the last bit those of the sampler alone, and its failures are classified by type."""
 
 from __future__ import annotations
 
