@@ -28,7 +28,7 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.storage.store import PathStore, open_store
 from scoreray.sampling.evaluation import metrics, stages, stored
-from scoreray.sampling.evaluation.chunks import ChunkArrays, read_chunk
+from scoreray.sampling.evaluation.chunks import AnnealingChunk, ChunkArrays, LossChunk, read_chunk, write_chunk
 from scoreray.sampling.evaluation.compare import compare, comparison_text, notes
 from scoreray.sampling.evaluation.evaluate import evaluate, find_finished
 from scoreray.sampling.evaluation.follow import check_evaluation
@@ -421,6 +421,18 @@ def test_what_an_evaluation_reads_is_loaded_once(
     evaluate(pickle.loads(pickle.dumps(checked_inputs(settings))))  # as they travel to a worker
     once = [name for name in read if name.endswith((".safetensors", "manifest.json", "COMMITTED.json"))]
     assert len(once) == len(set(once)) == 3 + (extractor == "classifier")
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"\x93NUMPY", b"\0" * 500])
+def test_a_damaged_chunk_says_what_to_do(data: bytes, tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put("loss/000000.npz", data)
+    with pytest.raises(DataError, match=r"loss/000000.npz: not a chunk of an evaluation .*remove it"):
+        read_chunk(store, "loss/000000.npz", LossChunk)
+    write_chunk(store, "loss/000000.npz", LossChunk(np.ones((2, 3))))
+    assert read_chunk(store, "loss/000000.npz", LossChunk).errors.shape == (2, 3)
+    with pytest.raises(DataError, match="unexpected keyword argument 'errors'"):  # another stage's
+        read_chunk(store, "loss/000000.npz", AnnealingChunk)
 
 
 def test_a_damaged_record_says_what_to_do(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.inverse import LinearInverse, inpaint
-from scoreray.sampling.guidance.operators import average_pool, gray, mask, matrix
+from scoreray.sampling.guidance.operators import average_pool, gray, mask, matrix, restoration_task
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import karras
@@ -120,3 +120,25 @@ def test_bad_measurements_masks_and_matrices_are_refused(gaussian):
         mask(torch.ones(2))
     with pytest.raises(UserError, match="depend on each other"):
         matrix(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "message"),
+    [
+        (
+            "superresolution=3",
+            (3, 8, 8),
+            "--restoration superresolution=3: the factor must be 2 or more and divide 8 x 8",
+        ),
+        ("superresolution", (3, 8, 8), "accepted: .*superresolution=FACTOR"),
+        ("gray", (1, 8, 8), "--restoration gray: of images with red, green and blue"),
+        ("gray=1", (3, 8, 8), "accepted: "),
+        ("matrix=a.npy", (3, 8, 8), "accepted: inpaint; superresolution"),
+        ("blur", (3, 8, 8), "--restoration blur: accepted: "),
+    ],
+)
+def test_a_restoration_is_one_of_the_operators_of_images(task: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        restoration_task(task, shape)
+    known = restoration_task("inpaint", shape).apply(torch.ones(1, *shape))
+    assert known.sum() == shape[0] * (64 - 16)  # all but the middle half each way

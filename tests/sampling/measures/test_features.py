@@ -19,7 +19,7 @@ from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures import distances, features
-from scoreray.sampling.measures.classifier import ClassifierConfig, read_classifier, train_classifier
+from scoreray.sampling.measures.classifier import ClassifierConfig, TrainedClassifier, read_classifier, train_classifier
 from scoreray.sampling.measures.frechet import frechet
 from scoreray.sampling.measures.inception import InceptionV3
 from scoreray.trainer.checkpoints.checkpoint import committed
@@ -97,6 +97,10 @@ def test_a_classifier_is_the_same_bytes_again(fashion: tuple[Tensor, Tensor]) ->
     assert first == second
     with pytest.raises(DataError, match="x: not a classifier"):
         read_classifier("x", b"\x00" * 20)
+    for damaged in (b"", b"{}", b'{"sha256": 7}'):
+        with pytest.raises(DataError, match=r"x\.json: not a trained classifier's hash"):
+            TrainedClassifier.from_json(damaged, "x.json")
+    assert TrainedClassifier.from_json(TrainedClassifier("ab").to_json(), "x.json").sha256 == "ab"
 
 
 def test_real_pictures_are_near_held_out_ones_and_far_from_noise_and_blur(fashion: tuple[Tensor, Tensor]) -> None:
