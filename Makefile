@@ -2,7 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MARK := not slow
 READY := $(VENV)/.ready
+# Tests that compute and nothing else, a process for each core: no Ray, no server, no time that is measured.
+COMPUTING := $(addprefix tests/,test_layout.py test_contributing.py docs/test_gallery.py docs/test_names.py docs/test_scaling.py \
+  docs/test_words.py sampling/guidance sampling/measures sampling/samplers trainer/config trainer/diffusion trainer/networks \
+  trainer/optim)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check benchmarks clean
@@ -30,16 +35,23 @@ demo: $(READY)
 	$(BIN)/scoreray demo $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+ifdef TESTS
+	$(BIN)/python -m pytest -m "$(MARK)" $(TESTS)
+else
+	status=0; \
+	  $(BIN)/python -m pytest -m "$(MARK)" -n auto --maxprocesses 8 $(COMPUTING) || status=$$?; \
+	  $(BIN)/python -m pytest -m "$(MARK)" $(addprefix --ignore=,$(COMPUTING)) || status=$$?; \
+	  exit $$status
+endif
 
-test-all: $(READY)
-	$(BIN)/python -m pytest $(TESTS)
+test-all: MARK :=
+test-all: test
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	@$(MAKE) --no-print-directory test
 
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/step.py

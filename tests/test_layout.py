@@ -177,7 +177,7 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     # -S would drop dependencies too; -P and the prepended site make the wheel's copy win over the editable one
     words = ["train", "configs/cifar10.yaml", "--print-config"]  # as the README has it, where no such folder is
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=180
     )
     assert result.returncode == 0, result.stderr
     assert load_config(yaml.safe_load(result.stdout)) == load_config(ROOT / "configs" / "cifar10.yaml")
