@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -55,9 +54,6 @@ class ModelReplica:
         from ray import serve
 
         return serve.get_replica_context().replica_tag, self._replica.metrics()
-
-    async def pid(self) -> int:
-        return os.getpid()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {"waiting_rows": float(self._replica.waiting_rows())}

@@ -720,7 +720,7 @@ def test_draining_answers_what_is_under_way_and_takes_nothing_more(run_url: str)
     asyncio.run(main())
 
 
-def test_what_a_drain_cuts_off_is_told_so(run_url: str) -> None:
+def test_what_a_drain_cuts_off_is_refused_as_draining(run_url: str) -> None:
     """Each is answered before the drain ends: alone, with a key that two share, in a stream."""
 
     async def main() -> None:

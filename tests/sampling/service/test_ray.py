@@ -1,4 +1,4 @@
-"""The service on Ray Serve, over real HTTP: replicas are killed, too much is asked, checkpoints arrive, it must end.
+"""The service on Ray Serve, over real HTTP: replicas are killed, requests are too many, checkpoints arrive, it ends.
 
 One service for most of the tests: two replicas in the session's cluster.
 """
@@ -320,7 +320,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
     assert set(seen) == {64, 640}
 
 
-def test_the_client_waits_where_it_is_told_to(service: str) -> None:
+def test_the_client_waits_for_retry_after(service: str) -> None:
     client = Client(service, tries=200)
     with ThreadPoolExecutor(32) as many:
         found = list(many.map(lambda i: client.sample(count=8, steps=25, seed=i, key=f"busy-{i}"), range(40)))
@@ -330,7 +330,7 @@ def test_the_client_waits_where_it_is_told_to(service: str) -> None:
 
 
 @pytest.mark.slow
-def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -> None:
+def test_asked_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -> None:
     """`scoreray serve` in a process of its own, on a Ray of its own: SIGTERM while requests run; exit status 0."""
     tokens, folder = tmp_path / "tokens", tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets are in it
     tokens.write_text(f"test:{SECRET}\n")
@@ -366,12 +366,12 @@ def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -
         assert [len(answer.images) for answer in answers] == [8] * 12
         assert process.wait(PATIENCE_S) == 0
         assert process.stderr is not None
-        told = process.stderr.read()
-        assert "draining" in told
+        printed = process.stderr.read()
+        assert "draining" in printed
         assert process.stdout.read() == ""
-        assert "Traceback" not in told
+        assert "Traceback" not in printed
         assert any("POST /v1/samples test " in log for log in logs), "these are not the logs of the service"
-        assert not any(secret in text for text in (told, *logs) for secret in (SECRET, hash_of(SECRET)))
+        assert not any(secret in text for text in (printed, *logs) for secret in (SECRET, hash_of(SECRET)))
     finally:
         process.kill()
         process.wait()
@@ -379,8 +379,8 @@ def test_told_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -
 
 
 @pytest.mark.slow
-def test_what_it_can_not_finish_in_time_is_told_so(run_url: str) -> None:
-    """`scoreray serve` told to end with requests that take longer than --drain-s: 503 and its JSON; exit status 130."""
+def test_requests_that_do_not_end_in_time_are_refused_as_draining(run_url: str) -> None:
+    """`scoreray serve` ends with requests that take longer than --drain-s: 503 and its JSON; exit status 130."""
     folder = tempfile.mkdtemp(dir="/tmp")
     command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
     options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--drain-s", "1"]
@@ -419,10 +419,10 @@ def test_ended_before_it_served_it_says_so(run_url: str) -> None:
     try:
         until(lambda: any(Path(folder).glob("sr-*/r/session_2*")), "Ray starts")
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=PATIENCE_S)
+        _, printed = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
-        assert told.splitlines()[-1] == "scoreray: ended before it served; no request was taken"
-        assert "Traceback" not in told
+        assert printed.splitlines()[-1] == "scoreray: ended before it served; no request was taken"
+        assert "Traceback" not in printed
     finally:
         process.kill()
         process.wait()
@@ -450,7 +450,7 @@ def test_mistakes_are_one_line_before_ray_starts(
     empty, tokens = tmp_path / "empty", tmp_path / "tokens"
     empty.write_text("# nobody yet\n")
     tokens.write_text(f"ana:{SECRET}\n")
-    for words, told in (
+    for words, expected in (
         ([run_url, "--token-file", str(empty)], "holds no token"),
         ([run_url, "--token-file", str(tokens), "--no-auth"], "leave one of them out"),
         ([run_url, "--port", str(taken.getsockname()[1])], "can't be listened on"),
@@ -479,7 +479,7 @@ def test_mistakes_are_one_line_before_ray_starts(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2
         assert line.startswith("scoreray: ")
-        assert told in line
+        assert expected in line
     signal.signal(signal.SIGTERM, handler)
     taken.close()
 
