@@ -75,7 +75,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, s
     assert driver.process.returncode == 130, driver.lines
     records = read_metrics(run_store(load_config(settings)))[:3]
     alone = load_config({**settings, "run": {"name": "one", "storage": str(tmp_path / "runs")}}, [
-        "scaling.workers=1", f"duration.images={records[-1]['images']}"])  # fmt: skip
+        "scaling.workers=1", f"duration.images={records[-1].images}"])  # fmt: skip
     train(alone)
     for one, two in zip(read_metrics(run_store(alone)), records, strict=False):
         if one.images == two.images:  # a save on the way has a record of its own
