@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from scoreray.data.reading.manifest import Manifest
+from scoreray.trainer.config import Config
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
-
-if TYPE_CHECKING:
-    from scoreray.data.reading.manifest import Manifest
-    from scoreray.trainer.config import Config
 
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
 

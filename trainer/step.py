@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scoreray.data.reading.manifest import Manifest
+from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import resolve_sigma_data
 from scoreray.trainer.config.validation import chain_mistakes, label_mistakes, objective_mistakes, refuse
 from scoreray.trainer.diffusion import noise
@@ -15,19 +17,11 @@ from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, Augmentatio
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
-from scoreray.trainer.diffusion.objective import (
-    ContrastiveObjective,
-    ObjectiveConfig,
-    needs_second_derivatives,
-)
+from scoreray.trainer.diffusion.objective import ContrastiveObjective, ObjectiveConfig, needs_second_derivatives
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
 from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.rbm import BoltzmannMachine
-
-if TYPE_CHECKING:
-    from scoreray.data.reading.manifest import Manifest
-    from scoreray.trainer.config import Config
 
 
 class TrainingModule(nn.Module):

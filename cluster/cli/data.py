@@ -83,10 +83,7 @@ def pack(
         typer.echo(f"next: scoreray train CONFIG data.url={url}")
 
 
-def verify(
-    url: Annotated[str, typer.Argument(help="A packed data set.")],
-    as_json: AsJson = False,
-) -> None:
+def verify(url: Annotated[str, typer.Argument(help="A packed data set.")], as_json: AsJson = False) -> None:
     """Check every byte of a data set against its manifest; exit status 3 when something is wrong."""
     from scoreray.cluster.display import counted
     from scoreray.data.packing.inspect import verify as problems_of

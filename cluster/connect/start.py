@@ -27,10 +27,7 @@ TELL_AFTER_S = 15.0
 LOOK_S = 0.1
 GUARD_S, SEEN_BEFORE = 0.5, 3  # looks at a daemon that has ended before that ends us: an exception can be handled
 # Environment variables of Ray's waits while it starts -> how many of their units are a second.
-START_WAITS = {
-    "RAY_gcs_server_port_wait_time_s": 1,
-    "RAY_agent_register_timeout_ms": 1000,
-}
+START_WAITS = {"RAY_gcs_server_port_wait_time_s": 1, "RAY_agent_register_timeout_ms": 1000}
 # Each look for the raylet, of which `patience` makes many, waits so long in C++. Read when Ray is imported.
 SHORT_LOOKS = {"RAY_raylet_start_wait_time_s": "1"}
 DAEMONS = ("gcs_server", "raylet")  # in the order in which they are started; their processes' names

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from scoreray.cluster.verbs.train import TrainResult
 from scoreray.data.pages import DPI, render
 from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingRecord
-
-if TYPE_CHECKING:
-    from scoreray.cluster.verbs.train import TrainResult
 
 
 def loss_picture(records: list[TrainingRecord], path: Path) -> None:

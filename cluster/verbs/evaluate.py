@@ -18,9 +18,7 @@ from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan, 
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training
 
 RETRIES = Retries(
-    times=4,
-    work="a chunk",
-    hint="is there memory for so many workers? give fewer --workers or a smaller --batch-size",
+    times=4, work="a chunk", hint="is there memory for so many workers? give fewer --workers or a smaller --batch-size"
 )
 
 

@@ -27,10 +27,7 @@ CONNECT_S = 5.0
 READ_S = 20.0  # for the beginning of an answer, and between two pieces of it
 OBJECT_S = 3600.0  # for a whole object or a part of an upload
 ERRORS = (BaseError, FileNotFoundError)  # of obstore, a refusal or a failure of the network
-SETTINGS = {
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
-}
+SETTINGS = {"gs": "GOOGLE_APPLICATION_CREDENTIALS", "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"}
 ENDPOINTS = {"gs": ("GOOGLE_BASE_URL", "Google Cloud Storage"), "az": ("AZURE_STORAGE_ENDPOINT", "Azure")}
 
 T = TypeVar("T")

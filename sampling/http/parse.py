@@ -14,12 +14,7 @@ from scoreray.sampling.service.body import KEY, SampleBody
 from scoreray.sampling.service.config import Refused
 
 LONGEST_NUMBER = 40
-TYPES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-}
+TYPES = {"integer": "a whole number", "number": "a number", "string": "a string", "boolean": "true or false"}
 
 
 def parse(body: bytes) -> SampleBody:

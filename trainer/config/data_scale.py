@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from scoreray.data import checks
+from scoreray.data.reading.manifest import Manifest
+from scoreray.trainer.config import Config
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
-
-if TYPE_CHECKING:
-    from scoreray.data.reading.manifest import Manifest
-    from scoreray.trainer.config import Config
 
 # Assumptions, not measured. Pictures in [-1, 1] have a standard deviation of 0.25 (dark) to 1 (black and white).
 FACTOR = 2.05  # between the data's standard deviation and sigma_data, beyond which that is said

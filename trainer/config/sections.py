@@ -192,12 +192,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _validate_across_sections(self) -> Config:
         found = validation.mistakes(
-            self.network,
-            self.process,
-            self.denoiser,
-            self.objective,
-            self.data.global_batch_size,
-            self.engine.compile,
+            self.network, self.process, self.denoiser, self.objective, self.data.global_batch_size, self.engine.compile
         )
         validation.refuse(found + self._batch_mistakes())
         return self

@@ -43,11 +43,7 @@ def gibbs_divergence(
 
 
 def langevin_chain(
-    score: Callable[[Tensor], Tensor],
-    x: Tensor,
-    step_size: Tensor | float,
-    noises: Tensor,
-    noise_scale: float = 1.0,
+    score: Callable[[Tensor], Tensor], x: Tensor, step_size: Tensor | float, noises: Tensor, noise_scale: float = 1.0
 ) -> Tensor:
     """x after one step x + e score(x) + noise_scale sqrt(2 e) z for each z of noises [B, K, ...]; without gradient.
 

@@ -13,7 +13,7 @@ objective, and all but the contrastive losses can be compared.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
@@ -113,16 +113,14 @@ class EDMObjective(BaseObjective):
 
     weighting: AnyWeighting = field(default=EDMWeighting())
     sigma_sampling: AnySampling = field(default=LogNormal())
-    _: KW_ONLY
-    kind: Literal["edm"] = "edm"
+    kind: Literal["edm"] = field(default="edm", kw_only=True)
 
 
 @dataclass(frozen=True)
 class DenoisingObjective(BaseObjective):
     """Denoising score matching: sigma^2 |score error|^2, t uniform (Vincent 2011; Song 2019; Song 2021)."""
 
-    _: KW_ONLY
-    kind: Literal["denoising"] = "denoising"
+    kind: Literal["denoising"] = field(default="denoising", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,7 @@ class DDPMObjective(BaseObjective):
     """DDPM's simple loss: |noise error|^2 over the discrete ladder (Ho 2020, eq. 14)."""
 
     sigma_sampling: AnySampling = field(default=LadderUniform())
-    _: KW_ONLY
-    kind: Literal["ddpm"] = "ddpm"
+    kind: Literal["ddpm"] = field(default="ddpm", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -139,16 +136,14 @@ class FlowMatchingObjective(BaseObjective):
     """Conditional flow matching: |velocity error|^2, t uniform (Lipman 2023)."""
 
     weighting: AnyWeighting = field(default=Velocity())
-    _: KW_ONLY
-    kind: Literal["flow_matching"] = "flow_matching"
+    kind: Literal["flow_matching"] = field(default="flow_matching", kw_only=True)
 
 
 @dataclass(frozen=True)
 class ImplicitObjective(_ByJacobian):
     """Implicit score matching with the exact trace (Hyvarinen 2005): one backward pass per dimension, for points."""
 
-    _: KW_ONLY
-    kind: Literal["implicit"] = "implicit"
+    kind: Literal["implicit"] = field(default="implicit", kw_only=True)
 
     def trace_and_norm(self, denoised: Tensor, x: Tensor, step: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
         return exact_trace(denoised, x, create_graph=True), step.square().sum(1)
@@ -181,8 +176,7 @@ class _Sliced(_ByJacobian):
 class SlicedObjective(_Sliced):
     """Sliced score matching: trace and norm through random projections v (Song 2019b, eq. 7)."""
 
-    _: KW_ONLY
-    kind: Literal["sliced"] = "sliced"
+    kind: Literal["sliced"] = field(default="sliced", kw_only=True)
 
     def norm(self, step: Tensor, directions: Tensor) -> Tensor:
         return (directions * step[:, None]).sum(2).square().mean(1)
@@ -192,8 +186,7 @@ class SlicedObjective(_Sliced):
 class SlicedVRObjective(_Sliced):
     """Sliced score matching with reduced variance: the norm exactly, the trace through v (Song 2019b, eq. 8)."""
 
-    _: KW_ONLY
-    kind: Literal["sliced_vr"] = "sliced_vr"
+    kind: Literal["sliced_vr"] = field(default="sliced_vr", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -215,8 +208,7 @@ class ContrastiveObjective(BaseObjective):
     noise_scale: float = 1.0
     num_chains: int | None = None
     restart: float = 0.0
-    _: KW_ONLY
-    kind: Literal["contrastive"] = "contrastive"
+    kind: Literal["contrastive"] = field(default="contrastive", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ A process is its dataclass, so a config's `process` section is one; what follows
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -24,8 +24,7 @@ class VE(GaussianProcess):
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-    _: KW_ONLY
-    kind: Literal["ve"] = "ve"
+    kind: Literal["ve"] = field(default="ve", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_sigmas("process", self.sigma_min, self.sigma_max)
@@ -70,8 +69,7 @@ class _LinearBeta(GaussianProcess):
 class VP(_LinearBeta):
     """Variance preserving, DDPM in continuous time: alpha = e^(-B/2), B the integral of beta(t) (Song 2021)."""
 
-    _: KW_ONLY
-    kind: Literal["vp"] = "vp"
+    kind: Literal["vp"] = field(default="vp", kw_only=True)
 
     def _sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(-_beta_integral(self, t))).sqrt()  # 1 - e^-B cancels at small t, expm1 does not
@@ -84,8 +82,7 @@ class VP(_LinearBeta):
 class SubVP(_LinearBeta):
     """Sub-VP: VP's alpha with the smaller sigma = 1 - e^(-B), so that g^2 = beta (1 - e^(-2B)) (Song 2021)."""
 
-    _: KW_ONLY
-    kind: Literal["sub_vp"] = "sub_vp"
+    kind: Literal["sub_vp"] = field(default="sub_vp", kw_only=True)
 
     def _sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-_beta_integral(self, t))
@@ -104,8 +101,7 @@ class DDPM(GaussianProcess):
     beta_min: float = 1e-4
     beta_max: float = 0.02
     num_steps: int = 1000
-    _: KW_ONLY
-    kind: Literal["ddpm"] = "ddpm"
+    kind: Literal["ddpm"] = field(default="ddpm", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_betas(self.beta_min, self.beta_max)
@@ -148,8 +144,7 @@ class FlowMatching(GaussianProcess):
 
     t_min: float = 1e-3
     t_max: float = 0.999
-    _: KW_ONLY
-    kind: Literal["flow_matching"] = "flow_matching"
+    kind: Literal["flow_matching"] = field(default="flow_matching", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_times(self.t_min, self.t_max)
@@ -171,8 +166,7 @@ class Cosine(GaussianProcess):
 
     t_min: float = 1e-3
     t_max: float = 0.999
-    _: KW_ONLY
-    kind: Literal["cosine"] = "cosine"
+    kind: Literal["cosine"] = field(default="cosine", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_times(self.t_min, self.t_max)
@@ -194,8 +188,7 @@ class EDM(GaussianProcess):
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    _: KW_ONLY
-    kind: Literal["edm"] = "edm"
+    kind: Literal["edm"] = field(default="edm", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_sigmas("process", self.sigma_min, self.sigma_max)

@@ -7,7 +7,7 @@ global batch are then spread evenly over (0, 1), shifted together by one random 
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -33,8 +33,7 @@ class LogNormal(_Sampling):
     P_mean: float = -1.2
     P_std: float = 1.2
     stratified: bool = False
-    _: KW_ONLY
-    kind: Literal["log_normal"] = "log_normal"
+    kind: Literal["log_normal"] = field(default="log_normal", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.between("sigma_sampling", *map(math.log, checks.NOISE_LEVELS), P_mean=self.P_mean)
@@ -52,8 +51,7 @@ class LogUniform(_Sampling):
     sigma_min: float | None = None
     sigma_max: float | None = None
     stratified: bool = False
-    _: KW_ONLY
-    kind: Literal["log_uniform"] = "log_uniform"
+    kind: Literal["log_uniform"] = field(default="log_uniform", kw_only=True)
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("sigma_min", "sigma_max") if getattr(self, name) is not None}
@@ -72,8 +70,7 @@ class UniformT(_Sampling):
     """t is uniform over the process's [t_min, t_max] (Song 2021)."""
 
     stratified: bool = False
-    _: KW_ONLY
-    kind: Literal["uniform_t"] = "uniform_t"
+    kind: Literal["uniform_t"] = field(default="uniform_t", kw_only=True)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         return process.noise_to_signal(_between(u, process))
@@ -86,8 +83,7 @@ class LogitNormal(_Sampling):
     mean: float = 0.0
     std: float = 1.0
     stratified: bool = False
-    _: KW_ONLY
-    kind: Literal["logit_normal"] = "logit_normal"
+    kind: Literal["logit_normal"] = field(default="logit_normal", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.between("sigma_sampling", -MAX_LOGIT, MAX_LOGIT, mean=self.mean)
@@ -109,8 +105,7 @@ class LadderUniform(_Sampling):
 
     num_levels: int = 1000
     stratified: bool = False
-    _: KW_ONLY
-    kind: Literal["ladder"] = "ladder"
+    kind: Literal["ladder"] = field(default="ladder", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.at_least("sigma_sampling", 2, num_levels=self.num_levels)

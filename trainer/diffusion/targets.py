@@ -31,11 +31,7 @@ class Mixture(ExactBuffers):
     component_labels: Tensor
 
     def __init__(
-        self,
-        means: Tensor,
-        std: float = 0.0,
-        weights: Tensor | None = None,
-        component_labels: Tensor | None = None,
+        self, means: Tensor, std: float = 0.0, weights: Tensor | None = None, component_labels: Tensor | None = None
     ):
         super().__init__()
         if not (math.isfinite(std) and std >= 0):

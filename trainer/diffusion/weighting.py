@@ -7,7 +7,7 @@ A weight of another error is one of this: |score error|^2 is |D - x_0|^2 / sigma
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -41,8 +41,7 @@ class BaseWeighting:
 class Sigma2(BaseWeighting):
     """sigma^2 on the score's error, 1 on the noise's: 1 / sigma^2 here (Song 2019; Ho 2020's simple loss)."""
 
-    _: KW_ONLY
-    kind: Literal["sigma2"] = "sigma2"
+    kind: Literal["sigma2"] = field(default="sigma2", kw_only=True)
 
     def weight(self, sigma: Tensor, process: Process, sigma_data: float) -> Tensor:
         return sigma**-2
@@ -52,8 +51,7 @@ class Sigma2(BaseWeighting):
 class Constant(BaseWeighting):
     """1: every noise level's error of the clean image counts as it is."""
 
-    _: KW_ONLY
-    kind: Literal["constant"] = "constant"
+    kind: Literal["constant"] = field(default="constant", kw_only=True)
 
     def weight(self, sigma: Tensor, process: Process, sigma_data: float) -> Tensor:
         return torch.ones_like(sigma)
@@ -66,8 +64,7 @@ class LikelihoodWeighting(BaseWeighting):
     Here it is g^2 / (alpha r^2)^2 with r = sigma / alpha, which equals -d SNR / dt (Kingma 2021).
     """
 
-    _: KW_ONLY
-    kind: Literal["likelihood"] = "likelihood"
+    kind: Literal["likelihood"] = field(default="likelihood", kw_only=True)
 
     def weight(self, sigma: Tensor, process: Process, sigma_data: float) -> Tensor:
         ratio = sigma.to(torch.float64)
@@ -79,8 +76,7 @@ class LikelihoodWeighting(BaseWeighting):
 class EDMWeighting(BaseWeighting):
     """(sigma^2 + sd^2) / (sigma sd)^2 = 1 / c_out^2, so that the network's own output errs equally (Karras 2022)."""
 
-    _: KW_ONLY
-    kind: Literal["edm"] = "edm"
+    kind: Literal["edm"] = field(default="edm", kw_only=True)
 
     def weight(self, sigma: Tensor, process: Process, sigma_data: float) -> Tensor:
         return sigma**-2 + sigma_data**-2
@@ -90,8 +86,7 @@ class EDMWeighting(BaseWeighting):
 class Velocity(BaseWeighting):
     """((1 + sigma) / sigma)^2: 1 on the error of the velocity z - x_0 (Lipman 2023)."""
 
-    _: KW_ONLY
-    kind: Literal["velocity"] = "velocity"
+    kind: Literal["velocity"] = field(default="velocity", kw_only=True)
 
     def weight(self, sigma: Tensor, process: Process, sigma_data: float) -> Tensor:
         return (1 + 1 / sigma) ** 2
@@ -102,8 +97,7 @@ class MinSNR(BaseWeighting):
     """min(SNR, gamma), SNR = 1 / sigma^2 (Hang 2023)."""
 
     gamma: float = 5.0
-    _: KW_ONLY
-    kind: Literal["min_snr"] = "min_snr"
+    kind: Literal["min_snr"] = field(default="min_snr", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.positive("weighting", gamma=self.gamma)
@@ -117,8 +111,7 @@ class SoftMinSNR(BaseWeighting):
     """gamma SNR / (SNR + gamma) = 1 / (sigma^2 + 1 / gamma) (Crowson 2024)."""
 
     gamma: float = 4.0
-    _: KW_ONLY
-    kind: Literal["soft_min_snr"] = "soft_min_snr"
+    kind: Literal["soft_min_snr"] = field(default="soft_min_snr", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.positive("weighting", gamma=self.gamma)
@@ -136,8 +129,7 @@ class Adaptive(BaseWeighting):
 
     num_bins: int = 64
     half_life: float = 1000.0
-    _: KW_ONLY
-    kind: Literal["adaptive"] = "adaptive"
+    kind: Literal["adaptive"] = field(default="adaptive", kw_only=True)
 
     needs_error: ClassVar[bool] = True
 
@@ -154,8 +146,7 @@ class Learned(BaseWeighting):
     """EDM's lambda / e^u(sigma), plus u(sigma): u is trained with the network (Karras 2024, eq. 14)."""
 
     num_features: int = 64
-    _: KW_ONLY
-    kind: Literal["learned"] = "learned"
+    kind: Literal["learned"] = field(default="learned", kw_only=True)
 
     needs_error: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ class MLPConfig(BaseNetworkConfig):
 
     hidden_size: int = 128
     num_layers: int = 3
-    _: KW_ONLY
-    kind: Literal["mlp"] = "mlp"
+    kind: Literal["mlp"] = field(default="mlp", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.at_least("network", 1, hidden_size=self.hidden_size, num_layers=self.num_layers)

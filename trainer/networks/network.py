@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
@@ -30,8 +30,7 @@ class LadderNetworkConfig(BaseNetworkConfig):
     sigma_max: float = 50.0
     num_levels: int = 232
     conditioning: Conditioning = "learned"
-    _: KW_ONLY
-    kind: Literal["ladder"] = "ladder"
+    kind: Literal["ladder"] = field(default="ladder", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.positive("network", sigma_min=self.sigma_min, sigma_max=self.sigma_max)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -36,8 +36,7 @@ class RBMConfig(BaseNetworkConfig):
 
     num_hidden: int = 256
     binarize: Literal["threshold", "sample"] = "threshold"
-    _: KW_ONLY
-    kind: Literal["rbm"] = "rbm"
+    kind: Literal["rbm"] = field(default="rbm", kw_only=True)
 
     is_machine: ClassVar[bool] = True
 
@@ -54,8 +53,7 @@ class GaussianRBMConfig(BaseNetworkConfig):
 
     num_hidden: int = 256
     std: float = 0.5
-    _: KW_ONLY
-    kind: Literal["gaussian_rbm"] = "gaussian_rbm"
+    kind: Literal["gaussian_rbm"] = field(default="gaussian_rbm", kw_only=True)
 
     is_machine: ClassVar[bool] = True
 
