@@ -22,7 +22,7 @@ from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.engine import build_engine, resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
-from scoreray.trainer.networks.network import build_network, num_parameters
+from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.step import TrainingModule
 
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
@@ -77,7 +77,7 @@ def measure(name: str, batch: int, device: torch.device, arguments: argparse.Nam
     network_config, shape = (TINY if arguments.tiny else CASES)[name]
     config = run_config(network_config, batch, compiled=not arguments.no_compile)
     torch.manual_seed(0)
-    network = build_network(config.network, shape, 1000)  # type: ignore[arg-type]
+    network = config.network.build(shape, 1000)  # type: ignore[arg-type]
     num_params, work = num_parameters(network), training_flops(network, shape)
     denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     module = TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)

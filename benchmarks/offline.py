@@ -37,7 +37,6 @@ from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 from scoreray.trainer.networks.flops import flops
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.step import to_uint8, to_unit_range
 
 SHAPE = (3, 32, 32)
@@ -76,7 +75,7 @@ def model_of(kind: str) -> LoadedDenoiser:
         }
     )
     torch.manual_seed(0)
-    network = build_network(config.network, SHAPE)
+    network = config.network.build(SHAPE)
     for parameter in network.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     model = LoadedDenoiser(network, "edm", 0.5)

@@ -33,7 +33,7 @@ from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.targets import ring
 from scoreray.trainer.networks.dit import DiTConfig
-from scoreray.trainer.networks.network import build_network, num_parameters
+from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.networks.unet import UNetConfig
 
 SHAPE = (3, 32, 32)
@@ -70,7 +70,7 @@ def main() -> None:
 def overhead(arguments: argparse.Namespace, device: torch.device) -> tuple[object, list[str]]:
     """For each sampler and batch: milliseconds of its own per call, and what that is of a network call in percent."""
     torch.manual_seed(0)
-    network = build_network(UNetConfig(model_channels=32, channel_mult=(1, 2, 2), head_channels=32), SHAPE)
+    network = UNetConfig(model_channels=32, channel_mult=(1, 2, 2), head_channels=32).build(SHAPE)
     parameters = num_parameters(network)
     denoiser = Denoiser(network.to(device).eval().requires_grad_(False))
     rows: dict[str, dict[str, object]] = {name: {} for name in SAMPLERS if name not in ADAPTIVE}
@@ -159,7 +159,7 @@ def compiled(arguments: argparse.Namespace, device: torch.device) -> tuple[objec
     record = {}
     for name, (config, shape) in COMPILED.items():
         torch.manual_seed(0)
-        network = build_network(config, shape)
+        network = config.build(shape)
         for parameter in network.parameters():  # a new network gives 0 whatever its input
             parameter.data += 0.05 * torch.randn_like(parameter)
         network = network.to(device).eval().requires_grad_(False)
@@ -174,7 +174,7 @@ def compiled(arguments: argparse.Namespace, device: torch.device) -> tuple[objec
         eager, quick = (1e3 * min(times) for times in zip(*rounds, strict=True))
         record[name] = {"eager_ms": eager, "compiled_ms": quick, "relative_difference": off, "compiling_s": compiling}
         table.append(
-            f"| {name} | {num_parameters(build_network(config, shape)) / 1e6:.2f} M | {eager:.1f} | {quick:.1f} "
+            f"| {name} | {num_parameters(config.build(shape)) / 1e6:.2f} M | {eager:.1f} | {quick:.1f} "
             f"| {eager / quick:.2f} | {off:.0e} of the largest output | {compiling:.0f} |"
         )
     return record, table

@@ -48,7 +48,6 @@ from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.unet import UNetConfig
 
 MAX_ROWS, STEPS, COUNTS = 32, (10, 100), (1, 8)
@@ -80,7 +79,7 @@ def mix(n: int, seed: int = 0, rate: float = 0.0) -> list[Asked]:
 
 def network(config: UNetConfig, shape: tuple[int, ...]) -> Denoiser:
     torch.manual_seed(0)
-    built = build_network(config, shape)
+    built = config.build(shape)
     for parameter in built.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return Denoiser(built.eval().requires_grad_(False)).eval()

@@ -217,11 +217,10 @@ def module_of(config, world):  # type: ignore[no-untyped-def]
     import torch
 
     from scoreray.trainer.diffusion.denoiser import Denoiser
-    from scoreray.trainer.networks.network import build_network
     from scoreray.trainer.step import TrainingModule
 
     torch.manual_seed(0)
-    network = build_network(config.network, (1, 28, 28), 10)
+    network = config.network.build((1, 28, 28), 10)
     denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     batch = config.data.global_batch_size
     return TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)

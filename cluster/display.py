@@ -97,8 +97,14 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
-    """A bar for anything counted; call `.advance(0, n)` on it."""
+def bar(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar for work that reports how much more is done."""
+    with _progress(name, total, unit) as progress:
+        yield lambda n: progress.advance(progress.task_ids[0], n)
+
+
+@contextmanager
+def _progress(name: str, total: int, unit: str) -> Iterator[Progress]:
     progress = Progress(
         SpinnerColumn(),
         TextColumn(name),
@@ -122,5 +128,5 @@ def bar(name: str, total: int, unit: str) -> Iterator[Progress]:
 @contextmanager
 def counted(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for work that reports (done, total) itself."""
-    with bar(name, 1, unit) as progress:
+    with _progress(name, 1, unit) as progress:
         yield lambda done, total: progress.update(progress.task_ids[0], completed=done, total=total)

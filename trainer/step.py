@@ -17,10 +17,14 @@ from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, Augmentatio
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
-from scoreray.trainer.diffusion.objective import ContrastiveObjective, ObjectiveConfig, needs_second_derivatives
+from scoreray.trainer.diffusion.objective import (
+    ContrastiveObjective,
+    NoisedBatch,
+    ObjectiveConfig,
+    needs_second_derivatives,
+)
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.rbm import BoltzmannMachine
 
 
@@ -66,16 +70,9 @@ class TrainingModule(nn.Module):
         sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
         labels = None if labels is None else self._hide(labels, positions)
-        error = self.objective.error(
-            self.denoiser,
-            x0,
-            x0 + like(sigma, x0) * z,
-            sigma,
-            labels,
-            probes=self.objective.draw_probes(self.seed, positions, shape, x0.dtype),
-            positions=positions,
-            chains=self.chains,
-        )
+        probes = self.objective.draw_probes(self.seed, positions, shape, x0.dtype)
+        batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, labels, probes, positions, self.chains)
+        error = self.objective.error(self.denoiser, batch)
         return self.weighting(error, sigma).float(), sigma.float()
 
     def _sigma(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,7 +151,7 @@ def build_training_module(config: Config, manifest: Manifest) -> TrainingModule 
     config = resolve_sigma_data(config, manifest)
     seed, batch = config.run.seed, config.data.global_batch_size
     refuse(augmentation_mistakes(config.augmentation, manifest.shape))
-    network = build_network(config.network, manifest.shape, len(manifest.classes))
+    network = config.network.build(manifest.shape, len(manifest.classes))
     if isinstance(network, BoltzmannMachine):
         assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
         return MachineModule(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.packing.inspect import picture_grid
 from scoreray.data.reading.manifest import is_picture
+from scoreray.sampling.offline.generate import png_of_sheet
 from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of
 from scoreray.tune.schedule import best_of, cost_of
@@ -258,9 +258,7 @@ def curves_picture(plan: StudyPlan, best: Trial, default: Trial | None) -> bytes
 def sheet_picture(samples: Tensor, like: Tensor) -> bytes | None:
     """Images as a grid, points as a scatter in the frame of `like`, so that two sheets compare; None for other data."""
     if is_picture(samples.shape[1:]):
-        buffer = io.BytesIO()
-        picture_grid(to_uint8(samples)).save(buffer, "PNG")
-        return buffer.getvalue()
+        return png_of_sheet(to_uint8(samples))
     if samples.ndim == 2 and samples.shape[1] >= 2:
         figure, axes = _axes(4, 4)
         axes.scatter(samples[:, 0], samples[:, 1], s=2, color="C0")

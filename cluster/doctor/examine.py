@@ -20,7 +20,7 @@ from scoreray.trainer.config.data_scale import misfit
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
-from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import build_training_module
 
@@ -120,10 +120,10 @@ def plan(config: Config, manifest: Manifest | None, shape: tuple[int, ...], mach
                 network: Any = getattr(module, "denoiser", module)
                 network = getattr(network, "network", network)
             else:
-                module = network = build_network(config.network, shape, num_classes)  # type: ignore[arg-type]
+                module = network = config.network.build(shape, num_classes)  # type: ignore[arg-type]
     except UserError as error:
         return [Finding("network", "problem", str(error))]
-    num_params = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    num_params = num_parameters(module)
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         half = config.engine.precision != "fp32"

@@ -107,11 +107,8 @@ def _draw(trained: TrainResult, out: Path) -> float:
 
     started = time.monotonic()
     denoiser = load(trained.checkpoint)
-    with bar("sample", NUM_SAMPLES, "samples") as progress:
-        batches = generate(
-            denoiser, Request(NUM_SAMPLES, guidance=GUIDANCE), lambda n: progress.advance(progress.task_ids[0], n)
-        )
-        images = torch.cat([x for x, _ in batches])
+    with bar("sample", NUM_SAMPLES, "samples") as done:
+        images = torch.cat([x for x, _ in generate(denoiser, Request(NUM_SAMPLES, guidance=GUIDANCE), done)])
     (out / "samples.png").write_bytes(png_of_sheet(to_uint8(images)))
     return time.monotonic() - started
 

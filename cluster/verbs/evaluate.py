@@ -44,7 +44,7 @@ def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None,
                 f"which each takes {settings.threads}); ask for fewer"
             )
         with workers_of(workers or most, settings.threads, gpu=on_gpus) as run:
-            return evaluate(inputs, run=run, bar=counting)
+            return evaluate(inputs, run=run, bar=bar)
 
 
 def checked_inputs(settings: EvaluationSettings) -> EvaluationInputs:
@@ -58,13 +58,6 @@ def checked_inputs(settings: EvaluationSettings) -> EvaluationInputs:
         if find_finished(plan) is None:
             plan.store.check_writable()
     return inputs
-
-
-@contextlib.contextmanager
-def counting(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar of a stage."""
-    with bar(name, total, unit) as progress:
-        yield lambda n: progress.advance(progress.task_ids[0], n)
 
 
 @contextlib.contextmanager

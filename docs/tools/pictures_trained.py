@@ -19,7 +19,6 @@ from scoreray.trainer.diffusion.sigma_sampling import LogUniform
 from scoreray.trainer.diffusion.targets import ring, sample_target
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.step import TrainingModule
 
 BATCH = 512
@@ -28,7 +27,7 @@ BATCH = 512
 def train(objective: EDMObjective, data: torch.Tensor, steps: int, hidden_size: int = 128) -> Denoiser:
     """A small MLP trained on points [N, 2] by `objective`, with a learning rate that falls to 0."""
     torch.manual_seed(0)
-    network = build_network(MLPConfig(hidden_size=hidden_size), (2,))
+    network = MLPConfig(hidden_size=hidden_size).build((2,))
     module = TrainingModule(Denoiser(network), objective, EDM(0.002, 80.0), seed=0, global_batch_size=BATCH)
     optimizer = torch.optim.Adam(module.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metric
 from scoreray.sampling.evaluation.stages import fixed_threads
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import load_model
-from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
+from scoreray.sampling.offline.generate import generate, png_of_sheet
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.tensorboard import Point, events_file
@@ -152,24 +153,14 @@ def measure(config: Config, checkpoint: Checkpoint) -> Values:
 def draw_sheet(config: Config, checkpoint: Checkpoint) -> Values:
     """A sheet of samples, the same seeds for every checkpoint: what a person looks at while a run goes on."""
     section = config.evaluation
-    request = Request(
-        count=section.sheet,
-        sampler=section.sampler,
-        steps=section.steps,
-        guidance=section.guidance,
-        batch_size=min(section.batch_size, section.sheet),
-    )
+    request = settings_of(config, checkpoint.url).request()
+    request = replace(request, count=section.sheet, batch_size=min(section.batch_size, section.sheet))
     with fixed_threads(1):
         samples = torch.cat([x for x, _ in generate(load_model(checkpoint.url, device="cpu"), request)])
     _check_pictures(samples.shape[1:])
     run, key = run_store(config), f"{SHEETS}/{checkpoint.images_seen:012d}.png"
     run.put(key, png_of_sheet(to_uint8(samples)))
     return {"sheet": run.url(key)}
-
-
-def read_evaluations(run: Store) -> list[Values]:
-    """What was found at each checkpoint, by images seen."""
-    return [json.loads(run.get(key)) for key, _ in run.list(METRICS + "/")]
 
 
 def give_way() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from scoreray.data.packing.inspect import picture_grid
 from scoreray.data.pages import DPI, render
 from scoreray.data.reading.samples import spread
 from scoreray.sampling.evaluation.chunks import FeatureChunk
@@ -17,6 +16,7 @@ from scoreray.sampling.evaluation.metrics import METRICS, MetricResult, stages_o
 from scoreray.sampling.evaluation.record import EvaluationRecord, MetricValue, as_text
 from scoreray.sampling.evaluation.stored import StoredChunks
 from scoreray.sampling.model.describe import is_picture
+from scoreray.sampling.offline.generate import png_of_sheet
 
 SHEET = 64
 BESIDE = {
@@ -89,7 +89,7 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
         pictures = next(stored.each("samples", FeatureChunk)).pictures
         assert pictures is not None  # the first chunk's
         samples = torch.from_numpy(pictures)
-        found.append(("Samples, in the order of their numbers.", _png(picture_grid(samples[:SHEET]))))
+        found.append(("Samples, in the order of their numbers.", png_of_sheet(samples[:SHEET])))
         if "nn" in drawn:
             found.append(_neighbours(stored, drawn["nn"], samples))
     elif "samples" in stages and info.image_shape == (2,):
@@ -97,9 +97,7 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
     restored = drawn.get("psnr", drawn.get("ssim"))
     if restored is not None and is_picture(restored.shape[2:]):
         rows = torch.from_numpy(restored).transpose(0, 1).flatten(0, 1)
-        found.append(
-            ("Restorations: images, what is known of them, restored.", _png(picture_grid(rows, len(restored))))
-        )
+        found.append(("Restorations: images, what is known of them, restored.", png_of_sheet(rows, len(restored))))
     if "loss" in drawn or "fid" in drawn:
         found.append(_curves(drawn))
     return found
@@ -115,7 +113,7 @@ def _neighbours(stored: StoredChunks, drawn: tuple[list[int], list[int]], sample
     originals = images[torch.from_numpy(np.searchsorted(order, numbers))]
     both = torch.cat([samples[torch.tensor(places)], originals])
     caption = "The samples that are nearest to the reference (above), and the image nearest to each (below)."
-    return caption, _png(picture_grid(both, len(places)))
+    return caption, png_of_sheet(both, len(places))
 
 
 def _points(stored: StoredChunks) -> Captioned:
@@ -169,10 +167,4 @@ def _new_figure(width: float, height: float) -> Any:
 def _saved(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
     return buffer.getvalue()

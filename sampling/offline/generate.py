@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from scoreray.data.errors import UserError, nearest, shortened
@@ -172,11 +173,6 @@ def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Callable
     return partial(_draw, steered(model, request.guided, request.measurement), model, request)
 
 
-def draw(model: LoadedDenoiser | LoadedMachine, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
-    """Samples first, first + 1, ... of a request in one batch, float32 [b, ...], of `labels` int64 [b] (-1: none)."""
-    return prepare(model, request)(first, labels)
-
-
 def _draw(denoise: Denoise, model: LoadedDenoiser, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
     assert request.sampler is not None
     assert request.steps is not None
@@ -212,8 +208,8 @@ def png(image: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def png_of_sheet(images: torch.Tensor) -> bytes:
-    """A sheet of uint8 pictures [N, C, H, W] as PNG."""
+def png_of_sheet(images: torch.Tensor | np.ndarray, columns: int | None = None) -> bytes:
+    """A sheet of pictures [N, C, H, W] as PNG; arguments as for `picture_grid`."""
     buffer = io.BytesIO()
-    picture_grid(images).save(buffer, "PNG")
+    picture_grid(images, columns).save(buffer, "PNG")
     return buffer.getvalue()

@@ -17,7 +17,6 @@ from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.optim.fragments import Fragment
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def write_run(
     torch.manual_seed(seed)
     module = torch.nn.Module()
     module.denoiser = torch.nn.Module()
-    module.denoiser.network = build_network(config.network, shape, len(names))
+    module.denoiser.network = config.network.build(shape, len(names))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

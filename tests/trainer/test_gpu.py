@@ -18,7 +18,6 @@ from scoreray.trainer.engine import build_engine
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.dit import DiTConfig
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import TrainingModule
@@ -43,7 +42,7 @@ def exact_products() -> Any:
 
 def module(name: str) -> TrainingModule:
     torch.manual_seed(0)
-    network = build_network(NETWORKS[name], SHAPE, 10)
+    network = NETWORKS[name].build(SHAPE, 10)
     with torch.no_grad():  # the last layers begin at 0, which would hide what is before them
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

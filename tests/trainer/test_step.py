@@ -19,7 +19,6 @@ from scoreray.trainer.diffusion.objective import (
 from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal, UniformT
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, Adaptive, Learned, LikelihoodWeighting
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig
 from scoreray.trainer.step import MachineModule, TrainingModule, to_uint8, to_unit_range
 
@@ -238,7 +237,7 @@ def test_no_weighting_waits_for_the_device(weighting):
 def test_a_machine_s_step_is_a_function_of_position_in_any_micro_batch_and_near_itself_in_bf16(config):
     def machine(dtype=torch.float32):
         torch.manual_seed(0)
-        built = build_network(config, (1, 4, 4))
+        built = config.build((1, 4, 4))
         built.weight.data *= 50  # as training leaves them
         return MachineModule(built, ContrastiveObjective(chain="gibbs"), seed=5, global_batch_size=B).to(dtype)
 
@@ -260,8 +259,8 @@ def test_a_machine_s_step_is_a_function_of_position_in_any_micro_batch_and_near_
 def test_binary_units_are_the_data_s_by_threshold_or_by_their_own_probability():
     x = torch.tensor([-1.0, -0.2, 0.2, 1.0]).repeat(20_000, 1)
     positions = torch.arange(20_000)
-    assert build_network(RBMConfig(2), (4,)).visible(x, 0, positions)[0].tolist() == [0, 0, 1, 1]
-    drawn = build_network(RBMConfig(2, "sample"), (4,)).visible(x, 0, positions)
+    assert RBMConfig(2).build((4,)).visible(x, 0, positions)[0].tolist() == [0, 0, 1, 1]
+    drawn = RBMConfig(2, "sample").build((4,)).visible(x, 0, positions)
     assert set(drawn.flatten().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(drawn.mean(0), torch.tensor([0.0, 0.4, 0.6, 1.0]), atol=0.02, rtol=0)
 
@@ -287,7 +286,7 @@ def test_persistent_chains_go_on_in_training_only_stay_at_their_noise_level_and_
 
 def test_samples_that_a_machine_was_not_built_for_are_named():
     step = MachineModule(
-        build_network(RBMConfig(2), (1, 4, 4)), ContrastiveObjective(chain="gibbs"), seed=0, global_batch_size=B
+        RBMConfig(2).build((1, 4, 4)), ContrastiveObjective(chain="gibbs"), seed=0, global_batch_size=B
     )
     with pytest.raises(UserError, match=r"v is torch.float32 \(12, 9\): this machine takes torch.float32 \[B, 16\]"):
         step(torch.zeros(B, 1, 3, 3), None, POSITIONS)

@@ -34,6 +34,19 @@ Probe = Literal["rademacher", "gaussian"]
 
 
 @dataclass(frozen=True)
+class NoisedBatch:
+    """x [B, ...] = x0 + sigma z at sigma [B]. probes: of `draw_probes`; chains: the persistent ones, of `positions`."""
+
+    x0: Tensor
+    x: Tensor
+    sigma: Tensor
+    class_labels: Tensor | None = None
+    probes: Tensor | None = None
+    positions: Tensor | None = None
+    chains: PersistentChains | None = None
+
+
+@dataclass(frozen=True)
 class BaseObjective:
     """What every objective has: its weighting, its noise levels, and the error that both are of.
 
@@ -57,25 +70,14 @@ class BaseObjective:
         """The random directions [B, P, *shape] that `error` needs beside the noise; None where it needs none."""
         return None
 
-    def error(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        *,
-        probes: Tensor | None = None,
-        positions: Tensor | None = None,
-        chains: PersistentChains | None = None,
-    ) -> Tensor:
-        """The denoising error per dimension [B] of x [B, ...] = x0 + sigma z at sigma [B].
+    def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
+        """The denoising error per dimension [B].
 
         For implicit and sliced objectives an unbiased estimate of it, which can be negative. Persistent chains go on
-        from, and in training mode back to, the `chains` of `positions`. Nothing here waits for the device or draws a
-        number.
+        from, and in training mode back to, the batch's. Nothing here waits for the device or draws a number.
         """
-        return (denoiser.denoise(x, sigma, class_labels) - x0).flatten(1).square().mean(1)
+        denoised = denoiser.denoise(batch.x, batch.sigma, batch.class_labels)
+        return (denoised - batch.x0).flatten(1).square().mean(1)
 
 
 class _ByJacobian(BaseObjective):
@@ -83,23 +85,12 @@ class _ByJacobian(BaseObjective):
 
     needs_jacobian = True
 
-    def error(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        *,
-        probes: Tensor | None = None,
-        positions: Tensor | None = None,
-        chains: PersistentChains | None = None,
-    ) -> Tensor:
-        x = x.detach().requires_grad_()
+    def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
+        x, sigma = batch.x.detach().requires_grad_(), batch.sigma
         with torch.enable_grad():
-            denoised = denoiser.denoise(x, sigma, class_labels)
+            denoised = denoiser.denoise(x, sigma, batch.class_labels)
             step = (denoised - x).flatten(1)
-            trace, squared = self.trace_and_norm(denoised, x, step, probes)
+            trace, squared = self.trace_and_norm(denoised, x, step, batch.probes)
         return (squared + 2 * sigma**2 * trace) / step.shape[1] - sigma**2
 
     def trace_and_norm(self, denoised: Tensor, x: Tensor, step: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -222,19 +213,9 @@ class ContrastiveObjective(BaseObjective):
         count = self.num_steps + (self.start != "data")
         return noise.normal(seed, positions, (count, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
 
-    def error(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        *,
-        probes: Tensor | None = None,
-        positions: Tensor | None = None,
-        chains: PersistentChains | None = None,
-    ) -> Tensor:
+    def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
         """What has the gradient of the error, and not its value (`contrastive.denoiser_divergence`)."""
+        x, sigma, probes, positions, chains = batch.x, batch.sigma, batch.probes, batch.positions, batch.chains
         assert probes is not None, "contrastive divergence needs probes"
         start = None
         if self.start != "data":
@@ -242,15 +223,9 @@ class ContrastiveObjective(BaseObjective):
             start, probes = like(width, x) * probes[:, -1], probes[:, :-1]
         if chains is not None and start is not None and positions is not None:
             start = chains.take(positions, start)
+        labels, scale = batch.class_labels, self.noise_scale
         error, ends = denoiser_divergence(
-            denoiser,
-            x,
-            sigma,
-            class_labels,
-            probes,
-            step_size=self.step_size,
-            noise_scale=self.noise_scale,
-            start=start,
+            denoiser, x, sigma, labels, probes, step_size=self.step_size, noise_scale=scale, start=start
         )
         if chains is not None and positions is not None and chains.training:
             chains.put(positions, ends)

@@ -12,6 +12,7 @@ from scoreray.trainer.engine.base import Engine, EngineConfig, resolve_precision
 from scoreray.trainer.engine.deepspeed import DeepSpeedEngine
 from scoreray.trainer.engine.flat import FlatEngine
 from scoreray.trainer.engine.planner import Stage, choose_stage, memory_of_rank
+from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 
@@ -49,7 +50,7 @@ def _cheapest_stage(
     if world_size > 1:
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)
     return choose_stage(
-        sum(p.numel() for p in module.parameters() if p.requires_grad),
+        num_parameters(module),
         world_size,
         int(memory),
         half=resolve_precision(config.precision, device) != torch.float32,

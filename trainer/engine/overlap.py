@@ -34,10 +34,9 @@ class OverlappedSum:
         parameters: Sequence[tuple[torch.nn.Parameter, int]],
         total: torch.Tensor,
         collect: Callable[[slice], None] = lambda part: None,
-        elements: int | None = None,
     ) -> None:
         self._total, self._collect = total, collect
-        elements = elements or bucket_elements(total.numel())
+        elements = bucket_elements(total.numel())
         self._ranges: list[slice] = []
         self._members: list[set[int]] = []
         members: set[int] = set()

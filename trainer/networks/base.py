@@ -17,6 +17,11 @@ class BaseNetworkConfig:
     is_machine: ClassVar[bool] = False
     """A restricted Boltzmann machine: it has no noise level, so no process and no denoiser, and moves by Gibbs."""
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> nn.Module:
-        """The module for samples of `image_shape`; see `network.build_network`, which calls it."""
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
+        """The network for samples of `image_shape` and `num_classes` classes (0: no classes).
+
+        network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training;
+        for an RBM's config the machine, which is called otherwise (`rbm`) and has no classes.
+        Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
+        """
         raise NotImplementedError

@@ -66,7 +66,7 @@ class DiTConfig(BaseNetworkConfig):
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> DiT:
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> DiT:
         return DiT(self, image_shape, num_classes)
 
 

@@ -29,7 +29,7 @@ class MLPConfig(BaseNetworkConfig):
         checks.at_least("network", 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
         require(self.num_layers <= MAX_LAYERS, "num_layers", self.num_layers, f"choose 1 to {MAX_LAYERS} layers")
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> MLP:
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> MLP:
         return MLP(self, image_shape, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""Every network that a config can name, and how to build one."""
+"""Every network that a config can name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LadderNetworkConfig(BaseNetworkConfig):
         checks.ordered("network", "sigma_min", "sigma_max", self.sigma_min, self.sigma_max)
         checks.at_least("network", 2, num_levels=self.num_levels)
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> OnLadder:
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> OnLadder:
         sigmas = geometric_ladder(self.sigma_max, self.sigma_min, self.num_levels)
         return OnLadder(self.network.build(image_shape, num_classes), sigmas, self.conditioning)
 
@@ -45,16 +45,6 @@ class LadderNetworkConfig(BaseNetworkConfig):
 NetworkConfig = SingleNetworkConfig | LadderNetworkConfig | RBMConfig | GaussianRBMConfig
 
 NETWORKS: dict[str, type[NetworkConfig]] = {config.kind: config for config in get_args(NetworkConfig)}
-
-
-def build_network(config: NetworkConfig, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
-    """The network that `config` describes, for samples of `image_shape` and `num_classes` classes (0: no classes).
-
-    network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training; for
-    an RBM's config the machine, which is called otherwise (`rbm`) and has no classes.
-    Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
-    """
-    return config.build(image_shape, num_classes)
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -43,7 +43,7 @@ class RBMConfig(BaseNetworkConfig):
     def __post_init__(self) -> None:
         checks.at_least("network", 1, num_hidden=self.num_hidden)
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> RBM:
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> RBM:
         return RBM(math.prod(image_shape), self.num_hidden, self.binarize)
 
 
@@ -61,7 +61,7 @@ class GaussianRBMConfig(BaseNetworkConfig):
         checks.at_least("network", 1, num_hidden=self.num_hidden)
         checks.positive("network", std=self.std)
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> GaussianBernoulliRBM:
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> GaussianBernoulliRBM:
         return GaussianBernoulliRBM(math.prod(image_shape), self.num_hidden, self.std)
 
 

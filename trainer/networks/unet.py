@@ -66,7 +66,7 @@ class UNetConfig(BaseNetworkConfig):
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or a divisor of the image's size")
 
-    def build(self, image_shape: Sequence[int], num_classes: int) -> UNet:
+    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> UNet:
         return UNet(self, image_shape, num_classes)
 
 

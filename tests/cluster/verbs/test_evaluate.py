@@ -19,7 +19,7 @@ from scoreray.cluster.verbs.evaluate import workers_of
 from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.follow import follow, read_evaluations
+from scoreray.sampling.evaluation.follow import METRICS, follow
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
@@ -107,7 +107,7 @@ def test_each_checkpoint_is_measured_and_drawn(run: tuple[str, str], tmp_path: P
     config = load_config(settings(base, evaluation=section))
     notes: list[str] = []
     assert follow(config, lambda: True, notes.append) == 1
-    (found,) = read_evaluations(run_store(config))
+    found = json.loads(run_store(config).get(f"{METRICS}/000000000064.json"))
     assert found["images"] == 64
     assert found["fid"] > 0
     assert found["loss_error"] > 0
@@ -141,7 +141,7 @@ def test_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
             family = psutil.Process().children(recursive=True)
             priorities = [process.nice() for process in family if "CheckpointEvaluator" in " ".join(process.cmdline())]
     assert priorities == [19]
-    assert read_evaluations(run_store(config))[-1]["images"] == 64
+    assert [key for key, _ in run_store(config).list(METRICS)] == [f"{METRICS}/000000000064.json"]
     assert any("64 images: loss" in note for note in notes)
     missing = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update={"reference": f"{base}/nothing", "count": 20}),

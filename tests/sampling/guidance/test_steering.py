@@ -18,7 +18,7 @@ from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import average_pool, gray
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.load import load, load_machine, load_model
-from scoreray.sampling.offline.generate import Request, draw, generate
+from scoreray.sampling.offline.generate import Request, generate, prepare
 from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
@@ -170,7 +170,7 @@ def test_samples_of_an_inverse_problem_meet_its_measurement(
     )
     (x, _), *_ = generate(load(runs["unet"]), request)
     assert (forward(x) - y).abs().max() < (1e-4 if method == "projection" else 0.2)
-    free = draw(load(runs["unet"]), Request(3, "dpmpp_2m", 8), 0, torch.arange(3) % 2)
+    free = prepare(load(runs["unet"]), Request(3, "dpmpp_2m", 8))(0, torch.arange(3) % 2)
     assert (forward(free) - y).abs().max() > 0.3
 
 

@@ -37,7 +37,7 @@ from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import NetworkConfig, build_network
+from scoreray.trainer.networks.network import NetworkConfig
 from scoreray.trainer.networks.rbm import (
     RBM,
     GaussianBernoulliRBM,
@@ -69,7 +69,7 @@ def one_device() -> Iterator[None]:
 
 @pytest.fixture
 def denoiser() -> Denoiser:
-    return Denoiser(build_network(MLPConfig(8, 1), SHAPE, 2)).to("meta").requires_grad_(False)
+    return Denoiser(MLPConfig(8, 1).build(SHAPE, 2)).to("meta").requires_grad_(False)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,14 +122,12 @@ def test_everything_that_is_derived_of_a_process_stays_with_its_t(kind: str) -> 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_weighting_under_every_law_of_sigma(weighting: str, sampling: str) -> None:
     objective = DenoisingObjective(WEIGHTINGS[weighting](), SIGMA_SAMPLINGS[sampling](stratified=True))
-    loss_of(Denoiser(build_network(MLPConfig(8, 1), SHAPE)), objective, VP())
+    loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE)), objective, VP())
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_every_parameterization(parameterization: str) -> None:
-    loss_of(
-        Denoiser(build_network(MLPConfig(8, 1), SHAPE, 2), parameterization), EDMObjective(label_dropout=0.1), EDM()
-    )
+    loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE, 2), parameterization), EDMObjective(label_dropout=0.1), EDM())
 
 
 @pytest.mark.parametrize("start", ["data", "noise", "persistent"])
@@ -137,20 +135,20 @@ def test_every_parameterization(parameterization: str) -> None:
 def test_every_objective(kind: str, start: str) -> None:
     if kind == "contrastive":
         objective = ContrastiveObjective(start=start, num_steps=2)
-        loss_of(Denoiser(build_network(MLPConfig(8, 1), SHAPE), "energy_dot"), objective, EDM())
+        loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE), "energy_dot"), objective, EDM())
     elif start == "data":
-        loss_of(Denoiser(build_network(MLPConfig(8, 1), SHAPE)), OBJECTIVES[kind](), EDM())
+        loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE)), OBJECTIVES[kind](), EDM())
 
 
 @pytest.mark.parametrize("network", [UNetConfig(8, (1,), 1, patch_size=2), DiTConfig(2, 8, 1, 2)], ids=["unet", "dit"])
 def test_image_networks_as_energies(network: UNetConfig | DiTConfig) -> None:
-    loss_of(Denoiser(build_network(network, SHAPE, 2), "energy_dot"), EDMObjective(), EDM())
+    loss_of(Denoiser(network.build(SHAPE, 2), "energy_dot"), EDMObjective(), EDM())
 
 
 @pytest.mark.parametrize("start", ["data", "noise", "persistent"])
 @pytest.mark.parametrize("config", [RBMConfig(3), RBMConfig(3, "sample"), GaussianRBMConfig(3)])
 def test_machines_train_there(config: NetworkConfig, start: str) -> None:
-    machine = build_network(config, SHAPE)
+    machine = config.build(SHAPE)
     objective = ContrastiveObjective(chain="gibbs", start=start)  # type: ignore[arg-type]
     step = MachineModule(machine, objective, seed=0, global_batch_size=B)
     loss, _ = step.to("meta")(torch.empty(B, *SHAPE, device="meta"), None, inputs()[2])
@@ -184,7 +182,7 @@ def test_a_measurement_that_lies_on_the_cpu_serves_samples_on_any_device(denoise
         x, sigma, _ = inputs()
         wrapped = LinearInverse(denoiser, operator, y, 0.1, method=method)  # type: ignore[arg-type]
         assert wrapped(x, sigma).device.type == "meta"
-    flat = Denoiser(build_network(MLPConfig(8, 1), (5,))).to("meta")
+    flat = Denoiser(MLPConfig(8, 1).build((5,))).to("meta")
     wrapped = LinearInverse(flat, matrix(torch.eye(2, 5)), torch.zeros(2), 0.1, method=method)  # type: ignore[arg-type]
     assert wrapped(torch.empty(B, 5, device="meta"), sigma).device.type == "meta"
 

@@ -10,7 +10,6 @@ from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.energy import READOUTS, energy
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.unet import UNetConfig
 
 F64 = torch.float64
@@ -25,7 +24,7 @@ CONFIGS = {
 
 def trained(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    network = build_network(CONFIGS[name], SHAPE, 3).double()
+    network = CONFIGS[name].build(SHAPE, 3).double()
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return network

@@ -22,6 +22,7 @@ from scoreray.trainer.diffusion.objective import (
     EDMObjective,
     FlowMatchingObjective,
     ImplicitObjective,
+    NoisedBatch,
     ObjectiveConfig,
     SlicedObjective,
     SlicedVRObjective,
@@ -45,7 +46,7 @@ def estimates(objective, denoiser, data, sigma, count, num_probes=1, weighting=N
     probes = (rademacher if objective.kind != "contrastive" else normal)(3, positions, (num_probes, D), dtype=F64)
     weight = (weighting or Constant()).build(VP(), denoiser.sigma_data)
     levels = torch.full((count,), sigma, dtype=F64)
-    return weight(objective.error(denoiser, x0, x0 + sigma * z, levels, probes=probes), levels)
+    return weight(objective.error(denoiser, NoisedBatch(x0, x0 + sigma * z, levels, probes=probes)), levels)
 
 
 def near(values: Tensor, expected: float) -> bool:
@@ -128,7 +129,7 @@ def test_contrastive_divergence_from_the_data_has_the_gradient_of_score_matching
 
     def gradient(objective, probes):
         denoiser = Denoiser(Tanh(), "energy_residual")
-        objective.error(denoiser, x0, x0 + sigma[:, None] * z, sigma, probes=probes).mean().backward()
+        objective.error(denoiser, NoisedBatch(x0, x0 + sigma[:, None] * z, sigma, probes=probes)).mean().backward()
         return torch.cat([p.grad.flatten() for p in denoiser.parameters()])
 
     objective = ContrastiveObjective(num_steps=num_steps, step_size=2e-3)

@@ -17,7 +17,6 @@ from scoreray.trainer.engine.planner import (
     memory,
 )
 from scoreray.trainer.networks.dit import DiTConfig
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.unet import UNetConfig
 
 GIB = 1 << 30
@@ -80,7 +79,7 @@ def test_the_parts_sum_to_the_formula(stage: int, half: bool, offload: bool) -> 
 )
 def test_activations_are_what_autograd_saves(config: UNetConfig | DiTConfig, dtype: torch.dtype) -> None:
     """Against the bytes that a real forward pass leaves allocated, by torch's profiler."""
-    network = build_network(config, (3, 16, 16), 4)
+    network = config.build((3, 16, 16), 4)
     every, recomputed = activation_bytes(network, (3, 16, 16), dtype)
     network = network.to(dtype)
     x, c_noise = torch.randn(8, 3, 16, 16), torch.zeros(8)

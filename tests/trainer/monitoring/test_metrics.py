@@ -28,7 +28,6 @@ from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.monitoring.tensorboard import FOLDER as TENSORBOARD
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops, matmul_rate, training_flops
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store
 
@@ -130,7 +129,7 @@ def test_a_resumed_run_reports_when_its_checkpoint_was_committed(small_run: Sett
 def test_flops_are_those_of_the_matrix_products() -> None:
     """A DiT's linear layers and attention by hand, forward; backward is twice that, but for the input's gradient."""
     width, depth, tokens = 64, 3, 64
-    network = build_network(DiTConfig(patch_size=2, hidden_size=width, depth=depth, num_heads=2), (3, 16, 16))
+    network = DiTConfig(patch_size=2, hidden_size=width, depth=depth, num_heads=2).build((3, 16, 16))
     block = 2 * tokens * width * width * (3 + 1 + 4 + 4) + 2 * 2 * tokens * tokens * width + 2 * width * 6 * width
     rest = 2 * 2 * tokens * 12 * width + 2 * (256 * width + width * width) + 2 * width * 2 * width
     assert flops(network, (3, 16, 16)) == depth * block + rest

@@ -24,7 +24,7 @@ from scoreray.trainer.networks.ladder import (
     variance_ratio,
 )
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import LadderNetworkConfig, NetworkConfig, build_network
+from scoreray.trainer.networks.network import LadderNetworkConfig, NetworkConfig
 
 CIFAR_RATIO = 5000 ** (1 / 231)
 
@@ -73,7 +73,7 @@ def test_a_ladder_is_suggested_from_data():
 
 def on_ladder(conditioning):
     torch.manual_seed(0)
-    network = build_network(MLPConfig(16, 1), (2,), 3)
+    network = MLPConfig(16, 1).build((2,), 3)
     for parameter in network.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return OnLadder(network, VE(0.01, 1.0).ladder(10), conditioning)
@@ -94,7 +94,7 @@ def test_a_config_puts_any_network_on_a_ladder():
     union = TypeAdapter(Annotated[NetworkConfig, Field(discriminator="kind")])
     for inner in ({"kind": "mlp", "hidden_size": 8}, {"kind": "unet", "model_channels": 8}):
         config = union.validate_python({"kind": "ladder", "num_levels": 5, "network": inner})
-        network = build_network(config, (1, 4, 4), 2)
+        network = config.build((1, 4, 4), 2)
         assert network.log_sigmas.shape == (5,)
         assert network(torch.ones(3, 1, 4, 4), torch.zeros(3)).shape == (3, 1, 4, 4)
         assert flops(network, (1, 4, 4)) > 0

@@ -8,12 +8,11 @@ from torch import nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import build_network
 
 
 def trained(shape=(2,), num_classes=3) -> nn.Module:
     torch.manual_seed(0)
-    network = build_network(MLPConfig(hidden_size=16, num_layers=2), shape, num_classes)
+    network = MLPConfig(hidden_size=16, num_layers=2).build(shape, num_classes)
     for parameter in network.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return network
@@ -23,7 +22,7 @@ X, C_NOISE, LABELS = torch.linspace(-1, 1, 10).reshape(5, 2), torch.linspace(-1.
 
 
 def test_a_new_network_outputs_zero_in_the_shape_of_x():
-    out = build_network(MLPConfig(), (2, 3), 0)(torch.ones(4, 2, 3), torch.zeros(4), None)
+    out = MLPConfig().build((2, 3), 0)(torch.ones(4, 2, 3), torch.zeros(4), None)
     assert torch.equal(out, torch.zeros(4, 2, 3))
 
 

@@ -17,7 +17,7 @@ from scoreray.trainer.networks import dit, unet
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import NetworkConfig, build_network, num_parameters
+from scoreray.trainer.networks.network import NetworkConfig, num_parameters
 from scoreray.trainer.networks.unet import UNetConfig
 
 UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(6,))
@@ -31,7 +31,7 @@ each_image_network = pytest.mark.parametrize("config", [UNET, DIT], ids=lambda c
 def trained(config: NetworkConfig, image_shape: tuple[int, ...] = IMAGE, num_classes: int = 4) -> nn.Module:
     """A network with random weights everywhere, as training leaves them: a new one outputs 0 whatever its input."""
     torch.manual_seed(0)
-    network = build_network(config, image_shape, num_classes)
+    network = config.build(image_shape, num_classes)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return network
@@ -45,7 +45,7 @@ def inputs(batch: int = 4, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
 
 @each_network
 def test_a_new_network_outputs_zero(config):
-    out = build_network(config, IMAGE, 4)(*inputs())
+    out = config.build(IMAGE, 4)(*inputs())
     assert out.shape == (4, *IMAGE)
     assert out.abs().max() == 0
 
@@ -70,8 +70,8 @@ def test_no_labels_is_the_null_class(config):
 
 @each_network
 def test_a_network_says_how_many_classes_it_knows(config):
-    assert build_network(config, IMAGE, 4).num_classes == 4
-    assert build_network(config, IMAGE).num_classes == 0
+    assert config.build(IMAGE, 4).num_classes == 4
+    assert config.build(IMAGE).num_classes == 0
 
 
 @each_network
@@ -203,7 +203,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(config):
 
 @each_network
 def test_flops_are_those_of_a_real_call(config):
-    network = build_network(config, IMAGE, 4)
+    network = config.build(IMAGE, 4)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         network(*inputs(1))
     assert flops(network, IMAGE) == counter.get_total_flops()
@@ -213,11 +213,11 @@ def test_flops_are_those_of_a_real_call(config):
 def test_state_has_no_buffers_and_the_seed_decides_the_weights(config):
     def state() -> dict[str, torch.Tensor]:
         torch.manual_seed(7)
-        return build_network(config, IMAGE, 4).state_dict()
+        return config.build(IMAGE, 4).state_dict()
 
     first, again = state(), state()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not list(build_network(config, IMAGE, 4).buffers())
+    assert not list(config.build(IMAGE, 4).buffers())
 
 
 @each_network
@@ -231,17 +231,15 @@ def test_state_has_no_buffers_and_the_seed_decides_the_weights(config):
 )
 def test_a_call_that_does_not_fit_is_named(config, x, c_noise, message):
     with pytest.raises(UserError, match=message):
-        build_network(config, IMAGE)(x, c_noise)
+        config.build(IMAGE)(x, c_noise)
 
 
 def test_networks_of_one_size_refuse_another_and_a_unet_wants_whole_patches():
     for config in (DIT, MLP):
         with pytest.raises(UserError, match=r"samples of shape \(3, 8, 12\): this network was built for \(3, 12, 8\)"):
-            build_network(config, IMAGE)(torch.zeros(4, 3, 8, 12), torch.zeros(4))
+            config.build(IMAGE)(torch.zeros(4, 3, 8, 12), torch.zeros(4))
     with pytest.raises(UserError, match="multiples of 4"):
-        build_network(replace(UNET, patch_size=4, attention_resolutions=()), IMAGE)(
-            torch.zeros(4, 3, 12, 6), torch.zeros(4)
-        )
+        replace(UNET, patch_size=4, attention_resolutions=()).build(IMAGE)(torch.zeros(4, 3, 12, 6), torch.zeros(4))
 
 
 def test_flops_and_parameters_of_a_layer_counted_by_hand():
@@ -297,7 +295,7 @@ def test_a_config_is_read_by_its_kind():
 )
 def test_a_value_that_does_not_fit_is_named(config, image_shape, message):
     with pytest.raises(UserError) as error:
-        build_network(config(), image_shape)
+        config().build(image_shape)
     assert message in str(error.value)
 
 

@@ -24,7 +24,6 @@ from scoreray.trainer.diffusion.targets import Mixture
 from scoreray.trainer.diffusion.weighting import Adaptive, EDMWeighting, Learned, Velocity
 from scoreray.trainer.networks.ladder import OnLadder
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.rbm import GaussianBernoulliRBM
 from scoreray.trainer.step import MachineModule, TrainingModule
 
@@ -62,7 +61,7 @@ RUNS = {
 
 def train(objective, process, parameterization, num_steps=400, network=None, num_classes=0) -> Denoiser:
     torch.manual_seed(0)
-    network = network or build_network(MLPConfig(48, 2), (2,), num_classes)
+    network = network or MLPConfig(48, 2).build((2,), num_classes)
     denoiser = Denoiser(network, parameterization)
     step = TrainingModule(denoiser, objective, process, seed=0, global_batch_size=BATCH, shape=(2,))
     optimizer = torch.optim.Adam(step.parameters(), lr=4e-3, betas=(0.9, 0.99))
@@ -135,7 +134,7 @@ def test_a_gaussian_rbm_trained_by_gibbs_has_nearly_the_likelihood_of_the_mixtur
 def test_a_ladder_network_with_a_code_for_each_rung_recovers_the_mixture():
     torch.manual_seed(0)
     process = VE(0.05, 2.0)
-    network = OnLadder(build_network(MLPConfig(48, 2), (2,)), process.ladder(10))
+    network = OnLadder(MLPConfig(48, 2).build((2,)), process.ladder(10))
     denoiser = train(DenoisingObjective(sigma_sampling=LadderUniform(10)), process, "score", network=network)
     for sigma in process.ladder(10)[4:9].tolist():
         assert distance_to_exact(denoiser, sigma) < 0.15
