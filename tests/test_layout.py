@@ -111,9 +111,9 @@ def test_no_two_modules_import_each_other() -> None:
 
 def test_short_paths_are_the_same_names_and_nothing_of_ours_uses_them() -> None:
     for short, module in SHORT_PATHS.items():
-        here, there = (importlib.import_module(f"scoreray.{name}") for name in (short, module))
-        assert here.__all__
-        assert all(getattr(here, name) is getattr(there, name) for name in here.__all__)
+        facade, home = (importlib.import_module(f"scoreray.{name}") for name in (short, module))
+        assert facade.__all__
+        assert all(getattr(facade, name) is getattr(home, name) for name in facade.__all__)
     assert not [f"{a} imports {b}" for a, names in imports().items() for b in names if b in SHORT_PATHS]
     tree = ast.parse((ROOT / "tests" / "test_layout.py").read_text())
     assert "importlib" in imported(tree)  # the reader reads
@@ -183,7 +183,7 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     assert load_config(yaml.safe_load(result.stdout)) == load_config(ROOT / "configs" / "cifar10.yaml")
 
 
-def test_a_presets_name_is_a_file_here_before_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_file_comes_before_the_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("configs/demo.yaml", "./configs/tune/both.yaml"):
         assert preset(Path(name)) == ROOT / name

@@ -54,7 +54,7 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     if len(others) < len(overrides):
         raw, folder = override(raw, [one for one in overrides if one.startswith("base=")]), Path()
     if isinstance(raw.get("base"), str):
-        with _told_of("base"):
+        with _key_in_errors("base"):
             raw = {**raw, "base": read_yaml(preset(folder / raw["base"]))}
     raw = override(raw, others)
     if mistakes := misshapen(raw):
@@ -75,8 +75,8 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
 
 
 @contextlib.contextmanager
-def _told_of(key: str) -> Iterator[None]:
-    """Puts the sweep's key before what an error says."""
+def _key_in_errors(key: str) -> Iterator[None]:
+    """Prefixes the message of an error with the sweep's key."""
     try:
         yield
     except ScorerayError as error:
@@ -90,11 +90,11 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     Returns warnings, a line each. Raises ScorerayErrors.
     """
     sweep = plan.sweep
-    with _told_of("metric.reference"):
+    with _key_in_errors("metric.reference"):
         manifest = _manifest(sweep.metric.reference)
-    with _told_of("study.storage"):
+    with _key_in_errors("study.storage"):
         open_store(sweep.study.storage).child(sweep.study.name).check_writable()
-    with _told_of("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
+    with _key_in_errors("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
         model = describe(sweep.checkpoint) if sweep.checkpoint else None
         infos = [model.info] if model else list(_described(plan))
     lengths = model.lengths if model else (*infos[0].config.ema.names, RAW)
@@ -310,7 +310,7 @@ def _described(plan: StudyPlan) -> Any:
     for _, _, values in itertools.chain([(None, None, {})], plan.space.corners(plan.base)):
         config = plan.config(values)
         if config.data.url not in seen:
-            with _told_of("space.data.url" if "data.url" in values else "base.data.url"):
+            with _key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
                 seen[config.data.url] = _manifest(config.data.url)
         manifest = seen[config.data.url]
         config = resolve_sigma_data(config, manifest)

@@ -37,7 +37,7 @@ def in_a_pod(nodes: Any, script: str) -> tuple[int, float, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_driver_is_told_alone_and_without_one_the_node_ends(nodes: Any) -> None:
+def test_a_driver_alone_gets_sigterm_and_without_one_the_node_ends(nodes: Any) -> None:
     if shutil.which("unshare") is None or shutil.which("hostname") is None:
         pytest.skip("a pod is made with unshare and hostname, which are not installed")
     nodes.start(0)

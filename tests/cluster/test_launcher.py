@@ -27,7 +27,7 @@ def schema() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_ray_takes_it(name: str) -> None:
+def test_ray_accepts_the_cluster_file(name: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     jsonschema.validate(read(name), schema())

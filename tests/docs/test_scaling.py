@@ -28,7 +28,7 @@ def test_the_pages_tables_are_the_models(name: str) -> None:
     assert f"{name}\n\n{table(WORKS[name])}\n" in PAGE
 
 
-def test_the_page_tells_what_less_overlap_would_cost() -> None:
+def test_the_page_states_what_less_overlap_would_cost() -> None:
     assert table_of_zero0() in PAGE
 
 
@@ -57,7 +57,7 @@ def test_collectives_without_latency_move_the_bytes_that_they_must() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_limits(way: str) -> None:
+def test_efficiency_at_its_limits(way: str) -> None:
     """Alone nothing is lost; more GPUs never help; endless computing hides what can be hidden."""
     work = WORKS["DiT-XL, 675 M parameters, 32 images a GPU"]
     assert efficiency(way, 1, work) == pytest.approx(1)

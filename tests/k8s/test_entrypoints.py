@@ -110,7 +110,7 @@ def test_a_typo_in_the_serve_config_is_refused() -> None:
         ServeOptions.model_validate({"checkpoints": ["s3://b/r"], "replica": "2"})
 
 
-def test_programs_and_modules_of_the_pods_are_there(pods: Any) -> None:
+def test_programs_and_modules_of_the_pods_exist(pods: Any) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for pod in pods:
         hook = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
@@ -131,7 +131,7 @@ def test_the_s3_server_takes_its_options(pods: Any) -> None:
     assert {word.partition("=")[0] for word in command} <= known
 
 
-def test_redis_is_the_process_that_is_told_to_end(built: Any, tmp_path: Path) -> None:
+def test_redis_itself_receives_the_pods_sigterm(built: Any, tmp_path: Path) -> None:
     """A shell as a pod's first process would not pass SIGTERM on, and Redis be killed after the whole grace period."""
     (redis,) = [one for one in built["sample"] if one["kind"] == "StatefulSet"]
     container = redis["spec"]["template"]["spec"]["containers"][0]
@@ -216,7 +216,7 @@ def test_base_images_are_pinned_by_a_digest_argument() -> None:
             assert ("ARG", digest[1]) in instructions(), "an argument without a default: it must be given"
 
 
-def test_the_image_runs_as_nobody_special_and_lists_what_is_inside() -> None:
+def test_the_image_runs_unprivileged_and_lists_its_contents() -> None:
     steps = instructions()
     assert [rest for name, rest in steps if name == "USER"] == ["10001:10001"]
     users = set(re.findall(r"--uid (\d+)", DOCKERFILE.read_text()))

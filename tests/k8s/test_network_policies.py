@@ -135,7 +135,7 @@ def test_does_not_reach(reaches: Any, source: str, target: str, port: int) -> No
     assert not reaches(source, target, port)
 
 
-def test_everybody_asks_dns_and_nobody_is_open_by_default(reaches: Any, built: Any, pods: Any) -> None:
+def test_every_pod_may_reach_dns_and_none_is_open_by_default(reaches: Any, built: Any, pods: Any) -> None:
     (deny,) = [o for o in built["platform"] if o["kind"] == "NetworkPolicy" and o["metadata"]["name"] == "default-deny"]
     assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert reaches("train/head", "dns", 53, "UDP")

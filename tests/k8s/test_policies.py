@@ -61,7 +61,7 @@ def test_autoscalers_beside_the_head_are_restricted_too(specs: Any) -> None:
         assert security["readOnlyRootFilesystem"] is True
 
 
-def test_what_is_written_has_a_volume(pods: Any) -> None:
+def test_every_path_that_is_written_has_a_volume(pods: Any) -> None:
     """With a read-only root: /tmp (Ray's sessions, caches) and /dev/shm (objects), each of a limited size."""
     for pod in pods:
         mounts = {mount["mountPath"]: mount["name"] for mount in pod.container["volumeMounts"]}
@@ -251,7 +251,7 @@ def test_workers_are_spread(pods: Any) -> None:
                 assert one["labelSelector"]["matchLabels"].items() <= pod.labels.items(), pod.where
 
 
-def test_answers_before_training_before_what_can_wait(pods: Any, built: Any) -> None:
+def test_serving_has_priority_over_training_over_batch_work(pods: Any, built: Any) -> None:
     classes = {one["metadata"]["name"]: one["value"] for one in objects(built, "PriorityClass")}
     given = {
         pod.where.partition("/")[0]: classes[pod.spec["priorityClassName"]] for pod in pods if pod.role == "worker"
@@ -260,7 +260,7 @@ def test_answers_before_training_before_what_can_wait(pods: Any, built: Any) -> 
     assert all(one["preemptionPolicy"] == "Never" for one in objects(built, "PriorityClass"))
 
 
-def test_prometheus_finds_the_ports_that_are_there(built: Any, pods: Any) -> None:
+def test_prometheus_scrapes_ports_that_pods_have(built: Any, pods: Any) -> None:
     for monitor in objects(built, "PodMonitor"):
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
         chosen = [pod for pod in pods if wanted <= pod.labels.items()]

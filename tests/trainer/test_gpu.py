@@ -60,26 +60,26 @@ def batch(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def test_keyed_numbers_are_the_cpu_s(dtype: torch.dtype) -> None:
     positions = torch.arange(1000) * 7919
     for seed in (0, 2**62):
-        here = noise.uniform(seed, positions, (3, 65), stream=4, dtype=dtype)
-        there = noise.uniform(seed, positions.cuda(), (3, 65), stream=4, dtype=dtype)
-        assert torch.equal(here, there.cpu())
+        on_cpu = noise.uniform(seed, positions, (3, 65), stream=4, dtype=dtype)
+        on_gpu = noise.uniform(seed, positions.cuda(), (3, 65), stream=4, dtype=dtype)
+        assert torch.equal(on_cpu, on_gpu.cpu())
         signs = noise.rademacher(seed, positions.cuda(), (3, 65), stream=4)
         assert torch.equal(noise.rademacher(seed, positions, (3, 65), stream=4), signs.cpu())
-        here = noise.normal(seed, positions, (3, 65), stream=2, dtype=dtype)
-        there = noise.normal(seed, positions.cuda(), (3, 65), stream=2, dtype=dtype).cpu()
-        assert (here - there).abs().max() < 8 * torch.finfo(dtype).eps * 6.8  # log and cos differ in the last place
+        on_cpu = noise.normal(seed, positions, (3, 65), stream=2, dtype=dtype)
+        on_gpu = noise.normal(seed, positions.cuda(), (3, 65), stream=2, dtype=dtype).cpu()
+        assert (on_cpu - on_gpu).abs().max() < 8 * torch.finfo(dtype).eps * 6.8  # log and cos differ in the last place
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_losses_and_gradients_are_the_cpu_s(name: str) -> None:
-    here, there = module(name), module(name).cuda()
-    losses, sigmas = here(*batch(0, "cpu"))
-    losses_there, sigmas_there = there(*batch(0, "cuda"))
+    on_cpu, on_gpu = module(name), module(name).cuda()
+    losses, sigmas = on_cpu(*batch(0, "cpu"))
+    losses_gpu, sigmas_gpu = on_gpu(*batch(0, "cuda"))
     losses.mean().backward()
-    losses_there.mean().backward()
-    torch.testing.assert_close(sigmas_there.cpu(), sigmas, rtol=1e-5, atol=0)
-    torch.testing.assert_close(losses_there.cpu(), losses, rtol=1e-4, atol=1e-5)
-    for (key, a), b in zip(here.named_parameters(), there.parameters(), strict=True):
+    losses_gpu.mean().backward()
+    torch.testing.assert_close(sigmas_gpu.cpu(), sigmas, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses_gpu.cpu(), losses, rtol=1e-4, atol=1e-5)
+    for (key, a), b in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
         assert a.grad is not None
         assert b.grad is not None
         assert (a.grad - b.grad.cpu()).norm() <= 1e-3 * a.grad.norm() + 1e-7, key
@@ -109,9 +109,9 @@ def test_the_engine_s_steps_follow_the_cpu_s(name: str, precision: str, compiled
             (f.name, key): tensor.float().cpu().clone() for f in engine.fragments() for key, tensor in f.tensors.items()
         }
     tolerance = 1e-3 if precision == "fp32" else 0.05
-    for key, here in ends["cpu"].items():
+    for key, on_cpu in ends["cpu"].items():
         if key[1] == "master":
-            assert (ends["cuda"][key] - here).norm() <= tolerance * here.norm() + 1e-4 * here.numel() ** 0.5, key
+            assert (ends["cuda"][key] - on_cpu).norm() <= tolerance * on_cpu.norm() + 1e-4 * on_cpu.numel() ** 0.5, key
 
 
 def config(storage: Path, data_url: str, name: str = "unet", precision: str = "fp32", compiled: bool = False) -> Config:

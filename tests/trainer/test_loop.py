@@ -296,7 +296,7 @@ def test_another_data_set_under_the_same_url_is_refused(data_url: str, tmp_path:
             refuse(c)
 
 
-def test_damaged_records_are_one_line_and_others_files_beside_them_are_nobodys(
+def test_damaged_records_are_one_line_and_foreign_files_beside_them_are_ignored(
     small_run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     c = load_config(small_run("run", tmp_path, 48, checkpoint={"every_images": 16}, log={"every_images": 16}))

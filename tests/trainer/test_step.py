@@ -52,7 +52,7 @@ def images() -> Tensor:
 LABELS = torch.arange(B) % 10
 
 
-def test_flips_are_of_half_the_images_anew_each_epoch_and_of_the_position_alone():
+def test_half_the_images_are_flipped_others_each_epoch_by_position_alone():
     config, positions = AugmentationConfig(horizontal_flip=0.5), torch.arange(20_000)
     picture = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 2, 3)
     seen = augment(picture.expand(len(positions), -1, -1, -1), config, 5, positions)
@@ -76,10 +76,13 @@ def test_points_can_not_be_flipped():
 
 def test_a_flipped_image_is_trained_on_with_the_noise_of_its_place():
     always, never = module(augmentation=AugmentationConfig(horizontal_flip=1.0)), module()
-    (there, sigma), (mirrored, same) = always(images(), LABELS, POSITIONS), never(images().flip(-1), LABELS, POSITIONS)
-    assert torch.equal(there, mirrored)
+    (flipped, sigma), (mirrored, same) = (
+        always(images(), LABELS, POSITIONS),
+        never(images().flip(-1), LABELS, POSITIONS),
+    )
+    assert torch.equal(flipped, mirrored)
     assert torch.equal(sigma, same)
-    assert not torch.equal(there, never(images(), LABELS, POSITIONS)[0])
+    assert not torch.equal(flipped, never(images(), LABELS, POSITIONS)[0])
 
 
 def test_bytes_become_minus_one_to_one_and_floats_stay():
@@ -265,7 +268,7 @@ def test_binary_units_are_the_data_s_by_threshold_or_by_their_own_probability():
     torch.testing.assert_close(drawn.mean(0), torch.tensor([0.0, 0.4, 0.6, 1.0]), atol=0.02, rtol=0)
 
 
-def test_persistent_chains_go_on_in_training_only_stay_at_their_noise_level_and_have_no_classes():
+def test_persistent_chains_continue_in_training_only_stay_at_their_noise_level_and_have_no_classes():
     objective = ContrastiveObjective(start="persistent", num_chains=2 * B)
     network = Small()
     step = TrainingModule(

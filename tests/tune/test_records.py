@@ -120,12 +120,12 @@ def test_a_trial_without_a_finite_metric_has_failed_and_the_study_goes_on(
     trials, store = recorded(plan, 4), study_store(plan.sweep)
     trials[1].reports[0]["metrics"] = {"denoising": value}
     trials[1].save(store)
-    there = claim(plan)
-    assert [trial.state for trial in there] == ["done", "failed", "done", "done"]
-    assert "not a finite number" in there[1].error
-    values = propose(plan, 4, there)
+    claimed = claim(plan)
+    assert [trial.state for trial in claimed] == ["done", "failed", "done", "done"]
+    assert "not a finite number" in claimed[1].error
+    values = propose(plan, 4, claimed)
     assert plan.space.dimensions[0].contains(values[MEAN])
-    assert [trial.number for trial in best_of(plan, there)] == [0, 2, 3]
-    made = make_report(plan, there)
+    assert [trial.number for trial in best_of(plan, claimed)] == [0, 2, 3]
+    made = make_report(plan, claimed)
     assert made.record["states"] == {"done": 3, "stopped": 0, "failed": 1}
     json.loads(store.get("report.json"), parse_constant=lambda word: pytest.fail(word))

@@ -145,7 +145,7 @@ def test_one_bad_trial_rules_no_axis(sweep: dict[str, Any]) -> None:
         assert front_picture(plan, trials, trials[4])
 
 
-def test_names_are_as_short_as_tells_them_apart() -> None:
+def test_names_are_shortened_as_far_as_they_stay_unique() -> None:
     keys = ["objective.weighting.kind", "process.kind", "a.sigma_max", "b.sigma_max", "optimizer.learning_rate"]
     assert list(short_names(keys).values()) == [
         "weighting.kind", "process.kind", "a.sigma_max", "b.sigma_max", "learning_rate"

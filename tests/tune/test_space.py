@@ -158,7 +158,7 @@ def test_mistakes_are_counted_without_their_headings(sweep: dict[str, Any]) -> N
     assert [line.strip()[:9] for line in lines] == ["base: foo", "base: bar"]
 
 
-def test_a_runs_config_is_told_from_a_sweeps() -> None:
+def test_a_run_config_and_a_sweep_are_distinguished() -> None:
     file = CONFIGS.parent / "cifar10.yaml"
     with pytest.raises(UserError, match=rf"this is a run's config, not a sweep's: scoreray train {file}$"):
         load_sweep(file)
@@ -169,13 +169,13 @@ def test_the_sweep_of_the_weighting_searches_nothing_else() -> None:
     assert all(key.startswith("objective.weighting.") for key in space)
 
 
-def test_a_base_of_the_command_line_lies_beside_the_shell(sweep: dict[str, Any], tmp_path: Path) -> None:
+def test_a_base_given_on_the_command_line_is_loaded(sweep: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(sweep["base"]))
     plan = load_sweep(sweep, [f"base={tmp_path / 'base.yaml'}", "base.duration.images=4096"])
     assert plan.total == 4096
 
 
-def test_what_only_the_stores_and_the_cluster_tell(sweep: dict[str, Any], points: dict[str, str]) -> None:
+def test_checks_that_need_the_stores_or_the_cluster(sweep: dict[str, Any], points: dict[str, str]) -> None:
     assert check_sweep(load_sweep(sweep)) == []
     check_room(load_sweep(sweep), {"CPU": 2.0})
     with pytest.raises(UserError, match="a trial needs 4 CPU, the cluster has 2"):

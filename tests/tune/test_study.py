@@ -141,9 +141,9 @@ def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
     while True:
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.communicate()
-        there = read_trials(store)
-        under_way = [t for t in there if t.state == "running" and committed(run_store(trial_config(plan, t.values)))]
-        if any(t.state == "done" for t in there) and under_way:
+        trials = read_trials(store)
+        under_way = [t for t in trials if t.state == "running" and committed(run_store(trial_config(plan, t.values)))]
+        if any(t.state == "done" for t in trials) and under_way:
             break
         family = psutil.Process(driver.pid).children(recursive=True)
         time.sleep(0.02)

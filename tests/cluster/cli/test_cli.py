@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_hold_an_s3_server(scoreray: Any, tmp_path: Path) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_check_tells_what_this_machine_lacks(
+def test_a_check_reports_what_this_machine_lacks(
     scoreray: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -256,9 +256,7 @@ def test_a_demo_that_cannot_write_says_so(scoreray: Any, tmp_path: Path) -> None
     assert_refused(scoreray("demo", "--out", str(tmp_path / "file" / "out")), 3, "--out")
 
 
-def test_what_ray_tells_of_workers_is_not_among_a_commands_answer(
-    ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_of_workers_go_to_standard_error(ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
     """A worker's print, as Ray hands it on, while `--json` may be piped somewhere; a raylet's are Ray's own matter."""
     from ray._private import worker
 

@@ -149,7 +149,7 @@ def test_a_daemon_that_ended_while_ray_waits_for_something_else_ends_the_command
     assert [line.rpartition(": ")[2] for line in said] == ["its raylet has ended"] * ended
 
 
-def test_ray_is_asked_again_and_again_and_no_longer_than_a_daemon_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_polled_for_as_long_as_its_daemons_live(monkeypatch: pytest.MonkeyPatch) -> None:
     """The originals wait half a minute and more at a time, in C++: no signal is seen meanwhile."""
     from ray._private import node, services
 
@@ -179,7 +179,7 @@ def test_ray_is_asked_again_and_again_and_no_longer_than_a_daemon_lives(monkeypa
 
 
 @pytest.mark.parametrize(("loads", "tries"), [([1, 1], 1), ([16, 16], 1), ([2, 16], 2), ([16, 1], 1)])
-def test_a_ray_that_was_too_slow_is_started_once_more_only_where_it_may_take_longer_now(
+def test_a_ray_that_was_too_slow_is_started_again_only_with_a_longer_limit(
     loads: list[float], tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray

@@ -72,7 +72,7 @@ def test_the_second_autoscaler_is_there_once_it_has_reported(
     assert (from_v2(status).is_there, len(from_v2(status).starting)) == (is_there, num_starting)
 
 
-def test_what_is_missing() -> None:
+def test_missing_resources_are_counted_over_all_workers() -> None:
     worker = {"CPU": 4.0, "GPU": 1.0}
     assert missing([worker] * 2, {"CPU": 8.0, "GPU": 2.0}) == {}
     assert missing([worker] * 2, {"CPU": 16.0}) == {"GPU": 2.0}
@@ -80,7 +80,7 @@ def test_what_is_missing() -> None:
     assert missing([{"CPU": 1.0}] * 3, {"CPU": 2.99}) == {"CPU": 3.0}
 
 
-def test_what_nobody_will_bring_is_refused_at_once(ray_cluster: None) -> None:
+def test_resources_that_no_node_will_have_are_refused_at_once(ray_cluster: None) -> None:
     assert not room.autoscaler().is_there
     wait_for_room("a worker needs", [{"CPU": 1}], "ask for less")
     refused = r"^4 workers need 8 GPU, the cluster has 0 and 40 CPU, the cluster has 4; ask for less$"

@@ -80,7 +80,7 @@ def sweep_of(config: Path, base: str = "./sent.yaml", **more: Any) -> Path:
     return config.parent / "sweep.yaml"
 
 
-def test_a_sweep_travels_with_its_base_and_its_mistakes_are_told_here(config: Path) -> None:
+def test_a_sweep_is_sent_with_its_base_and_its_mistakes_are_reported_before_that(config: Path) -> None:
     sweep = sweep_of(config)
     with prepared(["tune", str(sweep)], [], [], None, PARSE) as job:
         place = Path(job.runtime_env["working_dir"])

@@ -217,7 +217,7 @@ print(json.dumps(found | {"notes": notes}))
 """
 
 
-def test_two_that_write_one_run_and_a_job_that_is_gone(head: tuple[int, str]) -> None:
+def test_a_second_job_of_one_run_is_refused_and_following_a_job_that_is_gone_ends(head: tuple[int, str]) -> None:
     """The later of two submissions is refused, or stopped; following ends where there is nothing to follow."""
     port, token = head
     _, environment = command(port, token)
@@ -322,7 +322,7 @@ def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, s
     assert token not in json.dumps(listed)
 
 
-def test_a_verb_runs_there_with_this_code_and_its_exit_status_comes_back(head: tuple[int, str]) -> None:
+def test_a_verb_runs_on_the_cluster_with_this_code_and_returns_its_exit_status(head: tuple[int, str]) -> None:
     port, token = head
     done = run(port, token, "--name", "look", "--from-env", "MINE=PATH", "data", "verify", "/nowhere/at/all")
     assert done.returncode == 2, done.stdout + done.stderr

@@ -126,7 +126,7 @@ def test_each_checkpoint_is_measured_and_drawn(run: tuple[str, str], tmp_path: P
     assert lines == ["evaluation at 64 images failed: broken: RuntimeError: no way"]
 
 
-def test_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
+def test_evaluation_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
     """An actor at the lowest priority: what it finds is reported while the run goes on, and its errors end nothing."""
     base = run[0].removesuffix("/runs/short")
     section = {"metrics": ["loss"]}
@@ -153,7 +153,9 @@ def test_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
     assert any("failed: measure: UserError" in note for note in notes)
 
 
-def test_the_commands(scoreray: Any, ray_cluster: None, run: tuple[str, str], tmp_path: Path) -> None:
+def test_evaluate_and_compare_as_commands(
+    scoreray: Any, ray_cluster: None, run: tuple[str, str], tmp_path: Path
+) -> None:
     """evaluate leaves a record, compare refuses with exit status 2 by what differs, mistakes are one line each."""
     common = ["evaluate", run[0], "--reference", run[1], "--extractor", "identity", "--metrics", "fid,loss",
               "--count", "40", "--reference-count", "100", "--loss-count", "32", "--out", str(tmp_path)]  # fmt: skip

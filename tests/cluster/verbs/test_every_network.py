@@ -38,13 +38,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_kind_is_among_them() -> None:
+def test_every_kind_of_network_is_tested() -> None:
     kinds = {config.kind for config in typing.get_args(NetworkConfig)}
     assert {section["network"]["kind"] for section in SECTIONS.values()} == kinds
 
 
 @pytest.mark.parametrize("sections", SECTIONS.values(), ids=SECTIONS)
-def test_a_network_goes_all_the_way(sections: dict[str, Any], small_run: Any, small_set: str, tmp_path: Path) -> None:
+def test_a_network_is_checked_planned_searched_trained_and_sampled(
+    sections: dict[str, Any], small_run: Any, small_set: str, tmp_path: Path
+) -> None:
     settings = small_run("run", tmp_path / "runs", 64, **sections)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     checked = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--check"])

@@ -169,6 +169,6 @@ def test_ray_tasks_make_the_same(ray_cluster: Any, config: Config) -> None:
     newest = latest(run_store(config))
     assert newest is not None
     mix = find_mix(newest, 0.07)
-    here, there = reconstruct(newest, mix), reconstruct(newest, mix, on_ray)
-    assert here.keys() == there.keys()
-    assert all(torch.equal(here[name], there[name]) for name in here)
+    local, remote = reconstruct(newest, mix), reconstruct(newest, mix, on_ray)
+    assert local.keys() == remote.keys()
+    assert all(torch.equal(local[name], remote[name]) for name in local)

@@ -303,7 +303,7 @@ def test_a_large_folder_is_known_by_times_and_by_some_contents(tmp_path: Path, m
     assert identity(store, sizes) != touched, "contents that are looked at count whatever the times say"
 
 
-def test_a_folder_in_s3_has_the_identity_that_it_has_here(tmp_path: Path, s3_url: str) -> None:
+def test_a_folder_in_s3_has_the_identity_of_a_local_one(tmp_path: Path, s3_url: str) -> None:
     source = open_store(folder(tmp_path / "in"))
     remote = open_store(s3_url)
     for key, _ in source.list():

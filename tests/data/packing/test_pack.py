@@ -195,9 +195,7 @@ def test_verify_lists_every_problem_by_name(source: Path, tmp_path: Path) -> Non
     assert "000003.tar: sample 300 at byte 512: its bytes" in problems[2]
 
 
-def test_verify_tells_of_a_cut_shard_in_two_lines(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_reports_a_cut_shard_in_two_lines(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(source, tmp_path, samples_per_shard=100)
     path = tmp_path / "shards" / "000002.tar"
     whole = path.read_bytes()

@@ -234,7 +234,7 @@ def test_a_bad_picture_is_named_and_can_be_left_out(
     assert not recwarn.list
 
 
-def test_hidden_files_are_not_looked_into_and_others_are_told(tmp_path: Path) -> None:
+def test_hidden_files_are_skipped_and_others_that_are_no_images_reported(tmp_path: Path) -> None:
     for name in ("in/a/1.png", "in/a/2.png", "in/.cache/3.png", "in/b/.thumb.png", "in/__MACOSX/a/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(len(name)).save(tmp_path / name)
@@ -321,7 +321,7 @@ def test_a_folder_that_cannot_be_listed_is_named(
             open_store(tmp_path / "in").list()
 
 
-def test_class_folders_without_images_and_what_is_no_file_are_told(tmp_path: Path) -> None:
+def test_class_folders_without_images_and_special_files_are_reported(tmp_path: Path) -> None:
     tree(tmp_path, "in/cat/1.png", "in/dog/1.png", "in/lost+found/1.png")
     (tmp_path / "in" / "empty").mkdir()
     (tmp_path / "in" / "papers").mkdir()
@@ -368,7 +368,7 @@ def test_channels_are_those_of_most_images_or_as_asked(tmp_path: Path) -> None:
             pack(tmp_path / "in", tmp_path / "out", image_size=8)
 
 
-def test_a_folder_in_s3_gives_the_bytes_that_it_gives_here(tmp_path: Path, s3_url: str) -> None:
+def test_a_folder_in_s3_packs_to_the_bytes_of_a_local_one(tmp_path: Path, s3_url: str) -> None:
     for i in range(12):
         path = tmp_path / "in" / ("cat" if i % 2 else "dog") / f"{i} ü.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -376,8 +376,8 @@ def test_a_folder_in_s3_gives_the_bytes_that_it_gives_here(tmp_path: Path, s3_ur
         open_store(f"{s3_url}/in").put(f"{path.parent.name}/{path.name}", path)
     for source, target in ((str(tmp_path / "in"), str(tmp_path / "out")), (f"{s3_url}/in", f"{s3_url}/out")):
         assert pack(source, target, image_size=8, samples_per_shard=5).class_counts == [6, 6]
-    here, there = open_store(tmp_path / "out"), open_store(f"{s3_url}/out")
-    assert {key: here.get(key) for key, _ in here.list()} == {key: there.get(key) for key, _ in there.list()}
+    local, remote = open_store(tmp_path / "out"), open_store(f"{s3_url}/out")
+    assert {key: local.get(key) for key, _ in local.list()} == {key: remote.get(key) for key, _ in remote.list()}
 
 
 def test_a_target_in_the_source_and_a_mixture_are_refused(tmp_path: Path) -> None:

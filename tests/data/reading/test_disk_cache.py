@@ -115,7 +115,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     return all(torch.equal(x.images, y.images) and torch.equal(x.index, y.index) for x, y in zip(a, b, strict=True))
 
 
-def test_a_second_stream_finds_the_shards_on_disk_and_damage_in_them_is_mended(
+def test_a_second_stream_finds_the_shards_on_disk_and_damaged_ones_are_repaired(
     packed: tuple[str, Manifest], tmp_path: Path
 ) -> None:
     url, manifest = packed

@@ -71,7 +71,7 @@ def test_what_several_threads_need_is_asked_once(one_shard: tuple[str, Manifest]
 
 
 @pytest.mark.parametrize("at", [3 * CHUNK * 32 + 14, COUNT * 32 + 3 * 32 + 5])  # a label; the chunk's digest
-def test_a_changed_byte_is_found_by_whoever_reads_that_part(one_shard: tuple[str, Manifest], at: int) -> None:
+def test_a_changed_byte_is_found_when_that_part_is_read(one_shard: tuple[str, Manifest], at: int) -> None:
     url, manifest = one_shard
     index = bytearray(Path(url, "index.bin").read_bytes())
     index[at] ^= 1

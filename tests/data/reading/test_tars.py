@@ -56,7 +56,7 @@ def write_tars(folder: Path, num_tars: int = 3, each: int = 20) -> None:
 
 
 @pytest.mark.parametrize("kind", ["path", "s3"])
-def test_existing_webdataset_tars_are_indexed_where_they_lie(
+def test_existing_webdataset_tars_are_indexed_in_place(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     write_tars(tmp_path / "tars")
@@ -121,7 +121,7 @@ GREY = encode(image(0)[:, :, :1], "png")
 
 
 def with_header(data: bytes, at: int, start: int, value: bytes) -> bytes:
-    """A header at `at` changed, with its checksum mended."""
+    """A header at `at` changed, with its checksum corrected."""
     header = bytearray(data[at : at + 512])
     header[start : start + len(value)] = value
     header[148:156] = b" " * 8

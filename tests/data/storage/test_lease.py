@@ -12,7 +12,7 @@ from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.storage.store import PathStore, open_store
 
 
-def test_the_newest_start_has_the_place(tmp_path: Path) -> None:
+def test_the_newest_start_owns_the_place(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     first, second = Lease.take(store, "owner", "study"), Lease.take(store, "owner", "study", "mine")
     second.check()
@@ -27,7 +27,7 @@ def test_the_newest_start_has_the_place(tmp_path: Path) -> None:
             lease.check()
 
 
-def test_now_and_then_means_that_the_store_is_spared_and_may_be_away(
+def test_ownership_is_checked_at_intervals_and_a_store_may_be_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = Lease.take(open_store(tmp_path), "owner", "run")

@@ -170,7 +170,7 @@ def test_a_missing_bucket_is_named_by_every_call(local_s3: object) -> None:
             ask()
 
 
-def test_wrong_and_absent_credentials_are_told_apart(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_and_absent_credentials_are_different_errors(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageError, match=r"credentials refused.*AWS_SECRET_ACCESS_KEY"):
         open_store(s3_url).check_writable()

@@ -581,7 +581,7 @@ def test_a_replica_that_dies_is_replaced_by_another_with_the_same_answer(run_url
     asyncio.run(main())
 
 
-def test_a_token_has_only_so_much_under_way(run_url: str) -> None:
+def test_a_token_has_a_limit_of_requests_under_way(run_url: str) -> None:
     limits = Limits(token_requests=2, token_rows=8)
 
     async def main() -> None:

@@ -201,7 +201,7 @@ def test_a_websocket_is_answered_as_any_request(server: Server) -> None:
         assert until_closed(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_all_are_closed_and_none_is_left(server: Server) -> None:
+def test_every_connection_is_closed(server: Server) -> None:
     connections = [server.connect(data) for data in (b"", b"GET", GET, POST, b"\x00") for _ in range(40)]
     for connection in connections:
         until_closed(connection)

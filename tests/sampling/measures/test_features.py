@@ -1,4 +1,4 @@
-"""Extractors: which is chosen, what a wrong file is told, and what their distances say of real pictures."""
+"""Extractors: which is chosen, how a wrong file is refused, and how their distances order real pictures."""
 
 from __future__ import annotations
 

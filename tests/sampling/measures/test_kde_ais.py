@@ -31,7 +31,7 @@ def test_one_point_is_a_gaussian_and_images_are_flattened():
     torch.testing.assert_close(kde.log_density(x, torch.zeros(1, 2, 3), 0.5), expected)
 
 
-def test_chunks_do_not_show(monkeypatch):
+def test_the_result_does_not_depend_on_chunks(monkeypatch):
     data, x = normal(100, 2), normal(37, 2, seed=1)
     whole, own = kde.log_density(x, data, 0.3), kde.leave_one_out(data, 0.3)
     monkeypatch.setattr(kde, "CHUNK", 700)

@@ -90,8 +90,8 @@ def test_the_datas_mean_and_spread_leave_no_error_of_the_prior(make_gaussian):
     data = make_gaussian(3.0, 2.0)
     x = data.draw((10, 4), 1)
     plain = log_likelihood(data, x, sigma_max=10.0).nats - gaussian_nats(x, 3.0, 2.0)
-    told = log_likelihood(data, x, sigma_max=10.0, data_mean=3.0, data_std=2.0).nats - gaussian_nats(x, 3.0, 2.0)
-    assert told.abs().max() < 1e-3
+    scaled = log_likelihood(data, x, sigma_max=10.0, data_mean=3.0, data_std=2.0).nats - gaussian_nats(x, 3.0, 2.0)
+    assert scaled.abs().max() < 1e-3
     assert plain.abs().max() > 0.1
 
 

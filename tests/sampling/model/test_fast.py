@@ -1,4 +1,4 @@
-"""A denoiser made fast: close to the exact one, measured; padded sizes do not show; what can't be had is told."""
+"""A denoiser made fast: close to the exact one, measured; padding changes nothing; what is not possible is reported."""
 
 from __future__ import annotations
 

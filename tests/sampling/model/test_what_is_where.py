@@ -109,7 +109,7 @@ def test_every_row_is_chosen_by_a_word(row):
 
 
 def _is_a_key(section: str, key: str) -> bool:
-    """Whether a config accepts `section.key`, where a section may also lie in the objective."""
+    """Whether a config accepts `section.key`, where a section may also be nested in the objective."""
     words = ["objective.kind=contrastive"] if key in ("start", "chain") else []
     prefix = "objective." if section in ("weighting", "sigma_sampling") else ""
     try:

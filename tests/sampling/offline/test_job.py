@@ -406,7 +406,7 @@ def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.Mon
     assert asked == ["auto"]
 
 
-def test_what_ray_tells_is_kept_off_stdout_and_actors_that_we_end_are_no_news(
+def test_rays_messages_are_kept_off_stdout_and_actors_that_we_end_are_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ray._private import worker

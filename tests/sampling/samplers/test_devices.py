@@ -147,7 +147,7 @@ def test_image_networks_as_energies(network: UNetConfig | DiTConfig) -> None:
 
 @pytest.mark.parametrize("start", ["data", "noise", "persistent"])
 @pytest.mark.parametrize("config", [RBMConfig(3), RBMConfig(3, "sample"), GaussianRBMConfig(3)])
-def test_machines_train_there(config: NetworkConfig, start: str) -> None:
+def test_rbms_train_on_the_device(config: NetworkConfig, start: str) -> None:
     machine = config.build(SHAPE)
     objective = ContrastiveObjective(chain="gibbs", start=start)  # type: ignore[arg-type]
     step = MachineModule(machine, objective, seed=0, global_batch_size=B)
@@ -172,7 +172,7 @@ def test_guidance_stays_on_the_device(denoiser: Denoiser) -> None:
 
 
 @pytest.mark.parametrize("method", ["projection", "jacobian"])
-def test_a_measurement_that_lies_on_the_cpu_serves_samples_on_any_device(denoiser: Denoiser, method: str) -> None:
+def test_a_measurement_on_the_cpu_serves_samples_on_any_device(denoiser: Denoiser, method: str) -> None:
     known = torch.zeros(SHAPE, dtype=torch.bool)
     for operator, y in (
         (mask(known), torch.zeros(SHAPE)),

@@ -313,7 +313,7 @@ def test_a_denoiser_that_changes_shape_or_dtype_is_refused(gaussian):
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_a_denoiser_that_gives_nan_is_told_with_the_row(name, gaussian):
+def test_a_denoiser_that_gives_nan_is_reported_with_the_row(name, gaussian):
     def broken(x, sigma):
         denoised = gaussian(x, sigma)
         denoised[2] = math.nan

@@ -114,7 +114,7 @@ def test_one_sample_does_not_wait_behind_many_nor_many_behind_a_stream_of_single
     assert large.result(0).shape == (128, 2, 2)
 
 
-def test_what_needs_less_work_ends_sooner_and_what_has_aged_is_not_passed_for_ever():
+def test_shorter_requests_end_sooner_and_old_ones_are_not_overtaken_for_ever():
     batcher = StepBatcher(Recorder(), 16)
     long = batcher.submit(request("euler", 16, 60, expected_calls=60))
     batcher.step()
@@ -175,7 +175,7 @@ def test_one_that_fails_does_not_hurt_its_batch_mates():
         burst.result(0)
 
 
-def test_padding_to_compiled_sizes_does_not_show():
+def test_padding_to_compiled_sizes_changes_no_sample():
     denoiser = Recorder()
     batcher = StepBatcher(denoiser, 16, batch_sizes=(1, 4, 16))
     ticket = batcher.submit(request("ddpm", 3, 6, class_labels=(0, 1, 2)))

@@ -108,7 +108,7 @@ def test_overlaps_cover_exactly_once(cuts: list[int], start: int, length: int) -
     assert filled == list(range(start, start + length))
 
 
-def test_newest_committed_wins_and_old_ones_go(tmp_path: Path) -> None:
+def test_the_newest_committed_is_read_and_old_ones_are_removed(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     for images in (100, 200, 300):
         write(store, images)
@@ -338,7 +338,7 @@ def test_a_marker_from_before_seals_is_read_with_one_note(tmp_path: Path, caplog
             Marker.from_json(text, key)
 
 
-def test_what_a_person_may_point_at(tmp_path: Path) -> None:
+def test_a_url_may_name_a_run_or_one_checkpoint(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     write(store, 100)
     write(store, 200)
@@ -367,7 +367,7 @@ def test_the_newest_and_the_first_of_each_interval_stay(
     assert kept(folders, keep, every) == {f"checkpoints/{n:012d}-abc" for n in stay}
 
 
-def test_what_killed_starts_left_goes_even_if_none_ever_committed(tmp_path: Path) -> None:
+def test_leftovers_of_killed_starts_are_removed_even_if_none_committed(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     for attempt in range(5):
         store.put(f"checkpoints/000000000100-dead{attempt}/rank-00000.safetensors", b"half a checkpoint")
@@ -554,7 +554,7 @@ def one_save(store: Store, world: int, **options: Any) -> CheckpointWriter:
     return writer
 
 
-def test_who_waits_for_other_ranks_learns_that_it_was_taken_over(
+def test_a_rank_that_waits_for_others_finds_that_its_run_was_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waited for half an hour for a share that the newer start had removed."""
@@ -569,7 +569,7 @@ def test_who_waits_for_other_ranks_learns_that_it_was_taken_over(
     assert newest.folder.endswith("-new")
 
 
-def test_who_trains_between_checkpoints_learns_that_it_was_taken_over(
+def test_a_rank_between_checkpoints_finds_that_its_run_was_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "LEASE_EVERY_S", 0.0)

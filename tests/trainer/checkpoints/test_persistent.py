@@ -102,7 +102,7 @@ def test_chains_go_on_bitwise_after_an_interruption(wholes: Path, data_url: str,
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_chains_that_were_lost_would_show(wholes: Path, data_url: str, tmp_path: Path, case: str) -> None:
+def test_without_its_stored_chains_a_run_ends_otherwise(wholes: Path, data_url: str, tmp_path: Path, case: str) -> None:
     """The test above can fail: without the chains that a checkpoint holds, another model comes out."""
     at_half(wholes / case, tmp_path / "half")
     with pytest.MonkeyPatch.context() as patch:

@@ -225,7 +225,7 @@ def test_an_empty_batch_stays_empty():
     assert Denoiser(conv())(x, sigma, labels).shape == (0, 2, 4, 4)
 
 
-def test_nan_inputs_are_named_where_they_are_asked_about():
+def test_nan_inputs_are_named_by_check_inputs():
     x, sigma, labels = batch()
     check_inputs(x, sigma, labels, 3)
     x[0, 0, 0, :3] = math.nan

@@ -57,7 +57,7 @@ def test_a_finite_data_set_has_the_softmax_posterior_mean():
     assert Mixture(images)(images, 0.5).shape == images.shape
 
 
-def test_the_denoiser_is_the_mean_of_what_was_there():
+def test_the_denoiser_is_the_posterior_mean():
     """E[(x_0 - D(x)) h(x)] = 0 for any h: D is a conditional mean."""
     mixture, count, sigma = three(), 100_000, 0.5
     generator = torch.Generator().manual_seed(0)

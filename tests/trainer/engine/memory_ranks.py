@@ -57,7 +57,7 @@ def peak_per_parameter(stage: int, precision: str, width: int = WIDTH) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for step in range(3):
         if step == 2:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         engine.backward(engine.module(torch.randn(1, width, dtype=dtype)).float().square().mean())
         engine.step(1e-3, [0.5])
     return (resident("VmHWM") - before) / num_params

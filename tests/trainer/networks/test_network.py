@@ -252,7 +252,7 @@ def test_flops_and_parameters_of_a_layer_counted_by_hand():
     assert num_parameters(network) == 10 * 7 + 7
 
 
-def test_sinusoids_tell_neighbouring_noise_levels_apart():
+def test_sinusoids_distinguish_neighbouring_noise_levels():
     """Noise levels a factor 1.5 apart over [0.002, 80] never look more alike than the same level looks to itself."""
     sigma = 0.002 * 1.5 ** torch.arange(27)
     code = sinusoids(sigma.log() / 4, 64) / 8
@@ -302,6 +302,6 @@ def test_a_value_that_does_not_fit_is_named(config, image_shape, message):
 @pytest.mark.parametrize(
     ("config", "field"), [(UNetConfig, "num_blocks"), (DiTConfig, "depth"), (MLPConfig, "num_layers")]
 )
-def test_a_slip_of_the_pen_is_refused_before_it_is_built(config, field):
+def test_a_network_that_is_too_large_is_refused_before_it_is_built(config, field):
     with pytest.raises(UserError, match=rf"network\.{field}: 100000 .* 1 to 1024"):
         config(**{field: 100_000})

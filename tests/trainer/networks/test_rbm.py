@@ -158,15 +158,15 @@ def test_contrastive_divergence_by_langevin_learns_a_gaussian_as_its_chain_sees_
     assert sum(seen[200:]) / 200 == pytest.approx(expected, rel=0.02)
 
 
-def test_persistent_chains_begin_fresh_go_on_and_begin_anew_at_the_rate_asked_for():
+def test_persistent_chains_start_fresh_continue_and_restart_at_the_configured_rate():
     chains = PersistentChains(1000, (2,), restart=0.3)
     positions = torch.arange(1000)
     assert (chains.take(positions, torch.ones(1000, 2)) == 1).all()
     chains.put(positions, torch.full((1000, 2), 6.0))
     later = chains.take(positions + 5000, torch.ones(1000, 2))
-    anew = later[:, 0] == 1
-    assert (later[~anew] == 6).all()
-    assert abs(anew.float().mean() - 0.3) < 4.5 * math.sqrt(0.21 / 1000)
+    restarted = later[:, 0] == 1
+    assert (later[~restarted] == 6).all()
+    assert abs(restarted.float().mean() - 0.3) < 4.5 * math.sqrt(0.21 / 1000)
     some = torch.tensor([5999, 5003])
     assert torch.equal(chains.take(some, torch.ones(2, 2)), later[some - 5000])
 

@@ -108,7 +108,7 @@ def test_everything_listens_on_loopback_only(uninterrupted: Any, watched: list[A
     watched[0].check()
 
 
-def test_only_what_may_pass_is_tried_again() -> None:
+def test_only_transient_failures_are_tried_again() -> None:
     from scoreray.trainer.on_ray.failures import is_final
 
     for error in (UserError("x"), DataError("x"), NonFiniteError("x"), StorageError("no space left")):

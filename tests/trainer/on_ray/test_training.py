@@ -96,7 +96,7 @@ LIMIT = {"contrastive, persistent": 0.3}
 @pytest.mark.parametrize("name", RUNS)
 def test_every_objective_recovers_the_mixture(name):
     denoiser = train(*RUNS[name])
-    for sigma in (0.1, 0.2, 0.4):  # where the modes are told apart
+    for sigma in (0.1, 0.2, 0.4):  # where the modes are separate
         assert distance_to_exact(denoiser, sigma) < LIMIT.get(name, 0.15), f"sigma {sigma}"
     z = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -47,8 +47,8 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, s
     driver = start_train(file, ["ip", "netns", "exec", nodes.names[0]], environment)
     try:
         driver.wait_for("images.*loss")
-        there = nodes.run(1, ["sh", "-c", "for p in $(ip netns pids " + nodes.names[1] + "); do tr '\\0' ' ' </proc/$p/cmdline; done"])  # fmt: skip  # noqa: E501
-        assert "RayTrainWorker" in there.stdout, "no worker ran on the second node"
+        processes = nodes.run(1, ["sh", "-c", "for p in $(ip netns pids " + nodes.names[1] + "); do tr '\\0' ' ' </proc/$p/cmdline; done"])  # fmt: skip  # noqa: E501
+        assert "RayTrainWorker" in processes.stdout, "no worker ran on the second node"
         nodes.kill(1)
         driver.wait_for("workers are started again")
         before = latest(run_store(load_config(settings)))
