@@ -64,8 +64,8 @@ def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> I
     )  # fmt: skip
 
     def query(expression: str) -> list[dict[str, Any]]:
-        asked = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?{asked}", timeout=10) as answer:
+        encoded = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?{encoded}", timeout=10) as answer:
             return json.load(answer)["data"]["result"]
 
     try:

@@ -208,8 +208,8 @@ def test_serving_outlives_its_head(specs: Any, built: Any) -> None:
     (service,) = objects(built, "Service", "sample")
     assert options["redisAddress"] == f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert service["spec"]["selector"].items() <= redis["spec"]["template"]["metadata"]["labels"].items()
-    asked = redis["spec"]["template"]["spec"]["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]
-    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == asked
+    secret = redis["spec"]["template"]["spec"]["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == secret
     assert redis["spec"]["volumeClaimTemplates"]
 
 

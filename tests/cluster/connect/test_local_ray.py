@@ -155,21 +155,21 @@ def test_ray_is_polled_for_as_long_as_its_daemons_live(monkeypatch: pytest.Monke
 
     originals = node.wait_for_persisted_port, services.get_node
     answers: list[Any] = [RuntimeError("Timed out waiting for file"), RuntimeError(), 6379]
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
-    def ask(*arguments: Any, **named: Any) -> Any:
-        asked.append(named)
+    def wait(*arguments: Any, **named: Any) -> Any:
+        calls.append(named)
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(node, "wait_for_persisted_port", ask)
+    monkeypatch.setattr(node, "wait_for_persisted_port", wait)
     ended: list[str] = []
     monkeypatch.setattr(ray_start.Daemons, "ended", lambda *_: "".join(ended))
     with ray_start.patience(30):
         assert node.wait_for_persisted_port("folder", "id", "name", timeout_ms=30_000) == 6379
-        assert asked == [{"timeout_ms": 100}] * 3
+        assert calls == [{"timeout_ms": 100}] * 3
         ended.append("gcs_server")
         answers[:] = [RuntimeError()] * 2
         with pytest.raises(ray_start.DaemonEnded, match="its gcs_server has ended"):

@@ -128,18 +128,18 @@ def test_cpus_are_fallen_back_to_only_when_no_node_is_started_for_a_gpu(
     """A node that is being started may take long; one that can't be would never come, nor does what is
     of another job, whether it comes up or never does. `starting`: for so many looks there is one."""
     said: list[str] = []
-    looks, asks = itertools.count(), itertools.count()
+    looks, states = itertools.count(), itertools.count()
 
     @contextlib.contextmanager
-    def asked(bundles: Any) -> Iterator[Any]:
+    def requested(bundles: Any) -> Iterator[Any]:
         assert list(bundles) == [{"GPU": 1, "CPU": 2}]
         yield lambda: next(looks) >= comes_after
 
     def state(within_s: float = 0.0) -> Autoscaler:
-        return Autoscaler(frozenset({"head"}), frozenset({"cpu 0", "a-node cpu"} if next(asks) < starting else ()))
+        return Autoscaler(frozenset({"head"}), frozenset({"cpu 0", "a-node cpu"} if next(states) < starting else ()))
 
     monkeypatch.setattr(room, "autoscaler", state)
-    monkeypatch.setattr(room, "_requested", asked)
+    monkeypatch.setattr(room, "_requested", requested)
     monkeypatch.setattr(room, "time", Clock())
     monkeypatch.setattr(room, "say", said.append)
     assert gpus_come(2) is expected

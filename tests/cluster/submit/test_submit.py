@@ -99,12 +99,12 @@ def head() -> Iterator[tuple[int, str]]:
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            asked = urllib.request.Request(
+            request = urllib.request.Request(
                 f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
             )
             for _ in range(240):
                 with contextlib.suppress(OSError):
-                    urllib.request.urlopen(asked, timeout=5).read()
+                    urllib.request.urlopen(request, timeout=5).read()
                     break
                 time.sleep(0.5)
             yield dashboard, token
@@ -138,10 +138,10 @@ def run(port: int, token: str | None, *words: str) -> subprocess.CompletedProces
 
 
 def api(port: int, token: str, path: str, method: str = "GET") -> Any:
-    asked = urllib.request.Request(
+    request = urllib.request.Request(
         f"http://127.0.0.1:{port}/api/jobs/{path}", headers={"Authorization": f"Bearer {token}"}, method=method
     )
-    with urllib.request.urlopen(asked, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
 
@@ -166,10 +166,10 @@ def test_the_address_that_is_given_is_the_one_that_counts(head: tuple[int, str])
     line, environment = command(port, token, "list", "--json")
     own = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "RAY_ADDRESS": nobody}
     without = [word for word in line if word != "--address" and not word.startswith("http")]
-    asked = [(line, both), (line, {"RAY_ADDRESS": nobody}), (without, own)]
+    commands = [(line, both), (line, {"RAY_ADDRESS": nobody}), (without, own)]
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(lambda one: subprocess.run(
-            one[0], env=environment | one[1], capture_output=True, text=True, timeout=120), asked))  # fmt: skip
+            one[0], env=environment | one[1], capture_output=True, text=True, timeout=120), commands))  # fmt: skip
     for done in answers:
         assert done.returncode == 0, done.stderr
         assert isinstance(json.loads(done.stdout), list)
@@ -248,10 +248,10 @@ def test_ctrl_c_before_anything_was_submitted_says_so() -> None:
         line, environment = command(silent.getsockname()[1], "x" * 64, "data", "verify", "/nowhere")
         with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) as waiting:
             silent.settimeout(60)
-            asking, _ = silent.accept()
+            connection, _ = silent.accept()
             waiting.send_signal(signal.SIGINT)
             _, err = waiting.communicate(timeout=60)
-            asking.close()
+            connection.close()
     assert waiting.returncode == 130
     assert err == "stopped; nothing was submitted\n"
 
@@ -381,9 +381,9 @@ def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: P
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_ADDRESS": f"127.0.0.1:{GCS[port]}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     line = [sys.executable, "-m", "scoreray.cluster.cli", "doctor", str(config), "--json"]
-    asked = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
-    assert asked.returncode == 0, asked.stderr
-    for answer in (page, asked.stdout):
+    directly = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert directly.returncode == 0, directly.stderr
+    for answer in (page, directly.stdout):
         found = {one["topic"]: one for one in json.loads(answer) if one["state"] != "problem"}
         assert {"versions", "clock", "disk", "/dev/shm", "storage", "token", "ports", "network"} <= set(found)
         assert found["ports"]["text"] == "127.0.0.1: Ray listens on loopback only"

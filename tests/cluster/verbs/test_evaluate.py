@@ -50,7 +50,7 @@ def settings(base: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def asked(run: tuple[str, str], out: str) -> EvaluationSettings:
+def evaluation_settings(run: tuple[str, str], out: str) -> EvaluationSettings:
     return EvaluationSettings(*run, metrics=("fid", "kid", "sw", "loss"), out=out, extractor="identity", count=600,
                               steps=6, batch_size=64, loss_count=300)  # fmt: skip
 
@@ -60,18 +60,18 @@ def test_workers_and_kills_do_not_change_a_record(
 ) -> None:
     """One worker, two of which one dies by SIGKILL, and none but this process: the same bytes, wherever they go."""
     with new_listeners() as listeners, workers_of(1, 1) as run_on_ray:
-        folder, _, name = evaluate(asked(run, s3_url), run=run_on_ray).url.rpartition("/")
+        folder, _, name = evaluate(evaluation_settings(run, s3_url), run=run_on_ray).url.rpartition("/")
     listeners.check()
     records = [open_store(folder).get(name)]
     killed: list[int] = []
     with workers_of(2, 1) as run_on_ray:
         watcher = threading.Thread(target=_kill_one, args=(tmp_path / "killed", killed))
         watcher.start()
-        made = evaluate(asked(run, str(tmp_path / "killed")), run=run_on_ray)
+        made = evaluate(evaluation_settings(run, str(tmp_path / "killed")), run=run_on_ray)
         watcher.join()
     assert killed
     records.append(Path(made.url).read_bytes())
-    records.append(Path(evaluate(asked(run, str(tmp_path / "here"))).url).read_bytes())
+    records.append(Path(evaluate(evaluation_settings(run, str(tmp_path / "here"))).url).read_bytes())
     assert records[0] == records[1] == records[2]
     assert json.loads(records[0])["metrics"]["fid"]["value"] > 0
 

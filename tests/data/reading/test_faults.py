@@ -76,9 +76,9 @@ class FaultProxy:
             if not request:
                 return
             line = request.split(b"\r\n")[0]
-            asked = line.startswith(b"GET") and (b"/shards/" in line or b"/index.bin" in line)
+            is_read = line.startswith(b"GET") and (b"/shards/" in line or b"/index.bin" in line)
             given = [request] if self.wants_request else []
-            kind = self.fault(*given) if asked else ""
+            kind = self.fault(*given) if is_read else ""
             self.done[kind] += 1
             if kind in REFUSALS:
                 connection.sendall(REFUSALS[kind])
@@ -166,8 +166,8 @@ def test_with_a_fault_at_a_tenth_of_the_requests_the_batches_are_the_same(
     """Every tenth request: 0 wrong bytes accepted, 0 samples lost, and the consumer waits for seconds at most."""
     monkeypatch.setattr(hedge, "LEAST_S", 0.3)
     expected = read(packed[0], 21)  # an epoch
-    asked = itertools.count(1)
-    proxy = through_proxy(lambda: kind if next(asked) % 10 == 0 else "")
+    numbers = itertools.count(1)
+    proxy = through_proxy(lambda: kind if next(numbers) % 10 == 0 else "")
     with stream_of(s3_url) as stream:
         found = list(itertools.islice(stream, 21))
     assert same(expected, found)
@@ -201,7 +201,7 @@ def test_a_name_that_resolves_at_times_only_loses_nothing(
     packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     through_proxy(lambda: "")
-    real, asked = obstore.get_range, itertools.count(1)
+    real, numbers = obstore.get_range, itertools.count(1)
     unresolved = S3Store(
         "b", aws_endpoint_url_s3="http://storage.invalid", client_options={"allow_http": True}, access_key_id="a",
         secret_access_key="b", retry_config={"max_retries": 0},
@@ -209,7 +209,7 @@ def test_a_name_that_resolves_at_times_only_loses_nothing(
     failed = []
 
     def read_range(bucket: S3Store, key: str, **span: int) -> Any:
-        if (n := next(asked)) < 4 or n % 10 == 0:  # not at first, then nine times of ten
+        if (n := next(numbers)) < 4 or n % 10 == 0:  # not at first, then nine times of ten
             failed.append(n)
             return real(unresolved, key, **span)
         return real(bucket, key, **span)
@@ -236,10 +236,10 @@ def test_credentials_that_are_rotated_are_found(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    asked = itertools.count()
+    numbers = itertools.count()
 
     def fault(request: bytes) -> str:
-        if next(asked) == 5:
+        if next(numbers) == 5:
             write("EXPIRED", "x")
             store_s3._clients.clear()
             threading.Timer(0.5, write, pair).start()

@@ -82,18 +82,18 @@ def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch:
         get = HedgedGet(open_store("s3://bucket/set").get, stats)
         errors: list[StorageError] = []
 
-        def ask() -> None:
+        def read() -> None:
             try:
                 get("key", 0, 6)
             except StorageError as error:
                 errors.append(error)
 
-        asking = threading.Thread(target=ask)
-        asking.start()
+        reader = threading.Thread(target=read)
+        reader.start()
         time.sleep(0.5)
-        assert asking.is_alive(), errors
+        assert reader.is_alive(), errors
         get.close()
-        asking.join(timeout=20)
-        assert not asking.is_alive()
+        reader.join(timeout=20)
+        assert not reader.is_alive()
         assert len(errors) == 1
         assert stats.num_retries >= 1  # counted, and shown in the run's metrics

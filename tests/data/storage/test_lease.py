@@ -31,17 +31,17 @@ def test_ownership_is_checked_at_intervals_and_a_store_may_be_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = Lease.take(open_store(tmp_path), "owner", "run")
-    asked: list[str] = []
+    requested: list[str] = []
 
     def away(self: PathStore, key: str, *at: int) -> bytes:
-        asked.append(key)
+        requested.append(key)
         raise Unanswered("busy")
 
     monkeypatch.setattr(PathStore, "get", away)
     for _ in range(5):
         lease.check_every(1000)
-    assert asked == ["owner"]
+    assert requested == ["owner"]
     lease.check_every(0)
-    assert len(asked) == 2
+    assert len(requested) == 2
     with pytest.raises(Unanswered):
         lease.check()

@@ -44,9 +44,9 @@ def test_an_object_is_read_back_whole_and_in_ranges_as_slices(store: Store) -> N
 
 
 def test_a_missing_key_is_not_found_by_its_url(store: Store) -> None:
-    for ask in (store.get, store.size):
+    for call in (store.get, store.size):
         with pytest.raises(NotFound, match=r"no/where\.bin: no such"):
-            ask("no/where.bin")
+            call("no/where.bin")
     store.delete(["no/where.bin"])
     assert store.list() == []
 
@@ -75,9 +75,9 @@ def test_a_file_url_is_the_path_that_it_names(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for ask in (lambda store: store.get("pipe"), lambda store: store.get("pipe", 0, 10)):
+    for call in (lambda store: store.get("pipe"), lambda store: store.get("pipe", 0, 10)):
         with pytest.raises(NotAFile, match="pipe: is a FIFO, no file"):
-            ask(open_store(tmp_path))
+            call(open_store(tmp_path))
     open_store(tmp_path).advise("pipe", 0, 10)
 
 
@@ -165,9 +165,9 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_bucket_is_named_by_every_call(local_s3: object) -> None:
     store = open_store("s3://no-such-bucket/x")
-    for ask in (lambda: store.get("k"), lambda: store.size("k"), lambda: store.put("k", b""), store.list):
+    for call in (lambda: store.get("k"), lambda: store.size("k"), lambda: store.put("k", b""), store.list):
         with pytest.raises(StorageError, match=r"bucket 'no-such-bucket' does not exist at http"):
-            ask()
+            call()
 
 
 def test_wrong_and_absent_credentials_are_different_errors(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,8 +212,8 @@ def test_a_request_is_fitted_to_its_model_as_the_command_line_does(points_url: s
                     assert about["samplers"]["langevin"]["warm_start"]["default"] is True
                 if number in (0, 5, 6, 7):
                     assert np.allclose(offline, by_command(number, fields), rtol=1e-3, atol=1e-4), fields
-                asked = {name: str(value) for name, value in fields.items() if name != "options"}
-                assert asked == {name: reply.headers[f"x-scoreray-{name}"] for name in asked}
+                sent = {name: str(value) for name, value in fields.items() if name != "options"}
+                assert sent == {name: reply.headers[f"x-scoreray-{name}"] for name in sent}
 
     asyncio.run(main())
 
@@ -240,21 +240,21 @@ def test_without_bf16_and_compiler_a_request_has_the_same_bits_alone_and_among_o
     """What docs/serving.md promises of --precision fp32 --compile off, to the last bit of float32."""
     url = {"pictures": run_url, "points": points_url}.get(kind)
     url = url or new_run(str(tmp_path / "odd"), shape=(50,), classes=0, hidden_size=37)
-    asked = [{"count": 1 + i % 3, "steps": 5 + i, "seed": i, "format": "npy"} for i in range(8)]
-    for request in asked[:2]:
+    bodies = [{"count": 1 + i % 3, "steps": 5 + i, "seed": i, "format": "npy"} for i in range(8)]
+    for request in bodies[:2]:
         request["sampler"] = "edm_sde"
     if kind == "pictures":
-        asked[3]["guidance"] = 2.0
+        bodies[3]["guidance"] = 2.0
     others = [{"count": 7, "steps": 4 + i, "seed": 100 + i, "sampler": "euler"} for i in range(6)]
 
     async def main() -> None:
         async with serving(config(url)) as call:
-            alone = [(await call.post(request)).json["data"] for request in asked]
+            alone = [(await call.post(request)).json["data"] for request in bodies]
             rows = []
             replica = call.replica
             observe = replica._observe
             replica._models[next(iter(replica._models))].batcher._observe = lambda n, s: (rows.append(n), observe(n, s))
-            replies = await asyncio.gather(*(call.post(request) for request in [*others, *asked]))
+            replies = await asyncio.gather(*(call.post(request) for request in [*others, *bodies]))
             among = [reply.json["data"] for reply in replies[len(others) :]]
             assert max(rows) > 20, "nobody shared a call"
             assert [a == b for a, b in zip(alone, among, strict=True)] == [True] * 8
@@ -425,13 +425,13 @@ def test_a_key_is_drawn_once_and_billed_once(run_url: str) -> None:
 def test_a_client_that_goes_and_comes_back_at_once_is_answered(run_url: str) -> None:
     async def main() -> None:
         async with serving(config(run_url)) as call:
-            body, asked = SampleBody(count=2, steps=3), {"token": "t", "key": "k", "media": "application/json"}
-            first = await call.service.submit(body, **asked)
+            body, options = SampleBody(count=2, steps=3), {"token": "t", "key": "k", "media": "application/json"}
+            first = await call.service.submit(body, **options)
             call.service.leave(first)
-            second = await call.service.submit(body, **asked)
+            second = await call.service.submit(body, **options)
             assert second is not first
             assert (await second.answer()).about["count"] == 2
-            third = await call.service.submit(body, **asked)
+            third = await call.service.submit(body, **options)
             assert (await third.answer()).body == (await second.answer()).body
             assert third.replayed
             assert second.request.origin == first.request.origin
@@ -639,18 +639,18 @@ def test_a_newer_checkpoint_is_taken_without_a_failed_request(
         async with serving(settings) as call:
             seen: list[int] = []
 
-            async def ask() -> None:
+            async def post_until_all_are_seen() -> None:
                 while len(set(seen)) < 3:
                     reply = await call.post({"steps": 4})
                     assert reply.status == 200, reply.body
                     seen.append(reply.json["images_seen"])
 
-            asking = [asyncio.create_task(ask()) for _ in range(3)]
+            tasks = [asyncio.create_task(post_until_all_are_seen()) for _ in range(3)]
             for images in (128, 192):
                 while not seen or seen[-1] != images - 64:
                     await asyncio.sleep(0.01)
                 await asyncio.to_thread(new_run, url, images, seed=images)
-            await asyncio.wait_for(asyncio.gather(*asking), 30)
+            await asyncio.wait_for(asyncio.gather(*tasks), 30)
             assert sorted(set(seen)) == [64, 128, 192]
             model = (await call("GET", "/v1/model")).json
             assert model["images_seen"] == 192
@@ -726,9 +726,9 @@ def test_what_a_drain_cuts_off_is_refused_as_draining(run_url: str) -> None:
     async def main() -> None:
         async with serving(config(run_url)) as call:
             slow = {"count": 64, "steps": 1000}
-            asked = [call.post(slow), call.post({**slow, "stream": True})]
-            asked += [call.post(slow, Idempotency_Key="k") for _ in range(2)]
-            under_way = [asyncio.create_task(one) for one in asked]
+            posts = [call.post(slow), call.post({**slow, "stream": True})]
+            posts += [call.post(slow, Idempotency_Key="k") for _ in range(2)]
+            under_way = [asyncio.create_task(one) for one in posts]
             while call.service.under_way() < 3 or len(call.service.answering) < 4:
                 await asyncio.sleep(0.005)
             assert await call.service.drain(0.2) == 3
@@ -875,12 +875,12 @@ def test_any_json_is_answered(points_url: str) -> None:
 
         @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(st.dictionaries(st.sampled_from(list(SampleBody.model_fields)), values, max_size=4) | values)
-        def asked(body: Any) -> None:
+        def send_one(body: Any) -> None:
             reply = runner.run(call("POST", "/v1/samples", json.dumps(body).encode(), JSON))
             assert reply.status in (200, 400, 404, 422), reply.body
             assert reply.status == 200 or ERRORS[reply.code][0] == reply.status
 
-        asked()
+        send_one()
         runner.run(stack.aclose())
 
 
@@ -898,7 +898,7 @@ def test_the_published_schema_is_the_truth(points_url: str, wrong: bool) -> None
 
         @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(operation.as_strategy(generation_mode=mode))
-        def asked(case: Any) -> None:
+        def send_one(case: Any) -> None:
             raw = case.body if isinstance(case.body, bytes) else json.dumps(case.body, default=str).encode()
             headers = {**JSON, **{name: str(value) for name, value in (case.headers or {}).items()}}
             reply = runner.run(call(case.method, case.formatted_path, raw, headers))
@@ -907,7 +907,7 @@ def test_the_published_schema_is_the_truth(points_url: str, wrong: bool) -> None
             assert reply.status in expected or two_keys, (raw, headers, reply.body)
             assert reply.status == 200 or ERRORS[reply.code][0] == reply.status
 
-        asked()
+        send_one()
         runner.run(stack.aclose())
 
 

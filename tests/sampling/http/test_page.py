@@ -42,9 +42,9 @@ class Browser:
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         options = {"args": arguments + (["--force-dark-mode"] if dark else [])}
         wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
-        self._url += "/" + self._ask("", {"capabilities": wanted})["sessionId"]
+        self._url += "/" + self._request("", {"capabilities": wanted})["sessionId"]
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+    def _request(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -55,24 +55,24 @@ class Browser:
         self.cdp("Emulation.setDeviceMetricsOverride", **metrics)
 
     def cdp(self, command: str, **parameters: Any) -> Any:
-        return self._ask("/goog/cdp/execute", {"cmd": command, "params": parameters})
+        return self._request("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def open(self, url: str) -> None:
-        self._ask("/url", {"url": url})
+        self._request("/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        return self._ask("/execute/sync", {"script": script, "args": list(arguments)})
+        return self._request("/execute/sync", {"script": script, "args": list(arguments)})
 
     def element(self, selector: str) -> str:
-        return self._ask("/element", {"using": "css selector", "value": selector})[ELEMENT]
+        return self._request("/element", {"using": "css selector", "value": selector})[ELEMENT]
 
     def click(self, selector: str) -> None:
-        self._ask(f"/element/{self.element(selector)}/click", {})
+        self._request(f"/element/{self.element(selector)}/click", {})
 
     def type(self, selector: str, text: str) -> None:
         element = self.element(selector)
-        self._ask(f"/element/{element}/clear", {})
-        self._ask(f"/element/{element}/value", {"text": text})
+        self._request(f"/element/{element}/clear", {})
+        self._request(f"/element/{element}/value", {"text": text})
 
     def text(self, selector: str) -> str:
         return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
@@ -85,7 +85,7 @@ class Browser:
         return found
 
     def errors(self) -> list[str]:
-        log = self._ask("/se/log", {"type": "browser"})
+        log = self._request("/se/log", {"type": "browser"})
         return [line["message"] for line in log if line["level"] == "SEVERE" and "status of" not in line["message"]]
 
     def picture(self, file: Path) -> None:
@@ -96,7 +96,7 @@ class Browser:
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:
-        self._ask("", method="DELETE")
+        self._request("", method="DELETE")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ MINIMAL = {
 ROWS = {cells[0]: cells[1:] for line in PAGE.splitlines() if len(cells := re.split(r" *\| *", line)[1:-1]) == 4}
 
 # The members that must exist, row by row, by the words that choose them; more may.
-ASKED = {
+REQUIRED = {
     "processes": (PROCESSES, "ve vp ddpm sub_vp flow_matching cosine edm"),
     "parameterizations": (
         PARAMETERIZATIONS,
@@ -62,11 +62,11 @@ ASKED = {
 SAMPLER_ROWS = ("Langevin, Gibbs", "ancestral, reverse SDE", "probability-flow ODE")
 
 
-@pytest.mark.parametrize("group", ASKED)
+@pytest.mark.parametrize("group", REQUIRED)
 def test_every_member_of_the_list_is_a_word_and_every_word_is_in_a_table(group):
     """In its row's cell, or in the first cells of the table under the row's key (networks: on their page)."""
-    words, asked = ASKED[group]
-    assert set(asked.split()) <= set(words)
+    words, required = REQUIRED[group]
+    assert set(required.split()) <= set(words)
     rows = SAMPLER_ROWS if group == "samplers" else (group,)
     cells = [ROWS[row][0] for row in rows]
     for paragraph in (TEXT + NETWORKS_TEXT).split("\n\n"):

@@ -392,10 +392,10 @@ def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.Mon
     assert network_calls(small, model.info, 16) == 35 * 4
     assert network_calls(replace(small, guidance=2.0), model.info, 16) == 35 * 8
     monkeypatch.setattr("scoreray.sampling.offline.driver.call_s", lambda model, rows: 0.05)
-    asked: list[str] = []
+    precisions: list[str] = []
 
     def make_fast(model: LoadedDenoiser, rows: int, *, precision: str, compile_: str) -> object:
-        asked.append(precision)
+        precisions.append(precision)
         return type("Fast", (), {"name": "bf16, compiled", "denoiser": model})
 
     monkeypatch.setattr("scoreray.sampling.offline.driver.make_fast", make_fast)
@@ -403,7 +403,7 @@ def test_compiling_is_chosen_where_it_pays(run_url: str, monkeypatch: pytest.Mon
     large = replace(small, count=50_000)
     assert choose_form(model, large, precision="auto", compile_="auto") == Form("bf16", True)
     assert choose_form(model, large, precision="fp32", compile_="off") == Form("fp32", False)
-    assert asked == ["auto"]
+    assert precisions == ["auto"]
 
 
 def test_rays_messages_are_kept_off_stdout_and_actors_that_we_end_are_not_reported(

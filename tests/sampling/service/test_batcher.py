@@ -204,13 +204,13 @@ def test_previews_name_their_rows_and_end_in_the_sample():
 
 
 def test_in_its_thread_it_serves_threads_and_asyncio_and_finishes_before_it_closes():
-    async def ask(batcher):
+    async def submit_eight(batcher):
         return await asyncio.gather(*[batcher.submit(request("heun", 2, 5, 10 * i)) for i in range(8)])
 
     before = set(threading.enumerate())
     with StepBatcher(Recorder(), 16) as batcher:
         (thread,) = [new for new in set(threading.enumerate()) - before if new.name == "step-batcher"]
-        answers = asyncio.run(ask(batcher))
+        answers = asyncio.run(submit_eight(batcher))
         last = batcher.submit(request("euler", 40, 6))
     for i, answer in enumerate(answers):
         assert torch.equal(answer, alone(request("heun", 2, 5, 10 * i)))

@@ -155,7 +155,7 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
     before, stop = metrics(service), threading.Event()
     answers: list[tuple[str, int, bytes]] = []
 
-    def ask(worker: int) -> None:
+    def send_until_stopped(worker: int) -> None:
         number = 0
         while not stop.is_set():
             name = f"w{worker}-{number}"
@@ -165,7 +165,7 @@ def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str
             answers.append((reply.headers["x-request-id"], reply.status, reply.data))
             number += 1
 
-    workers = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    workers = [threading.Thread(target=send_until_stopped, args=(i,)) for i in range(8)]
     for worker in workers:
         worker.start()
     killed: set[int] = set()
@@ -246,7 +246,7 @@ def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> 
 
     sent: list[float] = []
 
-    def ask(at: float = 0.0) -> tuple[int, float, str | None]:
+    def post(at: float = 0.0) -> tuple[int, float, str | None]:
         time.sleep(max(0.0, at - time.monotonic()))
         started = time.monotonic()
         sent.append(started)
@@ -259,9 +259,9 @@ def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> 
 
     until(lambda: answering(service) == 2, "two replicas answer")
     with ThreadPoolExecutor(4) as few:
-        list(few.map(lambda _: ask(), range(4)))
+        list(few.map(lambda _: post(), range(4)))
         started = time.monotonic()
-        assert {status for status, _, _ in few.map(lambda _: ask(), range(8))} == {200}
+        assert {status for status, _, _ in few.map(lambda _: post(), range(8))} == {200}
         per_s = 8 / (time.monotonic() - started)
     replies: list[tuple[int, float, str | None]] = []
     for _ in range(2):
@@ -269,7 +269,7 @@ def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> 
         sent.clear()
         with ThreadPoolExecutor(200) as many:
             start = time.monotonic() + 0.2
-            replies += many.map(ask, [start + i / (OVERLOAD * per_s) for i in range(100)])
+            replies += many.map(post, [start + i / (OVERLOAD * per_s) for i in range(100)])
         assert 99 / (max(sent) - min(sent)) >= 8 * per_s, "the load was not what this test is about"
     statuses = Counter(status for status, _, _ in replies)
     assert set(statuses) <= {200, 429, 503}, statuses
@@ -279,7 +279,7 @@ def test_ten_times_too_much_is_shed_and_what_is_taken_is_quick(service: str) -> 
     queue_s = 2 * LIMITS.max_waiting_rows / 32 / per_s  # full queues of both, at the rate that was measured
     assert max(took for status, took, _ in replies if status == 200) < 4 * queue_s + 5
     assert all(after < before[name] + 50 for name, after in memory().items()), (before, memory())
-    assert ask()[0] == 200
+    assert post()[0] == 200
 
 
 def test_a_client_that_disconnects_frees_its_rows(service: str) -> None:
@@ -299,7 +299,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
     stop = threading.Event()
     failures: list[Any] = []
 
-    def ask() -> None:
+    def send_until_stopped() -> None:
         while not stop.is_set():
             reply = HTTP.request("POST", service + "/v1/samples", json={"steps": 6}, retries=False)
             if reply.status != 200:
@@ -307,7 +307,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
             else:
                 seen.append(reply.json()["images_seen"])
 
-    workers = [threading.Thread(target=ask) for _ in range(4)]
+    workers = [threading.Thread(target=send_until_stopped) for _ in range(4)]
     for worker in workers:
         worker.start()
     new_run(run_url, 640, seed=5)
@@ -395,10 +395,10 @@ def test_requests_that_do_not_end_in_time_are_refused_as_draining(run_url: str) 
         slow = {"count": 128, "steps": 1000}
         with ThreadPoolExecutor(4) as few:
             bodies = [slow, slow, {**slow, "idempotency_key": "a"}, {**slow, "stream": True}]
-            asked = [few.submit(HTTP.request, "POST", f"{url}/v1/samples", json=body) for body in bodies]
+            futures = [few.submit(HTTP.request, "POST", f"{url}/v1/samples", json=body) for body in bodies]
             until(lambda: metrics(url)["scoreray_requests_under_way"] == 4, "all are taken", 0.02)
             process.send_signal(signal.SIGTERM)
-            *replies, stream = [future.result() for future in asked]
+            *replies, stream = [future.result() for future in futures]
         for reply in replies:
             assert (reply.status, reply.json()["code"], reply.headers["retry-after"]) == (503, "draining", "5")
         assert b'"code": "draining"' in stream.data
