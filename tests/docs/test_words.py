@@ -16,7 +16,8 @@ WORDS = {  # word -> what to write
     r"askers?": "caller, request",
     r"what goes with what": "which parts of a config fit together",
 }
-FOUND = re.compile(rf"\b({'|'.join(WORDS)})\b", re.I)
+FOUND = re.compile(rf"(?<![^\W_])({'|'.join(WORDS)})(?![^\W_])", re.I)
+"""Words in prose and between the underscores of a name."""
 FOLDERS = (
     "data",
     "trainer",
@@ -27,8 +28,7 @@ FOLDERS = (
     "k8s",
     "benchmarks",
     "configs",
-    "tests/docs",
-    "tests/k8s",
+    "tests",
 )
 """Folders whose Python, YAML and HTML files are read."""
 
