@@ -40,7 +40,7 @@ def test_time_left_follows_from_images_and_from_how_far_trials_go(sweep: dict[st
     ended = State([trial(0, 512, "stopped"), trial(1, 2048, "done"), first := trial(2, 512, "running")], 4)
     ended.running[2] = under_way(first, 768, 2048)
     assert pace.progress(ended) == "3 of 4 trials, 1 done, 1 stopped; 3,328 images"
-    far = (512 + 2048 + 4 * 2048) / 6  # those that ended, and four as they were meant
+    far = (512 + 2048 + 4 * 2048) / 6  # the ended trials' images, and four full trials'
     assert pace.left_s(ended, 133.8) == pytest.approx((2048 - 768 + far) / 100)
 
 

@@ -257,7 +257,7 @@ def test_a_demo_that_cannot_write_says_so(scoreray: Any, tmp_path: Path) -> None
 
 
 def test_prints_of_workers_go_to_standard_error(ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """A worker's print, as Ray hands it on, while `--json` may be piped somewhere; a raylet's are Ray's own matter."""
+    """Ray forwards what workers print: to stderr, as the JSON on stdout may be piped. Lines of raylets are dropped."""
     from ray._private import worker
 
     for pid, line in ((4711, "printed by a worker"), ("raylet", "a worker died")):

@@ -330,7 +330,7 @@ def test_a_daemon_is_gone_when_its_port_refuses_and_back_when_it_listens_again()
 
 
 class Heard:
-    """A heartbeat that stops after so many looks."""
+    """A heartbeat that stops after a number of polls."""
 
     def __init__(self, beats: int, raylet_is_dead: bool) -> None:
         self.raylet_is_dead, self._beats, self._looks = raylet_is_dead, beats, 0

@@ -101,7 +101,7 @@ def test_a_service_that_has_no_room_is_refused_before_it_starts(
 
 
 class Clock:
-    """Time that passes when it is looked at."""
+    """A clock that advances each time it is read."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -126,14 +126,14 @@ def test_cpus_are_fallen_back_to_only_when_no_node_is_started_for_a_gpu(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, starting: int, comes_after: int, expected: bool
 ) -> None:
     """A node that is being started may take long; one that can't be would never come, nor does what is
-    of another job, whether it comes up or never does. `starting`: for so many looks there is one."""
+    of another job, whether it comes up or never does. `starting`: how many polls report one."""
     said: list[str] = []
-    looks, states = itertools.count(), itertools.count()
+    polls, states = itertools.count(), itertools.count()
 
     @contextlib.contextmanager
     def requested(bundles: Any) -> Iterator[Any]:
         assert list(bundles) == [{"GPU": 1, "CPU": 2}]
-        yield lambda: next(looks) >= comes_after
+        yield lambda: next(polls) >= comes_after
 
     def state(within_s: float = 0.0) -> Autoscaler:
         return Autoscaler(frozenset({"head"}), frozenset({"cpu 0", "a-node cpu"} if next(states) < starting else ()))

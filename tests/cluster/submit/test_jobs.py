@@ -151,7 +151,7 @@ def test_what_must_not_be_sent_is_refused(words: list[str], env: list[str], name
     ],
 )
 def test_every_file_that_is_sent_is_checked(config: Path, tmp_path: Path, line: str, named: str) -> None:
-    """Among the words, and as the base of a sweep."""
+    """As an argument of the command, and as the base of a sweep."""
     for given in ("x.yaml", "base.yaml"):
         (tmp_path / given).write_text(f"a: 1\n{line}\n")
     (tmp_path / "sweep.yaml").write_text("base: base.yaml\n")

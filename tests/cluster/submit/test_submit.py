@@ -39,7 +39,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Proxy:
-    """Hands on connections to a port, until it is cut."""
+    """Forwards connections to a port, until they are cut."""
 
     def __init__(self, target: int) -> None:
         self.target, self.open, self.cuts = target, True, 0
@@ -373,7 +373,7 @@ def test_pack_and_train_run_from_the_wheel_alone(head: tuple[int, str], small_ru
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: Path) -> None:
-    """Both ask the node itself; the dashboard's refusal is seen; the exit status is the job's."""
+    """Both query the node itself; the dashboard's refusal is seen; the exit status is the job's."""
     port, token = head
     sent = run(port, token, "--json", "doctor", str(config), "--json")
     assert sent.returncode == 0, sent.stdout + sent.stderr

@@ -37,7 +37,7 @@ def noise(tmp_path: Path) -> str:
 
 
 def assert_goes_on(noise: str, url: Path, tmp_path: Path) -> None:
-    """The same command finishes what is there, and gives the same bytes as one that was never in need."""
+    """The same command finishes the pack, with the bytes of one that never ran out of space."""
     assert not (url / MANIFEST).exists()
     kept = len(list(url.glob("packing/0*")))
     assert kept > 3

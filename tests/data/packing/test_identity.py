@@ -28,7 +28,7 @@ SMALL_SHARDS = {"samples_per_shard": 3, "seed": 3}
 
 
 def bitmap(path: Path, seed: int) -> None:
-    """Pictures of one size in bytes, whatever they show."""
+    """Pictures whose files have one size in bytes, whatever they show."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(path, "BMP")
 
@@ -57,7 +57,7 @@ def contents(url: str | Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the shards that were made, as they are."""
+    """Numbers of the shards that are made, appended as they are made."""
     numbers, real = [], module.make_shard
     monkeypatch.setattr(module, "make_shard", lambda plan, number: numbers.append(number) or real(plan, number))
     return numbers

@@ -359,7 +359,7 @@ def test_channels_are_those_of_most_images_or_as_asked(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(40):
         picture(i).convert("L").save(tmp_path / "in" / f"{i:02d}.png")
-    picture(99).save(tmp_path / "in" / "020.png")  # not among those that are looked at first
+    picture(99).save(tmp_path / "in" / "020.png")  # not among the files that are read first
     shapes = {channels: pack(tmp_path / "in", tmp_path / f"{channels}", image_size=8, channels=channels).shape[0]
               for channels in (1, 3)}  # fmt: skip
     assert shapes == {1: 1, 3: 3}

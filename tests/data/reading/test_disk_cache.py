@@ -62,7 +62,7 @@ def start(folder: Path, limit: int, seed: int, count: int) -> subprocess.Popen[s
 
 
 def used(folder: Path) -> int:
-    """Bytes on disk, while nobody may take or give room."""
+    """Bytes on disk, counted under the lock that changes of the cache take."""
     total = 0
     with open(folder / "used", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -126,7 +126,7 @@ for line in sys.stdin:
 
 
 def test_a_reader_killed_at_20_random_points_and_resumed_sees_the_same_samples(packed: tuple[str, Manifest]) -> None:
-    """Each life goes on from the last position committed, which may be before what the killed one had handed out."""
+    """Each restart continues from the last position committed, maybe before what the killed reader had yielded."""
     url, _ = packed
     rng, lines = np.random.default_rng(0), list[list[int]]()
     with subprocess.Popen(

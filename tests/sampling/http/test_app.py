@@ -665,9 +665,9 @@ def test_a_store_that_fails_or_hangs_stops_nothing(
     new_run: Callable[..., str], tmp_path: Any, monkeypatch: Any
 ) -> None:
     """The run is deleted under the service, the store raises what nobody expects and then hangs: what is in memory is
-    drawn all the same, a hanging look is one look, and a checkpoint committed later is taken."""
+    drawn all the same, while one poll hangs no other begins, and a checkpoint committed later is taken."""
     url = new_run(str(tmp_path / "vanishing"), 64)
-    release, looks = threading.Event(), []
+    release, polls = threading.Event(), []
 
     async def main() -> None:
         async with serving(config(url, reload_s=0.05)) as call:
@@ -677,18 +677,18 @@ def test_a_store_that_fails_or_hangs_stops_nothing(
             assert (gone.status, gone.code) == (503, "storage")
 
             def broken(served: ServedModel) -> bool:
-                looks.append(served)
+                polls.append(served)
                 release.wait()
                 raise OSError("nobody expects this")
 
             with monkeypatch.context() as patch:
                 patch.setattr(ServedModel, "newer", broken)
-                while not looks:
+                while not polls:
                     await asyncio.sleep(0.01)
                 waiting = [asyncio.create_task(call.post({"ema": "none"})) for _ in range(40)]
                 await asyncio.sleep(0.1)
                 assert (await asyncio.wait_for(call.post({"steps": 2}), 30)).status == 200
-                assert len(looks) == 1
+                assert len(polls) == 1
                 release.set()
                 assert {reply.code for reply in await asyncio.gather(*waiting)} == {"storage"}
             await asyncio.to_thread(new_run, url, 128, seed=1)

@@ -81,7 +81,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_two_devices_in_one_operation_are_refused() -> None:
-    """What the tests below rest on."""
+    """`OneDevice` itself, on which the tests below rely."""
     x, *_ = inputs()
     for mix in (lambda y: x + y, lambda y: x @ y, lambda y: torch.cat([x, y]), lambda y: torch.where(x > 0, x, y)):
         with pytest.raises(RuntimeError, match="same device"):

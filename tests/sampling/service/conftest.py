@@ -68,7 +68,7 @@ def keys_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def lease_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets how long a draw is waited for that nobody says goes on."""
+    """Sets the lease of a draw: how long a retry waits for it without a renewal."""
 
     def set_to(seconds: float) -> None:
         for module in ("idempotency", "key_store", "key_store_redis"):

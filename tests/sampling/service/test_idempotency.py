@@ -323,7 +323,7 @@ def test_an_answer_that_was_let_go_is_drawn_again_and_not_billed_again(run_url: 
 def test_a_retry_is_made_from_what_its_key_was_made_from(
     tmp_path: Path, keys_url: str, new_run: Callable[..., str]
 ) -> None:
-    """A newer checkpoint came between, and the answer was let go: checkpoint and seed are the first draw's."""
+    """A newer checkpoint came between, and the stored answer was evicted: checkpoint and seed are the first draw's."""
     limits, run_url = Limits(remember_bytes=1), new_run(str(tmp_path / "run"))
 
     async def main() -> None:

@@ -130,7 +130,7 @@ def test_the_oldest_answers_go_where_they_are_too_large_and_their_keys_stay(open
         store.finish(claim(f"{i}"), answer(bytes([i]) * 10_000), 1)
         time.sleep(0.002)
     assert [store.begin(claim(f"{i}"), NEWER).answer is not None for i in range(16, 20)] == [False, False, True, True]
-    again = store.begin(claim("3", owner="second"), NEWER)  # its draw is over: nobody is waited for
+    again = store.begin(claim("3", owner="second"), NEWER)  # its draw has ended: there is nothing to wait for
     assert (again.mine, again.origin, again.answer) == (True, ORIGIN, None)
     with pytest.raises(Refused):
         store.begin(claim("3", fingerprint="other"), NEWER)

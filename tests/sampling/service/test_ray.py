@@ -150,7 +150,7 @@ def test_serves_own_listener_refuses_in_json_and_hangs_up(service: str) -> None:
 
 @pytest.mark.slow
 def test_replicas_killed_under_load_lose_nothing_and_double_nothing(service: str) -> None:
-    """SIGKILL of one of two replicas, ten times; every request is answered once, with what it would get in peace."""
+    """SIGKILL of one of two replicas, ten times; every request is answered once, as it would be without kills."""
     pool = urllib3.PoolManager(maxsize=16, retries=False, timeout=PATIENCE_S)
     before, stop = metrics(service), threading.Event()
     answers: list[tuple[str, int, bytes]] = []

@@ -55,7 +55,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             write(f"{kill:08x}")
-        if kill == 0:  # how long the first two checkpoints take here and now
+        if kill == 0:  # measures how long two checkpoints take on this machine
             start = time.monotonic()
             while len(committed(open_store(FOLDER))) < 2:
                 time.sleep(0.002)

@@ -334,7 +334,7 @@ def test_a_marker_from_before_seals_is_read_with_one_note(tmp_path: Path, caplog
         assert torch.equal(found.full_state()["b"], state(100)["master/b"])
     assert len([record for record in caplog.records if "seal" in record.message]) == 1
     for text in (unsealed.to_json(), json.dumps(old | {"format": 2}).encode()):
-        with pytest.raises(DataError, match="damaged"):  # an older number is no way around the seal
+        with pytest.raises(DataError, match="damaged"):  # an older format number does not bypass the seal
             Marker.from_json(text, key)
 
 
@@ -375,7 +375,7 @@ def test_leftovers_of_killed_starts_are_removed_even_if_none_committed(tmp_path:
         Path(tmp_path, f".part-owner-{attempt}").write_bytes(b"half")
     writer = CheckpointWriter(store, attempt="one", rank=0, world_size=2, keep=2, timeout_s=0.2)
     writer.save(marker_at(100, 10), fragments(state(100), 0, 2), torch.nn.Module())
-    with pytest.raises(StorageError, match="did not arrive"):  # this start is no luckier: rank 1 is missing
+    with pytest.raises(StorageError, match="did not arrive"):  # nor can this start commit: rank 1 is missing
         writer.wait()
     left = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {("owner",), ("checkpoints", "000000000100-one")}
@@ -580,7 +580,7 @@ def test_a_rank_between_checkpoints_finds_that_its_run_was_taken_over(
     CheckpointWriter(store, attempt="new", rank=0, world_size=1, keep=2)
 
     def poll_on() -> None:
-        while True:  # a look at the store, and then its answer
+        while True:  # one poll of the store, then its answer
             old.poll()
 
     with pytest.raises(TakenOver):
@@ -599,7 +599,7 @@ def test_a_run_that_is_removed_while_it_goes_on_ends_with_what_to_do(
     if when != "waiting":
         writer.wait()
     while when == "waiting" and not any(key.endswith(".json") for key, _ in store.list("checkpoints/")):
-        time.sleep(0.01)  # until this rank's share is whole: what is still written would keep a folder from going
+        time.sleep(0.01)  # until this rank's share is whole: a file being written would keep its folder from going
     remove = (lambda: store.delete(["owner"])) if gone == "owner" else (lambda: shutil.rmtree(tmp_path / "run"))
     remove()
 

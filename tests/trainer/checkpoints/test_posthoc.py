@@ -83,7 +83,7 @@ def untracked(marker: Marker, length: str) -> Marker:
 
 
 def forget(patch: pytest.MonkeyPatch, length: str) -> None:
-    """As if `length` had not been tracked."""
+    """Makes checkpoints read as if `length` had not been tracked."""
     read = open_checkpoint
 
     def without(store, folder):  # type: ignore[no-untyped-def]

@@ -257,7 +257,7 @@ def test_any_config_that_is_dumped_is_read_back_equal(
 
 
 def test_the_largest_batch_is_checked_in_no_time() -> None:
-    """Its lanes were looked for among all numbers up to it."""
+    """Lanes were once searched among all numbers up to the batch size."""
     assert load_config(MINIMAL, ["data.global_batch_size=999999999989"]).world_sizes == (1,)  # a prime
     assert default_lanes(2**39) == 128
     for batch in range(1, 200):

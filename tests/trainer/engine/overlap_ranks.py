@@ -21,7 +21,7 @@ ROWS = 6
 
 
 class Network(torch.nn.Module):
-    """Five layers, one frozen; `spare` takes part where it is asked for; `second`: the loss has a second derivative."""
+    """Five layers, one frozen; `spare` takes part where a case names it; `second`: the loss has a second derivative."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
         finally:
-            for rank in ranks:  # one that hangs would be another test's surprise
+            for rank in ranks:  # a rank that hangs would slow the tests after this
                 rank.kill()
         assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(output[-3000:] for output in outputs)
     return folder

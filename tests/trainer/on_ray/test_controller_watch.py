@@ -22,7 +22,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def looked(process: subprocess.Popen[bytes], looks: int, committed: int) -> tuple[list[str], int | None]:
-    """(what is noted, how the process ended) after so many looks; a hang is five of them."""
+    """(notes, exit status of the process) after a number of polls; a process stopped for five of them hangs."""
     notes: list[str] = []
     watch = ControllerWatch(5.0, notes.append)
     watch.pid = process.pid

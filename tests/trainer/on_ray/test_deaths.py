@@ -78,7 +78,7 @@ def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_p
     assert all(one.loss == pytest.approx(other.loss, rel=1e-5) for one, other in pairs)
 
 
-@pytest.mark.parametrize("at_images", [1000, TOTAL - 320])  # it is needed again, or only to notice the end
+@pytest.mark.parametrize("at_images", [1000, TOTAL - 320])  # in the middle of the run, and near its end
 def test_a_stopped_controller_is_ended(ray_cluster: None, data_url: str, tmp_path: Path, at_images: int) -> None:
     """SIGSTOP to Ray Train's controller: after scaling.hang_timeout_s it is killed, and the run ends as without."""
     scaling = {"workers": 1, "hang_timeout_s": 3}
