@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
@@ -36,9 +35,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     Raises UserError, StorageError or DataError.
     """
     check_mlflow(config)
-    data = open_store(config.data.url)
-    data.check_reachable()
-    manifest = Manifest.load(data)
+    manifest = Manifest.at(config.data.url)
     meta_module(config, manifest)
     run = run_store(config)
     run.check_writable()

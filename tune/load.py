@@ -91,7 +91,7 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     """
     sweep = plan.sweep
     with _key_in_errors("metric.reference"):
-        manifest = _manifest(sweep.metric.reference)
+        manifest = Manifest.at(sweep.metric.reference)
     with _key_in_errors("study.storage"):
         open_store(sweep.study.storage).child(sweep.study.name).check_writable()
     with _key_in_errors("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
@@ -104,7 +104,7 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     warnings = _warnings(sweep, manifest, {info.config.data.url for info in infos})
     if model:
         return warnings
-    data = {url: _manifest(url) for url in {info.config.data.url for info in infos}}
+    data = {url: Manifest.at(url) for url in {info.config.data.url for info in infos}}
     unfit = [misfit(info.config, data[info.config.data.url]) for info in infos]
     if unfit[0] and all(found and found.hopeless for found in unfit):  # every trial would be refused
         raise UserError(f"base: {unfit[0].text}")
@@ -298,12 +298,6 @@ def _schedule_mistakes(plan: StudyPlan) -> list[str]:
     return found
 
 
-def _manifest(url: str) -> Manifest:
-    store = open_store(url)
-    store.check_reachable()
-    return Manifest.load(store)
-
-
 def _described(plan: StudyPlan) -> Any:
     """A model's description at the base and every corner, each of whose networks is built without memory."""
     seen: dict[str, Manifest] = {}
@@ -311,7 +305,7 @@ def _described(plan: StudyPlan) -> Any:
         config = plan.config(values)
         if config.data.url not in seen:
             with _key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
-                seen[config.data.url] = _manifest(config.data.url)
+                seen[config.data.url] = Manifest.at(config.data.url)
         manifest = seen[config.data.url]
         config = resolve_sigma_data(config, manifest)
         try:

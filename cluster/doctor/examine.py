@@ -14,7 +14,6 @@ from scoreray.cluster.finding import Finding
 from scoreray.cluster.verbs.beside_run import check_beside
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.storage.store import open_store
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
 from scoreray.trainer.engine import resolve_precision
@@ -68,9 +67,7 @@ def devices() -> Finding:
 
 def data_set(config: Config) -> tuple[Manifest | None, Finding]:
     try:
-        store = open_store(config.data.url)
-        store.check_reachable()
-        manifest = Manifest.load(store)
+        manifest = Manifest.at(config.data.url)
     except ScorerayError as error:
         return None, Finding("data", "problem", str(error))
     text = f"{manifest.num_samples:,} samples of {'x'.join(map(str, manifest.shape))}, {len(manifest.classes)} classes"

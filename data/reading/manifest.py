@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.interface import check_key
-from scoreray.data.storage.store import NotFound, Store
+from scoreray.data.storage.store import NotFound, Store, open_store
 
 MANIFEST = "manifest.json"
 INDEX = "index.bin"
@@ -186,6 +186,13 @@ class Manifest:
     def load(store: Store) -> Manifest:
         """The data set's manifest. Raises UserError when there is none, DataError when it is not valid."""
         return Manifest.from_json(Manifest.read(store), store.url(MANIFEST))
+
+    @staticmethod
+    def at(url: str) -> Manifest:
+        """The manifest of the data set at a URL, as `load`; StorageError within seconds where its store is silent."""
+        store = open_store(url)
+        store.check_reachable()
+        return Manifest.load(store)
 
     @staticmethod
     def read(store: Store) -> bytes:

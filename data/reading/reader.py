@@ -103,8 +103,7 @@ class Reader:
 
     def read_one(self, sample: int) -> tuple[bytes, int, int]:
         """(member, format, label) of one sample. Raises DataError, whatever may be quarantined."""
-        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
-        place = sample - int(self.first_samples[shard])
+        shard, place = self._place(sample)
         record = self.records(shard, place, 1)
         member = self._read(shard, place, record)[0]
         if member is None:
@@ -163,9 +162,9 @@ class Reader:
     def put_aside(self, sample: int, reason: str) -> None:
         """A sample into the quarantine. Raises DataError when its budget is used up."""
         assert self.quarantine is not None
-        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        shard, place = self._place(sample)
         name = self.manifest.shards[shard].name
-        offset = int(self.records(shard, sample - int(self.first_samples[shard]), 1)["offset"][0])
+        offset = int(self.records(shard, place, 1)["offset"][0])
         try:
             key = key_in(self._get(name, max(0, offset - BLOCK), offset))
         except StorageError:
@@ -179,8 +178,12 @@ class Reader:
         return f"{self.store.url(self.manifest.shards[shard].name)}: sample {number} at byte {offset}"
 
     def name_of(self, sample: int) -> str:
+        return self.name(*self._place(sample))
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """(a sample's shard, which one of the shard's it is)."""
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
-        return self.name(shard, sample - int(self.first_samples[shard]))
+        return shard, sample - int(self.first_samples[shard])
 
     def _pause(self, attempt: int) -> None:
         self.stats.add(num_rereads=1)

@@ -50,9 +50,8 @@ class Records:
     def __init__(self, get: Get, manifest: Manifest, url: str, chunks_kept: int) -> None:
         self._get, self._manifest, self._url, self._chunks_kept = get, manifest, url, chunks_kept
         counts = np.fromiter((shard.num_samples for shard in manifest.shards), np.int64, len(manifest.shards))
-        zero = np.zeros(1, np.int64)
-        self._first_samples = np.concatenate([zero, np.cumsum(counts)])
-        self._first_chunks = np.concatenate([zero, np.cumsum(-(-counts // CHUNK))])
+        self._first_samples = manifest.first_samples()
+        self._first_chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-counts // CHUNK))])
         self._chunks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._digests: OrderedDict[int, bytes] = OrderedDict()  # of shards that were read in part
         self._lock = threading.Lock()

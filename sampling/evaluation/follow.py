@@ -23,7 +23,7 @@ import torch
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.reading.manifest import Manifest, is_picture
-from scoreray.data.storage.store import Store, open_store
+from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.evaluate import described, evaluate
 from scoreray.sampling.evaluation.metrics import check_names
 from scoreray.sampling.evaluation.plan import FOLDER, EvaluationSettings
@@ -89,7 +89,7 @@ def check_evaluation(config: Config, data: Manifest) -> None:
     section = config.evaluation
     info = ModelInfo("", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config)
     try:
-        reference = data if section.reference is None else _manifest(section.reference)
+        reference = data if section.reference is None else Manifest.at(section.reference)
     except ScorerayError as error:
         raise type(error)(f"evaluation.reference: {error}") from None
     if reference.shape != data.shape:
@@ -108,12 +108,6 @@ def check_evaluation(config: Config, data: Manifest) -> None:
             _check_pictures(info.image_shape)
     except ScorerayError as error:
         raise type(error)(f"evaluation: {error}") from None
-
-
-def _manifest(url: str) -> Manifest:
-    store = open_store(url)
-    store.check_reachable()
-    return Manifest.load(store)
 
 
 def _check_pictures(shape: Sequence[int]) -> None:

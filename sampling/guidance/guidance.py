@@ -1,8 +1,7 @@
 """Guidance: wrappers that make one denoiser out of others. Every sampler takes the result like any denoiser.
 
 All strengthen D_base towards D_strong, denoised = D_base + weight (D_strong - D_base): weight 0 is the base, 1 is the
-strong one, above 1 is guidance. (Ho & Salimans 2022 write w = weight - 1.) `rows_per_sample` is how many rows the
-network sees for each row of x, for callers that count them.
+strong one, above 1 is guidance. (Ho & Salimans 2022 write w = weight - 1.)
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +34,6 @@ class ClassifierFree:
         _check_weight(self.weight)
         if getattr(getattr(self.denoiser, "network", None), "num_classes", None) == 0:
             raise UserError(f"guidance {self.weight:g}: this network has no classes; leave guidance out")
-
-    @property
-    def rows_per_sample(self) -> int:
-        return rows_per_sample(self.denoiser) * (1 if self.weight in (0, 1) else 2)
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         if class_labels is None:
@@ -68,10 +62,6 @@ class Autoguidance:
     def __post_init__(self) -> None:
         _check_weight(self.weight)
 
-    @property
-    def rows_per_sample(self) -> int:
-        return rows_per_sample(self.denoiser) + rows_per_sample(self.weak)
-
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         arguments = (x, sigma) if class_labels is None else (x, sigma, class_labels)
         return torch.lerp(self.weak(*arguments), self.denoiser(*arguments), self.weight)
@@ -90,10 +80,6 @@ class ClassifierGuidance:
 
     def __post_init__(self) -> None:
         _check_weight(self.weight)
-
-    @property
-    def rows_per_sample(self) -> int:
-        return rows_per_sample(self.denoiser)
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         if class_labels is None:
@@ -118,10 +104,6 @@ class Interval:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:
             raise UserError(f"guidance interval [{self.low:g}, {self.high:g}]: must be 0 <= low < high")
-
-    @property
-    def rows_per_sample(self) -> int:
-        return max(rows_per_sample(self.guided), rows_per_sample(self.denoiser))
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         arguments = (x, sigma) if class_labels is None else (x, sigma, class_labels)
@@ -154,11 +136,6 @@ def classifier_free_steps(steps: Steps, weight: float) -> Steps:
 def doubled_labels(class_labels: Tensor) -> Tensor:
     """The labels of the rows that `classifier_free_steps` yields: the classes, then as many null labels."""
     return torch.cat([class_labels, torch.full_like(class_labels, -1)])
-
-
-def rows_per_sample(denoiser: Any) -> int:
-    """How many rows the network sees for each row that this denoiser is called with."""
-    return int(getattr(denoiser, "rows_per_sample", 1))
 
 
 def _check_weight(weight: float) -> None:

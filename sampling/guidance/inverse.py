@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.guidance.guidance import Denoise, rows_per_sample
+from scoreray.sampling.guidance.guidance import Denoise
 from scoreray.sampling.guidance.operators import Operator, mask
 
 MOST_NOISE_STD = 1e9  # its square must be a number of float32
@@ -51,10 +51,6 @@ class LinearInverse:
             raise UserError(f"method = {self.method!r}: must be projection or jacobian")
         if not bool(torch.isfinite(self.observed).all()):
             raise UserError("observed holds values that are not finite; mark unknown ones with a mask, not with NaN")
-
-    @property
-    def rows_per_sample(self) -> int:
-        return rows_per_sample(self.denoiser)
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         labels = () if class_labels is None else (class_labels,)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -97,10 +99,7 @@ def inception_score(groups: list[ClassSums]) -> Estimate:
 
 def total(groups: list[ClassSums]) -> ClassSums:
     """Of one or more groups together, added in their order."""
-    together = groups[0]
-    for group in groups[1:]:
-        together = together + group
-    return together
+    return reduce(add, groups)
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
-from scipy import linalg
 from torch import Tensor
 
 from scoreray.data.errors import UserError
@@ -108,13 +109,6 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return distance(Reference.of(moments(a)), moments(b))
 
 
-def frechet_by_sqrtm(a: FeatureMoments, b: FeatureMoments) -> float:
-    """The same by scipy's general matrix square root, as most FID code has it: to compare with."""
-    root = linalg.sqrtm((a.covariance @ b.covariance).numpy())
-    shift = (a.mean - b.mean).square().sum()
-    return float(shift + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root).real)
-
-
 @dataclass(frozen=True)
 class FrechetEstimate:
     """`value` of all samples, `infinity` by extrapolation, and what they are made of.
@@ -135,7 +129,7 @@ def estimate(reference: Reference, groups: Sequence[FeatureMoments]) -> FrechetE
     The bias of the distance falls as 1 / count, so a line through the mean distance of halves, quarters, eighths ...
     over 1 / count ends at infinite count (Chong & Forsyth 2020, with disjoint sets instead of random ones).
     """
-    everything = _sum(groups)
+    everything = reduce(add, groups)
     value = distance(reference, everything)
     num = len(groups)
     if num < 2:
@@ -146,7 +140,7 @@ def estimate(reference: Reference, groups: Sequence[FeatureMoments]) -> FrechetE
     parts = 2
     while parts <= num:
         size = num // parts
-        sets = [_sum(groups[i * size : (i + 1) * size]) for i in range(parts)]
+        sets = [reduce(add, groups[i * size : (i + 1) * size]) for i in range(parts)]
         if min(part.count for part in sets) < 2:
             break
         mean = float(np.mean([distance(reference, part) for part in sets]))
@@ -154,10 +148,3 @@ def estimate(reference: Reference, groups: Sequence[FeatureMoments]) -> FrechetE
         parts *= 2
     _, infinity = np.polyfit([1 / n for n, _ in points], [d for _, d in points], 1)
     return FrechetEstimate(value, error, float(infinity), points)
-
-
-def _sum(groups: Sequence[FeatureMoments]) -> FeatureMoments:
-    total = FeatureMoments.zero(groups[0].center)
-    for group in groups:
-        total = total + group
-    return total

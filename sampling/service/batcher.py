@@ -94,11 +94,6 @@ class StepBatcher:
         """Whether the thread still runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    @property
-    def occupancy(self) -> float:
-        """Mean share of `max_batch` that the calls so far have filled."""
-        return self.rows / (self.calls * self.max_batch) if self.calls else 0.0
-
     def step(self) -> bool:
         """One call of the network, for the rows whose turn it is. False where nothing waits."""
         with self._changed:

@@ -83,7 +83,7 @@ def test_calls_are_shared_not_made_per_request():
         batcher.submit(request("euler", 2, 10, 10 * i))
     assert run(batcher) == 10
     assert denoiser.batches == [32] * 10
-    assert batcher.occupancy == 1.0
+    assert batcher.rows == batcher.calls * batcher.max_batch
 
 
 def test_guidance_counts_two_rows_a_sample():
