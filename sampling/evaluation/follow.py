@@ -53,7 +53,6 @@ def follow(
     note: Callable[[str], None] = lambda line: None,
     *,
     functions: Sequence[Function] | None = None,
-    poll_s: float = POLL_S,
 ) -> int:
     """Call the functions that `config.evaluation` asks for with each new checkpoint, until `stop`, and then once more
     for the last one. Where several were committed meanwhile, only the newest counts. Returns how many it took.
@@ -73,7 +72,7 @@ def follow(
         elif ending:
             break
         else:
-            time.sleep(poll_s)
+            time.sleep(POLL_S)
     return taken
 
 

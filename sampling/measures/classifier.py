@@ -6,7 +6,6 @@ Its distances mean something among evaluations with the same weights only, whose
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -79,9 +78,7 @@ class Classifier(nn.Module):
         return features, self.logits(features.relu())
 
 
-def train_classifier(
-    config: ClassifierConfig, images: Tensor, labels: Tensor, progress: Callable[[int], None] = lambda n: None
-) -> bytes:
+def train_classifier(config: ClassifierConfig, images: Tensor, labels: Tensor) -> bytes:
     """Weights (safetensors with the config and the held-out accuracy in it) from images uint8 [N, ...] and labels [N].
 
     A tenth is held out. The same images and number of threads give the same bytes.
@@ -102,7 +99,6 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress(config.batch_size)
     with torch.no_grad():
         parts = zip(images[num:].split(256), labels[num:].split(256), strict=True)
         right = sum(int((model(x)[1].argmax(1) == y).sum()) for x, y in parts)

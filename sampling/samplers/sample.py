@@ -173,13 +173,12 @@ def num_calls(sampler: str, sigmas: Tensor | Sequence[float], **options: Any) ->
     return drive(steps, lambda x, sigma: x)[1]
 
 
-def check_labels(class_labels: Tensor, rows: int, num_classes: int | None = None) -> None:
-    """Raises UserError unless `class_labels` is int64 [rows], each -1 (none) or a class."""
+def check_labels(class_labels: Tensor, rows: int) -> None:
+    """Raises UserError unless `class_labels` is int64 [rows], each -1 (none) or not below 0."""
     if class_labels.shape != (rows,) or class_labels.dtype != torch.int64:
         raise UserError(
             f"class_labels of shape {list(class_labels.shape)}, {class_labels.dtype}: must be int64 [{rows}]"
         )
-    top = num_classes if num_classes is not None else torch.iinfo(torch.int64).max
-    bad = class_labels[(class_labels < -1) | (class_labels >= top)]
+    bad = class_labels[class_labels < -1]
     if len(bad):
-        raise UserError(f"class label {int(bad[0])}: must be -1 (no class) or in [0, {top})")
+        raise UserError(f"class label {int(bad[0])}: must be -1 (no class) or the number of one")
