@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from scoreray.sampling.service.request import Event, Lost, SampleRequest
 
 READY_WITHIN_S = 600.0
+LOOK_EVERY_S = 0.2
 
 
 class RayBackend:
@@ -21,8 +24,16 @@ class RayBackend:
         return _events(self._handle, request)
 
     async def prepare(self, checkpoint: str, ema: str) -> None:
-        """On every replica that there is. Raises Lost where none could, with the reason of one."""
-        outcomes = await self._all("prepare", READY_WITHIN_S, checkpoint, ema)
+        """On every replica that there is. Raises Lost where none could, with the reason of one.
+
+        Waits for the first replica: Serve starts it together with the ingress, which on a busy machine is ready before
+        it, and gives up on the service once the ingress has failed three times (measured: within 15 s).
+        """
+        until = time.monotonic() + READY_WITHIN_S
+        while (
+            not (outcomes := await self._all("prepare", READY_WITHIN_S, checkpoint, ema)) and time.monotonic() < until
+        ):
+            await asyncio.sleep(LOOK_EVERY_S)
         failed = [outcome for outcome in outcomes if outcome != ""]
         if failed or not outcomes:
             raise Lost(str(failed[0]) if failed else "no replica answers")
@@ -32,10 +43,15 @@ class RayBackend:
         return dict(page for page in pages if isinstance(page, tuple))
 
     async def _all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
+        """What every replica answers; nothing where there is none."""
         from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
 
-        response = self._handle.broadcast(method, *arguments)
-        outcomes = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        try:
+            response = self._handle.broadcast(method, *arguments)
+            outcomes = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
         return [outcome for outcome in outcomes if not isinstance(outcome, RayActorError)]  # dead: another will come
 
 
