@@ -76,9 +76,9 @@ def find_mix(checkpoint: Checkpoint, std: float) -> Mix:
     factors, residual = solve([(one.num_steps, length) for one, _, length in keys], (checkpoint.num_steps, std))
     if residual > POOR_FIT:
         raise UserError(
-            f"EMA length {name_of_std(std)}: the {len(stored)} stored averages up to {checkpoint.images_seen:,} images "
-            f"make it only to {residual:.0%} (accepted: {POOR_FIT:.0%}); "
-            "a run keeps more of them with checkpoint.snapshot_every_images"
+            f"EMA length {name_of_std(std)} was not tracked, and the averages that are stored up to "
+            f"{checkpoint.images_seen:,} images (in {len(stored)} snapshots and checkpoints) make it with an error of "
+            f"{residual:.0%} (accepted: {POOR_FIT:.0%}); a run keeps more of them with checkpoint.snapshot_every_images"
         )
     parts: dict[str, tuple[Checkpoint, dict[str, float]]] = {}
     for (one, key, _), factor in zip(keys, factors, strict=True):
