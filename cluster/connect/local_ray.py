@@ -68,7 +68,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
             ray.init(address=address, log_to_driver=verbose, logging_level=level)
         except (ConnectionError, RuntimeError, ValueError) as error:
             message = str(error).splitlines()[0]
-            hint = "was its token refused?" if _token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
+            hint = "was its token refused?" if token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
             raise UserError(
                 f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}"
             ) from None
@@ -208,7 +208,7 @@ def _set_environment() -> None:
     for name, value in QUIET_AND_LOCAL.items():
         if name != LOOPBACK_ONLY or "127.0.0.1" in address or "localhost" in address or not address:
             os.environ.setdefault(name, value)
-    if address and _token_given():
+    if address and token_given():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
         os.environ |= SHORT_LOOKS
@@ -216,7 +216,7 @@ def _set_environment() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _token_given() -> bool:
+def token_given() -> bool:
     return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 
 

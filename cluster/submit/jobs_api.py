@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from scoreray.cluster.connect.local_ray import token_given
 from scoreray.cluster.submit.jobs import JobMetadata, Submission
 from scoreray.data.errors import ScorerayError, UserError, nearest
 
@@ -24,7 +25,7 @@ class JobsClient:
 
     def __init__(self, address: str | None) -> None:
         self.address = checked_address(address or os.environ.get(ADDRESS, ""))
-        if os.environ.get(TOKEN) or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        if token_given():
             os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, which then sends it
         from ray.job_submission import JobSubmissionClient
 
@@ -55,7 +56,8 @@ class JobsClient:
         found = re.match(r"Request failed with status code (\d{3})", text)
         status = int(found[1]) if found else getattr(getattr(error, "response", None), "status_code", 0)
         if type(error).__name__ == "AuthenticationError" or status in (401, 403):
-            return UserError(f"{self.address}: the cluster does not take this token (401); set {TOKEN}")
+            fault = "does not take this token" if token_given() else "asks for a token"
+            return UserError(f"{self.address}: the cluster {fault} ({status or 401}); set {TOKEN}")
         if status == 404 and "does not exist" in text:
             return Gone(f"{self.address}: has no such job (any more): the cluster was replaced, or the job deleted")
         if "already exists" in text:
