@@ -28,7 +28,8 @@ STOPPED = "stopped; the same command goes on from what is committed"
 
 app = typer.Typer(
     name="scoreray",
-    help="Train score-based generative models on Ray, draw samples from them. A URL is s3://bucket/prefix or a path.",
+    help="Train score-based generative models on Ray, draw samples from them. "
+    "A URL is s3://bucket/prefix, gs://..., az://... or a path.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -68,7 +68,13 @@ def tune(
         Path,
         typer.Argument(metavar="CONFIG", callback=resolve_config, help="A sweep's YAML file; configs/tune/ has some."),
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Dotted overrides: trials=20 of the sweep, base.duration.images=20M of its runs.",
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the sweep and what it names.")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,6 +70,16 @@ def test_every_verb_has_help(scoreray: Any, verb: str) -> None:
     result = scoreray(*verb.split(), "--help")
     assert result.returncode == 0
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["laptop", "both", "weighting"])
+def test_the_overrides_in_the_help_of_tune_are_keys_of_a_sweep(scoreray: Any, name: str) -> None:
+    from scoreray.tune.load import load_sweep
+
+    text = " ".join(scoreray("tune", "--help").stdout.split())
+    overrides = re.findall(r"[\w.]+=\w+", text.partition("Dotted overrides:")[2].partition("Options:")[0])
+    assert len(overrides) == 2
+    assert load_sweep(f"configs/tune/{name}.yaml", overrides)
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--version", "train"], ["--local-s3", "/nope", "--version"]])
