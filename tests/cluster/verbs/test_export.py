@@ -97,7 +97,7 @@ def test_what_is_not_whole_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.json"):
         load(str(out))
     (out / "model.json").unlink()
-    with pytest.raises(UserError, match=r"no model\.json lies beside it"):
+    with pytest.raises(UserError, match=r"no model\.json is beside it"):
         load(str(file))
 
 
