@@ -85,7 +85,7 @@ def serve_until_stopped(
     except KeyboardInterrupt:
         if stopping.is_set():
             raise Ended("ended at once; requests under way were cut off") from None
-        raise Ended("ended before it served; no request was taken") from None
+        raise Ended("ended while it was starting; requests under way were cut off") from None
     say("ended" if not left else f"ended; {left} requests did not finish in time and were cut off")
     return left
 

@@ -421,7 +421,7 @@ def test_ended_before_it_served_it_says_so(run_url: str) -> None:
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
-        assert printed.splitlines()[-1] == "scoreray: ended before it served; no request was taken"
+        assert printed.splitlines()[-1] == "scoreray: ended while it was starting; requests under way were cut off"
         assert "Traceback" not in printed
     finally:
         process.kill()
