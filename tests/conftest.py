@@ -27,6 +27,11 @@ from scoreray.data.storage.local_s3 import LocalS3
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets its workers starve on a busy machine
 
 
+def pytest_collection_finish() -> None:
+    """Ray reads its environment on import: before that `connected` sets it, else Ray listens on all addresses."""
+    assert "ray" not in sys.modules, "a test module imports Ray at its top: import it in functions"
+
+
 @pytest.fixture(scope="session")
 def local_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
     """A real S3 server (SeaweedFS) on loopback; the environment points at it for the rest of the session."""

@@ -31,18 +31,23 @@ class Killed:
         return 10 * value
 
 
-def test_results_are_in_order_and_no_call_is_far_ahead(ray_cluster: None) -> None:
+def test_results_are_in_order_and_no_call_is_far_ahead(ray_cluster: None, tmp_path: Path) -> None:
     import ray  # not above: an embedded Ray keeps to loopback only where it is imported after its environment is set
 
     begun: list[int] = []
+    full = tmp_path / "full"
 
     @ray.remote(num_cpus=0)
     def wait(number: int) -> int:
-        time.sleep(1.0 if number == 0 else 0.0)
+        while number == 0 and not full.exists():
+            time.sleep(0.01)
+        time.sleep(0.5 if number == 0 else 0.0)  # in which one call too many would begin
         return number
 
     def call(number: int) -> Any:
         begun.append(number)
+        if len(begun) == AHEAD * 2:
+            full.touch()
         return wait.remote(number)
 
     results = in_order([call, call], range(20), ONCE)

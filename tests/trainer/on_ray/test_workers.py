@@ -1,16 +1,16 @@
-"""How many workers a run gets, decided from free resources by node: without a cluster, whose replies are made up."""
+"""How many workers a run gets, decided from free resources by node, which are made up here."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 
 import pytest
-from ray.train import ScalingConfig
 
-from scoreray.trainer.on_ray import workers
-from scoreray.trainer.on_ray.workers import FixedWorkers, WorkersThatFit
+if TYPE_CHECKING:
+    from scoreray.trainer.on_ray.workers import WorkersThatFit
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")  # sets the environment that Ray reads when it is imported
 SCALING: dict[str, Any] = {"resources_per_worker": {"CPU": 2}}
 
 
@@ -18,6 +18,8 @@ class Cluster:
     """Nodes a and b, with so many free CPUs each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **cpus: float) -> None:
+        from scoreray.trainer.on_ray import workers
+
         self.cpus, self.draining, self.saved = cpus, set[str](), False
         monkeypatch.setattr(workers, "free_resources", lambda: {node: {"CPU": n} for node, n in self.cpus.items()})
         monkeypatch.setattr(workers, "draining_nodes", lambda: self.draining)
@@ -33,6 +35,10 @@ def group(**held: int) -> MagicMock:
 
 
 def policy(monitor: MagicMock) -> WorkersThatFit:
+    from ray.train import ScalingConfig
+
+    from scoreray.trainer.on_ray.workers import WorkersThatFit
+
     config = ScalingConfig(num_workers=(1, 4), **SCALING)
     return WorkersThatFit(config, monitor, True, sizes=(1, 2, 4), resize_every_s=0.0, grace_s=30.0)
 
@@ -69,6 +75,10 @@ def test_a_run_grows_only_after_it_has_saved(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_fixed_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train import ScalingConfig
+
+    from scoreray.trainer.on_ray.workers import FixedWorkers
+
     fixed = FixedWorkers(ScalingConfig(num_workers=3, **SCALING), True)
     assert fixed.make_decision_for_non_running_worker_group().num_workers == 3
     assert not hasattr(fixed.make_decision_for_running_worker_group(group(a=3), None), "num_workers")
