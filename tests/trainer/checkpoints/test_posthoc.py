@@ -127,7 +127,7 @@ def test_too_few_snapshots_are_refused(config: Config, monkeypatch: pytest.Monke
     newest = latest(run_store(config))
     assert newest is not None
     monkeypatch.setattr("scoreray.trainer.checkpoints.posthoc.committed", lambda run, folder: [])
-    with pytest.raises(UserError, match=r"length 0\.200 was not tracked, .* error of .* snapshot_every_images"):
+    with pytest.raises(UserError, match=r"length 0\.200 was not tracked, .* error of .*snapshot_every_images"):
         find_mix(newest, 0.2)
     with pytest.raises(UserError, match=r"0\.3 is outside"):
         find_mix(newest, 0.3)

@@ -153,7 +153,13 @@ def test_a_worker_that_gets_sigterm_then_one_that_hangs_then_one_that_is_killed(
 
 
 def test_a_killed_driver_resumes_by_the_same_command(uninterrupted: Any, data_url: str, tmp_path: Path) -> None:
-    """SIGKILL to `scoreray train` and all of its processes' parent: nothing stays behind, the same command goes on."""
+    """SIGKILL to `scoreray train` and all of its processes' parent: nothing stays behind, the same command goes on.
+
+    Storage stands still from the first checkpoint on: the workers live for seconds after the driver, and on a quick
+    machine they would commit the end of the run.
+    """
+    storage = [process for process in psutil.Process().children(recursive=True) if process.name().startswith("weed")]
+    assert storage
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings(data_url, "driver-killed")))
     config = load_config(file)
@@ -166,9 +172,15 @@ def test_a_killed_driver_resumes_by_the_same_command(uninterrupted: Any, data_ur
         assert driver.poll() is None, "the run ended before it could be killed"
         family = psutil.Process(driver.pid).children(recursive=True)
         time.sleep(0.1)
-    driver.kill()
-    driver.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    try:
+        for process in storage:
+            process.suspend()
+        driver.kill()
+        driver.wait()
+        _, alive = psutil.wait_procs(family, timeout=30)
+    finally:
+        for process in storage:
+            process.resume()
     assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
