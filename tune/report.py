@@ -18,6 +18,7 @@ from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.options import option_words
 from scoreray.trainer.config import Config, dump_config
+from scoreray.tune.importance import importance
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (
     DPI,
@@ -31,7 +32,6 @@ from scoreray.tune.pictures import (
     sheet_picture,
 )
 from scoreray.tune.schedule import best_of
-from scoreray.tune.search import importance
 from scoreray.tune.space import short_names
 from scoreray.tune.sweep import StudyPlan, draw_settings
 from scoreray.tune.trial import Trial, study_store
