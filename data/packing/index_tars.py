@@ -22,9 +22,10 @@ from scoreray.data.packing.layout import Layout, checked_layout
 from scoreray.data.packing.listing import kinds_line, list_below, shown, suffix_of
 from scoreray.data.packing.moments import ChannelMoments
 from scoreray.data.packing.tar_samples import TarSamples
+from scoreray.data.reading.allowlist import found_format
 from scoreray.data.reading.decode import decode_as_found
-from scoreray.data.reading.manifest import FORMATS, INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
-from scoreray.data.reading.pictures import IMAGE_SUFFIXES, plain_format
+from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
+from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.records import records_sha256
 from scoreray.data.reading.tars import Member, Tape
 from scoreray.data.storage.paths import mode_of
@@ -202,9 +203,11 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
 
 def _decoded(member: Member) -> tuple[np.ndarray, int]:
     """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
-    is_array = member.name.lower().endswith(".npy")
-    code = FORMATS["npy" if is_array else plain_format(member.data) or "picture"]
-    return decode_as_found(member.data, code, lambda: f"byte {member.offset}: '{member.name}'"), code
+    code = found_format(member.name.lower(), member.data)
+    try:
+        return decode_as_found(member.data, code), code
+    except DataError as error:
+        raise DataError(f"byte {member.offset}: '{member.name}': {error}") from error
 
 
 def _check_fits(plan: TarsPlan, member: Member, values: np.ndarray) -> None:

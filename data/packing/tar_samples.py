@@ -7,7 +7,6 @@ picture (`img_0.05.png`, `img_0.10.png`), the names are taken to have dots in th
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -15,19 +14,17 @@ from typing import Any
 
 from scoreray.data.errors import DataError
 from scoreray.data.packing.listing import is_hidden
+from scoreray.data.reading.allowlist import JSON, LABELS, MAX_JSON_BYTES, default_decoder
 from scoreray.data.reading.classes import NO_CLASS
-from scoreray.data.reading.decode import decode_class
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.tars import Member, Tape, members
 
 PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 IMAGES = (*PICTURES, "npy")
-LABELS = ("cls", "class", "label", "target", "cls.txt", "class.txt", "label.txt", "target.txt")
 LABEL_KEYS = ("label", "class", "cls", "target", "class_label", "class_id", "label_id", "class_index", "y")  # of JSON
-MAX_JSON_BYTES, MAX_LABEL_BYTES = 1 << 20, 64
+MAX_LABEL_BYTES = 64
 MAX_HELD_BYTES = 32 << 20  # of images whose key is not known yet
 MAX_KINDS, MAX_KIND = 100, 64  # that are counted apart, and characters of one
-JSON = "json"
 KEPT = (*IMAGES, *LABELS, JSON)  # kinds of a sample's own members that are looked at
 
 
@@ -135,7 +132,7 @@ class TarSamples:
     def _label(self, found: dict[str, Member]) -> tuple[int, set[str]]:
         """(the class's number, the kinds of the members that say so). The first of LABELS that is there wins, and JSON
         comes last; others that say the same are no loss, and others that don't are counted."""
-        said = {kind: decode_class(found[kind].data, _where(found[kind])) for kind in LABELS if kind in found}
+        said = {kind: _number(found[kind].data, _where(found[kind])) for kind in LABELS if kind in found}
         if JSON in found and (fields := _fields(found[JSON].data)):
             key = _label_key(fields)
             if key is not None:
@@ -192,8 +189,8 @@ def _not_one(key: str, found: dict[str, Member], images: list[str]) -> str:
 def _fields(data: bytes) -> dict[str, Any]:
     """The fields of a JSON member; none where it is no object, or not JSON."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = default_decoder().member(JSON, data)
+    except DataError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -211,11 +208,15 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: str | float, name: str) -> int:
-    if not isinstance(value, str) and value == NO_CLASS:
-        return NO_CLASS
-    text = value if isinstance(value, str) else str(int(value))
-    return decode_class(text.encode(errors="replace"), name)
+def _number(value: bytes | str | float, name: str) -> int:
+    if not isinstance(value, (bytes, str)):
+        if value == NO_CLASS:
+            return NO_CLASS
+        value = str(int(value))
+    try:
+        return default_decoder().member("cls", value if isinstance(value, bytes) else value.encode(errors="replace"))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def _kept(member: Member, kind: str) -> Member:

@@ -72,14 +72,14 @@ def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndar
     return sorted(left)
 
 
-def decode_as_found(data: bytes, code: int, name: Callable[[], str]) -> np.ndarray:
-    """A sample of which nothing is known yet: uint8 [H, W, 1 or 3] or float32. Raises DataError naming it."""
+def decode_as_found(data: bytes, code: int) -> np.ndarray:
+    """A sample of which nothing is known yet: uint8 [H, W, 1 or 3] or float32. Raises DataError, without a name."""
     try:
         array = _DECODERS[code](data, None)
-    except DataError as error:
-        raise DataError(f"{name()}: {error}") from error
+    except DataError:
+        raise
     except Exception as error:  # a decoder of untrusted bytes may raise anything
-        raise DataError(f"{name()}: {_reason(error)}") from error
+        raise DataError(_reason(error)) from error
     if (array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3)) or (
         array.dtype == np.float32 and array.ndim
     ):
@@ -87,9 +87,7 @@ def decode_as_found(data: bytes, code: int, name: Callable[[], str]) -> np.ndarr
     stored = (
         array.transpose(2, 0, 1) if code == FORMATS["npy"] and array.dtype == np.uint8 and array.ndim == 3 else array
     )
-    raise DataError(
-        f"{name()}: is {array.dtype} {stored.shape}; uint8 [1 or 3, H, W], or float32 of any shape, is needed"
-    )
+    raise DataError(f"is {array.dtype} {stored.shape}; uint8 [1 or 3, H, W], or float32 of any shape, is needed")
 
 
 def _reason(error: BaseException) -> str:
@@ -122,6 +120,12 @@ def _jpg(data: bytes, out: np.ndarray | None) -> np.ndarray:
 
 
 def _npy(data: bytes, out: np.ndarray | None) -> np.ndarray:
+    array = npy_array(data)
+    return array.transpose(1, 2, 0) if array.dtype == np.uint8 and array.ndim == 3 else array
+
+
+def npy_array(data: bytes) -> np.ndarray:
+    """The array of an `.npy`: plain numbers in C order, a view of the bytes. Raises DataError, ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
@@ -130,8 +134,7 @@ def _npy(data: bytes, out: np.ndarray | None) -> np.ndarray:
     rest = len(data) - file.tell()
     if dtype.hasobject or fortran or math.prod(found) * dtype.itemsize != rest:
         raise DataError("an npy of plain numbers in C order, as long as its header says, is needed")
-    array = np.frombuffer(data, dtype, offset=file.tell()).reshape(found)
-    return array.transpose(1, 2, 0) if dtype == np.uint8 and array.ndim == 3 else array
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(found)
 
 
 def _picture(data: bytes, out: np.ndarray | None) -> np.ndarray:
@@ -231,13 +234,13 @@ _ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {
 }
 
 
-def decode_class(data: bytes, name: str) -> int:
-    """The class number of a `.cls` member. Raises DataError."""
+def decode_class(data: bytes) -> int:
+    """The class number of a `.cls` member. Raises DataError, without a name."""
     text = data[:32].strip()
     if len(data) > 32 or not text.isdigit():
-        raise DataError(f"{name}: {data[:32]!r} is no class number (0 to {MAX_CLASSES - 1})")
+        raise DataError(f"{data[:32]!r} is no class number (0 to {MAX_CLASSES - 1})")
     try:
-        check_label(int(text), name)
+        check_label(int(text), "")
     except UserError as error:
-        raise DataError(str(error)) from None
+        raise DataError(str(error).removeprefix(": ")) from None
     return int(text)

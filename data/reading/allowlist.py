@@ -1,0 +1,108 @@
+"""What each kind of member is decoded to, and that no other is: webdataset's decoder chain with our handler in it.
+
+    wds.DataPipeline(samples, wds.map(SampleDecoder()), wds.to_tuple("png", "cls"))
+
+webdataset's own `decode()` puts handlers of its own after the given ones, which unpickle `.pkl`, `.pyd` and `.pth` (a
+pickle runs any code that its author likes), and one before them that unpacks `.gz`, whatever size it grows to. The
+chain here has neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+from scoreray.data.errors import DataError
+from scoreray.data.reading.decode import decode_as_found, decode_class, npy_array
+from scoreray.data.reading.manifest import FORMATS
+from scoreray.data.reading.pictures import IMAGE_SUFFIXES, plain_format
+from scoreray.data.reading.tars import PICKLES
+
+Handler = Callable[[str, bytes], Any]  # (".seg.png", data) -> its value, or None where another handler should try
+
+LABELS = ("cls", "class", "label", "target", "cls.txt", "class.txt", "label.txt", "target.txt")
+TEXTS = ("txt", "text", "transcript", "caption")
+JSON = "json"
+MAX_JSON_BYTES = 1 << 20
+
+
+class SampleDecoder:
+    """Decodes the members of a sample, a dict as webdataset makes them (`__key__`, `png`, `cls`, ...).
+
+    Pictures become uint8 [H, W, 1 or 3], `.npy` the array as it is stored (no pickles inside), `.cls` and the others of
+    LABELS an int, `.json` what it says, TEXTS a str. Other kinds stay bytes. A pickle is refused, by its name.
+
+    Args:
+      handlers: of the caller, tried before ours; `webdataset.imagehandler("torchrgb8")` is one.
+
+    Raises DataError naming the shard, the sample and the member.
+    """
+
+    def __init__(self, *handlers: Handler) -> None:
+        from webdataset import Decoder  # imports torch, 0.9 s: only where something is decoded
+
+        self._chain = Decoder([refuse_pickles, *handlers, decode_allowlisted], pre=[], post=[], partial=True)
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        from webdataset import DecodingError
+
+        try:
+            return self._chain(sample)
+        except DecodingError as error:
+            raise DataError(f"{error.url}: sample '{error.key}': .{error.k}: {_reason(error.__cause__)}") from error
+
+    def member(self, kind: str, data: bytes) -> Any:
+        """The value of one member; kind: what follows the first dot of its name. Raises DataError without a name."""
+        return self._chain.decode1(kind, data)
+
+
+@functools.cache
+def default_decoder() -> SampleDecoder:
+    return SampleDecoder()
+
+
+def refuse_pickles(key: str, data: bytes) -> None:
+    if key.lower().endswith(PICKLES):
+        raise DataError("is a pickle, which can run code: not read")
+
+
+def decode_allowlisted(key: str, data: bytes) -> Any:
+    """A handler of webdataset's decoder chain. One look-up in place of a handler a kind: each costs 3 us a member."""
+    kind = key.lower().rsplit(".", 2)
+    found = _KINDS.get(".".join(kind[-2:])) or _KINDS.get(kind[-1])
+    try:
+        return None if found is None else found(data)
+    except DataError:
+        raise
+    except Exception as error:  # a decoder of untrusted bytes may raise anything
+        raise DataError(f"can't be decoded: {_reason(error)}") from error
+
+
+def found_format(kind: str, data: bytes) -> int:
+    """The format (manifest.FORMATS) by which a member of one of IMAGE_SUFFIXES or .npy is decoded: by its content."""
+    return FORMATS["npy" if kind.endswith("npy") else plain_format(data) or "picture"]
+
+
+def _picture(data: bytes) -> Any:
+    return decode_as_found(data, found_format("", data))
+
+
+def _json(data: bytes) -> Any:
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"{len(data):,} bytes of JSON, the limit is {MAX_JSON_BYTES:,}")
+    return json.loads(data)
+
+
+def _reason(error: BaseException | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_KINDS: dict[str, Callable[[bytes], Any]] = {
+    **{suffix[1:]: _picture for suffix in IMAGE_SUFFIXES},
+    **dict.fromkeys(LABELS, decode_class),
+    **dict.fromkeys(TEXTS, bytes.decode),
+    "npy": npy_array,
+    JSON: _json,
+}
