@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 SHOWN = 80  # characters of a value that a message echoes
 LONGEST_WORD, LONGEST_LINE, MOST_LINES = 500, 1500, 200  # of a message; a path is one word
@@ -63,6 +64,16 @@ class MachineError(ScorerayError):
     """This machine lacks what every command needs: disk space, processor time, a limit of the system."""
 
     exit_status = 3
+
+
+@contextlib.contextmanager
+def key_in_errors(key: str) -> Iterator[None]:
+    """Prefixes the message of an error with a config's key."""
+    try:
+        yield
+    except ScorerayError as error:
+        error.args = (f"{key}: {error}",)
+        raise
 
 
 MOST_NAMES = 40  # of those accepted in one message

@@ -16,21 +16,24 @@ from scoreray.tune.trial import Trial
 FEWEST = 8  # trials below which a dimension's importance is noise
 
 
-def optuna_study(plan: StudyPlan, trials: Sequence[Trial], sampler: Any = None) -> Any:
-    """An Optuna study in memory with these trials: those stopped early as pruned, those under way as running."""
+def optuna_study(plan: StudyPlan, trials: Sequence[Trial], **given: Any) -> Any:
+    """An Optuna study with these trials: those stopped early as pruned, those under way as running.
+
+    given: what else `optuna.create_study` takes; without a storage the study is in memory.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = plan.sweep.metric.names
     directions: Any = ["maximize" if name in MAXIMISED else "minimize" for name in names]
-    study = optuna.create_study(directions=directions, sampler=sampler)
+    study = optuna.create_study(directions=directions, **given)
     State = optuna.trial.TrialState
     states = {"done": State.COMPLETE, "stopped": State.PRUNED, "running": State.RUNNING, "failed": State.FAIL}
     for trial in trials:
         kinds = {one.key: one for one in plan.space.dimensions if one.key in trial.values}
         made = optuna.trial.create_trial(
             state=states[trial.state],
-            params={key: _as_parameter(one, trial.values[key]) for key, one in kinds.items()},
+            params={key: one.encoded(trial.values[key]) for key, one in kinds.items()},
             distributions={key: distribution(one) for key, one in kinds.items()},
             values=[trial.metrics[name] for name in names] if trial.state == "done" and trial.metrics else None,
             intermediate_values=_on_the_way(trial, names[0]) if len(names) == 1 else {},
@@ -46,18 +49,14 @@ def _on_the_way(trial: Trial, name: str) -> dict[int, float]:
 
 
 def distribution(dimension: Dimension) -> Any:
-    """Optuna's own word for a dimension; a choice by its place in the list, as it may be of any type."""
+    """Optuna's own word for a dimension."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if dimension.kind == "choice":
-        return CategoricalDistribution(range(len(dimension.choices)))
+        return CategoricalDistribution(dimension.categories)
     if dimension.kind == "int":
         return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def _as_parameter(one: Dimension, value: Any) -> Any:
-    return one.choices.index(value) if one.kind == "choice" else value
 
 
 def importance(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:

@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from scoreray.data.errors import ScorerayError, UserError, nearest
+from scoreray.data.errors import ScorerayError, UserError, key_in_errors, nearest
 from scoreray.data.presets import preset
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
@@ -24,11 +24,15 @@ from scoreray.trainer.config import explained, load_config, override, read_yaml,
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
+from scoreray.tune.plugins import CALLBACKS, SCHEDULERS, SEARCHERS
+from scoreray.tune.schedule import callbacks, scheduler
+from scoreray.tune.search import DRAWN, OPTUNA, searcher
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
 from scoreray.tune.sweep import (
     METRICS,
     OF_HELD_OUT,
     OF_SAMPLES,
+    POPULATIONS,
     StudyPlan,
     Sweep,
     calls_of,
@@ -54,7 +58,7 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     if len(others) < len(overrides):
         raw, folder = override(raw, [one for one in overrides if one.startswith("base=")]), Path()
     if isinstance(raw.get("base"), str):
-        with _key_in_errors("base"):
+        with key_in_errors("base"):
             raw = {**raw, "base": read_yaml(preset(folder / raw["base"]))}
     raw = override(raw, others)
     if mistakes := misshapen(raw):
@@ -69,19 +73,10 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     if not mistakes:
         assert space is not None
         plan, mistakes = _with_base(sweep, space)
+        mistakes = mistakes or _plugin_mistakes(plan)
     if mistakes:
         raise refusal(name, mistakes)
     return plan
-
-
-@contextlib.contextmanager
-def _key_in_errors(key: str) -> Iterator[None]:
-    """Prefixes the message of an error with the sweep's key."""
-    try:
-        yield
-    except ScorerayError as error:
-        error.args = (f"{key}: {error}",)
-        raise
 
 
 def check_sweep(plan: StudyPlan) -> list[str]:
@@ -90,11 +85,11 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     Returns warnings, a line each. Raises ScorerayErrors.
     """
     sweep = plan.sweep
-    with _key_in_errors("metric.reference"):
+    with key_in_errors("metric.reference"):
         manifest = Manifest.at(sweep.metric.reference)
-    with _key_in_errors("study.storage"):
+    with key_in_errors("study.storage"):
         open_store(sweep.study.storage).child(sweep.study.name).check_writable()
-    with _key_in_errors("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
+    with key_in_errors("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
         model = describe(sweep.checkpoint) if sweep.checkpoint else None
         infos = [model.info] if model else list(_described(plan))
     lengths = model.lengths if model else (*infos[0].config.ema.names, RAW)
@@ -165,14 +160,7 @@ def _own_mistakes(sweep: Sweep) -> list[str]:
         found.append(f"metric.names: is empty; give one or more of {', '.join(METRICS)}")
     if len(set(metric.names)) != len(metric.names):
         found.append(f"metric.names: {list(metric.names)} names a metric twice")
-    if scheduler.kind == "asha" and scheduler.grace_images is None:
-        found.append("scheduler.grace_images: missing; asha needs the images after which a trial may be stopped")
-    if scheduler.kind == "pbt" and scheduler.every_images is None:
-        found.append("scheduler.every_images: missing; pbt needs the images between two exchanges")
-    if scheduler.kind == "pbt" and sweep.trials < 4:
-        found.append(f"trials: {sweep.trials} are no population; pbt needs at least 4")
-    if scheduler.kind != "none" and len(metric.names) > 1:
-        found.append(f"scheduler.kind: '{scheduler.kind}' needs one metric, metric.names has {len(metric.names)}")
+    found += _kind_mistakes(sweep)
     if sweep.checkpoint is not None:
         if scheduler.kind != "none":
             found.append(f"scheduler.kind: '{scheduler.kind}' stops training, and nothing is trained from a checkpoint")
@@ -196,6 +184,56 @@ def _own_mistakes(sweep: Sweep) -> list[str]:
                 f"space.{key}: changes nothing that metric.names ({', '.join(metric.names)}) measure; add one of "
                 f"{', '.join(OF_SAMPLES)} to them"
             )
+    return found
+
+
+def _kind_mistakes(sweep: Sweep) -> list[str]:
+    """Searchers, schedulers and callbacks that are not known, or that lack a key or do not fit the other sections."""
+    found, search, scheduler, names = [], sweep.search, sweep.scheduler, sweep.metric.names
+    accepted = {
+        "search.kind": ([search.kind], (*DRAWN, *OPTUNA, *SEARCHERS)),
+        "scheduler.kind": ([scheduler.kind], ("none", *SCHEDULERS)),
+        "callbacks": (list(sweep.callbacks), tuple(CALLBACKS)),
+    }
+    for key, (given, known) in accepted.items():
+        found += [
+            f"{key}: '{name}' is not known; {nearest(name, known)}, or a class as package.module:Name"
+            for name in given
+            if name not in known and ":" not in name
+        ]
+    if search.kind in DRAWN and search.options:
+        found.append(f"search.options: '{search.kind}' has none; they are of other kinds")
+    if len(names) > 1 and search.kind in SEARCHERS:
+        found.append(f"search.kind: '{search.kind}' needs one metric, metric.names has {len(names)}; use tpe")
+    if scheduler.kind != "none" and len(names) > 1:
+        found.append(f"scheduler.kind: '{scheduler.kind}' needs one metric, metric.names has {len(names)}")
+    if scheduler.kind == "asha" and scheduler.grace_images is None:
+        found.append("scheduler.grace_images: missing; asha needs the images after which a trial may be stopped")
+    if scheduler.kind in SCHEDULERS and scheduler.kind != "asha" and scheduler.every_images is None:
+        found.append(f"scheduler.every_images: missing; {scheduler.kind} needs the images between two reports")
+    if scheduler.kind in POPULATIONS and sweep.trials < 4:
+        found.append(f"trials: {sweep.trials} are no population; {scheduler.kind} needs at least 4")
+    if scheduler.kind in POPULATIONS and search.kind not in (*DRAWN, "tpe"):
+        found.append(
+            f"search.kind: '{search.kind}' with {scheduler.kind}, which chooses values itself; use random or grid"
+        )
+    return found
+
+
+def _plugin_mistakes(plan: StudyPlan) -> list[str]:
+    """What searchers, schedulers and callbacks refuse: options, a space, a package that is missing."""
+    found = []
+    makers: dict[str, Callable[[], Any]] = {
+        "search": lambda: searcher(plan, ()),
+        "scheduler": lambda: scheduler(plan),
+        "": lambda: callbacks(plan),
+    }
+    for key, make in makers.items():
+        try:
+            with key_in_errors(key) if key else contextlib.nullcontext():
+                make()
+        except UserError as error:
+            found.append(str(error))
     return found
 
 
@@ -233,8 +271,7 @@ def _with_base(sweep: Sweep, space: Space) -> tuple[StudyPlan, list[str]]:
         for values in (space.draw(rng, plan.base) for _ in range(PROBES)):
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             found += [f"space: at {shown}: {line}" for line in _refused(plan, values)][:1]
-    found = list(dict.fromkeys(found)) or _schedule_mistakes(plan)
-    return plan, found
+    return plan, list(dict.fromkeys(found)) or _schedule_mistakes(plan)
 
 
 def _tracking(sweep: Sweep) -> dict[str, Any]:
@@ -271,21 +308,29 @@ def _lines(error: UserError) -> list[str]:
 def _schedule_mistakes(plan: StudyPlan) -> list[str]:
     sweep, total, batch = plan.sweep, plan.total, plan.config({}).data.global_batch_size
     scheduler = sweep.scheduler
-    step = scheduler.grace_images if scheduler.kind == "asha" else scheduler.every_images
     found = []
-    if scheduler.kind != "none" and step is not None and not batch <= step < total:
-        key = "grace_images" if scheduler.kind == "asha" else "every_images"
-        found.append(f"scheduler.{key}: {step} must be between a batch ({batch}) and duration.images ({total})")
-    if scheduler.kind == "pbt":
+    for key in ("grace_images", "every_images"):
+        step = getattr(scheduler, key)
+        if scheduler.kind != "none" and step is not None and not batch <= step < total:
+            found.append(f"scheduler.{key}: {step} must be between a batch ({batch}) and duration.images ({total})")
+    if scheduler.kind == "pb2":
         found += [
-            f"space.{one.key}: can't change within a trial, so pbt can't explore it; search it with asha"
+            f"space.{one.key}: pb2 explores ranges that always exist; search it with pbt"
+            for one in plan.space.dimensions
+            if one.kind == "choice" or one.when
+        ]
+    if scheduler.kind in POPULATIONS:
+        found += [
+            f"space.{one.key}: can't change within a trial, so {scheduler.kind} can't explore it; search it with asha"
             for one in plan.space.dimensions
             if any(_touches(one.key, section) for section in FIXED_IN_A_RUN)
         ]
         objectives = [plan.config(values).objective for _, _, values in plan.space.corners(plan.base)]
         kinds = {getattr(getattr(one, "weighting", None), "kind", None) for one in objectives}
         if "learned" in kinds and len(kinds) > 1:
-            found.append("space: weighting.kind 'learned' has weights that others lack, so pbt can't exchange them")
+            found.append(
+                f"space: weighting.kind 'learned' has weights that others lack, so {scheduler.kind} can't exchange them"
+            )
     if scheduler.kind != "none":
         for _, _, values in [(None, None, {}), *plan.space.corners(plan.base)]:
             config = plan.config(values)
@@ -304,7 +349,7 @@ def _described(plan: StudyPlan) -> Any:
     for _, _, values in itertools.chain([(None, None, {})], plan.space.corners(plan.base)):
         config = plan.config(values)
         if config.data.url not in seen:
-            with _key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
+            with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
                 seen[config.data.url] = Manifest.at(config.data.url)
         manifest = seen[config.data.url]
         config = resolve_sigma_data(config, manifest)

@@ -1,18 +1,24 @@
-"""Which trials continue, and with which weights: plain functions of what the trials have reported."""
+"""Which trials continue, and with which weights: by Ray Tune's schedulers; and who hears of it: its callbacks."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, key_in_errors
+from scoreray.tune.plugins import CALLBACKS, SCHEDULERS, build, plugin_class
 from scoreray.tune.space import Dimension, Values
-from scoreray.tune.sweep import MAXIMISED, StudyPlan
+from scoreray.tune.sweep import MAXIMISED, StudyPlan, goals
 from scoreray.tune.trial import Trial
+
+if TYPE_CHECKING:
+    from ray.tune import Callback
+    from ray.tune.schedulers import TrialScheduler
 
 MOVES = (0.8, 1.25)  # Jaderberg 2017 perturbs by 1.2 and 0.8
 RESAMPLED = 0.25  # share of values that an exploring trial draws again
@@ -27,10 +33,80 @@ def milestones(plan: StudyPlan) -> list[int]:
             lambda images: images < total, (scheduler.grace_images * scheduler.reduction**k for k in itertools.count())
         )
         return [*rungs, total]
-    if scheduler.kind == "pbt":
-        assert scheduler.every_images is not None
+    if scheduler.every_images is not None:
         return [*range(scheduler.every_images, total, scheduler.every_images), total]
     return [total]
+
+
+@dataclass(eq=False)
+class _RecordedTrial:
+    """What schedulers look at of a trial, for the reports of one that is on record."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
+def scheduler(plan: StudyPlan, trials: Sequence[Trial] = ()) -> TrialScheduler | None:
+    """Ray Tune's scheduler of a sweep, by images seen. Raises UserError where it can't be had.
+
+    asha, median and a user's own don't stop the base config's trial, which the report compares with. asha and median
+    compare with what the trials on record have reported, in the order of `seq`.
+    """
+    section, default = plan.sweep.scheduler, plan.default()
+    if section.kind == "none":
+        return None
+    kind = plugin_class(section.kind, SCHEDULERS)
+    metric, mode = goals(plan.sweep)
+    given = {
+        "time_attr": "images", "metric": metric, "mode": mode, "max_t": plan.total,
+        "grace_period": section.grace_images or section.every_images, "reduction_factor": section.reduction,
+        "perturbation_interval": section.every_images, "quantile_fraction": section.quantile, "synch": True,
+    }  # fmt: skip
+    if section.kind == "hyperband":  # its first bracket has about ln max_t trials: in images too many, in stretches not
+        given |= {"time_attr": "training_iteration", "max_t": len(milestones(plan))}
+    elif section.kind == "pbt":
+        given["custom_explore_fn"] = Explore(plan, random.Random(plan.sweep.study.seed))
+    elif section.kind == "pb2":
+        given["hyperparam_bounds"] = {one.key: [one.low, one.high] for one in plan.space.dimensions}
+    elif plan.sweep.search.default_first and default is not None:
+        kind = _sparing(kind, plan.space.encoded(default), plan.total)
+    made: TrialScheduler = build(kind, given, section.options)
+    if section.kind in ("asha", "median"):
+        recorded = {trial.number: _RecordedTrial(f"trial-{trial.number}", trial.values) for trial in trials}
+        reports = [(report["seq"], trial.number, report) for trial in trials for report in trial.reports]
+        for _, number, report in sorted(reports, key=lambda one: one[0]):
+            result = {"images": report["images"], **report["metrics"]}
+            made.on_trial_add(None, recorded[number])  # type: ignore[arg-type]  # neither looks at the controller
+            made.on_trial_complete(None, recorded[number], result)  # type: ignore[arg-type]
+    return made
+
+
+def callbacks(plan: StudyPlan) -> list[Callback]:
+    """Ray Tune's callbacks that a sweep names. Raises UserError where one can't be had."""
+    given = {"experiment_name": plan.sweep.study.name, "project": plan.sweep.study.name}
+    made = []
+    for name, options in plan.sweep.callbacks.items():
+        with key_in_errors(f"callbacks.{name}"):
+            made.append(build(plugin_class(name, CALLBACKS), given, options or {}))
+    return made
+
+
+def _sparing(kind: type[Any], spared: Mapping[str, Any], total: int) -> type[Any]:
+    """The scheduler's class, which stops the trial of the `spared` config at `total` images and not before."""
+
+    outlived = set[str]()  # trials that it would have stopped, whose later reports it does not expect
+
+    class Sparing(kind):  # type: ignore[misc]
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            if trial.trial_id in outlived:
+                return "CONTINUE"
+            decision: str = super().on_trial_result(tune_controller, trial, result)
+            if decision == "STOP" and result["images"] < total and spared.items() <= trial.config.items():
+                outlived.add(trial.trial_id)
+                return "CONTINUE"
+            return decision
+
+    return Sparing
 
 
 def expected_images(plan: StudyPlan) -> float:
@@ -120,6 +196,19 @@ def exchange(plan: StudyPlan, trials: Sequence[Trial], images: int) -> dict[int,
         source = rng.choice(best)
         decided[trial.number] = (source.number, _explored(plan, source.values, rng))
     return decided
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Population-based training's step from the values of a good trial to those of the one that takes its weights."""
+
+    plan: StudyPlan
+    rng: random.Random
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        space = self.plan.space
+        made = _explored(self.plan, space.decoded(config, self.plan.base), self.rng)
+        return config | dict.fromkeys(one.key for one in space.dimensions) | space.encoded(made)
 
 
 def _explored(plan: StudyPlan, values: Values, rng: random.Random) -> Values:

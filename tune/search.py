@@ -1,21 +1,66 @@
-"""Which values the next trial has: at random, on a grid, or by Optuna's TPE.
-
-Each is a function of (seed, number, history), so that a study that was killed proposes what it would have proposed.
-"""
+"""Which values trials have: at random, on a grid, or by one of Ray Tune's searchers, over a sweep's space."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from scoreray.data.errors import UserError
 from scoreray.tune.importance import optuna_study
-from scoreray.tune.space import Dimension, Values
-from scoreray.tune.sweep import StudyPlan
+from scoreray.tune.plugins import SEARCHERS, build, plugin_class
+from scoreray.tune.space import Dimension, Space, Values
+from scoreray.tune.sweep import POPULATIONS, StudyPlan, goals
 from scoreray.tune.trial import Trial
 
-Search = Callable[[StudyPlan, int, Sequence[Trial]], Values]
+if TYPE_CHECKING:
+    from ray.tune.search import SearchAlgorithm, Searcher
+
+OPTUNA = ("tpe", "optuna")
+DRAWN = ("random", "grid")  # values that depend on no other trial
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `ray.tune.Tuner` runs of a study: `param_space`, and for its TuneConfig `search_alg` and `num_samples`.
+
+    numbers: of the trials in the order in which Tune makes them: those on record as running, then new ones.
+    TuneConfig has no metric and no mode: searchers and schedulers have their own. A result holds `images`, and each
+    metric under its own name.
+    """
+
+    search_alg: Searcher | SearchAlgorithm
+    param_space: dict[str, Any]
+    numbers: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.numbers)
+
+
+def searcher(plan: StudyPlan, trials: Sequence[Trial]) -> Search:
+    """The search for trials that are still to run, given those on record: the ended ones count as evaluated.
+
+    A function of the sweep and the records. Raises UserError where the searcher can't be had.
+    """
+    known = {trial.number for trial in trials}
+    left = max(0, num_trials(plan) - len(trials))
+    new = list(itertools.islice((number for number in itertools.count() if number not in known), left))
+    points = {trial.number: trial.values for trial in trials if trial.state == "running"}
+    if 0 in new and (default := _first_values(plan)) is not None:
+        points[0] = default
+    numbers = tuple(dict.fromkeys([*points, *new]))
+    kind = plan.sweep.search.kind
+    if kind in DRAWN or plan.sweep.scheduler.kind in POPULATIONS:
+        made = [plan.space.encoded(points.get(number) or drawn(plan, number)) for number in numbers]
+        return Search(_in_order(made), {one.key: None for one in plan.space.dimensions}, numbers)
+    ended = [trial for trial in trials if trial.state != "running"]
+    if kind in OPTUNA:
+        return Search(_optuna(plan, ended, list(points.values())), {}, numbers)
+    return Search(_named(plan, ended, list(points.values())), {}, numbers)
 
 
 def num_trials(plan: StudyPlan) -> int:
@@ -26,48 +71,126 @@ def num_trials(plan: StudyPlan) -> int:
     return plan.sweep.trials
 
 
-def propose(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
-    """Values of trial `number` after these trials; the base config's own for the first, where the space has them."""
+def drawn(plan: StudyPlan, number: int) -> Values:
+    """Values of trial `number` on the grid, or at random: a function of the seed and the number."""
     search = plan.sweep.search
-    if number == 0 and search.default_first and search.kind != "grid" and (default := plan.default()) is not None:
-        return default
-    return SEARCHES[search.kind](plan, number, trials)
-
-
-def _random(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
+    if search.kind == "grid":
+        return plan.space.grid(search.points, plan.base)[number]
     return plan.space.draw(random.Random(f"{plan.sweep.study.seed}/{number}"), plan.base)
 
 
-def _grid(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
-    return plan.space.grid(plan.sweep.search.points, plan.base)[number]
+def propose(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
+    """Values of trial `number` after these trials, for an engine that asks trial by trial."""
+    if number == 0 and (default := _first_values(plan)) is not None:
+        return default
+    if plan.sweep.search.kind in DRAWN:
+        return drawn(plan, number)
+    ended = [replace(trial, state="failed" if trial.state == "running" else trial.state) for trial in trials]
+    made: Any = searcher(plan, ended).search_alg
+    return values(plan, made.suggest(str(number)))
 
 
-def _tpe(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
-    """The tree-structured Parzen estimator (Bergstra 2011), over all dimensions together (Falkner 2018)."""
+def values(plan: StudyPlan, config: Mapping[str, Any]) -> Values:
+    """A trial's values of the config that Tune gives it."""
+    return plan.space.decoded(config, plan.base)
+
+
+def _first_values(plan: StudyPlan) -> Values | None:
+    """The base config's own values, for the first trial, where the space has them."""
+    search = plan.sweep.search
+    return plan.default() if search.default_first and search.kind != "grid" else None
+
+
+def _in_order(points: list[dict[str, Any]]) -> SearchAlgorithm:
+    from ray.tune.search import BasicVariantGenerator
+
+    return BasicVariantGenerator(points_to_evaluate=points)
+
+
+def _seed(plan: StudyPlan, trials: Sequence[Trial]) -> int:
+    """Of a searcher that goes on after these trials, whose first values it should not draw again."""
+    return (plan.sweep.study.seed * 1_000_003 + len(trials)) % 2**32
+
+
+@dataclass(frozen=True)
+class DefineByRun:
+    """The space as Optuna's define-by-run function, which honours conditions. A class, as `OptunaSearch` pickles it."""
+
+    space: Space
+    base: dict[str, Any]
+
+    def __call__(self, trial: Any) -> None:
+        found: Values = {}
+        for one in self.space.dimensions:
+            if self.space.active(one, found, self.base):
+                found[one.key] = one.decoded(_suggested(trial, one))
+
+
+def _optuna(plan: StudyPlan, ended: Sequence[Trial], points: Sequence[Values]) -> Searcher:
+    """Optuna's search; by default the tree-structured Parzen estimator (Bergstra 2011) over all dimensions together
+    (Falkner 2018).
+
+    `OptunaSearch` takes no evaluated points beside a define-by-run space, and takes a storage: that has them.
+    """
     import optuna
+    from ray.tune.search.optuna import OptunaSearch
 
-    sweep = plan.sweep
+    options = {"sampler": "TPESampler", **plan.sweep.search.options}
+    name = str(options.pop("sampler"))
+    given: dict[str, Any] = {"seed": _seed(plan, ended), "n_startup_trials": plan.sweep.search.startup,
+                             "multivariate": True, "group": True, "constant_liar": True}  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=sweep.search.startup, multivariate=True, group=True, constant_liar=True,
-            seed=(sweep.study.seed * 1_000_003 + number) % 2**32,
-        )  # fmt: skip
-        study = optuna_study(plan, trials, sampler)
-        asked = study.ask()
-        values: Values = {}
-        for one in plan.space.dimensions:
-            if plan.space.active(one, values, plan.base):
-                values[one.key] = _suggested(asked, one)
-    return values
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = build(plugin_class(f"optuna.samplers:{name}", {}), given, options)
+        storage = optuna.storages.InMemoryStorage()
+        study = optuna_study(plan, ended, storage=storage, study_name="scoreray")
+        for point in points:
+            study.enqueue_trial(plan.space.encoded(point))
+        metric, mode = goals(plan.sweep)
+        return OptunaSearch(DefineByRun(plan.space, plan.base), metric=metric, mode=mode, sampler=sampler,
+                            storage=storage, study_name="scoreray")  # fmt: skip
 
 
-SEARCHES: dict[str, Search] = {"random": _random, "grid": _grid, "tpe": _tpe}
+def _named(plan: StudyPlan, ended: Sequence[Trial], points: Sequence[Values]) -> Searcher:
+    """Another searcher, over all dimensions: those that do not exist beside others are left out of what it gives.
+
+    What is on record is given to it as points to evaluate, and at once evaluated.
+    """
+    search, seed = plan.sweep.search, _seed(plan, ended)
+    metric, mode = goals(plan.sweep)
+    middle = {one.key: one.at(0.5) for one in plan.space.dimensions}
+    known = [plan.space.encoded(middle | one) for one in (*(trial.values for trial in ended), *points)]
+    given = {"metric": metric, "mode": mode, "points_to_evaluate": known or None, "seed": seed,
+             "random_state_seed": seed, "n_initial_points": search.startup}  # fmt: skip
+    kind = plugin_class(search.kind, SEARCHERS)
+    made: Searcher = build(kind, given, search.options)
+    try:
+        fits = made.set_search_properties(metric, mode, {one.key: domain(one) for one in plan.space.dimensions})
+    except Exception as error:  # of whatever library it stands on: a kind of dimension that it does not have
+        raise UserError(f"'{search.kind}' can't search this space: {' '.join(str(error).split())}") from None
+    if not fits:
+        raise UserError(f"'{search.kind}' takes no space from Ray Tune: its set_search_properties returns False")
+    for trial in ended:
+        made.suggest(name := f"trial-{trial.number:05d}")
+        failed = trial.state == "failed"
+        made.on_trial_complete(name, None if failed else {"images": trial.images, **(trial.metrics or {})}, failed)
+    return made
 
 
-def _suggested(asked: Any, one: Dimension) -> Any:
+def domain(one: Dimension) -> Any:
+    """Ray Tune's word for a dimension."""
+    from ray import tune
+
     if one.kind == "choice":
-        return one.choices[asked.suggest_categorical(one.key, range(len(one.choices)))]
-    suggest = asked.suggest_int if one.kind == "int" else asked.suggest_float
+        return tune.choice(one.categories)
+    if one.kind == "int":
+        return (tune.lograndint if one.log else tune.randint)(int(one.low), int(one.high) + 1)
+    return (tune.loguniform if one.log else tune.uniform)(one.low, one.high)
+
+
+def _suggested(trial: Any, one: Dimension) -> Any:
+    if one.kind == "choice":
+        return trial.suggest_categorical(one.key, one.categories)
+    suggest = trial.suggest_int if one.kind == "int" else trial.suggest_float
     return suggest(one.key, int(one.low) if one.kind == "int" else one.low,
                    int(one.high) if one.kind == "int" else one.high, log=one.log)  # fmt: skip

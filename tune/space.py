@@ -12,6 +12,7 @@ Keys that begin with `sample.` say how a model is drawn from, so trials that dif
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,6 +92,22 @@ class Dimension:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
+    @property
+    def categories(self) -> list[Any]:
+        """The choices as searchers take them: themselves, or their JSON where a choice is a section or a list."""
+        return [one if one is None or isinstance(one, bool | int | float | str) else json.dumps(one, sort_keys=True)
+                for one in self.choices]  # fmt: skip
+
+    def encoded(self, value: Any) -> Any:
+        """A value as searchers take it."""
+        return self.categories[self.choices.index(value)] if self.kind == "choice" else value
+
+    def decoded(self, value: Any) -> Any:
+        """The value of what a searcher gave, within the bounds: some round past them."""
+        if self.kind == "choice":
+            return self.choices[self.categories.index(value)]
+        return self._typed(min(max(value, self.low), self.high))
+
     def contains(self, value: Any) -> bool:
         if self.kind == "choice":
             return value in self.choices
@@ -129,6 +146,18 @@ class Space:
             if there not in accepted:
                 return False
         return True
+
+    def encoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's values as searchers take them, and as Ray Tune shows them."""
+        return {one.key: one.encoded(values[one.key]) for one in self.dimensions if one.key in values}
+
+    def decoded(self, config: Mapping[str, Any], base: Mapping[str, Any]) -> Values:
+        """A trial's values of what a searcher gave, without the dimensions that do not exist beside the others."""
+        values: Values = {}
+        for one in self.dimensions:
+            if self.active(one, values, base):
+                values[one.key] = one.decoded(config[one.key])
+        return values
 
     def draw(self, rng: random.Random, base: Mapping[str, Any]) -> Values:
         """Values of every dimension that exists, at random."""

@@ -20,6 +20,7 @@ from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Spa
 MetricName = Literal["denoising", "bpd", "nats", "fid", "kid", "sw", "nfe"]
 METRICS: tuple[str, ...] = get_args(MetricName)
 MAXIMISED = ("nats",)
+POPULATIONS = ("pbt", "pb2")  # schedulers under which trials exchange weights, and change values while they train
 OF_SAMPLES = ("fid", "kid", "sw")
 OF_HELD_OUT = ("denoising", "bpd", "nats")  # measured on images that training must not have seen
 
@@ -61,28 +62,36 @@ class MetricSection(Section):
 
 
 class SearchSection(Section):
-    """How values are chosen: at random, on a grid of `points` for each range, or by TPE after `startup` random ones.
+    """How values are chosen: random, grid (`points` of each range), or by a searcher after `startup` random trials.
 
+    `kind`: tpe or optuna (Optuna's samplers, TPE by default), another of Ray Tune's searchers (hyperopt, ...) or
+    module:Name, a Searcher class. `options`: of its constructor; of Optuna's sampler, which `options.sampler` names.
     `default_first`: the first trial is the base config itself, where the space contains it.
     """
 
-    kind: Literal["random", "grid", "tpe"] = "tpe"
+    kind: str = "tpe"
     startup: int = Field(8, ge=1)
     points: int = Field(3, ge=1, le=100)
     default_first: bool = True
+    options: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
 
 
 class SchedulerSection(Section):
-    """Which trials go on. none: all, to the end. asha: at grace_images times powers of `reduction` only the best
-    1/reduction of those seen there (Li 2018). pbt: every `every_images` the worst `quantile` of the population take the
-    weights of the best and values near theirs (Jaderberg 2017); the population is all trials.
+    """Which trials go on, by Ray Tune's schedulers. none: all, to the end.
+
+    asha: at grace_images times powers of `reduction` only the best 1/reduction of those seen there (Li 2018).
+    hyperband (Li 2016), median (stopping below the median; Golovin 2017): looked at every `every_images`.
+    pbt: every `every_images` the worst `quantile` of the population take the weights of the best and values near theirs
+    (Jaderberg 2017); pb2: values by a Gaussian process (Parker-Holder 2020). The population is all trials.
+    module:Name: a TrialScheduler class. `options`: of its constructor.
     """
 
-    kind: Literal["none", "asha", "pbt"] = "none"
+    kind: str = "none"
     grace_images: Count | None = None
     reduction: int = Field(3, ge=2, le=16)
     every_images: Count | None = None
     quantile: float = Field(0.25, gt=0, le=0.5)
+    options: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
 
 
 class ResourcesSection(Section):
@@ -101,7 +110,8 @@ class Sweep(Section):
     """A whole sweep.
 
     `base`: the run's config, a path beside this file or the mapping itself. Or `checkpoint`: a trained model, for a
-    space of `sample.` keys alone.
+    space of `sample.` keys alone. `callbacks`: Ray Tune's loggers by name (mlflow, wandb, tensorboard, ...) or
+    module:Name, each with its constructor's options.
     """
 
     study: StudySection
@@ -111,12 +121,19 @@ class Sweep(Section):
     metric: MetricSection
     search: SearchSection = SearchSection()
     scheduler: SchedulerSection = SchedulerSection()
+    callbacks: dict[str, dict[str, Any] | None] = {}  # noqa: RUF012 (pydantic copies it)
     trials: int = Field(20, ge=1, le=100_000)
     resources: ResourcesSection = ResourcesSection()
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as they are written in YAML."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def goals(sweep: Sweep) -> tuple[Any, Any]:
+    """Ray Tune's `metric` and `mode`: of one metric two words, of several two lists."""
+    modes = ["max" if name in MAXIMISED else "min" for name in sweep.metric.names]
+    return (sweep.metric.names[0], modes[0]) if len(modes) == 1 else (list(sweep.metric.names), modes)
 
 
 def misshapen(raw: Mapping[str, Any]) -> list[str]:
