@@ -1,12 +1,19 @@
 """ZeRO stages 1, 2 and 3: DeepSpeed partitions optimizer state (1), gradients (2) and parameters (3).
 
-DeepSpeed (0.19.8) has no public way to read or write the fp32 partitions in place, which checkpoints at another world
-size need: `fragments` and `publish` use attributes of its ZeRO optimizers. `tests/trainer/engine/test_engine.py`
-compares every stage with the flat engine, so a version that renames or rearranges them fails there.
+Checkpoints at another world size need to know which elements of which parameter a rank's flat fp32 partition holds. No
+public function of DeepSpeed's says so: it is the arithmetic of `_layout`, which every new engine compares with the
+weights themselves. These names of DeepSpeed's are not documented, and looked for before they are used:
+
+| name | without it |
+|---|---|
+| `fp32_partitioned_groups_flat` of the ZeRO-3 optimizer | stage 3 is refused with a line; the other stages work |
+| `_global_grad_norm` of ZeRO optimizers | a NaN gradient is refused where DeepSpeed looks for it: 0.19.8, not 0.19.0 |
+| `ops.__compatible_ops__` | on a CPU DeepSpeed compiles an extension for inference at its first start |
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scoreray.data.errors import UserError
 from scoreray.trainer.engine.base import EngineConfig, fragment_of, resolve_precision
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
@@ -21,6 +29,7 @@ from scoreray.trainer.optim.fragments import Fragment
 from scoreray.trainer.optim.optimizer import AveragingAdamW, OptimizerConfig
 
 ALIGNED = 128  # elements; DeepSpeed takes even buffers only
+PARTITIONS, NORM = "fp32_partitioned_groups_flat", "_global_grad_norm"  # attributes of DeepSpeed's ZeRO optimizers
 
 
 class DeepSpeedEngine:
@@ -42,23 +51,22 @@ class DeepSpeedEngine:
         import deepspeed
 
         # A C++ extension for inference that DeepSpeed would compile at start on a CPU; training does not use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         assert config.zero_stage != "auto", "build_engine() chooses a stage first"
         self.device, self.num_micro_batches = device, config.num_micro_batches(rank_batch_size)
         self._stage = config.zero_stage
         self._micro_batches_done = 0
-        parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self._names = {id(parameter): name for name, parameter in parameters}
-        self.optimizer = AveragingAdamW([p for _, p in parameters], optimizer, ema)
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._sizes = {name: p.numel() for name, p in self._parameters.items()}  # whole: ZeRO-3 empties them
+        self.optimizer = AveragingAdamW(self._parameters.values(), optimizer, ema)
         if device.type == "cuda":
             module.to(device)
-        num_params = sum(p.numel() for _, p in parameters)
         settings: dict[str, Any] = {
             "train_batch_size": rank_batch_size * world_size,
             "train_micro_batch_size_per_gpu": rank_batch_size // self.num_micro_batches,
             "gradient_accumulation_steps": self.num_micro_batches,
             "gradient_clipping": optimizer.gradient_clip,
-            **zero_settings(config, resolve_precision(config.precision, device), num_params),
+            **zero_settings(config, resolve_precision(config.precision, device), sum(self._sizes.values())),
         }
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
@@ -66,9 +74,10 @@ class DeepSpeedEngine:
         if config.compile:
             self._engine.compile()
         self.module = self._engine
+        self._check_layout()
         for partition in self._partitions():
             self.optimizer.init_state(partition)
-        # In fp32 DeepSpeed (0.19.8) looks for no overflow: a NaN gradient would enter weights and averages.
+        # Until 0.19.1 DeepSpeed looks for no overflow in fp32: a NaN gradient would enter weights and averages.
         self.optimizer.may_update = self._norm_is_finite
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -82,66 +91,78 @@ class DeepSpeedEngine:
         self._micro_batches_done = 0
         self.optimizer.prepare_step(learning_rate, decays)
         self._engine.step()
-        if self._sharded.overflow or not self._norm_is_finite():
+        if not self._engine.was_step_applied() or not self._norm_is_finite():
             raise NonFiniteError("the gradient's norm is not finite")
-        return float(self._sharded._global_grad_norm)
+        return float(self._engine.get_global_grad_norm())
 
     def _norm_is_finite(self) -> bool:
-        norm = float(self._sharded._global_grad_norm)
+        norm = float(getattr(self._sharded, NORM, 0.0))
         return math.isfinite(norm) and norm >= 0  # DeepSpeed's norm helpers report NaN as -1
 
     def _partitions(self) -> list[torch.Tensor]:
+        """This rank's flat fp32 masters, which together hold its share of the parameters in their order."""
         if self._stage == 3:
-            return list(self._sharded.fp32_partitioned_groups_flat)
-        return list(self._sharded.single_partition_of_fp32_groups)
+            return list(getattr(self._sharded, PARTITIONS))
+        return [partition for group in self.optimizer.param_groups for partition in group["params"]]
 
     def fragments(self) -> Iterator[Fragment]:
         for name, start, length, partition, offset in self._layout():
             yield fragment_of(self.optimizer, name, start, length, partition, offset)
 
     def _layout(self) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
-        """(parameter, first element that this rank holds, number of elements, their flat partition, offset in it)."""
-        if self._stage == 3:
-            for group, partition in zip(
-                self._sharded.fp16_groups, self._sharded.fp32_partitioned_groups_flat, strict=True
-            ):
-                offset = 0
-                for parameter in group:
-                    share = parameter.ds_tensor.ds_numel
-                    start = share * dist.get_rank()
-                    length = min(share, parameter.ds_numel - start)
-                    if length > 0:
-                        yield self._names[id(parameter)], start, length, partition, offset
-                    offset += share
+        """(parameter, first element that this rank holds, number of elements, their flat partition, offset in it).
+
+        Stages 1 and 2 cut all parameters, one after the other, into a piece for each rank. Stage 3 cuts each parameter,
+        padded to equal shares, and fills its partitions (sub-groups) with a rank's shares, one after the other.
+        """
+        partitions = iter(self._partitions())
+        partition = next(partitions)
+        if self._stage < 3:
+            first, at = dist.get_rank() * partition.numel(), 0
+            for name, size in self._sizes.items():
+                start, end = max(first, at), min(first + partition.numel(), at + size)
+                if start < end:
+                    yield name, start - at, end - start, partition, start - first
+                at += size
             return
-        for group, partition in zip(
-            self._sharded.bit16_groups, self._sharded.single_partition_of_fp32_groups, strict=True
-        ):
-            for parameter in group:
-                mapping = parameter._hp_mapping
-                if mapping is not None:
-                    in_parameter, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield (
-                        self._names[id(parameter)],
-                        in_parameter.start,
-                        in_parameter.numel,
-                        partition,
-                        in_partition.start,
-                    )
+        offset = 0
+        for name, size in self._sizes.items():
+            share = -(-size // dist.get_world_size())
+            if offset == partition.numel():
+                partition, offset = next(partitions), 0
+            start = share * dist.get_rank()
+            if start < size:
+                yield name, start, min(share, size - start), partition, offset
+            offset += share
+
+    def _check_layout(self) -> None:
+        """Raises UserError where DeepSpeed does not hold this rank's masters where `_layout` looks for them."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        try:
+            for name, start, length, partition, offset in self._layout():
+                if self._stage == 3:
+                    held = safe_get_local_fp32_param(self._parameters[name])[:length]
+                else:
+                    held = self._parameters[name].detach().flatten()[start : start + length]
+                if not torch.equal(partition.detach()[offset : offset + length].to(held), held):
+                    raise LookupError(name)
+        except (AttributeError, LookupError, StopIteration, RuntimeError):
+            raise UserError(
+                f"engine.zero_stage: {self._stage}: DeepSpeed {importlib.metadata.version('deepspeed')} arranges "
+                "its fp32 weights in a way that checkpoints do not know; take zero_stage 0, or another deepspeed"
+            ) from None
 
     def publish(self, num_steps: int) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
         for partition in self._partitions():
             self.optimizer.state[partition]["step"].fill_(num_steps)
-        if self._stage < 3:
-            self._sharded.update_lp_params()
-            for i in range(len(self._sharded.bit16_groups)):
-                self._sharded._update_model_bit16_weights(i)
-            return
-        for i in range(len(self._sharded.fp16_groups)):
-            self._sharded._reassign_or_swap_out_partitioned_parameters(i)
-        persistent = self._sharded.persistent_parameters
-        if persistent:  # small ones stay gathered and would keep their old values
-            persistent[0].all_gather(persistent)
+        for parameter in self._parameters.values():  # one at a time: under ZeRO-3 this rank has no room for all
+            whole = safe_get_full_fp32_param(parameter)
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=self._stage == 3):
+                parameter.data.copy_(whole)
 
 
 def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:

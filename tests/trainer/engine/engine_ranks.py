@@ -15,12 +15,14 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": sys.argv[1]}
 import torch
 import torch.distributed as dist
 
+from scoreray.data.errors import UserError
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine import build_engine
+from scoreray.trainer.engine import deepspeed as by_deepspeed
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -97,7 +99,24 @@ CASES = {
     "zero1-bf16": config(1, "bf16"),
     "zero2-bf16": config(2, "bf16"),
     "zero3-bf16": config(3, "bf16"),
+    "zero2-public": config(2),
+    "zero3-public": config(3),
 }
+NORM = by_deepspeed.NORM
+
+
+def refusal(stage: int, name: str, value: object) -> str:
+    """What is said of a DeepSpeed that differs in one of the names that are not documented."""
+    holder: object = by_deepspeed if hasattr(by_deepspeed, name) else by_deepspeed.DeepSpeedEngine
+    original = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        engine_of(network(), config(stage))
+    except UserError as error:
+        return str(error)
+    finally:
+        setattr(holder, name, original)
+    return ""
 
 
 def main() -> None:
@@ -108,6 +127,7 @@ def main() -> None:
     facts = {}
     names = CASES if WORLD == 2 else ["flat"]
     for name in names:
+        by_deepspeed.NORM = "absent" if name.endswith("-public") else NORM
         engine, module, norms = train(CASES[name])
         save(engine, module, FOLDER / f"{name}-{WORLD}")
         facts[name] = {"norms": norms}
@@ -117,6 +137,15 @@ def main() -> None:
             facts[name]["refused"] = True
         save(engine, module, FOLDER / f"{name}-{WORLD}-after-refusal")
         facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
+    by_deepspeed.NORM = NORM
+    if WORLD == 2:
+        facts["refusals"] = [
+            refusal(3, "PARTITIONS", "absent"),
+            refusal(
+                2, "_partitions", lambda self: [torch.zeros_like(p) for p in self.optimizer.param_groups[0]["params"]]
+            ),
+            refusal(1, "_partitions", lambda self: [p[1:] for p in self.optimizer.param_groups[0]["params"]]),
+        ]
     # A checkpoint of any case continues in any other: same masters, moments and averages, then the same next step.
     for source in ("flat-1", "zero3-2") if WORLD == 2 else ():
         for name in ("flat", "zero1", "zero2", "zero3"):

@@ -76,7 +76,10 @@ def test_bf16_weights_train_fp32_masters(trained: Path, name: str) -> None:
     assert any((values.bfloat16().float() != values).any() for values in masters.values())
 
 
-@pytest.mark.parametrize("name", ["flat", "zero1", "zero2", "zero3", "zero2-offload", "flat-bf16", "zero2-bf16"])
+@pytest.mark.parametrize(
+    "name",
+    ["flat", "zero1", "zero2", "zero3", "zero2-offload", "flat-bf16", "zero2-bf16", "zero2-public", "zero3-public"],
+)
 def test_a_non_finite_gradient_stops_before_the_step(trained: Path, name: str) -> None:
     """One NaN on one rank: every rank refuses, and masters, moments and averages are bitwise what they were."""
     assert facts(trained, 2)[name]["refused"]
@@ -106,3 +109,10 @@ def test_the_step_after_resharding_is_the_same_step(trained: Path) -> None:
     norms = [two[f"{source}-in-{name}"]["norms"][0] for source in ("flat-1", "zero3-2") for name in ("flat", "zero3")]
     assert max(norms) - min(norms) < 1e-5 * norms[0]
     assert two["flat"]["norms"] == pytest.approx(facts(trained, 1)["flat"]["norms"], rel=1e-5)
+
+
+def test_a_deepspeed_that_arranges_its_weights_otherwise_is_refused_in_a_line(trained: Path) -> None:
+    """What checkpoints take for a rank's share of the weights is compared with the weights themselves."""
+    for stage, line in zip((3, 2, 1), facts(trained, 2)["refusals"], strict=True):
+        assert line.startswith(f"engine.zero_stage: {stage}: DeepSpeed ")
+        assert line.endswith("take zero_stage 0, or another deepspeed")
