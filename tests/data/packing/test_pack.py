@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
+import io
 import os
 import re
 import struct
+import tarfile
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,8 @@ from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.packing.inspect import picture_grid, spread, summary, verify
 from scoreray.data.packing.pack import pack
-from scoreray.data.reading.manifest import MANIFEST, Manifest
+from scoreray.data.packing.shards import ShardWriter, encode
+from scoreray.data.reading.manifest import MANIFEST, RECORD, Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.storage.store import open_store
 
@@ -54,6 +59,40 @@ def test_stock_webdataset_reads_our_tars(source: Path, packed: tuple[str, Manife
         which = int(image[0, 0]) * 256 + int(image[0, 1])
         assert (image == original[which]).all()
         assert sample["cls"] == which % 7
+
+
+def test_a_shard_is_plain_ustar_of_the_samples_alone() -> None:
+    """Byte by byte, so that no version of webdataset or tarfile changes what the same pack makes."""
+    image, expected, offsets = np.zeros((4, 4, 1), np.uint8), b"", []
+    png = encode(image, "png")
+    for name, data in (("0.png", png), ("0.cls", b"3"), ("0.json", b"{}"), ("1.png", png), ("x/2.png", png)):
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        expected += header.tobuf(tarfile.USTAR_FORMAT)
+        offsets += [len(expected)] if data == png else []
+        expected += data + bytes(-len(data) % 512)
+    file = io.BytesIO()
+    writer = ShardWriter(file, (1, 4, 4), "uint8", "png")
+    writer.add("0", image, 3, b"{}")
+    writer.add("1", image, -1)
+    writer.add("x/2", image, -1)
+    shard = writer.finish("a.tar")
+    assert file.getvalue() == expected + bytes(1024)
+    assert (shard.shard.bytes, shard.shard.sha256) == (len(file.getvalue()), sha256(file.getvalue()).hexdigest())
+    assert np.frombuffer(shard.records, RECORD)["offset"].tolist() == offsets
+
+
+def test_a_shard_that_is_given_up_writes_nothing_to_its_closed_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unraisable: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", unraisable.append)
+    with open(tmp_path / "a.tar", "wb") as file:
+        writer = ShardWriter(file, (1, 4, 4), "uint8", "png")
+        writer.add("0", np.zeros((4, 4, 1), np.uint8), 3)
+    del writer
+    gc.collect()
+    assert unraisable == []
 
 
 def test_statistics_are_those_of_the_images_in_the_models_range(source: Path, packed: tuple[str, Manifest]) -> None:
