@@ -1,10 +1,10 @@
-"""A study's trials as an Optuna study, and which dimensions mattered (PED-ANOVA)."""
+"""A study's trials as an Optuna study, for its pictures, and which dimensions mattered (conditional PED-ANOVA)."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +16,17 @@ from scoreray.tune.trial import Trial
 FEWEST = 8  # trials below which a dimension's importance is noise
 
 
-def optuna_study(plan: StudyPlan, trials: Sequence[Trial], **given: Any) -> Any:
+def optuna_study(plan: StudyPlan, trials: Sequence[Trial], names: Mapping[str, str] | None = None, **given: Any) -> Any:
     """An Optuna study with these trials: those stopped early as pruned, those under way as running.
 
-    given: what else `optuna.create_study` takes; without a storage the study is in memory.
+    names: of its parameters where those are not the dimensions' keys. given: what else `optuna.create_study` takes;
+    without a storage the study is in memory.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    names = plan.sweep.metric.names
-    directions: Any = ["maximize" if name in MAXIMISED else "minimize" for name in names]
+    metrics, named = plan.sweep.metric.names, names or {}
+    directions: Any = ["maximize" if name in MAXIMISED else "minimize" for name in metrics]
     study = optuna.create_study(directions=directions, **given)
     State = optuna.trial.TrialState
     states = {"done": State.COMPLETE, "stopped": State.PRUNED, "running": State.RUNNING, "failed": State.FAIL}
@@ -33,10 +34,10 @@ def optuna_study(plan: StudyPlan, trials: Sequence[Trial], **given: Any) -> Any:
         kinds = {one.key: one for one in plan.space.dimensions if one.key in trial.values}
         made = optuna.trial.create_trial(
             state=states[trial.state],
-            params={key: one.encoded(trial.values[key]) for key, one in kinds.items()},
-            distributions={key: distribution(one) for key, one in kinds.items()},
-            values=[trial.metrics[name] for name in names] if trial.state == "done" and trial.metrics else None,
-            intermediate_values=_on_the_way(trial, names[0]) if len(names) == 1 else {},
+            params={named.get(key, key): one.encoded(trial.values[key]) for key, one in kinds.items()},
+            distributions={named.get(key, key): distribution(one) for key, one in kinds.items()},
+            values=[trial.metrics[name] for name in metrics] if trial.state == "done" and trial.metrics else None,
+            intermediate_values=_on_the_way(trial, metrics[0]) if len(metrics) == 1 else {},
         )
         study.add_trial(made)
     return study
@@ -49,7 +50,7 @@ def _on_the_way(trial: Trial, name: str) -> dict[int, float]:
 
 
 def distribution(dimension: Dimension) -> Any:
-    """Optuna's own word for a dimension."""
+    """A dimension as Optuna's distribution."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if dimension.kind == "choice":
@@ -60,40 +61,41 @@ def distribution(dimension: Dimension) -> Any:
 
 
 def importance(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
-    """Share of each dimension in what makes a trial good, by PED-ANOVA (Watanabe 2023), of the first metric; and of
-    which trials that is, or why there is none.
+    """Share of each dimension in what makes a trial good, of the first metric; and of which trials that is, or why
+    there is none.
 
-    Of the finished trials; where asha left too few of these, of all that reached its farthest stop with enough. A
-    conditional dimension's share is among the trials that have it, times their part.
+    Optuna's PED-ANOVA (Watanabe 2023), with its extension to conditional dimensions (arXiv 2601.20800).
     """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.importance import get_param_importances
 
-    chosen, note = _telling(plan, trials)
-    found: dict[str, float] = {}
-    untold = []
-    for one in plan.space.dimensions if chosen else ():
-        having = [trial for trial in chosen if one.key in trial.values]
-        if len(having) < FEWEST or len({str(trial.values[one.key]) for trial in having}) < 2:
-            untold.append(f"{one.key} in too few of them" if len(having) < FEWEST else f"{one.key} the same in all")
-            continue
-        common = [key for key in having[0].values if all(key in trial.values for trial in having)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            study = optuna_study(plan, having)
-            evaluator = PedAnovaImportanceEvaluator()
-            several = len(plan.sweep.metric.names) > 1
-            target = (lambda trial: trial.values[0]) if several else None
-            values = get_param_importances(study, evaluator=evaluator, params=common, target=target, normalize=False)
-        found[one.key] = float(values[one.key]) * len(having) / len(chosen)
-    note = "; ".join([note, *untold])
-    total = sum(found.values())
-    if total > 0:
-        return {key: value / total for key, value in found.items()}, note
-    return {}, f"{note}; no difference found" if found else note
+    chosen, note = comparable(plan, trials)
+    having = {one.key: [t for t in chosen if one.key in t.values] for one in plan.space.dimensions if chosen}
+    too_few = [key for key, some in having.items() if len(some) < FEWEST]
+    note = "; ".join([note, *(f"{key} in too few of them" for key in too_few)])
+    keys = [key for key in having if key not in too_few]
+    if not keys:
+        return {}, note
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = get_param_importances(optuna_study(plan, chosen), params=keys, target=target_of(plan), normalize=False)
+    total = sum(shares.values())
+    if total == 0:
+        return {}, f"{note}; no difference found"
+    return {key: share / total for key, share in shares.items()}, note
 
 
-def _telling(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[list[Trial], str]:
-    """Trials that importance is taken of, as they stood at one stop, and a word on them; none where too few."""
+def target_of(plan: StudyPlan) -> Callable[[Any], float] | None:
+    """What Optuna takes as a trial's worth where there are several metrics: the first, less is better."""
+    first, *others = plan.sweep.metric.names
+    sign = -1.0 if first in MAXIMISED else 1.0
+    return (lambda trial: sign * trial.values[0]) if others else None
+
+
+def comparable(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[list[Trial], str]:
+    """Trials that importance is taken of, as they stood at one stop, and a word on them; none where too few.
+
+    The finished trials; where asha left too few of these, all that reached its farthest stop with enough.
+    """
     first = plan.sweep.metric.names[0]
     done = [trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, first))]
     if len(done) >= FEWEST:

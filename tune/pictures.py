@@ -1,10 +1,13 @@
-"""The pictures of a study's report, as PNG: trials, importance, parallel coordinates, Pareto front, error curves."""
+"""The pictures of a study's report, as PNG: Optuna's own where it has one, and error by images and by noise level."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,48 +16,109 @@ from torch import Tensor
 from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.offline.generate import png_of_sheet
 from scoreray.trainer.step import to_uint8
+from scoreray.tune.importance import comparable, optuna_study, target_of
 from scoreray.tune.metric import levels_of
-from scoreray.tune.schedule import best_of, cost_of
-from scoreray.tune.space import Dimension
+from scoreray.tune.schedule import best_of
+from scoreray.tune.space import short_names
 from scoreray.tune.sweep import MAXIMISED, StudyPlan
 from scoreray.tune.trial import Trial
 
 WIDTH = 7.2  # inches: what a page of text is wide
 DPI = 144
 COLOURS = {"done": "C0", "stopped": "0.65", "running": "C1"}
-PALEST = 0.25  # of the colours from yellow to violet: what is paler can't be seen on white
-NONE_AT = -0.12  # height on its axis of a dimension that a trial does not have
+
+
+@contextmanager
+def _optuna_style(width: float, height: float) -> Iterator[None]:
+    """Optuna draws on pyplot and changes its style: that is as it was afterwards."""
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its pictures by matplotlib are marked experimental
+        pyplot.rcParams["figure.figsize"] = (width, height)
+        yield
+
+
+def _finished(axes: Any) -> bytes:
+    """The picture of Optuna's axes, on white as the others, and without its title: the page has captions."""
+    from matplotlib import pyplot
+
+    for place in ("left", "center"):
+        axes.set_title("", loc=place)
+    axes.set_facecolor("white")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    data = _png(axes.figure)
+    pyplot.close(axes.figure)
+    return data
+
+
+def _short_study(plan: StudyPlan, trials: Sequence[Trial]) -> Any:
+    """With the dimensions' short names, as pictures have room for."""
+    study = optuna_study(plan, trials, short_names([one.key for one in plan.space.dimensions]))
+    study.set_metric_names(list(plan.sweep.metric.names))
+    return study
 
 
 def history_picture(plan: StudyPlan, trials: Sequence[Trial]) -> bytes:
-    """The first metric of each trial, and the best so far."""
-    figure, axes = _axes(WIDTH, 2.9)
-    name = plan.sweep.metric.names[0]
-    measured = [(trial, trial.metrics[name]) for trial in trials if trial.metrics]
-    measured = [(trial, value) for trial, value in measured if math.isfinite(value)]
-    low, high = _frame(plan, [value for _, value in measured])
-    for state, colour in COLOURS.items():
-        some = [(trial.number, value) for trial, value in measured if trial.state == state and low <= value <= high]
-        if some:
-            axes.scatter(*zip(*some, strict=True), s=18, color=colour, label=state)
-    far = [(trial.number, high if value > high else low) for trial, value in measured if not low <= value <= high]
-    if far:
-        axes.scatter(*zip(*far, strict=True), s=24, color="0.65", marker="x", label="far beyond")
-    best, line = math.inf, []
-    for trial, value in measured:
-        if trial.state == "done" and cost_of(trial, name) < best:
-            best = cost_of(trial, name)
-            line.append((trial.number, value))
-    if line:
-        line.append((len(trials) - 1, line[-1][1]))
-        axes.step(*zip(*line, strict=True), where="post", color="0.2", lw=1.2, label="best so far")
-    axes.set(xlabel="trial", ylabel=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if measured:
-        margin = 0.05 * (high - low)
-        axes.set_ylim(low - margin, high + margin)
-        axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    """The first metric of each finished trial, and the best so far."""
+    from optuna.visualization.matplotlib import plot_optimization_history
+
+    first, *others = plan.sweep.metric.names
+    target = (lambda trial: trial.values[0]) if others else None
+    with _optuna_style(WIDTH, 2.9):
+        axes: Any = plot_optimization_history(optuna_study(plan, trials), target=target, target_name=first)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return _finished(axes)
+
+
+def importance_picture(plan: StudyPlan, trials: Sequence[Trial], keys: Sequence[str]) -> bytes:
+    """Bars of these dimensions' importance, the greatest on top."""
+    from optuna.visualization.matplotlib import plot_param_importances
+
+    short = short_names([one.key for one in plan.space.dimensions])
+    with _optuna_style(WIDTH, 0.9 + 0.4 * len(keys)):
+        study = _short_study(plan, comparable(plan, trials)[0])
+        axes: Any = plot_param_importances(study, params=[short[key] for key in keys], target=target_of(plan))
+        axes.get_legend().remove()
+        return _finished(axes)
+
+
+def parallel_picture(plan: StudyPlan, trials: Sequence[Trial]) -> bytes:
+    """A vertical axis for each metric and each dimension; a line for each finished trial."""
+    from optuna.visualization.matplotlib import plot_parallel_coordinate
+
+    names = plan.sweep.metric.names
+    count = len(plan.space.dimensions) + len(names)
+    target_name = names[0] if len(names) == 1 else ""
+    with _optuna_style(max(WIDTH, 1.3 * count + 1), 4.2):
+        axes: Any = plot_parallel_coordinate(_short_study(plan, trials), target_name=target_name)
+        for lines in axes.collections:  # the worst of Optuna's blues can't be seen on white
+            lines.set_cmap("viridis_r" if len(names) == 1 and names[0] in MAXIMISED else "viridis")
+            scale = lines.colorbar.ax
+            scale.set_position(scale.get_position().translated(0.06, 0))  # off the last axis's labels
+        return _finished(axes)
+
+
+def front_pictures(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> list[bytes]:
+    """The first metric against each of the others; trials that none beats in all of them in red, the default ringed."""
+    from optuna.visualization.matplotlib import plot_pareto_front
+
+    first, *others = plan.sweep.metric.names
+    found = []
+    for place, other in enumerate(others, 1):
+
+        def shown(trial: Any, place: int = place) -> tuple[float, float]:
+            return trial.values[place], trial.values[0]
+
+        with _optuna_style(WIDTH, 3.6):
+            axes = plot_pareto_front(optuna_study(plan, trials), target_names=[other, first], targets=shown)
+            if default is not None and default.metrics:
+                x, y = default.metrics[other], default.metrics[first]
+                axes.scatter([x], [y], s=90, fc="none", ec="0.2", label="default")
+                axes.legend()
+            found.append(_finished(axes))
+    return found
 
 
 def progress_picture(plan: StudyPlan, trials: Sequence[Trial], best: Trial) -> bytes:
@@ -69,7 +133,7 @@ def progress_picture(plan: StudyPlan, trials: Sequence[Trial], best: Trial) -> b
             axes.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, lw=width, zorder=2 + (trial is best),
                       alpha=1.0 if trial.state == "done" else 0.6)  # fmt: skip
     measured = [report["metrics"][name] for trial in trials for report in trial.reports]
-    low, high = _frame(plan, [value for value in measured if math.isfinite(value)])
+    low, high = frame([value for value in measured if math.isfinite(value)], name)
     margin = 0.05 * (high - low)
     axes.set(xlabel="images seen", ylabel=name, xscale="log", ylim=(low - margin, high + margin))
     stops = sorted({report["images"] for trial in trials for report in trial.reports})
@@ -79,144 +143,32 @@ def progress_picture(plan: StudyPlan, trials: Sequence[Trial], best: Trial) -> b
     return _png(figure)
 
 
-def _frame(plan: StudyPlan, values: list[float], name: str = "", keep: Sequence[float] = ()) -> tuple[float, float]:
-    """Ends of an axis for a metric (the first by default): all, but no farther off than 4 times the median is from the
-    best; never less than `keep`."""
+def without_far(plan: StudyPlan, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials as pictures show them: those that one bad metric puts far beyond all others, as if they had failed.
+
+    Far is more than 4 times as far from the best as the median is; what is on the Pareto front never is.
+    """
+    kept = {trial.number for trial in best_of(plan, list(trials))} if len(plan.sweep.metric.names) > 1 else set()
+    done = [trial for trial in trials if trial.state == "done" and trial.metrics]
+    far = set[int]()
+    for name in plan.sweep.metric.names:
+        values = {trial.number: trial.metrics[name] for trial in done if trial.metrics}
+        low, high = frame([*values.values()], name)
+        far |= {number for number, value in values.items() if not low <= value <= high}
+    return [replace(trial, state="failed") if trial.number in far - kept else trial for trial in trials]
+
+
+def frame(values: Sequence[float], name: str) -> tuple[float, float]:
+    """Ends of an axis for a metric: all values, but none that is farther from the best than 4 times the median is."""
     if not values:
         return 0.0, 1.0
-    sign = -1 if (name or plan.sweep.metric.names[0]) in MAXIMISED else 1
+    sign = -1 if name in MAXIMISED else 1
     costs = sorted(sign * value for value in values)
     best, middle, worst = costs[0], costs[len(costs) // 2], costs[-1]
-    if middle > best:
-        worst = min(worst, max([best + 4 * (middle - best), *(sign * value for value in keep)]))
+    worst = min(worst, best + 4 * (middle - best)) if middle > best else worst
     if worst == best:
         best, worst = best - 0.5 * abs(best) - 1e-9, best + 0.5 * abs(best) + 1e-9
     return (best, worst) if sign > 0 else (-worst, -best)
-
-
-def importance_picture(shares: dict[str, float]) -> bytes:
-    """Bars, the greatest on top."""
-    figure, axes = _axes(WIDTH, 0.7 + 0.35 * len(shares))
-    ranked = sorted(shares.items(), key=lambda one: one[1])
-    axes.barh([key for key, _ in ranked], [value for _, value in ranked], color="C0")
-    for place, (_, value) in enumerate(ranked):
-        axes.text(value + 0.01, place, f"{value:.0%}", va="center", fontsize=9)
-    axes.set_xlim(0, max(value for _, value in ranked) * 1.12)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    return _png(figure)
-
-
-def parallel_picture(plan: StudyPlan, trials: Sequence[Trial]) -> bytes:
-    """A vertical axis for each dimension and each metric; a line for each finished trial, coloured by its rank."""
-    import matplotlib
-
-    dimensions, names = plan.space.dimensions, plan.sweep.metric.names
-    finished = [trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, names[0]))]
-    finished.sort(key=lambda trial: -cost_of(trial, names[0]))  # the best drawn last, on top
-    count = len(dimensions) + len(names)
-    figure, axes = _axes(max(WIDTH, 1.15 * count + 1), 4.2)
-    for trial in trials:
-        if trial.state == "stopped":
-            axes.plot(range(len(dimensions)), _heights(plan, trial), color="0.8", lw=0.7, zorder=0)
-    ends = {name: _ends(plan, finished, name) for name in names}
-    for i, trial in enumerate(finished):
-        good = i / (len(finished) - 1) if len(finished) > 1 else 1.0
-        metrics = [_between(cost_of(trial, name), *ends[name]) for name in names]
-        colour = matplotlib.colormaps["viridis_r"](PALEST + (1 - PALEST) * good)
-        axes.plot(range(count), [*_heights(plan, trial), *metrics], color=colour, alpha=0.6 + 0.4 * good,
-                  lw=2.2 if good == 1.0 else 1.0)  # fmt: skip
-    for i, one in enumerate(dimensions):
-        ticks = [*_ticks(one), *([(NONE_AT, "none")] if one.when else [])]
-        _axis(axes, i, ticks)
-    for i, name in enumerate(names, len(dimensions)):
-        sign, (low, high) = -1 if name in MAXIMISED else 1, ends[name]
-        beyond = " or worse" if any(cost_of(trial, name) > high for trial in finished) else ""
-        _axis(axes, i, [(0.0, f"{sign * low:.4g}"), *([(1.0, f"{sign * high:.4g}{beyond}")] if high > low else [])])
-    labels = [".\n".join(one.key.rsplit(".", 2)[-2:]) for one in dimensions]
-    axes.set_xticks(range(count), [*labels, *names], fontsize=8)
-    axes.set_yticks([])
-    axes.set(xlim=(-0.1, count - 0.4), ylim=(NONE_AT - 0.05, 1.05))
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.grid(visible=False)
-    return _png(figure)
-
-
-def _axis(axes: Any, place: int, ticks: list[tuple[float, str]]) -> None:
-    axes.axvline(place, color="0.3", lw=0.8)
-    box = {"fc": "white", "ec": "none", "alpha": 0.9, "pad": 0.8}
-    for height, text in ticks:
-        axes.text(place + 0.04, height, text, fontsize=8, va="center", bbox=box, zorder=5)  # lines pass under it
-
-
-def _heights(plan: StudyPlan, trial: Trial) -> list[float]:
-    """Where a trial's values are on the axes; below them where it has none."""
-    return [one.place(trial.values[one.key]) if one.key in trial.values else NONE_AT for one in plan.space.dimensions]
-
-
-def _ends(plan: StudyPlan, trials: Sequence[Trial], name: str) -> tuple[float, float]:
-    """Costs at the ends of a metric's axis, which one bad trial does not rule."""
-    costs = [cost for trial in trials if math.isfinite(cost := cost_of(trial, name))] or [0.0]
-    sign = -1 if name in MAXIMISED else 1
-    low, high = sorted(sign * end for end in _frame(plan, [sign * cost for cost in costs], name))
-    return max(low, min(costs)), min(high, max(costs))
-
-
-def _between(value: float, low: float, high: float) -> float:
-    return 0.0 if high == low else min(1.0, (value - low) / (high - low))
-
-
-def front_picture(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> bytes:
-    """The first metric against each of the others; trials that nothing beats in all of them in colour, numbered.
-
-    With two metrics a staircase joins them: above and right of it everything is beaten. Crosses are beyond the axes.
-    """
-    from matplotlib.figure import Figure
-
-    first, *others = plan.sweep.metric.names
-    columns = min(3, len(others))
-    rows = -(-len(others) // columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 5.2, 2.7 * rows if columns > 1 else 3.8), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    done = [trial for trial in trials if trial.state == "done" and trial.metrics]
-    front = {trial.number for trial in best_of(plan, list(trials))}
-    frames = {name: _front_frame(plan, done, front, name) for name in (first, *others)}
-    for axes, other in zip(grid, others, strict=False):
-        points = [(t.metrics[other], t.metrics[first], t.number) for t in done if t.metrics]
-        points = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
-        beaten = [(x, y) for x, y, number in points if number not in front]
-        best = sorted(point for point in points if point[2] in front)
-        at_edge = [(min(max(x, frames[other][0]), frames[other][1]), min(max(y, frames[first][0]), frames[first][1]))
-                   for x, y in beaten]  # fmt: skip
-        for mark, some in (("o", [p for p, edge in zip(beaten, at_edge, strict=True) if p == edge]),
-                           ("x", [edge for p, edge in zip(beaten, at_edge, strict=True) if p != edge])):  # fmt: skip
-            if some:
-                label = "far beyond" if mark == "x" else None
-                axes.scatter(*zip(*some, strict=True), s=16, color="0.65", marker=mark, label=label)
-        if len(others) == 1 and not {first, other} & set(MAXIMISED):
-            axes.step([x for x, _, _ in best], [y for _, y, _ in best], where="post", color="C0", lw=1.2)
-        axes.scatter([x for x, _, _ in best], [y for _, y, _ in best], s=22, color="C0", zorder=3)
-        for x, y, number in best[:12]:
-            axes.annotate(str(number), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=8, color="C0")
-        if default is not None and default.metrics:
-            x, y = (min(max(default.metrics[name], frames[name][0]), frames[name][1]) for name in (other, first))
-            axes.scatter([x], [y], s=70, fc="none", ec="0.2", lw=1, zorder=4)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-        axes.set_xlabel(other)
-        axes.grid(alpha=0.3)
-        axes.margins(0.1)
-    for axes in grid[len(others) :]:
-        axes.set_visible(False)
-    for axes in grid[::columns]:
-        axes.set_ylabel(first)
-    return _png(figure)
-
-
-def _front_frame(plan: StudyPlan, done: Sequence[Trial], front: set[int], name: str) -> tuple[float, float]:
-    """Ends of a metric's axis: the whole front, and as much of the others as `_frame` takes."""
-    values = {t.number: t.metrics[name] for t in done if t.metrics and math.isfinite(t.metrics[name])}
-    return _frame(plan, list(values.values()), name, [value for number, value in values.items() if number in front])
 
 
 def compared(plan: StudyPlan, best: Trial, default: Trial | None) -> bool:
@@ -270,13 +222,6 @@ def sheet_picture(samples: Tensor, like: Tensor) -> bytes | None:
     return None
 
 
-def _ticks(one: Dimension) -> list[tuple[float, str]]:
-    if one.kind == "choice":
-        return [(one.place(value), str(value)) for value in one.choices]
-    places = (one.at(place) for place in (0.0, 0.5, 1.0))
-    return [(one.place(value), f"{value:.4g}" if isinstance(value, float) else str(value)) for value in places]
-
-
 def _axes(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -288,5 +233,5 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     return buffer.getvalue()

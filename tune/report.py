@@ -24,12 +24,13 @@ from scoreray.tune.pictures import (
     DPI,
     compared,
     curves_picture,
-    front_picture,
+    front_pictures,
     history_picture,
     importance_picture,
     parallel_picture,
     progress_picture,
     sheet_picture,
+    without_far,
 )
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
@@ -162,25 +163,32 @@ def page(
 def _charts(
     plan: StudyPlan, trials: Sequence[Trial], best: Trial | None, default: Trial | None, record: dict[str, Any]
 ) -> list[Chart]:
+    """Pictures in the order of the page; none but the curves where no trial is finished."""
     names, found = plan.sweep.metric.names, list[Chart]()
+    shown = without_far(plan, trials)
+    far = sum(one.state != trial.state for one, trial in zip(shown, trials, strict=True))
+    without = f" Without {far} far beyond all others." if far else ""
     if best is not None and len(names) > 1:
-        ring = " Ring: the default." if default is not None and default.metrics else ""
-        caption = f"The Pareto front: trials, by number, that none beats in every metric.{ring}"
-        found.append(Chart.of(caption, front_picture(plan, trials, default)))
-    caption = "Trials in the order of their numbers, and the best so far."
-    found.append(Chart.of(caption, history_picture(plan, trials)))
+        ringed = next((one for one in shown if default and one.number == default.number and one.state == "done"), None)
+        ring = " Ring: the default." if ringed is not None else ""
+        caption = f"The Pareto front, in red: trials that none beats in every metric.{ring}{without}"
+        found += [Chart.of(caption, png) for png in front_pictures(plan, shown, ringed)]
+    if best is not None:
+        caption = f"Finished trials in the order of their numbers, and the best so far.{without}"
+        found.append(Chart.of(caption, history_picture(plan, shown)))
     if best is not None and any(len(trial.reports) > 1 for trial in trials):
         caption = "Every trial as it trained; grey ones were stopped, the best is orange."
         found.append(Chart.of(caption, progress_picture(plan, trials, best)))
     note = record["importance_note"]
     if record["importance"]:
         caption = f"Share of each dimension in what makes a trial good, by {names[0]}: {note}."
-        found.append(Chart.of(caption, importance_picture(record["importance"])))
+        found.append(Chart.of(caption, importance_picture(plan, trials, list(record["importance"]))))
     elif best is not None:
         found.append(Chart(f"Importance of each dimension: {note}."))
     if best is not None:
-        caption = f"Each line is a finished trial, darker the better its {names[0]}; grey ones were stopped."
-        found.append(Chart.of(caption, parallel_picture(plan, trials)))
+        order = names[0] if len(names) == 1 else "Pareto rank"
+        caption = f"Each line is a finished trial, darker the better its {order}.{without}"
+        found.append(Chart.of(caption, parallel_picture(plan, shown)))
         below = "; below, relative to the default" if compared(plan, best, default) else ""
         caption = f"Weighted denoising error by noise level, 95% bands{below}."
         found.append(Chart.of(caption, curves_picture(plan, best, default)))

@@ -16,7 +16,7 @@ from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.options import parse_options
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
-from scoreray.tune.pictures import _ends, _front_frame, front_picture
+from scoreray.tune.pictures import front_pictures, without_far
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
@@ -64,7 +64,7 @@ def test_the_page_holds_every_trial_and_metric(sweep: dict[str, Any], count: int
     best = best_of(plan, trials)[0]
     assert record["best"]["number"] == best.number
     assert [one["number"] for one in record["trials"]] == list(range(count))
-    assert page.count("<img") == 4 + (count > 1) + (len(names) > 1)
+    assert page.count("<img") == 4 + (count > 1) + len(names) - 1  # the front's: the first metric against each other
     assert "No samples of the best" in page  # the checkpoint is gone: the rest of the report stands
     assert all(f"<td>{number}</td>" in page for number in range(1, count))
     assert all(f">{name}</th>" in page for name in names)
@@ -135,14 +135,12 @@ def test_one_bad_trial_rules_no_axis(sweep: dict[str, Any]) -> None:
     trials = [made(plan, i, {key: -2.0 + i / 10}, [cost]) for i, cost in enumerate([1.0, 1.2, 1.1, 1.4, 500.0])]
     for trial, calls in zip(trials, (9.0, 5.0, 9.0, 7.0, 9.0), strict=True):
         trial.reports[0]["metrics"]["nfe"] = calls
-    low, high = _front_frame(plan, trials, {0, 1}, "sw")
-    assert low == 1.0
-    assert 1.4 <= high < 3
-    assert _ends(plan, trials, "sw")[1] < 3
-    assert _front_frame(plan, trials, {0, 1, 4}, "sw")[1] == 500.0  # the front is shown whole
+    assert [trial.state for trial in without_far(plan, trials)] == ["done"] * 4 + ["failed"]
+    trials[4].reports[0]["metrics"]["nfe"] = 4.0  # the front is shown whole
+    assert [trial.state for trial in without_far(plan, trials)] == ["done"] * 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert front_picture(plan, trials, trials[4])
+        assert front_pictures(plan, trials, trials[4])
 
 
 def test_names_are_shortened_as_far_as_they_stay_unique() -> None:
