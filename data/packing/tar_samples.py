@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from scoreray.data.packing.listing import is_hidden
 from scoreray.data.reading.allowlist import JSON, LABELS, MAX_JSON_BYTES, default_decoder
 from scoreray.data.reading.classes import NO_CLASS
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
-from scoreray.data.reading.tars import Member, Tape, members
+from scoreray.data.reading.tars import Member, Tape, key_and_kind, members
 
 PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 IMAGES = (*PICTURES, "npy")
@@ -58,12 +58,11 @@ class TarSamples:
     def __iter__(self) -> Iterator[TarSample]:
         key, group, held_bytes = "", dict[str, Member](), 0  # neighbours with the same key, by what follows its dot
         for member in members(self._tape):
-            parts = [part for part in member.name.split("/") if part != "."]
-            if is_hidden("/".join(parts)):
+            its_key, kind = key_and_kind(member.name)
+            if is_hidden(f"{its_key}.{kind}" if kind else its_key):
                 self._count("hidden file")
                 continue
-            stem, _, kind = parts[-1].partition(".")
-            its_key, kind = "/".join([*parts[:-1], stem]), kind.lower()
+            kind = kind.lower()
             if its_key != key:
                 yield from self._samples(key, group)
                 key, group, held_bytes = its_key, {}, 0
@@ -146,6 +145,26 @@ class TarSamples:
     def _count(self, kind: str) -> None:
         kind = kind[:MAX_KIND]
         self.left_out[kind if kind in self.left_out or len(self.left_out) < MAX_KINDS else "others"] += 1
+
+
+def sample_members(near: Iterable[Member], image_offset: int) -> tuple[str, dict[str, bytes]]:
+    """(key, bytes of its members by kind) of the sample whose image begins at `image_offset`, out of the members near
+    it in the tar; grouped by the rules of TarSamples. Raises DataError where the image is not among them."""
+    split = [(member, *key_and_kind(member.name)) for member in near]
+    image = next(((key, kind) for member, key, kind in split if member.offset == image_offset), None)
+    if image is None:
+        raise DataError(f"byte {image_offset}: no member begins where the index says; pack the data set again")
+    key, kind = image
+    stem = kind.rpartition(".")[0]  # of a name with dots in it, whose key goes up to the last one
+    found = {}
+    for member, its_key, its_kind in split:
+        if its_key == key:
+            if its_kind.startswith(f"{stem}."):
+                its_kind = its_kind.removeprefix(f"{stem}.")
+            elif stem and "." in its_kind:
+                continue  # another sample's of the same first part
+            found[its_kind.lower()] = member.data
+    return f"{key}.{stem}" if stem else key, found
 
 
 def _by_last_dot(found: dict[str, Member]) -> dict[str, dict[str, Member]] | None:

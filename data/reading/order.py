@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -79,6 +80,11 @@ class Order:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._blocks: OrderedDict[BlockKey, ShuffleBlock] = OrderedDict()
         self._lock = threading.Lock()  # of both
+
+    def __reduce__(self) -> tuple[partial[Order], tuple[()]]:
+        """To another process without what it keeps, which the arguments give again."""
+        options = {"seed": self.seed, "num_lanes": self.num_lanes, "shuffle_block": self.shuffle_block}
+        return partial(Order, self.counts, **options), ()
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(epoch, lane, block, place in the block) of each position, int64 [n] all."""

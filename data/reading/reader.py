@@ -24,7 +24,6 @@ from scoreray.data.storage.store import NotFound, Store
 log = logging.getLogger(__name__)
 sha256 = hashlib.sha256
 
-MAX_GAP_BYTES = 64 << 10  # a gap between two members is read along with them up to this
 MAX_REQUEST_BYTES = 16 << 20
 REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
 REREAD_S = 0.5  # the longest pause before one
@@ -35,6 +34,8 @@ class Reader:
 
     Memory: `records_kept` records of 32 bytes, and what read() returns.
     """
+
+    max_gap_bytes = 64 << 10  # a gap between two members is read along with them up to this
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Reader:
         for part in ranges:
             records = self.records(part.shard, part.first, part.count)
             parts.append(records)
-            for i, j in _requests(records):
+            for i, j in _requests(records, self.max_gap_bytes):
                 members += self._read(part.shard, part.first + i, records[i:j])
         return members, parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, RECORD), *parts])
 
@@ -111,13 +112,19 @@ class Reader:
         return member, int(record["format"][0]), int(record["label"][0])
 
     def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
-        """The members of neighbouring records in one request, repeated while one of them is wrong."""
+        """The members of neighbouring records in one request."""
+        low, high = int(records["offset"][0]), int(records["offset"][-1]) + int(records["size"][-1])
+        return self._verified(shard, first, records, low, high)[0]
+
+    def _verified(
+        self, shard: int, first: int, records: np.ndarray, low: int, high: int
+    ) -> tuple[list[bytes | None], bytes]:
+        """(the records' members, bytes [low, high) of the shard, which hold them) in one request, repeated while a
+        member is wrong."""
         name, missing = self.manifest.shards[shard].name, False
         if self.quarantine is not None and name in self.quarantine.missing:
-            return [None] * len(records)
-        begins = records["offset"].astype(np.int64)
-        low, high = int(begins[0]), int(begins[-1]) + int(records["size"][-1])
-        begins -= low
+            return [None] * len(records), b""
+        begins = records["offset"].astype(np.int64) - low
         places = (begins.tolist(), (begins + records["size"]).tolist())
         expected = records["digest"].tobytes()  # 8 bytes each
         problem, bad = "", list(range(len(records)))
@@ -133,12 +140,12 @@ class Reader:
             found = [data[begin:end] for begin, end in zip(*places, strict=True)]
             digests = b"".join([sha256(member).digest()[:8] for member in found])
             if digests == expected:
-                return found  # type: ignore[return-value]
+                return found, data  # type: ignore[return-value]
             for i in bad:
                 members[i] = found[i] if digests[8 * i : 8 * i + 8] == expected[8 * i : 8 * i + 8] else None
             bad = [i for i in bad if members[i] is None]
             if not bad:
-                return members
+                return members, data
             if self.cache is not None:
                 self.cache.forget(self.manifest.shards[shard].sha256, low, high)
             problem = "its bytes are not those of the index" + (" (the shard is cut)" if len(data) < high - low else "")
@@ -154,10 +161,10 @@ class Reader:
                     entry.name, int(self.first_samples[shard]), entry.num_samples, 0, "", "there is no such shard"
                 )
             )
-            return [None] * len(records)
+            return [None] * len(records), b""
         for i in bad:
             self.put_aside(int(self.first_samples[shard]) + first + i, problem)
-        return members
+        return members, data
 
     def put_aside(self, sample: int, reason: str) -> None:
         """A sample into the quarantine. Raises DataError when its budget is used up."""
@@ -194,14 +201,14 @@ class Reader:
             self._get.close()
 
 
-def _requests(records: np.ndarray) -> Iterator[tuple[int, int]]:
+def _requests(records: np.ndarray, max_gap_bytes: int) -> Iterator[tuple[int, int]]:
     """Record ranges [i, j) to read in one request each: no large gap inside, none above the request limit."""
     if not len(records):
         return
     starts = records["offset"].astype(np.int64)
     ends = starts + records["size"]
     gaps = starts[1:] - ends[:-1]
-    cuts = (np.flatnonzero((gaps > MAX_GAP_BYTES) | (gaps < 0)) + 1).tolist()
+    cuts = (np.flatnonzero((gaps > max_gap_bytes) | (gaps < 0)) + 1).tolist()
     for i, j in zip([0, *cuts], [*cuts, len(records)], strict=True):
         while i < j:
             k = max(i + 1, i + int(np.searchsorted(ends[i:j], starts[i] + MAX_REQUEST_BYTES, side="right")))

@@ -50,6 +50,62 @@ def default_shuffle_block(manifest: Manifest, num_lanes: int) -> int:
     return max(16, min(1024, fitting, -(-manifest.num_samples // num_lanes)))
 
 
+class RankRows:
+    """Which encoded samples a rank gets, a batch at a time, in the run's order; arguments as Stream's.
+
+    Raises UserError for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        num_lanes: int | None = None,
+        shuffle_block: int | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        lanes = _check_sizes(global_batch_size, rank, world_size, num_lanes)
+        self._url = url
+        self.manifest = manifest or Manifest.load(open_store(url))
+        self.order = Order(
+            [shard.num_samples for shard in self.manifest.shards],
+            seed=seed,
+            num_lanes=lanes,
+            shuffle_block=shuffle_block or default_shuffle_block(self.manifest, lanes),
+        )
+        self.global_batch_size, self.batch_size = global_batch_size, global_batch_size // world_size
+        self._first_lane, self._end_lane = rank * lanes // world_size, (rank + 1) * lanes // world_size
+
+    def reader(
+        self,
+        stats: ReadStats,
+        quarantine: Quarantine | None = None,
+        disk_cache: DiskCache | None = None,
+        kind: type[Reader] = Reader,
+    ) -> Reader:
+        """A reader of the data set that keeps the records of the blocks that the rank's lanes are in."""
+        read_at_once = self.order.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
+        records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
+        return kind(open_store(self._url), self.manifest, stats, records_kept, quarantine, disk_cache)
+
+    def batches(self, blocks: BlockReader, start: int, stop: threading.Event) -> Iterator[Rows]:
+        """The rank's parts of the global batches from position `start` on. Several at once are looked up in the order,
+        so that a lane has a few samples in each look-up."""
+        at_once = -(-LOOK_UP * self.order.num_lanes // self.global_batch_size)
+        while not stop.is_set():
+            positions = np.arange(start, start + at_once * self.global_batch_size, dtype=np.int64)
+            lanes = positions % self.order.num_lanes
+            mine = positions[(lanes >= self._first_lane) & (lanes < self._end_lane)]
+            rows = blocks.rows(mine, stop)
+            for i in range(0, len(mine), self.batch_size):
+                yield rows.part(i, i + self.batch_size)
+            start += at_once * self.global_batch_size
+
+
 class Stream:
     """Endless batches for rank `rank` of `world_size`; batch k of the run holds positions [k B, (k + 1) B).
 
@@ -94,33 +150,25 @@ class Stream:
         quarantine: Quarantine | None = None,
         manifest: Manifest | None = None,
     ) -> None:
-        self.num_lanes = _check_sizes(global_batch_size, rank, world_size, num_lanes)
         if position < 0 or prefetch_batches < 1 or decode_threads < 1:
             raise UserError(
                 f"position {position} must not be negative, prefetch_batches {prefetch_batches} and decode_threads "
                 f"{decode_threads} must be at least 1"
             )
         with span("data.open", url=url, rank=rank, position=position):
-            store = open_store(url)
-            self.manifest = manifest or Manifest.load(store)
+            self._rows = RankRows(
+                url, global_batch_size=global_batch_size, rank=rank, world_size=world_size, seed=seed,
+                num_lanes=num_lanes, shuffle_block=shuffle_block, manifest=manifest,
+            )  # fmt: skip
+        self.manifest, self.order, self.num_lanes = self._rows.manifest, self._rows.order, self._rows.order.num_lanes
+        self.shuffle_block = self.order.shuffle_block
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.seed, self.position = seed, position
-        self.shuffle_block = shuffle_block or default_shuffle_block(self.manifest, self.num_lanes)
         self.stats = ReadStats()
-        self.order = Order(
-            [shard.num_samples for shard in self.manifest.shards],
-            seed=seed,
-            num_lanes=self.num_lanes,
-            shuffle_block=self.shuffle_block,
-        )
         self._num_decoders, self._pin_memory = decode_threads, pin_memory
-        self._first_lane = rank * self.num_lanes // world_size
-        self._end_lane = (rank + 1) * self.num_lanes // world_size
         self._quarantine = quarantine
         disk_cache = DiskCache(cache_dir, cache_dir_bytes, self.stats) if cache_dir else None
-        read_at_once = self.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
-        records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
-        self._reader = Reader(store, self.manifest, self.stats, records_kept, self._quarantine, disk_cache)
+        self._reader = self._rows.reader(self.stats, quarantine, disk_cache)
         self._blocks = BlockReader(self._reader, self.order, cache_bytes)
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)
@@ -188,22 +236,10 @@ class Stream:
                 return
 
     def _batches(self, start: int) -> Iterator[Batch]:
-        """The rank's parts of the global batches from `start` on. Several at once are looked up in the order, so that
-        a lane has a few samples in each look-up."""
-        local, at_once = (
-            self.global_batch_size // self.world_size,
-            -(-LOOK_UP * self.num_lanes // self.global_batch_size),
-        )
         decoders = ThreadPoolExecutor(self._num_decoders, "scoreray-decode") if self._num_decoders > 1 else None
         try:
-            while not self._stop.is_set():
-                positions = np.arange(start, start + at_once * self.global_batch_size, dtype=np.int64)
-                lanes = positions % self.num_lanes
-                mine = positions[(lanes >= self._first_lane) & (lanes < self._end_lane)]
-                rows = self._blocks.rows(mine, self._stop)
-                for i in range(0, len(mine), local):
-                    yield self._batch(rows.part(i, i + local), decoders)
-                start += at_once * self.global_batch_size
+            for rows in self._rows.batches(self._blocks, start, self._stop):
+                yield self._batch(rows, decoders)
         finally:
             if decoders:
                 decoders.shutdown(wait=False, cancel_futures=True)

@@ -32,11 +32,12 @@ class Member:
 
 
 class Tape:
-    """A tar's bytes from its start to its end, hashed on the way; a window of it is in memory."""
+    """A tar's bytes from `start` (of the tar, or of a member's header) to its end, hashed on the way; a window of it is
+    in memory."""
 
-    def __init__(self, get: Callable[[int, int], bytes], size: int) -> None:
-        self._get, self.size, self.position = get, size, 0
-        self._window, self._start = b"", 0
+    def __init__(self, get: Callable[[int, int], bytes], size: int, start: int = 0) -> None:
+        self._get, self.size, self.position = get, size, start
+        self._window, self._start = b"", start
         self._sha256 = hashlib.sha256()
 
     def take(self, n: int) -> bytes:
@@ -56,7 +57,7 @@ class Tape:
         return found
 
     def sha256(self) -> str:
-        """Of the whole tar, when all of it was taken."""
+        """Of what was taken, when that is all to the end."""
         assert self.position == self.size
         return self._sha256.hexdigest()
 
@@ -131,14 +132,20 @@ def _short_name(header: bytes, at: int) -> str:
     return _text(prefix + b"/" + name if prefix else name, at)
 
 
+def key_and_kind(name: str) -> tuple[str, str]:
+    """A member's name as WebDataset reads it: (the sample's key, up to the first dot of the file's name; the rest)."""
+    *folders, file = [part for part in name.split("/") if part != "."] or [""]
+    stem, _, kind = file.partition(".")
+    return "/".join([*folders, stem]), kind
+
+
 def key_in(header: bytes) -> str:
     """The key of the member that a header is of, for messages; "" if it is none."""
     try:
         if len(header) == BLOCK and _octal(header[148:156], 0) == _checksum(header):
             name = _short_name(header, 0)
             _check_name(name, 0)
-            folder, slash, stem = name.rpartition("/")
-            return folder + slash + stem.partition(".")[0]
+            return key_and_kind(name)[0]
     except DataError:
         pass
     return ""

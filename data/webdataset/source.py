@@ -1,0 +1,163 @@
+"""A packed data set as a source of webdataset pipelines: its samples in the run's exactly-once order.
+
+    import webdataset as wds
+    from scoreray.data.webdataset import SampleDecoder, shards
+
+    source = shards("s3://bucket/photos", global_batch_size=256, rank=0, world_size=4, seed=0, position=51200)
+    batches = wds.DataPipeline(source, wds.map(SampleDecoder()), wds.to_tuple("png", "cls"), wds.batched(64))
+
+The sample at a position is the one that `Stream` hands out at it, whatever the world size and the number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.data.packing.tar_samples import sample_members
+from scoreray.data.reading.allowlist import default_decoder
+from scoreray.data.reading.blocks import BlockReader, Rows
+from scoreray.data.reading.classes import NO_CLASS
+from scoreray.data.reading.disk_cache import DiskCache
+from scoreray.data.reading.reader import MAX_REQUEST_BYTES, Reader
+from scoreray.data.reading.stream import CACHE_DIR_BYTES, RankRows
+from scoreray.data.reading.tars import BLOCK, Tape, members
+from scoreray.data.storage.stats import ReadStats
+
+END = bytes(2 * BLOCK)  # of a tar
+
+
+def shards(
+    url: str,
+    *,
+    global_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    position: int = 0,
+    epochs: int | None = None,
+    num_lanes: int | None = None,
+    shuffle_block: int | None = None,
+    cache_dir: str | None = None,
+    cache_dir_bytes: int = CACHE_DIR_BYTES,
+) -> SampleSource:
+    """The samples of rank `rank` of `world_size` as dicts: `__key__`, `__url__` (of the shard), `__position__` (its
+    place in the run), `__index__` (its number in the manifest), and all of its members as bytes (`png`, `cls`, ...).
+
+    Args:
+      url: of a packed data set.
+      global_batch_size: B, of all ranks together: in k steps the ranks take positions [position, position + k B), each
+        B / world_size of a step. A run goes on at position + k B, at any world size that divides B.
+      epochs: ends before position epochs N, N the number of samples; None: endless.
+      others: as Stream's, and fixed for a run as there.
+
+    In a DataLoader or WebLoader with n workers each worker yields every n-th batch of B / world_size samples, so that
+    batches of this size (`wds.batched(B // world_size)`) come in the same order for every n. Workers are for decoding
+    that is slow: each reads what its rank reads, so give a remote data set's workers a `cache_dir`, which they share.
+
+    Images and classes are checked against the index; for other members it has no digest, only tar headers have a
+    checksum (`scoreray data verify` checks whole shards). Where names of a tar have dots in them (`img_0.05.png`) a
+    sample has those of its members that are beside its image.
+
+    Raises UserError for sizes that do not divide. Iterating raises DataError (shard, sample, offset), StorageError.
+    """
+    if position < 0 or (epochs is not None and epochs < 1):
+        raise UserError(f"position {position} must not be negative, and epochs {epochs} must be at least 1")
+    rank_rows = RankRows(
+        url, global_batch_size=global_batch_size, rank=rank, world_size=world_size, seed=seed,
+        num_lanes=num_lanes, shuffle_block=shuffle_block,
+    )  # fmt: skip
+    return SampleSource(rank_rows, position, epochs, cache_dir, cache_dir_bytes)
+
+
+@dataclass(frozen=True)
+class SampleSource(IterableDataset[dict[str, Any]]):
+    """What shards() gives; each iteration starts at `position`. Picklable, for workers that are started by spawning."""
+
+    rank_rows: RankRows
+    position: int
+    epochs: int | None
+    cache_dir: str | None
+    cache_dir_bytes: int
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        stats = ReadStats()
+        cache = DiskCache(self.cache_dir, self.cache_dir_bytes, stats) if self.cache_dir else None
+        reader = self.rank_rows.reader(stats, None, cache, TarSpanReader)
+        assert isinstance(reader, TarSpanReader)
+        blocks, stop = BlockReader(reader, self.rank_rows.order, cache_bytes=-1), threading.Event()
+        end = None if self.epochs is None else self.epochs * self.rank_rows.manifest.num_samples
+        try:
+            batches = self.rank_rows.batches(blocks, self.position, stop)
+            for rows in itertools.islice(batches, first, None, step):
+                yield from reader.samples(rows, end)
+                if end is not None and rows.positions[-1] >= end - 1:
+                    return
+        finally:
+            stop.set()
+            blocks.close()
+            reader.close()
+
+
+class TarSpanReader(Reader):
+    """Reads, in the place of a sample's image, what is between the images of its neighbours in the tar: its members are
+    in it, in whichever order. The image in it is verified."""
+
+    max_gap_bytes = MAX_REQUEST_BYTES  # what is between two images is read in any case
+
+    def samples(self, rows: Rows, end: int | None) -> Iterator[dict[str, Any]]:
+        """The samples of rows that were read by this reader, up to position `end`."""
+        columns = (rows.positions.tolist(), rows.index.tolist(), rows.labels.tolist(), rows.members)
+        for position, sample, label, span in zip(*columns, strict=True):
+            if end is not None and position >= end:
+                return
+            assert span is not None  # nothing is quarantined here
+            shard, place = self._place(sample)
+            try:
+                key, found = self._members(shard, place, span + END)
+                if label != NO_CLASS and "cls" in found and default_decoder().member("cls", found["cls"]) != label:
+                    raise DataError(f"its class is {found['cls']!r}, the index says {label}")
+            except DataError as error:
+                raise DataError(f"{self.name_of(sample)}: {error}") from error
+            url = self.store.url(self.manifest.shards[shard].name)
+            yield {"__key__": key, "__url__": url, "__position__": position, "__index__": sample, **found}
+
+    def _members(self, shard: int, place: int, tar: bytes) -> tuple[str, dict[str, bytes]]:
+        begin = int(self._spans(shard, place, 1)[0][0])
+        tape = Tape(lambda start, end: tar[start - begin : end - begin], begin + len(tar), begin)
+        return sample_members(members(tape), int(self.records(shard, place, 1)["offset"][0]))
+
+    def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
+        begins, ends = self._spans(shard, first, len(records))
+        low, high = int(begins[0]), int(ends[-1])
+        images, data = self._verified(shard, first, records, low, high)
+        if len(data) != high - low:
+            raise DataError(f"{self.name(shard, first)}: the shard is cut")
+        offsets = records["offset"].astype(np.int64)
+        places = (begins - low, offsets - low, offsets + records["size"] - low, ends - low)
+        return [
+            data[begin:at] + image + data[after:end]
+            for begin, at, after, end, image in zip(*(p.tolist() for p in places), images, strict=True)
+        ]
+
+    def _spans(self, shard: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(begins, ends) int64 [count]: from behind the image before a sample's to before the header of the next."""
+        entry = self.manifest.shards[shard]
+        low, high = max(0, first - 1), min(entry.num_samples, first + count + 1)
+        records = self.records(shard, low, high - low)
+        offsets = records["offset"].astype(np.int64)
+        if (np.diff(offsets) < 0).any():
+            raise DataError(f"{self.name(shard, first)}: samples are not in the tar's order; make new tars of these")
+        after = offsets + records["size"] + -records["size"].astype(np.int64) % BLOCK
+        begins = np.append(0, after)[:count] if first == 0 else after[:count]
+        ends = np.append(offsets - BLOCK, entry.bytes)[first - low + 1 :][:count]
+        return begins, ends
