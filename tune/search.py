@@ -83,7 +83,7 @@ def propose(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
     """Values of trial `number` after these trials, for an engine that asks trial by trial."""
     if number == 0 and (default := _first_values(plan)) is not None:
         return default
-    if plan.sweep.search.kind in DRAWN:
+    if plan.sweep.search.kind in DRAWN or plan.sweep.scheduler.kind in POPULATIONS:
         return drawn(plan, number)
     ended = [replace(trial, state="failed" if trial.state == "running" else trial.state) for trial in trials]
     made: Any = searcher(plan, ended).search_alg

@@ -63,10 +63,20 @@ class Trial:
 
     @property
     def key(self) -> str:
-        return f"{TRIALS}/{self.number:05d}.json"
+        return record_key(self.number)
+
+    @property
+    def has_exchanged(self) -> bool:
+        """Whether its population has exchanged weights since its newest report."""
+        return any(one["images"] == self.images for one in self.lineage)
 
     def save(self, study: Store) -> None:
         study.put(self.key, json.dumps(asdict(self)).encode())
+
+
+def record_key(number: int) -> str:
+    """Where a trial's record is stored, in its study."""
+    return f"{TRIALS}/{number:05d}.json"
 
 
 class _Report(BaseModel):
@@ -106,13 +116,14 @@ class _Record(BaseModel):
 def read_trials(study: Store) -> list[Trial]:
     """Every trial of a study, by number. Raises DataError on a file that is not one."""
     names = [key for key, _ in study.list(f"{TRIALS}/") if re.fullmatch(rf"{TRIALS}/\d{{5,}}\.json", key)]
-    return sorted((_read_trial(study, key) for key in names), key=lambda trial: trial.number)
+    numbers = sorted(int(key.rpartition("/")[2].removesuffix(".json")) for key in names)
+    return [read_trial(study, number) for number in numbers]
 
 
-def _read_trial(study: Store, key: str) -> Trial:
-    number = int(key.rpartition("/")[2].removesuffix(".json"))
+def read_trial(study: Store, number: int) -> Trial:
+    """A trial of a study. Raises DataError on a file that is not one, StorageError where there is none."""
     try:
-        raw = json.loads(study.get(key))
+        raw = json.loads(study.get(record_key(number)))
         _Record.model_validate(raw)
         trial = Trial(**raw)
         if trial.number != number:
@@ -141,7 +152,7 @@ def _fail_if_not_finite(trial: Trial) -> None:
 
 def not_a_record(study: Store, number: int, why: str) -> DataError:
     """The error of a trial's file that can't be gone on from."""
-    name = study.url(f"{TRIALS}/{number:05d}.json")
+    name = study.url(record_key(number))
     return DataError(
         f"{name}: not what a trial leaves: {why}; delete that file, and the same command runs trial {number} again"
     )

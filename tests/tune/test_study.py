@@ -38,7 +38,7 @@ def trial_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "TrialProcess" in " ".join(process.cmdline()):
+            if "Trainable" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 

@@ -10,9 +10,8 @@ from scoreray.cluster.verbs import tune as tuning
 from scoreray.cluster.verbs.tune import Pace, TrialTable
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.tune.load import load_sweep
-from scoreray.tune.processes import RunningTrial
 from scoreray.tune.schedule import expected_images
-from scoreray.tune.study import State
+from scoreray.tune.study import RunningTrial, State
 from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial
 
@@ -23,7 +22,7 @@ def trial(number: int, images: int, state: str) -> Trial:
 
 
 def under_way(one: Trial, images: int, target: int) -> RunningTrial:
-    work = RunningTrial(one, target, None, (), 0.0, one.run)
+    work = RunningTrial(one, target, 0.0)
     work.progress = TrainingProgress(images, target, 1.0, 1.0, 0.0, 0)
     return work
 

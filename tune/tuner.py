@@ -1,0 +1,295 @@
+"""A study on Ray Tune's `Tuner`: what Tune calls to get the next trial and to report results, and Ctrl-C.
+
+Whatever Tune reports goes into the study's records before anything follows from it. A study that goes on starts a new
+Tuner from the records; Tune's own snapshot of an experiment is never read (docs/tune.md, "How trials run").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered
+from scoreray.data.storage.arrow import arrow_location
+from scoreray.tune.book import OWNED_EVERY_S, State, StudyBook
+from scoreray.tune.monitor import TrialMonitor
+from scoreray.tune.schedule import callbacks, scheduler
+from scoreray.tune.search import propose, searcher, values
+from scoreray.tune.sweep import StudyPlan, need_of
+from scoreray.tune.trainable import TrialTrainable
+
+TUNE_FOLDER = "ray"
+SAVE_S = 25.0  # that trials get to commit what they have trained, when a person stops the study
+SHOW_EVERY_S = 0.5
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of data and plugins mean what they mean elsewhere
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end trials without a commit
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails reports its error, and no metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failure is one line of ours
+    "TUNE_WARN_THRESHOLD_S": "10",
+    "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints failures also where it is to be silent
+}
+REPORTED = (
+    "images",
+    "curve",
+    "std_errors",
+    "checkpoint",
+    "ema",
+    "run",
+    "seconds",
+    "trained_s",
+    "started",
+    "first_step",
+)
+ENDING = {kind.__name__: kind for kind in (DataError, StorageError)}
+
+
+class _Ended(Exception):
+    """The study ends early, by `_Recorder.error`: Tune cleans up after an Exception, not after a KeyboardInterrupt."""
+
+
+def run(book: StudyBook, show: Callable[[State], None]) -> None:
+    """The study's trials to their ends, by a Tuner that starts from what is on record.
+
+    Raises what ends every trial; KeyboardInterrupt where a person stopped it, with nothing left running.
+    """
+    if not book.waiting and len(book.trials) >= book.state.total:
+        return
+    os.environ.update(ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    monitor = ray.remote(num_cpus=0)(TrialMonitor).remote()
+    try:
+        with _interrupts() as interrupted:
+            recorder = _Recorder(book, show, monitor, interrupted)
+            try:
+                _tuner(book, recorder, monitor).fit()
+            except Exception:
+                if recorder.error is None:
+                    raise
+                raise recorder.error from None
+    finally:
+        ray.kill(monitor)
+
+
+def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
+    plan, numbers = book.plan, recorder.numbers
+    search_alg: Any
+    space: dict[str, Any] = {}
+    if book.is_population:  # PBT takes no Searcher: all of the population is on record before
+        book.populate(lambda number: propose(plan, number, []))
+        made = searcher(plan, book.trials)
+        search_alg, space, members = made.search_alg, made.param_space, list(made.numbers)
+    else:
+        search_alg, members = _Search(book, numbers), []
+
+    def name(trial: Any) -> str:
+        if trial.trial_id not in numbers:  # of the population, whose trials Tune makes in this order
+            numbers[trial.trial_id] = members.pop(0)
+        return f"{numbers[trial.trial_id]:05d}"
+
+    filesystem, place = arrow_location(book.store.url(TUNE_FOLDER))
+    starts = {key.split("/")[1] for key, _ in book.store.list(f"{TUNE_FOLDER}/")}
+    trainable = tune.with_parameters(TrialTrainable, plan=plan, monitor=monitor)
+    return tune.Tuner(
+        tune.with_resources(trainable, lambda config: _resources(plan, config)),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=search_alg,
+            scheduler=scheduler(plan, book.trials),
+            num_samples=len(members) or -1,  # as many as the search has
+            reuse_actors=True,
+            max_concurrent_trials=book.concurrent,
+            trial_name_creator=name,
+            trial_dirname_creator=name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{plan.sweep.study.name}-{len(starts) + 1}",
+            storage_path=place,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=plan.sweep.resources.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            callbacks=[recorder, *callbacks(plan)],
+            verbose=0,
+        ),
+    )
+
+
+def _resources(plan: StudyPlan, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    """Of a trial's actor. Workers of a larger trial have a placement group of their own, by Ray Train."""
+    run = None if plan.sweep.checkpoint else plan.config(values(plan, config))
+    need = need_of(plan, run)
+    alone = run is None or run.scaling.range[1] == 1
+    return tune.PlacementGroupFactory([{name: amount for name, amount in need.items() if amount}] if alone else [{}])
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the next one raises KeyboardInterrupt."""
+    event = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Search(Searcher):
+    """Trials as the study starts them. New ones have values of the sweep's own searcher, which knows them by number.
+
+    numbers: Tune's id of a trial -> its number in the book.
+    """
+
+    def __init__(self, book: StudyBook, numbers: dict[str, int]) -> None:
+        super().__init__()
+        self._book, self._numbers = book, numbers
+        made = searcher(book.plan, book.trials)
+        self._searcher = made.search_alg if isinstance(made.search_alg, Searcher) else None
+        if self._searcher is not None:
+            for trial in book.waiting:  # it has them as its first points
+                self._searcher.suggest(str(trial.number))
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._book.next_trial(self._propose)
+        if trial is None:
+            return Searcher.FINISHED if self._book.is_complete else None
+        self._numbers[trial_id] = trial.number
+        return self._book.plan.space.encoded(trial.values)
+
+    def _propose(self, number: int) -> Any:
+        plan = self._book.plan
+        if self._searcher is None:
+            return propose(plan, number, self._book.trials)
+        config = self._searcher.suggest(str(number))
+        if config == Searcher.FINISHED:
+            self._book.state.total = len(self._book.trials)
+        return values(plan, config) if isinstance(config, dict) else None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self._searcher is not None:
+            self._searcher.on_trial_result(str(self._numbers[trial_id]), result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if self._searcher is not None:
+            failed = error or "error" in (result or {})
+            self._searcher.on_trial_complete(str(self._numbers[trial_id]), None if failed else result, failed)
+
+    def save(self, checkpoint_path: str) -> None:
+        if self._searcher is not None:
+            self._searcher.save(checkpoint_path)
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a study goes on from its records")
+
+
+class _Recorder(tune.Callback):
+    """Puts what Tune reports on record, and ends the study where a person or an error does.
+
+    numbers: Tune's id of a trial -> its number in the book. error: what ended the book.
+    """
+
+    def __init__(
+        self, book: StudyBook, show: Callable[[State], None], monitor: Any, interrupted: threading.Event
+    ) -> None:
+        self.numbers: dict[str, int] = {}
+        self.error: BaseException | None = None
+        self._book, self._show, self._monitor, self._interrupted = book, show, monitor, interrupted
+        self._reply: Any = None
+        self._shown_at = 0.0
+
+    def __reduce__(self) -> Any:  # Tune writes a pickle of its Tuner, which nothing reads
+        return tune.Callback, ()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._interrupted.is_set():
+            self._stop()
+            self.error = KeyboardInterrupt()
+        if self.error is not None:
+            raise _Ended
+        now = time.monotonic()
+        if now - self._shown_at < SHOW_EVERY_S:
+            return
+        self._shown_at = now
+        try:
+            self._book.lease.check_every(OWNED_EVERY_S)
+        except ScorerayError as error:
+            self.error = error
+        if self._reply is None:
+            self._reply = self._monitor.read.remote()
+        elif ray.wait([self._reply], timeout=0)[0]:
+            for number, progress in ray.get(self._reply).items():
+                if number in self._book.state.running:
+                    self._book.state.running[number].progress = progress
+            self._reply = None
+        self._show(self._book.state)
+
+    def _stop(self) -> None:
+        """Have trials at work commit what they have trained, and wait for that."""
+        if ray.get(self._monitor.stop.remote()):
+            self._book.note("stopping: saving first (once more Ctrl-C: at once)")
+        end = time.monotonic() + SAVE_S
+        while ray.get(self._monitor.read.remote()) and time.monotonic() < end:
+            time.sleep(0.1)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        book, number = self._book, self.numbers[trial.trial_id]
+        book.started(number)
+        if book.is_population and trial.checkpoint is not None:
+            source = int(PurePath(trial.checkpoint.path).parent.name)  # the folder of the trial that committed it
+            if source != number:
+                book.exchanged(number, values(book.plan, trial.config), source)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        number = self.numbers[trial.trial_id]
+        if "ends_study" in result:
+            self.error = ENDING[result["ends_study"]](result["error"])
+        elif "error" in result:
+            self._book.failed(number, result["error"])
+        else:
+            metrics = {name: result[name] for name in self._book.plan.sweep.metric.names}
+            report = {name: result[name] for name in REPORTED if name in result} | {"metrics": metrics}
+            self._book.reported(number, report, bool(result.get("done")))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._book.ended(self.numbers[trial.trial_id])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._died(trial, last=False)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._died(trial, last=True)
+        self._book.ended(self.numbers[trial.trial_id])
+
+    def _died(self, trial: Any, last: bool) -> None:
+        number = self.numbers[trial.trial_id]
+        self._monitor.ended.remote(number)
+        self._book.died(number, *_reason(trial), last)
+
+
+def _reason(trial: Any) -> tuple[str, str]:
+    """Why a trial could not go on, in words, and the last line of what Ray says of it."""
+    lines = [line.strip() for line in Path(trial.error_file).read_text().splitlines() if line.strip()]
+    unanswered = [line.partition(": ")[2] for line in lines if line.partition(": ")[0].endswith(Unanswered.__name__)]
+    return (unanswered[-1], "") if unanswered else ("its process died", lines[-1])
