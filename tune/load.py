@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,11 @@ from scoreray.trainer.config import explained, load_config, override, read_yaml,
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
-from scoreray.tune.plugins import CALLBACKS, SCHEDULERS, SEARCHERS
-from scoreray.tune.schedule import callbacks, scheduler
-from scoreray.tune.search import DRAWN, OPTUNA, searcher
-from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, Space, Values, build_space, inside
+from scoreray.tune.checks import refused, schedule_mistakes, section_mistakes
+from scoreray.tune.space import SAMPLE, Space, build_space
 from scoreray.tune.sweep import (
-    METRICS,
     OF_HELD_OUT,
     OF_SAMPLES,
-    POPULATIONS,
     StudyPlan,
     Sweep,
     calls_of,
@@ -41,9 +36,6 @@ from scoreray.tune.sweep import (
     need_of,
 )
 
-SHARED = ("run", "duration")  # the same in all trials, so that they compare
-UNSEEN = ("checkpoint", "log", "evaluation")  # sections that no metric depends on
-FIXED_IN_A_RUN = ("network", "ema", "data", "denoiser", "optimizer.schedule", "sample")
 PROBES = 16  # random points of the space whose configs are checked besides its corners
 
 
@@ -67,13 +59,12 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
         raise explained(error, Sweep, name) from None
-    mistakes = _own_mistakes(sweep)
+    mistakes = section_mistakes(sweep)
     space, wrong = build_space(sweep.space)
     mistakes += wrong
     if not mistakes:
         assert space is not None
         plan, mistakes = _with_base(sweep, space)
-        mistakes = mistakes or _plugin_mistakes(plan)
     if mistakes:
         raise refusal(name, mistakes)
     return plan
@@ -119,7 +110,7 @@ def check_room(plan: StudyPlan, room: Mapping[str, float]) -> None:
 
 def needs(plan: StudyPlan) -> Iterator[tuple[str, dict[str, float]]]:
     """What trials may take, at the ends of the search space: ("resources: ", or the key and value; the need)."""
-    for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
+    for one, value, values in plan.corners():
         config = None if plan.sweep.checkpoint else plan.config(values)
         yield f"space.{one.key}: at {value!r} " if one else "resources: ", need_of(plan, config)
 
@@ -150,109 +141,13 @@ def _warnings(sweep: Sweep, manifest: Manifest, trained_on: set[str]) -> list[st
     return found
 
 
-def _own_mistakes(sweep: Sweep) -> list[str]:
-    found, metric, scheduler = [], sweep.metric, sweep.scheduler
-    if (sweep.base is None) == (sweep.checkpoint is None):
-        found.append("base: give either a base config to train, or a checkpoint to draw from")
-    if metric.sigma_min >= metric.sigma_max:
-        found.append(f"metric.sigma_min: {metric.sigma_min} must be below metric.sigma_max {metric.sigma_max}")
-    if not metric.names:
-        found.append(f"metric.names: is empty; give one or more of {', '.join(METRICS)}")
-    if len(set(metric.names)) != len(metric.names):
-        found.append(f"metric.names: {list(metric.names)} names a metric twice")
-    found += _kind_mistakes(sweep)
-    if sweep.checkpoint is not None:
-        if scheduler.kind != "none":
-            found.append(f"scheduler.kind: '{scheduler.kind}' stops training, and nothing is trained from a checkpoint")
-        found += [
-            f"space.{key}: needs training, and this sweep draws from a checkpoint; give a base config, or keep to "
-            f"{SAMPLE}{{{', '.join(SAMPLE_KEYS)}}} and {OPTION}NAME"
-            for key in sweep.space
-            if not key.startswith(SAMPLE)
-        ]
-    for key in sweep.space:
-        if any(_touches(key, section) for section in SHARED):
-            found.append(
-                f"space.{key}: run and duration are not searched; trials share seed and length so that they compare"
-            )
-        if any(_touches(key, section) for section in UNSEEN):
-            found.append(f"space.{key}: changes nothing that a metric sees; set it in the base config")
-        if key.startswith(SAMPLE) and not key.startswith(OPTION) and key[len(SAMPLE) :] not in SAMPLE_KEYS:
-            found.append(f"space.{key}: unknown key; {nearest(key[len(SAMPLE) :], (*SAMPLE_KEYS, 'options.NAME'))}")
-        elif metric.names and key.startswith(SAMPLE) and not _draws(key, metric.names):
-            found.append(
-                f"space.{key}: changes nothing that metric.names ({', '.join(metric.names)}) measure; add one of "
-                f"{', '.join(OF_SAMPLES)} to them"
-            )
-    return found
-
-
-def _kind_mistakes(sweep: Sweep) -> list[str]:
-    """Searchers, schedulers and callbacks that are not known, or that lack a key or do not fit the other sections."""
-    found, search, scheduler, names = [], sweep.search, sweep.scheduler, sweep.metric.names
-    accepted = {
-        "search.kind": ([search.kind], (*DRAWN, *OPTUNA, *SEARCHERS)),
-        "scheduler.kind": ([scheduler.kind], ("none", *SCHEDULERS)),
-        "callbacks": (list(sweep.callbacks), tuple(CALLBACKS)),
-    }
-    for key, (given, known) in accepted.items():
-        found += [
-            f"{key}: '{name}' is not known; {nearest(name, known)}, or a class as package.module:Name"
-            for name in given
-            if name not in known and ":" not in name
-        ]
-    if search.kind in DRAWN and search.options:
-        found.append(f"search.options: '{search.kind}' has none; they are of other kinds")
-    if len(names) > 1 and search.kind in SEARCHERS:
-        found.append(f"search.kind: '{search.kind}' needs one metric, metric.names has {len(names)}; use tpe")
-    if scheduler.kind != "none" and len(names) > 1:
-        found.append(f"scheduler.kind: '{scheduler.kind}' needs one metric, metric.names has {len(names)}")
-    if scheduler.kind == "asha" and scheduler.grace_images is None:
-        found.append("scheduler.grace_images: missing; asha needs the images after which a trial may be stopped")
-    if scheduler.kind in SCHEDULERS and scheduler.kind != "asha" and scheduler.every_images is None:
-        found.append(f"scheduler.every_images: missing; {scheduler.kind} needs the images between two reports")
-    if scheduler.kind in POPULATIONS and sweep.trials < 4:
-        found.append(f"trials: {sweep.trials} are no population; {scheduler.kind} needs at least 4")
-    if scheduler.kind in POPULATIONS and search.kind not in (*DRAWN, "tpe"):
-        found.append(
-            f"search.kind: '{search.kind}' with {scheduler.kind}, which chooses values itself; use random or grid"
-        )
-    return found
-
-
-def _plugin_mistakes(plan: StudyPlan) -> list[str]:
-    """What searchers, schedulers and callbacks refuse: options, a space, a package that is missing."""
-    found = []
-    makers: dict[str, Callable[[], Any]] = {
-        "search": lambda: searcher(plan, ()),
-        "scheduler": lambda: scheduler(plan),
-        "": lambda: callbacks(plan),
-    }
-    for key, make in makers.items():
-        try:
-            with key_in_errors(key) if key else contextlib.nullcontext():
-                make()
-        except UserError as error:
-            found.append(str(error))
-    return found
-
-
-def _draws(key: str, names: Sequence[str]) -> bool:
-    """Whether a key of how samples are drawn can change one of these metrics."""
-    if set(names) & set(OF_SAMPLES) or (key == "sample.ema" and set(names) & set(OF_HELD_OUT)):
-        return True
-    return "nfe" in names and key not in ("sample.ema", "sample.guidance")
-
-
 def _with_base(sweep: Sweep, space: Space) -> tuple[StudyPlan, list[str]]:
     """The plan, and what a run's config refuses: at the base, at each corner, and at some points between."""
     if sweep.checkpoint is not None:
         return StudyPlan(sweep, space, {}), []
-    try:
-        raw = load_config(_tracking(sweep)).model_dump(mode="json")
-    except UserError as error:
-        return StudyPlan(sweep, space, {}), [f"base: {line}" for line in _lines(error)]
-    plan, found = StudyPlan(sweep, space, raw), []
+    if found := refused(lambda: load_config(_tracking(sweep))):
+        return StudyPlan(sweep, space, {}), [f"base: {line}" for line in found]
+    plan = StudyPlan(sweep, space, load_config(_tracking(sweep)).model_dump(mode="json"))
     names = {one.key for one in space.dimensions} | plan.base.keys()
     found += [
         f"space.{one.key}.when: unknown key '{key}'; {nearest(key, names)}"
@@ -263,15 +158,15 @@ def _with_base(sweep: Sweep, space: Space) -> tuple[StudyPlan, list[str]]:
     if found:
         return plan, found
     for one, value, values in space.corners(plan.base):
-        for line in _refused(plan, values):
+        for line in refused(partial(plan.config, values)):
             unknown = ": unknown key" in line  # whatever the value
             found.append(f"space.{line}" if unknown else f"space.{one.key}: at {value!r}: {line}")
     if not found:
         rng = random.Random(0)
         for values in (space.draw(rng, plan.base) for _ in range(PROBES)):
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
-            found += [f"space: at {shown}: {line}" for line in _refused(plan, values)][:1]
-    return plan, list(dict.fromkeys(found)) or _schedule_mistakes(plan)
+            found += [f"space: at {shown}: {line}" for line in refused(partial(plan.config, values))][:1]
+    return plan, list(dict.fromkeys(found)) or schedule_mistakes(plan)
 
 
 def _tracking(sweep: Sweep) -> dict[str, Any]:
@@ -291,62 +186,10 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
     return raw
 
 
-def _refused(plan: StudyPlan, values: Values) -> list[str]:
-    try:
-        plan.config(values)
-    except UserError as error:
-        return _lines(error)
-    return []
-
-
-def _lines(error: UserError) -> list[str]:
-    """The mistakes that a config's error lists, without its heading."""
-    lines = [line.strip().removeprefix("config: ") for line in str(error).splitlines()]
-    return [line for line in lines if not re.fullmatch(r"\d+ mistakes", line)]
-
-
-def _schedule_mistakes(plan: StudyPlan) -> list[str]:
-    sweep, total, batch = plan.sweep, plan.total, plan.config({}).data.global_batch_size
-    scheduler = sweep.scheduler
-    found = []
-    for key in ("grace_images", "every_images"):
-        step = getattr(scheduler, key)
-        if scheduler.kind != "none" and step is not None and not batch <= step < total:
-            found.append(f"scheduler.{key}: {step} must be between a batch ({batch}) and duration.images ({total})")
-    if scheduler.kind == "pb2":
-        found += [
-            f"space.{one.key}: pb2 explores ranges that always exist; search it with pbt"
-            for one in plan.space.dimensions
-            if one.kind == "choice" or one.when
-        ]
-    if scheduler.kind in POPULATIONS:
-        found += [
-            f"space.{one.key}: can't change within a trial, so {scheduler.kind} can't explore it; search it with asha"
-            for one in plan.space.dimensions
-            if any(_touches(one.key, section) for section in FIXED_IN_A_RUN)
-        ]
-        objectives = [plan.config(values).objective for _, _, values in plan.space.corners(plan.base)]
-        kinds = {getattr(getattr(one, "weighting", None), "kind", None) for one in objectives}
-        if "learned" in kinds and len(kinds) > 1:
-            found.append(
-                f"space: weighting.kind 'learned' has weights that others lack, so {scheduler.kind} can't exchange them"
-            )
-    if scheduler.kind != "none":
-        for _, _, values in [(None, None, {}), *plan.space.corners(plan.base)]:
-            config = plan.config(values)
-            if config.scaling.range[1] > 1 and config.optimizer.schedule == "cosine":
-                found.append(
-                    "optimizer.schedule: a cosine ends with the run, and trials of several workers are stopped by "
-                    "ending it; use constant or inverse_sqrt, or scaling.workers=1"
-                )
-                break
-    return found
-
-
 def _described(plan: StudyPlan) -> Any:
     """A model's description at the base and every corner, each of whose networks is built without memory."""
     seen: dict[str, Manifest] = {}
-    for _, _, values in itertools.chain([(None, None, {})], plan.space.corners(plan.base)):
+    for _, _, values in plan.corners():
         config = plan.config(values)
         if config.data.url not in seen:
             with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
@@ -386,7 +229,7 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
 def _sample_mistakes(plan: StudyPlan, info: ModelInfo, lengths: Sequence[str]) -> list[str]:
     """What drawing samples refuses, at each corner of the `sample.` keys."""
     found = []
-    for one, value, values in [(None, None, {}), *plan.space.corners(plan.base)]:
+    for one, value, values in plan.corners():
         where = "metric: " if one is None else f"space.{one.key}: at {value!r}: "
         if one is not None and not one.key.startswith(SAMPLE):
             continue
@@ -400,11 +243,6 @@ def _sample_mistakes(plan: StudyPlan, info: ModelInfo, lengths: Sequence[str]) -
         except (ScorerayError, TypeError) as error:
             found.append(f"{where}{error}")
     return found
-
-
-def _touches(key: str, section: str) -> bool:
-    """Whether a searched key changes a section: it is the section, or one contains the other."""
-    return inside(key, section) or inside(section, key)
 
 
 def _is_number(value: Any) -> bool:

@@ -67,7 +67,7 @@ def build(kind: type[Any], given: Mapping[str, Any], options: Mapping[str, Any])
     except ModuleNotFoundError as error:
         raise UserError(_missing(kind.__name__, error)) from None
     except Exception as error:  # whatever a library raises: AssertionError, TypeError, TuneError, ...
-        raise UserError(f"{kind.__name__} can't be made: {_line(error)}") from None
+        raise UserError(_line(error)) from None
 
 
 def _missing(name: str, error: ModuleNotFoundError) -> str:

@@ -39,13 +39,14 @@ def milestones(plan: StudyPlan) -> list[int]:
 
 
 @dataclass(eq=False)
-class _RecordedTrial:
+class RecordedTrial:
     """What schedulers look at of a trial, for the reports of one that is on record."""
 
     trial_id: str
     config: dict[str, Any]
 
 
+@key_in_errors("scheduler")
 def scheduler(plan: StudyPlan, trials: Sequence[Trial] = ()) -> TrialScheduler | None:
     """Ray Tune's scheduler of a sweep, by images seen. Raises UserError where it can't be had.
 
@@ -72,7 +73,7 @@ def scheduler(plan: StudyPlan, trials: Sequence[Trial] = ()) -> TrialScheduler |
         kind = _sparing(kind, plan.space.encoded(default), plan.total)
     made: TrialScheduler = build(kind, given, section.options)
     if section.kind in ("asha", "median"):
-        recorded = {trial.number: _RecordedTrial(f"trial-{trial.number}", trial.values) for trial in trials}
+        recorded = {trial.number: RecordedTrial(f"trial-{trial.number}", trial.values) for trial in trials}
         reports = [(report["seq"], trial.number, report) for trial in trials for report in trial.reports]
         for _, number, report in sorted(reports, key=lambda one: one[0]):
             result = {"images": report["images"], **report["metrics"]}
@@ -83,11 +84,14 @@ def scheduler(plan: StudyPlan, trials: Sequence[Trial] = ()) -> TrialScheduler |
 
 def callbacks(plan: StudyPlan) -> list[Callback]:
     """Ray Tune's callbacks that a sweep names. Raises UserError where one can't be had."""
+    return [callback(plan, name) for name in plan.sweep.callbacks]
+
+
+def callback(plan: StudyPlan, name: str) -> Callback:
+    """One of these."""
     given = {"experiment_name": plan.sweep.study.name, "project": plan.sweep.study.name}
-    made = []
-    for name, options in plan.sweep.callbacks.items():
-        with key_in_errors(f"callbacks.{name}"):
-            made.append(build(plugin_class(name, CALLBACKS), given, options or {}))
+    with key_in_errors(f"callbacks.{name}"):
+        made: Callback = build(plugin_class(name, CALLBACKS), given, plan.sweep.callbacks[name] or {})
     return made
 
 
@@ -231,8 +235,6 @@ def _moved(one: Dimension, value: Any, rng: random.Random) -> Any:
         return one.at(rng.random())
     if one.kind == "choice":
         return value
-    place = one.place(value)
     if one.log:
-        moved: float = value * rng.choice(MOVES)
-        return one.at(min(max(one.place(min(max(moved, one.low), one.high)), 0.0), 1.0))
-    return one.at(min(max(place + rng.choice((-0.1, 0.1)), 0.0), 1.0))
+        return one.decoded(value * rng.choice(MOVES))
+    return one.decoded(value + rng.choice((-0.1, 0.1)) * (one.high - one.low))

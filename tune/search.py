@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, key_in_errors
 from scoreray.tune.importance import optuna_study
 from scoreray.tune.plugins import SEARCHERS, build, plugin_class
 from scoreray.tune.space import Dimension, Space, Values
@@ -41,6 +41,7 @@ class Search:
         return len(self.numbers)
 
 
+@key_in_errors("search")
 def searcher(plan: StudyPlan, trials: Sequence[Trial]) -> Search:
     """The search for trials that are still to run, given those on record: the ended ones count as evaluated.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -188,6 +188,11 @@ class StudyPlan:
     def total(self) -> int:
         """Images of a trial that is not stopped; 0 where nothing is trained."""
         return 0 if self.sweep.checkpoint else int(self.raw["duration"]["images"])
+
+    def corners(self) -> Iterator[tuple[Dimension | None, Any, Values]]:
+        """The base config as it is (None, None, {}), then every corner of the space."""
+        yield None, None, {}
+        yield from self.space.corners(self.base)
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The run's config at these values."""

@@ -52,7 +52,7 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
     reached, MachineError when no Ray can be started here.
     """
-    _set_environment()
+    set_environment()
     import ray
 
     if ray.is_initialized():
@@ -199,7 +199,7 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """What Ray reads from the environment when it is imported: so before that, and for the rest of this process.
 
     An embedded cluster gets a token that is in this process's environment and nowhere on disk.

@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from scoreray.cluster.connect.local_ray import connected
+from scoreray.cluster.connect.local_ray import connected, set_environment
 from scoreray.cluster.connect.room import autoscaler, wait_for_room
 from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
+from scoreray.tune.checks import check_plugins
 from scoreray.tune.load import check_room, check_sweep, needs
 from scoreray.tune.report import Report, make_report
 from scoreray.tune.schedule import best_of, expected_images
@@ -48,6 +49,8 @@ class TuneResult:
 def check_tune(plan: StudyPlan) -> None:
     """Everything that can be known before the first trial; warnings are said. Raises ScorerayErrors."""
     _warn(plan)
+    set_environment()
+    check_plugins(plan)
     if "RAY_ADDRESS" in os.environ:
         with connected():
             if not autoscaler().is_there:
@@ -65,6 +68,7 @@ def tune_to_end(plan: StudyPlan, *, verbose: bool = False) -> TuneResult:
             _wait_for_a_trial(plan)
         room = _room()
         check_room(plan, room)
+        check_plugins(plan)
         with TrialTable(plan) as table:
             study = Study(plan, room, table.note, table)
             if study.trials:

@@ -8,8 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scoreray.cluster.connect.local_ray import set_environment
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.diffusion.targets import sample_target
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_environment() -> None:
+    """As `connected` sets it, for tests that import Ray Tune's searchers and need no cluster."""
+    set_environment()
 
 
 @pytest.fixture(scope="session")

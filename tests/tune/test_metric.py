@@ -30,8 +30,8 @@ from scoreray.trainer.run_folder import run_store
 from scoreray.tune.load import check_sweep, load_sweep
 from scoreray.tune.metric import check_finite, held_out, levels_of, measure, spread_of
 from scoreray.tune.schedule import best_of
-from scoreray.tune.search import propose
-from scoreray.tune.sweep import MetricSection
+from scoreray.tune.search import drawn, searcher, values
+from scoreray.tune.sweep import MetricSection, StudyPlan
 from scoreray.tune.trial import Trial, advance, trial_config
 
 WEIGHTINGS = ("edm", "sigma2", "min_snr", "constant")
@@ -217,29 +217,37 @@ def test_tpe_finds_a_planted_optimum_that_random_search_misses(sweep: dict[str, 
         return (mean + 1.1) ** 2 + (std - 0.9) ** 2 + {"edm": 0.0, "sigma2": 0.3, "constant": 1.0}[kind]
 
     found: dict[str, list[float]] = {"tpe": [], "random": []}
-    for kind, best in found.items():
-        for seed in range(4):
-            plan = load_sweep({**sweep, "space": space, "search": {"kind": kind, "default_first": False}},
-                              [f"study.seed={seed}"])  # fmt: skip
-            trials: list[Trial] = []
-            for number in range(40):
-                values = propose(plan, number, trials)
-                report = {"images": 2048, "metrics": {"denoising": cost(values)}, "seq": number}
-                trials.append(Trial(number, values, state="done", reports=[report]))
-            best.append(min(report["metrics"]["denoising"] for trial in trials for report in trial.reports))
+    for seed in range(4):
+        plan = load_sweep({**sweep, "space": space, "search": {"kind": "tpe", "default_first": False}},
+                          [f"study.seed={seed}"])  # fmt: skip
+        search: Any = searcher(plan, ()).search_alg
+        costs = []
+        for number in range(40):
+            costs.append(cost(values(plan, search.suggest(str(number)))))
+            search.on_trial_complete(str(number), {"images": 2048, "denoising": costs[-1]})
+        found["tpe"].append(min(costs))
+        found["random"].append(min(cost(drawn(plan, number)) for number in range(40)))
     assert sum(found["tpe"]) < 0.5 * sum(found["random"]), found
 
 
 def test_a_proposal_is_a_function_of_seed_number_and_history(sweep: dict[str, Any]) -> None:
-    for kind in ("random", "tpe", "grid"):
-        plan = load_sweep({**sweep, "search": {"kind": kind, "startup": 2, "default_first": False}})
-        history = [
-            Trial(i, {"objective.sigma_sampling.P_mean": -2.0 + i}, state="done",
-                  reports=[{"images": 2048, "metrics": {"denoising": random.Random(i).random()}, "seq": i}])
-            for i in range(2)
-        ]  # fmt: skip
-        assert propose(plan, 2, history) == propose(plan, 2, history)
-        assert propose(plan, 2, history) != propose(plan, 1, history[:1])
+    history = [
+        Trial(i, {"objective.sigma_sampling.P_mean": -2.0 + i}, state="done",
+              reports=[{"images": 2048, "metrics": {"denoising": random.Random(i).random()}, "seq": i}])
+        for i in range(2)
+    ]  # fmt: skip
+
+    def proposed(plan: StudyPlan, trials: list[Trial]) -> dict[str, Any]:
+        search: Any = searcher(plan, trials).search_alg
+        return values(plan, search.suggest("a"))
+
+    plan = load_sweep({**sweep, "search": {"kind": "tpe", "startup": 2, "default_first": False}})
+    assert proposed(plan, history) == proposed(plan, history)
+    assert proposed(plan, history) != proposed(plan, history[:1])
+    for kind in ("random", "grid"):
+        plan = load_sweep({**sweep, "search": {"kind": kind}})
+        assert drawn(plan, 2) == drawn(plan, 2)
+        assert drawn(plan, 2) != drawn(plan, 1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
