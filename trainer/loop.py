@@ -10,16 +10,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from scoreray.data.errors import Unanswered
-from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.quarantine import Quarantine
-from scoreray.data.reading.stream import Batch, Stream
-from scoreray.data.storage.store import Store, open_store
+from scoreray.data.reading.batches import Batch
+from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.marker import DataSet, Marker
@@ -35,7 +32,9 @@ from scoreray.trainer.monitoring.vote import Vote
 from scoreray.trainer.optim.fragments import parameter_shapes
 from scoreray.trainer.prepare import with_sigma_data
 from scoreray.trainer.quarantined import QuarantineLog
+from scoreray.trainer.ranks import from_all_ranks, from_rank_0
 from scoreray.trainer.records import record_objects, remove_uncommitted
+from scoreray.trainer.run_data import FinishedTars, RunData, open_batches, open_run_data
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 
@@ -65,11 +64,11 @@ def train(
     if rank:
         note = lambda line: None  # noqa: E731
     with span("train.start", run=config.run.name, rank=rank, world_size=world_size):
-        run, manifest = run_store(config), Manifest.load(open_store(config.data.url))
+        run, data = run_store(config), open_run_data(config)
         if config.denoiser.sigma_data == "auto":  # `prepare_run` has settled it for any start but this function's own
-            config = with_sigma_data(config, manifest, latest(run))
-        module, engine = _build(config, manifest, world_size, device, note)
-        writer, checkpoint = _take_over(config, manifest, run, rank, world_size)
+            config = with_sigma_data(config, data, latest(run))
+        module, engine = _build(config, data, world_size, device, note)
+        writer, checkpoint = _take_over(config, data, run, rank, world_size)
         images_seen = num_steps = skipped = 0
         if checkpoint is not None:
             images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
@@ -81,10 +80,13 @@ def train(
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)
         unreadable = QuarantineLog(run, config.data, world_size, checkpoint)
-        stream = _open_stream(config, manifest, images_seen, rank, world_size, device, unreadable.quarantine)
-        work = partial(training_work, config, manifest, world_size, device) if rank == 0 else None
+        finished = FinishedTars(run, data, world_size, checkpoint)
+        stream = open_batches(
+            config, data, images_seen, rank, world_size, device, unreadable.quarantine, finished.known
+        )
+        work = partial(training_work, config, data, world_size, device) if rank == 0 else None
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
-    marker = _marker(config, manifest, module, engine, world_size)
+    marker = _marker(config, data, module, engine, world_size)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
     records: list[TrainingRecord] = []
     norm, decided = 0.0, LoopRequest.NOTHING
@@ -117,7 +119,9 @@ def train(
                     replace(marker, images_seen=images_seen, num_steps=num_steps, skipped_steps=skipped),
                     list(engine.fragments()) if rank == 0 or not engine.replicated else [],
                     module,
-                    record_objects(images_seen, records, plots) + unreadable.objects(images_seen),
+                    record_objects(images_seen, records, plots)
+                    + unreadable.objects(images_seen)
+                    + finished.objects(stream, images_seen),
                     snapshot=engine.optimizer.ema_keys if snapshot else (),
                 )
                 records.clear()
@@ -141,11 +145,11 @@ def train(
 
 
 def _build(
-    config: Config, manifest: Manifest, world_size: int, device: torch.device, note: Callable[[str], None]
+    config: Config, data: RunData, world_size: int, device: torch.device, note: Callable[[str], None]
 ) -> tuple[TrainingModule | MachineModule, Engine]:
     """The module, with weights from the run's seed, and the engine that shards and steps it."""
     torch.manual_seed(config.run.seed)
-    module = build_training_module(config, manifest)
+    module = build_training_module(config, data)
     engine = build_engine(
         module,
         config.engine,
@@ -160,14 +164,14 @@ def _build(
 
 
 def _take_over(
-    config: Config, manifest: Manifest, run: Store, rank: int, world_size: int
+    config: Config, data: RunData, run: Store, rank: int, world_size: int
 ) -> tuple[CheckpointWriter, Checkpoint | None]:
     """This start becomes the run's only writer; returns its writer, and the checkpoint that all ranks resume from.
 
     Rank 0 looks for the checkpoint after it has taken the run over: an older start may commit until then.
     """
-    attempt, identity = _from_rank_0((uuid.uuid4().hex[:8], manifest.identity), world_size)
-    if identity != manifest.identity:
+    attempt, identity = from_rank_0((uuid.uuid4().hex[:8], data.identity), world_size)
+    if identity != data.identity:
         raise Unanswered(f"{config.data.url}: was packed again while ranks read it; they start again")
     writer = CheckpointWriter(
         run,
@@ -177,43 +181,15 @@ def _take_over(
         keep=config.checkpoint.keep,
         keep_every_images=config.checkpoint.keep_every_images,
     )
-    checkpoint = _from_rank_0(latest(run) if rank == 0 else None, world_size)
+    checkpoint = from_rank_0(latest(run) if rank == 0 else None, world_size)
     if checkpoint is not None:
-        checkpoint.check_data(manifest, config.data.url)
+        checkpoint.check_data(data, config.data.url)
         writer.last_commit = (checkpoint.images_seen, checkpoint.marker.time)
     return writer, checkpoint
 
 
-def _open_stream(
-    config: Config,
-    manifest: Manifest,
-    position: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    quarantine: Quarantine | None,
-) -> Stream:
-    """This rank's batches from `position` on."""
-    return Stream(
-        config.data.url,
-        global_batch_size=config.data.global_batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-        position=position,
-        num_lanes=config.data.num_lanes,
-        shuffle_block=config.data.shuffle_block,
-        prefetch_batches=config.data.prefetch_batches,
-        cache_dir=config.data.cache_dir,
-        cache_dir_bytes=config.data.cache_bytes,
-        pin_memory=device.type == "cuda",
-        quarantine=quarantine,
-        manifest=manifest,
-    )
-
-
 def _marker(
-    config: Config, manifest: Manifest, module: TrainingModule | MachineModule, engine: Engine, world_size: int
+    config: Config, data: RunData, module: TrainingModule | MachineModule, engine: Engine, world_size: int
 ) -> Marker:
     """What the markers of this start's checkpoints have in common."""
     return Marker(
@@ -224,9 +200,9 @@ def _marker(
         state_keys=list(engine.optimizer.state_keys),
         files={},
         world_size=world_size,
-        image_shape=list(manifest.shape),
-        classes=list(manifest.classes),
-        data=DataSet.of(manifest),
+        image_shape=list(data.shape),
+        classes=list(data.classes),
+        data=DataSet.of(data),
     )
 
 
@@ -259,11 +235,7 @@ def _blame(loss: torch.Tensor, sigma: torch.Tensor, batch: Batch, world_size: in
     """Which samples of all ranks have a non-finite loss; every rank calls it, as every rank saw the norm."""
     bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
     mine = [(int(batch.index[i]), float(sigma[i]), float(loss[i])) for i in bad]
-    everyones: list[Any] = [mine]
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, mine)
-    found = [entry for entries in everyones for entry in entries]
+    found = from_all_ranks(mine, world_size)
     if not found:
         return "every sample's loss is finite, so the backward pass overflowed: lower the learning rate or clip"
     index, level, value = found[0]
@@ -279,11 +251,3 @@ def _crosses(before: int, after: int, every: int) -> bool:
 def _seed_dropout(seed: int, rank: int, images_seen: int) -> None:
     """Generator state is a function of where the run is, so none is saved (after Karras 2024's training loop)."""
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + rank * 0xBF58476D1CE4E5B9 + images_seen) % 2**63)
-
-
-def _from_rank_0(value: T, world_size: int) -> T:
-    """Rank 0's value on every rank."""
-    values = [value]
-    if world_size > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
@@ -27,17 +27,17 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def meta_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
+def meta_module(config: Config, data: DataDescription) -> TrainingModule | MachineModule:
     """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
     with torch.device("meta"), _NoInitialValues():
-        return build_training_module(config, manifest)
+        return build_training_module(config, data)
 
 
-def training_work(config: Config, manifest: Manifest, world_size: int, device: torch.device) -> tuple[int, float]:
+def training_work(config: Config, data: DataDescription, world_size: int, device: torch.device) -> tuple[int, float]:
     """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
-    module = meta_module(config, manifest)
+    module = meta_module(config, data)
     network = getattr(getattr(module, "denoiser", module), "network", None)
     if not isinstance(network, torch.nn.Module):
         return 0, math.inf
     rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
-    return training_flops(network, manifest.shape), rate * world_size
+    return training_flops(network, data.shape), rate * world_size

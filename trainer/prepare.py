@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.manifest import DataDescription
+from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.meta import meta_module
+from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
 from scoreray.trainer.tracking import check_mlflow
 
@@ -19,13 +21,14 @@ class PreparedRun:
     """A checked config and what was read to check it.
 
     newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
-    the scale of the data; "" where it is what the model expects.
+    the scale of the data; "" where it is what the model expects.  notes: what tars without a manifest don't promise.
     """
 
     config: Config
-    manifest: Manifest
+    data: RunData
     newest: Checkpoint | None = None
     warning: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
@@ -35,17 +38,18 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     Raises UserError, StorageError or DataError.
     """
     check_mlflow(config)
-    manifest = Manifest.at(config.data.url)
-    meta_module(config, manifest)
+    data = open_run_data(config, patient=False)
+    meta_module(config, data)
     run = run_store(config)
     run.check_writable()
     newest = None if fresh else latest(run)
     if newest is not None:
-        newest.check_data(manifest, config.data.url)
-    found = misfit(config, manifest)
+        newest.check_data(data, config.data.url)
+    found = misfit(config, data)
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)
-    return PreparedRun(config, manifest, newest, found.text if found else "")
+    notes = data.notes() if isinstance(data, UnpackedTars) else ()
+    return PreparedRun(config, data, newest, found.text if found else "", notes)
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> PreparedRun:
@@ -60,13 +64,13 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     run. Raises UserError with the differing keys when another config made this run; StorageError, DataError.
     """
     config = with_unused_name(checked.config) if fresh else checked.config
-    config = with_sigma_data(config, checked.manifest, checked.newest)
+    config = with_sigma_data(config, checked.data, checked.newest)
     claim(run_store(config), config)
     return replace(checked, config=config)
 
 
-def with_sigma_data(config: Config, manifest: Manifest, newest: Checkpoint | None) -> Config:
+def with_sigma_data(config: Config, data: DataDescription, newest: Checkpoint | None) -> Config:
     """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, else the data's."""
     if config.denoiser.sigma_data != "auto" or newest is None:
-        return resolve_sigma_data(config, manifest)
-    return resolve_sigma_data(config, manifest, newest.marker.sigma_data)
+        return resolve_sigma_data(config, data)
+    return resolve_sigma_data(config, data, newest.marker.sigma_data)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from scoreray.data.errors import DataError
+from scoreray.data.reading.batches import BatchStream
 from scoreray.data.reading.quarantine import Entries, Quarantine, Unreadable, over_budget
-from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.store import Store
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.config import DataSection
+from scoreray.trainer.ranks import from_all_ranks
 
 FOLDER = "quarantined"  # under the run: one file of JSON lines for each checkpoint that found more
 QUARANTINED = Segments(FOLDER, TypeAdapter(Unreadable))
@@ -42,16 +41,12 @@ class QuarantineLog:
             self._committed = set(self._found)
             self.quarantine = Quarantine(self._budget, self._found)
 
-    def gather(self, stream: Stream, note: Callable[[str], None]) -> int:
+    def gather(self, stream: BatchStream, note: Callable[[str], None]) -> int:
         """The number of samples quarantined in the run so far; every rank calls it. `note` gets a line for each entry
         that is new. Raises DataError, on every rank, when those of all ranks together are above the budget."""
         if self.quarantine is None:
             return 0
-        everyones: list[Any] = [stream.quarantined]
-        if self._world_size > 1:
-            everyones = [None] * self._world_size
-            dist.all_gather_object(everyones, stream.quarantined)
-        for entry in (entry for entries in everyones for entry in entries):
+        for entry in from_all_ranks(stream.quarantined, self._world_size):
             if self._found.add(entry):
                 note(f"quarantined: {entry.text()}")
                 if self._found.num_samples > self._budget:

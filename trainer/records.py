@@ -12,7 +12,7 @@ from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.monitoring import tensorboard
 from scoreray.trainer.monitoring.metrics import TrainingRecord
 
-METRICS = "metrics"  # folder of a run
+METRICS, FINISHED_TARS = "metrics", "finished_tars"  # folders of a run
 RECORDS = Segments(METRICS, TypeAdapter(TrainingRecord))
 
 
@@ -33,6 +33,6 @@ def record_objects(images_seen: int, records: list[TrainingRecord], plots: bool)
 
 def remove_uncommitted(run: Store, images_seen: int) -> None:
     """Remove records that a killed start wrote for a checkpoint that it did not commit: they will be measured again."""
-    keys = [key for folder in (METRICS, tensorboard.FOLDER) for key, _ in run.list(folder + "/")]
+    keys = [key for folder in (METRICS, tensorboard.FOLDER, FINISHED_TARS) for key, _ in run.list(folder + "/")]
     seen = {key: re.search(r"\d{12,}", key.rpartition("/")[2]) for key in keys}  # others' files have no such number
     run.delete([key for key, found in seen.items() if found and int(found[0]) > images_seen])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import resolve_sigma_data
 from scoreray.trainer.config.validation import chain_mistakes, label_mistakes, objective_mistakes, refuse
@@ -146,12 +146,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def build_training_module(config: Config, manifest: Manifest) -> TrainingModule | MachineModule:
-    """The module that `config` trains on data of this manifest. Weights come from torch's global generator."""
-    config = resolve_sigma_data(config, manifest)
+def build_training_module(config: Config, data: DataDescription) -> TrainingModule | MachineModule:
+    """The module that `config` trains on these data. Weights come from torch's global generator."""
+    config = resolve_sigma_data(config, data)
     seed, batch = config.run.seed, config.data.global_batch_size
-    refuse(augmentation_mistakes(config.augmentation, manifest.shape))
-    network = config.network.build(manifest.shape, len(manifest.classes))
+    refuse(augmentation_mistakes(config.augmentation, data.shape))
+    network = config.network.build(data.shape, len(data.classes))
     if isinstance(network, BoltzmannMachine):
         assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
         return MachineModule(
@@ -163,6 +163,6 @@ def build_training_module(config: Config, manifest: Manifest) -> TrainingModule 
         config.process,
         seed=seed,
         global_batch_size=batch,
-        shape=manifest.shape,
+        shape=data.shape,
         augmentation=config.augmentation,
     )

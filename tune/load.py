@@ -19,10 +19,11 @@ from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metrics
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
-from scoreray.trainer.config import explained, load_config, override, read_yaml, refusal
+from scoreray.trainer.config import DataSection, explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
+from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.tune.checks import refused, schedule_mistakes, section_mistakes
 from scoreray.tune.space import SAMPLE, Space, build_space
 from scoreray.tune.sweep import (
@@ -87,11 +88,12 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0], lengths)
     if mistakes:
         raise UserError("\n".join(mistakes))
-    warnings = _warnings(sweep, manifest, {info.config.data.url for info in infos})
+    trained_on = {url for info in infos if isinstance(url := info.config.data.url, str)}
+    warnings = _warnings(sweep, manifest, trained_on)
     if model:
         return warnings
-    data = {url: Manifest.at(url) for url in {info.config.data.url for info in infos}}
-    unfit = [misfit(info.config, data[info.config.data.url]) for info in infos]
+    data = {config.data: open_run_data(config, patient=False) for config in (info.config for info in infos)}
+    unfit = [misfit(info.config, data[info.config.data]) for info in infos]
     if unfit[0] and all(found and found.hopeless for found in unfit):  # every trial would be refused
         raise UserError(f"base: {unfit[0].text}")
     return [*warnings, f"base: {unfit[0].text}"] if unfit[0] else warnings
@@ -188,20 +190,20 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
 
 def _described(plan: StudyPlan) -> Any:
     """A model's description at the base and every corner, each of whose networks is built without memory."""
-    seen: dict[str, Manifest] = {}
+    seen: dict[DataSection, RunData] = {}
     for _, _, values in plan.corners():
         config = plan.config(values)
-        if config.data.url not in seen:
+        if config.data not in seen:
             with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
-                seen[config.data.url] = Manifest.at(config.data.url)
-        manifest = seen[config.data.url]
-        config = resolve_sigma_data(config, manifest)
+                seen[config.data] = open_run_data(config, patient=False)
+        data = seen[config.data]
+        config = resolve_sigma_data(config, data)
         try:
-            meta_module(config, manifest)
+            meta_module(config, data)
         except UserError as error:
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"space: at {shown}: {error}") from None
-        yield ModelInfo("", 0, config.ema.names[0], tuple(manifest.shape), tuple(manifest.classes), config)
+        yield ModelInfo("", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config)
 
 
 def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[str]:

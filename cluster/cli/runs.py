@@ -53,7 +53,7 @@ def train(
     if not check:
         make_bucket(loaded.run.storage)
     checked = check_run(loaded, fresh=fresh)
-    check_beside(loaded, checked.manifest)
+    check_beside(loaded, checked.data)
     if check:
         check_machine(loaded)
         warn_of_data(checked)

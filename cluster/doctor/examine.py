@@ -13,13 +13,14 @@ import torch
 from scoreray.cluster.finding import Finding
 from scoreray.cluster.verbs.beside_run import check_beside
 from scoreray.data.errors import ScorerayError, UserError
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
 from scoreray.trainer.networks.network import num_parameters
+from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import build_training_module
 
@@ -42,13 +43,13 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     found = [software(), devices()]
     if config is None:
         return found
-    manifest, about_data = data_set(config)
+    data, about_data = data_set(config)
     found += [about_data, storage(config)]
-    shape = machine.image_shape or (tuple(manifest.shape) if manifest else None)
+    shape = machine.image_shape or (tuple(data.shape) if data else None)
     if shape is None:
         text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
-    return [*found, *evaluation(config, manifest), *plan(config, manifest, shape, machine)]
+    return [*found, *evaluation(config, data), *plan(config, data, shape, machine)]
 
 
 def software() -> Finding:
@@ -65,26 +66,32 @@ def devices() -> Finding:
     return Finding("this machine", "good", text, {"cpus": os.cpu_count(), "memory_bytes": total, "gpus": gpus})
 
 
-def data_set(config: Config) -> tuple[Manifest | None, Finding]:
+def data_set(config: Config) -> tuple[RunData | None, Finding]:
     try:
-        manifest = Manifest.at(config.data.url)
+        data = open_run_data(config, patient=False)
     except ScorerayError as error:
         return None, Finding("data", "problem", str(error))
-    text = f"{manifest.num_samples:,} samples of {'x'.join(map(str, manifest.shape))}, {len(manifest.classes)} classes"
-    facts = {"num_samples": manifest.num_samples, "sigma_data": manifest.sigma_data}
-    found = misfit(config, manifest)
+    shape, classes = "x".join(map(str, data.shape)), f"{len(data.classes)} classes"
+    if isinstance(data, UnpackedTars):
+        text = f"{len(data.tars):,} tars without a manifest, samples of {shape}, {classes}"
+    else:
+        text = f"{data.num_samples:,} samples of {shape}, {classes}"
+    facts = {"num_samples": data.num_samples, "sigma_data": data.sigma_data}
+    found = misfit(config, data)
     if found:
         state: Literal["note", "problem"] = "problem" if found.hopeless else "note"
-        return manifest, Finding("data", state, f"{text} at {config.data.url}; {found.text}", facts)
-    return manifest, Finding("data", "good", f"{text} at {config.data.url}", facts)
+        return data, Finding("data", state, f"{text} at {config.data.url}; {found.text}", facts)
+    if isinstance(data, UnpackedTars):
+        return data, Finding("data", "note", "; ".join([f"{text} at {config.data.url}", *data.notes()]), facts)
+    return data, Finding("data", "good", f"{text} at {config.data.url}", facts)
 
 
-def evaluation(config: Config, manifest: Manifest | None) -> list[Finding]:
+def evaluation(config: Config, data: RunData | None) -> list[Finding]:
     """What is measured beside the run, where the config names anything and its data set can be read."""
-    if manifest is None:
+    if data is None:
         return []
     try:
-        check_beside(config, manifest)
+        check_beside(config, data)
     except ScorerayError as error:
         return [Finding("evaluation", "problem", str(error))]
     section = config.evaluation
@@ -107,13 +114,13 @@ def storage(config: Config) -> Finding:
     return Finding("storage", "good", text)
 
 
-def plan(config: Config, manifest: Manifest | None, shape: tuple[int, ...], machine: Machine) -> list[Finding]:
+def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: Machine) -> list[Finding]:
     """Memory of each ZeRO stage, what fits, what to set, and how much the run will keep."""
     try:
         with torch.device("meta"):
-            num_classes = len(manifest.classes) if manifest else 0
-            if manifest is not None and machine.image_shape is None:
-                module: torch.nn.Module = build_training_module(config, manifest)
+            num_classes = len(data.classes) if data else 0
+            if data is not None and machine.image_shape is None:
+                module: torch.nn.Module = build_training_module(config, data)
                 network: Any = getattr(module, "denoiser", module)
                 network = getattr(network, "network", network)
             else:

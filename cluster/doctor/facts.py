@@ -21,7 +21,7 @@ class RunNeeds:
     """Where a run of the config will read and write, and its workers; "", () and 0 for nothing."""
 
     storage: str = ""
-    data: str = ""
+    data: str | tuple[str, ...] = ""
     folders: tuple[str, ...] = ()
     workers: int = 0
     cpus: float = 0.0  # of a worker
@@ -117,13 +117,12 @@ def _disks(folders: tuple[str, ...]) -> dict[str, int]:
     return dict(found.values())
 
 
-def _data_error(url: str) -> str:
-    """Why the data set's manifest can't be read; "" where it can."""
-    from scoreray.data.reading.manifest import Manifest
-    from scoreray.data.storage.store import open_store
+def _data_error(url: str | tuple[str, ...]) -> str:
+    """Why the data set's manifest, or the first of tars without one, can't be read; "" where it can."""
+    from scoreray.data.unpacked.tars import locate
 
     try:
-        Manifest.load(open_store(url))
+        locate(url, patient=True)
     except ScorerayError as error:
         return str(error)
     return ""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
 
 POLL_S = 0.5
@@ -46,7 +46,7 @@ def wants_evaluation(config: Config) -> bool:
     return bool(config.evaluation.metrics) or config.evaluation.sheet > 0
 
 
-def check_beside(config: Config, data: Manifest) -> None:
+def check_beside(config: Config, data: DataDescription) -> None:
     """`follow.check_evaluation`, where the config says anything of it: its imports take a second that others save."""
     if wants_evaluation(config) or config.evaluation.reference is not None:
         from scoreray.sampling.evaluation.follow import check_evaluation

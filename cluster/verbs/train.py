@@ -114,9 +114,11 @@ def check_machine(config: Config) -> None:
 
 
 def warn_of_data(prepared: PreparedRun) -> None:
-    """Says so where the data do not have the scale that the model expects."""
+    """Says so where the data do not have the scale that the model expects, or no manifest."""
     if prepared.warning:
         say(f"warning: {prepared.warning}")
+    for note in prepared.notes:
+        say(note)
 
 
 def _warn_of_crowding(config: Config) -> None:

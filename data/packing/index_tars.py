@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from scoreray.data.reading.decode import decode_as_found
 from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.records import records_sha256
-from scoreray.data.reading.tars import Member, Tape
+from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.store import NotFound, Store, local_path, open_store
 
@@ -147,7 +147,7 @@ def _first_shape(
             for sample in TarSamples(tape_of(store, key, size), labelled):
                 try:
                     member = sample.member()
-                    array, _ = _decoded(member)
+                    array, _ = decoded(member)
                 except DataError:
                     if not skips_bad:
                         raise
@@ -177,8 +177,8 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
         for sample in samples:
             try:
                 member = sample.member()
-                values, code = _decoded(member)
-                _check_fits(plan, member, values)
+                values, code = decoded(member)
+                check_fits(plan.shape, plan.dtype, member, values, "--image-size makes new tars of one size")
             except DataError as error:
                 if not plan.skips_bad:
                     raise
@@ -201,7 +201,7 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
     )  # fmt: skip
 
 
-def _decoded(member: Member) -> tuple[np.ndarray, int]:
+def decoded(member: Member) -> tuple[np.ndarray, int]:
     """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
     code = found_format(member.name.lower(), member.data)
     try:
@@ -210,25 +210,21 @@ def _decoded(member: Member) -> tuple[np.ndarray, int]:
         raise DataError(f"byte {member.offset}: '{member.name}': {error}") from error
 
 
-def _check_fits(plan: TarsPlan, member: Member, values: np.ndarray) -> None:
-    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite."""
+def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndarray, fix: str) -> None:
+    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite. Grey
+    pictures are among coloured ones. `fix`: what to do about pictures of another size."""
     name = f"byte {member.offset}: '{member.name}'"
-    if values.dtype != plan.dtype:
-        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {plan.dtype} {plan.shape}")
-    if values.dtype == np.uint8 and values.shape[:2] != plan.shape[1:]:
+    if values.dtype == dtype == "uint8" and values.shape[:2] != tuple(shape[1:]):
         height, width = values.shape[:2]
-        raise DataError(
-            f"{name}: is {width} x {height} pixels, the first sample has {plan.shape[2]} x {plan.shape[1]}; "
-            "--image-size makes new tars of one size"
-        )
-    if values.dtype != np.uint8 and values.shape != plan.shape:
-        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {plan.dtype} {plan.shape}")
+        raise DataError(f"{name}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}")
+    if values.dtype != dtype or (dtype != "uint8" and values.shape != tuple(shape)):
+        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
     if not np.isfinite(values).all():
         raise DataError(f"{name}: holds a value that is not finite")
 
 
-def tape_of(store: Store, key: str, size: int) -> Tape:
-    return Tape(partial(store.get, key), size)
+def tape_of(store: Store, key: str, size: int, window_bytes: int = WINDOW_BYTES) -> Tape:
+    return Tape(partial(store.get, key), size, window_bytes=window_bytes)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from scoreray.data.classes import in_order
 from scoreray.data.errors import UserError
-from scoreray.data.reading.classes import in_order
 from scoreray.data.storage.paths import explained
 
 # Arrays that hold samples, the first that is there, and the labels that belong to each alone. In any case of letters.

@@ -12,10 +12,10 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError
 from scoreray.data.packing.listing import is_hidden
 from scoreray.data.reading.allowlist import JSON, LABELS, MAX_JSON_BYTES, default_decoder
-from scoreray.data.reading.classes import NO_CLASS
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.tars import Member, Tape, key_and_kind, members
 
@@ -47,11 +47,15 @@ class TarSample:
 class TarSamples:
     """Iterates over the samples of a tar. `unused` counts the members that are no image and no class, by kind.
 
-    labelled: classes are read. Raises DataError for what no tar of samples can hold, with its offset.
+    labelled: classes are read.  otherwise: how to do without them, for messages.
+
+    Raises DataError for what no tar of samples can hold, with its offset.
     """
 
-    def __init__(self, tape: Tape, labelled: bool = True) -> None:
-        self._tape, self._labelled = tape, labelled
+    def __init__(
+        self, tape: Tape, labelled: bool = True, otherwise: str = "--no-classes packs without classes"
+    ) -> None:
+        self._tape, self._labelled, self._otherwise = tape, labelled, otherwise
         self.left_out: Counter[str] = Counter()
         self._seen: dict[str, set[bytes]] = {"key": set(), "dotted": set(), "stem": set()}
 
@@ -123,7 +127,7 @@ class TarSamples:
         try:
             label, used = self._label(found) if self._labelled else (NO_CLASS, set())
         except DataError as error:
-            return TarSample(key, None, problem=f"{error}; --no-classes packs without classes")
+            return TarSample(key, None, problem=f"{error}; {self._otherwise}")
         for kind in (kind for kind in found if kind not in used and kind != images[0]):
             self._count(f".{kind}" if kind else "no suffix")
         return TarSample(key, found[images[0]], label)

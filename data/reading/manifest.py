@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -117,6 +117,41 @@ class Index:
     name: Annotated[str, Field(max_length=MAX_KEY)]
     bytes: Count
     sha256: Sha256
+
+
+class DataDescription(Protocol):
+    """What a run has to know of its data: a packed set's `Manifest`, or, of tars without one, `UnpackedTars`."""
+
+    @property
+    def shape(self) -> list[int]:
+        """Of a sample: (C, H, W) of images, any for arrays."""
+
+    @property
+    def dtype(self) -> str:
+        """ "uint8" (images) or "float32" (arrays, used as they are)."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names, by number; empty for data without classes."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """None where nobody has counted them."""
+
+    @property
+    def std(self) -> list[float]:
+        """The standard deviation of each channel in the model's range; empty where it is not known."""
+
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation of all values in the model's range."""
+
+    @property
+    def identity(self) -> str:
+        """A SHA-256 that other data do not have: a run goes on only with data of the same one."""
+
+    def channel_means(self) -> list[float]:
+        """The mean of each channel in the model's range."""
 
 
 @dataclass(frozen=True)

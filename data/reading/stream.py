@@ -6,23 +6,19 @@ and block size, hands out the same samples at any world size.
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
-import torch
 
 from scoreray.data.errors import UserError
+from scoreray.data.reading.batches import Batch, BatchStream, RankLanes
 from scoreray.data.reading.blocks import BUFFER_BYTES, BlockReader, Rows, blocks_at_once
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import CHUNK, Manifest
-from scoreray.data.reading.order import Order, default_lanes
-from scoreray.data.reading.quarantine import Quarantine, Unreadable
+from scoreray.data.reading.order import Order
+from scoreray.data.reading.quarantine import Quarantine
 from scoreray.data.reading.reader import Reader
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
@@ -31,17 +27,6 @@ from scoreray.data.traces import span
 CACHE_BYTES = 256 << 20  # a data set that decoded is no larger is kept in memory
 CACHE_DIR_BYTES = 64 << 30
 LOOK_UP = 32  # samples of a lane that are looked up in the order at once
-
-
-@dataclass(frozen=True)
-class Batch:
-    """images: uint8 [b, C, H, W], channels last in memory, or float32 [b, ...].  labels: int64 [b], -1 for none.
-    index: int64 [b], the samples' numbers in the manifest.  position: int64 [b], their places in the run, ascending."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    index: torch.Tensor
-    position: torch.Tensor
 
 
 def default_shuffle_block(manifest: Manifest, num_lanes: int) -> int:
@@ -68,17 +53,15 @@ class RankRows:
         shuffle_block: int | None = None,
         manifest: Manifest | None = None,
     ) -> None:
-        lanes = _check_sizes(global_batch_size, rank, world_size, num_lanes)
+        self.lanes = lanes = RankLanes.of(global_batch_size, rank, world_size, num_lanes)
         self._url = url
         self.manifest = manifest or Manifest.load(open_store(url))
         self.order = Order(
             [shard.num_samples for shard in self.manifest.shards],
             seed=seed,
-            num_lanes=lanes,
-            shuffle_block=shuffle_block or default_shuffle_block(self.manifest, lanes),
+            num_lanes=lanes.num_lanes,
+            shuffle_block=shuffle_block or default_shuffle_block(self.manifest, lanes.num_lanes),
         )
-        self.global_batch_size, self.batch_size = global_batch_size, global_batch_size // world_size
-        self._first_lane, self._end_lane = rank * lanes // world_size, (rank + 1) * lanes // world_size
 
     def reader(
         self,
@@ -89,24 +72,22 @@ class RankRows:
     ) -> Reader:
         """A reader of the data set that keeps the records of the blocks that the rank's lanes are in."""
         read_at_once = self.order.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
-        records_kept = 2 * (self._end_lane - self._first_lane) * (read_at_once + 2 * CHUNK) + 16 * CHUNK
+        records_kept = 2 * self.lanes.count * (read_at_once + 2 * CHUNK) + 16 * CHUNK
         return kind(open_store(self._url), self.manifest, stats, records_kept, quarantine, disk_cache)
 
     def batches(self, blocks: BlockReader, start: int, stop: threading.Event) -> Iterator[Rows]:
         """The rank's parts of the global batches from position `start` on. Several at once are looked up in the order,
         so that a lane has a few samples in each look-up."""
-        at_once = -(-LOOK_UP * self.order.num_lanes // self.global_batch_size)
+        lanes, at_once = self.lanes, -(-LOOK_UP * self.lanes.num_lanes // self.lanes.global_batch_size)
         while not stop.is_set():
-            positions = np.arange(start, start + at_once * self.global_batch_size, dtype=np.int64)
-            lanes = positions % self.order.num_lanes
-            mine = positions[(lanes >= self._first_lane) & (lanes < self._end_lane)]
+            mine = lanes.positions(start, at_once)
             rows = blocks.rows(mine, stop)
-            for i in range(0, len(mine), self.batch_size):
-                yield rows.part(i, i + self.batch_size)
-            start += at_once * self.global_batch_size
+            for i in range(0, len(mine), lanes.batch_size):
+                yield rows.part(i, i + lanes.batch_size)
+            start += at_once * lanes.global_batch_size
 
 
-class Stream:
+class Stream(BatchStream):
     """Endless batches for rank `rank` of `world_size`; batch k of the run holds positions [k B, (k + 1) B).
 
     Args:
@@ -150,90 +131,36 @@ class Stream:
         quarantine: Quarantine | None = None,
         manifest: Manifest | None = None,
     ) -> None:
-        if position < 0 or prefetch_batches < 1 or decode_threads < 1:
-            raise UserError(
-                f"position {position} must not be negative, prefetch_batches {prefetch_batches} and decode_threads "
-                f"{decode_threads} must be at least 1"
-            )
+        if decode_threads < 1:
+            raise UserError(f"decode_threads {decode_threads} must be at least 1")
         with span("data.open", url=url, rank=rank, position=position):
             self._rows = RankRows(
                 url, global_batch_size=global_batch_size, rank=rank, world_size=world_size, seed=seed,
                 num_lanes=num_lanes, shuffle_block=shuffle_block, manifest=manifest,
             )  # fmt: skip
-        self.manifest, self.order, self.num_lanes = self._rows.manifest, self._rows.order, self._rows.order.num_lanes
-        self.shuffle_block = self.order.shuffle_block
-        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
-        self.seed, self.position = seed, position
-        self.stats = ReadStats()
-        self._num_decoders, self._pin_memory = decode_threads, pin_memory
-        self._quarantine = quarantine
+        super().__init__(
+            self._rows.lanes,
+            seed=seed,
+            position=position,
+            prefetch_batches=prefetch_batches,
+            pin_memory=pin_memory,
+            quarantine=quarantine,
+        )
+        self.manifest, self.order = self._rows.manifest, self._rows.order
+        self.shuffle_block, self._num_decoders = self.order.shuffle_block, decode_threads
         disk_cache = DiskCache(cache_dir, cache_dir_bytes, self.stats) if cache_dir else None
         self._reader = self._rows.reader(self.stats, quarantine, disk_cache)
         self._blocks = BlockReader(self._reader, self.order, cache_bytes)
-        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
-        self._slots = threading.Semaphore(prefetch_batches)
-        self._stop = threading.Event()
-        self._producer: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def quarantined(self) -> list[Unreadable]:
-        """What could not be read in the batches that were handed out, by sample."""
-        return self._quarantine.found if self._quarantine is not None else []
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch. Waits for it if it is not there yet; the waiting is counted in stats.stall_s."""
-        if self._error is not None:
-            raise self._error
-        if self._stop.is_set():
-            raise StopIteration
-        if self._producer is None:  # only now: a stream may be made before a fork
-            self._producer = threading.Thread(target=self._produce, name="scoreray-stream", daemon=True)
-            self._producer.start()
-        started = time.perf_counter()
-        ready = self._ready.get()
-        self._slots.release()
-        stall_s = time.perf_counter() - started
-        if isinstance(ready, BaseException):
-            self._error = ready
-            self.close()
-            raise ready
-        self.position += self.global_batch_size
-        self.stats.add(num_samples=len(ready.index), stall_s=stall_s)
-        if self._quarantine is not None and not self._quarantine.is_empty:
-            wanted = self.order.samples(ready.position.numpy())
-            self._quarantine.settle(wanted[wanted != ready.index.numpy()])
-        return ready
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
-        """Ends the prefetching. The position stays readable."""
-        self._stop.set()
-        if self._producer is not None:
-            self._producer.join(timeout=30)
+        super().close()
         self._blocks.close()
         self._reader.close()
 
-    def _produce(self) -> None:
-        try:
-            for batch in self._batches(self.position):
-                self._hand_over(batch)
-        except BaseException as error:
-            self._hand_over(error)
-
-    def _hand_over(self, ready: Batch | BaseException) -> None:
-        while not self._stop.is_set():
-            if self._slots.acquire(timeout=0.2):
-                self._ready.put(ready)
-                return
+    def _handed_out(self, batch: Batch) -> None:
+        if self._quarantine is not None and not self._quarantine.is_empty:
+            wanted = self.order.samples(batch.position.numpy())
+            self._quarantine.settle(wanted[wanted != batch.index.numpy()])
 
     def _batches(self, start: int) -> Iterator[Batch]:
         decoders = ThreadPoolExecutor(self._num_decoders, "scoreray-decode") if self._num_decoders > 1 else None
@@ -255,29 +182,4 @@ class Stream:
         if dtype == np.uint8:
             images = images.transpose(0, 3, 1, 2)  # a view: converting the bytes copies them anyway
         # Copies, as a batch must not keep the rows of its neighbours alive.
-        arrays = [torch.from_numpy(a) for a in (images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())]
-        return Batch(*(array.pin_memory() for array in arrays)) if self._pin_memory else Batch(*arrays)
-
-
-def _check_sizes(global_batch_size: int, rank: int, world_size: int, num_lanes: int | None) -> int:
-    """The number of lanes. Raises UserError with the numbers that do not fit."""
-    if global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-        raise UserError(f"global_batch_size {global_batch_size}, rank {rank} of world_size {world_size}: out of range")
-    if global_batch_size % world_size:
-        raise UserError(
-            f"global_batch_size {global_batch_size} is not divisible by {world_size} workers; "
-            f"take {_nearest_multiple(global_batch_size, world_size)}"
-        )
-    lanes = default_lanes(global_batch_size) if num_lanes is None else num_lanes
-    if lanes < 1 or global_batch_size % lanes:
-        raise UserError(f"num_lanes {lanes} does not divide global_batch_size {global_batch_size}")
-    if lanes % world_size:
-        raise UserError(
-            f"{world_size} workers can't share num_lanes {lanes} evenly; fix num_lanes for the run, for example to "
-            f"{default_lanes(global_batch_size, [world_size])}"
-        )
-    return lanes
-
-
-def _nearest_multiple(value: int, of: int) -> int:
-    return max(of, round(value / of) * of)
+        return self._made(images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())

@@ -33,10 +33,12 @@ class Member:
 
 class Tape:
     """A tar's bytes from `start` (of the tar, or of a member's header) to its end, hashed on the way; a window of it is
-    in memory."""
+    in memory. get(start, end) may give fewer bytes than these, and none where there are no more."""
 
-    def __init__(self, get: Callable[[int, int], bytes], size: int, start: int = 0) -> None:
-        self._get, self.size, self.position = get, size, start
+    def __init__(
+        self, get: Callable[[int, int], bytes], size: int, start: int = 0, window_bytes: int = WINDOW_BYTES
+    ) -> None:
+        self._get, self.size, self.position, self._window_bytes = get, size, start, window_bytes
         self._window, self._start = b"", start
         self._sha256 = hashlib.sha256()
 
@@ -47,7 +49,7 @@ class Tape:
         end = self.position + n
         while end > self._start + len(self._window):
             fresh_start = self._start + len(self._window)
-            fresh = self._get(fresh_start, min(self.size, max(end, fresh_start + WINDOW_BYTES)))
+            fresh = self._get(fresh_start, min(self.size, max(end, fresh_start + self._window_bytes)))
             if not fresh:
                 raise DataError(f"byte {fresh_start}: the shard is cut")
             self._sha256.update(fresh)

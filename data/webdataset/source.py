@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.tar_samples import sample_members
 from scoreray.data.reading.allowlist import default_decoder
 from scoreray.data.reading.blocks import BlockReader, Rows
-from scoreray.data.reading.classes import NO_CLASS
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.reader import MAX_REQUEST_BYTES, Reader
 from scoreray.data.reading.stream import CACHE_DIR_BYTES, RankRows

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError
-from scoreray.data.reading.manifest import Manifest, is_picture
+from scoreray.data.reading.manifest import DataDescription, Manifest, is_picture
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.evaluate import described, evaluate
 from scoreray.sampling.evaluation.metrics import check_names
@@ -82,7 +82,7 @@ def chosen(config: Config) -> list[Function]:
     return [function for function, is_wanted in wanted.items() if is_wanted]
 
 
-def check_evaluation(config: Config, data: Manifest) -> None:
+def check_evaluation(config: Config, data: DataDescription) -> None:
     """Whether the functions will find what they need: the reference is there and fits `data`, the training set, and so
     do metrics, extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
     section = config.evaluation
@@ -101,6 +101,8 @@ def check_evaluation(config: Config, data: Manifest) -> None:
         check_names(settings.metrics)
         settings.request().fitted(info)
         if section.metrics:
+            if not isinstance(reference, Manifest):
+                raise UserError("reference: missing, and data.url has no manifest; give a packed data set")
             extractor = choose_extractor(settings, reference, None)
             choose_metrics(settings.metrics, info, reference, extractor, settings.restoration)
         if section.sheet:
@@ -119,7 +121,7 @@ def settings_of(config: Config, checkpoint_url: str) -> EvaluationSettings:
     section = config.evaluation
     return EvaluationSettings(
         checkpoint=checkpoint_url,
-        reference=section.reference or config.data.url,
+        reference=section.reference or str(config.data.url),
         metrics=tuple(section.metrics),
         out=run_store(config).url(FOLDER),
         extractor=section.extractor,

@@ -13,8 +13,8 @@ from functools import cached_property
 
 import torch
 
+from scoreray.data.classes import class_number
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.reading.classes import class_number
 from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.model.export import PREFIX, ExportedModel, ModelManifest, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid

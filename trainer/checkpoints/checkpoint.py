@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from scoreray.data.errors import DataError, Unanswered, UserError
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.manifest import DataDescription
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.marker import Marker, StoredFile
@@ -71,9 +71,9 @@ class Checkpoint:
         except DataError as error:
             raise DataError(f"{error}; {instead_of(self.store, self.folder)}") from error
 
-    def check_data(self, manifest: Manifest, url: str) -> None:
-        """Raises UserError, with what differs, unless `manifest` (at `url`) is of the data set that was trained on."""
-        if differing := self.marker.differences(manifest):
+    def check_data(self, data: DataDescription, url: str | Sequence[str]) -> None:
+        """Raises UserError, with what differs, unless `data` (at `url`) are those that were trained on."""
+        if differing := self.marker.differences(data):
             raise UserError(
                 f"data.url: {url} is not the data set that {self.url} was trained on: {'; '.join(differing)}; give a "
                 "URL where the same samples are, or begin a new run on these (another run.name, or --fresh)"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from scoreray.data.reading.manifest import Manifest, Sha256
+from scoreray.data.reading.manifest import DataDescription, Sha256
 from scoreray.data.seal import read_sealed, sealed
 
 FORMAT = 2
@@ -36,16 +36,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Which samples a run saw, in which order: the manifest's `identity`."""
+    """Which samples a run saw, in which order: the `identity` of the data. num_samples: None where it is not known."""
 
     __pydantic_config__ = _CONFIG
 
-    num_samples: Number
+    num_samples: Number | None
     sha256: Sha256
 
     @staticmethod
-    def of(manifest: Manifest) -> DataSet:
-        return DataSet(manifest.num_samples, manifest.identity)
+    def of(data: DataDescription) -> DataSet:
+        return DataSet(data.num_samples, data.identity)
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,18 @@ class Marker:
         place = url.rpartition("/")[0].rpartition("/")[0]
         return read_sealed(_MARKER, data, url, "checkpoint's marker", unsealed_format=UNSEALED, place=place)
 
-    def differences(self, manifest: Manifest) -> list[str]:
-        """How a data set differs from the one that was trained on, a phrase for each; none where it is the same."""
-        found = []
-        if manifest.shape != self.image_shape:
-            found.append(f"samples of shape {manifest.shape}, not {self.image_shape}")
-        if manifest.classes != self.classes:
-            found.append(_other_classes(manifest.classes, self.classes))
-        if self.data is not None and manifest.num_samples != self.data.num_samples:
-            found.append(f"{manifest.num_samples:,} samples, not {self.data.num_samples:,}")
-        if not found and self.data is not None and manifest.identity != self.data.sha256:
-            found.append(
-                f"other samples or another order (SHA-256 {manifest.identity[:12]}, not {self.data.sha256[:12]})"
-            )
+    def differences(self, data: DataDescription) -> list[str]:
+        """How data differ from those that were trained on, a phrase for each; none where they are the same."""
+        found, known = [], self.data
+        if data.shape != self.image_shape:
+            found.append(f"samples of shape {data.shape}, not {self.image_shape}")
+        if data.classes != self.classes:
+            found.append(_other_classes(data.classes, self.classes))
+        if known is not None and data.num_samples != known.num_samples:
+            found.append(f"{_samples(data.num_samples)}, not {_samples(known.num_samples)}")
+        if not found and known is not None and data.identity != known.sha256:
+            what = "other samples or another order" if known.num_samples else "other tars"
+            found.append(f"{what} (SHA-256 {data.identity[:12]}, not {known.sha256[:12]})")
         return found
 
 
@@ -139,6 +138,10 @@ class Share:
     def from_json(data: bytes, url: str) -> Share:
         """Raises DataError in one line that names `url`."""
         return read_sealed(_SHARE, data, url, "table of a rank's share")
+
+
+def _samples(count: int | None) -> str:
+    return "tars without a manifest" if count is None else f"{count:,} samples"
 
 
 def _other_classes(given: Sequence[str], trained: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Whether the data have the mean and scale that a model expects, from the manifest's statistics; `sigma_data: auto`.
+"""Whether the data have the mean and scale that a model expects, from their statistics; `sigma_data: auto`.
 
 Networks see c_in x and learn F of unit variance (Karras 2022, table 1); sampling starts from N(0, sigma_max^2) and ends
 at sigma_min. Data far from mean 0 and standard deviation sigma_data, or outside the range of noise levels, train
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from scoreray.data import checks
-from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
@@ -34,27 +34,27 @@ class Misfit:
     hopeless: bool
 
 
-def resolve_sigma_data(config: Config, manifest: Manifest, known: float | None = None) -> Config:
+def resolve_sigma_data(config: Config, data: DataDescription, known: float | None = None) -> Config:
     """`config` with a number for `denoiser.sigma_data: auto`: the one `known` of the run, which stays whatever copy of
     the data it goes on with, or the standard deviation of the data's values."""
     if config.denoiser.sigma_data != "auto":
         return config
-    denoiser = type(config.denoiser)(config.denoiser.parameterization, known or manifest.sigma_data)
+    denoiser = type(config.denoiser)(config.denoiser.parameterization, known or data.sigma_data)
     return config.model_copy(update={"denoiser": denoiser})
 
 
-def misfit(config: Config, manifest: Manifest) -> Misfit | None:
+def misfit(config: Config, data: DataDescription) -> Misfit | None:
     """A warning of one line, where a model with this config would not learn these data well; None where it should."""
     if config.network.is_machine:  # no noise level to scale
         return None
-    config = resolve_sigma_data(config, manifest)
-    expected, std, mean = config.denoiser.resolved_sigma_data, manifest.sigma_data, manifest.channel_means()
-    stds = [value for value in manifest.std if value > 0] or [std]
+    config = resolve_sigma_data(config, data)
+    expected, std, mean = config.denoiser.resolved_sigma_data, data.sigma_data, data.channel_means()
+    stds = [value for value in data.std if value > 0] or [std]
     low, high = config.process.sigma_range()
     offset = max(abs(value) for value in mean)
     hopeless = std >= high or std <= low or offset >= high
     within = math.hypot(*stds) / math.sqrt(len(stds))  # what is left when each channel is centered
-    uneven = manifest.dtype != "uint8" and (offset > FAR * within or max(stds) > APART * min(stds))
+    uneven = data.dtype != "uint8" and (offset > FAR * within or max(stds) > APART * min(stds))
     scaled = not 1 / FACTOR <= std / expected <= FACTOR
     ends = torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)
     first, last = config.objective.sigma_sampling.quantile(ends, config.process).tolist()
@@ -69,16 +69,16 @@ def misfit(config: Config, manifest: Manifest) -> Misfit | None:
         found += f", and the process has noise levels from {low:.3g} to {high:.3g} only"
     elif unseen:
         found += f", and {100 - 200 * TAIL:.0f}% of its training at noise levels from {first:.3g} to {last:.3g}"
-    return Misfit(f"{found}; {_fix(config, manifest, uneven)}", hopeless)
+    return Misfit(f"{found}; {_fix(config, data, uneven)}", hopeless)
 
 
-def _fix(config: Config, manifest: Manifest, uneven: bool) -> str:
+def _fix(config: Config, data: DataDescription, uneven: bool) -> str:
     if uneven:
         return (
             "center and scale each channel before packing: (x - mean) / (2 std), with the mean and std that `scoreray "
             "data inspect` gives"
         )
-    factor = manifest.sigma_data / 0.5
+    factor = data.sigma_data / 0.5
     smallest, largest = checks.NOISE_LEVELS
     if not (smallest <= factor * EDM().sigma_min and factor * EDM().sigma_max <= largest):
         return f"divide the data by {factor:.3g} before packing"
@@ -91,7 +91,7 @@ def _fix(config: Config, manifest: Manifest, uneven: bool) -> str:
             f"process.sigma_max={EDM().sigma_max * factor:.3g}",
             f"objective.sigma_sampling.P_mean={shifted:.3g}",
         ]
-    scale = "" if manifest.dtype == "uint8" else f"divide the data by {factor:.3g} before packing, or "
+    scale = "" if data.dtype == "uint8" else f"divide the data by {factor:.3g} before packing, or "
     return f"{scale}set {' '.join(settings)}"
 
 

@@ -72,14 +72,19 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """The packed data set (`scoreray data pack`) and how much of it makes one optimizer step.
+    """The data set (`scoreray data pack`) and how much of it makes one optimizer step.
 
+    `url`: where its manifest is; or tars without one, in brace notation (`s3://bucket/photos-{000000..000099}.tar`), as
+    a list of these, or the folder that holds them. For such tars alone: `num_classes`, 0 trains without; `image_size`:
+    the shorter side of pictures is resized to it and the centre cropped.
     `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
     another one, up to `quarantine_budget` samples in the whole run.
     `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
     """
 
-    url: str
+    url: str | tuple[str, ...]
+    num_classes: CountOrZero | None = None
+    image_size: Count | None = None
     global_batch_size: Count = 256
     num_lanes: Count | None = None
     shuffle_block: Count | None = None

@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from scoreray.data.packing.pack import pack
+from scoreray.data.reading.batches import Batch
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.stream import Batch, Stream
+from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.stats import ReadStats
 
 PIECE = 1 << 16

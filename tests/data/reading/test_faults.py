@@ -25,9 +25,10 @@ from obstore.store import S3Store
 import scoreray.data.storage.hedge as hedge
 import scoreray.data.storage.s3 as store_s3
 from scoreray.data.errors import DataError, StorageError
+from scoreray.data.reading.batches import Batch
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.quarantine import Quarantine
-from scoreray.data.reading.stream import Batch, Stream
+from scoreray.data.reading.stream import Stream
 from scoreray.data.storage import retries
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.data.storage.store import open_store

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scoreray.data.classes import class_number, in_order
 from scoreray.data.errors import UserError
-from scoreray.data.reading.classes import class_number, in_order
 
 TEXT_ORDER = tuple(sorted(str(i) for i in range(12)))  # 0, 1, 10, 11, 2, ...: of a data set that was packed as text
 
