@@ -1,22 +1,56 @@
 """The Monitor actor: relays progress, and requests to save or stop, between the workers of a run and its driver.
 
-It also owns the run's Prometheus gauges. Needs no torch, so that its process starts in a second.
+It also owns the run's Prometheus gauges, and removes the placement group of workers whose run has ended without doing
+so. Needs no torch, so that its process starts in a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from scoreray.trainer.monitoring.metrics import CATALOGUE, RunStatus, TrainingProgress, values
 from scoreray.trainer.monitoring.stopping import LoopRequest
 
 EXPORT_EVERY_S = 2.0  # Ray shows no gauge that was not set again within its export interval (10 s)
+ABANDONED_S = 60.0  # without a driver that reads, and without a controller: nobody will end this actor
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Workers that Ray Train's controller has started: handles of Ray's, by which they can be ended."""
+
+    controller: Any
+    controller_pid: int
+    workers: tuple[Any, ...]
+    nodes: frozenset[str]
+    placement_group: Any
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """What decides whether workers that failed are started again.
+
+    ending: what the run, or this start of it, is to end with. errors: by rank, as the ranks raised them. nodes: ids of
+    the group's. committed: images of the newest commit.
+    """
+
+    ending: Exception | None = None
+    errors: Mapping[int, Exception] = field(default_factory=dict)
+    nodes: frozenset[str] = frozenset()
+    committed: int = 0
 
 
 class Monitor:
     """A Ray actor between rank 0, Ray Train's controller and the driver; losing it loses nothing of the run.
+
+    It is detached, because it has to outlive them: a placement group that Ray Train's controller made stays for as long
+    as the Ray job, also when the controller has been killed (seen in Ray 2.57 to 2.60). It ends by `close`, or by
+    itself when the controller is dead and no driver has read for `ABANDONED_S`.
 
     All gauges are set again every `EXPORT_EVERY_S`, so that they stay visible, and their ages grow, while the workers
     hang, die or wait for room. `committed_at`, `skipped_steps`: of the checkpoint that the run resumes from.
@@ -28,6 +62,10 @@ class Monitor:
         self._shown: dict[tuple[str, str], float] = {}
         self._notes: list[str] = []
         self._request, self._committed_before = LoopRequest.NOTHING, 0
+        self._group: WorkerGroup | None = None
+        self._ending: Exception | None = None
+        self._errors: dict[int, Exception] = {}
+        self._read_at = time.monotonic()
         threading.Thread(target=self._export, daemon=True).start()
 
     def _export(self) -> None:
@@ -42,7 +80,22 @@ class Monitor:
             for (name, label), value in self.values().items():
                 tags = dict.fromkeys(labels[name], label)
                 gauges[name].set(value, tags={"run": self._run, **tags})
+            self._look_after_group()
             time.sleep(EXPORT_EVERY_S)
+
+    def _look_after_group(self) -> None:
+        """A run that was killed leaves its placement group, and this actor."""
+        import ray
+
+        if self._group is not None:
+            try:
+                ray.get(self._group.controller.__ray_ready__.remote(), timeout=EXPORT_EVERY_S)
+            except ray.exceptions.RayActorError:
+                self.release()
+            except ray.exceptions.GetTimeoutError:  # it is busy, or stopped
+                pass
+        if self._group is None and time.monotonic() - self._read_at > ABANDONED_S:
+            ray.kill(ray.get_runtime_context().current_actor)
 
     def values(self) -> dict[tuple[str, str], float]:
         """(metric, value of its label or "") -> value, now; what a restart can't know yet keeps its last value."""
@@ -89,7 +142,46 @@ class Monitor:
         self._request = LoopRequest.STOP
         return self._progress is not None
 
-    def read(self) -> tuple[TrainingProgress | None, list[str]]:
-        """The newest progress of this start of the workers, and the notes since the last call."""
+    def read(self) -> tuple[TrainingProgress | None, list[str], int]:
+        """The newest progress of this start of the workers, notes since the last call, the controller's pid or 0."""
         notes, self._notes = self._notes, []
-        return self._progress, notes
+        self._read_at = time.monotonic()
+        return self._progress, notes, self._group.controller_pid if self._group else 0
+
+    def started(self, group: WorkerGroup) -> Exception | None:
+        """Workers have been started, and do not train yet. Returns what they are to end with, if they are."""
+        self._group = group
+        self._errors.clear()
+        return self._ending
+
+    def failed(self, rank: int, error: Exception) -> None:
+        """A rank is about to raise `error`: Ray Train would wrap it in a class of its own."""
+        self._errors[rank] = error
+
+    def group_state(self) -> GroupState:
+        nodes = self._group.nodes if self._group else frozenset()
+        progress = self._status.progress
+        return GroupState(self._ending, dict(self._errors), nodes, progress.committed if progress else 0)
+
+    def end(self, ending: Exception | None) -> WorkerGroup | None:
+        """What the next failure or start of workers ends Ray Train with (None: with nothing); returns the newest."""
+        self._ending = ending
+        return self._group
+
+    def release(self) -> None:
+        """The controller is dead: removes the placement group that it made."""
+        from ray.util import remove_placement_group
+
+        if self._group is not None:
+            with contextlib.suppress(Exception):  # it has been removed
+                remove_placement_group(self._group.placement_group)
+            self._group = None
+
+    def close(self) -> None:
+        """The run has ended. Where it was to end before its workers started, they may still start, to end then."""
+        import ray
+
+        pending = self._group is None and self._ending is not None
+        self.release()
+        if not pending:
+            ray.actor.exit_actor()

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 
@@ -19,7 +18,7 @@ LATE = 4  # times the hang's time-out that a controller may take to notice the e
 
 
 class ControllerWatch:
-    """One for a run; `begin` is called with each controller. The run's handling of a dead controller does the rest."""
+    """One for a run; `pid` is set to each controller's. The run's handling of a dead controller does the rest."""
 
     def __init__(self, hang_timeout_s: float, note: Callable[[str], None]) -> None:
         self._looks, self._note = max(1, round(hang_timeout_s / LOOK_S)), note
@@ -34,15 +33,6 @@ class ControllerWatch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
-    def begin(self, controller: Any) -> None:
-        """A controller has been started: a handle of its actor."""
-        self._pid = 0
-        controller.__ray_call__.remote(lambda _: os.getpid()).future().add_done_callback(self._answered)
-
-    def _answered(self, future: Any) -> None:
-        with contextlib.suppress(Exception):  # it died before it answered
-            self.pid = future.result()
-
     @property
     def pid(self) -> int:
         """Of the controller's process; 0 while it is not known."""
@@ -50,7 +40,8 @@ class ControllerWatch:
 
     @pid.setter
     def pid(self, pid: int) -> None:
-        self._pid, self._stopped, self._finished = pid, 0, 0
+        if pid != self._pid:
+            self._pid, self._stopped, self._finished = pid, 0, 0
 
     def passing(self, watch: Callable[[TrainingProgress], None]) -> Callable[[TrainingProgress], None]:
         """`watch`, after this has seen the progress."""
@@ -69,8 +60,10 @@ class ControllerWatch:
         """Once in LOOK_S. Looks are counted, not seconds: while this process is stopped itself, nothing counts."""
         if not self._pid:
             return
-        progress = self._progress
-        self._stopped = self._stopped + 1 if state_of(self._pid) == "T" else 0
+        progress, state = self._progress, state_of(self._pid)
+        if not state:
+            return
+        self._stopped = self._stopped + 1 if state == "T" else 0
         self._finished = self._finished + 1 if progress is not None and progress.committed >= progress.total else 0
         if self._stopped >= self._looks:
             self._kill(f"was stopped for {self._stopped * LOOK_S:.0f} s")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
-from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered, UserError
-from scoreray.data.storage.store import open_store
+import ray
+from ray.train import UserCallback
+
+from scoreray.data.errors import DataError, MachineError, ScorerayError, StorageError, Unanswered, UserError
+from scoreray.trainer.monitoring.monitor import GroupState
 from scoreray.trainer.monitoring.stopping import NonFiniteError, Preempted
-from scoreray.trainer.on_ray.hooks import (
-    DefaultFailurePolicy,
-    FailureDecision,
-    WorkerHealthCheckFailedError,
-    WorkerHealthCheckTimeoutError,
-)
 
-MARKER = "/COMMITTED.json"  # of a checkpoint, whose folder's name begins with the images seen
 FINAL_ERRORS = (UserError, DataError, NonFiniteError, StorageError)  # a restart would only meet them again
+# Ray Train's names of what befell a worker, compared as text: its classes are private, and only lines depend on them.
+HUNG, DIED, NOT_STARTED = "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "WorkerGroupStartup"
 
 
-def cause(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray Train raises, else Ray's error itself."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
-    ours = [one for one in causes if isinstance(one, ScorerayError)]
-    lost = [one for one in causes if isinstance(one, (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError))]
-    return next(iter([one for one in ours if is_final(one)] + ours + lost), error)
+class Resized(ScorerayError):
+    """This start of Ray Train ends because the run goes on with another number of workers. Not a failure."""
 
 
 def is_final(error: BaseException) -> bool:
@@ -33,45 +27,67 @@ def is_final(error: BaseException) -> bool:
     return isinstance(error, FINAL_ERRORS) and not isinstance(error, Unanswered)
 
 
-def reason_of(error: BaseException, training_failed_error: Any = None) -> str:
+def cause(errors: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """The rank whose error explains the others', and that error: when one rank ends, the others lose a peer."""
+
+    def weight(error: BaseException) -> int:
+        if isinstance(error, ScorerayError):
+            return 3 if is_final(error) else 2
+        return 1 if type(error).__name__ in (HUNG, DIED) else 0
+
+    return max(errors.items(), key=lambda entry: weight(entry[1]))
+
+
+def reason_of(rank: int, error: BaseException) -> str:
     """One line of why workers are started again."""
-    failures = getattr(training_failed_error, "worker_failures", None) or {}
-    ranks = [rank for rank, failure in failures.items() if getattr(failure, "_base_exc", failure) is error]
-    who = f"rank {ranks[0]}" if ranks else "a worker"
-    if isinstance(error, WorkerHealthCheckTimeoutError):
-        return f"{who} hung (no answer for scaling.hang_timeout_s) and was ended"
-    if isinstance(error, WorkerHealthCheckFailedError):
-        return f"{who} died"
+    if type(error).__name__ == HUNG:
+        return f"rank {rank} hung (no answer for scaling.hang_timeout_s) and was ended"
+    if type(error).__name__ == DIED:
+        return f"rank {rank} died"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
-class RunFailurePolicy(DefaultFailurePolicy):
-    """Restarts as Ray Train does, but never after an error that is final; reports to `monitor` why it restarts.
+class RestartPolicy(UserCallback):
+    """In Ray Train's controller: raises what ends the run, which Ray Train does not start again; else reports why the
+    workers are started again. Ray's own `FailureConfig` retries without end.
 
     `max_failures` counts failures without a commit in between, so that a long run is not ended by its length: Ray's own
     count is of the whole run, and a year of training meets more than three dead nodes. Preemptions are no failures.
     """
 
-    def __init__(self, failure_config: Any, monitor: Any, run_url: str) -> None:
-        super().__init__(failure_config)
-        self._monitor, self._run_url, self._newest = monitor, run_url, ""
+    def __init__(self, monitor: Any, max_failures: int, elastic: bool) -> None:
+        self._monitor, self._max_failures, self._elastic = monitor, max_failures, elastic
+        self._failures, self._committed = 0, -1
 
-    def make_decision(self, training_failed_error: Any) -> Any:
-        reason = cause(training_failed_error)
-        if is_final(reason):
-            return FailureDecision.RAISE
-        if isinstance(reason, Preempted):
-            decision = FailureDecision.RETRY
-        else:
-            with contextlib.suppress(ScorerayError):
-                newest = max(
-                    (key for key, _ in open_store(self._run_url).list("checkpoints/") if key.endswith(MARKER)),
-                    default="",
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        state = GroupState()
+        with contextlib.suppress(ray.exceptions.RayActorError):  # without a monitor Ray's errors have to do
+            state = ray.get(self._monitor.group_state.remote())
+        if state.ending is not None:
+            raise state.ending
+        rank, error = cause({**worker_exceptions, **state.errors})
+        if is_final(error):
+            raise error
+        reason = reason_of(rank, error)
+        preempted = isinstance(error, Preempted)
+        if not preempted:
+            self._failures = self._failures + 1 if state.committed <= self._committed else 1
+            self._committed = max(self._committed, state.committed)
+            if 0 <= self._max_failures < self._failures:
+                raise (
+                    error
+                    if type(error).__name__ not in (HUNG, DIED)
+                    else MachineError(
+                        f"{reason}; that is failure {self._failures} since the last commit, "
+                        f"scaling.max_failures is {self._max_failures}; the same command goes on from what is committed"
+                    )
                 )
-                if newest > self._newest:
-                    self._newest, self._worker_group_failures = newest, 0
-            decision = super().make_decision(training_failed_error)
-        if decision == FailureDecision.RETRY:
-            self._monitor.restarted.remote(reason_of(reason, training_failed_error))
-        return decision
+        if self._elastic and (preempted or not state.nodes <= live_nodes()):
+            raise Resized(reason)
+        self._monitor.restarted.remote(reason)
+
+
+def live_nodes() -> set[str]:
+    """Ids of the cluster's nodes."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -1,161 +1,130 @@
-"""Every private name of Ray that training uses, and why; tests of real runs hold them to Ray 2.60.
+"""Every private name of Ray that training uses: for a quicker start, alone. Without them a run does the same, later.
 
-| what | why the public interface does not do |
-|---|---|
-| `DefaultFailurePolicy`, health check errors | Ray retries after any error; bad bytes would only come again |
-| `ScalingPolicy` and its decisions | Ray's elastic policy looks every 20 s, and resizes without letting the run save |
-| overrides of `DataParallelTrainer` | it takes no policies, and its SIGINT handler aborts workers before they save |
-| `get_address_and_port`, torch's variables | Ray's torch backend listens on all addresses (`rendezvous.py`) |
-| `get_train_context` | the only place where a worker sees that its node will be taken away |
-| `ray._private.state` | draining nodes, and free resources by node |
-| `RAY_NODE_ID_KEY` | the label by which an actor is placed on the driver's own node |
-| `PrestartWorkers` of the raylet | saves 4 s of imports in each worker that starts again (`standby.py`) |
+| hook | private names | what it saves | without it |
+|---|---|---|---|
+| `LeanTrainer` | `_create_default_callbacks`, `_initialize_and_run_controller`, its scaling policy's requests | processes that no run uses: Ray Data's at each start of workers; on an embedded cluster also the autoscaler's and a cleaner that needs a dashboard | they start |
+| `Standby` | `PrestartWorkers` of the raylet's gRPC service, `init_grpc_channel`, `get_runtime_env_info`, Ray Train's `get_env_vars_to_propagate`; `SETUP_HOOK`, `WORKER_MODULE` | 4 s of a core's imports (torch, Ray Train) between a worker's death and the next step: from SIGKILL to there 2.6 s instead of 21 (2 workers on 2 cores at a load of 14, benchmarks/start.py) | workers start cold |
 
-Ray Train's controller imports this module and would wait for torch's import, so only functions that run on workers
-import torch.
-"""
+`MISSING` has those that this version of Ray lacks; one is enough to do without any of them.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import ray
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerHealthCheckFailedError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError as WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy as DefaultFailurePolicy
-from ray.train.v2._internal.execution.failure_handling import FailureDecision as FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision as NoopDecision
-from ray.train.v2._internal.execution.scaling_policy import ResizeDecision as ResizeDecision
-from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy as ScalingPolicy
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.torch import TorchTrainer
 
-from scoreray.trainer.on_ray.controller_watch import ControllerWatch
+from scoreray.trainer.monitoring.metrics import TrainingProgress
 
 SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # names what a new worker process calls before any work
 WORKER_MODULE = "ray.train.v2._internal.execution.worker_group.worker"  # what a worker imports first
+MODULES = "SCORERAY_IMPORTS"
+KEEP_S = 24 * 3600  # of waiting without work; they end with their raylet in any case
 
-
-class RunTrainer(DataParallelTrainer):
-    """Ray Train with policies of ours, and with Ctrl-C left to Python: the driver catches it and calls `abort`.
-
-    without: default callbacks to leave out, by class name.
-    """
-
-    def __init__(
-        self,
-        *arguments: Any,
-        failure_policy: Any,
-        scaling_policy: Any,
-        without: frozenset[str],
-        controller_watch: ControllerWatch,
-        **settings: Any,
-    ) -> None:
-        super().__init__(*arguments, **settings)
-        self._policies = {"failure_policy": failure_policy, "scaling_policy": scaling_policy}
-        self._without, self._controller_watch = without, controller_watch
-        self._controller: Any = None
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**arguments, **self._policies})
-
-    def _create_default_callbacks(self) -> Any:
-        return [one for one in super()._create_default_callbacks() if type(one).__name__ not in self._without]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        self._controller = controller
-        self._controller_watch.begin(controller)
-
-    def wait(self, timeout_s: float) -> None:
-        """Until the run has ended, at most so long."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                ray.get(self._controller.get_result.remote(), timeout=max(0.1, deadline - time.monotonic()))
-                return
-            except ValueError:  # it has not
-                time.sleep(0.1)
-
-    def abort(self) -> None:
-        """End the workers."""
-        if self._controller is not None:
-            with contextlib.suppress(Exception):  # the actor exits in this call, so its death is the expected result
-                ray.get(self._controller.abort.remote(), timeout=10)
-
-
-def resources_per_worker(scaling_config: Any) -> dict[str, float]:
-    """With Ray's defaults filled in."""
-    return dict(scaling_config._resources_per_worker_not_none)
-
-
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that will be taken away."""
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def free_resources() -> dict[str, dict[str, float]]:
-    """Resources that are not in use, by node id."""
-    found = ray._private.state.state.available_resources_per_node()
-    return {node: dict(resources) for node, resources in found.items()}
-
-
-def on_this_node() -> dict[str, str]:
-    """A label selector of the node that this process runs on."""
-    return {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
-
-
-def preemption_announced() -> bool:
-    """On a worker: whether Ray has announced that a node of the group will be taken away."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
-
-
-def free_address(worker_group: Any) -> tuple[str, int]:
-    """Address and an unused port of rank 0's machine."""
-    from ray.train._internal.utils import get_address_and_port
-
-    address, port = worker_group.execute_single(0, get_address_and_port)
-    return address, port
-
-
-def set_rank_variables() -> None:
-    """On a worker: RANK, WORLD_SIZE, LOCAL_RANK, ... as torch's launcher sets them."""
-    from ray.train.torch.config import _set_torch_distributed_env_vars
-
-    _set_torch_distributed_env_vars()
-
-
-def prestart_workers(count: int, environment: Mapping[str, str], keep_s: int) -> None:
-    """Has this node's raylet start `count` processes that Ray Train's workers with this environment will be given.
-
-    Returns at once. The processes end with their raylet, or unused after `keep_s`. Raises where Ray can't.
-    """
-    from google.protobuf import json_format
+_OVERRIDDEN = ("_create_default_callbacks", "_initialize_and_run_controller")
+MISSING = [name for name in _OVERRIDDEN if not hasattr(TorchTrainer, name)]
+try:
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.utils import get_runtime_env_info
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
+    from ray.train.v2._internal import constants
+
+    _inherited = {
+        constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
+    }
+    _propagated, _Stub = constants.get_env_vars_to_propagate, node_manager_pb2_grpc.NodeManagerServiceStub
+    _Request = node_manager_pb2.PrestartWorkersRequest  # type: ignore[attr-defined]
+except (ImportError, AttributeError) as error:
+    MISSING.append(str(error))
+
+
+class LeanTrainer(TorchTrainer):
+    """Ray Train without the processes that a run does not use; `alone`: on an embedded cluster, of one machine."""
+
+    def __init__(self, *arguments: Any, alone: bool, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._alone = alone
+
+    def _create_default_callbacks(self) -> Any:
+        unused = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if self._alone else [])}
+        found = super()._create_default_callbacks()
+        return [one for one in found if MISSING or type(one).__name__ not in unused]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if (policy := arguments.get("scaling_policy")) and self._alone and not MISSING:
+            policy.after_controller_start = policy._maybe_send_resource_request = lambda *_: None
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class Standby:
+    """Passes progress on, and starts pre-warmed processes at once and `after_s` after each start of the workers (None:
+    at the first start alone). For an embedded cluster: elsewhere the raylets are not ours."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        environment: Mapping[str, str],
+        after_s: float | None,
+        watch: Callable[[TrainingProgress], None],
+    ) -> None:
+        self._num_workers, self._environment, self._after_s = num_workers, environment, after_s
+        self._watch, self._ready_for = watch, 0.0
+        self.prestart()
+
+    def __call__(self, progress: TrainingProgress) -> None:
+        begun = progress.started_at
+        if self._after_s is not None and begun != self._ready_for and time.time() - begun >= self._after_s:
+            self._ready_for = begun
+            self.prestart()
+        self._watch(progress)
+
+    def prestart(self) -> None:
+        """Has this node's raylet start the processes, and returns at once; they take what time the cores have."""
+        import ray
+
+        if MISSING or ray.get_runtime_context().runtime_env:  # Ray adds it to a worker's: it would be another text
+            return
+        try:
+            _prestart(self._num_workers, self._environment)
+        except Exception:
+            logging.getLogger(__name__).debug("no pre-warmed processes", exc_info=True)
+
+
+def _prestart(count: int, environment: Mapping[str, str]) -> None:
+    import ray
+    from google.protobuf import json_format
     from ray.runtime_env import RuntimeEnv
-    from ray.train.v2._internal.constants import (
-        DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
-        RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
-        get_env_vars_to_propagate,
-    )
 
     context = ray.get_runtime_context()
-    inherited = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
-    variables = {**inherited, **get_env_vars_to_propagate(), **environment}
+    variables = {**_inherited, **_propagated(), **environment}
     (node,) = [node for node in ray.nodes() if node["NodeID"] == context.get_node_id()]
-    request = node_manager_pb2.PrestartWorkersRequest(
-        job_id=bytes.fromhex(context.get_job_id()), keep_alive_duration_secs=keep_s, num_workers=count
-    )
+    job = bytes.fromhex(context.get_job_id())
+    request = _Request(job_id=job, keep_alive_duration_secs=KEEP_S, num_workers=count)
     info = get_runtime_env_info(RuntimeEnv(env_vars=variables), is_job_runtime_env=False, serialize=True)
     json_format.Parse(info, request.runtime_env_info)
     # The raylet compares environments as text, in the form that Ray gives one that was merged with a parent's.
     text = json.dumps({"env_vars": variables}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     request.runtime_env_info.serialized_runtime_env = text
     with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
-        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=10)
+        _Stub(channel).PrestartWorkers(request, timeout=10)
+
+
+def import_variables(deepspeed: bool) -> dict[str, str]:
+    """Environment variables by which a worker process imports what training needs before it is given work."""
+    names = ["scoreray.trainer.on_ray.training_function", WORKER_MODULE, *(["deepspeed"] if deepspeed else [])]
+    return {SETUP_HOOK: f"{__name__}.warm", MODULES: ",".join(names)}
+
+
+def warm() -> None:
+    """Runs in each such process. What can't be imported is reported by the code that uses it."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in os.environ.get(MODULES, "").split(","):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)

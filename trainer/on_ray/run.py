@@ -13,24 +13,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from itertools import count
 from typing import Any
 
-import torch
-
-from scoreray.data.errors import MachineError
+from scoreray.data.errors import MachineError, ScorerayError
 from scoreray.data.scratch import SCRATCH
-from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
-from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.monitoring.monitor import Monitor
-from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError
+from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.on_ray.controller_watch import ControllerWatch
-from scoreray.trainer.on_ray.standby import import_variables, prestart
 from scoreray.trainer.run_folder import run_store
 
 POLL_S = 0.25
+LOOK_S = 1.0  # between two looks for room to grow
+END_S = 10.0  # in which Ray Train ends after its workers have been
 SCRAPED_S = 30.0  # Ray exports each 10 s, Prometheus scrapes each 15 s (k8s/base/platform/pod-monitor.yaml)
 
 
@@ -45,116 +44,195 @@ def fit(
     again or a sample can't be read. Raises the error that ended the run as it was raised on the worker. The first
     KeyboardInterrupt saves, for at most `scaling.grace_s`, a second one does not; what is committed stays.
     """
-    import ray
-
-    from scoreray.trainer.on_ray.failures import cause
-    from scoreray.trainer.on_ray.hooks import RunTrainer, on_this_node
+    from scoreray.trainer.on_ray.hooks import MISSING, Standby
     from scoreray.trainer.on_ray.workers import on_one_machine
 
     before = latest(run_store(config))
     if before is not None and before.images_seen >= config.duration.images:
         return before.images_seen
-    known = (before.marker.time, before.marker.skipped_steps) if before is not None else (0.0, 0)
-    # On the driver's node: it then dies with the driver, and not before.
-    monitor = ray.remote(num_cpus=0, label_selector=on_this_node())(Monitor).remote(config.run.name, *known)
-    done = threading.Event()
-    if alone := on_one_machine():
-        watch = _Standby(config, watch)
-    controller_watch = ControllerWatch(config.scaling.hang_timeout_s, note)
-    watcher = threading.Thread(target=_follow, args=(monitor, controller_watch.passing(watch), note, done), daemon=True)
-    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch, controller_watch:
-        trainer: RunTrainer | None = None
-        deaths = 0
-        watcher.start()
-        try:
-            while trainer is None:
-                trainer = _trainer(config, monitor, controller_watch, os.path.join(scratch, str(deaths)))
-                if alone:
-                    prestart(config.scaling.range[1], worker_environment(config, alone=True))
-                try:
-                    trainer.fit()
-                except ray.exceptions.RayActorError:  # the controller; its workers end with it
-                    deaths += 1
-                    if _images_committed(config) >= config.duration.images:
-                        break
-                    if 0 <= config.scaling.max_failures < deaths:
-                        raise MachineError(
-                            f"Ray Train's controller died {deaths} times, scaling.max_failures is "
-                            f"{config.scaling.max_failures}; the same command goes on from what is committed"
-                        ) from None
-                    ray.get(monitor.restarted.remote("Ray Train's controller died"))
-                    trainer = None
-        except KeyboardInterrupt:
-            if trainer is None or not _stop(trainer, monitor, config, note):
-                raise
-        except Exception as error:
-            reason = cause(error)
-            if isinstance(reason, NonFiniteError) and not alone:
-                _report_nonfinite(monitor, note)
-            raise reason from None
-        finally:
-            done.set()
-            watcher.join(timeout=5)
-            ray.kill(monitor)
-    return _images_committed(config)
-
-
-def _trainer(config: Config, monitor: Any, controller_watch: ControllerWatch, scratch: str) -> Any:
-    """Ray Train's side of a run, not started yet."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-    from scoreray.trainer.on_ray.failures import RunFailurePolicy
-    from scoreray.trainer.on_ray.hooks import RunTrainer
-    from scoreray.trainer.on_ray.rendezvous import RendezvousConfig
-    from scoreray.trainer.on_ray.workers import FixedWorkers, WorkersThatFit, on_one_machine
-
-    os.makedirs(scratch)
-    (low, high), alone = config.scaling.range, on_one_machine()
+    monitor, done, alone = _start_monitor(config, before), threading.Event(), on_one_machine()
+    # The controller and the workers inherit these.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.hang_timeout_s - POLL_S - 1)
     if alone:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # our own machine gives no notice, but takes a process
-    scaling = ScalingConfig(
-        num_workers=low if low == high else (low, high),
-        use_gpu=config.scaling.use_gpu,
-        resources_per_worker={"CPU": config.scaling.cpus_per_worker, "GPU": int(config.scaling.use_gpu)},
-    )
-    failures = FailureConfig(max_failures=config.scaling.max_failures)
-    workers: Any = FixedWorkers(scaling, alone)
-    if low != high:
-        every_s, grace_s = config.scaling.resize_every_s, config.scaling.grace_s
-        workers = WorkersThatFit(scaling, monitor, alone, config.world_sizes, every_s, grace_s)
-    # Ray Data is not used, and its callback starts a process. The cleaner calls the State API, which only a dashboard
-    # serves: in vain on an embedded cluster, which needs no cleaning, as it ends with this process.
-    without = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
-    return RunTrainer(
-        _train_on_worker,
-        failure_policy=RunFailurePolicy(failures, monitor, run_store(config).url()),
-        scaling_policy=workers,
-        without=frozenset(without),
-        controller_watch=controller_watch,
-        backend_config=RendezvousConfig(folder=scratch if alone else ""),
-        train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor},
-        scaling_config=scaling,
+        scaling, environment = config.scaling, worker_environment(config, alone=True)
+        watch = Standby(scaling.range[1], environment, scaling.standby_after_s, watch)
+    if MISSING:
+        note(f"this version of Ray lacks {', '.join(MISSING)}: workers start more slowly")
+    with (
+        tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch,
+        ControllerWatch(config.scaling.hang_timeout_s, note) as controller_watch,
+    ):
+        watcher = threading.Thread(target=_follow, args=(monitor, controller_watch, watch, note, done), daemon=True)
+        watcher.start()
+        try:
+            _train(config, monitor, scratch, alone, note)
+        except NonFiniteError:
+            if not alone:
+                _report_nonfinite(monitor, note)
+            raise
+        finally:
+            done.set()
+            watcher.join(timeout=5)
+            monitor.close.remote()
+    return _images_committed(config)
+
+
+def _start_monitor(config: Config, before: Checkpoint | None) -> Any:
+    """On this process's node, where nothing dies before it; the cluster's other nodes may."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    known = (before.marker.time, before.marker.skipped_steps) if before is not None else (0.0, 0)
+    local = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(num_cpus=0, lifetime="detached", scheduling_strategy=local)(Monitor)
+    return monitor.remote(config.run.name, *known)
+
+
+def _train(config: Config, monitor: Any, scratch: str, alone: bool, note: Callable[[str], None]) -> None:
+    """Until the run ends: Ray Train, started again with another number of workers or after its controller has died."""
+    import ray
+    from ray.train import ControllerError
+
+    from scoreray.trainer.on_ray.failures import NOT_STARTED, Resized
+    from scoreray.trainer.on_ray.workers import size_with_room
+
+    deaths = 0
+    for attempt in count():
+        size = size_with_room(config.world_sizes, _resources(config), note)
+        trainer = _trainer(config, size, monitor, os.path.join(scratch, str(attempt)), alone)
+        fitting = _in_thread(trainer.fit)
+        try:
+            _wait(config, monitor, fitting, size)
+            return
+        except KeyboardInterrupt:
+            if not _stop(config, monitor, fitting, note):
+                raise
+            return
+        except ControllerError as error:
+            failure = error.controller_failure
+            if not isinstance(failure, Resized) and not type(failure).__name__.startswith(NOT_STARTED):
+                raise failure from None
+            reason = str(failure).partition(". ")[0]
+        except ray.exceptions.RayActorError:  # the controller; its workers end with it
+            deaths += 1
+            if _images_committed(config) >= config.duration.images:
+                return
+            if 0 <= config.scaling.max_failures < deaths:
+                raise MachineError(
+                    f"Ray Train's controller died {deaths} times, scaling.max_failures is "
+                    f"{config.scaling.max_failures}; the same command goes on from what is committed"
+                ) from None
+            reason = "Ray Train's controller died"
+        ray.get([monitor.release.remote(), monitor.end.remote(None), monitor.restarted.remote(reason)])
+
+
+def _resources(config: Config) -> dict[str, float]:
+    """Of each worker."""
+    resources = {"CPU": config.scaling.cpus_per_worker, "GPU": float(config.scaling.use_gpu)}
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def _trainer(config: Config, size: int, monitor: Any, scratch: str, alone: bool) -> Any:
+    """Ray Train's side of a run, not started yet."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    from scoreray.trainer.on_ray.failures import RestartPolicy
+    from scoreray.trainer.on_ray.hooks import LeanTrainer
+    from scoreray.trainer.on_ray.rendezvous import RendezvousConfig
+    from scoreray.trainer.on_ray.training_function import train_on_worker
+
+    os.makedirs(scratch)
+    elastic, use_gpu = len(config.world_sizes) > 1, config.scaling.use_gpu
+    return LeanTrainer(
+        train_on_worker,
+        alone=alone,
+        torch_config=RendezvousConfig(monitor, "nccl" if use_gpu else "gloo", scratch if alone else ""),
+        train_loop_config={"config": config.model_dump(mode="json"), "monitor": monitor, "alone": alone},
+        scaling_config=ScalingConfig(num_workers=size, use_gpu=use_gpu, resources_per_worker=_resources(config)),
         run_config=RunConfig(
             name=config.run.name,
             storage_path=scratch,
-            failure_config=failures,
+            # How often is the policy's decision. With a number that may be smaller, workers that can't be started are
+            # a reason to look for room again.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=0 if elastic else -1),
+            callbacks=[RestartPolicy(monitor, config.scaling.max_failures, elastic)],
             worker_runtime_env={"env_vars": worker_environment(config, alone=alone)},
         ),
     )
 
 
-def _stop(trainer: Any, monitor: Any, config: Config, note: Callable[[str], None]) -> bool:
+def _in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """Ray Train handles SIGINT where `fit` is called on the main thread, and would end the workers before they save."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    return future
+
+
+def _wait(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None:
+    """Until Ray Train returns; raises what it raised, or `Resized` where there is room for more workers.
+
+    Looked for from `scaling.resize_every_s` after the start on. Not in an actor, as a sweep's trial is: it may be
+    killed without a word, and its reservations would stay.
+    """
+    import ray
+
+    fixed = size == config.world_sizes[-1] or ray.get_runtime_context().get_actor_id() is not None
+    wait([fitting], None if fixed else config.scaling.resize_every_s)
+    if not fitting.done():
+        _end_when_it_can_grow(config, monitor, fitting, size)
+    fitting.result()
+
+
+def _end_when_it_can_grow(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None:
+    """Saves before; what it found room for is held until then. Returns early where Ray Train does."""
+    import ray
+
+    from scoreray.trainer.on_ray.failures import Resized
+    from scoreray.trainer.on_ray.workers import reserved
+
+    with reserved(config.world_sizes, size, _resources(config)) as found:
+        while (larger := found()) == size:
+            if wait([fitting], LOOK_S).done:
+                return
+        monitor.request_save.remote()
+        deadline = time.monotonic() + config.scaling.grace_s
+        while not ray.get(monitor.has_saved.remote()) and time.monotonic() < deadline:
+            if wait([fitting], POLL_S).done:
+                return
+    _end(monitor, fitting, Resized(f"there is room for {larger} of them now, not {size}"))
+
+
+def _end(monitor: Any, fitting: Future[Any], ending: Exception) -> None:
+    """Ends the workers, and with them Ray Train, whose controller then meets `ending` (see `RestartPolicy`)."""
+    import ray
+
+    group = ray.get(monitor.end.remote(ending))
+    for worker in group.workers if group else ():
+        ray.kill(worker)
+    if group and not wait([fitting], END_S).done:  # the controller hangs
+        ray.kill(group.controller)
+
+
+def _stop(config: Config, monitor: Any, fitting: Future[Any], note: Callable[[str], None]) -> bool:
     """Save and end the workers; returns whether the run had reached its end by then."""
     import ray
 
     try:
         if ray.get(monitor.request_stop.remote(), timeout=5):  # else nothing was trained that could be saved
             note("stopping: saving first (once more Ctrl-C: at once)")
-            trainer.wait(config.scaling.grace_s)
+            wait([fitting], config.scaling.grace_s)
     except (KeyboardInterrupt, ray.exceptions.RayError):
         pass
-    trainer.abort()
+    if not fitting.done():
+        _end(monitor, fitting, ScorerayError("stopped"))
     return _images_committed(config) >= config.duration.images
 
 
@@ -180,86 +258,26 @@ def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]
     if not config.scaling.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     if alone:
+        from scoreray.trainer.on_ray.hooks import import_variables
+
         environment["GLOO_SOCKET_IFNAME"] = "lo"
         environment |= import_variables(deepspeed=config.engine.zero_stage not in ("auto", 0))
     return environment
 
 
-def _train_on_worker(settings: dict[str, Any]) -> None:
-    """What Ray Train calls on each worker."""
-    import logging
-
-    import ray.train
-    import ray.train.torch
-
-    from scoreray.trainer.on_ray.rendezvous import preempted
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # Ray sets it by the worker's CPUs, perhaps after torch's import
-        torch.set_num_threads(int(threads))
-    context = ray.train.get_context()
-    monitor = settings["monitor"]
-    config = Config.model_validate(settings["config"])
-    reporter = _Reporter(monitor, preempted)
-    device = torch.device("cpu")
-    if config.scaling.use_gpu:
-        device = ray.train.torch.get_device()
-        torch.cuda.set_device(device)
-    train(
-        config,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=device,
-        watch=reporter,
-        note=lambda line: monitor.note.remote(line),
-        requested=reporter.requested,
-    )
-
-
-class _Reporter:
-    """Sends progress to the monitor and keeps the requests that it answers with, without waiting for it."""
-
-    def __init__(self, monitor: Any, preempted: Callable[[], LoopRequest]) -> None:
-        self._monitor, self._preempted, self._request = monitor, preempted, LoopRequest.NOTHING
-
-    def __call__(self, progress: TrainingProgress) -> None:
-        self._monitor.update.remote(progress).future().add_done_callback(self._answered)
-
-    def _answered(self, answer: Future[int]) -> None:
-        if answer.exception() is None:
-            self._request = max(self._request, LoopRequest(answer.result()))
-
-    def requested(self) -> LoopRequest:
-        """The greater of the monitor's request and this process's own; one to save is returned once."""
-        request = self._request
-        if request is LoopRequest.SAVE:
-            self._request = LoopRequest.NOTHING
-        return max(request, self._preempted())
-
-
-class _Standby:
-    """Passes progress on, and starts pre-warmed processes `scaling.standby_after_s` after each start of the workers."""
-
-    def __init__(self, config: Config, watch: Callable[[TrainingProgress], None]) -> None:
-        self._config, self._watch, self._ready_for = config, watch, 0.0
-
-    def __call__(self, progress: TrainingProgress) -> None:
-        after_s, begun = self._config.scaling.standby_after_s, progress.started_at
-        if after_s is not None and begun != self._ready_for and time.time() - begun >= after_s:
-            self._ready_for = begun
-            prestart(self._config.scaling.range[1], worker_environment(self._config, alone=True))
-        self._watch(progress)
-
-
 def _follow(
-    monitor: Any, watch: Callable[[TrainingProgress], None], note: Callable[[str], None], done: threading.Event
+    monitor: Any,
+    controller_watch: ControllerWatch,
+    watch: Callable[[TrainingProgress], None],
+    note: Callable[[str], None],
+    done: threading.Event,
 ) -> None:
     import ray
 
-    shown = None
+    watch, shown = controller_watch.passing(watch), None
     while not done.wait(POLL_S):
         try:
-            progress, notes = ray.get(monitor.read.remote(), timeout=10)
+            progress, notes, controller_watch.pid = ray.get(monitor.read.remote(), timeout=10)
         except Exception:  # the cluster is going away, or is too busy to answer; `fit` raises the run's own error
             time.sleep(1)
             continue

@@ -56,8 +56,10 @@ def processes(root: psutil.Process, name: str) -> list[psutil.Process]:
 
 def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
     """SIGKILL to Ray Train's controller: the driver starts another, its workers are new ones, and one line
-    says so. The losses are those of one process without Ray."""
-    config = prepare_run(load_config(settings(data_url, tmp_path, "killed"))).config
+    says so. They take all of the cluster, so what the dead one held has been given back. The losses are those of one
+    process without Ray."""
+    scaling = {"workers": 2, "cpus_per_worker": 2}
+    config = prepare_run(load_config(settings(data_url, tmp_path, "killed", scaling=scaling))).config
     orphans: list[psutil.Process] = []
     notes: list[str] = []
 
@@ -76,6 +78,67 @@ def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_p
     train(alone)
     pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
     assert all(one.loss == pytest.approx(other.loss, rel=1e-5) for one, other in pairs)
+    assert held() == []
+
+
+def held() -> list[dict[str, Any]]:
+    """Placement groups of the session's cluster that hold resources."""
+    import ray
+
+    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def test_without_rays_private_names_a_killed_worker_is_replaced_too(
+    ray_cluster: None, data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to a worker of a run on Ray's public interface alone: it goes on from its newest commit, to the losses of
+    one process without Ray."""
+    from scoreray.trainer.on_ray import hooks
+
+    monkeypatch.setattr(hooks, "MISSING", ["what it is made to lack"])
+    config = prepare_run(load_config(settings(data_url, tmp_path, "public"))).config
+    killed: list[psutil.Process] = []
+    notes: list[str] = []
+
+    def meddle(progress: Any) -> None:
+        if not killed and progress.images > 1000:
+            killed.append(processes(psutil.Process(), "RayTrainWorker")[-1])
+            killed[0].kill()
+
+    assert fit(config, meddle, notes.append) == TOTAL
+    assert notes[0] == "this version of Ray lacks what it is made to lack: workers start more slowly"
+    assert [re.sub(r"\d", "N", line) for line in notes[1:]] == ["workers are started again: rank N died"]
+    alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1}))).config
+    train(alone)
+    pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
+    assert all(one.loss == pytest.approx(other.loss, rel=1e-5) for one, other in pairs)
+
+
+def test_a_run_ends_with_its_caller(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
+    """An actor that called `fit` is killed while the cluster lives on: workers and their placement group go too."""
+    import ray
+
+    class Trial:  # pickled by value: Ray's workers can't import this module
+        def train(self, config: Any) -> None:
+            from scoreray.trainer.on_ray.run import fit
+
+            fit(config)
+
+    config = prepare_run(load_config(settings(data_url, tmp_path, "run", duration={"images": 10_000_000}))).config
+    trial = ray.remote(num_cpus=0)(Trial).remote()
+    trial.train.remote(config)
+    deadline = time.monotonic() + 150
+    while latest(run_store(config)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    workers = processes(psutil.Process(), "RayTrainWorker")
+    assert len(workers) == 2
+    assert len(held()) == 1
+    ray.kill(trial)
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    while held():
+        assert time.monotonic() < deadline, held()
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("at_images", [1000, TOTAL - 320])  # in the middle of the run, and near its end

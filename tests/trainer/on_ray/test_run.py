@@ -18,12 +18,11 @@ import pytest
 import torch
 import yaml
 
-from scoreray.data.errors import DataError, StorageError, Unanswered, UserError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
-from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.on_ray.run import fit
 from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.records import read_metrics
@@ -106,15 +105,6 @@ def test_a_run_commits_and_keeps_the_newest_checkpoints(uninterrupted: Any, data
 def test_everything_listens_on_loopback_only(uninterrupted: Any, watched: list[Any]) -> None:
     """Ray, its workers, the process group and the S3 server, while a run trained."""
     watched[0].check()
-
-
-def test_only_transient_failures_are_tried_again() -> None:
-    from scoreray.trainer.on_ray.failures import is_final
-
-    for error in (UserError("x"), DataError("x"), NonFiniteError("x"), StorageError("no space left")):
-        assert is_final(error)
-    assert not is_final(Unanswered("busy"))
-    assert not is_final(RuntimeError("connection reset by a peer that was killed"))
 
 
 @pytest.mark.slow

@@ -1,84 +1,91 @@
-"""How many workers a run gets, decided from free resources by node, which are made up here."""
+"""How many workers a run gets, by the nodes and by the placement groups that find room, which are made up here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-from unittest.mock import MagicMock
+from collections.abc import Sequence
 
 import pytest
 
-if TYPE_CHECKING:
-    from scoreray.trainer.on_ray.workers import WorkersThatFit
-
 pytestmark = pytest.mark.usefixtures("ray_cluster")  # sets the environment that Ray reads when it is imported
-SCALING: dict[str, Any] = {"resources_per_worker": {"CPU": 2}}
+EACH = {"CPU": 2.0}
+SIZES = (1, 2, 4)
 
 
 class Cluster:
-    """Nodes a and b, with so many free CPUs each."""
+    """Nodes with so many CPUs each, of which `free` (of all together) can be had; and the placement groups on it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **cpus: float) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: float, **cpus: float) -> None:
         from scoreray.trainer.on_ray import workers
 
-        self.cpus, self.draining, self.saved = cpus, set[str](), False
-        monkeypatch.setattr(workers, "free_resources", lambda: {node: {"CPU": n} for node, n in self.cpus.items()})
-        monkeypatch.setattr(workers, "draining_nodes", lambda: self.draining)
-        monkeypatch.setattr(workers.ray, "nodes", lambda: [{"NodeID": node, "Alive": True} for node in self.cpus])
-        monkeypatch.setattr(workers.ray, "get", lambda reply: self.saved)
-        monkeypatch.setattr(workers, "WAIT_S", 0.0)
+        self.free, self.made, self.left = free, list[float](), set[int]()
+        nodes = [{"NodeID": node, "Alive": True, "Resources": {"CPU": number}} for node, number in cpus.items()]
+        monkeypatch.setattr(workers.ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(workers.ray.util, "placement_group", self.place)
+        monkeypatch.setattr(workers.ray.util, "remove_placement_group", lambda group: self.left.discard(id(group)))
+
+    def place(self, bundles: Sequence[dict[str, float]]) -> Group:
+        self.made.append(len(bundles))
+        return Group(self, sum(bundle["CPU"] for bundle in bundles))
 
 
-def group(**held: int) -> MagicMock:
-    """A worker group with so many members on each node."""
-    members = [MagicMock(metadata=MagicMock(node_id=node)) for node, count in held.items() for _ in range(count)]
-    return MagicMock(workers=members, num_workers=len(members))
+class Group:
+    def __init__(self, cluster: Cluster, cpus: float) -> None:
+        self._cluster, self._cpus, self._has = cluster, cpus, False
+        cluster.left.add(id(self))
+
+    def wait(self, timeout_s: float) -> bool:
+        if not self._has and self._cpus <= self._cluster.free:
+            self._has = True
+            self._cluster.free -= self._cpus
+        return self._has
 
 
-def policy(monitor: MagicMock) -> WorkersThatFit:
-    from ray.train import ScalingConfig
+def test_a_run_starts_with_the_largest_size_that_finds_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scoreray.trainer.on_ray.workers import size_with_room
 
-    from scoreray.trainer.on_ray.workers import WorkersThatFit
-
-    config = ScalingConfig(num_workers=(1, 4), **SCALING)
-    return WorkersThatFit(config, monitor, True, sizes=(1, 2, 4), resize_every_s=0.0, grace_s=30.0)
-
-
-def test_a_run_starts_with_the_largest_size_that_fits_and_waits_where_none_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monitor = MagicMock()
-    cluster, elastic = Cluster(monkeypatch, a=4.0, b=2.5), policy(monitor)
-    assert elastic.make_decision_for_non_running_worker_group().num_workers == 2  # 3 would fit, and is no size
-    cluster.draining = {"a"}
-    assert elastic.make_decision_for_non_running_worker_group().num_workers == 1
-    cluster.cpus = {"a": 0.0, "b": 1.0}
-    assert not hasattr(elastic.make_decision_for_non_running_worker_group(), "num_workers")
-    elastic.make_decision_for_non_running_worker_group()
-    monitor.note.remote.assert_called_once_with("waiting: the cluster has room for 0 workers, 1 are needed")
+    cluster = Cluster(monkeypatch, 5.0, a=4.0, b=2.5)  # 3 would fit, and is no size
+    assert size_with_room(SIZES, EACH, pytest.fail) == 2
+    assert cluster.made == [2], "4 workers have no place on these nodes, whoever uses them"
+    cluster = Cluster(monkeypatch, 3.0, a=4.0, b=4.0)  # others use the rest
+    assert size_with_room(SIZES, EACH, pytest.fail) == 1
+    assert cluster.made == [4, 2, 1]
+    assert not cluster.left, "placement groups were left"
 
 
-def test_a_run_grows_only_after_it_has_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own places count as free: they are when the group starts again."""
-    monitor = MagicMock()
-    cluster, elastic = Cluster(monkeypatch, a=0.0, b=0.0), policy(monitor)
-    running = group(a=2)
-    assert not hasattr(elastic.make_decision_for_running_worker_group(running, None), "num_workers")
-    monitor.request_save.remote.assert_not_called()
-    cluster.cpus["b"] = 4.0
-    assert not hasattr(elastic.make_decision_for_running_worker_group(running, None), "num_workers")
-    monitor.request_save.remote.assert_called_once()
-    assert not hasattr(elastic.make_decision_for_running_worker_group(running, None), "num_workers")
-    cluster.saved = True
-    decision = elastic.make_decision_for_running_worker_group(running, None)
-    assert (decision.num_workers, decision.resources_per_worker) == (4, {"CPU": 2})
-    monitor.restarted.remote.assert_called_once_with("there is room for 4 of them now, not 2")
+def test_a_run_waits_where_the_smallest_size_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scoreray.trainer.on_ray.workers import size_with_room
+
+    cluster = Cluster(monkeypatch, 0.0, a=1.0)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        if len(notes) == 2:
+            cluster.free = 9.0
+
+    assert size_with_room(SIZES, EACH, note) == 1
+    assert notes == ["waiting: the cluster has no room for 1 workers"] * 2
+    assert not cluster.left
 
 
-def test_a_fixed_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.train import ScalingConfig
+def test_a_fixed_number_is_left_to_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scoreray.trainer.on_ray.workers import size_with_room
 
-    from scoreray.trainer.on_ray.workers import FixedWorkers
+    cluster = Cluster(monkeypatch, 0.0)
+    assert size_with_room((3,), EACH, pytest.fail) == 3
+    assert cluster.made == []
 
-    fixed = FixedWorkers(ScalingConfig(num_workers=3, **SCALING), True)
-    assert fixed.make_decision_for_non_running_worker_group().num_workers == 3
-    assert not hasattr(fixed.make_decision_for_running_worker_group(group(a=3), None), "num_workers")
+
+def test_a_run_may_grow_to_what_it_has_room_for_beside_its_own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scoreray.trainer.on_ray.workers import reserved
+
+    cluster = Cluster(monkeypatch, 1.0)
+    with reserved(SIZES, 1, EACH) as found:
+        assert cluster.made == [1, 2], "an autoscaler sees all that the run could use"
+        assert found() == 1
+        cluster.free += 2.0
+        assert found() == 2
+        cluster.free += 4.0
+        assert found() == 4
+        assert cluster.free < 2
+    assert not cluster.left
