@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -51,7 +52,12 @@ def settings(data_url: str, storage: Path, name: str, **changes: Any) -> dict[st
 
 
 def processes(root: psutil.Process, name: str) -> list[psutil.Process]:
-    return [process for process in root.children(recursive=True) if name in " ".join(process.cmdline())]
+    found = []
+    for process in root.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
@@ -165,8 +171,12 @@ def test_a_stopped_controller_is_ended(ray_cluster: None, data_url: str, tmp_pat
 
 def ready(root: psutil.Process) -> set[int]:
     """Processes of Ray that have no work and have torch in memory."""
-    idle = [process for process in processes(root, "ray::IDLE") if Path(f"/proc/{process.pid}/maps").exists()]
-    return {process.pid for process in idle if "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text()}
+    found = set()
+    for process in processes(root, "ray::IDLE"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text():
+                found.add(process.pid)
+    return found
 
 
 def test_after_a_death_workers_start_in_processes_that_stood_by(
