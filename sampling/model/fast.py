@@ -129,7 +129,7 @@ class Sized(nn.Module):
         super().__init__()
         self.network, self.sizes, self.least = network, list[int](), dict[int, int]()
         self.num_classes = getattr(network, "num_classes", 0)
-        self._compiled = torch.compile(network, dynamic=False)
+        self._compiled = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         size = min((size for size in self.sizes if size >= len(x)), default=None)
@@ -151,8 +151,6 @@ def _compiled(denoiser: Denoiser, loaded: LoadedDenoiser, sizes: Sequence[int], 
 
     Raises UserError where it can't be compiled and `limit_s` is infinite.
     """
-    import torch._inductor.config as inductor
-
     assert isinstance(denoiser.network, nn.Module)
     sized = Sized(copy.deepcopy(denoiser.network)).eval()
     fast = Denoiser(sized, denoiser.parameterization, denoiser.sigma_data).eval()
@@ -165,8 +163,7 @@ def _compiled(denoiser: Denoiser, loaded: LoadedDenoiser, sizes: Sequence[int], 
         try:
             for size in sizes:
                 trial.sizes = [size]
-                with inductor.patch(freezing=True):
-                    _warm(trial_denoiser, loaded, size)
+                _warm(trial_denoiser, loaded, size)
                 if time.monotonic() > deadline:
                     return
                 sized.sizes.append(size)

@@ -6,10 +6,13 @@ same bits whatever the batch size, its place in a batch, or who drew it. Where t
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
 import math
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,10 +194,13 @@ def fingerprint(model: LoadedDenoiser | LoadedMachine) -> str:
 
 def _marker(info: ModelInfo) -> Path:
     """A file beside Inductor's cache, there once a network like this was compiled on this machine."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = f"uid_{os.getuid()}"
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir(), f"torchinductor_{user}")
     parts: Sequence[object] = (torch.__version__, repr(info.config.network), info.image_shape, len(info.classes))
-    return Path(cache_dir(), "scoreray-" + hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:16])
+    return Path(cache, "scoreray-" + hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:16])
 
 
 def _remember(info: ModelInfo) -> None:

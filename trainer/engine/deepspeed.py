@@ -2,19 +2,17 @@
 
 Checkpoints at another world size need to know which elements of which parameter a rank's flat fp32 partition holds. No
 public function of DeepSpeed's says so: it is the arithmetic of `_layout`, which every new engine compares with the
-weights themselves. These names of DeepSpeed's are not documented, and looked for before they are used:
+weights themselves. Two names of DeepSpeed's that are not documented are looked for before they are used:
 
 | name | without it |
 |---|---|
 | `fp32_partitioned_groups_flat` of the ZeRO-3 optimizer | stage 3 is refused with a line; the other stages work |
-| `_global_grad_norm` of ZeRO optimizers | a NaN gradient is refused where DeepSpeed looks for it: 0.19.8, not 0.19.0 |
 | `ops.__compatible_ops__` | on a CPU DeepSpeed compiles an extension for inference at its first start |
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +27,7 @@ from scoreray.trainer.optim.fragments import Fragment
 from scoreray.trainer.optim.optimizer import AveragingAdamW, OptimizerConfig
 
 ALIGNED = 128  # elements; DeepSpeed takes even buffers only
-PARTITIONS, NORM = "fp32_partitioned_groups_flat", "_global_grad_norm"  # attributes of DeepSpeed's ZeRO optimizers
+PARTITIONS = "fp32_partitioned_groups_flat"  # attribute of DeepSpeed's ZeRO-3 optimizer
 
 
 class DeepSpeedEngine:
@@ -77,8 +75,6 @@ class DeepSpeedEngine:
         self._check_layout()
         for partition in self._partitions():
             self.optimizer.init_state(partition)
-        # Until 0.19.1 DeepSpeed looks for no overflow in fp32: a NaN gradient would enter weights and averages.
-        self.optimizer.may_update = self._norm_is_finite
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
@@ -91,13 +87,9 @@ class DeepSpeedEngine:
         self._micro_batches_done = 0
         self.optimizer.prepare_step(learning_rate, decays)
         self._engine.step()
-        if not self._engine.was_step_applied() or not self._norm_is_finite():
+        if not self._engine.was_step_applied():
             raise NonFiniteError("the gradient's norm is not finite")
         return float(self._engine.get_global_grad_norm())
-
-    def _norm_is_finite(self) -> bool:
-        norm = float(getattr(self._sharded, NORM, 0.0))
-        return math.isfinite(norm) and norm >= 0  # DeepSpeed's norm helpers report NaN as -1
 
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's flat fp32 masters, which together hold its share of the parameters in their order."""
@@ -208,7 +200,7 @@ def zero_settings(config: EngineConfig, precision: torch.dtype, num_params: int)
     half = precision == torch.bfloat16
     return {
         "zero_optimization": zero,
-        "bf16": {"enabled": half},
+        "bf16": {"enabled": half, "check_grad_overflow": True},
         # Gradients are summed in fp32 also where weights are bf16 (stage 1 in bf16 would take another optimizer class).
         "data_types": {"grad_accum_dtype": "fp32"} if half and config.zero_stage > 1 else {},
         "communication_data_type": "fp32",

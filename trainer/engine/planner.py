@@ -160,16 +160,16 @@ def activation_bytes(network: torch.nn.Module, image_shape: Sequence[int], dtype
     }
     for tensor in meta.values():
         tensor.requires_grad_(tensor.is_floating_point())
-    seen: dict[int, torch.UntypedStorage] = {t.untyped_storage()._cdata: t.untyped_storage() for t in meta.values()}
+    seen = {tensor.untyped_storage() for tensor in meta.values()}
     blocks = [block for group in network.modules() if isinstance(group, torch.nn.ModuleList) for block in group]
     inside: list[int] = []
     kept = {-1: 0, **dict.fromkeys(range(len(blocks)), 0)}
-    inputs: dict[int, int] = {}
+    inputs: dict[torch.UntypedStorage, int] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage
+        if storage not in seen:
+            seen.add(storage)
             kept[inside[-1] if inside else -1] += storage.nbytes()
         return tensor
 
@@ -177,7 +177,7 @@ def activation_bytes(network: torch.nn.Module, image_shape: Sequence[int], dtype
         inside.append(number)
         for one in arguments:
             if isinstance(one, torch.Tensor):
-                inputs.setdefault(one.untyped_storage()._cdata, one.untyped_storage().nbytes())
+                inputs.setdefault(one.untyped_storage(), one.untyped_storage().nbytes())
 
     def leave() -> None:
         inside.pop()

@@ -7,12 +7,13 @@ communication and are partitioned, saved and resharded exactly as the moments ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError
@@ -79,9 +80,6 @@ class AveragingAdamW(torch.optim.AdamW):
 
     Parameters may be whole tensors or a rank's flat partition. `prepare_step` must be called
     before each step. Each state tensor has the parameter's shape: `exp_avg`, `exp_avg_sq`, `ema_<name>`.
-
-    `may_update`: called before anything changes (once a step, or once for each part of a step that comes in parts);
-    False leaves weights and state as they are.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, ema: EMAConfig) -> None:
@@ -94,7 +92,6 @@ class AveragingAdamW(torch.optim.AdamW):
             fused=True,  # one kernel that reads and writes each moment once, instead of one per operation
         )
         self.ema_keys = tuple(f"ema_{name}" for name in ema.names)
-        self.may_update: Callable[[], bool] | None = None
         self._decays = [0.0] * len(self.ema_keys)
 
     @property
@@ -121,14 +118,12 @@ class AveragingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        if self.may_update is not None and not self.may_update():
-            return
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in updated:
             self.init_state(parameter)
         _UPDATE(self)
         for key, decay in zip(self.ema_keys, self._decays, strict=True):
-            # lerp towards the weights just written: average = decay average + (1 - decay) weight, in one kernel.
+            # average = decay average + (1 - decay) weight, the one just written, in one kernel.
             averages = [self.state[parameter][key] for parameter in updated]
             if averages:
-                torch._foreach_lerp_(averages, updated, 1.0 - decay)
+                get_ema_multi_avg_fn(decay)(averages, updated, 0)

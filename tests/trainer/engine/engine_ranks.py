@@ -99,10 +99,7 @@ CASES = {
     "zero1-bf16": config(1, "bf16"),
     "zero2-bf16": config(2, "bf16"),
     "zero3-bf16": config(3, "bf16"),
-    "zero2-public": config(2),
-    "zero3-public": config(3),
 }
-NORM = by_deepspeed.NORM
 
 
 def refusal(stage: int, name: str, value: object) -> str:
@@ -127,7 +124,6 @@ def main() -> None:
     facts = {}
     names = CASES if WORLD == 2 else ["flat"]
     for name in names:
-        by_deepspeed.NORM = "absent" if name.endswith("-public") else NORM
         engine, module, norms = train(CASES[name])
         save(engine, module, FOLDER / f"{name}-{WORLD}")
         facts[name] = {"norms": norms}
@@ -137,7 +133,6 @@ def main() -> None:
             facts[name]["refused"] = True
         save(engine, module, FOLDER / f"{name}-{WORLD}-after-refusal")
         facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
-    by_deepspeed.NORM = NORM
     if WORLD == 2:
         facts["refusals"] = [
             refusal(3, "PARTITIONS", "absent"),
