@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from scoreray.cluster.hooks import GCS_CLIENT, hook
+
 REASON = "this machine goes away"
 
 
@@ -46,10 +48,12 @@ def drain_node(deadline_s: float, address: str) -> Callable[[], bool]:
 
     Raises RuntimeError where the GCS refuses or can't be reached.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    client = hook(GCS_CLIENT)
+    if client is None:
+        raise RuntimeError("this version of Ray can't be asked to")
     from ray.core.generated import autoscaler_pb2, gcs_pb2
 
-    gcs = GcsClient(address=address)
+    gcs = client(address=address)
 
     def nodes_of_this_machine() -> list[Any]:
         alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE

@@ -24,8 +24,6 @@ import pytest
 from scoreray.data.packing.pack import pack
 from scoreray.data.storage.local_s3 import LocalS3
 
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets its workers starve on a busy machine
-
 
 def pytest_collection_finish() -> None:
     """Ray reads its environment on import: before that `connected` sets it, else Ray listens on all addresses."""

@@ -14,7 +14,8 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.data.presets import preset
 from scoreray.data.storage.store import local_path, open_store
 
-ClickException: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click, under a private name
+# typer brings its own copy of click, under a private name, and exports only some of its exceptions.
+ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _servers: list[Any] = []  # the S3 server of --local-s3, while it runs
 
 

@@ -124,8 +124,8 @@ def doctor(
         from scoreray.cluster.doctor.facts import RunNeeds
         from scoreray.cluster.doctor.nodes import examine_cluster
 
-        with connected():
-            found += examine_cluster(RunNeeds.of(loaded))
+        with connected() as dashboard:
+            found += examine_cluster(RunNeeds.of(loaded), dashboard)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -11,7 +12,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
 from scoreray.cluster.connect.start import SHORT_LOOKS, load_line, patience, start_wait_s
 from scoreray.cluster.connect.watch import watched
 from scoreray.cluster.display import say
+from scoreray.cluster.hooks import PRINTED_LINES, replaced
 from scoreray.data.errors import MachineError, UserError
 from scoreray.data.scratch import SCRATCH
 from scoreray.data.units import whole_number
@@ -28,6 +30,8 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 QUIET_AND_LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     LOOPBACK_ONLY: "0",  # listeners bind to loopback; not where nodes of a cluster must reach this process
+    # Ray starts workers at niceness 15, where a browser or a compiler beside them leaves them little of a busy machine.
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen in half a second instead of two
@@ -41,12 +45,13 @@ QUIET_AND_LOCAL = {
 }
 
 OUR_KILL = "killed by `ray.kill`"
-_verbose = False  # of the newest connection of this process
 
 
 @contextlib.contextmanager
-def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
+def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[str]:
     """A Ray cluster for the duration: RAY_ADDRESS's if that is set, else an embedded one with `num_cpus` slots.
+
+    Yields where its dashboard is, HOST:PORT; "" where there is none.
 
     The embedded one listens on loopback only, asks for a token that only this process and its children have, sends
     no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
@@ -56,32 +61,39 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     import ray
 
     if ray.is_initialized():
-        yield
+        yield ""
         return
-    _keep_off_stdout(verbose)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    level = logging.INFO if verbose else logging.ERROR
-    logging.getLogger("ray").setLevel(level)
-    if address := os.environ.get("RAY_ADDRESS"):
-        _check_address(address)
-        try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            message = str(error).splitlines()[0]
-            hint = "was its token refused?" if token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
-            raise UserError(
-                f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}"
-            ) from None
-        signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
-        _warn_without_token(ray.get_runtime_context().gcs_address)
-        try:
-            with watched(embedded=False):
-                yield
-        finally:
-            ray.shutdown()
-        return
-    with _embedded(num_cpus or os.cpu_count() or 1, verbose):
-        yield
+    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_off_stdout(verbose))
+        if address := os.environ.get("RAY_ADDRESS"):
+            dashboard = stack.enter_context(_joined(address, verbose))
+        else:
+            dashboard = stack.enter_context(_embedded(num_cpus or os.cpu_count() or 1, verbose))
+        yield dashboard
+
+
+@contextlib.contextmanager
+def _joined(address: str, verbose: bool) -> Iterator[str]:
+    """The cluster at RAY_ADDRESS. Raises UserError where it can't be reached."""
+    import ray
+
+    _check_address(address)
+    try:
+        level = logging.INFO if verbose else logging.ERROR
+        context = ray.init(address=address, log_to_driver=verbose, logging_level=level)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        hint = "was its token refused?" if token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
+        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster could be reached there ({message}); {hint}") from None
+    signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
+    _warn_without_token(ray.get_runtime_context().gcs_address)
+    try:
+        with watched(embedded=False):
+            yield context.dashboard_url or ""
+    finally:
+        ray.shutdown()
 
 
 def _warn_without_token(gcs: str) -> None:
@@ -100,7 +112,7 @@ class _TooSlow(MachineError):
 
 
 @contextlib.contextmanager
-def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
+def _embedded(num_cpus: int, verbose: bool) -> Iterator[str]:
     """A Ray of our own. Raises MachineError where it can't be started."""
     import ray
 
@@ -117,7 +129,7 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
         try:
             with watched(embedded=True):
-                yield
+                yield ""
         finally:
             os.environ.pop(SCRATCH, None)
             ray.shutdown()
@@ -130,7 +142,7 @@ def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
 
     with private_folder() as folder:
         try:
-            with patience(wait_s):
+            with patience(wait_s), interruptible():
                 ray.init(
                     num_cpus=num_cpus,
                     include_dashboard=False,
@@ -161,26 +173,21 @@ def _state(folder: Path) -> str:
     return ", ".join([*free, load_line()])
 
 
-def _keep_off_stdout(verbose: bool) -> None:
+@contextlib.contextmanager
+def _off_stdout(verbose: bool) -> Iterator[None]:
     """Ray's lines about raylets and workers go to stderr: standard output is for a command's answer (--json).
 
     Failures of tasks whose actor we have ended ourselves are left out. Without `verbose` all lines of raylets are: the
     command reports a worker that died in one line of its own, where Ray has a paragraph (kernel's log, advice).
     """
-    global _verbose
-    _verbose = verbose
-    from ray._private import worker
 
-    printed = worker.print_to_stdstream
-    if not hasattr(printed, "to_stderr"):
+    def on_stderr(printed: Callable[[dict[str, Any], bool], None], data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if OUR_KILL not in line]
+        if lines and (verbose or data.get("pid") != "raylet"):
+            printed({**data, "lines": lines, "is_err": True}, ignore_prefix)
 
-        def on_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
-            lines = [line for line in data["lines"] if OUR_KILL not in line]
-            if lines and (_verbose or data.get("pid") != "raylet"):
-                printed({**data, "lines": lines, "is_err": True}, ignore_prefix)
-
-        on_stderr.to_stderr = True  # type: ignore[attr-defined]
-        worker.print_to_stdstream = on_stderr
+    with replaced(PRINTED_LINES, lambda printed: functools.partial(on_stderr, printed)):
+        yield
 
 
 def _check_address(address: str) -> None:
@@ -192,6 +199,33 @@ def _check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While the block runs, Ctrl-C and SIGTERM interrupt it; at its end at the latest, where the exception was lost.
+
+    Python only prints one that is raised in a destructor or in a weak reference's callback, which importing and
+    starting Ray do a lot of: on a busy machine `serve` started all the same. For the main thread.
+    """
+    came = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Exception:
+        if not came:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def stop(*_: object) -> None:

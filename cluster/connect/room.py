@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scoreray.cluster.display import say
+from scoreray.cluster.hooks import AUTOSCALER, KEY_VALUE, hook
 from scoreray.data.errors import UserError
 
 POLL_S, SAY_EVERY_S = 1.0, 60.0
@@ -38,18 +39,13 @@ class Autoscaler:
 
 
 def autoscaler(within_s: float = 0.0) -> Autoscaler:
-    """Of the connected cluster; none where none has reported within `within_s`, or where its state can't be read.
-
-    Both ways to read it are experimental in Ray 2.60.
-    """
+    """Of the connected cluster; none where none has reported within `within_s`, or where its state can't be read."""
     end = time.monotonic() + within_s
     while "RAY_ADDRESS" in os.environ:
         with contextlib.suppress(Exception):
-            from ray.experimental.internal_kv import _internal_kv_get
-
-            if status := _internal_kv_get(STATUS):
+            if (key_value := hook(KEY_VALUE)) and (status := key_value(STATUS)):
                 return from_status(json.loads(status))
-            if (found := from_v2(_status_v2())).types:
+            if (status_v2 := hook(AUTOSCALER)) and (found := from_v2(status_v2(_gcs_address()))).types:
                 return found
         if time.monotonic() >= end:
             break
@@ -82,11 +78,10 @@ def _launching(counts: Iterable[tuple[str, int]]) -> list[str]:
     return [f"{node_type} {number}" for node_type, count in counts for number in range(count)]
 
 
-def _status_v2() -> Any:
+def _gcs_address() -> str:
     import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
 
-    return get_cluster_status(ray.get_runtime_context().gcs_address)
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def missing(bundles: Sequence[Bundle], room: Mapping[str, float]) -> dict[str, float]:

@@ -1,14 +1,12 @@
 """How long to wait for Ray's daemons to start: longer on a busy machine, and no longer once one of them has ended.
 
-Ray (2.60) waits for them in C++, where Ctrl-C does not reach it, and as long where they died at once. Where a version
-of Ray lacks the names that are replaced here, it waits as it does.
+Ray (2.60) waits for them in C++, where Ctrl-C does not reach it, and as long where they died at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import threading
 import time
@@ -19,6 +17,7 @@ import psutil
 
 from scoreray.cluster.connect.watch import end
 from scoreray.cluster.display import say
+from scoreray.cluster.hooks import GCS_PORT, RAYLET_NODE, replaced
 from scoreray.data.errors import MachineError
 
 START_S = 30  # Ray's own patience with its daemons
@@ -31,12 +30,11 @@ START_WAITS = {"RAY_gcs_server_port_wait_time_s": 1, "RAY_agent_register_timeout
 # Each look for the raylet, of which `patience` makes many, waits so long in C++. Read when Ray is imported.
 SHORT_LOOKS = {"RAY_raylet_start_wait_time_s": "1"}
 DAEMONS = ("gcs_server", "raylet")  # in the order in which they are started; their processes' names
-# Where Ray waits for them: private names, each left alone where a version does not have it -> daemons that must have
-# been started by then, and what makes one look short.
-PRIVATE_WAITS: tuple[tuple[str, str, Sequence[str], dict[str, int]], ...] = (
-    ("ray._private.node", "wait_for_persisted_port", DAEMONS[:1], {"timeout_ms": round(LOOK_S * 1000)}),
-    ("ray._private.services", "get_node", DAEMONS, {}),
-)
+# Where Ray waits for them -> daemons that must have been started by then, and what makes one look short.
+WAITS: dict[str, tuple[Sequence[str], dict[str, int]]] = {
+    GCS_PORT: (DAEMONS[:1], {"timeout_ms": round(LOOK_S * 1000)}),
+    RAYLET_NODE: (DAEMONS, {}),
+}
 
 
 class DaemonEnded(MachineError):
@@ -112,22 +110,14 @@ def _children() -> dict[int, tuple[str, str]]:
 @contextlib.contextmanager
 def _looked_after(wait_s: float) -> Iterator[None]:
     """Both of Ray's waits for a daemon look at the daemons too, and last `wait_s` (the second would 30 s)."""
-    daemons, over, replaced = Daemons(), threading.Event(), []
+    daemons, over = Daemons(), threading.Event()
     threading.Thread(target=guard, args=(daemons, over), name="ray-start", daemon=True).start()
-    for path, name, started, options in PRIVATE_WAITS:
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(path)
-            if (wait := getattr(module, name, None)) is None:
-                continue
-            replaced.append((module, name, wait))
+    with contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        for path, (started, options) in WAITS.items():
             ended = functools.partial(daemons.ended, started)
-            setattr(module, name, _patiently(wait, options, wait_s, ended))
-    try:
+            stack.enter_context(replaced(path, functools.partial(_patiently, options, wait_s, ended)))
         yield
-    finally:
-        over.set()
-        for module, name, wait in replaced:
-            setattr(module, name, wait)
 
 
 def guard(daemons: Daemons, over: threading.Event) -> None:
@@ -142,7 +132,7 @@ def guard(daemons: Daemons, over: threading.Event) -> None:
 
 
 def _patiently(
-    wait: Callable[..., Any], options: dict[str, Any], wait_s: float, ended: Callable[[], str]
+    options: dict[str, Any], wait_s: float, ended: Callable[[], str], wait: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Calls `wait` again and again with these `options` until it returns, for `wait_s` at most."""
 

@@ -79,14 +79,16 @@ def facts_of_node(needs: RunNeeds) -> NodeFacts:
     import importlib.metadata
     import platform
 
-    from ray._private import worker
+    import ray
 
     from scoreray.cluster.wheel import code_hash
 
     versions = {name: importlib.metadata.version(name) for name in ("ray", "torch", "deepspeed", "webdataset")}
     versions |= {"scoreray": code_hash(), "python": platform.python_version()}
-    node = getattr(worker, "_global_node", None)
-    session = node.get_session_dir_path() if node else ""
+    session = ""
+    if ray.is_initialized():
+        context = ray.get_runtime_context()
+        session = os.path.join(context.get_temp_dir(), context.get_session_name())
     return NodeFacts(
         versions,
         _disks((session, *needs.folders)),

@@ -14,8 +14,8 @@ from scoreray.cluster.finding import Finding, error_line
 WITHIN_S = 60.0
 
 
-def examine_cluster(needs: RunNeeds) -> list[Finding]:
-    """All nodes of the cluster that this process is connected to."""
+def examine_cluster(needs: RunNeeds, dashboard: str = "") -> list[Finding]:
+    """All nodes of the cluster that this process is connected to, and its dashboard at HOST:PORT."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
@@ -38,7 +38,7 @@ def examine_cluster(needs: RunNeeds) -> list[Finding]:
     answering = [node for name, node in zip(names, nodes, strict=True) if not reports[name].error]
     resources = dict(zip(names, (node["Resources"] for node in nodes), strict=True))
     room = judge_room(resources, needs, grows=autoscaler(REPORTED_S).is_there)
-    return [*judge(reports), *room, *_dashboard(), *reached(answering)]
+    return [*judge(reports), *room, *_token_of(dashboard), *reached(answering)]
 
 
 def _with_clock(report: NodeReport, time_of: Any) -> NodeReport:
@@ -62,14 +62,11 @@ def _names(nodes: list[Any]) -> list[str]:
     ]
 
 
-def _dashboard() -> list[Finding]:
+def _token_of(url: str) -> list[Finding]:
     """Whether the dashboard, through which jobs come, refuses calls without a token."""
     import urllib.error
     import urllib.request
 
-    from ray._private import worker
-
-    url = getattr(worker._global_node, "webui_url", None)
     if not url:
         return []
     try:

@@ -8,13 +8,16 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from scoreray.cluster.connect.local_ray import connected
+from scoreray.cluster.connect.local_ray import connected, interruptible
 from scoreray.cluster.connect.room import wait_for_room
+from scoreray.cluster.connect.start import load_line
 from scoreray.cluster.display import say
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.listener import check_port, free_port, reason_of, start_listening
@@ -26,6 +29,9 @@ from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.models import look_up
 
 APP = "scoreray"
+SAY_EVERY_S = 15.0
+SHUTDOWN_S = 60.0
+T = TypeVar("T")
 
 
 class Ended(ScorerayError):
@@ -49,16 +55,67 @@ def served(config: ServeConfig, placement: Placement, errors: str = "") -> Itera
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     http = {"host": placement.host, "port": port, "keep_alive_timeout_s": 60}
-    client = start_listening(http, quiet)
-    try:
-        try:
-            serve.run(application(config, placement, errors), name=APP, route_prefix="/", logging_config=quiet)
-        except (RuntimeError, TimeoutError) as error:
-            raise ScorerayError(f"the service did not start: {reason_of(error)}") from None
+    with contextlib.ExitStack() as stack:
+        with _progress(), interruptible():
+            start_listening(http, quiet)
+            stack.callback(_shut_down)
+            try:
+                serve.run(application(config, placement, errors), name=APP, route_prefix="/", logging_config=quiet)
+            except (RuntimeError, TimeoutError) as error:
+                raise ScorerayError(f"the service did not start: {reason_of(error)}") from None
         host = "127.0.0.1" if placement.host in ("0.0.0.0", "") else placement.host
-        yield f"http://{f'[{host}]' if ':' in host else host}:{client or port}"
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _shut_down() -> None:
+    from ray import serve
+
+    with contextlib.suppress(TimeoutError):
+        _within(SHUTDOWN_S, serve.shutdown)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """A line now and then while a service starts: which of its deployments are not up yet."""
+    over, began = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not over.wait(SAY_EVERY_S):
+            say(f"the service is still starting after {time.monotonic() - began:.0f} s ({load_line()}){_states()}")
+
+    threading.Thread(target=report, name="serve-progress", daemon=True).start()
+    try:
+        yield
     finally:
-        serve.shutdown()
+        over.set()
+
+
+def _states() -> str:
+    """ "; ingress: 1 RUNNING; model: 1 STARTING", as Serve reports it; "" where it does not yet."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        deployments = serve.status().applications[APP].deployments
+        counts = {name: one.replica_states.items() for name, one in sorted(deployments.items())}
+        return "".join(
+            f"; {name}: " + ", ".join(f"{n} {state}" for state, n in states) for name, states in counts.items()
+        )
+    return ""
+
+
+def _within(limit_s: float, call: Callable[[], T]) -> T:
+    """The result of `call`. Raises TimeoutError after `limit_s`: where Ray has ended, as where all of a process group
+    got SIGTERM, its calls wait for it without a limit, and in C++, where no signal is seen."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="serve-call", daemon=True).start()
+    return done.result(limit_s)
 
 
 def drain(timeout_s: float) -> int:
@@ -66,7 +123,9 @@ def drain(timeout_s: float) -> int:
     from ray import serve
 
     try:
-        return serve.get_app_handle(APP).drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+        return _within(
+            timeout_s + 10, lambda: serve.get_app_handle(APP).drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+        )
     except Exception as error:
         logging.getLogger("scoreray").warning("the service could not be drained: %s", error)
         return 0

@@ -146,5 +146,5 @@ def application(config: ServeConfig, placement: Placement, errors: str = "") -> 
 
 def _prepare_process(errors: str = "") -> None:
     """For the constructor of a deployment: what holds in each process of a service. errors: as of `log_here`."""
-    keep_grpc_to_loopback()
     log_here(errors)
+    keep_grpc_to_loopback()

@@ -1,16 +1,15 @@
-"""Where Ray Serve listens: its HTTP address, the port, and the gRPC servers of its replicas.
-
-Every private name of Ray Serve that a service uses is in here; its tests hold them to Ray 2.60.
-"""
+"""Where Ray Serve listens: its HTTP address, the port, and the gRPC servers of its replicas."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from scoreray.cluster.hooks import SERVE_CLIENT, hook
 from scoreray.data.errors import ScorerayError, UserError
 
 LOOPBACK = "127.0.0.1"
@@ -30,7 +29,10 @@ def keep_grpc_to_loopback() -> None:
 
     if any(os.environ.get(name, "0") not in ("", "0") for name in CALLED_BY_GRPC):
         return
-    for server in grpc.aio.Server.__subclasses__():
+    servers = grpc.aio.Server.__subclasses__()
+    if not servers:  # of another grpcio: every one that was tried has its own
+        logging.getLogger("scoreray").warning("Ray Serve's gRPC servers may listen on all addresses: close their ports")
+    for server in servers:
         for name in ("add_insecure_port", "add_secure_port"):
             method = getattr(server, name)
             if not hasattr(method, "keeps_to_loopback"):
@@ -47,29 +49,31 @@ def _on_loopback(add_port: Callable[..., int]) -> Callable[..., int]:
     return added
 
 
-def start_listening(http: dict[str, Any], quiet: dict[str, Any]) -> int:
-    """Starts Serve; the port where it listens. Raises UserError where it runs already, at another address.
+def start_listening(http: dict[str, Any], quiet: dict[str, Any]) -> None:
+    """Starts Serve. Raises UserError where it runs already, at another address.
 
-    Only a private name of Ray Serve 2.60 knows that address: `serve.start` ignores new options with a warning, and
+    Only a private name of Ray Serve knows that address: `serve.start` ignores new options with a warning, and
     `serve.status` has none of them.
     """
     from ray import serve
     from ray.exceptions import RayError
 
+    client = hook(SERVE_CLIENT)
+    if client is None and serve.status().proxies:
+        raise UserError("Ray Serve already runs on this cluster, at an unknown address: shut it down first")
     try:
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     except (RayError, TimeoutError) as error:
         serve.shutdown()
         raise ScorerayError(f"Ray Serve did not start to listen on port {http['port']}: {reason_of(error)}") from None
-    from ray.serve.context import _get_global_client
-
-    actual = _get_global_client().http_config
+    if client is None:
+        return
+    actual = client().http_config
     if (actual.host, actual.port) != (http["host"], http["port"]):
         raise UserError(
             f"Ray Serve already runs on this cluster and listens on {actual.host}:{actual.port}, "
             f"not on {http['host']}:{http['port']}: take these with --host and --port, or shut it down first"
         )
-    return int(actual.port)
 
 
 def free_port(host: str) -> int:

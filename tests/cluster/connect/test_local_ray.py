@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -404,3 +406,35 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
     assert errors.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
     assert errors.splitlines()[-1].endswith(f"its {daemon} has ended")
     assert "Traceback" not in errors
+
+
+def test_a_worker_of_an_embedded_ray_gets_as_much_of_a_busy_machine_as_others(ray_cluster: None) -> None:
+    """Ray's default is a niceness of 15 above its own."""
+    import ray
+
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_python_loses_comes_at_the_end_of_the_block(number: signal.Signals, lost: bool) -> None:
+    """As where it is raised in a weak reference's callback, which an import has many of."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    went_on: list[bool] = []
+
+    def start() -> None:
+        with local_ray.interruptible():
+            with contextlib.suppress(*[KeyboardInterrupt] * lost):
+                signal.raise_signal(number)
+            went_on.append(True)
+            raise RuntimeError("what came of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert went_on == [True] * lost
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_nothing_is_interrupted_without_a_signal() -> None:
+    with pytest.raises(RuntimeError, match="on its own"), local_ray.interruptible():
+        raise RuntimeError("on its own")
