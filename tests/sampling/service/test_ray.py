@@ -429,6 +429,33 @@ def test_ended_before_it_served_it_says_so(run_url: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
+def test_sigterm_to_all_of_its_process_group_ends_it(run_url: str) -> None:
+    """As `timeout` and service managers send it: Ray's daemons end too, and calls to them would wait for ever."""
+    folder = tempfile.mkdtemp(dir="/tmp")
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
+    options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--drain-s", "1"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**env, "RAY_TMPDIR": folder},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        json.loads(process.stdout.readline())
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGTERM)
+        _, printed = process.communicate(timeout=PATIENCE_S)
+        assert time.monotonic() - began < 150, printed
+        assert process.returncode in (0, 3, 130), printed
+        assert printed.splitlines()[-1].startswith(("ended", "scoreray: ")), printed
+        assert "Traceback" not in printed
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_more_rows_want_more_replicas() -> None:
     def wanted(rows: list[float]) -> int:
         context = SimpleNamespace(
