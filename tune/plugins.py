@@ -15,7 +15,6 @@ SEARCHERS = {
     "bohb": "ray.tune.search.bohb:TuneBOHB",
     "hebo": "ray.tune.search.hebo:HEBOSearch",
     "hyperopt": "ray.tune.search.hyperopt:HyperOptSearch",
-    "nevergrad": "ray.tune.search.nevergrad:NevergradSearch",
     "zoopt": "ray.tune.search.zoopt:ZOOptSearch",
 }
 SCHEDULERS = {

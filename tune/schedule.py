@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from scoreray.data.errors import UserError, key_in_errors
@@ -120,14 +119,6 @@ def expected_images(plan: StudyPlan) -> float:
     return sum((b - a) * share**k for k, (a, b) in enumerate(itertools.pairwise(stops)))
 
 
-def worth(plan: StudyPlan, report: dict[str, Any]) -> float:
-    """The first metric of a report, less is better; infinite where it is not finite."""
-    name = plan.sweep.metric.names[0]
-    value = float(report["metrics"][name])
-    value = -value if name in MAXIMISED else value
-    return value if math.isfinite(value) else math.inf
-
-
 def cost_of(trial: Trial, name: str) -> float:
     """A metric of a trial's newest report, less is better; infinite where there is none."""
     value = (trial.metrics or {}).get(name, math.nan)
@@ -147,59 +138,6 @@ def best_of(plan: StudyPlan, trials: Sequence[Trial]) -> list[Trial]:
         return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
 
     return finished if len(names) == 1 else [trial for trial in finished if not beaten(trial)]
-
-
-class Asha:
-    """Ray Tune's asynchronous successive halving (Li 2018) on images seen; it gets reports in the order of `seq`.
-
-    Its scheduler looks at nothing of a trial but its id, so it needs no Tuner around it; its state is the reports.
-    """
-
-    def __init__(self, plan: StudyPlan, trials: Sequence[Trial]) -> None:
-        from ray.tune.schedulers import AsyncHyperBandScheduler
-
-        scheduler = plan.sweep.scheduler
-        self._plan, self._known, self._decided = plan, set[int](), dict[tuple[int, int], bool]()
-        self._asha = AsyncHyperBandScheduler(
-            time_attr="images", metric="worth", mode="min", max_t=plan.total, grace_period=scheduler.grace_images,
-            reduction_factor=scheduler.reduction, brackets=1,
-        )  # fmt: skip
-        reports = [(report["seq"], trial, report) for trial in trials for report in trial.reports]
-        for _, trial, report in sorted(reports, key=lambda one: one[0]):
-            self.goes_on(trial, report)
-
-    def goes_on(self, trial: Trial, report: dict[str, Any]) -> bool:
-        """Whether a trial that reports this trains on; the same answer for the same report again."""
-        key = (trial.number, int(report["images"]))
-        if key in self._decided:
-            return self._decided[key]
-        stand_in: Any = SimpleNamespace(trial_id=str(trial.number))
-        if trial.number not in self._known:
-            self._known.add(trial.number)
-            self._asha.on_trial_add(None, stand_in)  # type: ignore[arg-type]
-        value = min(worth(self._plan, report), 1e30)
-        result = {"images": report["images"], "worth": value}
-        going = self._asha.on_trial_result(None, stand_in, result) == "CONTINUE"  # type: ignore[arg-type]
-        self._decided[key] = going and value < 1e30
-        return self._decided[key]
-
-
-def exchange(plan: StudyPlan, trials: Sequence[Trial], images: int) -> dict[int, tuple[int | None, Values]]:
-    """Population-based training at `images`, which every trial has reported: number -> (source, values from here on).
-
-    The worst quantile each take one of the best's weights and values near its; the others keep theirs (source None).
-    A function of the reports alone (Jaderberg 2017).
-    """
-    rng = random.Random(f"{plan.sweep.study.seed}/{images}")
-    at = {trial.number: next(r for r in trial.reports if r["images"] == images) for trial in trials}
-    ranked = sorted(trials, key=lambda trial: (worth(plan, at[trial.number]), trial.number))
-    count = max(1, int(len(ranked) * plan.sweep.scheduler.quantile))
-    best, worst = ranked[:count], ranked[-count:] if len(ranked) >= 2 * count else []
-    decided: dict[int, tuple[int | None, Values]] = {trial.number: (None, trial.values) for trial in trials}
-    for trial in worst:
-        source = rng.choice(best)
-        decided[trial.number] = (source.number, _explored(plan, source.values, rng))
-    return decided
 
 
 @dataclass(frozen=True)

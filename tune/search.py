@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scoreray.data.errors import UserError, key_in_errors
@@ -17,51 +16,28 @@ from scoreray.tune.sweep import POPULATIONS, StudyPlan, goals
 from scoreray.tune.trial import Trial
 
 if TYPE_CHECKING:
-    from ray.tune.search import SearchAlgorithm, Searcher
+    from ray.tune.search import Searcher
 
 OPTUNA = ("tpe", "optuna")
 DRAWN = ("random", "grid")  # values that depend on no other trial
 
 
-@dataclass(frozen=True)
-class Search:
-    """What `ray.tune.Tuner` runs of a study: `param_space`, and for its TuneConfig `search_alg` and `num_samples`.
-
-    numbers: of the trials in the order in which Tune makes them: those on record as running, then new ones.
-    TuneConfig has no metric and no mode: searchers and schedulers have their own. A result holds `images`, and each
-    metric under its own name.
-    """
-
-    search_alg: Searcher | SearchAlgorithm
-    param_space: dict[str, Any]
-    numbers: tuple[int, ...]
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.numbers)
-
-
 @key_in_errors("search")
-def searcher(plan: StudyPlan, trials: Sequence[Trial]) -> Search:
-    """The search for trials that are still to run, given those on record: the ended ones count as evaluated.
+def searcher(plan: StudyPlan, trials: Sequence[Trial]) -> Searcher | None:
+    """Ray Tune's searcher of a sweep, None where each trial's values are `drawn`.
 
-    A function of the sweep and the records. Raises UserError where the searcher can't be had.
+    It has its metric and mode, so TuneConfig has none. Trials on record that have ended count as evaluated; what it
+    suggests first are the values of those under way, then the base config's where trial 0 is not on record.
+    A function of the sweep and the records. Raises UserError where it can't be had.
     """
-    known = {trial.number for trial in trials}
-    left = max(0, num_trials(plan) - len(trials))
-    new = list(itertools.islice((number for number in itertools.count() if number not in known), left))
-    points = {trial.number: trial.values for trial in trials if trial.state == "running"}
-    if 0 in new and (default := _first_values(plan)) is not None:
-        points[0] = default
-    numbers = tuple(dict.fromkeys([*points, *new]))
     kind = plan.sweep.search.kind
     if kind in DRAWN or plan.sweep.scheduler.kind in POPULATIONS:
-        made = [plan.space.encoded(points.get(number) or drawn(plan, number)) for number in numbers]
-        return Search(_in_order(made), {one.key: None for one in plan.space.dimensions}, numbers)
+        return None
+    points = [trial.values for trial in trials if trial.state == "running"]
+    if all(trial.number != 0 for trial in trials):
+        points += [default] if (default := _first_values(plan)) is not None else []
     ended = [trial for trial in trials if trial.state != "running"]
-    if kind in OPTUNA:
-        return Search(_optuna(plan, ended, list(points.values())), {}, numbers)
-    return Search(_named(plan, ended, list(points.values())), {}, numbers)
+    return _optuna(plan, ended, points) if kind in OPTUNA else _named(plan, ended, points)
 
 
 def num_trials(plan: StudyPlan) -> int:
@@ -73,22 +49,14 @@ def num_trials(plan: StudyPlan) -> int:
 
 
 def drawn(plan: StudyPlan, number: int) -> Values:
-    """Values of trial `number` on the grid, or at random: a function of the seed and the number."""
+    """Values of trial `number` where they depend on no other trial: the base config's own for the first, then on the
+    grid or at random, a function of the seed and the number."""
     search = plan.sweep.search
+    if number == 0 and (default := _first_values(plan)) is not None:
+        return default
     if search.kind == "grid":
         return plan.space.grid(search.points, plan.base)[number]
     return plan.space.draw(random.Random(f"{plan.sweep.study.seed}/{number}"), plan.base)
-
-
-def propose(plan: StudyPlan, number: int, trials: Sequence[Trial]) -> Values:
-    """Values of trial `number` after these trials, for an engine that asks trial by trial."""
-    if number == 0 and (default := _first_values(plan)) is not None:
-        return default
-    if plan.sweep.search.kind in DRAWN or plan.sweep.scheduler.kind in POPULATIONS:
-        return drawn(plan, number)
-    ended = [replace(trial, state="failed" if trial.state == "running" else trial.state) for trial in trials]
-    made: Any = searcher(plan, ended).search_alg
-    return values(plan, made.suggest(str(number)))
 
 
 def values(plan: StudyPlan, config: Mapping[str, Any]) -> Values:
@@ -100,12 +68,6 @@ def _first_values(plan: StudyPlan) -> Values | None:
     """The base config's own values, for the first trial, where the space has them."""
     search = plan.sweep.search
     return plan.default() if search.default_first and search.kind != "grid" else None
-
-
-def _in_order(points: list[dict[str, Any]]) -> SearchAlgorithm:
-    from ray.tune.search import BasicVariantGenerator
-
-    return BasicVariantGenerator(points_to_evaluate=points)
 
 
 def _seed(plan: StudyPlan, trials: Sequence[Trial]) -> int:

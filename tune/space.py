@@ -81,17 +81,6 @@ class Dimension:
         value = low + u * (high - low)
         return self._typed(min(max(math.exp(value) if self.log else value, self.low), self.high))
 
-    def place(self, value: Any) -> float:
-        """Where a value is in [0, 1], for pictures and for moving it a little."""
-        if self.kind == "choice":
-            index = next((i for i, one in enumerate(self.choices) if one == value), 0)
-            return index / max(1, len(self.choices) - 1)
-        if self.high == self.low:
-            return 0.5
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
     @property
     def categories(self) -> list[Any]:
         """The choices as searchers take them: themselves, or their JSON where a choice is a section or a list."""

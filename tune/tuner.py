@@ -18,14 +18,14 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search import Searcher
+from ray.tune.search import BasicVariantGenerator, Searcher
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered
 from scoreray.data.storage.arrow import arrow_location
 from scoreray.tune.book import OWNED_EVERY_S, State, StudyBook
 from scoreray.tune.monitor import TrialMonitor
 from scoreray.tune.schedule import callbacks, scheduler
-from scoreray.tune.search import propose, searcher, values
+from scoreray.tune.search import drawn, searcher, values
 from scoreray.tune.sweep import StudyPlan, need_of
 from scoreray.tune.trainable import TrialTrainable
 
@@ -86,12 +86,14 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
     plan, numbers = book.plan, recorder.numbers
     search_alg: Any
     space: dict[str, Any] = {}
+    members: list[int] = []
     if book.is_population:  # PBT takes no Searcher: all of the population is on record before
-        book.populate(lambda number: propose(plan, number, []))
-        made = searcher(plan, book.trials)
-        search_alg, space, members = made.search_alg, made.param_space, list(made.numbers)
+        book.populate(lambda number: drawn(plan, number))
+        search_alg = BasicVariantGenerator([plan.space.encoded(trial.values) for trial in book.waiting])
+        space = {one.key: None for one in plan.space.dimensions}
+        members = [trial.number for trial in book.waiting]
     else:
-        search_alg, members = _Search(book, numbers), []
+        search_alg = _Search(book, numbers)
 
     def name(trial: Any) -> str:
         if trial.trial_id not in numbers:  # of the population, whose trials Tune makes in this order
@@ -163,8 +165,7 @@ class _Search(Searcher):
     def __init__(self, book: StudyBook, numbers: dict[str, int]) -> None:
         super().__init__()
         self._book, self._numbers = book, numbers
-        made = searcher(book.plan, book.trials)
-        self._searcher = made.search_alg if isinstance(made.search_alg, Searcher) else None
+        self._searcher = searcher(book.plan, book.trials)
         if self._searcher is not None:
             for trial in book.waiting:  # it has them as its first points
                 self._searcher.suggest(str(trial.number))
@@ -179,7 +180,7 @@ class _Search(Searcher):
     def _propose(self, number: int) -> Any:
         plan = self._book.plan
         if self._searcher is None:
-            return propose(plan, number, self._book.trials)
+            return drawn(plan, number)
         config = self._searcher.suggest(str(number))
         if config == Searcher.FINISHED:
             self._book.state.total = len(self._book.trials)

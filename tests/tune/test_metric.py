@@ -220,7 +220,7 @@ def test_tpe_finds_a_planted_optimum_that_random_search_misses(sweep: dict[str, 
     for seed in range(4):
         plan = load_sweep({**sweep, "space": space, "search": {"kind": "tpe", "default_first": False}},
                           [f"study.seed={seed}"])  # fmt: skip
-        search: Any = searcher(plan, ()).search_alg
+        search: Any = searcher(plan, ())
         costs = []
         for number in range(40):
             costs.append(cost(values(plan, search.suggest(str(number)))))
@@ -238,7 +238,7 @@ def test_a_proposal_is_a_function_of_seed_number_and_history(sweep: dict[str, An
     ]  # fmt: skip
 
     def proposed(plan: StudyPlan, trials: list[Trial]) -> dict[str, Any]:
-        search: Any = searcher(plan, trials).search_alg
+        search: Any = searcher(plan, trials)
         return values(plan, search.suggest("a"))
 
     plan = load_sweep({**sweep, "search": {"kind": "tpe", "startup": 2, "default_first": False}})

@@ -12,7 +12,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
-from scoreray.tune.search import propose
+from scoreray.tune.search import drawn, searcher, values
 from scoreray.tune.study import STUDY, Study, claim
 from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial, read_trials, study_store
@@ -123,8 +123,9 @@ def test_a_trial_without_a_finite_metric_has_failed_and_the_study_goes_on(
     claimed = claim(plan)
     assert [trial.state for trial in claimed] == ["done", "failed", "done", "done"]
     assert "not a finite number" in claimed[1].error
-    values = propose(plan, 4, claimed)
-    assert plan.space.dimensions[0].contains(values[MEAN])
+    search: Any = searcher(plan, claimed)
+    proposed = drawn(plan, 4) if search is None else values(plan, search.suggest("4"))
+    assert plan.space.dimensions[0].contains(proposed[MEAN])
     assert [trial.number for trial in best_of(plan, claimed)] == [0, 2, 3]
     made = make_report(plan, claimed)
     assert made.record["states"] == {"done": 3, "stopped": 0, "failed": 1}
