@@ -44,6 +44,7 @@ from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
+from scoreray.data.webdataset import SampleDecoder, shards
 
 BATCH = 256
 
@@ -86,6 +87,14 @@ def stock(tars: list[str], num_batches: int, decoder: str | Callable) -> Seconds
     else:
         pipeline = pipeline.decode(decoder).to_tuple("png;jpg", "cls")
     batches = iter(pipeline.batched(BATCH))
+    drain(batches, 4)
+    return timed(lambda: drain(batches, num_batches))
+
+
+def as_source(url: str, num_batches: int, *stages: Callable) -> Seconds:
+    """The same number of samples from shards(), in the stream's order, through webdataset's stages."""
+    samples = shards(url, global_batch_size=BATCH, num_lanes=32, shuffle_block=256)
+    batches = iter(webdataset.DataPipeline(samples, *stages, webdataset.batched(BATCH)))
     drain(batches, 4)
     return timed(lambda: drain(batches, num_batches))
 
@@ -162,11 +171,18 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
         remote = open_store("s3://benchmark/set")
         for key, _ in open_store(url).list():
             remote.put(key, open_store(url).get(key))
+        fields = webdataset.to_tuple("png;jpg", "cls")
         ways: dict[str, Callable[[], Seconds]] = {
             "decode from memory": lambda: from_memory(url, num_batches, decoder),
             "scoreray, local": lambda: stream(url, num_batches),
             "scoreray, local, 2 decoding threads": lambda: stream(url, num_batches, decode_threads=2),
             "scoreray, S3 on this machine": lambda: stream(remote.url(), num_batches),
+            "scoreray as a source of webdataset, same decoder": lambda: as_source(
+                url, num_batches, fields, webdataset.map_tuple(decoder, int)
+            ),
+            "scoreray as a source of webdataset, SampleDecoder": lambda: as_source(
+                url, num_batches, webdataset.map(SampleDecoder()), fields
+            ),
             "LitData": lambda: litdata(lit, num_batches, decoder),
             "webdataset, same decoder": lambda: stock(tars, num_batches, decoder),
             "webdataset, its own decoder": lambda: stock(tars, num_batches, stock_decoder),

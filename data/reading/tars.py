@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from scoreray.data.errors import DataError
 
 BLOCK = 512
+ZEROS = bytes(BLOCK)
 WINDOW_BYTES = 8 << 20
 MAX_MEMBER_BYTES = 64 << 20
 MAX_EXTENDED_BYTES = 64 << 10  # of a PAX or GNU long-name header
@@ -70,7 +71,7 @@ def members(tape: Tape) -> Iterator[Member]:
     while True:
         at = tape.position
         header = tape.take(BLOCK)
-        if not any(header):
+        if header == ZEROS:
             return _check_end(tape)
         if _octal(header[148:156], at) != _checksum(header):
             raise DataError(f"byte {at}: the header's checksum is wrong")
@@ -114,7 +115,7 @@ def _check_end(tape: Tape) -> None:
     if tape.size - at < BLOCK:
         raise DataError(f"byte {at}: the tar's end marker is cut")
     while tape.position < tape.size:
-        if any(tape.take(min(1 << 16, tape.size - tape.position))):
+        if tape.take(min(1 << 16, tape.size - tape.position)).strip(b"\0"):
             raise DataError(f"byte {at}: there is more after the tar's end marker")
 
 
@@ -122,10 +123,10 @@ def _octal(field: bytes, at: int) -> int:
     """A number of a header: octal digits, or big-endian with the first bit set (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    if not all(byte in b"01234567" for byte in digits):
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:
         raise DataError(f"byte {at}: {field!r} in a header is no number")
-    return int(digits or b"0", 8)
+    return int(digits, 8)
 
 
 def _short_name(header: bytes, at: int) -> str:

@@ -12,6 +12,7 @@ The sample at a position is the one that `Stream` hands out at it, whatever the 
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from scoreray.data.reading.tars import BLOCK, Tape, members
 from scoreray.data.storage.stats import ReadStats
 
 END = bytes(2 * BLOCK)  # of a tar
+PLACES = struct.Struct("<QQ")  # before a span: where in the shard it begins, and the image in it
 
 
 def shards(
@@ -109,32 +111,27 @@ class SampleSource(IterableDataset[dict[str, Any]]):
 
 
 class TarSpanReader(Reader):
-    """Reads, in the place of a sample's image, what is between the images of its neighbours in the tar: its members are
-    in it, in whichever order. The image in it is verified."""
+    """Reads, in the place of a sample's image, its span: what is between the images of its neighbours in the tar, with
+    PLACES before it and END behind. Its members are in it, in whichever order; the image in it is verified."""
 
     max_gap_bytes = MAX_REQUEST_BYTES  # what is between two images is read in any case
 
     def samples(self, rows: Rows, end: int | None) -> Iterator[dict[str, Any]]:
         """The samples of rows that were read by this reader, up to position `end`."""
-        columns = (rows.positions.tolist(), rows.index.tolist(), rows.labels.tolist(), rows.members)
-        for position, sample, label, span in zip(*columns, strict=True):
+        shards = np.searchsorted(self.first_samples, rows.index, side="right") - 1
+        columns = (rows.positions.tolist(), rows.index.tolist(), rows.labels.tolist(), shards.tolist(), rows.members)
+        for position, sample, label, shard, span in zip(*columns, strict=True):
             if end is not None and position >= end:
                 return
             assert span is not None  # nothing is quarantined here
-            shard, place = self._place(sample)
             try:
-                key, found = self._members(shard, place, span + END)
+                key, found = _members(span)
                 if label != NO_CLASS and "cls" in found and default_decoder().member("cls", found["cls"]) != label:
                     raise DataError(f"its class is {found['cls']!r}, the index says {label}")
             except DataError as error:
                 raise DataError(f"{self.name_of(sample)}: {error}") from error
             url = self.store.url(self.manifest.shards[shard].name)
             yield {"__key__": key, "__url__": url, "__position__": position, "__index__": sample, **found}
-
-    def _members(self, shard: int, place: int, tar: bytes) -> tuple[str, dict[str, bytes]]:
-        begin = int(self._spans(shard, place, 1)[0][0])
-        tape = Tape(lambda start, end: tar[start - begin : end - begin], begin + len(tar), begin)
-        return sample_members(members(tape), int(self.records(shard, place, 1)["offset"][0]))
 
     def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
         begins, ends = self._spans(shard, first, len(records))
@@ -143,10 +140,10 @@ class TarSpanReader(Reader):
         if len(data) != high - low:
             raise DataError(f"{self.name(shard, first)}: the shard is cut")
         offsets = records["offset"].astype(np.int64)
-        places = (begins - low, offsets - low, offsets + records["size"] - low, ends - low)
+        places = (begins, offsets, offsets + records["size"], ends)
         return [
-            data[begin:at] + image + data[after:end]
-            for begin, at, after, end, image in zip(*(p.tolist() for p in places), images, strict=True)
+            PLACES.pack(begin, at) + data[begin - low : at - low] + image + data[after - low : end - low] + END
+            for begin, at, after, end, image in zip(*(place.tolist() for place in places), images, strict=True)
         ]
 
     def _spans(self, shard: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,3 +158,11 @@ class TarSpanReader(Reader):
         begins = np.append(0, after)[:count] if first == 0 else after[:count]
         ends = np.append(offsets - BLOCK, entry.bytes)[first - low + 1 :][:count]
         return begins, ends
+
+
+def _members(span: bytes) -> tuple[str, dict[str, bytes]]:
+    """(key, members by kind) of the sample that a span is of."""
+    begin, image_offset = PLACES.unpack_from(span)
+    before = begin - PLACES.size
+    tape = Tape(lambda start, end: span[start - before : end - before], before + len(span), begin)
+    return sample_members(members(tape), image_offset)
