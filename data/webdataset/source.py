@@ -1,12 +1,7 @@
 """A packed data set as a source of webdataset pipelines: its samples in the run's exactly-once order.
 
-    import webdataset as wds
-    from scoreray.data.webdataset import SampleDecoder, shards
-
-    source = shards("s3://bucket/photos", global_batch_size=256, rank=0, world_size=4, seed=0, position=51200)
-    batches = wds.DataPipeline(source, wds.map(SampleDecoder()), wds.to_tuple("png", "cls"), wds.batched(64))
-
 The sample at a position is the one that `Stream` hands out at it, whatever the world size and the number of workers.
+docs/data.md has an example.
 """
 
 from __future__ import annotations
@@ -64,7 +59,7 @@ def shards(
     batches of this size (`wds.batched(B // world_size)`) come in the same order for every n. Workers are for decoding
     that is slow: each reads what its rank reads, so give a remote data set's workers a `cache_dir`, which they share.
 
-    Images and classes are checked against the index; for other members it has no digest, only tar headers have a
+    Images and `.cls` are checked against the index; for other members it has no digest, only tar headers have a
     checksum (`scoreray data verify` checks whole shards). Where names of a tar have dots in them (`img_0.05.png`) a
     sample has those of its members that are beside its image.
 

@@ -6,7 +6,9 @@ import io
 import itertools
 import json
 import pickle
+import re
 import tarfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,19 @@ def test_an_epoch_ends_and_the_ranks_together_had_each_sample_once(packed: tuple
     assert {sample["__key__"] for sample in samples} == {f"{i:08d}" for i in range(manifest.num_samples)}
     assert {sample["__url__"] for sample in samples} == {f"{url}/{shard.name}" for shard in manifest.shards}
     assert all(list(sample)[4:] == ["png", "cls"] for sample in samples)
+
+
+def test_the_example_of_the_docs_runs_and_gives_the_streams_tenth_batch(packed: tuple[str, Manifest]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    (example,) = re.findall(r"^    import webdataset as wds\n(?:(?:    .*)?\n)*", page, re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(example).replace("s3://bucket/photos", packed[0]), names)
+    with Stream(packed[0], global_batch_size=256, rank=0, world_size=4, seed=0) as stream:
+        tenth = list(itertools.islice(stream, 10))[-1]
+    assert names["position"] == stream.position == 2560
+    assert (np.asarray(names["positions"]) == tenth.position.numpy()).all()
+    assert (np.stack(names["images"]) == tenth.images.permute(0, 2, 3, 1).numpy()).all()
+    assert (np.asarray(names["labels"]) == tenth.labels.numpy()).all()
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> None:
