@@ -30,7 +30,8 @@ class ShardWriter:
 
     The tar is plain USTAR, as TarWriter is given a whole number as the time: its default, the clock's as a float, makes
     tarfile put a PAX header of 1 KB before every member (26.2 MB instead of 13.9 for 6,000 images of 28 x 28). A member
-    costs it 20 us more than putting USTAR headers together by hand did: 18% of packing 64 x 64 jpgs out of an array.
+    costs 20 us more than USTAR headers put together by hand: of packing from a folder of pictures of 256 x 256 nothing
+    that can be measured, out of an array of 64 x 64 jpgs 16%, of 28 x 28 pngs 22% (samples of two members).
     """
 
     def __init__(self, file: IO[bytes], shape: tuple[int, ...], dtype: str, image_format: str) -> None:

@@ -61,6 +61,9 @@ def decode_into(out: np.ndarray, data: bytes, code: int, name: Callable[[], str]
 def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndarray) -> list[int]:
     """Decodes member i, of format codes[i], into out[i] (as decode_into() does), at next to the decoders' own cost.
 
+    One by one through webdataset's chain, as other members go (allowlist.py), a 28 x 28 png costs 13.1 us instead of
+    10.8 and a 56 x 56 jpg 30.5 instead of 26.5: 15% and 11% of all that the stream spends on a sample.
+
     Returns the rows that it left out, for decode_into(): what is missing, damaged or not of the usual kind.
     """
     if len(codes) and (codes == codes[0]).all():
