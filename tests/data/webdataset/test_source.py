@@ -227,6 +227,14 @@ def test_a_class_that_is_not_the_indexs_is_refused(tmp_path: Path) -> None:
         list(shards(url, global_batch_size=3, epochs=1))
 
 
+def test_samples_whose_images_are_not_in_the_order_of_their_names_are_refused_not_mixed(tmp_path: Path) -> None:
+    members = [("0.png", image(0)), ("a.x.cls", b"1"), ("a.y.png", image(1)), ("a.x.png", image(2)), ("a.y.cls", b"2")]
+    tar_of(tmp_path / "t" / "0.tar", members)
+    pack(tmp_path / "t", tmp_path / "t")
+    with pytest.raises(DataError, match=r"0\.tar: sample \d at byte \d+: samples are not in the tar's order; make new"):
+        list(shards(str(tmp_path / "t"), global_batch_size=1, epochs=1))
+
+
 @pytest.mark.parametrize(
     ("url", "options", "message"),
     [
