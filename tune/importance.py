@@ -102,10 +102,10 @@ def comparable(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[list[Trial], s
         return done, f"{len(done)} finished trials"
     if plan.sweep.scheduler.kind == "asha":
         for images in sorted({report["images"] for trial in trials for report in trial.reports}, reverse=True):
-            there = [_as_at(trial, images) for trial in trials if any(r["images"] == images for r in trial.reports)]
-            there = [trial for trial in there if math.isfinite(cost_of(trial, first))]
-            if len(there) >= FEWEST:
-                return there, f"{len(there)} trials as they stood at {images:,} images"
+            reached = [_as_at(trial, images) for trial in trials if any(r["images"] == images for r in trial.reports)]
+            reached = [trial for trial in reached if math.isfinite(cost_of(trial, first))]
+            if len(reached) >= FEWEST:
+                return reached, f"{len(reached)} trials as they stood at {images:,} images"
     return [], f"too few finished trials ({len(done)} of {FEWEST})"
 
 
