@@ -1,11 +1,11 @@
-"""The pictures of a study's report, as PNG: Optuna's own where it has one, and error by images and by noise level."""
+"""What a report shows: importance, and pictures as PNG, Optuna's where it has them; error by images and noise level."""
 
 from __future__ import annotations
 
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,15 +16,16 @@ from torch import Tensor
 from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.offline.generate import png_of_sheet
 from scoreray.trainer.step import to_uint8
-from scoreray.tune.importance import comparable, optuna_study, target_of
 from scoreray.tune.metric import levels_of
-from scoreray.tune.schedule import best_of
+from scoreray.tune.schedule import best_of, cost_of
+from scoreray.tune.search import optuna_study
 from scoreray.tune.space import short_names
 from scoreray.tune.sweep import MAXIMISED, StudyPlan
 from scoreray.tune.trial import Trial
 
 WIDTH = 7.2  # inches: what a page of text is wide
 DPI = 144
+FEWEST = 8  # trials below which a dimension's importance is noise
 COLOURS = {"done": "C0", "stopped": "0.65", "running": "C1"}
 
 
@@ -70,6 +71,60 @@ def history_picture(plan: StudyPlan, trials: Sequence[Trial]) -> bytes:
         axes: Any = plot_optimization_history(optuna_study(plan, trials), target=target, target_name=first)
         axes.xaxis.get_major_locator().set_params(integer=True)
         return _finished(axes)
+
+
+def importance(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
+    """Share of each dimension in what makes a trial good, of the first metric; and of which trials that is, or why
+    there is none.
+
+    Optuna's PED-ANOVA (Watanabe 2023), with its extension to conditional dimensions (arXiv 2601.20800).
+    """
+    from optuna.importance import get_param_importances
+
+    chosen, note = comparable(plan, trials)
+    having = {one.key: [t for t in chosen if one.key in t.values] for one in plan.space.dimensions if chosen}
+    too_few = [key for key, some in having.items() if len(some) < FEWEST]
+    note = "; ".join([note, *(f"{key} in too few of them" for key in too_few)])
+    keys = [key for key in having if key not in too_few]
+    if not keys:
+        return {}, note
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = get_param_importances(optuna_study(plan, chosen), params=keys, target=target_of(plan), normalize=False)
+    total = sum(shares.values())
+    if total == 0:
+        return {}, f"{note}; no difference found"
+    return {key: share / total for key, share in shares.items()}, note
+
+
+def target_of(plan: StudyPlan) -> Callable[[Any], float] | None:
+    """What Optuna takes as a trial's worth where there are several metrics: the first, less is better."""
+    first, *others = plan.sweep.metric.names
+    sign = -1.0 if first in MAXIMISED else 1.0
+    return (lambda trial: sign * trial.values[0]) if others else None
+
+
+def comparable(plan: StudyPlan, trials: Sequence[Trial]) -> tuple[list[Trial], str]:
+    """Trials that importance is taken of, as they stood at one stop, and a word on them; none where too few.
+
+    The finished trials; where asha left too few of these, all that reached its farthest stop with enough.
+    """
+    first = plan.sweep.metric.names[0]
+    done = [trial for trial in trials if trial.state == "done" and math.isfinite(cost_of(trial, first))]
+    if len(done) >= FEWEST:
+        return done, f"{len(done)} finished trials"
+    if plan.sweep.scheduler.kind == "asha":
+        for images in sorted({report["images"] for trial in trials for report in trial.reports}, reverse=True):
+            reached = [_as_at(trial, images) for trial in trials if any(r["images"] == images for r in trial.reports)]
+            reached = [trial for trial in reached if math.isfinite(cost_of(trial, first))]
+            if len(reached) >= FEWEST:
+                return reached, f"{len(reached)} trials as they stood at {images:,} images"
+    return [], f"too few finished trials ({len(done)} of {FEWEST})"
+
+
+def _as_at(trial: Trial, images: int) -> Trial:
+    """A trial as if it had ended at a stop that it has reported."""
+    return replace(trial, state="done", reports=[r for r in trial.reports if r["images"] <= images])
 
 
 def importance_picture(plan: StudyPlan, trials: Sequence[Trial], keys: Sequence[str]) -> bytes:

@@ -18,7 +18,6 @@ from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.options import option_words
 from scoreray.trainer.config import Config, dump_config
-from scoreray.tune.importance import importance
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (
     DPI,
@@ -26,6 +25,7 @@ from scoreray.tune.pictures import (
     curves_picture,
     front_pictures,
     history_picture,
+    importance,
     importance_picture,
     parallel_picture,
     progress_picture,

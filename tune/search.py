@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scoreray.data.errors import UserError, key_in_errors
-from scoreray.tune.importance import optuna_study
 from scoreray.tune.plugins import SEARCHERS, build, plugin_class
 from scoreray.tune.space import Dimension, Space, Values
-from scoreray.tune.sweep import POPULATIONS, StudyPlan, goals
+from scoreray.tune.sweep import MAXIMISED, POPULATIONS, StudyPlan, goals
 from scoreray.tune.trial import Trial
 
 if TYPE_CHECKING:
@@ -114,6 +114,39 @@ def _optuna(plan: StudyPlan, ended: Sequence[Trial], points: Sequence[Values]) -
                             storage=storage, study_name="scoreray")  # fmt: skip
 
 
+def optuna_study(plan: StudyPlan, trials: Sequence[Trial], names: Mapping[str, str] | None = None, **given: Any) -> Any:
+    """An Optuna study with these trials: those stopped early as pruned, those under way as running.
+
+    names: of its parameters where those are not the dimensions' keys. given: what else `optuna.create_study` takes;
+    without a storage the study is in memory.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    metrics, named = plan.sweep.metric.names, names or {}
+    directions: Any = ["maximize" if name in MAXIMISED else "minimize" for name in metrics]
+    study = optuna.create_study(directions=directions, **given)
+    State = optuna.trial.TrialState
+    states = {"done": State.COMPLETE, "stopped": State.PRUNED, "running": State.RUNNING, "failed": State.FAIL}
+    for trial in trials:
+        kinds = {one.key: one for one in plan.space.dimensions if one.key in trial.values}
+        made = optuna.trial.create_trial(
+            state=states[trial.state],
+            params={named.get(key, key): one.encoded(trial.values[key]) for key, one in kinds.items()},
+            distributions={named.get(key, key): distribution(one) for key, one in kinds.items()},
+            values=[trial.metrics[name] for name in metrics] if trial.state == "done" and trial.metrics else None,
+            intermediate_values=_on_the_way(trial, metrics[0]) if len(metrics) == 1 else {},
+        )
+        study.add_trial(made)
+    return study
+
+
+def _on_the_way(trial: Trial, name: str) -> dict[int, float]:
+    """Images seen -> metric, of each report of a trial that can be compared; Optuna takes no NaN."""
+    metrics = {report["images"]: report["metrics"][name] for report in trial.reports}
+    return {images: value for images, value in metrics.items() if math.isfinite(value)}
+
+
 def _named(plan: StudyPlan, ended: Sequence[Trial], points: Sequence[Values]) -> Searcher:
     """Another searcher, over all dimensions: those that do not exist beside others are left out of what it gives.
 
@@ -149,6 +182,17 @@ def domain(one: Dimension) -> Any:
     if one.kind == "int":
         return (tune.lograndint if one.log else tune.randint)(int(one.low), int(one.high) + 1)
     return (tune.loguniform if one.log else tune.uniform)(one.low, one.high)
+
+
+def distribution(dimension: Dimension) -> Any:
+    """A dimension as Optuna's distribution."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if dimension.kind == "choice":
+        return CategoricalDistribution(dimension.categories)
+    if dimension.kind == "int":
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
 def _suggested(trial: Any, one: Dimension) -> Any:
