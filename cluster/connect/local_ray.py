@@ -82,7 +82,8 @@ def _joined(address: str, verbose: bool) -> Iterator[str]:
     _check_address(address)
     try:
         level = logging.INFO if verbose else logging.ERROR
-        context = ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        with interruptible():
+            context = ray.init(address=address, log_to_driver=verbose, logging_level=level)
     except (ConnectionError, RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
         hint = "was its token refused?" if token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"
