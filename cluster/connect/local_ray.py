@@ -206,23 +206,29 @@ def _check_address(address: str) -> None:
 def interruptible() -> Iterator[None]:
     """While the block runs, Ctrl-C and SIGTERM interrupt it; at its end at the latest, where the exception was lost.
 
-    Python only prints one that is raised in a destructor or in a weak reference's callback, which importing and
-    starting Ray do a lot of: on a busy machine `serve` started all the same. For the main thread.
+    Python only prints one that is raised in a hook of fork (seen: logging's, as Ray forks its daemons), a destructor
+    or a weak reference's callback: on a busy machine `serve` started all the same. For the main thread.
     """
-    came = False
+    came, print_lost = False, sys.unraisablehook
 
     def interrupt(*_: object) -> None:
         nonlocal came
         came = True
         raise KeyboardInterrupt
 
+    def unless_interrupt(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            print_lost(lost)
+
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.unraisablehook = unless_interrupt
     try:
         yield
     except Exception:
         if not came:
             raise
     finally:
+        sys.unraisablehook = print_lost
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:

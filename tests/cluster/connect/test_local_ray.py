@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -417,14 +416,22 @@ def test_a_worker_of_an_embedded_ray_gets_as_much_of_a_busy_machine_as_others(ra
 
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_python_loses_comes_at_the_end_of_the_block(number: signal.Signals, lost: bool) -> None:
-    """As where it is raised in a weak reference's callback, which an import has many of."""
+def test_an_interrupt_that_python_loses_comes_at_the_end_of_the_block(
+    number: signal.Signals, lost: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a hook of fork, of which Python goes on after printing the exception."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     went_on: list[bool] = []
 
+    class Ends:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
     def start() -> None:
         with local_ray.interruptible():
-            with contextlib.suppress(*[KeyboardInterrupt] * lost):
+            if lost:
+                Ends()
+            else:
                 signal.raise_signal(number)
             went_on.append(True)
             raise RuntimeError("what came of it")
@@ -432,6 +439,7 @@ def test_an_interrupt_that_python_loses_comes_at_the_end_of_the_block(number: si
     with pytest.raises(KeyboardInterrupt):
         start()
     assert went_on == [True] * lost
+    assert capfd.readouterr().err == ""
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
