@@ -44,6 +44,8 @@ from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
+from scoreray.data.unpacked.tar_stream import TarStream
+from scoreray.data.unpacked.tars import TarSettings, UnpackedTars, open_data
 from scoreray.data.webdataset import SampleDecoder, shards
 
 BATCH = 256
@@ -75,6 +77,15 @@ def stream(url: str, num_batches: int, **options: int) -> Seconds:
         url, global_batch_size=BATCH, rank=0, world_size=1, seed=0, cache_bytes=0, num_lanes=32, shuffle_block=256,
         **options,
     ) as batches:  # fmt: skip
+        drain(batches, 4)
+        return timed(lambda: drain(batches, num_batches))
+
+
+def without_manifest(tars: list[str], num_batches: int) -> Seconds:
+    """Straight from the tars."""
+    data = open_data(tars, TarSettings(num_classes=10))
+    assert isinstance(data, UnpackedTars)
+    with TarStream(data, global_batch_size=BATCH, rank=0, world_size=1, seed=0) as batches:
         drain(batches, 4)
         return timed(lambda: drain(batches, num_batches))
 
@@ -183,6 +194,10 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
             "scoreray as a source of webdataset, SampleDecoder": lambda: as_source(
                 url, num_batches, webdataset.map(SampleDecoder()), fields
             ),
+            "scoreray, tars without a manifest, local": lambda: without_manifest(tars, num_batches),
+            "scoreray, tars without a manifest, S3": lambda: without_manifest(
+                [f"{remote.url()}/{shard.name}" for shard in manifest.shards], num_batches
+            ),
             "LitData": lambda: litdata(lit, num_batches, decoder),
             "webdataset, same decoder": lambda: stock(tars, num_batches, decoder),
             "webdataset, its own decoder": lambda: stock(tars, num_batches, stock_decoder),
@@ -205,6 +220,8 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
         "times webdataset, same decoder": us["webdataset, same decoder"] / ours,
         "times webdataset, its own decoder": us["webdataset, its own decoder"] / ours,
         "times LitData": us.get("LitData", math.nan) / ours,
+        "tars without a manifest: times webdataset, same decoder": us["webdataset, same decoder"]
+        / us["scoreray, tars without a manifest, local"],
         "of decode from memory": us["decode from memory"] / ours,
         "S3 of local": ours / us["scoreray, S3 on this machine"],
     }

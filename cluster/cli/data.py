@@ -16,7 +16,10 @@ from scoreray.data.errors import UserError
 def pack(
     source: Annotated[
         str,
-        typer.Argument(help="A folder of images (class = subfolder; here or in S3), .npz, IDX (.gz or not), or tars."),
+        typer.Argument(
+            help="A folder of images (class = subfolder; here or in S3), .npz, IDX (.gz or not), or tars: their "
+            "folder, or x-{000..099}.tar."
+        ),
     ],
     url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they are stored.")],
     image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None,

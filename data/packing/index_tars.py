@@ -19,7 +19,7 @@ from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.identity import content_marks, digest_of
 from scoreray.data.packing.layout import Layout, checked_layout
-from scoreray.data.packing.listing import kinds_line, list_below, shown, suffix_of
+from scoreray.data.packing.listing import kinds_line, list_below, shown, some_of, suffix_of
 from scoreray.data.packing.moments import ChannelMoments
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.allowlist import found_format
@@ -29,16 +29,18 @@ from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.records import records_sha256
 from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
 from scoreray.data.storage.paths import mode_of
+from scoreray.data.storage.patterns import find_tars, names_tars
 from scoreray.data.storage.store import NotFound, Store, local_path, open_store
 
 
 @dataclass(frozen=True)
 class Tars:
-    """Tars in a folder or prefix: (key, bytes) of each, and notes about what else there is."""
+    """Tars of one folder or prefix that `source` names: (key, bytes) of each, and notes about what else there is."""
 
+    source: str
     url: str
     shards: list[tuple[str, int]]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,14 @@ class TarsPlan:
 
 
 def tars_at(source: str | os.PathLike[str]) -> Tars:
-    """The tars below `source`, an S3 URL or a folder; none if it is neither."""
+    """The tars below `source`, an S3 URL or a folder, or those of one folder that it names, in brace notation or one by
+    its suffix; none if it is another file."""
+    text = os.fspath(source)
+    if names_tars(text) and not os.path.isdir(text):
+        return _named_tars(text)
     where = local_path(source)
     if where is not None and not stat.S_ISDIR(mode_of(where)):
-        return Tars(os.fspath(source), [], ())
+        return Tars(text, text, [])
     store = open_store(source)
     listing = list_below(store)
     tars = [(key, size) for key, size in listing.files.items() if key.endswith(".tar")]
@@ -106,7 +112,15 @@ def tars_at(source: str | os.PathLike[str]) -> Tars:
         suffix_of(key) or "no suffix" for key in listing.files if not key.endswith(".tar") and not _is_ours(key)
     )
     note = f"{store.url()}: {others.total():,} files beside the tars are left out ({kinds_line(others)})"
-    return Tars(store.url(), tars, (note,) if others else ())
+    return Tars(store.url(), store.url(), tars, (note,) if others else ())
+
+
+def _named_tars(source: str) -> Tars:
+    found = find_tars(source)
+    folders = sorted({tar.folder for tar in found})
+    if len(folders) > 1:
+        raise UserError(f"{source}: names tars of {len(folders)} folders ({some_of(folders)}); name those of one")
+    return Tars(source, folders[0], [(tar.key, tar.bytes) for tar in found])
 
 
 def _is_ours(key: str) -> bool:
@@ -128,7 +142,7 @@ def plan_tars(
     if open_store(url).url() != store.url():
         raise UserError(
             f"{tars.url}: holds tars, which are indexed in place, not copied; give it as the URL too: "
-            f"scoreray data pack {tars.url} {tars.url}; or make new ones of them: --image-size or --image-format"
+            f"scoreray data pack '{tars.source}' {tars.url}; or make new ones of them: --image-size or --image-format"
         )
     for key, _ in shards:
         if not key.isprintable() or len(key) > MAX_KEY:  # the manifest names them, as text
@@ -219,7 +233,7 @@ def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndar
         raise DataError(f"{name}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}")
     if values.dtype != dtype or (dtype != "uint8" and values.shape != tuple(shape)):
         raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
-    if not np.isfinite(values).all():
+    if dtype != "uint8" and not np.isfinite(values).all():
         raise DataError(f"{name}: holds a value that is not finite")
 
 

@@ -54,8 +54,8 @@ def pack(
 ) -> Manifest:
     """Packs `source` (.npz, IDX, a folder of images here or in S3, WebDataset tars) at `url`; returns the manifest.
 
-    Tars are indexed in place when `url` is where they are; at another URL, with `image_size` or `image_format`,
-    new ones are made of them.
+    Tars, of a folder or in brace notation, are indexed in place when `url` is where they are; at another URL, with
+    `image_size` or `image_format`, new ones are made of them.
 
     Args:
       samples_per_shard: None aims at `shard_bytes` by encoding a few samples first.
@@ -83,7 +83,7 @@ def pack(
     }  # fmt: skip
     options = SourceOptions(image_size, channels, labelled, layout)
     tars = tars_at(source)
-    _check_apart(source, url, bool(tars.shards))
+    _check_apart(tars.url, url, bool(tars.shards))
     where = local_path(source)
     given = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
              samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip

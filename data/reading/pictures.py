@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from typing import Literal
 
 import numpy as np
@@ -72,6 +73,8 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
 def plain_format(data: bytes) -> Literal["png", "jpg"] | None:
     """png or jpg where such a decoder, which knows of pixels alone, gives what `open_picture` gives: grey or RGB of 8
     bits, upright, without transparency, undamaged. None for others and for what can't be opened."""
+    if usual := _usual_format(data):
+        return usual
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,6 +90,36 @@ def plain_format(data: bytes) -> Literal["png", "jpg"] | None:
         return None
 
 
+def _usual_format(data: bytes) -> Literal["png", "jpg"] | None:
+    """`plain_format` of most files, from their chunks or segments alone: 4 us, where Pillow takes 45 (tars without a
+    manifest are looked at in every epoch: 28 x 28 png took 110 us a sample in all, and 64 without Pillow)."""
+    if data[:3] == b"\xff\xd8\xff":
+        at, is_plain = 2, False
+        while data[at : at + 1] == b"\xff" and (size := int.from_bytes(data[at + 2 : at + 4])) >= 2:
+            if data[at + 1] == _SCAN:
+                return "jpg" if is_plain else None
+            if data[at + 1] in _FRAMES:
+                is_plain = data[at + 4 : at + 5] == b"\x08" and data[at + 9 : at + 10] in (b"\1", b"\3")
+            elif data[at + 1] not in _USUAL_SEGMENTS:  # EXIF, colours as Adobe has them, more pictures
+                return None
+            at += 2 + size
+        return None
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[24:26] not in (b"\x08\x00", b"\x08\x02"):
+        return None
+    at, view = 8, memoryview(data)
+    while (kind := data[at + 4 : at + 8]) in _USUAL_CHUNKS:
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            return None
+        if kind == b"IEND":
+            return "png"
+        at = end + 4
+    return None
+
+
+_FRAMES, _SCAN = (0xC0, 0xC1, 0xC2), 0xDA  # baseline, extended, progressive; the pixels begin
+_USUAL_SEGMENTS = (0xE0, 0xDB, 0xC4, 0xDD, 0xFE)  # JFIF, quantization, Huffman tables, restarts, comments
+_USUAL_CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tIME")
 _TURNED_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what a turn may be written in, at either end
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scoreray.cluster.verbs.pack import pack_with_bar
-from scoreray.data.errors import DataError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.sources import open_source
@@ -348,3 +348,20 @@ def test_any_names_become_samples_or_one_line_and_every_member_is_accounted_for(
     good = [key for key, label in samples.items() if isinstance(label, int)]
     if not refusal and len(good) == len(samples):
         assert len(members) == len(good) + sum(left_out.values())
+
+
+def test_tars_named_in_brace_notation_are_indexed_where_they_are(s3_url: str) -> None:
+    store = open_store(s3_url)
+    for number in range(4):
+        store.put(f"x-{number}.tar", tar_bytes(("a.png", encoded(picture(number))), ("a.cls", b"%d" % number)))
+    manifest = pack(f"{s3_url}/x-{{0..2}}.tar", s3_url)
+    assert [shard.name for shard in manifest.shards] == ["x-0.tar", "x-1.tar", "x-2.tar"]
+    assert verify(s3_url) == []
+    assert read_samples(s3_url, range(3)).shape == (3, 3, 8, 8)
+    with pytest.raises(UserError, match=r"scoreray data pack 's3://.*/x-\{0..2\}.tar' s3://"):
+        pack(f"{s3_url}/x-{{0..2}}.tar", f"{s3_url}-elsewhere")
+    with pytest.raises(UserError, match=r"x-4.tar: there is no such tar; 4 of the 5"):
+        pack(f"{s3_url}/x-{{0..4}}.tar", s3_url)
+    store.put("more/x-4.tar", store.get("x-3.tar"))
+    with pytest.raises(UserError, match=r"names tars of 2 folders"):
+        pack(f"{s3_url}/{{x-3,more/x-4}}.tar", s3_url)

@@ -160,7 +160,7 @@ HOSTILE = {
     "huge class": (made(*GOOD, ("003.cls", b"2000000000")), "class 2000000000, the limit"),
     "other size": (made(*GOOD, ("004.png", encode(image(4, 9), "png"))), "is 9 x 9 pixels, the first sample has 8"),
     "other type": (made(*GOOD, ("004.npy", encode(image(0).astype(np.float32), "npy"))), "is float32"),
-    "bomb": (made(*GOOD, ("004.png", bomb())), "has more pixels than the limit"),
+    "bomb": (made(*GOOD, ("004.png", bomb())), "30000 x 30000 pixels, the limit is"),
     "no png": (made(*GOOD, ("004.png", b"GIF89a")), "can't be decoded|is none of PNG"),
     "huge size": (with_header(made(*GOOD), 0, 124, b"77777777777\0"), "the limit is"),
     "huge binary size": (with_header(made(*GOOD), 0, 124, b"\x80" + b"\xff" * 11), "the limit is"),
