@@ -96,9 +96,10 @@ def _states() -> str:
 
     with contextlib.suppress(Exception):
         deployments = serve.status().applications[APP].deployments
-        counts = {name: one.replica_states.items() for name, one in sorted(deployments.items())}
+        counts = {name: one.replica_states for name, one in sorted(deployments.items())}
         return "".join(
-            f"; {name}: " + ", ".join(f"{n} {state}" for state, n in states) for name, states in counts.items()
+            f"; {name}: " + ", ".join(f"{number} {state.value}" for state, number in states.items())
+            for name, states in counts.items()
         )
     return ""
 

@@ -6,10 +6,14 @@ import contextlib
 import math
 import subprocess
 import sys
+import time
+from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from scoreray.cluster.serve import command
 from scoreray.cluster.serve.command import _errors, _key_file
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.log import relayed
@@ -137,3 +141,40 @@ def test_sizes_that_ray_or_torch_would_fail_on_are_refused_at_once() -> None:
             ServeConfig((("a", "/absent"),), **{name: value})
     with pytest.raises(UserError, match="reload_s = inf"):
         ServeConfig((("a", "/absent"),), reload_s=math.inf)
+
+
+class State(StrEnum):
+    """As Serve's of a replica."""
+
+    RUNNING = "RUNNING"
+    STARTING = "STARTING"
+
+
+def test_a_slow_start_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a service takes minutes to start: without a word it looked as if it hung."""
+    applications: dict[str, object] = {}
+    status = SimpleNamespace(applications=applications)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=SimpleNamespace(status=lambda: status)))
+    monkeypatch.setattr(command, "SAY_EVERY_S", 0.05)
+    said: list[str] = []
+    monkeypatch.setattr(command, "say", said.append)
+    with command._progress():
+        while not said:
+            time.sleep(0.01)
+        states = {"model": {State.STARTING: 2}, "ingress": {State.RUNNING: 1}}
+        deployments = {name: SimpleNamespace(replica_states=one) for name, one in states.items()}
+        applications[command.APP] = SimpleNamespace(deployments=deployments)
+        while "model" not in said[-1]:
+            time.sleep(0.01)
+    assert said[0].startswith("the service is still starting after 0 s (load ")
+    assert said[0].endswith("cores)")
+    assert said[-1].endswith("; ingress: 1 RUNNING; model: 2 STARTING")
+
+
+def test_a_call_to_a_ray_that_has_ended_is_given_up() -> None:
+    """Its calls wait in C++ without a limit."""
+    with pytest.raises(TimeoutError):
+        command._within(0.05, lambda: time.sleep(2))
+    assert command._within(10, lambda: 7) == 7
+    with pytest.raises(KeyError):
+        command._within(10, lambda: {}["absent"])
