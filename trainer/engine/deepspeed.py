@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         for name, size in self._sizes.items():
             share = -(-size // dist.get_world_size())
             if offset == partition.numel():
-                partition, offset = next(partitions), 0
+                partition, offset = next(partitions, partition), 0
             start = share * dist.get_rank()
             if start < size:
                 yield name, start, min(share, size - start), partition, offset
@@ -139,7 +139,7 @@ class DeepSpeedEngine:
                     held = self._parameters[name].detach().flatten()[start : start + length]
                 if not torch.equal(partition.detach()[offset : offset + length].to(held), held):
                     raise LookupError(name)
-        except (AttributeError, LookupError, StopIteration, RuntimeError):
+        except (AttributeError, LookupError):
             raise UserError(
                 f"engine.zero_stage: {self._stage}: DeepSpeed {importlib.metadata.version('deepspeed')} arranges "
                 "its fp32 weights in a way that checkpoints do not know; take zero_stage 0, or another deepspeed"
