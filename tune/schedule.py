@@ -7,20 +7,21 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scoreray.data.errors import UserError, key_in_errors
 from scoreray.tune.plugins import CALLBACKS, SCHEDULERS, build, plugin_class
-from scoreray.tune.space import Dimension, Values
-from scoreray.tune.sweep import MAXIMISED, StudyPlan, goals
+from scoreray.tune.search import domain
+from scoreray.tune.sweep import MAXIMISED, POPULATIONS, StudyPlan, goals
 from scoreray.tune.trial import Trial
 
 if TYPE_CHECKING:
     from ray.tune import Callback
     from ray.tune.schedulers import TrialScheduler
 
-MOVES = (0.8, 1.25)  # Jaderberg 2017 perturbs by 1.2 and 0.8
-RESAMPLED = 0.25  # share of values that an exploring trial draws again
+
+RESAMPLED = 0.25  # probability of drawing a value again, Tune's default
 
 
 def milestones(plan: StudyPlan) -> list[int]:
@@ -64,10 +65,13 @@ def scheduler(plan: StudyPlan, trials: Sequence[Trial] = ()) -> TrialScheduler |
     }  # fmt: skip
     if section.kind == "hyperband":  # its first bracket has about ln max_t trials: in images too many, in stretches not
         given |= {"time_attr": "training_iteration", "max_t": len(milestones(plan))}
-    elif section.kind == "pbt":
-        given["custom_explore_fn"] = Explore(plan, random.Random(plan.sweep.study.seed))
-    elif section.kind == "pb2":
-        given["hyperparam_bounds"] = {one.key: [one.low, one.high] for one in plan.space.dimensions}
+    elif section.kind in POPULATIONS:
+        ranges = [one for one in plan.space.dimensions if one.kind != "choice"]
+        given |= {
+            "custom_explore_fn": partial(allowed, plan),
+            "hyperparam_mutations": {one.key: domain(one) for one in ranges},
+            "hyperparam_bounds": {one.key: [one.low, one.high] for one in ranges},
+        }
     elif plan.sweep.search.default_first and default is not None:
         kind = _sparing(kind, plan.space.encoded(default), plan.total)
     made: TrialScheduler = build(kind, given, section.options)
@@ -140,39 +144,17 @@ def best_of(plan: StudyPlan, trials: Sequence[Trial]) -> list[Trial]:
     return finished if len(names) == 1 else [trial for trial in finished if not beaten(trial)]
 
 
-@dataclass(frozen=True)
-class Explore:
-    """Population-based training's step from the values of a good trial to those of the one that takes its weights."""
+def allowed(plan: StudyPlan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose ranges population-based training has mutated: within their bounds, with some choices drawn again,
+    and all of it drawn again where a run's config refuses it.
 
-    plan: StudyPlan
-    rng: random.Random
-
-    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        space = self.plan.space
-        made = _explored(self.plan, space.decoded(config, self.plan.base), self.rng)
-        return config | dict.fromkeys(one.key for one in space.dimensions) | space.encoded(made)
-
-
-def _explored(plan: StudyPlan, values: Values, rng: random.Random) -> Values:
-    """Values near these, that the run's config accepts; these themselves where none of some tries is."""
-    for _ in range(16):
-        made: Values = {}
-        for one in plan.space.dimensions:
-            if plan.space.active(one, made, plan.base):
-                made[one.key] = _moved(one, values.get(one.key), rng)
-        try:
-            plan.config(made)
-        except UserError:
-            continue
-        return made
-    return dict(values)
-
-
-def _moved(one: Dimension, value: Any, rng: random.Random) -> Any:
-    if value is None or rng.random() < RESAMPLED:
-        return one.at(rng.random())
-    if one.kind == "choice":
-        return value
-    if one.log:
-        return one.decoded(value * rng.choice(MOVES))
-    return one.decoded(value + rng.choice((-0.1, 0.1)) * (one.high - one.low))
+    Tune's own mutation of a list takes its next or last member, as if it had an order, and so loses a good choice.
+    """
+    choices = [one for one in plan.space.dimensions if one.kind == "choice" and random.random() < RESAMPLED]
+    redrawn = {one.key: random.choice(one.categories) for one in choices}
+    values = plan.space.decoded({**config, **redrawn}, plan.base)
+    try:
+        plan.config(values)
+    except UserError:
+        values = plan.space.draw(random.Random(), plan.base)
+    return {**config, **plan.space.encoded(values)}

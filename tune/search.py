@@ -174,7 +174,7 @@ def _named(plan: StudyPlan, ended: Sequence[Trial], points: Sequence[Values]) ->
 
 
 def domain(one: Dimension) -> Any:
-    """Ray Tune's word for a dimension."""
+    """A dimension in Ray Tune's terms."""
     from ray import tune
 
     if one.kind == "choice":
@@ -184,20 +184,17 @@ def domain(one: Dimension) -> Any:
     return (tune.loguniform if one.log else tune.uniform)(one.low, one.high)
 
 
-def distribution(dimension: Dimension) -> Any:
-    """A dimension as Optuna's distribution."""
+def distribution(one: Dimension) -> Any:
+    """A dimension in Optuna's terms."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if dimension.kind == "choice":
-        return CategoricalDistribution(dimension.categories)
-    if dimension.kind == "int":
-        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    if one.kind == "choice":
+        return CategoricalDistribution(one.categories)
+    kind: Any = IntDistribution if one.kind == "int" else FloatDistribution
+    return kind(one.low, one.high, log=one.log)
 
 
 def _suggested(trial: Any, one: Dimension) -> Any:
     if one.kind == "choice":
         return trial.suggest_categorical(one.key, one.categories)
-    suggest = trial.suggest_int if one.kind == "int" else trial.suggest_float
-    return suggest(one.key, int(one.low) if one.kind == "int" else one.low,
-                   int(one.high) if one.kind == "int" else one.high, log=one.log)  # fmt: skip
+    return (trial.suggest_int if one.kind == "int" else trial.suggest_float)(one.key, one.low, one.high, log=one.log)

@@ -90,7 +90,7 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
     if book.is_population:  # PBT takes no Searcher: all of the population is on record before
         book.populate(lambda number: drawn(plan, number))
         search_alg = BasicVariantGenerator([plan.space.encoded(trial.values) for trial in book.waiting])
-        space = {one.key: None for one in plan.space.dimensions}
+        space = {one.key: one.encoded(one.at(0.5)) for one in plan.space.dimensions}  # where a member has no value
         members = [trial.number for trial in book.waiting]
     else:
         search_alg = _Search(book, numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from scoreray.data.errors import UserError
 from scoreray.tune.checks import check_plugins
 from scoreray.tune.load import load_sweep
-from scoreray.tune.schedule import Explore, RecordedTrial, callbacks, milestones, scheduler
+from scoreray.tune.schedule import RecordedTrial, allowed, callbacks, milestones, scheduler
 from scoreray.tune.search import drawn, num_trials, searcher, values
+from scoreray.tune.space import Space
 from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial
 
@@ -165,26 +167,23 @@ def test_milestones_are_where_the_scheduler_looks(sweep: dict[str, Any]) -> None
     }
 
 
-def test_population_based_training_explores_near_values_that_the_config_accepts(sweep: dict[str, Any]) -> None:
-    space = {key: SPACE[key] for key in (MEAN, KIND, GAMMA)} | {"optimizer.learning_rate": {"log": [1e-3, 2e-3]}}
+def test_population_based_training_mutates_within_the_space_and_what_the_config_accepts(sweep: dict[str, Any]) -> None:
+    space = {key: SPACE[key] for key in (MEAN, KIND, GAMMA)} | {"optimizer.warmup_images": {"int": [0, 90]}}
     plan = plan_of(sweep, "random", space=space, scheduler={"kind": "pbt", "every_images": 512})
-    explore, rates = Explore(plan, random.Random(0)), []
-    config = {KIND: "min_snr", GAMMA: 5.0, MEAN: -3.0, "optimizer.learning_rate": 1.5e-3, "other": 1}
-    kinds = set()
-    for _ in range(100):
-        moved = explore(config)
-        made = values(plan, moved)
-        plan.config(made)
-        assert moved["other"] == 1
-        assert moved.keys() == config.keys()
-        assert all(one.contains(made[one.key]) for one in plan.space.dimensions if one.key in made)
-        assert (GAMMA in made) == (made[KIND] == "min_snr")
-        rates.append(made["optimizer.learning_rate"])
-        kinds.add(made[KIND])
-    near = [rate for rate in rates if min(abs(rate - 1.5e-3 * factor) for factor in (0.8, 1.25)) < 1e-12]
-    assert 60 < len(near) < 90  # the others are drawn again
-    assert kinds == {"edm", "min_snr"}
-    assert config[MEAN] == -3.0
+    config = {KIND: "min_snr", GAMMA: 60.0, MEAN: -3.6, "optimizer.warmup_images": 42, "other": 1}
+    random.seed(0)
+    made = [allowed(plan, config) for _ in range(60)]
+    assert {one[KIND] for one in made} == {"edm", "min_snr"}
+    assert sum(one[KIND] == "min_snr" for one in made) > 40  # mostly kept
+    assert all(one in ({**config, GAMMA: 50.0, MEAN: -3.0}, {**config, KIND: "edm", MEAN: -3.0}) for one in made)
+    assert {GAMMA in values(plan, one) for one in made} == {True, False}
+    assert scheduler(plan) is not None
+    plan = plan_of(sweep, "random", space={"objective.weighting": {"choice": [{"kind": "edm"}]}})
+    choices = ({"kind": "edm"}, {"kind": "none such"})
+    refused = replace(plan, space=Space((replace(plan.space.dimensions[0], choices=choices),)))
+    bad = {"objective.weighting": '{"kind": "none such"}'}
+    drawn_again = {allowed(refused, bad)["objective.weighting"] for _ in range(60)}
+    assert '{"kind": "edm"}' in drawn_again
 
 
 def test_callbacks_are_ray_tune_s_by_name_with_the_study_s_name(sweep: dict[str, Any]) -> None:
