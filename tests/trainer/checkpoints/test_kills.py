@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from scoreray.data.packing.pack import pack
+from scoreray.data.storage.store import open_store
+from scoreray.data.unpacked.tar_stream import STRIDE
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
-from scoreray.trainer.records import read_metrics
+from scoreray.trainer.records import FINISHED_TARS, read_metrics
 from scoreray.trainer.run_folder import run_store
 
 BATCH, TOTAL, EVERY, SAMPLES = 48, 4800, 480, 600
@@ -36,13 +38,13 @@ def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_plan(
-    folder: Path, data_url: str, plan: Plan, stage: int, dropout: float, ahead: int | None = None
+    folder: Path, data_url: str, plan: Plan, stage: int, dropout: float, ahead: int | None = None, **data: Any
 ) -> list[dict[str, Any]]:
     """Start after start as `plan` says; what each start was and where it began."""
     folder.mkdir()
     settings = {
         "run": {"name": "run", "storage": str(folder)},
-        "data": {"url": data_url, "global_batch_size": BATCH},
+        "data": {"url": data_url, "global_batch_size": BATCH, **data},
         "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": dropout},
         "engine": {"zero_stage": stage, "precision": "fp32"},
         "scaling": {"workers": [1, 4]},
@@ -139,3 +141,36 @@ def test_four_then_two_then_three_workers_see_each_sample_once(data_url: str, tm
     assert [images for images, _ in elastic] == [images for images, _ in fixed]
     for (_, one), (_, other) in zip(fixed, elastic, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_tars_without_a_manifest_in_s3_are_gone_through_by_the_tar_over_kills_and_world_sizes(
+    data_url: str, s3_url: str, tmp_path: Path
+) -> None:
+    """Every position once; no tar is two ranks'; a resume takes none that its epoch had finished, and leaves none out."""
+    for key, _ in (packed := open_store(data_url)).list("shards/"):
+        open_store(s3_url).put(key.removeprefix("shards/"), packed.get(key))
+    tars, folder = f"{s3_url}/{{000000..000011}}.tar", tmp_path / "run"
+    starts = run_plan(folder, tars, [(2, 30), (3, 25), (2, None)], 0, dropout=0, num_classes=3, shuffle_block=20)
+    assert 0 < starts[1]["from"] < starts[2]["from"]
+    run = run_store(load_config(json.loads((folder / "settings.json").read_text())))
+    committed = {int(Path(key).stem): run.get(key) for key, _ in run.list(f"{FINISHED_TARS}/")}
+    finished = {at: [json.loads(line) for line in lines.splitlines()] for at, lines in committed.items()}
+    counted: Counter[int] = Counter()
+    seen: set[int] = set()
+    for number, (start, end) in enumerate(zip(starts, [*(one["from"] for one in starts[1:]), TOTAL], strict=True)):
+        done: dict[int, set[int]] = {}
+        for one in itertools.chain(*(lines for at, lines in finished.items() if at <= start["from"])):
+            assert one["tar"] not in done.setdefault(one["epoch"], set()), "no tar is finished twice in an epoch"
+            done[one["epoch"]].add(one["tar"])
+        left = next(set(range(12)) - done.get(epoch, set()) for epoch in range(99) if len(done.get(epoch, ())) < 12)
+        first: list[set[int]] = []
+        for rank in range(start["world"]):
+            pairs = [pair for _, step in ledger(folder, number, rank) for pair in step]
+            counted.update(position for position, _ in pairs if start["from"] <= position < end)
+            seen.update(index for position, index in pairs if position < end)
+            first.append({index // STRIDE for _, index in pairs[:20]})
+        if len(left) >= start["world"]:  # else a rank begins with the next epoch
+            assert set.union(*first) <= left
+            assert sum(map(len, first)) == len(set.union(*first)), "no tar is read by two ranks"
+    assert counted == Counter(range(TOTAL))
+    assert seen == {tar * STRIDE + i for tar in range(12) for i in range(50)}
