@@ -104,7 +104,7 @@ def verify(url: Annotated[str, typer.Argument(help="A packed data set.")], as_js
 
 
 def inspect(
-    url: Annotated[str, typer.Argument(help="A packed data set.")],
+    url: Annotated[str, typer.Argument(help="A packed data set, or tars without a manifest: x-{000..099}.tar.")],
     picture: Annotated[Path | None, typer.Option(help="Where a picture of samples goes: .png, .jpg or .webp.")] = None,
     count: Annotated[int, typer.Option(help="Samples in the picture.", min=1, max=1024)] = 64,
     as_json: AsJson = False,
@@ -113,17 +113,23 @@ def inspect(
     from dataclasses import asdict
 
     from scoreray.data.packing.inspect import picture_grid, spread, summary, visible
+    from scoreray.data.reading.manifest import Manifest
     from scoreray.data.reading.outputs import check_picture, write_picture
     from scoreray.data.reading.samples import SampleReader
-    from scoreray.data.storage.store import open_store
+    from scoreray.data.unpacked.tars import locate, summary_of
     from scoreray.trainer.networks.ladder import suggest_ladder
     from scoreray.trainer.step import to_unit_range
 
     if picture is not None:
         check_picture(picture)
-    open_store(url).check_reachable()
+    unknown = {"sigma_max": "none: one sample has no distances", "labels": "none in the samples that were looked at"}
+    located = locate(url)
+    if not isinstance(located, Manifest):
+        if picture is not None:
+            raise UserError("--picture: is drawn of packed data sets; scoreray data pack indexes tars in place")
+        _show(asdict(summary_of(url, located)), unknown, as_json)
+        return
     samples = SampleReader(url)
-    unknown = {"sigma_max": "none: one sample has no distances"}
     if picture is not None:
         pictures = samples.read(spread(samples.manifest, count)[:count])[0]
         write_picture(picture_grid(visible(pictures, samples.manifest)), picture)
@@ -133,6 +139,13 @@ def inspect(
         found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
     except UserError as error:  # one sample, or distances below its least noise level
         found["ladder"], unknown["ladder"] = None, f"none: {error}"
+    _show(found, unknown, as_json)
+    if picture is not None and not as_json:
+        typer.echo(f"{'picture':13} {picture}")
+
+
+def _show(found: dict[str, Any], unknown: dict[str, str], as_json: bool) -> None:
+    """A line for each fact; `unknown`: why one is None."""
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -142,8 +155,6 @@ def inspect(
             continue
         shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
         typer.echo(f"{key:13} {shown}")
-    if picture is not None:
-        typer.echo(f"{'picture':13} {picture}")
 
 
 def _number(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -121,7 +122,9 @@ def open_data(
     Raises UserError (no data, or what the samples don't show is not set), DataError and StorageError; unless `patient`,
     the last within seconds where the store does not answer.
     """
-    settings, found = settings or TarSettings(), locate(url, patient=patient)
+    settings = settings or TarSettings()
+    with key_in_errors("data.url") if names_tars(url) else contextlib.nullcontext():
+        found = locate(url, patient=patient)
     if isinstance(found, Manifest):
         return _checked(found, settings)
     return look_at(url if isinstance(url, str) else tuple(url), found, settings)
@@ -130,8 +133,7 @@ def open_data(
 def locate(url: str | Sequence[str], *, patient: bool = False) -> Manifest | list[StoredTar]:
     """The manifest of the data set at `url`, or the tars that it names. Raises as `open_data`."""
     if not isinstance(url, str) or names_tars(url):
-        with key_in_errors("data.url"):
-            return find_tars(url, patient)
+        return find_tars(url, patient)
     store = open_store(url)
     if not patient:
         store.check_reachable()
@@ -144,21 +146,35 @@ def locate(url: str | Sequence[str], *, patient: bool = False) -> Manifest | lis
         return [StoredTar(store.url(), key, size) for key, size in found]
 
 
+@dataclass(frozen=True)
+class TarsSummary:
+    """What the first samples of tars without a manifest show. labels: the least and the greatest, None without any."""
+
+    url: str
+    num_tars: int
+    bytes: int
+    num_looked_at: int
+    shape: list[int]
+    dtype: str
+    labels: tuple[int, int] | None
+    mean: list[float]
+    std: list[float]
+    sigma_data: float
+
+
+def summary_of(url: str, tars: Sequence[StoredTar]) -> TarsSummary:
+    """Raises UserError, DataError, StorageError."""
+    seen = _first_samples(tars, TarSettings())
+    labels = [label for label in seen.labels if label >= 0]
+    shape, mean, std, sigma_data = _scale(seen.arrays)
+    num_bytes, dtype = sum(tar.bytes for tar in tars), str(seen.arrays[0].dtype)
+    ends = (min(labels), max(labels)) if labels else None
+    return TarsSummary(url, len(tars), num_bytes, len(seen.arrays), shape, dtype, ends, mean, std, sigma_data)
+
+
 def look_at(source: str | tuple[str, ...], tars: Sequence[StoredTar], settings: TarSettings) -> UnpackedTars:
     """What the first samples of some of the tars show. Raises UserError, DataError, StorageError."""
-    apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
-    seen = _Seen()
-    for number in apart:
-        tar = tars[number]
-        try:
-            with naming(tar.store, tar.key):
-                _look_into(tar, LOOKED_AT // len(apart), settings, seen)
-        except DataError as error:
-            if not settings.skips_bad:
-                raise
-            seen.problems.append(str(error))
-    if not seen.arrays:
-        raise DataError(f"{seen.problems[0]}; no sample can be read of the {len(apart)} tars that were looked at")
+    seen = _first_samples(tars, settings)
     count, labels = len(seen.arrays), [label for label in seen.labels if label >= 0]
     if labels and settings.num_classes is None:
         raise UserError(
@@ -190,6 +206,24 @@ class _Seen:
     labels: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     num_bytes: int = 0
+
+
+def _first_samples(tars: Sequence[StoredTar], settings: TarSettings) -> _Seen:
+    """Of some tars spread over the list; one at least. Raises DataError, also where a pickle or a cut tar is met."""
+    apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
+    seen = _Seen()
+    for number in apart:
+        tar = tars[number]
+        try:
+            with naming(tar.store, tar.key):
+                _look_into(tar, LOOKED_AT // len(apart), settings, seen)
+        except DataError as error:
+            if not settings.skips_bad:
+                raise
+            seen.problems.append(str(error))
+    if not seen.arrays:
+        raise DataError(f"{seen.problems[0]}; no sample can be read of the {len(apart)} tars that were looked at")
+    return seen
 
 
 def _look_into(tar: StoredTar, most: int, settings: TarSettings, seen: _Seen) -> None:

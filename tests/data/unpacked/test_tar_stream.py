@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from typer.testing import CliRunner
 
+from scoreray.cluster.cli.main import app
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.shards import encode
 from scoreray.data.reading.quarantine import Quarantine
@@ -87,6 +90,13 @@ def test_the_first_samples_show_shape_type_classes_and_scale(tars: str) -> None:
     assert data.sigma_data == pytest.approx(pixels.std())
     assert data.channel_means() == pytest.approx([pixels.mean()])
     assert data.std == pytest.approx([pixels.std()])
+
+
+def test_inspect_shows_what_the_first_samples_show(tars: str) -> None:
+    said = CliRunner().invoke(app, ["data", "inspect", tars, "--json"])
+    found = json.loads(said.stdout)
+    assert (found["num_tars"], found["num_looked_at"], found["shape"], found["labels"]) == (6, 126, [1, 8, 8], [0, 2])
+    assert found["sigma_data"] == pytest.approx(open_data(tars, CLASSES).sigma_data)
 
 
 def test_an_epoch_hands_out_every_sample_with_its_label_and_number(tars: str) -> None:

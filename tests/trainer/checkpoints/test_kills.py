@@ -146,7 +146,7 @@ def test_four_then_two_then_three_workers_see_each_sample_once(data_url: str, tm
 def test_tars_without_a_manifest_in_s3_are_gone_through_by_the_tar_over_kills_and_world_sizes(
     data_url: str, s3_url: str, tmp_path: Path
 ) -> None:
-    """Every position once; no tar is two ranks'; a resume takes none that its epoch had finished, and leaves none out."""
+    """Every position once; no tar is two ranks'; a resume takes none that its epoch has finished, and each other."""
     for key, _ in (packed := open_store(data_url)).list("shards/"):
         open_store(s3_url).put(key.removeprefix("shards/"), packed.get(key))
     tars, folder = f"{s3_url}/{{000000..000011}}.tar", tmp_path / "run"
