@@ -1,7 +1,7 @@
 """The Monitor actor: relays progress, and requests to save or stop, between the workers of a run and its driver.
 
-It also owns the run's Prometheus gauges, and removes the placement group of workers whose run has ended without doing
-so. Needs no torch, so that its process starts in a second.
+It also owns the run's Prometheus gauges, ends a controller that hangs, and removes the placement group of one that
+died. Needs no torch, so that its process starts in a second.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scoreray.trainer.monitoring.controller_watch import LOOK_S, ControllerWatch
 from scoreray.trainer.monitoring.metrics import CATALOGUE, RunStatus, TrainingProgress, values
 from scoreray.trainer.monitoring.stopping import LoopRequest
 
@@ -56,7 +57,9 @@ class Monitor:
     hang, die or wait for room. `committed_at`, `skipped_steps`: of the checkpoint that the run resumes from.
     """
 
-    def __init__(self, run: str, committed_at: float = 0.0, skipped_steps: int = 0) -> None:
+    def __init__(
+        self, run: str, committed_at: float = 0.0, skipped_steps: int = 0, hang_timeout_s: float = 30.0
+    ) -> None:
         self._run, self._status = run, RunStatus(committed_at=committed_at, skipped_steps=skipped_steps)
         self._progress: TrainingProgress | None = None
         self._shown: dict[tuple[str, str], float] = {}
@@ -66,7 +69,9 @@ class Monitor:
         self._ending: Exception | None = None
         self._errors: dict[int, Exception] = {}
         self._read_at = time.monotonic()
+        self._controller_watch = ControllerWatch(hang_timeout_s, self.note)
         threading.Thread(target=self._export, daemon=True).start()
+        threading.Thread(target=self._keep_looking, daemon=True).start()
 
     def _export(self) -> None:
         from ray.util.metrics import Gauge
@@ -80,22 +85,18 @@ class Monitor:
             for (name, label), value in self.values().items():
                 tags = dict.fromkeys(labels[name], label)
                 gauges[name].set(value, tags={"run": self._run, **tags})
-            self._look_after_group()
             time.sleep(EXPORT_EVERY_S)
 
-    def _look_after_group(self) -> None:
-        """A run that was killed leaves its placement group, and this actor."""
+    def _keep_looking(self) -> None:
+        """A controller may hang, and a run that was killed leaves its placement group, and this actor."""
         import ray
 
-        if self._group is not None:
-            try:
-                ray.get(self._group.controller.__ray_ready__.remote(), timeout=EXPORT_EVERY_S)
-            except ray.exceptions.RayActorError:
-                self.release()
-            except ray.exceptions.GetTimeoutError:  # it is busy, or stopped
-                pass
-        if self._group is None and time.monotonic() - self._read_at > ABANDONED_S:
-            ray.kill(ray.get_runtime_context().current_actor)
+        while self._group or time.monotonic() - self._read_at < ABANDONED_S:
+            time.sleep(LOOK_S)
+            group = self._group
+            if group and not self._controller_watch.look(group.controller_pid, self._progress):
+                self._release(group)
+        ray.kill(ray.get_runtime_context().current_actor)
 
     def values(self) -> dict[tuple[str, str], float]:
         """(metric, value of its label or "") -> value, now; what a restart can't know yet keeps its last value."""
@@ -142,11 +143,11 @@ class Monitor:
         self._request = LoopRequest.STOP
         return self._progress is not None
 
-    def read(self) -> tuple[TrainingProgress | None, list[str], int]:
-        """The newest progress of this start of the workers, notes since the last call, the controller's pid or 0."""
+    def read(self) -> tuple[TrainingProgress | None, list[str]]:
+        """The newest progress of this start of the workers, and the notes since the last call."""
         notes, self._notes = self._notes, []
         self._read_at = time.monotonic()
-        return self._progress, notes, self._group.controller_pid if self._group else 0
+        return self._progress, notes
 
     def started(self, group: WorkerGroup) -> Exception | None:
         """Workers have been started, and do not train yet. Returns what they are to end with, if they are."""
@@ -170,11 +171,15 @@ class Monitor:
 
     def release(self) -> None:
         """The controller is dead: removes the placement group that it made."""
+        if self._group is not None:
+            self._release(self._group)
+
+    def _release(self, group: WorkerGroup) -> None:
         from ray.util import remove_placement_group
 
-        if self._group is not None:
-            with contextlib.suppress(Exception):  # it has been removed
-                remove_placement_group(self._group.placement_group)
+        with contextlib.suppress(Exception):  # it has been removed
+            remove_placement_group(group.placement_group)
+        if self._group is group:
             self._group = None
 
     def close(self) -> None:

@@ -24,7 +24,6 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.monitoring.monitor import Monitor
 from scoreray.trainer.monitoring.stopping import NonFiniteError
-from scoreray.trainer.on_ray.controller_watch import ControllerWatch
 from scoreray.trainer.run_folder import run_store
 
 POLL_S = 0.25
@@ -59,11 +58,8 @@ def fit(
         watch = Standby(scaling.range[1], environment, scaling.standby_after_s, watch)
     if MISSING:
         note(f"this version of Ray lacks {', '.join(MISSING)}: workers start more slowly")
-    with (
-        tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch,
-        ControllerWatch(config.scaling.hang_timeout_s, note) as controller_watch,
-    ):
-        watcher = threading.Thread(target=_follow, args=(monitor, controller_watch, watch, note, done), daemon=True)
+    watcher = threading.Thread(target=_follow, args=(monitor, watch, note, done), daemon=True)
+    with tempfile.TemporaryDirectory(prefix="train-", dir=os.environ.get(SCRATCH)) as scratch:
         watcher.start()
         try:
             _train(config, monitor, scratch, alone, note)
@@ -79,14 +75,14 @@ def fit(
 
 
 def _start_monitor(config: Config, before: Checkpoint | None) -> Any:
-    """On this process's node, where nothing dies before it; the cluster's other nodes may."""
+    """On the node of this process and of Ray Train's controller: the cluster's other nodes may die before it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     known = (before.marker.time, before.marker.skipped_steps) if before is not None else (0.0, 0)
     local = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(num_cpus=0, lifetime="detached", scheduling_strategy=local)(Monitor)
-    return monitor.remote(config.run.name, *known)
+    return monitor.remote(config.run.name, *known, config.scaling.hang_timeout_s)
 
 
 def _train(config: Config, monitor: Any, scratch: str, alone: bool, note: Callable[[str], None]) -> None:
@@ -266,18 +262,14 @@ def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]
 
 
 def _follow(
-    monitor: Any,
-    controller_watch: ControllerWatch,
-    watch: Callable[[TrainingProgress], None],
-    note: Callable[[str], None],
-    done: threading.Event,
+    monitor: Any, watch: Callable[[TrainingProgress], None], note: Callable[[str], None], done: threading.Event
 ) -> None:
     import ray
 
-    watch, shown = controller_watch.passing(watch), None
+    shown = None
     while not done.wait(POLL_S):
         try:
-            progress, notes, controller_watch.pid = ray.get(monitor.read.remote(), timeout=10)
+            progress, notes = ray.get(monitor.read.remote(), timeout=10)
         except Exception:  # the cluster is going away, or is too busy to answer; `fit` raises the run's own error
             time.sleep(1)
             continue

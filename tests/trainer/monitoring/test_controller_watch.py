@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from scoreray.trainer.monitoring.controller_watch import LATE, ControllerWatch, state_of
 from scoreray.trainer.monitoring.metrics import TrainingProgress
-from scoreray.trainer.on_ray.controller_watch import LATE, ControllerWatch, state_of
 
 
 @pytest.fixture
@@ -22,14 +22,12 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def looked(process: subprocess.Popen[bytes], looks: int, committed: int) -> tuple[list[str], int | None]:
-    """(notes, exit status of the process) after a number of polls; a process stopped for five of them hangs."""
+    """(notes, exit status of the process) after a number of looks; a process stopped for five of them hangs."""
     notes: list[str] = []
     watch = ControllerWatch(5.0, notes.append)
-    watch.pid = process.pid
-    watch.passing(lambda _: None)(TrainingProgress(100, 100, 1.0, 1.0, 0.0, committed))
     for _ in range(looks):
-        watch.look()
-    return notes, process.wait(60) if watch.pid == 0 else None
+        watch.look(process.pid, TrainingProgress(100, 100, 1.0, 1.0, 0.0, committed))
+    return notes, process.wait(60) if notes else None
 
 
 def test_one_that_is_stopped_is_ended_after_a_hangs_time(process: subprocess.Popen[bytes]) -> None:
@@ -49,11 +47,8 @@ def test_one_that_stays_after_the_last_commit_is_ended_later(process: subprocess
     assert "does not notice that the run has ended" in notes[0]
 
 
-def test_one_that_is_gone_or_not_known_yet_is_left_alone(process: subprocess.Popen[bytes]) -> None:
-    watch = ControllerWatch(1.0, lambda line: pytest.fail(line))
-    watch.look()
+def test_one_that_is_gone_is_left_alone(process: subprocess.Popen[bytes]) -> None:
+    watch, ended = ControllerWatch(1.0, pytest.fail), TrainingProgress(100, 100, 1.0, 1.0, 0.0, 100)
     process.kill()
     process.wait()
-    watch.pid = process.pid
-    for _ in range(10):
-        watch.look()
+    assert not any(watch.look(process.pid, ended) for _ in range(10))
