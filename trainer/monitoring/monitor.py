@@ -36,10 +36,11 @@ class WorkerGroup:
 class GroupState:
     """What decides whether workers that failed are started again.
 
-    ending: what the run, or this start of it, is to end with. errors: by rank, as the ranks raised them. nodes: ids of
-    the group's. committed: images of the newest commit.
+    starts: of workers, so far. ending: what the run, or this start of it, is to end with. errors: by rank, as the ranks
+    raised them. nodes: ids of the group's. committed: images of the newest commit.
     """
 
+    starts: int = 0
     ending: Exception | None = None
     errors: Mapping[int, Exception] = field(default_factory=dict)
     nodes: frozenset[str] = frozenset()
@@ -66,6 +67,7 @@ class Monitor:
         self._notes: list[str] = []
         self._request, self._committed_before = LoopRequest.NOTHING, 0
         self._group: WorkerGroup | None = None
+        self._starts = 0
         self._ending: Exception | None = None
         self._errors: dict[int, Exception] = {}
         self._read_at = time.monotonic()
@@ -151,7 +153,7 @@ class Monitor:
 
     def started(self, group: WorkerGroup) -> Exception | None:
         """Workers have been started, and do not train yet. Returns what they are to end with, if they are."""
-        self._group = group
+        self._group, self._starts = group, self._starts + 1
         self._errors.clear()
         return self._ending
 
@@ -162,7 +164,7 @@ class Monitor:
     def group_state(self) -> GroupState:
         nodes = self._group.nodes if self._group else frozenset()
         progress = self._status.progress
-        return GroupState(self._ending, dict(self._errors), nodes, progress.committed if progress else 0)
+        return GroupState(self._starts, self._ending, dict(self._errors), nodes, progress.committed if progress else 0)
 
     def end(self, ending: Exception | None) -> WorkerGroup | None:
         """What the next failure or start of workers ends Ray Train with (None: with nothing); returns the newest."""

@@ -58,7 +58,7 @@ class RestartPolicy(UserCallback):
 
     def __init__(self, monitor: Any, max_failures: int, elastic: bool) -> None:
         self._monitor, self._max_failures, self._elastic = monitor, max_failures, elastic
-        self._failures, self._committed = 0, -1
+        self._failures, self._committed, self._decided = 0, -1, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         state = GroupState()
@@ -66,6 +66,9 @@ class RestartPolicy(UserCallback):
             state = ray.get(self._monitor.group_state.remote())
         if state.ending is not None:
             raise state.ending
+        if state.starts and state.starts == self._decided:  # a group on a node that goes away may fail for a while
+            return
+        self._decided = state.starts
         rank, error = cause({**worker_exceptions, **state.errors})
         if is_final(error):
             raise error
@@ -74,15 +77,13 @@ class RestartPolicy(UserCallback):
         if not preempted:
             self._failures = self._failures + 1 if state.committed <= self._committed else 1
             self._committed = max(self._committed, state.committed)
-            if 0 <= self._max_failures < self._failures:
-                raise (
-                    error
-                    if type(error).__name__ not in (HUNG, DIED)
-                    else MachineError(
-                        f"{reason}; that is failure {self._failures} since the last commit, "
-                        f"scaling.max_failures is {self._max_failures}; the same command goes on from what is committed"
-                    )
-                )
+        if 0 <= self._max_failures < self._failures and not preempted:
+            if type(error).__name__ not in (HUNG, DIED):
+                raise error
+            raise MachineError(
+                f"{reason}; that is failure {self._failures} since the last commit, scaling.max_failures is "
+                f"{self._max_failures}; the same command goes on from what is committed"
+            )
         if self._elastic and (preempted or not state.nodes <= live_nodes()):
             raise Resized(reason)
         self._monitor.restarted.remote(reason)

@@ -115,3 +115,11 @@ def test_a_private_name_that_is_missing_is_found_when_the_hooks_are_imported(mon
     finally:
         monkeypatch.undo()
         importlib.reload(hooks)
+
+
+def test_a_group_that_fails_for_a_while_is_one_failure(state: SimpleNamespace) -> None:
+    one = policy(state, max_failures=2)
+    for starts in (1, 1, 1, 2):
+        state.answer = GroupState(starts, nodes=frozenset("a"))
+        one.after_exception(None, {1: WorkerHealthCheckFailedError("x")})
+    assert reasons(state) == ["rank 1 died"] * 2

@@ -45,7 +45,7 @@ def test_a_run_starts_with_the_largest_size_that_finds_room(monkeypatch: pytest.
 
     cluster = Cluster(monkeypatch, 5.0, a=4.0, b=2.5)  # 3 would fit, and is no size
     assert size_with_room(SIZES, EACH, pytest.fail) == 2
-    assert cluster.made == [2], "4 workers have no place on these nodes, whoever uses them"
+    assert cluster.made == [2], "4 workers have no place on these nodes, used or not"
     cluster = Cluster(monkeypatch, 3.0, a=4.0, b=4.0)  # others use the rest
     assert size_with_room(SIZES, EACH, pytest.fail) == 1
     assert cluster.made == [4, 2, 1]
