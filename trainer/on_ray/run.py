@@ -266,12 +266,13 @@ def _follow(
 ) -> None:
     import ray
 
-    shown = None
-    while not done.wait(POLL_S):
+    shown, ended = None, False
+    while not ended:
+        ended = done.wait(POLL_S)  # what came last is read after that
         try:
             progress, notes = ray.get(monitor.read.remote(), timeout=10)
         except Exception:  # the cluster is going away, or is too busy to answer; `fit` raises the run's own error
-            time.sleep(1)
+            done.wait(1)
             continue
         for line in notes:
             note(line)
