@@ -8,6 +8,7 @@ its snapshot of a run, overwritten in place, can be cut by a kill. What is commi
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import threading
@@ -181,10 +182,17 @@ def _wait(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None
     import ray
 
     fixed = size == config.world_sizes[-1] or ray.get_runtime_context().get_actor_id() is not None
-    wait([fitting], None if fixed else config.scaling.resize_every_s)
-    if not fitting.done():
+    if not _ended(fitting, math.inf if fixed else config.scaling.resize_every_s):
         _end_when_it_can_grow(config, monitor, fitting, size)
     fitting.result()
+
+
+def _ended(fitting: Future[Any], timeout_s: float) -> bool:
+    """Whether Ray Train returns within that time. In short waits: a signal that another thread gets ends none."""
+    deadline = time.monotonic() + timeout_s
+    while not fitting.done() and time.monotonic() < deadline:
+        wait([fitting], POLL_S)
+    return fitting.done()
 
 
 def _end_when_it_can_grow(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None:
@@ -196,12 +204,12 @@ def _end_when_it_can_grow(config: Config, monitor: Any, fitting: Future[Any], si
 
     with reserved(config.world_sizes, size, _resources(config)) as found:
         while (larger := found()) == size:
-            if wait([fitting], LOOK_S).done:
+            if _ended(fitting, LOOK_S):
                 return
         monitor.request_save.remote()
         deadline = time.monotonic() + config.scaling.grace_s
         while not ray.get(monitor.has_saved.remote()) and time.monotonic() < deadline:
-            if wait([fitting], POLL_S).done:
+            if _ended(fitting, POLL_S):
                 return
     _end(monitor, fitting, Resized(f"there is room for {larger} of them now, not {size}"))
 
@@ -213,7 +221,7 @@ def _end(monitor: Any, fitting: Future[Any], ending: Exception) -> None:
     group = ray.get(monitor.end.remote(ending))
     for worker in group.workers if group else ():
         ray.kill(worker)
-    if group and not wait([fitting], END_S).done:  # the controller hangs
+    if group and not _ended(fitting, END_S):  # the controller hangs
         ray.kill(group.controller)
 
 
@@ -224,7 +232,7 @@ def _stop(config: Config, monitor: Any, fitting: Future[Any], note: Callable[[st
     try:
         if ray.get(monitor.request_stop.remote(), timeout=5):  # else nothing was trained that could be saved
             note("stopping: saving first (once more Ctrl-C: at once)")
-            wait([fitting], config.scaling.grace_s)
+            _ended(fitting, config.scaling.grace_s)
     except (KeyboardInterrupt, ray.exceptions.RayError):
         pass
     if not fitting.done():
