@@ -10,14 +10,14 @@ from typing import Any
 
 from scoreray.data.errors import UserError
 from scoreray.data.storage.lease import Lease
-from scoreray.trainer.checkpoints.checkpoint import committed, latest
+from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.run_folder import run_store
 from scoreray.tune.schedule import milestones
 from scoreray.tune.search import num_trials
 from scoreray.tune.space import Values
 from scoreray.tune.sweep import POPULATIONS, StudyPlan, draw_settings
-from scoreray.tune.trial import RUNS, Trial, study_store, trial_config
+from scoreray.tune.trial import RUNS, Trial, copy_checkpoint, study_store, trial_config
 
 OWNER = "owner"
 OWNED_EVERY_S = 10.0
@@ -46,16 +46,14 @@ class StudyBook:
     """Which trial may start, and what becomes of each. concurrent: trials at once. note: takes a line for a person."""
 
     def __init__(self, plan: StudyPlan, trials: list[Trial], concurrent: int, note: Callable[[str], None]) -> None:
-        self.plan, self.store, self.trials, self.concurrent, self.note = (
-            plan,
-            study_store(plan.sweep),
-            trials,
-            concurrent,
-            note,
-        )
+        self.plan, self.store, self.note = plan, study_store(plan.sweep), note
+        self.trials, self.concurrent = trials, concurrent
         self.state = State(trials, num_trials(plan))
         self.waiting = [trial for trial in trials if trial.state == "running"]
-        self.lease = Lease.take(self.store, OWNER, "study")
+        self.ended_before = [trial for trial in trials if trial.state != "running"]
+        if plan.sweep.scheduler.kind == "hyperband":  # they would take places in its brackets
+            self.ended_before = []
+        self._lease = Lease.take(self.store, OWNER, "study")
         self.is_population = plan.sweep.scheduler.kind in POPULATIONS
         self._milestones = milestones(plan)
         self._seq = max((r["seq"] for trial in trials for r in trial.reports), default=-1) + 1
@@ -65,8 +63,12 @@ class StudyBook:
     def next_trial(self, propose: Callable[[int], Values | None]) -> Trial | None:
         """The trial that should be started now: one on record, else a new one; None where none may start yet.
 
+        Those that have ended come first: they report once more how, so that a start of Tune's shows all trials.
+
         propose: values for a trial of this number, None where there are none.
         """
+        if self.ended_before:
+            return self.ended_before.pop(0)
         while True:
             for trial in self.waiting:
                 if self._may_start(trial):
@@ -83,8 +85,9 @@ class StudyBook:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every trial has been started."""
-        return len(self.trials) >= self.state.total and not self.waiting
+        """Whether no trial will be started any more."""
+        stuck = not self.state.running and self._is_blocked()  # what would have trained the run of all has failed
+        return not self.waiting and (len(self.trials) >= self.state.total or stuck)
 
     def populate(self, propose: Callable[[int], Values]) -> None:
         """All trials of a population, of which none may start before the others are known."""
@@ -97,7 +100,7 @@ class StudyBook:
         """A trial is under way, for the first time or again."""
         trial = self._trial(number)
         self.waiting = [one for one in self.waiting if one is not trial]
-        if number not in self.state.running:
+        if trial.state == "running" and number not in self.state.running:
             self.state.running[number] = RunningTrial(trial, self._target(trial), time.time())
 
     def _trial(self, number: int) -> Trial:
@@ -143,15 +146,23 @@ class StudyBook:
     def _target(self, trial: Trial) -> int:
         return next((one for one in self._milestones if one > trial.images), self._milestones[-1])
 
-    def exchanged(self, number: int, values: Values, source: int) -> None:
-        """A trial goes on with another's weights and with `values`, in a run of its own."""
-        trial = self._trial(number)
-        if trial.has_exchanged:
-            return  # it is started again, as its process has died
-        trial.values, trial.run = values, self._unused_run(number)
-        trial.lineage.append({"images": trial.images, "source": source, "values": values})
+    def exchange(self, number: int, source: int, images: int, values: Values) -> None:
+        """A trial is to go on with the weights that another committed at `images`, and with `values`.
+
+        They are copied into a run of its own at once: when the other one trains on, it may remove that checkpoint.
+        """
+        trial, donor = self._trial(number), self._trial(source)
+        if images != trial.images or trial.has_exchanged:
+            return  # of an exchange before
+        report = next(one for one in donor.reports if one["images"] == images)
+        folder = report["checkpoint"].rpartition("/checkpoints/")[2]
+        config = trial_config(self.plan, values, self._unused_run(number))
+        given = run_store(trial_config(self.plan, donor.values, report["run"]))
+        copy_checkpoint(open_checkpoint(given, f"checkpoints/{folder}"), run_store(config))
+        trial.values, trial.run = values, config.run.name
+        trial.lineage.append({"images": images, "source": source, "values": values})
         trial.save(self.store)
-        self.note(f"trial {number} continues with the weights of trial {source} at {trial.images:,} images")
+        self.note(f"trial {number} continues with the weights of trial {source} at {images:,} images")
 
     def _settle_exchanges(self) -> None:
         """Where a kill cut an exchange of weights, those that had not got another's by then keep theirs."""
@@ -168,7 +179,8 @@ class StudyBook:
         """A trial has come to a milestone. ended: it goes no further, being at its end or stopped by the scheduler."""
         work = self.state.running[number]
         trial = work.trial
-        if trial.images != report["images"]:  # else reported again after a resume, for the population's exchange
+        again = bool(trial.reports) and trial.images == report["images"]  # for an exchange that a kill prevented
+        if not again:
             if self.is_population and trial.reports and not trial.has_exchanged:
                 self._kept(trial)
             trial.reports.append(report | {"seq": self._seq, "sent": work.sent})
@@ -176,8 +188,12 @@ class StudyBook:
         if ended:
             trial.state = "done" if trial.images >= self._milestones[-1] else "stopped"
         work.target, work.sent, work.progress = self._target(trial), time.time(), None
-        self.lease.check_every(OWNED_EVERY_S)
+        self.check_owned()
         trial.save(self.store)
+
+    def check_owned(self) -> None:
+        """Raises where another start has taken the study over; looks now and then."""
+        self._lease.check_every(OWNED_EVERY_S)
 
     def failed(self, number: int, error: str) -> None:
         """A trial can't go on."""
@@ -189,6 +205,8 @@ class StudyBook:
     def died(self, number: int, reason: str, why: str, last: bool) -> None:
         """A trial's process has died, or got no answer from the store; `last`: once too often."""
         trial = self._trial(number)
+        if trial.state != "running":
+            return
         trial.deaths += 1
         if last:
             trial.state = "failed"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
+from typing import Any, Literal
 
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 
@@ -15,17 +15,24 @@ EXCHANGE_EVERY_S = 0.25
 
 
 class TrialMonitor:
-    """A Ray actor. A trial is at work from `began` to `ended`; between them it sends `update`s."""
+    """A Ray actor. A trial is at work from `begin` to `end` and sends `update`s in between; at most `concurrent` are.
 
-    def __init__(self) -> None:
+    Under schedulers that pause trials more may have been started: of a population all.
+    """
+
+    def __init__(self, concurrent: int) -> None:
+        self._concurrent = concurrent
         self._progress: dict[int, TrainingProgress | None] = {}
         self._stopping = False
 
-    def began(self, number: int) -> bool:
-        """A trial trains or measures from now on; returns whether it should stop instead."""
-        if not self._stopping:
-            self._progress[number] = None
-        return self._stopping
+    def begin(self, number: int) -> Literal["go", "wait", "stop"]:
+        """Whether a trial may train or measure now."""
+        if self._stopping:
+            return "stop"
+        if number not in self._progress and len(self._progress) >= self._concurrent:
+            return "wait"
+        self._progress[number] = None
+        return "go"
 
     def update(self, number: int, progress: TrainingProgress | None) -> bool:
         """Where a trial is; returns whether it should commit what it has trained, and stop."""
@@ -33,7 +40,7 @@ class TrialMonitor:
             self._progress[number] = progress
         return self._stopping
 
-    def ended(self, number: int) -> None:
+    def end(self, number: int) -> None:
         self._progress.pop(number, None)
 
     def stop(self) -> bool:

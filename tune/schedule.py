@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 RESAMPLED = 0.25  # probability of drawing a value again, Tune's default
+ON_RECORD = "on_record"  # marks a result that a study which goes on reports once more, to show it
+SINCE_EXCHANGE = "images_since_exchange"  # that was the last before this start: schedulers begin with a first one
 
 
 def milestones(plan: StudyPlan) -> list[int]:
@@ -66,14 +68,17 @@ def scheduler(plan: StudyPlan, trials: Sequence[Trial] = ()) -> TrialScheduler |
     if section.kind == "hyperband":  # its first bracket has about ln max_t trials: in images too many, in stretches not
         given |= {"time_attr": "training_iteration", "max_t": len(milestones(plan))}
     elif section.kind in POPULATIONS:
+        kind = _without_the_failed(kind)
         ranges = [one for one in plan.space.dimensions if one.kind != "choice"]
         given |= {
+            "time_attr": SINCE_EXCHANGE,
             "custom_explore_fn": partial(allowed, plan),
             "hyperparam_mutations": {one.key: domain(one) for one in ranges},
             "hyperparam_bounds": {one.key: [one.low, one.high] for one in ranges},
         }
-    elif plan.sweep.search.default_first and default is not None:
-        kind = _sparing(kind, plan.space.encoded(default), plan.total)
+    else:
+        spared = default if plan.sweep.search.default_first else None
+        kind = _sparing(kind, None if spared is None else plan.space.encoded(spared), plan.total)
     made: TrialScheduler = build(kind, given, section.options)
     if section.kind in ("asha", "median"):
         recorded = {trial.number: RecordedTrial(f"trial-{trial.number}", trial.values) for trial in trials}
@@ -98,8 +103,9 @@ def callback(plan: StudyPlan, name: str) -> Callback:
     return made
 
 
-def _sparing(kind: type[Any], spared: Mapping[str, Any], total: int) -> type[Any]:
-    """The scheduler's class, which stops the trial of the `spared` config at `total` images and not before."""
+def _sparing(kind: type[Any], spared: Mapping[str, Any] | None, total: int) -> type[Any]:
+    """The scheduler's class, which stops the trial of the `spared` config at `total` images and not before, and counts
+    nothing twice of a trial that is on record as ended."""
 
     outlived = set[str]()  # trials that it would have stopped, whose later reports it does not expect
 
@@ -108,12 +114,40 @@ def _sparing(kind: type[Any], spared: Mapping[str, Any], total: int) -> type[Any
             if trial.trial_id in outlived:
                 return "CONTINUE"
             decision: str = super().on_trial_result(tune_controller, trial, result)
-            if decision == "STOP" and result["images"] < total and spared.items() <= trial.config.items():
+            early = decision == "STOP" and result["images"] < total
+            if early and spared is not None and spared.items() <= trial.config.items():
                 outlived.add(trial.trial_id)
                 return "CONTINUE"
             return decision
 
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            if not result.get(ON_RECORD):
+                super().on_trial_complete(tune_controller, trial, result)
+
     return Sparing
+
+
+def exchanged_at(trials: Sequence[Trial]) -> int:
+    """Images at which a population has exchanged weights last."""
+    return max((one["images"] for trial in trials for one in trial.lineage), default=0)
+
+
+def _without_the_failed(kind: type[Any]) -> type[Any]:
+    """Population-based training's class, whose members don't wait for one that has failed: Tune's do so for ever where
+    the others had all come to the exchange before (seen in Ray 2.60)."""
+
+    class WithoutTheFailed(kind):  # type: ignore[misc]
+        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+            live = tune_controller.get_live_trials()
+            live -= {trial for trial in live if trial.is_finished()}  # those that an error ended are still in there
+            waiting = [trial for trial in live if trial.status == "PAUSED"]
+            chosen = super().choose_trial_to_run(tune_controller)
+            if chosen is None and waiting and len(waiting) == len(live):
+                self.on_trial_result(tune_controller, waiting[0], waiting[0].last_result)
+                chosen = super().choose_trial_to_run(tune_controller)
+            return chosen
+
+    return WithoutTheFailed
 
 
 def expected_images(plan: StudyPlan) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ import torch
 from ray import tune
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered
-from scoreray.data.storage.store import open_store
-from scoreray.trainer.checkpoints.checkpoint import latest, open_checkpoint
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.run_folder import run_store, store_config
 from scoreray.tune.monitor import MonitorLink
-from scoreray.tune.schedule import milestones
+from scoreray.tune.schedule import ON_RECORD, SINCE_EXCHANGE, milestones
 from scoreray.tune.sweep import POPULATIONS, StudyPlan, need_of
-from scoreray.tune.trial import Stopped, advance, copy_checkpoint, read_trial, study_store, trial_config
+from scoreray.tune.trial import Stopped, advance, read_trial, study_store, trial_config
 
+WAIT_S = 0.25
 REFERENCE = "checkpoint.json"  # all that a checkpoint of Tune's holds: where ours is
 
 
@@ -37,20 +37,24 @@ class TrialTrainable(tune.Trainable):
     values themselves are wrong. `ends_study`: the error would end every other trial too (data, storage).
     """
 
-    def setup(self, config: dict[str, Any], plan: StudyPlan, monitor: Any) -> None:
+    def setup(self, config: dict[str, Any], plan: StudyPlan, monitor: Any, exchanged_at: int) -> None:
         self._plan, self._trial_monitor, self._store = plan, monitor, study_store(plan.sweep)
-        self._milestones = milestones(plan)
+        self._milestones, self._exchanged_at = milestones(plan), exchanged_at
+        self._reference: dict[str, Any] = {}  # to the newest report's checkpoint
         torch.set_num_threads(max(1, int(need_of(plan, None)["CPU"])))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ready for another trial, whose values its record has."""
+        self._reference = {}
         return True
 
     def step(self) -> dict[str, Any]:
         import ray
 
         number = int(self.trial_name)
-        if ray.get(self._trial_monitor.began.remote(number)):
+        while (answer := ray.get(self._trial_monitor.begin.remote(number))) == "wait":
+            time.sleep(WAIT_S)
+        if answer == "stop":
             raise Stopped("the study is being stopped")
         try:
             return self._advance(number)
@@ -62,10 +66,13 @@ class TrialTrainable(tune.Trainable):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             return {"error": lines[0] if isinstance(error, ScorerayError) else lines[-1], "done": True}
         finally:
-            self._trial_monitor.ended.remote(number)
+            self._trial_monitor.end.remote(number)
 
     def _advance(self, number: int) -> dict[str, Any]:
         trial = read_trial(self._store, number)
+        if trial.state != "running":
+            result = self._result(trial.reports[-1]) if trial.reports else {}
+            return result | {"done": True, ON_RECORD: True} | ({"error": trial.error} if trial.error else {})
         population = self._plan.sweep.scheduler.kind in POPULATIONS
         if population and self.iteration == 0 and trial.reports and not trial.has_exchanged:
             return self._result(trial.reports[-1])  # again: the driver died before the population's exchange
@@ -88,26 +95,17 @@ class TrialTrainable(tune.Trainable):
     def _result(self, report: dict[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in report.items() if key != "metrics"}
         done = report["images"] >= self._milestones[-1]
-        return {**rest, **report["metrics"], "done": done}
+        self._reference = {key: report[key] for key in ("run", "checkpoint", "images")}
+        since = report["images"] - self._exchanged_at
+        return {**rest, **report["metrics"], SINCE_EXCHANGE: since, "done": done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where the newest report's checkpoint is committed: its bytes stay in the trial's run."""
-        trial = read_trial(self._store, int(self.trial_name))
-        report = trial.reports[-1] if trial.reports else {}
-        reference = {key: report.get(key) for key in ("run", "checkpoint", "images")}
-        Path(checkpoint_dir, REFERENCE).write_text(json.dumps(reference))
+        Path(checkpoint_dir, REFERENCE).write_text(json.dumps(self._reference))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Go on from a committed checkpoint: nothing to do where it is of this trial's run, else it is copied there."""
-        reference = json.loads(Path(checkpoint, REFERENCE).read_text())
-        trial = read_trial(self._store, int(self.trial_name))
-        if not reference["run"] or reference["run"] == trial.run:
-            return
-        run = run_store(trial_config(self._plan, trial.values, trial.run))
-        own = latest(run)
-        if own is None or own.images_seen < reference["images"]:
-            place, _, folder = reference["checkpoint"].rpartition("/checkpoints/")
-            copy_checkpoint(open_checkpoint(open_store(place), f"checkpoints/{folder}"), run)
+        """The next step goes on from the newest commit of the run that the record names."""
+        self._reference = json.loads(Path(checkpoint, REFERENCE).read_text())
 
 
 def _interrupting(link: MonitorLink) -> Callable[[TrainingProgress], None]:

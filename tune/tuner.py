@@ -7,6 +7,7 @@ Tuner from the records; Tune's own snapshot of an experiment is never read (docs
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -19,15 +20,16 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered
 from scoreray.data.storage.arrow import arrow_location
-from scoreray.tune.book import OWNED_EVERY_S, State, StudyBook
+from scoreray.tune.book import State, StudyBook
 from scoreray.tune.monitor import TrialMonitor
-from scoreray.tune.schedule import callbacks, scheduler
+from scoreray.tune.schedule import ON_RECORD, callbacks, exchanged_at, scheduler
 from scoreray.tune.search import drawn, searcher, values
 from scoreray.tune.sweep import StudyPlan, need_of
-from scoreray.tune.trainable import TrialTrainable
+from scoreray.tune.trainable import REFERENCE, TrialTrainable
 
 TUNE_FOLDER = "ray"
 SAVE_S = 25.0  # that trials get to commit what they have trained, when a person stops the study
@@ -41,17 +43,8 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # its reporter prints failures also where it is to be silent
 }
 REPORTED = (
-    "images",
-    "curve",
-    "std_errors",
-    "checkpoint",
-    "ema",
-    "run",
-    "seconds",
-    "trained_s",
-    "started",
-    "first_step",
-)
+    "images", "curve", "std_errors", "checkpoint", "ema", "run", "seconds", "trained_s", "started", "first_step",
+)  # fmt: skip
 ENDING = {kind.__name__: kind for kind in (DataError, StorageError)}
 
 
@@ -68,16 +61,19 @@ def run(book: StudyBook, show: Callable[[State], None]) -> None:
         return
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    monitor = ray.remote(num_cpus=0)(TrialMonitor).remote()
+    local = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": local}
+    monitor = ray.remote(**options)(TrialMonitor).remote(book.concurrent)
     try:
         with _interrupts() as interrupted:
             recorder = _Recorder(book, show, monitor, interrupted)
             try:
                 _tuner(book, recorder, monitor).fit()
-            except Exception:
-                if recorder.error is None:
-                    raise
-                raise recorder.error from None
+            except Exception as error:  # Tune's own around what was raised
+                cause = recorder.error or error.__cause__
+                if isinstance(cause, ScorerayError | KeyboardInterrupt):
+                    raise cause from None
+                raise
     finally:
         ray.kill(monitor)
 
@@ -89,9 +85,10 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
     members: list[int] = []
     if book.is_population:  # PBT takes no Searcher: all of the population is on record before
         book.populate(lambda number: drawn(plan, number))
-        search_alg = BasicVariantGenerator([plan.space.encoded(trial.values) for trial in book.waiting])
+        known = [*book.ended_before, *book.waiting]
+        search_alg = BasicVariantGenerator([plan.space.encoded(trial.values) for trial in known])
         space = {one.key: one.encoded(one.at(0.5)) for one in plan.space.dimensions}  # where a member has no value
-        members = [trial.number for trial in book.waiting]
+        members = [trial.number for trial in known]
     else:
         search_alg = _Search(book, numbers)
 
@@ -102,7 +99,8 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
 
     filesystem, place = arrow_location(book.store.url(TUNE_FOLDER))
     starts = {key.split("/")[1] for key, _ in book.store.list(f"{TUNE_FOLDER}/")}
-    trainable = tune.with_parameters(TrialTrainable, plan=plan, monitor=monitor)
+    parameters = {"plan": plan, "monitor": monitor, "exchanged_at": exchanged_at(book.trials)}
+    trainable = tune.with_parameters(TrialTrainable, **parameters)
     return tune.Tuner(
         tune.with_resources(trainable, lambda config: _resources(plan, config)),
         param_space=space,
@@ -111,7 +109,7 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
             scheduler=scheduler(plan, book.trials),
             num_samples=len(members) or -1,  # as many as the search has
             reuse_actors=True,
-            max_concurrent_trials=book.concurrent,
+            max_concurrent_trials=None if plan.sweep.scheduler.kind == "hyperband" else book.concurrent,
             trial_name_creator=name,
             trial_dirname_creator=name,
         ),
@@ -128,11 +126,12 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
 
 
 def _resources(plan: StudyPlan, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    """Of a trial's actor. Workers of a larger trial have a placement group of their own, by Ray Train."""
+    """Of a trial's actor. Workers that it starts have a placement group of their own, by Ray Train: such an actor takes
+    next to nothing, as Tune refuses a trial that takes nothing at all."""
     run = None if plan.sweep.checkpoint else plan.config(values(plan, config))
-    need = need_of(plan, run)
     alone = run is None or run.scaling.range[1] == 1
-    return tune.PlacementGroupFactory([{name: amount for name, amount in need.items() if amount}] if alone else [{}])
+    need = need_of(plan, run) if alone else {"memory": 1.0}
+    return tune.PlacementGroupFactory([{name: amount for name, amount in need.items() if amount}])
 
 
 @contextlib.contextmanager
@@ -187,11 +186,11 @@ class _Search(Searcher):
         return values(plan, config) if isinstance(config, dict) else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if self._searcher is not None:
+        if self._searcher is not None and ON_RECORD not in result:
             self._searcher.on_trial_result(str(self._numbers[trial_id]), result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if self._searcher is not None:
+        if self._searcher is not None and ON_RECORD not in (result or {}):  # it counts those as evaluated already
             failed = error or "error" in (result or {})
             self._searcher.on_trial_complete(str(self._numbers[trial_id]), None if failed else result, failed)
 
@@ -221,6 +220,14 @@ class _Recorder(tune.Callback):
     def __reduce__(self) -> Any:  # Tune writes a pickle of its Tuner, which nothing reads
         return tune.Callback, ()
 
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """An error of the store or a newer start of the study ends it: Tune would take one here for the trial's."""
+        try:
+            yield
+        except ScorerayError as error:
+            self.error = self.error or error
+
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._interrupted.is_set():
             self._stop()
@@ -231,10 +238,7 @@ class _Recorder(tune.Callback):
         if now - self._shown_at < SHOW_EVERY_S:
             return
         self._shown_at = now
-        try:
-            self._book.lease.check_every(OWNED_EVERY_S)
-        except ScorerayError as error:
-            self.error = error
+        self._book.check_owned()
         if self._reply is None:
             self._reply = self._monitor.read.remote()
         elif ray.wait([self._reply], timeout=0)[0]:
@@ -253,40 +257,53 @@ class _Recorder(tune.Callback):
             time.sleep(0.1)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        book, number = self._book, self.numbers[trial.trial_id]
-        book.started(number)
-        if book.is_population and trial.checkpoint is not None:
-            source = int(PurePath(trial.checkpoint.path).parent.name)  # the folder of the trial that committed it
-            if source != number:
-                book.exchanged(number, values(book.plan, trial.config), source)
+        self._book.started(self.numbers[trial.trial_id])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         number = self.numbers[trial.trial_id]
-        if "ends_study" in result:
-            self.error = ENDING[result["ends_study"]](result["error"])
-        elif "error" in result:
-            self._book.failed(number, result["error"])
-        else:
+        if ON_RECORD in result:
+            return
+        with self._ending():
+            if "ends_study" in result:
+                raise ENDING[result["ends_study"]](result["error"])
+            if "error" in result:
+                self._book.failed(number, result["error"])
+                return
             metrics = {name: result[name] for name in self._book.plan.sweep.metric.names}
             report = {name: result[name] for name in REPORTED if name in result} | {"metrics": metrics}
             self._book.reported(number, report, bool(result.get("done")))
+            for one in trials if self._book.is_population else ():
+                self._exchange(one)
+
+    def _exchange(self, trial: Any) -> None:
+        """Has a trial take over the checkpoint of another, where the scheduler has given it that."""
+        number = self.numbers[trial.trial_id]
+        if trial.checkpoint is None or (source := int(PurePath(trial.checkpoint.path).parent.name)) == number:
+            return
+        with trial.checkpoint.as_directory() as folder:
+            images = json.loads(Path(folder, REFERENCE).read_text()).get("images")
+        self._book.exchange(number, source, images, values(self._book.plan, trial.config))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._book.ended(self.numbers[trial.trial_id])
+        if self.error is None:
+            with self._ending():
+                self._book.ended(self.numbers[trial.trial_id])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._died(trial, last=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._died(trial, last=True)
-        self._book.ended(self.numbers[trial.trial_id])
+        with self._ending():
+            self._book.ended(self.numbers[trial.trial_id])
 
     def _died(self, trial: Any, last: bool) -> None:
         number = self.numbers[trial.trial_id]
-        self._monitor.ended.remote(number)
-        self._book.died(number, *_reason(trial), last)
+        self._monitor.end.remote(number)
+        with self._ending():
+            self._book.died(number, *_reason(trial), last)
 
 
 def _reason(trial: Any) -> tuple[str, str]:

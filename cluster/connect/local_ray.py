@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,13 @@ OUR_KILL = "killed by `ray.kill`"
 
 
 @contextlib.contextmanager
-def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[str]:
+def connected(
+    *, num_cpus: int | None = None, verbose: bool = False, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """A Ray cluster for the duration: RAY_ADDRESS's if that is set, else an embedded one with `num_cpus` slots.
 
-    Yields where its dashboard is, HOST:PORT; "" where there is none.
+    Yields where its dashboard is, HOST:PORT; "" where there is none. environment: variables of the processes that Ray
+    starts for this one.
 
     The embedded one listens on loopback only, asks for a token that only this process and its children have, sends
     no statistics, and is gone when this process is, however that ends. Raises UserError when RAY_ADDRESS can't be
@@ -63,27 +66,30 @@ def connected(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator
     if ray.is_initialized():
         yield ""
         return
+    variables = dict(environment or {})
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_off_stdout(verbose))
         if address := os.environ.get("RAY_ADDRESS"):
-            dashboard = stack.enter_context(_joined(address, verbose))
+            dashboard = stack.enter_context(_joined(address, verbose, variables))
         else:
+            os.environ |= variables  # which all of an embedded cluster inherit
             dashboard = stack.enter_context(_embedded(num_cpus or os.cpu_count() or 1, verbose))
         yield dashboard
 
 
 @contextlib.contextmanager
-def _joined(address: str, verbose: bool) -> Iterator[str]:
+def _joined(address: str, verbose: bool, variables: dict[str, str]) -> Iterator[str]:
     """The cluster at RAY_ADDRESS. Raises UserError where it can't be reached."""
     import ray
 
     _check_address(address)
     try:
         level = logging.INFO if verbose else logging.ERROR
+        runtime = {"env_vars": variables} if variables else None
         with interruptible():
-            context = ray.init(address=address, log_to_driver=verbose, logging_level=level)
+            context = ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=runtime)
     except (ConnectionError, RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
         hint = "was its token refused?" if token_given() else "does it ask for a token (RAY_AUTH_TOKEN)?"

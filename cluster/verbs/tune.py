@@ -17,6 +17,9 @@ from rich.text import Text
 from scoreray.cluster.connect.local_ray import connected, set_environment
 from scoreray.cluster.connect.room import autoscaler, wait_for_room
 from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
+from scoreray.sampling.model.describe import describe
+from scoreray.trainer.config import Config
+from scoreray.trainer.on_ray.run import worker_environment
 from scoreray.tune.checks import check_plugins
 from scoreray.tune.load import check_room, check_sweep, needs
 from scoreray.tune.report import Report, make_report
@@ -63,7 +66,7 @@ def tune_to_end(plan: StudyPlan, *, verbose: bool = False) -> TuneResult:
     """Run a study on RAY_ADDRESS's cluster or on this machine until its last trial, and write its report."""
     started, store = time.monotonic(), study_store(plan.sweep)
     _warn(plan)
-    with connected(verbose=verbose):
+    with connected(verbose=verbose, environment=worker_environment(_trained(plan))):
         if autoscaler().is_there:
             _wait_for_a_trial(plan)
         room = _room()
@@ -78,6 +81,11 @@ def tune_to_end(plan: StudyPlan, *, verbose: bool = False) -> TuneResult:
             trials = study.run()
     report = make_report(plan, trials)
     return TuneResult(store.url(), report, len(trials), time.monotonic() - started)
+
+
+def _trained(plan: StudyPlan) -> Config:
+    """The config of the trials' runs, or of the run that the sweep draws from."""
+    return describe(plan.sweep.checkpoint).info.config if plan.sweep.checkpoint else plan.config({})
 
 
 def _warn(plan: StudyPlan) -> None:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from scoreray.data.errors import UserError
+from scoreray.data.storage.arrow import arrow_location
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.config import load_config
@@ -43,6 +44,21 @@ def trial_processes() -> list[psutil.Process]:
     return found
 
 
+def placement_groups() -> int:
+    """Of this Ray, those that hold resources or wait for them."""
+    import ray
+
+    return sum(one["state"] != "REMOVED" for one in ray.util.placement_group_table().values())
+
+
+def analysis(plan: StudyPlan, start: int = 1) -> Any:
+    """Ray Tune's own view of a start of a study."""
+    from ray.tune import ExperimentAnalysis
+
+    filesystem, place = arrow_location(study_store(plan.sweep).url(f"ray/study-{start}"))
+    return ExperimentAnalysis(place, storage_filesystem=filesystem)
+
+
 def runs_of(plan: StudyPlan) -> set[str]:
     return {key.split("/")[1] for key, _ in study_store(plan.sweep).list("runs/") if key.endswith("COMMITTED.json")}
 
@@ -61,8 +77,10 @@ def test_asha_stops_trials_and_later_ones_get_their_resources(ray_cluster: None,
         most = max(most, len(state.running))
         processes.update(process.pid for process in trial_processes())
 
+    groups = placement_groups()
     study = Study(plan, ROOM, show=look)
     trials = study.run()
+    assert placement_groups() == groups
     stopped = [trial for trial in trials if trial.state == "stopped"]
     assert len(trials) == 20
     assert {trial.state for trial in trials} == {"done", "stopped"}
@@ -165,6 +183,10 @@ def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
             assert trial.values == before[trial.number].values
             if before[trial.number].state == "done":
                 assert trial.reports == before[trial.number].reports
+    seen = {str(trial): trial for trial in analysis(plan, start=2).trials}  # also those that had ended before
+    assert [seen[f"{trial.number:05d}"].last_result["denoising"] for trial in trials] == [
+        trial.reports[0]["metrics"]["denoising"] for trial in trials
+    ]
     for number, checkpoint in half.items():
         assert checkpoint is not None
         start = json.loads(store.get(f"runs/{trials[number].run}/metrics/{checkpoint.images_seen:012d}.jsonl")
@@ -220,13 +242,28 @@ def test_a_sweep_of_the_sampler_and_the_ema_length_trains_once(ray_cluster: None
     assert len(records) == 1  # three trials that draw alike are one evaluation
 
 
-def test_a_trial_that_diverges_fails_alone(ray_cluster: None, sweep: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("metric", "images", "error"), [("denoising", 1024, "sample"), ("sw", 64, "not finite")], ids=["loss", "metric"]
+)
+def test_a_trial_that_diverges_fails_alone(
+    ray_cluster: None, sweep: dict[str, Any], metric: str, images: int, error: str
+) -> None:
+    """As soon as its loss is not finite; or, where the only step has ruined the weights, when its samples are not.
+    Neither is tried again."""
     space = {"optimizer.learning_rate": {"choice": [1e-3, 1e18]}, "optimizer.gradient_clip": {"choice": [0.0]}}
-    plan = load_sweep({**sweep, "space": space, "search": {"kind": "grid"}}, ["base.duration.images=1024"])
+    plan = load_sweep({**sweep, "space": space, "search": {"kind": "grid"}},
+                      [f"base.duration.images={images}", f"metric.names=[{metric}]", "metric.samples=64"])  # fmt: skip
     trials = Study(plan, ROOM).run()
     assert [trial.state for trial in trials] == ["done", "failed"]
-    assert "sample" in trials[1].error
+    assert error in trials[1].error
+    assert trials[1].deaths == 0
     assert make_report(plan, trials).record["best"]["number"] == 0
+    seen = analysis(plan)
+    assert [str(trial) for trial in sorted(seen.trials, key=str)] == ["00000", "00001"]
+    best = seen.get_best_trial(metric, "min")
+    assert best.config == trials[0].values
+    assert best.last_result[metric] == trials[0].reports[0]["metrics"][metric]
+    assert trials[1].error in seen.results_df["error"].tolist()
 
 
 def test_a_config_in_s3_is_read_as_one_on_disk(local_s3: Any, s3_url: str, sweep: dict[str, Any]) -> None:
@@ -275,6 +312,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_a_best_config_that_trains(
         assert len(trial.reports) == 1
         assert start > (before.images_seen if before else 0)
     assert {"report.html", "report.json", "best.yaml"} <= {key for key, _ in store.list()}
+    assert len(analysis(plan, start=2).trials) == 3
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    assert not [
+        key for key, _ in store.list("ray/") if secret in store.get(key) or secret.hex().encode() in store.get(key)
+    ]
 
     train = [sys.executable, "-m", "scoreray.cluster.cli", "train", store.url("best.yaml"), "--json"]
     trained = subprocess.run(train, capture_output=True, text=True, timeout=300)
@@ -286,7 +328,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_a_best_config_that_trains(
 @pytest.mark.slow
 def test_a_trial_of_two_workers_is_a_sharded_run(ray_cluster: None, sweep: dict[str, Any]) -> None:
     plan = load_sweep({**sweep, "trials": 1}, ["base.scaling.workers=2", "base.engine.zero_stage=2"])
+    groups = placement_groups()
     (trial,) = Study(plan, {"CPU": 4.0}).run()
+    assert placement_groups() == groups
     assert trial.state == "done", trial.error
     config = trial_config(plan, trial.values)
     assert config.engine.zero_stage == 2

@@ -9,9 +9,9 @@ import pytest
 from scoreray.cluster.verbs import tune as tuning
 from scoreray.cluster.verbs.tune import Pace, TrialTable
 from scoreray.trainer.monitoring.metrics import TrainingProgress
+from scoreray.tune.book import RunningTrial, State
 from scoreray.tune.load import load_sweep
 from scoreray.tune.schedule import expected_images
-from scoreray.tune.study import RunningTrial, State
 from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial
 
