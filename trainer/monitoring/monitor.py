@@ -28,7 +28,6 @@ class WorkerGroup:
     controller: Any
     controller_pid: int
     workers: tuple[Any, ...]
-    nodes: frozenset[str]
     placement_group: Any
 
 
@@ -37,13 +36,13 @@ class GroupState:
     """What decides whether workers that failed are started again.
 
     starts: of workers, so far. ending: what the run, or this start of it, is to end with. errors: by rank, as the ranks
-    raised them. nodes: ids of the group's. committed: images of the newest commit.
+    raised them. training: whether steps have been reported since the start. committed: images of the newest commit.
     """
 
     starts: int = 0
     ending: Exception | None = None
     errors: Mapping[int, Exception] = field(default_factory=dict)
-    nodes: frozenset[str] = frozenset()
+    training: bool = False
     committed: int = 0
 
 
@@ -162,9 +161,8 @@ class Monitor:
         self._errors[rank] = error
 
     def group_state(self) -> GroupState:
-        nodes = self._group.nodes if self._group else frozenset()
-        progress = self._status.progress
-        return GroupState(self._starts, self._ending, dict(self._errors), nodes, progress.committed if progress else 0)
+        committed = self._status.progress.committed if self._status.progress else 0
+        return GroupState(self._starts, self._ending, dict(self._errors), self._progress is not None, committed)
 
     def end(self, ending: Exception | None) -> WorkerGroup | None:
         """What the next failure or start of workers ends Ray Train with (None: with nothing); returns the newest."""

@@ -54,6 +54,8 @@ class RestartPolicy(UserCallback):
 
     `max_failures` counts failures without a commit in between, so that a long run is not ended by its length: Ray's own
     count is of the whole run, and a year of training meets more than three dead nodes. Preemptions are no failures.
+    `elastic`: the next workers may be fewer, which the driver finds out. Here the cluster's nodes don't say: a worker
+    of a dead node is known to be dead before the node is.
     """
 
     def __init__(self, monitor: Any, max_failures: int, elastic: bool) -> None:
@@ -84,11 +86,6 @@ class RestartPolicy(UserCallback):
                 f"{reason}; that is failure {self._failures} since the last commit, scaling.max_failures is "
                 f"{self._max_failures}; the same command goes on from what is committed"
             )
-        if self._elastic and (preempted or not state.nodes <= live_nodes()):
+        if self._elastic:
             raise Resized(reason)
         self._monitor.restarted.remote(reason)
-
-
-def live_nodes() -> set[str]:
-    """Ids of the cluster's nodes."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
