@@ -27,8 +27,10 @@ def state(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the Monitor answers."""
     from scoreray.trainer.on_ray import failures
 
-    found = SimpleNamespace(answer=GroupState(), monitor=MagicMock())
-    monkeypatch.setattr(failures.ray, "get", lambda reply: found.answer)
+    found = SimpleNamespace(answer=GroupState(), failures=1, monitor=MagicMock())
+    found.monitor.group_state.remote = lambda: found.answer
+    found.monitor.count_failure.remote = lambda: found.failures
+    monkeypatch.setattr(failures.ray, "get", lambda reply: reply)
     return found
 
 
@@ -67,17 +69,19 @@ def test_each_restart_has_its_line(state: SimpleNamespace) -> None:
     assert reasons(state) == ["rank 1 died", hung, "out of memory"]
 
 
-def test_failures_without_a_commit_in_between_are_counted(state: SimpleNamespace) -> None:
+def test_more_failures_than_allowed_without_a_commit_end_the_run(state: SimpleNamespace) -> None:
     one, died = policy(state, max_failures=2), {1: WorkerHealthCheckFailedError("x")}
-    for committed in (0, 0, 320, 320, 640, 640):
-        state.answer = GroupState(committed=committed)
-        one.after_exception(None, dict(died))
+    state.failures = 2
+    one.after_exception(None, dict(died))
+    state.failures = 3
     with pytest.raises(MachineError, match=r"rank 1 died; .* failure 3 since the last commit.*goes on from"):
         one.after_exception(None, dict(died))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one.after_exception(None, {0: RuntimeError("out of memory")})
 
 
 def test_preemptions_are_no_failures(state: SimpleNamespace) -> None:
-    state.answer = GroupState(errors={0: Preempted("all was saved")})
+    state.answer, state.failures = GroupState(errors={0: Preempted("all was saved")}), 9
     one = policy(state, max_failures=0)
     for _ in range(3):
         one.after_exception(None, {0: RuntimeError("wrapped")})
