@@ -87,7 +87,9 @@ def _joined(address: str, verbose: bool, variables: dict[str, str]) -> Iterator[
     _check_address(address)
     try:
         level = logging.INFO if verbose else logging.ERROR
-        runtime = {"env_vars": variables} if variables else None
+        # Ray refuses one that the job was submitted with, which this process then has.
+        added = {name: value for name, value in variables.items() if name not in os.environ}
+        runtime = {"env_vars": added} if added else None
         with interruptible():
             context = ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=runtime)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -146,6 +146,8 @@ class TarStream(BatchStream):
             webdataset.batched(self.lanes.batch_size, collation_fn=None),
         )
         for samples in pipeline:
+            if self._stop.is_set():  # what is still shuffled is not wanted
+                return
             yield self._batch(samples, self.lanes.positions(start, 1))
             start += self.lanes.global_batch_size
 

@@ -101,7 +101,7 @@ class ScalingSection(Section):
 
     `max_failures`: failures of workers without a commit in between, after which the run ends; -1 never ends it.
     `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
-    `resize_every_s`: how long after each start a run that could be larger begins to look whether the cluster has room.
+    `resize_every_s`: how often a run that could be larger looks whether the cluster has room.
     `grace_s`: how long a run that is stopped (Ctrl-C, SIGTERM) may take to save.
     `standby_after_s`: on an embedded local Ray, so long after a start one process per worker is pre-warmed (everything
     imported); when a worker dies, all restart in these, in seconds. null: none, which spares their memory.

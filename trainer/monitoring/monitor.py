@@ -28,7 +28,6 @@ class WorkerGroup:
     controller: Any
     controller_pid: int
     workers: tuple[Any, ...]
-    nodes: frozenset[str]
     placement_group: Any
 
 
@@ -37,14 +36,13 @@ class GroupState:
     """What decides whether workers that failed are started again.
 
     starts: of workers, so far. ending: what the run, or this start of it, is to end with. errors: by rank, as the ranks
-    raised them. nodes: ids of the group's. committed: images of the newest commit.
+    raised them. training: whether steps have been reported since the start.
     """
 
     starts: int = 0
     ending: Exception | None = None
     errors: Mapping[int, Exception] = field(default_factory=dict)
-    nodes: frozenset[str] = frozenset()
-    committed: int = 0
+    training: bool = False
 
 
 class Monitor:
@@ -67,7 +65,7 @@ class Monitor:
         self._notes: list[str] = []
         self._request, self._committed_before = LoopRequest.NOTHING, 0
         self._group: WorkerGroup | None = None
-        self._starts = 0
+        self._starts, self._failures, self._failed_at = 0, 0, -1
         self._ending: Exception | None = None
         self._errors: dict[int, Exception] = {}
         self._read_at = time.monotonic()
@@ -162,9 +160,14 @@ class Monitor:
         self._errors[rank] = error
 
     def group_state(self) -> GroupState:
-        nodes = self._group.nodes if self._group else frozenset()
-        progress = self._status.progress
-        return GroupState(self._starts, self._ending, dict(self._errors), nodes, progress.committed if progress else 0)
+        return GroupState(self._starts, self._ending, dict(self._errors), self._progress is not None)
+
+    def count_failure(self) -> int:
+        """Workers have failed; returns how often they have without a commit in between, with this time."""
+        committed = self._status.progress.committed if self._status.progress else 0
+        self._failures = self._failures + 1 if committed <= self._failed_at else 1
+        self._failed_at = max(self._failed_at, committed)
+        return self._failures
 
     def end(self, ending: Exception | None) -> WorkerGroup | None:
         """What the next failure or start of workers ends Ray Train with (None: with nothing); returns the newest."""

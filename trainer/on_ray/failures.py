@@ -54,11 +54,12 @@ class RestartPolicy(UserCallback):
 
     `max_failures` counts failures without a commit in between, so that a long run is not ended by its length: Ray's own
     count is of the whole run, and a year of training meets more than three dead nodes. Preemptions are no failures.
+    `elastic`: the next workers may be fewer, which the driver finds out. Here the cluster's nodes don't say: a worker
+    of a dead node is known to be dead before the node is.
     """
 
     def __init__(self, monitor: Any, max_failures: int, elastic: bool) -> None:
-        self._monitor, self._max_failures, self._elastic = monitor, max_failures, elastic
-        self._failures, self._committed, self._decided = 0, -1, 0
+        self._monitor, self._max_failures, self._elastic, self._decided = monitor, max_failures, elastic, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         state = GroupState()
@@ -73,22 +74,21 @@ class RestartPolicy(UserCallback):
         if is_final(error):
             raise error
         reason = reason_of(rank, error)
-        preempted = isinstance(error, Preempted)
-        if not preempted:
-            self._failures = self._failures + 1 if state.committed <= self._committed else 1
-            self._committed = max(self._committed, state.committed)
-        if 0 <= self._max_failures < self._failures and not preempted:
-            if type(error).__name__ not in (HUNG, DIED):
-                raise error
-            raise MachineError(
-                f"{reason}; that is failure {self._failures} since the last commit, scaling.max_failures is "
-                f"{self._max_failures}; the same command goes on from what is committed"
-            )
-        if self._elastic and (preempted or not state.nodes <= live_nodes()):
+        if not isinstance(error, Preempted):
+            self._count(reason, error)
+        if self._elastic:
             raise Resized(reason)
         self._monitor.restarted.remote(reason)
 
-
-def live_nodes() -> set[str]:
-    """Ids of the cluster's nodes."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    def _count(self, reason: str, error: BaseException) -> None:
+        failures = 0
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            failures = ray.get(self._monitor.count_failure.remote())
+        if not 0 <= self._max_failures < failures:
+            return
+        if type(error).__name__ not in (HUNG, DIED):
+            raise error
+        raise MachineError(
+            f"{reason}; that is failure {failures} since the last commit, scaling.max_failures is "
+            f"{self._max_failures}; the same command goes on from what is committed"
+        )

@@ -47,9 +47,8 @@ class _RendezvousBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        workers, nodes, groups = zip(*worker_group.execute(_identify), strict=True)
-        controller = ray.get_runtime_context().current_actor
-        group = WorkerGroup(controller, os.getpid(), workers, frozenset(nodes), groups[0])
+        workers, groups = zip(*worker_group.execute(_identify), strict=True)
+        group = WorkerGroup(ray.get_runtime_context().current_actor, os.getpid(), workers, groups[0])
         with contextlib.suppress(ray.exceptions.RayActorError):  # a run goes on without its monitor
             if ending := ray.get(backend_config.monitor.started.remote(group)):
                 raise ending
@@ -63,10 +62,9 @@ class _RendezvousBackend(Backend):
         """Nothing: the processes end. Leaving the process group with a dead or hung member takes half a minute."""
 
 
-def _identify() -> tuple[Any, str, Any]:
-    """On each worker: a handle of its actor, its node's id, and its placement group."""
-    context = ray.get_runtime_context()
-    return context.current_actor, context.get_node_id(), ray.util.get_current_placement_group()
+def _identify() -> tuple[Any, Any]:
+    """On each worker: a handle of its actor, and its placement group."""
+    return ray.get_runtime_context().current_actor, ray.util.get_current_placement_group()
 
 
 def _free_address() -> str:

@@ -28,7 +28,6 @@ from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.run_folder import run_store
 
 POLL_S = 0.25
-LOOK_S = 1.0  # between two looks for room to grow
 END_S = 10.0  # in which Ray Train ends after its workers have been
 SCRAPED_S = 30.0  # Ray exports each 10 s, Prometheus scrapes each 15 s (k8s/base/platform/pod-monitor.yaml)
 
@@ -140,7 +139,7 @@ def _trainer(config: Config, size: int, monitor: Any, scratch: str, alone: bool)
     from scoreray.trainer.on_ray.training_function import train_on_worker
 
     os.makedirs(scratch)
-    elastic, use_gpu = len(config.world_sizes) > 1, config.scaling.use_gpu
+    elastic, use_gpu = len(config.world_sizes) > 1 and not alone, config.scaling.use_gpu
     return LeanTrainer(
         train_on_worker,
         alone=alone,
@@ -176,15 +175,37 @@ def _in_thread(call: Callable[[], Any]) -> Future[Any]:
 def _wait(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None:
     """Until Ray Train returns; raises what it raised, or `Resized` where there is room for more workers.
 
-    Looked for from `scaling.resize_every_s` after the start on. Not in an actor, as a sweep's trial is: it may be
-    killed without a word, and its reservations would stay.
+    Looked for every `scaling.resize_every_s`, and kept until the run has saved. Not in an actor, as a sweep's trial is:
+    it may be killed without a word, and what it keeps would stay.
     """
     import ray
 
+    from scoreray.trainer.on_ray.failures import Resized
+    from scoreray.trainer.on_ray.workers import room_to_grow
+
     fixed = size == config.world_sizes[-1] or ray.get_runtime_context().get_actor_id() is not None
-    if not _ended(fitting, math.inf if fixed else config.scaling.resize_every_s):
-        _end_when_it_can_grow(config, monitor, fitting, size)
+    while not _ended(fitting, math.inf if fixed else config.scaling.resize_every_s):
+        state = ray.get(monitor.group_state.remote())
+        if not state.training:  # room would be taken from its own workers, which are about to start
+            continue
+        with room_to_grow(config.world_sizes, size, _resources(config)) as larger:
+            if larger == size or not _saved(config, monitor, fitting, state.starts):
+                continue
+        _end(monitor, fitting, Resized(f"there is room for {larger} of them now, not {size}"))
+        break
     fitting.result()
+
+
+def _saved(config: Config, monitor: Any, fitting: Future[Any], starts: int) -> bool:
+    """Has the run save, for at most `scaling.grace_s`. False where it has ended or failed meanwhile."""
+    import ray
+
+    monitor.request_save.remote()
+    deadline = time.monotonic() + config.scaling.grace_s
+    while not ray.get(monitor.has_saved.remote()) and time.monotonic() < deadline:
+        if _ended(fitting, POLL_S) or ray.get(monitor.group_state.remote()).starts != starts:
+            return False
+    return not fitting.done()
 
 
 def _ended(fitting: Future[Any], timeout_s: float) -> bool:
@@ -193,25 +214,6 @@ def _ended(fitting: Future[Any], timeout_s: float) -> bool:
     while not fitting.done() and time.monotonic() < deadline:
         wait([fitting], POLL_S)
     return fitting.done()
-
-
-def _end_when_it_can_grow(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None:
-    """Saves before; what it found room for is held until then. Returns early where Ray Train does."""
-    import ray
-
-    from scoreray.trainer.on_ray.failures import Resized
-    from scoreray.trainer.on_ray.workers import reserved
-
-    with reserved(config.world_sizes, size, _resources(config)) as found:
-        while (larger := found()) == size:
-            if _ended(fitting, LOOK_S):
-                return
-        monitor.request_save.remote()
-        deadline = time.monotonic() + config.scaling.grace_s
-        while not ray.get(monitor.has_saved.remote()) and time.monotonic() < deadline:
-            if _ended(fitting, POLL_S):
-                return
-    _end(monitor, fitting, Resized(f"there is room for {larger} of them now, not {size}"))
 
 
 def _end(monitor: Any, fitting: Future[Any], ending: Exception) -> None:

@@ -18,6 +18,7 @@ from itertools import pairwise, takewhile
 import ray
 
 PLACED_S = 2.0  # in which Ray places a group that there is room for, also on a busy machine
+SEEN_S = 6.0  # in which Ray's autoscaler sees one that there is no room for
 NOTE_EVERY_S = 30.0
 SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 
@@ -74,18 +75,15 @@ def _placed(bundles: list[Mapping[str, float]], timeout_s: float) -> bool:
 
 
 @contextmanager
-def reserved(sizes: Sequence[int], size: int, each: Mapping[str, float]) -> Iterator[Callable[[], int]]:
-    """Requests room to grow from `size` to any larger one of `sizes`; yields a function that returns the largest there
-    is room for by now. Placement groups that wait for room are also what an autoscaler starts nodes for.
+def room_to_grow(sizes: Sequence[int], size: int, each: Mapping[str, float]) -> Iterator[int]:
+    """The largest of `sizes` that there is room for beside `size` running workers; it is kept while this is entered.
+
+    Looked for so long that an autoscaler, which looks each 5 s, sees what is missing and can start nodes for it.
     """
     larger = [one for one in sizes if one >= size]
     groups = [(after, ray.util.placement_group([each] * (after - before))) for before, after in pairwise(larger)]
-
-    def found() -> int:
-        return max([size, *(after for after, _ in takewhile(lambda group: group[1].wait(0.01), groups))])
-
     try:
-        yield found
+        yield max([size, *(after for after, _ in takewhile(lambda entry: entry[1].wait(SEEN_S), groups))])
     finally:
         for _, group in groups:
             ray.util.remove_placement_group(group)

@@ -24,12 +24,13 @@ WorkerHealthCheckTimeoutError = type("WorkerHealthCheckTimeoutError", (Exception
 
 @pytest.fixture
 def state(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the Monitor answers, with `nodes` of the cluster."""
+    """What the Monitor answers."""
     from scoreray.trainer.on_ray import failures
 
-    found = SimpleNamespace(answer=GroupState(nodes=frozenset("a")), monitor=MagicMock())
-    monkeypatch.setattr(failures.ray, "get", lambda reply: found.answer)
-    monkeypatch.setattr(failures, "live_nodes", lambda: {"a"})
+    found = SimpleNamespace(answer=GroupState(), failures=1, monitor=MagicMock())
+    found.monitor.group_state.remote = lambda: found.answer
+    found.monitor.count_failure.remote = lambda: found.failures
+    monkeypatch.setattr(failures.ray, "get", lambda reply: reply)
     return found
 
 
@@ -68,33 +69,31 @@ def test_each_restart_has_its_line(state: SimpleNamespace) -> None:
     assert reasons(state) == ["rank 1 died", hung, "out of memory"]
 
 
-def test_failures_without_a_commit_in_between_are_counted(state: SimpleNamespace) -> None:
+def test_more_failures_than_allowed_without_a_commit_end_the_run(state: SimpleNamespace) -> None:
     one, died = policy(state, max_failures=2), {1: WorkerHealthCheckFailedError("x")}
-    for committed in (0, 0, 320, 320, 640, 640):
-        state.answer = GroupState(nodes=frozenset("a"), committed=committed)
-        one.after_exception(None, dict(died))
+    state.failures = 2
+    one.after_exception(None, dict(died))
+    state.failures = 3
     with pytest.raises(MachineError, match=r"rank 1 died; .* failure 3 since the last commit.*goes on from"):
         one.after_exception(None, dict(died))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one.after_exception(None, {0: RuntimeError("out of memory")})
 
 
 def test_preemptions_are_no_failures(state: SimpleNamespace) -> None:
-    state.answer = GroupState(errors={0: Preempted("all was saved")}, nodes=frozenset("a"))
+    state.answer, state.failures = GroupState(errors={0: Preempted("all was saved")}), 9
     one = policy(state, max_failures=0)
     for _ in range(3):
         one.after_exception(None, {0: RuntimeError("wrapped")})
     assert reasons(state) == ["all was saved"] * 3
 
 
-def test_a_number_that_may_change_is_looked_at_again_where_a_node_is_gone(state: SimpleNamespace) -> None:
+def test_a_number_that_may_change_is_looked_at_again_after_each_failure(state: SimpleNamespace) -> None:
     from scoreray.trainer.on_ray.failures import Resized
 
-    one = policy(state, elastic=True)
-    one.after_exception(None, {1: WorkerHealthCheckFailedError("x")})
-    state.answer = GroupState(nodes=frozenset("ab"))
     with pytest.raises(Resized, match="rank 1 died"):
-        one.after_exception(None, {1: WorkerHealthCheckFailedError("x")})
-    policy(state).after_exception(None, {1: WorkerHealthCheckFailedError("x")})  # a fixed number waits for the node
-    assert reasons(state) == ["rank 1 died"] * 2
+        policy(state, elastic=True).after_exception(None, {1: WorkerHealthCheckFailedError("x")})
+    assert reasons(state) == [], "the driver reports it"
 
 
 def test_what_the_driver_ends_a_run_with_comes_first(state: SimpleNamespace) -> None:
@@ -120,6 +119,6 @@ def test_a_private_name_that_is_missing_is_found_when_the_hooks_are_imported(mon
 def test_a_group_that_fails_for_a_while_is_one_failure(state: SimpleNamespace) -> None:
     one = policy(state, max_failures=2)
     for starts in (1, 1, 1, 2):
-        state.answer = GroupState(starts, nodes=frozenset("a"))
+        state.answer = GroupState(starts)
         one.after_exception(None, {1: WorkerHealthCheckFailedError("x")})
     assert reasons(state) == ["rank 1 died"] * 2

@@ -83,6 +83,20 @@ def test_before_the_first_commit_the_age_is_the_runs(ray_cluster: None) -> None:
         ray.kill(monitor)
 
 
+def test_failures_are_counted_from_the_newest_commit_on(ray_cluster: None) -> None:
+    import ray
+
+    monitor = ray.remote(num_cpus=0)(Monitor).remote("fails")
+    try:
+        counted = [ray.get(monitor.count_failure.remote())]
+        for committed in (0, 320, 320, 640):
+            ray.get(monitor.update.remote(TrainingProgress(640, 640, 0.5, 9.0, 0.0, committed)))
+            counted.append(ray.get(monitor.count_failure.remote()))
+        assert counted == [1, 2, 1, 2, 1]
+    finally:
+        ray.kill(monitor)
+
+
 def test_a_loss_that_is_not_finite_is_no_bug() -> None:
     assert ScorerayError.exit_status == 1
     assert NonFiniteError("x").exit_status == 3

@@ -77,15 +77,13 @@ def test_a_fixed_number_is_left_to_ray_train(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_run_may_grow_to_what_it_has_room_for_beside_its_own_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scoreray.trainer.on_ray.workers import reserved
+    from scoreray.trainer.on_ray.workers import room_to_grow
 
     cluster = Cluster(monkeypatch, 1.0)
-    with reserved(SIZES, 1, EACH) as found:
-        assert cluster.made == [1, 2], "an autoscaler sees all that the run could use"
-        assert found() == 1
-        cluster.free += 2.0
-        assert found() == 2
-        cluster.free += 4.0
-        assert found() == 4
-        assert cluster.free < 2
-    assert not cluster.left
+    for free, size in ((1.0, 1), (3.0, 2), (7.0, 4)):
+        cluster.free, cluster.made = free, []
+        with room_to_grow(SIZES, 1, EACH) as found:
+            assert cluster.made == [1, 2], "an autoscaler sees all that the run could use"
+            assert found == size
+            assert cluster.free == 1.0
+        assert not cluster.left
