@@ -286,7 +286,7 @@ def _follow(
             continue
         for line in notes:
             note(line)
-        if progress is not None and progress != shown:
+        if progress is not None and progress != shown and not ended:
             watch(progress)
             shown = progress
 
