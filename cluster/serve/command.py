@@ -44,7 +44,7 @@ class Ended(ScorerayError):
 def served(config: ServeConfig, placement: Placement, errors: str = "") -> Iterator[str]:
     """The service on the Ray cluster that this process is connected to; yields its url once it is ready.
 
-    errors: as of `application`.
+    errors: as of `application`. At its end Serve is shut down, unless it ran already or has other applications.
 
     Raises UserError where the port is taken or Serve listens elsewhere already, ScorerayError where it can't start.
     """
@@ -57,8 +57,8 @@ def served(config: ServeConfig, placement: Placement, errors: str = "") -> Itera
     http = {"host": placement.host, "port": port, "keep_alive_timeout_s": 60}
     with contextlib.ExitStack() as stack:
         with _progress(), interruptible():
-            start_listening(http, quiet)
-            stack.callback(_shut_down)
+            ran_already = start_listening(http, quiet)
+            stack.callback(_end, ran_already)
             try:
                 serve.run(application(config, placement, errors), name=APP, route_prefix="/", logging_config=quiet)
             except (RuntimeError, TimeoutError) as error:
@@ -67,11 +67,22 @@ def served(config: ServeConfig, placement: Placement, errors: str = "") -> Itera
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _shut_down() -> None:
+def _end(ran_already: bool) -> None:
+    """Ends the application, and Serve with it where nobody else uses it: on a cluster it may have other applications.
+
+    Not looked for on an embedded Ray, which may have ended: Serve's status would be waited for.
+    """
     from ray import serve
 
+    def end() -> None:
+        shared = "RAY_ADDRESS" in os.environ and serve.status().applications.keys() - {APP}
+        if ran_already or shared:
+            serve.delete(APP)
+        else:
+            serve.shutdown()
+
     with contextlib.suppress(TimeoutError):
-        _within(SHUTDOWN_S, serve.shutdown)
+        _within(SHUTDOWN_S, end)
 
 
 @contextlib.contextmanager

@@ -49,8 +49,8 @@ def _on_loopback(add_port: Callable[..., int]) -> Callable[..., int]:
     return added
 
 
-def start_listening(http: dict[str, Any], quiet: dict[str, Any]) -> None:
-    """Starts Serve. Raises UserError where it runs already, at another address.
+def start_listening(http: dict[str, Any], quiet: dict[str, Any]) -> bool:
+    """Starts Serve; returns whether it ran already. Raises UserError where it does at another address.
 
     Only a private name of Ray Serve knows that address: `serve.start` ignores new options with a warning, and
     `serve.status` has none of them.
@@ -58,22 +58,24 @@ def start_listening(http: dict[str, Any], quiet: dict[str, Any]) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
-    client = hook(SERVE_CLIENT)
-    if client is None and serve.status().proxies:
+    client, ran_already = hook(SERVE_CLIENT), bool(serve.status().proxies)
+    if client is None and ran_already:
         raise UserError("Ray Serve already runs on this cluster, at an unknown address: shut it down first")
     try:
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     except (RayError, TimeoutError) as error:
-        serve.shutdown()
+        if not ran_already:
+            serve.shutdown()
         raise ScorerayError(f"Ray Serve did not start to listen on port {http['port']}: {reason_of(error)}") from None
     if client is None:
-        return
+        return False
     actual = client().http_config
     if (actual.host, actual.port) != (http["host"], http["port"]):
         raise UserError(
             f"Ray Serve already runs on this cluster and listens on {actual.host}:{actual.port}, "
             f"not on {http['host']}:{http['port']}: take these with --host and --port, or shut it down first"
         )
+    return ran_already
 
 
 def free_port(host: str) -> int:

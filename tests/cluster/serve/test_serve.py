@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+import urllib.request
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from scoreray.cluster.serve import command
-from scoreray.cluster.serve.command import _errors, _key_file
+from scoreray.cluster.serve.command import _errors, _key_file, served
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.log import relayed
 from scoreray.cluster.serve.options import Placement, make_config, make_limits, parse_replicas
@@ -178,3 +179,34 @@ def test_a_call_to_a_ray_that_has_ended_is_given_up() -> None:
     assert command._within(10, lambda: 7) == 7
     with pytest.raises(KeyError):
         command._within(10, lambda: {}["absent"])
+
+
+def test_other_applications_of_a_serve_outlive_the_service(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both where they came after it and where Serve ran before it: it shut down all of Serve."""
+    from ray import serve
+
+    class Seven:
+        def __call__(self) -> str:
+            return "7"
+
+    def answer(url: str) -> bytes:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return bytes(response.read())
+
+    seven = serve.deployment(Seven, ray_actor_options={"num_cpus": 0.1}).bind()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster, which this process is connected to already
+    monkeypatch.setattr(command, "application", lambda *_: seven)
+    config = ServeConfig((("a", "/absent"),))
+    try:
+        with served(config, Placement(port=0)) as url:
+            serve.run(seven, name="other", route_prefix="/other")
+        assert serve.status().applications.keys() == {"other"}
+        with served(config, Placement(port=int(url.rpartition(":")[2]))):
+            assert (answer(url), answer(f"{url}/other")) == (b"7", b"7")
+        assert serve.status().applications.keys() == {"other"}
+        assert answer(f"{url}/other") == b"7"
+    finally:
+        serve.shutdown()
+    with served(config, Placement(port=0)):
+        pass
+    assert not serve.status().proxies  # alone it takes Serve with it
