@@ -20,6 +20,7 @@ MAX_EXTENDED_BYTES = 64 << 10  # of a PAX or GNU long-name header
 MAX_NAME = 1024
 FILES, FOLDER, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0", b"7"), b"5", b"L", b"x", b"g"
 REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".dill", ".joblib")
 
 
@@ -70,7 +71,11 @@ def members(tape: Tape) -> Iterator[Member]:
     long_name, long_size = "", None
     while True:
         at = tape.position
+        if at == tape.size:
+            raise DataError(f"byte {at}: " + ("the tar ends here, without its end marker: cut" if at else "is empty"))
         header = tape.take(BLOCK)
+        if at == 0 and header.startswith(COMPRESSED):
+            raise DataError("byte 0: is compressed, and read as it is; unpack it to a plain .tar first")
         if header == ZEROS:
             return _check_end(tape)
         if _octal(header[148:156], at) != _checksum(header):

@@ -83,10 +83,13 @@ class UnpackedTars:
         if isinstance(self.source, str) and len(folders) == 1:
             source = f"'{self.source}'" if names_tars(self.source) else self.source
             how = f"scoreray data pack {source} {folders.pop()}"
+        does = "indexes them in place"
+        if self.settings.image_size is not None:  # an index in place takes pictures as they are
+            how, does = f"scoreray data pack TARS URL --image-size {self.settings.image_size}", "makes new tars of them"
         promise = (
             f"data.url: {len(self.tars):,} tars without a manifest: a worker takes whole tars, and a resume "
-            f"reads those that were open again, so that not every sample is seen exactly once an epoch; {how} indexes "
-            "them in place, for exactly once and resumes that change nothing"
+            f"reads those that were open again, so that not every sample is seen exactly once an epoch; {how} {does}, "
+            "for exactly once and resumes that change nothing"
         )
         if not self.classes or not self.num_unlabelled:
             return (promise,)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import lzma
 import pickle
 import random
 import shutil
@@ -169,11 +170,13 @@ HOSTILE = {
     "pax length 0": (PAX[:512] + b"000" + PAX[515:], "PAX header that is not well-formed"),
     "pax length too long": (PAX[:512] + b"999" + PAX[515:], "PAX header that is not well-formed"),
     "pax upon pax": (PAX[:1024] + PAX, "a second one for the same member"),
-    "cut at a member": (made(*GOOD)[: 2 * 1024], "0 are left"),
+    "cut at a member": (made(*GOOD)[: 2 * 1024], "the tar ends here, without its end marker"),
     "cut in the end": (made(*GOOD)[: 4 * 1024 + 512], "end marker is cut"),
     "empty": (made(), "holds no sample"),
-    "no bytes": (b"", "0 are left"),
-    "gzipped": (zlib.compress(made(*GOOD)), "."),
+    "no bytes": (b"", "byte 0: is empty"),
+    "deflated": (zlib.compress(made(*GOOD)), "."),
+    "gzipped": (gzip.compress(made(*GOOD)), "byte 0: is compressed"),
+    "xz": (lzma.compress(made(*GOOD)), "byte 0: is compressed"),
     "more after the end": (made(*GOOD) + made(*GOOD), "more after the tar's end"),
     "text": (b"hello " * 1000, "header"),
 }  # fmt: skip

@@ -266,6 +266,9 @@ def test_samples_without_a_class_among_others_are_noted(tmp_path: Path) -> None:
     promise, classes = data.notes()
     assert f"scoreray data pack '{tmp_path}/0.tar' {tmp_path} indexes them in place" in promise
     assert classes.startswith("data.num_classes: 1 of the first 3 samples have no class")
+    resized = open_data(f"{tmp_path}/0.tar", TarSettings(num_classes=3, image_size=4))
+    assert isinstance(resized, UnpackedTars)
+    assert "scoreray data pack TARS URL --image-size 4 makes new tars of them" in resized.notes()[0]
     with opened(data) as stream:
         assert set(next(stream).labels.tolist()) <= {-1, 0, 2}
 
@@ -327,7 +330,7 @@ def emptied(path: Path) -> None:
     ("damage", "line"),
     [
         (pickled, "is a pickle, which can run code"),
-        (cut_between, "are announced, 0 are left"),
+        (cut_between, "the tar ends here, without its end marker"),
         (cut_within, "are announced|end marker"),
         (emptied, "holds no sample"),
     ],
