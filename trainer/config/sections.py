@@ -40,6 +40,15 @@ def _workers(value: Any) -> Any:
     return ends[0] if len(ends) == 1 else tuple(ends)
 
 
+def _url_of_data(value: Any) -> Any:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    wrong = [part for part in parts if not isinstance(part, str)]
+    if wrong:
+        shown = "a section" if isinstance(wrong[0], dict) else shortened(repr(wrong[0]))
+        raise ValueError(f"{shown} is not accepted; it should be a URL, or a list of URLs of tars, each a text")
+    return value
+
+
 def check_run_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError("a run's name has letters, digits, '.', '_' and '-' only, 100 at most")
@@ -82,7 +91,7 @@ class DataSection(Section):
     `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
     """
 
-    url: str | tuple[str, ...]
+    url: Annotated[str | tuple[str, ...], BeforeValidator(_url_of_data)]
     num_classes: CountOrZero | None = None
     image_size: Count | None = None
     global_batch_size: Count = 256

@@ -95,6 +95,8 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("run.seed=" + "9" * 5000, "too long for a number"),
         ("run.seed=1:30", "run.seed: '1:30' is not accepted"),
         ("run.name=1e3", "run.name: 1000.0 is not accepted; it should be a valid string; put it in quotes"),
+        ("data.url=", "config: data.url: None is not accepted; it should be a URL"),
+        ("data.url=[a.tar, 3]", "config: data.url: 3 is not accepted; it should be a URL"),
         ("run.name=#1", "a comment"),
         ("duration.images=" + "9" * 5000 + "k", "duration.images"),
         ("duration.images=1" + "0" * 29 + "G", "duration.images"),
