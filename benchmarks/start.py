@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
                 victims.append(worker())
                 note("kill")
                 os.kill(victims[0], signal.SIGKILL)
-            elif victims and progress.started_at > moments["kill"]["clock"]:
+            elif victims and "first new step" not in moments and progress.started_at > moments["kill"]["clock"]:
                 note("first new step")
                 os.kill(os.getpid(), signal.SIGINT)
 
