@@ -12,13 +12,10 @@ none is lost, none runs twice.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from scoreray.data.errors import DataError, UserError, shortened
-from scoreray.data.yaml_text import parse_value
 from scoreray.tune.book import State, StudyBook
 from scoreray.tune.load import needs
 from scoreray.tune.space import flat
@@ -39,10 +36,7 @@ def claim(plan: StudyPlan) -> list[Trial]:
             raise DataError(
                 f"{store.url(STUDY)}: not a record of a sweep; delete that file and give the same command again"
             ) from None
-        values = {
-            key: (_as_read_now(stored.get(key), given.get(key)), given.get(key)) for key in stored.keys() | given.keys()
-        }
-        keys = sorted(key for key, (old, new) in values.items() if old != new)
+        keys = sorted(key for key in stored.keys() | given.keys() if stored.get(key) != given.get(key))
         differing = [key for key in keys if not any(key == one or key.startswith(one + ".") for one in CHANGEABLE)]
         if differing and read_trials(store):
             lines = [f"{key}: {stored.get(key)} in the study, {given.get(key)} in this sweep" for key in differing]
@@ -53,28 +47,8 @@ def claim(plan: StudyPlan) -> list[Trial]:
         store.put(STUDY, json.dumps(sweep).encode())
     trials = read_trials(store)
     for trial in trials:
-        _read_choices(plan, trial)
         _check_fits(plan, trial)
     return trials
-
-
-def _as_read_now(stored: Any, present: Any) -> Any:
-    """`stored`, or `present` where that is how it is read now: earlier versions took 1e-3 in a sweep for a string."""
-    if isinstance(stored, list) and isinstance(present, list) and len(stored) == len(present):
-        return [_as_read_now(old, new) for old, new in zip(stored, present, strict=True)]
-    if isinstance(stored, str) and isinstance(present, float):
-        with contextlib.suppress(UserError):
-            return present if parse_value(stored, "") == present else stored
-    return stored
-
-
-def _read_choices(plan: StudyPlan, trial: Trial) -> None:
-    """Makes choices on record the present ones that they are read as."""
-    for values in [trial.values, *(one["values"] for one in trial.lineage)]:
-        for one in plan.space.dimensions:
-            if one.key in values:
-                stored = values[one.key]
-                values[one.key] = next((new for new in one.choices if _as_read_now(stored, new) == new), stored)
 
 
 def _check_fits(plan: StudyPlan, trial: Trial) -> None:

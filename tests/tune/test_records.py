@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from scoreray.data.errors import DataError, UserError
+from scoreray.data.errors import DataError
 from scoreray.tune.load import load_sweep
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.search import drawn, searcher, values
-from scoreray.tune.study import STUDY, Study, claim
+from scoreray.tune.study import Study, claim
 from scoreray.tune.sweep import StudyPlan
 from scoreray.tune.trial import Trial, read_trials, study_store
 
@@ -47,26 +47,6 @@ def wrecks(whole: dict[str, Any]) -> list[bytes]:
         made.append(json.dumps({**whole, "reports": [{k: v for k, v in report.items() if k != key}]}).encode())
         made.append(json.dumps({**whole, "reports": [{**report, key: [None]}]}).encode())
     return [*made, json.dumps({**whole, "values": {MEAN: 99.0}}).encode(), json.dumps({**whole, "new": 1}).encode()]
-
-
-def test_a_study_whose_numbers_were_once_read_as_strings_goes_on(sweep: dict[str, Any]) -> None:
-    rate = "optimizer.learning_rate"
-    plan = load_sweep({**sweep, "space": {rate: {"choice": [1e-3, 5e-3, 1]}}})
-    claim(plan)
-    store = study_store(plan.sweep)
-    stored = json.loads(store.get(STUDY))
-    stored["space"][rate]["choice"] = ["1e-3", "5e-3", 1]
-    store.put(STUDY, json.dumps(stored).encode())
-    report = {"images": plan.total, "metrics": {"denoising": 1.0}, "curve": [1.0] * 8, "std_errors": [0.1] * 8,
-              "seq": 0, "seconds": 1.0, "checkpoint": "/absent", "ema": "0.100", "run": "run-0"}  # fmt: skip
-    Trial(0, {rate: "5e-3"}, "run-0", "done", [report]).save(store)
-    (trial,) = claim(plan)
-    assert trial.values == {rate: 0.005}
-    assert json.loads(store.get(STUDY))["space"][rate]["choice"] == [0.001, 0.005, 1]
-    other = load_sweep({**sweep, "space": {rate: {"choice": [1e-3, 6e-3, 1]}}})
-    store.put(STUDY, json.dumps(stored).encode())
-    with pytest.raises(UserError, match="another sweep"):
-        claim(other)
 
 
 def test_a_wrecked_record_is_one_line_that_names_it(sweep: dict[str, Any]) -> None:
