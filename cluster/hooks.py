@@ -1,6 +1,6 @@
 """Every private name of Ray that commands use, each looked for before it is used; training's are in `trainer/on_ray/`.
 
-Ray 2.55 to 2.60 have all of them. Where a version lacks one, a line says what is weaker, once, and the public behaviour
+Ray 2.57 to 2.60 have all of them. Where a version lacks one, a line says what is weaker, once, and the public behaviour
 is what happens.
 """
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator
-from typing import Any, ClassVar
+from typing import Any
 
 from scoreray.cluster.serve.handles import RayBackend, last_of
 from scoreray.cluster.serve.listener import keep_grpc_to_loopback
@@ -65,27 +65,23 @@ class ModelReplica:
 class Ingress:
     """The Serve deployment that answers HTTP: one, so that limits and counters are in one place."""
 
-    http: ClassVar[Any]  # its ASGI app: a function returns it to Serve, as Ray before 2.56 asks no instance for its app
-
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, most_replicas: int, handle: Any, errors: str = ""
     ) -> None:
-        from scoreray.sampling.http.app import make_app
-
         _prepare_process(errors)
         self._service = Service(config, RayBackend(handle), busy_tries=min(3, most_replicas))
         await self._service.start()
-        Ingress.http = _one_request_id(make_app(self._service))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from scoreray.sampling.http.app import make_app
+
+        return _one_request_id(make_app(self._service))
 
     async def drain(self, timeout_s: float) -> int:
         return await self._service.drain(timeout_s)
 
     async def under_way(self) -> int:
         return self._service.under_way()
-
-
-def _http_of_this_process() -> Any:
-    return Ingress.http
 
 
 def _one_request_id(app: Any) -> Any:
@@ -144,7 +140,7 @@ def application(config: ServeConfig, placement: Placement, errors: str = "") -> 
     size = {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica}
     alone: dict[str, Any] = {**common, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
     replica = serve.deployment(name="model", ray_actor_options=size, **common, **scaling)(ModelReplica).bind(config)
-    ingress = serve.deployment(name="ingress", **alone)(serve.ingress(_http_of_this_process)(Ingress))
+    ingress = serve.deployment(name="ingress", **alone)(serve.ingress()(Ingress))
     return ingress.bind(config, high, replica, errors)
 
 
