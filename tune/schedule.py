@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from scoreray.data.errors import UserError, key_in_errors
@@ -99,8 +99,22 @@ def callback(plan: StudyPlan, name: str) -> Callback:
     """One of these."""
     given = {"experiment_name": plan.sweep.study.name, "project": plan.sweep.study.name}
     with key_in_errors(f"callbacks.{name}"):
-        made: Callback = build(plugin_class(name, CALLBACKS), given, plan.sweep.callbacks[name] or {})
+        made: Callback = build(_one_line(plugin_class(name, CALLBACKS), name), given, plan.sweep.callbacks[name] or {})
     return made
+
+
+def _one_line(kind: type[Any], name: str) -> type[Any]:
+    """A callback's class whose `setup`, where loggers open their store or log in, fails in one line with its name."""
+
+    @wraps(kind, updated=())  # its constructor's signature: options are checked by that
+    class Named(kind):  # type: ignore[misc]
+        def setup(self, *arguments: Any, **info: Any) -> None:
+            try:
+                super().setup(*arguments, **info)
+            except Exception as error:
+                raise UserError(f"callbacks.{name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+    return Named
 
 
 def _sparing(kind: type[Any], spared: Mapping[str, Any] | None, total: int) -> type[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,6 +185,15 @@ def test_population_based_training_mutates_within_the_space_and_what_the_config_
     bad = {"objective.weighting": '{"kind": "none such"}'}
     drawn_again = {allowed(refused, bad)["objective.weighting"] for _ in range(60)}
     assert '{"kind": "edm"}' in drawn_again
+
+
+def test_a_callback_that_can_t_be_set_up_is_one_line_with_its_name(sweep: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = f"sqlite:///{tmp_path}/file/no-folder.db"
+    (made,) = callbacks(plan_of(sweep, "random", callbacks={"mlflow": {"tracking_uri": place}}))
+    with pytest.raises(UserError, match=r"^callbacks\.mlflow: ") as found:
+        made.setup()
+    assert "\n" not in str(found.value)
 
 
 def test_callbacks_are_ray_tune_s_by_name_with_the_study_s_name(sweep: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def exact(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory)
     return load(new_run(str(tmp_path_factory.mktemp("runs") / "small")))
 
 
-def fake_compiler(network: torch.nn.Module, dynamic: bool) -> Callable[..., torch.Tensor]:
+def fake_compiler(network: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
     """Stands in for torch.compile, which takes half a minute a size."""
     seen = network.seen = []  # type: ignore[assignment]
 
@@ -86,7 +87,7 @@ def test_compiling_that_takes_too_long_or_fails_is_done_without(
     monkeypatch.setattr(fast, "MIN_PARAMETERS", 0)
     monkeypatch.setattr(fast, "has_compiler", lambda device: True)
 
-    def slow(network: torch.nn.Module, dynamic: bool) -> Callable[..., torch.Tensor]:
+    def slow(network: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
         return lambda x, c_noise, labels: time.sleep(0.5 if len(x) < 8 else 0) or network(x, c_noise, labels)
 
     monkeypatch.setattr(torch, "compile", slow)
@@ -95,7 +96,7 @@ def test_compiling_that_takes_too_long_or_fails_is_done_without(
     assert made.denoiser.network.sizes == [8]  # type: ignore[union-attr]
     assert "not of" in caplog.text or "within" in caplog.text
 
-    def broken(network: torch.nn.Module, dynamic: bool) -> Callable[..., torch.Tensor]:
+    def broken(network: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
         raise_ = RuntimeError("no compiler here")
 
         def call(*_: torch.Tensor) -> torch.Tensor:

@@ -411,15 +411,15 @@ def test_rays_messages_are_kept_off_stdout_and_actors_that_we_end_are_not_report
 ) -> None:
     from ray._private import worker
 
-    from scoreray.cluster.connect.local_ray import _keep_off_stdout
+    from scoreray.cluster.connect.local_ray import _off_stdout
 
     monkeypatch.setattr(worker, "print_to_stdstream", printed_by_ray)
     dead = "Task DrawingActor.make failed. Error: The actor is dead because it was "
     for verbose in (True, False):
-        _keep_off_stdout(verbose)
-        for message in (dead + "killed by `ray.kill`.", dead + "out of memory."):
-            worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
-        worker.print_to_stdstream({"lines": [f"{verbose}"], "pid": 7, "is_err": False}, ignore_prefix=False)
+        with _off_stdout(verbose):
+            for message in (dead + "killed by `ray.kill`.", dead + "out of memory."):
+                worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+            worker.print_to_stdstream({"lines": [f"{verbose}"], "pid": 7, "is_err": False}, ignore_prefix=False)
     out, err = capsys.readouterr()
     assert (out, err) == ("", dead + "out of memory.\nTrue\nFalse\n")
 
