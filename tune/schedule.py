@@ -119,8 +119,12 @@ def _one_line(kind: type[Any], name: str) -> type[Any]:
 
 def _sparing(kind: type[Any], spared: Mapping[str, Any] | None, total: int) -> type[Any]:
     """The scheduler's class, which stops the trial of the `spared` config at `total` images and not before, and counts
-    nothing twice of a trial that is on record as ended."""
+    nothing twice of a trial that is on record."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler
 
+    # At its end Tune's asha enters a trial at the farthest stop where its id is not: of one that went on after a kill,
+    # whose earlier stops are counted by the id of its record, that is a stop that it passed long ago.
+    every_stop_reported = issubclass(kind, AsyncHyperBandScheduler)
     outlived = set[str]()  # trials that it would have stopped, whose later reports it does not expect
 
     class Sparing(kind):  # type: ignore[misc]
@@ -135,7 +139,7 @@ def _sparing(kind: type[Any], spared: Mapping[str, Any] | None, total: int) -> t
             return decision
 
         def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            if not result.get(ON_RECORD):
+            if isinstance(trial, RecordedTrial) or not (every_stop_reported or result.get(ON_RECORD)):
                 super().on_trial_complete(tune_controller, trial, result)
 
     return Sparing

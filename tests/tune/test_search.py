@@ -158,6 +158,18 @@ def test_a_bad_trial_is_stopped_and_the_base_config_s_never(sweep: dict[str, Any
     assert scheduler(load_sweep({**plan.sweep.dump(), "scheduler": {"kind": "none"}})) is None
 
 
+def test_asha_counts_a_trial_that_goes_on_after_a_kill_once_at_each_stop(sweep: dict[str, Any]) -> None:
+    section = {"kind": "asha", "grace_images": 256, "reduction": 2}
+    plan = plan_of(sweep, "random", space={MEAN: SPACE[MEAN]}, scheduler=section)
+    made: Any = scheduler(plan, [on_record(plan, 0, 0.2, "running", 256)])  # an error of 4.84 at 256 images
+    going_on, new = (SimpleNamespace(trial_id=name, config={MEAN: 0.2}) for name in "ab")
+    made.on_trial_add(None, going_on)
+    assert report(made, going_on, 512, 1.0) == "CONTINUE"
+    made.on_trial_complete(None, going_on, {"images": 512, "denoising": 1.0, "done": True})
+    made.on_trial_add(None, new)
+    assert report(made, new, 256, 4.0) == "CONTINUE"  # better than all that were there: 1.0 was not
+
+
 def test_milestones_are_where_the_scheduler_looks(sweep: dict[str, Any]) -> None:
     found = {}
     for kind in ("asha", "hyperband", "median", "pbt"):
