@@ -181,6 +181,7 @@ def test_a_call_to_a_ray_that_has_ended_is_given_up() -> None:
         command._within(10, lambda: {}["absent"])
 
 
+@pytest.mark.slow
 def test_other_applications_of_a_serve_outlive_the_service(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both where they came after it and where Serve ran before it: it shut down all of Serve."""
     from ray import serve

@@ -36,6 +36,7 @@ def put_tars(url: str) -> None:
         open_store(url).put(f"laion-{tar:06d}.tar", file.getvalue())
 
 
+@pytest.mark.slow
 def test_a_run_over_tars_in_s3_goes_on_after_a_kill(
     s3_url: str, tmp_path: Path, small_run: Callable[..., dict[str, Any]], start_train: Any
 ) -> None:
