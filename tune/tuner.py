@@ -35,6 +35,7 @@ TUNE_FOLDER = "ray"
 SAVE_S = 25.0  # that trials get to commit what they have trained, when a person stops the study
 SHOW_EVERY_S = 0.5
 ENVIRONMENT = {
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of trials that are stopped, whose results nobody fetches any more
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of data and plugins mean what they mean elsewhere
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would end trials without a commit
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails reports its error, and no metric
