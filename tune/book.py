@@ -13,7 +13,7 @@ from scoreray.data.storage.lease import Lease
 from scoreray.trainer.checkpoints.checkpoint import committed, latest, open_checkpoint
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.run_folder import run_store
-from scoreray.tune.schedule import milestones
+from scoreray.tune.schedule import milestones, next_milestone
 from scoreray.tune.search import num_trials
 from scoreray.tune.space import Values
 from scoreray.tune.sweep import POPULATIONS, StudyPlan, draw_settings
@@ -101,7 +101,9 @@ class StudyBook:
         trial = self._trial(number)
         self.waiting = [one for one in self.waiting if one is not trial]
         if trial.state == "running" and number not in self.state.running:
-            self.state.running[number] = RunningTrial(trial, self._target(trial), time.time())
+            self.state.running[number] = RunningTrial(
+                trial, next_milestone(self._milestones, trial.images), time.time()
+            )
 
     def _trial(self, number: int) -> Trial:
         return next(trial for trial in self.trials if trial.number == number)
@@ -142,9 +144,6 @@ class StudyBook:
         return not any(
             other.run == trial.run and draw_settings(self.plan.sweep, other.values) == drawn for other in others
         )
-
-    def _target(self, trial: Trial) -> int:
-        return next((one for one in self._milestones if one > trial.images), self._milestones[-1])
 
     def exchange(self, number: int, source: int, images: int, values: Values) -> None:
         """A trial is to go on with the weights that another committed at `images`, and with `values`.
@@ -187,7 +186,7 @@ class StudyBook:
             self._seq += 1
         if ended:
             trial.state = "done" if trial.images >= self._milestones[-1] else "stopped"
-        work.target, work.sent, work.progress = self._target(trial), time.time(), None
+        work.target, work.sent, work.progress = next_milestone(self._milestones, trial.images), time.time(), None
         self.check_owned()
         trial.save(self.store)
 

@@ -40,6 +40,11 @@ def milestones(plan: StudyPlan) -> list[int]:
     return [total]
 
 
+def next_milestone(stops: Sequence[int], images: int) -> int:
+    """Of these milestones the one that a trial trains to from here; at its end that."""
+    return next((one for one in stops if one > images), stops[-1])
+
+
 @dataclass(eq=False)
 class RecordedTrial:
     """What schedulers look at of a trial, for the reports of one that is on record."""

@@ -21,7 +21,7 @@ from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswe
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.run_folder import run_store, store_config
 from scoreray.tune.monitor import MonitorLink
-from scoreray.tune.schedule import ON_RECORD, SINCE_EXCHANGE, milestones
+from scoreray.tune.schedule import ON_RECORD, SINCE_EXCHANGE, milestones, next_milestone
 from scoreray.tune.sweep import POPULATIONS, StudyPlan, need_of
 from scoreray.tune.trial import Stopped, advance, read_trial, study_store, trial_config
 
@@ -77,7 +77,7 @@ class TrialTrainable(tune.Trainable):
         if population and self.iteration == 0 and trial.reports and not trial.has_exchanged:
             return self._result(trial.reports[-1])  # again: the driver died before the population's exchange
         config = None if self._plan.sweep.checkpoint else trial_config(self._plan, trial.values, trial.run)
-        target = next((one for one in self._milestones if one > trial.images), self._milestones[-1])
+        target = next_milestone(self._milestones, trial.images)
         need, link = need_of(self._plan, config), MonitorLink(self._trial_monitor, number)
         watch: Callable[[TrainingProgress], None] = link.watch
         if config is not None:

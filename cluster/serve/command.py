@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from scoreray.cluster.serve.log import relayed
 from scoreray.cluster.serve.options import REDIS, Placement
 from scoreray.data.errors import ScorerayError
 from scoreray.data.scratch import SCRATCH
+from scoreray.data.threads import in_daemon_thread
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.models import look_up
 
@@ -118,16 +118,7 @@ def _states() -> str:
 def _within(limit_s: float, call: Callable[[], T]) -> T:
     """The result of `call`. Raises TimeoutError after `limit_s`: where Ray has ended, as where all of a process group
     got SIGTERM, its calls wait for it without a limit, and in C++, where no signal is seen."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="serve-call", daemon=True).start()
-    return done.result(limit_s)
+    return in_daemon_thread(call, "serve-call").result(limit_s)
 
 
 def drain(timeout_s: float) -> int:

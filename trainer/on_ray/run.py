@@ -20,6 +20,7 @@ from typing import Any
 
 from scoreray.data.errors import MachineError, ScorerayError
 from scoreray.data.scratch import SCRATCH
+from scoreray.data.threads import in_daemon_thread
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.metrics import TrainingProgress
@@ -97,7 +98,8 @@ def _train(config: Config, monitor: Any, scratch: str, alone: bool, note: Callab
     for attempt in count():
         size = size_with_room(config.world_sizes, _resources(config), note)
         trainer = _trainer(config, size, monitor, os.path.join(scratch, str(attempt)), alone)
-        fitting = _in_thread(trainer.fit)
+        # Where `fit` is called on the main thread Ray Train handles SIGINT, and would end the workers before they save.
+        fitting = in_daemon_thread(trainer.fit, "ray-train")
         try:
             _wait(config, monitor, fitting, size)
             return
@@ -156,20 +158,6 @@ def _trainer(config: Config, size: int, monitor: Any, scratch: str, alone: bool)
             worker_runtime_env={"env_vars": worker_environment(config, alone=alone)},
         ),
     )
-
-
-def _in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Ray Train handles SIGINT where `fit` is called on the main thread, and would end the workers before they save."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
-    return future
 
 
 def _wait(config: Config, monitor: Any, fitting: Future[Any], size: int) -> None:

@@ -46,6 +46,7 @@ LIMITS = Limits(max_waiting_rows=96, max_wait_s=PATIENCE_S, max_request_s=PATIEN
                 token_rows=100_000)  # fmt: skip
 HTTP = urllib3.PoolManager(maxsize=16, retries=False, timeout=PATIENCE_S)
 SECRET = "a-token-for-this-test"
+QUICK = ("--precision", "fp32", "--compile", "off", "--threads", "1")  # to start
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,21 @@ def service(ray_cluster: None, run_url: str, keys: str) -> Iterator[str]:
     config = make_config([run_url], None, "127.0.0.1", False, keys=keys, **settings)
     with served(config, Placement(port=0, replicas=(2, 2), cpus_per_replica=0.1)) as url:
         yield url
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, **streams: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`scoreray serve` in a process and on a Ray of its own: the process, and the folder of that Ray's files."""
+    folder = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets are in it
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", *arguments, "--port", "0"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    process = subprocess.Popen(command, text=True, env={**env, "RAY_TMPDIR": folder}, **streams)
+    try:
+        yield process, folder
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def metrics(url: str) -> dict[str, float]:
@@ -332,20 +348,13 @@ def test_the_client_waits_for_retry_after(service: str) -> None:
 @pytest.mark.slow
 def test_asked_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) -> None:
     """`scoreray serve` in a process of its own, on a Ray of its own: SIGTERM while requests run; exit status 0."""
-    tokens, folder = tmp_path / "tokens", tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets are in it
+    tokens = tmp_path / "tokens"
     tokens.write_text(f"test:{SECRET}\n")
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
-    options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--token-file", str(tokens)]
+    options = ["--json", *QUICK, "--token-file", str(tokens)]
     patient = ["--drain-s", f"{PATIENCE_S}", "--limit", f"max_request_s={PATIENCE_S}", "--limit", "max_wait_s=600"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    process = subprocess.Popen(
-        [*command, *options, *patient],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**env, "RAY_TMPDIR": folder},
-    )
-    try:
+    with serving(f"mine={run_url}", *options, *patient, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as (
+        process, folder,
+    ):  # fmt: skip
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
         client = Client(url, SECRET, tries=1)
@@ -372,24 +381,14 @@ def test_asked_to_end_it_answers_what_it_has_taken(run_url: str, tmp_path: Any) 
         assert "Traceback" not in printed
         assert any("POST /v1/samples test " in log for log in logs), "these are not the logs of the service"
         assert not any(secret in text for text in (printed, *logs) for secret in (SECRET, hash_of(SECRET)))
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_requests_that_do_not_end_in_time_are_refused_as_draining(run_url: str) -> None:
     """`scoreray serve` ends with requests that take longer than --drain-s: 503 and its JSON; exit status 130."""
-    folder = tempfile.mkdtemp(dir="/tmp")
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
-    options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--drain-s", "1"]
+    options = ["--json", *QUICK, "--drain-s", "1"]
     patient = ["--limit", f"max_request_s={PATIENCE_S}", "--limit", "max_wait_s=6000"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    process = subprocess.Popen(
-        [*command, *options, *patient], stdout=subprocess.PIPE, text=True, env={**env, "RAY_TMPDIR": folder}
-    )
-    try:
+    with serving(f"mine={run_url}", *options, *patient, stdout=subprocess.PIPE) as (process, _):
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
         slow = {"count": 128, "steps": 1000}
@@ -403,44 +402,28 @@ def test_requests_that_do_not_end_in_time_are_refused_as_draining(run_url: str) 
             assert (reply.status, reply.json()["code"], reply.headers["retry-after"]) == (503, "draining", "5")
         assert b'"code": "draining"' in stream.data
         assert process.wait(PATIENCE_S) == 130
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_ended_before_it_served_it_says_so(run_url: str) -> None:
     """Ctrl-C while Ray starts: nothing is committed, and nothing goes on."""
-    folder = tempfile.mkdtemp(dir="/tmp")
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", run_url, "--port", "0"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**env, "RAY_TMPDIR": folder})
-    try:
+    with serving(run_url, stderr=subprocess.PIPE) as (process, folder):
         until(lambda: any(Path(folder).glob("sr-*/r/session_2*")), "Ray starts")
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
         assert printed.splitlines()[-1] == "scoreray: ended while it was starting; requests under way were cut off"
         assert "Traceback" not in printed
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_sigterm_to_all_of_its_process_group_ends_it(run_url: str) -> None:
     """As `timeout` and service managers send it: Ray's daemons end too, and calls to them would wait for ever."""
-    folder = tempfile.mkdtemp(dir="/tmp")
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "serve", f"mine={run_url}", "--port", "0", "--json"]
-    options = ["--precision", "fp32", "--compile", "off", "--threads", "1", "--drain-s", "1"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**env, "RAY_TMPDIR": folder},
-    )  # fmt: skip
-    try:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with serving(f"mine={run_url}", "--json", *QUICK, "--drain-s", "1", start_new_session=True, **pipes) as (
+        process,
+        _,
+    ):
         assert process.stdout is not None
         json.loads(process.stdout.readline())
         began = time.monotonic()
@@ -450,10 +433,6 @@ def test_sigterm_to_all_of_its_process_group_ends_it(run_url: str) -> None:
         assert process.returncode in (0, 3, 130), printed
         assert printed.splitlines()[-1].startswith(("ended", "scoreray: ")), printed
         assert "Traceback" not in printed
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_more_rows_want_more_replicas() -> None:
