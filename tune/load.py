@@ -21,6 +21,7 @@ from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import DataSection, explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.diffusion.condition import class_condition
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
 from scoreray.trainer.run_data import RunData, open_run_data
@@ -203,7 +204,9 @@ def _described(plan: StudyPlan) -> Any:
         except UserError as error:
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"space: at {shown}: {error}") from None
-        yield ModelInfo("", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config)
+        yield ModelInfo(
+            "", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config, class_condition(data.classes)
+        )
 
 
 def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[str]:

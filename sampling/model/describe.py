@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,8 +20,9 @@ from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.model.export import PREFIX, ExportedModel, ModelManifest, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
-from scoreray.trainer.checkpoints.marker import Marker
+from scoreray.trainer.checkpoints.marker import Marker, TargetField
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.diffusion.condition import ConditionSpec, class_condition
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
@@ -37,6 +39,8 @@ class ModelInfo:
     image_shape: tuple[int, ...]
     classes: tuple[str, ...]
     config: Config
+    conditions: Mapping[str, ConditionSpec] = field(default_factory=dict)
+    target: TargetField | None = None
 
     def class_number(self, label: str | int | None) -> int:
         """The class meant by a number or a name; -1 for None. Raises UserError (`data.classes`)."""
@@ -115,7 +119,9 @@ def describe(url: str, ema: str | None = None) -> Description:
     name = chosen or choose_length(ema, lengths, url, config.ema.stds)
     where = source.store.url() if isinstance(source, ExportedModel) else source.url
     shape, classes = tuple(page.image_shape), tuple(page.classes)
-    return Description(ModelInfo(where, page.images_seen, name, shape, classes, config), lengths, source)
+    conditions = class_condition(classes) if page.conditions is None else page.conditions
+    info = ModelInfo(where, page.images_seen, name, shape, classes, config, conditions, page.target)
+    return Description(info, lengths, source)
 
 
 def _page(source: Checkpoint | ExportedModel) -> ModelManifest | Marker:

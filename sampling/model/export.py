@@ -23,8 +23,9 @@ from scoreray.data.scratch import scratch_file
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, find, verified_copy
-from scoreray.trainer.checkpoints.marker import Number, StoredFile
+from scoreray.trainer.checkpoints.marker import Number, StoredFile, TargetField
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
+from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 
 MODEL_JSON = "model.json"
@@ -53,7 +54,8 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ModelManifest:
-    """model.json. checkpoint: the URL of what was exported. files: by EMA length. config: of the run."""
+    """model.json. checkpoint: the URL of what was exported. files: by EMA length. config: of the run.
+    target, conditions: as of the checkpoint's marker."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -63,6 +65,8 @@ class ModelManifest:
     classes: list[str]
     files: dict[str, ExportedFile]
     config: dict[str, Any] = field(repr=False)
+    target: TargetField | None = None
+    conditions: dict[str, ConditionSpec] | None = None
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def to_json(self) -> bytes:
@@ -119,7 +123,10 @@ def export(
         weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
         files[name] = _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", weights)
     marker = checkpoint.marker
-    page = ModelManifest(checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config)
+    page = ModelManifest(
+        checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config, marker.target,
+        marker.conditions,
+    )  # fmt: skip
     store.put(MODEL_JSON, page.to_json())
     stored = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}
     store.delete(stored - {about.file for about in files.values()})  # of an earlier export

@@ -71,7 +71,7 @@ def load_described(found: Description, device: torch.device | str | None = None)
 
 def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     config = info.config
-    network = config.network.build(info.image_shape, len(info.classes))
+    network = config.network.build(info.image_shape, info.conditions)
     if isinstance(network, BoltzmannMachine):
         return LoadedMachine(network, info)
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)

@@ -29,6 +29,7 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition
 
 log = logging.getLogger(__name__)
 
@@ -58,18 +59,24 @@ class InRows(LoadedDenoiser):
 
     rows: int
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor | float, condition: AnyCondition = None, *, class_labels: Tensor | None = None
+    ) -> Tensor:
+        condition = class_labels if condition is None else condition
         if len(x) == self.rows:
-            return super().forward(x, sigma, class_labels)
+            return super().forward(x, sigma, condition)
         if not isinstance(sigma, Tensor):
             sigma = x.new_full((len(x),), sigma)
         parts = []
         for first in range(0, len(x), self.rows):
             rows = slice(first, first + self.rows)
-            labels = None if class_labels is None else self._filled(class_labels[rows])
-            part = super().forward(self._filled(x[rows]), self._filled(sigma[rows]), labels)
+            given = None if condition is None else self._conditioned(condition[rows])
+            part = super().forward(self._filled(x[rows]), self._filled(sigma[rows]), given)
             parts.append(part[: len(x) - first])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _conditioned(self, condition: Condition | Tensor) -> Condition | Tensor:
+        return condition.fill(self.rows) if isinstance(condition, Condition) else self._filled(condition)
 
     def _filled(self, values: Tensor) -> Tensor:
         missing = self.rows - len(values)

@@ -14,8 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from scoreray.data.fields.field import FieldDtype, FieldKind
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.reading.manifest import DataDescription, Sha256
 from scoreray.data.seal import read_sealed, sealed
+from scoreray.trainer.diffusion.condition import ConditionSpec
 
 FORMAT = 2
 UNSEALED = 1  # the format before there were seals
@@ -49,12 +52,26 @@ class DataSet:
 
 
 @dataclass(frozen=True)
+class TargetField:
+    """The field that a run models. dtype: of its values in the data set; normaliser: from its own units to the
+    model's, None of images (0 to 255 become -1 to 1)."""
+
+    __pydantic_config__ = _CONFIG
+
+    name: str
+    kind: FieldKind
+    dtype: FieldDtype
+    normaliser: Normaliser | None = None
+
+
+@dataclass(frozen=True)
 class Marker:
     """What a committed checkpoint (or snapshot of averages) is.
 
     config: of the run, as `Config.model_dump` gives it.  shapes: of every trained parameter.  state_keys: what is
     stored of each beside its master.  image_shape, classes, data: of what it was trained on; data is None in format 1.
-    time: when it was committed, seconds since 1970.
+    time: when it was committed, seconds since 1970.  target, conditions: what is modelled, and what conditions it; None
+    of earlier versions, which means the images as they are and the classes.
     """
 
     __pydantic_config__ = _CONFIG
@@ -71,6 +88,8 @@ class Marker:
     classes: list[str] = field(default_factory=list)
     data: DataSet | None = None
     skipped_steps: Number = 0
+    target: TargetField | None = None
+    conditions: dict[str, ConditionSpec] | None = None
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def __post_init__(self) -> None:

@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from scoreray.data.errors import shortened
+from scoreray.data.fields.normalisation import Normalisation
 from scoreray.data.reading.order import default_lanes
 from scoreray.data.units import Count, CountOrZero
 from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
+from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.objective import EDMObjective, ObjectiveConfig
 from scoreray.trainer.diffusion.process import EDM, Process
@@ -80,6 +82,24 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
+class ConditionSection(Section):
+    """What conditions the network, by one field of the data set.
+
+    `field`: None takes the one of the condition's own name.  `kind`: how it enters (docs/networks.md); None: as the
+    field's own kind says (an image or array as `concat`, a scalar as `vector`).
+    `max_length`: of a sequence's tokens or a text's bytes; longer ones are cut, or with `too_long: refuse` refused.
+    `dropout`: share of samples whose condition is dropped on its own, beside `objective.label_dropout`, which drops all
+    at once.  `normalisation`: None takes the data set's for the field.
+    """
+
+    field: str | None = None
+    kind: ConditionKind | None = None
+    max_length: int | None = Field(None, ge=1, le=1 << 20)
+    too_long: Literal["cut", "refuse"] = "refuse"
+    dropout: float = Field(0.0, ge=0, le=1)
+    normalisation: Normalisation | None = None
+
+
 class DataSection(Section):
     """The data set (`scoreray data pack`) and how much of it makes one optimizer step.
 
@@ -88,12 +108,17 @@ class DataSection(Section):
     the shorter side of pictures is resized to it and the centre cropped.
     `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
     another one, up to `quarantine_budget` samples in the whole run.
+    `target`: the field that is modelled; None: the only image, else the only array.  `normalisation`: of the target;
+    None takes the data set's.  `conditions`: by name; None: the data set's classes, where it has any, as `label`.
     `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
     """
 
     url: Annotated[str | tuple[str, ...], BeforeValidator(_url_of_data)]
     num_classes: CountOrZero | None = None
     image_size: Count | None = None
+    target: str | None = None
+    normalisation: Normalisation | None = None
+    conditions: dict[str, ConditionSection] | None = None
     global_batch_size: Count = 256
     num_lanes: Count | None = None
     shuffle_block: Count | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from scoreray.data import checks
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.buffers import ExactBuffers
+from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 
 
@@ -60,7 +61,7 @@ def denoiser_divergence(
     denoiser: Denoiser,
     x: Tensor,
     sigma: Tensor,
-    class_labels: Tensor | None,
+    condition: AnyCondition,
     noises: Tensor,
     *,
     step_size: float,
@@ -75,10 +76,10 @@ def denoiser_divergence(
     matching error (Hyvarinen 2007): so weightings mean the same as for other objectives. Its value is not that error.
     """
     with torch.no_grad():
-        score = lambda y: denoiser.score(y, sigma, class_labels)  # noqa: E731
+        score = lambda y: denoiser.score(y, sigma, condition)  # noqa: E731
         e = step_size * like(sigma, x) ** 2
         negatives = langevin_chain(score, x if start is None else start, e, noises, noise_scale)
-    difference = denoiser.energy(x, sigma, class_labels) - denoiser.energy(negatives, sigma, class_labels)
+    difference = denoiser.energy(x, sigma, condition) - denoiser.energy(negatives, sigma, condition)
     return difference * 2 * sigma**2 / (step_size * noises.shape[1] * x[0].numel()), negatives
 
 

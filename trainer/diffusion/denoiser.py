@@ -17,6 +17,14 @@ from torch import Tensor, nn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion.condition import (
+    LABEL,
+    AnyCondition,
+    Conditions,
+    check_condition,
+    check_labels,
+    conditions_of,
+)
 from scoreray.trainer.diffusion.energy import conservative_output, energy
 from scoreray.trainer.diffusion.layers import allow_double_backward
 
@@ -104,15 +112,16 @@ class DenoiserConfig:
 
 
 class Denoiser(nn.Module):
-    """denoiser(x [B, ...], sigma [B] or a number, class_labels int64 [B] or None) -> E[x_0 | x] [B, ...], dtype of x.
+    """denoiser(x [B, ...], sigma [B] or a number, condition or None) -> E[x_0 | x] [B, ...], dtype of x.
 
     The network sees c_in x, which has unit variance at every sigma, and c_noise = ln(sigma) / 4 (Karras 2022, eq. 7);
     x is cast to the network's dtype on the way in and back on the way out, so bf16 weights and autocast both work.
     Under "score" the network outputs sigma times the score, as NCSN's does. The energy parameterizations read a scalar
     out of the network (`energy.READOUTS`) and use its negative gradient as EDM's F: the score is then a gradient field.
 
+    condition: a `Condition` of what the network was built for, or labels int64 [B] of its one class condition.
     sigma must be above 0 and finite, labels -1 (the null class) or below the network's num_classes, where it has any.
-    A call checks that on the CPU only, where looking costs no synchronisation; `check_inputs` checks it anywhere.
+    A call checks values on the CPU only, where looking costs no synchronisation; `check_inputs` checks it anywhere.
     Raises UserError.
     """
 
@@ -132,21 +141,37 @@ class Denoiser(nn.Module):
         if self.readout is not None and isinstance(network, nn.Module):
             allow_double_backward(network)
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        condition: AnyCondition = None,
+        *,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """class_labels: the same as labels given as the condition, for callers that know classes only."""
+        condition = class_labels if condition is None else condition
         sigma = _as_batch(x, sigma)
         if not torch.compiler.is_compiling():
-            self._check_labels_shape(x, class_labels)
             if sigma.device.type == "cpu":
                 _check_sigma(sigma)
-            if class_labels is not None and class_labels.device.type == "cpu":
-                _check_labels(class_labels, getattr(self.network, "num_classes", None))
-        return self.denoise(x, sigma, class_labels)
+            known = self.conditions
+            if condition is not None and (known is not None or isinstance(condition, Tensor)):
+                check_condition(condition, known or {}, len(x))
+        return self.denoise(x, sigma, condition)
 
-    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    @property
+    def conditions(self) -> Conditions | None:
+        """What the network was built for; None of one that does not say it, and takes what it is given."""
+        found = getattr(self.network, "conditions", None)
+        num_classes = getattr(self.network, "num_classes", None)
+        return conditions_of(num_classes) if found is None and num_classes is not None else found
+
+    def denoise(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
         """As calling the denoiser, without any check of values: for training steps, sigma [B] on the device of x."""
         wide = torch.promote_types(x.dtype, torch.float32)  # c_skip x + c_out F loses x's digits in bf16
         sigma = sigma.to(wide)
-        output = self._output(x.to(wide), sigma, class_labels).to(wide)
+        output = self._output(x.to(wide), sigma, condition).to(wide)
         if output.shape != x.shape:
             raise UserError(f"the network gave {tuple(output.shape)} for x {tuple(x.shape)}: both must be the same")
         if self.parameterization == "score":  # the score itself grows as 1 / sigma: no network could output it
@@ -154,12 +179,12 @@ class Denoiser(nn.Module):
         a, b = COEFFICIENTS["edm" if self.readout else self.parameterization](sigma, self.sigma_data)
         return (like(a, x) * x + like(b, x) * output).to(x.dtype)
 
-    def score(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def score(self, x: Tensor, sigma: Tensor | float, condition: AnyCondition = None) -> Tensor:
         """grad ln p(x; sigma), [B, ...] like x, by Tweedie's formula."""
         sigma = _as_batch(x, sigma)
-        return tweedie(self(x, sigma, class_labels), x, sigma)
+        return tweedie(self(x, sigma, condition), x, sigma)
 
-    def energy(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def energy(self, x: Tensor, sigma: Tensor | float, condition: AnyCondition = None) -> Tensor:
         """E(x; sigma) [B] with score = -grad E, up to a constant of sigma; energy parameterizations only.
 
         E = |x|^2 / (2 (sigma^2 + sigma_data^2)) + (sigma_data / sigma) e(c_in x): its gradient is what `score` gives.
@@ -171,7 +196,7 @@ class Denoiser(nn.Module):
         scaled = self._scaled(x.to(sigma.dtype), sigma)
         quadratic = x.to(sigma.dtype).flatten(1).square().sum(1) / (2 * (sigma**2 + self.sigma_data**2))
         return quadratic + self.sigma_data / sigma * energy(
-            self.network, self.readout, scaled, sigma.log() / 4, class_labels
+            self.network, self.readout, scaled, sigma.log() / 4, condition
         )
 
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -179,19 +204,12 @@ class Denoiser(nn.Module):
         scaled = x * like((sigma**2 + self.sigma_data**2).rsqrt(), x)
         return scaled.to(_network_dtype(self.network, scaled.dtype))
 
-    def _output(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, sigma: Tensor, condition: AnyCondition) -> Tensor:
         scaled, c_noise = self._scaled(x, sigma), sigma.log() / 4
         if self.readout is None:
-            return self.network(scaled, c_noise, class_labels)
+            return self.network(scaled, c_noise, condition)
         create_graph = torch.is_grad_enabled()
-        return conservative_output(self.network, self.readout, scaled, c_noise, class_labels, create_graph)
-
-    def _check_labels_shape(self, x: Tensor, class_labels: Tensor | None) -> None:
-        if class_labels is not None and (class_labels.shape != x.shape[:1] or class_labels.is_floating_point()):
-            raise UserError(
-                f"class_labels are {class_labels.dtype} {tuple(class_labels.shape)}: give one integer for each of the "
-                f"{len(x)} samples"
-            )
+        return conservative_output(self.network, self.readout, scaled, c_noise, condition, create_graph)
 
 
 def like(per_sample: Tensor, x: Tensor) -> Tensor:
@@ -218,13 +236,13 @@ def convert(value: Tensor, x: Tensor, sigma: Tensor | float, source: str, target
     return (like(of_x, x) * x + like(of_value, x) * value).to(value.dtype)
 
 
-def check_inputs(x: Tensor, sigma: Tensor | float, class_labels: Tensor | None, num_classes: int | None) -> None:
+def check_inputs(x: Tensor, sigma: Tensor | float, condition: AnyCondition, num_classes: int | None) -> None:
     """Checks shapes and values wherever they are (a synchronisation on a GPU). Raises UserError naming the mistake."""
     _check_sigma(_as_batch(x, sigma))
     if not bool(x.isfinite().all()):
         raise UserError(f"x has {int((~x.isfinite()).sum())} values that are not finite: give finite numbers")
-    if class_labels is not None:
-        _check_labels(class_labels, num_classes)
+    if isinstance(condition, Tensor) and num_classes:
+        check_labels(LABEL, condition, num_classes)
 
 
 def _as_batch(x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -249,17 +267,6 @@ def _check_sigma(sigma: Tensor) -> None:
     if not 0 < float(low) <= float(high) < math.inf:  # NaN comes through both, and compares as false
         bad = sigma[~((sigma > 0) & sigma.isfinite())]
         raise UserError(f"sigma is {bad[0].item()}: give finite noise levels above 0")
-
-
-def _check_labels(class_labels: Tensor, num_classes: int | None) -> None:
-    if not num_classes:
-        return
-    bad = (class_labels < -1) | (class_labels >= num_classes)
-    if bool(bad.any()):
-        raise UserError(
-            f"class label {int(class_labels[bad][0])} is out of range: the network knows 0 to {num_classes - 1}, "
-            "and -1 for no class"
-        )
 
 
 def _network_dtype(network: Any, default: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Energies read out of any network, and their gradients with second-order derivatives.
 
-A network f(x, c_noise, class_labels) -> [B, ...] becomes a scalar e(x) per sample; F = -grad e then stands where a
+A network f(x, c_noise, condition) -> [B, ...] becomes a scalar e(x) per sample; F = -grad e then stands where a
 plain network's output would, and the score is the gradient of an energy (Salimans & Ho 2021; Du 2023).
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data import checks
+from scoreray.trainer.diffusion.condition import AnyCondition
 
 
 def _dot(x: Tensor, output: Tensor) -> Tensor:
@@ -31,12 +32,12 @@ READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dot": _dot, "residua
 
 
 def energy(
-    network: nn.Module | Callable[..., Tensor], readout: str, x: Tensor, c_noise: Tensor, class_labels: Tensor | None
+    network: nn.Module | Callable[..., Tensor], readout: str, x: Tensor, c_noise: Tensor, condition: AnyCondition
 ) -> Tensor:
     """e(x) of each sample: x [B, ...] -> [B], summed in float32 or wider. Raises UserError on an unknown readout."""
     read = checks.choose("energy readout", readout, READOUTS)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return read(x.to(wide), network(x, c_noise, class_labels).to(wide)).flatten(1).sum(1)
+    return read(x.to(wide), network(x, c_noise, condition).to(wide)).flatten(1).sum(1)
 
 
 def conservative_output(
@@ -44,7 +45,7 @@ def conservative_output(
     readout: str,
     x: Tensor,
     c_noise: Tensor,
-    class_labels: Tensor | None,
+    condition: AnyCondition,
     create_graph: bool,
 ) -> Tensor:
     """F = -grad_x e(x), [B, ...] like x. With `create_graph` it can be differentiated again, as training needs.
@@ -54,7 +55,7 @@ def conservative_output(
     with torch.inference_mode(False), torch.enable_grad():
         if x.is_inference() or not x.requires_grad:
             x, c_noise = x.clone().requires_grad_(), c_noise.clone()
-            class_labels = None if class_labels is None else class_labels.clone()
-        total = energy(network, readout, x, c_noise, class_labels).sum()
+            condition = None if condition is None else condition.clone()
+        total = energy(network, readout, x, c_noise, condition).sum()
         (gradient,) = torch.autograd.grad(total, x, create_graph=create_graph)
     return -gradient

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Conditions, as_condition
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -65,25 +66,30 @@ def sinusoids(c_noise: Tensor, channels: int) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Noise level and class as one vector: (c_noise [B], class_labels int64 [B] or None) -> [B, width], SiLU applied.
+    """Noise level and class as one vector: (c_noise [B], condition or None) -> [B, width], SiLU applied.
 
     Label -1 is the null class, and None means -1 for all. A network with `num_classes` 0 ignores labels.
     """
 
-    def __init__(self, num_classes: int, sinusoid_channels: int, width: int):
+    def __init__(self, conditions: Conditions, sinusoid_channels: int, width: int):
         super().__init__()
         self.sinusoid_channels = sinusoid_channels
         self.noise_in = nn.Linear(sinusoid_channels, width)
         self.noise_out = nn.Linear(width, width)
+        self.conditions = conditions
+        num_classes = conditions[LABEL].num_classes if LABEL in conditions else 0
         self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None  # row 0 is the null class
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=0.5)
 
-    def forward(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
+    def forward(self, c_noise: Tensor, condition: AnyCondition) -> Tensor:
         h = sinusoids(c_noise, self.sinusoid_channels).to(self.noise_in.weight.dtype)
         h = self.noise_out(F.silu(self.noise_in(h)))
         if self.classes is not None:
-            labels = c_noise.new_full(c_noise.shape, -1, dtype=torch.long) if class_labels is None else class_labels
+            given = as_condition(condition, self.conditions)
+            labels = given.values.get(LABEL) if given is not None else None
+            if labels is None:
+                labels = c_noise.new_full(c_noise.shape, -1, dtype=torch.long)
             h = h + self.classes(labels + 1)
         return F.silu(h)
 

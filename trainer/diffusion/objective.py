@@ -22,6 +22,7 @@ from torch import Tensor
 
 from scoreray.data import checks
 from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.diffusion.contrastive import PersistentChains, denoiser_divergence
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.jacobian import exact_trace, projected_trace
@@ -40,7 +41,7 @@ class NoisedBatch:
     x0: Tensor
     x: Tensor
     sigma: Tensor
-    class_labels: Tensor | None = None
+    condition: AnyCondition = None
     probes: Tensor | None = None
     positions: Tensor | None = None
     chains: PersistentChains | None = None
@@ -76,7 +77,7 @@ class BaseObjective:
         For implicit and sliced objectives an unbiased estimate of it, which can be negative. Persistent chains go on
         from, and in training mode back to, the batch's. Nothing here waits for the device or draws a number.
         """
-        denoised = denoiser.denoise(batch.x, batch.sigma, batch.class_labels)
+        denoised = denoiser.denoise(batch.x, batch.sigma, batch.condition)
         return (denoised - batch.x0).flatten(1).square().mean(1)
 
 
@@ -88,7 +89,7 @@ class _ByJacobian(BaseObjective):
     def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
         x, sigma = batch.x.detach().requires_grad_(), batch.sigma
         with torch.enable_grad():
-            denoised = denoiser.denoise(x, sigma, batch.class_labels)
+            denoised = denoiser.denoise(x, sigma, batch.condition)
             step = (denoised - x).flatten(1)
             trace, squared = self.trace_and_norm(denoised, x, step, batch.probes)
         return (squared + 2 * sigma**2 * trace) / step.shape[1] - sigma**2
@@ -223,9 +224,9 @@ class ContrastiveObjective(BaseObjective):
             start, probes = like(width, x) * probes[:, -1], probes[:, :-1]
         if chains is not None and start is not None and positions is not None:
             start = chains.take(positions, start)
-        labels, scale = batch.class_labels, self.noise_scale
+        scale = self.noise_scale
         error, ends = denoiser_divergence(
-            denoiser, x, sigma, labels, probes, step_size=self.step_size, noise_scale=scale, start=start
+            denoiser, x, sigma, batch.condition, probes, step_size=self.step_size, noise_scale=scale, start=start
         )
         if chains is not None and positions is not None and chains.training:
             chains.put(positions, ends)

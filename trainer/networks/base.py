@@ -8,6 +8,8 @@ from typing import ClassVar
 from pydantic import ConfigDict
 from torch import nn
 
+from scoreray.trainer.diffusion.condition import Conditions
+
 
 class BaseNetworkConfig:
     """The `network` section of a config; a subclass is a frozen dataclass with a `kind` and the network's size."""
@@ -17,10 +19,10 @@ class BaseNetworkConfig:
     is_machine: ClassVar[bool] = False
     """A restricted Boltzmann machine: it has no noise level, so no process and no denoiser, and moves by Gibbs."""
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> nn.Module:
-        """The network for samples of `image_shape` and `num_classes` classes (0: no classes).
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> nn.Module:
+        """The network for samples of `image_shape` and what conditions it (a number: so many classes).
 
-        network(x [B, *image_shape], c_noise [B], class_labels int64 [B] or None) -> the same shape, 0 before training;
+        network(x [B, *image_shape], c_noise [B], condition or None) -> the same shape, 0 before training;
         for an RBM's config the machine, which is called otherwise (`rbm`) and has no classes.
         Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
         """

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import (
     MAX_LAYERS,
     Attention,
@@ -66,8 +67,8 @@ class DiTConfig(BaseNetworkConfig):
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> DiT:
-        return DiT(self, image_shape, num_classes)
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> DiT:
+        return DiT(self, image_shape, conditions)
 
 
 class DiTBlock(nn.Module):
@@ -94,22 +95,23 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """network(x [B, C, H, W], c_noise [B], class_labels int64 [B] or None) -> [B, C, H, W], in x's dtype.
+    """network(x [B, C, H, W], c_noise [B], condition or None) -> [B, C, H, W], in x's dtype.
 
     H and W are those of `image_shape` (C, H, W); patch_size divides them. The output is 0 before training.
     Raises UserError when the config or x does not fit. Peebles and Xie 2023, with the query-key norm of Dehghani 2023.
     """
 
-    def __init__(self, config: DiTConfig, image_shape: Sequence[int], num_classes: int = 0):
+    def __init__(self, config: DiTConfig, image_shape: Sequence[int], conditions: Conditions | int = 0):
         super().__init__()
         channels, height, width = image_size(image_shape, config.patch_size)
         self.config = config
-        self.num_classes, self.image_shape = num_classes, (channels, height, width)
+        self.conditions, self.image_shape = conditions_of(conditions), (channels, height, width)
+        self.num_classes = self.conditions[LABEL].num_classes if LABEL in self.conditions else 0
         patch_channels = channels * config.patch_size**2
         self.patch_in = nn.Linear(patch_channels, config.hidden_size)
         grid = height // config.patch_size, width // config.patch_size
         self.positions = nn.Parameter(grid_code(*grid, config.hidden_size))
-        self.embedding = Embedding(num_classes, SINUSOID_CHANNELS, config.hidden_size)
+        self.embedding = Embedding(self.conditions, SINUSOID_CHANNELS, config.hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.modulation_out = zero_(nn.Linear(config.hidden_size, 2 * config.hidden_size))
         self.patch_out = zero_(nn.Linear(config.hidden_size, patch_channels))
@@ -118,12 +120,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         check_call(x, c_noise, tuple(x.shape[1:]) == self.image_shape, str(self.image_shape))
         patches = to_patches(x.to(self.patch_in.weight.dtype), self.config.patch_size)
         h = self.patch_in(patches.flatten(2).mT)
         h = h + self.positions.to(h.dtype)
-        emb = self.embedding(c_noise, class_labels)
+        emb = self.embedding(c_noise, condition)
         recompute = self.config.activation_checkpointing and self.training
         # No token for the class: noise level and class reach every block through adaLN-zero alone, which Peebles and
         # Xie found better than tokens or cross-attention at the same cost (their figure 5).

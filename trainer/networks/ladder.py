@@ -18,6 +18,7 @@ from scoreray.data import checks
 from scoreray.data.errors import UserError, shortened
 from scoreray.data.reading.distances import largest_distance
 from scoreray.trainer.diffusion.buffers import ExactBuffers
+from scoreray.trainer.diffusion.condition import AnyCondition, Conditions
 
 Conditioning = Literal["learned", "none"]
 
@@ -114,6 +115,7 @@ class OnLadder(ExactBuffers):
         if not levels or not all(isinstance(level, float) and 0 < level < math.inf for level in levels):
             raise UserError(f"sigmas {shortened(str(levels))}: a ladder is a list of noise levels above 0")
         self.network, self.num_classes = network, getattr(network, "num_classes", 0)
+        self.conditions: Conditions = getattr(network, "conditions", {})
         logs = torch.tensor(levels, dtype=torch.float64).log().sort().values.float()
         self.register_buffer("log_sigmas", logs, persistent=False)
         self.codes = nn.Embedding(len(logs), 1) if conditioning == "learned" else None
@@ -125,10 +127,10 @@ class OnLadder(ExactBuffers):
         edges = (self.log_sigmas[1:] + self.log_sigmas[:-1]) / 2
         return torch.bucketize(4 * c_noise.float(), edges)
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         if self.codes is None:
-            return self.network(x, torch.zeros_like(c_noise), class_labels)
-        return self.network(x, self.codes(self.rung(c_noise)).squeeze(1), class_labels)
+            return self.network(x, torch.zeros_like(c_noise), condition)
+        return self.network(x, self.codes(self.rung(c_noise)).squeeze(1), condition)
 
 
 def geometric_ladder(sigma_max: float, sigma_min: float, num_levels: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoreray.data import checks
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, Embedding, check_call, require, zero_
 from scoreray.trainer.networks.base import BaseNetworkConfig
 
@@ -29,29 +30,30 @@ class MLPConfig(BaseNetworkConfig):
         checks.at_least("network", 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
         require(self.num_layers <= MAX_LAYERS, "num_layers", self.num_layers, f"choose 1 to {MAX_LAYERS} layers")
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> MLP:
-        return MLP(self, image_shape, num_classes)
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> MLP:
+        return MLP(self, image_shape, conditions)
 
 
 class MLP(nn.Module):
-    """network(x [B, ...], c_noise [B], class_labels int64 [B] or None) -> x's shape and dtype, 0 before training.
+    """network(x [B, ...], c_noise [B], condition or None) -> x's shape and dtype, 0 before training.
 
     Residual layers that noise level and class scale and shift; smooth (SiLU), so that it can be differentiated twice.
     Raises UserError where the samples are not of `shape`.
     """
 
-    def __init__(self, config: MLPConfig, shape: Sequence[int], num_classes: int = 0):
+    def __init__(self, config: MLPConfig, shape: Sequence[int], conditions: Conditions | int = 0):
         super().__init__()
-        self.shape, self.num_classes = tuple(shape), num_classes
+        self.shape, self.conditions = tuple(shape), conditions_of(conditions)
+        self.num_classes = self.conditions[LABEL].num_classes if LABEL in self.conditions else 0
         size, width = math.prod(shape), config.hidden_size
-        self.embedding = Embedding(num_classes, SINUSOID_CHANNELS, width)
+        self.embedding = Embedding(self.conditions, SINUSOID_CHANNELS, width)
         self.first = nn.Linear(size, width)
         self.layers = nn.ModuleList(Layer(width) for _ in range(config.num_layers))
         self.last = zero_(nn.Linear(width, size))
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         check_call(x, c_noise, tuple(x.shape[1:]) == self.shape, str(self.shape))
-        embedding = self.embedding(c_noise, class_labels)
+        embedding = self.embedding(c_noise, condition)
         h = self.first(x.flatten(1).to(self.first.weight.dtype))
         for layer in self.layers:
             h = layer(h, embedding)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from scoreray.data import checks
+from scoreray.trainer.diffusion.condition import Conditions
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.ladder import Conditioning, OnLadder, geometric_ladder
@@ -37,9 +38,9 @@ class LadderNetworkConfig(BaseNetworkConfig):
         checks.ordered("network", "sigma_min", "sigma_max", self.sigma_min, self.sigma_max)
         checks.at_least("network", 2, num_levels=self.num_levels)
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> OnLadder:
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> OnLadder:
         sigmas = geometric_ladder(self.sigma_max, self.sigma_min, self.num_levels)
-        return OnLadder(self.network.build(image_shape, num_classes), sigmas, self.conditioning)
+        return OnLadder(self.network.build(image_shape, conditions), sigmas, self.conditioning)
 
 
 NetworkConfig = SingleNetworkConfig | LadderNetworkConfig | RBMConfig | GaussianRBMConfig

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from scoreray.data import checks
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.condition import Conditions
 from scoreray.trainer.diffusion.contrastive import gibbs_divergence
 from scoreray.trainer.diffusion.noise import ChainNoise
 from scoreray.trainer.networks.base import BaseNetworkConfig
@@ -43,7 +44,7 @@ class RBMConfig(BaseNetworkConfig):
     def __post_init__(self) -> None:
         checks.at_least("network", 1, num_hidden=self.num_hidden)
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> RBM:
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> RBM:
         return RBM(math.prod(image_shape), self.num_hidden, self.binarize)
 
 
@@ -61,7 +62,7 @@ class GaussianRBMConfig(BaseNetworkConfig):
         checks.at_least("network", 1, num_hidden=self.num_hidden)
         checks.positive("network", std=self.std)
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> GaussianBernoulliRBM:
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> GaussianBernoulliRBM:
         return GaussianBernoulliRBM(math.prod(image_shape), self.num_hidden, self.std)
 
 

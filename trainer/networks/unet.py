@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import (
     MAX_LAYERS,
     Attention,
@@ -66,8 +67,8 @@ class UNetConfig(BaseNetworkConfig):
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or a divisor of the image's size")
 
-    def build(self, image_shape: Sequence[int], num_classes: int = 0) -> UNet:
-        return UNet(self, image_shape, num_classes)
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> UNet:
+        return UNet(self, image_shape, conditions)
 
 
 class ResidualBlock(nn.Module):
@@ -106,18 +107,19 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """network(x [B, C, H, W], c_noise [B], class_labels int64 [B] or None) -> [B, C, H, W], in x's dtype.
+    """network(x [B, C, H, W], c_noise [B], condition or None) -> [B, C, H, W], in x's dtype.
 
     Any height and width that patch_size divides; odd feature maps are halved upwards and cropped on the way back.
     The output is 0 before training. Raises UserError when the config or x does not fit `image_shape` (C, H, W).
     Architecture: Ho 2020, Song 2021 (DDPM++), Dhariwal 2021 (ADM), as put together in Karras 2022.
     """
 
-    def __init__(self, config: UNetConfig, image_shape: Sequence[int], num_classes: int = 0):
+    def __init__(self, config: UNetConfig, image_shape: Sequence[int], conditions: Conditions | int = 0):
         super().__init__()
         channels, height, _ = image_size(image_shape, config.patch_size)
         self.config = config
-        self.num_classes, self.channels = num_classes, channels
+        self.conditions, self.channels = conditions_of(conditions), channels
+        self.num_classes = self.conditions[LABEL].num_classes if LABEL in self.conditions else 0
         widths = [config.model_channels * mult for mult in config.channel_mult]
         heights = [height // config.patch_size]
         for _ in widths[1:]:  # halved upwards, as ceil_mode pooling does
@@ -130,7 +132,7 @@ class UNet(nn.Module):
             f"this network's feature maps are {', '.join(map(str, heights))} high",
         )
         emb_width = 4 * config.model_channels
-        self.embedding = Embedding(num_classes, config.model_channels, emb_width)
+        self.embedding = Embedding(self.conditions, config.model_channels, emb_width)
 
         def block(in_channels: int, level: int, *, attention: bool = False, resample: str = "") -> ResidualBlock:
             attends = attention or (not resample and heights[level] in config.attention_resolutions)
@@ -160,11 +162,11 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = zero_(nn.Conv2d(width, patch_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         patch = self.config.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and not x.shape[2] % patch and not x.shape[3] % patch
         check_call(x, c_noise, fits, f"({self.channels}, H, W), H and W multiples of {patch}")
-        emb = self.embedding(c_noise, class_labels)
+        emb = self.embedding(c_noise, condition)
         recompute = self.config.activation_checkpointing and self.training
         h = self.conv_in(to_patches(x.to(self.conv_in.weight.dtype), self.config.patch_size))
         skips = [h]

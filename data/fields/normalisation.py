@@ -1,0 +1,47 @@
+"""Normalisation of a field's values on their way to the network, and its inverse on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, get_args
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+Normalisation = Literal["none", "channel", "log1p", "range"]
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """y = (f(x) - offset) / scale for each channel, the first axis of a sample, f being log1p |x| with x's sign for
+    "log1p", else x itself. "none" leaves values as they are, bit for bit."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    kind: Normalisation
+    offset: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+    scale: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] in the data's units -> what the network sees, in x's dtype, float32 at least."""
+        if self.kind == "none":
+            return x
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.kind == "log1p":
+            x = x.sign() * x.abs().log1p()
+        return (x - _per_channel(self.offset, x)) / _per_channel(self.scale, x)
+
+    def invert(self, y: Tensor) -> Tensor:
+        """The inverse of `apply`: [B, C, ...] in the data's units."""
+        if self.kind == "none":
+            return y
+        x = y * _per_channel(self.scale, y) + _per_channel(self.offset, y)
+        return x.sign() * x.abs().expm1() if self.kind == "log1p" else x
+
+
+def _per_channel(values: Sequence[float], x: Tensor) -> Tensor:
+    """One number a channel as [C, 1, ...], to meet x [B, C, ...]."""
+    return torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))

@@ -1,0 +1,274 @@
+"""What conditions a network: named tensors with one row a sample, and what a network is built for.
+
+A condition of kind
+  class     is int64 [B]; -1 is the null class,
+  vector    is float [B, D],
+  concat    is float [B, C, ...] over the sample's grid or another one, joined to the sample's channels,
+  sequence  is float [B, L, D],
+  text      is uint8 [B, L], UTF-8 bytes, which an encoder inside the network reads.
+A mask says what is there: bool [B, L] of sequences and text, bool [B] of vectors and grids. Where all of a row's mask
+is False the row has none: the network puts what it learned for that in its place (the null of classifier-free
+guidance). What stands under a False mask is never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
+
+ConditionKind = Literal["class", "vector", "concat", "sequence", "text"]
+CONDITION_KINDS: tuple[ConditionKind, ...] = get_args(ConditionKind)
+HAS_LENGTH: frozenset[ConditionKind] = frozenset({"sequence", "text"})
+LABEL = "label"  # the class condition's name where a config names none
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """One condition that a network is built for, as configs and markers store it.
+
+    shape: of a sample's values: () of a class, (D,) of a vector, (C, ...) of a grid, (L, D) of a sequence of at most L
+    tokens, (L,) of a text of at most L bytes.  classes: the names of a class condition's classes.  normaliser: what the
+    data's own units go through on their way to the network.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    kind: ConditionKind
+    shape: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    classes: tuple[str, ...] = ()
+    normaliser: Normaliser | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+Conditions = Mapping[str, ConditionSpec]
+"""What a network is built for, by name; empty: an unconditional one."""
+
+
+def conditions_of(conditions: Conditions | int) -> Conditions:
+    """What a network is built for: as given, or so many classes without names of their own."""
+    return class_condition([str(c) for c in range(conditions)]) if isinstance(conditions, int) else conditions
+
+
+def class_condition(classes: Sequence[str]) -> dict[str, ConditionSpec]:
+    """The conditions of a network that knows these classes and nothing else; none of them: an unconditional one."""
+    return {LABEL: ConditionSpec("class", classes=tuple(classes))} if classes else {}
+
+
+def class_name_of(conditions: Conditions) -> str | None:
+    """The name of the one class condition, which a plain tensor of labels means; None where it is not one."""
+    names = [name for name, spec in conditions.items() if spec.kind == "class"]
+    return names[0] if len(names) == 1 else None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Named tensors whose first dimension is the batch.
+
+    masks: bool [B, L] of every sequence and text; bool [B] of vectors and grids, left out where all rows have one.
+    """
+
+    values: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Rows; 0 of a condition without a name."""
+        return next((len(value) for value in self.values.values()), 0)
+
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
+        """Some rows: a slice, a bool [B] or int64 [n]."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> Condition:
+        """On `device`; floating-point values as `dtype`, where it is given."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            cast = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=cast, non_blocking=non_blocking)
+
+        return self._map(moved)
+
+    def drop(self, rows: Tensor | Mapping[str, Tensor]) -> Condition:
+        """Where `rows` (bool [B], of all names, or by name) is True, the row has the null in the condition's place."""
+        dropped = rows if isinstance(rows, Mapping) else dict.fromkeys(self.values, rows)
+        values, masks = dict(self.values), dict(self.masks)
+        for name, gone in dropped.items():
+            value = values[name]
+            if _is_class(value):
+                values[name] = value.masked_fill(gone, -1)
+            else:
+                mask = self.mask(name)
+                masks[name] = mask & ~(gone[:, None] if mask.ndim == 2 else gone)
+        return Condition(values, masks)
+
+    def null(self, names: Sequence[str] | None = None) -> Condition:
+        """The null of all rows, for all names or for some."""
+        gone = {name: torch.ones_like(self._rows(name)) for name in (self.values if names is None else names)}
+        return self.drop(gone)
+
+    def mask(self, name: str) -> Tensor:
+        """bool [B, L] or [B]; all True where `masks` leaves the name out. Of a class: where its label is not -1."""
+        if name in self.masks:
+            return self.masks[name]
+        return self.values[name] >= 0 if _is_class(self.values[name]) else self._rows(name)
+
+    def expand(self, rows: int) -> Condition:
+        """One row as so many (views)."""
+        return self._map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
+
+    def fill(self, rows: int) -> Condition:
+        """As many rows, the last one repeated: for networks that are called with batches of one size."""
+        missing = rows - len(self)
+        if not missing:
+            return self
+        return self._map(lambda tensor: torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]))
+
+    def clone(self) -> Condition:
+        """A copy that autograd may use where the original was made under inference_mode."""
+        return self._map(Tensor.clone)
+
+    @staticmethod
+    def cat(parts: Sequence[Condition | None], rows: Sequence[int]) -> Condition | None:
+        """Rows put together, `rows[i]` of part i. Sequences are padded to the longest; a name that a part lacks (None
+        lacks all) is null in its rows. None where no part has any. Raises UserError where shapes differ."""
+        names = dict.fromkeys(name for part in parts if part is not None for name in part.values)
+        if not names:
+            return None
+        values, masks = {}, {}
+        for name in names:
+            values[name], mask = _joined(name, parts, rows)
+            if mask is not None:
+                masks[name] = mask
+        return Condition(values, masks)
+
+    def _rows(self, name: str) -> Tensor:
+        """bool [B], all True."""
+        return torch.ones(len(self.values[name]), dtype=torch.bool, device=self.values[name].device)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        return Condition(
+            {name: function(value) for name, value in self.values.items()},
+            {name: function(mask) for name, mask in self.masks.items()},
+        )
+
+
+AnyCondition = Condition | Tensor | None
+"""What callers may give: a Condition, labels int64 [B] of a network's one class condition, or nothing."""
+
+
+def as_condition(condition: AnyCondition, conditions: Conditions) -> Condition | None:
+    """What a caller gave, as a Condition for a network built for `conditions`: a plain tensor is the labels of its one
+    class condition. Raises UserError where it has none, or several."""
+    if not isinstance(condition, Tensor):
+        return condition
+    if not conditions:
+        return None  # a network without conditions ignores labels
+    name = class_name_of(conditions)
+    if name is None:
+        raise UserError(f"class labels alone: this network takes {', '.join(conditions)}; give a Condition with these")
+    return Condition({name: condition})
+
+
+def check_condition(condition: AnyCondition, conditions: Conditions, rows: int) -> None:
+    """Raises UserError where names, shapes or (on the CPU, where looking costs no synchronisation) classes of a
+    condition of `rows` samples are not those that a network was built for."""
+    if isinstance(condition, Tensor) and (condition.shape != (rows,) or condition.is_floating_point()):
+        raise UserError(
+            f"class_labels are {condition.dtype} {tuple(condition.shape)}: give one integer for each of the {rows} "
+            "samples"
+        )
+    given = as_condition(condition, conditions)
+    if given is None:
+        return
+    for name, value in given.values.items():
+        spec = conditions.get(name)
+        if spec is None:
+            known = f"it takes {', '.join(conditions)}" if conditions else "it takes none"
+            raise UserError(f"condition '{name}': this network was not built for it; {known}")
+        _check_value(name, spec, value, given.masks.get(name), rows)
+
+
+def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    """Raises UserError where a class label int64 [B] is none of the network's."""
+    bad = (labels < -1) | (labels >= num_classes)
+    if bool(bad.any()):
+        what = "class label" if name == LABEL else f"condition '{name}': class label"
+        raise UserError(
+            f"{what} {int(labels[bad][0])} is out of range: the network knows 0 to {num_classes - 1}, and -1 for no "
+            "class"
+        )
+
+
+def _check_value(name: str, spec: ConditionSpec, value: Tensor, mask: Tensor | None, rows: int) -> None:
+    if spec.kind == "class":
+        if value.shape != (rows,) or value.is_floating_point():
+            raise UserError(
+                f"condition '{name}': {value.dtype} {list(value.shape)}; give an integer a sample, [{rows}]"
+            )
+        if value.device.type == "cpu":
+            check_labels(name, value, spec.num_classes)
+        return
+    shape = list(value.shape)
+    if spec.kind in HAS_LENGTH:
+        fits = shape[:1] == [rows] and shape[2:] == list(spec.shape[1:]) and value.shape[1] <= spec.shape[0]
+        expected = [rows, f"up to {spec.shape[0]}", *spec.shape[1:]]
+        lead = shape[:2]
+    else:
+        grid = spec.kind == "concat"  # of any size: it is resized to the sample's grid
+        fits = shape[: 2 if grid else None] == [rows, *spec.shape][: 2 if grid else None]
+        fits = fits and value.ndim == 1 + len(spec.shape)
+        expected, lead = [rows, *spec.shape], shape[:1]
+    if not fits:
+        raise UserError(f"condition '{name}' of shape {shape}: the network was built for {expected}")
+    if (mask is None and spec.kind in HAS_LENGTH) or (mask is not None and list(mask.shape) != lead):
+        raise UserError(
+            f"condition '{name}': its mask must be bool {lead}, it is {mask if mask is None else list(mask.shape)}"
+        )
+
+
+def _is_class(value: Tensor) -> bool:
+    return value.ndim == 1 and not value.is_floating_point()
+
+
+def _joined(name: str, parts: Sequence[Condition | None], rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """(values, mask or None) of one name over all parts."""
+    found = [(part.values[name], part.masks.get(name)) if part and name in part.values else None for part in parts]
+    known = [value for value, _ in filter(None, found)]
+    first = known[0]
+    masked = None in found or any(mask is not None for _, mask in filter(None, found))
+    has_length = any(mask is not None and mask.ndim == 2 for _, mask in filter(None, found))
+    length = max(value.shape[1] for value in known) if has_length else 0
+    shape = first.shape[2:] if has_length else first.shape[1:]
+    if wrong := [v for v in known if (v.shape[2:] if has_length else v.shape[1:]) != shape or v.dtype != first.dtype]:
+        raise UserError(
+            f"condition '{name}': {wrong[0].dtype} {list(wrong[0].shape)} beside {first.dtype} {list(first.shape)}"
+        )
+    values, masks = [], []
+    for count, pair in zip(rows, found, strict=True):
+        lead = (count, length) if has_length else (count,)
+        if pair is None:
+            values.append(first.new_full((*lead, *shape), -1 if _is_class(first) else 0))
+            masks.append(first.new_zeros(lead, dtype=torch.bool))
+            continue
+        value, mask = pair
+        if not masked or _is_class(first):
+            values.append(value)
+            continue
+        mask = first.new_ones(lead, dtype=torch.bool) if mask is None else mask
+        missing = length - value.shape[1] if has_length else 0
+        values.append(F.pad(value, (0,) * (2 * (value.ndim - 2)) + (0, missing)) if missing else value)
+        masks.append(F.pad(mask, (0, missing)) if missing else mask)
+    return torch.cat(values), torch.cat(masks) if masked and not _is_class(first) else None
