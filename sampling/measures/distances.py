@@ -7,7 +7,7 @@ arithmetic is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -36,6 +36,16 @@ def mean_of(values: Tensor) -> Estimate:
     values = values.double()
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
     return Estimate(float(values.mean()), error)
+
+
+def jackknife(statistic: Callable[[Tensor], float], count: int) -> Estimate:
+    """A statistic of rows int64 [n] out of `count`: of all rows, and its error from leaving out each in turn."""
+    every = torch.arange(count)
+    if count < 2:
+        return Estimate(statistic(every))
+    without = np.array([statistic(every[every != i]) for i in range(count)])
+    error = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
+    return Estimate(statistic(every), error)
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -88,13 +98,7 @@ class ClassSums:
 
 def inception_score(groups: list[ClassSums]) -> Estimate:
     """Of all samples, its error from leaving out each group in turn."""
-    everything = total(groups)
-    num = len(groups)
-    if num < 2:
-        return Estimate(everything.score())
-    without = np.array([total(groups[:i] + groups[i + 1 :]).score() for i in range(num)])
-    error = math.sqrt((num - 1) / num * float(np.square(without - without.mean()).sum()))
-    return Estimate(everything.score(), error)
+    return jackknife(lambda rows: total([groups[i] for i in rows.tolist()]).score(), len(groups))
 
 
 def total(groups: list[ClassSums]) -> ClassSums:
