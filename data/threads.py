@@ -1,10 +1,11 @@
-"""Calls that may never return, in a thread that the process does not wait for at its end."""
+"""Calls in threads: one that may never return, which the process does not wait for at its end, and many in order."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,3 +23,19 @@ def in_daemon_thread(call: Callable[[], T], name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def map_in_threads(workers: int, make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """`map` by `workers` threads, a few ahead only: a mistake shows at once, and results do not pile up."""
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for number in numbers:
+                ahead.append(pool.submit(make, number))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

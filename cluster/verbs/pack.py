@@ -16,9 +16,9 @@ from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import UserError
 from scoreray.data.packing.commit import PackedShard, PackPlan, check_node, pack_shard
-from scoreray.data.packing.listing import kinds_line
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.sources.listing import kinds_line
 from scoreray.data.storage.store import open_store
 
 WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves

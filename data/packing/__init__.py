@@ -1,1 +1,1 @@
-"""Making data sets: what can be packed, how samples become shards and a manifest, and looking at the result."""
+"""Making data sets: how samples become shards, an index and a manifest, and looking at the result."""

@@ -6,27 +6,25 @@ import hashlib
 import json
 import math
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.identity import hash_object
 from scoreray.data.packing.moments import statistics
 from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits
 from scoreray.data.reading.records import chunk_digests, index_bytes, records_sha256
 from scoreray.data.scratch import scratch_file, scratch_folder
+from scoreray.data.sources.identity import hash_object
 from scoreray.data.storage.paths import explained
 from scoreray.data.storage.store import NotFound, Store, open_store
+from scoreray.data.threads import map_in_threads
 
 PLAN = "packing/plan"
-T = TypeVar("T")
 
 Mapper = Callable[["PackPlan", Sequence[int]], Iterable["PackedShard"]]
 """Calls pack_shard(plan, number) for all numbers and returns the results in order: by threads, or on a cluster."""
@@ -143,22 +141,6 @@ def _make_again(
 def _map_in_process(workers: int, plan: PackPlan, numbers: Sequence[int]) -> Iterable[PackedShard]:
     make = partial(pack_shard, plan)
     return map(make, numbers) if workers == 1 else map_in_threads(workers, make, numbers)
-
-
-def map_in_threads(workers: int, make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
-    """`map` by `workers` threads, a few ahead only: a mistake shows at once, and results do not pile up."""
-    ahead: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for number in numbers:
-                ahead.append(pool.submit(make, number))
-                if len(ahead) > workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def check_node(plan: PackPlan) -> None:

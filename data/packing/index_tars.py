@@ -17,9 +17,6 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.identity import content_marks, digest_of
-from scoreray.data.packing.layout import Layout, checked_layout
-from scoreray.data.packing.listing import kinds_line, list_below, shown, some_of, suffix_of
 from scoreray.data.packing.moments import ChannelMoments
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.allowlist import found_format
@@ -28,6 +25,9 @@ from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, RECORD, Sha
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.records import records_sha256
 from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
+from scoreray.data.sources.identity import content_marks, digest_of
+from scoreray.data.sources.layout import Layout, checked_layout
+from scoreray.data.sources.listing import kinds_line, list_below, shown, some_of, suffix_of
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.patterns import find_tars, names_tars
 from scoreray.data.storage.store import NotFound, Store, local_path, open_store

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from scoreray.data.errors import DataError, StorageError, UserError
-from scoreray.data.packing.identity import hash_object
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.distances import largest_distance
 from scoreray.data.reading.manifest import Manifest, digest, is_picture
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import read_samples
+from scoreray.data.sources.identity import hash_object
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import Store, open_store
 

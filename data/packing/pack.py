@@ -23,11 +23,11 @@ import numpy as np
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.packing.commit import Mapper, PackedShard, carry_out
 from scoreray.data.packing.index_tars import plan_tars, tars_at
-from scoreray.data.packing.layout import Layout
 from scoreray.data.packing.repack import plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode
-from scoreray.data.packing.sources import Source, SourceOptions, open_source
 from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
+from scoreray.data.sources.layout import Layout
+from scoreray.data.sources.source import Source, SourceOptions, open_source
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.store import local_path, open_store
 

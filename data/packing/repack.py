@@ -13,14 +13,14 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.identity import content_marks, digest_of
 from scoreray.data.packing.index_tars import Tars, naming, tape_of
 from scoreray.data.packing.shards import ENCODING, ShardWriter
-from scoreray.data.packing.sources import SourceOptions
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.manifest import Shard
 from scoreray.data.reading.pictures import as_array, is_grey, open_picture
 from scoreray.data.reading.tars import Member
+from scoreray.data.sources.identity import content_marks, digest_of
+from scoreray.data.sources.source import SourceOptions
 from scoreray.data.storage.store import Store, open_store
 
 LOOKED_AT, TARS_LOOKED_AT = 32, 8  # samples, and tars that they are from, that are looked at for colours

@@ -14,10 +14,10 @@ from typing import Any
 
 from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError
-from scoreray.data.packing.listing import is_hidden
 from scoreray.data.reading.allowlist import JSON, LABELS, MAX_JSON_BYTES, default_decoder
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.tars import Member, Tape, key_and_kind, members
+from scoreray.data.sources.listing import is_hidden
 
 PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 IMAGES = (*PICTURES, "npy")

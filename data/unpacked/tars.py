@@ -15,12 +15,12 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError, key_in_errors
 from scoreray.data.packing.index_tars import check_fits, decoded, naming, tape_of, tars_at
-from scoreray.data.packing.layout import layout_of
 from scoreray.data.packing.moments import ChannelMoments, statistics
 from scoreray.data.packing.tar_samples import TarSample, TarSamples
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.pictures import as_array, is_grey, open_picture
 from scoreray.data.reading.tars import Member
+from scoreray.data.sources.layout import layout_of
 from scoreray.data.storage.patterns import StoredTar, find_tars, names_tars
 from scoreray.data.storage.store import open_store
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from scoreray.data.errors import DataError
-from scoreray.data.packing.commit import PackedShard, map_in_threads, put_record
+from scoreray.data.packing.commit import PackedShard, put_record
 from scoreray.data.packing.inspect import picture_grid
 from scoreray.data.packing.shards import ShardWriter
 from scoreray.data.reading.decode import decode
@@ -27,6 +27,7 @@ from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.tars import Tape, members
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.storage.store import Store
+from scoreray.data.threads import map_in_threads
 from scoreray.sampling.offline.generate import MAX_SHEET, png_of_sheet
 from scoreray.sampling.offline.place import (
     AT_ONCE,

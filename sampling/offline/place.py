@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scoreray.data.errors import StorageError, UserError, nearest
-from scoreray.data.packing.commit import map_in_threads
-from scoreray.data.packing.identity import WINDOW_BYTES
 from scoreray.data.reading.manifest import INDEX, MANIFEST
 from scoreray.data.reading.outputs import PICTURE_FORMATS, check_folder, suffix_of
+from scoreray.data.sources.identity import WINDOW_BYTES
 from scoreray.data.storage.lease import TakenOver
 from scoreray.data.storage.store import NotFound, Store, local_path, open_store
+from scoreray.data.threads import map_in_threads
 from scoreray.sampling.offline.record import FORMATS, Digests, FileDigest, Format, SampleJob
 
 RECORD = "sampling.json"

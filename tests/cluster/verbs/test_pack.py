@@ -27,7 +27,7 @@ from scoreray.cluster.verbs.pack import _check_nodes, map_on_ray, pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import ImagesPlan, pack
 from scoreray.data.packing.shards import encode
-from scoreray.data.packing.sources import SourceOptions, open_source
+from scoreray.data.sources.source import SourceOptions, open_source
 from scoreray.data.storage.store import open_store
 
 SIZE = {"image_size": 32, "samples_per_shard": 10}

@@ -17,12 +17,12 @@ from scoreray.cluster.verbs.pack import pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
-from scoreray.data.packing.sources import open_source
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream
 from scoreray.data.reading.tars import Tape
+from scoreray.data.sources.source import open_source
 from scoreray.data.storage.store import open_store
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.data.packing.layout import Layout
+from scoreray.data.sources.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scoreray.data.errors import UserError
-from scoreray.data.packing.sources import SourceOptions, open_source
+from scoreray.data.sources.source import SourceOptions, open_source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 LABELS = np.arange(6) % 3

@@ -16,17 +16,17 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.arrays import LoadedArrays, as_floats, as_images, read_idx, read_npz
-from scoreray.data.packing.commit import map_in_threads
-from scoreray.data.packing.identity import digest_of
-from scoreray.data.packing.image_folders import GET_THREADS, check_classes, read_image_folder
-from scoreray.data.packing.listing import shown
-from scoreray.data.packing.options import SourceOptions
 from scoreray.data.reading.manifest import check_label, check_shape
 from scoreray.data.reading.pictures import as_array, fit, open_picture
+from scoreray.data.sources.arrays import LoadedArrays, as_floats, as_images, read_idx, read_npz
+from scoreray.data.sources.identity import digest_of
+from scoreray.data.sources.image_folders import GET_THREADS, check_classes, read_image_folder
+from scoreray.data.sources.listing import shown
+from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.interface import NotAFile
 from scoreray.data.storage.paths import check_is_file, mode_of
 from scoreray.data.storage.store import PathStore, Store, local_path, open_store
+from scoreray.data.threads import map_in_threads
 
 ReadArrays = Callable[[Path, bool], LoadedArrays]  # (file, whether its labels are read)
 ARRAY_FILES: dict[str, tuple[re.Pattern[str], ReadArrays]] = {

@@ -9,13 +9,13 @@ import numpy as np
 
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, StorageError, UserError
-from scoreray.data.packing.commit import map_in_threads
-from scoreray.data.packing.identity import content_marks
-from scoreray.data.packing.listing import Listing, kinds_line, list_below, shown, some_of, suffix_of
-from scoreray.data.packing.options import SourceOptions
 from scoreray.data.reading.pictures import HEAD_BYTES, IMAGE_SUFFIXES, is_grey, looks_like_a_picture, open_picture
+from scoreray.data.sources.identity import content_marks
+from scoreray.data.sources.listing import Listing, kinds_line, list_below, shown, some_of, suffix_of
+from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.interface import NotAFile
 from scoreray.data.storage.store import Store
+from scoreray.data.threads import map_in_threads
 
 GET_THREADS = 16  # files that are fetched from a remote store at once
 LOOKED_AT = 32  # images of a folder that are looked at for colours

@@ -13,15 +13,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-import scoreray.data.packing.identity as identity_module
 import scoreray.data.packing.pack as module
+import scoreray.data.sources.identity as identity_module
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.identity import identity
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import encode, pack
-from scoreray.data.packing.sources import open_source
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.sources.identity import identity
+from scoreray.data.sources.source import open_source
 from scoreray.data.storage.store import open_store
 
 SMALL_SHARDS = {"samples_per_shard": 3, "seed": 3}

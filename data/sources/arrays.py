@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
-from scoreray.data.packing.layout import checked_layout
-from scoreray.data.packing.listing import some_of
-from scoreray.data.packing.options import SourceOptions
+from scoreray.data.sources.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
+from scoreray.data.sources.layout import checked_layout
+from scoreray.data.sources.listing import some_of
+from scoreray.data.sources.options import SourceOptions
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 

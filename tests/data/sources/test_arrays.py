@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.packing.inspect import verify
-from scoreray.data.packing.layout import layout_of
 from scoreray.data.packing.pack import encode, pack
-from scoreray.data.packing.sources import SourceOptions, open_source
 from scoreray.data.reading.decode import decode_class
 from scoreray.data.reading.manifest import MAX_AXES, MAX_AXIS, MAX_CLASSES, MAX_VALUES, Manifest
 from scoreray.data.reading.samples import read_samples
+from scoreray.data.sources.layout import layout_of
+from scoreray.data.sources.source import SourceOptions, open_source
 
 
 def floats(*shape: int, seed: int = 0) -> np.ndarray:

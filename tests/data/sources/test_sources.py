@@ -25,9 +25,9 @@ from PIL import Image
 from scoreray.data.errors import DataError, ScorerayError, StorageError, UserError
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
-from scoreray.data.packing.sources import SourceOptions, open_source
 from scoreray.data.reading.pictures import open_picture, orientation_in
 from scoreray.data.reading.samples import read_samples
+from scoreray.data.sources.source import SourceOptions, open_source
 from scoreray.data.storage.store import open_store
 
 
