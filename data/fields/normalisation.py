@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
-import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor
+
+if TYPE_CHECKING:  # 0.9 s: manifests name normalisations, and are read by commands that compute nothing
+    from torch import Tensor
 
 Normalisation = Literal["none", "channel", "log1p", "range"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
@@ -29,6 +30,8 @@ class Normaliser:
         """x [B, C, ...] in the data's units -> what the network sees, in x's dtype, float32 at least."""
         if self.kind == "none":
             return x
+        import torch
+
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "log1p":
             x = x.sign() * x.abs().log1p()
@@ -44,4 +47,4 @@ class Normaliser:
 
 def _per_channel(values: Sequence[float], x: Tensor) -> Tensor:
     """One number a channel as [C, 1, ...], to meet x [B, C, ...]."""
-    return torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
+    return x.new_tensor(values).view(-1, *[1] * (x.ndim - 2))

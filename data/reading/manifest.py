@@ -15,9 +15,11 @@ from functools import cached_property
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
+from pydantic import Field as Limits
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, plain_fields, stored_dtype
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.interface import check_key
 from scoreray.data.storage.store import NotFound, Store, open_store
@@ -29,12 +31,12 @@ MAX_NAME = 255
 MAX_KEY = 1024  # of a shard
 MAX_AXES, MAX_AXIS = 6, 1 << 20  # of a sample's shape
 MAX_VALUES = 1 << 28  # of one sample
-MAX_CLASSES = 1_000_000
 MAX_SHARDS = 2_000_000
 
 # Of a member, as the record's `format` says it. A picture is one of any other kind, or a png or jpg that is more than
 # its pixels: turned by EXIF, with transparency, a palette, CMYK. It is read as `pictures.open_picture` says.
-FORMATS = {"png": 1, "jpg": 2, "npy": 3, "picture": 4}
+# raw: an array's values alone, in C order and little-endian; its shape and type are the field's.
+FORMATS = {"png": 1, "jpg": 2, "npy": 3, "picture": 4, "raw": 5, "txt": 6, "json": 7}
 WRITTEN_FORMATS = ("png", "jpg", "npy")
 FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
 
@@ -51,9 +53,34 @@ RECORD = np.dtype(
 
 CHUNK = 128  # records that are verified together
 
+
+def record_dtype(fields: Sequence[Field]) -> np.dtype:
+    """One sample in the index.bin of a data set of version 3, without padding: `offset`, `size`, `format` and `digest`
+    of each of `members_of(fields)`, as columns [M], then the values of classes (int32) and scalars (their own type) in
+    a column `column_of(field)` each. `RECORD` is that of version 2."""
+    count = len(members_of(fields))
+    columns: list[tuple[str, object] | tuple[str, object, tuple[int]]] = [
+        ("offset", "<u8", (count,)), ("size", "<u4", (count,)), ("format", "u1", (count,)), ("digest", "<u8", (count,)),
+    ]  # fmt: skip
+    inline = [field for field in fields if field.is_inline]
+    return np.dtype(
+        [*columns, *((column_of(f), "<i4" if f.kind == "class" else stored_dtype(f.dtype)) for f in inline)]
+    )
+
+
+def members_of(fields: Sequence[Field]) -> list[str]:
+    """The extensions of the tar members that a record points to, in the order of its columns."""
+    return list(dict.fromkeys(field.member for field in fields if not field.is_inline))
+
+
+def column_of(field: Field) -> str:
+    """The column of a record that holds an inline field's value. A prefix keeps it apart from `offset` or `size`."""
+    return f"value:{field.name}"
+
+
 Get = Callable[[str, int, int], bytes]  # (key, start, end)
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(gt=0, lt=1 << 62)]
+Sha256 = Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Limits(gt=0, lt=1 << 62)]
 
 
 def check_limits(name: str, shape: Sequence[int], num_classes: int, num_shards: int) -> None:
@@ -105,7 +132,7 @@ def digest(data: bytes) -> int:
 class Shard:
     """One tar. `records_sha256` is that of its part of the index, made of its chunks' ones."""
 
-    name: Annotated[str, Field(max_length=MAX_KEY)]
+    name: Annotated[str, Limits(max_length=MAX_KEY)]
     num_samples: Count
     bytes: Count
     sha256: Sha256
@@ -114,7 +141,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    name: Annotated[str, Field(max_length=MAX_KEY)]
+    name: Annotated[str, Limits(max_length=MAX_KEY)]
     bytes: Count
     sha256: Sha256
 
@@ -128,7 +155,11 @@ class DataDescription(Protocol):
 
     @property
     def dtype(self) -> str:
-        """ "uint8" (images) or "float32" (arrays, used as they are)."""
+        """Of a sample's values: "uint8" of images."""
+
+    @property
+    def fields(self) -> list[Field]:
+        """What a sample holds; `shape`, `dtype` and statistics are those of the one that is modelled by default."""
 
     @property
     def classes(self) -> list[str]:
@@ -154,10 +185,13 @@ class DataDescription(Protocol):
         """The mean of each channel in the model's range."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A packed data set. Sample i is the i-th of the shards in their order.
 
+    fields: what a sample holds. A data set of version 2 has an image or a float32 array, and classes or none: it says
+    so by `shape`, `dtype`, `classes`, ..., and its `fields` follow from these; in one of version 3 these follow from
+    its fields: they describe `target`, and `label` if there is one.
     shape: (C, H, W) of images, any for arrays.  dtype: "uint8" (images) or "float32" (arrays, used as they are).
     mean, std: of each channel, the first axis of `shape`; sigma_data: the standard deviation of all values; all in the
     range that the model sees, [-1, 1] for images (x / 127.5 - 1). Sets of earlier versions have no std, and of arrays
@@ -170,22 +204,32 @@ class Manifest:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    version: Literal[2]
-    name: Annotated[str, Field(max_length=MAX_NAME)]
-    shape: Annotated[list[Annotated[int, Field(gt=0, le=MAX_AXIS)]], Field(min_length=1, max_length=MAX_AXES)]
-    dtype: Literal["uint8", "float32"]
+    version: Literal[2, 3]
+    name: Annotated[str, Limits(max_length=MAX_NAME)]
+    shape: Annotated[list[Annotated[int, Limits(gt=0, le=MAX_AXIS)]], Limits(min_length=1, max_length=MAX_AXES)] = (
+        field(default_factory=list)
+    )
+    dtype: FieldDtype = "uint8"
     num_samples: Count
-    classes: Annotated[list[Annotated[str, Field(max_length=MAX_NAME)]], Field(max_length=MAX_CLASSES)]
-    class_counts: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_CLASSES)]
-    mean: Annotated[list[float], Field(max_length=MAX_AXIS)]
-    std: Annotated[list[float], Field(max_length=MAX_AXIS)] = field(default_factory=list, kw_only=True)
-    sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    classes: Annotated[list[Annotated[str, Limits(max_length=MAX_NAME)]], Limits(max_length=MAX_CLASSES)] = field(
+        default_factory=list
+    )
+    class_counts: Annotated[list[Annotated[int, Limits(ge=0)]], Limits(max_length=MAX_CLASSES)] = field(
+        default_factory=list
+    )
+    mean: Annotated[list[float], Limits(max_length=MAX_AXIS)] = field(default_factory=list)
+    std: Annotated[list[float], Limits(max_length=MAX_AXIS)] = field(default_factory=list)
+    sigma_data: Annotated[float, Limits(gt=0, allow_inf_nan=False)] = math.nan
+    fields: Annotated[list[Field], Limits(max_length=MAX_FIELDS)] = field(default_factory=list)
     index: Index
-    shards: Annotated[list[Shard], Field(min_length=1)]
-    num_left_out: Annotated[int, Field(ge=0)] = 0
+    shards: Annotated[list[Shard], Limits(min_length=1)]
+    num_left_out: Annotated[int, Limits(ge=0)] = 0
     packing: str = ""
 
     def __post_init__(self) -> None:
+        derived = _of_fields(self.fields) if self.version == 3 else {"fields": self._plain_fields()}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
         for name in (self.index.name, *(shard.name for shard in self.shards)):
             check_key(name)
         if len({shard.name for shard in self.shards}) != len(self.shards):
@@ -193,22 +237,68 @@ class Manifest:
         if sum(shard.num_samples for shard in self.shards) != self.num_samples:
             raise ValueError("num_samples is not the sum over the shards")
         num_chunks = sum(-(-shard.num_samples // CHUNK) for shard in self.shards)
-        if self.index.bytes != self.num_samples * RECORD.itemsize + num_chunks * 32:
-            raise ValueError(f"the index needs {RECORD.itemsize} bytes a sample and 32 for each {CHUNK} of a shard")
-        if math.prod(self.shape) > MAX_VALUES:
-            raise ValueError(f"a sample of {math.prod(self.shape)} values is above the limit of {MAX_VALUES}")
+        if self.index.bytes != self.num_samples * self.record.itemsize + num_chunks * 32:
+            raise ValueError(f"the index needs {self.record.itemsize} bytes a sample, 32 for each {CHUNK} of a shard")
+        for one in self.fields:
+            if max(one.shape, default=1) > MAX_AXIS or math.prod(one.shape) > MAX_VALUES or len(one.shape) > MAX_AXES:
+                raise ValueError(f"{one.name}: a sample of {' x '.join(map(str, one.shape))} is above the limits")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError("mean or std is not finite")
+
+    def _plain_fields(self) -> list[Field]:
+        """Those of a data set of version 2."""
+        if not self.shape or not self.sigma_data > 0 or self.dtype not in ("uint8", "float32"):
+            raise ValueError("a data set of version 2 has a shape, a sigma_data, and the dtype uint8 or float32")
         if self.dtype == "uint8" and len(self.shape) != 3:
             raise ValueError("images have the shape (C, H, W)")
         if len(self.class_counts) != len(self.classes):
             raise ValueError("classes and class_counts differ in length")
-        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
-            raise ValueError("mean or std is not finite")
+        mean = self.channel_means() if self.mean else []
+        return plain_fields(self.shape, self.dtype, self.classes, self.class_counts, mean, self.std)
+
+    @property
+    def target(self) -> Field:
+        """What a run models that names nothing else."""
+        return target_of(self.fields)
+
+    @property
+    def label(self) -> Field | None:
+        """The (first) class field."""
+        return next((field for field in self.fields if field.kind == "class"), None)
+
+    @property
+    def members(self) -> list[str]:
+        """The extensions of the tar members that a record points to; [""] in a data set of version 2."""
+        return members_of(self.fields)
+
+    @property
+    def record(self) -> np.dtype:
+        """The type of a record of index.bin."""
+        return RECORD if self.version == 2 else record_dtype(self.fields)
+
+    def column(self, field: Field) -> str:
+        """The column of a record that holds the value of a class or scalar."""
+        return "label" if self.version == 2 else column_of(field)
+
+    def find_field(self, name: str, key: str) -> Field:
+        """The field of this name. Raises UserError, which begins with the configuration's `key` that names it."""
+        for found in self.fields:
+            if found.name == name:
+                return found
+        raise UserError(
+            f"{key}: the data set '{self.name}' has no field '{name}'; it has {', '.join(f.name for f in self.fields)}"
+        )
 
     def to_json(self) -> str:
         """For people too: a field a line, a shard a line; sealed (`seal.py`)."""
-        fields = asdict(self)
-        shards = ",\n  ".join(json.dumps(shard) for shard in fields.pop("shards"))
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+        parts = asdict(self)
+        shards = ",\n  ".join(json.dumps(shard) for shard in parts.pop("shards"))
+        for name in DERIVED if self.version == 3 else ("fields",):
+            del parts[name]
+        if self.version == 3:  # what is empty or as ever is left out: most of a field's entries
+            fields = [{k: v for k, v in one.items() if v not in ([], "") or k == "shape"} for one in parts["fields"]]
+            parts["fields"] = fields
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items()]
         return sealed([*lines, f'"shards": [\n  {shards}\n ]'])
 
     @staticmethod
@@ -255,7 +345,10 @@ class Manifest:
         """SHA-256 of which samples there are and in which order: of each shard's records, which hold a digest and the
         class of every sample, and of what they mean. A copy elsewhere, under another name, has the same."""
         shards = [(shard.num_samples, shard.bytes, shard.records_sha256) for shard in self.shards]
-        return hashlib.sha256(json.dumps([self.shape, self.dtype, self.classes, shards]).encode()).hexdigest()
+        parts: list[object] = [self.shape, self.dtype, self.classes, shards]
+        if self.version == 3:
+            parts.append([[f.name, f.kind, f.shape, f.dtype, f.member, f.path, f.classes] for f in self.fields])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def bytes_per_sample(self) -> float:
@@ -272,6 +365,42 @@ class Manifest:
         """int64 [num_shards + 1]: the number of each shard's first sample; the last is num_samples."""
         counts = np.fromiter((shard.num_samples for shard in self.shards), np.int64, len(self.shards))
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+DERIVED = ("shape", "dtype", "classes", "class_counts", "mean", "std", "sigma_data")
+"""What follows from the fields of a data set of version 3."""
+
+
+def target_of(fields: Sequence[Field]) -> Field:
+    """The field that is modelled by default: the first image, else the first array, else the first vector. Raises
+    ValueError where there is none."""
+    for kind in ("image", "array", "vector"):
+        for found in fields:
+            if found.kind == kind:
+                return found
+    raise ValueError("none of the fields is an image, an array or a vector")
+
+
+def _of_fields(fields: Sequence[Field]) -> dict[str, object]:
+    """The values of DERIVED. Raises ValueError where fields of these can't be a data set."""
+    names = [found.name for found in fields]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two fields have the name '{next(name for name in names if names.count(name) > 1)}'")
+    if any(not found.member for found in fields if not found.is_inline):
+        raise ValueError("a field has no member that holds it")
+    target = target_of(fields)
+    label = next((found for found in fields if found.kind == "class"), None)
+    mean, std = np.asarray(target.mean), np.asarray(target.std)
+    if not len(mean) or len(std) != len(mean):
+        raise ValueError(f"{target.name}: has no mean and std")
+    if target.kind == "image":
+        mean, std = mean / 127.5 - 1, std / 127.5
+    sigma_data = math.sqrt(float(np.mean(std**2) + np.var(mean)))  # channels have equally many values
+    if not sigma_data > 0:
+        raise ValueError(f"{target.name}: all values are the same")
+    classes, counts = (label.classes, label.class_counts) if label else ([], [])
+    values = (target.shape, target.dtype, classes, counts, mean.tolist(), std.tolist(), sigma_data)
+    return dict(zip(DERIVED, values, strict=True))
 
 
 _ADAPTER = TypeAdapter(Manifest)

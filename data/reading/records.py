@@ -17,25 +17,25 @@ import numpy as np
 from scoreray.data.errors import DataError
 from scoreray.data.reading.manifest import CHUNK, FORMAT_NAMES, RECORD, Get, Manifest
 
-CHUNK_BYTES = CHUNK * RECORD.itemsize
 DIGEST_BYTES = 32
 LOCKS = 64
 _KNOWN = np.isin(np.arange(256), [*FORMAT_NAMES])  # formats, by their code
 
 
-def chunk_digests(records: bytes) -> bytes:
+def chunk_digests(records: bytes, record: np.dtype = RECORD) -> bytes:
     """The SHA-256 of each chunk of one shard's records, put end to end."""
-    return b"".join(hashlib.sha256(records[i : i + CHUNK_BYTES]).digest() for i in range(0, len(records), CHUNK_BYTES))
+    size = CHUNK * record.itemsize
+    return b"".join(hashlib.sha256(records[i : i + size]).digest() for i in range(0, len(records), size))
 
 
-def records_sha256(records: bytes) -> str:
+def records_sha256(records: bytes, record: np.dtype = RECORD) -> str:
     """What the manifest says of one shard's records."""
-    return hashlib.sha256(chunk_digests(records)).hexdigest()
+    return hashlib.sha256(chunk_digests(records, record)).hexdigest()
 
 
-def index_bytes(counts: Iterable[int]) -> int:
+def index_bytes(counts: Iterable[int], record: np.dtype = RECORD) -> int:
     """Size of the index of shards of so many samples."""
-    return sum(count * RECORD.itemsize + -(-count // CHUNK) * DIGEST_BYTES for count in counts)
+    return sum(count * record.itemsize + -(-count // CHUNK) * DIGEST_BYTES for count in counts)
 
 
 class Records:
@@ -44,11 +44,12 @@ class Records:
     Args:
       get: of the data set's store.
       url: of the index, for messages.
-      chunks_kept: chunks (4 KB each) that stay in memory.
+      chunks_kept: chunks (4 KB each, in data sets of one member a sample) that stay in memory.
     """
 
     def __init__(self, get: Get, manifest: Manifest, url: str, chunks_kept: int) -> None:
         self._get, self._manifest, self._url, self._chunks_kept = get, manifest, url, chunks_kept
+        self._record = manifest.record
         counts = np.fromiter((shard.num_samples for shard in manifest.shards), np.int64, len(manifest.shards))
         self._first_samples = manifest.first_samples()
         self._first_chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-counts // CHUNK))])
@@ -74,7 +75,7 @@ class Records:
 
     def _fetch(self, shard: int, first: int, end: int) -> dict[int, np.ndarray]:
         """Chunks [first, end) of a shard in one request; of more than half of the shard's, all."""
-        entry = self._manifest.shards[shard]
+        entry, size = self._manifest.shards[shard], self._record.itemsize
         num_chunks = -(-entry.num_samples // CHUNK)
         if 2 * (end - first) >= num_chunks:
             first, end = 0, num_chunks
@@ -82,15 +83,18 @@ class Records:
         begin = int(self._first_samples[shard])
         last = begin + min(end * CHUNK, entry.num_samples)
         begin += first * CHUNK
-        data = self._get(self._manifest.index.name, begin * RECORD.itemsize, last * RECORD.itemsize)
-        found = chunk_digests(data)
+        data = self._get(self._manifest.index.name, begin * size, last * size)
+        found = chunk_digests(data, self._record)
         right = found == known[first * DIGEST_BYTES : end * DIGEST_BYTES] if known else self._is_of(shard, found)
-        if len(data) != (last - begin) * RECORD.itemsize or not right:
-            raise self._wrong(shard, begin * RECORD.itemsize)
-        records = np.frombuffer(data, RECORD)
+        if len(data) != (last - begin) * size or not right:
+            raise self._wrong(shard, begin * size)
+        records = np.frombuffer(data, self._record)
         offsets = records["offset"]
         ends = offsets + records["size"].astype(np.uint64)
-        if max(int(offsets.max()), int(ends.max())) > entry.bytes or not _KNOWN[records["format"]].all():
+        if (
+            max(int(offsets.max(initial=0)), int(ends.max(initial=0))) > entry.bytes
+            or not _KNOWN[records["format"]].all()
+        ):
             raise DataError(f"{self._url}: the records of shard '{entry.name}' point outside it")
         chunks = {c: records[(c - first) * CHUNK :][:CHUNK] for c in range(first, end)}
         with self._lock:
@@ -102,7 +106,7 @@ class Records:
 
     def _fetch_digests(self, shard: int) -> bytes:
         first, end = int(self._first_chunks[shard]), int(self._first_chunks[shard + 1])
-        start = int(self._first_samples[-1]) * RECORD.itemsize
+        start = int(self._first_samples[-1]) * self._record.itemsize
         at = start + first * DIGEST_BYTES
         data = self._get(self._manifest.index.name, at, start + end * DIGEST_BYTES)
         if not self._is_of(shard, data):

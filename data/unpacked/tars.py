@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError, key_in_errors
+from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.packing.index_tars import check_fits, decoded, naming, tape_of, tars_at
 from scoreray.data.packing.moments import ChannelMoments, statistics
 from scoreray.data.packing.tar_samples import TarSample, TarSamples
@@ -75,6 +76,10 @@ class UnpackedTars:
 
     def channel_means(self) -> list[float]:
         return self.mean
+
+    @property
+    def fields(self) -> list[Field]:
+        return plain_fields(self.shape, self.dtype, self.classes, [0] * len(self.classes), self.mean, self.std)
 
     def notes(self) -> tuple[str, ...]:
         """What a person should know before the run, a line each."""
