@@ -14,10 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from scoreray.data.fields.field import FieldDtype, FieldKind
-from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.reading.manifest import DataDescription, Sha256
 from scoreray.data.seal import read_sealed, sealed
+from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 
 FORMAT = 2
@@ -49,19 +48,6 @@ class DataSet:
     @staticmethod
     def of(data: DataDescription) -> DataSet:
         return DataSet(data.num_samples, data.identity)
-
-
-@dataclass(frozen=True)
-class TargetField:
-    """The field that a run models. dtype: of its values in the data set; normaliser: from its own units to the
-    model's, None of images (0 to 255 become -1 to 1)."""
-
-    __pydantic_config__ = _CONFIG
-
-    name: str
-    kind: FieldKind
-    dtype: FieldDtype
-    normaliser: Normaliser | None = None
 
 
 @dataclass(frozen=True)

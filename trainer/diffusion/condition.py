@@ -194,11 +194,15 @@ def check_condition(condition: AnyCondition, conditions: Conditions, rows: int) 
     if given is None:
         return
     for name, value in given.values.items():
-        spec = conditions.get(name)
-        if spec is None:
-            known = f"it takes {', '.join(conditions)}" if conditions else "it takes none"
-            raise UserError(f"condition '{name}': this network was not built for it; {known}")
-        _check_value(name, spec, value, given.masks.get(name), rows)
+        _check_value(name, spec_of(name, conditions), value, given.masks.get(name), rows)
+
+
+def spec_of(name: str, conditions: Conditions) -> ConditionSpec:
+    """What a network takes under this name. Raises UserError where it was not built for it."""
+    if name not in conditions:
+        known = f"it takes {', '.join(conditions)}" if conditions else "it takes none"
+        raise UserError(f"condition '{name}': this network was not built for it; {known}")
+    return conditions[name]
 
 
 def check_labels(name: str, labels: Tensor, num_classes: int) -> None:

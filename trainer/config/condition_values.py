@@ -1,0 +1,137 @@
+"""Conditions from plain values in the data's units, as command lines, requests and stored samples have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.data.classes import class_number
+from scoreray.data.errors import UserError, key_in_errors, shortened
+from scoreray.data.reading.decode import npy_array
+from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditions, ConditionSpec, spec_of
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition | None:
+    """One row, as a network built for `conditions` takes it, from values in the data's own units.
+
+    A class is its name or number (`data.classes`), a text a str; a vector is a number or numbers [D], a grid
+    [C, ...] (of one channel also [...]), a sequence [L, D]: nested lists, a numpy array, a tensor or the bytes of an
+    .npy. None, a text without a byte and a sequence without a token are the null, as is a name that is left out. None
+    where nothing is given. Raises UserError in one line that names the condition.
+    """
+    found: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for name, value in values.items():
+        spec = spec_of(name, conditions)
+        if value is None:
+            continue
+        with key_in_errors(f"condition '{name}'"):
+            row = _row(value, spec)[None]
+        if spec.kind in HAS_LENGTH:
+            masks[name] = torch.full((1, max(1, row.shape[1])), row.shape[1] > 0)
+            row = row if row.shape[1] else row.new_zeros((1, 1, *row.shape[2:]))
+        found[name] = row
+    return normalised(Condition(found, masks), conditions) if found else None
+
+
+def normalised(condition: Condition, conditions: Conditions) -> Condition:
+    """A condition in the data's own units, as the network takes it: its normalisers applied, numbers in float32."""
+    values = dict(condition.values)
+    for name, value in values.items():
+        spec = conditions[name]
+        if spec.kind in ("class", "text"):
+            continue
+        if spec.normaliser is not None:
+            last = -1 if spec.kind == "sequence" else 1  # the axis of its channels
+            value = spec.normaliser.apply(value.movedim(last, 1)).movedim(1, last)
+        values[name] = value.float()
+    return Condition(values, condition.masks)
+
+
+def _row(value: Any, spec: ConditionSpec) -> Tensor:
+    """The value of one sample: int64 [], uint8 [n] or float [...], of a shape that fits."""
+    if spec.kind == "class":
+        return torch.tensor(class_number(value, spec.classes))
+    if spec.kind == "text":
+        return _text(value, spec.shape[0])
+    array = _numbers(value, spec)
+    if spec.kind == "vector" and not array.ndim:
+        array = array[None]
+    if spec.kind == "concat" and spec.shape[0] == 1 and array.ndim == len(spec.shape) - 1:
+        array = array[None]
+    shape, wanted = array.shape, spec.shape
+    if spec.kind == "vector":
+        fits = shape == wanted
+    elif spec.kind == "concat":  # of any size: it is resized to the sample's grid
+        fits = len(shape) == len(wanted) and shape[0] == wanted[0] and all(shape)
+    else:
+        fits = len(shape) == 2 and shape[1:] == wanted[1:]
+        if fits and shape[0] > wanted[0]:
+            raise UserError(f"{shape[0]:,} tokens, this model takes at most {wanted[0]:,}; cut it")
+    if not fits:
+        raise UserError(f"numbers of shape {list(shape)}, this model takes {_described(spec)}")
+    held = np.abs(array) <= LARGEST  # False for NaN too
+    if not held.all():
+        where = [int(axis) for axis in np.argwhere(~held)[0]]
+        raise UserError(f"{array[tuple(where)]} at index {where}; give finite numbers that float32 holds")
+    return torch.from_numpy(array)
+
+
+def _text(value: Any, most: int) -> Tensor:
+    if not isinstance(value, str):
+        raise UserError(f"{_shown(value)}, this model takes a text")
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"text {ascii(value)[:80]} is not Unicode that UTF-8 can hold") from None
+    if len(data) > most:
+        raise UserError(f"a text of {len(data):,} bytes (UTF-8), this model takes at most {most:,}; shorten it")
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def _numbers(value: Any, spec: ConditionSpec) -> np.ndarray:
+    """Real numbers, float32 or, of Python's numbers and wide types, float64. Raises UserError."""
+    if isinstance(value, str):
+        raise UserError(f"text '{shortened(value, 40)}', this model takes {_described(spec)}")
+    try:
+        if isinstance(value, bytes):
+            array = npy_array(value)
+        elif isinstance(value, Tensor):
+            value = value.detach().cpu()
+            array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        else:
+            array = np.asarray(value)
+    except Exception as error:  # untrusted bytes, and lists whose rows differ in length
+        reason = " ".join(str(error).split())
+        raise UserError(f"{_shown(value)} can't be read as numbers: {shortened(reason)}") from None
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{_shown(value)}, this model takes {_described(spec)}")
+    # A copy: the array may be a view of the caller's bytes, which torch can't have as its own.
+    return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
+
+
+def _described(spec: ConditionSpec) -> str:
+    """What a condition of numbers is given as."""
+    if spec.kind == "vector":
+        count = spec.shape[0]
+        return "a number" if count == 1 else f"{count} numbers"
+    if spec.kind == "sequence":
+        return f"numbers of shape [up to {spec.shape[0]}, {spec.shape[1]}]"
+    return f"numbers of shape {list(spec.shape)}, of any size but the first"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: its type, and itself where it is short."""
+    if isinstance(value, np.ndarray | Tensor):
+        return f"an array of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() < 64):
+        return f"{value}"
+    return f"a value of type {type(value).__name__}"
