@@ -250,8 +250,8 @@ def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> Restorati
     seeds = request.sample_seeds(chunk.first, chunk.last).to(settings.device)
     sigmas = info.sigmas(request.steps, request.grid)
     x = SampleNoise(seeds).normal(x0.shape, torch.float32, settings.device) * float(sigmas[0])
-    classes = None if rows.labels is None else rows.labels.to(settings.device)
-    restored = sample(denoiser, x, sigmas, sampler=request.sampler, generator=seeds, class_labels=classes,
+    given = None if rows.condition is None else rows.condition.to(settings.device)
+    restored = sample(denoiser, x, sigmas, sampler=request.sampler, generator=seeds, condition=given,
                       **request.options).clamp(-1, 1)  # fmt: skip
     psnr = peak_signal_noise_ratio(restored, x0, data_range=2.0, reduction="none", dim=(1, 2, 3))
     ssim: Any = structural_similarity_index_measure(

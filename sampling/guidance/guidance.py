@@ -2,57 +2,135 @@
 
 All strengthen D_base towards D_strong, denoised = D_base + weight (D_strong - D_base): weight 0 is the base, 1 is the
 strong one, above 1 is guidance. (Ho & Salimans 2022 write w = weight - 1.)
+
+With a weight for each condition the conditions enter one after another, c_1 to c_K, each step with its own weight
+(Brooks 2023, "InstructPix2Pix", eq. 3, for two):
+
+    denoised = D(null) + sum_k w_k (D(c_1 .. c_k) - D(c_1 .. c_k-1))
+
+So all weights 1 are the model itself, and equal weights are guidance by all conditions together, which the other form
+in use, D(null) + sum_k w_k (D(c_k) - D(null)) (Liu 2022, "Composable diffusion"), is only where conditions are
+independent given the sample. Conditions of equal weight enter together, in one row more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.samplers.ode import Steps
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition
 
 Denoise = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class ClassifierFree:
-    """Classifier-free guidance: from the estimate without a class towards the one with it (Ho & Salimans 2022, eq. 6).
+class Term:
+    """One of the estimates that classifier-free guidance adds up: its coefficient, and the conditions it is made
+    without."""
 
-    Both come of one call with twice the rows (with as many at weight 0 or 1). The denoiser must have been trained with
-    label dropout, so that it knows the null label -1. Raises UserError without class labels or classes.
+    coefficient: float
+    without: tuple[str, ...] = ()
+
+
+Terms = tuple[Term, ...]
+
+
+def guidance_terms(weight: float, names: Iterable[str], weights: Mapping[str, float] = MappingProxyType({})) -> Terms:
+    """The estimates of classifier-free guidance by the conditions `names`, all of them first, none of them last.
+
+    weight: of every name that `weights` leaves out. Names enter from the least weight above or at 1 to the greatest,
+    then those below 1 downwards, so that weight 1 is a condition that is always given, and 0 one that never is.
+    The coefficients add up to 1; estimates that would have 0 are left out, so one weight for all is 2 terms, 1 at
+    weight 0 or 1. Raises UserError where `weights` has another name.
+    """
+    names = list(names)
+    for name in weights:
+        if name not in names:
+            raise UserError(
+                f"guidance {name}={weights[name]:g}: no condition '{name}' is given; {nearest(name, names)}"
+            )
+    steps = sorted(
+        ((weights.get(name, weight), name) for name in names), key=lambda step: (step[0] < 1, abs(step[0] - 1))
+    )
+    in_force = [1.0, *(step[0] for step in steps), 0.0]
+    terms = []
+    for given in range(len(steps), -1, -1):
+        coefficient = in_force[given] - in_force[given + 1]
+        if coefficient:
+            terms.append(Term(coefficient, tuple(name for _, name in steps[given:])))
+    return tuple(terms)
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance: from the estimate without a condition towards the one with it (Ho & Salimans 2022,
+    eq. 6), by `weight`, or by `weights` of conditions (`guidance_terms`).
+
+    All estimates come of one call with as many rows for each. The denoiser must have been trained with the conditions
+    dropped, so that it knows their nulls. Raises UserError without a condition.
     """
 
     denoiser: Denoise
     weight: float
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight)
-        if getattr(getattr(self.denoiser, "network", None), "num_classes", None) == 0:
-            raise UserError(f"guidance {self.weight:g}: this network has no classes; leave guidance out")
+        for weight in (self.weight, *self.weights.values()):
+            _check_weight(weight)
+        known = getattr(self.denoiser, "conditions", None)
+        if known is not None and not known:
+            raise UserError(f"guidance {self.weight:g}: this network has no classes or other conditions; leave it out")
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        if class_labels is None:
-            raise UserError(f"guidance {self.weight:g} needs class_labels: give one class per row")
-        if self.weight == 1:
-            return self.denoiser(x, sigma, class_labels)
-        null = torch.full_like(class_labels, -1)
-        if self.weight == 0:
-            return self.denoiser(x, sigma, null)
-        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([class_labels, null]))
-        strong, base = both.chunk(2)
-        return torch.lerp(base, strong, self.weight)
+    def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
+        if condition is None:
+            raise UserError(f"guidance {self.weight:g} needs class_labels, or another condition: give one per row")
+        terms = guidance_terms(self.weight, condition_names(condition), self.weights)
+        return merged(
+            self.denoiser(torch.cat([x] * len(terms)), torch.cat([sigma] * len(terms)), term_rows(condition, terms)),
+            terms,
+        )
+
+
+def condition_names(condition: Condition | Tensor) -> tuple[str, ...]:
+    """What guidance calls the conditions that are given; `label` of a plain tensor of labels."""
+    return (LABEL,) if isinstance(condition, Tensor) else tuple(condition.values)
+
+
+def term_rows(condition: Condition | Tensor, terms: Terms) -> Condition | Tensor:
+    """The condition of a call for all terms: B rows for each, one term after another."""
+    if isinstance(condition, Tensor):
+        return torch.cat([torch.full_like(condition, -1) if term.without else condition for term in terms])
+    found = Condition.cat([condition.null(term.without) for term in terms], [len(condition)] * len(terms))
+    assert found is not None  # it has a name
+    return found
+
+
+def merged(denoised: Tensor, terms: Terms) -> Tensor:
+    """The guided estimate [B, ...] of the estimates of all terms [len(terms) B, ...]."""
+    parts = denoised.chunk(len(terms))
+    if len(parts) == 1:
+        return denoised
+    if len(parts) == 2:
+        return torch.lerp(parts[1], parts[0], terms[0].coefficient)
+    total = parts[0] * terms[0].coefficient
+    for term, part in zip(terms[1:], parts[1:], strict=True):
+        total.add_(part, alpha=term.coefficient)
+    return total
 
 
 @dataclass(frozen=True)
 class Autoguidance:
     """Guidance by a worse version of the model: smaller, trained less, or of a shorter EMA (Karras 2024, autoguidance).
 
-    `weak` may also be an unconditional model: guidance across models. Works with and without class labels.
+    `weak` may also be a model that takes fewer conditions, or none: guidance across models.
     """
 
     denoiser: Denoise
@@ -62,31 +140,35 @@ class Autoguidance:
     def __post_init__(self) -> None:
         _check_weight(self.weight)
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        arguments = (x, sigma) if class_labels is None else (x, sigma, class_labels)
-        return torch.lerp(self.weak(*arguments), self.denoiser(*arguments), self.weight)
+    def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
+        known = getattr(self.weak, "conditions", None)
+        weaker = condition.select(known) if isinstance(condition, Condition) and known is not None else condition
+        return torch.lerp(
+            self.weak(x, sigma, *_given(weaker)), self.denoiser(x, sigma, *_given(condition)), self.weight
+        )
 
 
 @dataclass(frozen=True)
 class ClassifierGuidance:
     """Guidance by a classifier of noisy data: score + weight grad log p(class | x; sigma) (Dhariwal & Nichol 2021).
 
-    log_probability: `(x [B, ...], sigma [B], class_labels [B]) -> [B]`, differentiable in x. Weight 1 is Bayes' rule.
+    log_probability: `(x [B, ...], sigma [B], condition) -> [B]`, differentiable in x; condition: labels int64 [B], or
+    any other that log p(condition | x) is known of. Weight 1 is Bayes' rule.
     """
 
     denoiser: Denoise
-    log_probability: Callable[[Tensor, Tensor, Tensor], Tensor]
+    log_probability: Callable[[Tensor, Tensor, Any], Tensor]
     weight: float
 
     def __post_init__(self) -> None:
         _check_weight(self.weight)
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        if class_labels is None:
-            raise UserError("classifier guidance needs class_labels: give one class per row")
+    def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
+        if condition is None:
+            raise UserError("classifier guidance needs class_labels, or another condition: give one per row")
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_probability(leaf, sigma, class_labels).sum(), leaf)
+            (gradient,) = torch.autograd.grad(self.log_probability(leaf, sigma, condition).sum(), leaf)
         variance = sigma.to(x.dtype).square().view(-1, *[1] * (x.ndim - 1))
         return self.denoiser(x, sigma) + self.weight * variance * gradient
 
@@ -105,8 +187,8 @@ class Interval:
         if not 0 <= self.low < self.high:
             raise UserError(f"guidance interval [{self.low:g}, {self.high:g}]: must be 0 <= low < high")
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        arguments = (x, sigma) if class_labels is None else (x, sigma, class_labels)
+    def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
+        arguments = (x, sigma, *_given(condition))
         inside = (sigma >= self.low) & (sigma <= self.high)
         if bool(inside.all()):
             return self.guided(*arguments)
@@ -118,24 +200,24 @@ class Interval:
         return out
 
 
-def classifier_free_steps(steps: Steps, weight: float) -> Steps:
-    """A sampler's generator under classifier-free guidance: it yields both halves, [x, x], and merges what comes back.
+def classifier_free_steps(steps: Steps, terms: Terms) -> Steps:
+    """A sampler's generator under classifier-free guidance: it yields x for each term and merges what comes back.
 
-    For a batcher, in which each request has a weight of its own; the labels of its rows are `doubled_labels`.
+    For a batcher, in which each request has weights of its own; the condition of its rows is `term_rows`.
     """
     try:
         x, sigma = next(steps)
         while True:
-            both = yield torch.cat([x, x]), torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) else sigma
-            strong, base = both.chunk(2)
-            x, sigma = steps.send(torch.lerp(base, strong, weight))
+            levels = torch.cat([sigma] * len(terms)) if isinstance(sigma, Tensor) else sigma
+            denoised = yield torch.cat([x] * len(terms)), levels
+            x, sigma = steps.send(merged(denoised, terms))
     except StopIteration as end:
         return end.value
 
 
-def doubled_labels(class_labels: Tensor) -> Tensor:
-    """The labels of the rows that `classifier_free_steps` yields: the classes, then as many null labels."""
-    return torch.cat([class_labels, torch.full_like(class_labels, -1)])
+def _given(condition: AnyCondition) -> tuple[Condition | Tensor, ...]:
+    """The arguments after x and sigma: a denoiser that knows no conditions need not take any."""
+    return () if condition is None else (condition,)
 
 
 def _check_weight(weight: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.guidance import Denoise
 from scoreray.sampling.guidance.operators import Operator, mask
+from scoreray.trainer.diffusion.condition import AnyCondition
 
 MOST_NOISE_STD = 1e9  # its square must be a number of float32
 
@@ -52,16 +53,16 @@ class LinearInverse:
         if not bool(torch.isfinite(self.observed).all()):
             raise UserError("observed holds values that are not finite; mark unknown ones with a mask, not with NaN")
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        labels = () if class_labels is None else (class_labels,)
+    def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
+        given = () if condition is None else (condition,)
         variance = sigma.to(x.dtype).square()
         prior = variance * self.data_std**2 / (variance + self.data_std**2)
         if self.method == "projection":
-            denoised = self.denoiser(x, sigma, *labels)
+            denoised = self.denoiser(x, sigma, *given)
             return denoised + _times(prior, self._pull(denoised, prior))
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            denoised = self.denoiser(leaf, sigma, *labels)
+            denoised = self.denoiser(leaf, sigma, *given)
             (pulled,) = torch.autograd.grad(denoised, leaf, self._pull(denoised.detach(), prior))
         return denoised.detach() + _times(variance, pulled)
 

@@ -6,7 +6,7 @@ can travel; what a URL names is read where the samples are drawn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 import torch
@@ -26,27 +26,36 @@ Method = Literal["projection", "jacobian"]
 class Guidance:
     """What samples are led towards: with `weight` from a weaker estimate to the model's own (1: the model alone).
 
-    The weaker one is the model without a class (classifier-free), or with `checkpoint` another model, or with `ema` the
-    same (or that) model at another EMA length (autoguidance). `interval`: noise levels (low, high) between which it
-    acts; None for all.
+    The weaker one is the model without its conditions (classifier-free), or with `checkpoint` another model, or with
+    `ema` the same (or that) model at another EMA length (autoguidance). `weights`: of single conditions by name, where
+    they are not `weight` (classifier-free alone). `interval`: noise levels (low, high) between which it acts; None for
+    all.
     """
 
     weight: float = 1.0
     checkpoint: str | None = None
     ema: str | None = None
     interval: tuple[float, float] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def auto(self) -> bool:
         return self.checkpoint is not None or self.ema is not None
 
+    @property
+    def does_nothing(self) -> bool:
+        return all(weight == 1 for weight in (self.weight, *self.weights.values()))
+
     def __post_init__(self) -> None:
-        if not -MAX_GUIDANCE <= self.weight <= MAX_GUIDANCE:
-            raise UserError(
-                f"guidance weight {self.weight}: must be in [{-MAX_GUIDANCE:g}, {MAX_GUIDANCE:g}]; 1 is none, above 1 "
-                "strengthens it"
-            )
-        if self.weight == 1 and (self.auto or self.interval is not None):
+        for weight in (self.weight, *self.weights.values()):
+            if not -MAX_GUIDANCE <= weight <= MAX_GUIDANCE:
+                raise UserError(
+                    f"guidance weight {weight}: must be in [{-MAX_GUIDANCE:g}, {MAX_GUIDANCE:g}]; 1 is none, above 1 "
+                    "strengthens it"
+                )
+        if self.auto and self.weights:
+            raise UserError("guidance by another model has one weight; leave --guidance NAME=WEIGHT out")
+        if self.does_nothing and (self.auto or self.interval is not None):
             what = "--autoguide" if self.checkpoint else "--guide-ema" if self.ema else "--interval"
             raise UserError(f"{what} does nothing at guidance 1; give --guidance a weight such as 2")
         if self.interval is not None:
@@ -129,7 +138,7 @@ def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measureme
     Raises UserError where they do not fit the model, DataError and StorageError where a file can't be read.
     """
     guided: Denoise = denoiser
-    if guidance.weight != 1:
+    if not guidance.does_nothing:
         guided = _guided(denoiser, guidance)
         if guidance.interval is not None:
             guided = Interval(guided, denoiser, *guidance.interval)
@@ -138,7 +147,7 @@ def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measureme
 
 def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
     if not guidance.auto:
-        return ClassifierFree(denoiser, guidance.weight)
+        return ClassifierFree(denoiser, guidance.weight, guidance.weights)
     info, device = denoiser.info, next(denoiser.parameters()).device
     url = guidance.checkpoint or info.url
     weak = load(url, guidance.ema, device)
@@ -147,8 +156,10 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
             f"--autoguide {url}: draws samples of shape {list(weak.info.image_shape)}, this model "
             f"{list(info.image_shape)}; a guide must be trained on the same data"
         )
-    if weak.info.classes and weak.info.classes != info.classes:
-        raise UserError(f"--autoguide {url}: knows other classes than this model; take a guide of the same data")
+    for condition, spec in weak.info.conditions.items():
+        if info.conditions.get(condition) != spec:
+            what = "classes than this model" if spec.kind == "class" else f"a condition '{condition}' than this model"
+            raise UserError(f"--autoguide {url}: knows other {what}; take a guide of the same data")
     if (weak.info.url, weak.info.ema) == (info.url, info.ema):
         raise UserError(
             f"--autoguide {url}: is this very model at EMA {info.ema}; take an earlier checkpoint or --guide-ema"

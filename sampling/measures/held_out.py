@@ -20,6 +20,7 @@ from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
 from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.step import to_unit_range
 
 LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draws
@@ -33,13 +34,13 @@ class HeldOut:
     """Samples of a packed data set, as a model is measured on them.
 
     images: uint8 [n, C, H, W] or float32 [n, ...]; numbers: int64 [n], theirs in the data set, which key their noise.
-    labels: int64 [n], -1 for none; None for a model without classes. mean: of the whole data set in the model's range,
-    of a sample's shape or broadcastable to it.
+    condition: what a model is given of each; None for an unconditional one. mean: of the whole data set in the model's
+    range, of a sample's shape or broadcastable to it.
     """
 
     images: Tensor
     numbers: Tensor
-    labels: Tensor | None
+    condition: AnyCondition
     mean: Tensor
 
     @property
@@ -74,10 +75,10 @@ def denoising_errors(
     for part in torch.arange(len(x0)).split(batch_size):
         z = noise.normal(SAMPLING_SEED, held.numbers[part], tuple(x0.shape[1:]), stream=LOSS_STREAM).to(device)
         clean = x0[part].to(device)
-        classes = None if held.labels is None else held.labels[part].to(device)
+        given = None if held.condition is None else held.condition[part].to(device)
         levels = []
         for sigma in sigmas:
-            denoised = denoiser(clean + sigma * z, torch.full((len(part),), sigma, device=device), classes)
+            denoised = denoiser(clean + sigma * z, torch.full((len(part),), sigma, device=device), given)
             levels.append((denoised - clean).double().flatten(1).square().mean(1))
         errors.append(torch.stack(levels, 1).cpu())
     return torch.cat(errors)
@@ -134,7 +135,7 @@ def held_out_likelihood(
             rtol=rtol,
             atol=rtol,
             data_mean=held.mean.to(device),
-            class_labels=None if held.labels is None else held.labels[part].to(device),
+            condition=None if held.condition is None else held.condition[part].to(device),
         )
         nats.append(found.nats.double().cpu())
         bits.append(found.bits_per_dim(width).double().cpu() if width == width else nats[-1] * math.nan)

@@ -23,6 +23,7 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
+from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, as_condition, complete, example_condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.engine.cpu import has_bf16_units
 
@@ -113,9 +114,9 @@ def distance(exact: LoadedDenoiser, other: Callable[..., Tensor]) -> float:
     info, device = exact.info, next(exact.parameters()).device
     sigmas = info.sigmas(PROBE_STEPS)
     noise = SampleNoise(range(PROBE_SAMPLES)).normal((PROBE_SAMPLES, *info.image_shape), torch.float32, device)
-    labels = torch.arange(PROBE_SAMPLES, device=device) % len(info.classes) if info.classes else None
+    given = example_condition(info.conditions, PROBE_SAMPLES, device)
     x = noise * float(sigmas[0])
-    a, b = (sample(d, x, sigmas, generator=range(PROBE_SAMPLES), class_labels=labels) for d in (exact, other))
+    a, b = (sample(d, x, sigmas, generator=range(PROBE_SAMPLES), condition=given) for d in (exact, other))
     return float((a - b).square().mean().sqrt()) / exact.sigma_data
 
 
@@ -128,22 +129,20 @@ class Sized(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network, self.sizes, self.least = network, list[int](), dict[int, int]()
-        self.num_classes = getattr(network, "num_classes", 0)
+        self.conditions: Conditions = getattr(network, "conditions", {})
         self._compiled = torch.compile(network, dynamic=False, options={"freezing": True})
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         size = min((size for size in self.sizes if size >= len(x)), default=None)
         if size is None or len(x) < self.least.get(size, 1):
-            return self.network(x, c_noise, class_labels)
-        if class_labels is None and self.num_classes:  # one graph only
-            class_labels = torch.full((len(x),), -1, device=x.device)
+            return self.network(x, c_noise, condition)
+        given = as_condition(condition, self.conditions)
+        if self.conditions:  # one graph only
+            given = complete(given, self.conditions, len(x), x.device).fill(size)
         padding = size - len(x)
         if padding:
             x, c_noise = (torch.cat([t, t[-1:].expand(padding, *t.shape[1:])]) for t in (x, c_noise))
-            class_labels = (
-                None if class_labels is None else torch.cat([class_labels, class_labels[-1:].expand(padding)])
-            )
-        return self._compiled(x, c_noise, class_labels)[: size - padding]
+        return self._compiled(x, c_noise, given)[: size - padding]
 
 
 def _compiled(denoiser: Denoiser, loaded: LoadedDenoiser, sizes: Sequence[int], limit_s: float) -> Denoiser | None:
@@ -209,9 +208,8 @@ def _seconds(denoiser: Callable[..., Tensor], loaded: LoadedDenoiser, size: int)
 
 
 def _warm(denoiser: Callable[..., Tensor], loaded: LoadedDenoiser, size: int) -> None:
-    """Calls it once at a size, with labels where there are classes."""
+    """Calls it once at a size, with the conditions that it takes."""
     info, device = loaded.info, next(loaded.parameters()).device
     x, sigma = torch.zeros(size, *info.image_shape, device=device), torch.ones(size, device=device)
-    labels = (torch.zeros(size, dtype=torch.int64, device=device),) if info.classes else ()
     with torch.no_grad():
-        denoiser(x, sigma, *labels)
+        denoiser(x, sigma, example_condition(info.conditions, size, device))

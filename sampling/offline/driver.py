@@ -29,7 +29,7 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
-from scoreray.trainer.diffusion.condition import AnyCondition, Condition
+from scoreray.trainer.diffusion.condition import AnyCondition, as_condition, complete, example_condition
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,17 @@ class Form:
 
 
 class InRows(LoadedDenoiser):
-    """A loaded denoiser whose network is always called with `rows` rows, the last ones repeated to fill them up."""
+    """A loaded denoiser whose network is always called with `rows` rows, the last ones repeated to fill them up, and
+    with conditions of the greatest length."""
 
     rows: int
 
     def forward(
         self, x: Tensor, sigma: Tensor | float, condition: AnyCondition = None, *, class_labels: Tensor | None = None
     ) -> Tensor:
-        condition = class_labels if condition is None else condition
+        condition = as_condition(class_labels if condition is None else condition, self.info.conditions)
+        if condition is not None:
+            condition = complete(condition, self.info.conditions, len(x))
         if len(x) == self.rows:
             return super().forward(x, sigma, condition)
         if not isinstance(sigma, Tensor):
@@ -70,13 +73,10 @@ class InRows(LoadedDenoiser):
         parts = []
         for first in range(0, len(x), self.rows):
             rows = slice(first, first + self.rows)
-            given = None if condition is None else self._conditioned(condition[rows])
+            given = None if condition is None else condition[rows].fill(self.rows)
             part = super().forward(self._filled(x[rows]), self._filled(sigma[rows]), given)
             parts.append(part[: len(x) - first])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _conditioned(self, condition: Condition | Tensor) -> Condition | Tensor:
-        return condition.fill(self.rows) if isinstance(condition, Condition) else self._filled(condition)
 
     def _filled(self, values: Tensor) -> Tensor:
         missing = self.rows - len(values)
@@ -92,11 +92,11 @@ def steady_rows(model: LoadedDenoiser, rows: int) -> int:
     device, info = _device(model), model.info
     noise = SampleNoise(range(STEADY_PROBES)).normal((STEADY_PROBES, *info.image_shape), torch.float32, device)
     sigmas = torch.logspace(-2, 1, STEADY_PROBES, device=device)
+    given = example_condition(info.conditions, STEADY_PROBES, device)
     with torch.no_grad():
         for i in range(STEADY_PROBES):
             x = ((model.sigma_data + sigmas[i]) * noise[i]).expand(rows, *info.image_shape)
-            labels = torch.full((rows,), i % len(info.classes), device=device) if info.classes else None
-            denoised = model(x, sigmas[i].expand(rows), labels)
+            denoised = model(x, sigmas[i].expand(rows), None if given is None else given[i : i + 1].expand(rows))
             if not bool((denoised == denoised[:1]).all()):
                 return 1
     return rows
@@ -180,12 +180,12 @@ def call_s(model: LoadedDenoiser, rows: int) -> float:
     """Seconds of one call of the network as it is, the quicker of two after a first one."""
     device = _device(model)
     x, sigma = torch.zeros(rows, *model.info.image_shape, device=device), torch.ones(rows, device=device)
-    labels = torch.zeros(rows, dtype=torch.int64, device=device) if model.info.classes else None
+    given = example_condition(model.info.conditions, rows, device)
     times = []
     with torch.no_grad():
         for _ in range(3):
             began = time.perf_counter()
-            float(model(x, sigma, labels).sum())  # waits for a GPU too
+            float(model(x, sigma, given).sum())  # waits for a GPU too
             times.append(time.perf_counter() - began)
     return min(times[1:])
 

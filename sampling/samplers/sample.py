@@ -28,6 +28,7 @@ from scoreray.sampling.samplers.sde import (
     reverse_sde,
 )
 from scoreray.sampling.samplers.sigmas import as_grid
+from scoreray.trainer.diffusion.condition import AnyCondition
 
 SAMPLERS: dict[str, Callable[..., Steps]] = {
     "langevin": langevin,
@@ -73,23 +74,25 @@ def sample(
     *,
     sampler: str = "heun",
     generator: Noise | torch.Generator | Tensor | Sequence[int] | None = None,
+    condition: AnyCondition = None,
     class_labels: Tensor | None = None,
     callback: Callable[[SamplerState], None] | None = None,
     **options: Any,
 ) -> Tensor:
     """Draws samples: takes `x` [B, ...] at noise level sigmas[0] down the grid to 0.
 
-    denoiser: `(x [B, ...], sigma [B], class_labels [B] or None) -> denoised [B, ...]`, in the dtype of x.
+    denoiser: `(x [B, ...], sigma [B], condition of B rows or None) -> denoised [B, ...]`, in the dtype of x.
     sigmas: a grid of `scoreray.sampling.samplers.sigmas`: [n + 1], descending, ending in 0.
     sampler: a name of SAMPLERS; `options` are its keyword-only parameters.
     generator: one integer seed for each row (its samples then don't depend on the batch), a torch.Generator, a Noise,
         or None for torch's global generator.
-    class_labels: int64 [B], -1 for none.  callback: called with a SamplerState after each call of the network.
+    condition: a `Condition` of B rows, or class labels int64 [B], -1 for none; class_labels: the latter's other name.
+    callback: called with a SamplerState after each call of the network.
     Returns samples in the shape, dtype and device of `x`. Raises UserError on a bad argument, and when the samples are
     not finite.
     """
     steps = start(sampler, x, sigmas, generator, **options)
-    samples, _ = drive(steps, denoiser, class_labels=class_labels, callback=callback)
+    samples, _ = drive(steps, denoiser, condition=class_labels if condition is None else condition, callback=callback)
     good = torch.isfinite(samples)
     if not bool(good.all()):
         rows = torch.nonzero(~good.flatten(1).all(1) if good.ndim > 1 else ~good).flatten().tolist()
@@ -128,7 +131,7 @@ def drive(
     steps: Steps,
     denoiser: Denoise,
     *,
-    class_labels: Tensor | None = None,
+    condition: AnyCondition = None,
     callback: Callable[[SamplerState], None] | None = None,
 ) -> tuple[Tensor, int]:
     """Runs one sampler to its end. Returns its samples and nfe, the number of calls of the denoiser."""
@@ -138,11 +141,10 @@ def drive(
             x, sigma = next(steps)
         except StopIteration as end:
             return end.value, nfe
-        if class_labels is not None:
-            check_labels(class_labels, len(x))
+        check_rows(condition, len(x))
         while True:
             levels = per_row(sigma, x)
-            denoised = denoiser(x, levels) if class_labels is None else denoiser(x, levels, class_labels)
+            denoised = denoiser(x, levels) if condition is None else denoiser(x, levels, condition)
             nfe += 1
             if denoised.shape != x.shape or denoised.dtype != x.dtype:
                 raise UserError(
@@ -173,12 +175,14 @@ def num_calls(sampler: str, sigmas: Tensor | Sequence[float], **options: Any) ->
     return drive(steps, lambda x, sigma: x)[1]
 
 
-def check_labels(class_labels: Tensor, rows: int) -> None:
-    """Raises UserError unless `class_labels` is int64 [rows], each -1 (none) or not below 0."""
-    if class_labels.shape != (rows,) or class_labels.dtype != torch.int64:
-        raise UserError(
-            f"class_labels of shape {list(class_labels.shape)}, {class_labels.dtype}: must be int64 [{rows}]"
-        )
-    bad = class_labels[class_labels < -1]
+def check_rows(condition: AnyCondition, rows: int) -> None:
+    """Raises UserError unless `condition` has so many rows; class labels must be int64 [rows], -1 (none) or more."""
+    if not isinstance(condition, Tensor):
+        if condition is not None and len(condition) != rows:
+            raise UserError(f"a condition of {len(condition)} rows for {rows} rows of x: must be one per row")
+        return
+    if condition.shape != (rows,) or condition.dtype != torch.int64:
+        raise UserError(f"class_labels of shape {list(condition.shape)}, {condition.dtype}: must be int64 [{rows}]")
+    bad = condition[condition < -1]
     if len(bad):
         raise UserError(f"class label {int(bad[0])}: must be -1 (no class) or the number of one")

@@ -7,16 +7,16 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.guidance.guidance import classifier_free_steps, doubled_labels
+from scoreray.sampling.guidance.guidance import classifier_free_steps, condition_names, guidance_terms, term_rows
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.ode import Steps
-from scoreray.sampling.samplers.sample import check_labels, start
+from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
 from scoreray.sampling.service.request import SampleRequest
 
@@ -50,8 +50,7 @@ class Ticket(Future[Tensor]):
         self.submitted, self.arrived = time.monotonic(), 0
         self.work = request.rows_per_call * request.expected_calls
         self.labels = None if request.class_labels is None else torch.as_tensor(request.class_labels)
-        if self.labels is not None:
-            check_labels(self.labels, self.remaining)
+        check_rows(self.labels, self.remaining)
         if request.guidance != 1 and self.labels is None:
             raise UserError(f"guidance {request.guidance:g} needs class_labels: give one class per sample")
         self.parts: list[Part] = []
@@ -126,10 +125,10 @@ class Part:
 
     def __init__(self, ticket: Ticket, first: int, steps: Steps, labels: Tensor | None) -> None:
         self.ticket, self.first, self.in_call, self.calls = ticket, first, False, 0
-        guidance = ticket.request.guidance
-        self.guided = guidance != 1 and labels is not None
-        self.steps = classifier_free_steps(steps, guidance) if self.guided else steps
-        self.labels = doubled_labels(labels) if self.guided and labels is not None else labels
+        terms = () if labels is None else guidance_terms(ticket.request.guidance, condition_names(labels))
+        self.num_terms = max(1, len(terms))
+        self.labels = None if labels is None else cast(Tensor, term_rows(labels, terms))
+        self.steps = classifier_free_steps(steps, terms) if self.num_terms > 1 else steps
         with torch.no_grad():
             self.x, self.sigma = next(self.steps)
 
@@ -148,7 +147,7 @@ class Part:
                     "sample: take fewer steps or looser tolerances"
                 )
             if self.ticket.show is not None:
-                self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // (2 if self.guided else 1)])
+                self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // self.num_terms])
             self.x, self.sigma = self.steps.send(denoised)
         except StopIteration as end:
             self.ticket.finish(self, end.value)

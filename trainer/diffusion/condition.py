@@ -13,7 +13,7 @@ guidance). What stands under a False mask is never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -125,6 +125,12 @@ class Condition:
             return self.masks[name]
         return self.values[name] >= 0 if _is_class(self.values[name]) else self._rows(name)
 
+    def select(self, names: Iterable[str]) -> Condition | None:
+        """Those of `names` that it has; None where it has none of them."""
+        kept = [name for name in names if name in self.values]
+        masks = {name: self.masks[name] for name in kept if name in self.masks}
+        return Condition({name: self.values[name] for name in kept}, masks) if kept else None
+
     def expand(self, rows: int) -> Condition:
         """One row as so many (views)."""
         return self._map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
@@ -180,6 +186,41 @@ def as_condition(condition: AnyCondition, conditions: Conditions) -> Condition |
     if name is None:
         raise UserError(f"class labels alone: this network takes {', '.join(conditions)}; give a Condition with these")
     return Condition({name: condition})
+
+
+def example_condition(conditions: Conditions, rows: int, device: torch.device | str = "cpu") -> Condition | None:
+    """A value of every name in the shapes that a network was built for, the same at every call, for probes and to warm
+    up: classes in turn, normal numbers, sequences and texts of the greatest length and of shorter ones. None of an
+    unconditional network."""
+    generator = torch.Generator().manual_seed(0)
+    values, masks = dict[str, Tensor](), dict[str, Tensor]()
+    for name, spec in conditions.items():
+        if spec.kind == "class":
+            values[name] = torch.arange(rows) % spec.num_classes
+            continue
+        masks[name] = torch.ones(rows, dtype=torch.bool)
+        if spec.kind in HAS_LENGTH:
+            length = spec.shape[0]
+            masks[name] = torch.arange(length) < (length - torch.arange(rows) % length)[:, None]
+        if spec.kind == "text":
+            values[name] = torch.randint(ord("a"), ord("z"), (rows, *spec.shape), generator=generator).to(torch.uint8)
+        else:
+            values[name] = torch.randn(rows, *spec.shape, generator=generator)
+    return Condition(values, masks).to(device) if values else None
+
+
+def complete(
+    condition: Condition | None, conditions: Conditions, rows: int, device: torch.device | str = "cpu"
+) -> Condition:
+    """`condition` of `rows` rows (None: the null, on `device`) with every name, sequences and texts padded to their
+    greatest length, and a mask for each: kernels and compiled graphs are chosen by shapes, so calls should have one."""
+    if condition is not None:
+        device = next(iter(condition.values.values())).device
+    example = example_condition(conditions, 1, device)
+    assert example is not None, "only for networks that take conditions"
+    found = Condition.cat([condition, example.null()], [rows, 1])
+    assert found is not None
+    return found[:rows]
 
 
 def check_condition(condition: AnyCondition, conditions: Conditions, rows: int) -> None:

@@ -14,13 +14,15 @@ from scoreray.sampling.guidance.guidance import (
     ClassifierGuidance,
     Interval,
     classifier_free_steps,
-    doubled_labels,
+    guidance_terms,
+    term_rows,
 )
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import mask, matrix
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import drive, sample, start
 from scoreray.sampling.samplers.sigmas import karras
+from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
 
 MEANS = torch.tensor([-1.0, 2.0], dtype=torch.float64)
@@ -68,6 +70,43 @@ def test_classifier_free_guidance_extrapolates_in_one_call_of_twice_the_rows():
     assert network.rows == 10
 
 
+class OfGiven:
+    """Each condition that is given adds a number of its own to x; two together another one: they are dependent."""
+
+    rows = 0
+
+    def __call__(self, x, sigma, condition):
+        self.rows += len(x)
+        given = {name: condition.mask(name).to(x.dtype)[:, None] for name in condition.values}
+        return x + 2 * given["caption"] + 5 * given["label"] + 0.25 * given["caption"] * given["label"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "weights", "expected", "rows"),
+    [
+        (1.0, {}, 7.25, 1),
+        (0.0, {}, 0.0, 1),
+        (3.0, {}, 3 * 7.25, 2),  # all together: plain guidance
+        (1.0, {"caption": 7.0}, 5 + 7 * 2.25, 2),  # the label is always given
+        (2.0, {"caption": 7.0}, 2 * 5 + 7 * 2.25, 3),
+        (1.5, {"label": 7.0, "caption": 1.5}, 1.5 * 2 + 7 * 5.25, 3),
+        (4.0, {"label": 0.0}, 4 * 2, 2),  # 0 leaves it out
+        (1.0, {"label": 0.5}, 2 + 0.5 * 5.25, 2),
+    ],
+)
+def test_each_condition_has_a_weight_of_its_own_and_equal_ones_share_a_row(weight, weights, expected, rows):
+    network, x = OfGiven(), points()
+    condition = Condition({"caption": torch.zeros(5, 3), "label": LABELS})
+    denoised = ClassifierFree(network, weight, weights)(x, torch.ones(5), condition)
+    torch.testing.assert_close(denoised, x + expected)
+    assert network.rows == 5 * rows
+
+
+def test_weights_of_conditions_that_are_not_given_are_refused_by_name():
+    with pytest.raises(UserError, match=r"guidance captoin=2: no condition 'captoin' is given; did you mean 'caption'"):
+        guidance_terms(1.0, ["caption", "label"], {"captoin": 2.0})
+
+
 def test_a_classifiers_gradient_at_weight_1_is_bayes_rule():
     def log_probability(x, sigma, labels):
         logits = -((x - MEANS) ** 2) / (2 * (STD**2 + sigma**2)[:, None])
@@ -102,8 +141,9 @@ def test_autoguidance_leads_away_from_the_weak_models_errors(make_gaussian):
 def test_guided_steps_for_a_batcher_give_the_samples_of_the_guided_denoiser(name):
     x = 20 * SampleNoise(range(5)).normal((5, 1), torch.float64)
     offline = sample(ClassifierFree(TwoClasses(), 2.5), x, GRID, sampler=name, generator=range(5), class_labels=LABELS)
-    steps = classifier_free_steps(start(name, x, GRID, range(5)), 2.5)
-    stepped, _ = drive(steps, lambda x, sigma: TwoClasses()(x, sigma, doubled_labels(LABELS)))
+    terms = guidance_terms(2.5, ["label"])
+    steps = classifier_free_steps(start(name, x, GRID, range(5)), terms)
+    stepped, _ = drive(steps, lambda x, sigma: TwoClasses()(x, sigma, term_rows(LABELS, terms)))
     torch.testing.assert_close(stepped, offline)
 
 
