@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -104,6 +104,10 @@ def condition_names(condition: Condition | Tensor) -> tuple[str, ...]:
     return (LABEL,) if isinstance(condition, Tensor) else tuple(condition.values)
 
 
+@overload
+def term_rows(condition: Condition, terms: Terms) -> Condition: ...
+@overload
+def term_rows(condition: Tensor, terms: Terms) -> Tensor: ...
 def term_rows(condition: Condition | Tensor, terms: Terms) -> Condition | Tensor:
     """The condition of a call for all terms: B rows for each, one term after another."""
     if isinstance(condition, Tensor):

@@ -26,7 +26,7 @@ from scoreray.sampling.http.parse import check_key, parse
 from scoreray.sampling.http.stream import CANCELLED, Events
 from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.answers import choose_media
-from scoreray.sampling.service.config import ERRORS, HEADERS, Limits, Refused
+from scoreray.sampling.service.config import ERRORS, HEADERS, Refused
 from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.service import Service
 
@@ -34,6 +34,7 @@ log = logging.getLogger("scoreray.serve")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BODY_WITHIN_S = 30.0
+PARSED_AT_ONCE = 64 << 10  # bytes of JSON: under a millisecond; more would hold up other requests
 
 
 def make_app(service: Service) -> FastAPI:
@@ -177,7 +178,8 @@ def _count(service: Service, request: Request, code: str, started: float) -> Non
 async def _samples(service: Service, request: Request, who: str, request_id: str) -> Response:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused("not_json", "send the request as JSON, with the header Content-Type: application/json")
-    body = parse(await _read(request, service.limits))
+    raw = await _read(request, service.max_body_bytes)
+    body = parse(raw) if len(raw) <= PARSED_AT_ONCE else await asyncio.to_thread(parse, raw)
     key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
     media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
     draw = await service.submit(body, token=who, key=key, media=media)
@@ -223,9 +225,8 @@ async def _metrics(service: Service, request: Request, who: str, request_id: str
     return Response(await service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
-    """The body, at most `max_body_bytes` of it, within BODY_WITHIN_S. Raises Refused."""
-    most = limits.max_body_bytes
+async def _read(request: Request, most: int) -> bytes:
+    """The body, at most `most` bytes of it, within BODY_WITHIN_S. Raises Refused."""
     too_large = Refused("body_too_large", f"the body is larger than {most} bytes")
     declared = request.headers.get("content-length")
     if declared is not None and not (declared.isascii() and declared.isdigit()):
@@ -309,4 +310,5 @@ def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def _latin(value: Any) -> str:
-    return str(value).encode("ascii", "backslashreplace").decode()
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return text.encode("ascii", "backslashreplace").decode()

@@ -72,7 +72,11 @@ def _variant(one: dict[str, Any]) -> str:
     if "pattern" in one:
         return "a string of 1 to 255 printable ASCII characters, no spaces"  # the only pattern there is, KEY
     if "maxProperties" in one:
-        return f"an object of at most {one['maxProperties']} values: numbers, strings, true, false or null"
+        values = one["additionalProperties"]
+        if values is True:
+            return f"an object of at most {one['maxProperties']} conditions by name"
+        each = f"each {_variant(values)}" if "type" in values else "numbers, strings, true, false or null"
+        return f"an object of at most {one['maxProperties']} values: {each}"
     name = TYPES.get(one.get("type", ""), "a value")
     if "maxLength" in one:
         return f"{name} of at most {one['maxLength']} characters"

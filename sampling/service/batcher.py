@@ -20,6 +20,7 @@ from scoreray.data.errors import ScorerayError, UserError
 from scoreray.sampling.samplers.sample import per_row
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.sampling.service.ticket import Part, ShowEstimate, Ticket
+from scoreray.trainer.diffusion.condition import Condition
 
 IN_TURN = 2  # one part in so many of each call goes to all requests in turn, whatever they need
 
@@ -68,7 +69,7 @@ class StepBatcher:
 
     def submit(self, request: SampleRequest, show: ShowEstimate | None = None) -> Ticket:
         """Queues a request. Raises UserError at once on bad arguments; a failure on the way is the ticket's."""
-        ticket = Ticket(request, self.part_rows, self.max_batch // self.part_rows, self.device, show)
+        ticket = Ticket(request, self.part_rows, self.max_batch, self.device, show)
         ticket.arrived = self.calls
         with self._changed:
             if self._closing:
@@ -184,15 +185,12 @@ class StepBatcher:
         x = torch.cat([part.x for part in parts])
         sigma = torch.cat([per_row(part.sigma, part.x) for part in parts])
         count = len(x)
-        labels = None
-        if any(part.labels is not None for part in parts):
-            none = [torch.full((len(part.x),), -1, device=self.device) for part in parts]
-            labels = torch.cat([n if part.labels is None else part.labels for part, n in zip(parts, none, strict=True)])
+        condition = Condition.cat([part.condition for part in parts], [len(part.x) for part in parts])
         padded = next((size for size in self.batch_sizes if size >= count), count)
         if padded > count:
             x, sigma = _pad(x, padded), _pad(sigma, padded)
-            labels = None if labels is None else _pad(labels, padded)
-        denoised = self.denoiser(x, sigma) if labels is None else self.denoiser(x, sigma, labels)
+            condition = None if condition is None else condition.fill(padded)
+        denoised = self.denoiser(x, sigma) if condition is None else self.denoiser(x, sigma, condition)
         if denoised.shape != x.shape or denoised.dtype != x.dtype:
             raise ScorerayError(
                 f"the denoiser gave {list(denoised.shape)} {denoised.dtype} for {list(x.shape)} {x.dtype}"

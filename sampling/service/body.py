@@ -5,6 +5,8 @@ Every mistake is one Refused that names its field.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import functools
 import hashlib
 import json
@@ -12,11 +14,14 @@ import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
 
-from scoreray.data.errors import ScorerayError, UserError
+from scoreray.data.errors import ScorerayError, UserError, shortened
 from scoreray.data.reading.manifest import is_picture
+from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
@@ -24,10 +29,17 @@ from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options,
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.request import Origin, SampleRequest
+from scoreray.sampling.service.ticket import terms_of
 from scoreray.trainer.config import MAX_GUIDANCE
+from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only assumed to take these
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
+Weight = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
+DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
+ConditionValue = str | int | float | bytes | np.ndarray | None
+"""What a request gives for one condition; bytes are those of an .npy, lists of numbers are arrays already."""
 
 
 class SampleBody(BaseModel):
@@ -72,13 +84,21 @@ class SampleBody(BaseModel):
             "all classes in turn if left out"
         ),
     ] = None
-    guidance: Annotated[
-        float,
+    condition: Annotated[
+        dict[str, Any],
         Field(
-            ge=-MAX_GUIDANCE,
-            le=MAX_GUIDANCE,
-            description="classifier-free, from -100 to 100; 1 is none, above strengthens the class. Costs two rows a "
-            "sample",
+            max_length=64,
+            description="what the samples are drawn for, by the names under `conditions` of `/v1/model`, in the data's "
+            "own units: a text, a class by number or name, a number, a list of numbers, lists of lists, or "
+            '{"npy": BASE64} of an .npy file; null, or a name left out, for none',
+        ),
+    ] = {}
+    guidance: Annotated[
+        Weight | Annotated[dict[str, Weight], Field(max_length=64)],
+        Field(
+            description="classifier-free, from -100 to 100; 1 is none, above strengthens class and conditions; or a "
+            'weight for each by name, {"caption": 7, "label": 2}, 1 where left out. Costs two rows a sample, and one '
+            "more for each further weight",
         ),
     ] = 1.0
     options: Annotated[
@@ -109,6 +129,21 @@ class SampleBody(BaseModel):
         ),
     ] = None
 
+    @field_validator("condition", mode="before")
+    @classmethod
+    def _condition(cls, given: Any) -> Any:
+        """From JSON to what each value means. Raises Refused, which names the condition."""
+        if not isinstance(given, dict):
+            return given
+        found: dict[str, ConditionValue] = {}
+        for name, value in given.items():
+            try:
+                found[name] = _condition_value(value)
+            except ValueError as error:
+                name = shortened(name, 64)
+                raise Refused("invalid", f"condition '{name}': {error}", field=f"condition.{name}") from None
+        return found
+
     @property
     def ema_length(self) -> str | None:
         """`ema` as text: a JSON number is one spelling of a length."""
@@ -116,8 +151,55 @@ class SampleBody(BaseModel):
 
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
-        fields = self.model_dump(exclude={"stream", "previews", "idempotency_key"})
-        return hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode()).hexdigest()
+        fields = self.model_dump(exclude={"stream", "previews", "idempotency_key", "condition"})
+        found = hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode())
+        for name, value in sorted(self.condition.items()):
+            if isinstance(value, np.ndarray):
+                found.update(json.dumps([name, value.shape]).encode() + value.tobytes())
+            elif isinstance(value, bytes):
+                found.update(json.dumps([name, len(value), "npy"]).encode() + value)
+            else:
+                found.update(json.dumps([name, value]).encode())
+        return found.hexdigest()
+
+
+def _condition_value(value: Any) -> ConditionValue:
+    """One value of a request's condition. Raises ValueError."""
+    if value is None or isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, list):
+        _check_numbers(value, DEEPEST)
+        try:
+            return np.asarray(value, np.float64)
+        except (ValueError, OverflowError) as error:  # lists of unequal length, an integer of 400 digits
+            raise ValueError(f"the list is no array of numbers: {shortened(' '.join(str(error).split()))}") from None
+    if isinstance(value, dict) and value.keys() == {"npy"} and isinstance(value["npy"], str):
+        try:
+            return base64.b64decode(value["npy"], validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError('{"npy": ...} is not base64, as RFC 4648 has it in section 4') from None
+    raise ValueError(f'{_shown(value)}: must be a text, a number, a list of numbers, {{"npy": BASE64}} or null')
+
+
+def _check_numbers(value: list[Any], deepest: int) -> None:
+    """Raises ValueError unless all are numbers, or all lists of such. (numpy would read "1", true and null as numbers,
+    and make 240 KB of each number beside one text of 60,000 characters.)"""
+    kinds = set(map(type, value))
+    if kinds == {list}:
+        if not deepest:
+            raise ValueError(f"lists in lists, more than {DEEPEST} deep")
+        for inner in value:
+            _check_numbers(inner, deepest - 1)
+    elif not kinds <= {int, float}:
+        odd = next(one for one in value if type(one) not in (int, float))
+        raise ValueError(f"{_shown(odd)} in a list: must be numbers, or lists of one length")
+
+
+def _shown(value: Any) -> str:
+    """A value of JSON in a message; of lists and objects, which may be deeper than can be written, what they are."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return shortened(json.dumps(value))
 
 
 def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: str, seed: int) -> SampleRequest:
@@ -130,7 +212,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         raise Refused(
             "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
         )
-    if body.guidance != 1 and not info.classes:
+    if body.guidance != 1 and not info.conditions:
         raise Refused("invalid", "this model was trained without classes: leave guidance out", field="guidance")
     request = _fitted(body, info, seed)
     assert request.sampler is not None
@@ -146,18 +228,15 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     if calls > limits.max_calls:
         message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"
         raise Refused("too_many", message, field="options" if body.options else "steps")
-    try:
-        labels = request.labels(0, body.count, info)
-    except UserError as error:
-        raise Refused("invalid", str(error), field="class_label") from None
-    return SampleRequest(
+    fitted = SampleRequest(
         seeds=tuple(request.sample_seeds(0, body.count).tolist()),
         shape=info.image_shape,
         sigmas=sigmas,
         sampler=request.sampler,
         options=options,
-        class_labels=tuple(labels.tolist()) if info.classes else None,
-        guidance=body.guidance,
+        condition=_condition(body, request, info, limits),
+        guidance=body.guidance if isinstance(body.guidance, float) else 1.0,
+        weights=body.guidance if isinstance(body.guidance, dict) else {},
         expected_calls=calls,
         max_calls=limits.max_calls,
         origin=Origin(served.name, info.url, info.images_seen, seed),
@@ -167,6 +246,50 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         format=format_,
         previews=body.previews if body.stream else 0,
     )
+    try:
+        terms_of(fitted)
+    except UserError as error:
+        raise Refused("invalid", str(error), field="guidance") from None
+    return fitted
+
+
+def _condition(body: SampleBody, request: Request, info: ModelInfo, limits: Limits) -> Condition | None:
+    """What the samples are drawn for, a row for each: values of all, and the classes. Raises Refused."""
+    values, masks = dict[str, Tensor](), dict[str, Tensor]()
+    for name, value in body.condition.items():
+        field = f"condition.{shortened(name, 64)}"
+        num_bytes = _num_bytes(value)
+        if num_bytes > limits.max_condition_bytes:
+            message = f"condition '{name}' has {num_bytes:,} bytes: at most {limits.max_condition_bytes:,}"
+            raise Refused("condition_too_large", message, field=field)
+        try:
+            one = condition_of({name: value}, info.conditions)
+        except UserError as error:
+            raise Refused("invalid", str(error), field=field) from None
+        if one is not None:
+            row = one.expand(body.count)
+            values.update(row.values)
+            masks.update(row.masks)
+    classes = class_name_of(info.conditions)
+    if body.class_label is not None and (classes is None or classes in body.condition):
+        several = [name for name, spec in info.conditions.items() if spec.kind == "class"]
+        message = "this model was trained without classes: leave it out"
+        if several:
+            message = f"this model's classes are conditions: give {' or '.join(several)} under `condition` alone"
+        raise Refused("invalid", message, field="class_label")
+    if classes is not None and classes not in body.condition:
+        try:
+            values[classes] = request.labels(0, body.count, info)
+        except UserError as error:
+            raise Refused("invalid", str(error), field="class_label") from None
+    return Condition(values, masks) if values else None
+
+
+def _num_bytes(value: ConditionValue) -> int:
+    """Of a condition's value: UTF-8 of a text, an .npy, numbers as float32."""
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    return len(value) if isinstance(value, bytes) else 4 * getattr(value, "size", 1)
 
 
 def made_from(request: SampleRequest, origin: Origin) -> SampleRequest:
@@ -185,7 +308,7 @@ def _fitted(body: SampleBody, info: ModelInfo, seed: int) -> Request:
             grid=body.grid,
             seed=seed,
             class_label=body.class_label,
-            guidance=body.guidance,
+            guidance=Guidance(weights=body.guidance) if isinstance(body.guidance, dict) else body.guidance,
             options=dict(body.options),
         )
         return request.fitted(info)

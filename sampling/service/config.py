@@ -11,9 +11,10 @@ from scoreray.data.units import MOST_THREADS
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, one token and one replica may hold. Rows are samples; with guidance each costs two."""
+    """What one request, one token and one replica may hold. Rows are samples; with guidance each costs two or more."""
 
     max_body_bytes: int = 64 << 10
+    max_condition_bytes: int = 4 << 20  # of one condition's values; a body may then have twice as many more
     max_count: int = 256
     max_steps: int = 1000
     max_calls: int = 10_000  # of the network, for one sample
@@ -81,6 +82,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "bad_method": (405, "the path does not take this method"),
     "too_slow": (408, "the request's header did not arrive within 30 s"),
     "body_too_large": (413, "the body is larger than the limit"),
+    "condition_too_large": (413, "a condition has more bytes than the limit"),
     "not_json": (415, "the content type is not application/json"),
     "invalid": (422, "a field is unknown, of a wrong type or out of its range"),
     "too_many": (422, "count, steps or calls of the network are above the limit"),

@@ -32,7 +32,7 @@ class SampleAnswer:
             "steps": len(request.sigmas) - 1,
             "grid": request.grid,
             "seed": request.origin.seed,
-            "guidance": request.guidance,
+            "guidance": dict(request.weights) or request.guidance,
             "count": len(request.seeds),
             "format": request.format,
             "queued_s": round(drawn.queued_s, 4),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.reading.manifest import is_picture
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import in_same_rows
@@ -29,6 +30,7 @@ from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
 from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, Preview, SampleRequest
 from scoreray.sampling.service.ticket import NonFiniteSamplesError, Ticket
+from scoreray.trainer.diffusion.condition import class_name_of
 
 log = logging.getLogger("scoreray.serve")
 
@@ -97,7 +99,7 @@ class Replica:
                 yield await asyncio.to_thread(_preview, estimate)
             samples = ticket.result(0)
             self._count(ticket, len(samples))
-            labels = request.class_labels or (-1,) * len(samples)
+            labels = _labels(request, model.denoiser.info)
             body = await asyncio.to_thread(encode, samples.cpu(), labels, request.media, request.format)
             yield Completed(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
         finally:
@@ -220,6 +222,14 @@ def failed(error: ScorerayError) -> Failed:
     if isinstance(error, BatcherStopped):  # Serve's health check replaces this replica within a second
         return Failed("unavailable", str(error))
     raise error
+
+
+def _labels(request: SampleRequest, info: ModelInfo) -> list[int]:
+    """The class of each sample, -1 for none."""
+    name = class_name_of(info.conditions)
+    if name is None or request.condition is None or name not in request.condition.values:
+        return [-1] * len(request.seeds)
+    return request.condition.values[name].tolist()
 
 
 @dataclass(frozen=True)

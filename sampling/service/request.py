@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # the stores of keys do without torch
+    from scoreray.trainer.diffusion.condition import Condition
 
 log = logging.getLogger("scoreray.serve")
 
@@ -46,8 +49,10 @@ class SampleRequest:
     The first group is all that a `StepBatcher` needs, and alone decides the samples of one network, so that any
     replica may draw them, or draw them again. The second says which network, and the form of the answer.
 
-    seeds: one for each sample. class_labels: one for each, -1 for none; None for a model without classes.
-    sigmas: descending noise levels that end in 0. guidance: classifier-free weight; not 1, it takes two rows a sample.
+    seeds: one for each sample. condition: a row for each sample (what all share is one row, expanded, and travels as
+    one); None for none.
+    sigmas: descending noise levels that end in 0. guidance: classifier-free weight of all conditions but those in
+    `weights`, by name (`guidance.guidance_terms`).
     expected_calls: calls of the network that a sample is thought to take: orders requests, and estimates their wait.
     max_calls: a sample that takes more fails, so that no sampler runs for ever.
     previews: how many are sent on the way, at most.
@@ -58,8 +63,9 @@ class SampleRequest:
     sigmas: Sequence[float]
     sampler: str = "heun"
     options: dict[str, Any] = field(default_factory=dict)
-    class_labels: Sequence[int] | None = None
+    condition: Condition | None = None
     guidance: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
     expected_calls: int = 1
     max_calls: int | None = None
 
@@ -70,10 +76,6 @@ class SampleRequest:
     format: str = "png"
     previews: int = 0
     claim: Claim | None = None
-
-    @property
-    def rows_per_call(self) -> int:
-        return len(self.seeds) * (1 if self.guidance == 1 else 2)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from scoreray.sampling.service.request import (
     draw_with_retries,
     timed_out,
 )
+from scoreray.sampling.service.ticket import terms_of
 
 log = logging.getLogger("scoreray.serve")
 
@@ -130,13 +131,22 @@ class Service:
         while those and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
+    @property
+    def max_body_bytes(self) -> int:
+        """Of a request for samples: more where a model takes conditions beside a class, or is not known yet."""
+        specs = [spec for served in self.models.values() for spec in served.info.conditions.values()]
+        larger = not self.models or any(spec.kind != "class" for spec in specs)
+        return self.limits.max_body_bytes + (2 * self.limits.max_condition_bytes if larger else 0)
+
     def under_way(self) -> int:
         return len(self._draws)
 
     async def submit(self, body: SampleBody, *, token: str, key: str | None, media: str) -> Draw:
         """The draw that answers a request: a new one, or that of the same key. The caller must `leave` it."""
         self._check_open()
-        claim = Claim(token, key, body.fingerprint(media), self._owner) if key is not None else None
+        claim = None
+        if key is not None:  # the fingerprint of a condition of megabytes takes milliseconds
+            claim = Claim(token, key, await asyncio.to_thread(body.fingerprint, media), self._owner)
         draw = self._under_way(claim)
         if draw is None:
             served = self._served(body.model)
@@ -253,7 +263,7 @@ class Service:
 
     async def _draw_until_settled(self, draw: Draw, token: str) -> Completed | Failed:
         """The end of a draw, begun again from the newest checkpoint where its own was removed meanwhile."""
-        with self.access.under_way(token, draw.request.rows_per_call):
+        with self.access.under_way(token, len(draw.request.seeds) * len(terms_of(draw.request))):
             for _ in range(MAX_DEATHS):
                 last = await self._draw_once(draw)
                 if isinstance(last, Completed) or last.code != "storage" or not await self._take_to_newest(draw):

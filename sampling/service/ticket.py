@@ -7,18 +7,19 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.guidance.guidance import classifier_free_steps, condition_names, guidance_terms, term_rows
+from scoreray.sampling.guidance.guidance import Terms, classifier_free_steps, guidance_terms, term_rows
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.ode import Steps
 from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
 from scoreray.sampling.service.request import SampleRequest
+from scoreray.trainer.diffusion.condition import Condition
 
 ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
 """Called in the batcher's thread after each call of the network: (first row, sigma, denoised [b, *shape])."""
@@ -26,6 +27,18 @@ ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
 
 class NonFiniteSamplesError(UserError):
     """The samples of a request are NaN or infinite: its options are too strong."""
+
+
+def terms_of(request: SampleRequest) -> Terms:
+    """The estimates that the guidance of a request adds up: each takes a row of the network's calls for each sample.
+
+    Raises UserError where guidance has no condition to act on.
+    """
+    if request.condition is None:
+        if request.guidance != 1 or request.weights:
+            raise UserError(f"guidance {request.guidance:g} needs a condition: give one, with a row for each sample")
+        return guidance_terms(1, ())
+    return guidance_terms(request.guidance, request.condition.values, request.weights)
 
 
 class Ticket(Future[Tensor]):
@@ -36,11 +49,18 @@ class Ticket(Future[Tensor]):
     """
 
     def __init__(
-        self, request: SampleRequest, part_rows: int, most_parts: int, device: torch.device, show: ShowEstimate | None
+        self, request: SampleRequest, part_rows: int, max_batch: int, device: torch.device, show: ShowEstimate | None
     ) -> None:
         super().__init__()
-        self.request, self.part_rows, self.most_parts = request, part_rows, most_parts
-        self.device, self.show = device, show
+        self.request, self.device, self.show = request, device, show
+        self.terms = terms_of(request)
+        if len(self.terms) > max_batch:
+            raise UserError(
+                f"guidance of {len(self.terms)} terms: each takes a row of a call, of {max_batch} at most; give fewer "
+                "conditions a weight of their own"
+            )
+        self.part_rows = min(part_rows, max_batch // len(self.terms))
+        self.most_parts = max_batch // self.part_rows
         self.queued_s: float | None = None
         if len(request.seeds) < 1:
             raise UserError("a request for no samples: give at least one seed")
@@ -48,11 +68,8 @@ class Ticket(Future[Tensor]):
         self.sigmas = as_grid(request.sigmas)
         self.remaining, self.begun = len(self.seeds), 0
         self.submitted, self.arrived = time.monotonic(), 0
-        self.work = request.rows_per_call * request.expected_calls
-        self.labels = None if request.class_labels is None else torch.as_tensor(request.class_labels)
-        check_rows(self.labels, self.remaining)
-        if request.guidance != 1 and self.labels is None:
-            raise UserError(f"guidance {request.guidance:g} needs class_labels: give one class per sample")
+        self.work = self.remaining * len(self.terms) * request.expected_calls
+        check_rows(request.condition, self.remaining)
         self.parts: list[Part] = []
         self.samples: dict[int, Tensor] = {}
         self._begin()  # finds a bad sampler or option before the request is queued
@@ -100,8 +117,8 @@ class Ticket(Future[Tensor]):
         x = noise.normal((len(noise.seeds), *self.request.shape), torch.float32, self.device)
         x = x * float(self.sigmas[0])
         steps = start(self.request.sampler, x, self.sigmas, noise, **self.request.options)
-        labels = None if self.labels is None else self.labels[rows].to(self.device)
-        part = Part(self, self.begun, steps, labels)
+        condition = self.request.condition
+        part = Part(self, self.begun, steps, None if condition is None else condition[rows].to(self.device))
         self.begun += len(x)
         self.parts.append(part)
         return part
@@ -123,12 +140,10 @@ class Ticket(Future[Tensor]):
 class Part:
     """Some rows of a request: their sampler's generator, and the network call that it waits for."""
 
-    def __init__(self, ticket: Ticket, first: int, steps: Steps, labels: Tensor | None) -> None:
+    def __init__(self, ticket: Ticket, first: int, steps: Steps, condition: Condition | None) -> None:
         self.ticket, self.first, self.in_call, self.calls = ticket, first, False, 0
-        terms = () if labels is None else guidance_terms(ticket.request.guidance, condition_names(labels))
-        self.num_terms = max(1, len(terms))
-        self.labels = None if labels is None else cast(Tensor, term_rows(labels, terms))
-        self.steps = classifier_free_steps(steps, terms) if self.num_terms > 1 else steps
+        self.condition = None if condition is None else term_rows(condition, ticket.terms)
+        self.steps = classifier_free_steps(steps, ticket.terms) if len(ticket.terms) > 1 else steps
         with torch.no_grad():
             self.x, self.sigma = next(self.steps)
 
@@ -147,7 +162,7 @@ class Part:
                     "sample: take fewer steps or looser tolerances"
                 )
             if self.ticket.show is not None:
-                self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // self.num_terms])
+                self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // len(self.ticket.terms)])
             self.x, self.sigma = self.steps.send(denoised)
         except StopIteration as end:
             self.ticket.finish(self, end.value)

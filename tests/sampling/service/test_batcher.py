@@ -17,6 +17,8 @@ from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import BatcherStopped, StepBatcher
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.sampling.service.ticket import NonFiniteSamplesError
+from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 
 SMALL = {"ncsn": {"num_steps": 2}, "ncsnv2": {"num_steps": 2}}
 
@@ -27,8 +29,9 @@ class Recorder:
     def __init__(self):
         self.batches = []
 
-    def __call__(self, x, sigma, labels=None):
+    def __call__(self, x, sigma, condition=None):
         self.batches.append(len(x))
+        labels = None if condition is None else condition.values["label"]
         shape = (-1, *[1] * (x.ndim - 1))
         mean = 0.0 if labels is None else (labels.to(x.dtype) * 0.5).view(shape)
         if labels is None:
@@ -37,14 +40,48 @@ class Recorder:
         return mean + (x - mean) * kept
 
 
-def alone(request: SampleRequest) -> torch.Tensor:
+def alone(request: SampleRequest, denoiser=None) -> torch.Tensor:
     noise = SampleNoise(request.seeds)
     x = float(request.sigmas[0]) * noise.normal((len(noise.seeds), *request.shape), torch.float32)
-    denoiser = Recorder() if request.guidance == 1 else ClassifierFree(Recorder(), request.guidance)
-    labels = None if request.class_labels is None else torch.tensor(request.class_labels)
+    if denoiser is None:
+        denoiser = Recorder() if request.guidance == 1 else ClassifierFree(Recorder(), request.guidance)
+    given = request.condition
     return sample(
-        denoiser, x, request.sigmas, sampler=request.sampler, generator=noise, class_labels=labels, **request.options
+        denoiser, x, request.sigmas, sampler=request.sampler, generator=noise, condition=given, **request.options
     )
+
+
+def classes(*labels: int) -> Condition:
+    return Condition({"label": torch.tensor(labels)})
+
+
+class Conditioned:
+    """Data N(m, 0.5^2), m from text, tokens, place and grid, element by element and each sum in one order, so that
+    neither batch-mates nor padding change a row's bits; keeps what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, sigma, condition=None):
+        self.calls.append((len(x), condition))
+        mean = torch.full((len(x),), 0.25, dtype=x.dtype)
+        for number, name in enumerate(("caption", "tokens", "place", "coarse") if condition else ()):
+            if name in condition.values:
+                value, mask = condition.values[name].to(x.dtype), condition.mask(name)
+                value = torch.where(mask.view(*mask.shape, *[1] * (value.ndim - mask.ndim)), value, 0.0)
+                for column in value.flatten(1).T:
+                    mean = mean + column * 0.01
+                mean = mean + 0.1 * number * mask.flatten(1).any(1) if mask.ndim == 2 else mean + 0.1 * number * mask
+        mean = mean.view(-1, *[1] * (x.ndim - 1))
+        return mean + (x - mean) * (0.25 / (0.25 + sigma**2)).to(x.dtype).view(mean.shape)
+
+
+SPECS = {
+    "caption": ConditionSpec("text", (16,)),
+    "tokens": ConditionSpec("sequence", (5, 3)),
+    "place": ConditionSpec("vector", (2,)),
+    "coarse": ConditionSpec("concat", (1, 2, 2)),
+}
 
 
 def run(batcher: StepBatcher) -> int:
@@ -61,8 +98,8 @@ def request(name="heun", count=3, steps=6, first=0, **settings) -> SampleRequest
 
 def test_interleaved_requests_of_every_sampler_get_bitwise_what_each_gets_alone():
     requests = [request(name, 1 + i % 5, 4 + i % 7, 100 * i) for i, name in enumerate(SAMPLERS)]
-    labels = (1, 0, 2)
-    requests += [request("heun", class_labels=labels), request("ddpm", guidance=2.5, class_labels=labels, first=50)]
+    labels = classes(1, 0, 2)
+    requests += [request("heun", condition=labels), request("ddpm", guidance=2.5, condition=labels, first=50)]
     denoiser = Recorder()
     batcher = StepBatcher(denoiser, 24)
     tickets = []
@@ -74,6 +111,36 @@ def test_interleaved_requests_of_every_sampler_get_bitwise_what_each_gets_alone(
         assert torch.equal(ticket.result(0), alone(one)), one.sampler
     assert max(denoiser.batches) <= 24
     assert max(denoiser.batches) > 12
+
+
+def test_requests_with_other_conditions_and_lengths_share_calls_and_get_bitwise_what_each_gets_alone():
+    given = [
+        None,
+        {"caption": "a red square"},
+        {"caption": "ein Kreis", "tokens": [[1, 2, 3]]},
+        {"tokens": [[0.5] * 3] * 4, "place": [1, -1], "coarse": [[1, 2], [3, 4]]},
+        {"caption": "", "place": [2, 2]},
+        {"caption": "x", "coarse": [[0, 1], [1, 0]]},
+    ]
+    weights = [{}, {}, {"tokens": 3.0, "caption": 1.5}, {"place": 0.0}, {"place": 2.0, "caption": -1.0}, {}]
+    conditions = [None if values is None else condition_of(values, SPECS).expand(3) for values in given]
+    requests = [
+        request("heun", 3, 4 + i, 10 * i, condition=condition, weights=weights[i], guidance=2.0 if i == 5 else 1.0)
+        for i, condition in enumerate(conditions)
+    ]
+    shared = Conditioned()
+    batcher = StepBatcher(shared, 32, batch_sizes=(24, 32))
+    tickets = [batcher.submit(one) for one in requests]
+    run(batcher)
+    assert len(shared.calls) <= 2 * 9, "calls are shared: the longest request alone takes 2 * 9 - 1"
+    for one, ticket in zip(requests, tickets, strict=True):
+        own = Conditioned()
+        alone_in_batcher = StepBatcher(own, 32)
+        again = alone_in_batcher.submit(one)
+        run(alone_in_batcher)
+        assert torch.equal(ticket.result(0), again.result(0))
+        denoiser = own if one.guidance == 1 and not one.weights else ClassifierFree(own, one.guidance, one.weights)
+        assert torch.equal(ticket.result(0), alone(one, denoiser))
 
 
 def test_calls_are_shared_not_made_per_request():
@@ -89,10 +156,23 @@ def test_calls_are_shared_not_made_per_request():
 def test_guidance_counts_two_rows_a_sample():
     denoiser = Recorder()
     batcher = StepBatcher(denoiser, 16)
-    labels = (0,) * 16
-    batcher.submit(request("euler", 16, 5, guidance=3.0, class_labels=labels))
+    batcher.submit(request("euler", 16, 5, guidance=3.0, condition=classes(*(0,) * 16)))
     assert run(batcher) == 10
     assert denoiser.batches == [16] * 10
+
+
+def test_guidance_of_many_terms_takes_small_parts_and_one_of_more_terms_than_a_call_has_rows_is_refused():
+    values = {f"place{i}": torch.zeros(4, 2) for i in range(6)}
+    weights = {name: 2.0 + i for i, name in enumerate(values)}
+    many = request("euler", 4, 5, condition=Condition(values), weights=weights)
+    denoiser = Conditioned()
+    batcher = StepBatcher(denoiser, 16)
+    ticket = batcher.submit(many)
+    run(batcher)
+    assert ticket.result(0).shape == (4, 2, 2)
+    assert {rows for rows, _ in denoiser.calls} == {14}
+    with pytest.raises(UserError, match="guidance of 7 terms"):
+        StepBatcher(denoiser, 4).submit(many)
 
 
 def test_one_sample_does_not_wait_behind_many_nor_many_behind_a_stream_of_single_ones():
@@ -153,17 +233,18 @@ def test_a_cancelled_request_frees_its_rows_before_the_next_call():
 
 def test_one_that_fails_does_not_hurt_its_batch_mates():
     class Picky(Recorder):
-        def __call__(self, x, sigma, labels=None):
-            if labels is not None and (labels == 7).any():
+        def __call__(self, x, sigma, condition=None):
+            labels = torch.full((len(x),), -1) if condition is None else condition.values["label"]
+            if (labels == 7).any():
                 raise RuntimeError("no class 7")
-            if labels is not None and (labels == 6).any():
+            if (labels == 6).any():
                 x = torch.where((labels == 6).view(-1, 1, 1), math.nan, x)
-            return super().__call__(x, sigma, labels)
+            return super().__call__(x, sigma, condition)
 
     batcher = StepBatcher(Picky(), 16)
     good = batcher.submit(request("heun", 3, 6))
-    bad = batcher.submit(request("heun", 1, 6, class_labels=(7,)))
-    nan = batcher.submit(request("heun", 1, 6, class_labels=(6,)))
+    bad = batcher.submit(request("heun", 1, 6, condition=classes(7)))
+    nan = batcher.submit(request("heun", 1, 6, condition=classes(6)))
     burst = batcher.submit(request("heun", 1, 6, 9), lambda *_: 1 / 0)
     run(batcher)
     assert torch.equal(good.result(0), alone(request("heun", 3, 6)))
@@ -178,10 +259,10 @@ def test_one_that_fails_does_not_hurt_its_batch_mates():
 def test_padding_to_compiled_sizes_changes_no_sample():
     denoiser = Recorder()
     batcher = StepBatcher(denoiser, 16, batch_sizes=(1, 4, 16))
-    ticket = batcher.submit(request("ddpm", 3, 6, class_labels=(0, 1, 2)))
+    ticket = batcher.submit(request("ddpm", 3, 6, condition=classes(0, 1, 2)))
     run(batcher)
     assert set(denoiser.batches) == {4}
-    assert torch.equal(ticket.result(0), alone(request("ddpm", 3, 6, class_labels=(0, 1, 2))))
+    assert torch.equal(ticket.result(0), alone(request("ddpm", 3, 6, condition=classes(0, 1, 2))))
 
 
 def test_requests_of_other_shapes_take_turns():
@@ -227,8 +308,9 @@ def test_bad_requests_are_refused_when_they_are_submitted():
         (request("hein"), "did you mean 'heun'"),
         (request("ddim", options={"eta": 2}), "eta = 2"),
         (request(count=0), "no samples"),
-        (request(guidance=2.0), "needs class_labels"),
-        (request(class_labels=(0, 0)), "class_labels of shape"),
+        (request(guidance=2.0), "needs a condition"),
+        (request(condition=classes(0, 0, 0), weights={"lable": 2.0}), "did you mean 'label'"),
+        (request(condition=classes(0, 0)), "a condition of 2 rows"),
         (SampleRequest([1], (2,), [1.0, 2.0, 0.0]), "descend"),
     ):
         with pytest.raises(UserError, match=what):

@@ -66,11 +66,11 @@ def test_from_body_to_answer_the_samples_are_bitwise_those_of_the_sampler_alone(
             request.sigmas,
             sampler=request.sampler,
             generator=seeds,
-            class_labels=torch.tensor(request.class_labels),
+            condition=request.condition,
             **request.options,
         )
         assert np.array_equal(arrays["samples"], alone.numpy()), body
-        assert arrays["labels"].tolist() == list(request.class_labels)
+        assert arrays["labels"].tolist() == request.condition.values["label"].tolist()
 
 
 @pytest.mark.parametrize(
