@@ -37,7 +37,7 @@ def read_npz(path: Path, labelled: bool) -> LoadedArrays:
     """An archive's samples and labels. Raises UserError, DataError naming the file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            _check_memory(path, sum(entry.file_size for entry in archive.zip.infolist()))
+            check_memory(path, sum(entry.file_size for entry in archive.zip.infolist()))
             arrays = choose_arrays(archive, archive.files, labelled)
             if arrays is None:
                 raise UserError(f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed")
@@ -74,7 +74,7 @@ def _read_idx(path: Path) -> np.ndarray:
             shape = struct.unpack(f">{rank}I", file.read(4 * rank))
             dtype = np.dtype(IDX_TYPES[kind])
             size = math.prod(shape) * dtype.itemsize
-            _check_memory(path, size)
+            check_memory(path, size)
             data = file.read(size + 1)
         if zero or rank == 0 or len(data) != size:
             raise ValueError("its length is not what its header says")
@@ -85,7 +85,7 @@ def _read_idx(path: Path) -> np.ndarray:
         raise DataError(f"{path}: no readable IDX file: {error}") from error
 
 
-def _check_memory(path: Path, size: int) -> None:
+def check_memory(path: Path | str, size: int) -> None:
     """Raises UserError when `size` bytes, which a small file may announce, are more than this machine has."""
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > has // 2:

@@ -1,0 +1,211 @@
+"""Samples as rows of named columns: what parquet and arrow files, and files of arrays, have in common.
+
+A `Table` gives the values of some of its columns for some of its rows; `TableSource` makes fields of columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from scoreray.data.classes import in_order
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.fields.field import Field
+from scoreray.data.reading.manifest import check_label
+from scoreray.data.sources.field_options import FieldOption, FieldOptions
+from scoreray.data.sources.field_source import Sample
+from scoreray.data.sources.listing import some_of
+from scoreray.data.sources.options import SourceOptions
+from scoreray.data.tables.values import Column, FieldColumn, Values, as_text, at_path, field_of, raw_value
+
+LOOKED_AT = 32  # rows that are looked at for kinds, shapes and colours
+ROWS_AT_ONCE = 1 << 16  # of a column of classes, which is read whole
+
+
+class Table(Protocol):
+    """Rows of columns. `url`: of the file or folder.  starts: int64, first rows of the runs that are fetched and
+    unpacked together (row groups, chunks), ascending from 0.  fingerprint: of the contents.  default: the fields that
+    are packed where none is asked for."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def columns(self) -> Mapping[str, Column]: ...
+    @property
+    def starts(self) -> np.ndarray: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def default(self) -> Sequence[FieldOption]: ...
+
+    def read(self, columns: Sequence[str], rows: np.ndarray) -> Mapping[str, Values]:
+        """The values of these columns at these rows, ascending, of one run. Raises DataError, StorageError."""
+
+    def file_at(self, path: str) -> bytes:
+        """The bytes of a file that a value names, below the table's folder. Raises DataError, StorageError."""
+
+
+OpenTable = Callable[[str], Table]
+"""Opens the table at a URL: a module's function, so that another process can do the same."""
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A FieldSource of a table's rows. Pickled, it leaves the table behind, and opens it again elsewhere."""
+
+    path: str
+    num_samples: int
+    fields: Sequence[Field]
+    asked: Sequence[FieldOption]
+    columns: Sequence[tuple[str, ...]]
+    fingerprint: str
+    options: SourceOptions
+    opens: OpenTable
+    starts: np.ndarray = field(repr=False)
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+
+    @cached_property
+    def _table(self) -> Table:
+        table = _opened(self.opens, self.path)
+        if table.fingerprint != self.fingerprint:
+            _opened.cache_clear()
+            raise UserError(f"{self.path}: is not what it was when the packing began")
+        return table
+
+    def inputs(self, numbers: Sequence[int]) -> str:
+        return self.fingerprint
+
+    def check_visible(self) -> None:
+        """Raises UserError or DataError when this process does not see the source."""
+        assert self._table
+
+    def check_readable(self, skip_bad: int) -> None:
+        """What can't be read is found while reading."""
+
+    def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
+        """The samples, in order; in place of one that can't be read, or that lacks a field, why. Each run of rows is
+        read once, whatever the order of `numbers`; in memory are the values of these samples, as they are stored."""
+        rows, places = np.unique(np.fromiter(numbers, np.int64), return_inverse=True)
+        names = list(dict.fromkeys(name for columns in self.columns for name in columns))
+        stored: list[dict[str, Any]] = []
+        for run in np.split(rows, np.searchsorted(rows, self.starts[1:])):
+            if len(run):
+                values = self._table.read(names, run)
+                stored += [{name: values[name][i] for name in names} for i in range(len(run))]
+        readers = [
+            FieldColumn(field, asked, columns, self.path, self.options, self._table.file_at)
+            for field, asked, columns in zip(self.fields, self.asked, self.columns, strict=True)
+        ]
+        for place in places.tolist():
+            yield _sample(readers, stored[place], int(rows[place]))
+
+
+def _sample(readers: Sequence[FieldColumn], values: Mapping[str, Any], row: int) -> Sample | DataError:
+    try:
+        return {reader.field.name: reader.value(values, row) for reader in readers}
+    except DataError as error:
+        return error
+
+
+@lru_cache(maxsize=4)
+def _opened(opens: OpenTable, url: str) -> Table:
+    return opens(url)
+
+
+def open_table_source(opens: OpenTable, url: str, options: SourceOptions, asked: FieldOptions) -> TableSource:
+    """The source that packs `asked`, or without it the table's default, from the table at a URL. Raises UserError for
+    a column that is not there or makes no field, DataError, StorageError."""
+    _opened.cache_clear()  # the file may be another one by now
+    table = _opened(opens, url)
+    if not table.num_rows:
+        raise UserError(f"{table.url}: holds no samples")
+    chosen = asked.fields or _with_kinds(table.default, asked)
+    chosen = tuple(one for one in chosen if options.labelled or one.kind != "class")
+    if not chosen:
+        raise UserError(
+            f"{table.url}: say which columns are packed: --field NAME=COLUMN; it has {some_of(list(table.columns))}"
+        )
+    columns = [_columns_of(table, one) for one in chosen]
+    names = list(dict.fromkeys(name for one in columns for name in one))
+    first = table.read(names, np.arange(min(LOOKED_AT, _first_run(table))))
+    fields = [_field(table, one, parts, first, options) for one, parts in zip(chosen, columns, strict=True)]
+    asked.check_names([field.name for field in fields], table.url)
+    rest = [name for name in table.columns if name not in names]
+    take = f"; --field {_as_name(rest[0])}={rest[0]} takes one" if rest else ""
+    notes = [f"{table.url}: columns that no field takes: {some_of(rest)}{take}"] if rest else []
+    return TableSource(
+        url, table.num_rows, fields, chosen, columns, table.fingerprint, options, opens, table.starts,
+        tuple(notes), dict.fromkeys(rest, table.num_rows),
+    )  # fmt: skip
+
+
+def _with_kinds(default: Sequence[FieldOption], asked: FieldOptions) -> tuple[FieldOption, ...]:
+    kinds, normalisations = dict(asked.kinds), dict(asked.normalisations)
+    return tuple(
+        replace(one, kind=kinds.get(one.name, one.kind), normalisation=normalisations.get(one.name)) for one in default
+    )
+
+
+def _first_run(table: Table) -> int:
+    return int(table.starts[1]) if len(table.starts) > 1 else table.num_rows
+
+
+def _columns_of(table: Table, asked: FieldOption) -> tuple[str, ...]:
+    """The column that a field names, or those that it joins: a+b."""
+    found = (asked.where,) if asked.where in table.columns else tuple(asked.where.split("+"))
+    for name in found:
+        if name not in table.columns:
+            raise UserError(f"{asked}: {table.url} has no column '{name}'; {nearest(name, table.columns)}")
+        if refused := table.columns[name].refused:
+            raise UserError(f"{asked}: column '{name}' of {table.url} {refused}")
+    return found
+
+
+def _as_name(column: str) -> str:
+    return re.sub(r"^[^a-z]+|[^a-z0-9_]", "_", column.lower()).lstrip("_") or "NAME"
+
+
+def _field(
+    table: Table, asked: FieldOption, columns: tuple[str, ...], first: Mapping[str, Values], options: SourceOptions
+) -> Field:
+    """The field of a column, by its first values; of one of classes the whole column is read for their names."""
+    what, about = f"{asked}: {table.url}", table.columns[columns[0]]
+    num_rows = len(first[columns[0]])
+    some = [raw_value({n: first[n][i] for n in columns}, columns, asked.path, what) for i in range(num_rows)]
+    if len(columns) > 1:
+        about = Column(None if about.shape is None or some[0] is None else some[0].shape)
+    found = field_of(asked, Column() if asked.path else about, some, options, what, table.file_at)
+    if found.kind == "class":
+        classes = about.classes or _classes_of(table, asked, what)
+        found = replace(found, classes=list(classes), class_counts=[0] * len(classes))
+    return replace(found, normalisation=asked.normalisation or "none")
+
+
+def _classes_of(table: Table, option: FieldOption, what: str) -> list[str]:
+    """Names of the classes in a column: its words in order, or of whole numbers 0 to the largest."""
+    words, largest = set[str](), -1
+    for run in zip(table.starts.tolist(), [*table.starts[1:].tolist(), table.num_rows], strict=True):
+        for start in range(*run, ROWS_AT_ONCE):
+            rows = np.arange(start, min(run[1], start + ROWS_AT_ONCE))
+            for value in (at_path(raw, option.path) for raw in table.read([option.where], rows)[option.where]):
+                if isinstance(value, str | bytes):
+                    words.add(as_text(value, what))
+                elif value is not None:
+                    if value != int(value) or value < 0:
+                        raise UserError(f"{what}: {value} is no class; whole numbers from 0, or words, are needed")
+                    largest = max(largest, int(value))
+        check_label(max(largest, len(words) - 1), what)
+    if words and largest >= 0:
+        raise UserError(f"{what}: has words and numbers; classes are the one or the other")
+    return in_order(sorted(words)) if words else [str(number) for number in range(largest + 1)]
