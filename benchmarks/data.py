@@ -114,7 +114,7 @@ def from_memory(url: str, num_batches: int, decoder: Callable[[bytes], np.ndarra
     manifest = Manifest.load(open_store(url))
     reader = Reader(open_store(url), manifest, ReadStats())
     ranges = [RecordRange(k, 0, shard.num_samples) for k, shard in enumerate(manifest.shards)]
-    members = itertools.chain.from_iterable(reader.read([part])[0] for part in ranges)
+    members = itertools.chain.from_iterable(reader.read([part])[0][0] for part in ranges)
     some = list(itertools.islice(itertools.cycle(members), num_batches * BATCH))  # a stream meets each once an epoch
     return timed(lambda: deque(map(decoder, some), maxlen=0))
 
@@ -126,7 +126,7 @@ def to_litdata(url: str, folder: Path) -> str:
     manifest, folder = Manifest.load(open_store(url)), folder / "litdata"
     reader, cache, number = Reader(open_store(url), manifest, ReadStats()), Cache(str(folder), chunk_bytes="64MB"), 0
     for k, shard in enumerate(manifest.shards):
-        members, records = reader.read([RecordRange(k, 0, shard.num_samples)])
+        (members,), records = reader.read([RecordRange(k, 0, shard.num_samples)])
         for member, label in zip(members, records["label"].tolist(), strict=True):
             cache[number] = {"image": member, "label": label}
             number += 1

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scoreray.data.distances import largest_distance
 from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.reading.decode import decode
-from scoreray.data.reading.distances import largest_distance
 from scoreray.data.reading.manifest import Manifest, digest, is_picture
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import read_samples

@@ -89,6 +89,23 @@ def _picture(data: bytes) -> Any:
     return decode_as_found(data, found_format("", data))
 
 
+def json_value(data: bytes, path: str) -> Any:
+    """What a JSON member says at a path: "a.b" is b in the object a, and "a.0" the first of the list a. Raises
+    DataError, without a name."""
+    try:
+        value = _json(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is no JSON: {_reason(error)}") from None
+    for part in path.split(".") if path else []:
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            raise DataError(f"the JSON has no '{path}'")
+    return value
+
+
 def _json(data: bytes) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise DataError(f"{len(data):,} bytes of JSON, the limit is {MAX_JSON_BYTES:,}")

@@ -14,21 +14,34 @@ from typing import Self
 import numpy as np
 import torch
 
+from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import UserError
+from scoreray.data.reading.field_values import FieldTensors
 from scoreray.data.reading.order import default_lanes
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.storage.stats import ReadStats
 
 
 @dataclass(frozen=True)
-class Batch:
-    """images: uint8 [b, C, H, W], channels last in memory, or float32 [b, ...].  labels: int64 [b], -1 for none.
-    index: int64 [b], the samples' numbers in the data set.  position: int64 [b], their places in the run, ascending."""
+class Batch(FieldTensors):
+    """index: int64 [b], the samples' numbers in the data set.  position: int64 [b], their places in the run, ascending.
+    target, label: the names of the fields that are `images` and `labels`."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
     index: torch.Tensor
     position: torch.Tensor
+    target: str = "image"
+    label: str | None = None
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The data set's target, of images uint8 [b, C, H, W]."""
+        return self.fields[self.target]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [b]: the data set's (first) class field, -1 for none."""
+        found = None if self.label is None else self.fields.get(self.label)
+        return torch.full_like(self.index, NO_CLASS) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -142,10 +155,17 @@ class BatchStream(abc.ABC):
     def _handed_out(self, batch: Batch) -> None:
         """Called in the consumer's thread with each batch that it gets."""
 
-    def _made(self, *arrays: np.ndarray) -> Batch:
-        """A batch of these images, labels, index and positions, page-locked where that is wanted."""
-        tensors = [torch.from_numpy(array) for array in arrays]
-        return Batch(*(tensor.pin_memory() for tensor in tensors)) if self._pin_memory else Batch(*tensors)
+    def _made(
+        self, found: FieldTensors, index: np.ndarray, position: np.ndarray, target: str, label: str | None
+    ) -> Batch:
+        """A batch of these, page-locked where that is wanted."""
+        numbers = {"index": torch.from_numpy(index), "position": torch.from_numpy(position)}
+        fields, masks = found.fields, found.masks
+        if self._pin_memory:
+            fields, masks, numbers = (
+                {name: tensor.pin_memory() for name, tensor in each.items()} for each in (fields, masks, numbers)
+            )
+        return Batch(fields, masks, **numbers, target=target, label=label)
 
     def _produce(self) -> None:
         try:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from scoreray.data.errors import DataError
-from scoreray.data.reading.decode import decode_into, decode_rows
+from scoreray.data.reading.field_values import FieldArrays, FieldDecoder, Members
 from scoreray.data.reading.order import BlockKey, Order, RecordRange
 from scoreray.data.reading.reader import Reader
 
@@ -27,49 +27,42 @@ SUBSTITUTES = 16  # samples that are tried in the place of a quarantined one
 
 @dataclass(frozen=True)
 class ReadBlock:
-    """A block that was read, in the order in which it is handed out. A quarantined member is None; `members` is empty
-    when all are in the cache."""
+    """A block that was read, in the order in which it is handed out: its samples' numbers and records, and the members
+    of each column that the decoder reads. A quarantined member is None; all but `samples` is empty when they are in
+    the cache."""
 
     samples: np.ndarray
-    labels: np.ndarray
-    formats: np.ndarray
-    members: list[bytes | None] = field(default_factory=list)
+    records: np.ndarray
+    members: list[list[bytes | None]]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples in the order of their positions; `members` is empty when they are in the cache."""
+    """Samples in the order of their positions; all but their numbers (`index`) is empty when they are in the cache."""
 
     positions: np.ndarray
     index: np.ndarray
-    labels: np.ndarray
-    formats: np.ndarray
-    members: list[bytes | None]
+    records: np.ndarray
+    members: list[list[bytes | None]]
 
     def part(self, start: int, end: int) -> Rows:
-        return Rows(
-            self.positions[start:end],
-            self.index[start:end],
-            self.labels[start:end],
-            self.formats[start:end],
-            self.members[start:end],
-        )
+        members = [column[start:end] for column in self.members]
+        return Rows(self.positions[start:end], self.index[start:end], self.records[start:end], members)
 
 
 class BlockReader:
     """The blocks of given positions, and the next ones of their lanes, read by several threads.
 
-    A data set that decoded takes up to `cache_bytes` is kept decoded, as far as it has been read.
+    A data set whose requested fields take up to `cache_bytes` decoded is kept decoded, as far as it has been read.
     """
 
-    def __init__(self, reader: Reader, order: Order, cache_bytes: int) -> None:
-        self.reader, self.order = reader, order
+    def __init__(self, reader: Reader, order: Order, decoder: FieldDecoder, cache_bytes: int) -> None:
+        self.reader, self.order, self._decoder = reader, order, decoder
         manifest = reader.manifest
-        self.dtype = np.dtype(manifest.dtype)
-        self.shape = tuple(manifest.shape)
-        self.stored_shape = (*self.shape[1:], self.shape[0]) if self.dtype == np.uint8 else self.shape  # channels last
-        num_bytes = manifest.num_samples * int(np.prod(self.shape)) * self.dtype.itemsize
-        self._cache = _Cache(manifest.num_samples, self.stored_shape, self.dtype) if num_bytes <= cache_bytes else None
+        fits = manifest.num_samples * decoder.bytes_per_sample <= cache_bytes
+        self._cache = _Cache(manifest.num_samples, decoder) if fits else None
+        self._columns = decoder.columns
+        self._no_records, self._no_members = np.zeros(0, manifest.record), [list[bytes | None]() for _ in self._columns]
         self._inline = self._cache is None and reader.cache is None and not reader.store.is_remote
         self._at_once = blocks_at_once(order, manifest.bytes_per_sample) if reader.store.is_remote else 1
         # A block, or the future that will hold it, or None: to be read when its turn comes.
@@ -81,8 +74,7 @@ class BlockReader:
         """The samples at `positions` (ascending), waiting for them to be read."""
         if self._cache is not None and self._cache.is_whole:
             self._requested.clear()
-            samples = self.order.samples(positions)
-            return Rows(positions, samples, self._cache.labels[samples], np.zeros(0, np.uint8), [])
+            return Rows(positions, self.order.samples(positions), self._no_records, self._no_members)
         groups = self.order.by_block(positions)
         passed = []
         for key, _, _ in groups:
@@ -94,63 +86,59 @@ class BlockReader:
                 self._newest[lane] = key
                 self._request(self._next(key), ahead=True)
         order = np.concatenate([rows for _, rows, _ in groups])
-        index, labels, formats = (list[np.ndarray]() for _ in range(3))
-        members: list[bytes | None] = []
+        index, records = list[np.ndarray](), list[np.ndarray]()
+        members: list[list[bytes | None]] = [[] for _ in self._columns]
         for key, _, places in groups:
             block = self._wait(key, stop)
             first, end = int(places[0]), int(places[-1]) + 1  # a lane's positions that follow each other
             index.append(block.samples[first:end])
-            labels.append(block.labels[first:end])
-            formats.append(block.formats[first:end])
-            members += block.members[first:end]
+            records.append(block.records[first:end])
+            for column, found in zip(members, block.members, strict=True):
+                column += found[first:end]
         back = np.argsort(order)
-        if self._cache is None:
-            members = [members[i] for i in back.tolist()]
         for key in passed:
             del self._requested[key]
-        codes = np.concatenate(formats)[back] if self._cache is None else np.zeros(0, np.uint8)
-        return Rows(positions, np.concatenate(index)[back], np.concatenate(labels)[back], codes, members)
-
-    def decode(self, rows: Rows, out: np.ndarray) -> None:
-        """The rows' samples into `out` [n, H, W, C] or [n, ...]. Where one replaces a quarantined sample, the index
-        and label in `rows` become its own. Raises DataError."""
         if self._cache is not None:
-            np.take(self._cache.values, rows.index, axis=0, out=out)
+            return Rows(positions, np.concatenate(index)[back], self._no_records, self._no_members)
+        places = back.tolist()
+        members = [[column[i] for i in places] for column in members]
+        return Rows(positions, np.concatenate(index)[back], np.concatenate(records)[back], members)
+
+    def decode(self, rows: Rows, out: FieldArrays) -> None:
+        """The rows' samples into `out`. Where one replaces a quarantined sample, the index in `rows` becomes its own.
+        Raises DataError, and UserError for what is longer than is requested."""
+        if self._cache is not None:
+            self._cache.values.take(rows.index, out)
             rows.index[:] = self._cache.source[rows.index]
         else:
-            self._decode(rows.index, rows.labels, rows.formats, rows.members, out)
+            self._decode(rows.index, rows.records, rows.members, out)
 
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         self._requested.clear()
 
-    def _decode(
-        self, index: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None], out: np.ndarray
-    ) -> None:
-        for row in decode_rows(members, formats, out):
-            sample, member = int(index[row]), members[row]
+    def _decode(self, index: np.ndarray, records: np.ndarray, members: Members, out: FieldArrays) -> None:
+        for row in self._decoder.decode_rows(records, members, out):
+            sample, found = int(index[row]), [column[row] for column in members]
             try:
-                if member is None:
-                    raise DataError(f"{self.reader.name_of(sample)}: quarantined")
-                decode_into(out[row], member, int(formats[row]), partial(self.reader.name_of, sample))
+                self._decoder.decode_row(records[row], found, out, row, partial(self.reader.name_of, sample))
             except DataError as error:
                 if self.reader.quarantine is None:
                     raise
                 self.reader.put_aside(sample, str(error))
-                index[row], labels[row] = self._substitute(sample, out[row])
+                index[row] = self._substitute(sample, out, row)
 
-    def _substitute(self, sample: int, out: np.ndarray) -> tuple[int, int]:
+    def _substitute(self, sample: int, out: FieldArrays, row: int) -> int:
         """Decodes another sample in the place of `sample`: a function of its number, so the same on every rank."""
         n = self.reader.manifest.num_samples
         step = max(1, int(n * 0.6180339887))  # golden section: away from a shard that is bad as a whole
         for k in range(1, SUBSTITUTES + 1):
             other = (sample + k * step) % n
-            name = partial(self.reader.name_of, other)
             try:
-                member, code, label = self.reader.read_one(other)
-                decode_into(out, member, code, name)
-                return other, label
+                members, record = self.reader.read_one(other, self._columns)
+                self._decoder.decode_row(record, members, out, row, partial(self.reader.name_of, other))
+                return other
             except DataError:
                 continue
         raise DataError(f"{self.reader.name_of(sample)}: quarantined, and so are {SUBSTITUTES} that could replace it")
@@ -197,27 +185,26 @@ class BlockReader:
         """Blocks that follow each other in a lane. Runs in a reading thread."""
         blocks, cache = [self.order.block(*key) for key in keys], self._cache
         if cache is not None and all(cache.has[block.samples].all() for block in blocks):
-            return [ReadBlock(block.samples, cache.labels[block.samples], np.zeros(0, np.uint8)) for block in blocks]
-        read, records = self.reader.read(_joined([part for block in blocks for part in block.ranges]))
-        labels, formats = records["label"].astype(np.int64), records["format"]
+            return [self._cached(block.samples) for block in blocks]
+        read, records = self.reader.read(_joined([part for block in blocks for part in block.ranges]), self._columns)
         made, first = [], 0
         for block in blocks:
             slots = first + block.slots
-            members = [read[i] for i in slots.tolist()]
-            made.append(self._block(block.samples, labels[slots], formats[slots], members))
+            places = slots.tolist()
+            made.append(self._block(block.samples, records[slots], [[column[i] for i in places] for column in read]))
             first += len(slots)
         return made
 
-    def _block(
-        self, samples: np.ndarray, labels: np.ndarray, formats: np.ndarray, members: list[bytes | None]
-    ) -> ReadBlock:
+    def _block(self, samples: np.ndarray, records: np.ndarray, members: list[list[bytes | None]]) -> ReadBlock:
         if self._cache is None:
-            return ReadBlock(samples, labels, formats, members)
-        source = samples.copy()
-        values = np.empty((len(source), *self.stored_shape), self.dtype)
-        self._decode(source, labels, formats, members, values)
-        self._cache.put(samples, source, labels, values)
-        return ReadBlock(samples, labels, np.zeros(0, np.uint8))
+            return ReadBlock(samples, records, members)
+        source, values = samples.copy(), self._decoder.empty(len(samples))
+        self._decode(source, records, members, values)
+        self._cache.put(samples, source, values)
+        return self._cached(samples)
+
+    def _cached(self, samples: np.ndarray) -> ReadBlock:
+        return ReadBlock(samples, self._no_records, self._no_members)
 
 
 def blocks_at_once(order: Order, bytes_per_sample: float) -> int:
@@ -240,9 +227,8 @@ def _joined(ranges: list[RecordRange]) -> list[RecordRange]:
 class _Cache:
     """A small data set, decoded, as far as it has been read. `source`: the sample whose value is kept."""
 
-    def __init__(self, num_samples: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self.values = np.empty((num_samples, *shape), dtype)  # pages are taken when first written to
-        self.labels = np.empty(num_samples, np.int64)
+    def __init__(self, num_samples: int, decoder: FieldDecoder) -> None:
+        self.values = decoder.empty(num_samples)  # pages are taken when first written to
         self.source = np.arange(num_samples)
         self.has = np.zeros(num_samples, bool)
         self._missing = num_samples
@@ -252,8 +238,9 @@ class _Cache:
     def is_whole(self) -> bool:
         return self._missing == 0
 
-    def put(self, samples: np.ndarray, source: np.ndarray, labels: np.ndarray, values: np.ndarray) -> None:
-        self.values[samples], self.labels[samples], self.source[samples] = values, labels, source
+    def put(self, samples: np.ndarray, source: np.ndarray, values: FieldArrays) -> None:
+        self.values.put(samples, values)
+        self.source[samples] = source
         with self._lock:
             self._missing -= int((~self.has[samples]).sum())
             self.has[samples] = True

@@ -41,24 +41,27 @@ def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name
     return out
 
 
-def decode_into(out: np.ndarray, data: bytes, code: int, name: Callable[[], str]) -> None:
-    """As decode(), into `out`: [H, W, C] uint8 or the array, contiguous."""
+def decode_into(out: np.ndarray, data: bytes, code: int, name: Callable[[], str], is_image: bool | None = None) -> None:
+    """As decode(), into `out`: [H, W, C] uint8 or the array, contiguous. is_image: None says that what is uint8 is."""
+    is_image = out.dtype == np.uint8 if is_image is None else is_image
     try:
-        array = _DECODERS[code](data, out)
+        array = (_DECODERS if is_image else _ARRAY_DECODERS)[code](data, out)
     except DataError as error:
         raise DataError(f"{name()}: {error}") from error
     except Exception as error:  # a decoder of untrusted bytes may raise anything
         raise DataError(f"{name()}: {_reason(error)}") from error
     if array is out:
         return
-    if array.dtype == np.uint8 and array.shape == (*out.shape[:-1], 1) and out.shape[-1] == 3 and out.ndim == 3:
+    if is_image and array.shape == (*out.shape[:-1], 1) and out.shape[-1] == 3:
         array = np.broadcast_to(array, out.shape)  # a grey picture among others in colour
     if array.shape != out.shape or array.dtype != out.dtype:
         raise DataError(f"{name()}: holds {array.dtype} {array.shape}, the manifest says {out.dtype} {out.shape}")
     out[...] = array
 
 
-def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndarray) -> list[int]:
+def decode_rows(
+    members: Sequence[bytes | None], codes: np.ndarray, out: np.ndarray, is_image: bool | None = None
+) -> list[int]:
     """Decodes member i, of format codes[i], into out[i] (as decode_into() does), at next to the decoders' own cost.
 
     One by one through webdataset's chain, as other members go (allowlist.py), a 28 x 28 png costs 13.1 us instead of
@@ -66,12 +69,13 @@ def decode_rows(members: Sequence[bytes | None], codes: np.ndarray, out: np.ndar
 
     Returns the rows that it left out, for decode_into(): what is missing, damaged or not of the usual kind.
     """
+    of_format = _ROWS if (out.dtype == np.uint8 if is_image is None else is_image) else _ARRAY_ROWS
     if len(codes) and (codes == codes[0]).all():
-        return _ROWS[int(codes[0])](enumerate(members), out)
+        return of_format.get(int(codes[0]), _no_rows)(enumerate(members), out)
     left = []
     for code in np.unique(codes).tolist():
         rows = np.flatnonzero(codes == code).tolist()
-        left += _ROWS[code](((row, members[row]) for row in rows), out)
+        left += of_format.get(code, _no_rows)(((row, members[row]) for row in rows), out)
     return sorted(left)
 
 
@@ -140,6 +144,13 @@ def npy_array(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(found)
 
 
+def raw_array(data: bytes, out: np.ndarray) -> np.ndarray:
+    """The values of `out`'s type and shape, in C order, that are all there is. Raises DataError."""
+    if len(data) != out.nbytes:
+        raise DataError(f"is {len(data)} bytes, the manifest says {out.dtype} {out.shape}: {out.nbytes}")
+    return np.frombuffer(data, out.dtype).reshape(out.shape)
+
+
 def _picture(data: bytes, out: np.ndarray | None) -> np.ndarray:
     from scoreray.data.reading.pictures import is_grey, open_picture
 
@@ -173,6 +184,7 @@ _DECODERS: dict[int, Callable[[bytes, np.ndarray | None], np.ndarray]] = {
     FORMATS["npy"]: _npy,
     FORMATS["picture"]: _picture,
 }
+_ARRAY_DECODERS = _DECODERS | {FORMATS["npy"]: lambda data, out: npy_array(data), FORMATS["raw"]: raw_array}
 
 
 # The same for many members. The usual header is compared as a whole, before a decoder sees the bytes; what has another
@@ -215,25 +227,32 @@ def _jpg_rows(members: Members, out: np.ndarray) -> list[int]:
 
 
 def _npy_rows(members: Members, out: np.ndarray) -> list[int]:
-    if out.dtype != np.float32:
-        return [row for row, _ in members]
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": out.shape[1:]})
-    head, shape, left = file.getvalue(), out.shape[1:], []
-    size = len(head) + math.prod(shape) * 4
+    description = np.lib.format.dtype_to_descr(out.dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": description, "fortran_order": False, "shape": out.shape[1:]})
+    return _plain_rows(members, out, file.getvalue())
+
+
+def _plain_rows(members: Members, out: np.ndarray, head: bytes = b"") -> list[int]:
+    """Of members that are `head` and then the values."""
+    shape, dtype, begin, left = out.shape[1:], out.dtype, len(head), []
+    size = begin + math.prod(shape) * dtype.itemsize
     for row, member in members:
         if member is not None and len(member) == size and member.startswith(head):
-            out[row] = np.frombuffer(member, np.float32, offset=len(head)).reshape(shape)
+            out[row] = np.frombuffer(member, dtype, offset=begin).reshape(shape)
         else:
             left.append(row)
     return left
 
 
-_ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {
-    FORMATS["png"]: _png_rows,
-    FORMATS["jpg"]: _jpg_rows,
+def _no_rows(members: Members, out: np.ndarray) -> list[int]:
+    return [row for row, _ in members]
+
+
+_ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {FORMATS["png"]: _png_rows, FORMATS["jpg"]: _jpg_rows}
+_ARRAY_ROWS: dict[int, Callable[[Members, np.ndarray], list[int]]] = {
     FORMATS["npy"]: _npy_rows,
-    FORMATS["picture"]: lambda members, out: [row for row, _ in members],
+    FORMATS["raw"]: _plain_rows,
 }
 
 

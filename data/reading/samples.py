@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.reading.decode import decode_into, decode_rows
+from scoreray.data.classes import NO_CLASS
+from scoreray.data.fields.field import FieldRequest
+from scoreray.data.reading.field_values import FieldDecoder, FieldTensors
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.reader import Reader
@@ -35,23 +37,32 @@ class SampleReader:
         return SampleReader, (self.url, self._bytes)
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """(samples uint8 [n, C, H, W] or float32 [n, ...], labels int64 [n]) of ascending `numbers`. Raises IndexError
-        for a number that is not there, DataError (shard, sample, offset), StorageError."""
-        manifest, reader = self.manifest, self._reader
+        """(samples of the data set's target, labels int64 [n]) of ascending `numbers`; of images uint8 [n, C, H, W].
+        Raises as `read_fields`."""
+        found = self.read_fields(numbers).fields
+        samples, label = found[self.manifest.target.name], self.manifest.label
+        if self.manifest.target.kind == "image":  # by the strides of a single channel too: torch looks at these
+            samples = samples.clone(memory_format=torch.contiguous_format)
+        return samples, found[label.name] if label else torch.full((len(samples),), NO_CLASS)
+
+    def read_fields(
+        self, numbers: Sequence[int] | np.ndarray, fields: Sequence[FieldRequest] | None = None
+    ) -> FieldTensors:
+        """Fields of the samples of ascending `numbers`; None for the data set's target and its class.
+
+        Raises IndexError for a number that is not there, UserError for fields that are not there or too long for a
+        request, DataError (shard, sample, offset), StorageError.
+        """
+        manifest, reader, decoder = self.manifest, self._reader, FieldDecoder(self.manifest, fields)
         for number in (numbers[0], numbers[-1]) if len(numbers) else ():
             if not 0 <= number < manifest.num_samples:
                 raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
-        members, records = reader.read(ranges(numbers, reader.first_samples))
-        shape, dtype = tuple(manifest.shape), np.dtype(manifest.dtype)
-        pictures = dtype == np.uint8
-        out = np.empty((len(members), *((*shape[1:], shape[0]) if pictures else shape)), dtype)
-        for row in decode_rows(members, records["format"], out):
-            member = members[row]
-            assert member is not None  # nothing is quarantined here
-            decode_into(out[row], member, int(records["format"][row]), partial(reader.name_of, int(numbers[row])))
-        if pictures:  # in C order also by the strides of a single channel: torch would take others for channels last
-            out = out.reshape(-1, *shape) if shape[0] == 1 else np.ascontiguousarray(out.transpose(0, 3, 1, 2))
-        return torch.from_numpy(out), torch.from_numpy(records["label"].astype(np.int64))
+        members, records = reader.read(ranges(numbers, reader.first_samples), decoder.columns)
+        out = decoder.empty(len(records))
+        for row in decoder.decode_rows(records, members, out):
+            name = partial(reader.name_of, int(numbers[row]))
+            decoder.decode_row(records[row], [column[row] for column in members], out, row, name)
+        return decoder.tensors(out)
 
 
 def read_samples(url: str, numbers: Sequence[int] | np.ndarray) -> Tensor:

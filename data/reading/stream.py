@@ -7,15 +7,15 @@ and block size, hands out the same samples at any world size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from scoreray.data.errors import UserError
+from scoreray.data.fields.field import FieldRequest
 from scoreray.data.reading.batches import Batch, BatchStream, RankLanes
 from scoreray.data.reading.blocks import BUFFER_BYTES, BlockReader, Rows, blocks_at_once
 from scoreray.data.reading.disk_cache import DiskCache
+from scoreray.data.reading.field_values import FieldDecoder
 from scoreray.data.reading.manifest import CHUNK, Manifest
 from scoreray.data.reading.order import Order
 from scoreray.data.reading.quarantine import Quarantine
@@ -104,11 +104,13 @@ class Stream(BatchStream):
       pin_memory: page-locked batches, for a copy to a GPU that overlaps with work.
       quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
         another replaces it (its number is in Batch.index). None: the first one raises.
+      fields: what a batch holds. None: the data set's target and its class. No other member is read or verified.
 
     Memory: what a lane reads from and what it reads next, encoded (256 MB in all ranks together, by default), the
     waiting batches, the records of the shards in use, and, up to `cache_bytes`, a decoded data set.
 
-    Raises UserError for sizes that do not divide. Iterating raises DataError (shard, sample, offset) and StorageError.
+    Raises UserError for sizes that do not divide and fields that are not there. Iterating raises DataError (shard,
+    sample, offset), StorageError, and UserError for a sample that is longer than a request takes.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Stream(BatchStream):
         pin_memory: bool = False,
         quarantine: Quarantine | None = None,
         manifest: Manifest | None = None,
+        fields: Sequence[FieldRequest] | None = None,
     ) -> None:
         if decode_threads < 1:
             raise UserError(f"decode_threads {decode_threads} must be at least 1")
@@ -147,10 +150,11 @@ class Stream(BatchStream):
             quarantine=quarantine,
         )
         self.manifest, self.order = self._rows.manifest, self._rows.order
+        self._decoder = FieldDecoder(self.manifest, fields)
         self.shuffle_block, self._num_decoders = self.order.shuffle_block, decode_threads
         disk_cache = DiskCache(cache_dir, cache_dir_bytes, self.stats) if cache_dir else None
         self._reader = self._rows.reader(self.stats, quarantine, disk_cache)
-        self._blocks = BlockReader(self._reader, self.order, cache_bytes)
+        self._blocks = BlockReader(self._reader, self.order, self._decoder, cache_bytes)
 
     def close(self) -> None:
         super().close()
@@ -172,14 +176,16 @@ class Stream(BatchStream):
                 decoders.shutdown(wait=False, cancel_futures=True)
 
     def _batch(self, rows: Rows, decoders: ThreadPoolExecutor | None) -> Batch:
-        n, dtype = len(rows.positions), self._blocks.dtype
-        images = np.empty((n, *self._blocks.stored_shape), dtype)
+        n = len(rows.positions)
+        arrays = self._decoder.empty(n)
         if decoders:
             cuts = [n * i // self._num_decoders for i in range(self._num_decoders + 1)]
-            list(decoders.map(lambda i, j: self._blocks.decode(rows.part(i, j), images[i:j]), cuts[:-1], cuts[1:]))
+            list(
+                decoders.map(lambda i, j: self._blocks.decode(rows.part(i, j), arrays.part(i, j)), cuts[:-1], cuts[1:])
+            )
         else:
-            self._blocks.decode(rows, images)
-        if dtype == np.uint8:
-            images = images.transpose(0, 3, 1, 2)  # a view: converting the bytes copies them anyway
+            self._blocks.decode(rows, arrays)
+        found, label = self._decoder.tensors(arrays), self.manifest.label
         # Copies, as a batch must not keep the rows of its neighbours alive.
-        return self._made(images, rows.labels.copy(), rows.index.copy(), rows.positions.copy())
+        index, positions = rows.index.copy(), rows.positions.copy()
+        return self._made(found, index, positions, self.manifest.target.name, label.name if label else None)

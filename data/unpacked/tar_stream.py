@@ -17,12 +17,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import webdataset
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.tar_samples import TarSample, TarSamples
 from scoreray.data.reading.batches import Batch, BatchStream, RankLanes
 from scoreray.data.reading.blocks import BUFFER_BYTES
+from scoreray.data.reading.field_values import FieldTensors
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.tars import WINDOW_BYTES, Tape
 from scoreray.data.storage.hedge import HedgedGet
@@ -234,7 +236,9 @@ class TarStream(BatchStream):
         self._open = [visit for visit in self._open if visit.num_done != visit.total]
         self._news.append((finished, self._passed_over))
         self._passed_over = []
-        return self._made(images, labels, index, positions)
+        target, *label = [one.name for one in self.tars.fields]
+        fields = {target: torch.from_numpy(images), **{name: torch.from_numpy(labels) for name in label}}
+        return self._made(FieldTensors(fields, {}), index, positions, target, label[0] if label else None)
 
 
 def deal(num_tars: int, seed: str, epoch: int, done: Collection[int], rank: int, world_size: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.tar_samples import sample_members
 from scoreray.data.reading.allowlist import default_decoder
 from scoreray.data.reading.blocks import BlockReader, Rows
 from scoreray.data.reading.disk_cache import DiskCache
-from scoreray.data.reading.reader import MAX_REQUEST_BYTES, Reader
+from scoreray.data.reading.field_values import FieldDecoder
+from scoreray.data.reading.order import RecordRange
+from scoreray.data.reading.reader import MAX_REQUEST_BYTES, Reader, requests, wanted_members
 from scoreray.data.reading.stream import CACHE_DIR_BYTES, RankRows
 from scoreray.data.reading.tars import BLOCK, Tape, members
 from scoreray.data.storage.stats import ReadStats
@@ -87,12 +90,13 @@ class SampleSource(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        stats = ReadStats()
+        stats, manifest = ReadStats(), self.rank_rows.manifest
         cache = DiskCache(self.cache_dir, self.cache_dir_bytes, stats) if self.cache_dir else None
         reader = self.rank_rows.reader(stats, None, cache, TarSpanReader)
         assert isinstance(reader, TarSpanReader)
-        blocks, stop = BlockReader(reader, self.rank_rows.order, cache_bytes=-1), threading.Event()
-        end = None if self.epochs is None else self.epochs * self.rank_rows.manifest.num_samples
+        decoder = FieldDecoder(manifest, [FieldRequest(manifest.target.name)])  # of one column; nothing is decoded
+        blocks, stop = BlockReader(reader, self.rank_rows.order, decoder, cache_bytes=-1), threading.Event()
+        end = None if self.epochs is None else self.epochs * manifest.num_samples
         try:
             batches = self.rank_rows.batches(blocks, self.position, stop)
             for rows in itertools.islice(batches, first, None, step):
@@ -106,53 +110,73 @@ class SampleSource(IterableDataset[dict[str, Any]]):
 
 
 class TarSpanReader(Reader):
-    """Reads, in the place of a sample's image, its span: what is between the images of its neighbours in the tar, with
-    PLACES before it and END behind. Its members are in it, in whichever order; the image in it is verified."""
-
-    max_gap_bytes = MAX_REQUEST_BYTES  # what is between two images is read in any case
+    """Reads, in the place of a sample's members, its span: what is between the members that the index knows of its
+    neighbours in the tar, with PLACES before it and END behind. All of its members are in it, in whichever order; those
+    that the index knows are verified."""
 
     def samples(self, rows: Rows, end: int | None) -> Iterator[dict[str, Any]]:
         """The samples of rows that were read by this reader, up to position `end`."""
         shards = np.searchsorted(self.first_samples, rows.index, side="right") - 1
-        columns = (rows.positions.tolist(), rows.index.tolist(), rows.labels.tolist(), shards.tolist(), rows.members)
+        field, labels = self.manifest.label, [NO_CLASS] * len(rows.index)
+        if field is not None:
+            labels = rows.records[self.manifest.column(field)].tolist()
+        kind = field.member if field is not None and field.member and not field.path else "cls"
+        columns = (rows.positions.tolist(), rows.index.tolist(), labels, shards.tolist(), rows.members[0])
         for position, sample, label, shard, span in zip(*columns, strict=True):
             if end is not None and position >= end:
                 return
             assert span is not None  # nothing is quarantined here
             try:
                 key, found = _members(span)
-                if label != NO_CLASS and "cls" in found and default_decoder().member("cls", found["cls"]) != label:
-                    raise DataError(f"its class is {found['cls']!r}, the index says {label}")
+                if label != NO_CLASS and kind in found and default_decoder().member("cls", found[kind]) != label:
+                    raise DataError(f"its class is {found[kind]!r}, the index says {label}")
             except DataError as error:
                 raise DataError(f"{self.name_of(sample)}: {error}") from error
             url = self.store.url(self.manifest.shards[shard].name)
             yield {"__key__": key, "__url__": url, "__position__": position, "__index__": sample, **found}
 
-    def _read(self, shard: int, first: int, records: np.ndarray) -> list[bytes | None]:
-        begins, ends = self._spans(shard, first, len(records))
-        low, high = int(begins[0]), int(ends[-1])
-        images, data = self._verified(shard, first, records, low, high)
-        if len(data) != high - low:
-            raise DataError(f"{self.name(shard, first)}: the shard is cut")
-        offsets = records["offset"].astype(np.int64)
-        places = (begins, offsets, offsets + records["size"], ends)
-        return [
-            PLACES.pack(begin, at) + data[begin - low : at - low] + image + data[after - low : end - low] + END
-            for begin, at, after, end, image in zip(*(place.tolist() for place in places), images, strict=True)
-        ]
+    def _members(self, part: RecordRange, records: np.ndarray, columns: Sequence[int]) -> list[list[bytes | None]]:
+        """A column of spans, whatever `columns`: all members that the index knows are verified, and put into them."""
+        of_sample = range(len(self.manifest.members))
+        wanted = wanted_members(records, part.first, of_sample).reshape(len(records), -1)
+        begins, ends = self._spans(part)
+        spans: list[bytes | None] = []
+        for i, j in requests(begins, ends - begins, MAX_REQUEST_BYTES):
+            low, high = int(begins[i]), int(ends[j - 1])
+            found, data = self._verified(part.shard, wanted[i:j].reshape(-1), low, high)
+            if len(data) != high - low:
+                raise DataError(f"{self.name(part.shard, part.first + i)}: the shard is cut")
+            for row, begin, end in zip(range(i, j), begins[i:j].tolist(), ends[i:j].tolist(), strict=True):
+                its = found[len(of_sample) * (row - i) :][: len(of_sample)]
+                spans.append(_span(data[begin - low : end - low], begin, wanted[row]["offset"].tolist(), its))
+        return [spans]
 
-    def _spans(self, shard: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(begins, ends) int64 [count]: from behind the image before a sample's to before the header of the next."""
-        entry = self.manifest.shards[shard]
+    def _spans(self, part: RecordRange) -> tuple[np.ndarray, np.ndarray]:
+        """(begins, ends) int64 [count]: from behind the members of the sample before to the header of the next one's
+        first, of the members that the index knows."""
+        entry, first, count = self.manifest.shards[part.shard], part.first, part.count
         low, high = max(0, first - 1), min(entry.num_samples, first + count + 1)
-        records = self.records(shard, low, high - low)
-        offsets = records["offset"].astype(np.int64)
-        if (np.diff(offsets) < 0).any():
-            raise DataError(f"{self.name(shard, first)}: samples are not in the tar's order; make new tars of these")
-        after = offsets + records["size"] + -records["size"].astype(np.int64) % BLOCK
+        records = self.records(part.shard, low, high - low)
+        offsets, sizes = (records[name].astype(np.int64).reshape(len(records), -1) for name in ("offset", "size"))
+        after = (offsets + sizes + -sizes % BLOCK).max(1)
+        offsets = offsets.min(1)
+        if (np.diff(offsets) < 0).any() or (offsets[1:] < after[:-1]).any():
+            raise DataError(
+                f"{self.name(part.shard, first)}: samples are not in the tar's order; make new tars of these"
+            )
         begins = np.append(0, after)[:count] if first == 0 else after[:count]
         ends = np.append(offsets - BLOCK, entry.bytes)[first - low + 1 :][:count]
         return begins, ends
+
+
+def _span(data: bytes, begin: int, offsets: list[int], members: Sequence[bytes | None]) -> bytes:
+    """PLACES, the bytes of a shard from `begin` on with these members as they were verified, END."""
+    parts, at = [PLACES.pack(begin, offsets[0])], begin
+    for offset, member in sorted(zip(offsets, members, strict=True), key=lambda one: one[0]):
+        assert member is not None  # nothing is quarantined here
+        parts += [data[at - begin : offset - begin], member]
+        at = offset + len(member)
+    return b"".join([*parts, data[at - begin :], END])
 
 
 def _members(span: bytes) -> tuple[str, dict[str, bytes]]:

@@ -61,12 +61,13 @@ def _write_fields(
         records, file = np.zeros(len(part), record), io.BytesIO()
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row, sample in enumerate(part):
-                for field in fields:
-                    if field.is_inline:
-                        records[f"value:{field.name}"][row] = sample[field.name]
-                        continue
-                    column, (kind, data) = members.index(field.member), sample[field.name]
-                    entry = tarfile.TarInfo(f"{first + row:06d}.{field.member}")
+                for field in (field for field in fields if field.is_inline):
+                    records[f"value:{field.name}"][row] = sample[field.name]
+                for column, member in enumerate(members):
+                    kind, data = next(
+                        sample[field.name] for field in fields if field.member == member and not field.is_inline
+                    )
+                    entry = tarfile.TarInfo(f"{first + row:06d}.{member}")
                     entry.size = len(data)
                     offset = file.tell() + tarfile.BLOCKSIZE
                     tar.addfile(entry, io.BytesIO(data))

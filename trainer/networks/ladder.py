@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data import checks
+from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError, shortened
-from scoreray.data.reading.distances import largest_distance
 from scoreray.trainer.diffusion.buffers import ExactBuffers
 from scoreray.trainer.diffusion.condition import AnyCondition, Conditions
 

@@ -360,7 +360,7 @@ def through_reader(url: str) -> tuple[dict[int, np.ndarray], list[Unreadable]]:
     """The same, without a stream's threads."""
     store, quarantine = open_store(url), Quarantine(4)
     reader = Reader(store, Manifest.load(store), ReadStats(), quarantine=quarantine)
-    members, records = reader.read([RecordRange(0, 0, 4), RecordRange(1, 0, 4)])
+    (members,), records = reader.read([RecordRange(0, 0, 4), RecordRange(1, 0, 4)])
     found = {
         number: decode(member, int(record["format"]), (3, 8, 8), np.dtype("uint8"), str).transpose(2, 0, 1)
         for number, (member, record) in enumerate(zip(members, records, strict=True))

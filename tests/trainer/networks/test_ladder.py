@@ -9,8 +9,8 @@ import pytest
 import torch
 from pydantic import Field, TypeAdapter
 
+from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError
-from scoreray.data.reading.distances import largest_distance
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.process import VE
 from scoreray.trainer.networks.flops import flops
