@@ -45,9 +45,21 @@ def sample(
             "left out."
         ),
     ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A condition of all samples: a text, numbers (1.5,-2), an .npy, .npz or picture, a class; again for "
+            "more.",
+        ),
+    ] = None,
     guidance: Annotated[
-        float, typer.Option(help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the class.")
-    ] = 1.0,
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]WEIGHT",
+            help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the conditions, NAME=2 one of them.",
+        ),
+    ] = None,
     autoguide: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")
     ] = None,
@@ -96,10 +108,12 @@ def sample(
 ) -> None:
     """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
     from scoreray.cluster.verbs.sample import sample_to
-    from scoreray.sampling.guidance.steering import Guidance, measurement_of
+    from scoreray.sampling.guidance.steering import Guidance, measurement_of, parse_guidance
+    from scoreray.sampling.offline.conditions import parse_conditions
     from scoreray.sampling.offline.generate import Request
     from scoreray.sampling.samplers.options import parse_options
 
+    weight, weights = parse_guidance(guidance or [])
     request = Request(
         count=count,
         sampler=sampler,
@@ -107,7 +121,8 @@ def sample(
         grid=grid,
         seed=seed,
         class_label=class_label,
-        guidance=Guidance(guidance, autoguide, guide_ema, _interval(interval)),
+        conditions=parse_conditions(condition or []),
+        guidance=Guidance(weight, autoguide, guide_ema, _interval(interval), weights),
         measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method, value_range),
         batch_size=batch_size,
         options=parse_options(option or []),

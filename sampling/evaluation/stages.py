@@ -167,7 +167,7 @@ def _samples(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
     draw = prepare(_model(inputs), request)
     for first in range(chunk.first, chunk.last, request.batch_size):
         last = min(first + request.batch_size, chunk.last)
-        parts.append(draw(first, labels_of(inputs, first, last)))
+        parts.append(draw(request.sample_seeds(first, last), labels_of(inputs, first, last)))
     samples = torch.cat(parts)
     if inputs.manifest.dtype == "uint8":
         samples = to_uint8(samples)

@@ -31,6 +31,7 @@ OVERSHOOT = 1.5  # of floats in [-1, 1]: a measurement, or a sample that is give
 NOISE_STDS = 6  # by which noise takes a measurement out of its range
 MOST_VALUES = 1 << 28
 ARRAYS = (".npy", ".npz")
+READ_SUFFIXES = (*IMAGE_SUFFIXES, *ARRAYS)
 MAGIC = (b"\x93NUMPY", b"PK\3\4", b"PK\5\6")  # of npy, of npz, of an npz without arrays
 NAMES = ("images", "samples")  # of the array of an npz, as `scoreray sample` and the service leave it
 
@@ -116,6 +117,15 @@ def read_numbers(url: str) -> Tensor:
     return torch.from_numpy(file.array.astype(np.float32))
 
 
+def read_values(url: str, channels: int | None = None) -> np.ndarray:
+    """The array of a file as it is stored; of a picture uint8 [C, H, W], greys in as many channels as are wanted."""
+    file = _read(url, one_channel=channels == 1)
+    if not file.is_picture:
+        return file.array
+    array = file.array.transpose(2, 0, 1)
+    return np.broadcast_to(array, (channels or len(array), *array.shape[1:])) if len(array) == 1 else array
+
+
 def _in_model_range(file: _File, noise_std: float, value_range: str | None) -> _File:
     """A picture's values from -1 to 1. Raises UserError where they are evidently of another range."""
     array, url = file.array, file.url
@@ -195,7 +205,7 @@ def _read(url: str, *, one_channel: bool) -> _File:
         return _File(url, array, is_picture=False, channels_last=array.dtype == np.uint8)
     if lowered.endswith(IMAGE_SUFFIXES) or looks_like_a_picture(data[:HEAD_BYTES]):
         return _File(url, _pixels(data, url, one_channel), is_picture=True, channels_last=True)
-    raise UserError(f"{url}: must end in {', '.join((*IMAGE_SUFFIXES, *ARRAYS))}")
+    raise UserError(f"{url}: must end in {', '.join(READ_SUFFIXES)}")
 
 
 def _pixels(data: bytes, url: str, one_channel: bool) -> np.ndarray:

@@ -6,16 +6,19 @@ can travel; what a URL names is read where the samples are drawn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval
 from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse
 from scoreray.sampling.guidance.observations import parse_value_range, read_observed
-from scoreray.sampling.guidance.operators import OPERATORS, make_operator
+from scoreray.sampling.guidance.operators import OPERATORS, Operator, make_operator
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.trainer.config import MAX_GUIDANCE
 
@@ -62,6 +65,25 @@ class Guidance:
             low, high = self.interval
             if not 0 <= low < high:
                 raise UserError(f"--interval {low:g},{high:g}: must be two noise levels, 0 <= low < high")
+
+
+def parse_guidance(words: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """(weight, weights by condition) of words WEIGHT and NAME=WEIGHT. Raises UserError."""
+    weight, weights = 1.0, dict[str, float]()
+    for word in words:
+        name, equals, number = word.rpartition("=")
+        try:
+            value = float(number)
+            if bool(equals) != bool(name):
+                raise ValueError("a '=' without a name")
+        except ValueError:
+            hint = "write a weight, such as 3, or NAME=WEIGHT for one condition"
+            raise UserError(f"--guidance {shortened(word)}: {hint}") from None
+        if name:
+            weights[name] = value
+        else:
+            weight = value
+    return weight, weights
 
 
 @dataclass(frozen=True)
@@ -179,4 +201,24 @@ def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measuremen
         noise_std=measurement.noise_std,
         value_range=measurement.value_range,
     ).to(device)
+    if denoiser.info.target is not None and denoiser.info.target.normaliser is not None:
+        observed = _normalised(observed, measurement.operator, operator, denoiser.info.target.normaliser, shape)
     return LinearInverse(guided, operator, observed, measurement.noise_std, denoiser.sigma_data, measurement.method)
+
+
+def _normalised(
+    observed: Tensor, word: str, operator: Operator, normaliser: Normaliser, shape: Sequence[int]
+) -> Tensor:
+    """A measurement of data in their own units as one of normalised data. Raises UserError where a linear operator of
+    the ones is none of the others."""
+    name = word.partition("=")[0]
+    if name == "inpaint" or normaliser.kind == "none":
+        return normaliser.apply(observed[None])[0]
+    if normaliser.kind == "log1p":
+        raise UserError(f"--inverse {word}: this model's data are on a scale of logarithms, on which it is not linear")
+    if name == "superresolution":  # a mean of pixels is scaled as they are
+        return normaliser.apply(observed[None])[0]
+    if len(set(normaliser.scale)) > 1:
+        raise UserError(f"--inverse {word}: the channels of this model's data are scaled differently; use inpaint")
+    offset = normaliser.invert(observed.new_zeros(1, *shape))
+    return (observed - operator.apply(offset)[0]) / normaliser.scale[0]

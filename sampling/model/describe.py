@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,7 @@ from scoreray.trainer.checkpoints.marker import Marker, TargetField
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.condition import ConditionSpec, class_condition
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
+from scoreray.trainer.step import to_uint8
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
@@ -48,8 +50,22 @@ class ModelInfo:
 
     @property
     def is_picture(self) -> bool:
-        """Whether its samples are grey or RGB pictures, -1 black and 1 white; else values in units of their own."""
-        return is_picture(self.image_shape)
+        """Whether its samples are grey or RGB pictures, -1 black and 1 white; else values in units of their own. Of a
+        checkpoint that does not know what field it models, those of such a shape are."""
+        return is_picture(self.image_shape) and (self.target is None or self.target.kind == "image")
+
+    @property
+    def sample_dtype(self) -> Literal["uint8", "float32"]:
+        """Of samples in the data's units: those of pictures are 0 to 255."""
+        return "uint8" if self.is_picture else "float32"
+
+    def in_data_units(self, samples: torch.Tensor) -> torch.Tensor:
+        """Samples float32 [b, ...] as a model draws them -> in the units of the data that it was trained on, of
+        `sample_dtype`: the one way out for files, answers and pictures."""
+        if self.is_picture:
+            return to_uint8(samples)
+        normaliser = None if self.target is None else self.target.normaliser
+        return samples if normaliser is None else normaliser.invert(samples)
 
     @property
     def is_machine(self) -> bool:

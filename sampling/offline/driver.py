@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
+from scoreray.sampling.guidance.guidance import guidance_terms
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.fast import check_choices, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
@@ -166,7 +167,7 @@ def network_calls(request: Request, info: ModelInfo, rows: int) -> int:
         calls = ADAPTIVE_CALLS
     else:
         calls = num_calls(request.sampler, info.sigmas(request.steps, request.grid), **request.options)
-    guided = 2 if request.guided.weight != 1 else 1
+    guided = len(guidance_terms(request.guided.weight, info.conditions, request.guided.weights)) or 1
     return calls * guided * math.ceil(request.count / rows)
 
 

@@ -14,15 +14,17 @@ import torch
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.packing.inspect import picture_grid
-from scoreray.sampling.guidance.guidance import Denoise
+from scoreray.sampling.guidance.guidance import Denoise, guidance_terms
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.offline.conditions import read_condition
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import GRIDS
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.objective import ContrastiveObjective
 from scoreray.trainer.networks.ladder import levels_needed
 
@@ -44,7 +46,9 @@ class Request:
     """Which samples: `count` of them, numbered, each with a seed of its own, so sample i is the same in any batch.
 
     sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs.
-    class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes.
+    class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes, where there are no conditions.
+    conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
+    null.
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
 
@@ -58,6 +62,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     grid: str | None = None
     measurement: Measurement | None = None
+    conditions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -128,6 +133,7 @@ class Request:
             f"--grid {self.grid}": self.grid is not None,
             f"--class-label {self.class_label}": self.class_label is not None,
             "--guidance": self.guided != Guidance(),
+            "--condition": bool(self.conditions),
             "--inpaint and --inverse": self.measurement is not None,
             "--option": bool(self.options),
         }
@@ -145,7 +151,7 @@ class Request:
 
     def labels(self, first: int, last: int, info: ModelInfo) -> torch.Tensor:
         """Classes int64 of samples [first, last), -1 for none. Raises UserError for a class that is not there."""
-        if self.class_label is None and info.classes and not info.is_machine:
+        if self.class_label is None and info.classes and not info.is_machine and not self.conditions:
             return torch.arange(first, last) % len(info.classes)
         return torch.full((last - first,), info.class_number(self.class_label), dtype=torch.int64)
 
@@ -154,47 +160,87 @@ def generate(
     model: LoadedDenoiser | LoadedMachine, request: Request, done: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (samples float32 [b, ...] in the model's range, labels int64 [b]) batch by batch; `done(b)` after each."""
-    drawer = prepare(model, request)
+    draw, conditions = prepare(model, request), SampleConditions(request, model.info)
     for first in range(0, request.count, request.batch_size):
         last = min(first + request.batch_size, request.count)
-        labels = request.labels(first, last, model.info)
-        yield drawer(first, labels), labels
+        condition = conditions.of(first, last)
+        yield draw(request.sample_seeds(first, last), condition), class_labels(condition, last - first)
         done(last - first)
 
 
-def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """What draws batches of a request: `(first, labels int64 [b]) -> samples first, first + 1, ... float32 [b, ...]`.
+class SampleConditions:
+    """What conditions each sample of a request. Raises UserError where it does not fit the model, DataError and
+    StorageError where a file can't be read."""
 
-    What the request names is read and checked here, once. Raises UserError where it does not fit the model.
-    """
+    def __init__(self, request: Request, info: ModelInfo):
+        self._request, self._info = request, info
+        self.fixed = read_condition(request.conditions, info)
+        self._class_name = class_name_of(info.conditions)
+        if self._class_name in request.conditions and request.class_label is not None:
+            raise UserError(f"--class-label and --condition {self._class_name}: leave one of them out")
+        request.labels(0, 1, info)
+        guided = request.guided
+        if not guided.does_nothing and not guided.auto and info.conditions:
+            given = self.of(0, 1)
+            if given is None:
+                raise UserError(f"--guidance {guided.weight:g}: no condition is given; give --condition NAME=VALUE")
+            guidance_terms(guided.weight, given.values, guided.weights)
+
+    def of(self, first: int, last: int) -> Condition | None:
+        """Of samples [first, last), on the CPU; None of a model without conditions."""
+        fixed = None if self.fixed is None else self.fixed.expand(last - first)
+        if self._class_name is None or self._class_name in self._request.conditions:
+            return fixed
+        labels = {self._class_name: self._request.labels(first, last, self._info)}
+        return Condition(labels) if fixed is None else Condition({**fixed.values, **labels}, fixed.masks)
+
+
+def class_labels(condition: Condition | None, rows: int) -> torch.Tensor:
+    """int64 [rows] of the one class condition, -1 where there is none."""
+    classes = [] if condition is None else [value for value in condition.values.values() if value.dtype == torch.int64]
+    return classes[0] if len(classes) == 1 else torch.full((rows,), -1)
+
+
+Draw = Callable[[torch.Tensor, AnyCondition], torch.Tensor]
+"""`(seeds int64 [b], condition of b rows or None) -> samples float32 [b, ...] in the model's range`; each depends on
+its own seed and condition alone."""
+
+
+def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Draw:
+    """What draws batches of a request. What it names is read and checked here, once, but for its conditions
+    (`SampleConditions`). Raises UserError where it does not fit the model."""
     request = request.fitted(model.info)
     if isinstance(model, LoadedMachine):
         return partial(_draw_by_gibbs, model, request)
     return partial(_draw, steered(model, request.guided, request.measurement), model, request)
 
 
-def _draw(denoise: Denoise, model: LoadedDenoiser, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+def _draw(
+    denoise: Denoise, model: LoadedDenoiser, request: Request, seeds: torch.Tensor, condition: AnyCondition
+) -> torch.Tensor:
     assert request.sampler is not None
     assert request.steps is not None
     assert request.grid is not None
     device = next(model.parameters()).device
     sigmas = model.info.sigmas(request.steps, request.grid)
-    seeds = request.sample_seeds(first, first + len(labels)).to(device)
-    noise = SampleNoise(seeds).normal((len(labels), *model.info.image_shape), torch.float32, device)
+    seeds = seeds.to(device)
+    noise = SampleNoise(seeds).normal((len(seeds), *model.info.image_shape), torch.float32, device)
     return sample(
         denoise,
         noise * float(sigmas[0]),
         sigmas,
         sampler=request.sampler,
         generator=seeds,
-        class_labels=labels.to(device),
+        condition=None if condition is None else condition.to(device),
         **request.options,
     ).cpu()
 
 
-def _draw_by_gibbs(model: LoadedMachine, request: Request, first: int, labels: torch.Tensor) -> torch.Tensor:
+def _draw_by_gibbs(
+    model: LoadedMachine, request: Request, seeds: torch.Tensor, condition: AnyCondition
+) -> torch.Tensor:
     assert request.steps is not None
-    v = gibbs(model.machine, request.sample_seeds(first, first + len(labels)), request.steps)
+    v = gibbs(model.machine, seeds, request.steps)
     return model.machine.picture(v).view(-1, *model.info.image_shape).float().cpu()
 
 

@@ -14,13 +14,14 @@ from dataclasses import replace
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.packing.commit import PackedShard, carry_out, pack_shard
-from scoreray.data.reading.manifest import MANIFEST, Manifest, is_picture
+from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, open_store
 from scoreray.sampling.model.load import load_model
+from scoreray.sampling.offline.conditions import sha256_of
 from scoreray.sampling.offline.driver import Form, choose_form, fingerprint
 from scoreray.sampling.offline.files import take_back, write_npz, write_pictures
-from scoreray.sampling.offline.generate import Request, prepare
+from scoreray.sampling.offline.generate import Request, SampleConditions, prepare
 from scoreray.sampling.offline.place import (
     OWNER,
     Place,
@@ -67,14 +68,14 @@ def begin(
         model = load_model(checkpoint, ema)
     request = replace(request.fitted(model.info), guidance=request.guided)
     prepare(model, request)  # finds, with the next line, what does not fit before anything is written
-    request.labels(0, 1, model.info)
+    conditions = SampleConditions(request, model.info)
     shape = model.info.image_shape
-    if (pictures or place.format == "png") and not is_picture(shape):
+    if (pictures or place.format == "png") and not model.info.is_picture:
         raise UserError(f"samples of shape {list(shape)} are no pictures; give --format webdataset or an .npz")
     size = samples_per_shard or default_shard(request.count, shape)
     job = SampleJob(
         _asked(checkpoint), model.info.url, model.info.ema, fingerprint(model), request, place.format, size,
-        precision, compile_, Form(),
+        precision, compile_, Form(), conditions_sha256=sha256_of(conditions.fixed),
     )  # fmt: skip
     if before is None:
         place.store.check_writable()

@@ -9,19 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from scoreray.data.errors import DataError
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.shards import ShardWriter
-from scoreray.data.reading.manifest import Shard, is_picture
+from scoreray.data.reading.manifest import Shard
 from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.traces import span
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.offline.conditions import sha256_of
 from scoreray.sampling.offline.driver import in_form
-from scoreray.sampling.offline.generate import prepare
+from scoreray.sampling.offline.generate import Draw, SampleConditions, class_labels, prepare
 from scoreray.sampling.offline.place import shard_name, taken_over
 from scoreray.sampling.offline.record import SampleJob
-from scoreray.trainer.step import to_uint8
 
 Model = LoadedDenoiser | LoadedMachine
 Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
@@ -42,9 +41,9 @@ class SamplePlan:
     lease: Lease | None = None
 
     def __post_init__(self) -> None:
-        self._draw: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+        self._prepared: tuple[Draw, SampleConditions] | None = None
         self.shape = tuple(self.model.info.image_shape)
-        self.dtype = "uint8" if is_picture(self.shape) else "float32"
+        self.dtype = self.model.info.sample_dtype
         self.classes = list(self.model.info.classes)
         self.name = f"{self.model.info.config.run.name}-samples"
         self.notes: list[str] = []
@@ -82,21 +81,31 @@ class SamplePlan:
         except (TakenOver, LeaseRemoved):  # removed: the other start has finished, and cleared up
             raise taken_over(self.url) from None
 
+    def _draws(self) -> tuple[Draw, SampleConditions]:
+        """Read and checked for the first shard. Raises DataError where a file of a condition has changed."""
+        if self._prepared is None:
+            conditions = SampleConditions(self.job.request, self.model.info)
+            if sha256_of(conditions.fixed) != self.job.conditions_sha256:
+                raise DataError("--condition: a file holds other values than when this job began; give another --out")
+            self._prepared = prepare(in_form(self.model, self.job.form), self.job.request), conditions
+        return self._prepared
+
     def make(self, number: int, scratch: Path) -> tuple[bytes, PackedShard]:
         """Members `<i>.png` (or .npy), `<i>.cls` where there are classes, and `<i>.json` with the sample's seed."""
-        job, request, info = self.job, self.job.request, self.model.info
+        job, request = self.job, self.job.request
         self.check_owner()
-        if self._draw is None:
-            self._draw = prepare(in_form(self.model, job.form), request)
+        draw, conditions = self._draws()
         tar, numbers = io.BytesIO(), job.shard_samples(number)
         writer = ShardWriter(tar, self.shape, self.dtype, "png" if self.dtype == "uint8" else "npy")
         for first in range(numbers.start, numbers.stop, request.batch_size):
             last = min(first + request.batch_size, numbers.stop)
-            labels, seeds = request.labels(first, last, info), request.sample_seeds(first, last).tolist()
+            seeds, condition = request.sample_seeds(first, last), conditions.of(first, last)
             with span("sample.batch", first=first, rows=last - first, sampler=request.sampler):
-                x = self._draw(first, labels)
-            arrays = to_uint8(x).permute(0, 2, 3, 1).numpy() if self.dtype == "uint8" else x.numpy()
-            for i, (array, label, seed) in enumerate(zip(arrays, labels.tolist(), seeds, strict=True), first):
+                x = draw(seeds, condition)
+            labels = class_labels(condition, last - first)
+            samples = self.model.info.in_data_units(x)
+            arrays = (samples.permute(0, 2, 3, 1) if self.dtype == "uint8" else samples).numpy()
+            for i, (array, label, seed) in enumerate(zip(arrays, labels.tolist(), seeds.tolist(), strict=True), first):
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
                 writer.add(f"{i:08d}", array, label, json.dumps(note).encode())
             self.done(last - first)

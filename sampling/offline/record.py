@@ -25,7 +25,8 @@ class SampleJob:
     """All that decides the samples and their bytes.
 
     asked: the URL that was given; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
-    weights: their SHA-256. request: with sampler, steps and grid filled in; its batch_size decides nothing.
+    weights: their SHA-256. conditions_sha256: of the values of the request's conditions, which may be in files; ""
+    without any. request: with sampler, steps and grid filled in; its batch_size decides nothing.
     """
 
     asked: str
@@ -39,6 +40,7 @@ class SampleJob:
     compile: str
     form: Form
     version: int = VERSION
+    conditions_sha256: str = ""
 
     @property
     def num_shards(self) -> int:
@@ -57,9 +59,9 @@ class SampleJob:
         mine, theirs = _fields(self), _fields(other)
         mine, theirs = mine | mine.pop("request"), theirs | theirs.pop("request")
         return [
-            f"{name} {mine[name]!r}, not {theirs[name]!r}"
-            for name in theirs
-            if name != "form" and mine[name] != theirs[name]
+            f"{name} {mine.get(name)!r}, not {theirs.get(name)!r}"
+            for name in {**theirs, **mine}
+            if name != "form" and mine.get(name) != theirs.get(name)
         ]
 
 
@@ -104,8 +106,13 @@ class SampleRecord:
 
 
 def _fields(job: SampleJob) -> dict[str, Any]:
-    """As JSON has them: lists for tuples; guidance as an object also where it was given as a weight."""
+    """As JSON has them: lists for tuples; guidance as an object also where it was given as a weight. What earlier
+    versions did not know is left out where nothing is said, so that their jobs have the same bytes."""
     fields = asdict(job)
-    del fields["request"]["batch_size"]
-    fields["request"]["guidance"] = asdict(job.request.guided)
+    request = fields["request"]
+    del request["batch_size"]
+    request["guidance"] = asdict(job.request.guided)
+    for where, name in ((request, "conditions"), (request["guidance"], "weights"), (fields, "conditions_sha256")):
+        if not where[name]:
+            del where[name]
     return json.loads(json.dumps(fields))

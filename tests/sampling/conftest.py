@@ -17,6 +17,8 @@ from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
+from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.fragments import Fragment
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ def write_run(
     shape: tuple[int, ...] = (1, 8, 8),
     classes: int | list[str] = 3,
     hidden_size: int = 16,
+    target: TargetField | None = None,
+    conditions: dict[str, ConditionSpec] | None = None,
 ) -> str:
     """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url."""
     names = classes if isinstance(classes, list) else [f"class-{i}" for i in range(classes)]
@@ -130,7 +134,7 @@ def write_run(
     torch.manual_seed(seed)
     module = torch.nn.Module()
     module.denoiser = torch.nn.Module()
-    module.denoiser.network = config.network.build(shape, len(names))
+    module.denoiser.network = config.network.build(shape, len(names) if conditions is None else conditions)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -145,6 +149,8 @@ def write_run(
         world_size=1,
         image_shape=list(shape),
         classes=names,
+        target=target,
+        conditions=conditions,
     )
     fragments = [
         Fragment(

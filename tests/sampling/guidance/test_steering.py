@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from PIL import Image
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.packing.pack import pack
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Interval
 from scoreray.sampling.guidance.inverse import LinearInverse
-from scoreray.sampling.guidance.operators import average_pool, gray
+from scoreray.sampling.guidance.operators import average_pool, gray, mask
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.load import load, load_machine, load_model
 from scoreray.sampling.offline.generate import Request, generate, prepare
 from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
+from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.loop import train
 from scoreray.trainer.networks.ladder import ladder_ratio
 from scoreray.trainer.run_folder import run_store
@@ -170,8 +173,30 @@ def test_samples_of_an_inverse_problem_meet_its_measurement(
     )
     (x, _), *_ = generate(load(runs["unet"]), request)
     assert (forward(x) - y).abs().max() < (1e-4 if method == "projection" else 0.2)
-    free = prepare(load(runs["unet"]), Request(3, "dpmpp_2m", 8))(0, torch.arange(3) % 2)
+    free = prepare(load(runs["unet"]), Request(3, "dpmpp_2m", 8))(torch.arange(3), torch.arange(3) % 2)
     assert (forward(free) - y).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("operator", ["inpaint", "superresolution=2", "matrix"])
+def test_measurements_of_a_field_are_in_its_own_units(
+    new_run: Callable[..., str], operator: str, tmp_path: Path
+) -> None:
+    field = TargetField("height", "array", "float32", Normaliser("channel", (250.0,), (40.0,)))
+    model = load(new_run(str(tmp_path / "run"), shape=(1, 4, 4), target=field))
+    np.save(tmp_path / "mask.npy", np.eye(4, dtype=np.uint8))
+    np.save(tmp_path / "matrix.npy", rows := np.linspace(0, 1, 32, dtype=np.float32).reshape(2, 16) ** 2)
+    forward, shape = {
+        "inpaint": (mask(torch.eye(4, dtype=torch.bool)).apply, (1, 4, 4)),
+        "superresolution=2": (average_pool(2).apply, (1, 2, 2)),
+        "matrix": (lambda x: x.flatten(1) @ torch.from_numpy(rows).T, (2,)),
+    }[operator]
+    np.save(tmp_path / "y.npy", np.full(shape, 270 if operator != "matrix" else 1500, np.float32))
+    word = f"matrix={tmp_path / 'matrix.npy'}" if operator == "matrix" else operator
+    measurement = Measurement(word, str(tmp_path / "y.npy"), str(tmp_path / "mask.npy") if word == "inpaint" else None)
+    (x, _), *_ = generate(model, Request(2, "dpmpp_2m", 8, measurement=measurement))
+    y = torch.from_numpy(np.load(tmp_path / "y.npy"))
+    expected = forward(y[None]) if operator == "inpaint" else y[None]
+    assert (forward(model.info.in_data_units(x)) - expected).abs().max() < 0.05
 
 
 def test_guidance_and_a_measurement_go_together(runs: dict[str, str], tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from scoreray.cluster.cli import main as cli
 from scoreray.cluster.verbs.sample import sample_to
 from scoreray.cluster.verbs.sample_actors import on_actors
 from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.inspect import verify
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream
 from scoreray.data.reading.tars import Tape, members
 from scoreray.data.storage.store import open_store
@@ -36,6 +38,7 @@ from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
 from scoreray.sampling.offline.place import TakenOver, intact, place_of
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.samplers.sample import sample
+from scoreray.trainer.config.run_fields import TargetField
 
 REQUEST = Request(count=150, steps=3, seed=7, batch_size=32)
 SHARD = 32
@@ -349,13 +352,33 @@ def test_npz_holds_what_the_shards_hold(new_run: NewRun, shape: tuple[int, ...],
     with np.load(place) as arrays:
         model = load(run)
         labels = request.labels(0, 70, model.info)
-        x = prepare(in_form(model, Form()), request.fitted(model.info))(0, labels)
+        x = prepare(in_form(model, Form()), request.fitted(model.info))(request.sample_seeds(0, len(labels)), labels)
         images = ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1) if len(shape) == 3 else x
         assert np.array_equal(arrays["images"], images.numpy().astype(arrays["images"].dtype))
         assert arrays["images"].dtype == (np.uint8 if len(shape) == 3 else np.float32)
         assert arrays["labels"].tolist() == labels.tolist()
         assert arrays["seeds"].tolist() == [(7 << 32) + i for i in range(70)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.npz.json", "b.npz", "b.npz.json", "run"]
+
+
+def test_samples_of_a_field_leave_in_its_own_units(new_run: NewRun, tmp_path: Path) -> None:
+    """Whatever the format: of an array the run's normalisation is undone, and nothing is rounded to 256 levels."""
+    field = TargetField("height", "array", "float32", Normaliser("channel", (250.0,), (40.0,)))
+    plain, scaled = (new_run(str(tmp_path / name), shape=(1, 4, 4), target=target)
+                     for name, target in (("plain", None), ("scaled", field)))  # fmt: skip
+    found = dict[str, np.ndarray]()
+    for name, run in (("plain", plain), ("scaled", scaled)):
+        draw(str(tmp_path / f"{name}.npz"), run, replace(REQUEST, count=5))
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            found[name] = arrays["images"]
+    assert found["plain"].dtype == np.uint8
+    assert found["scaled"].shape == (5, 1, 4, 4)
+    exact = ((found["scaled"] - 250) / 40 + 1) * 127.5
+    assert np.abs(exact.transpose(0, 2, 3, 1).clip(0, 255) - found["plain"]).max() <= 0.51
+    draw(str(tmp_path / "shards"), scaled, replace(REQUEST, count=5), format="webdataset")
+    assert np.array_equal(read_samples(str(tmp_path / "shards"), range(5)).numpy(), found["scaled"])
+    with pytest.raises(UserError, match=r"samples of shape \[1, 4, 4\] are no pictures; give --format webdataset"):
+        draw(str(tmp_path / "pictures"), scaled, replace(REQUEST, count=5), format="png")
 
 
 def test_rows_of_a_call_are_fixed_and_do_not_change_with_the_batch(run_url: str) -> None:
@@ -367,9 +390,10 @@ def test_rows_of_a_call_are_fixed_and_do_not_change_with_the_batch(run_url: str)
     assert isinstance(driven, InRows)
     for guidance in (Guidance(), Guidance(2.0)):
         request = replace(REQUEST, guidance=guidance, sampler="edm_sde").fitted(model.info)
-        labels = torch.arange(37) % 3
-        whole = prepare(driven, request)(0, labels)
-        alone = torch.cat([prepare(driven, request)(first, labels[first : first + 5]) for first in range(0, 37, 5)])
+        labels, seeds = torch.arange(37) % 3, request.sample_seeds(0, 37)
+        whole = prepare(driven, request)(seeds, labels)
+        parts = zip(seeds.split(5), labels.split(5), strict=True)
+        alone = torch.cat([prepare(driven, request)(few, given) for few, given in parts])
         assert torch.equal(whole, alone)
     assert set(sizes) == {16}
 

@@ -1,0 +1,71 @@
+"""Conditions as words of a command line, NAME=VALUE, each for all samples of a request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scoreray.data.errors import UserError, shortened
+from scoreray.data.yaml_text import parse_value
+from scoreray.sampling.guidance.observations import READ_SUFFIXES, read_values
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, spec_of
+
+WORDS = "a number, numbers with commas between (1.5,-2), or a file: npy, npz or a picture"
+
+
+def parse_conditions(pairs: Sequence[str]) -> dict[str, str]:
+    """Values by name from words NAME=VALUE. Raises UserError."""
+    found = dict[str, str]()
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f'--condition {shortened(pair)}: write NAME=VALUE, such as caption="a red circle"')
+        if name in found:
+            raise UserError(f"--condition {name}: is given twice; one value of each name conditions all samples")
+        found[name] = value
+    return found
+
+
+def read_condition(words: Mapping[str, str], info: ModelInfo) -> Condition | None:
+    """One row of what `words` say, in the data's own units; None of no words.
+
+    A text is itself and a class its name or number; numbers are written with commas between, or are in a file (npy,
+    npz, a picture), which is read here. Raises UserError in one line that names the condition, DataError, StorageError.
+    """
+    if words and not info.conditions:
+        raise UserError(f"--condition {next(iter(words))}: this model takes no conditions; leave it out")
+    try:
+        values = {name: _value(name, word, spec_of(name, info.conditions)) for name, word in words.items()}
+        return condition_of(values, info.conditions)
+    except UserError as error:
+        raise UserError(f"--{error}" if str(error).startswith("condition ") else str(error)) from None
+
+
+def sha256_of(condition: Condition | None) -> str:
+    """Of the values that are looked at, so that a job knows a file that was changed under its name; "" of none."""
+    if condition is None:
+        return ""
+    found = hashlib.sha256()
+    for name in sorted(condition.values):
+        value, mask = condition.values[name], condition.mask(name)
+        masked = (
+            value if value.ndim < mask.ndim + 1 else value * mask.view(*mask.shape, *[1] * (value.ndim - mask.ndim))
+        )
+        for tensor in (masked, mask):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _value(name: str, word: str, spec: ConditionSpec) -> Any:
+    if spec.kind in ("class", "text"):
+        return word
+    if word.lower().endswith(READ_SUFFIXES):
+        return read_values(word, spec.shape[0] if spec.kind == "concat" else None)
+    value = parse_value(word if word.startswith("[") else f"[{word}]", f"condition '{name}': {shortened(word)}")
+    if not isinstance(value, list) or not value:
+        raise UserError(f"condition '{name}': {shortened(word)}: write {WORDS}")
+    return value

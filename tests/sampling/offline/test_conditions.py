@@ -1,0 +1,193 @@
+"""Samples under conditions of every kind: closed forms of ensembles, batches, words of a command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
+from scoreray.sampling.guidance.steering import Guidance, parse_guidance
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.load import LoadedDenoiser
+from scoreray.sampling.offline.conditions import parse_conditions, read_condition, sha256_of
+from scoreray.sampling.offline.driver import Form, in_form
+from scoreray.sampling.offline.generate import Request, SampleConditions, generate, prepare
+from scoreray.trainer.config import load_config
+from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec, check_condition
+
+STD, SIGMA_DATA = 0.3, 0.5
+SPECS: Conditions = {
+    "label": ConditionSpec("class", classes=("cat", "dog", "3")),
+    "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (1.0, 0.0), (2.0, 1.0))),
+    "coarse": ConditionSpec("concat", (1, 2, 2)),
+    "tokens": ConditionSpec("sequence", (4, 2)),
+    "caption": ConditionSpec("text", (6,)),
+}
+# Of the mean that the words below give: dog adds 1, place (0.5, -1) its first number, tokens the mean of their numbers.
+WORDS = {"label": "dog", "place": "2,-1", "tokens": "[[1, 2], [3, 4]]", "caption": "abc"}
+MEAN = 1 + 0.5 + 2.5 + 3
+
+
+class Linear(nn.Module):
+    """Data N(m, STD^2) whose mean is linear in the conditions: the exact denoiser, written as a network of it. What is
+    null adds nothing to m."""
+
+    conditions = SPECS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def mean(self, condition: Condition | None, rows: int) -> Tensor:
+        total = torch.zeros(rows)
+        if condition is None:
+            return total
+        for name, value in condition.values.items():
+            mask = condition.mask(name).float()
+            if name == "label":
+                total = total + value.clamp(min=0) * mask
+            elif name == "caption":
+                total = total + mask.sum(1)
+            elif name == "tokens":
+                total = total + (value.mean(2) * mask).sum(1) / mask.sum(1).clamp(min=1)
+            else:
+                total = total + value.flatten(1)[:, 0] * mask
+        return total
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Condition | None = None) -> Tensor:
+        sigma = (4 * c_noise).exp()
+        x = x * (sigma**2 + SIGMA_DATA**2).sqrt()[:, None]
+        mean = self.mean(condition, len(x))[:, None]
+        return mean + (x - mean) * (STD**2 / (STD**2 + sigma**2))[:, None]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedDenoiser:
+    found = LoadedDenoiser(Linear(), "denoised", SIGMA_DATA).eval()
+    config = load_config({
+        "run": {"name": "linear", "storage": "none"},
+        "data": {"url": "s3://none/none", "global_batch_size": 16},
+        "network": {"kind": "mlp", "hidden_size": 16},
+        "duration": {"images": 1000},
+    })  # fmt: skip
+    found.info = ModelInfo("none", 0, "none", (2,), SPECS["label"].classes, config, SPECS)
+    return found
+
+
+def drawn(model: LoadedDenoiser, request: Request) -> Tensor:
+    return torch.cat([x for x, _ in generate(model, request)])
+
+
+def test_an_ensembles_moments_are_those_of_the_closed_form_for_every_kind_of_condition(model: LoadedDenoiser) -> None:
+    count = 3000
+    for words in [*({name: word} for name, word in WORDS.items()), WORDS]:
+        x = drawn(model, Request(count, "heun", 24, conditions=words, batch_size=count))
+        expected = model.network.mean(read_condition(words, model.info), 1)
+        std = STD / math.sqrt(2 * count)
+        assert (x.mean(0) - expected).abs().max() < 4 * STD / math.sqrt(count) + expected.abs() * STD / 80
+        assert (torch.cov(x.T) - STD**2 * torch.eye(2)).abs().max() < 0.05 * STD + 4 * STD * std
+    assert float(expected) == pytest.approx(MEAN)
+
+
+def test_guidance_of_a_linear_model_moves_the_mean_by_each_conditions_own_weight(model: LoadedDenoiser) -> None:
+    conditions = {"caption": "abc", "label": "dog"}
+    for guidance, mean in [
+        (Guidance(2.0), 2 * 4.0),
+        (Guidance(weights={"caption": 3.0}), 3 * 3 + 1.0),
+        (Guidance(2.0, weights={"caption": 3.0}), 3 * 3 + 2 * 1.0),
+        (Guidance(weights={"label": 0.0}), 3.0),
+    ]:
+        x = drawn(model, Request(512, "heun", 24, conditions=conditions, guidance=guidance, batch_size=512))
+        assert float(x.mean()) == pytest.approx(mean, abs=0.1)
+
+
+def test_a_null_condition_is_an_unconditional_network_and_batches_change_no_bit(model: LoadedDenoiser) -> None:
+    driven = in_form(model, Form(rows=16))
+    seeds = torch.arange(37)
+    draw = prepare(driven, Request(37, "edm_sde", 5))
+    null = Condition(
+        {"caption": torch.zeros(37, 2, dtype=torch.uint8)}, {"caption": torch.zeros(37, 2, dtype=torch.bool)}
+    )
+    assert torch.equal(draw(seeds, null), draw(seeds, None))
+    texts = [read_condition({"caption": "abcdef"[: 1 + i % 6]}, model.info) for i in range(37)]
+    together = draw(seeds, Condition.cat(texts, [1] * 37))
+    alone = [draw(seeds[i : i + 1], texts[i]) for i in (0, 5, 36)]
+    assert torch.equal(together[[0, 5, 36]], torch.cat(alone))
+
+
+def test_words_become_one_condition_of_all_samples(model: LoadedDenoiser, tmp_path: Path) -> None:
+    field = tmp_path / "field.npy"
+    np.save(field, np.arange(12, dtype=np.float32).reshape(3, 4))
+    found = read_condition({**WORDS, "coarse": str(field)}, model.info)
+    assert found is not None
+    check_condition(found, SPECS, 1)
+    assert found.values["place"].tolist() == [[0.5, -1.0]]
+    assert found.values["coarse"].shape == (1, 1, 3, 4)
+    assert bytes(found.values["caption"][0].tolist()) == b"abc"
+    Image.fromarray(np.full((5, 7), 9, np.uint8)).save(tmp_path / "field.png")
+    picture = read_condition({"coarse": str(tmp_path / "field.png")}, model.info)
+    assert picture is not None
+    assert picture.values["coarse"].shape == (1, 1, 5, 7)
+    before = sha256_of(found)
+    np.save(field, np.ones((3, 4), np.float32))
+    assert sha256_of(read_condition({**WORDS, "coarse": str(field)}, model.info)) != before
+
+
+def test_classes_are_in_turn_only_where_nothing_else_is_given(model: LoadedDenoiser) -> None:
+    def labels(**fields: Any) -> list[int]:
+        found = SampleConditions(Request(5, **fields), model.info).of(0, 5)
+        assert found is not None
+        return found.values["label"].tolist()
+
+    assert labels() == [0, 1, 2, 0, 1]
+    assert labels(conditions={"caption": "a"}) == [-1] * 5
+    assert labels(conditions={"caption": "a"}, class_label="dog") == [1] * 5
+    assert labels(conditions={"label": "index:2"}) == [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"captoin": "a"}, "--condition 'captoin': this network was not built for it; it takes label, place, coarse, "),
+        ({"caption": "abcdefg"}, "--condition 'caption': a text of 7 bytes .UTF-8., this model takes at most 6"),
+        ({"label": "bird"}, "--condition 'label': class 'bird' is unknown"),
+        ({"place": "1"}, r"--condition 'place': numbers of shape \[1\], this model takes 2 numbers"),
+        ({"place": "north,2"}, "--condition 'place': .* this model takes 2 numbers"),
+        ({"place": ".nan,2"}, "--condition 'place': nan at index .0.; give finite numbers"),
+        ({"place": ""}, "--condition 'place': : write a number, numbers with commas between"),
+        ({"coarse": "gone.npy"}, "gone.npy: no such file"),
+        ({"tokens": "[[1,2],[1,2],[1,2],[1,2],[1,2]]"}, "--condition 'tokens': 5 tokens, this model takes at most 4"),
+    ],
+)  # fmt: skip
+def test_a_condition_that_does_not_fit_is_one_line(words: dict[str, str], message: str, model: LoadedDenoiser) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        SampleConditions(Request(1, conditions=words), model.info)
+    assert "\n" not in str(error.value)
+
+
+def test_words_that_mean_nothing_are_refused_before_a_model_is_read(model: LoadedDenoiser) -> None:
+    with pytest.raises(UserError, match='--condition caption: write NAME=VALUE, such as caption="a red circle"'):
+        parse_conditions(["caption"])
+    with pytest.raises(UserError, match="--condition a: is given twice"):
+        parse_conditions(["a=1", "a=2"])
+    assert parse_conditions(["caption=a=b"]) == {"caption": "a=b"}
+    assert parse_guidance(["3", "label=2"]) == (3.0, {"label": 2.0})
+    with pytest.raises(UserError, match="--guidance high: write a weight"):
+        parse_guidance(["high"])
+    unconditional = replace(model.info, conditions={}, classes=())
+    with pytest.raises(UserError, match="--condition caption: this model takes no conditions"):
+        SampleConditions(Request(1, conditions={"caption": "a"}), unconditional)
+    with pytest.raises(UserError, match="--class-label and --condition label: leave one of them out"):
+        SampleConditions(Request(1, conditions={"label": "dog"}, class_label="dog"), model.info)
+    weights = Guidance(weights={"place": 2.0})
+    with pytest.raises(UserError, match="guidance place=2: no condition 'place' is given"):
+        SampleConditions(Request(1, conditions={"caption": "a"}, guidance=weights), model.info)
