@@ -1,4 +1,4 @@
-"""Inspecting a data set: `verify` checks every byte, `summary` counts and measures, `picture_grid` draws images."""
+"""Inspecting a data set: `verify` checks every byte, `summary` measures; pictures of images and of fields."""
 
 from __future__ import annotations
 
@@ -202,3 +202,30 @@ def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) 
         x = gap + i % columns * (width * scale + gap)
         canvas[y : y + height * scale, x : x + width * scale] = large  # one channel is spread over three
     return Image.fromarray(canvas)
+
+
+def field_pictures(values: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Arrays [N, C, *grid] of any units as uint8 [N, 3, H, W], by matplotlib's viridis: dark is the least value of a
+    channel among all N, bright the greatest; what is not finite is dark. Channels stand side by side; of a volume the
+    middle slice is shown, and a signal [N, C, L] is a band for each channel, one above the other.
+
+    Raises ValueError for arrays without a grid.
+    """
+    import matplotlib  # half a second, which pictures need not wait for
+
+    array = np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, np.float64)
+    if array.ndim < 3 or not array.size:
+        raise ValueError(f"arrays of shape {array.shape}: [N, C, ...] with a grid is needed")
+    n, channels, *grid = array.shape
+    finite = np.isfinite(array)
+    axes = (0, *range(2, array.ndim))
+    low = np.min(array, axes, keepdims=True, where=finite, initial=np.inf)
+    high = np.max(array, axes, keepdims=True, where=finite, initial=-np.inf)
+    shares = np.where(finite, array - low, 0) / np.where(high > low, high - low, 1)
+    if len(grid) == 1:
+        shares = shares.repeat(max(1, grid[0] // (4 * channels)), 1)[:, None]
+    while shares.ndim > 4:
+        shares = shares[:, :, shares.shape[2] // 2]
+    table = np.rint(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
+    coloured = table[np.rint(255 * shares).astype(np.uint8)]  # [N, C, H, W, 3]
+    return coloured.transpose(0, 4, 2, 1, 3).reshape(n, 3, coloured.shape[2], -1)
