@@ -125,3 +125,15 @@ def plain_fields(
     )
     label = Field("label", "class", [], "int64", "", classes=list(classes), class_counts=list(counts))
     return [target, label] if classes else [target]
+
+
+def is_plain(fields: Sequence[Field]) -> bool:
+    """Whether a data set of version 2 holds these: an `image` or a float32 `array`, and a class `label` or none."""
+    target, *others = fields
+    wanted = {"image": "uint8", "array": "float32"}.get(target.kind)
+    return (
+        target.name == target.kind
+        and target.dtype == wanted
+        and target.normalisation == "none"
+        and [(one.name, one.kind) for one in others] in ([], [("label", "class")])
+    )

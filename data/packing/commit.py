@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.moments import statistics
-from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits
+from scoreray.data.fields.field import Field, is_plain
+from scoreray.data.packing.moments import FieldMoments, statistics, with_statistics
+from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits, record_of, target_of
 from scoreray.data.reading.records import chunk_digests, index_bytes, records_sha256
 from scoreray.data.scratch import scratch_file, scratch_folder
 from scoreray.data.sources.identity import hash_object
@@ -35,13 +36,10 @@ class PackedShard:
     """A finished shard: its entry of the manifest, its records, and its part of the data set's statistics."""
 
     shard: Shard
-    sums: list[float]  # of each channel; of uint8 values, or of floats
-    squares: list[float]  # of each channel
-    class_counts: list[int]
+    moments: list[FieldMoments]  # of each field of the plan
     records: bytes
     skipped: list[str] = field(default_factory=list)  # samples that could not be read and were left out, and why
     kept: bool = False  # it was there, from an earlier run of the same pack
-    is_grey: bool = False  # images that are counted with three channels have one
     left_out: dict[str, int] = field(default_factory=dict)  # members that are no part of a sample, by kind
     inputs: str = ""  # the plan's `inputs` of the shard when it was made
 
@@ -55,12 +53,9 @@ class PackPlan(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def classes(self) -> list[str] | None:
-        """Names, or None for numbers as far as they go."""
+    def fields(self) -> Sequence[Field]:
+        """With the members that the shards have. Of a class field without names of classes the numbers are counted as
+        far as they go. Where all images that are to have three channels are grey, they get one."""
 
     @property
     def num_shards(self) -> int: ...
@@ -105,7 +100,7 @@ def carry_out(
     skip_bad: int = 0,
 ) -> Manifest:
     """Makes the shards that are not there yet and commits the data set; arguments as pack()'s."""
-    check_limits(plan.name, plan.shape, len(plan.classes or ()), plan.num_shards)
+    check_limits(plan.name, plan.fields, plan.num_shards)
     store = open_store(plan.url)
     make = map_shards or partial(_map_in_process, workers)
     finished = _claim(store, plan, skip_bad)
@@ -193,7 +188,7 @@ def pack_shard(plan: PackPlan, number: int) -> PackedShard:
     done = f"packing/{number:06d}"
     inputs = plan.inputs(number)
     try:
-        packed = _from_record(store.get(done))
+        packed = _from_record(store.get(done), record_of(plan.fields))
         if packed.inputs == inputs and (not packed.shard.num_samples or _is_whole(store, packed.shard)):
             return packed
     except (NotFound, ValueError, KeyError, TypeError):
@@ -220,20 +215,20 @@ def put_record(store: Store, number: int, packed: PackedShard) -> None:
 
 def _to_record(packed: PackedShard) -> bytes:
     """A line of JSON, then the records."""
-    described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__], "sums": packed.sums,
-                 "squares": packed.squares, "class_counts": packed.class_counts, "skipped": packed.skipped,
-                 "is_grey": packed.is_grey, "left_out": packed.left_out, "inputs": packed.inputs}  # fmt: skip
+    described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__],
+                 "moments": [one.described() for one in packed.moments], "skipped": packed.skipped,
+                 "left_out": packed.left_out, "inputs": packed.inputs}  # fmt: skip
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
-def _from_record(data: bytes) -> PackedShard:
+def _from_record(data: bytes, record: np.dtype) -> PackedShard:
     described, _, records = data.partition(b"\n")
-    fields = json.loads(described)
-    shard = Shard(*fields["shard"])
-    if records_sha256(records) != shard.records_sha256:
+    found = json.loads(described)
+    shard, moments = Shard(*found["shard"]), [FieldMoments.from_described(one) for one in found["moments"]]
+    if records_sha256(records, record) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
-    names = ("sums", "squares", "class_counts", "skipped", "is_grey", "left_out", "inputs")
-    return PackedShard(shard=shard, records=records, kept=True, **{name: fields[name] for name in names})
+    others = {name: found[name] for name in ("skipped", "left_out", "inputs")}
+    return PackedShard(shard, moments, records, kept=True, **others)
 
 
 def _commit(
@@ -244,12 +239,8 @@ def _commit(
     progress: Callable[[int, int], None] | None,
 ) -> Manifest:
     """The index and the manifest from the finished shards, in order; then what the packing left is removed."""
-    shards: list[Shard] = []
-    sums, squares = np.zeros(plan.shape[0]), np.zeros(plan.shape[0])
-    num_samples, num_skipped, shape = 0, 0, list(plan.shape)
-    is_grey = True
-    counts: list[int] = [0] * len(plan.classes or [])
-    digests: list[bytes] = []
+    shards, digests, num_samples, num_skipped = list[Shard](), list[bytes](), 0, 0
+    totals, record = [FieldMoments() for _ in plan.fields], record_of(plan.fields)
     index_sha256 = hashlib.sha256()
     with scratch_file() as (index, path):
         for packed in done:
@@ -259,14 +250,12 @@ def _commit(
                 raise DataError(f"{num_skipped} samples can't be read, --skip-bad is {skip_bad}; the last: {last}")
             if packed.shard.num_samples:
                 shards.append(packed.shard)
-                is_grey = is_grey and packed.is_grey
+                for total, part in zip(totals, packed.moments, strict=True):
+                    total += part
             num_samples += packed.shard.num_samples
-            sums, squares = sums + np.asarray(packed.sums), squares + np.asarray(packed.squares)
-            counts += [0] * (len(packed.class_counts) - len(counts))
-            counts = [a + b for a, b in zip(counts, [*packed.class_counts, *[0] * len(counts)], strict=False)]
             index.write(packed.records)
             index_sha256.update(packed.records)
-            digests.append(chunk_digests(packed.records))
+            digests.append(chunk_digests(packed.records, record))
             if progress:
                 progress(num_samples + num_skipped, plan.total_samples(shards))
         index.write(b"".join(digests))
@@ -275,24 +264,12 @@ def _commit(
         if not shards:
             raise DataError(f"{plan.name}: none of its samples can be read")
         store.put(INDEX, path)
-    if is_grey:
-        shape[0], sums, squares = 1, sums[:1], squares[:1]
-    mean, std, sigma_data = statistics(sums, squares, num_samples * math.prod(shape), plan.dtype)
-    if sigma_data <= 0:
-        raise UserError(f"{plan.name}: all samples are the same, nothing can be learned from them")
-    dtype: Literal["uint8", "float32"] = "uint8" if plan.dtype == "uint8" else "float32"
+    index_entry = Index(INDEX, index_bytes((shard.num_samples for shard in shards), record), index_sha256.hexdigest())
     manifest = Manifest(
-        version=2,
+        **_described(plan, totals, num_samples),
         name=plan.name,
-        shape=shape,
-        dtype=dtype,
         num_samples=num_samples,
-        classes=[str(c) for c in range(len(counts))] if plan.classes is None else plan.classes,
-        class_counts=counts,
-        mean=mean,
-        std=std,
-        sigma_data=sigma_data,
-        index=Index(INDEX, index_bytes(shard.num_samples for shard in shards), index_sha256.hexdigest()),
+        index=index_entry,
         shards=shards,
         num_left_out=num_skipped,
         packing=plan.sha256,
@@ -305,3 +282,32 @@ def _commit(
     store.put(MANIFEST, manifest.to_json().encode())
     store.delete([PLAN, *(f"packing/{i:06d}" for i in range(plan.num_shards))])
     return manifest
+
+
+def _described(plan: PackPlan, totals: Sequence[FieldMoments], num_samples: int) -> dict[str, Any]:
+    """What a manifest of version 2 or 3 says of the samples. Raises UserError for a target without any variety."""
+    fields = list(plan.fields)
+    if not is_plain(fields):
+        fields = [with_statistics(field, total) for field, total in zip(fields, totals, strict=True)]
+        target = target_of(fields)
+        if max(target.std) == 0 and len(set(target.mean)) == 1:
+            raise UserError(_NO_VARIETY.format(f"{plan.name}: field '{target.name}'"))
+        return {"version": 3, "fields": fields}
+    target, total = fields[0], totals[0]
+    shape, sums, squares = list(target.shape), total.sums, total.squares
+    if target.kind == "image" and total.is_grey:
+        shape[0], sums, squares = 1, sums[:1], squares[:1]
+    mean, std, sigma_data = statistics(sums, squares, num_samples * math.prod(shape), target.dtype)
+    if sigma_data <= 0:
+        raise UserError(_NO_VARIETY.format(plan.name))
+    label = [with_statistics(*one) for one in zip(fields[1:], totals[1:], strict=True)]
+    classes, counts = (label[0].classes, label[0].class_counts) if label else ([], [])
+    if not any(counts) and label and not fields[1].classes:  # tars that have no class
+        classes, counts = [], []
+    return {
+        "version": 2, "shape": shape, "dtype": target.dtype, "classes": classes, "class_counts": counts, "mean": mean,
+        "std": std, "sigma_data": sigma_data,
+    }  # fmt: skip
+
+
+_NO_VARIETY = "{}: all samples are the same, nothing can be learned from them"

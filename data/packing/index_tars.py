@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError, shortened
+from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.moments import ChannelMoments
+from scoreray.data.packing.index_records import IndexRecords, StoredMember
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.allowlist import found_format
 from scoreray.data.reading.decode import decode_as_found
-from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, RECORD, Shard, digest
+from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, Shard
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
-from scoreray.data.reading.records import records_sha256
 from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
 from scoreray.data.sources.identity import content_marks, digest_of
 from scoreray.data.sources.layout import Layout, checked_layout
@@ -65,8 +65,8 @@ class TarsPlan:
         return len(self.shards)
 
     @property
-    def classes(self) -> list[str] | None:
-        return None
+    def fields(self) -> list[Field]:
+        return tar_fields(self.shape, self.dtype)
 
     @property
     def sha256(self) -> str:
@@ -183,36 +183,30 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
     """Reads and decodes all of one tar. Raises DataError naming it, the offset, and what is wrong or not accepted."""
     store = open_store(plan.url)
     key, size = plan.shards[number]
-    records: list[tuple[int, int, int, int, int]] = []
-    moments, class_counts, skipped, is_grey = ChannelMoments(plan.shape, plan.dtype), [0], list[str](), True
+    records, skipped = IndexRecords(plan.fields), list[str]()
     with naming(store, key):
         tape = tape_of(store, key, size)
         samples = TarSamples(tape, plan.labelled)
         for sample in samples:
             try:
                 member = sample.member()
-                values, code = decoded(member)
-                check_fits(plan.shape, plan.dtype, member, values, "--image-size makes new tars of one size")
+                array, code = decoded(member)
+                check_fits(plan.shape, plan.dtype, member, array, "--image-size makes new tars of one size")
             except DataError as error:
                 if not plan.skips_bad:
                     raise
                 skipped.append(f"{store.url(key)}: {error}")
                 continue
-            is_grey = is_grey and values.dtype == np.uint8 and values.shape[2] == 1
-            moments.add(np.broadcast_to(values, (*values.shape[:2], 3)) if plan.dtype == "uint8" else values)
-            class_counts += [0] * (sample.label + 1 - len(class_counts))
-            if sample.label >= 0:
-                class_counts[sample.label] += 1
-            records.append((member.offset, len(member.data), sample.label, code, digest(member.data)))
+            stored = StoredMember.of(member.offset, member.data, code)
+            records.add({"": stored}, {plan.fields[0].name: array, "label": sample.label})
         if not records and not skipped:
             raise DataError("holds no sample")
-        array = np.zeros(len(records), RECORD)
-        array[:] = records
-        shard = Shard(key, len(records), size, tape.sha256(), records_sha256(array.tobytes()))
-    return PackedShard(
-        shard, moments.sums.tolist(), moments.squares.tolist(), class_counts if any(class_counts) else [],
-        array.tobytes(), skipped, is_grey=is_grey, left_out=dict(samples.left_out),
-    )  # fmt: skip
+    return records.finish(key, size, tape.sha256(), skipped, samples.left_out)
+
+
+def tar_fields(shape: Sequence[int], dtype: str) -> list[Field]:
+    """An image or array, and its class: which there are is known when all tars are read."""
+    return [*plain_fields(shape, dtype, [], [], [], []), Field("label", "class", [], "int64", "")]
 
 
 def decoded(member: Member) -> tuple[np.ndarray, int]:

@@ -12,8 +12,8 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +21,20 @@ from typing import Any, Literal
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.packing.commit import Mapper, PackedShard, carry_out
 from scoreray.data.packing.index_tars import plan_tars, tars_at
 from scoreray.data.packing.repack import plan_repack
-from scoreray.data.packing.shards import ENCODING, ShardWriter, encode
+from scoreray.data.packing.shards import ENCODING, ShardWriter, encode_value, stored_fields
 from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
+from scoreray.data.sources.field_options import NO_FIELDS, FieldOptions
+from scoreray.data.sources.field_source import FieldSource
 from scoreray.data.sources.layout import Layout
-from scoreray.data.sources.source import Source, SourceOptions, open_source
+from scoreray.data.sources.options import SourceOptions
+from scoreray.data.sources.source import Source, open_source
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.store import local_path, open_store
+from scoreray.data.tables.open import open_table
 
 SHARD_BYTES = 64 << 20  # about; large enough that a shard is one good read, small enough to make in memory
 
@@ -43,6 +48,7 @@ def pack(
     shard_bytes: int = SHARD_BYTES,
     image_size: int | None = None,
     image_format: str | None = None,
+    fields: FieldOptions = NO_FIELDS,
     channels: Literal[1, 3] | None = None,
     layout: Layout | None = None,
     labelled: bool = True,
@@ -61,6 +67,7 @@ def pack(
       samples_per_shard: None aims at `shard_bytes` by encoding a few samples first.
       image_size: resize the shorter side to it and crop the centre.
       image_format: png (the default), jpg (lossy) or npy; arrays of floats are always npy.
+      fields: what else of a sample is packed, by names of their own.
       channels: 1 or 3; None: as the images of the folder are.
       layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
       labelled: subfolders of a folder, and labels that come with samples, are classes.
@@ -87,6 +94,7 @@ def pack(
     where = local_path(source)
     given = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
              samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
+    given += [asdict(fields)] if fields else []
     origin = hashlib.sha256(json.dumps(given).encode(errors="surrogateescape")).hexdigest()
     if tars.shards:
         if samples_per_shard is not None:
@@ -95,13 +103,15 @@ def pack(
             return carry_out(replace(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), origin=origin), **how)
         repack = plan_repack(tars, url, name, options, image_format or "png", skip_bad > 0)
         return carry_out(replace(repack, origin=origin), **how)
-    opened = open_source(source, options)
+    opened = open_table(source, options, fields) or open_source(source, options)
     opened.check_readable(skip_bad)
-    chosen = "npy" if opened.dtype == "float32" else image_format or "png"
+    chosen = "npy" if is_plain(opened.fields) and opened.fields[0].kind == "array" else image_format or "png"
     if samples_per_shard is None:
-        samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _member_bytes(opened, chosen))))
+        samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _sample_bytes(opened, chosen))))
     name = name or Path(opened.path).name.split(".")[0]
-    plan = ImagesPlan(open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0, origin)
+    plan = SourcePlan(
+        open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0, origin, options
+    )
     return carry_out(plan, **how)
 
 
@@ -125,30 +135,23 @@ def _real_place(url: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class ImagesPlan:
+class SourcePlan:
     """A PackPlan that writes shards of a source's samples."""
 
     url: str
     name: str
-    source: Source
+    source: FieldSource
     samples_per_shard: int
     image_format: str
     seed: int
     skips_bad: bool = False
     origin: str = ""
+    options: SourceOptions = field(default_factory=SourceOptions)
     in_place = False
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def classes(self) -> list[str] | None:
-        return self.source.classes
+    def fields(self) -> Sequence[Field]:
+        return stored_fields(self.source.fields, self.image_format)
 
     @property
     def num_shards(self) -> int:
@@ -156,21 +159,19 @@ class ImagesPlan:
 
     @property
     def sha256(self) -> str:
-        labels = b"" if self.source.labels is None else self.source.labels.tobytes()
-        parts = [ENCODING, self.source.fingerprint, asdict(self.source.options), self.source.classes,
-                 hashlib.sha256(labels).hexdigest(), self.shape, self.dtype, self.name, self.samples_per_shard,
-                 self.image_format, self.seed]  # fmt: skip
         # Not skips_bad: a shard with a bad sample is only finished where that was skipped, and its record lists it; the
         # manifest has the number.
+        parts = [ENCODING, *contents(self.source, self.options), self.name, self.samples_per_shard, self.image_format,
+                 self.seed]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def inputs(self, number: int) -> str:
-        if not self.source.files:
-            return self.source.fingerprint
-        numbers, labels = self.numbers(number).tolist(), self.source.labels
-        names = [self.source.files[sample] for sample in numbers]
-        parts = [self.shape, [(name, self.source.marks[name]) for name in names],
-                 [] if labels is None else labels[numbers].tolist(), number * self.samples_per_shard]  # fmt: skip
+        parts = [self.source.inputs(self.numbers(number).tolist()), number * self.samples_per_shard]
+        parts += (
+            []
+            if is_plain(self.source.fields)
+            else [asdict(replace(field, normalisation="none")) for field in self.fields]
+        )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -199,25 +200,46 @@ def _permutation(seed: int, n: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def make_shard(plan: ImagesPlan, number: int) -> tuple[bytes | None, PackedShard]:
-    """The bytes of a shard, and what is to be known of it. Members: `<number>.png` and, with labels, `<number>.cls`."""
+def contents(source: FieldSource, options: SourceOptions) -> list[Any]:
+    """What a pack is recognised by, besides its own arguments."""
+    if not isinstance(source, Source):
+        return [source.fingerprint, asdict(options), [asdict(field) for field in source.fields]]
+    # Of images or arrays alone as ever, so that packs of earlier versions are recognised.
+    labels = b"" if source.labels is None else source.labels.tobytes()
+    return [source.fingerprint, asdict(options), source.classes, hashlib.sha256(labels).hexdigest(), source.shape,
+            source.dtype]  # fmt: skip
+
+
+def make_shard(plan: SourcePlan, number: int) -> tuple[bytes | None, PackedShard]:
+    """The bytes of a shard, and what is to be known of it. Keys are the samples' numbers in the data set."""
     source, tar, skipped = plan.source, io.BytesIO(), list[str]()
-    writer = ShardWriter(tar, source.shape, source.dtype, plan.image_format)
-    numbers = plan.numbers(number)
-    for i, (sample, array) in enumerate(zip(numbers.tolist(), source.read_all(numbers.tolist()), strict=True)):
-        if isinstance(array, DataError):
-            if not plan.skips_bad:
-                raise DataError(f"{array}; fix or remove it, or --skip-bad N leaves out up to N such files")
-            skipped.append(str(array))
-            continue
-        label = -1 if source.labels is None else int(source.labels[sample])
-        writer.add(f"{number * plan.samples_per_shard + i:08d}", array, label)
-    packed = writer.finish(f"shards/{number:06d}.tar", skipped)
+    writer = ShardWriter(tar, source.fields, plan.image_format)
+    numbers = plan.numbers(number).tolist()
+    for i, (sample, values) in enumerate(zip(numbers, source.read_all(numbers), strict=True)):
+        error = values
+        if not isinstance(values, DataError):
+            try:
+                writer.add(f"{number * plan.samples_per_shard + i:08d}", values)
+                continue
+            except DataError as found:
+                error = DataError(f"{source.path}: sample {sample}: {found}")
+        if not plan.skips_bad:
+            raise DataError(f"{error}; fix or remove it, or --skip-bad N leaves out up to N such files")
+        skipped.append(str(error))
+    packed = writer.finish(
+        f"shards/{number:06d}.tar", skipped, None if number or is_plain(source.fields) else source.left_out
+    )  # what no field takes is counted once
     return tar.getvalue() if packed.shard.num_samples else None, packed
 
 
-def _member_bytes(source: Source, image_format: str) -> float:
+def _sample_bytes(source: FieldSource, image_format: str) -> float:
     """Bytes of a sample in a tar, from a few of them that can be read."""
     numbers = np.linspace(0, source.num_samples - 1, min(16, source.num_samples)).astype(int).tolist()
-    sizes = [len(encode(a, image_format)) for a in source.read_all(numbers) if not isinstance(a, DataError)]
-    return float(np.mean(sizes or [1 << 20])) + 256 + 512 + (1024 if source.labels is not None else 0)
+    fields = [field for field in stored_fields(source.fields, image_format) if not field.is_inline]
+    sizes = [
+        sum(len(encode_value(values[field.name], field, image_format)[1]) + 256 + 512 for field in fields)
+        for values in source.read_all(numbers)
+        if not isinstance(values, DataError)
+    ]
+    inline = 1024 * (len(source.fields) - len(fields))
+    return float(np.mean(sizes or [(1 << 20) + 256 + 512])) + inline

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.field import Field
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.index_tars import Tars, naming, tape_of
+from scoreray.data.packing.index_tars import Tars, naming, tape_of, tar_fields
 from scoreray.data.packing.shards import ENCODING, ShardWriter
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.manifest import Shard
@@ -49,8 +50,8 @@ class RepackPlan:
         return len(self.tars)
 
     @property
-    def classes(self) -> list[str] | None:
-        return None
+    def fields(self) -> list[Field]:
+        return tar_fields(self.shape, self.dtype)
 
     @property
     def sha256(self) -> str:
@@ -73,7 +74,7 @@ class RepackPlan:
         key, size = self.tars[number]
         store, path, skipped = open_store(self.source), scratch / "shard.tar", list[str]()
         with open(path, "wb") as file, naming(store, key):
-            writer = ShardWriter(file, self.shape, self.dtype, self.image_format)
+            writer = ShardWriter(file, self.fields, self.image_format)
             samples = TarSamples(tape_of(store, key, size), self.options.labelled)
             for i, sample in enumerate(samples):
                 try:
@@ -83,8 +84,8 @@ class RepackPlan:
                         raise
                     skipped.append(f"{store.url(key)}: {error}")
                     continue
-                writer.add(f"{number:06d}-{i:08d}", array, sample.label)
-            packed = replace(writer.finish(f"shards/{number:06d}.tar", skipped), left_out=dict(samples.left_out))
+                writer.add(f"{number:06d}-{i:08d}", {"image": array, "label": sample.label})
+            packed = writer.finish(f"shards/{number:06d}.tar", skipped, samples.left_out)
         return path if packed.shard.num_samples else None, packed
 
 

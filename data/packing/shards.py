@@ -1,4 +1,4 @@
-"""Writing one shard: samples encoded into a tar by webdataset's TarWriter, with their records and channel sums.
+"""Writing one shard: samples encoded into a tar by webdataset's TarWriter, with their records and sums.
 
 The bytes depend on the samples alone: no times, owners or paths are in them.
 """
@@ -7,26 +7,53 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
-from typing import IO
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import IO, Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from scoreray.data.errors import DataError
+from scoreray.data.fields.field import Field, FieldKind, stored_dtype
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.moments import ChannelMoments
-from scoreray.data.reading.manifest import FORMATS, RECORD, Shard, digest
-from scoreray.data.reading.records import records_sha256
+from scoreray.data.packing.index_records import IndexRecords, StoredMember, Values
+from scoreray.data.reading.allowlist import found_format
+from scoreray.data.reading.decode import decode_as_found
+from scoreray.data.reading.manifest import FORMATS
+from scoreray.data.reading.tars import MAX_MEMBER_BYTES
 
 JPEG_QUALITY = 95
 ENCODING = 1  # raised when the bytes that the same pack makes change
+EXTENSIONS: dict[FieldKind, str] = {
+    "array": "npy", "vector": "npy", "sequence": "npy", "text": "txt", "json": "json", "class": "cls", "scalar": "json",
+}  # fmt: skip
+USUAL_NAMES: dict[str, FieldKind] = {"image": "image", "array": "array", "text": "text"}
+"""Fields whose members have an extension alone, `png` or `cls`; that of another one is `t5.npy`."""
+
+
+def stored_fields(fields: Sequence[Field], image_format: str) -> list[Field]:
+    """The fields with the members that a ShardWriter makes of them. Scalars are together in a member `json`; the first
+    class is `cls`."""
+    found, label = [], next((field.name for field in fields if field.kind == "class"), "")
+    for field in fields:
+        extension = image_format if field.kind == "image" else EXTENSIONS[field.kind]
+        if field.dtype == "bfloat16":  # numpy, and so npy, has no such type
+            extension = "raw"
+        alone = USUAL_NAMES.get(field.name) == field.kind or field.kind == "scalar" or field.name == label
+        member, path = extension if alone else f"{field.name}.{extension}", field.name if field.kind == "scalar" else ""
+        found.append(replace(field, member=member, path=path))
+    return found
 
 
 class ShardWriter:
-    """Writes members `<key>.<format>`, with a label `<key>.cls` and with a note `<key>.json` to `file` as they come.
+    """Writes the members of samples to `file` as they come, those of a sample side by side, in the order of the fields.
 
-    shape: (C, H, W) of images with `dtype` uint8, else the arrays'.
+    A data set of version 2 has `<key>.<image_format>`, with a class `<key>.cls` and with a note `<key>.json`. Of other
+    fields see `stored_fields`: what the index holds, classes and scalars, are members too, for other readers.
 
     The tar is plain USTAR, as TarWriter is given a whole number as the time: its default, the clock's as a float, makes
     tarfile put a PAX header of 1 KB before every member (26.2 MB instead of 13.9 for 6,000 images of 28 x 28). A member
@@ -34,40 +61,51 @@ class ShardWriter:
     that can be measured, out of an array of 64 x 64 jpgs 16%, of 28 x 28 pngs 22% (samples of two members).
     """
 
-    def __init__(self, file: IO[bytes], shape: tuple[int, ...], dtype: str, image_format: str) -> None:
+    def __init__(self, file: IO[bytes], fields: Sequence[Field], image_format: str = "png") -> None:
         from webdataset import TarWriter  # imports torch, 0.9 s: where a shard is made, not for the command line
 
         self._file, self._format = _HashedFile(file), image_format
         self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
         self._position = 0
-        self._records: list[tuple[int, int, int, int, int]] = []
-        self._moments = ChannelMoments(shape, dtype)
-        self._class_counts: list[int] = []
+        self._fields = stored_fields(fields, image_format)
+        self._records = IndexRecords(self._fields)
 
-    def add(self, key: str, array: np.ndarray, label: int, note: bytes = b"") -> None:
-        """A sample, uint8 [H, W, C] or a float32 array; label -1 for none; note: JSON about it."""
-        data = encode(array, self._format)
-        offset = self._member(key, self._format, data)
-        if label >= 0:
-            self._member(key, "cls", str(label).encode())
-            self._class_counts += [0] * (label + 1 - len(self._class_counts))
-            self._class_counts[label] += 1
-        if note:
-            self._member(key, "json", note)
-        self._records.append((offset, len(data), label, FORMATS[self._format], digest(data)))
-        self._moments.add(array)
+    def add(self, key: str, values: Values, note: bytes = b"") -> None:
+        """A sample: a value of each field (`FieldValue`), -1 for no class; note: JSON about it.
 
-    def finish(self, name: str, skipped: list[str] | None = None) -> PackedShard:
+        Raises DataError naming the field for a value that can't be stored; then nothing of the sample is.
+        """
+        members, inline, decoded = dict[str, tuple[str, bytes, int]](), list[tuple[str, bytes]](), dict(values)
+        for field in self._fields:
+            value = values[field.name]
+            if field.kind == "class" and int(value) >= 0:  # type: ignore[arg-type]
+                inline.append((field.member, str(value).encode()))
+            elif not field.is_inline:
+                kind, data, code = encode_value(value, field, self._format)
+                if len(data) > MAX_MEMBER_BYTES:
+                    raise DataError(f"field '{field.name}': {len(data):,} bytes, the limit is {MAX_MEMBER_BYTES:,}")
+                members[field.member] = kind, data, code
+                if field.kind == "image":
+                    decoded[field.name] = as_decoded(value, field)
+        self._records.check(decoded)
+        scalars = {field.name: _plain(values[field.name]) for field in self._fields if field.kind == "scalar"}
+        if scalars or note:
+            note = json.dumps({**json.loads(note or b"{}"), **scalars}).encode() if scalars else note
+            inline.append(("json", note))
+        stored = {
+            member: StoredMember.of(self._member(key, kind, data), data, code)
+            for member, (kind, data, code) in members.items()
+        }
+        for kind, data in inline:
+            self._member(key, kind, data)
+        self._records.add(stored, decoded)
+
+    def finish(self, name: str, skipped: Sequence[str] = (), left_out: Mapping[str, int] | None = None) -> PackedShard:
         """Ends the tar; what is to be known of it."""
         self._file.end = end = self._position + 2 * tarfile.BLOCKSIZE
         self._tar.close()
         assert self._file.position == end, "a member's header was not one block"
-        array = np.zeros(len(self._records), RECORD)
-        array[:] = self._records
-        records = array.tobytes()
-        shard = Shard(name, len(self._records), end, self._file.sha256.hexdigest(), records_sha256(records))
-        sums, squares = self._moments.sums.tolist(), self._moments.squares.tolist()
-        return PackedShard(shard, sums, squares, self._class_counts, records, skipped or [])
+        return self._records.finish(name, end, self._file.sha256.hexdigest(), skipped, left_out or {})
 
     def _member(self, key: str, kind: str, data: bytes) -> int:
         """Appends a member; where its data begin. One a call: of a whole sample TarWriter sorts the kinds, and in a
@@ -94,17 +132,56 @@ class _HashedFile:
         self.position += len(data)
 
 
+def encode_value(value: Any, field: Field, image_format: str) -> tuple[str, bytes, int]:
+    """(extension, bytes, code of their format) of the member that holds a value; bytes of a picture are kept."""
+    if field.kind == "image" and isinstance(value, bytes):
+        code = found_format("", value)
+        suffix = {FORMATS["png"]: "png", FORMATS["jpg"]: "jpg"}.get(code)
+        stem = field.member.rpartition(".")[0]
+        return (field.member if suffix is None else f"{stem}.{suffix}" if stem else suffix), value, code
+    if field.kind == "image":
+        return field.member, encode(value, image_format), FORMATS[image_format]
+    if field.kind in ("text", "json"):
+        return field.member, value.encode() if isinstance(value, str) else value, FORMATS[EXTENSIONS[field.kind]]
+    if field.dtype == "bfloat16":
+        return field.member, np.asarray(value, stored_dtype(field.dtype)).tobytes(), FORMATS["raw"]
+    array = np.asarray(value, stored_dtype(field.dtype))
+    return field.member, _npy(array), FORMATS["npy"]
+
+
+def as_decoded(value: Any, field: Field) -> np.ndarray:
+    """uint8 [H, W, C] of an image. Raises DataError where it is none, or of another shape than the field's."""
+    try:
+        array = decode_as_found(value, found_format("", value)) if isinstance(value, bytes) else value
+    except DataError as error:
+        raise DataError(f"field '{field.name}': {error}") from error
+    if array.shape[:2] != tuple(field.shape[1:]) or array.shape[2] not in (1, field.shape[0]):
+        raise DataError(
+            f"field '{field.name}': {array.shape[1]} x {array.shape[0]} pixels of {array.shape[2]} channels, others "
+            f"have {field.shape[2]} x {field.shape[1]} of {field.shape[0]}"
+        )
+    return array
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.ndarray | np.generic) else value
+
+
 def encode(array: np.ndarray, image_format: str) -> bytes:
     """uint8 [H, W, C] as png, jpg or npy (as [C, H, W]); a float array as npy."""
     if image_format == "jpg":
         colorspace = "GRAY" if array.shape[2] == 1 else "RGB"
         array = np.ascontiguousarray(array)
         return simplejpeg.encode_jpeg(array, JPEG_QUALITY, colorspace, "Gray" if array.shape[2] == 1 else "444")
+    if image_format == "npy":
+        return _npy(array.transpose(2, 0, 1) if array.dtype == np.uint8 else array)
     out = io.BytesIO()
-    if image_format == "png":
-        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-        image.save(out, "PNG", compress_level=6)
-    else:
-        plain = array.transpose(2, 0, 1) if array.dtype == np.uint8 else array
-        np.lib.format.write_array(out, np.ascontiguousarray(plain), (1, 0), allow_pickle=False)
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    image.save(out, "PNG", compress_level=6)
+    return out.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.asarray(array, order="C"), (1, 0), allow_pickle=False)
     return out.getvalue()

@@ -1,4 +1,6 @@
-"""Samples of a WebDataset tar that somebody else made: image and class; other members are counted by kind.
+"""Samples of a WebDataset tar that somebody else made: image, class and the members that fields ask for.
+
+Other members are counted by kind.
 
 A sample's key is its members' name up to the first dot, as WebDataset reads it. Where no member of a key is just a
 picture (`img_0.05.png`, `img_0.10.png`), the names are taken to have dots in them, and the key goes to the last one.
@@ -8,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from scoreray.data.classes import NO_CLASS
@@ -25,17 +27,21 @@ LABEL_KEYS = ("label", "class", "cls", "target", "class_label", "class_id", "lab
 MAX_LABEL_BYTES = 64
 MAX_HELD_BYTES = 32 << 20  # of images whose key is not known yet
 MAX_KINDS, MAX_KIND = 100, 64  # that are counted apart, and characters of one
+NOTHING: Mapping[str, frozenset[str]] = {}
 KEPT = (*IMAGES, *LABELS, JSON)  # kinds of a sample's own members that are looked at
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """`image` is None where `problem` says why it can't be used. `label`: the class's number, -1 for none."""
+    """`image` is None where `problem` says why it can't be used. `label`: the class's number, -1 for none. `members`:
+    those that fields ask for, by their extensions; `offset`: of the first member."""
 
     key: str
     image: Member | None
     label: int = NO_CLASS
     problem: str = ""
+    members: dict[str, Member] = field(default_factory=dict)
+    offset: int = 0
 
     def member(self) -> Member:
         """The image. Raises DataError where there is none."""
@@ -48,14 +54,22 @@ class TarSamples:
     """Iterates over the samples of a tar. `unused` counts the members that are no image and no class, by kind.
 
     labelled: classes are read.  otherwise: how to do without them, for messages.
+    wanted: extensions of members that fields ask for, `txt` or `t5.npy`, and the keys at the top of JSON that they
+    read; none for all of it.  takes_image: a sample has one more member, its image: a picture, or without one an array.
 
     Raises DataError for what no tar of samples can hold, with its offset.
     """
 
     def __init__(
-        self, tape: Tape, labelled: bool = True, otherwise: str = "--no-classes packs without classes"
+        self,
+        tape: Tape,
+        labelled: bool = True,
+        otherwise: str = "--no-classes packs without classes",
+        wanted: Mapping[str, frozenset[str]] = NOTHING,
+        takes_image: bool = True,
     ) -> None:
-        self._tape, self._labelled, self._otherwise = tape, labelled, otherwise
+        self._tape, self._labelled, self._otherwise, self._wanted = tape, labelled, otherwise, wanted
+        self._takes_image = takes_image
         self.left_out: Counter[str] = Counter()
         self._seen: dict[str, set[bytes]] = {"key": set(), "dotted": set(), "stem": set()}
 
@@ -70,15 +84,15 @@ class TarSamples:
             if its_key != key:
                 yield from self._samples(key, group)
                 key, group, held_bytes = its_key, {}, 0
-            elif held_bytes > MAX_HELD_BYTES and not any(image in group for image in IMAGES):
+            elif held_bytes > MAX_HELD_BYTES and not self._is_one_sample(group):
                 group = yield from self._all_but_the_last(key, group)
                 held_bytes = sum(len(kept.data) for kept in group.values())
             if kind in group:
                 raise DataError(f"byte {member.offset}: '{member.name}' comes twice")
-            group[kind] = _kept(member, kind)
+            group[kind] = self._kept(member, kind)
             held_bytes += len(group[kind].data)
-            if held_bytes > MAX_HELD_BYTES and any(image in group for image in IMAGES):
-                group = {kind: _kept(member, kind if kind in KEPT else "") for kind, member in group.items()}
+            if held_bytes > MAX_HELD_BYTES and self._is_one_sample(group):
+                group = {kind: self._kept(member, kind if kind in KEPT else "") for kind, member in group.items()}
                 held_bytes = 0  # the image is known, others are only counted
         yield from self._samples(key, group)
 
@@ -86,7 +100,7 @@ class TarSamples:
         if not group:
             return
         at = next(iter(group.values())).offset
-        dotted = None if any(kind in IMAGES for kind in group) else _by_last_dot(group)
+        dotted = None if self._is_one_sample(group) else _by_last_dot(group, self._wanted)
         if self._was_seen(key, "dotted" if dotted else "key"):
             raise DataError(f"byte {at}: sample '{_name(key)}' comes twice, or its members are not side by side")
         for stem, found in (dotted or {"": group}).items():
@@ -98,7 +112,7 @@ class TarSamples:
     def _all_but_the_last(self, key: str, group: dict[str, Member]) -> Generator[TarSample, None, dict[str, Member]]:
         """Of names with dots that share their first part (`frame.0001.png`, ...) all in a tar may have the same key.
         Returns the members of the sample that may not be whole yet."""
-        dotted = _by_last_dot(group)
+        dotted = _by_last_dot(group, self._wanted)
         if dotted is None:
             at = next(iter(group.values())).offset
             raise DataError(f"byte {at}: sample '{_name(key)}' has over {MAX_HELD_BYTES:,} bytes of images")
@@ -106,6 +120,14 @@ class TarSamples:
         kept = {id(member) for member in dotted[last].values()}
         yield from self._samples(key, {kind: member for kind, member in group.items() if id(member) not in kept})
         return {kind: member for kind, member in group.items() if id(member) in kept}
+
+    def _is_one_sample(self, group: Mapping[str, Member]) -> bool:
+        """Whether a member's kind is all that follows its name's first dot: then so it is of the others."""
+        return any(kind in IMAGES or kind in self._wanted for kind in group)
+
+    def _kept(self, member: Member, kind: str) -> Member:
+        """The member with the bytes that may be looked at."""
+        return member if any(kind == one or kind.endswith(f".{one}") for one in self._wanted) else _kept(member, kind)
 
     def _was_seen(self, key: str, how: str) -> bool:
         """A key may come again only where its names have dots in them, as their order is another one then."""
@@ -121,30 +143,35 @@ class TarSamples:
         return again
 
     def _sample(self, key: str, found: dict[str, Member]) -> TarSample:
-        images = [kind for kind in found if kind in IMAGES]
-        if len(images) != 1:
-            return TarSample(key, None, problem=_not_one(key, found, images))
+        at, wanted = next(iter(found.values())).offset, {kind: found[kind] for kind in found if kind in self._wanted}
+        images = [kind for kind in found if kind in IMAGES and kind not in wanted] if self._takes_image else []
+        if self._wanted:
+            images = [kind for kind in images if kind in PICTURES] or images
+        problem = _not_one(key, found, images) if self._takes_image and len(images) != 1 else ""
+        if problem and (images or not self._wanted):
+            return TarSample(key, None, problem=problem)
         try:
-            label, used = self._label(found) if self._labelled else (NO_CLASS, set())
+            label, used, field = self._label(found) if self._labelled else (NO_CLASS, set(), None)
         except DataError as error:
             return TarSample(key, None, problem=f"{error}; {self._otherwise}")
-        for kind in (kind for kind in found if kind not in used and kind != images[0]):
+        for kind in (kind for kind in found if kind not in {*used, *wanted, *images}):
             self._count(f".{kind}" if kind else "no suffix")
-        return TarSample(key, found[images[0]], label)
+        read = self._wanted.get(JSON, frozenset() if JSON in used else None)
+        if JSON in found and read is not None and (read or JSON not in wanted):
+            for other in (other for other in _fields(found[JSON].data) if other not in read and other != field):
+                self._count(f".{JSON}.{other[:32]}" if other.isprintable() else f".{JSON}")
+        return TarSample(key, found[images[0]] if images else None, label, problem, wanted, at)
 
-    def _label(self, found: dict[str, Member]) -> tuple[int, set[str]]:
-        """(the class's number, the kinds of the members that say so). The first of LABELS that is there wins, and JSON
-        comes last; others that say the same are no loss, and others that don't are counted."""
+    def _label(self, found: dict[str, Member]) -> tuple[int, set[str], str | None]:
+        """(the class's number, the kinds of the members that say so, the field of JSON that does). The first of LABELS
+        that is there wins, and JSON comes last; others that say the same are no loss, and others are counted."""
         said = {kind: _number(found[kind].data, _where(found[kind])) for kind in LABELS if kind in found}
-        if JSON in found and (fields := _fields(found[JSON].data)):
-            key = _label_key(fields)
-            if key is not None:
-                said[JSON] = _number(fields[key], f"{_where(found[JSON])}: {key}")
-                if said[JSON] == next(iter(said.values())):
-                    for other in (other for other in fields if other != key):
-                        self._count(f".{JSON}.{other[:32]}" if other.isprintable() else f".{JSON}")
+        key = _label_key(_fields(found[JSON].data)) if JSON in found else None
+        if key is not None:
+            said[JSON] = _number(_fields(found[JSON].data)[key], f"{_where(found[JSON])}: {key}")
         label = next(iter(said.values()), NO_CLASS)
-        return label, {kind for kind, number in said.items() if number == label}
+        used = {kind for kind, number in said.items() if number == label}
+        return label, used, key if JSON in used else None
 
     def _count(self, kind: str) -> None:
         kind = kind[:MAX_KIND]
@@ -171,15 +198,15 @@ def sample_members(near: Iterable[Member], image_offset: int) -> tuple[str, dict
     return f"{key}.{stem}" if stem else key, found
 
 
-def _by_last_dot(found: dict[str, Member]) -> dict[str, dict[str, Member]] | None:
+def _by_last_dot(found: Mapping[str, Member], wanted: Iterable[str]) -> dict[str, dict[str, Member]] | None:
     """Members by what is before their kind, where each of these has one image; None where one has not.
 
     A single image takes what has nothing before its kind too: `x.rgb.png` and `x.cls` are one sample.
     """
     stems: dict[str, dict[str, Member]] = {}
+    usual = sorted({*wanted, *IMAGES, *LABELS, JSON}, key=len, reverse=True)
     for kind, member in found.items():
-        known = _image_kind(kind) or next((k for k in (*LABELS, JSON) if kind == k or kind.endswith(f".{k}")), None)
-        known = known or kind.rpartition(".")[2]
+        known = next((one for one in usual if kind == one or kind.endswith(f".{one}")), kind.rpartition(".")[2])
         stems.setdefault(kind.removesuffix(known).removesuffix("."), {})[known] = member
     with_image = [stem for stem, members in stems.items() if any(kind in IMAGES for kind in members)]
     if len(with_image) == 1 and stems.keys() - with_image == {""}:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic import Field as Limits
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, plain_fields, stored_dtype
+from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, is_plain, plain_fields, stored_dtype
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.interface import check_key
 from scoreray.data.storage.store import NotFound, Store, open_store
@@ -83,14 +83,22 @@ Sha256 = Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Limits(gt=0, lt=1 << 62)]
 
 
-def check_limits(name: str, shape: Sequence[int], num_classes: int, num_shards: int) -> None:
+def record_of(fields: Sequence[Field]) -> np.dtype:
+    """The type of a record of a data set that is packed with these fields, of version 2 or 3."""
+    return RECORD if is_plain(fields) else record_dtype(fields)
+
+
+def check_limits(name: str, fields: Sequence[Field], num_shards: int) -> None:
     """Raises UserError where a data set would get a manifest that can't be read: before the work begins."""
     if not name.isprintable():  # a file's name need not be UTF-8, and JSON's text must be
         raise UserError(f"--name {ascii(name)[:80]}: can't be the name of a data set; give it printable characters")
     if len(name) > MAX_NAME:
         raise UserError(f"--name '{name[:40]}...': {len(name)} characters, at most {MAX_NAME} are accepted")
-    check_shape(name, shape)
-    check_label(num_classes - 1, name)
+    for one in fields:
+        what = name if is_plain(fields) else f"{name}: field '{one.name}'"
+        if one.shape:
+            check_shape(what, one.shape)
+        check_label(len(one.classes) - 1, what)
     if num_shards > MAX_SHARDS:
         raise UserError(f"{name}: {num_shards:,} shards, the limit is {MAX_SHARDS:,}; put more samples into each")
 

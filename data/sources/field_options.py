@@ -45,9 +45,19 @@ class FieldOptions:
     def __bool__(self) -> bool:
         return bool(self.fields or self.kinds or self.normalisations)
 
-    def named(self, name: str) -> FieldOption | None:
-        """The --field of this name."""
-        return next((option for option in self.fields if option.name == name), None)
+    def chosen(self, default: Sequence[FieldOption]) -> tuple[FieldOption, ...]:
+        """What is packed where a source would pack `default` without --field: all of it, or with --field what that
+        names, after the default's image or array, and its class if none is named. So `--field text=txt` adds captions
+        to pictures."""
+        if not self.fields:
+            return tuple(replace(one, normalisation=dict(self.normalisations).get(one.name)) for one in default)
+        taken = {one.name for one in self.fields} | {one.where for one in self.fields}
+        has_class = any(one.kind == "class" or one.name in CLASS_NAMES for one in self.fields)
+        free = [one for one in default if not {one.name, one.where} & taken]
+        target = [one for one in free if one.kind in ("image", "array")][:1]
+        label = [one for one in free if one.kind == "class" and not has_class]
+        normalised = FieldOptions(normalisations=self.normalisations).chosen([*target, *label])
+        return (*normalised[: len(target)], *self.fields, *normalised[len(target) :])
 
     def check_names(self, names: Sequence[str], source: str) -> None:
         """Raises UserError where --kind or --normalise names a field that a source does not have."""
@@ -55,6 +65,9 @@ class FieldOptions:
             for name, kind in given:
                 if name not in names:
                     raise UserError(f"{flag} {name}={kind}: {source} has no such field; {nearest(name, names)}")
+
+
+NO_FIELDS = FieldOptions()
 
 
 def parse_field_options(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.reading.manifest import check_label, check_shape
 from scoreray.data.reading.pictures import as_array, fit, open_picture
 from scoreray.data.sources.arrays import LoadedArrays, as_floats, as_images, read_idx, read_npz
+from scoreray.data.sources.field_source import Sample
 from scoreray.data.sources.identity import digest_of
 from scoreray.data.sources.image_folders import GET_THREADS, check_classes, read_image_folder
 from scoreray.data.sources.listing import shown
@@ -62,6 +65,19 @@ class Source:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def fields(self) -> list[Field]:
+        classes = [] if self.labels is None else self.classes
+        return plain_fields(self.shape, self.dtype, classes, [0] * len(classes), [], [])
+
+    def inputs(self, numbers: Sequence[int]) -> str:
+        if not self.files:
+            return self.fingerprint
+        names = [self.files[number] for number in numbers]
+        labels = [] if self.labels is None else self.labels[list(numbers)].tolist()
+        parts = [self.shape, [(name, self.marks[name]) for name in names], labels]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "array": None}
 
@@ -88,18 +104,20 @@ class Source:
                 "leaves out up to N such files"
             )
 
-    def read_all(self, numbers: Iterable[int]) -> Iterator[np.ndarray | DataError]:
+    def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
         """The samples, in order; in place of one that can't be read, why."""
         remote = self.files and open_store(self.path).is_remote
         return map_in_threads(GET_THREADS, self._try, numbers) if remote else map(self._try, numbers)
 
-    def _try(self, number: int) -> np.ndarray | DataError:
+    def _try(self, number: int) -> Sample | DataError:
         try:
-            return self.read(number)
+            array = self.read(number)
         except DataError as error:
             return error
         except NotAFile as error:
             return DataError(str(error))
+        target = "image" if self.dtype == "uint8" else "array"
+        return {target: array} if self.labels is None else {target: array, "label": int(self.labels[number])}
 
     def read(self, number: int) -> np.ndarray:
         """Sample `number`: uint8 [H, W, C] or the float32 array. Raises DataError, UserError naming the file."""
@@ -131,7 +149,7 @@ def _again(path: str, options: SourceOptions, fingerprint: str) -> np.ndarray:
 
 
 def open_source(path: str | os.PathLike[str], options: SourceOptions | None = None) -> Source:
-    """The source at `path`, by its kind. Raises UserError or DataError with one line that names the file."""
+    """The images or arrays at `path`, by its kind. Raises UserError or DataError with one line that names the file."""
     options, where = options or SourceOptions(), local_path(path)
     if where is None:
         return _of_folder(open_store(path), options)

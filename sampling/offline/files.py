@@ -98,7 +98,7 @@ def take_back(place: Place, plan: SamplePlan, kept: Digests) -> None:
 def _packed_again(plan: SamplePlan, name: str, tar: bytes) -> PackedShard:
     """What `SamplePlan.make` said of a shard, from its bytes."""
     image_format = "png" if plan.dtype == "uint8" else "npy"
-    writer = ShardWriter(io.BytesIO(), plan.shape, plan.dtype, image_format)
+    writer = ShardWriter(io.BytesIO(), plan.fields)
     array, label, dtype = np.empty(0), -1, np.dtype(plan.dtype)
     for member in members(Tape(lambda start, end: tar[start:end], len(tar))):
         key, _, kind = member.name.rpartition(".")
@@ -107,7 +107,7 @@ def _packed_again(plan: SamplePlan, name: str, tar: bytes) -> PackedShard:
         elif kind == "cls":
             label = int(member.data)
         else:  # .json, a sample's last
-            writer.add(key, array, label, member.data)
+            writer.add(key, {plan.fields[0].name: array, "label": label}, member.data)
             label = -1
     return writer.finish(name)
 

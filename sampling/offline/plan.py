@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scoreray.data.errors import DataError
+from scoreray.data.fields.field import plain_fields
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.shards import ShardWriter
 from scoreray.data.reading.manifest import Shard
@@ -45,6 +46,7 @@ class SamplePlan:
         self.shape = tuple(self.model.info.image_shape)
         self.dtype = self.model.info.sample_dtype
         self.classes = list(self.model.info.classes)
+        self.fields = plain_fields(self.shape, self.dtype, self.classes, [0] * len(self.classes), [], [])
         self.name = f"{self.model.info.config.run.name}-samples"
         self.notes: list[str] = []
 
@@ -96,7 +98,7 @@ class SamplePlan:
         self.check_owner()
         draw, conditions = self._draws()
         tar, numbers = io.BytesIO(), job.shard_samples(number)
-        writer = ShardWriter(tar, self.shape, self.dtype, "png" if self.dtype == "uint8" else "npy")
+        writer = ShardWriter(tar, self.fields)
         for first in range(numbers.start, numbers.stop, request.batch_size):
             last = min(first + request.batch_size, numbers.stop)
             seeds, condition = request.sample_seeds(first, last), conditions.of(first, last)
@@ -107,7 +109,7 @@ class SamplePlan:
             arrays = (samples.permute(0, 2, 3, 1) if self.dtype == "uint8" else samples).numpy()
             for i, (array, label, seed) in enumerate(zip(arrays, labels.tolist(), seeds.tolist(), strict=True), first):
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
-                writer.add(f"{i:08d}", array, label, json.dumps(note).encode())
+                writer.add(f"{i:08d}", {self.fields[0].name: array, "label": label}, json.dumps(note).encode())
             self.done(last - first)
         packed = writer.finish(shard_name(number))
         self.check_owner()  # once more: another start may have begun while this shard was drawn

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.verbs.pack import _check_nodes, map_on_ray, pack_with_bar
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.pack import ImagesPlan, pack
+from scoreray.data.packing.pack import SourcePlan, pack
 from scoreray.data.packing.shards import encode
 from scoreray.data.sources.source import SourceOptions, open_source
 from scoreray.data.storage.store import open_store
@@ -81,7 +81,7 @@ def test_an_array_is_read_again_by_the_tasks_not_sent_to_them(tmp_path: Path, ra
     pack_with_bar(str(tmp_path / "a.npz"), str(tmp_path / "ray"), workers=2, samples_per_shard=50)
     assert digests(tmp_path / "ray") == digests(tmp_path / "one")
     np.savez(tmp_path / "b.npz", images=images[1:])
-    plan = ImagesPlan(str(tmp_path / "other"), "b", open_source(tmp_path / "b.npz"), 50, "png", 0)
+    plan = SourcePlan(str(tmp_path / "other"), "b", open_source(tmp_path / "b.npz"), 50, "png", 0)
     np.savez(tmp_path / "b.npz", images=images[::-1])
     with pytest.raises(UserError, match="is not what it was when the packing began"):
         list(map_on_ray(plan, range(6), 2))
@@ -129,7 +129,7 @@ def test_a_machine_that_does_not_see_the_source_is_named(
     pictures: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
-    plan = ImagesPlan(str(tmp_path / "set"), "x", open_source(pictures, SourceOptions(32)), 10, "png", 0)
+    plan = SourcePlan(str(tmp_path / "set"), "x", open_source(pictures, SourceOptions(32)), 10, "png", 0)
     open_store(tmp_path / "set").put("packing/plan", plan.sha256.encode())
     _check_nodes(plan)
     elsewhere = replace(plan, source=replace(plan.source, path="/a/disk/of/another/machine"))

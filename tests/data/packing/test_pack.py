@@ -21,6 +21,7 @@ from PIL import Image
 import scoreray.data.packing.pack as module
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.fields.field import plain_fields
 from scoreray.data.packing.inspect import field_pictures, picture_grid, spread, summary, verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import ShardWriter, encode
@@ -72,10 +73,10 @@ def test_a_shard_is_plain_ustar_of_the_samples_alone() -> None:
         offsets += [len(expected)] if data == png else []
         expected += data + bytes(-len(data) % 512)
     file = io.BytesIO()
-    writer = ShardWriter(file, (1, 4, 4), "uint8", "png")
-    writer.add("0", image, 3, b"{}")
-    writer.add("1", image, -1)
-    writer.add("x/2", image, -1)
+    writer = ShardWriter(file, plain_fields((1, 4, 4), "uint8", ["0"], [0], [], []))
+    writer.add("0", {"image": image, "label": 3}, b"{}")
+    writer.add("1", {"image": image, "label": -1})
+    writer.add("x/2", {"image": image, "label": -1})
     shard = writer.finish("a.tar")
     assert file.getvalue() == expected + bytes(1024)
     assert (shard.shard.bytes, shard.shard.sha256) == (len(file.getvalue()), sha256(file.getvalue()).hexdigest())
@@ -88,8 +89,8 @@ def test_a_shard_that_is_given_up_writes_nothing_to_its_closed_file(
     unraisable: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", unraisable.append)
     with open(tmp_path / "a.tar", "wb") as file:
-        writer = ShardWriter(file, (1, 4, 4), "uint8", "png")
-        writer.add("0", np.zeros((4, 4, 1), np.uint8), 3)
+        writer = ShardWriter(file, plain_fields((1, 4, 4), "uint8", ["0"], [0], [], []))
+        writer.add("0", {"image": np.zeros((4, 4, 1), np.uint8), "label": 3})
     del writer
     gc.collect()
     assert unraisable == []
@@ -109,7 +110,7 @@ def test_a_killed_pack_is_finished_by_the_same_command_and_keeps_what_is_whole(
     pack(source, tmp_path / "whole", samples_per_shard=50)
     real, made = module.make_shard, []
 
-    def killed(plan: module.ImagesPlan, number: int) -> tuple[bytes | None, module.PackedShard]:
+    def killed(plan: module.SourcePlan, number: int) -> tuple[bytes | None, module.PackedShard]:
         if number == 6:
             raise KeyboardInterrupt
         return real(plan, number)

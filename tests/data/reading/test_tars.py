@@ -26,7 +26,8 @@ from PIL import Image
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.index_tars import TarsPlan, index_tar
 from scoreray.data.packing.inspect import verify
-from scoreray.data.packing.pack import encode, pack
+from scoreray.data.packing.pack import pack
+from scoreray.data.packing.shards import encode
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import RECORD, Manifest, digest

@@ -18,7 +18,8 @@ import scoreray.data.sources.identity as identity_module
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.inspect import verify
-from scoreray.data.packing.pack import encode, pack
+from scoreray.data.packing.pack import pack
+from scoreray.data.packing.shards import encode
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.sources.identity import identity
 from scoreray.data.sources.source import open_source
@@ -111,7 +112,7 @@ def stopped_at_shard(number: int, monkeypatch: pytest.MonkeyPatch, source: Path,
     """A pack that is stopped when it has made the shards before this one."""
     real = module.make_shard
 
-    def make(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, PackedShard]:
+    def make(plan: module.SourcePlan, shard: int) -> tuple[bytes | None, PackedShard]:
         if shard == number:
             raise KeyboardInterrupt
         return real(plan, shard)
@@ -149,7 +150,7 @@ def test_a_pack_that_stopped_at_a_bad_file_goes_on_when_it_is_fixed(tmp_path: Pa
 def module_numbers(source: Path, shard: int) -> np.ndarray:
     """Which of the source's samples are in a shard."""
     opened = open_source(source)
-    return module.ImagesPlan("", "", opened, SMALL_SHARDS["samples_per_shard"], "png", SMALL_SHARDS["seed"]).numbers(
+    return module.SourcePlan("", "", opened, SMALL_SHARDS["samples_per_shard"], "png", SMALL_SHARDS["seed"]).numbers(
         shard
     )
 
@@ -188,7 +189,7 @@ def test_two_packs_of_a_source_that_changes_meanwhile_do_not_mix(
     """The one that began first sees that its shards are another's by now, and commits nothing."""
     source, real = folder(tmp_path / "in"), module.make_shard
 
-    def overtaken(plan: module.ImagesPlan, shard: int) -> tuple[bytes | None, PackedShard]:
+    def overtaken(plan: module.SourcePlan, shard: int) -> tuple[bytes | None, PackedShard]:
         if shard == 2:
             monkeypatch.setattr(module, "make_shard", real)
             bitmap(source / "cat" / "2.bmp", 99)

@@ -72,8 +72,9 @@ def test_every_kind_of_picture_becomes_the_rgb_image_that_one_sees(tmp_path: Pat
     expected = np.asarray(picture(1, 36, 36)).astype(int)
     grey = np.asarray(picture(1, 36, 36).convert("L")).astype(int)[..., None]
     for name, path in kinds(tmp_path / "in").items():
-        (image,) = open_source(path.parent, SourceOptions()).read_all([sorted(os.listdir(path.parent)).index(name)])
-        assert isinstance(image, np.ndarray), image
+        (found,) = open_source(path.parent, SourceOptions()).read_all([sorted(os.listdir(path.parent)).index(name)])
+        assert isinstance(found, dict), found
+        image = found["image"]
         assert image.shape == (36, 36, 3)
         reference = grey if name.startswith(("grey", "bits")) else expected
         if name != "bits.png":  # dithered
@@ -133,7 +134,7 @@ def test_pictures_are_found_by_what_they_are_where_the_name_does_not_say(tmp_pat
     source = open_source(folder, SourceOptions())
     assert sorted(source.files) == sorted([*formats.values(), "web.jfif", "web.AVIF"])
     assert source.left_out == {"no suffix": 1, ".heic": 1}
-    assert all(isinstance(image, np.ndarray) for image in source.read_all(range(source.num_samples)))
+    assert all(isinstance(sample, dict) for sample in source.read_all(range(source.num_samples)))
     (tmp_path / "none").mkdir()
     (folder / "photo.heic").rename(tmp_path / "none" / "photo.heic")
     with pytest.raises(UserError, match=r"no images in this folder .*and no tars; it holds 1 \.heic"):
