@@ -22,6 +22,7 @@ from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.marker import DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
+from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
 from scoreray.trainer.meta import training_work
@@ -86,7 +87,8 @@ def train(
         )
         work = partial(training_work, config, data, world_size, device) if rank == 0 else None
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
-    marker = _marker(config, data, module, engine, world_size)
+    fields = run_fields(config.data, data)
+    marker = _marker(config, data, fields, module, engine, world_size)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
     records: list[TrainingRecord] = []
     norm, decided = 0.0, LoopRequest.NOTHING
@@ -98,7 +100,7 @@ def train(
             _seed_dropout(config.run.seed, rank, images_seen)
             before, images_seen = images_seen, images_seen + batch_size
             try:
-                norm = _step(engine, batch, learning_rate, decays, meter, world_size)
+                norm = _step(engine, batch, fields, learning_rate, decays, meter, world_size)
                 num_steps += 1
             except NonFiniteError as error:
                 skipped += 1
@@ -183,13 +185,18 @@ def _take_over(
     )
     checkpoint = from_rank_0(latest(run) if rank == 0 else None, world_size)
     if checkpoint is not None:
-        checkpoint.check_data(data, config.data.url)
+        checkpoint.check_data(data, config.data)
         writer.last_commit = (checkpoint.images_seen, checkpoint.marker.time)
     return writer, checkpoint
 
 
 def _marker(
-    config: Config, data: RunData, module: TrainingModule | MachineModule, engine: Engine, world_size: int
+    config: Config,
+    data: RunData,
+    fields: RunFields,
+    module: TrainingModule | MachineModule,
+    engine: Engine,
+    world_size: int,
 ) -> Marker:
     """What the markers of this start's checkpoints have in common."""
     return Marker(
@@ -200,25 +207,34 @@ def _marker(
         state_keys=list(engine.optimizer.state_keys),
         files={},
         world_size=world_size,
-        image_shape=list(data.shape),
+        image_shape=fields.shape,
         classes=list(data.classes),
         data=DataSet.of(data),
+        target=fields.target,
+        conditions=fields.conditions,
     )
 
 
 def _step(
-    engine: Engine, batch: Batch, learning_rate: float, decays: list[float], meter: StepMeter, world_size: int
+    engine: Engine,
+    batch: Batch,
+    fields: RunFields,
+    learning_rate: float,
+    decays: list[float],
+    meter: StepMeter,
+    world_size: int,
 ) -> float:
     """One optimizer step on this rank's share of the global batch; returns the gradient's norm."""
     losses, sigmas = [], []
-    rows = len(batch.images) // engine.num_micro_batches
-    images, labels, positions = (
-        tensor.to(engine.device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.position)
-    )
+    rows = len(batch.index) // engine.num_micro_batches
+    images, condition = fields.inputs(batch)
+    images, positions = (tensor.to(engine.device, non_blocking=True) for tensor in (images, batch.position))
+    condition = None if condition is None else condition.to(engine.device, non_blocking=True)
     for i in range(engine.num_micro_batches):
         part = slice(i * rows, (i + 1) * rows)
         with onednn_products(engine.device):
-            loss, sigma = engine.module(images[part], labels[part], positions[part])
+            given = None if condition is None else condition[part]
+            loss, sigma = engine.module(images[part], given, positions[part])
             engine.backward(loss.mean())
         losses.append(loss.detach())
         sigmas.append(sigma)

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
@@ -40,4 +41,4 @@ def training_work(config: Config, data: DataDescription, world_size: int, device
     if not isinstance(network, torch.nn.Module):
         return 0, math.inf
     rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
-    return training_flops(network, data.shape), rate * world_size
+    return training_flops(network, run_fields(config.data, data).shape), rate * world_size

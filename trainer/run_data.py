@@ -18,6 +18,7 @@ from scoreray.data.unpacked.tars import TarSettings, UnpackedTars, open_data
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.config import Config
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.ranks import from_all_ranks
 from scoreray.trainer.records import FINISHED_TARS
 
@@ -68,8 +69,9 @@ def open_batches(
     if isinstance(data, UnpackedTars):
         return TarStream(data, **shared, finished=finished)
     return Stream(
-        str(section.url), **shared, cache_dir=section.cache_dir, cache_dir_bytes=section.cache_bytes, manifest=data
-    )
+        str(section.url), **shared, cache_dir=section.cache_dir, cache_dir_bytes=section.cache_bytes, manifest=data,
+        fields=run_fields(section, data).requests,
+    )  # fmt: skip
 
 
 class FinishedTars:

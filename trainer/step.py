@@ -1,19 +1,24 @@
-"""One training step's loss as a module: what an engine wraps, shards and calls on (images, labels, positions)."""
+"""One training step's loss as a module: what an engine wraps, shards and calls on (images, condition, positions)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
+from scoreray.trainer.config.condition_values import normalised
 from scoreray.trainer.config.data_scale import resolve_sigma_data
-from scoreray.trainer.config.validation import chain_mistakes, label_mistakes, objective_mistakes, refuse
+from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.validation import chain_mistakes, condition_mistakes, objective_mistakes, refuse
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, as_condition
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
@@ -29,13 +34,17 @@ from scoreray.trainer.networks.rbm import BoltzmannMachine
 
 
 class TrainingModule(nn.Module):
-    """(images [B, ...], labels int64 [B] or None, positions int64 [B]) -> (loss [B], sigma [B]), both float32.
+    """(images [B, ...], condition or None, positions int64 [B]) -> (loss [B], sigma [B]), both float32.
 
-    uint8 images become [-1, 1]; floating-point ones are used as they are. Augmentation, noise, noise level, label
-    dropout and probes are functions of (seed, position): a sample's loss does not depend on its rank, its micro-batch
-    or the world size. The network may compute in bf16, by its weights or under autocast; what stands around it
-    stays float32. Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`. `shape` of a sample:
-    persistent chains need it; their pool is the buffer `chains.pool`.
+    images: the field that is modelled, and the condition's values, in the data's own units. `normaliser` takes images
+    to the model's; without one uint8 becomes [-1, 1] and floating-point values stay as they are. The normalisers of
+    conditions are those that the network was built with. Labels int64 [B] alone are the one class condition.
+
+    Augmentation, noise, noise level, dropout of conditions and probes are functions of (seed, position): a sample's
+    loss does not depend on its rank, its micro-batch or the world size. `dropout`: the share of samples that lose a
+    condition on its own, by name. The network may compute in bf16, by its weights or under autocast; what stands around
+    it stays float32. Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`. `shape` of a
+    sample: persistent chains need it; their pool is the buffer `chains.pool`.
     """
 
     def __init__(
@@ -48,14 +57,19 @@ class TrainingModule(nn.Module):
         global_batch_size: int,
         shape: Sequence[int] = (),
         augmentation: AugmentationConfig = NO_AUGMENTATION,
+        normaliser: Normaliser | None = None,
+        dropout: Mapping[str, float] | None = None,
     ):
         super().__init__()
+        self.conditions = denoiser.conditions
         refuse(
             objective_mistakes(objective, denoiser.parameterization)
             + chain_mistakes(objective, global_batch_size)
-            + label_mistakes(objective, int(getattr(denoiser.network, "num_classes", 0)))
+            + condition_mistakes(objective, self.conditions or {})
         )
-        self.denoiser = denoiser
+        self.denoiser, self.normaliser = denoiser, normaliser
+        names = sorted(self.conditions or {})
+        self.dropout = {name: (rate, names.index(name)) for name, rate in (dropout or {}).items() if rate}
         self.objective, self.process = objective, process
         self.augmentation = augmentation
         self.seed, self.global_batch_size = seed, global_batch_size
@@ -64,14 +78,14 @@ class TrainingModule(nn.Module):
         if needs_second_derivatives(objective, denoiser.parameterization):
             allow_double_backward(denoiser)
 
-    def forward(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-        x0 = to_unit_range(augment(images, self.augmentation, self.seed, positions))
+    def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
+        x0 = to_model_range(augment(images, self.augmentation, self.seed, positions), self.normaliser)
         shape = tuple(x0.shape[1:])
         sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
-        labels = None if labels is None else self._hide(labels, positions)
+        given = self._given(condition, positions)
         probes = self.objective.draw_probes(self.seed, positions, shape, x0.dtype)
-        batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, labels, probes, positions, self.chains)
+        batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, given, probes, positions, self.chains)
         error = self.objective.error(self.denoiser, batch)
         return self.weighting(error, sigma).float(), sigma.float()
 
@@ -81,11 +95,40 @@ class TrainingModule(nn.Module):
             positions, batch = positions % self.chains.count, self.chains.count
         return sample_sigma(self.objective.sigma_sampling, self.process, self.seed, positions, batch, dtype)
 
-    def _hide(self, labels: Tensor, positions: Tensor) -> Tensor:
-        if not self.objective.label_dropout:
-            return labels
-        u = noise.uniform(self.seed, positions, stream=noise.STREAM_LABEL_DROPOUT)
-        return labels.masked_fill(u < self.objective.label_dropout, -1)
+    def _given(self, condition: AnyCondition, positions: Tensor) -> Condition | None:
+        """The condition as the network sees it: changed with the images, normalised, dropped in some rows."""
+        if self.conditions is not None:
+            condition = as_condition(condition, self.conditions)
+        elif isinstance(condition, Tensor):  # a network that does not say what it takes
+            condition = Condition({LABEL: condition})
+        if condition is None:
+            return None
+        if self.conditions:
+            condition = normalised(self._augmented(condition, positions), self.conditions)
+        return self._dropped(condition, positions)
+
+    def _augmented(self, condition: Condition, positions: Tensor) -> Condition:
+        """Grids are flipped with the images that they belong to."""
+        if not self.augmentation.horizontal_flip or self.conditions is None:
+            return condition
+        grids = {name for name in condition.values if self.conditions[name].kind == "concat"}
+        flipped = {
+            name: augment(value, self.augmentation, self.seed, positions) if name in grids else value
+            for name, value in condition.values.items()
+        }
+        return Condition(flipped, condition.masks)
+
+    def _dropped(self, condition: Condition, positions: Tensor) -> Condition:
+        """All conditions of a row together, or each by a stream of its own, so that no pair of names is alike."""
+        rows: dict[str, Tensor] = {}
+        if self.objective.label_dropout:
+            u = noise.uniform(self.seed, positions, stream=noise.STREAM_LABEL_DROPOUT)
+            rows = dict.fromkeys(condition.values, u < self.objective.label_dropout)
+        for name, (rate, number) in self.dropout.items():
+            if name in condition.values:
+                gone = noise.uniform(self.seed, positions, stream=noise.STREAM_CONDITION_DROPOUT + number) < rate
+                rows[name] = rows[name] | gone if name in rows else gone
+        return condition.drop(rows) if rows else condition
 
 
 class MachineModule(nn.Module):
@@ -104,16 +147,18 @@ class MachineModule(nn.Module):
         seed: int,
         global_batch_size: int,
         augmentation: AugmentationConfig = NO_AUGMENTATION,
+        normaliser: Normaliser | None = None,
     ):
         super().__init__()
         refuse(chain_mistakes(objective, global_batch_size))
-        self.denoiser = nn.ModuleDict({"network": machine})
+        self.denoiser, self.normaliser = nn.ModuleDict({"network": machine}), normaliser
         self.objective, self.augmentation, self.seed = objective, augmentation, seed
         self.chains = build_chains(objective, seed, global_batch_size, (machine.num_visible,))
 
-    def forward(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A machine takes no condition."""
         machine: Any = self.denoiser["network"]
-        x0 = to_unit_range(augment(images, self.augmentation, self.seed, positions))
+        x0 = to_model_range(augment(images, self.augmentation, self.seed, positions), self.normaliser)
         v = machine.visible(x0, self.seed, positions)
         source = noise.ChainNoise(self.seed, positions)
         start = v if self.objective.start == "data" else machine.fresh(source)
@@ -134,6 +179,11 @@ def build_chains(
     return PersistentChains(objective.num_chains or global_batch_size, tuple(shape), objective.restart, seed)
 
 
+def to_model_range(images: Tensor, normaliser: Normaliser | None) -> Tensor:
+    """Values of the data set as the model sees them, float32 where there is a normaliser."""
+    return to_unit_range(images) if normaliser is None else normaliser.apply(images).float()
+
+
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 [0, 255] as float32 [-1, 1]; floating-point images unchanged (float32 at least)."""
     if images.dtype == torch.uint8:
@@ -149,20 +199,25 @@ def to_uint8(x: Tensor) -> Tensor:
 def build_training_module(config: Config, data: DataDescription) -> TrainingModule | MachineModule:
     """The module that `config` trains on these data. Weights come from torch's global generator."""
     config = resolve_sigma_data(config, data)
-    seed, batch = config.run.seed, config.data.global_batch_size
-    refuse(augmentation_mistakes(config.augmentation, data.shape))
-    network = config.network.build(data.shape, len(data.classes))
+    fields = run_fields(config.data, data)
+    refuse(augmentation_mistakes(config.augmentation, fields.shape))
+    network = config.network.build(fields.shape, fields.conditions)
+    shared: dict[str, Any] = {
+        "seed": config.run.seed,
+        "global_batch_size": config.data.global_batch_size,
+        "augmentation": config.augmentation,
+        "normaliser": fields.target.normaliser,
+    }
     if isinstance(network, BoltzmannMachine):
         assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
-        return MachineModule(
-            network, config.objective, seed=seed, global_batch_size=batch, augmentation=config.augmentation
-        )
+        if config.data.conditions:
+            raise UserError(f"data.conditions: network.kind '{config.network.kind}' takes none; leave them out")
+        return MachineModule(network, config.objective, **shared)
     return TrainingModule(
         Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data),
         config.objective,
         config.process,
-        seed=seed,
-        global_batch_size=batch,
-        shape=data.shape,
-        augmentation=config.augmentation,
+        shape=fields.shape,
+        dropout=fields.dropout,
+        **shared,
     )

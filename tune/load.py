@@ -19,9 +19,8 @@ from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metrics
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
-from scoreray.trainer.config import DataSection, explained, load_config, override, read_yaml, refusal
+from scoreray.trainer.config import Config, explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
-from scoreray.trainer.diffusion.condition import class_condition
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
 from scoreray.trainer.run_data import RunData, open_run_data
@@ -93,8 +92,8 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     warnings = _warnings(sweep, manifest, trained_on)
     if model:
         return warnings
-    data = {config.data: open_run_data(config, patient=False) for config in (info.config for info in infos)}
-    unfit = [misfit(info.config, data[info.config.data]) for info in infos]
+    data: dict[str, RunData] = {}
+    unfit = [misfit(info.config, _data_of(info.config, data)) for info in infos]
     if unfit[0] and all(found and found.hopeless for found in unfit):  # every trial would be refused
         raise UserError(f"base: {unfit[0].text}")
     return [*warnings, f"base: {unfit[0].text}"] if unfit[0] else warnings
@@ -191,22 +190,26 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
 
 def _described(plan: StudyPlan) -> Any:
     """A model's description at the base and every corner, each of whose networks is built without memory."""
-    seen: dict[DataSection, RunData] = {}
+    seen: dict[str, RunData] = {}
     for _, _, values in plan.corners():
         config = plan.config(values)
-        if config.data not in seen:
-            with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
-                seen[config.data] = open_run_data(config, patient=False)
-        data = seen[config.data]
-        config = resolve_sigma_data(config, data)
+        with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
+            data = _data_of(config, seen)
         try:
+            config = resolve_sigma_data(config, data)
             meta_module(config, data)
         except UserError as error:
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"space: at {shown}: {error}") from None
-        yield ModelInfo(
-            "", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config, class_condition(data.classes)
-        )
+        yield ModelInfo.planned(config, data)
+
+
+def _data_of(config: Config, seen: dict[str, RunData]) -> RunData:
+    """What is at `data.url`, looked at once for each section that says so."""
+    key = config.data.model_dump_json()
+    if key not in seen:
+        seen[key] = open_run_data(config, patient=False)
+    return seen[key]
 
 
 def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[str]:

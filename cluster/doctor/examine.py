@@ -16,6 +16,7 @@ from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
@@ -45,7 +46,7 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
         return found
     data, about_data = data_set(config)
     found += [about_data, storage(config)]
-    shape = machine.image_shape or (tuple(data.shape) if data else None)
+    shape = machine.image_shape or (tuple(run_fields(config.data, data).shape) if data else None)
     if shape is None:
         text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
@@ -69,15 +70,16 @@ def devices() -> Finding:
 def data_set(config: Config) -> tuple[RunData | None, Finding]:
     try:
         data = open_run_data(config, patient=False)
+        shape = "x".join(map(str, run_fields(config.data, data).shape))
+        found = misfit(config, data)
     except ScorerayError as error:
         return None, Finding("data", "problem", str(error))
-    shape, classes = "x".join(map(str, data.shape)), f"{len(data.classes)} classes"
+    classes = f"{len(data.classes)} classes"
     if isinstance(data, UnpackedTars):
         text = f"{len(data.tars):,} tars without a manifest, samples of {shape}, {classes}"
     else:
         text = f"{data.num_samples:,} samples of {shape}, {classes}"
     facts = {"num_samples": data.num_samples, "sigma_data": data.sigma_data}
-    found = misfit(config, data)
     if found:
         state: Literal["note", "problem"] = "problem" if found.hopeless else "note"
         return data, Finding("data", state, f"{text} at {config.data.url}; {found.text}", facts)
@@ -118,13 +120,12 @@ def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: 
     """Memory of each ZeRO stage, what fits, what to set, and how much the run will keep."""
     try:
         with torch.device("meta"):
-            num_classes = len(data.classes) if data else 0
             if data is not None and machine.image_shape is None:
                 module: torch.nn.Module = build_training_module(config, data)
                 network: Any = getattr(module, "denoiser", module)
                 network = getattr(network, "network", network)
             else:
-                module = network = config.network.build(shape, num_classes)  # type: ignore[arg-type]
+                module = network = config.network.build(shape, run_fields(config.data, data).conditions if data else {})
     except UserError as error:
         return [Finding("network", "problem", str(error))]
     num_params = num_parameters(module)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
 if TYPE_CHECKING:  # 0.9 s: manifests name normalisations, and are read by commands that compute nothing
+    import torch
     from torch import Tensor
 
 Normalisation = Literal["none", "channel", "log1p", "range"]
@@ -45,6 +46,18 @@ class Normaliser:
         return x.sign() * x.abs().expm1() if self.kind == "log1p" else x
 
 
-def _per_channel(values: Sequence[float], x: Tensor) -> Tensor:
+def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
     """One number a channel as [C, 1, ...], to meet x [B, C, ...]."""
-    return x.new_tensor(values).view(-1, *[1] * (x.ndim - 2))
+    import torch
+
+    # A copy to a GPU waits for the work that is queued there, so each is made once; the compiler makes constants.
+    make = _vector.__wrapped__ if torch.compiler.is_compiling() else _vector
+    return make(values, x.dtype, x.device).view(-1, *[1] * (x.ndim - 2))
+
+
+@functools.lru_cache(64)
+def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    import torch
+
+    with torch.inference_mode(False):  # also for callers that differentiate
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -34,7 +34,6 @@ from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.generate import generate, png_of_sheet
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
-from scoreray.trainer.diffusion.condition import class_condition
 from scoreray.trainer.monitoring.tensorboard import Point, events_file
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import to_uint8
@@ -87,9 +86,7 @@ def check_evaluation(config: Config, data: DataDescription) -> None:
     """Whether the functions will find what they need: the reference is there and fits `data`, the training set, and so
     do metrics, extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
     section = config.evaluation
-    info = ModelInfo(
-        "", 0, config.ema.names[0], tuple(data.shape), tuple(data.classes), config, class_condition(data.classes)
-    )
+    info = ModelInfo.planned(config, data)
     try:
         reference = data if section.reference is None else Manifest.at(section.reference)
     except ScorerayError as error:

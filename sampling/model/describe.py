@@ -17,12 +17,13 @@ import torch
 
 from scoreray.data.classes import class_number
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.reading.manifest import is_picture
+from scoreray.data.reading.manifest import DataDescription, is_picture
 from scoreray.sampling.model.export import PREFIX, ExportedModel, ModelManifest, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
-from scoreray.trainer.checkpoints.marker import Marker, TargetField
+from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.config.run_fields import TargetField, run_fields
 from scoreray.trainer.diffusion.condition import ConditionSpec, class_condition
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 from scoreray.trainer.step import to_uint8
@@ -43,6 +44,14 @@ class ModelInfo:
     config: Config
     conditions: Mapping[str, ConditionSpec] = field(default_factory=dict)
     target: TargetField | None = None
+
+    @staticmethod
+    def planned(config: Config, data: DataDescription) -> ModelInfo:
+        """Of a model that is yet to be trained on these data. Raises UserError."""
+        fields, length = run_fields(config.data, data), config.ema.names[0]
+        return ModelInfo(
+            "", 0, length, tuple(fields.shape), tuple(data.classes), config, fields.conditions, fields.target
+        )
 
     def class_number(self, label: str | int | None) -> int:
         """The class meant by a number or a name; -1 for None. Raises UserError (`data.classes`)."""

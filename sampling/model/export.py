@@ -23,8 +23,9 @@ from scoreray.data.scratch import scratch_file
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, find, verified_copy
-from scoreray.trainer.checkpoints.marker import Number, StoredFile, TargetField
+from scoreray.trainer.checkpoints.marker import Number, StoredFile
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
+from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 

@@ -133,7 +133,7 @@ def test_skipped_steps_are_counted_within_the_budget_also_over_a_resume(data_url
             return original(engine, batch, *rest)
         before[seen] = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
         try:
-            return original(engine, replace(batch, images=batch.images * math.nan), *rest)
+            return original(engine, replace(batch, fields={**batch.fields, "image": batch.images * math.nan}), *rest)
         finally:
             for name, parameter in engine.module.named_parameters():
                 assert torch.equal(parameter, before[seen][name]), name

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig, augment, augmentation_mistakes
+from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from scoreray.trainer.diffusion.objective import (
     OBJECTIVES,
@@ -27,21 +29,29 @@ POSITIONS = torch.arange(100, 100 + B)
 
 
 class Small(nn.Module):
-    """A convolution that keeps the labels it saw."""
+    """A convolution that keeps the labels and the condition that it saw, and adds the sum of the latter's numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, conditions: Conditions | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.conditions = conditions
+        self.seen: Condition | None = None
         self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
         self.labels: Tensor | None = None
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        self.labels = class_labels
-        return self.last(torch.tanh(self.first(x) + c_noise[:, None, None, None].to(x.dtype)))
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Condition | None = None) -> Tensor:
+        self.seen, self.labels = condition, None if condition is None else condition.values.get("label")
+        h = self.first(x) + c_noise[:, None, None, None].to(x.dtype)
+        for name in self.conditions or {} if condition else {}:
+            value, mask = condition.values[name], condition.mask(name)
+            masked = value * mask.view(*mask.shape, *[1] * (value.ndim - mask.ndim))
+            h = h + masked.reshape(len(x), -1).float().mean(1).to(x.dtype)[:, None, None, None]
+        return self.last(torch.tanh(h))
 
 
-def module(objective=None, parameterization="edm", process=None, seed=5, **settings) -> TrainingModule:
-    denoiser, objective, process = Denoiser(Small(), parameterization), objective or EDMObjective(), process or EDM()
+def module(objective=None, parameterization="edm", process=None, seed=5, conditions=None, **settings) -> TrainingModule:
+    denoiser = Denoiser(Small(conditions), parameterization)
+    objective, process = objective or EDMObjective(), process or EDM()
     return TrainingModule(denoiser, objective, process, seed=seed, global_batch_size=B, **settings)
 
 
@@ -50,6 +60,28 @@ def images() -> Tensor:
 
 
 LABELS = torch.arange(B) % 10
+
+EVERY_KIND = {
+    "label": ConditionSpec("class", classes=tuple("abc")),
+    "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (10.0, 0.0), (2.0, 4.0))),
+    "coarse": ConditionSpec("concat", (1, 2, 2), normaliser=Normaliser("range", (127.5,), (127.5,))),
+    "tokens": ConditionSpec("sequence", (3, 2), normaliser=Normaliser("log1p", (1.0, 0.0), (1.0, 2.0))),
+    "caption": ConditionSpec("text", (4,)),
+}
+
+
+def every_kind(rows: int, device: str = "cpu") -> Condition:
+    """A condition of each kind, in the data's own units."""
+    g = torch.Generator().manual_seed(1)
+    values = {
+        "label": torch.arange(rows) % 3,
+        "place": torch.randn(rows, 2, generator=g) * 3 + 9,
+        "coarse": torch.randint(0, 256, (rows, 1, 2, 2), dtype=torch.uint8, generator=g),
+        "tokens": torch.randn(rows, 3, 2, generator=g).half(),
+        "caption": torch.randint(97, 123, (rows, 4), dtype=torch.uint8, generator=g),
+    }
+    masks = {"tokens": torch.arange(3).expand(rows, 3) < 2, "caption": torch.ones(rows, 4, dtype=torch.bool)}
+    return Condition(values, masks).to(device)
 
 
 def test_half_the_images_are_flipped_others_each_epoch_by_position_alone():
@@ -152,6 +184,84 @@ def test_labels_are_hidden_at_the_rate_asked_for_by_position():
     assert step.denoiser.network.labels is None
 
 
+def test_conditions_are_dropped_together_and_each_at_its_own_rate_by_position():
+    rates = {"place": 0.2, "tokens": 0.2, "caption": 0.0}
+    step = module(EDMObjective(label_dropout=0.25), conditions=EVERY_KIND, dropout=rates)
+    n = 8000
+    many, points = torch.arange(n), torch.zeros(n, 1, 1, 1)
+    step(points, every_kind(n), many)
+
+    def given(name: str) -> Tensor:
+        mask = step.denoiser.network.seen.mask(name)
+        return mask if mask.ndim == 1 else mask.any(1)
+
+    there = {name: given(name) for name in EVERY_KIND}
+    together = ~there["label"]
+    alone = module(EDMObjective(label_dropout=0.25))  # the same rows as of a run with classes alone
+    alone(points, torch.ones(n, dtype=torch.int64), many)
+    assert torch.equal(together, alone.denoiser.network.labels == -1)
+    assert torch.equal(there["caption"], ~together)
+    assert torch.equal(there["coarse"], ~together)
+    own = {name: ~there[name] & ~together for name in ("place", "tokens")}
+    for rows in own.values():
+        assert abs(rows.float().mean() - 0.75 * 0.2) < 4.5 * (0.15 * 0.85 / n) ** 0.5
+    both = (own["place"] & own["tokens"]).float().mean()
+    assert abs(both - 0.75 * 0.2**2) < 4.5 * (0.03 * 0.97 / n) ** 0.5
+    step(points[:50], every_kind(n)[100:150], many[100:150])
+    assert torch.equal(given("place"), there["place"][100:150])
+
+
+def test_conditions_are_normalised_in_the_step_and_labels_alone_are_the_class_condition():
+    raw = every_kind(B)
+    step = module(conditions=EVERY_KIND)
+    loss, _ = step(images(), raw, POSITIONS)
+    seen = step.denoiser.network.seen
+    assert all(value.dtype == torch.float32 for value in seen.values.values() if value.is_floating_point())
+    torch.testing.assert_close(
+        seen.values["place"], (raw.values["place"] - torch.tensor([10.0, 0.0])) / torch.tensor([2.0, 4.0])
+    )
+    torch.testing.assert_close(seen.values["coarse"], raw.values["coarse"] / 127.5 - 1)
+    tokens = raw.values["tokens"].float()
+    expected = (tokens.sign() * tokens.abs().log1p() - torch.tensor([1.0, 0.0])) / torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(seen.values["tokens"], expected)
+    parts = [step(images()[i : i + 4], raw[i : i + 4], POSITIONS[i : i + 4])[0] for i in range(0, B, 4)]
+    torch.testing.assert_close(torch.cat(parts), loss)
+    classes = {"label": EVERY_KIND["label"]}
+    by_tensor = module(conditions=classes)(images(), LABELS % 3, POSITIONS)
+    by_name = module(conditions=classes)(images(), Condition({"label": LABELS % 3}), POSITIONS)
+    assert torch.equal(by_tensor[0], by_name[0])
+    assert module(conditions={})._given(LABELS, POSITIONS) is None
+
+
+def test_the_target_is_normalised_by_channel():
+    points = torch.randn(B, 2, 1, 1) * torch.tensor([3.0, 50.0])[:, None, None] + 280
+
+    class Kept(Small):
+        def forward(self, x: Tensor, c_noise: Tensor, condition: Condition | None = None) -> Tensor:
+            return x * 0
+
+    def step(**settings):
+        return TrainingModule(
+            Denoiser(Kept(), "denoised"), EDMObjective(), EDM(), seed=5, global_batch_size=B, **settings
+        )
+
+    normaliser = Normaliser("channel", (280.0, 280.0), (6.0, 100.0))
+    loss, _ = step(normaliser=normaliser)(points, None, POSITIONS)
+    by_hand, _ = step()((points - 280) / torch.tensor([6.0, 100.0])[:, None, None], None, POSITIONS)
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_a_grid_is_flipped_with_its_image():
+    specs = {"coarse": EVERY_KIND["coarse"]}
+    raw = Condition({"coarse": every_kind(B).values["coarse"]})
+    flipped = Condition({"coarse": raw.values["coarse"].flip(-1)})
+    always = module(augmentation=AugmentationConfig(horizontal_flip=1.0), conditions=specs)
+    never = module(conditions=specs)
+    a, b = always(images(), raw, POSITIONS), never(images().flip(-1), flipped, POSITIONS)
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(always.denoiser.network.seen.values["coarse"], never.denoiser.network.seen.values["coarse"])
+
+
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize("kind", ["edm", "sliced_vr"])
 def test_bf16_weights_and_autocast_give_float32_losses_near_those_of_fp32(kind, parameterization):
@@ -190,15 +300,17 @@ def test_what_a_weighting_learns_is_an_ordinary_parameter_or_buffer():
 
 @pytest.mark.parametrize(
     "objective",
-    [EDMObjective(), EDMObjective(Learned()), DenoisingObjective(LikelihoodWeighting())],
+    [EDMObjective(), EDMObjective(Learned()), DenoisingObjective(LikelihoodWeighting(), label_dropout=0.3)],
     ids=lambda o: o.weighting.kind,
 )
-def test_a_step_compiles_into_one_graph(objective):
+@pytest.mark.parametrize("conditions", [None, EVERY_KIND], ids=["classes", "every kind"])
+def test_a_step_compiles_into_one_graph(objective, conditions):
     torch._dynamo.reset()
-    process = VP()
-    eager = module(objective, process=process)
-    compiled = torch.compile(module(objective, process=process), backend="eager", fullgraph=True)
-    for got, expected in zip(compiled(images(), LABELS, POSITIONS), eager(images(), LABELS, POSITIONS), strict=True):
+    given = every_kind(B) if conditions else LABELS
+    parts = {"process": VP(), "conditions": conditions, "dropout": {"place": 0.5} if conditions else {}}
+    eager = module(objective, **parts)(images(), given, POSITIONS)
+    compiled = torch.compile(module(objective, **parts), backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(images(), given, POSITIONS), eager, strict=True):
         torch.testing.assert_close(got, expected)
 
 
@@ -225,6 +337,18 @@ def test_a_step_never_waits_for_the_device(kind, process):
         )
         loss.mean().backward()
     assert loss.device.type == sigma.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_no_condition_waits_for_the_device(kind):
+    with torch.device("meta"):
+        objective = OBJECTIVES[kind](sigma_sampling=LogNormal(), label_dropout=0.1)
+        step = module(
+            objective, "energy_dot" if kind == "contrastive" else "edm", conditions=EVERY_KIND, dropout={"coarse": 0.5}
+        )
+        positions = torch.empty(B, dtype=torch.int64)
+    loss, _ = step(torch.empty(B, 1, 4, 4, device="meta"), every_kind(B, "meta"), positions)
+    assert loss.device.type == "meta"
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

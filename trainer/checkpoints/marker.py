@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from scoreray.data.reading.manifest import DataDescription, Sha256
 from scoreray.data.seal import read_sealed, sealed
-from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 
 FORMAT = 2
@@ -113,15 +113,22 @@ class Marker:
         place = url.rpartition("/")[0].rpartition("/")[0]
         return read_sealed(_MARKER, data, url, "checkpoint's marker", unsealed_format=UNSEALED, place=place)
 
-    def differences(self, data: DataDescription) -> list[str]:
-        """How data differ from those that were trained on, a phrase for each; none where they are the same."""
+    def differences(self, data: DataDescription, fields: RunFields) -> list[str]:
+        """How data differ from those that were trained on, a phrase for each; none where they are the same. `fields`:
+        what a run would train on of them."""
         found, known = [], self.data
-        if data.shape != self.image_shape:
-            found.append(f"samples of shape {data.shape}, not {self.image_shape}")
+        if fields.shape != self.image_shape:
+            found.append(f"samples of shape {fields.shape}, not {self.image_shape}")
         if data.classes != self.classes:
             found.append(_other_classes(data.classes, self.classes))
         if known is not None and data.num_samples != known.num_samples:
             found.append(f"{_samples(data.num_samples)}, not {_samples(known.num_samples)}")
+        if self.target not in (None, fields.target):
+            found.append(f"target {_field(fields.target)}, not {_field(self.target)}")
+        if self.conditions is not None and not found:
+            names = sorted(self.conditions.keys() | fields.conditions)
+            other = [name for name in names if self.conditions.get(name) != fields.conditions.get(name)]
+            found += [f"condition '{name}' of another kind, shape or normalisation" for name in other]
         if not found and known is not None and data.identity != known.sha256:
             what = "other samples or another order" if known.num_samples else "other tars"
             found.append(f"{what} (SHA-256 {data.identity[:12]}, not {known.sha256[:12]})")
@@ -143,6 +150,12 @@ class Share:
     def from_json(data: bytes, url: str) -> Share:
         """Raises DataError in one line that names `url`."""
         return read_sealed(_SHARE, data, url, "table of a rank's share")
+
+
+def _field(target: TargetField) -> str:
+    scaled = target.normaliser is not None and target.normaliser.kind != "none"
+    numbers = f" with normalisation {target.normaliser}" if scaled else ""
+    return f"'{target.name}' ({target.kind}, {target.dtype}{numbers})"
 
 
 def _samples(count: int | None) -> str:

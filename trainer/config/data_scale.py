@@ -15,6 +15,7 @@ import torch
 from scoreray.data import checks
 from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
+from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
 
@@ -39,7 +40,8 @@ def resolve_sigma_data(config: Config, data: DataDescription, known: float | Non
     the data it goes on with, or the standard deviation of the data's values."""
     if config.denoiser.sigma_data != "auto":
         return config
-    denoiser = type(config.denoiser)(config.denoiser.parameterization, known or data.sigma_data)
+    sigma_data = known or run_fields(config.data, data).sigma_data
+    denoiser = type(config.denoiser)(config.denoiser.parameterization, sigma_data)
     return config.model_copy(update={"denoiser": denoiser})
 
 
@@ -47,14 +49,14 @@ def misfit(config: Config, data: DataDescription) -> Misfit | None:
     """A warning of one line, where a model with this config would not learn these data well; None where it should."""
     if config.network.is_machine:  # no noise level to scale
         return None
-    config = resolve_sigma_data(config, data)
-    expected, std, mean = config.denoiser.resolved_sigma_data, data.sigma_data, data.channel_means()
-    stds = [value for value in data.std if value > 0] or [std]
+    config, fields = resolve_sigma_data(config, data), run_fields(config.data, data)
+    expected, std, mean = config.denoiser.resolved_sigma_data, fields.sigma_data, fields.mean
+    stds = [value for value in fields.std if value > 0] or [std]
     low, high = config.process.sigma_range()
     offset = max(abs(value) for value in mean)
     hopeless = std >= high or std <= low or offset >= high
     within = math.hypot(*stds) / math.sqrt(len(stds))  # what is left when each channel is centered
-    uneven = data.dtype != "uint8" and (offset > FAR * within or max(stds) > APART * min(stds))
+    uneven = not fields.is_image and (offset > FAR * within or max(stds) > APART * min(stds))
     scaled = not 1 / FACTOR <= std / expected <= FACTOR
     ends = torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)
     first, last = config.objective.sigma_sampling.quantile(ends, config.process).tolist()
@@ -69,16 +71,16 @@ def misfit(config: Config, data: DataDescription) -> Misfit | None:
         found += f", and the process has noise levels from {low:.3g} to {high:.3g} only"
     elif unseen:
         found += f", and {100 - 200 * TAIL:.0f}% of its training at noise levels from {first:.3g} to {last:.3g}"
-    return Misfit(f"{found}; {_fix(config, data, uneven)}", hopeless)
+    return Misfit(f"{found}; {_fix(config, fields, uneven)}", hopeless)
 
 
-def _fix(config: Config, data: DataDescription, uneven: bool) -> str:
+def _fix(config: Config, fields: RunFields, uneven: bool) -> str:
     if uneven:
         return (
             "center and scale each channel before packing: (x - mean) / (2 std), with the mean and std that `scoreray "
             "data inspect` gives"
         )
-    factor = data.sigma_data / 0.5
+    factor = fields.sigma_data / 0.5
     smallest, largest = checks.NOISE_LEVELS
     if not (smallest <= factor * EDM().sigma_min and factor * EDM().sigma_max <= largest):
         return f"divide the data by {factor:.3g} before packing"
@@ -91,7 +93,7 @@ def _fix(config: Config, data: DataDescription, uneven: bool) -> str:
             f"process.sigma_max={EDM().sigma_max * factor:.3g}",
             f"objective.sigma_sampling.P_mean={shifted:.3g}",
         ]
-    scale = "" if data.dtype == "uint8" else f"divide the data by {factor:.3g} before packing, or "
+    scale = "" if fields.is_image else f"divide the data by {factor:.3g} before packing, or "
     return f"{scale}set {' '.join(settings)}"
 
 

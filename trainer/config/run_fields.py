@@ -7,14 +7,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from pydantic import ConfigDict
+from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.field import NAME, Field, FieldDtype, FieldKind, FieldRequest
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
+from scoreray.data.reading.field_values import FieldTensors
 from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config.sections import ConditionSection, DataSection
-from scoreray.trainer.diffusion.condition import LABEL, ConditionKind, ConditionSpec
+from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
 
 TARGETS: tuple[FieldKind, ...] = ("image", "array", "vector", "scalar")
 KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
@@ -65,11 +68,28 @@ class RunFields:
     dropout: dict[str, float] = field(default_factory=dict)
     requests: tuple[FieldRequest, ...] = ()
 
+    @property
+    def is_image(self) -> bool:
+        return self.target.kind == "image"
+
+    def inputs(self, batch: FieldTensors) -> tuple[Tensor, Condition | None]:
+        """(the target's values, what conditions them) of samples, in the data's own units."""
+        return batch.fields[self.target.name], self.condition(batch)
+
+    def condition(self, batch: FieldTensors) -> Condition | None:
+        """What conditions samples, in the data's own units; None of an unconditional run."""
+        values = {name: batch.fields[source] for name, source in self.sources.items()}
+        masks = {name: batch.masks[source] for name, source in self.sources.items() if source in batch.masks}
+        for name, value in values.items():
+            if self.conditions[name].kind == "sequence" and name not in masks:  # an array of tokens, all of them there
+                masks[name] = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+        return Condition(values, masks) if values else None
+
 
 def run_fields(section: DataSection, data: DataDescription) -> RunFields:
     """Raises UserError with every mistake, a line each: a field that is not there or of a kind that does not fit, a
     length, a normalisation of a constant channel."""
-    known = {one.name: one for one in fields_of(data)}
+    known = {one.name: one for one in data.fields}
     default = next((one for kind in TARGETS for one in known.values() if one.kind == kind), None)
     source, target = _target(section, known, default)
     conditions, sources, dropout = dict[str, ConditionSpec](), dict[str, str](), dict[str, float]()
@@ -96,21 +116,6 @@ def run_fields(section: DataSection, data: DataDescription) -> RunFields:
         mean, std, sigma_data = _scale(source, target.normaliser)
     shape = list(source.shape) or [1]
     return RunFields(target, shape, mean, std, sigma_data, conditions, sources, dropout, tuple(requests))
-
-
-def fields_of(data: DataDescription) -> list[Field]:
-    """The fields of any data; of those described as samples and classes alone, these two."""
-    if stored := getattr(data, "fields", None):
-        return list(stored)
-    image = data.dtype == "uint8"
-    mean, std = data.channel_means(), data.std
-    if image:
-        mean, std = [127.5 * (value + 1) for value in mean], [127.5 * value for value in std]
-    kind: FieldKind = "image" if image else "array"
-    found = [Field(kind, kind, data.shape, "uint8" if image else "float32", "", mean=mean, std=std)]
-    if data.classes:
-        found.append(Field(LABEL, "class", [], "int64", "", classes=data.classes))
-    return found
 
 
 def _sections(section: DataSection, known: Mapping[str, Field]) -> dict[str, ConditionSection]:

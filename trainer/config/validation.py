@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion.condition import LABEL, Conditions
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.objective import ContrastiveObjective, ObjectiveConfig, needs_second_derivatives
 from scoreray.trainer.diffusion.process import EDM, Process
@@ -78,14 +79,17 @@ def chain_mistakes(objective: ObjectiveConfig, global_batch_size: int) -> list[s
     return []
 
 
-def label_mistakes(objective: ObjectiveConfig, num_classes: int) -> list[str]:
-    """Where an objective can't train on classes."""
+def condition_mistakes(objective: ObjectiveConfig, conditions: Conditions) -> list[str]:
+    """Where an objective can't train on conditions."""
     persistent = isinstance(objective, ContrastiveObjective) and objective.start == "persistent"
-    if not persistent or not num_classes or objective.label_dropout == 1:
+    if not persistent or not conditions or objective.label_dropout == 1:
         return []
+    classes = {spec.num_classes for spec in conditions.values()}
+    met = f"samples of all {classes.pop()} classes" if list(conditions) == [LABEL] else "samples of all conditions"
+    without = "classes" if list(conditions) == [LABEL] else "conditions"
     return [
-        f"objective.start: a chain that persists meets samples of all {num_classes} classes, so it can have none; set "
-        "objective.label_dropout=1 to train without classes, or objective.start=noise"
+        f"objective.start: a chain that persists meets {met}, so it can have none; set objective.label_dropout=1 to "
+        f"train without {without}, or objective.start=noise"
     ]
 
 
