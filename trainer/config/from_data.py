@@ -1,0 +1,288 @@
+"""A config that fits a data set and a machine, with the reasons as comments: what `data inspect --config` writes.
+
+The numbers are where to start from. Those of pictures are the presets' (`configs/`), whose comments say how they were
+found; others are assumptions where no source is named.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoreray.data.distances import largest_distance
+from scoreray.data.errors import UserError
+from scoreray.data.fields.field import Field
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.storage.store import local_path, open_store
+from scoreray.data.yaml_text import dump_yaml
+from scoreray.trainer.config.run_fields import KINDS, TARGETS, RunFields, normaliser_of, run_fields
+from scoreray.trainer.config.sections import ConditionSection, DataSection
+from scoreray.trainer.diffusion.process import EDM
+from scoreray.trainer.diffusion.sigma_sampling import LogNormal
+from scoreray.trainer.engine.cpu import has_bf16_units
+
+LONG_TAIL = 20.0  # standard deviations from the mean to the largest value, beyond which log1p is suggested
+MAX_TOKENS, MAX_BYTES = 128, 256  # of a sequence's and a text's; longer ones are cut
+DISTANCES = 256  # samples whose distances are computed
+MOST_WORKERS = 8  # of a machine without GPUs
+LATENT_CHANNELS, LATENT_SIZE = range(4, 33), 64  # of what is taken for an autoencoder's latents
+EPOCHS = 100
+DIT = {
+    "cpu": {"hidden_size": 192, "depth": 6, "num_heads": 3},
+    "cuda": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+}
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What a kind of machine trains in hours, by the number of a sample's spatial dimensions, 0 to 3.
+
+    places: of feature maps at full resolution; patches make up for more.  width: of a U-Net.  batch: of one worker.
+    images: least and most that a run sees.
+    """
+
+    places: tuple[int, int, int, int]
+    width: tuple[int, int, int, int]
+    batch: tuple[int, int, int, int]
+    num_blocks: int
+    images: tuple[int, int]
+
+
+SCALES = {
+    "cpu": _Scale((1, 1024, 1024, 2048), (0, 32, 32, 16), (512, 32, 32, 4), 1, (100_000, 1_000_000)),
+    "cuda": _Scale((1, 8192, 4096, 32768), (0, 64, 128, 32), (4096, 256, 256, 32), 2, (1_000_000, 100_000_000)),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run would compute on. memory_bytes: of a GPU."""
+
+    cores: int
+    num_gpus: int = 0
+    has_bf16: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus else "cpu"
+
+    @staticmethod
+    def here() -> Machine:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda" if gpus else "cpu")
+        return Machine(len(os.sched_getaffinity(0)), gpus, has_bf16_units(device))
+
+
+@dataclass
+class _Draft:
+    """Sections in the order in which they are written, each with why it is so."""
+
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, section: str, values: Mapping[str, Any], *reasons: str) -> None:
+        self.sections.setdefault(section, {}).update(values)
+        self.reasons.setdefault(section, []).extend(reasons)
+
+    def text(self, head: Sequence[str]) -> str:
+        lines = [f"# {line}" for line in head]
+        for name, values in self.sections.items():
+            lines += [f"# {reason}" for reason in self.reasons[name]]
+            lines.append(dump_yaml({name: values}).rstrip("\n"))
+        return "\n".join(lines) + "\n"
+
+
+def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Machine) -> str:
+    """YAML of a config that trains on the data set at `url` here. samples: some of the target's, as they are stored.
+    Raises UserError for data that nothing can be trained on."""
+    draft = _Draft()
+    target = next((one for kind in TARGETS for one in data.fields if one.kind == kind), None)
+    if target is None:
+        raise UserError(f"{url}: has no field that can be modelled ({', '.join(TARGETS)}); pack one with --field")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name).strip("-._")[:80] or "mine"
+    draft.add("run", {"name": name, "storage": _storage(url)})
+    section = _data(draft, url, data, target)
+    found = run_fields(section, data)
+    batch = _workers(draft, data, len(found.shape) - 1, machine)
+    _noise(draft, found, target, samples)
+    _network(draft, found, target, machine)
+    _training(draft, data, batch, machine)
+    kept = f"{data.num_samples:,} samples of {' x '.join(map(str, found.shape))} ({target.name}, {target.dtype})"
+    where = f"{machine.num_gpus} GPUs" if machine.num_gpus else f"{machine.cores} CPU cores"
+    return draft.text(
+        [f"Made by: scoreray data inspect {url} --config", f"For {kept} and {where}.", f"scoreray train {name}.yaml"]
+    )
+
+
+def _storage(url: str) -> str:
+    """A place beside the data set."""
+    where = local_path(url)
+    if where is not None:
+        return str(where.absolute().parent / "runs")
+    return f"{'/'.join(open_store(url).url().split('/')[:3])}/runs"
+
+
+def _data(draft: _Draft, url: str, data: Manifest, target: Field) -> DataSection:
+    """The section `data`: the target, how it is normalised, and a condition for every other field that can be one."""
+    where = local_path(url)
+    values: dict[str, Any] = {"url": open_store(url).url() if where is None else str(where.absolute())}
+    reasons: list[str] = []
+    if data.version > 2:
+        values["target"] = target.name
+    if target.kind != "image":
+        chosen, why = _normalisation(target)
+        values["normalisation"] = chosen
+        reasons.append(f"{target.name}: {why}")
+    conditions: dict[str, dict[str, Any]] = {}
+    section = DataSection(**values)
+    for one in data.fields:
+        if one.name == target.name:
+            continue
+        settings, why = _condition(one)
+        try:
+            if not KINDS[one.kind]:
+                raise UserError(f"is kept with the samples, and not read ({one.kind})")
+            run_fields(section.model_copy(update={"conditions": {one.name: ConditionSection(**settings)}}), data)
+        except UserError as error:
+            reasons.append(f"{one.name}: left out of the conditions: {error}")
+            continue
+        conditions[one.name] = settings
+        reasons.append(f"{one.name}: {why}")
+    if data.version > 2 or conditions:
+        values["conditions"] = conditions
+    draft.add("data", values, *reasons)
+    return DataSection(**{**values, "conditions": {k: ConditionSection(**v) for k, v in conditions.items()}})
+
+
+def _normalisation(one: Field) -> tuple[str, str]:
+    """(a normalisation of a field's numbers, why)."""
+    if not one.std or min(one.std) <= 0:
+        return "none", "used as it is: a channel is constant, or no statistics are known, so it can't be scaled"
+    tail = (
+        max((high - mean) / std for high, mean, std in zip(one.high, one.mean, one.std, strict=True)) if one.high else 0
+    )
+    if one.low and one.log_std and min(one.low) >= 0 and tail > LONG_TAIL and min(one.log_std) > 0:
+        return "log1p", f"never negative, and the largest value is {tail:.0f} standard deviations from the mean"
+    span = f"{min(one.std):.3g}" if len(one.std) == 1 else f"{min(one.std):.3g} to {max(one.std):.3g}"
+    mean = f"{min(one.mean):.3g}" if len(one.mean) == 1 else f"{min(one.mean):.3g} to {max(one.mean):.3g}"
+    return "channel", f"means {mean} and standard deviations {span} become 0 and 0.5; samples leave in the data's units"
+
+
+def _condition(one: Field) -> tuple[dict[str, Any], str]:
+    """(settings of a condition, why)."""
+    if one.kind == "class":
+        return {"field": one.name}, f"{len(one.classes):,} classes"
+    if one.kind in ("text", "sequence"):
+        most, unit = (MAX_BYTES, "bytes") if one.kind == "text" else (MAX_TOKENS, "tokens")
+        settings: dict[str, Any] = {"field": one.name, "max_length": min(one.shape[0], most)}
+        if one.shape[0] > most:
+            settings["too_long"] = "cut"
+            return settings, f"the longest has {one.shape[0]:,} {unit}; what is beyond {most} is cut"
+        return settings, f"the longest has {one.shape[0]:,} {unit}"
+    if one.kind == "image":
+        return {"field": one.name}, "a picture, resized to the sample's and joined to its channels"
+    chosen, why = _normalisation(one)
+    kind = "joined to the sample's channels, resized to it" if one.kind == "array" else "a vector"
+    return {"field": one.name, "normalisation": chosen}, f"{kind}; {why.replace('0 and 0.5', '0 and 1').split(';')[0]}"
+
+
+def _workers(draft: _Draft, data: Manifest, axes: int, machine: Machine) -> int:
+    """`scaling`, and the global batch, which is returned: a power of two that no data set is smaller than."""
+    workers = _power_of_two(machine.num_gpus or min(MOST_WORKERS, machine.cores))
+    batch = SCALES[machine.device].batch[axes] * workers
+    batch = max(workers, min(batch, _power_of_two(data.num_samples)))
+    draft.add("data", {"global_batch_size": batch})
+    why = "a worker for each GPU" if machine.num_gpus else "no GPU was found: workers share the cores"
+    values = {"workers": workers, "use_gpu": machine.num_gpus > 0, "cpus_per_worker": max(1, machine.cores // workers)}
+    draft.add("scaling", values, why)
+    return batch
+
+
+def _noise(draft: _Draft, found: RunFields, target: Field, samples: Tensor) -> None:
+    """`denoiser`, `process` and the noise levels of training: Karras 2022, table 1, in units of the data's scale."""
+    factor = found.sigma_data / 0.5
+    scale = f"the standard deviation of the data as the network sees them, {found.sigma_data:.3g}"
+    draft.add("denoiser", {"sigma_data": "auto"}, scale)
+    normaliser = found.target.normaliser or normaliser_of("", target, "range", 0.5)
+    distance = largest_distance(normaliser.apply(samples[:DISTANCES]).float())
+    largest = max(distance, 20 * found.sigma_data)
+    if len(found.shape) > 1:
+        largest = max(largest, EDM().sigma_max * factor)
+    draft.add(
+        "process",
+        {"kind": "edm", "sigma_min": _rounded(EDM().sigma_min * factor), "sigma_max": _rounded(largest)},
+        "noise from 1/250 of that to more than the largest distance of two samples,",
+        f"{distance:.3g} of those looked at (Song & Ermon 2020, technique 1)",
+    )
+    P_mean = round(LogNormal().P_mean + math.log(factor), 2)
+    values: dict[str, Any] = {"kind": "edm", "sigma_sampling": {"kind": "log_normal", "P_mean": P_mean}}
+    reasons = []
+    if found.conditions:
+        values["label_dropout"] = 0.1
+        reasons.append("a tenth of the samples lose all conditions, so that guidance works (Ho & Salimans 2022)")
+    draft.add("objective", values, *reasons)
+
+
+def _network(draft: _Draft, found: RunFields, target: Field, machine: Machine) -> None:
+    channels, grid, scale = found.shape[0], found.shape[1:], SCALES[machine.device]
+    if not grid:
+        width = 128 if channels <= 8 else 256 if channels <= 64 else 512
+        draft.add("network", {"kind": "mlp", "hidden_size": width, "num_layers": 4}, f"points of {channels} numbers")
+        return
+    patch = _patch(grid, scale.places[len(grid)])
+    if target.kind == "array" and len(grid) == 2 and channels in LATENT_CHANNELS and max(grid) <= LATENT_SIZE:
+        why = f"latents of {channels} channels: a transformer over patches (Peebles & Xie 2023)"
+        draft.add("network", {"kind": "dit", "patch_size": max(patch, 2), **DIT[machine.device]}, why)
+        return
+    smallest = min(-(-length // patch) for length in grid)
+    levels = max(1, min(4, smallest.bit_length() - 3))  # down to feature maps of 8
+    values = {
+        "kind": "unet", "model_channels": scale.width[len(grid)], "channel_mult": [1, 2, 2, 4][:levels],
+        "num_blocks": scale.num_blocks, "patch_size": patch,
+    }  # fmt: skip
+    if machine.num_gpus and len(grid) == 3:
+        values["activation_checkpointing"] = True
+    why = f"samples of {' x '.join(map(str, grid))}: a U-Net"
+    if patch > 1:
+        pad = "" if all(length % patch == 0 for length in grid) else ", filled up with zeros at the end"
+        why += f", on patches of {patch}{pad}, so that a step fits this machine"
+    draft.add("network", values, why)
+
+
+def _training(draft: _Draft, data: Manifest, batch: int, machine: Machine) -> None:
+    least, most = SCALES[machine.device].images
+    images = max(least, min(most, EPOCHS * data.num_samples))
+    rate = 3e-4 if draft.sections["network"]["kind"] == "dit" else 1e-3
+    draft.add("optimizer", {"learning_rate": rate, "warmup_images": images // 20, "schedule": "cosine"})
+    draft.add("ema", {"stds": [0.05, 0.1]})
+    why = "has units for bf16" if machine.has_bf16 else "computes no faster in bf16"
+    precision = "bf16" if machine.has_bf16 else "fp32"
+    draft.add("engine", {"precision": precision, "compile": machine.num_gpus > 0}, f"this machine {why}")
+    epochs = f"{images / data.num_samples:.0f} times each sample; look at samples on the way"
+    draft.add("duration", {"images": images}, epochs)
+    draft.add("checkpoint", {"every_images": max(batch, images // 20)})
+    draft.add("log", {"every_images": max(batch, images // 200)})
+
+
+def _patch(grid: Sequence[int], most: int) -> int:
+    """The smallest patch that leaves at most so many places; of these one that divides the grid, if one up to twice as
+    large does."""
+    sizes = [size for size in range(1, max(grid) + 1) if math.prod(-(-length // size) for length in grid) <= most]
+    dividing = [size for size in sizes if all(length % size == 0 for length in grid) and size <= 2 * sizes[0]]
+    return (dividing or sizes)[0]
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above `number`."""
+    return 1 << (max(1, number).bit_length() - 1)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
