@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scoreray.cluster.cli.options import AsJson, make_bucket
 from scoreray.data.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from scoreray.data.packing.field_summary import FieldSummary
+    from scoreray.data.reading.samples import SampleReader
 
 
 def pack(
@@ -107,12 +114,16 @@ def inspect(
     url: Annotated[str, typer.Argument(help="A packed data set, or tars without a manifest: x-{000..099}.tar.")],
     picture: Annotated[Path | None, typer.Option(help="Where a picture of samples goes: .png, .jpg or .webp.")] = None,
     count: Annotated[int, typer.Option(help="Samples in the picture.", min=1, max=1024)] = 64,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print a config that trains on it, for these data and this machine.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a data set holds: counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its samples."""
+    """What a data set holds: every field, counts, sizes, suggested sigma_data, sigma_max and ladder, a picture of its
+    samples; or, with --config, a config to train on it: scoreray data inspect URL --config > mine.yaml."""
     from dataclasses import asdict
 
-    from scoreray.data.packing.inspect import picture_grid, spread, summary, visible
+    from scoreray.data.packing.inspect import spread, summary
     from scoreray.data.reading.manifest import Manifest
     from scoreray.data.reading.outputs import check_picture, write_picture
     from scoreray.data.reading.samples import SampleReader
@@ -122,39 +133,70 @@ def inspect(
 
     if picture is not None:
         check_picture(picture)
+    if config and (picture is not None or as_json):
+        raise UserError("--config: prints YAML alone; leave out --picture and --json")
     unknown = {"sigma_max": "none: one sample has no distances", "labels": "none in the samples that were looked at"}
     located = locate(url)
     if not isinstance(located, Manifest):
-        if picture is not None:
-            raise UserError("--picture: is drawn of packed data sets; scoreray data pack indexes tars in place")
+        if picture is not None or config:
+            what = "--picture: is drawn of" if picture else "--config: is written for"
+            raise UserError(f"{what} packed data sets; scoreray data pack indexes tars in place")
         _show(asdict(summary_of(url, located)), unknown, as_json)
         return
     samples = SampleReader(url)
+    if config:
+        from scoreray.trainer.config.from_data import Machine, suggested_config
+
+        some = samples.read(spread(samples.manifest, 256))[0]
+        typer.echo(suggested_config(url, samples.manifest, some, Machine.here()), nl=False)
+        return
     if picture is not None:
-        pictures = samples.read(spread(samples.manifest, count)[:count])[0]
-        write_picture(picture_grid(visible(pictures, samples.manifest)), picture)
-    found = asdict(summary(url))
+        write_picture(_grid(samples, count), picture)
+    about = summary(samples)
+    found = asdict(about)
     try:
         some = samples.read(spread(samples.manifest, 1024))[0]
         found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
     except UserError as error:  # one sample, or distances below its least noise level
         found["ladder"], unknown["ladder"] = None, f"none: {error}"
-    _show(found, unknown, as_json)
+    _show(found, unknown, as_json, about.fields)
     if picture is not None and not as_json:
         typer.echo(f"{'picture':13} {picture}")
 
 
-def _show(found: dict[str, Any], unknown: dict[str, str], as_json: bool) -> None:
-    """A line for each fact; `unknown`: why one is None."""
+def _grid(samples: SampleReader, count: int) -> Image.Image:
+    """Samples of the target, and below each its text, if the data set has any."""
+    from scoreray.data.fields.field import FieldRequest
+    from scoreray.data.packing.inspect import picture_grid, spread, visible
+
+    manifest, numbers = samples.manifest, spread(samples.manifest, count)[:count]
+    text = next((one.name for one in manifest.fields if one.kind == "text"), None)
+    captions: list[str] = []
+    if text is not None:
+        found = samples.read_fields(numbers, [FieldRequest(text)])
+        rows = zip(found.fields[text], found.masks[text], strict=True)
+        captions = [bytes(row[mask].tolist()).decode(errors="replace") for row, mask in rows]
+    return picture_grid(visible(samples.read(numbers)[0], manifest), captions=captions)
+
+
+def _show(found: dict[str, Any], unknown: dict[str, str], as_json: bool, fields: Sequence[FieldSummary] = ()) -> None:
+    """A line for each fact; `unknown`: why one is None. Then the fields."""
+    from scoreray.data.packing.field_summary import field_lines
+
     if as_json:
         typer.echo(json.dumps(found))
         return
     for key, value in found.items():
+        if key == "fields":
+            continue
         if value is None:
             typer.echo(f"{key:13} {unknown[key]}")
             continue
         shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
         typer.echo(f"{key:13} {shown}")
+    for one in fields:
+        for number, line in enumerate(field_lines(one)):
+            typer.echo(f"{'' if number else one.name:13} {line}")
 
 
 def _number(value: Any) -> str:

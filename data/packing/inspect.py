@@ -1,23 +1,26 @@
-"""Inspecting a data set: `verify` checks every byte, `summary` measures; pictures of images and of fields."""
+"""Inspecting a data set: `verify` checks every byte, `summary` measures; grids of pictures."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from scoreray.data.distances import largest_distance
 from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.packing.field_pictures import field_pictures
+from scoreray.data.packing.field_summary import FieldSummary, field_summaries
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import Manifest, digest, is_picture
 from scoreray.data.reading.reader import Reader
-from scoreray.data.reading.samples import read_samples
+from scoreray.data.reading.samples import SampleReader
 from scoreray.data.sources.identity import hash_object
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import Store, open_store
@@ -27,6 +30,7 @@ FAINT = 0.02  # a standard deviation of 2 or 3 of 255 levels
 WINDOW_BYTES = 8 << 20  # of a shard that is checked
 LOOKED_AT_BYTES = 256 << 20  # of samples that are in memory at once, as float32
 GRID_PIXELS = 720  # about how wide a grid of small images is made
+CAPTION_LINES, LINE_PIXELS, LETTER_PIXELS, CAPTION_COLOUR = 2, 13, 6, (225, 225, 225)
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,15 @@ class Summary:
     std: list[float]
     sigma_data: float
     sigma_max: float | None
+    fields: list[FieldSummary]
 
 
-def summary(url: str) -> Summary:
-    """What the data set at `url` holds, from its manifest and a few samples."""
-    store = open_store(url)
-    manifest = Manifest.load(store)
-    samples = read_samples(url, spread(manifest, 256))
+def summary(samples: SampleReader) -> Summary:
+    """What a data set holds, from its manifest and a few samples."""
+    manifest = samples.manifest
     return Summary(
         name=manifest.name,
-        url=store.url(),
+        url=samples.url,
         num_samples=manifest.num_samples,
         num_shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards),
@@ -64,7 +67,8 @@ def summary(url: str) -> Summary:
         mean=manifest.channel_means(),
         std=manifest.std,
         sigma_data=manifest.sigma_data,
-        sigma_max=suggested_sigma_max(samples),
+        sigma_max=suggested_sigma_max(samples.read(spread(manifest, 256))[0]),
+        fields=field_summaries(samples),
     )
 
 
@@ -83,15 +87,20 @@ def suggested_sigma_max(samples: torch.Tensor) -> float | None:
 
 
 def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
-    """Samples as `picture_grid` draws them: floats that leave [-1, 1], or hardly differ in it, are shown from two
-    standard deviations below the mean to two above. Raises UserError for what is no picture."""
-    if not is_picture(manifest.shape):
-        raise UserError(
-            f"--picture: samples of {' x '.join(map(str, manifest.shape))} are no pictures, which have 1 or 3 channels"
-        )
-    if samples.dtype == torch.uint8 or (float(samples.abs().max()) <= 1 and manifest.sigma_data > FAINT):
+    """Samples of the target as `picture_grid` draws them. Images are as they are, and so are arrays of three channels
+    that are like images, or a data set of version 2 has (its grey ones too): floats that leave [-1, 1], or hardly
+    differ in it, are shown from two standard deviations below the mean to two above. Others go by a colour map
+    (`field_pictures`). Raises UserError for points, which have no grid."""
+    if samples.dtype == torch.uint8 and is_picture(manifest.shape):
         return samples
-    return (samples.double() - float(np.mean(manifest.channel_means()))) / (2 * manifest.sigma_data)
+    if len(manifest.shape) < 2:
+        raise UserError(f"--picture: samples of {manifest.shape[0]} numbers are no pictures, which have a grid")
+    if not is_picture(manifest.shape) or (manifest.shape[0] == 1 and manifest.version > 2):
+        return torch.from_numpy(field_pictures(samples))
+    samples = samples.double()
+    if float(samples.abs().max()) <= 1 and manifest.sigma_data > FAINT:
+        return samples
+    return (samples - float(np.mean(manifest.channel_means()))) / (2 * manifest.sigma_data)
 
 
 def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -177,11 +186,13 @@ def _range_line(url: str, records: np.ndarray, first: int, low: int, high: int, 
     return f"{url}: samples {first + low} to {first + high}, from byte {offset}: {reason}"
 
 
-def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) -> Image.Image:
+def picture_grid(
+    images: torch.Tensor | np.ndarray, columns: int | None = None, captions: Sequence[str] = ()
+) -> Image.Image:
     """A picture of images [N, C, H, W], C 1 or 3: uint8, or floats in [-1, 1] (others are clipped).
 
     Small images are enlarged by whole factors with nearest neighbour, so that their pixels are seen as they are.
-    `columns`: None makes it about square.
+    `columns`: None makes it about square. `captions`: a text under each image, cut to CAPTION_LINES lines.
     """
     array = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if not is_picture(array.shape[1:]) or not len(array):
@@ -194,38 +205,19 @@ def picture_grid(images: torch.Tensor | np.ndarray, columns: int | None = None) 
     rows = -(-n // columns)
     scale = max(1, GRID_PIXELS // (columns * width))
     gap = max(1, 2 * scale // 3)
-    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), GRID_BACKGROUND)
-    canvas = canvas.astype(np.uint8)
+    below = CAPTION_LINES * LINE_PIXELS if captions else 0
+    across, down = width * scale + gap, height * scale + gap + below
+    canvas = np.full((rows * down + gap, columns * across + gap, 3), GRID_BACKGROUND, np.uint8)
     for i, image in enumerate(array):
         large = image.repeat(scale, 1).repeat(scale, 2).transpose(1, 2, 0)
-        y = gap + i // columns * (height * scale + gap)
-        x = gap + i % columns * (width * scale + gap)
+        y, x = gap + i // columns * down, gap + i % columns * across
         canvas[y : y + height * scale, x : x + width * scale] = large  # one channel is spread over three
-    return Image.fromarray(canvas)
-
-
-def field_pictures(values: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Arrays [N, C, *grid] of any units as uint8 [N, 3, H, W], by matplotlib's viridis: dark is the least value of a
-    channel among all N, bright the greatest; what is not finite is dark. Channels stand side by side; of a volume the
-    middle slice is shown, and a signal [N, C, L] is a band for each channel, one above the other.
-
-    Raises ValueError for arrays without a grid.
-    """
-    import matplotlib  # half a second, which pictures need not wait for
-
-    array = np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, np.float64)
-    if array.ndim < 3 or not array.size:
-        raise ValueError(f"arrays of shape {array.shape}: [N, C, ...] with a grid is needed")
-    n, channels, *grid = array.shape
-    finite = np.isfinite(array)
-    axes = (0, *range(2, array.ndim))
-    low = np.min(array, axes, keepdims=True, where=finite, initial=np.inf)
-    high = np.max(array, axes, keepdims=True, where=finite, initial=-np.inf)
-    shares = np.where(finite, array - low, 0) / np.where(high > low, high - low, 1)
-    if len(grid) == 1:
-        shares = shares.repeat(max(1, grid[0] // (4 * channels)), 1)[:, None]
-    while shares.ndim > 4:
-        shares = shares[:, :, shares.shape[2] // 2]
-    table = np.rint(255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
-    coloured = table[np.rint(255 * shares).astype(np.uint8)]  # [N, C, H, W, 3]
-    return coloured.transpose(0, 4, 2, 1, 3).reshape(n, 3, coloured.shape[2], -1)
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for i, caption in enumerate(captions):
+        text = "\n".join(
+            textwrap.wrap(caption, max(4, across // LETTER_PIXELS), max_lines=CAPTION_LINES, placeholder="...")
+        )
+        place = (gap + i % columns * across, gap + i // columns * down + height * scale)
+        draw.multiline_text(place, text, fill=CAPTION_COLOUR, font=ImageFont.load_default(10), spacing=1)
+    return picture

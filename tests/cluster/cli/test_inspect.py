@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from scoreray.cluster.cli.main import app
 from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
+from scoreray.trainer.config import load_config
 
 NOISE = np.random.default_rng(0).normal(size=(6, 4, 8, 8))
 SETS = {
@@ -55,7 +57,7 @@ def test_what_is_known_is_said_and_nothing_else_is_made_up(name: str, tmp_path: 
         assert ("ladder        none: the largest distance in the data is" in shown.stdout) == (distance <= 0.01)
 
 
-def test_a_picture_is_drawn_of_what_has_one_or_three_channels_whatever_its_scale(tmp_path: Path) -> None:
+def test_a_picture_is_drawn_of_what_has_a_grid_whatever_its_scale(tmp_path: Path) -> None:
     for name, array in (
         ("pixels", 0.4 * NOISE[:, :3]),
         ("scaled", 400 * NOISE[:, :3] + 1000),
@@ -67,10 +69,32 @@ def test_a_picture_is_drawn_of_what_has_one_or_three_channels_whatever_its_scale
         assert CliRunner().invoke(app, words).exit_code == 0
         drawn = np.asarray(Image.open(tmp_path / f"{name}.png"))
         assert len(np.unique(drawn)) > 100, "the samples are seen, not clipped to black and white"
-    np.savez(tmp_path / "x.npz", images=NOISE)
-    pack(tmp_path / "x.npz", tmp_path / "latents")
+    np.savez(tmp_path / "x.npz", images=NOISE[:, :, 0, 0])
+    pack(tmp_path / "x.npz", tmp_path / "points")
     refused = CliRunner().invoke(
-        app, ["data", "inspect", str(tmp_path / "latents"), "--picture", str(tmp_path / "l.png")]
+        app, ["data", "inspect", str(tmp_path / "points"), "--picture", str(tmp_path / "l.png")]
     )
     assert isinstance(refused.exception, UserError)
-    assert "--picture: samples of 4 x 8 x 8 are no pictures, which have 1 or 3 channels" in str(refused.exception)
+    assert "--picture: samples of 4 numbers are no pictures, which have a grid" in str(refused.exception)
+
+
+def test_every_field_is_described_and_a_config_that_fits_is_written(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=NOISE, labels=np.arange(len(NOISE)) % 3, classes=["a", "b", "c"])
+    pack(tmp_path / "x.npz", tmp_path / "latents")
+    words = ["data", "inspect", str(tmp_path / "latents")]
+    said = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert [(one["name"], one["kind"], one["shape"]) for one in said["fields"]] == [
+        ("array", "array", [4, 8, 8]), ("label", "class", []),
+    ]  # fmt: skip
+    assert [sum(counts) for counts in said["fields"][0]["histogram"]] == [64 * len(NOISE)] * 4
+    shown = CliRunner().invoke(app, [*words, "--picture", str(tmp_path / "l.png")]).stdout
+    assert "array         array [4, 8, 8] float32" in shown
+    assert re.search(r"channel 3: \|[ ▁-█]{16}\| mean \S+, std \S+", shown)
+    assert np.asarray(Image.open(tmp_path / "l.png")).std() > 20, "four channels by a colour map"
+    result = CliRunner().invoke(app, [*words, "--config"])
+    (tmp_path / "mine.yaml").write_text(result.stdout)
+    config = load_config(tmp_path / "mine.yaml")
+    assert config.data.url == str(tmp_path / "latents")
+    assert config.network.kind == "dit"
+    refused = CliRunner().invoke(app, [*words, "--config", "--json"])
+    assert "--config: prints YAML alone" in str(refused.exception)

@@ -22,11 +22,11 @@ import scoreray.data.packing.pack as module
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.fields.field import plain_fields
-from scoreray.data.packing.inspect import field_pictures, picture_grid, spread, summary, verify
+from scoreray.data.packing.inspect import picture_grid, spread, summary, verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import ShardWriter, encode
 from scoreray.data.reading.manifest import MANIFEST, RECORD, Manifest
-from scoreray.data.reading.samples import read_samples
+from scoreray.data.reading.samples import SampleReader, read_samples
 from scoreray.data.storage.store import open_store
 
 
@@ -291,7 +291,7 @@ def test_the_images_that_travel_with_the_package_are_whole(tmp_path: Path) -> No
 
 
 def test_summary_suggests_sigma_max_from_distances(packed: tuple[str, Manifest]) -> None:
-    found = summary(packed[0])
+    found = summary(SampleReader(packed[0]))
     images = read_samples(packed[0], range(0, 501, 1)).double().flatten(1) / 127.5 - 1
     assert found.num_samples == 501
     assert found.sigma_max == pytest.approx(float(np.sqrt(((images[:, None] - images) ** 2).sum(-1)).max()), rel=0.1)
@@ -316,18 +316,3 @@ def test_a_picture_grid_enlarges_by_whole_factors() -> None:
     assert (np.asarray(as_floats) == picture).all()
     with pytest.raises(ValueError, match="N, C, H, W"):
         picture_grid(images[0])
-
-
-def test_fields_of_any_dimensions_are_pictures_by_a_colour_map() -> None:
-    dark, bright = [68, 1, 84], [253, 231, 37]  # viridis' ends
-    fields = np.zeros((2, 2, 3, 4), np.float32)
-    fields[0, 0, 0, 0], fields[1, 1, 2, 3], fields[1, 0, 1, 1] = 1e30, -5.0, np.nan
-    shown = field_pictures(fields)
-    assert shown.shape == (2, 3, 3, 8), "two channels side by side, each on a scale of its own"
-    assert shown[0, :, 0, 0].tolist() == bright
-    assert shown[1, :, 2, 7].tolist() == shown[1, :, 1, 1].tolist() == dark
-    assert shown[0, :, 2, 7].tolist() == bright
-    assert field_pictures(np.random.default_rng(0).normal(size=(2, 1, 5, 3, 4))).shape == (2, 3, 3, 4)
-    assert field_pictures(np.ones((2, 2, 64))).shape == (2, 3, 16, 64)
-    with pytest.raises(ValueError, match="with a grid"):
-        field_pictures(np.ones((2, 3)))
