@@ -5,10 +5,12 @@ client = Client("http://127.0.0.1:8000", token="...")
 samples = client.sample(count=16, sampler="heun", steps=18, seed=1)
 samples.images        # uint8 [16, H, W, C]
 again = client.sample(count=16, sampler="heun", steps=18, seed=samples.about["seed"])
+drawn = client.sample(condition={"caption": "a red square", "coarse": np.load("field.npy")}, guidance={"caption": 4.0})
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
@@ -25,10 +27,8 @@ from scoreray.data.errors import StorageError, UserError
 FINAL = ("timed_out",)  # codes of 503 after which another try would only wait as long again
 LONGEST_PAUSE_S = 30.0
 ABOUT = "x-scoreray-"  # prefix of the headers that say what made the samples, where the answer is not JSON
-NUMBERS: dict[str, type[int] | type[float]] = {
-    **dict.fromkeys(("images_seen", "seed", "steps", "count"), int),
-    **dict.fromkeys(("guidance", "queued_s", "took_s"), float),
-}
+TYPED = frozenset(("images_seen", "seed", "steps", "count", "guidance", "conditions", "queued_s", "took_s"))
+"""Of these headers the value is JSON; the others are text."""
 
 
 class Declined(UserError):
@@ -41,7 +41,7 @@ class Declined(UserError):
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """The samples of one answer. images: uint8 [n, H, W, C], or float32 [n, ...] of npy.
+    """The samples of one answer. images: uint8 [n, H, W, C], or float32 [n, ...] of npy, in the data's own units.
 
     about: what made them, named and typed as in the JSON answer: id, model, checkpoint, images_seen, seed, sampler, ...
     """
@@ -78,7 +78,7 @@ class Client:
         self._pool = urllib3.PoolManager(num_pools=4, maxsize=64, retries=False, timeout=timeout)
 
     def sample(self, *, key: str | None = None, **fields: Any) -> SampleBatch:
-        """Draws `count` samples; fields as in docs/serving.md, numbers of numpy too.
+        """Draws `count` samples; fields as in docs/serving.md, numbers of numpy too, and arrays as conditions.
 
         Raises UserError (of which Declined is one), StorageError (no answer in `tries`).
         """
@@ -173,19 +173,32 @@ def _body(fields: dict[str, Any]) -> bytes:
     """The fields as JSON. Raises UserError for what JSON has no word for."""
     if "idempotency_key" in fields:
         raise UserError("idempotency_key: every call has one already; give your own as `key`")
+    parts = []
     for name, value in fields.items():
         try:
-            json.dumps(value, default=_plain, allow_nan=False)
-        except (TypeError, ValueError):
+            default = _array if name == "condition" else _plain
+            parts.append(f"{json.dumps(name)}: {json.dumps(value, default=default, allow_nan=False)}")
+        except (TypeError, ValueError) as error:
+            if name == "condition":
+                raise UserError(f"condition: {error}: must be text, finite numbers or arrays, by name") from None
             raise UserError(f"{name} = {value!r}: must be a finite number, a string, a bool, None or a dict") from None
-    return json.dumps(fields, default=_plain).encode()
+    return f"{{{', '.join(parts)}}}".encode()
 
 
 def _plain(value: Any) -> Any:
     """A number of numpy (or torch) as Python's."""
     if getattr(value, "shape", None) == ():
         return value.item()
-    raise TypeError
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _array(value: Any) -> Any:
+    """An array of numpy (or a tensor of torch, on the CPU) as the base64 of an .npy."""
+    if not getattr(value, "shape", None):
+        return _plain(value)
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(value), allow_pickle=False)
+    return {"npy": base64.b64encode(file.getvalue()).decode()}
 
 
 def _about(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def _about(headers: Mapping[str, str]) -> dict[str, Any]:
     for header, value in given.items():
         if header.startswith(ABOUT):
             name = header.removeprefix(ABOUT).replace("-", "_")
-            about[name] = NUMBERS[name](value) if name in NUMBERS else value
+            about[name] = json.loads(value) if name in TYPED else value
     return about
 
 

@@ -18,5 +18,7 @@ def trace_request(
         steps = begin + about["queued_s"]
         parts = [("serve.queue", begin, steps), ("serve.steps", steps, took_s)]
     facts = {name: about[name] for name in ("model", "checkpoint") if name in about} if about else {}
+    if about is not None and about.get("conditions"):
+        facts["conditions"] = ",".join(about["conditions"])
     error = "" if code == "ok" else code
     finished("serve.request", took_s, parts, headers, error, request_id=request_id, code=code, **facts)

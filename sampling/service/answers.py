@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.packing.inspect import field_pictures
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import MAX_SHEET, png, png_of_sheet
-from scoreray.trainer.step import to_uint8
 
 MediaType = Literal["application/json", "image/png", "application/x-npz"]
 MEDIA: tuple[MediaType, ...] = ("application/json", "image/png", "application/x-npz")
@@ -46,27 +47,37 @@ def _range(position: int, part: str) -> tuple[str, int, float]:
     return kind, position, min(1.0, quality) if quality > 0 else 0.0
 
 
-def encode(samples: Tensor, labels: Sequence[int], media: str, format_: str) -> bytes:
-    """Samples [n, ...] in the model's range: the array of `data` as JSON, a PNG sheet, or an npz.
+def can_be_pictures(shape: Sequence[int]) -> bool:
+    """Whether samples of a shape are pictures, or fields that a colour map makes pictures of: not points."""
+    return len(shape) > 1
 
-    format_: "png" (uint8 pictures) or "npy" (float32, as the model gives them). In an npz, pictures are `images` uint8
-    [n, H, W, C] and others `samples` float32 [n, ...], beside `labels` int64 [n].
+
+def as_pictures(samples: Tensor, info: ModelInfo) -> Tensor:
+    """Samples [n, ...] in the model's range as uint8 [n, C, H, W]: of fields by a colour map, one scale for all."""
+    values = info.in_data_units(samples)
+    return values if info.is_picture else torch.from_numpy(field_pictures(values))
+
+
+def encode(samples: Tensor, labels: Sequence[int], media: str) -> bytes:
+    """The array of `data` as JSON, a PNG sheet, or an npz of pictures uint8 [n, C, H, W] or values float32 [n, ...].
+
+    In an npz, pictures are `images` [n, H, W, C] and others `samples` [n, ...], beside `labels` int64 [n].
     """
+    pictures = samples.dtype == torch.uint8
     if media == "image/png":
-        return png_of_sheet(to_uint8(samples[:MAX_SHEET]))
+        return png_of_sheet(samples[:MAX_SHEET])
     if media == "application/x-npz":
         arrays: dict[str, Any] = {"labels": np.asarray(labels, dtype=np.int64)}
-        if format_ == "png":
-            arrays["images"] = to_uint8(samples).permute(0, 2, 3, 1).numpy()
+        if pictures:
+            arrays["images"] = samples.permute(0, 2, 3, 1).numpy()
         else:
-            arrays["samples"] = samples.float().numpy()
+            arrays["samples"] = samples.numpy()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         return buffer.getvalue()
-    ready = to_uint8(samples) if format_ == "png" else samples.float()
     items = []
-    for i, (one, label) in enumerate(zip(ready, labels, strict=True)):
-        data = png(one) if format_ == "png" else npy(one)
+    for i, (one, label) in enumerate(zip(samples, labels, strict=True)):
+        data = png(one) if pictures else npy(one)
         items.append({"index": i, "class": None if label < 0 else label, "b64_json": base64.b64encode(data).decode()})
     return json.dumps(items).encode()
 
@@ -77,6 +88,6 @@ def npy(array: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def preview_sheet(denoised: Tensor) -> str:
-    """A sheet of denoised estimates [n, C, H, W] as base64 of a PNG."""
-    return base64.b64encode(png_of_sheet(to_uint8(torch.nan_to_num(denoised)))).decode()
+def preview_sheet(denoised: Tensor, info: ModelInfo) -> str:
+    """A sheet of denoised estimates [n, ...] as base64 of a PNG."""
+    return base64.b64encode(png_of_sheet(as_pictures(torch.nan_to_num(denoised), info))).decode()

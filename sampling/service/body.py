@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError, shortened
-from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, start
+from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.request import Origin, SampleRequest
@@ -81,7 +81,7 @@ class SampleBody(BaseModel):
         Field(
             description="a class's number (a JSON number), or its name or number (a string: exact before any other "
             "case; `name:2`, `index:2` where it is the name of one class and the number of another); -1 for no class; "
-            "all classes in turn if left out"
+            "if left out, all classes in turn, or none where there is a condition"
         ),
     ] = None
     condition: Annotated[
@@ -116,7 +116,8 @@ class SampleBody(BaseModel):
     format: Annotated[
         Literal["png", "npy"] | None,
         Field(
-            description="of each sample: png, or npy (float32, as the model gives them); if left out, png for pictures"
+            description="of each sample: png (of fields by a colour map), or npy (float32, in the data's own units; of "
+            "pictures from -1 to 1); if left out, png for pictures"
         ),
     ] = None
     stream: Annotated[bool, Field(description="server-sent events, with previews of the denoised estimate")] = False
@@ -207,8 +208,8 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     if body.count > limits.max_count:
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
     info = served.info
-    format_ = body.format or ("png" if is_picture(info.image_shape) else "npy")
-    if (format_ == "png" or media == "image/png") and not is_picture(info.image_shape):
+    format_ = body.format or ("png" if info.is_picture else "npy")
+    if (format_ == "png" or media == "image/png") and not can_be_pictures(info.image_shape):
         raise Refused(
             "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
         )
@@ -277,7 +278,8 @@ def _condition(body: SampleBody, request: Request, info: ModelInfo, limits: Limi
         if several:
             message = f"this model's classes are conditions: give {' or '.join(several)} under `condition` alone"
         raise Refused("invalid", message, field="class_label")
-    if classes is not None and classes not in body.condition:
+    in_turn = not body.condition  # all classes, as `scoreray sample` draws them
+    if classes is not None and classes not in body.condition and (in_turn or body.class_label is not None):
         try:
             values[classes] = request.labels(0, body.count, info)
         except UserError as error:

@@ -33,6 +33,7 @@ class SampleAnswer:
             "grid": request.grid,
             "seed": request.origin.seed,
             "guidance": dict(request.weights) or request.guidance,
+            "conditions": [] if request.condition is None else sorted(request.condition.values),
             "count": len(request.seeds),
             "format": request.format,
             "queued_s": round(drawn.queued_s, 4),

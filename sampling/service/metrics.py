@@ -66,6 +66,13 @@ SERVICE_METRICS = (
     Metric("scoreray_sheds", "requests", "requests turned away with 429 or 503", ("code",), kind="counter"),
     Metric("scoreray_cancels", "requests", "requests whose client went away first", kind="counter"),
     Metric("scoreray_replayed", "requests", "answers given again, or joined, by idempotency key", kind="counter"),
+    Metric(
+        "scoreray_condition_rows",
+        "rows",
+        "samples requested for a condition, by its name",
+        ("condition",),
+        kind="counter",
+    ),
     Metric("scoreray_retries", "requests", "draws begun again on another replica", kind="counter"),
     Metric(
         "scoreray_billed_rows", "rows", "samples delivered, once for each idempotency key", ("token",), kind="counter"

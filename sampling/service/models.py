@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from scoreray.data.errors import UserError
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
@@ -12,9 +14,13 @@ from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.options import Option, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.samplers.sigmas import GRIDS
+from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.trainer.checkpoints.checkpoint import committed
+from scoreray.trainer.diffusion.condition import HAS_LENGTH, ConditionSpec
 from scoreray.trainer.optim.ema import choose_length
+
+MOST_STDS = 2.5  # of Gaussian numbers 99% are within so many standard deviations
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,19 @@ class ServedModel:
             "emas": list(self.emas),
             "shape": list(info.image_shape),
             "pictures": info.is_picture,
+            "target": _target(info),
+            "conditions": {name: _condition(spec) for name, spec in info.conditions.items()},
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),
             "grids": [*GRIDS, PROCESS_GRID],
             "samplers": {name: _options(name, info) for name in SAMPLERS},
-            "limits": {"count": limits.max_count, "steps": limits.max_steps, "calls": limits.max_calls},
+            "limits": {
+                "count": limits.max_count,
+                "steps": limits.max_steps,
+                "calls": limits.max_calls,
+                "condition_bytes": limits.max_condition_bytes,
+            },
         }
 
 
@@ -81,6 +94,35 @@ def look_up(name: str, url: str, ema: str | None = None) -> ServedModel:
         kind = found.info.config.network.kind
         raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
     return ServedModel(name, url, found.info, found.lengths, found.follows_run)
+
+
+def _target(info: ModelInfo) -> dict[str, Any]:
+    """What samples are: of which field, the shape, type and units of their values, and whether they can be seen."""
+    kind = "image" if info.is_picture else "array"
+    name, kind = (info.target.name, info.target.kind) if info.target is not None else (kind, kind)
+    units = "0 to 255" if info.is_picture else "those of the data"
+    return {
+        "name": name,
+        "kind": kind,
+        "shape": list(info.image_shape),
+        "dtype": info.sample_dtype,
+        "units": units,
+        "png": can_be_pictures(info.image_shape),
+    }
+
+
+def _condition(spec: ConditionSpec) -> dict[str, Any]:
+    """What a request may give for one condition. low, high: of each of a vector's numbers, where most data are."""
+    page: dict[str, Any] = {"kind": spec.kind, "shape": list(spec.shape)}
+    if spec.kind == "class":
+        page["classes"] = list(spec.classes)
+    if spec.kind in HAS_LENGTH:
+        page["max_length"] = spec.shape[0]
+    if spec.kind == "vector" and spec.normaliser is not None and spec.normaliser.kind != "none":
+        reach = 1.0 if spec.normaliser.kind == "range" else MOST_STDS
+        ends = reach * torch.tensor([[-1.0], [1.0]], dtype=torch.float64).expand(2, *spec.shape)
+        page["low"], page["high"] = spec.normaliser.invert(ends).tolist()
+    return page
 
 
 def _options(sampler: str, info: ModelInfo) -> dict[str, Any]:

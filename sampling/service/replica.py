@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError
-from scoreray.data.reading.manifest import is_picture
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import in_same_rows
-from scoreray.sampling.service.answers import encode, preview_sheet
+from scoreray.sampling.offline.generate import class_labels
+from scoreray.sampling.service.answers import as_pictures, can_be_pictures, encode, preview_sheet
 from scoreray.sampling.service.batcher import BatcherStopped, StepBatcher
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
@@ -90,17 +90,16 @@ class Replica:
 
     async def _run(self, request: SampleRequest, model: _Model) -> AsyncGenerator[Event, None]:
         loop, estimates = asyncio.get_running_loop(), asyncio.Queue[_Estimate | None]()
-        arrived = time.monotonic()
+        arrived, info = time.monotonic(), model.denoiser.info
         show = _Previews(request, lambda estimate: loop.call_soon_threadsafe(estimates.put_nowait, estimate))
         ticket = model.batcher.submit(request, show if request.previews else None)
         ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(estimates.put_nowait, None))
         try:
             while (estimate := await estimates.get()) is not None:
-                yield await asyncio.to_thread(_preview, estimate)
+                yield await asyncio.to_thread(_preview, estimate, info)
             samples = ticket.result(0)
             self._count(ticket, len(samples))
-            labels = _labels(request, model.denoiser.info)
-            body = await asyncio.to_thread(encode, samples.cpu(), labels, request.media, request.format)
+            body = await asyncio.to_thread(_encoded, samples.cpu(), request, info)
             yield Completed(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
         finally:
             if ticket.cancel():
@@ -224,12 +223,15 @@ def failed(error: ScorerayError) -> Failed:
     raise error
 
 
-def _labels(request: SampleRequest, info: ModelInfo) -> list[int]:
-    """The class of each sample, -1 for none."""
+def _encoded(samples: Tensor, request: SampleRequest, info: ModelInfo) -> bytes:
+    """Samples as the request wants them: pictures, or values in the data's own units (-1 to 1 of pictures)."""
+    if request.format == "png" or request.media == "image/png":
+        shown = as_pictures(samples, info)
+    else:
+        shown = samples.float() if info.is_picture else info.in_data_units(samples.float())
     name = class_name_of(info.conditions)
-    if name is None or request.condition is None or name not in request.condition.values:
-        return [-1] * len(request.seeds)
-    return request.condition.values[name].tolist()
+    classes = None if request.condition is None or name is None else request.condition.select([name])
+    return encode(shown, class_labels(classes, len(samples)).tolist(), request.media)
 
 
 @dataclass(frozen=True)
@@ -271,10 +273,11 @@ class _Previews:
             self._send(_Estimate(share, level, self._denoised.clone()))
 
 
-def _preview(estimate: _Estimate) -> Preview:
+def _preview(estimate: _Estimate, info: ModelInfo) -> Preview:
     """Estimates as a picture, or as numbers where they are none."""
     denoised = estimate.denoised
-    if is_picture(denoised.shape[1:]):
-        return Preview(estimate.progress, estimate.sigma, b64_json=preview_sheet(denoised))
-    points = denoised.flatten(1).tolist() if denoised[0].numel() <= MOST_PREVIEW_VALUES else None
+    if can_be_pictures(info.image_shape):
+        return Preview(estimate.progress, estimate.sigma, b64_json=preview_sheet(denoised, info))
+    small = denoised[0].numel() <= MOST_PREVIEW_VALUES
+    points = info.in_data_units(denoised).flatten(1).tolist() if small else None
     return Preview(estimate.progress, estimate.sigma, points=points)

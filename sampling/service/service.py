@@ -210,8 +210,10 @@ class Service:
         return self.models[name]
 
     def _begin(self, draw: Draw, token: str) -> Draw:
-        claim = draw.request.claim
+        claim, condition = draw.request.claim, draw.request.condition
         self._draws.add(draw)
+        for name in condition.values if condition is not None else ():
+            self.meter["condition_rows"].labels(name).inc(len(draw.request.seeds))
         if claim is not None:
             self._by_key[claim.token, claim.key] = draw
         draw.task = self._spawn(self._carry_out(draw, token))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from scoreray.data.errors import StorageError, UserError
-from scoreray.sampling.http.client import Client, Declined
+from scoreray.data.reading.decode import npy_array
+from scoreray.sampling.http.client import Client, Declined, _body
 from scoreray.sampling.service.config import ServeConfig
 
 
@@ -49,12 +51,32 @@ def test_numbers_of_numpy_are_numbers(url: str) -> None:
     assert about["grid"] == "linear"
 
 
+def test_conditions_are_sent_as_they_are_and_arrays_as_npy() -> None:
+    transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    condition = {
+        "caption": "ö",
+        "hour": np.float32(1.5),
+        "place": [1, 2],
+        "grid": transposed,
+        "tokens": torch.ones(1, 2),
+    }
+    sent = json.loads(_body({"count": 2, "condition": condition}))
+    assert sent["count"] == 2
+    arrays = {name: sent["condition"].pop(name)["npy"] for name in ("grid", "tokens")}
+    assert sent["condition"] == {"caption": "ö", "hour": 1.5, "place": [1, 2]}
+    assert np.array_equal(npy_array(base64.b64decode(arrays["grid"])), transposed)
+    assert np.array_equal(npy_array(base64.b64decode(arrays["tokens"])), np.ones((1, 2)))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"guidance": float("nan")}, "guidance = nan: must be a finite number"),
         ({"options": {"eta": float("inf")}}, "options = {'eta': inf}: must be a finite number"),
         ({"count": np.array([1, 2])}, "count = array"),
+        ({"condition": {"place": [1.0, float("nan")]}}, "condition: Out of range float values"),
+        ({"condition": {"place": np.array([object()])}}, "condition: Object arrays cannot be saved"),
+        ({"condition": {"place": {1, 2}}}, "condition: a set: must be text"),
         ({"stream": True}, "call `stream`"),
         ({"idempotency_key": "a"}, "as `key`"),
     ],

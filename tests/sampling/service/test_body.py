@@ -259,7 +259,9 @@ def test_a_condition_is_a_row_for_each_sample_and_a_label_may_be_one_of_its_name
         found = condition(condition=values)
         assert found.values["place"].tolist() == [[1.0, 2.5]] * 2
         assert found.values["caption"].tolist() == [list("ö".encode())] * 2
-        assert found.values["label"].tolist() == [0, 1]
+        assert "label" not in found.values, "classes are drawn in turn where nothing else is given"
+    assert condition().values["label"].tolist() == [0, 1]
+    assert condition(condition={"caption": "x"}, class_label=2).values["label"].tolist() == [2, 2]
     for named in ({"class_label": "Cat"}, {"condition": {"label": "Cat"}}, {"condition": {"label": 4}}):
         assert condition(**named).values["label"].tolist() == [4, 4]
     assert condition(condition={"label": None}) is None
