@@ -186,18 +186,31 @@ class SourcePlan:
 
     def numbers(self, shard: int) -> np.ndarray:
         """Which samples of the source are in this shard: the permutation that the seed gives, cut into shards."""
-        order = _permutation(self.seed, self.source.num_samples)
+        order = _permutation(self.seed, self.source)
         return order[shard * self.samples_per_shard : (shard + 1) * self.samples_per_shard]
 
     def make(self, number: int, scratch: Path) -> tuple[bytes | None, PackedShard]:
         return make_shard(self, number)
 
 
+def _permutation(seed: int, source: FieldSource) -> np.ndarray:
+    """Of the samples; of a source of runs these are permuted, and the samples of each, so that each shard is made of
+    whole runs but for its ends, and all shards together read them about once."""
+    runs = source.runs
+    return _permuted(seed, source.num_samples, None if runs is None or len(runs) < 2 else runs.tobytes())
+
+
 @lru_cache(maxsize=1)
-def _permutation(seed: int, n: int) -> np.ndarray:
+def _permuted(seed: int, n: int, runs: bytes | None) -> np.ndarray:
     """Sorted raw Philox words: the same with every version of numpy."""
     words = np.random.Philox(key=[seed % (1 << 64), 0xDA7A]).random_raw(n)
-    return np.argsort(words, kind="stable")
+    if runs is None:
+        return np.argsort(words, kind="stable")
+    starts = np.frombuffer(runs, np.int64)
+    places = np.argsort(
+        np.argsort(np.random.Philox(key=[seed % (1 << 64), 0x2B15]).random_raw(len(starts)), kind="stable")
+    )
+    return np.lexsort((words, np.repeat(places, np.diff(starts, append=n))))
 
 
 def contents(source: FieldSource, options: SourceOptions) -> list[Any]:

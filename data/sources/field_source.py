@@ -50,6 +50,11 @@ class FieldSource(Protocol):
         a killed pack has made is made again where it changed."""
 
     @property
+    def runs(self) -> np.ndarray | None:
+        """int64, ascending from 0: first samples of the runs that are fetched and unpacked together, through which a
+        pack goes one by one; None where a sample by itself costs no more."""
+
+    @property
     def notes(self) -> Sequence[str]:
         """Lines for a person before the pack begins: what is left out, and the --field that would take it."""
 

@@ -64,6 +64,7 @@ class Source:
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    runs = None
 
     @property
     def fields(self) -> list[Field]:

@@ -34,6 +34,8 @@ class ArraysTable:
     starts: np.ndarray
     fingerprint: str
     default: Sequence[FieldOption]
+    is_random: bool
+    num_bytes: int
     store: Store
     files: Sequence[str]
     firsts: np.ndarray = field(repr=False)
@@ -65,7 +67,7 @@ def open_arrays(url: str) -> ArraysTable:
     UserError, DataError, StorageError."""
     arrays_of.cache_clear()  # a file may be another one by now
     store, names = _files(url)
-    counts, columns, chunks = list[int](), dict[str, Column](), list[int]()
+    counts, columns, chunks, is_random = list[int](), dict[str, Column](), list[int](), not store.is_remote
     for name in names:
         with _explained(store, name):
             arrays = arrays_of(store, name)
@@ -79,6 +81,7 @@ def open_arrays(url: str) -> ArraysTable:
             raise DataError(f"{shown(store.url(name))}: its arrays are not those of {names[0]}: {some_of(differ)}")
         columns = columns or found
         row_bytes = max(1, largest.num_bytes // max(1, counts[-1]))
+        is_random = is_random and all(one.chunk == 1 for one in arrays.values())
         chunks.append(max(WINDOW_BYTES // row_bytes, *(one.chunk for one in arrays.values()), 1))
     firsts = np.cumsum(counts) - counts
     starts = [first + np.arange(0, count, chunk) for first, count, chunk in zip(firsts, counts, chunks, strict=True)]
@@ -86,7 +89,8 @@ def open_arrays(url: str) -> ArraysTable:
     known = {name: size for name, size in sizes.items() if names == [""] or name in set(names)}
     return ArraysTable(
         url, sum(counts), columns, np.concatenate(starts).astype(np.int64), identity(store, known),
-        _default(columns, arrays_of(store, names[0])), store, names, firsts,
+        _default(columns, arrays_of(store, names[0])),
+        is_random, sum(known.values()), store, names, firsts,
     )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ class ArrowTable:
     starts: np.ndarray
     fingerprint: str
     default: Sequence[FieldOption]
+    is_random: bool
+    num_bytes: int
     store: Store
     runs: Sequence[tuple[str, int]] = field(repr=False)
 
@@ -101,9 +103,10 @@ def open_parquet(url: str) -> ArrowTable:
         for name, size in store.list(os.path.commonprefix(names))  # noqa: RUF071 (of keys)
         if name in known
     }
+    runs = [run for run, count in zip(runs, counts, strict=True) if count]
     return ArrowTable(
         url, int(counts.sum()), columns, starts[counts > 0], identity(store, sizes), _default(schema, columns),
-        store, [run for run, count in zip(runs, counts, strict=True) if count],
+        not (is_parquet or store.is_remote), sum(sizes.values()), store, runs,
     )  # fmt: skip
 
 

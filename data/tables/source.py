@@ -24,13 +24,15 @@ from scoreray.data.sources.options import SourceOptions
 from scoreray.data.tables.values import Column, FieldColumn, Values, as_text, at_path, field_of, raw_value
 
 LOOKED_AT = 32  # rows that are looked at for kinds, shapes and colours
+SMALL_BYTES = 256 << 20  # of a table that is read once for each shard, so that its rows are shuffled as a whole
 ROWS_AT_ONCE = 1 << 16  # of a column of classes, which is read whole
 
 
 class Table(Protocol):
     """Rows of columns. `url`: of the file or folder.  starts: int64, first rows of the runs that are fetched and
     unpacked together (row groups, chunks), ascending from 0.  fingerprint: of the contents.  default: the fields that
-    are packed where none is asked for."""
+    are packed where none is asked for.  is_random: a row by itself costs no more than among its neighbours.
+    num_bytes: as it is stored."""
 
     @property
     def url(self) -> str: ...
@@ -44,6 +46,10 @@ class Table(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def default(self) -> Sequence[FieldOption]: ...
+    @property
+    def is_random(self) -> bool: ...
+    @property
+    def num_bytes(self) -> int: ...
 
     def read(self, columns: Sequence[str], rows: np.ndarray) -> Mapping[str, Values]:
         """The values of these columns at these rows, ascending, of one run. Raises DataError, StorageError."""
@@ -58,7 +64,10 @@ OpenTable = Callable[[str], Table]
 
 @dataclass(frozen=True)
 class TableSource:
-    """A FieldSource of a table's rows. Pickled, it leaves the table behind, and opens it again elsewhere."""
+    """A FieldSource of a table's rows. Pickled, it leaves the table behind, and opens it again elsewhere.
+
+    starts: of the table's runs; runs: these too, where a pack goes through them one by one.
+    """
 
     path: str
     num_samples: int
@@ -69,6 +78,7 @@ class TableSource:
     options: SourceOptions
     opens: OpenTable
     starts: np.ndarray = field(repr=False)
+    runs: np.ndarray | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -130,24 +140,45 @@ def open_table_source(opens: OpenTable, url: str, options: SourceOptions, asked:
     table = _opened(opens, url)
     if not table.num_rows:
         raise UserError(f"{table.url}: holds no samples")
-    chosen = asked.fields or _with_kinds(table.default, asked)
-    chosen = tuple(one for one in chosen if options.labelled or one.kind != "class")
-    if not chosen:
+    chosen, fields = _chosen(table, asked, options)
+    columns = [_columns_of(table, one) for one in chosen]
+    asked.check_names([field.name for field in fields], table.url)
+    rest = [name for name in table.columns if not any(name in one for one in columns)]
+    take = f"; --field {_as_name(rest[0])}={rest[0]} takes one" if rest else ""
+    notes = [f"{table.url}: columns that no field takes: {some_of(rest)}{take}"] if rest else []
+    runs = None if table.is_random or table.num_bytes <= SMALL_BYTES else table.starts
+    return TableSource(
+        url, table.num_rows, fields, chosen, columns, table.fingerprint, options, opens, table.starts, runs,
+        tuple(notes), dict.fromkeys(rest, table.num_rows),
+    )  # fmt: skip
+
+
+def _chosen(table: Table, asked: FieldOptions, options: SourceOptions) -> tuple[list[FieldOption], list[Field]]:
+    """What is packed, and its fields: the table's default, or what is asked for; then the default's image or array
+    comes first where no such field is asked for, and its class last where no class is."""
+    default = [one for one in _with_kinds(table.default, asked) if options.labelled or one.kind != "class"]
+    taken = {one.name for one in asked.fields} | {one.where for one in asked.fields}
+    named = list(asked.fields) or default
+    fields = _fields(table, named, options)
+    if asked.fields:
+        kinds = {field.kind for field in fields}
+        free = [one for one in default if not {one.name, one.where} & taken]
+        first = [one for one in free if one.kind != "class" and not kinds & {"image", "array"}][:1]
+        last = [one for one in free if one.kind == "class" and "class" not in kinds]
+        named = [*first, *named, *last]
+        fields = [*_fields(table, first, options), *fields, *_fields(table, last, options)]
+    if not named:
         raise UserError(
             f"{table.url}: say which columns are packed: --field NAME=COLUMN; it has {some_of(list(table.columns))}"
         )
+    return named, fields
+
+
+def _fields(table: Table, chosen: Sequence[FieldOption], options: SourceOptions) -> list[Field]:
     columns = [_columns_of(table, one) for one in chosen]
     names = list(dict.fromkeys(name for one in columns for name in one))
-    first = table.read(names, np.arange(min(LOOKED_AT, _first_run(table))))
-    fields = [_field(table, one, parts, first, options) for one, parts in zip(chosen, columns, strict=True)]
-    asked.check_names([field.name for field in fields], table.url)
-    rest = [name for name in table.columns if name not in names]
-    take = f"; --field {_as_name(rest[0])}={rest[0]} takes one" if rest else ""
-    notes = [f"{table.url}: columns that no field takes: {some_of(rest)}{take}"] if rest else []
-    return TableSource(
-        url, table.num_rows, fields, chosen, columns, table.fingerprint, options, opens, table.starts,
-        tuple(notes), dict.fromkeys(rest, table.num_rows),
-    )  # fmt: skip
+    first = table.read(names, np.arange(min(LOOKED_AT, _first_run(table)))) if names else {}
+    return [_field(table, one, parts, first, options) for one, parts in zip(chosen, columns, strict=True)]
 
 
 def _with_kinds(default: Sequence[FieldOption], asked: FieldOptions) -> tuple[FieldOption, ...]:

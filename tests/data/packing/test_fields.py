@@ -61,6 +61,7 @@ class ListSource:
     path: str = "list"
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=lambda: {"column 'x'": 2})
+    runs: np.ndarray | None = None
 
     @property
     def num_samples(self) -> int:
