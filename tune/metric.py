@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from scoreray.sampling.measures.held_out import (
     held_out_likelihood,
     read_held_out,
 )
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.offline.generate import Request
 from scoreray.tune.sweep import OF_SAMPLES, MetricSection, calls_of
@@ -37,10 +39,23 @@ def _reference(url: str) -> SampleReader:
 
 
 @lru_cache(maxsize=4)
-def held_out(url: str, count: int, classes: tuple[str, ...] = ()) -> HeldOut:
-    """`count` samples of a packed data set, evenly over it, for a model of these classes."""
+def _held_out(url: str, count: int, model: HashedInfo) -> HeldOut:
     reference = _reference(url)
-    return read_held_out(reference, spread(count, reference.manifest.num_samples), classes)
+    return read_held_out(reference, spread(count, reference.manifest.num_samples), model.info)
+
+
+@dataclass(frozen=True)
+class HashedInfo:
+    """What a model takes and draws, by which the trials of a sweep share what was read."""
+
+    fields: tuple[object, ...]
+    info: ModelInfo | None = field(compare=False)
+
+
+def held_out(url: str, count: int, info: ModelInfo | None = None) -> HeldOut:
+    """`count` samples of a packed data set, evenly over it, and what conditions a model on them."""
+    fields = () if info is None else (info.target, *info.conditions.items())
+    return _held_out(url, count, HashedInfo(fields, info))
 
 
 def spread_of(held: HeldOut) -> float:
@@ -63,8 +78,8 @@ def measure(
     The curve is the weighted denoising error by level, whatever the metrics are. Raises UserError where a number
     is not finite (`check_finite`).
     """
-    device, classes = next(model.parameters()).device, model.info.classes
-    held = held_out(section.reference, section.count, classes)
+    device = next(model.parameters()).device
+    held = held_out(section.reference, section.count, model.info)
     sigmas = levels_of(section)
     errors = denoising_errors(model, held, sigmas, section.batch_size, device)
     weighted = edm_weighted(errors, sigmas, spread_of(held))
@@ -72,7 +87,7 @@ def measure(
     if {"bpd", "nats"} & set(section.names):
         likelihood = held_out_likelihood(
             model,
-            held_out(section.reference, section.likelihood_count, classes),
+            held_out(section.reference, section.likelihood_count, model.info),
             sigma_range=(section.sigma_min, section.sigma_max),
             rtol=section.rtol,
             device=device,

@@ -93,7 +93,7 @@ def run_chunk(plan: EvaluationPlan, chunk: Chunk) -> int:
     if not store.exists(chunk.key):
         stage = STAGES[chunk.stage]
         reference = _once("reference", inputs.reference.sha256, lambda: inputs.reference)
-        rows = read_held_out(reference, stage.numbers(inputs, chunk), inputs.info.classes)
+        rows = read_held_out(reference, stage.numbers(inputs, chunk), inputs.info)
         with _computing, fixed_threads(inputs.settings.threads):
             found = stage.compute(plan, chunk, rows)
         write_chunk(store, chunk.key, found)

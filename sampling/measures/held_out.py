@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.fields.field import FieldRequest
+from scoreray.data.reading.manifest import is_picture
 from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.stored_conditions import StoredConditions
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.condition import AnyCondition
@@ -33,33 +37,44 @@ Denoise = Callable[..., Tensor]
 class HeldOut:
     """Samples of a packed data set, as a model is measured on them.
 
-    images: uint8 [n, C, H, W] or float32 [n, ...]; numbers: int64 [n], theirs in the data set, which key their noise.
+    images: as they are stored, uint8 [n, C, H, W] of pictures; x0: in the model's range, float32 [n, ...].
+    numbers: int64 [n], theirs in the data set, which key their noise.
     condition: what a model is given of each; None for an unconditional one. mean: of the whole data set in the model's
     range, of a sample's shape or broadcastable to it.
     """
 
     images: Tensor
+    x0: Tensor
     numbers: Tensor
     condition: AnyCondition
     mean: Tensor
 
-    @property
-    def x0(self) -> Tensor:
-        """The images in the model's range, float32."""
-        return to_unit_range(self.images)
 
+def read_held_out(reference: SampleReader, numbers: np.ndarray, info: ModelInfo | None = None) -> HeldOut:
+    """The samples of ascending `numbers`, and what conditions `info`'s model on them (None: no model's).
 
-def read_held_out(reference: SampleReader, numbers: np.ndarray, classes: Sequence[str]) -> HeldOut:
-    """The samples of ascending `numbers` for a model of these classes; labels of other classes count as none."""
-    images, labels = reference.read(numbers)
-    if not classes:
-        given = None
+    What the data set has no field for is null, as are classes of other names. Raises UserError where a field does not
+    fit the model.
+    """
+    manifest = reference.manifest
+    stored = None if info is None else StoredConditions(info, manifest.fields, reference.url)
+    modelled = None if info is None else info.target
+    field = manifest.target if modelled is None else manifest.find_field(modelled.name, reference.url)
+    requests = [FieldRequest(field.name), *(stored.requests if stored else [])]
+    found = reference.read_fields(numbers, requests)
+    images = found.fields[field.name].contiguous()
+    normaliser = None if modelled is None else modelled.normaliser
+    shape = tuple(field.shape) or (1,)
+    if field is manifest.target:
+        mean = torch.tensor(manifest.mean, dtype=torch.float32)
     else:
-        given = labels if tuple(reference.manifest.classes) == tuple(classes) else torch.full_like(labels, -1)
-    chosen = torch.from_numpy(numbers.astype(np.int64))
-    mean, shape = torch.tensor(reference.manifest.mean, dtype=torch.float32), tuple(reference.manifest.shape)
+        mean = torch.tensor(field.mean, dtype=torch.float32)
     mean = mean.view(shape) if mean.numel() == math.prod(shape) else mean.view(-1, *[1] * (len(shape) - 1))
-    return HeldOut(images, chosen, given, mean)
+    x0 = to_unit_range(images)
+    if field.kind != "image" and normaliser is not None:
+        x0, mean = normaliser.apply(images).float(), normaliser.apply(mean[None])[0]
+    condition = stored.of(found) if stored else None
+    return HeldOut(images, x0, torch.from_numpy(numbers.astype(np.int64)), condition, mean)
 
 
 @torch.no_grad()
@@ -121,10 +136,10 @@ def held_out_likelihood(
     """
     nats, bits, nfe = [], [], []
     for part in torch.arange(len(held.images)).split(batch_size):
-        if held.images.dtype == torch.uint8:
+        if held.images.dtype == torch.uint8 and is_picture(held.images.shape[1:]):
             x, width = dequantize(held.images[part], held.numbers[part])
         else:
-            x, width = held.images[part], math.nan
+            x, width = held.x0[part], math.nan
         found = log_likelihood(
             denoiser,
             x.to(device),

@@ -53,7 +53,7 @@ class Exact(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.own, self.model = torch.nn.Linear(1, 1), ring()
-        self.info: Any = SimpleNamespace(classes=())
+        self.info: Any = SimpleNamespace(classes=(), conditions={}, target=None)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
         return self.model(x, sigma, labels)
@@ -194,7 +194,7 @@ def test_a_study_and_an_evaluation_have_the_same_number_under_the_same_name(tmp_
     model = load(run, device="cpu")
     measured = measure(model, run, section, {}, "")["metrics"]
     assert measured["bpd"] == record.metrics["bpd"].value
-    held, sigmas = held_out(data, 60, model.info.classes), levels_of(section)
+    held, sigmas = held_out(data, 60, model.info), levels_of(section)
     assert sigmas == record.metrics["loss"].get("sigmas")
     errors = denoising_errors(model, held, sigmas, 64)
     assert errors.mean(0).tolist() == record.metrics["loss"].get("errors")

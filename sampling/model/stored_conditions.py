@@ -1,0 +1,75 @@
+"""A model's conditions from the fields of a packed data set: to draw under them, and to be measured given them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+from scoreray.data.fields.field import Field, FieldRequest
+from scoreray.data.reading.field_values import FieldTensors
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.trainer.config.condition_values import normalised
+from scoreray.trainer.config.run_fields import KINDS
+from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, ConditionSpec
+
+
+class StoredConditions:
+    """Reads what conditions a model from the fields that its run read, or fields of the conditions' own names.
+
+    requests: what to read (`SampleReader.read_fields`); missing: conditions that the data set has no field for. Classes
+    are matched by name; those that the model does not know, like what is missing, are null.
+    Raises UserError for a field of another kind or shape than the network was built for.
+    """
+
+    def __init__(self, info: ModelInfo, fields: Sequence[Field], where: str) -> None:
+        self._conditions = info.conditions
+        sections = info.config.data.conditions or {}
+        first_class = next((field for field in fields if field.kind == "class"), None)
+        by_name = {field.name: field for field in fields}
+        self.requests, self.missing = list[FieldRequest](), list[str]()
+        self._sources = dict[str, Field]()
+        for name, spec in info.conditions.items():
+            section = sections.get(name)
+            found = by_name.get((section and section.field) or name) or by_name.get(name)
+            if found is None and spec.kind == "class" and section is None:
+                found = first_class
+            if found is None or (spec.kind == "class" and not set(found.classes) & set(spec.classes)):
+                self.missing.append(name)
+                continue
+            _check(name, spec, found, where)
+            length = spec.shape[0] if spec.kind in HAS_LENGTH and found.is_varying else None
+            self.requests.append(FieldRequest(found.name, length, section.too_long if section else "refuse"))
+            self._sources[name] = found
+
+    def of(self, found: FieldTensors) -> Condition | None:
+        """Of the samples whose fields were read; None where the data set has no field that conditions the model."""
+        values, masks = dict[str, Tensor](), dict[str, Tensor]()
+        for name, field in self._sources.items():
+            spec, value = self._conditions[name], found.fields[field.name]
+            if spec.kind == "class" and tuple(field.classes) != spec.classes:
+                number = {known: i for i, known in enumerate(spec.classes)}
+                value = torch.tensor([number.get(known, -1) for known in (*field.classes, "")])[value]
+            values[name] = value.contiguous()
+            if spec.kind in HAS_LENGTH:
+                mask = found.masks.get(field.name)
+                masks[name] = torch.ones(value.shape[:2], dtype=torch.bool) if mask is None else mask
+        return normalised(Condition(values, masks), self._conditions) if values else None
+
+
+def _check(name: str, spec: ConditionSpec, field: Field, where: str) -> None:
+    """Raises UserError unless the field's values are what the network takes under `name`."""
+    shape = tuple(field.shape) or (1,)
+    if spec.kind == "vector":
+        fits = shape == spec.shape
+    elif spec.kind == "concat":  # of any size: it is resized to the sample's grid
+        fits = len(shape) == len(spec.shape) and shape[0] == spec.shape[0]
+    else:
+        fits = spec.kind != "sequence" or (len(shape) == 2 and shape[1:] == spec.shape[1:])
+    if spec.kind not in KINDS[field.kind] or not fits:
+        raise UserError(
+            f"{where}: field '{field.name}' is of kind {field.kind} {list(field.shape)}, and the model's condition "
+            f"'{name}' is a {spec.kind} {list(spec.shape)}"
+        )
