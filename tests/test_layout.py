@@ -31,7 +31,7 @@ ROOMS = (
     "data.unpacked", "data.webdataset",
     "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config",
     "trainer.checkpoints", "trainer", "trainer.on_ray",
-    "sampling.samplers", "sampling.measures", "sampling.model", "sampling.guidance", "sampling.offline",
+    "sampling.samplers", "sampling.model", "sampling.guidance", "sampling.measures", "sampling.offline",
     "sampling.evaluation", "sampling.service", "sampling.http", "sampling",
     "tune",
     "cluster", "cluster.connect", "cluster.serve", "cluster.verbs", "cluster.doctor", "cluster.submit", "cluster.cli",

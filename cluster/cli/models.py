@@ -18,7 +18,9 @@ def sample(
     out: Annotated[
         str, typer.Option(help="A folder or prefix, or a .npz. The same command again continues or repairs it.")
     ],
-    count: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    count: Annotated[
+        int | None, typer.Option(help="How many samples: 64, or all of --conditions-from, by default.", min=1)
+    ] = None,
     format: Annotated[
         str,
         typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3, else pictures."),
@@ -52,6 +54,13 @@ def sample(
             help="A condition of all samples: a text, numbers (1.5,-2), an .npy, .npz or picture, a class; again for "
             "more.",
         ),
+    ] = None,
+    conditions_from: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="Draw under the conditions of each record of a packed data set."),
+    ] = None,
+    per_condition: Annotated[
+        int | None, typer.Option(help="Samples for each record of --conditions-from; 1 by default.", min=1)
     ] = None,
     guidance: Annotated[
         list[str] | None,
@@ -110,18 +119,23 @@ def sample(
     from scoreray.cluster.verbs.sample import sample_to
     from scoreray.sampling.guidance.steering import Guidance, measurement_of, parse_guidance
     from scoreray.sampling.offline.conditions import parse_conditions
+    from scoreray.sampling.offline.ensembles import ConditionsFrom
     from scoreray.sampling.offline.generate import Request
     from scoreray.sampling.samplers.options import parse_options
 
     weight, weights = parse_guidance(guidance or [])
+    if per_condition is not None and conditions_from is None:
+        raise UserError("--per-condition goes with --conditions-from DATASET")
+    source = None if conditions_from is None else ConditionsFrom.of(conditions_from, per_condition or 1)
     request = Request(
-        count=count,
+        count=count or (source.num_samples if source else 64),
         sampler=sampler,
         steps=steps,
         grid=grid,
         seed=seed,
         class_label=class_label,
         conditions=parse_conditions(condition or []),
+        conditions_from=source,
         guidance=Guidance(weight, autoguide, guide_ema, _interval(interval), weights),
         measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method, value_range),
         batch_size=batch_size,

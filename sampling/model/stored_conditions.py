@@ -26,7 +26,7 @@ class StoredConditions:
 
     def __init__(self, info: ModelInfo, fields: Sequence[Field], where: str) -> None:
         self._conditions = info.conditions
-        sections = info.config.data.conditions or {}
+        sections = (info.conditions and info.config.data.conditions) or {}
         first_class = next((field for field in fields if field.kind == "class"), None)
         by_name = {field.name: field for field in fields}
         self.requests, self.missing = list[FieldRequest](), list[str]()

@@ -19,12 +19,13 @@ from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.conditions import read_condition
+from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import GRIDS
-from scoreray.trainer.diffusion.condition import AnyCondition, Condition, class_name_of
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.objective import ContrastiveObjective
 from scoreray.trainer.networks.ladder import levels_needed
 
@@ -48,7 +49,7 @@ class Request:
     sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs.
     class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes, where there are no conditions.
     conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
-    null.
+    null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out.
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
 
@@ -63,6 +64,7 @@ class Request:
     grid: str | None = None
     measurement: Measurement | None = None
     conditions: dict[str, str] = field(default_factory=dict)
+    conditions_from: ConditionsFrom | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -72,6 +74,8 @@ class Request:
         for name, value, most in (("steps", self.steps or 1, MOST_STEPS), ("batch_size", self.batch_size, 2**32)):
             if value > most:
                 raise RequestError(f"{name} = {shortened(str(value))}: must be at most {most:,}", name)
+        if self.conditions_from is not None:
+            self.conditions_from.check_count(self.count)
         if not isinstance(self.guidance, Guidance):
             Guidance(self.guidance)  # raises on a weight that makes noise of samples
         samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
@@ -134,6 +138,7 @@ class Request:
             f"--class-label {self.class_label}": self.class_label is not None,
             "--guidance": self.guided != Guidance(),
             "--condition": bool(self.conditions),
+            "--conditions-from": self.conditions_from is not None,
             "--inpaint and --inverse": self.measurement is not None,
             "--option": bool(self.options),
         }
@@ -147,11 +152,14 @@ class Request:
 
     def sample_seeds(self, first: int, last: int) -> torch.Tensor:
         """Seeds int64 of samples [first, last); no two samples of any two requests with different seeds share one."""
-        return torch.arange(first, last, dtype=torch.int64) + (self.seed << 32)
+        source = self.conditions_from
+        numbers = torch.arange(first, last, dtype=torch.int64) if source is None else source.numbers(first, last)
+        return numbers + (self.seed << 32)
 
     def labels(self, first: int, last: int, info: ModelInfo) -> torch.Tensor:
         """Classes int64 of samples [first, last), -1 for none. Raises UserError for a class that is not there."""
-        if self.class_label is None and info.classes and not info.is_machine and not self.conditions:
+        in_turn = self.class_label is None and not self.conditions and self.conditions_from is None
+        if in_turn and info.classes and not info.is_machine:
             return torch.arange(first, last) % len(info.classes)
         return torch.full((last - first,), info.class_number(self.class_label), dtype=torch.int64)
 
@@ -179,20 +187,28 @@ class SampleConditions:
         if self._class_name in request.conditions and request.class_label is not None:
             raise UserError(f"--class-label and --condition {self._class_name}: leave one of them out")
         request.labels(0, 1, info)
+        given = {*request.conditions, *([] if request.class_label is None else [self._class_name or LABEL])}
+        source = request.conditions_from
+        self.records = None if source is None else EnsembleRecords(source, info, given)
         guided = request.guided
         if not guided.does_nothing and not guided.auto and info.conditions:
-            given = self.of(0, 1)
-            if given is None:
+            row = self.of(0, 1)
+            if row is None:
                 raise UserError(f"--guidance {guided.weight:g}: no condition is given; give --condition NAME=VALUE")
-            guidance_terms(guided.weight, given.values, guided.weights)
+            guidance_terms(guided.weight, row.values, guided.weights)
 
     def of(self, first: int, last: int) -> Condition | None:
         """Of samples [first, last), on the CPU; None of a model without conditions."""
         fixed = None if self.fixed is None else self.fixed.expand(last - first)
-        if self._class_name is None or self._class_name in self._request.conditions:
-            return fixed
-        labels = {self._class_name: self._request.labels(first, last, self._info)}
-        return Condition(labels) if fixed is None else Condition({**fixed.values, **labels}, fixed.masks)
+        stored = None if self.records is None else self.records.condition(first, last)
+        labels = None
+        in_records = self.records is not None and self._request.class_label is None
+        if self._class_name is not None and self._class_name not in self._request.conditions and not in_records:
+            labels = Condition({self._class_name: self._request.labels(first, last, self._info)})
+        found = [part for part in (stored, fixed, labels) if part is not None]  # of one name the last holds
+        values = {name: value for part in found for name, value in part.values.items()}
+        masks = {name: mask for part in found for name, mask in part.masks.items()}
+        return Condition(values, masks) if found else None
 
 
 def class_labels(condition: Condition | None, rows: int) -> torch.Tensor:

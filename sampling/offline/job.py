@@ -70,8 +70,10 @@ def begin(
     prepare(model, request)  # finds, with the next line, what does not fit before anything is written
     conditions = SampleConditions(request, model.info)
     shape = model.info.image_shape
-    if (pictures or place.format == "png") and not model.info.is_picture:
+    if place.format == "png" and not model.info.is_picture:
         raise UserError(f"samples of shape {list(shape)} are no pictures; give --format webdataset or an .npz")
+    if pictures and len(shape) < 2:
+        raise UserError(f"--picture: samples of shape {list(shape)} have no grid to be shown on; leave it out")
     size = samples_per_shard or default_shard(request.count, shape)
     job = SampleJob(
         _asked(checkpoint), model.info.url, model.info.ema, fingerprint(model), request, place.format, size,

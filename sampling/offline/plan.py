@@ -6,22 +6,26 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from scoreray.data.errors import DataError
-from scoreray.data.fields.field import plain_fields
+from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.shards import ShardWriter
+from scoreray.data.packing.shards import ShardWriter, stored_fields
 from scoreray.data.reading.manifest import Shard
+from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.traces import span
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.conditions import sha256_of
 from scoreray.sampling.offline.driver import in_form
+from scoreray.sampling.offline.ensembles import NUMBERS
 from scoreray.sampling.offline.generate import Draw, SampleConditions, class_labels, prepare
 from scoreray.sampling.offline.place import shard_name, taken_over
 from scoreray.sampling.offline.record import SampleJob
+from scoreray.trainer.diffusion.condition import LABEL, Condition
 
 Model = LoadedDenoiser | LoadedMachine
 Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
@@ -42,13 +46,32 @@ class SamplePlan:
     lease: Lease | None = None
 
     def __post_init__(self) -> None:
-        self._prepared: tuple[Draw, SampleConditions] | None = None
+        self._prepared: Draw | None = None
         self.shape = tuple(self.model.info.image_shape)
         self.dtype = self.model.info.sample_dtype
-        self.classes = list(self.model.info.classes)
-        self.fields = plain_fields(self.shape, self.dtype, self.classes, [0] * len(self.classes), [], [])
         self.name = f"{self.model.info.config.run.name}-samples"
         self.notes: list[str] = []
+
+    @cached_property
+    def conditions(self) -> SampleConditions:
+        return SampleConditions(self.job.request, self.model.info)
+
+    @cached_property
+    def fields(self) -> list[Field]:
+        """The samples, then their classes; of ensembles the records' other fields, then whose each sample is."""
+        classes = list(self.model.info.classes)
+        plain = plain_fields(self.shape, self.dtype, classes, [0] * len(classes), [], [])
+        records = self.conditions.records
+        if records is None:
+            return plain
+        target = replace(plain[0], name=records.target)
+        return stored_fields([target, *records.fields, *NUMBERS], "png")
+
+    def beside(self, first: int, last: int, condition: Condition | None) -> list[dict[str, FieldValue]]:
+        """The values of samples [first, last) in all fields but the first."""
+        if self.conditions.records is not None:
+            return self.conditions.records.values(first, last)
+        return [{LABEL: label} for label in class_labels(condition, last - first).tolist()]
 
     @property
     def sha256(self) -> str:
@@ -83,33 +106,33 @@ class SamplePlan:
         except (TakenOver, LeaseRemoved):  # removed: the other start has finished, and cleared up
             raise taken_over(self.url) from None
 
-    def _draws(self) -> tuple[Draw, SampleConditions]:
+    def _draw(self) -> Draw:
         """Read and checked for the first shard. Raises DataError where a file of a condition has changed."""
         if self._prepared is None:
-            conditions = SampleConditions(self.job.request, self.model.info)
-            if sha256_of(conditions.fixed) != self.job.conditions_sha256:
+            if sha256_of(self.conditions.fixed) != self.job.conditions_sha256:
                 raise DataError("--condition: a file holds other values than when this job began; give another --out")
-            self._prepared = prepare(in_form(self.model, self.job.form), self.job.request), conditions
+            self._prepared = prepare(in_form(self.model, self.job.form), self.job.request)
         return self._prepared
 
     def make(self, number: int, scratch: Path) -> tuple[bytes, PackedShard]:
         """Members `<i>.png` (or .npy), `<i>.cls` where there are classes, and `<i>.json` with the sample's seed."""
         job, request = self.job, self.job.request
         self.check_owner()
-        draw, conditions = self._draws()
+        draw = self._draw()
         tar, numbers = io.BytesIO(), job.shard_samples(number)
         writer = ShardWriter(tar, self.fields)
         for first in range(numbers.start, numbers.stop, request.batch_size):
             last = min(first + request.batch_size, numbers.stop)
-            seeds, condition = request.sample_seeds(first, last), conditions.of(first, last)
+            seeds, condition = request.sample_seeds(first, last), self.conditions.of(first, last)
             with span("sample.batch", first=first, rows=last - first, sampler=request.sampler):
                 x = draw(seeds, condition)
-            labels = class_labels(condition, last - first)
+            labels = class_labels(condition, last - first).tolist()
             samples = self.model.info.in_data_units(x)
             arrays = (samples.permute(0, 2, 3, 1) if self.dtype == "uint8" else samples).numpy()
-            for i, (array, label, seed) in enumerate(zip(arrays, labels.tolist(), seeds.tolist(), strict=True), first):
+            rows = zip(arrays, labels, seeds.tolist(), self.beside(first, last, condition), strict=True)
+            for i, (array, label, seed, others) in enumerate(rows, first):
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
-                writer.add(f"{i:08d}", {self.fields[0].name: array, "label": label}, json.dumps(note).encode())
+                writer.add(f"{i:08d}", {self.fields[0].name: array, **others}, json.dumps(note).encode())
             self.done(last - first)
         packed = writer.finish(shard_name(number))
         self.check_owner()  # once more: another start may have begun while this shard was drawn

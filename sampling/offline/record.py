@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from scoreray.sampling.guidance.steering import Guidance, Measurement
 from scoreray.sampling.offline.driver import Form
+from scoreray.sampling.offline.ensembles import ConditionsFrom
 from scoreray.sampling.offline.generate import Request
 
 VERSION = 1  # raised when the bytes that the same job makes change
@@ -98,7 +99,9 @@ class SampleRecord:
         interval = request["guidance"]["interval"]
         guidance = Guidance(**{**request["guidance"], "interval": tuple(interval) if interval else None})
         measurement = Measurement(**request["measurement"]) if request["measurement"] else None
-        whole = Request(**{**request, "guidance": guidance, "measurement": measurement, "batch_size": batch_size})
+        source = ConditionsFrom(**request["conditions_from"]) if request.get("conditions_from") else None
+        typed = {"guidance": guidance, "measurement": measurement, "conditions_from": source, "batch_size": batch_size}
+        whole = Request(**{**request, **typed})
         job = SampleJob(**{**fields, "request": whole, "form": Form(**fields["form"])})
         if not isinstance(finished, dict):
             return cls(job)
@@ -112,7 +115,8 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     request = fields["request"]
     del request["batch_size"]
     request["guidance"] = asdict(job.request.guided)
-    for where, name in ((request, "conditions"), (request["guidance"], "weights"), (fields, "conditions_sha256")):
+    for where, name in ((request, "conditions"), (request, "conditions_from"), (request["guidance"], "weights"),
+                        (fields, "conditions_sha256")):  # fmt: skip
         if not where[name]:
             del where[name]
     return json.loads(json.dumps(fields))
