@@ -1,9 +1,9 @@
-"""A U-Net for images: residual blocks that noise level and class scale and shift, attention at chosen resolutions."""
+"""A U-Net: residual blocks that noise level and conditions scale and shift, attention at chosen resolutions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,30 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Conditions, conditions_of
+from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import (
     MAX_LAYERS,
     Attention,
-    Embedding,
     call_block,
     check_call,
+    cropped,
     from_patches,
-    image_size,
+    num_patches,
     require,
+    spatial_shape,
     to_patches,
     zero_,
 )
 from scoreray.trainer.networks.base import BaseNetworkConfig
+from scoreray.trainer.networks.conditioning import Conditioned, Conditioning, TextEncoderConfig
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVERAGES: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+"""By the number of a sample's spatial dimensions."""
 
 
 @dataclass(frozen=True)
 class UNetConfig(BaseNetworkConfig):
-    """The U-Net's size. Raises UserError on a value that no image could go with.
+    """The U-Net's size. Raises UserError on a value that no sample could go with.
 
-    model_channels times channel_mult[i] is the width at resolution level i; each level halves height and width.
-    attention_resolutions: heights of the feature maps that attend; the middle of the network always does.
+    model_channels times channel_mult[i] is the width at resolution level i; each level halves every spatial axis.
+    attention_resolutions: sizes, along the first spatial axis (an image's height, a signal's length, a volume's depth),
+    of the feature maps that attend to themselves and to tokens of conditions; the middle of the network always does.
     patch_size: work on space-to-depth patches of this size (2 makes a 28x28 image 14x14: a quarter of the work).
     activation_checkpointing: keep only each block's input for the backward pass; a third more work, far less memory.
+    text_encoder: of text conditions.
     """
 
     model_channels: int = 128
@@ -46,6 +54,7 @@ class UNetConfig(BaseNetworkConfig):
     dropout: float = 0.0
     patch_size: int = 1
     activation_checkpointing: bool = False
+    text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
     kind: Literal["unet"] = field(default="unet", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -65,7 +74,7 @@ class UNetConfig(BaseNetworkConfig):
         require(0 < self.num_blocks <= MAX_LAYERS, "num_blocks", self.num_blocks, blocks)
         require(self.head_channels > 0, "head_channels", self.head_channels, "choose 1 or more channels a head")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
-        require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or a divisor of the image's size")
+        require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or more")
 
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> UNet:
         return UNet(self, image_shape, conditions)
@@ -74,54 +83,71 @@ class UNetConfig(BaseNetworkConfig):
 class ResidualBlock(nn.Module):
     """Residual block, BigGAN order (Song 2021, DDPM++; scale-shift of Dhariwal 2021), skip paths scaled by sqrt(1/2).
 
-    (x [B, in, H, W], emb [B, E]) -> [B, out, H', W']. A block that goes up doubles height and width.
+    A block with heads attends to its own places and, with `context_width`, to tokens of conditions (as in Rombach 2022;
+    the output of this starts at 0, so that no scale of the sum is needed). A block that goes up doubles every axis.
+    (x [B, in, *grid], emb [B, E], context [B, S, context_width], mask bool [B, S]) -> [B, out, *grid']
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_width: int, *, heads: int = 0, dropout: float = 0.0, resample=""
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_width: int,
+        *,
+        heads: int = 0,
+        context_width: int = 0,
+        dropout: float = 0.0,
+        resample: str = "",
+        num_axes: int = 2,
     ):
         super().__init__()
+        conv = CONVOLUTIONS[num_axes]
         self.resample = resample
         self.dropout = dropout
         self.norm_in = group_norm(in_channels)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_in = conv(in_channels, out_channels, 3, padding=1)
         self.modulation = nn.Linear(emb_width, 2 * out_channels)
         self.norm_out = group_norm(out_channels)
-        self.conv_out = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_out = zero_(conv(out_channels, out_channels, 3, padding=1))
+        self.skip = conv(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.norm_attention = group_norm(out_channels) if heads else None
         self.attention = Attention(out_channels, heads, zero_output=True) if heads else None
+        crosses = bool(heads and context_width)
+        self.norm_cross = group_norm(out_channels) if crosses else None
+        self.cross_attention = Attention(out_channels, heads, True, context_width) if crosses else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         h = self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample))
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulation(emb)[(..., *[None] * (x.ndim - 2))].chunk(2, dim=1)
         h = F.silu(self.norm_out(h) * (scale + 1) + shift)  # on a CPU faster than addcmul with a broadcast
         h = self.conv_out(F.dropout(h, self.dropout, self.training))
         x = resampled(x, self.resample)
         # Two independent paths of unit variance sum to variance 2; sqrt(1/2) keeps it at 1 at any depth (Song 2021).
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
-        if self.attention is None or self.norm_attention is None:
-            return x
-        h = self.attention(self.norm_attention(x).flatten(2).mT)
-        return (x + h.mT.view_as(x)) * math.sqrt(0.5)
+        if self.attention is not None and self.norm_attention is not None:
+            h = self.attention(self.norm_attention(x).flatten(2).mT)
+            x = (x + h.mT.view_as(x)) * math.sqrt(0.5)
+        if self.cross_attention is not None and self.norm_cross is not None:
+            x = x + self.cross_attention(self.norm_cross(x).flatten(2).mT, context, mask).mT.view_as(x)
+        return x
 
 
 class UNet(nn.Module):
-    """network(x [B, C, H, W], c_noise [B], condition or None) -> [B, C, H, W], in x's dtype.
+    """network(x [B, C, *grid], c_noise [B], condition or None) -> [B, C, *grid], in x's dtype.
 
-    Any height and width that patch_size divides; odd feature maps are halved upwards and cropped on the way back.
-    The output is 0 before training. Raises UserError when the config or x does not fit `image_shape` (C, H, W).
+    Any grid of as many dimensions (1, 2 or 3) as `image_shape` (C, *grid) has: one that patch_size does not divide is
+    filled up with zeros inside, and odd feature maps are halved upwards and cropped on the way back.
+    The output is 0 before training. Raises UserError when the config or x does not fit `image_shape`.
     Architecture: Ho 2020, Song 2021 (DDPM++), Dhariwal 2021 (ADM), as put together in Karras 2022.
     """
 
     def __init__(self, config: UNetConfig, image_shape: Sequence[int], conditions: Conditions | int = 0):
         super().__init__()
-        channels, height, _ = image_size(image_shape, config.patch_size)
+        channels, grid = spatial_shape(image_shape)
         self.config = config
-        self.conditions, self.channels = conditions_of(conditions), channels
-        self.num_classes = self.conditions[LABEL].num_classes if LABEL in self.conditions else 0
+        self.conditions, self.image_shape = conditions_of(conditions), (channels, *grid)
         widths = [config.model_channels * mult for mult in config.channel_mult]
-        heights = [height // config.patch_size]
+        heights = [num_patches(grid, config.patch_size)[0]]
         for _ in widths[1:]:  # halved upwards, as ceil_mode pooling does
             heights.append(-(-heights[-1] // 2))
         unmatched = set(config.attention_resolutions) - set(heights)
@@ -132,17 +158,32 @@ class UNet(nn.Module):
             f"this network's feature maps are {', '.join(map(str, heights))} high",
         )
         emb_width = 4 * config.model_channels
-        self.embedding = Embedding(self.conditions, config.model_channels, emb_width)
+        self.embedding = Conditioning(
+            self.conditions,
+            config.model_channels,
+            emb_width,
+            num_axes=len(grid),
+            text_encoder=config.text_encoder,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        self.num_classes = self.embedding.num_classes
 
         def block(in_channels: int, level: int, *, attention: bool = False, resample: str = "") -> ResidualBlock:
             attends = attention or (not resample and heights[level] in config.attention_resolutions)
             heads = num_heads(widths[level], config.head_channels) if attends else 0
             return ResidualBlock(
-                in_channels, widths[level], emb_width, heads=heads, dropout=config.dropout, resample=resample
+                in_channels,
+                widths[level],
+                emb_width,
+                heads=heads,
+                context_width=self.embedding.context_width,
+                dropout=config.dropout,
+                resample=resample,
+                num_axes=len(grid),
             )
 
-        patch_channels = channels * config.patch_size**2
-        self.conv_in = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
+        conv, patch = CONVOLUTIONS[len(grid)], config.patch_size ** len(grid)
+        self.conv_in = conv(channels * patch, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         skips = [width := widths[0]]
         for level in range(len(widths)):
@@ -160,35 +201,42 @@ class UNet(nn.Module):
                 self.up.append(block(width + skips.pop(), level))
                 width = widths[level]
         self.norm_out = group_norm(width)
-        self.conv_out = zero_(nn.Conv2d(width, patch_channels, 3, padding=1))
+        self.conv_out = zero_(conv(width, channels * patch, 3, padding=1))
+        grid_channels = self.embedding.num_grid_channels
+        self.grid_in = conv(grid_channels * patch, widths[0], 3, padding=1, bias=False) if grid_channels else None
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         patch = self.config.patch_size
-        fits = x.ndim == 4 and x.shape[1] == self.channels and not x.shape[2] % patch and not x.shape[3] % patch
-        check_call(x, c_noise, fits, f"({self.channels}, H, W), H and W multiples of {patch}")
-        emb = self.embedding(c_noise, condition)
+        fits = x.ndim == 1 + len(self.image_shape) and x.shape[1] == self.image_shape[0]
+        axes = ("L", "H, W", "D, H, W")[len(self.image_shape) - 2]
+        check_call(x, c_noise, fits, f"({self.image_shape[0]}, {axes})")
+        given: Conditioned = self.embedding(c_noise, condition, x.shape[2:])
+        emb, tokens, mask = given.embedding, given.tokens, given.mask
         recompute = self.config.activation_checkpointing and self.training
-        h = self.conv_in(to_patches(x.to(self.conv_in.weight.dtype), self.config.patch_size))
+        h = self.conv_in(to_patches(x.to(self.conv_in.weight.dtype), patch))
+        if self.grid_in is not None and given.grids is not None:
+            h = h + self.grid_in(to_patches(given.grids, patch))
         skips = [h]
         for block in self.down:
-            h = call_block(block, h, emb, recompute=recompute)
+            h = call_block(block, h, emb, tokens, mask, recompute=recompute)
             skips.append(h)
         for block in self.middle:
-            h = call_block(block, h, emb, recompute=recompute)
+            h = call_block(block, h, emb, tokens, mask, recompute=recompute)
         for block in self.up:
             if block.resample == "up":
-                h = call_block(block, h, emb, recompute=recompute)
-                h = h[:, :, : skips[-1].shape[2], : skips[-1].shape[3]]  # 7 was halved to 4, and doubled to 8
+                h = call_block(block, h, emb, tokens, mask, recompute=recompute)
+                h = cropped(h, skips[-1].shape[2:])  # 7 was halved to 4, and doubled to 8
             else:
-                h = call_block(block, torch.cat([h, skips.pop()], dim=1), emb, recompute=recompute)
+                h = call_block(block, torch.cat([h, skips.pop()], dim=1), emb, tokens, mask, recompute=recompute)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return from_patches(h, self.config.patch_size).to(x.dtype)
+        return from_patches(h, patch, x.shape[2:]).to(x.dtype)
 
 
 def resampled(x: Tensor, resample: str) -> Tensor:
-    """Halve (mean of 2x2, odd sizes upwards) or double (repeat) the height and width of x [B, C, H, W], or neither."""
+    """Halve (mean of 2 along each axis, odd sizes upwards) or double (repeat) the axes of x [B, C, *grid]."""
     if resample == "down":
-        return F.avg_pool2d(x, 2, ceil_mode=True)
+        kernel = [min(2, length) for length in x.shape[2:]]  # of 1 along an axis of 1, as avg_pool3d insists
+        return AVERAGES[x.ndim - 2](x, kernel, stride=2, ceil_mode=True)
     if resample == "up":
         return F.interpolate(x, scale_factor=2, mode="nearest")
     return x

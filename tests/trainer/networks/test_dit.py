@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scoreray.trainer.networks.dit import DiT, DiTBlock, DiTConfig, grid_code
+from scoreray.trainer.diffusion.layers import grid_code
+from scoreray.trainer.networks.dit import DiT, DiTBlock, DiTConfig
 
 SMALL = DiTConfig(patch_size=4, hidden_size=16, depth=2, num_heads=2)
 
@@ -27,7 +28,7 @@ def test_a_new_block_is_the_identity():
 
 
 def test_positions_start_as_distinct_codes_of_unit_variance():
-    code = grid_code(7, 5, 32)
+    code = grid_code((7, 5), 32)
     assert code.shape == (35, 32)
     torch.testing.assert_close(code.square().sum(dim=1), torch.full((35,), 8.0))
     assert torch.pdist(code).min() > 0.5

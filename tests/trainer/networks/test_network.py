@@ -14,6 +14,7 @@ from torch import nn
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.layers import Attention, allow_double_backward, sinusoids
 from scoreray.trainer.networks import dit, unet
+from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops
 from scoreray.trainer.networks.mlp import MLPConfig
@@ -234,12 +235,10 @@ def test_a_call_that_does_not_fit_is_named(config, x, c_noise, message):
         config.build(IMAGE)(x, c_noise)
 
 
-def test_networks_of_one_size_refuse_another_and_a_unet_wants_whole_patches():
+def test_networks_of_one_size_refuse_another():
     for config in (DIT, MLP):
         with pytest.raises(UserError, match=r"samples of shape \(3, 8, 12\): this network was built for \(3, 12, 8\)"):
             config.build(IMAGE)(torch.zeros(4, 3, 8, 12), torch.zeros(4))
-    with pytest.raises(UserError, match="multiples of 4"):
-        replace(UNET, patch_size=4, attention_resolutions=()).build(IMAGE)(torch.zeros(4, 3, 12, 6), torch.zeros(4))
 
 
 def test_flops_and_parameters_of_a_layer_counted_by_hand():
@@ -285,12 +284,14 @@ def test_a_config_is_read_by_its_kind():
         (lambda: UNetConfig(model_channels=30), IMAGE, "network.model_channels: 30"),
         (lambda: UNetConfig(channel_mult=()), IMAGE, "network.channel_mult"),
         (lambda: UNetConfig(dropout=1.0), IMAGE, "network.dropout: 1.0"),
-        (lambda: replace(UNET, patch_size=5), IMAGE, "it must divide the image's height and width, 12x8"),
+        (lambda: replace(UNET, patch_size=0), IMAGE, "network.patch_size: 0"),
         (lambda: replace(UNET, attention_resolutions=(7,)), IMAGE, "feature maps are 12, 6 high"),
         (lambda: DiTConfig(hidden_size=30, num_heads=4), IMAGE, "network.hidden_size: 30"),
         (lambda: DiTConfig(depth=0), IMAGE, "network.depth: 0"),
-        (lambda: replace(DIT, patch_size=3), IMAGE, "network.patch_size: 3"),
+        (lambda: replace(DIT, patch_size=0), IMAGE, "network.patch_size: 0"),
         (lambda: DIT, (2,), "network.kind: mlp"),
+        (lambda: UNET, (2, 3, 3, 3, 3), "[channels, depth, height, width]"),
+        (lambda: TextEncoderConfig(hidden_size=30), IMAGE, "network.text_encoder.hidden_size: 30"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(config, image_shape, message):

@@ -27,7 +27,7 @@ def test_one_network_takes_other_sizes_than_it_was_built_for():
 def test_patches_are_undone_exactly():
     x = torch.randn(2, 3, 8, 12)
     assert to_patches(x, 4).shape == (2, 48, 2, 3)
-    assert torch.equal(from_patches(to_patches(x, 4), 4), x)
+    assert torch.equal(from_patches(to_patches(x, 4), 4, (8, 12)), x)
 
 
 def test_halving_takes_means_and_doubling_repeats():
@@ -64,3 +64,23 @@ def test_the_edm_cifar_network_has_its_published_size():
         network = UNet(config, (3, 32, 32))
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     assert num_parameters == pytest.approx(55.7e6 + 33 * 512 * 256 + 4 * 4 * 256**2, rel=0.01)
+
+
+@pytest.mark.parametrize("grid", [(3,), (9,), (5, 6), (3, 5, 2)])
+def test_a_grid_that_patches_do_not_divide_is_filled_up_and_cut_again(grid):
+    x = torch.randn(2, 3, *grid)
+    patches = to_patches(x, 2)
+    assert patches.shape == (2, 3 * 2 ** len(grid), *(-(-length // 2) for length in grid))
+    assert patches.square().sum() == pytest.approx(x.square().sum().item())
+    assert torch.equal(from_patches(patches, 2, grid), x)
+
+
+@pytest.mark.parametrize("size", [(9,), (5, 4, 3)])
+def test_signals_and_volumes_are_halved_by_means_too(size):
+    x = torch.randn(1, 1, *size)
+    halved = resampled(x, "down")
+    assert halved.shape[2:] == tuple(-(-length // 2) for length in size)
+    corner = tuple(slice(0, 2) for _ in size)
+    torch.testing.assert_close(halved[(0, 0, *[0] * len(size))], x[(0, 0, *corner)].mean())
+    last = x[(0, 0, -1)] if len(size) == 1 else x[0, 0, -1:, 2:4, -1:].mean()
+    torch.testing.assert_close(halved[0, 0].flatten()[-1], last.squeeze())
