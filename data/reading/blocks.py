@@ -17,6 +17,7 @@ from scoreray.data.errors import DataError
 from scoreray.data.reading.field_values import FieldArrays, FieldDecoder, Members
 from scoreray.data.reading.order import BlockKey, Order, RecordRange
 from scoreray.data.reading.reader import Reader
+from scoreray.data.reading.records import joined, taken
 
 READ_THREADS = 8
 BUFFER_BYTES = 256 << 20  # of encoded samples, in all ranks together: what a lane reads from, and what it reads next
@@ -102,7 +103,9 @@ class BlockReader:
             return Rows(positions, np.concatenate(index)[back], self._no_records, self._no_members)
         places = back.tolist()
         members = [[column[i] for i in places] for column in members]
-        return Rows(positions, np.concatenate(index)[back], np.concatenate(records)[back], members)
+        return Rows(
+            positions, np.concatenate(index)[back], taken(joined(records, self._no_records.dtype), back), members
+        )
 
     def decode(self, rows: Rows, out: FieldArrays) -> None:
         """The rows' samples into `out`. Where one replaces a quarantined sample, the index in `rows` becomes its own.
@@ -191,7 +194,9 @@ class BlockReader:
         for block in blocks:
             slots = first + block.slots
             places = slots.tolist()
-            made.append(self._block(block.samples, records[slots], [[column[i] for i in places] for column in read]))
+            made.append(
+                self._block(block.samples, taken(records, slots), [[column[i] for i in places] for column in read])
+            )
             first += len(slots)
         return made
 

@@ -88,10 +88,12 @@ class FieldDecoder:
         of_members = [one for one in self.fields if not one.is_inline]
         self.columns = sorted({members.index(one.member) for one in of_members})
         self._read = [(one, self.columns.index(members.index(one.member))) for one in of_members]
+        self._num_members = len(members)
+        self._arrays = [(one, self._shape(one), stored_dtype(one.dtype)) for one in self.fields]
 
     def empty(self, count: int) -> FieldArrays:
         """For `count` samples, not yet filled."""
-        values = {one.name: np.empty((count, *self._shape(one)), stored_dtype(one.dtype)) for one in self.fields}
+        values = {one.name: np.empty((count, *shape), dtype) for one, shape, dtype in self._arrays}
         return FieldArrays(values, {one.name: np.zeros(count, np.int64) for one in self.fields if one.is_varying})
 
     @cached_property
@@ -104,10 +106,10 @@ class FieldDecoder:
         """Decodes the samples of `records`, whose members of each of `columns` are given, into `out`. Returns the rows
         that are left to decode_row(): what is missing, damaged or not of the usual kind."""
         left: set[int] = set()
-        formats = records["format"].reshape(len(records), len(self.manifest.members))
+        formats = records["format"].reshape(len(records), self._num_members)
         for one, column in self._read:
             found, codes = members[column], formats[:, self.columns[column]]
-            if one.is_varying or (codes == FORMATS["json"]).any():
+            if one.is_varying or one.path:
                 left.update(self._value_rows(one, found, codes, out))
             else:
                 left.update(decode_rows(found, codes, out.values[one.name], one.kind == "image"))

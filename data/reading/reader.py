@@ -15,7 +15,7 @@ from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import CHUNK, Manifest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
-from scoreray.data.reading.records import Records
+from scoreray.data.reading.records import Records, joined
 from scoreray.data.reading.tars import BLOCK, key_in
 from scoreray.data.storage.hedge import HedgedGet
 from scoreray.data.storage.stats import ReadStats
@@ -98,7 +98,7 @@ class Reader:
             parts.append(records)
             for column, found in zip(members, self._members(part, records, columns), strict=True):
                 column += found
-        return members, parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.manifest.record), *parts])
+        return members, parts[0] if len(parts) == 1 else joined(parts, self.manifest.record)
 
     def _members(self, part: RecordRange, records: np.ndarray, columns: Sequence[int]) -> list[list[bytes | None]]:
         """The members of each column of the part's records: neighbours in one request."""

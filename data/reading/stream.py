@@ -150,7 +150,8 @@ class Stream(BatchStream):
             quarantine=quarantine,
         )
         self.manifest, self.order = self._rows.manifest, self._rows.order
-        self._decoder = FieldDecoder(self.manifest, fields)
+        self._decoder, label = FieldDecoder(self.manifest, fields), self.manifest.label
+        self._names = self.manifest.target.name, label.name if label else None
         self.shuffle_block, self._num_decoders = self.order.shuffle_block, decode_threads
         disk_cache = DiskCache(cache_dir, cache_dir_bytes, self.stats) if cache_dir else None
         self._reader = self._rows.reader(self.stats, quarantine, disk_cache)
@@ -185,7 +186,5 @@ class Stream(BatchStream):
             )
         else:
             self._blocks.decode(rows, arrays)
-        found, label = self._decoder.tensors(arrays), self.manifest.label
         # Copies, as a batch must not keep the rows of its neighbours alive.
-        index, positions = rows.index.copy(), rows.positions.copy()
-        return self._made(found, index, positions, self.manifest.target.name, label.name if label else None)
+        return self._made(self._decoder.tensors(arrays), rows.index.copy(), rows.positions.copy(), *self._names)
