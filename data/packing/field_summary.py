@@ -102,7 +102,7 @@ def field_lines(one: FieldSummary) -> list[str]:
     member = f", in .{one.member}" if one.member else ""
     found = [f"{one.kind}{shape} {one.dtype}{member}{scaled}"]
     for number, counts in enumerate(one.histogram):
-        known = {"mean": one.mean, "std": one.std, "from": one.low, "to": one.high}
+        known = {"mean": one.mean, "std": one.std, "least": one.low, "largest": one.high}
         about = ", ".join(f"{name} {values[number]:.4g}" for name, values in known.items() if values)
         found.append(f"channel {number}: |{bars(counts)}| {about}")
     if len(one.mean) > len(one.histogram) > 0:

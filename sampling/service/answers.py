@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.packing.inspect import field_pictures
+from scoreray.data.packing.field_pictures import field_pictures
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import MAX_SHEET, png, png_of_sheet
 

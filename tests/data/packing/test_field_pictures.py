@@ -80,7 +80,7 @@ def test_a_field_is_described_in_lines() -> None:
     numbers = FieldSummary(
         "x", "array", [1, 8], "float16", "npy", "channel", [0.5], [2.0], [-1.0], [3.0], histogram=[[0, 1, 8]]
     )
-    assert field_lines(numbers)[1] == "channel 0: | ▁█| mean 0.5, std 2, from -1, to 3"
+    assert field_lines(numbers)[1] == "channel 0: | ▁█| mean 0.5, std 2, least -1, largest 3"
     assert bars([0, 0]) == "  "
     many = FieldSummary(
         "c", "class", [], "int64", "cls", "none", [], [], [], [], class_counts={str(i): i for i in range(20)}

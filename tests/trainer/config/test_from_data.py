@@ -16,6 +16,8 @@ from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.config.from_data import Machine, suggested_config
 from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.diffusion.condition import Condition
+from scoreray.trainer.step import build_training_module
 
 LAPTOP, SERVER = Machine(cores=2), Machine(cores=64, num_gpus=8, has_bf16=True)
 
@@ -51,13 +53,16 @@ def data_set(*fields: Field, num_samples: int = 1000) -> Manifest:
     )
 
 
-def suggested(data: Manifest, machine: Machine, tmp_path: Path) -> tuple[str, Config]:
-    target = data.target
+def stored(target: Field, count: int) -> torch.Tensor:
+    """Samples as a stream gives them."""
     if target.kind == "image":
-        samples = torch.randint(0, 256, (8, *target.shape), dtype=torch.uint8)
-    else:
-        samples = torch.randn(8, *target.shape).mul(target.std[0]).add(target.mean[0]).to(getattr(torch, target.dtype))
-    text = suggested_config(str(tmp_path / "set"), data, samples, machine)
+        return torch.randint(0, 256, (count, *target.shape), dtype=torch.uint8)
+    values = torch.randn(count, *target.shape).mul(target.std[0]).add(target.mean[0])
+    return values.to(getattr(torch, target.dtype))
+
+
+def suggested(data: Manifest, machine: Machine, tmp_path: Path) -> tuple[str, Config]:
+    text = suggested_config(str(tmp_path / "set"), data, stored(data.target, 8), machine)
     (tmp_path / "mine.yaml").write_text(text)
     return text, load_config(tmp_path / "mine.yaml")
 
@@ -79,9 +84,12 @@ def test_a_step_can_be_made_of_the_config_of_any_data(kind: str, tmp_path: Path)
     found = run_fields(config.data, data)
     assert found.sigma_data == pytest.approx(0.5, rel=0.1 if kind != "images" else 0.2)
     assert config.process.sigma_range()[1] >= 20 * found.sigma_data
-    network = config.network.build(found.shape, found.conditions)
-    output = network(torch.randn(2, *found.shape), torch.zeros(2))
-    assert output.shape == (2, *found.shape)
+    module = build_training_module(config, data)
+    samples, rows = stored(data.target, 4), torch.arange(4)
+    loss, _ = module(samples, Condition({"label": rows % 2}) if found.conditions else None, rows)
+    loss.mean().backward()
+    assert torch.isfinite(loss).all()
+    assert any(one.grad is not None and one.grad.abs().sum() > 0 for one in module.parameters())
 
 
 @pytest.mark.parametrize("kind", ["images", "latents", "points"])
