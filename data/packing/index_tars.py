@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from scoreray.data.errors import DataError, UserError, shortened
-from scoreray.data.fields.field import Field, plain_fields
+from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.index_records import IndexRecords, StoredMember
-from scoreray.data.packing.tar_samples import TarSamples
-from scoreray.data.reading.allowlist import found_format
-from scoreray.data.reading.decode import decode_as_found
+from scoreray.data.packing.tar_fields import (
+    TarFields,
+    find_tar_fields,
+    marks_of,
+    naming,
+    naming_sample,
+    picture_in_place,
+    tape_of,
+)
 from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, Shard
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
-from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
+from scoreray.data.sources.field_options import FieldOptions
 from scoreray.data.sources.identity import content_marks, digest_of
-from scoreray.data.sources.layout import Layout, checked_layout
 from scoreray.data.sources.listing import kinds_line, list_below, shown, some_of, suffix_of
+from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.patterns import find_tars, names_tars
-from scoreray.data.storage.store import NotFound, Store, local_path, open_store
+from scoreray.data.storage.store import local_path, open_store
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,12 @@ class Tars:
 
 @dataclass(frozen=True)
 class TarsPlan:
-    """A PackPlan over tars that are there. `shape` has three channels for images: whether all are grey is known
-    when all are read."""
+    """A PackPlan over tars that are there."""
 
     url: str
     name: str
     shards: list[tuple[str, int]]  # (key, bytes)
-    shape: tuple[int, ...]
-    dtype: str
+    reads: TarFields
     skips_bad: bool = False
     marks: dict[str, str] = field(default_factory=dict)  # content_marks() of them
     labelled: bool = True
@@ -66,16 +65,17 @@ class TarsPlan:
 
     @property
     def fields(self) -> list[Field]:
-        return tar_fields(self.shape, self.dtype)
+        return self.reads.fields
 
     @property
     def sha256(self) -> str:
         parts = ["tars", self.name, self.shards, digest_of(self.marks), self.labelled]
+        parts += [] if is_plain(self.fields) else [[asdict(field) for field in self.fields]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def inputs(self, number: int) -> str:
         key = self.shards[number][0]
-        return digest_of({key: f"{self.marks.get(key)} {self.shape} {self.dtype}"})
+        return digest_of({key: f"{self.marks.get(key)} {marks_of(self.fields)}"})
 
     def total_samples(self, done: list[Shard]) -> int:
         per_byte = sum(shard.num_samples for shard in done) / sum(shard.bytes for shard in done)
@@ -132,9 +132,9 @@ def plan_tars(
     tars: Tars,
     url: str | os.PathLike[str],
     name: str | None,
+    options: SourceOptions,
+    asked: FieldOptions,
     skips_bad: bool = False,
-    layout: Layout | None = None,
-    labelled: bool = True,
 ) -> TarsPlan:
     """Raises UserError when `url` is not where the tars are, DataError when no sample can be read, or, without
     `skips_bad`, the first."""
@@ -147,36 +147,9 @@ def plan_tars(
     for key, _ in shards:
         if not key.isprintable() or len(key) > MAX_KEY:  # the manifest names them, as text
             raise UserError(f"{shown(store.url(), shortened(key))}: can't be the name of a shard; rename it")
-    shape, dtype = _first_shape(store, shards, skips_bad, labelled, layout)
+    reads = find_tar_fields(store, shards, asked, options, skips_bad)
     name, marks = name or tars.url.rpartition("/")[2], content_marks(store, dict(shards))
-    return TarsPlan(tars.url, name, shards, shape, dtype, skips_bad, marks, labelled, list(tars.notes))
-
-
-def _first_shape(
-    store: Store, shards: list[tuple[str, int]], skips_bad: bool, labelled: bool, layout: Layout | None
-) -> tuple[tuple[int, ...], str]:
-    """(shape, dtype) of the first sample that can be read, images with three channels."""
-    for key, size in shards:
-        with naming(store, key):
-            for sample in TarSamples(tape_of(store, key, size), labelled):
-                try:
-                    member = sample.member()
-                    array, _ = decoded(member)
-                except DataError:
-                    if not skips_bad:
-                        raise
-                    continue
-                if array.dtype == np.uint8:
-                    return (3, *array.shape[:2]), "uint8"
-                if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
-                    raise UserError(
-                        f"'{member.name}': an array of {' x '.join(map(str, array.shape))} with its channels last, "
-                        "where the model takes [C, H, W] and tars are indexed as they are; write them so, or if they "
-                        "are, say --layout NCHW"
-                    )
-                return array.shape, "float32"
-    key = shards[0][0]
-    raise DataError(f"{store.url(key)}: holds no sample" + " that can be read" * skips_bad)
+    return TarsPlan(tars.url, name, shards, reads, skips_bad, marks, options.labelled, list(tars.notes))
 
 
 def index_tar(plan: TarsPlan, number: int) -> PackedShard:
@@ -186,61 +159,22 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
     records, skipped = IndexRecords(plan.fields), list[str]()
     with naming(store, key):
         tape = tape_of(store, key, size)
-        samples = TarSamples(tape, plan.labelled)
+        samples = plan.reads.samples(tape)
         for sample in samples:
             try:
-                member = sample.member()
-                array, code = decoded(member)
-                check_fits(plan.shape, plan.dtype, member, array, "--image-size makes new tars of one size")
+                values = plan.reads.values(sample, picture_in_place)
+                with naming_sample(sample):
+                    records.check(values)
             except DataError as error:
                 if not plan.skips_bad:
                     raise
                 skipped.append(f"{store.url(key)}: {error}")
                 continue
-            stored = StoredMember.of(member.offset, member.data, code)
-            records.add({"": stored}, {plan.fields[0].name: array, "label": sample.label})
+            stored = {
+                extension: StoredMember.of(member.offset, member.data, code)
+                for extension, (member, code) in plan.reads.stored(sample).items()
+            }
+            records.add(stored, values)
         if not records and not skipped:
             raise DataError("holds no sample")
     return records.finish(key, size, tape.sha256(), skipped, samples.left_out)
-
-
-def tar_fields(shape: Sequence[int], dtype: str) -> list[Field]:
-    """An image or array, and its class: which there are is known when all tars are read."""
-    return [*plain_fields(shape, dtype, [], [], [], []), Field("label", "class", [], "int64", "")]
-
-
-def decoded(member: Member) -> tuple[np.ndarray, int]:
-    """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
-    code = found_format(member.name.lower(), member.data)
-    try:
-        return decode_as_found(member.data, code), code
-    except DataError as error:
-        raise DataError(f"byte {member.offset}: '{member.name}': {error}") from error
-
-
-def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndarray, fix: str) -> None:
-    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite. Grey
-    pictures are among coloured ones. `fix`: what to do about pictures of another size."""
-    name = f"byte {member.offset}: '{member.name}'"
-    if values.dtype == dtype == "uint8" and values.shape[:2] != tuple(shape[1:]):
-        height, width = values.shape[:2]
-        raise DataError(f"{name}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}")
-    if values.dtype != dtype or (dtype != "uint8" and values.shape != tuple(shape)):
-        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
-    if dtype != "uint8" and not np.isfinite(values).all():
-        raise DataError(f"{name}: holds a value that is not finite")
-
-
-def tape_of(store: Store, key: str, size: int, window_bytes: int = WINDOW_BYTES) -> Tape:
-    return Tape(partial(store.get, key), size, window_bytes=window_bytes)
-
-
-@contextlib.contextmanager
-def naming(store: Store, key: str) -> Iterator[None]:
-    """Puts the shard's URL before what an error in it says."""
-    try:
-        yield
-    except NotFound as error:
-        raise DataError(f"{error}; it was there when the tars were listed") from error
-    except (DataError, UserError) as error:
-        raise type(error)(f"{store.url(key)}: {error}") from error

@@ -27,7 +27,7 @@ from scoreray.data.packing.index_tars import plan_tars, tars_at
 from scoreray.data.packing.repack import plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode_value, stored_fields
 from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
-from scoreray.data.sources.field_options import NO_FIELDS, FieldOptions
+from scoreray.data.sources.field_options import NO_FIELDS, FieldOptions, of_extensions
 from scoreray.data.sources.field_source import FieldSource
 from scoreray.data.sources.layout import Layout
 from scoreray.data.sources.options import SourceOptions
@@ -61,7 +61,7 @@ def pack(
     """Packs `source` (.npz, IDX, a folder of images here or in S3, WebDataset tars) at `url`; returns the manifest.
 
     Tars, of a folder or in brace notation, are indexed in place when `url` is where they are; at another URL, with
-    `image_size` or `image_format`, new ones are made of them.
+    `image_size`, `image_format` or `fields`, new ones are made of them.
 
     Args:
       samples_per_shard: None aims at `shard_bytes` by encoding a few samples first.
@@ -99,9 +99,12 @@ def pack(
     if tars.shards:
         if samples_per_shard is not None:
             raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
-        if image_size is None and image_format is None and channels is None:
-            return carry_out(replace(plan_tars(tars, url, name, skip_bad > 0, layout, labelled), origin=origin), **how)
-        repack = plan_repack(tars, url, name, options, image_format or "png", skip_bad > 0)
+        fields = of_extensions(fields)
+        as_they_are = image_size is None and image_format is None and channels is None
+        if as_they_are and (not fields or open_store(url).url() == tars.url):
+            return carry_out(replace(plan_tars(tars, url, name, options, fields, skip_bad > 0), origin=origin), **how)
+        made = None if as_they_are else image_format or "png"
+        repack = plan_repack(tars, url, name, options, fields, made, skip_bad > 0)
         return carry_out(replace(repack, origin=origin), **how)
     opened = open_table(source, options, fields) or open_source(source, options)
     opened.check_readable(skip_bad)

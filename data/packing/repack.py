@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,14 +13,27 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import Field
+from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.index_tars import Tars, naming, tape_of, tar_fields
-from scoreray.data.packing.shards import ENCODING, ShardWriter
+from scoreray.data.packing.index_tars import Tars
+from scoreray.data.packing.shards import ENCODING, ShardWriter, stored_fields
+from scoreray.data.packing.tar_fields import (
+    TarFields,
+    find_tar_fields,
+    images_of_shape,
+    marks_of,
+    naming,
+    naming_sample,
+    picture_in_place,
+    tape_of,
+    wanted_of,
+)
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.manifest import Shard
-from scoreray.data.reading.pictures import as_array, is_grey, open_picture
+from scoreray.data.reading.pictures import as_array, is_grey, open_picture, plain_format
 from scoreray.data.reading.tars import Member
+from scoreray.data.sources.field_options import FieldOptions
+from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.sources.identity import content_marks, digest_of
 from scoreray.data.sources.source import SourceOptions
 from scoreray.data.storage.store import Store, open_store
@@ -29,18 +43,17 @@ LOOKED_AT, TARS_LOOKED_AT = 32, 8  # samples, and tars that they are from, that 
 
 @dataclass(frozen=True)
 class RepackPlan:
-    """A PackPlan that makes a new tar of each one at `source`; labels are kept, other members are not."""
+    """A PackPlan that makes a new tar of each one at `source`; members that no field reads are not kept."""
 
     source: str
     url: str
     name: str
     tars: list[tuple[str, int]]  # (key, bytes)
     marks: dict[str, str]  # content_marks() of them
-    shape: tuple[int, ...]
+    reads: TarFields
     options: SourceOptions
-    image_format: str
+    image_format: str | None  # None: pictures stay as they are
     skips_bad: bool
-    dtype: str = "uint8"
     notes: list[str] = field(default_factory=list)
     origin: str = ""
     in_place = False
@@ -51,17 +64,19 @@ class RepackPlan:
 
     @property
     def fields(self) -> list[Field]:
-        return tar_fields(self.shape, self.dtype)
+        return stored_fields(self.reads.fields, self.image_format or "png")
 
     @property
     def sha256(self) -> str:
-        parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), self.shape, asdict(self.options),
+        plain = is_plain(self.reads.fields)
+        what = self.reads.fields[0].shape if plain else [asdict(field) for field in self.reads.fields]
+        parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), what, asdict(self.options),
                  self.image_format]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def inputs(self, number: int) -> str:
         key = self.tars[number][0]
-        return digest_of({key: f"{self.marks[key]} {self.shape}"})
+        return digest_of({key: f"{self.marks[key]} {marks_of(self.reads.fields)}"})
 
     def total_samples(self, done: list[Shard]) -> int:
         read = sum(size for _, size in self.tars[: len(done)])
@@ -74,19 +89,29 @@ class RepackPlan:
         key, size = self.tars[number]
         store, path, skipped = open_store(self.source), scratch / "shard.tar", list[str]()
         with open(path, "wb") as file, naming(store, key):
-            writer = ShardWriter(file, self.fields, self.image_format)
-            samples = TarSamples(tape_of(store, key, size), self.options.labelled)
+            writer = ShardWriter(file, self.reads.fields, self.image_format or "png")
+            samples = self.reads.samples(tape_of(store, key, size))
             for i, sample in enumerate(samples):
                 try:
-                    array = _array(sample.member(), self.shape, self.options)
+                    values = self.reads.values(sample, self._picture)
+                    with naming_sample(sample):
+                        writer.add(f"{number:06d}-{i:08d}", values)
                 except DataError as error:
                     if not self.skips_bad:
                         raise
                     skipped.append(f"{store.url(key)}: {error}")
-                    continue
-                writer.add(f"{number:06d}-{i:08d}", {"image": array, "label": sample.label})
             packed = writer.finish(f"shards/{number:06d}.tar", skipped, samples.left_out)
         return path if packed.shard.num_samples else None, packed
+
+    def _picture(self, field: Field, member: Member) -> FieldValue:
+        """The picture, fitted; or, where nothing about it is to change, its bytes."""
+        if self.image_format is None and plain_format(member.data):
+            return member.data
+        if self.image_format is None:
+            return picture_in_place(field, member)
+        name = f"byte {member.offset}: '{member.name}'"
+        to_grey = self.options.channels == 1
+        return as_array(_open(member), tuple(field.shape), self.options.image_size, name, to_grey=to_grey)
 
 
 def plan_repack(
@@ -94,26 +119,30 @@ def plan_repack(
     url: str | os.PathLike[str],
     name: str | None,
     options: SourceOptions,
-    image_format: str,
+    asked: FieldOptions,
+    image_format: str | None,
     skips_bad: bool,
 ) -> RepackPlan:
     """Raises UserError when `url` is where the tars are, DataError when they hold no image that can be read."""
     store, tars = open_store(found.url), found.shards
     if open_store(url).url() == store.url():
         raise UserError(f"{store.url()}: new tars need another URL than that of the tars that they are made of")
-    images = _some_images(store, tars, options)
-    height = width = options.image_size or 0
-    if not options.image_size:
-        width, height = images[0].size
-    channels = options.channels or (1 if all(is_grey(image) for image in images) else 3)
+    reads = find_tar_fields(store, tars, asked, options, skips_bad) if asked else None
+    if reads is None or (image_format is not None and reads.own and reads.own.kind == "image"):
+        images = _some_images(store, tars, options, wanted_of(asked.fields))
+        width, height = (options.image_size, options.image_size) if options.image_size else images[0].size
+        channels = options.channels or (1 if all(is_grey(image) for image in images) else 3)
+        reads = images_of_shape((channels, height, width), options.labelled, reads)
     marks = content_marks(store, dict(tars))
     return RepackPlan(
-        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, marks,
-        (channels, height, width), options, image_format, skips_bad, notes=list(found.notes),
+        store.url(), open_store(url).url(), name or store.url().rpartition("/")[2], tars, marks, reads, options,
+        image_format, skips_bad, notes=list(found.notes),
     )  # fmt: skip
 
 
-def _some_images(store: Store, tars: list[tuple[str, int]], options: SourceOptions) -> list[Image.Image]:
+def _some_images(
+    store: Store, tars: list[tuple[str, int]], options: SourceOptions, wanted: Mapping[str, frozenset[str]]
+) -> list[Image.Image]:
     """The first images of some tars spread over the set; where none can be read, of the first tar that has some."""
     apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
     images, problems = list[Image.Image](), list[str]()
@@ -123,7 +152,7 @@ def _some_images(store: Store, tars: list[tuple[str, int]], options: SourceOptio
         key, size = tars[number]
         with naming(store, key):
             found = 0
-            for sample in TarSamples(tape_of(store, key, size), options.labelled):
+            for sample in TarSamples(tape_of(store, key, size), options.labelled, wanted=wanted):
                 try:
                     images.append(_open(sample.member()))
                     found += 1
@@ -142,8 +171,3 @@ def _open(member: Member) -> Image.Image:
     if member.name.lower().endswith(".npy"):
         raise UserError(f"{name}: arrays are not made into images; index these tars in place")
     return open_picture(member.data, name)
-
-
-def _array(member: Member, shape: tuple[int, ...], options: SourceOptions) -> np.ndarray:
-    name = f"byte {member.offset}: '{member.name}'"
-    return as_array(_open(member), shape, options.image_size, name, to_grey=options.channels == 1)

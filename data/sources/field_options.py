@@ -70,6 +70,12 @@ class FieldOptions:
 NO_FIELDS = FieldOptions()
 
 
+def of_extensions(asked: FieldOptions) -> FieldOptions:
+    """The options for tars, whose members are known by extensions in small letters, without the dot."""
+    fields = tuple(replace(one, where=one.where.lower().removeprefix(".")) for one in asked.fields)
+    return replace(asked, fields=fields)
+
+
 def parse_field_options(
     fields: Sequence[str] = (), kinds: Sequence[str] = (), normalise: Sequence[str] = ()
 ) -> FieldOptions:

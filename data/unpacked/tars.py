@@ -15,8 +15,9 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError, key_in_errors
 from scoreray.data.fields.field import Field, plain_fields
-from scoreray.data.packing.index_tars import check_fits, decoded, naming, tape_of, tars_at
+from scoreray.data.packing.index_tars import tars_at
 from scoreray.data.packing.moments import ChannelMoments, statistics
+from scoreray.data.packing.tar_fields import check_fits, decoded, naming, tape_of
 from scoreray.data.packing.tar_samples import TarSample, TarSamples
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.pictures import as_array, is_grey, open_picture

@@ -28,6 +28,7 @@ from scoreray.data.packing.index_tars import TarsPlan, index_tar
 from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
+from scoreray.data.packing.tar_fields import images_of_shape
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import RECORD, Manifest, digest
@@ -190,7 +191,10 @@ def index(folder: Path, data: bytes) -> list[str]:
     (folder / "0.tar").write_bytes(made(*GOOD))
     (folder / "1.tar").write_bytes(data)
     plan = TarsPlan(
-        str(folder), "x", [("0.tar", (folder / "0.tar").stat().st_size), ("1.tar", len(data))], (3, 8, 8), "uint8"
+        str(folder),
+        "x",
+        [("0.tar", (folder / "0.tar").stat().st_size), ("1.tar", len(data))],
+        images_of_shape((3, 8, 8), labelled=True),
     )
     started = time.perf_counter()
     try:

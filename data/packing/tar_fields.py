@@ -1,0 +1,398 @@
+"""Which members of a tar's samples are which fields: its own image or array, its class, and what `--field` names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+
+from scoreray.data.classes import NO_CLASS
+from scoreray.data.errors import DataError, UserError, nearest, shortened
+from scoreray.data.fields.field import FIELD_DTYPES, Field, FieldDtype, plain_fields
+from scoreray.data.packing.tar_samples import PICTURES, TarSample, TarSamples
+from scoreray.data.reading.allowlist import JSON, LABELS, TEXTS, default_decoder, found_format, json_value
+from scoreray.data.reading.decode import decode_as_found, npy_array
+from scoreray.data.reading.field_values import member_value
+from scoreray.data.reading.manifest import FORMATS
+from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
+from scoreray.data.sources.field_options import CLASS_NAMES, FieldOption, FieldOptions
+from scoreray.data.sources.field_source import FieldValue
+from scoreray.data.sources.layout import Layout, checked_layout
+from scoreray.data.sources.options import SourceOptions
+from scoreray.data.storage.store import NotFound, Store
+from scoreray.data.tables.values import Column, field_of
+
+LOOKED_AT = 8  # samples by which kinds and shapes are found
+OWN_CLASS = Field("label", "class", [], "int64", "cls")
+Picture = Callable[[Field, Member], FieldValue]
+"""The value of an image, as it is to be stored. Raises DataError naming the member."""
+
+
+@dataclass(frozen=True)
+class TarField:
+    """asked: None for what a sample has without --field, its own image, array or class."""
+
+    field: Field
+    asked: FieldOption | None = None
+
+
+@dataclass(frozen=True)
+class TarFields:
+    """The fields of a tar's samples, in the order of the manifest."""
+
+    each: tuple[TarField, ...]
+
+    @property
+    def fields(self) -> list[Field]:
+        return [one.field for one in self.each]
+
+    @property
+    def own(self) -> Field | None:
+        """The sample's own image or array."""
+        return next((one.field for one in self.each if one.asked is None and one.field.kind != "class"), None)
+
+    def samples(self, tape: Tape) -> TarSamples:
+        labelled = any(one.asked is None and one.field.kind == "class" for one in self.each)
+        asked = [one.asked for one in self.each if one.asked]
+        return TarSamples(tape, labelled, wanted=wanted_of(asked), takes_image=self.own is not None)
+
+    def values(self, sample: TarSample, picture: Picture) -> dict[str, FieldValue]:
+        """Those of a sample, by the fields' names. Raises DataError, which begins with the byte."""
+        if sample.problem:
+            raise DataError(sample.problem)
+        found: dict[str, FieldValue] = {}
+        for one in self.each:
+            field = one.field
+            if one.asked is not None:
+                found[field.name] = _asked_value(field, one.asked, sample, picture)
+            elif field.kind == "class":
+                found[field.name] = sample.label
+            else:
+                member = sample.member()
+                found[field.name] = picture(field, member) if field.kind == "image" else own_array(field, member)
+        return found
+
+    def stored(self, sample: TarSample) -> dict[str, tuple[Member, int]]:
+        """The members that the index points to and their formats, by their extensions."""
+        found = {}
+        for one in self.each:
+            if not one.field.is_inline:
+                member = sample.member() if one.asked is None else sample.members[one.asked.where]
+                found[one.field.member] = member, _format(one.field, member)
+        return found
+
+
+def images_of_shape(shape: tuple[int, int, int], labelled: bool, reads: TarFields | None = None) -> TarFields:
+    """`reads`, or images and their class alone, with the samples' own images in a shape that they are brought to."""
+    if reads is None:
+        image = plain_fields(shape, "uint8", [], [], [], [])[0]
+        return TarFields((TarField(image), *([TarField(OWN_CLASS)] if labelled else [])))
+    own = reads.own
+    each = (
+        replace(one, field=replace(one.field, shape=list(shape))) if one.field is own else one for one in reads.each
+    )
+    return TarFields(tuple(each))
+
+
+def wanted_of(asked: Sequence[FieldOption]) -> dict[str, frozenset[str]]:
+    """As TarSamples takes it: extensions, and the keys at the top of JSON that are read, none for all."""
+    whole = {one.where for one in asked if not one.path}
+    return {
+        one.where: frozenset()
+        if one.where in whole
+        else frozenset(other.path.split(".")[0] for other in asked if other.where == one.where)
+        for one in asked
+    }
+
+
+def find_tar_fields(
+    store: Store, shards: Sequence[tuple[str, int]], asked: FieldOptions, options: SourceOptions, skips_bad: bool
+) -> TarFields:
+    """The fields of the tars, by their first samples that can be read. Images have three channels: whether all are grey
+    is known when all are read.
+
+    Raises UserError for a field that is not there or of no kind that is packed, DataError when no sample can be read,
+    or, without `skips_bad`, the first.
+    """
+    for key, size in shards:
+        with naming(store, key):
+            samples, first = list[TarSample](), TarSamples(tape_of(store, key, size), options.labelled,
+                                                           wanted=wanted_of(asked.fields))  # fmt: skip
+            for sample in first:
+                try:
+                    _check_complete(sample, asked)
+                    if sample.image is not None:
+                        own_field(sample.image, options.layout)
+                except DataError:
+                    if not skips_bad:
+                        raise
+                    continue
+                samples.append(sample)
+                if len(samples) == (LOOKED_AT if asked.fields else 1):
+                    break
+            if samples:
+                found = _fields_of(samples, asked, options)
+                asked.check_names([one.field.name for one in found.each], store.url(key))
+                return found
+    raise DataError(f"{store.url(shards[0][0])}: holds no sample" + " that can be read" * skips_bad)
+
+
+def _check_complete(sample: TarSample, asked: FieldOptions) -> None:
+    if sample.problem and (not asked.fields or (sample.image is None and not sample.members)):
+        raise DataError(sample.problem)
+    for option in asked.fields:
+        _member_of(option, sample)
+
+
+def _fields_of(samples: Sequence[TarSample], asked: FieldOptions, options: SourceOptions) -> TarFields:
+    found = [TarField(_asked_field(option, samples, options), option) for option in asked.fields]
+    own, label = list[TarField](), list[TarField]()
+    if samples[0].image is not None:
+        own = [TarField(own_field(samples[0].image, options.layout))]
+    is_labelled = not asked.fields or any(sample.label != NO_CLASS for sample in samples)
+    if options.labelled and is_labelled and not any(one.field.kind == "class" for one in found):
+        label = [TarField(OWN_CLASS)]
+    normalisations = dict(asked.normalisations)
+    each = [*own, *found, *label]
+    names = [one.field.name for one in each]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        option = next(one.asked for one in found if one.field.name == twice)
+        raise UserError(f"{option}: '{twice}' is the name of the samples' own image, array or class; give another name")
+    return TarFields(
+        tuple(
+            one if one.asked else replace(one, field=replace(one.field, normalisation=normalisations[one.field.name]))
+            if one.field.name in normalisations else one
+            for one in each
+        )
+    )  # fmt: skip
+
+
+def own_field(member: Member, layout: Layout | None) -> Field:
+    """The field of a sample's own image, with three channels, or array. Raises DataError, UserError naming it."""
+    array = _own(member)
+    extension = member.name.rpartition(".")[2].lower()
+    if is_own_image(member, array):
+        return replace(plain_fields((3, *array.shape[:2]), "uint8", [], [], [], [])[0], member=extension)
+    if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
+        raise UserError(_channels_last(f"'{member.name}'", array.shape))
+    if str(array.dtype) not in FIELD_DTYPES or not array.ndim:
+        raise DataError(f"{_where(member)}: is {array.dtype} {array.shape}; accepted: {', '.join(FIELD_DTYPES)}")
+    return Field("array", "array", list(array.shape), cast(FieldDtype, str(array.dtype)), extension)
+
+
+def is_own_image(member: Member, array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3)
+
+
+def _own(member: Member) -> np.ndarray:
+    """uint8 [H, W, C] of a picture, or of an array [1 or 3, H, W]; another array as it is."""
+    if not member.name.lower().endswith(".npy"):
+        return decoded(member)[0]
+    array = _named(member, npy_array, member.data)
+    is_image = array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in (1, 3)
+    return array.transpose(1, 2, 0) if is_image else array
+
+
+def own_array(field: Field, member: Member) -> np.ndarray:
+    array = _own(member)
+    check_fits(field.shape, field.dtype, member, array, "")
+    return array
+
+
+def picture_in_place(field: Field, member: Member) -> np.ndarray:
+    """uint8 [H, W, C], as it is decoded. Raises DataError for one of another size than the field's."""
+    array = _own(member)
+    check_fits(field.shape, "uint8", member, array, "--image-size makes new tars of one size")
+    return array
+
+
+def _channels_last(name: str, shape: Sequence[int]) -> str:
+    return (
+        f"{name}: an array of {' x '.join(map(str, shape))} with its channels last, where the model takes [C, H, W] "
+        "and tars are indexed as they are; write them so, or if they are, say --layout NCHW"
+    )
+
+
+def _member_of(option: FieldOption, sample: TarSample) -> Member:
+    if option.where not in sample.members:
+        raise DataError(f"byte {sample.offset}: sample '{sample.key}' has no .{option.where} ({option})")
+    return sample.members[option.where]
+
+
+def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: SourceOptions) -> Field:
+    """The field that an option asks for. Raises UserError where its members make none of a kind that is packed."""
+    last = option.where.rpartition(".")[2]
+    if option.path and last != JSON:
+        raise UserError(f"{option}: a path is within JSON; .{option.where} is none")
+    members = [_member_of(option, sample) for sample in samples]
+    normalisation = option.normalisation or "none"
+    if (last in PICTURES and option.kind in (None, "image")) or option.kind == "image":
+        (height, width, _), size = decoded(members[0])[0].shape, options.image_size
+        shape = [3, size or height, size or width]
+        return Field(option.name, "image", shape, "uint8", option.where, normalisation=normalisation)
+    raws = [_raw(option, member) for member in members]
+    rank = max(np.ndim(raw) if isinstance(raw, np.ndarray) else 0 for raw in raws)
+    about = Column(kind="array" if rank > 2 else None)
+    found = field_of(option, about, raws, options, str(option), _no_files)
+    if isinstance(raws[0], np.ndarray):
+        _check_array(option, found, raws[0])
+    if found.kind == "json" and option.path:
+        raise UserError(f"{option}: holds {type(raws[0]).__name__}s; name what is in them: {option}.KEY")
+    if found.normalisation != normalisation and found.kind in ("text", "json", "class"):
+        raise UserError(f"--normalise {option.name}={normalisation}: a {found.kind} has no numbers to normalise")
+    return replace(found, member=option.where, path=option.path, normalisation=normalisation)
+
+
+def _check_array(option: FieldOption, field: Field, first: np.ndarray) -> None:
+    """Raises UserError for an array that can't be read as it is stored."""
+    if field.is_inline:
+        return
+    if str(first.dtype) != field.dtype:
+        raise UserError(f"{option}: values are {first.dtype}; accepted: {', '.join(FIELD_DTYPES)}, little-endian")
+    if field.kind == "sequence" and first.ndim != 2:
+        raise UserError(f"{option}: arrays of {first.ndim} axes and several lengths; a sequence is [length, width]")
+    if field.kind == "array" and tuple(field.shape) != first.shape:
+        raise UserError(_channels_last(str(option), first.shape))
+
+
+def _no_files(path: str) -> bytes:
+    raise DataError(f"'{shortened(path)}' is no picture")
+
+
+def _raw(option: FieldOption, member: Member) -> Any:
+    """What a member, or a path in it, says: an array, number, text, list or dict; of numbers in JSON floats."""
+    last, kind = option.where.rpartition(".")[2], option.kind
+    if last == "npy":
+        return _named(member, npy_array, member.data)
+    if last == JSON and kind != "text":
+        value = _named(member, json_value, member.data, option.path)
+        if value is None:
+            raise DataError(f"{_where(member)}: '{option.path}' is null ({option})")
+        is_class = kind == "class" or (kind is None and option.name in CLASS_NAMES)
+        return value if is_class or kind == "json" else _as_floats(value)
+    if kind == "class" or (kind is None and option.where in LABELS):
+        return _named(member, default_decoder().member, "cls", member.data)
+    if kind in ("text", "json", "scalar") or last in TEXTS:
+        text = _named(member, bytes.decode, member.data)
+        return _named(member, float, text) if kind == "scalar" else text
+    accepted = (*PICTURES, "npy", JSON, *TEXTS, *LABELS)
+    raise UserError(
+        f"{option}: .{option.where} is of no kind that is read; {nearest(last, accepted)}; or --kind {option.name}=text"
+    )
+
+
+def _as_floats(value: Any) -> Any:
+    """JSON's numbers are doubles, whether or not they are written with a point."""
+    if isinstance(value, bool | str | dict):
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    with contextlib.suppress(ValueError, TypeError):
+        found = np.asarray(value)
+        return found.astype(np.float64) if found.dtype.kind in "iuf" else value
+    return value
+
+
+def _asked_value(field: Field, option: FieldOption, sample: TarSample, picture: Picture) -> FieldValue:
+    member = _member_of(option, sample)
+    if field.kind == "image":
+        return picture(field, member)
+    if field.kind in ("class", "scalar"):
+        return _number(field, option, member)
+    if field.kind == "json":
+        _named(member, json_value, member.data, "")
+        return member.data
+    value = _named(member, member_value, field, member.data, _format(field, member))
+    return value.tobytes().decode() if field.kind == "text" else value
+
+
+def _number(field: Field, option: FieldOption, member: Member) -> FieldValue:
+    """A class or a scalar."""
+    raw = _raw(replace(option, kind=field.kind), member)
+    if field.kind == "class":
+        if isinstance(raw, str) and raw.strip().isdecimal():
+            raw = int(raw)
+        if isinstance(raw, str | bool) or not isinstance(raw, int | float) or raw != int(raw) or raw < NO_CLASS:
+            raise DataError(
+                f"{_where(member)}: {shortened(repr(raw))} is no class ({option}); in tars classes are whole numbers "
+                f"from 0; --kind {field.name}=text keeps words"
+            )
+        return int(raw)
+    array = np.asarray(raw)
+    if array.size != 1 or array.dtype.kind not in "biuf":
+        raise DataError(f"{_where(member)}: {shortened(repr(raw))} is no number ({option})")
+    return cast(float, array.reshape(()).astype(field.dtype)[()])
+
+
+def _format(field: Field, member: Member) -> int:
+    if field.kind == "image" or (field.name == field.kind == "array"):
+        return found_format(member.name.lower(), member.data)
+    last = field.member.rpartition(".")[2]
+    return FORMATS[last if last in ("npy", JSON) else JSON if field.kind == "json" else "txt"]
+
+
+def _where(member: Member) -> str:
+    return f"byte {member.offset}: '{member.name}'"
+
+
+def _named(member: Member, call: Callable[..., Any], *args: Any) -> Any:
+    """call(*args); an error becomes a DataError that names the member."""
+    try:
+        return call(*args)
+    except (DataError, ValueError, OverflowError) as error:
+        raise DataError(f"{_where(member)}: {' '.join(str(error).split())}") from error
+
+
+def decoded(member: Member) -> tuple[np.ndarray, int]:
+    """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
+    code = found_format(member.name.lower(), member.data)
+    return _named(member, decode_as_found, member.data, code), code
+
+
+def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndarray, fix: str) -> None:
+    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite. Grey
+    pictures are among coloured ones. `fix`: what to do about pictures of another size."""
+    name = _where(member)
+    if values.dtype == dtype == "uint8" and values.shape[:2] != tuple(shape[1:]):
+        height, width = values.shape[:2]
+        raise DataError(f"{name}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}")
+    if values.dtype != dtype or (dtype != "uint8" and values.shape != tuple(shape)):
+        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        at = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise DataError(f"{name}: holds a value that is not finite, {values[tuple(at)]} at {at}")
+
+
+def marks_of(fields: Sequence[Field]) -> str:
+    """What of the fields determines a shard, as text: all but what only the manifest says."""
+    return json.dumps([asdict(replace(field, normalisation="none")) for field in fields])
+
+
+@contextlib.contextmanager
+def naming_sample(sample: TarSample) -> Iterator[None]:
+    """Puts the sample's place and key before what an error in it says."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"byte {sample.offset}: sample '{sample.key}': {error}") from error
+
+
+def tape_of(store: Store, key: str, size: int, window_bytes: int = WINDOW_BYTES) -> Tape:
+    return Tape(partial(store.get, key), size, window_bytes=window_bytes)
+
+
+@contextlib.contextmanager
+def naming(store: Store, key: str) -> Iterator[None]:
+    """Puts the shard's URL before what an error in it says."""
+    try:
+        yield
+    except NotFound as error:
+        raise DataError(f"{error}; it was there when the tars were listed") from error
+    except (DataError, UserError) as error:
+        raise type(error)(f"{store.url(key)}: {error}") from error
