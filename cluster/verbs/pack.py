@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,10 @@ from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import UserError
+from scoreray.data.fields.field import NAME
 from scoreray.data.packing.commit import PackedShard, PackPlan, check_node, pack_shard
 from scoreray.data.packing.pack import pack
+from scoreray.data.reading.allowlist import JSON, TEXTS
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.sources.listing import kinds_line
 from scoreray.data.storage.store import open_store
@@ -64,11 +67,23 @@ def pack_with_bar(
     else:
         say(f"packed already: {holds} at {url}, of this source and with these options; nothing had to be done")
     if left_out:
-        say(f"left out beside the images: {kinds_line(left_out)}")
+        say(f"left out beside the images: {kinds_line(left_out)}{_taking(left_out)}")
     if skipped:
         more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
         say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))
     return manifest, skipped
+
+
+def _taking(left_out: Counter[str]) -> str:
+    """The --field that takes the most frequent kind of member that one can be made of."""
+    for kind, _ in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
+        extension, _, path = kind.removeprefix(".").partition(f"{JSON}.")
+        last = extension.rpartition(".")[2]
+        if kind.startswith(".") and (path or last in ("npy", JSON, *TEXTS)):
+            name = (path or extension).split(".")[0]
+            where = f"{JSON}:{path}" if path else extension
+            return f"; --field {name if re.fullmatch(NAME, name) else 'NAME'}={where} takes one"
+    return ""
 
 
 def _make(
