@@ -96,7 +96,7 @@ def draw(rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
 
 
 def read_off(picture: np.ndarray) -> Seen:
-    """Colour, shape and size in a picture uint8 [H, W, 3], whoever drew it: a square of one shape on grey.
+    """Colour, shape and size in a picture uint8 [H, W, 3] of one shape on grey.
 
     The background is the border's median; what differs from it covers pixels in part at edges. Each shape of the same
     area about the same centre is drawn, and the one nearest by its squared error is what is seen.

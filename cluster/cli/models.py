@@ -270,6 +270,13 @@ def evaluate(
     restoration: Annotated[
         str, typer.Option(help="For psnr and ssim: superresolution=FACTOR, inpaint or gray.")
     ] = "superresolution=2",
+    ensembles: Annotated[
+        int, typer.Option(help="Samples of the reference whose conditions are requested: for crps, rmse, match, ...")
+    ] = 64,
+    per_condition: Annotated[int, typer.Option(help="Members that are drawn under each of these conditions.")] = 16,
+    scorer: Annotated[
+        str, typer.Option(help="For match: package.module:Name, which scores samples under what was requested.")
+    ] = "",
     sampler: Annotated[str | None, typer.Option(help="As for sample; default: what fits the model.")] = None,
     steps: Annotated[int | None, typer.Option(help="Noise levels, or Gibbs sweeps.", min=1)] = None,
     grid: Annotated[str | None, typer.Option(help="Noise levels, as for sample.")] = None,
@@ -306,6 +313,9 @@ def evaluate(
         loss_count=loss_count,
         restoration_count=restoration_count,
         restoration=restoration,
+        ensembles=ensembles,
+        per_condition=per_condition,
+        scorer=scorer,
         sampler=sampler,
         steps=steps,
         grid=grid,

@@ -19,6 +19,8 @@ class FeatureChunk:
 
     values: the samples [n, ...], where they are few values. pictures: the first chunk's samples, for the page.
     counts [b], probabilities [b, k], negentropies [b]: of each batch, where the extractor has classes (`ClassSums`).
+    right: bool [n], whether the classifier takes a sample for the class that was requested. spectra: [g, C, K], mean
+    power spectra of g groups of the samples (`torch.tensor_split`).
     """
 
     features: np.ndarray
@@ -28,6 +30,26 @@ class FeatureChunk:
     probabilities: np.ndarray | None = None
     negentropies: np.ndarray | None = None
     pictures: np.ndarray | None = None
+    right: np.ndarray | None = None
+    spectra: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class EnsembleChunk:
+    """Of n ensembles: crps, variance, squared_error [n, C] (`EnsembleScores`).
+
+    members [m, k, C, ...], observed [m, C, ...]: the first chunk's first ones, for the page. score_names [s], scores
+    [n, M, s], observed_scores [n, s]: the scorer's, where there is one.
+    """
+
+    crps: np.ndarray
+    variance: np.ndarray
+    squared_error: np.ndarray
+    members: np.ndarray
+    observed: np.ndarray
+    score_names: np.ndarray
+    scores: np.ndarray
+    observed_scores: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,7 +94,9 @@ class ReferenceMoments:
     root: np.ndarray
 
 
-ChunkArrays = FeatureChunk | LikelihoodChunk | LossChunk | RestorationChunk | AnnealingChunk | ReferenceMoments
+ChunkArrays = (
+    FeatureChunk | EnsembleChunk | LikelihoodChunk | LossChunk | RestorationChunk | AnnealingChunk | ReferenceMoments
+)
 C = TypeVar("C", bound=ChunkArrays)
 
 

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from scoreray.data.errors import DataError
+from scoreray.sampling.evaluation.loaded import fixed_threads
 from scoreray.sampling.evaluation.metrics import METRICS, compute_metrics, stages_of
 from scoreray.sampling.evaluation.page import page
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training, train_extractor
 from scoreray.sampling.evaluation.record import EvaluationRecord, MetricValue, as_text, read_record
-from scoreray.sampling.evaluation.stages import STAGES, fixed_threads, run_chunk
+from scoreray.sampling.evaluation.stages import STAGES, run_chunk
 from scoreray.sampling.evaluation.stored import StoredChunks
 
 RECORD, PAGE = "record.json", "report.html"
@@ -63,6 +64,8 @@ def described(found: MetricValue) -> str:
     if found.get("recall") is not None:
         precision, recall = (as_text(found.get(name)["value"], ".3f") for name in ("precision", "recall"))
         text = f"precision {precision}, recall {recall}"
+    if found.get("scores") is not None:
+        text += ", " + ", ".join(f"{name} {as_text(one['value'], '.3f')}" for name, one in found.get("scores").items())
     if found.get("nfe") is not None:
         text += f"  {found.get('nfe'):.0f} evaluations"
     return text

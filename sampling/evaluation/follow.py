@@ -25,10 +25,10 @@ from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.reading.manifest import DataDescription, Manifest, is_picture
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.evaluate import described, evaluate
+from scoreray.sampling.evaluation.loaded import fixed_threads
 from scoreray.sampling.evaluation.metrics import check_names
 from scoreray.sampling.evaluation.plan import FOLDER, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metrics
-from scoreray.sampling.evaluation.stages import fixed_threads
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.generate import generate, png_of_sheet

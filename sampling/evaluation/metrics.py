@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import NotFound
+from scoreray.sampling.evaluation import ensemble_metrics
 from scoreray.sampling.evaluation.chunks import (
     AnnealingChunk,
     FeatureChunk,
@@ -30,7 +31,7 @@ from scoreray.sampling.evaluation.chunks import (
     write_chunk,
 )
 from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan
-from scoreray.sampling.evaluation.record import MetricValue
+from scoreray.sampling.evaluation.record import MetricResult, MetricValue
 from scoreray.sampling.evaluation.stages import PROJECTIONS, STAGES
 from scoreray.sampling.evaluation.stored import StoredChunks, joined
 from scoreray.sampling.measures import distances, frechet, kde
@@ -44,22 +45,10 @@ KID_BLOCK = 1000
 KID_BLOCKS = 10
 NEIGHBOURS = 3
 NEIGHBOUR_PICTURES = 16
+SHORTEST_GRID = 4
 COPY_RATIO = 1 / 3  # of the distances to the nearest and to the next image of the reference (Yoon 2023)
 FEWEST_CLASSES = 1.5  # that the labels count as (exp of their entropy): below, it is 9 in 10 of one class
 NOT_FINITE = (torch.linalg.LinAlgError, np.linalg.LinAlgError, ArithmeticError)
-
-
-@dataclass(frozen=True)
-class MetricResult:
-    """What a metric found: its value, what stands beside it in the record, warnings, and what the page draws of it."""
-
-    estimate: Estimate
-    beside: dict[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    drawn: Any = None
-
-    def value(self) -> MetricValue:
-        return MetricValue.of(self.estimate, **self.beside)
 
 
 Misfit = Callable[[ModelInfo, Manifest, ExtractorChoice], str | None]
@@ -317,7 +306,26 @@ def _has_energy(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice)
     return None
 
 
+def _is_conditional(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    return None if info.conditions and not info.is_machine else "the model takes no condition"
+
+
+def _classifies_what_was_requested(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if extractor.kind != "classifier":
+        return f"it needs extractor 'classifier', not '{extractor.kind}'"
+    if not info.classes or tuple(manifest.classes) != info.classes:
+        return "the model takes no class, or others than the reference has"
+    return _is_conditional(info, manifest, extractor)
+
+
+def _has_grid(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if len(manifest.shape) > 1 and min(manifest.shape[1:]) >= SHORTEST_GRID:
+        return None
+    return f"a spectrum needs a grid of {SHORTEST_GRID} or more points a side, samples are {list(manifest.shape)}"
+
+
 OF_FEATURES = ("reference", "samples", "extractor")
+OF_ENSEMBLES = ("reference", "ensembles")
 
 METRICS: dict[str, EvaluationMetric] = {
     "fid": EvaluationMetric(
@@ -370,6 +378,29 @@ METRICS: dict[str, EvaluationMetric] = {
     ),
     "ais": EvaluationMetric(
         "Log-likelihood by AIS, nats", ("reference", "ais"), _ais, misfit=_has_energy, costly=True
+    ),
+    "crps": EvaluationMetric(
+        "CRPS of ensembles", OF_ENSEMBLES, ensemble_metrics.crps,
+        protocol=lambda inputs: {"estimator": "fair"}, misfit=_is_conditional, costly=True,
+    ),
+    "spread_skill": EvaluationMetric(
+        "Spread-skill ratio of ensembles", OF_ENSEMBLES, ensemble_metrics.spread_skill, misfit=_is_conditional,
+        costly=True,
+    ),
+    "rmse": EvaluationMetric(
+        "RMSE of the mean of ensembles", OF_ENSEMBLES, ensemble_metrics.rmse, misfit=_is_conditional, costly=True
+    ),
+    "match": EvaluationMetric(
+        "Match with what was requested", OF_ENSEMBLES, ensemble_metrics.match,
+        protocol=lambda inputs: {"scorer": inputs.settings.scorer}, misfit=_is_conditional, costly=True,
+    ),
+    "accuracy": EvaluationMetric(
+        "Share classified as was requested", OF_FEATURES, ensemble_metrics.accuracy,
+        misfit=_classifies_what_was_requested, costly=True,
+    ),
+    "spectrum": EvaluationMetric(
+        "Distance of power spectra, dB", ("reference", "samples"), ensemble_metrics.spectrum,
+        protocol=lambda inputs: {"power": "mean over directions"}, misfit=_has_grid, costly=True,
     ),
 }  # fmt: skip
 """Every metric, by the word that chooses it in a config and on the command line, in the record's order."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +14,23 @@ import torch
 from scoreray.data.pages import DPI, render
 from scoreray.data.reading.samples import spread
 from scoreray.sampling.evaluation.chunks import FeatureChunk
-from scoreray.sampling.evaluation.metrics import METRICS, MetricResult, stages_of
-from scoreray.sampling.evaluation.record import EvaluationRecord, MetricValue, as_text
+from scoreray.sampling.evaluation.ensembles import SHOWN, num_ensembles
+from scoreray.sampling.evaluation.metrics import METRICS, stages_of
+from scoreray.sampling.evaluation.record import EvaluationRecord, MetricResult, MetricValue, as_text
 from scoreray.sampling.evaluation.stored import StoredChunks
+from scoreray.sampling.measures.held_out import read_held_out
 from scoreray.sampling.model.describe import is_picture
 from scoreray.sampling.offline.generate import png_of_sheet
 
 SHEET = 64
+MOST_CHANNELS, SHOWN_MEMBERS = 8, 4
 BESIDE = {
     "fid_infinity": "at infinite count",
     "floor": "two sets of real data",
     "nfe": "network evaluations",
     "log_z": "ln Z",
     "bandwidth": "bandwidth",
+    "on_reference": "of the reference",
     "median_distance": "median distance to the reference",
     "median_distance_among_reference": "among the reference",
 }
@@ -78,6 +84,11 @@ def _rows(title: str, found: MetricValue) -> list[_Row]:
     if found.get("recall") is not None:
         both = {name.capitalize(): MetricValue(**found.get(name)) for name in ("precision", "recall")}
         return [_Row(name, as_text(one.value), one.interval_text, "") for name, one in both.items()]
+    if found.get("scores") is not None:
+        observed = found.get("observed")
+        scores = {name: MetricValue(**one) for name, one in found.get("scores").items()}
+        return [_Row(f"{title}: {name}", as_text(one.value), one.interval_text, f"the reference {observed[name]:.4g}")
+                for name, one in scores.items()]  # fmt: skip
     shown = {text: found.get(key) for key, text in BESIDE.items()}
     beside = ", ".join(f"{text} {value:.4g}" for text, value in shown.items() if value is not None)
     return [_Row(title, as_text(found.value), found.interval_text, beside)]
@@ -100,7 +111,32 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
         found.append(("Restorations: images, what is known of them, restored.", png_of_sheet(rows, len(restored))))
     if "loss" in drawn or "fid" in drawn:
         found.append(_curves(drawn))
+    if "spectrum" in drawn:
+        found.append(_spectra(*drawn["spectrum"]))
+    ensembles = next((drawn[name] for name in ("crps", "spread_skill", "rmse") if name in drawn), None)
+    if ensembles is not None and len(info.image_shape) > 1:
+        members, observed = ensembles
+        found.append(draw_ensembles(members, observed, _conditions(stored)))
     return found
+
+
+def _conditions(stored: StoredChunks) -> list[str]:
+    """What was requested of the ensembles that are shown, a line each."""
+    inputs = stored.inputs
+    numbers = inputs.numbers(num_ensembles(inputs))[:SHOWN]
+    requested = read_held_out(inputs.reference, numbers, inputs.info).requested
+    return [
+        "\n".join([f"record {number}", *(f"{name}: {_shown(values[i])}" for name, values in requested.items())])
+        for i, number in enumerate(numbers)
+    ]
+
+
+def _shown(value: Any) -> str:
+    """A requested value in a few words."""
+    if isinstance(value, torch.Tensor):
+        few = value.numel() <= 4
+        return ", ".join(f"{x:.3g}" for x in value.flatten().tolist()) if few else f"{list(value.shape)}"
+    return "-" if value is None else textwrap.shorten(str(value), 40)
 
 
 def _neighbours(stored: StoredChunks, drawn: tuple[list[int], list[int]], samples: torch.Tensor) -> Captioned:
@@ -153,6 +189,57 @@ def _curves(drawn: dict[str, Any]) -> Captioned:
         "fid": "Fréchet distance of parts of the samples, and of all.",
     }
     return " ".join(captions[name] for name in names), _saved(figure)
+
+
+def _spectra(samples: list[list[float]], reference: list[list[float]]) -> Captioned:
+    """Power by wavenumber, a colour for each channel."""
+    figure = _new_figure(5, 3.6)
+    axes = figure.subplots()
+    for channel, (drawn, real) in enumerate(zip(samples, reference, strict=True)):
+        numbers = range(1, len(real))
+        axes.plot(numbers, real[1:], "--", color=f"C{channel}", lw=1)
+        axes.plot(numbers, drawn[1:], "-", color=f"C{channel}", lw=1.4, label=f"channel {channel}")
+    axes.set(xscale="log", yscale="log", xlabel="wavenumber", ylabel="power")
+    axes.grid(alpha=0.3)
+    if 1 < len(reference) <= MOST_CHANNELS:
+        axes.legend(frameon=False)
+    return "Power spectra of the samples, and of the reference (dashed).", _saved(figure)
+
+
+def draw_ensembles(members: np.ndarray, observed: np.ndarray, titles: Sequence[str]) -> Captioned:
+    """Ensembles [n, M, C, ...] beside what was observed [n, C, ...]: a row each of observed, some members, the mean and
+    the spread. Lines are shown as such, volumes by their middle slice; of channels that are no colours the first."""
+    columns = ["observed", *(f"member {i}" for i in range(min(SHOWN_MEMBERS, members.shape[1]))), "mean", "spread"]
+    figure = _new_figure(1.6 * len(columns) + 1.2, 1.7 * len(members))
+    for i, row in enumerate(np.atleast_2d(figure.subplots(len(members), len(columns), squeeze=False))):
+        values = members[i].astype(np.float64)
+        parts = [observed[i], *members[i, : len(columns) - 3], values.mean(0), values.std(0, ddof=1)]
+        limits = float(observed[i].min()), float(observed[i].max())
+        is_colour = observed.dtype == np.uint8 and observed.shape[1] == 3
+        for axes, name, part in zip(row, columns, parts, strict=True):
+            _draw_field(axes, part, limits if name != "spread" else None, is_colour)
+            axes.set(xticks=[], yticks=[])
+            if not i:
+                axes.set_title(name, fontsize=8)
+        row[0].set_ylabel(titles[i], fontsize=7, rotation=0, ha="right", va="center")
+    caption = "Ensembles: what was observed, members under the same condition, their mean and standard deviation."
+    return caption, _saved(figure)
+
+
+def _draw_field(axes: Any, field: np.ndarray, limits: tuple[float, float] | None, is_colour: bool) -> None:
+    """One sample [C, ...]; limits: of its values, where it is not a spread; is_colour: of an RGB picture, 0 to 255."""
+    if field.ndim == 2:
+        axes.plot(field[0], lw=0.8)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        return
+    if field.ndim == 4:
+        field = field[:, field.shape[1] // 2]
+    if is_colour and limits is not None:
+        axes.imshow(field.transpose(1, 2, 0).clip(0, 255).astype(np.uint8), interpolation="nearest")
+    else:
+        low, high = limits or (None, None)
+        axes.imshow(field[0], vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
 
 
 def _new_figure(width: float, height: float) -> Any:

@@ -19,6 +19,7 @@ from scoreray.data.units import MOST_THREADS
 from scoreray.sampling.evaluation.record import RecordHead, digest
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.measures.classifier import ClassifierConfig
+from scoreray.sampling.measures.ensembles import FEWEST_MEMBERS
 from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.model.describe import Description, ModelInfo
 from scoreray.sampling.offline.generate import Request
@@ -38,6 +39,8 @@ class EvaluationSettings:
     sampler, steps, grid: None takes what fits the model.
     count: samples drawn; reference_count: of the reference, spread evenly over it. likelihood_count, loss_count,
     restoration_count: of the reference, for bpd and nats, the loss, psnr and ssim. chains: of AIS.
+    ensembles: samples of the reference whose conditions are requested, per_condition times each. scorer: of `match`, as
+    package.module:Name.
     threads: of each worker, whatever the number of workers; device: "cpu" or "cuda".
     """
 
@@ -54,6 +57,9 @@ class EvaluationSettings:
     loss_count: int = 1024
     restoration_count: int = 128
     chains: int = 256
+    ensembles: int = 64
+    per_condition: int = 16
+    scorer: str = ""
     sampler: str | None = None
     steps: int | None = None
     grid: str | None = None
@@ -71,9 +77,13 @@ class EvaluationSettings:
         for name in ("count", "reference_count"):
             if getattr(self, name) < frechet.FEWEST:
                 raise UserError(f"{name} = {getattr(self, name)}: at least {frechet.FEWEST} are needed")
-        for name in ("likelihood_count", "loss_count", "restoration_count", "chains"):
+        for name in ("likelihood_count", "loss_count", "restoration_count", "chains", "ensembles"):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} = {getattr(self, name)}: at least 2, for a standard error")
+        if self.per_condition < FEWEST_MEMBERS:
+            raise UserError(
+                f"per_condition = {self.per_condition}: at least {FEWEST_MEMBERS}, for an ensemble's spread"
+            )
         if not SMALLEST_RTOL <= self.rtol < 1:
             raise UserError(f"rtol = {self.rtol}: must be in [{SMALLEST_RTOL:g}, 1)")
         if not 1 <= self.threads <= MOST_THREADS:
@@ -194,7 +204,8 @@ class EvaluationPlan:
         head, inputs = self.head, self.inputs
         extractor = inputs.extractor
         return digest([inputs.reference.sha256, extractor.kind, extractor.sha256, head.numerics.model_dump(),
-                       head.versions["torch"], inputs.num_reference, VERSION])  # fmt: skip
+                       head.versions["torch"], inputs.num_reference, VERSION,
+                       *(["spectrum"] if "spectrum" in self.metrics else [])])  # fmt: skip
 
 
 def run_of(url: str) -> str:

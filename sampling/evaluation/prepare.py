@@ -15,6 +15,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store
+from scoreray.sampling.evaluation.loaded import fixed_threads, load_extractor
 from scoreray.sampling.evaluation.metrics import METRICS, check_names
 from scoreray.sampling.evaluation.plan import VERSION, EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.record import (
@@ -25,11 +26,12 @@ from scoreray.sampling.evaluation.record import (
     SamplingSettings,
     digest,
 )
-from scoreray.sampling.evaluation.stages import STAGES, fixed_threads, load_extractor
+from scoreray.sampling.evaluation.stages import STAGES
 from scoreray.sampling.guidance.operators import restoration_task
 from scoreray.sampling.measures import features, frechet
 from scoreray.sampling.measures.classifier import ClassifierConfig, TrainedClassifier, train_classifier
 from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.measures.scorer import load_scorer
 from scoreray.sampling.model.describe import ModelInfo, describe
 
 CLASSIFIER_IMAGES = 10_000  # of the reference, at most, that a classifier is trained on
@@ -46,6 +48,8 @@ def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     extractor = choose_extractor(settings, reference.manifest, inputs.cache)
     choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)
     settings.request().labels(0, 1, model.info)
+    if "match" in settings.metrics:
+        load_scorer(settings.scorer)
     inputs = replace(inputs, extractor=extractor)
     return _with_classifier(inputs) if needs_training(inputs) else _with_accuracy(inputs)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -109,6 +110,19 @@ class MetricValue(_Strict):
             return ""
         low, high = self.interval
         return f"{low:.5g} to {high:.5g}"
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """What a metric found: its value, what stands beside it in the record, warnings, and what the page draws of it."""
+
+    estimate: Estimate
+    beside: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    drawn: Any = None
+
+    def value(self) -> MetricValue:
+        return MetricValue.of(self.estimate, **self.beside)
 
 
 class EvaluationRecord(RecordHead):

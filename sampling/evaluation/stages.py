@@ -7,19 +7,16 @@ one chunk is read or stored while another one is computed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError
-from scoreray.data.storage.store import NotFound
 from scoreray.sampling.evaluation.chunks import (
     AnnealingChunk,
     ChunkArrays,
@@ -29,11 +26,13 @@ from scoreray.sampling.evaluation.chunks import (
     RestorationChunk,
     write_chunk,
 )
+from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_chunk, num_ensembles
+from scoreray.sampling.evaluation.loaded import fixed_threads, load_extractor, loaded_denoiser, loaded_model, once
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import BRIGHTNESS, restoration_task
-from scoreray.sampling.measures import ais, distances, features
-from scoreray.sampling.measures.features import IDENTITY_VALUES, Extract
+from scoreray.sampling.measures import ais, distances
+from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.held_out import (
     LOSS_STREAM,
     HeldOut,
@@ -42,12 +41,14 @@ from scoreray.sampling.measures.held_out import (
     read_held_out,
     trace_of,
 )
+from scoreray.sampling.measures.spectra import power_spectrum
 from scoreray.sampling.model.describe import ModelInfo
-from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, load_described
+from scoreray.sampling.model.load import LoadedMachine
 from scoreray.sampling.offline.generate import prepare
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.condition import AnyCondition, class_name_of
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
 from scoreray.trainer.step import to_uint8, to_unit_range
 
@@ -58,11 +59,9 @@ PROJECTIONS = 128
 NUM_BETAS = 500
 AIS_IMAGES = 1024  # whose energies stand beside a partition function
 KEPT_PICTURES = 8  # of restorations
+SPECTRUM_GROUPS = 8  # of a chunk's samples
 
 _computing = threading.Lock()  # the number of torch's threads is the process's, and two would halve each other's speed
-_loading = threading.Lock()
-_loaded: dict[str, tuple[Hashable, Any]] = {}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,60 +91,12 @@ def run_chunk(plan: EvaluationPlan, chunk: Chunk) -> int:
     store, inputs = plan.folder(chunk.stage), plan.inputs
     if not store.exists(chunk.key):
         stage = STAGES[chunk.stage]
-        reference = _once("reference", inputs.reference.sha256, lambda: inputs.reference)
+        reference = once("reference", inputs.reference.sha256, lambda: inputs.reference)
         rows = read_held_out(reference, stage.numbers(inputs, chunk), inputs.info)
         with _computing, fixed_threads(inputs.settings.threads):
             found = stage.compute(plan, chunk, rows)
         write_chunk(store, chunk.key, found)
     return chunk.size
-
-
-@contextlib.contextmanager
-def fixed_threads(threads: int) -> Iterator[None]:
-    """torch on so many threads: sums are cut by threads, so their number is part of a result."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _once(what: str, which: Hashable, load: Callable[[], T]) -> T:
-    """What this process has loaded under a name; loaded again where another one is wanted."""
-    with _loading:
-        if what not in _loaded or _loaded[what][0] != which:
-            _loaded[what] = (which, load())
-        found: T = _loaded[what][1]
-        return found
-
-
-def load_extractor(inputs: EvaluationInputs) -> Extract:
-    """The extractor of an evaluation, once a process. Raises UserError where its weights are no longer in the cache."""
-    choice, device = inputs.extractor, inputs.settings.device
-
-    def build() -> Extract:
-        if choice.kind == "identity":
-            return features.build(choice, b"", device)
-        try:
-            data = inputs.cache.get(choice.key)
-        except NotFound:
-            url = inputs.cache.url(choice.key)
-            raise UserError(f"{url}: the extractor's weights are gone; start the evaluation again") from None
-        return features.build(choice, data, device)
-
-    return _once("extractor", (choice, device), build)
-
-
-def _model(inputs: EvaluationInputs) -> LoadedDenoiser | LoadedMachine:
-    which = (inputs.info.url, inputs.info.ema, inputs.settings.device)
-    return _once("model", which, lambda: load_described(inputs.model, inputs.settings.device))
-
-
-def _denoiser(inputs: EvaluationInputs) -> LoadedDenoiser:
-    model = _model(inputs)
-    assert isinstance(model, LoadedDenoiser)  # the plan has refused what does not fit a machine
-    return model
 
 
 def keeps_values(info: ModelInfo) -> bool:
@@ -159,19 +110,29 @@ def _own_rows(inputs: EvaluationInputs, chunk: Chunk) -> np.ndarray:
 
 def _reference(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
     found, _ = _extracted(plan.inputs, rows.images)
-    return FeatureChunk(**found, values=rows.images.numpy() if keeps_values(plan.inputs.info) else None)
+    values = rows.images.numpy() if keeps_values(plan.inputs.info) else None
+    return FeatureChunk(**found, values=values, spectra=_mean_spectra(plan, rows.images))
+
+
+def _mean_spectra(plan: EvaluationPlan, samples: Tensor) -> np.ndarray | None:
+    """[g, C, K], where the plan's metrics need it: means of groups, to take an error from."""
+    if "spectrum" not in plan.metrics:
+        return None
+    groups = samples.tensor_split(min(SPECTRUM_GROUPS, len(samples)))
+    return torch.stack([power_spectrum(group).mean(0) for group in groups]).numpy()
 
 
 def _samples(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
     inputs, request, parts = plan.inputs, plan.inputs.request, []
-    draw = prepare(_model(inputs), request)
+    draw, given = prepare(loaded_model(inputs), request), _conditions_of(inputs, chunk, rows)
     for first in range(chunk.first, chunk.last, request.batch_size):
         last = min(first + request.batch_size, chunk.last)
-        parts.append(draw(request.sample_seeds(first, last), labels_of(inputs, first, last)))
-    samples = torch.cat(parts)
-    if inputs.manifest.dtype == "uint8":
-        samples = to_uint8(samples)
+        condition = None if given is None else given[first - chunk.first : last - chunk.first]
+        parts.append(draw(request.sample_seeds(first, last), condition))
+    samples = inputs.info.in_data_units(torch.cat(parts))
     found, logits = _extracted(inputs, samples)
+    if logits is not None and "accuracy" in plan.metrics:
+        found["right"] = (logits.argmax(1) == labels_of(inputs, chunk.first, chunk.last)).numpy()
     if logits is not None:
         sums = [distances.ClassSums.of(batch) for batch in logits.split(request.batch_size)]
         found["counts"] = np.array([one.count for one in sums])
@@ -179,7 +140,8 @@ def _samples(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
         found["negentropies"] = np.array([one.negentropy for one in sums])
     if keeps_values(inputs.info):
         found["values"] = samples.numpy()
-    return FeatureChunk(**found, pictures=samples.numpy() if chunk.first == 0 else None)
+    pictures = samples.numpy() if chunk.first == 0 else None
+    return FeatureChunk(**found, pictures=pictures, spectra=_mean_spectra(plan, samples))
 
 
 def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.ndarray], Tensor | None]:
@@ -187,7 +149,7 @@ def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.
     extract, logits = load_extractor(inputs), list[Tensor]()
     found: dict[str, list[Tensor]] = {"features": [], "projections": []}
     dims = samples[0].numel()
-    lines = _once("lines", dims, lambda: distances.directions(dims, PROJECTIONS).float())
+    lines = once("lines", dims, lambda: distances.directions(dims, PROJECTIONS).float())
     with torch.no_grad():
         for batch in samples.split(inputs.settings.batch_size):
             rows, of_classes = extract(batch.to(inputs.settings.device))
@@ -198,12 +160,34 @@ def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.
     return {name: torch.cat(parts).numpy() for name, parts in found.items()}, torch.cat(logits) if logits else None
 
 
-def label_rule(info: ModelInfo, inputs: EvaluationInputs) -> str:
-    """How classes are given to samples: as often as the reference has them, where it has the model's classes."""
-    if not info.classes or info.is_machine:
+RECORDS = "of the reference's samples"
+
+
+def condition_rule(info: ModelInfo, inputs: EvaluationInputs) -> str:
+    """How samples get their conditions. One class alone: as often as the reference has it, where it has the model's
+    classes; anything else: what the reference's samples have, evenly over it."""
+    if not info.conditions or info.is_machine:
         return "none"
+    if class_name_of(info.conditions) is None or len(info.conditions) > 1:
+        return RECORDS
     known = tuple(inputs.manifest.classes) == info.classes and inputs.manifest.classes_with_images > 0
     return "as in the reference" if known else "in turn"
+
+
+def _records(inputs: EvaluationInputs, chunk: Chunk) -> np.ndarray:
+    """Which sample of the reference each sample of a chunk takes its conditions from; none by other rules."""
+    if condition_rule(inputs.info, inputs) != RECORDS:
+        return inputs.numbers(0)
+    numbers = inputs.numbers(inputs.settings.count)
+    return numbers[np.arange(chunk.first, chunk.last) % len(numbers)]
+
+
+def _conditions_of(inputs: EvaluationInputs, chunk: Chunk, rows: HeldOut) -> AnyCondition:
+    """Of the samples of a chunk; rows: those of the reference that have them."""
+    if condition_rule(inputs.info, inputs) != RECORDS:
+        return labels_of(inputs, chunk.first, chunk.last)
+    places = np.searchsorted(rows.numbers.numpy(), _records(inputs, chunk))
+    return None if rows.condition is None else rows.condition[torch.from_numpy(places)]
 
 
 def labels_of(inputs: EvaluationInputs, first: int, last: int) -> Tensor:
@@ -212,7 +196,7 @@ def labels_of(inputs: EvaluationInputs, first: int, last: int) -> Tensor:
     Number i takes the class at which the cumulative shares pass the fractional part of i times the golden ratio, the
     sequence whose stretches are spread most evenly (Knuth, vol. 3, 6.4).
     """
-    if label_rule(inputs.info, inputs) != "as in the reference":
+    if condition_rule(inputs.info, inputs) != "as in the reference":
         return inputs.request.labels(first, last, inputs.info)
     counts = inputs.manifest.class_counts
     shares = np.cumsum(counts) / sum(counts)
@@ -222,15 +206,21 @@ def labels_of(inputs: EvaluationInputs, first: int, last: int) -> Tensor:
 
 def _likelihood(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LikelihoodChunk:
     inputs = plan.inputs
-    found = held_out_likelihood(_denoiser(inputs), rows, sigma_range=inputs.info.sigma_range, rtol=inputs.settings.rtol,
-                                batch_size=chunk.size, device=inputs.settings.device)  # fmt: skip
+    found = held_out_likelihood(
+        loaded_denoiser(inputs),
+        rows,
+        sigma_range=inputs.info.sigma_range,
+        rtol=inputs.settings.rtol,
+        batch_size=chunk.size,
+        device=inputs.settings.device,
+    )
     return LikelihoodChunk(found.nats.numpy(), found.bpd.numpy(), np.array(found.nfe))
 
 
 def _loss(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LossChunk:
     inputs, settings = plan.inputs, plan.inputs.settings
     return LossChunk(
-        denoising_errors(_denoiser(inputs), rows, inputs.sigmas, settings.batch_size, settings.device).numpy()
+        denoising_errors(loaded_denoiser(inputs), rows, inputs.sigmas, settings.batch_size, settings.device).numpy()
     )
 
 
@@ -243,7 +233,7 @@ def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> Restorati
     operator = restoration_task(settings.restoration, info.image_shape)
     observed = operator.apply(x0)
     sigma_data = info.config.denoiser.resolved_sigma_data
-    denoiser = LinearInverse(_denoiser(inputs), operator, observed, data_std=sigma_data)
+    denoiser = LinearInverse(loaded_denoiser(inputs), operator, observed, data_std=sigma_data)
     assert request.steps is not None
     assert request.grid is not None
     assert request.sampler is not None
@@ -274,7 +264,7 @@ def _ssim_window(images: Tensor) -> int:
 
 def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
     """ln Z of the energy by annealing, and the energies of the reference: log p = -E - ln Z."""
-    model, x = _model(plan.inputs), rows.x0
+    model, x = loaded_model(plan.inputs), rows.x0
     betas = torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64)
     if isinstance(model, LoadedMachine):
         machine = model.machine
@@ -316,9 +306,21 @@ STAGES: dict[str, Stage] = {
     "samples": Stage(
         count=lambda inputs: inputs.settings.count,
         chunk_size=lambda inputs: CHUNK,
-        protocol=lambda inputs: {"count": inputs.settings.count, "classes": label_rule(inputs.info, inputs)},
+        protocol=lambda inputs: {"count": inputs.settings.count, "classes": condition_rule(inputs.info, inputs)},
         compute=_samples,
-        numbers=lambda inputs, chunk: inputs.numbers(0),  # they are drawn from nothing
+        numbers=lambda inputs, chunk: np.unique(_records(inputs, chunk)),
+    ),
+    "ensembles": Stage(
+        count=num_ensembles,
+        chunk_size=lambda inputs: max(1, CHUNK // inputs.settings.per_condition),
+        protocol=lambda inputs: {
+            "count": num_ensembles(inputs),
+            "members": inputs.settings.per_condition,
+            "conditions": condition_hashes(inputs),
+        },
+        compute=ensemble_chunk,
+        numbers=_own_rows,
+        exact=True,
     ),
     "likelihood": Stage(
         count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),

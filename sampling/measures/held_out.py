@@ -8,8 +8,9 @@ noisy images, and differences between models vary far less than their values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.stored_conditions import StoredConditions
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
 from scoreray.trainer.diffusion import noise
-from scoreray.trainer.diffusion.condition import AnyCondition
+from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.step import to_unit_range
 
 LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draws
@@ -39,15 +40,17 @@ class HeldOut:
 
     images: as they are stored, uint8 [n, C, H, W] of pictures; x0: in the model's range, float32 [n, ...].
     numbers: int64 [n], theirs in the data set, which key their noise.
-    condition: what a model is given of each; None for an unconditional one. mean: of the whole data set in the model's
-    range, of a sample's shape or broadcastable to it.
+    condition: what a model is given of each; None for an unconditional one; requested: the same as a person writes it
+    (`StoredConditions.requested`). mean: of the whole data set in the model's range, of a sample's shape or
+    broadcastable to it.
     """
 
     images: Tensor
     x0: Tensor
     numbers: Tensor
-    condition: AnyCondition
+    condition: Condition | None
     mean: Tensor
+    requested: Mapping[str, Sequence[Any]]
 
 
 def read_held_out(reference: SampleReader, numbers: np.ndarray, info: ModelInfo | None = None) -> HeldOut:
@@ -62,7 +65,9 @@ def read_held_out(reference: SampleReader, numbers: np.ndarray, info: ModelInfo 
     field = manifest.target if modelled is None else manifest.find_field(modelled.name, reference.url)
     requests = [FieldRequest(field.name), *(stored.requests if stored else [])]
     found = reference.read_fields(numbers, requests)
-    images = found.fields[field.name].contiguous()
+    images = found.fields[field.name]
+    if field.kind == "image":  # by the strides of a single channel too: torch looks at these
+        images = images.clone(memory_format=torch.contiguous_format)
     normaliser = None if modelled is None else modelled.normaliser
     shape = tuple(field.shape) or (1,)
     if field is manifest.target:
@@ -73,8 +78,8 @@ def read_held_out(reference: SampleReader, numbers: np.ndarray, info: ModelInfo 
     x0 = to_unit_range(images)
     if field.kind != "image" and normaliser is not None:
         x0, mean = normaliser.apply(images).float(), normaliser.apply(mean[None])[0]
-    condition = stored.of(found) if stored else None
-    return HeldOut(images, x0, torch.from_numpy(numbers.astype(np.int64)), condition, mean)
+    condition, requested = (stored.of(found), stored.requested(found)) if stored else (None, {})
+    return HeldOut(images, x0, torch.from_numpy(numbers.astype(np.int64)), condition, mean, requested)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,23 @@ class StoredConditions:
                 mask = found.masks.get(field.name)
                 masks[name] = torch.ones(value.shape[:2], dtype=torch.bool) if mask is None else mask
         return normalised(Condition(values, masks), self._conditions) if values else None
+
+    def requested(self, found: FieldTensors) -> dict[str, list[Any]]:
+        """The same as a person writes them, by name, one a sample: a text as str, a class as its name, anything else as
+        a tensor in the data's own units; None where there is none."""
+        return {name: _words(field, found) for name, field in self._sources.items()}
+
+
+def _words(field: Field, found: FieldTensors) -> list[Any]:
+    values = found.fields[field.name]
+    if field.kind == "class":
+        return [field.classes[label] if label >= 0 else None for label in values.tolist()]
+    if not field.is_varying:
+        return list(values)
+    rows = [row[mask] if mask.any() else None for row, mask in zip(values, found.masks[field.name], strict=True)]
+    if field.kind == "text":
+        return [None if row is None else bytes(row.tolist()).decode(errors="replace") for row in rows]
+    return rows
 
 
 def _check(name: str, spec: ConditionSpec, field: Field, where: str) -> None:

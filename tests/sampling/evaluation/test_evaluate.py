@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +28,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.storage.store import PathStore, open_store
-from scoreray.sampling.evaluation import metrics, stages, stored
+from scoreray.sampling.evaluation import loaded, metrics, stages, stored
 from scoreray.sampling.evaluation.chunks import AnnealingChunk, ChunkArrays, LossChunk, read_chunk, write_chunk
 from scoreray.sampling.evaluation.compare import compare, comparison_text, notes
 from scoreray.sampling.evaluation.evaluate import evaluate, find_finished
@@ -164,7 +165,7 @@ def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeyp
 
     means = torch.tensor([[-0.5, 0.3, 0.1, -0.6], [0.6, -0.4, 0.0, 0.2]]).double()
     exact = Mixture(means, std=0.3)
-    monkeypatch.setattr(stages, "_denoiser", lambda inputs: _Reshaped(exact))
+    monkeypatch.setattr(stages, "loaded_denoiser", lambda inputs: _Reshaped(exact))
     found = evaluate(EvaluationSettings(run, data, metrics=("bpd",), likelihood_count=32, rtol=2e-6))
     parts = -0.5 * ((x[:, None] - means).square() / (0.09 + 4e-6) + math.log(2 * math.pi * (0.09 + 4e-6))).sum(2)
     mixture = parts.logsumexp(1) - math.log(2)
@@ -230,12 +231,32 @@ MEASURED_ON = {
     "nats": "points",
     "kde": "points",
     "ais": "energy",
+    "crps": "pictures",
+    "spread_skill": "pictures",
+    "rmse": "pictures",
+    "match": "pictures",
+    "accuracy": "pictures",
+    "spectrum": "pictures",
 }
 """Every metric, and data of this module that it fits."""
 
 
 def test_every_metric_is_measured_in_these_tests() -> None:
     assert set(MEASURED_ON) == set(METRICS)
+
+
+@pytest.fixture
+def scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own module: a picture's class is the third that is brightest."""
+    code = """
+        class Scorer:
+            def __call__(self, samples, requested):
+                brightest = samples.float().unflatten(2, (3, 4)).mean((1, 3, 4)).argmax(1)
+                right = brightest == torch.tensor([int(name) for name in requested["label"]])
+                return {"third": right.double(), "brightness": samples.float().mean((1, 2, 3))}
+    """
+    (tmp_path / "brightest_third.py").write_text("import torch\n" + textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +266,16 @@ def energy(folder: Path, points: tuple[str, str]) -> tuple[str, str]:
     return trained(folder, points[1], "energy", denoiser=denoiser), points[1]
 
 
-@pytest.mark.parametrize(("kind", "figures"), [("pictures", 4), ("points", 0), ("energy", 0)])
+@pytest.mark.parametrize(("kind", "figures"), [("pictures", 6), ("points", 0), ("energy", 0)])
 def test_every_metric_has_a_value_an_error_and_a_place_on_the_page(
     kind: str, figures: int, request: pytest.FixtureRequest
 ) -> None:
-    """Figures: samples, neighbours, restorations, curves."""
+    """Figures: samples, neighbours, restorations, curves, spectra, ensembles."""
     run, data = request.getfixturevalue(kind)
+    request.getfixturevalue("scorer")
     wanted = tuple(name for name, measured_on in MEASURED_ON.items() if measured_on == kind)
     counts: dict[str, Any] = {**QUICK, "restoration_count": 16, "likelihood_count": 4, "rtol": 1e-2, "chains": 16}
+    counts |= {"ensembles": 6, "per_condition": 4, "scorer": "brightest_third:Scorer"}
     settings = EvaluationSettings(run, data, wanted, **counts, classifier_images=640)
     made = evaluate(settings)
     assert list(made.record.metrics) == sorted(wanted)
@@ -407,7 +430,7 @@ def test_what_an_evaluation_reads_is_loaded_once(
     extractor: str, pictures: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the check before Ray starts to a worker and the page: a manifest, a marker, weights, an extractor."""
-    monkeypatch.setattr(stages, "_loaded", {})
+    monkeypatch.setattr(loaded, "_loaded", {})
     read, real = list[str](), PathStore.get
 
     def get(self: PathStore, key: str, start: int | None = None, end: int | None = None) -> bytes:

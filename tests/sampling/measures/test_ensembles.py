@@ -11,7 +11,10 @@ from torch import Tensor
 
 from scoreray.sampling.measures.ensembles import EnsembleScores, crps
 from scoreray.sampling.measures.spectra import log_spectral_distance, num_wavenumbers, power_spectrum, wavenumbers
+from scoreray.sampling.samplers.sample import sample
+from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion import noise
+from scoreray.trainer.diffusion.condition import Condition
 
 
 def normal(n: int, *shape: int, seed: int = 0) -> Tensor:
@@ -101,3 +104,40 @@ def test_a_spectrum_ten_times_as_strong_is_ten_decibels_away() -> None:
     spectrum = power_spectrum(normal(20, 3, 16, 16)).mean(0)
     assert log_spectral_distance(10 * spectrum, spectrum).tolist() == pytest.approx([10, 10, 10])
     assert log_spectral_distance(spectrum, spectrum).tolist() == [0, 0, 0]
+
+
+def test_a_gaussian_field_scaled_down_by_its_wiener_filter_is_calibrated_and_keeps_its_spectrum() -> None:
+    """A random field on a ring, observed blurred and with noise: given these its modes are Gaussian (Wiener 1949), so
+    the denoiser is exact. Sampled, ensembles reach the optimal CRPS, s / sqrt(pi), and the field's own spectrum; the
+    mean alone, which is the best point forecast, has too little power at small scales."""
+    n, m, side, noise_std = 256, 8, 32, 0.3
+    k = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64).abs()
+    power, blur = 1 / (1 + k**2), torch.exp(-((k / 6) ** 2))
+
+    def filtered(x: Tensor, gain: Tensor) -> Tensor:
+        return torch.fft.ifft(torch.fft.fft(x) * gain).real
+
+    field = filtered(normal(n, 1, side), power.sqrt())
+    coarse = filtered(field, blur) + noise_std * normal(n, 1, side, seed=1)
+    known = blur**2 * power + noise_std**2
+    gain, left = blur * power / known, power * noise_std**2 / known  # of the posterior's mean, and its variance a mode
+
+    def denoiser(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        mean = filtered(condition.values["coarse"], gain)
+        return mean + filtered(x - mean, left / (left + sigma.view(-1, 1, 1) ** 2))
+
+    rows = torch.arange(n).repeat_interleave(m)
+    sigmas = karras(24, 0.002, 20.0)
+    start = float(sigmas[0]) * normal(n * m, 1, side, seed=2)
+    given = Condition({"coarse": coarse[rows]})
+    drawn = sample(denoiser, start, sigmas, generator=range(n * m), condition=given).unflatten(0, (n, m))
+    scores, std = EnsembleScores.of(drawn, field), math.sqrt(float(left.mean()))
+    (found, _), (ratio, _), (error, _) = scores.mean_crps(), scores.spread_skill(), scores.rmse()
+    assert found.value == pytest.approx(std / math.sqrt(math.pi), rel=0.03)
+    assert ratio.value == pytest.approx(1, abs=0.04)
+    assert error.value == pytest.approx(std * math.sqrt(1 + 1 / m), rel=0.03)
+    real = power_spectrum(field).mean(0)
+    of_members = log_spectral_distance(power_spectrum(drawn.flatten(0, 1)).mean(0), real)
+    of_mean = log_spectral_distance(power_spectrum(filtered(coarse, gain)).mean(0), real)
+    assert float(of_members) < 0.6
+    assert float(of_mean) > 5

@@ -1,0 +1,54 @@
+"""Scorers: a user's own program that says how well samples match what was requested, named as `package.module:Name`.
+
+A classifier of a class that was requested, the error of a field's regression, the similarity of a text's and an
+image's features: each is a function of samples and requested values. Its weights are its own affair; nothing is
+downloaded here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from scoreray.data.errors import UserError
+
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class Scorer(Protocol):
+    def __call__(self, samples: Tensor, requested: Mapping[str, Sequence[Any]]) -> Mapping[str, Tensor]:
+        """Scores by name, each one a sample: [B], finite; the first is the metric's value.
+
+        samples: [B, ...] in the data's own units, uint8 [B, C, H, W] of images. requested: what was requested of each
+        sample by condition: a text as str, a class as its name, anything else as a tensor in the data's own units;
+        None where nothing was.
+        """
+        ...
+
+
+def load_scorer(name: str) -> Scorer:
+    """The scorer of this name: `Name()` where it is a class, else itself. Raises UserError."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"--scorer '{name}': write package.module:Name")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        return found() if isinstance(found, type) else found
+    except Exception as error:  # the module is the user's: whatever it raises is its mistake
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--scorer {name}: {type(error).__name__}: {reason}; it must be importable on every worker (PYTHONPATH)"
+        ) from None
+
+
+def scores_of(scorer: Scorer, name: str, samples: Tensor, requested: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
+    """Its scores, float64. Raises UserError where it gives something else."""
+    found = {key: value.double().cpu() for key, value in scorer(samples, requested).items()}
+    wrong = [f"'{key}' of shape {list(value.shape)}" for key, value in found.items() if value.shape != (len(samples),)]
+    if wrong or not found:
+        raise UserError(f"--scorer {name}: gave {wrong[0] if wrong else 'no score'}, [{len(samples)}] is needed")
+    return found
