@@ -293,6 +293,11 @@ def _joined(name: str, parts: Sequence[Condition | None], rows: Sequence[int]) -
     found = [(part.values[name], part.masks.get(name)) if part and name in part.values else None for part in parts]
     known = [value for value, _ in filter(None, found)]
     first = known[0]
+    if all(map(_is_class, known)):  # the common case, at each call of a batcher
+        labels = [
+            first.new_full((count,), -1) if pair is None else pair[0] for count, pair in zip(rows, found, strict=True)
+        ]
+        return torch.cat(labels), None
     masked = None in found or any(mask is not None for _, mask in filter(None, found))
     has_length = any(mask is not None and mask.ndim == 2 for _, mask in filter(None, found))
     length = max(value.shape[1] for value in known) if has_length else 0
@@ -305,15 +310,15 @@ def _joined(name: str, parts: Sequence[Condition | None], rows: Sequence[int]) -
     for count, pair in zip(rows, found, strict=True):
         lead = (count, length) if has_length else (count,)
         if pair is None:
-            values.append(first.new_full((*lead, *shape), -1 if _is_class(first) else 0))
+            values.append(first.new_zeros((*lead, *shape)))
             masks.append(first.new_zeros(lead, dtype=torch.bool))
             continue
         value, mask = pair
-        if not masked or _is_class(first):
+        if not masked:
             values.append(value)
             continue
         mask = first.new_ones(lead, dtype=torch.bool) if mask is None else mask
         missing = length - value.shape[1] if has_length else 0
         values.append(F.pad(value, (0,) * (2 * (value.ndim - 2)) + (0, missing)) if missing else value)
         masks.append(F.pad(mask, (0, missing)) if missing else mask)
-    return torch.cat(values), torch.cat(masks) if masked and not _is_class(first) else None
+    return torch.cat(values), torch.cat(masks) if masked else None
