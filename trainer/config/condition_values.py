@@ -13,6 +13,7 @@ from scoreray.data.classes import class_number
 from scoreray.data.errors import UserError, key_in_errors, shortened
 from scoreray.data.reading.decode import npy_array
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditions, ConditionSpec, spec_of
+from scoreray.trainer.networks.conditioning import resized
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -41,7 +42,8 @@ def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition
 
 
 def normalised(condition: Condition, conditions: Conditions) -> Condition:
-    """A condition in the data's own units, as the network takes it: its normalisers applied, numbers in float32."""
+    """A condition in the data's own units, as the network takes it: its normalisers applied, grids of the size that it
+    was trained with, numbers in float32."""
     values = dict(condition.values)
     for name, value in values.items():
         spec = conditions[name]
@@ -50,6 +52,8 @@ def normalised(condition: Condition, conditions: Conditions) -> Condition:
         if spec.normaliser is not None:
             last = -1 if spec.kind == "sequence" else 1  # the axis of its channels
             value = spec.normaliser.apply(value.movedim(last, 1)).movedim(1, last)
+        if spec.kind == "concat":  # a network sees the sizes that it was trained with, and calls are of one shape
+            value = resized(value, spec.shape[1:])
         values[name] = value.float()
     return Condition(values, condition.masks)
 

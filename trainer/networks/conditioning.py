@@ -194,20 +194,24 @@ def values_of(name: str, spec: ConditionSpec, given: Condition | None, c_noise: 
 
 
 def grid_channels(value: Tensor, mask: Tensor, grid: Sequence[int]) -> Tensor:
-    """value [B, C, ...] at the sample's `grid`, and a channel of ones; all 0 in rows whose mask [B] is False.
+    """value [B, C, ...] at the sample's `grid`, and a channel of ones; all 0 in rows whose mask [B] is False."""
+    value = resized(value.to(torch.promote_types(value.dtype, torch.float32)), grid)
+    ones = mask.view(-1, *(1,) * (value.ndim - 1)).to(value.dtype).expand(-1, 1, *grid)
+    return torch.cat([value, ones], dim=1)
+
+
+def resized(value: Tensor, grid: Sequence[int]) -> Tensor:
+    """value [B, C, ...] at another grid; itself where it has that one.
 
     Linear where the grid is finer than the value's, pixel centres aligned by their places in the whole; means of the
     pixels that it covers (area) where it is coarser along every axis.
     """
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    if tuple(value.shape[2:]) != tuple(grid):
-        if all(new <= old for new, old in zip(grid, value.shape[2:], strict=True)):
-            value = F.interpolate(value, size=tuple(grid), mode="area")
-        else:
-            mode = ("linear", "bilinear", "trilinear")[len(grid) - 1]
-            value = F.interpolate(value, size=tuple(grid), mode=mode, align_corners=False)
-    ones = mask.view(-1, *(1,) * (value.ndim - 1)).to(value.dtype).expand(-1, 1, *grid)
-    return torch.cat([value, ones], dim=1)
+    if tuple(value.shape[2:]) == tuple(grid):
+        return value
+    if all(new <= old for new, old in zip(grid, value.shape[2:], strict=True)):
+        return F.interpolate(value, size=tuple(grid), mode="area")
+    mode = ("linear", "bilinear", "trilinear")[len(grid) - 1]
+    return F.interpolate(value, size=tuple(grid), mode=mode, align_corners=False)
 
 
 class VectorInput(nn.Module):

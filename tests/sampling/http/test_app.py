@@ -26,10 +26,16 @@ from PIL import Image
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.packing.inspect import field_pictures
+from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.http.app import make_app
+from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.offline.generate import Request, generate
-from scoreray.sampling.samplers.sample import SAMPLERS, num_calls
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import SAMPLERS, num_calls, sample
 from scoreray.sampling.service.access import NOBODY, hash_of, is_loopback, read_tokens
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused, ServeConfig
@@ -38,6 +44,8 @@ from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import Event, Lost, SampleRequest
 from scoreray.sampling.service.service import LocalBackend, Service
+from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.step import to_uint8
 
 JSON = {"Content-Type": "application/json"}
@@ -270,6 +278,131 @@ def test_points_are_numbers_not_pictures(points_url: str) -> None:
             assert np.load(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).shape == (2,)
             assert (await call.post({}, Accept="image/png")).status == 422
             assert (await call.post({"guidance": 2.0})).json["field"] == "guidance"
+
+    asyncio.run(main())
+
+
+CONDITIONS = {
+    "caption": ConditionSpec("text", (12,)),
+    "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (50.0, 8.0), (10.0, 4.0))),
+    "coarse": ConditionSpec("concat", (1, 4, 4), normaliser=Normaliser("range", (280.0,), (20.0,))),
+    "label": ConditionSpec("class", classes=("dry", "wet")),
+}
+
+
+@pytest.fixture(scope="module")
+def weather_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Fields of temperature, float32 [1, 8, 8] in kelvins, given a text, a place, a coarser field and a class."""
+    target = TargetField("t2m", "array", "float32", Normaliser("channel", (280.0,), (20.0,)))
+    folder, classes = tmp_path_factory.mktemp("runs") / "weather", ["dry", "wet"]
+    return new_run(str(folder), target=target, conditions=CONDITIONS, classes=classes)
+
+
+def npy(array: np.ndarray) -> dict[str, str]:
+    file = io.BytesIO()
+    np.save(file, array)
+    return {"npy": base64.b64encode(file.getvalue()).decode()}
+
+
+def test_conditions_over_http_give_what_the_sampler_gives_in_the_datas_units(weather_url: str) -> None:
+    """Text, vector, grid and class in each spelling, alone and among others: to the last bit of float32."""
+    coarse = np.linspace(270, 290, 16, dtype=np.float32).reshape(1, 4, 4)
+    given = {"caption": "küste", "place": [48.5, 2.5], "coarse": npy(coarse), "label": "wet"}
+    listed = {"caption": "küste", "place": npy(np.array([48.5, 2.5])), "coarse": coarse[0].tolist(), "label": 1}
+    fields = {"count": 3, "steps": 4, "seed": 5, "guidance": {"coarse": 2.0, "caption": 1.5}}
+    others = [{"steps": 3 + i, "condition": one} for i, one in enumerate([{}, {"caption": "a"}, {"place": [1, 2]}] * 3)]
+
+    async def main() -> None:
+        async with serving(config(weather_url)) as call:
+            first = await call.post({**fields, "condition": given})
+            assert first.status == 200, first.body
+            assert first.json["conditions"] == sorted(CONDITIONS)
+            assert [item["class"] for item in first.json["data"]] == [1, 1, 1]
+            replies = await asyncio.gather(*map(call.post, [*others, {**fields, "condition": listed}]))
+            assert {reply.status for reply in replies} == {200}
+            assert replies[-1].json["data"] == first.json["data"]
+
+            denoiser = in_same_rows(load(weather_url, device="cpu"), 32)
+            request = make_request(parse(json.dumps({**fields, "condition": given}).encode()),
+                                   call.service.models["small"], Limits(), "application/json", 5)  # fmt: skip
+            x = request.sigmas[0] * SampleNoise(request.seeds).normal((3, 1, 8, 8), torch.float32)
+            guided = ClassifierFree(denoiser, 1.0, fields["guidance"])
+            alone = sample(guided, x, request.sigmas, generator=request.seeds, condition=request.condition)
+            values = [np.load(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in first.json["data"]]
+            assert np.array_equal(np.stack(values), (20 * alone + 280).numpy())
+
+            arrays = await call.post({**fields, "condition": given}, Accept="application/x-npz")
+            assert np.array_equal(np.load(io.BytesIO(arrays.body))["samples"], np.stack(values))
+            assert json.loads(arrays.headers["x-scoreray-guidance"]) == fields["guidance"]
+            sheet = await call.post({**fields, "condition": given}, Accept="image/png")
+            assert np.asarray(Image.open(io.BytesIO(sheet.body))).shape[2] == 3
+            pictures = await call.post({**fields, "condition": given, "format": "png"})
+            shown = np.stack([picture(item) for item in pictures.json["data"]])
+            assert np.array_equal(shown, field_pictures(np.stack(values)).transpose(0, 2, 3, 1))
+            events = await call.post({**fields, "condition": given, "stream": True})
+            assert b"event: preview\ndata: {" in events.body
+            assert b'"b64_json"' in events.body
+
+            plain = (await call.post({"count": 2, "steps": 3, "seed": 1})).json
+            assert [item["class"] for item in plain["data"]] == [0, 1]
+            null = {"label": None, "caption": None}
+            nothing = (await call.post({"count": 2, "steps": 3, "seed": 1, "condition": null})).json
+            assert nothing["data"][0]["class"] is None
+            metrics = (await call("GET", "/metrics")).body.decode()
+            assert 'scoreray_condition_rows_total{condition="coarse"}' in metrics
+
+    asyncio.run(main())
+
+
+def test_the_model_page_says_what_it_draws_and_takes(weather_url: str, run_url: str, points_url: str) -> None:
+    async def page(url: str) -> dict[str, Any]:
+        async with serving(config(url)) as call:
+            return (await call("GET", "/v1/model")).json
+
+    weather, pictures, points = (asyncio.run(page(url)) for url in (weather_url, run_url, points_url))
+    field = {"name": "t2m", "kind": "array", "dtype": "float32", "units": "those of the data"}
+    assert weather["target"] == {**field, "shape": [1, 8, 8], "png": True}
+    assert weather["pictures"] is False
+    assert weather["conditions"] == {
+        "caption": {"kind": "text", "shape": [12], "max_length": 12},
+        "place": {"kind": "vector", "shape": [2], "low": [25.0, -2.0], "high": [75.0, 18.0]},
+        "coarse": {"kind": "concat", "shape": [1, 4, 4]},
+        "label": {"kind": "class", "shape": [], "classes": ["dry", "wet"]},
+    }
+    image = {"name": "image", "kind": "image", "dtype": "uint8", "units": "0 to 255"}
+    assert pictures["target"] == {**image, "shape": [1, 8, 8], "png": True}
+    assert list(pictures["conditions"]) == ["label"]
+    assert (points["target"]["png"], points["conditions"]) == (False, {})
+
+
+def test_a_condition_is_limited_and_a_key_covers_it(weather_url: str, run_url: str) -> None:
+    limits = Limits(max_body_bytes=500, max_condition_bytes=1000)
+
+    async def main() -> None:
+        async with serving(config(weather_url, limits=limits)) as call:
+            cases: list[tuple[Any, int, str, str | None]] = [
+                ({"coarse": npy(np.zeros((1, 20, 14), np.float32))}, 413, "condition_too_large", "condition.coarse"),
+                ({"coarse": npy(np.zeros((1, 30, 30), np.float32))}, 413, "body_too_large", None),
+                ({"coarse": npy(np.zeros((2, 4, 4), np.float32))}, 422, "invalid", "condition.coarse"),
+                ({"coarse": npy(np.full((1, 4, 4), np.inf, np.float32))}, 422, "invalid", "condition.coarse"),
+                ({"caption": "a text too long"}, 422, "invalid", "condition.caption"),
+                ({"tokens": [1]}, 422, "invalid", "condition.tokens"),
+            ]
+            for condition, status, code, field in cases:
+                reply = await call.post({"condition": condition})
+                assert (reply.status, reply.code, reply.json.get("field")) == (status, code, field)
+            nan = await call.post(b'{"condition": {"place": [NaN, 1]}}')
+            assert (nan.status, nan.code) == (400, "bad_json")
+
+            first = await call.post({"condition": {"caption": "a"}}, Idempotency_Key="k")
+            again = await call.post({"condition": {"caption": "a"}}, Idempotency_Key="k")
+            assert again.headers["idempotent-replayed"] == "true"
+            assert again.json["data"] == first.json["data"]
+            other = await call.post({"condition": {"caption": "b"}}, Idempotency_Key="k")
+            assert (other.status, other.code) == (422, "key_reused")
+        async with serving(config(run_url, limits=limits)) as call:
+            reply = await call.post(b'{"count": 1}' + b" " * 500)
+            assert reply.code == "body_too_large", "a model of classes alone takes no larger bodies"
 
     asyncio.run(main())
 

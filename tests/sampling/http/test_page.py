@@ -15,12 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.samplers.options import options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.access import hash_of
 from scoreray.sampling.service.config import Limits, ServeConfig
+from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.diffusion.condition import ConditionSpec
 
 PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
 pytestmark = pytest.mark.skipif(
@@ -73,6 +77,9 @@ class Browser:
         element = self.element(selector)
         self._request(f"/element/{element}/clear", {})
         self._request(f"/element/{element}/value", {"text": text})
+
+    def upload(self, selector: str, file: Path) -> None:
+        self._request(f"/element/{self.element(selector)}/value", {"text": str(file)})
 
     def text(self, selector: str) -> str:
         return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
@@ -421,6 +428,60 @@ def test_it_starts_with_what_the_limits_allow_and_offers_no_class(browser: Brows
         assert captions(browser) == []
         choose(browser, "#grid", "geometric")
         assert '"grid":"geometric"' in browser.text("#curl")
+
+
+def test_what_the_model_takes_is_offered_and_its_fields_are_seen(
+    browser: Browser, new_run: Any, served: Any, tmp_path: Path
+) -> None:
+    """A text box, a slider a number, an upload, classes by name; fields are pictures by a colour map."""
+    conditions = {
+        "caption": ConditionSpec("text", (12,)),
+        "place": ConditionSpec("vector", (2,), normaliser=Normaliser("range", (5.0, 10.0), (5.0, 10.0))),
+        "hour": ConditionSpec("vector", (1,)),
+        "coarse": ConditionSpec("concat", (1, 4, 4)),
+        "hue": ConditionSpec("class", classes=("red", LONG)),
+        "label": ConditionSpec("class", classes=("dry", "wet")),
+    }
+    target = TargetField("t2m", "array", "float32", Normaliser("channel", (280.0,), (20.0,)))
+    run = new_run(str(tmp_path / "weather"), target=target, conditions=conditions, classes=["dry", "wet"])
+    np.save(tmp_path / "coarse.npy", np.ones((1, 4, 4), np.float32))
+    with served(config(run)) as (url, _):
+        open_page(browser, url)
+        names = browser.run("return [...document.querySelectorAll('.condition')].map(e => e.dataset.name)")
+        assert names == list(conditions)
+        assert browser.run("return body().condition") is None
+        browser.type(".condition[data-name=caption] textarea", "ein zu langer Text")
+        assert browser.text("#curl").startswith("caption: 18 bytes, 12 at most")
+        browser.type(".condition[data-name=caption] textarea", "küste's")
+        browser.click(".condition[data-name=place] input[type=checkbox]")
+        browser.run(
+            "const range = document.querySelector('.condition[data-name=place] input[type=range]'); range.value = 7.5;"
+            "range.dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        choose(browser, ".condition[data-name=hue] select", "1")
+        browser.upload(".condition[data-name=coarse] input", tmp_path / "coarse.npy")
+        browser.until("body().condition.coarse")
+        sent = browser.run("return body().condition")
+        assert {name: value for name, value in sent.items() if name != "coarse"} == {
+            "caption": "küste's", "place": [7.5, 10], "hue": 1
+        }  # fmt: skip
+        browser.type("#count", "2")
+        browser.type("#steps", "9")
+        assert_all_in_sight(browser, "conditions")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 2")
+        keep(browser, "fields")
+        assert all(browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalWidth > 0)"))
+        assert browser.run("return document.querySelectorAll('#strip img').length") >= 3
+        command = browser.text("#curl")
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+        with np.load(tmp_path / "samples.npz") as drawn:
+            assert drawn["samples"].shape == (2, 1, 8, 8)
+            assert 100 < drawn["samples"].mean() < 500, "kelvins"
+        fields = "[...document.querySelectorAll('input, select, textarea')]"
+        assert browser.run(f"return {fields}.filter(e => !e.labels.length && !e.ariaLabel).length") == 0
+        assert browser.run("return document.querySelector('#class-field').hidden"), "several classes have a field each"
+        assert browser.errors() == []
 
 
 def test_only_options_that_a_person_can_give_are_offered(browser: Browser, run_url: str, served: Any) -> None:

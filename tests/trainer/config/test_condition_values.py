@@ -45,7 +45,7 @@ def test_values_in_the_datas_units_become_what_the_network_takes() -> None:
     assert found.values["label"].tolist() == [1]
     assert found.values["place"].tolist() == [[1.0, 1.0]]
     assert found.values["hour"].tolist() == [[7.0]]
-    assert found.values["coarse"].shape == (1, 1, 6, 5)
+    assert found.values["coarse"].shape == (1, 1, 4, 4)
     assert bool((found.values["coarse"] == 1).all())
     assert found.values["tokens"].tolist() == [[[1.0, 2.0]]]
     assert found.masks["tokens"].tolist() == [[True]]
