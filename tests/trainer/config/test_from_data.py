@@ -77,7 +77,7 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["images", "latents", "points"])
+@pytest.mark.parametrize("kind", list(SETS))
 def test_a_step_can_be_made_of_the_config_of_any_data(kind: str, tmp_path: Path) -> None:
     data = data_set(*SETS[kind])
     _, config = suggested(data, LAPTOP, tmp_path)
@@ -85,14 +85,14 @@ def test_a_step_can_be_made_of_the_config_of_any_data(kind: str, tmp_path: Path)
     assert found.sigma_data == pytest.approx(0.5, rel=0.1 if kind != "images" else 0.2)
     assert config.process.sigma_range()[1] >= 20 * found.sigma_data
     module = build_training_module(config, data)
-    samples, rows = stored(data.target, 4), torch.arange(4)
+    samples, rows = stored(data.target, 2), torch.arange(2)
     loss, _ = module(samples, Condition({"label": rows % 2}) if found.conditions else None, rows)
     loss.mean().backward()
     assert torch.isfinite(loss).all()
     assert any(one.grad is not None and one.grad.abs().sum() > 0 for one in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["images", "latents", "points"])
+@pytest.mark.parametrize("kind", list(SETS))
 def test_a_machine_with_gpus_gets_a_larger_network_that_takes_the_data_too(kind: str, tmp_path: Path) -> None:
     _, small = suggested(data_set(*SETS[kind]), LAPTOP, tmp_path)
     _, large = suggested(data_set(*SETS[kind]), SERVER, tmp_path)

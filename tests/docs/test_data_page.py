@@ -1,0 +1,108 @@
+"""The commands of docs/data.md about tables and arrays, as they stand, on files as the page says they are."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from PIL import Image
+from typer.testing import CliRunner
+
+from scoreray.cluster.cli.main import app
+from scoreray.data.reading.manifest import Manifest
+from scoreray.trainer.config import load_config
+
+N = 12
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+EXPECTED = {
+    "shapes": {"image": "image", "caption": "text", "place": "vector", "label": "class"},
+    "hub-train": {"image": "image", "label": "class"},
+    "hub-saved": {"image": "image", "caption": "text", "label": "class"},
+    "latents": {"array": "array"},
+    "pairs": {"latent": "array", "cls": "class", "t5": "sequence"},
+    "weather": {"wind": "array", "hour": "scalar"},
+    "volumes": {"scan": "array"},
+    "cells": {"image": "image", "cls": "class"},
+}
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The words of the section's commands; what stands after several spaces is about them."""
+    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    found = [
+        re.split(r"   +(?=\S)", line.strip())[0] for line in section.splitlines() if line.startswith("    scoreray")
+    ]
+    return [shlex.split(line)[1:] for line in found]
+
+
+def picture(number: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "image": [picture(i) for i in range(N)], "text": [f"a square, {i}" for i in range(N)],
+            "x": rng.normal(size=N), "y": rng.normal(size=N), "label": [i % 2 for i in range(N)],
+        }
+    )  # fmt: skip
+    for name in ("hub/data", "saved"):
+        Path(name).mkdir(parents=True)
+    pq.write_table(table, "shapes.parquet")
+    for split in ("train", "test"):
+        pq.write_table(table, f"hub/data/{split}-00000-of-00001.parquet")
+    with pa.OSFile("saved/data-00000-of-00001.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    np.save("latents.npy", rng.normal(size=(N, 4, 8, 8)).astype(np.float16))
+    np.savez("arrays.npz", z=rng.normal(size=(N, 4, 8, 8)), y=np.arange(N) % 2, tokens=rng.normal(size=(N, 5, 3)))
+    for year in ("2001", "2002"):
+        with h5py.File(f"era5-{year}.nc", "w") as netcdf:
+            for name, length in (("time", N), ("lat", 4), ("lon", 6)):
+                netcdf[name] = np.arange(length)
+                netcdf[name].make_scale(name)
+            for name in ("u", "v"):
+                netcdf[name] = rng.normal(size=(N, 4, 6))
+                for axis, of in enumerate(("time", "lat", "lon")):
+                    netcdf[name].dims[axis].attach_scale(netcdf[of])
+    scans = zarr.open_group("cube.zarr", mode="w")
+    scans.create_array("ct", shape=(N, 1, 4, 4, 4), dtype="f4", chunks=(4, 1, 4, 4, 4))[:] = rng.normal(
+        size=(N, 1, 4, 4, 4)
+    )
+    with h5py.File("cells.h5", "w") as cells:
+        cells["x"], cells["y"] = rng.integers(0, 256, (N, 8, 8, 3), np.uint8), np.arange(N) % 2
+    return tmp_path
+
+
+def test_each_command_packs_the_fields_that_the_page_says(files: Path) -> None:
+    found = commands("Packing tables and arrays")
+    assert [words[3] for words in found] == list(EXPECTED)
+    for words in found:
+        result = CliRunner().invoke(app, [*words, "--workers", "1"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        manifest = Manifest.at(words[3])
+        assert {one.name: one.kind for one in manifest.fields} == EXPECTED[words[3]], words
+    assert Manifest.at("latents").dtype == "float16"
+    assert (Manifest.at("weather").shape, Manifest.at("weather").num_samples) == ([2, 4, 6], 2 * N)
+    looked, as_json, config, train = commands("Looking at a data set")
+    for words in (looked, as_json):
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert Image.open("look.png").width > 100
+    assert config[-2:] == [">", "mine.yaml"]
+    Path("mine.yaml").write_text(CliRunner().invoke(app, config[:-2], catch_exceptions=False).stdout)
+    assert train == ["train", "mine.yaml"]
+    conditions = load_config("mine.yaml").data.conditions
+    assert conditions is not None
+    assert set(conditions) == {"caption", "place", "label"}
