@@ -185,7 +185,7 @@ def _take_over(
     )
     checkpoint = from_rank_0(latest(run) if rank == 0 else None, world_size)
     if checkpoint is not None:
-        checkpoint.check_data(data, config.data)
+        checkpoint.check_data(data, config.data.url)
         writer.last_commit = (checkpoint.images_seen, checkpoint.marker.time)
     return writer, checkpoint
 

@@ -44,7 +44,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     run.check_writable()
     newest = None if fresh else latest(run)
     if newest is not None:
-        newest.check_data(data, config.data)
+        newest.check_data(data, config.data.url)
     found = misfit(config, data)
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)

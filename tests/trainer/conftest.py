@@ -10,7 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from scoreray.data.fields.field import Field
+from scoreray.data.reading.manifest import Manifest
 
 
 class Driver:
@@ -50,3 +54,44 @@ class Driver:
 def start_train() -> Callable[..., Driver]:
     """start_train(config file, within=[...], environment={...})"""
     return Driver
+
+
+@pytest.fixture(scope="session")
+def conditioned_set(write_fields: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of 100 samples: a float16 array `fine` [2, 8, 8], and a field of each kind that can condition it.
+    Sequences and texts have lengths of their own, 0 too."""
+    g, samples, num_bytes = np.random.default_rng(0), [], lambda array: ("raw", array.tobytes())
+    for i in range(100):
+        samples.append({
+            "fine": num_bytes((280 + 10 * g.standard_normal((2, 8, 8))).astype(np.float16)),
+            "coarse": num_bytes(g.standard_normal((1, 4, 4))),
+            "place": num_bytes(g.standard_normal(2).astype(np.float32)),
+            "t5": num_bytes(g.standard_normal((i % 4, 3)).astype(np.float32)),
+            "text": ("txt", f"number {i}".encode()[: i % 10]),
+            "hour": float(i % 24),
+            "cls": i % 3,
+        })  # fmt: skip
+    numbers = [("fine", "array", [2, 8, 8], "float16", [280.0] * 2, [10.0] * 2),
+               ("coarse", "array", [1, 4, 4], "float64", [0.0], [1.0]),
+               ("place", "vector", [2], "float32", [0.0] * 2, [1.0] * 2),
+               ("t5", "sequence", [3, 3], "float32", [0.0] * 3, [1.0] * 3),
+               ("hour", "scalar", [], "float64", [12.0], [7.0])]  # fmt: skip
+    fields = [
+        Field(name, kind, shape, dtype, f"{name}.raw" if shape else "json", "" if shape else name, mean=mean, std=std,
+              normalisation="channel")
+        for name, kind, shape, dtype, mean, std in numbers
+    ]  # fmt: skip
+    fields.append(Field("text", "text", [9], "uint8", "txt"))
+    fields.append(Field("cls", "class", [], "int64", "cls", classes=["a", "b", "c"], class_counts=[34, 33, 33]))
+    url = tmp_path_factory.mktemp("conditioned") / "set"
+    write_fields(url, fields, samples, samples_per_shard=25)
+    return str(url)
+
+
+@pytest.fixture(scope="session")
+def conditions() -> dict[str, dict[str, object]]:
+    """`data.conditions` by which every other field of `conditioned_set` conditions its array."""
+    cut = {"max_length": 2, "too_long": "cut"}
+    return {
+        "coarse": {}, "place": {"dropout": 0.3}, "t5": cut, "text": {}, "hour": {}, "label": {"field": "cls"},
+    }  # fmt: skip

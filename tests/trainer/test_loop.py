@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -17,14 +18,18 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError, Preempted
 from scoreray.trainer.prepare import check_run, prepare_run
 from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_data import open_run_data
 from scoreray.trainer.run_folder import run_store
 
 
@@ -58,10 +63,15 @@ def final(c: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 
 @pytest.mark.parametrize("stop_at", [16, 112, 208, 304])
-def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(data_url: str, tmp_path: Path, stop_at: int) -> None:
-    whole = config(data_url, tmp_path / "whole")
+def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(
+    data_url: str, conditioned_set: str, conditions: dict[str, Any], tmp_path: Path, stop_at: int
+) -> None:
+    """One of the runs is conditioned by a field of each kind."""
+    fields = [f"data.conditions={json.dumps(conditions)}", "objective.label_dropout=0.2"] if stop_at == 208 else []
+    url = conditioned_set if fields else data_url
+    whole = config(url, tmp_path / "whole", *fields)
     assert train(whole) == 320
-    broken = config(data_url, tmp_path / "broken")
+    broken = config(url, tmp_path / "broken", *fields)
     seen = 0
 
     class Stop(Exception):
@@ -92,9 +102,14 @@ def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(data_url: str
     assert final(whole)[1] == final(broken)[1]
 
 
-def test_micro_batches_do_not_change_what_is_learnt(data_url: str, tmp_path: Path) -> None:
-    whole = config(data_url, tmp_path / "a", "network.dropout=0")
-    parts = config(data_url, tmp_path / "b", "network.dropout=0", "engine.micro_batch_size=4")
+@pytest.mark.parametrize("kind", ["classes", "conditions"])
+def test_micro_batches_do_not_change_what_is_learnt(
+    data_url: str, conditioned_set: str, conditions: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    fields = [f"data.conditions={json.dumps(conditions)}"] if kind == "conditions" else []
+    url = conditioned_set if fields else data_url
+    whole = config(url, tmp_path / "a", "network.dropout=0", *fields)
+    parts = config(url, tmp_path / "b", "network.dropout=0", "engine.micro_batch_size=4", *fields)
     train(whole)
     train(parts)
     assert final(parts)[1] == pytest.approx(final(whole)[1], rel=1e-4)
@@ -182,9 +197,36 @@ def test_on_a_request_to_save_or_stop_it_commits_at_once(data_url: str, tmp_path
         assert torch.equal(one, other)
 
 
+def test_a_checkpoint_says_what_was_modelled_and_conditioned_and_goes_on_with_the_same_only(
+    conditioned_set: str, conditions: dict[str, Any], tmp_path: Path
+) -> None:
+    few = {name: conditions[name] for name in ("place", "label")}
+    c = config(
+        conditioned_set, tmp_path, f"data.conditions={json.dumps(few)}", "network={kind: mlp, hidden_size: 8}",
+        "duration.images=16",
+    )  # fmt: skip
+    train(c)
+    checkpoint = latest(run_store(c))
+    assert checkpoint is not None
+    marker, data = checkpoint.marker, open_run_data(c)
+    assert marker.target == TargetField("fine", "array", "float16", Normaliser("channel", (280.0,) * 2, (20.0,) * 2))
+    assert marker.conditions == {
+        "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (0.0,) * 2, (1.0,) * 2)),
+        "label": ConditionSpec("class", classes=("a", "b", "c")),
+    }
+    assert marker.differences(data) == []
+    fine, coarse, place, *rest = data.fields
+    packed_otherwise = replace(data, fields=[fine, coarse, replace(place, std=[2.0, 1.0]), *rest])
+    assert marker.differences(packed_otherwise) == ["condition 'place' of another kind, shape or normalisation"]
+    (line,) = marker.differences(replace(data, fields=[replace(fine, normalisation="none"), coarse, place, *rest]))
+    assert line.startswith("target 'fine' (array, float16), not 'fine' (array, float16 with normalisation")
+    with pytest.raises(UserError, match=r"data\.conditions"):
+        config(conditioned_set, tmp_path, "network={kind: mlp, hidden_size: 8}", "duration.images=16")
+
+
 def test_fits_are_checked_before_the_run(data_url: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="patch_size"):
-        config(data_url, tmp_path, "network.kind=dit", "network.patch_size=3")
+    with pytest.raises(UserError, match="attention_resolutions"):
+        config(data_url, tmp_path, "network.attention_resolutions=[5]")
     c = config(data_url, tmp_path)
     check_run(c)
     with pytest.raises(UserError, match=re.escape("no data set here")):

@@ -28,8 +28,6 @@ from scoreray.data.reading.manifest import DataDescription
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.marker import Marker, StoredFile
-from scoreray.trainer.config import DataSection
-from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.optim.fragments import MASTER, Fragment, StoredFragment, overlaps, parameter_shapes
 
@@ -73,11 +71,11 @@ class Checkpoint:
         except DataError as error:
             raise DataError(f"{error}; {instead_of(self.store, self.folder)}") from error
 
-    def check_data(self, data: DataDescription, section: DataSection) -> None:
-        """Raises UserError, with what differs, unless `data` (at `section.url`) are those that were trained on."""
-        if differing := self.marker.differences(data, run_fields(section, data)):
+    def check_data(self, data: DataDescription, url: str | Sequence[str]) -> None:
+        """Raises UserError, with what differs, unless `data` (at `url`) are those that were trained on."""
+        if differing := self.marker.differences(data):
             raise UserError(
-                f"data.url: {section.url} is not the data set that {self.url} was trained on: {'; '.join(differing)}; "
+                f"data.url: {url} is not the data set that {self.url} was trained on: {'; '.join(differing)}; "
                 "give a URL where the same samples are, or begin a new run on these (another run.name, or --fresh)"
             )
 

@@ -16,7 +16,8 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from scoreray.data.reading.manifest import DataDescription, Sha256
 from scoreray.data.seal import read_sealed, sealed
-from scoreray.trainer.config.run_fields import RunFields, TargetField
+from scoreray.trainer.config import DataSection
+from scoreray.trainer.config.run_fields import TargetField, run_fields
 from scoreray.trainer.diffusion.condition import ConditionSpec
 
 FORMAT = 2
@@ -113,22 +114,24 @@ class Marker:
         place = url.rpartition("/")[0].rpartition("/")[0]
         return read_sealed(_MARKER, data, url, "checkpoint's marker", unsealed_format=UNSEALED, place=place)
 
-    def differences(self, data: DataDescription, fields: RunFields) -> list[str]:
-        """How data differ from those that were trained on, a phrase for each; none where they are the same. `fields`:
-        what a run would train on of them."""
+    def differences(self, data: DataDescription) -> list[str]:
+        """How data differ from those that were trained on, a phrase for each; none where they are the same. Raises
+        UserError where they lack a field of the run's."""
         found, known = [], self.data
-        if fields.shape != self.image_shape:
-            found.append(f"samples of shape {fields.shape}, not {self.image_shape}")
+        fields = None if self.target is None else run_fields(DataSection.model_validate(self.config["data"]), data)
+        shape = data.shape if fields is None else fields.shape
+        if shape != self.image_shape:
+            found.append(f"samples of shape {shape}, not {self.image_shape}")
         if data.classes != self.classes:
             found.append(_other_classes(data.classes, self.classes))
         if known is not None and data.num_samples != known.num_samples:
             found.append(f"{_samples(data.num_samples)}, not {_samples(known.num_samples)}")
-        if self.target not in (None, fields.target):
-            found.append(f"target {_field(fields.target)}, not {_field(self.target)}")
-        if self.conditions is not None and not found:
-            names = sorted(self.conditions.keys() | fields.conditions)
-            other = [name for name in names if self.conditions.get(name) != fields.conditions.get(name)]
-            found += [f"condition '{name}' of another kind, shape or normalisation" for name in other]
+        if fields is not None and not found:
+            if self.target is not None and self.target != fields.target:
+                found.append(f"target {_field(fields.target)}, not {_field(self.target)}")
+            for name in fields.conditions:
+                if fields.conditions[name] != (self.conditions or {}).get(name):
+                    found.append(f"condition '{name}' of another kind, shape or normalisation")
         if not found and known is not None and data.identity != known.sha256:
             what = "other samples or another order" if known.num_samples else "other tars"
             found.append(f"{what} (SHA-256 {data.identity[:12]}, not {known.sha256[:12]})")

@@ -81,7 +81,7 @@ def ledger(folder: Path, start: int, rank: int) -> list[tuple[int, list[tuple[in
     return [json.loads(line) for line in lines if line.endswith("]]]")]  # not one that a kill has cut
 
 
-def assert_exactly_once(folder: Path, starts: list[dict[str, Any]]) -> None:
+def assert_exactly_once(folder: Path, starts: list[dict[str, Any]], samples: int = SAMPLES) -> None:
     """What counts of each start is what was committed before the next began; together that is every position once,
     and every sample once an epoch."""
     ends = [start["from"] for start in starts[1:]] + [TOTAL]
@@ -95,14 +95,22 @@ def assert_exactly_once(folder: Path, starts: list[dict[str, Any]]) -> None:
                         counted[position] += 1
                     assert sample_of.setdefault(position, index) == index  # also in what was redone
     assert counted == Counter(range(TOTAL))
-    for epoch in range(TOTAL // SAMPLES):
-        assert sorted(sample_of[epoch * SAMPLES + i] for i in range(SAMPLES)) == list(range(SAMPLES))
+    for epoch in range(TOTAL // samples):
+        assert sorted(sample_of[epoch * samples + i] for i in range(samples)) == list(range(samples))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_kills", "ahead"), [(10, 0), (5, None)])
-def test_kills_change_nothing(data_url: str, tmp_path: Path, num_kills: int, ahead: int | None) -> None:
-    """SIGKILL to one of two ranks at random points (ZeRO-2): every loss and every tensor bitwise as without.
+def test_kills_change_nothing(
+    data_url: str,
+    conditioned_set: str,
+    conditions: dict[str, Any],
+    tmp_path: Path,
+    num_kills: int,
+    ahead: int | None,
+) -> None:
+    """SIGKILL to one of two ranks at random points (ZeRO-2): every loss and every tensor bitwise as without; of the
+    second plan's run, each kind of field is a condition.
 
     Redone is what was trained since the newest commit: one interval at most where training waits for each commit.
     Else also what was trained while the next commit travelled; the save after it waits for that one, so two intervals
@@ -110,15 +118,17 @@ def test_kills_change_nothing(data_url: str, tmp_path: Path, num_kills: int, ahe
     """
     choose = random.Random(1)
     kills: Plan = [(2, choose.randint(1, 18)) for _ in range(num_kills)]
-    run_plan(tmp_path / "whole", data_url, [(2, None)], 2, dropout=0.1)
-    starts = run_plan(tmp_path / "killed", data_url, [*kills, (2, None)], 2, dropout=0.1, ahead=ahead)
+    fields = {} if ahead == 0 else {"conditions": conditions}
+    url = conditioned_set if fields else data_url
+    run_plan(tmp_path / "whole", url, [(2, None)], 2, dropout=0.1, **fields)
+    starts = run_plan(tmp_path / "killed", url, [*kills, (2, None)], 2, dropout=0.1, ahead=ahead, **fields)
     state, losses = outcome(tmp_path / "whole")
     other_state, other_losses = outcome(tmp_path / "killed")
     assert other_losses == losses
     assert other_state.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(other_state[name], tensor), name
-    assert_exactly_once(tmp_path / "killed", starts)
+    assert_exactly_once(tmp_path / "killed", starts, 100 if fields else SAMPLES)
     for number, (start, after) in enumerate(itertools.pairwise(starts)):
         steps = ledger(tmp_path / "killed", number, 0)
         reached, committed = start["from"] + BATCH * len(steps), steps[-1][0]

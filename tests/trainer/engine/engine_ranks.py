@@ -16,14 +16,22 @@ import torch
 import torch.distributed as dist
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
+from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.objective import EDMObjective
+from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine import build_engine
 from scoreray.trainer.engine import deepspeed as by_deepspeed
 from scoreray.trainer.monitoring.stopping import NonFiniteError
+from scoreray.trainer.networks.conditioning import TextEncoderConfig
+from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.step import TrainingModule
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 BATCH, STEPS = 24, 4
@@ -75,6 +83,42 @@ def train(case, first: int = 0, steps: int = STEPS, engine=None, poison: bool = 
     return engine, module, norms
 
 
+CONDITIONS = {
+    "label": ConditionSpec("class", classes=("a", "b", "c")),
+    "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (0.0, 1.0), (1.0, 2.0))),
+    "coarse": ConditionSpec("concat", (1, 2, 2)),
+    "tokens": ConditionSpec("sequence", (3, 2)),
+    "caption": ConditionSpec("text", (4,)),
+}
+
+
+def train_conditioned(case) -> list[float]:
+    """Norms of a few steps of a network with cross-attention that recomputes its activations, given conditions."""
+    torch.manual_seed(0)
+    network = UNetConfig(8, (1,), 1, (4,), activation_checkpointing=True, text_encoder=TextEncoderConfig(8, 1, 2))
+    module = TrainingModule(
+        Denoiser(network.build((1, 4, 4), CONDITIONS)), EDMObjective(label_dropout=0.2), EDM(), seed=0,
+        global_batch_size=BATCH, dropout={"place": 0.3},
+    )  # fmt: skip
+    engine, norms = engine_of(module, case), []
+    for step in range(STEPS):
+        g = torch.Generator().manual_seed(step)
+        values = {
+            "label": torch.randint(0, 3, (BATCH,), generator=g),
+            "caption": torch.randint(97, 123, (BATCH, 4), dtype=torch.uint8, generator=g),
+        }
+        for name in ("place", "coarse", "tokens"):
+            values[name] = torch.randn(BATCH, *CONDITIONS[name].shape, generator=g)
+        masks = {"tokens": torch.rand(BATCH, 3, generator=g) < 0.5, "caption": torch.rand(BATCH, 4, generator=g) < 0.5}
+        condition, x = Condition(values, masks), torch.randn(BATCH, 1, 4, 4, generator=g)
+        mine = torch.arange(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+        for rows in mine.chunk(engine.num_micro_batches):
+            loss, _ = engine.module(x[rows], condition[rows], rows + step * BATCH)
+            engine.backward(loss.mean())
+        norms.append(engine.step(0.01, case.ema.decays(step + 1, BATCH)))
+    return norms
+
+
 def save(engine, module, where: Path) -> None:
     writer = CheckpointWriter(open_store(where), attempt="a", rank=RANK, world_size=WORLD, keep=1)
     fragments = list(engine.fragments()) if RANK == 0 or not engine.replicated else []
@@ -100,6 +144,9 @@ CASES = {
     "zero2-bf16": config(2, "bf16"),
     "zero3-bf16": config(3, "bf16"),
 }
+
+
+CONDITIONED = ("flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16")
 
 
 def refusal(stage: int, name: str, value: object) -> str:
@@ -133,6 +180,8 @@ def main() -> None:
             facts[name]["refused"] = True
         save(engine, module, FOLDER / f"{name}-{WORLD}-after-refusal")
         facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
+    for name in CONDITIONED if WORLD == 2 else ("flat",):
+        facts[f"{name}, conditions"] = train_conditioned(CASES[name])
     if WORLD == 2:
         facts["refusals"] = [
             refusal(3, "PARTITIONS", "absent"),

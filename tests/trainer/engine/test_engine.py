@@ -65,6 +65,14 @@ def test_sharded_state_is_that_of_one_process(trained: Path, name: str, key: str
         torch.testing.assert_close(sharded[parameter], values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16"])
+def test_steps_with_conditions_of_every_kind_are_those_of_one_process(trained: Path, name: str) -> None:
+    """Under each stage, in micro-batches, offloaded, with activations recomputed; in bf16 to its rounding."""
+    norms, one = facts(trained, 2)[f"{name}, conditions"], facts(trained, 1)["flat, conditions"]
+    assert norms == pytest.approx(one, rel=0.1 if "bf16" in name else 1e-3)
+    assert min(one) > 0
+
+
 @pytest.mark.parametrize("name", ["zero1-bf16", "zero2-bf16", "zero3-bf16"])
 def test_bf16_weights_train_fp32_masters(trained: Path, name: str) -> None:
     reference, masters = state(trained, "flat-1", "master"), state(trained, f"{name}-2", "master")
