@@ -118,7 +118,7 @@ def pack(
 def verify(url: Annotated[str, typer.Argument(help="A packed data set.")], as_json: AsJson = False) -> None:
     """Check every byte of a data set against its manifest; exit status 3 when something is wrong."""
     from scoreray.cluster.display import counted
-    from scoreray.data.packing.inspect import verify as problems_of
+    from scoreray.data.packing.verify import verify as problems_of
     from scoreray.data.storage.store import open_store
 
     open_store(url).check_reachable()

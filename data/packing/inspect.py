@@ -1,33 +1,25 @@
-"""Inspecting a data set: `verify` checks every byte, `summary` measures; grids of pictures."""
+"""Inspecting a data set: `summary` counts and measures; grids of pictures."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from scoreray.data.distances import largest_distance
-from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.errors import UserError
 from scoreray.data.packing.field_pictures import field_pictures
 from scoreray.data.packing.field_summary import FieldSummary, field_summaries
-from scoreray.data.reading.decode import decode
-from scoreray.data.reading.manifest import Manifest, digest, is_picture
-from scoreray.data.reading.reader import Reader
+from scoreray.data.reading.manifest import Manifest, is_picture
 from scoreray.data.reading.samples import SampleReader
-from scoreray.data.sources.identity import hash_object
-from scoreray.data.storage.stats import ReadStats
-from scoreray.data.storage.store import Store, open_store
 
 GRID_BACKGROUND = 48
 FAINT = 0.02  # a standard deviation of 2 or 3 of 255 levels
-WINDOW_BYTES = 8 << 20  # of a shard that is checked
 LOOKED_AT_BYTES = 256 << 20  # of samples that are in memory at once, as float32
 GRID_PIXELS = 720  # about how wide a grid of small images is made
 CAPTION_LINES, LINE_PIXELS, LETTER_PIXELS, CAPTION_COLOUR = 2, 13, 6, (225, 225, 225)
@@ -101,89 +93,6 @@ def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
     if float(samples.abs().max()) <= 1 and manifest.sigma_data > FAINT:
         return samples
     return (samples - float(np.mean(manifest.channel_means()))) / (2 * manifest.sigma_data)
-
-
-def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Every problem of the data set, one line for a shard's size and digest and one for each range of samples that are
-    bad for the same reason; an empty list if it is whole. A window of a shard is in memory at a time.
-
-    Checks each shard's size and SHA-256, the index, each member's digest, and that each sample decodes to the shape
-    and type that the manifest says. `progress` is called with (samples done, samples in all) after each shard.
-    """
-    store = open_store(url)
-    manifest = Manifest.load(store)
-    problems = []
-    reader = Reader(store, manifest, ReadStats())
-    for number in range(len(manifest.shards)):
-        try:
-            problems += _verify_shard(store, manifest, reader, number, reader.records(number))
-        except (DataError, StorageError) as error:
-            problems.append(str(error))
-        if progress:
-            progress(int(reader.first_samples[number + 1]), manifest.num_samples)
-    if (
-        not problems
-        and hash_object(store, manifest.index.name, store.size(manifest.index.name)) != manifest.index.sha256
-    ):
-        problems.append(f"{store.url(manifest.index.name)}: its SHA-256 is not the manifest's; pack the data set again")
-    return problems
-
-
-def _verify_shard(store: Store, manifest: Manifest, reader: Reader, number: int, records: np.ndarray) -> list[str]:
-    shard, url = manifest.shards[number], store.url(manifest.shards[number].name)
-    first = int(reader.first_samples[number])
-    size, found, window, at = store.size(shard.name), hashlib.sha256(), b"", 0  # `window` begins at byte `at`
-    bad: list[tuple[int, str]] = []
-    for place in np.argsort(records["offset"], kind="stable").tolist():
-        start, length = int(records["offset"][place]), int(records["size"][place])
-        while at + len(window) < min(size, start + length):
-            end = at + len(window)
-            fresh = store.get(shard.name, end, min(size, end + WINDOW_BYTES))
-            if not fresh:
-                break
-            found.update(fresh)
-            kept = min(start, end)
-            window, at = window[kept - at :] + fresh, kept
-        member = (
-            window[start - at : start - at + length] if start >= at else store.get(shard.name, start, start + length)
-        )
-        if digest(member) != int(records["digest"][place]):
-            bad.append((place, "their bytes are not those of the index"))
-            continue
-        try:
-            code, name = int(records["format"][place]), partial(reader.name, number, place)
-            decode(member, code, tuple(manifest.shape), np.dtype(manifest.dtype), name)
-        except DataError as error:
-            bad.append((place, str(error).removeprefix(f"{reader.name(number, place)}: ")))
-    while at + len(window) < size:
-        at, window = at + len(window), store.get(shard.name, at + len(window), at + len(window) + WINDOW_BYTES)
-        found.update(window)
-    problems = []
-    if size != shard.bytes:
-        problems.append(
-            f"{url}: {size} bytes, the manifest says {shard.bytes}" + (": it is cut" * (size < shard.bytes))
-        )
-    elif found.hexdigest() != shard.sha256:
-        problems.append(f"{url}: its SHA-256 is not the manifest's")
-    return problems + [_range_line(url, records, first, *run) for run in _runs(sorted(bad))]
-
-
-def _runs(bad: list[tuple[int, str]]) -> list[tuple[int, int, str]]:
-    """(first place, last place, reason) of neighbours that are bad for the same reason."""
-    runs: list[tuple[int, int, str]] = []
-    for place, reason in bad:
-        if runs and runs[-1][1] == place - 1 and runs[-1][2] == reason:
-            runs[-1] = (runs[-1][0], place, reason)
-        else:
-            runs.append((place, place, reason))
-    return runs
-
-
-def _range_line(url: str, records: np.ndarray, first: int, low: int, high: int, reason: str) -> str:
-    offset = int(records["offset"][low])
-    if low == high:
-        return f"{url}: sample {first + low} at byte {offset}: {reason.replace('their bytes', 'its bytes')}"
-    return f"{url}: samples {first + low} to {first + high}, from byte {offset}: {reason}"
 
 
 def picture_grid(

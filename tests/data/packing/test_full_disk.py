@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, ScorerayError
-from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import INDEX, MANIFEST, Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.storage.store import open_store

@@ -22,9 +22,10 @@ import scoreray.data.packing.pack as module
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.fields.field import plain_fields
-from scoreray.data.packing.inspect import picture_grid, spread, summary, verify
+from scoreray.data.packing.inspect import picture_grid, spread, summary
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import ShardWriter, encode
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import MANIFEST, RECORD, Manifest
 from scoreray.data.reading.samples import SampleReader, read_samples
 from scoreray.data.storage.store import open_store
@@ -241,7 +242,7 @@ def test_verify_reports_a_cut_shard_in_two_lines(source: Path, tmp_path: Path, m
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2 // 512 * 512])
     for window in (1 << 23, 700):
-        monkeypatch.setattr("scoreray.data.packing.inspect.WINDOW_BYTES", window)
+        monkeypatch.setattr("scoreray.data.packing.verify.WINDOW_BYTES", window)
         problems = verify(str(tmp_path))
         assert len(problems) == 2
         assert (

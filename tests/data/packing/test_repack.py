@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.pictures import fit
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream

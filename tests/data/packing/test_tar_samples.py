@@ -15,9 +15,9 @@ from PIL import Image
 
 from scoreray.cluster.verbs.pack import pack_with_bar
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.tar_samples import TarSamples
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream

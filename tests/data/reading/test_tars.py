@@ -25,11 +25,11 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.index_tars import TarsPlan, index_tar
-from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
 from scoreray.data.packing.tar_fields import images_of_shape
 from scoreray.data.packing.tar_samples import TarSamples
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import RECORD, Manifest, digest
 from scoreray.data.reading.order import RecordRange

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
-from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.decode import decode_class
 from scoreray.data.reading.manifest import MAX_AXES, MAX_AXIS, MAX_CLASSES, MAX_VALUES, Manifest
 from scoreray.data.reading.samples import read_samples

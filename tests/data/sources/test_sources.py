@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scoreray.data.errors import DataError, ScorerayError, StorageError, UserError
-from scoreray.data.packing.inspect import verify
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.pictures import open_picture, orientation_in
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.sources.source import SourceOptions, open_source

@@ -24,7 +24,7 @@ from scoreray.cluster.verbs.sample_actors import on_actors
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.packing.commit import PackedShard
-from scoreray.data.packing.inspect import verify
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream
