@@ -73,10 +73,9 @@ def _variant(one: dict[str, Any]) -> str:
         return "a string of 1 to 255 printable ASCII characters, no spaces"  # the only pattern there is, KEY
     if "maxProperties" in one:
         values = one["additionalProperties"]
-        if values is True:
-            return f"an object of at most {one['maxProperties']} conditions by name"
-        each = f"each {_variant(values)}" if "type" in values else "numbers, strings, true, false or null"
-        return f"an object of at most {one['maxProperties']} values: {each}"
+        each = values.get("description") or (_variant(values) if "type" in values else None)
+        words = f"each {each}" if each else "numbers, strings, true, false or null"
+        return f"an object of at most {one['maxProperties']} values: {words}"
     name = TYPES.get(one.get("type", ""), "a value")
     if "maxLength" in one:
         return f"{name} of at most {one['maxLength']} characters"

@@ -38,6 +38,19 @@ ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 Weight = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
 DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
+CONDITION_WORDS = 'a text, a number, a list of numbers, {"npy": BASE64} or null'
+CONDITION_SCHEMA: dict[str, Any] = {
+    "description": CONDITION_WORDS,
+    "anyOf": [
+        *({"type": kind} for kind in ("string", "number", "array", "null")),
+        {
+            "type": "object",
+            "properties": {"npy": {"type": "string", "contentEncoding": "base64"}},
+            "required": ["npy"],
+            "additionalProperties": False,
+        },
+    ],
+}
 ConditionValue = str | int | float | bytes | np.ndarray | None
 """What a request gives for one condition; bytes are those of an .npy, lists of numbers are arrays already."""
 
@@ -91,6 +104,7 @@ class SampleBody(BaseModel):
             description="what the samples are drawn for, by the names under `conditions` of `/v1/model`, in the data's "
             "own units: a text, a class by number or name, a number, a list of numbers, lists of lists, or "
             '{"npy": BASE64} of an .npy file; null, or a name left out, for none',
+            json_schema_extra={"additionalProperties": CONDITION_SCHEMA},
         ),
     ] = {}
     guidance: Annotated[
@@ -179,7 +193,7 @@ def _condition_value(value: Any) -> ConditionValue:
             return base64.b64decode(value["npy"], validate=True)
         except (binascii.Error, ValueError):
             raise ValueError('{"npy": ...} is not base64, as RFC 4648 has it in section 4') from None
-    raise ValueError(f'{_shown(value)}: must be a text, a number, a list of numbers, {{"npy": BASE64}} or null')
+    raise ValueError(f"{_shown(value)}: must be {CONDITION_WORDS}")
 
 
 def _check_numbers(value: list[Any], deepest: int) -> None:

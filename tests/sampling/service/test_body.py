@@ -229,7 +229,7 @@ def test_what_was_a_500_names_its_field(
         ({"coarse": npy(np.ones((1, 20, 20)))}, "condition_too_large", "condition.coarse", "bytes: at most 1,000"),
         ({"coarse": [[[0] * 20] * 20]}, "condition_too_large", "condition.coarse", "1,600 bytes: at most 1,000"),
         ({"hue": "blue"}, "invalid", "condition.hue", "class 'blue' is unknown"),
-        ([], "invalid", "condition", "must be an object of at most 64 conditions by name"),
+        ([], "invalid", "condition", "must be an object of at most 64 values: each a text, a num"),
     ],
 )  # fmt: skip
 def test_a_condition_that_does_not_fit_is_refused_by_its_name(
