@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from scoreray.data import checks
 from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields, run_fields
@@ -71,19 +70,14 @@ def misfit(config: Config, data: DataDescription) -> Misfit | None:
         found += f", and the process has noise levels from {low:.3g} to {high:.3g} only"
     elif unseen:
         found += f", and {100 - 200 * TAIL:.0f}% of its training at noise levels from {first:.3g} to {last:.3g}"
-    return Misfit(f"{found}; {_fix(config, fields, uneven)}", hopeless)
+    return Misfit(f"{found}; {_fix(config, fields)}", hopeless)
 
 
-def _fix(config: Config, fields: RunFields, uneven: bool) -> str:
-    if uneven:
-        return (
-            "center and scale each channel before packing: (x - mean) / (2 std), with the mean and std that `scoreray "
-            "data inspect` gives"
-        )
+def _fix(config: Config, fields: RunFields) -> str:
+    normaliser = fields.target.normaliser
+    if normaliser is not None and normaliser.kind in ("none", "range"):
+        return "set data.normalisation=channel"
     factor = fields.sigma_data / 0.5
-    smallest, largest = checks.NOISE_LEVELS
-    if not (smallest <= factor * EDM().sigma_min and factor * EDM().sigma_max <= largest):
-        return f"divide the data by {factor:.3g} before packing"
     settings = ["denoiser.sigma_data=auto"]
     sampling = config.objective.sigma_sampling
     if isinstance(config.process, EDM) and isinstance(sampling, LogNormal):  # EDM's own settings, in the data's units
@@ -93,8 +87,7 @@ def _fix(config: Config, fields: RunFields, uneven: bool) -> str:
             f"process.sigma_max={EDM().sigma_max * factor:.3g}",
             f"objective.sigma_sampling.P_mean={shifted:.3g}",
         ]
-    scale = "" if fields.is_image else f"divide the data by {factor:.3g} before packing, or "
-    return f"{scale}set {' '.join(settings)}"
+    return f"set {' '.join(settings)}"
 
 
 def _range(values: list[float]) -> str:
