@@ -59,6 +59,13 @@ class FieldOptions:
         normalised = FieldOptions(normalisations=self.normalisations).chosen([*target, *label])
         return (*normalised[: len(target)], *self.fields, *normalised[len(target) :])
 
+    def flag(self) -> str:
+        """The first of them, as it is given on the command line."""
+        if self.fields:
+            return str(self.fields[0])
+        flag, (name, kind) = ("--kind", self.kinds[0]) if self.kinds else ("--normalise", self.normalisations[0])
+        return f"{flag} {name}={kind}"
+
     def check_names(self, names: Sequence[str], source: str) -> None:
         """Raises UserError where --kind or --normalise names a field that a source does not have."""
         for flag, given in (("--kind", self.kinds), ("--normalise", self.normalisations)):

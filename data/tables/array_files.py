@@ -47,6 +47,9 @@ class ArraysTable:
             arrays = arrays_of(self.store, name)
             return {column: _rows(arrays[column], places) for column in columns}
 
+    def row_name(self, row: int) -> str:
+        return f"row {row}"
+
     def file_at(self, path: str) -> bytes:
         return self.store.get(path)
 

@@ -1,12 +1,14 @@
-"""Which reader opens a source of rows and columns: parquet, `datasets` folders, files of arrays."""
+"""Which reader opens a source of rows and columns: parquet, `datasets` folders, files of arrays, image folders."""
 
 from __future__ import annotations
 
 import os
 
+from scoreray.data.errors import UserError
 from scoreray.data.sources.field_options import FieldOptions
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.store import local_path, open_store
+from scoreray.data.tables.image_table import open_image_table
 from scoreray.data.tables.source import OpenTable, TableSource, open_table_source
 
 ACCEPTED = "parquet and arrow files or their folder, .npy, .npz, HDF5 (.h5), NetCDF (.nc), a Zarr folder"
@@ -18,13 +20,18 @@ def open_table(url: str | os.PathLike[str], options: SourceOptions, asked: Field
     where = local_path(url)
     text = os.fspath(url) if where is None else os.path.abspath(where)
     reader = reader_of(text)
+    if reader is None and asked and (where is None or where.is_dir()):
+        reader = open_image_table
+    if reader is None and asked and where is not None and where.is_file():
+        raise UserError(f"{url}: {asked.flag()}: images and their classes are all that such a file holds")
     if reader is None or (text.endswith(".npz") and where is not None and not asked):
         return None
     return open_table_source(reader, text, options, asked)
 
 
 def reader_of(url: str) -> OpenTable | None:
-    """What opens a table at a URL: by its suffix, or of a folder by what is in it."""
+    """What opens a table at a URL: by its suffix, or of a folder by what is in it; None of a folder of images, too,
+    which is one where fields are asked for."""
     from scoreray.data.tables.array_files import ARRAY_SUFFIXES, is_zarr, open_arrays
     from scoreray.data.tables.parquet import ARROW_SUFFIXES, open_parquet
 

@@ -70,6 +70,9 @@ class ArrowTable:
                     break
         return found
 
+    def row_name(self, row: int) -> str:
+        return f"row {row}"
+
     def file_at(self, path: str) -> bytes:
         return self.store.get(path)
 

@@ -57,6 +57,9 @@ class Table(Protocol):
     def file_at(self, path: str) -> bytes:
         """The bytes of a file that a value names, below the table's folder. Raises DataError, StorageError."""
 
+    def row_name(self, row: int) -> str:
+        """What messages call a row."""
+
 
 OpenTable = Callable[[str], Table]
 """Opens the table at a URL: a module's function, so that another process can do the same."""
@@ -118,10 +121,10 @@ class TableSource:
             for field, asked, columns in zip(self.fields, self.asked, self.columns, strict=True)
         ]
         for place in places.tolist():
-            yield _sample(readers, stored[place], int(rows[place]))
+            yield _sample(readers, stored[place], self._table.row_name(int(rows[place])))
 
 
-def _sample(readers: Sequence[FieldColumn], values: Mapping[str, Any], row: int) -> Sample | DataError:
+def _sample(readers: Sequence[FieldColumn], values: Mapping[str, Any], row: str) -> Sample | DataError:
     try:
         return {reader.field.name: reader.value(values, row) for reader in readers}
     except DataError as error:

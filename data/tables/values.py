@@ -51,9 +51,9 @@ class FieldColumn:
     options: SourceOptions
     file_at: Callable[[str], bytes]
 
-    def value(self, stored: Mapping[str, Any], row: int) -> FieldValue:
+    def value(self, stored: Mapping[str, Any], row: str) -> FieldValue:
         """The value of a row as it is packed. Raises DataError naming the row, field and column."""
-        name = f"{self.owner}: row {row}, field '{self.field.name}' ({self.asked})"
+        name = f"{self.owner}: {row}, field '{self.field.name}' ({self.asked})"
         raw = raw_value(stored, self.columns, self.asked.path, name)
         if raw is None:
             raise DataError(f"{name}: has no value")
@@ -186,7 +186,14 @@ def _image_shape(
     if isinstance(first, np.ndarray):
         height, width, channels = pixels_of(first, what).shape
     else:
-        pictures = [open_picture(picture_bytes(value, file_at, what), what) for value in values]
+        pictures, problems = list[Image.Image](), list[DataError]()
+        for value in values:
+            try:
+                pictures.append(open_picture(picture_bytes(value, file_at, what), what))
+            except DataError as error:  # it stops the pack when the sample is made, or is left out
+                problems.append(error)
+        if not pictures:
+            raise problems[0]
         (width, height), channels = pictures[0].size, 1 if all(map(is_grey, pictures)) else 3
         channels = options.channels or channels
     if size is None and height != width:
