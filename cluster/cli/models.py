@@ -173,6 +173,7 @@ def export(
     """Write a trained model for inference: safetensors, one per EMA length, and a page of JSON."""
     from scoreray.cluster.verbs.export import export_model
     from scoreray.data.reading.outputs import check_folder
+    from scoreray.sampling.model.describe import describe
 
     check_folder(out, "OUT")
     make_bucket(out)
@@ -182,6 +183,7 @@ def export(
         return
     for name, about in page["files"].items():
         typer.echo(f"EMA {name}: {out.rstrip('/')}/{about['file']} ({about['bytes'] / 1e6:,.1f} MB)")
+    typer.echo(f"takes {describe(out).info.takes}")
     typer.echo(f"next: scoreray sample {out} --count 64 --out samples")
 
 

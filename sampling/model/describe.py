@@ -23,8 +23,9 @@ from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import TargetField, run_fields
-from scoreray.trainer.diffusion.condition import ConditionSpec, class_condition
+from scoreray.trainer.diffusion.condition import ConditionSpec, class_condition, classes_of
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 from scoreray.trainer.step import to_uint8
 
@@ -34,7 +35,7 @@ SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many proce
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where a model comes from and what it draws."""
+    """Where a model comes from and what it draws. classes: of its one class condition, if it has one."""
 
     url: str
     images_seen: int
@@ -49,9 +50,13 @@ class ModelInfo:
     def planned(config: Config, data: DataDescription) -> ModelInfo:
         """Of a model that is yet to be trained on these data. Raises UserError."""
         fields, length = run_fields(config.data, data), config.ema.names[0]
-        return ModelInfo(
-            "", 0, length, tuple(fields.shape), tuple(data.classes), config, fields.conditions, fields.target
-        )
+        classes, shape = classes_of(fields.conditions), tuple(fields.shape)
+        return ModelInfo("", 0, length, shape, classes, config, fields.conditions, fields.target)
+
+    @property
+    def takes(self) -> str:
+        """What conditions it, as a person reads it."""
+        return "; ".join(f"{name}: {described(spec)}" for name, spec in self.conditions.items()) or "no conditions"
 
     def class_number(self, label: str | int | None) -> int:
         """The class meant by a number or a name; -1 for None. Raises UserError (`data.classes`)."""
@@ -143,8 +148,8 @@ def describe(url: str, ema: str | None = None) -> Description:
     chosen = source.chosen if isinstance(source, ExportedModel) and ema is None else None
     name = chosen or choose_length(ema, lengths, url, config.ema.stds)
     where = source.store.url() if isinstance(source, ExportedModel) else source.url
-    shape, classes = tuple(page.image_shape), tuple(page.classes)
-    conditions = class_condition(classes) if page.conditions is None else page.conditions
+    conditions = class_condition(page.classes) if page.conditions is None else page.conditions
+    shape, classes = tuple(page.image_shape), classes_of(conditions)
     info = ModelInfo(where, page.images_seen, name, shape, classes, config, conditions, page.target)
     return Description(info, lengths, source)
 

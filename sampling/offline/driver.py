@@ -207,7 +207,7 @@ def _marker(info: ModelInfo) -> Path:
     except (KeyError, OSError):  # a container's user may have no name
         user = f"uid_{os.getuid()}"
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir(), f"torchinductor_{user}")
-    parts: Sequence[object] = (torch.__version__, repr(info.config.network), info.image_shape, len(info.classes))
+    parts: Sequence[object] = (torch.__version__, repr(info.config.network), info.image_shape, dict(info.conditions))
     return Path(cache, "scoreray-" + hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:16])
 
 

@@ -79,7 +79,7 @@ def _row(value: Any, spec: ConditionSpec) -> Tensor:
         if fits and shape[0] > wanted[0]:
             raise UserError(f"{shape[0]:,} tokens, this model takes at most {wanted[0]:,}; cut it")
     if not fits:
-        raise UserError(f"numbers of shape {list(shape)}, this model takes {_described(spec)}")
+        raise UserError(f"numbers of shape {list(shape)}, this model takes {described(spec)}")
     held = np.abs(array) <= LARGEST  # False for NaN too
     if not held.all():
         where = [int(axis) for axis in np.argwhere(~held)[0]]
@@ -102,7 +102,7 @@ def _text(value: Any, most: int) -> Tensor:
 def _numbers(value: Any, spec: ConditionSpec) -> np.ndarray:
     """Real numbers, float32 or, of Python's numbers and wide types, float64. Raises UserError."""
     if isinstance(value, str):
-        raise UserError(f"text '{shortened(value, 40)}', this model takes {_described(spec)}")
+        raise UserError(f"text '{shortened(value, 40)}', this model takes {described(spec)}")
     try:
         if isinstance(value, bytes):
             array = npy_array(value)
@@ -115,13 +115,17 @@ def _numbers(value: Any, spec: ConditionSpec) -> np.ndarray:
         reason = " ".join(str(error).split())
         raise UserError(f"{_shown(value)} can't be read as numbers: {shortened(reason)}") from None
     if array.dtype.kind not in "fiu":
-        raise UserError(f"{_shown(value)}, this model takes {_described(spec)}")
+        raise UserError(f"{_shown(value)}, this model takes {described(spec)}")
     # A copy: the array may be a view of the caller's bytes, which torch can't have as its own.
     return array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
 
 
-def _described(spec: ConditionSpec) -> str:
-    """What a condition of numbers is given as."""
+def described(spec: ConditionSpec) -> str:
+    """What a condition is given as, as messages and summaries say it."""
+    if spec.kind == "class":
+        return f"one of {spec.num_classes:,} classes"
+    if spec.kind == "text":
+        return f"a text of up to {spec.shape[0]:,} bytes"
     if spec.kind == "vector":
         count = spec.shape[0]
         return "a number" if count == 1 else f"{count} numbers"

@@ -72,6 +72,12 @@ def class_name_of(conditions: Conditions) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
+def classes_of(conditions: Conditions) -> tuple[str, ...]:
+    """The classes of the one class condition; none where it is not one."""
+    name = class_name_of(conditions)
+    return () if name is None else conditions[name].classes
+
+
 @dataclass(frozen=True)
 class Condition:
     """Named tensors whose first dimension is the batch.
@@ -209,17 +215,30 @@ def example_condition(conditions: Conditions, rows: int, device: torch.device | 
     return Condition(values, masks).to(device) if values else None
 
 
+def null_condition(conditions: Conditions, rows: int, device: torch.device | str = "cpu") -> Condition:
+    """The null of every name, in the shapes that a network was built for."""
+    values, masks = dict[str, Tensor](), dict[str, Tensor]()
+    for name, spec in conditions.items():
+        if spec.kind == "class":
+            values[name] = torch.full((rows,), -1, device=device)
+            continue
+        dtype = torch.uint8 if spec.kind == "text" else torch.float32
+        values[name] = torch.zeros(rows, *spec.shape, dtype=dtype, device=device)
+        lead = (rows, *spec.shape[:1]) if spec.kind in HAS_LENGTH else (rows,)
+        masks[name] = torch.zeros(lead, dtype=torch.bool, device=device)
+    return Condition(values, masks)
+
+
 def complete(
     condition: Condition | None, conditions: Conditions, rows: int, device: torch.device | str = "cpu"
 ) -> Condition:
     """`condition` of `rows` rows (None: the null, on `device`) with every name, sequences and texts padded to their
     greatest length, and a mask for each: kernels and compiled graphs are chosen by shapes, so calls should have one."""
-    if condition is not None:
-        device = next(iter(condition.values.values())).device
-    example = example_condition(conditions, 1, device)
-    assert example is not None, "only for networks that take conditions"
-    found = Condition.cat([condition, example.null()], [rows, 1])
-    assert found is not None
+    if condition is None:
+        return null_condition(conditions, rows, device)
+    device = next(iter(condition.values.values())).device
+    found = Condition.cat([condition, null_condition(conditions, 1, device)], [rows, 1])
+    assert found is not None, "a network that takes conditions"
     return found[:rows]
 
 

@@ -10,18 +10,23 @@ from typing import Any
 import pytest
 import torch
 
+from scoreray.cluster.cli import main as cli
 from scoreray.cluster.verbs.export import export_model
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.describe import describe
+from scoreray.sampling.model.export import ModelManifest
 from scoreray.sampling.model.load import load
 from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import look_up
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.diffusion.condition import ConditionSpec
 
 SPELLINGS = ["0.1", ".1", "0.10", "0.100", "1e-1", "10E-2", " 0.1 ", "+0.1"]
 
@@ -48,6 +53,38 @@ def test_what_each_url_holds(urls: dict[str, str]) -> None:
     assert [found[name].follows_run for name in urls] == [True, False, False, False]
     assert found["run"].info.url == found["checkpoint"].info.url == urls["checkpoint"]
     assert describe(f"{urls['all']}/ema-0.100.safetensors").info.ema == "0.100"
+
+
+def test_an_export_knows_what_the_model_draws_and_takes_as_its_checkpoint_does(
+    new_run: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = TargetField("height", "array", "float32", Normaliser("log1p", (0.5,), (2.0,)))
+    conditions = {"label": ConditionSpec("class", classes=("sea", "land"))}
+    run = new_run(str(tmp_path / "run"), shape=(4,), classes=["sea", "land"], target=target, conditions=conditions)
+    cli.app(["export", run, str(tmp_path / "out")], standalone_mode=False)
+    assert "takes label: one of 2 classes\n" in capsys.readouterr().out
+    checkpoint, exported = (describe(str(tmp_path / name)).info for name in ("run", "out"))
+    assert exported.conditions == checkpoint.conditions == conditions
+    assert exported.target == checkpoint.target == target
+    assert exported.classes == ("sea", "land")
+    x = torch.tensor([[0.0, 1.0, -2.0, 0.25]])
+    torch.testing.assert_close(target.normaliser.apply(load(str(tmp_path / "out")).info.in_data_units(x)), x)  # type: ignore[union-attr]
+    unconditional = new_run(str(tmp_path / "no"), shape=(4,), classes=["sea", "land"], target=target, conditions={})
+    assert describe(unconditional).info.classes == ()  # the data's, which this network does not know
+    assert describe(unconditional).info.takes == "no conditions"
+
+
+def test_a_manifest_of_every_kind_of_condition_comes_back_equal(urls: dict[str, str]) -> None:
+    page = describe(urls["all"]).source.page  # type: ignore[union-attr]
+    specs = {
+        "label": ConditionSpec("class", classes=("a",)),
+        "caption": ConditionSpec("text", (77,)),
+        "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (0.1, -3.0), (1e-3, 2.0))),
+        "coarse": ConditionSpec("concat", (4, 8, 8, 8), normaliser=Normaliser("none")),
+        "tokens": ConditionSpec("sequence", (5, 3)),
+    }
+    whole = replace(page, conditions=specs, target=TargetField("x", "vector", "float64", Normaliser("none")))
+    assert ModelManifest.from_json(whole.to_json(), "model.json") == whole
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
