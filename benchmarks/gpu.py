@@ -1,11 +1,12 @@
 """The training step alone on one GPU, without Ray: images/s and MFU against the measured matmul rate.
 
-    python benchmarks/gpu.py [--case dit unet] [--batch 64 256] [--no-compile] [--steps 30]
+    python benchmarks/gpu.py [--case dit unet dit-text] [--batch 64 256] [--no-compile] [--steps 30]
     python benchmarks/gpu.py --device cpu --tiny          the same path on a CPU, in seconds
 
-A DiT of 130 M parameters on 32 x 32 x 4 latents and a U-Net of 131 M on 64 x 64 x 3, bf16 weights with fp32 masters,
-AdamW with two averages in the step (the engine at zero_stage 0), torch.compile on. FLOPs are the network's forward and
-backward pass, counted on the meta device; the rate is the best of square bf16 matrix products on the same device.
+A DiT of 130 M parameters on 32 x 32 x 4 latents and a U-Net of 131 M on 64 x 64 x 3, both with classes, and the DiT
+with 1 to 77 tokens of 768 numbers that every block attends to. bf16 weights with fp32 masters, AdamW with two averages
+in the step (the engine at zero_stage 0), torch.compile on. FLOPs are the network's forward and backward pass, counted
+on the meta device; the rate is the best of square bf16 matrix products on the same device.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from typing import Any
 import torch
 
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionSpec, class_condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.engine import build_engine, resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.step import TrainingModule
 
+TOKENS = {"t5": ConditionSpec("sequence", (77, 768))}
+CLASSES = class_condition([str(number) for number in range(1000)])
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "dit": ({"kind": "dit", "patch_size": 2, "hidden_size": 768, "depth": 12, "num_heads": 12}, (4, 32, 32)),
     "unet": ({"kind": "unet", "model_channels": 192, "channel_mult": [1, 2, 3], "num_blocks": 3}, (3, 64, 64)),
 }
+CASES["dit-text"] = CASES["dit"]
 TINY: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "dit": ({"kind": "dit", "patch_size": 4, "hidden_size": 64, "depth": 2, "num_heads": 2}, (4, 16, 16)),
     "unet": ({"kind": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}, (3, 16, 16)),
 }
+TINY["dit-text"] = TINY["dit"]
 WARM_UP = 5
 
 
@@ -64,11 +70,11 @@ def show(row: dict[str, Any], *, first: bool) -> None:
     if first:
         print(f"{row['device']}, {row['precision']}, matmul {row['matmul_tflops']:.1f} TFLOP/s")
         print(
-            f"{'case':6}{'params':>10}{'batch':>7}{'compiled':>9}"
+            f"{'case':9}{'params':>10}{'batch':>7}{'compiled':>9}"
             f"{'images/s':>10}{'ms/step':>9}{'MFU':>7}{'peak GiB':>10}"
         )
     size, peak = f"{row['params'] / 1e6:.1f} M", row["peak_bytes"] / 2**30
-    head = f"{row['case']:6}{size:>10}{row['batch']:7}{row['compiled']!s:>9}{row['images_per_s']:10.1f}"
+    head = f"{row['case']:9}{size:>10}{row['batch']:7}{row['compiled']!s:>9}{row['images_per_s']:10.1f}"
     print(f"{head}{row['ms']:9.1f}{row['mfu']:7.1%}{peak:10.1f}", flush=True)
 
 
@@ -77,18 +83,18 @@ def measure(name: str, batch: int, device: torch.device, arguments: argparse.Nam
     network_config, shape = (TINY if arguments.tiny else CASES)[name]
     config = run_config(network_config, batch, compiled=not arguments.no_compile)
     torch.manual_seed(0)
-    network = config.network.build(shape, 1000)  # type: ignore[arg-type]
+    network = config.network.build(shape, TOKENS if name == "dit-text" else CLASSES)
     num_params, work = num_parameters(network), training_flops(network, shape)
     denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     module = TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
     parts = config.engine, config.optimizer, config.ema
     engine = build_engine(module, *parts, global_batch_size=batch, world_size=1, device=device)
     images = torch.randn(batch, *shape, device=device)
-    labels = torch.randint(0, 1000, (batch,), device=device)
+    condition = condition_of(name, batch).to(device)
     seconds = []
     for step in range(WARM_UP + arguments.steps):
         start = time.perf_counter()
-        loss, _ = engine.module(images, labels, torch.arange(batch, device=device) + step * batch)
+        loss, _ = engine.module(images, condition, torch.arange(batch, device=device) + step * batch)
         engine.backward(loss.mean())
         engine.step(1e-4, config.ema.decays(step + 1, batch))  # reads the norm, so the step has ended here
         if step >= WARM_UP:
@@ -110,6 +116,15 @@ def measure(name: str, batch: int, device: torch.device, arguments: argparse.Nam
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
+
+
+def condition_of(case: str, batch: int) -> Condition:
+    """Classes, or tokens of 1 to 77."""
+    if case != "dit-text":
+        return Condition({LABEL: torch.randint(0, 1000, (batch,))})
+    length, width = TOKENS["t5"].shape
+    mask = torch.arange(length) < torch.randint(1, length + 1, (batch, 1))
+    return Condition({"t5": torch.randn(batch, length, width)}, {"t5": mask})
 
 
 def run_config(network: dict[str, Any], batch: int, *, compiled: bool) -> Config:

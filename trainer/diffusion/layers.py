@@ -24,6 +24,12 @@ SHORTEST_WAVELENGTH = 0.25
 MAX_LAYERS = 1024  # beyond any network that was trained; a typo would otherwise be built for minutes
 
 
+# A head's attention weights from which on torch's fused attention beats two batched products on a CPU, which win below:
+# forward and backward in bf16 4.0 times as fast at 64 queries and 32 keys, 2.5 times at 256 and 80, but 0.87 at 1024 and
+# 512; in float32 1.2 times at 256 and 512 and 0.73 at 512 and 512 (`benchmarks/attention.py`).
+FUSED_FROM_BYTES = 1 << 20
+
+
 def require(ok: bool, field: str, value: object, accepted: str) -> None:
     """Raise a UserError that names `field`, its `value` and what is accepted, unless `ok`."""
     if not ok:
@@ -64,9 +70,7 @@ class Attention(nn.Module):
     keys, says which there are; each row needs one at least. Others get the weight 0 exactly, whatever finite values
     they have.
 
-    On a GPU it is torch's fused scaled-dot-product attention. On a CPU two plain batched products are up to six times
-    as fast at the few tokens of an image (64 tokens in bf16: 4.5 ms against 26.9 ms, forward and backward, measured).
-    `plain` takes the products everywhere: fused kernels have no second derivative, which energies need.
+    `plain` takes products everywhere (`attend`): fused kernels have no second derivative, which energies need.
     """
 
     def __init__(self, channels: int, num_heads: int, zero_output: bool = False, context_width: int = 0):
@@ -93,16 +97,23 @@ class Attention(nn.Module):
             (q,), (k, v) = self._heads(self.q(x), 1), self._heads(self.kv(context), 2)
             q, k = F.layer_norm(q, (self.head_channels,)), F.layer_norm(k, (self.head_channels,))
         q, k = (q * self.gain).to(v.dtype), k.to(v.dtype)
-        if x.device.type == "cuda" and not self.plain:
-            mixed = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
-        else:
-            mixed = attention_by_products(q, k, v, mask)
+        mixed = (attention_by_products if self.plain else attend)(q, k, v, mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """[B, T, parts C] -> [parts, B, heads, T, head_channels]."""
         x = x.unflatten(2, (parts, self.num_heads, self.head_channels))
         return x.permute(2, 0, 3, 1, 4).contiguous()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention_by_products`, or torch's fused attention where that is the faster: on a GPU, and on a CPU with a mask
+    from FUSED_FROM_BYTES on. Without a mask a CPU keeps to products, so that older networks keep their bits."""
+    weights_bytes = q.shape[2] * k.shape[2] * q.element_size()
+    many = mask is not None and q.device.type == "cpu" and weights_bytes >= FUSED_FROM_BYTES
+    if q.device.type == "cuda" or many:
+        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+    return attention_by_products(q, k, v, mask)
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
