@@ -74,7 +74,7 @@ def measured(
         for name, way in WAYS.items():
             start = clock()
             with torch.set_grad_enabled(backward):
-                out = way(*inputs, mask)
+                out = way(q, k, v, mask)
                 if backward:
                     torch.autograd.grad(out, inputs, g)
             if arguments.device != "cpu":

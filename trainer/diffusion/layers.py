@@ -24,9 +24,9 @@ SHORTEST_WAVELENGTH = 0.25
 MAX_LAYERS = 1024  # beyond any network that was trained; a typo would otherwise be built for minutes
 
 
-# A head's attention weights from which on torch's fused attention beats two batched products on a CPU, which win below:
-# forward and backward in bf16 4.0 times as fast at 64 queries and 32 keys, 2.5 times at 256 and 80, but 0.87 at 1024 and
-# 512; in float32 1.2 times at 256 and 512 and 0.73 at 512 and 512 (`benchmarks/attention.py`).
+# A head's attention weights from which on torch's fused attention beats two batched products on a CPU. Below, the
+# products win: forward and backward in bf16 they are 4.0 times as fast at 64 queries and 32 keys, 2.5 times at 256 and
+# 80, but 0.87 at 1024 and 512; in float32 5.6 times, 2.5 times and 0.57 (`benchmarks/attention.py`).
 FUSED_FROM_BYTES = 1 << 20
 
 

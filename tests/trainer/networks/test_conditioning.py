@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
-from scoreray.trainer.diffusion.layers import allow_double_backward
+from scoreray.trainer.diffusion.layers import allow_double_backward, attend, attention_by_products
 from scoreray.trainer.networks.conditioning import TextEncoderConfig, grid_channels
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops
@@ -198,6 +198,20 @@ def test_shapes_alone_can_be_built_and_flops_count_the_conditions(config):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         built(config)(torch.zeros(1, 2, *GRID), torch.zeros(1), condition()[:1])
     assert flops(network, (2, *GRID)) == counter.get_total_flops() > flops(plain, (2, *GRID))
+
+
+@pytest.mark.parametrize("tokens", [8, 520], ids=["few", "many"])
+def test_masked_attention_is_torchs_and_its_masked_keys_count_for_nothing(tokens):
+    """Many tokens go through torch's fused attention on a CPU, few through products."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 1, tokens, 4, generator=generator)
+    mask = torch.arange(tokens) < torch.tensor([[1], [tokens // 2]])
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+    out = attend(q, k, v, mask)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(attention_by_products(q, k, v, mask), expected)
+    hidden = ~mask[:, None, :, None]
+    assert torch.equal(attend(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), mask), out)
 
 
 def test_grids_are_resized_by_means_or_linearly_and_a_channel_says_where_there_is_one():
