@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shlex
 from pathlib import Path
@@ -12,13 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import zarr
 from PIL import Image
 from typer.testing import CliRunner
 
 from scoreray.cluster.cli.main import app
 from scoreray.data.reading.manifest import Manifest
-from scoreray.trainer.config import load_config
+from scoreray.data.reading.samples import SampleReader
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.step import build_training_module
 
 N = 12
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -86,7 +91,18 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_each_command_packs_the_fields_that_the_page_says(files: Path) -> None:
+def loss_of(config: Config) -> float:
+    """Of two samples and all that conditions them, in the module that the config trains."""
+    reader = SampleReader(str(config.data.url))
+    found = run_fields(config.data, reader.manifest)
+    images, condition = found.inputs(reader.read_fields(range(2), found.requests))
+    module = build_training_module(config, reader.manifest)
+    loss, _ = module(images, condition, torch.arange(2))
+    loss.mean().backward()
+    return float(loss.mean())
+
+
+def test_each_command_packs_the_fields_that_the_page_says_and_a_step_is_made_of_each(files: Path) -> None:
     found = commands("Packing tables and arrays")
     assert [words[3] for words in found] == list(EXPECTED)
     for words in found:
@@ -96,6 +112,10 @@ def test_each_command_packs_the_fields_that_the_page_says(files: Path) -> None:
         assert {one.name: one.kind for one in manifest.fields} == EXPECTED[words[3]], words
     assert Manifest.at("latents").dtype == "float16"
     assert (Manifest.at("weather").shape, Manifest.at("weather").num_samples) == ([2, 4, 6], 2 * N)
+    for name in EXPECTED:
+        text = CliRunner().invoke(app, ["data", "inspect", name, "--config"], catch_exceptions=False).stdout
+        Path(f"{name}.yaml").write_text(text)
+        assert math.isfinite(loss_of(load_config(f"{name}.yaml"))), text
     looked, as_json, config, train = commands("Looking at a data set")
     for words in (looked, as_json):
         assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
