@@ -277,23 +277,28 @@ def as_numbers(raw: Any, name: str) -> np.ndarray:
         found = np.asarray(raw)
     except ValueError:  # rows of several lengths
         found = np.asarray(None)
-    if found.dtype.kind not in "biufV" or (found.dtype.kind == "V" and str(found.dtype) != "bfloat16"):
+    if found.dtype.kind not in "biuf" and not _is_bfloat16(found.dtype):
         raise DataError(f"{name}: {shortened(repr(raw))} is no number, nor lists of equal lengths of them")
     return found
 
 
 def dtype_of(array: np.ndarray, name: str) -> FieldDtype:
     """The field's type of an array's, which holds each of its values exactly. Raises UserError."""
-    dtype = str(array.dtype.newbyteorder("=")) if array.dtype.kind != "V" else str(array.dtype)
+    dtype = "bfloat16" if _is_bfloat16(array.dtype) else str(array.dtype.newbyteorder("="))
     dtype = WIDER.get(dtype, dtype)
     if dtype not in FIELD_DTYPES:
         raise UserError(f"{name}: values are {dtype}; accepted: {', '.join(FIELD_DTYPES)}")
     return cast(FieldDtype, dtype)
 
 
+def _is_bfloat16(dtype: np.dtype) -> bool:
+    """ml_dtypes' type, which other programs see as 2 bytes without a meaning: so np.save writes it."""
+    return dtype.kind == "V" and dtype.itemsize == 2
+
+
 def _bits(array: np.ndarray) -> np.ndarray:
-    """bfloat16, which is a type of ml_dtypes, as the uint16 of its bits."""
-    return array.view(np.uint16) if array.dtype.kind == "V" else array
+    """bfloat16 as uint16 of the same bits."""
+    return array.view(np.uint16) if _is_bfloat16(array.dtype) else array
 
 
 def _are_numbers(values: list[Any]) -> bool:

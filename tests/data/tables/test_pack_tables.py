@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from scoreray.data.errors import DataError
 from scoreray.data.fields.field import FieldRequest
@@ -83,6 +84,18 @@ def test_a_large_table_is_packed_run_by_run_and_reads_each_about_once(
     numbers = SampleReader(str(tmp_path / "a")).read_fields(range(N), [FieldRequest("number")]).fields["number"]
     assert sorted(numbers.flatten().tolist()) == list(range(N))
     assert (np.diff(numbers.flatten() // 7) != 0).sum() == num_runs - 1, "the rows of a run stay together"
+
+
+def test_bfloat16_that_ml_dtypes_saved_is_kept_bit_for_bit(tmp_path: Path) -> None:
+    values = torch.randn(N, 3, 5).bfloat16()
+    np.save(tmp_path / "a.npy", values.view(torch.uint16).numpy().view("V2"))
+    manifest = pack(tmp_path / "a.npy", tmp_path / "set", fields=parse_field_options(("x=array",)))
+    assert (manifest.fields[0].kind, manifest.dtype) == ("array", "bfloat16")
+    packed = SampleReader(str(tmp_path / "set")).read(range(N))[0]
+    assert packed.dtype == torch.bfloat16
+    assert sorted(one.tobytes() for one in packed.view(torch.uint16).numpy()) == sorted(
+        one.tobytes() for one in values.view(torch.uint16).numpy()
+    )
 
 
 def test_nan_in_an_array_is_named_by_sample_field_and_index(tmp_path: Path) -> None:
