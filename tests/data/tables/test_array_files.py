@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import h5py
@@ -174,6 +175,16 @@ def test_objects_and_files_of_another_format_are_never_read(tmp_path: Path) -> N
     (tmp_path / "c.nc").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"c\.nc: is none of"):
         opened(tmp_path / "c.nc")
+
+
+@pytest.mark.parametrize(("kind", "package"), [(".h5", "h5py"), (".zarr", "zarr")])
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, kind: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, kind)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"a{kind}: .* needs a package: pip install 'zarr>=3' 'h5py>=3.10'"):
+        opened(path, "x=latents")
 
 
 def test_a_remote_file_is_read_by_ranges_with_one_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,17 @@ def test_without_fields_the_picture_and_its_class_are_taken_and_the_rest_is_coun
     assert "--field text=text" in source.notes[0]
 
 
+def test_fields_that_are_asked_for_come_with_the_picture_and_the_class_unless_others_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", table())
+    names = [one.name for one in opened(path, "caption=text").fields]
+    assert names == ["image", "caption", "label"]
+    source = opened(path, "caption=text", "kind=meta:cls", "x=lat+lon", kinds=("kind=class", "x=array"))
+    assert [(one.name, one.kind) for one in source.fields] == [("caption", "text"), ("kind", "class"), ("x", "array")]
+    with_options = open_table(str(path), SourceOptions(labelled=False), parse_field_options(("caption=text",)))
+    assert with_options is not None
+    assert [one.name for one in with_options.fields] == ["image", "caption"], "--no-classes"
+
+
 def test_a_folder_of_the_datasets_library_names_its_classes_pictures_and_arrays(tmp_path: Path) -> None:
     features = {
         "img": {"_type": "Image"},
