@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.sampling.model.describe import ModelInfo
-from scoreray.trainer.config.condition_values import normalised
+from scoreray.trainer.config.condition_values import condition_of_fields, normalised
 from scoreray.trainer.config.run_fields import KINDS
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, ConditionSpec
 
@@ -47,17 +46,17 @@ class StoredConditions:
 
     def of(self, found: FieldTensors) -> Condition | None:
         """Of the samples whose fields were read; None where the data set has no field that conditions the model."""
-        values, masks = dict[str, Tensor](), dict[str, Tensor]()
+        sources = {name: field.name for name, field in self._sources.items()}
+        given = condition_of_fields(found, sources, self._conditions)
+        if given is None:
+            return None
+        values = {name: value.contiguous() for name, value in given.values.items()}
         for name, field in self._sources.items():
-            spec, value = self._conditions[name], found.fields[field.name]
+            spec = self._conditions[name]
             if spec.kind == "class" and tuple(field.classes) != spec.classes:
                 number = {known: i for i, known in enumerate(spec.classes)}
-                value = torch.tensor([number.get(known, -1) for known in (*field.classes, "")])[value]
-            values[name] = value.contiguous()
-            if spec.kind in HAS_LENGTH:
-                mask = found.masks.get(field.name)
-                masks[name] = torch.ones(value.shape[:2], dtype=torch.bool) if mask is None else mask
-        return normalised(Condition(values, masks), self._conditions) if values else None
+                values[name] = torch.tensor([number.get(known, -1) for known in (*field.classes, "")])[values[name]]
+        return normalised(Condition(values, given.masks), self._conditions)
 
     def requested(self, found: FieldTensors) -> dict[str, list[Any]]:
         """The same as a person writes them, by name, one a sample: a text as str, a class as its name, anything else as

@@ -12,6 +12,7 @@ from torch import Tensor
 from scoreray.data.classes import class_number
 from scoreray.data.errors import UserError, key_in_errors, shortened
 from scoreray.data.reading.decode import npy_array
+from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditions, ConditionSpec, spec_of
 from scoreray.trainer.networks.conditioning import resized
 
@@ -39,6 +40,16 @@ def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition
             row = row if row.shape[1] else row.new_zeros((1, 1, *row.shape[2:]))
         found[name] = row
     return normalised(Condition(found, masks), conditions) if found else None
+
+
+def condition_of_fields(found: FieldTensors, sources: Mapping[str, str], conditions: Conditions) -> Condition | None:
+    """What conditions samples, in the data's own units, from the fields that `sources` names; None of no names."""
+    values = {name: found.fields[source] for name, source in sources.items()}
+    masks = {name: found.masks[source] for name, source in sources.items() if source in found.masks}
+    for name, value in values.items():
+        if conditions[name].kind == "sequence" and name not in masks:  # an array of tokens, all of them there
+            masks[name] = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+    return Condition(values, masks) if values else None
 
 
 def normalised(condition: Condition, conditions: Conditions) -> Condition:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from scoreray.data.fields.field import NAME, Field, FieldDtype, FieldKind, Field
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.data.reading.manifest import DataDescription
+from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
 
@@ -74,16 +74,7 @@ class RunFields:
 
     def inputs(self, batch: FieldTensors) -> tuple[Tensor, Condition | None]:
         """(the target's values, what conditions them) of samples, in the data's own units."""
-        return batch.fields[self.target.name], self.condition(batch)
-
-    def condition(self, batch: FieldTensors) -> Condition | None:
-        """What conditions samples, in the data's own units; None of an unconditional run."""
-        values = {name: batch.fields[source] for name, source in self.sources.items()}
-        masks = {name: batch.masks[source] for name, source in self.sources.items() if source in batch.masks}
-        for name, value in values.items():
-            if self.conditions[name].kind == "sequence" and name not in masks:  # an array of tokens, all of them there
-                masks[name] = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
-        return Condition(values, masks) if values else None
+        return batch.fields[self.target.name], condition_of_fields(batch, self.sources, self.conditions)
 
 
 def run_fields(section: DataSection, data: DataDescription) -> RunFields:
