@@ -1,8 +1,9 @@
 """Step-level batching: many requests, each at its own sampler, step and noise level, share every call of one network.
 
 A sampler is a generator that waits for a denoised batch, so a batcher holds many of them and, at each call, puts
-together rows that wait. Rows have random numbers of their own: what a request gets does not depend on its batch-mates
-(bitwise where the network's kernels give a row the same bits in any batch, else to rounding).
+together rows that wait, with the null of each condition that a row was given no value of. Rows have random numbers of
+their own: what a request gets does not depend on its batch-mates (bitwise where the network's kernels give a row the
+same bits in any batch, else to rounding).
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ Every mistake is one Refused that names its field.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import hashlib
 import json
@@ -31,28 +29,12 @@ from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.request import Origin, SampleRequest
 from scoreray.sampling.service.ticket import terms_of
 from scoreray.trainer.config import MAX_GUIDANCE
-from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.config.condition_values import VALUE_SCHEMA, ConditionValue, condition_of, from_json
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only assumed to take these
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 Weight = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
-DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
-CONDITION_WORDS = 'a text, a number, a list of numbers, {"npy": BASE64} or null'
-CONDITION_SCHEMA: dict[str, Any] = {
-    "description": CONDITION_WORDS,
-    "anyOf": [
-        *({"type": kind} for kind in ("string", "number", "array", "null")),
-        {
-            "type": "object",
-            "properties": {"npy": {"type": "string", "contentEncoding": "base64"}},
-            "required": ["npy"],
-            "additionalProperties": False,
-        },
-    ],
-}
-ConditionValue = str | int | float | bytes | np.ndarray | None
-"""What a request gives for one condition; bytes are those of an .npy, lists of numbers are arrays already."""
 
 
 class SampleBody(BaseModel):
@@ -104,7 +86,7 @@ class SampleBody(BaseModel):
             description="what the samples are drawn for, by the names under `conditions` of `/v1/model`, in the data's "
             "own units: a text, a class by number or name, a number, a list of numbers, lists of lists, or "
             '{"npy": BASE64} of an .npy file; null, or a name left out, for none',
-            json_schema_extra={"additionalProperties": CONDITION_SCHEMA},
+            json_schema_extra={"additionalProperties": VALUE_SCHEMA},
         ),
     ] = {}
     guidance: Annotated[
@@ -153,7 +135,7 @@ class SampleBody(BaseModel):
         found: dict[str, ConditionValue] = {}
         for name, value in given.items():
             try:
-                found[name] = _condition_value(value)
+                found[name] = from_json(value)
             except ValueError as error:
                 name = shortened(name, 64)
                 raise Refused("invalid", f"condition '{name}': {error}", field=f"condition.{name}") from None
@@ -176,45 +158,6 @@ class SampleBody(BaseModel):
             else:
                 found.update(json.dumps([name, value]).encode())
         return found.hexdigest()
-
-
-def _condition_value(value: Any) -> ConditionValue:
-    """One value of a request's condition. Raises ValueError."""
-    if value is None or isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, list):
-        _check_numbers(value, DEEPEST)
-        try:
-            return np.asarray(value, np.float64)
-        except (ValueError, OverflowError) as error:  # lists of unequal length, an integer of 400 digits
-            raise ValueError(f"the list is no array of numbers: {shortened(' '.join(str(error).split()))}") from None
-    if isinstance(value, dict) and value.keys() == {"npy"} and isinstance(value["npy"], str):
-        try:
-            return base64.b64decode(value["npy"], validate=True)
-        except (binascii.Error, ValueError):
-            raise ValueError('{"npy": ...} is not base64, as RFC 4648 has it in section 4') from None
-    raise ValueError(f"{_shown(value)}: must be {CONDITION_WORDS}")
-
-
-def _check_numbers(value: list[Any], deepest: int) -> None:
-    """Raises ValueError unless all are numbers, or all lists of such. (numpy would read "1", true and null as numbers,
-    and make 240 KB of each number beside one text of 60,000 characters.)"""
-    kinds = set(map(type, value))
-    if kinds == {list}:
-        if not deepest:
-            raise ValueError(f"lists in lists, more than {DEEPEST} deep")
-        for inner in value:
-            _check_numbers(inner, deepest - 1)
-    elif not kinds <= {int, float}:
-        odd = next(one for one in value if type(one) not in (int, float))
-        raise ValueError(f"{_shown(odd)} in a list: must be numbers, or lists of one length")
-
-
-def _shown(value: Any) -> str:
-    """A value of JSON in a message; of lists and objects, which may be deeper than can be written, what they are."""
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    return shortened(json.dumps(value))
 
 
 def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: str, seed: int) -> SampleRequest:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +20,22 @@ from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditio
 from scoreray.trainer.networks.conditioning import resized
 
 LARGEST = float(np.finfo(np.float32).max)
+DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
+VALUE_WORDS = 'a text, a number, a list of numbers, {"npy": BASE64} or null'
+VALUE_SCHEMA: dict[str, Any] = {
+    "description": VALUE_WORDS,
+    "anyOf": [
+        *({"type": kind} for kind in ("string", "number", "array", "null")),
+        {
+            "type": "object",
+            "properties": {"npy": {"type": "string", "contentEncoding": "base64"}},
+            "required": ["npy"],
+            "additionalProperties": False,
+        },
+    ],
+}
+ConditionValue = str | int | float | bytes | np.ndarray | None
+"""What a JSON value means; bytes are those of an .npy."""
 
 
 def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition | None:
@@ -154,3 +173,42 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() < 64):
         return f"{value}"
     return f"a value of type {type(value).__name__}"
+
+
+def from_json(value: Any) -> ConditionValue:
+    """A value of JSON, as `VALUE_SCHEMA` has it, as one that `condition_of` takes. Raises ValueError."""
+    if value is None or isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, list):
+        _check_numbers(value, DEEPEST)
+        try:
+            return np.asarray(value, np.float64)
+        except (ValueError, OverflowError) as error:  # lists of unequal length, an integer of 400 digits
+            raise ValueError(f"the list is no array of numbers: {shortened(' '.join(str(error).split()))}") from None
+    if isinstance(value, dict) and value.keys() == {"npy"} and isinstance(value["npy"], str):
+        try:
+            return base64.b64decode(value["npy"], validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError('{"npy": ...} is not base64, as RFC 4648 has it in section 4') from None
+    raise ValueError(f"{_json_shown(value)}: must be {VALUE_WORDS}")
+
+
+def _check_numbers(value: list[Any], deepest: int) -> None:
+    """Raises ValueError unless all are numbers, or all lists of such. (numpy would read "1", true and null as numbers,
+    and make 240 KB of each number beside one text of 60,000 characters.)"""
+    kinds = set(map(type, value))
+    if kinds == {list}:
+        if not deepest:
+            raise ValueError(f"lists in lists, more than {DEEPEST} deep")
+        for inner in value:
+            _check_numbers(inner, deepest - 1)
+    elif not kinds <= {int, float}:
+        odd = next(one for one in value if type(one) not in (int, float))
+        raise ValueError(f"{_json_shown(odd)} in a list: must be numbers, or lists of one length")
+
+
+def _json_shown(value: Any) -> str:
+    """A value of JSON in a message; of lists and objects, which may be deeper than can be written, what they are."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return shortened(json.dumps(value))

@@ -134,6 +134,7 @@ def test_a_run_its_samples_and_its_service_are_seen(spans: Spans, small_run: Any
     *_, one, two, three = [span for span in spans()[seen:] if span.name == "serve.request"]
     assert (one.trace_id.hex(), one.parent_span_id.hex()) == (TRACE, PARENT)
     assert facts(one)["request_id"] == "mine"
+    assert facts(one)["conditions"] == "label"
     assert [facts(span)["code"] for span in (one, two, three)] == ["ok", facts(two)["code"], "ok"]
     assert two.status.code == 2
     for whole in (one, three):
