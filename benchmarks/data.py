@@ -1,6 +1,6 @@
 """Samples a second of the stream against stock webdataset, LitData and decoding alone, in one run on this machine.
 
-    python benchmarks/data.py [--repeats 7] [--sets png,jpg] [--out benchmarks/results/data.json]
+    python benchmarks/data.py [--repeats 7] [--sets png,jpg,fields] [--out benchmarks/results/data.json]
 
 Every figure is the median of the repeats, which take turns so that a busy machine slows all alike. One process a way,
 no worker processes; the stream's and LitData's own threads are part of theirs. All use the same decoder (pyspng,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -36,11 +38,14 @@ import webdataset
 from PIL import Image
 
 from scoreray.data import fashion_mnist_path
+from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.pack import pack
+from scoreray.data.reading.decode import npy_array
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import Order, RecordRange
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.stream import Stream
+from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
@@ -70,7 +75,7 @@ def jpg_source(path: Path, num_images: int = 6000) -> Path:
     return path
 
 
-def stream(url: str, num_batches: int, **options: int) -> Seconds:
+def stream(url: str, num_batches: int, **options: Any) -> Seconds:
     """Of `num_batches` batches, after the first ones."""
     # 32 lanes of blocks of 256: what a data set of some 100,000 images gets by default; this one is smaller.
     with Stream(
@@ -172,6 +177,64 @@ def over_read(url: str, world_size: int) -> float:
     return fetched / sum(shard.bytes for shard in manifest.shards)
 
 
+def compared(ways: dict[str, Callable[[], Seconds]], repeats: int, num_batches: int) -> dict[str, dict]:
+    """Microseconds a sample of each way: medians of the clock and of the CPU, least and most of the clock."""
+    seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, run in ways.items():
+            seconds[way].append(run())
+    per = 1e6 / (num_batches * BATCH)
+    us, cpu_us = (
+        {way: round(statistics.median(took[i] for took in runs) * per, 1) for way, runs in seconds.items()}
+        for i in (0, 1)
+    )
+    spread = {way: [round(f(took[0] for took in runs) * per, 1) for f in (min, max)] for way, runs in seconds.items()}
+    return {"us": us, "CPU us": cpu_us, "us, least and most": spread}
+
+
+def measure_fields(source: Path, folder: Path, repeats: int, num_batches: int = 60) -> dict:
+    """Samples as img2dataset writes them: a picture, a vector, a caption and JSON with the class."""
+    url, chance = folder / "fields", np.random.default_rng(0)
+    url.mkdir()
+    with np.load(source) as archive, webdataset.ShardWriter(f"{url}/%06d.tar", maxcount=2000, verbose=0) as writer:
+        for number, (image, label) in enumerate(zip(archive["images"], archive["labels"].tolist(), strict=True)):
+            vector = io.BytesIO()
+            np.save(vector, chance.standard_normal(768).astype(np.float32))
+            writer.write({
+                "__key__": f"{number:08d}", "jpg": simplejpeg.encode_jpeg(image), "clip.npy": vector.getvalue(),
+                "txt": f"a garment of class {label}, number {number} of them", "json": {"label": label},
+            })  # fmt: skip
+    named = [FieldOption("clip", "clip.npy"), FieldOption("caption", "txt"), FieldOption("label", "json", "label")]
+    pack(url, url, fields=FieldOptions(tuple(named)))
+    tars = sorted(str(tar) for tar in url.glob("*.tar"))
+    wanted = [FieldRequest(name) for name in ("image", "clip", "caption", "label")]
+
+    def with_webdataset() -> Seconds:
+        pipeline = (
+            webdataset.WebDataset(tars * 4, shardshuffle=False).shuffle(1000).to_tuple("jpg", "clip.npy", "txt", "json")
+        )
+        decoded = pipeline.map_tuple(
+            simplejpeg.decode_jpeg, npy_array, bytes.decode, lambda data: json.loads(data)["label"]
+        )
+        batches = iter(decoded.batched(BATCH))
+        drain(batches, 4)
+        return timed(lambda: drain(batches, num_batches))
+
+    ways = {
+        "scoreray, local": lambda: stream(str(url), num_batches, fields=wanted),
+        "scoreray, local, the picture alone": lambda: stream(str(url), num_batches),
+        "webdataset, same decoders": with_webdataset,
+    }
+    took = compared(ways, repeats, num_batches)
+    ratios = {
+        f"times webdataset, same decoders, {clock}": round(
+            took[clock]["webdataset, same decoders"] / took[clock]["scoreray, local"], 2
+        )
+        for clock in ("us", "CPU us")
+    }
+    return {**took, "ratios": ratios, "bytes fetched over needed": {}}
+
+
 def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callable, stock_decoder: str) -> dict:
     url, num_batches = str(folder / name), 60
     manifest = pack(source, url, image_format=name, samples_per_shard=2000)
@@ -206,15 +269,8 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
             lit = to_litdata(url, folder / name)
         else:
             del ways["LitData"]
-        seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, run in ways.items():
-                seconds[way].append(run())
-    per = 1e6 / (num_batches * BATCH)
-    us, cpu_us = (
-        {way: statistics.median(took[i] for took in runs) * per for way, runs in seconds.items()} for i in (0, 1)
-    )
-    spread = {way: [round(f(took[0] for took in runs) * per, 1) for f in (min, max)] for way, runs in seconds.items()}
+        took = compared(ways, repeats, num_batches)
+    us = took["us"]
     ours = us["scoreray, local"]
     goals = {
         "times webdataset, same decoder": us["webdataset, same decoder"] / ours,
@@ -226,9 +282,7 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
         "S3 of local": ours / us["scoreray, S3 on this machine"],
     }
     return {
-        "us": {way: round(value, 1) for way, value in us.items()},
-        "CPU us": {way: round(value, 1) for way, value in cpu_us.items()},
-        "us, least and most": spread,
+        **took,
         "ratios": {goal: round(value, 2) for goal, value in goals.items()},
         "bytes fetched over needed": {w: round(over_read(url, w), 3) for w in (1, 2, 4, 8, 16, 32, 64)},
     }
@@ -237,7 +291,7 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--repeats", type=int, default=7)
-    arguments.add_argument("--sets", default="png,jpg")
+    arguments.add_argument("--sets", default="png,jpg,fields")
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
     options = arguments.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -246,10 +300,12 @@ def main() -> None:
         for kind in options.sets.split(","):
             if kind == "png":
                 result = measure("png", fashion_mnist_path(), folder, options.repeats, pyspng.load, "l8")
-            else:
+            elif kind == "jpg":
                 source = jpg_source(folder / "jpg.npz")
                 result = measure("jpg", source, folder, options.repeats, simplejpeg.decode_jpeg, "rgb8")
-            title = {"png": "28x28 png", "jpg": "64x64 jpg"}[kind]
+            else:
+                result = measure_fields(jpg_source(folder / "fields.npz"), folder, options.repeats)
+            title = {"png": "28x28 png", "jpg": "64x64 jpg", "fields": "64x64 jpg, vector of 768, caption, class"}[kind]
             results[title] = {"repeats": options.repeats} | result
             print(f"| {title} | us a sample | CPU us | least to most |\n|---|---|---|---|")
             for way, us in result["us"].items():

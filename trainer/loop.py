@@ -250,13 +250,14 @@ def _step(
 def _blame(loss: torch.Tensor, sigma: torch.Tensor, batch: Batch, world_size: int) -> str:
     """Which samples of all ranks have a non-finite loss; every rank calls it, as every rank saw the norm."""
     bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
-    mine = [(int(batch.index[i]), float(sigma[i]), float(loss[i])) for i in bad]
+    mine = [(int(batch.index[i]), float(sigma[i]), float(loss[i]), batch.not_finite(i)) for i in bad]
     found = from_all_ranks(mine, world_size)
     if not found:
         return "every sample's loss is finite, so the backward pass overflowed: lower the learning rate or clip"
-    index, level, value = found[0]
+    index, level, value, data = next((one for one in found if one[3]), found[0])
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"loss {value} at sample {index} (sigma {level:.4g}){more}; nothing was changed by this step"
+    data = f", which holds {data}" if data else ""
+    return f"loss {value} at sample {index} (sigma {level:.4g}){data}{more}; nothing was changed by this step"
 
 
 def _crosses(before: int, after: int, every: int) -> bool:

@@ -31,6 +31,15 @@ class FieldTensors:
     fields: Mapping[str, torch.Tensor]
     masks: Mapping[str, torch.Tensor]
 
+    def not_finite(self, row: int) -> str:
+        """The first value of a sample that is not finite, by field and index; "" where all are."""
+        for name, values in self.fields.items():
+            finite = values[row].isfinite()
+            if not finite.all():
+                at = tuple((~finite).nonzero()[0].tolist())
+                return f"field '{name}': {float(values[row][at])} at {list(at)}"
+        return ""
+
 
 @dataclass(frozen=True)
 class FieldArrays:

@@ -62,7 +62,7 @@ def shards(
     batches of this size (`wds.batched(B // world_size)`) come in the same order for every n. Workers are for decoding
     that is slow: each reads what its rank reads, so give a remote data set's workers a `cache_dir`, which they share.
 
-    Images and `.cls` are checked against the index; for other members it has no digest, only tar headers have a
+    Members of fields and `.cls` are checked against the index; for others it has no digest, only tar headers have a
     checksum (`scoreray data verify` checks whole shards). Where names of a tar have dots in them (`img_0.05.png`) a
     sample has those of its members that are beside its image.
 

@@ -241,6 +241,14 @@ def test_a_member_that_can_not_be_decoded_is_named_with_its_field(
             SampleReader(str(url)).read_fields([0], [FieldRequest(name)])
 
 
+def test_a_value_that_is_not_finite_is_named_by_field_and_index(fields_set: str) -> None:
+    found = SampleReader(fields_set).read_fields([5, 6], READ)
+    assert found.not_finite(1) == ""
+    found.fields["weights"][1, 1, 2] = -torch.inf
+    assert found.not_finite(0) == ""
+    assert found.not_finite(1) == "field 'weights': -inf at [1, 2]"
+
+
 class CountingReader(Reader):
     def _get_members(self, shard: int, start: int, end: int) -> bytes:
         self.__dict__.setdefault("spans", []).append((shard, start, end))

@@ -9,6 +9,7 @@ import pickle
 import re
 import tarfile
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import webdataset as wds
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
 from scoreray.data.reading.manifest import Manifest
@@ -253,3 +255,31 @@ def test_a_mistake_is_one_line_before_anything_is_read(
     with pytest.raises(UserError, match=message) as caught:
         shards(packed[0] if url == "SET" else url, global_batch_size=BATCH, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_samples_of_several_fields_come_with_all_their_members_each_verified(
+    write_fields: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    fields = [
+        Field("image", "image", [1, 2, 2], "uint8", "png", mean=[1.0], std=[1.0]),
+        Field("latent", "array", [2], "float32", "latent.raw"),
+        Field("caption", "text", [9], "uint8", "txt"),
+        Field("label", "class", [], "int64", "cls", classes=["a"], class_counts=[9]),
+    ]
+    samples = [
+        {"image": ("png", b"%d" % i), "latent": ("raw", bytes(8)), "caption": ("txt", b"c" * i), "label": 0}
+        for i in range(9)
+    ]
+    manifest = write_fields(tmp_path / "set", fields, samples, samples_per_shard=4)
+    found = list(shards(str(tmp_path / "set"), global_batch_size=3, epochs=1))
+    with Stream(str(tmp_path / "set"), global_batch_size=9, rank=0, world_size=1, seed=0, num_lanes=3,
+                fields=[FieldRequest("caption")]) as stream:  # fmt: skip
+        lengths = next(stream).masks["caption"].sum(1).tolist()
+    assert sorted(lengths) == sorted(len(sample["txt"]) for sample in found) == list(range(9))
+    for sample in found:
+        number = sample["__index__"]
+        assert (sample["png"], sample["latent.raw"], sample["txt"]) == (b"%d" % number, bytes(8), b"c" * number)
+    tar = tmp_path / "set" / manifest.shards[1].name
+    tar.write_bytes(tar.read_bytes().replace(b"ccccc\0", b"cccdc\0"))
+    with pytest.raises(DataError, match=r"sample 5 at byte \d+: member \.txt: its bytes are not those of the index"):
+        list(shards(str(tmp_path / "set"), global_batch_size=3, epochs=1))
