@@ -113,8 +113,9 @@ def wanted_of(asked: Sequence[FieldOption]) -> dict[str, frozenset[str]]:
 def find_tar_fields(
     store: Store, shards: Sequence[tuple[str, int]], asked: FieldOptions, options: SourceOptions, skips_bad: bool
 ) -> TarFields:
-    """The fields of the tars, by their first samples that can be read. Images have three channels: whether all are grey
-    is known when all are read.
+    """The fields of the tars, by their first samples that can be read: those of --field, after the samples' own image
+    or array if no other is named, and their class if no other is. Images have three channels: whether all are grey is
+    known when all are read.
 
     Raises UserError for a field that is not there or of no kind that is packed, DataError when no sample can be read,
     or, without `skips_bad`, the first.
@@ -152,7 +153,7 @@ def _check_complete(sample: TarSample, asked: FieldOptions) -> None:
 def _fields_of(samples: Sequence[TarSample], asked: FieldOptions, options: SourceOptions) -> TarFields:
     found = [TarField(_asked_field(option, samples, options), option) for option in asked.fields]
     own, label = list[TarField](), list[TarField]()
-    if samples[0].image is not None:
+    if samples[0].image is not None and not any(one.field.kind in ("image", "array") for one in found):
         own = [TarField(own_field(samples[0].image, options.layout))]
     is_labelled = not asked.fields or any(sample.label != NO_CLASS for sample in samples)
     if options.labelled and is_labelled and not any(one.field.kind == "class" for one in found):

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import h5py
@@ -41,7 +42,7 @@ EXPECTED = {
 
 def commands(heading: str) -> list[list[str]]:
     """The words of the section's commands; what stands after several spaces is about them."""
-    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
     found = [
         re.split(r"   +(?=\S)", line.strip())[0] for line in section.splitlines() if line.startswith("    scoreray")
     ]
@@ -100,6 +101,38 @@ def loss_of(config: Config) -> float:
     loss, _ = module(images, condition, torch.arange(2))
     loss.mean().backward()
     return float(loss.mean())
+
+
+def test_tars_and_folders_are_packed_with_the_fields_that_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("laion").mkdir()
+    Path("photos").mkdir()
+    with tarfile.open("laion/00000.tar", "w") as tar:
+        for i in range(N):
+            tokens = io.BytesIO()
+            np.save(tokens, np.full((i, 4), i, np.float16))
+            members = {"jpg": picture(i), "json": b'{"label": %d, "score": 0.5}' % (i % 2), "txt": b"a square",
+                       "t5.npy": tokens.getvalue()}  # fmt: skip
+            for kind, data in members.items():
+                info = tarfile.TarInfo(f"{i:05d}.{kind}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            Path(f"photos/{i}.png").write_bytes(picture(i))
+    rows = [f'{{"file_name": "{i}.png", "text": "a square", "latlon": [{i}, 0.5]}}' for i in range(N)]
+    Path("photos/metadata.jsonl").write_text("\n".join(rows))
+    expected = [
+        {"image": "image", "caption": "text", "t5": "sequence", "cls": "class"},
+        {"image": "image", "caption": "text", "label": "class"},
+        {"image": "image", "caption": "text", "score": "scalar", "label": "class"},
+        {"image": "image", "text": "text", "place": "vector"},
+    ]
+    for words, kinds in zip(commands("Several fields of a sample"), expected, strict=True):
+        result = CliRunner().invoke(app, [*words, "--workers", "1"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert {one.name: one.kind for one in Manifest.at(words[3]).fields} == kinds, words
+        assert CliRunner().invoke(app, ["data", "verify", words[3]]).exit_code == 0
 
 
 def test_each_command_packs_the_fields_that_the_page_says_and_a_step_is_made_of_each(files: Path) -> None:

@@ -19,6 +19,7 @@ from scoreray.cluster.verbs.pack import pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.stream import Stream
 from scoreray.data.sources.field_options import FieldOptions, parse_field_options
@@ -91,6 +92,7 @@ def test_every_field_of_every_sample_comes_back(tars: Path, tmp_path: Path, how:
     assert [one.name for one in manifest.fields] == ["image", "caption", "t5", "cls", "place", "score", "title"]
     assert [one.kind for one in manifest.fields] == ["image", "text", "sequence", "class", "vector", "scalar", "text"]
     assert left_out == {".wav": 50, ".json.url": 50, ".json.sha256": 50}
+    assert verify(str(url)) == []
     stream = Stream(
         str(url), global_batch_size=10, rank=0, world_size=1, seed=0,
         fields=[FieldRequest(one.name) for one in manifest.fields],
@@ -133,7 +135,16 @@ def test_latents_of_any_type_are_a_target_without_a_picture(tmp_path: Path) -> N
     assert [(one.name, one.kind, one.dtype) for one in manifest.fields] == [
         ("latent", "array", "float64"), ("text", "text", "uint8")
     ]  # fmt: skip
+    assert verify(str(named)) == []
     assert manifest.target.std == pytest.approx(np.stack(latents).std((0, 2, 3)).tolist())
+
+
+def test_an_image_that_is_named_takes_the_place_of_the_samples_own(tmp_path: Path) -> None:
+    folder, left_out = write(tmp_path / "tars", [sample(i) for i in range(4)]), Counter[str]()
+    asked = parse_field_options(["photo=jpg", "depth=t5.npy"], ["depth=sequence"])
+    manifest, _ = pack_with_bar(str(folder), str(folder), workers=1, fields=asked, left_out=left_out)
+    assert [one.name for one in manifest.fields] == ["photo", "depth", "label"]
+    assert left_out[".txt"] == 4
 
 
 def refused(folder: Path, samples: list[dict[str, Any]], fields: FieldOptions, **options: Any) -> str:

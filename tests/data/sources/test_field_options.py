@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from scoreray.cluster.cli import data
 from scoreray.data.errors import UserError
+from scoreray.data.fields.field import FIELD_KINDS
+from scoreray.data.fields.normalisation import NORMALISATIONS
 from scoreray.data.sources.field_options import FieldOption, parse_field_options
 
 
@@ -40,6 +43,11 @@ def test_each_mistake_is_one_line(fields: list[str], kinds: list[str], normalise
         parse_field_options(fields, kinds, normalise)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_help_of_data_pack_names_all_kinds() -> None:
+    assert data.KINDS.split(", ") == list(FIELD_KINDS)
+    assert data.HOWS.split(", ") == list(NORMALISATIONS)
 
 
 def test_a_kind_for_a_field_that_is_not_there_names_those_that_are() -> None:
