@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,25 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
+from scoreray.sampling.guidance.inverse import LinearInverse
+from scoreray.sampling.guidance.operators import mask
 from scoreray.sampling.guidance.steering import Guidance, parse_guidance
+from scoreray.sampling.measures.likelihood import log_likelihood
 from scoreray.sampling.model.describe import ModelInfo
-from scoreray.sampling.model.load import LoadedDenoiser
+from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.conditions import parse_conditions, read_condition, sha256_of
 from scoreray.sampling.offline.driver import Form, in_form
 from scoreray.sampling.offline.generate import Request, SampleConditions, generate, prepare
+from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.config import load_config
-from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec, check_condition
+from scoreray.trainer.diffusion.condition import (
+    Condition,
+    Conditions,
+    ConditionSpec,
+    check_condition,
+    example_condition,
+)
 
 STD, SIGMA_DATA = 0.3, 0.5
 SPECS: Conditions = {
@@ -124,6 +136,55 @@ def test_a_null_condition_is_an_unconditional_network_and_batches_change_no_bit(
     assert torch.equal(together[[0, 5, 36]], torch.cat(alone))
 
 
+def test_a_network_of_every_kind_of_condition_gives_a_row_the_same_bits_in_any_batch(
+    new_run: Callable[..., str], tmp_path: Path
+) -> None:
+    """Whichever rows share its call, and however long their conditions are; what is null is as if it were not given."""
+    specs = {**SPECS, "coarse": ConditionSpec("concat", (2, 4, 4))}
+    network = load(new_run(str(tmp_path / "run"), shape=(3, 8, 8), classes=["a"], conditions=specs), device="cpu")
+    draw = prepare(
+        in_form(network, Form(rows=16)), Request(21, "edm_sde", 3, guidance=Guidance(weights={"caption": 2.0}))
+    )
+    seeds, given = torch.arange(21), example_condition(specs, 21)
+    assert given is not None
+    together = draw(seeds, given)
+    short = given[9:11]
+    lengths = {name: int(short.masks[name].sum(1).max()) for name in ("caption", "tokens")}
+    for name, length in lengths.items():
+        assert length < specs[name].shape[0]
+    cut = Condition(
+        {name: value[:, : lengths[name]] if name in lengths else value for name, value in short.values.items()},
+        {name: mask[:, : lengths[name]] if name in lengths else mask for name, mask in short.masks.items()},
+    )
+    assert torch.equal(draw(seeds[9:11], cut), together[9:11])
+    free = prepare(in_form(network, Form(rows=16)), Request(21, "heun", 3))
+    assert torch.equal(free(seeds[:3], given.null()[:3]), free(seeds[:3], None))
+    assert not torch.equal(free(seeds[:3], given[:3]), free(seeds[:3], None))
+
+
+def test_likelihood_and_inpainting_are_those_given_the_condition(model: LoadedDenoiser) -> None:
+    given = read_condition(WORDS, model.info)
+    assert given is not None
+    x = MEAN + STD * SampleNoise(range(4)).normal((4, 2))
+    settings = {
+        "sigma_min": 0.01,
+        "sigma_max": 20.0,
+        "trace": "exact",
+        "rtol": 1e-4,
+        "data_mean": MEAN,
+        "data_std": STD,
+    }
+    found = log_likelihood(model, x, condition=given.expand(4), **settings)
+    variance = STD**2 + 0.01**2
+    exact = -((x - MEAN) ** 2).sum(1) / (2 * variance) - math.log(2 * math.pi * variance)
+    torch.testing.assert_close(found.nats, exact, rtol=0, atol=0.02)
+    observed = LinearInverse(model, mask(torch.tensor([True, False])), torch.tensor([2.0, 0.0]), data_std=STD)
+    start = 80 * SampleNoise(range(500)).normal((500, 2))
+    drawn = sample(observed, start, model.info.sigmas(24), condition=given.expand(500))
+    torch.testing.assert_close(drawn[:, 0], torch.full((500,), 2.0))
+    assert float(drawn[:, 1].mean()) == pytest.approx(MEAN, abs=0.1)
+
+
 def test_words_become_one_condition_of_all_samples(model: LoadedDenoiser, tmp_path: Path) -> None:
     field = tmp_path / "field.npy"
     np.save(field, np.arange(12, dtype=np.float32).reshape(3, 4))
@@ -131,12 +192,12 @@ def test_words_become_one_condition_of_all_samples(model: LoadedDenoiser, tmp_pa
     assert found is not None
     check_condition(found, SPECS, 1)
     assert found.values["place"].tolist() == [[0.5, -1.0]]
-    assert found.values["coarse"].shape == (1, 1, 3, 4)
+    assert found.values["coarse"].shape == (1, 1, 2, 2)  # the grid of the network
     assert bytes(found.values["caption"][0].tolist()) == b"abc"
     Image.fromarray(np.full((5, 7), 9, np.uint8)).save(tmp_path / "field.png")
     picture = read_condition({"coarse": str(tmp_path / "field.png")}, model.info)
     assert picture is not None
-    assert picture.values["coarse"].shape == (1, 1, 5, 7)
+    assert picture.values["coarse"].shape == (1, 1, 2, 2)
     before = sha256_of(found)
     np.save(field, np.ones((3, 4), np.float32))
     assert sha256_of(read_condition({**WORDS, "coarse": str(field)}, model.info)) != before
