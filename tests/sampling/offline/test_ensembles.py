@@ -60,6 +60,7 @@ class Records:
     num_samples: int = NUM_RECORDS
     fields: Sequence[Field] = FIELDS
     fingerprint: str = "records"
+    runs: None = None
     path: str = "records"
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
