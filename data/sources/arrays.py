@@ -40,7 +40,9 @@ def read_npz(path: Path, labelled: bool) -> LoadedArrays:
             check_memory(path, sum(entry.file_size for entry in archive.zip.infolist()))
             arrays = choose_arrays(archive, archive.files, labelled)
             if arrays is None:
-                raise UserError(f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed")
+                raise UserError(
+                    f"{path}: holds {', '.join(archive.files) or 'nothing'}; 'images' is needed, or --field"
+                )
     except UserError:
         raise
     except Exception as error:  # what zipfile and numpy raise on damaged bytes is not a short list

@@ -165,7 +165,7 @@ def open_source(path: str | os.PathLike[str], options: SourceOptions | None = No
             return _of_arrays(where, read(where, options.labelled), options)
     raise UserError(
         f"{where}: can't tell what this is; accepted: {', '.join(ARRAY_FILES)}, a folder with one subfolder of "
-        "images a class, or a folder of WebDataset tars"
+        "images a class, a folder of WebDataset tars, parquet, .npy, HDF5 (.h5), NetCDF (.nc), Zarr"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from scoreray.data.sources.labels import LABELS, SAMPLES
 from scoreray.data.sources.listing import shown, some_of
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.tables.array_formats import Variable, arrays_of
+from scoreray.data.tables.files import named_files
 from scoreray.data.tables.values import Column, Values, is_pixels
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".nc", ".nc4", ".cdf")
@@ -132,16 +132,7 @@ def _default(columns: Mapping[str, Column], arrays: Mapping[str, Variable]) -> l
 
 def _files(url: str) -> tuple[Store, list[str]]:
     """(a store, keys of its files); of a Zarr folder the store itself and the key ""."""
-    head, _, last = url.rstrip("/").rpartition("/")
-    if not last.lower().endswith(ARRAY_SUFFIXES):
-        return open_store(url), [""]
-    store = open_store(head or ".")
-    if "*" not in last:
-        return store, [last]
-    names = [key for key, _ in store.list(last.partition("*")[0]) if fnmatch.fnmatchcase(key, last)]
-    if not names:
-        raise UserError(f"{url}: there are no such files")
-    return store, sorted(names)
+    return named_files(url) if url.lower().endswith(ARRAY_SUFFIXES) else (open_store(url), [""])
 
 
 def is_zarr(store: Store) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import os
 from typing import BinaryIO, cast
 
-from scoreray.data.storage.store import PathStore, Store
+from scoreray.data.errors import UserError
+from scoreray.data.sources.listing import shown
+from scoreray.data.storage.store import PathStore, Store, open_store
 
 BUFFER_BYTES = 1 << 20  # that are fetched at once, and held
 
@@ -45,3 +48,17 @@ def open_file(store: Store, key: str, buffer_bytes: int = BUFFER_BYTES) -> Binar
     if isinstance(store, PathStore):
         return open(os.path.join(store.root, key), "rb")
     return cast(BinaryIO, io.BufferedReader(_StoreFile(store, key), buffer_bytes))
+
+
+def named_files(url: str) -> tuple[Store, list[str]]:
+    """(the store of the folder, keys) of the file at a URL, or of those that a pattern's last part names (`URL/*.nc`),
+    ascending. Raises UserError where there is none, StorageError."""
+    head, _, last = url.rstrip("/").rpartition("/")
+    store = open_store(head or ".")
+    if "*" not in last:
+        names = [last] if store.exists(last) else []
+    else:
+        names = sorted(key for key, _ in store.list(last.partition("*")[0]) if fnmatch.fnmatchcase(key, last))
+    if not names:
+        raise UserError(f"{shown(url)}: there is no such file")
+    return store, names

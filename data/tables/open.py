@@ -11,8 +11,6 @@ from scoreray.data.storage.store import local_path, open_store
 from scoreray.data.tables.image_table import open_image_table
 from scoreray.data.tables.source import OpenTable, TableSource, open_table_source
 
-ACCEPTED = "parquet and arrow files or their folder, .npy, .npz, HDF5 (.h5), NetCDF (.nc), a Zarr folder"
-
 
 def open_table(url: str | os.PathLike[str], options: SourceOptions, asked: FieldOptions) -> TableSource | None:
     """The source at a URL that is a table; None for one that is not, such as an archive .npz of images with labels that

@@ -6,7 +6,6 @@ the names of classes.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from scoreray.data.sources.identity import identity
 from scoreray.data.sources.labels import LABELS
 from scoreray.data.sources.listing import is_hidden, shown, some_of
 from scoreray.data.storage.store import Store, open_store
-from scoreray.data.tables.files import open_file
+from scoreray.data.tables.files import named_files, open_file
 from scoreray.data.tables.values import Column, Values
 from scoreray.data.threads import map_in_threads
 
@@ -124,21 +123,18 @@ class _Layout:
 
 def _files(url: str) -> tuple[Store, list[str]]:
     """(the folder's store, the keys of its parquet files, or where it has none of its arrow files)."""
-    head, _, last = url.rstrip("/").rpartition("/")
-    if "*" in last:
-        store = open_store(head or ".")
-        found = [key for key, _ in store.list(last.partition("*")[0]) if fnmatch.fnmatchcase(key, last)]
-    elif last.endswith(ARROW_SUFFIXES):
-        store, found = open_store(head or "."), [last]
+    if url.endswith(ARROW_SUFFIXES):
+        store, found = named_files(url)
     else:
         store = open_store(url)
         found = [key for key, _ in store.list() if not is_hidden(key)]
-    names = sorted(key for key in found if key.endswith(ARROW_SUFFIXES[0]))
-    names = names or sorted(
+    parquet = sorted(key for key in found if key.endswith(ARROW_SUFFIXES[0]))
+    arrow = [
         key for key in found if key.endswith(ARROW_SUFFIXES[1]) and not key.rpartition("/")[2].startswith("cache-")
-    )
+    ]
+    names = parquet or sorted(arrow)
     if not names:
-        raise UserError(f"{url}: there are no such files; *.parquet or *.arrow are read")
+        raise UserError(f"{shown(url)}: there are no such files; *.parquet or *.arrow are read")
     splits = sorted({match[1] for name in names if (match := SPLITS.search(name))})
     if len(splits) > 1:
         first = next(name for name in names if SPLITS.search(name))

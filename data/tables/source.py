@@ -21,7 +21,7 @@ from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.sources.field_source import Sample
 from scoreray.data.sources.listing import some_of
 from scoreray.data.sources.options import SourceOptions
-from scoreray.data.tables.values import Column, FieldColumn, Values, as_text, at_path, field_of, raw_value
+from scoreray.data.tables.values import Column, FieldColumn, Values, as_text, at_path, field_of, is_whole, raw_value
 
 LOOKED_AT = 32  # rows that are looked at for kinds, shapes and colours
 SMALL_BYTES = 256 << 20  # of a table that is read once for each shard, so that its rows are shuffled as a whole
@@ -236,7 +236,7 @@ def _classes_of(table: Table, option: FieldOption, what: str) -> list[str]:
                 if isinstance(value, str | bytes):
                     words.add(as_text(value, what))
                 elif value is not None:
-                    if value != int(value) or value < 0:
+                    if not is_whole(value):
                         raise UserError(f"{what}: {value} is no class; whole numbers from 0, or words, are needed")
                     largest = max(largest, int(value))
         check_label(max(largest, len(words) - 1), what)

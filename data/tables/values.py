@@ -95,9 +95,11 @@ class FieldColumn:
             if word not in self.field.classes:
                 raise DataError(f"{name}: '{shortened(word)}' is not among its {len(self.field.classes)} classes")
             return self.field.classes.index(word)
-        number = int(raw)
+        number = int(raw) if is_whole(raw) else -1
         if not 0 <= number < len(self.field.classes):
-            raise DataError(f"{name}: class {number}, and there are {len(self.field.classes)}, numbered from 0")
+            raise DataError(
+                f"{name}: class {shortened(repr(raw), 40)}, and there are {len(self.field.classes)}, numbered from 0"
+            )
         return number
 
     def _image(self, raw: Any, name: str) -> np.ndarray:
@@ -128,6 +130,9 @@ def field_of(
     if kind == "image":
         pixels = _image_shape(some, options, file_at, what)
         return Field(name, kind, list(pixels), "uint8", "")
+    if kind in ("text", "class") and not isinstance(some[0], str | bytes) and (kind == "text" or not is_whole(some[0])):
+        wanted = "text is" if kind == "text" else "whole numbers from 0, or words, are"
+        raise UserError(f"{what}: {shortened(repr(some[0]), 40)} can't be of kind {kind}: {wanted} needed")
     if kind in ("text", "json"):
         return Field(name, kind, [1], "uint8", "")
     if kind == "class":
@@ -246,6 +251,12 @@ def picture_bytes(raw: Any, file_at: Callable[[str], bytes], name: str) -> bytes
     if not isinstance(raw, bytes):
         raise DataError(f"{name}: {type(raw).__name__} is no picture; its bytes or a path are needed")
     return raw
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one whole number from 0, of any type of numbers."""
+    array = np.asarray(value)
+    return array.shape == () and array.dtype.kind in "biuf" and bool(array >= 0) and float(array) == int(array)
 
 
 def is_pixels(shape: Sequence[int]) -> bool:

@@ -177,14 +177,24 @@ def test_words_become_classes_where_the_kind_is_said(tmp_path: Path) -> None:
         ({"day": pa.array([None] * N, pa.timestamp("s"))}, ("d=day",), "of type timestamp.*can't be a field"),
         ({"text": pa.array([None] * N, pa.string())}, ("t=text",), "has no value in the first 20 rows"),
         ({}, ("v=lat+t5",), "can't be joined"),
+        ({}, ("cls=clip",), "can't be of kind class: whole numbers from 0, or words, are needed"),
+        ({}, ("cls=lon",), "-1.0 is no class"),
+        ({}, ("note=clip",), "can't be of kind text: text is needed"),
     ],
 )
 def test_a_column_that_makes_no_field_is_refused(
     tmp_path: Path, changes: dict[str, pa.Array], fields: tuple[str, ...], message: str
 ) -> None:
     path = write(tmp_path / "a.parquet", table(**changes))
+    kinds = tuple(f"{name}={kind}" for name, kind in (("cls", "class"), ("note", "text")) if fields[0].startswith(name))
     with pytest.raises((UserError, DataError), match=message):
-        opened(path, *fields)
+        opened(path, *fields, kinds=kinds)
+
+
+def test_a_file_that_is_not_there_is_the_callers_mistake(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.npy", "*.nc"):
+        with pytest.raises(UserError, match="there is no such file"):
+            opened(tmp_path / name)
 
 
 def test_a_sample_that_lacks_a_field_or_has_another_shape_is_named(tmp_path: Path) -> None:
