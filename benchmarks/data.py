@@ -196,7 +196,10 @@ def measure_fields(source: Path, folder: Path, repeats: int, num_batches: int = 
     """Samples as img2dataset writes them: a picture, a vector, a caption and JSON with the class."""
     url, chance = folder / "fields", np.random.default_rng(0)
     url.mkdir()
-    with np.load(source) as archive, webdataset.ShardWriter(f"{url}/%06d.tar", maxcount=2000, verbose=0) as writer:
+    with (
+        np.load(source) as archive,
+        webdataset.ShardWriter(f"{url}/%06d.tar", maxcount=2000, verbose=0, mtime=0) as writer,
+    ):
         for number, (image, label) in enumerate(zip(archive["images"], archive["labels"].tolist(), strict=True)):
             vector = io.BytesIO()
             np.save(vector, chance.standard_normal(768).astype(np.float32))

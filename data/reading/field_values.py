@@ -74,23 +74,23 @@ class FieldDecoder:
     requests: None for the data set's target and its class. Raises UserError for a request that can't be met.
     """
 
-    def __init__(self, manifest: Manifest, requests: Sequence[FieldRequest] | None = None, key: str = "fields") -> None:
+    def __init__(self, manifest: Manifest, requests: Sequence[FieldRequest] | None = None) -> None:
         if requests is None:
             wanted = [manifest.target, *([manifest.label] if manifest.label else [])]
             requests = [FieldRequest(one.name) for one in wanted]
         self.manifest = manifest
         self._requests = {request.field: request for request in requests}
         if len(self._requests) < len(requests):
-            raise UserError(f"{key}: a field is requested twice; it comes once")
-        self.fields = [manifest.find_field(request.field, key) for request in requests]
+            raise UserError("fields: a field is requested twice; it comes once")
+        self.fields = [manifest.find_field(request.field, "fields") for request in requests]
         for one, request in zip(self.fields, requests, strict=True):
             if one.kind == "json":
                 raise UserError(
-                    f"{key}: '{one.name}' is json, which is kept and not read; pack what is in it as a field"
+                    f"fields: '{one.name}' is json, which is kept and not read; pack what is in it as a field"
                 )
             if request.max_length is not None and (request.max_length < 1 or not one.is_varying):
                 raise UserError(
-                    f"{key}: '{one.name}': max_length {request.max_length}: 1 or more, of sequences and text alone"
+                    f"fields: '{one.name}': max_length {request.max_length}: 1 or more, of sequences and text alone"
                 )
         members = manifest.members
         self._inline = [one for one in self.fields if one.is_inline]

@@ -24,6 +24,7 @@ import webdataset
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.index_tars import TarsPlan, index_tar
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
@@ -35,9 +36,10 @@ from scoreray.data.reading.manifest import RECORD, Manifest, digest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.reader import Reader
-from scoreray.data.reading.samples import read_samples
+from scoreray.data.reading.samples import SampleReader, read_samples
 from scoreray.data.reading.stream import Stream
 from scoreray.data.reading.tars import Tape
+from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
@@ -423,3 +425,37 @@ def test_jpg_and_grey_tars_are_recognised(tmp_path: Path) -> None:
             ).max()
             <= 2
         )
+
+
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_mutated_tars_of_several_fields_are_refused_or_whole(kind: str, tmp_path: Path) -> None:
+    """A picture, an array, a caption and JSON with the class: indexed in place, then read by the index."""
+    chance, members = random.Random(kind), list[tuple[str, bytes]]()
+    for i in range(4):
+        latent = io.BytesIO()
+        np.save(latent, np.full(3, i, np.float16))
+        members += [(f"{i}.json", b'{"label": %d}' % i), (f"{i}.latent.npy", latent.getvalue())]
+        members += [(f"{i}.png", encode(image(i), "png")), (f"{i}.txt", b"caption" * i)]
+    options = FieldOptions(
+        (FieldOption("latent", "latent.npy"), FieldOption("caption", "txt"), FieldOption("label", "json", "label"))
+    )
+    base, refusals = made(*members), list[str]()
+    for case in range(3):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        (folder / "0.tar").write_bytes(base)
+        (folder / "1.tar").write_bytes(MUTATIONS[kind](base, chance))
+        started = time.perf_counter()
+        try:
+            manifest = pack(folder, folder, fields=options)
+            assert verify(str(folder)) == []
+            requests = [FieldRequest(field.name) for field in manifest.fields]
+            found = SampleReader(str(folder)).read_fields(range(4), requests).fields
+            assert found["latent"].tolist() == [[i] * 3 for i in range(4)]
+            assert found["label"].tolist() == list(range(4))
+        except DataError as error:
+            refusals.append(str(error))
+        assert time.perf_counter() - started < 5
+        assert RAN == []
+    assert refusals
+    assert all("1.tar: " in refusal for refusal in refusals)
