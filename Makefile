@@ -4,10 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := not slow
 READY := $(VENV)/.ready
-# Tests that compute and nothing else, a process for each core: no Ray, no server, no time that is measured.
-COMPUTING := $(addprefix tests/,test_layout.py test_contributing.py docs/test_gallery.py docs/test_names.py docs/test_scaling.py \
-  docs/test_words.py sampling/guidance sampling/measures sampling/samplers trainer/config trainer/diffusion trainer/networks \
-  trainer/optim)
+# Tests that start Ray or measure time: one after another. All others compute, in a process for each core, and take the
+# cores at the lowest priority meanwhile: Ray's tests wait for processes to start and to die in half of their time.
+SERIAL := $(addprefix tests/,cluster k8s tune test_versions.py docs/test_prometheus.py \
+  data/storage data/reading/test_faults.py data/reading/test_order.py data/reading/test_tars.py \
+  sampling/http/test_client.py sampling/http/test_connection.py sampling/http/test_page.py sampling/offline/test_job.py \
+  sampling/service/test_idempotency.py sampling/service/test_key_store.py sampling/service/test_ray.py \
+  sampling/test_gpu.py trainer/test_gpu.py trainer/test_quarantined.py trainer/test_tracking.py \
+  $(addprefix trainer/on_ray/test_,deaths.py failures.py monitor.py run.py two_nodes.py unpacked.py workers.py))
+COMPUTING_LOG := $(VENV)/computing-tests.log
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check benchmarks clean
@@ -39,8 +44,12 @@ ifdef TESTS
 	$(BIN)/python -m pytest -m "$(MARK)" $(TESTS)
 else
 	status=0; \
-	  $(BIN)/python -m pytest -m "$(MARK)" -n auto --maxprocesses 8 $(COMPUTING) || status=$$?; \
-	  $(BIN)/python -m pytest -m "$(MARK)" $(addprefix --ignore=,$(COMPUTING)) || status=$$?; \
+	  nice -n 19 $(BIN)/python -m pytest -m "$(MARK)" -n auto --maxprocesses 8 --dist loadfile \
+	    $(addprefix --ignore=,$(SERIAL)) >$(COMPUTING_LOG) 2>&1 & computing=$$!; \
+	  trap 'kill $$computing 2>/dev/null' EXIT INT TERM; \
+	  $(BIN)/python -m pytest -m "$(MARK)" $(SERIAL) || status=$$?; \
+	  wait $$computing || status=$$?; \
+	  cat $(COMPUTING_LOG); \
 	  exit $$status
 endif
 

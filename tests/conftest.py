@@ -87,6 +87,7 @@ def small_run(small_set: str) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def ray_cluster(local_s3: LocalS3) -> Iterator[None]:
     """One embedded Ray cluster for the session; its workers see the S3 server."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ, "a test that starts Ray belongs to SERIAL in the Makefile"
     from scoreray.cluster.connect.local_ray import connected
 
     with connected(num_cpus=4):
