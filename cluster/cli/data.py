@@ -167,10 +167,10 @@ def inspect(
         return
     samples = SampleReader(url)
     if config:
-        from scoreray.trainer.config.from_data import Machine, suggested_config
+        from scoreray.trainer.config.from_data import Hardware, suggested_config
 
         some = samples.read(spread(samples.manifest, 256))[0]
-        typer.echo(suggested_config(url, samples.manifest, some, Machine.here()), nl=False)
+        typer.echo(suggested_config(url, samples.manifest, some, Hardware.here()), nl=False)
         return
     if picture is not None:
         write_picture(_grid(samples, count), picture)

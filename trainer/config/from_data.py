@@ -62,7 +62,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """What a run would compute on. memory_bytes: of a GPU."""
 
     cores: int
@@ -74,10 +74,10 @@ class Machine:
         return "cuda" if self.num_gpus else "cpu"
 
     @staticmethod
-    def here() -> Machine:
+    def here() -> Hardware:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = torch.device("cuda" if gpus else "cpu")
-        return Machine(len(os.sched_getaffinity(0)), gpus, has_bf16_units(device))
+        return Hardware(len(os.sched_getaffinity(0)), gpus, has_bf16_units(device))
 
 
 @dataclass
@@ -99,7 +99,7 @@ class _Draft:
         return "\n".join(lines) + "\n"
 
 
-def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Machine) -> str:
+def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardware) -> str:
     """YAML of a config that trains on the data set at `url` here. samples: some of the target's, as they are stored.
     Raises UserError for data that nothing can be trained on."""
     draft = _Draft()
@@ -193,7 +193,7 @@ def _condition(one: Field) -> tuple[dict[str, Any], str]:
     return {"field": one.name, "normalisation": chosen}, f"{kind}; {why.replace('0 and 0.5', '0 and 1').split(';')[0]}"
 
 
-def _workers(draft: _Draft, data: Manifest, axes: int, machine: Machine) -> int:
+def _workers(draft: _Draft, data: Manifest, axes: int, machine: Hardware) -> int:
     """`scaling`, and the global batch, which is returned: a power of two that no data set is smaller than."""
     workers = _power_of_two(machine.num_gpus or min(MOST_WORKERS, machine.cores))
     batch = SCALES[machine.device].batch[axes] * workers
@@ -230,7 +230,7 @@ def _noise(draft: _Draft, found: RunFields, target: Field, samples: Tensor) -> N
     draft.add("objective", values, *reasons)
 
 
-def _network(draft: _Draft, found: RunFields, target: Field, machine: Machine) -> None:
+def _network(draft: _Draft, found: RunFields, target: Field, machine: Hardware) -> None:
     channels, grid, scale = found.shape[0], found.shape[1:], SCALES[machine.device]
     if not grid:
         width = 128 if channels <= 8 else 256 if channels <= 64 else 512
@@ -256,7 +256,7 @@ def _network(draft: _Draft, found: RunFields, target: Field, machine: Machine) -
     draft.add("network", values, why)
 
 
-def _training(draft: _Draft, data: Manifest, batch: int, machine: Machine) -> None:
+def _training(draft: _Draft, data: Manifest, batch: int, machine: Hardware) -> None:
     least, most = SCALES[machine.device].images
     images = max(least, min(most, EPOCHS * data.num_samples))
     rate = 3e-4 if draft.sections["network"]["kind"] == "dit" else 1e-3

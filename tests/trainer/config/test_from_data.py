@@ -14,12 +14,12 @@ from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import CHUNK, Index, Manifest, Shard, record_dtype
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.config.from_data import Machine, suggested_config
+from scoreray.trainer.config.from_data import Hardware, suggested_config
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.step import build_training_module
 
-LAPTOP, SERVER = Machine(cores=2), Machine(cores=64, num_gpus=8, has_bf16=True)
+LAPTOP, SERVER = Hardware(cores=2), Hardware(cores=64, num_gpus=8, has_bf16=True)
 
 
 def numbers(name: str, kind: Any, shape: Sequence[int], dtype: Any = "float32", scale: float = 1.0) -> Field:
@@ -61,7 +61,7 @@ def stored(target: Field, count: int) -> torch.Tensor:
     return values.to(getattr(torch, target.dtype))
 
 
-def suggested(data: Manifest, machine: Machine, tmp_path: Path) -> tuple[str, Config]:
+def suggested(data: Manifest, machine: Hardware, tmp_path: Path) -> tuple[str, Config]:
     text = suggested_config(str(tmp_path / "set"), data, stored(data.target, 8), machine)
     (tmp_path / "mine.yaml").write_text(text)
     return text, load_config(tmp_path / "mine.yaml")
