@@ -1,13 +1,15 @@
 """Training speed as ratios: the bare step against engines of ours, and the demo's full run against a bare loop.
 
     python benchmarks/step.py [--workers 2] [--network demo|unet|dit|dit50] [--stages 0 1 2 3] [--batch 64]
-                              [--precision fp32] [--parts] [--deepspeed] [--adam deepspeed] [--meta] [--diffusers]
-                              [--clock cpu] [--full [--images 16384] [--stage auto]] [--seconds 90]
+                              [--precision fp32] [--conditions] [--parts] [--deepspeed] [--adam deepspeed] [--meta]
+                              [--diffusers] [--clock cpu] [--full [--images 16384] [--stage auto]] [--seconds 90]
 
 In one run, on this machine: a bare torch loop (same network, batch, precision, AdamW; no EMA, no data pipeline, no
 logging) on each of `workers` processes, gradients averaged by one all-reduce, against engines of ours in the same
 processes. Cases take turns, a few steps each, until `seconds` are over; the median counts.
 
+--conditions the network takes a sequence of vectors, a vector, a coarse grid and a class instead of a class alone: the
+             bare loop gives them as they are, ours normalises them and drops each in a tenth of the samples
 --parts      also forward and backward passes alone: what the optimizer with EMA costs beside them
 --deepspeed  also DeepSpeed's own loop at each sharded stage, as its documentation has it (--adam: its CPU Adam), with
              gradients summed in fp32 as ours are, and in the weights' precision, which is its default
@@ -101,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deepspeed", action="store_true")
     parser.add_argument("--meta", action="store_true")
     parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--conditions", action="store_true")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--adam", choices=["torch", "deepspeed"], default="torch")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -152,6 +155,8 @@ def rank_main(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(rank)
     images = torch.randint(0, 256, (rows, 1, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (rows,), generator=generator)
+    if arguments.conditions:
+        labels = conditions_for(labels, generator)
 
     cases = {"bare torch loop": bare_step(config, precision, images, labels, world)}
     if arguments.meta:
@@ -213,6 +218,35 @@ def in_turns(cases, images, arguments):  # type: ignore[no-untyped-def]
     return rates
 
 
+def conditions_built_for():  # type: ignore[no-untyped-def]
+    """Of a network with `--conditions`: tokens, a vector, a coarse grid and a class."""
+    from scoreray.data.fields.normalisation import Normaliser
+    from scoreray.trainer.diffusion.condition import ConditionSpec
+
+    unit = {size: Normaliser("channel", (0.0,) * size, (1.0,) * size) for size in (1, 8, 64)}
+    return {
+        "tokens": ConditionSpec("sequence", (16, 64), normaliser=unit[64]),
+        "place": ConditionSpec("vector", (8,), normaliser=unit[8]),
+        "coarse": ConditionSpec("concat", (1, 7, 7), normaliser=unit[1]),
+        "label": ConditionSpec("class", classes=tuple(map(str, range(10)))),
+    }
+
+
+def conditions_for(labels, generator):  # type: ignore[no-untyped-def]
+    import torch
+
+    from scoreray.trainer.diffusion.condition import Condition
+
+    rows = len(labels)
+    values = {
+        name: torch.randn(rows, *spec.shape, generator=generator)
+        for name, spec in conditions_built_for().items()
+        if spec.kind != "class"
+    }
+    lengths = torch.randint(1, 17, (rows, 1), generator=generator)
+    return Condition(values | {"label": labels}, {"tokens": torch.arange(16) < lengths})
+
+
 def module_of(config, world):  # type: ignore[no-untyped-def]
     import torch
 
@@ -220,10 +254,12 @@ def module_of(config, world):  # type: ignore[no-untyped-def]
     from scoreray.trainer.step import TrainingModule
 
     torch.manual_seed(0)
-    network = config.network.build((1, 28, 28), 10)
+    conditions = conditions_built_for() if parse().conditions else 10
+    network = config.network.build((1, 28, 28), conditions)
     denoiser = Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
     batch = config.data.global_batch_size
-    return TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch)
+    dropout = dict.fromkeys(conditions, 0.1) if parse().conditions else {}
+    return TrainingModule(denoiser, config.objective, config.process, seed=0, global_batch_size=batch, dropout=dropout)
 
 
 def meta_network(config):  # type: ignore[no-untyped-def]
