@@ -23,7 +23,7 @@ def sample(
     ] = None,
     format: Annotated[
         str,
-        typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3, else pictures."),
+        typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3 or of no pictures."),
     ] = "auto",
     actors: Annotated[
         int | None,

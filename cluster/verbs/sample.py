@@ -11,6 +11,7 @@ from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import gpus_come, wait_for_room
 from scoreray.cluster.display import counted, say
 from scoreray.data.reading.outputs import check_picture, write_picture
+from scoreray.sampling.model.describe import describe
 from scoreray.sampling.offline.files import sheet
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
@@ -66,6 +67,8 @@ def sample_to(
     actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
     """
     place = place_of(url, format)
+    if format == "auto" and place.format == "png" and _needs_shards(request, checkpoint, ema):
+        place = place_of(url, "webdataset")
     if picture is not None:
         check_picture(picture)
         refuse_same(place, picture, "--picture")
@@ -97,3 +100,8 @@ def sample_to(
     if picture is not None:
         write_picture(sheet(place), picture)
     return SampleResult(job, [out], model.info.images_seen)
+
+
+def _needs_shards(request: Request, checkpoint: str, ema: str | None) -> bool:
+    """Whether a folder of pictures can't hold what is drawn: arrays, or samples with fields of their records."""
+    return request.conditions_from is not None or not describe(checkpoint, ema).info.is_picture

@@ -18,6 +18,7 @@ from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.packing.commit import carry_out
 from scoreray.data.packing.pack import SourcePlan
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.reading.stream import Stream
@@ -151,6 +152,7 @@ def everything(url: str) -> Any:
 def test_each_record_has_an_ensemble_with_its_fields_in_the_datas_units(data: str, tmp_path: Path) -> None:
     url = str(tmp_path / "drawn")
     draw(url, request_of(data, 4, 24, seed=3))
+    assert verify(url) == []
     manifest = Manifest.load(open_store(url))
     assert [field.name for field in manifest.fields] == [
         "height", "caption", "place", "tokens", "kind", "hour", "record", "member",
