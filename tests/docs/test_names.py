@@ -109,11 +109,11 @@ def test_commands_that_pages_name_are_files() -> None:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words after `scoreray`) of every command that stands on a line of its own; two spaces end it."""
+    """(page, words after `scoreray`) of every command on a line of its own; two spaces or a redirection end it."""
     found = []
     for page in PAGES:
         for line in re.findall(r"^    (?:[A-Z_]+=\S+ )*scoreray (?:--local-s3 \S+ )?(.+)$", page.read_text(), re.M):
-            found += [(page.name, shlex.split(one)) for one in re.split(r"  .*| && scoreray ", line) if one]
+            found += [(page.name, shlex.split(one)) for one in re.split(r"  .*| > .*| && scoreray ", line) if one]
     return found
 
 
