@@ -84,37 +84,34 @@ class FieldCounter:
     """Adds up the values of one field. plain: of a data set of version 2, which keeps only means and deviations."""
 
     def __init__(self, of: Field, plain: bool) -> None:
-        self.field, self._plain, self.moments = of, plain, FieldMoments()
-        self._levels: np.ndarray | None = None
-        if plain and of.kind != "class":
-            self._channels = ChannelMoments(of.shape, of.dtype)
-        elif of.kind == "image":
-            self._levels = np.zeros((of.shape[0], 256), np.int64)
+        self.field, self.moments = of, FieldMoments()
+        self._levels = np.zeros((of.shape[0], 256), np.int64) if of.kind == "image" else None
+        self._channels = ChannelMoments(of.shape, of.dtype) if plain and of.kind == "array" else None
 
     def add(self, value: Any) -> None:
         """A value as `FieldValue` says; images as they are decoded, [H, W, 1] among others in colour too."""
         kind, moments = self.field.kind, self.moments
         if kind == "class":
-            moments.class_counts += [0] * (value + 1 - len(moments.class_counts))
+            if value >= len(moments.class_counts):
+                moments.class_counts += [0] * (value + 1 - len(moments.class_counts))
             if value >= 0:
                 moments.class_counts[value] += 1
         elif kind in ("text", "json"):
             moments.longest = max(moments.longest, len(value.encode() if isinstance(value, str) else value))
         elif kind == "image":
-            moments.is_grey = moments.is_grey and value.shape[2] == 1
-            self._add_image(np.broadcast_to(value, (*value.shape[:2], self.field.shape[0])))
-        elif self._plain:
+            self._add_image(value)
+        elif self._channels is not None:
             self._channels.add(value)
         else:
             self._add_numbers(as_floats(value, self.field.dtype))
 
     def _add_image(self, image: np.ndarray) -> None:
-        """Of 256 levels a histogram has all sums, exactly, at the cost of one of them."""
-        if self._levels is None:
-            self._channels.add(image)
-        else:
-            for channel, levels in enumerate(self._levels):
-                levels += np.bincount(image[:, :, channel].ravel(), minlength=256)
+        """Of 256 levels a histogram has all sums, exactly, at less than the cost of one in floats."""
+        assert self._levels is not None
+        channels = image.shape[2]
+        self.moments.is_grey = self.moments.is_grey and channels == 1
+        for channel, levels in enumerate(self._levels):  # a grey picture among others in colour has all alike
+            levels += np.bincount(image[:, :, min(channel, channels - 1)].ravel(), minlength=256)
 
     def _add_numbers(self, values: np.ndarray) -> None:
         if self.field.kind == "sequence":
@@ -130,7 +127,7 @@ class FieldCounter:
 
     def finish(self) -> FieldMoments:
         """The sums of all that was added."""
-        if self._plain and self.field.kind != "class":
+        if self._channels is not None:
             self.moments.sums, self.moments.squares = self._channels.sums, self._channels.squares
         elif self._levels is not None and self._levels.any():
             used, logs = self._levels > 0, np.log1p(LEVELS)

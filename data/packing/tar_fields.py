@@ -178,17 +178,13 @@ def own_field(member: Member, layout: Layout | None) -> Field:
     """The field of a sample's own image, with three channels, or array. Raises DataError, UserError naming it."""
     array = _own(member)
     extension = member.name.rpartition(".")[2].lower()
-    if is_own_image(member, array):
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3):
         return replace(plain_fields((3, *array.shape[:2]), "uint8", [], [], [], [])[0], member=extension)
     if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
         raise UserError(_channels_last(f"'{member.name}'", array.shape))
     if str(array.dtype) not in FIELD_DTYPES or not array.ndim:
         raise DataError(f"{_where(member)}: is {array.dtype} {array.shape}; accepted: {', '.join(FIELD_DTYPES)}")
     return Field("array", "array", list(array.shape), cast(FieldDtype, str(array.dtype)), extension)
-
-
-def is_own_image(member: Member, array: np.ndarray) -> bool:
-    return array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3)
 
 
 def _own(member: Member) -> np.ndarray:

@@ -45,20 +45,6 @@ class FieldOptions:
     def __bool__(self) -> bool:
         return bool(self.fields or self.kinds or self.normalisations)
 
-    def chosen(self, default: Sequence[FieldOption]) -> tuple[FieldOption, ...]:
-        """What is packed where a source would pack `default` without --field: all of it, or with --field what that
-        names, after the default's image or array, and its class if none is named. So `--field text=txt` adds captions
-        to pictures."""
-        if not self.fields:
-            return tuple(replace(one, normalisation=dict(self.normalisations).get(one.name)) for one in default)
-        taken = {one.name for one in self.fields} | {one.where for one in self.fields}
-        has_class = any(one.kind == "class" or one.name in CLASS_NAMES for one in self.fields)
-        free = [one for one in default if not {one.name, one.where} & taken]
-        target = [one for one in free if one.kind in ("image", "array")][:1]
-        label = [one for one in free if one.kind == "class" and not has_class]
-        normalised = FieldOptions(normalisations=self.normalisations).chosen([*target, *label])
-        return (*normalised[: len(target)], *self.fields, *normalised[len(target) :])
-
     def flag(self) -> str:
         """The first of them, as it is given on the command line."""
         if self.fields:
