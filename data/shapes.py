@@ -30,8 +30,8 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": (0.14, 0.18), "large": (0.23, 0.28)}  # of the side: radius of a circle of the same area
-BETWEEN = 0.205  # small below, large above
+SIZES = {"small": (0.18, 0.21), "large": (0.26, 0.3)}  # of the side: radius of a circle of the same area
+BETWEEN = 0.235  # small below, large above
 BACKGROUND = (15, 65)  # grey of any level in this range
 SUBPIXELS = 4  # a side: edges are antialiased
 FAINTEST = 40.0  # of a pixel's distance from the background in 8-bit units: less is noise
