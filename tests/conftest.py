@@ -25,9 +25,10 @@ import psutil
 import pytest
 
 from scoreray.data.fields.field import Field
+from scoreray.data.fields.record_layout import FORMATS, digest, index_bytes
 from scoreray.data.packing.pack import pack
-from scoreray.data.reading.manifest import FORMATS, INDEX, MANIFEST, Index, Manifest, Shard, digest
-from scoreray.data.reading.records import chunk_digests, index_bytes, records_sha256
+from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard
+from scoreray.data.reading.records import chunk_digests, records_sha256
 from scoreray.data.storage.local_s3 import LocalS3
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from scoreray.data.reading.manifest import DataDescription
+from scoreray.data.fields.description import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.engine import resolve_precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
-from scoreray.data.reading.manifest import DataDescription
+from scoreray.data.fields.description import DataDescription
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.normalisation import Normaliser
-from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import normalised
 from scoreray.trainer.config.data_scale import resolve_sigma_data

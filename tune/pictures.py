@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.reading.manifest import is_picture
+from scoreray.data.fields.limits import is_picture
 from scoreray.sampling.offline.generate import png_of_sheet
 from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of

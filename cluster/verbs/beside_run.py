@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from scoreray.data.reading.manifest import DataDescription
+from scoreray.data.fields.description import DataDescription
 from scoreray.trainer.config import Config
 
 POLL_S = 0.5

@@ -16,9 +16,10 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, is_plain
+from scoreray.data.fields.record_layout import index_bytes, record_of
 from scoreray.data.packing.moments import FieldMoments, statistics, with_statistics
-from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits, record_of, target_of
-from scoreray.data.reading.records import chunk_digests, index_bytes, records_sha256
+from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits, target_of
+from scoreray.data.reading.records import chunk_digests, records_sha256
 from scoreray.data.scratch import scratch_file, scratch_folder
 from scoreray.data.sources.identity import hash_object
 from scoreray.data.storage.paths import explained

@@ -9,9 +9,11 @@ import numpy as np
 
 from scoreray.data.errors import DataError
 from scoreray.data.fields.field import MAX_CLASSES, Field, is_plain
+from scoreray.data.fields.limits import MAX_AXIS
+from scoreray.data.fields.record_layout import digest, members_of, record_of
 from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.moments import FieldCounter, check_finite
-from scoreray.data.reading.manifest import MAX_AXIS, Shard, digest, members_of, record_of
+from scoreray.data.reading.manifest import Shard
 from scoreray.data.reading.records import records_sha256
 from scoreray.data.sources.field_source import FieldValue
 
@@ -19,7 +21,7 @@ Values = Mapping[str, FieldValue]
 
 
 class StoredMember(NamedTuple):
-    """A member of the shard: where its bytes begin, how many there are, manifest.FORMATS' code, their digest."""
+    """A member of the shard: where its bytes begin, how many there are, record_layout.FORMATS' code, their digest."""
 
     offset: int
     size: int

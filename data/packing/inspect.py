@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError
+from scoreray.data.fields.limits import is_picture
 from scoreray.data.packing.field_pictures import field_pictures
 from scoreray.data.packing.field_summary import FieldSummary, field_summaries
-from scoreray.data.reading.manifest import Manifest, is_picture
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader
 
 GRID_BACKGROUND = 48

@@ -22,11 +22,12 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field, is_plain
+from scoreray.data.fields.record_layout import WRITTEN_FORMATS
 from scoreray.data.packing.commit import Mapper, PackedShard, carry_out
 from scoreray.data.packing.index_tars import plan_tars, tars_at
 from scoreray.data.packing.repack import plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode_value, stored_fields
-from scoreray.data.reading.manifest import WRITTEN_FORMATS, Manifest, Shard
+from scoreray.data.reading.manifest import Manifest, Shard
 from scoreray.data.sources.field_options import NO_FIELDS, FieldOptions, of_extensions
 from scoreray.data.sources.field_source import FieldSource
 from scoreray.data.sources.layout import Layout

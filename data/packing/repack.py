@@ -24,10 +24,10 @@ from scoreray.data.packing.tar_fields import (
     marks_of,
     naming,
     naming_sample,
-    picture_in_place,
     tape_of,
     wanted_of,
 )
+from scoreray.data.packing.tar_members import picture_in_place
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.reading.manifest import Shard
 from scoreray.data.reading.pictures import as_array, is_grey, open_picture, plain_format
@@ -109,7 +109,7 @@ class RepackPlan:
             return member.data
         if self.image_format is None:
             return picture_in_place(field, member)
-        name = f"byte {member.offset}: '{member.name}'"
+        name = member.place
         to_grey = self.options.channels == 1
         return as_array(_open(member), tuple(field.shape), self.options.image_size, name, to_grey=to_grey)
 
@@ -167,7 +167,7 @@ def _some_images(
 
 
 def _open(member: Member) -> Image.Image:
-    name = f"byte {member.offset}: '{member.name}'"
+    name = member.place
     if member.name.lower().endswith(".npy"):
         raise UserError(f"{name}: arrays are not made into images; index these tars in place")
     return open_picture(member.data, name)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from scoreray.data.classes import NO_CLASS
-from scoreray.data.errors import DataError, UserError, nearest, shortened
+from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.fields.field import FIELD_DTYPES, Field, FieldDtype, plain_fields
+from scoreray.data.packing.tar_members import (
+    Picture,
+    asked_value,
+    decoded,
+    format_of,
+    member_of,
+    own_array,
+    own_value,
+    raw_of,
+)
 from scoreray.data.packing.tar_samples import PICTURES, TarSample, TarSamples
-from scoreray.data.reading.allowlist import JSON, LABELS, TEXTS, default_decoder, found_format, json_value
-from scoreray.data.reading.decode import decode_as_found, npy_array
-from scoreray.data.reading.field_values import member_value
-from scoreray.data.reading.manifest import FORMATS
+from scoreray.data.reading.allowlist import JSON
 from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
-from scoreray.data.sources.field_options import CLASS_NAMES, FieldOption, FieldOptions
+from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.sources.layout import Layout, checked_layout
 from scoreray.data.sources.options import SourceOptions
@@ -29,8 +36,6 @@ from scoreray.data.tables.values import Column, field_of
 
 LOOKED_AT = 8  # samples by which kinds and shapes are found
 OWN_CLASS = Field("label", "class", [], "int64", "cls")
-Picture = Callable[[Field, Member], FieldValue]
-"""The value of an image, as it is to be stored. Raises DataError naming the member."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class TarFields:
         for one in self.each:
             field = one.field
             if one.asked is not None:
-                found[field.name] = _asked_value(field, one.asked, sample, picture)
+                found[field.name] = asked_value(field, one.asked, sample, picture)
             elif field.kind == "class":
                 found[field.name] = sample.label
             else:
@@ -83,7 +88,7 @@ class TarFields:
         for one in self.each:
             if not one.field.is_inline:
                 member = sample.member() if one.asked is None else sample.members[one.asked.where]
-                found[one.field.member] = member, _format(one.field, member)
+                found[one.field.member] = member, format_of(one.field, member)
         return found
 
 
@@ -147,7 +152,7 @@ def _check_complete(sample: TarSample, asked: FieldOptions) -> None:
     if sample.problem and (not asked.fields or (sample.image is None and not sample.members)):
         raise DataError(sample.problem)
     for option in asked.fields:
-        _member_of(option, sample)
+        member_of(option, sample)
 
 
 def _fields_of(samples: Sequence[TarSample], asked: FieldOptions, options: SourceOptions) -> TarFields:
@@ -176,37 +181,15 @@ def _fields_of(samples: Sequence[TarSample], asked: FieldOptions, options: Sourc
 
 def own_field(member: Member, layout: Layout | None) -> Field:
     """The field of a sample's own image, with three channels, or array. Raises DataError, UserError naming it."""
-    array = _own(member)
+    array = own_value(member)
     extension = member.name.rpartition(".")[2].lower()
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3):
         return replace(plain_fields((3, *array.shape[:2]), "uint8", [], [], [], [])[0], member=extension)
     if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
         raise UserError(_channels_last(f"'{member.name}'", array.shape))
     if str(array.dtype) not in FIELD_DTYPES or not array.ndim:
-        raise DataError(f"{_where(member)}: is {array.dtype} {array.shape}; accepted: {', '.join(FIELD_DTYPES)}")
+        raise DataError(f"{member.place}: is {array.dtype} {array.shape}; accepted: {', '.join(FIELD_DTYPES)}")
     return Field("array", "array", list(array.shape), cast(FieldDtype, str(array.dtype)), extension)
-
-
-def _own(member: Member) -> np.ndarray:
-    """uint8 [H, W, C] of a picture, or of an array [1 or 3, H, W]; another array as it is."""
-    if not member.name.lower().endswith(".npy"):
-        return decoded(member)[0]
-    array = _named(member, npy_array, member.data)
-    is_image = array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in (1, 3)
-    return array.transpose(1, 2, 0) if is_image else array
-
-
-def own_array(field: Field, member: Member) -> np.ndarray:
-    array = _own(member)
-    check_fits(field.shape, field.dtype, member, array, "")
-    return array
-
-
-def picture_in_place(field: Field, member: Member) -> np.ndarray:
-    """uint8 [H, W, C], as it is decoded. Raises DataError for one of another size than the field's."""
-    array = _own(member)
-    check_fits(field.shape, "uint8", member, array, "--image-size makes new tars of one size")
-    return array
 
 
 def _channels_last(name: str, shape: Sequence[int]) -> str:
@@ -216,24 +199,18 @@ def _channels_last(name: str, shape: Sequence[int]) -> str:
     )
 
 
-def _member_of(option: FieldOption, sample: TarSample) -> Member:
-    if option.where not in sample.members:
-        raise DataError(f"byte {sample.offset}: sample '{sample.key}' has no .{option.where} ({option})")
-    return sample.members[option.where]
-
-
 def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: SourceOptions) -> Field:
     """The field that an option asks for. Raises UserError where its members make none of a kind that is packed."""
     last = option.where.rpartition(".")[2]
     if option.path and last != JSON:
         raise UserError(f"{option}: a path is within JSON; .{option.where} is none")
-    members = [_member_of(option, sample) for sample in samples]
+    members = [member_of(option, sample) for sample in samples]
     normalisation = option.normalisation or "none"
     if (last in PICTURES and option.kind in (None, "image")) or option.kind == "image":
         (height, width, _), size = decoded(members[0])[0].shape, options.image_size
         shape = [3, size or height, size or width]
         return Field(option.name, "image", shape, "uint8", option.where, normalisation=normalisation)
-    raws = [_raw(option, member) for member in members]
+    raws = [raw_of(option, member) for member in members]
     rank = max(np.ndim(raw) if isinstance(raw, np.ndarray) else 0 for raw in raws)
     about = Column(kind="array" if rank > 2 else None)
     found = field_of(option, about, raws, options, str(option), _no_files)
@@ -260,110 +237,6 @@ def _check_array(option: FieldOption, field: Field, first: np.ndarray) -> None:
 
 def _no_files(path: str) -> bytes:
     raise DataError(f"'{shortened(path)}' is no picture")
-
-
-def _raw(option: FieldOption, member: Member) -> Any:
-    """What a member, or a path in it, says: an array, number, text, list or dict; of numbers in JSON floats."""
-    last, kind = option.where.rpartition(".")[2], option.kind
-    if last == "npy":
-        return _named(member, npy_array, member.data)
-    if last == JSON and kind != "text":
-        value = _named(member, json_value, member.data, option.path)
-        if value is None:
-            raise DataError(f"{_where(member)}: '{option.path}' is null ({option})")
-        is_class = kind == "class" or (kind is None and option.name in CLASS_NAMES)
-        return value if is_class or kind == "json" else _as_floats(value)
-    if kind == "class" or (kind is None and option.where in LABELS):
-        return _named(member, default_decoder().member, "cls", member.data)
-    if kind in ("text", "json", "scalar") or last in TEXTS:
-        text = _named(member, bytes.decode, member.data)
-        return _named(member, float, text) if kind == "scalar" else text
-    accepted = (*PICTURES, "npy", JSON, *TEXTS, *LABELS)
-    raise UserError(
-        f"{option}: .{option.where} is of no kind that is read; {nearest(last, accepted)}; or --kind {option.name}=text"
-    )
-
-
-def _as_floats(value: Any) -> Any:
-    """JSON's numbers are doubles, whether or not they are written with a point."""
-    if isinstance(value, bool | str | dict):
-        return value
-    if isinstance(value, int | float):
-        return float(value)
-    with contextlib.suppress(ValueError, TypeError):
-        found = np.asarray(value)
-        return found.astype(np.float64) if found.dtype.kind in "iuf" else value
-    return value
-
-
-def _asked_value(field: Field, option: FieldOption, sample: TarSample, picture: Picture) -> FieldValue:
-    member = _member_of(option, sample)
-    if field.kind == "image":
-        return picture(field, member)
-    if field.kind in ("class", "scalar"):
-        return _number(field, option, member)
-    if field.kind == "json":
-        _named(member, json_value, member.data, "")
-        return member.data
-    value = _named(member, member_value, field, member.data, _format(field, member))
-    return value.tobytes().decode() if field.kind == "text" else value
-
-
-def _number(field: Field, option: FieldOption, member: Member) -> FieldValue:
-    """A class or a scalar."""
-    raw = _raw(replace(option, kind=field.kind), member)
-    if field.kind == "class":
-        if isinstance(raw, str) and raw.strip().isdecimal():
-            raw = int(raw)
-        if isinstance(raw, str | bool) or not isinstance(raw, int | float) or raw != int(raw) or raw < NO_CLASS:
-            raise DataError(
-                f"{_where(member)}: {shortened(repr(raw))} is no class ({option}); in tars classes are whole numbers "
-                f"from 0; --kind {field.name}=text keeps words"
-            )
-        return int(raw)
-    array = np.asarray(raw)
-    if array.size != 1 or array.dtype.kind not in "biuf":
-        raise DataError(f"{_where(member)}: {shortened(repr(raw))} is no number ({option})")
-    return cast(float, array.reshape(()).astype(field.dtype)[()])
-
-
-def _format(field: Field, member: Member) -> int:
-    if field.kind == "image" or (field.name == field.kind == "array"):
-        return found_format(member.name.lower(), member.data)
-    last = field.member.rpartition(".")[2]
-    return FORMATS[last if last in ("npy", JSON) else JSON if field.kind == "json" else "txt"]
-
-
-def _where(member: Member) -> str:
-    return f"byte {member.offset}: '{member.name}'"
-
-
-def _named(member: Member, call: Callable[..., Any], *args: Any) -> Any:
-    """call(*args); an error becomes a DataError that names the member."""
-    try:
-        return call(*args)
-    except (DataError, ValueError, OverflowError) as error:
-        raise DataError(f"{_where(member)}: {' '.join(str(error).split())}") from error
-
-
-def decoded(member: Member) -> tuple[np.ndarray, int]:
-    """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
-    code = found_format(member.name.lower(), member.data)
-    return _named(member, decode_as_found, member.data, code), code
-
-
-def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndarray, fix: str) -> None:
-    """Raises DataError for a sample of another shape or type than the first has, or one that is not finite. Grey
-    pictures are among coloured ones. `fix`: what to do about pictures of another size."""
-    name = _where(member)
-    if values.dtype == dtype == "uint8" and values.shape[:2] != tuple(shape[1:]):
-        height, width = values.shape[:2]
-        raise DataError(f"{name}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}")
-    if values.dtype != dtype or (dtype != "uint8" and values.shape != tuple(shape)):
-        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        at = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise DataError(f"{name}: holds a value that is not finite, {values[tuple(at)]} at {at}")
 
 
 def marks_of(fields: Sequence[Field]) -> str:

@@ -88,7 +88,7 @@ class TarSamples:
                 group = yield from self._all_but_the_last(key, group)
                 held_bytes = sum(len(kept.data) for kept in group.values())
             if kind in group:
-                raise DataError(f"byte {member.offset}: '{member.name}' comes twice")
+                raise DataError(f"{member.place} comes twice")
             group[kind] = self._kept(member, kind)
             held_bytes += len(group[kind].data)
             if held_bytes > MAX_HELD_BYTES and self._is_one_sample(group):
@@ -165,10 +165,10 @@ class TarSamples:
     def _label(self, found: dict[str, Member]) -> tuple[int, set[str], str | None]:
         """(the class's number, the kinds of the members that say so, the field of JSON that does). The first of LABELS
         that is there wins, and JSON comes last; others that say the same are no loss, and others are counted."""
-        said = {kind: _number(found[kind].data, _where(found[kind])) for kind in LABELS if kind in found}
+        said = {kind: _number(found[kind].data, found[kind].place) for kind in LABELS if kind in found}
         key = _label_key(_fields(found[JSON].data)) if JSON in found else None
         if key is not None:
-            said[JSON] = _number(_fields(found[JSON].data)[key], f"{_where(found[JSON])}: {key}")
+            said[JSON] = _number(_fields(found[JSON].data)[key], f"{found[JSON].place}: {key}")
         label = next(iter(said.values()), NO_CLASS)
         used = {kind for kind, number in said.items() if number == label}
         return label, used, key if JSON in used else None
@@ -275,10 +275,6 @@ def _kept(member: Member, kind: str) -> Member:
     most = {JSON: MAX_JSON_BYTES, "": 0}.get(ending, MAX_LABEL_BYTES) if ending not in IMAGES else None
     data = member.data if ending != JSON or len(member.data) <= MAX_JSON_BYTES else b""
     return Member(member.name, member.offset, data[:most])
-
-
-def _where(member: Member) -> str:
-    return f"byte {member.offset}: '{member.name}'"
 
 
 def _name(key: str) -> str:

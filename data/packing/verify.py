@@ -11,10 +11,11 @@ import numpy as np
 
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.fields.field import Field, FieldRequest
+from scoreray.data.fields.record_layout import FORMATS, digest
 from scoreray.data.packing.moments import FieldCounter, check_finite, with_statistics
 from scoreray.data.reading.allowlist import json_value
 from scoreray.data.reading.field_values import FieldDecoder
-from scoreray.data.reading.manifest import FORMATS, MANIFEST, Manifest, digest
+from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.reader import Reader, wanted_members
 from scoreray.data.sources.identity import hash_object
 from scoreray.data.storage.stats import ReadStats

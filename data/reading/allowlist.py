@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from scoreray.data.errors import DataError
+from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.reading.decode import decode_as_found, decode_class, npy_array
-from scoreray.data.reading.manifest import FORMATS
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES, plain_format
 from scoreray.data.reading.tars import PICKLES
 
@@ -81,7 +81,7 @@ def decode_allowlisted(key: str, data: bytes) -> Any:
 
 
 def found_format(kind: str, data: bytes) -> int:
-    """The format (manifest.FORMATS) by which a member of one of IMAGE_SUFFIXES or .npy is decoded: by its content."""
+    """The format (record_layout.FORMATS) by which a member of IMAGE_SUFFIXES or .npy is decoded: by its content."""
     return FORMATS["npy" if kind.endswith("npy") else plain_format(data) or "picture"]
 
 

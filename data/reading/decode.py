@@ -15,7 +15,9 @@ import numpy as np
 import simplejpeg
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.reading.manifest import FORMATS, MAX_CLASSES, check_label
+from scoreray.data.fields.field import MAX_CLASSES
+from scoreray.data.fields.limits import check_label
+from scoreray.data.fields.record_layout import FORMATS
 
 try:
     import pyspng
@@ -30,7 +32,7 @@ def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name
     """The sample as the manifest describes it: images as [H, W, C] uint8 (C last), arrays in `shape`.
 
     Args:
-      code: of the format (manifest.FORMATS).
+      code: of the format (record_layout.FORMATS).
       shape: (C, H, W) of images with `dtype` uint8, else the array's.
       name: what to call the sample in an error.
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, FieldRequest, stored_dtype
+from scoreray.data.fields.record_layout import FORMAT_NAMES, FORMATS
 from scoreray.data.reading.allowlist import json_value
 from scoreray.data.reading.decode import decode_into, decode_rows, npy_array, raw_array
-from scoreray.data.reading.manifest import FORMAT_NAMES, FORMATS, Manifest
+from scoreray.data.reading.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch

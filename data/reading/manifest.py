@@ -1,7 +1,7 @@
-"""The files that describe a data set: `manifest.json` (counts, sizes, hashes, statistics), `index.bin` (records).
+"""The manifest of a data set: `manifest.json` (counts, sizes, hashes, statistics of fields).
 
-Both are untrusted input and checked as such. The manifest grows with the number of shards; records are read by
-chunks (records.py), and never all at once.
+Untrusted input, and checked as such. It grows with the number of shards; the records of `index.bin`, one a sample,
+are read by chunks (records.py), and never all at once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 from pydantic import Field as Limits
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, is_plain, plain_fields, stored_dtype
+from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, is_plain, plain_fields
+from scoreray.data.fields.limits import MAX_AXES, MAX_AXIS, MAX_VALUES, check_label, check_shape
+from scoreray.data.fields.record_layout import CHUNK, RECORD, column_of, index_bytes, members_of, record_dtype
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.interface import check_key
 from scoreray.data.storage.store import NotFound, Store, open_store
@@ -29,63 +31,10 @@ INDEX = "index.bin"
 MAX_MANIFEST_BYTES = 1 << 29  # MAX_SHARDS of them
 MAX_NAME = 255
 MAX_KEY = 1024  # of a shard
-MAX_AXES, MAX_AXIS = 6, 1 << 20  # of a sample's shape
-MAX_VALUES = 1 << 28  # of one sample
 MAX_SHARDS = 2_000_000
 
-# Of a member, as the record's `format` says it. A picture is one of any other kind, or a png or jpg that is more than
-# its pixels: turned by EXIF, with transparency, a palette, CMYK. It is read as `pictures.open_picture` says.
-# raw: an array's values alone, in C order and little-endian; its shape and type are the field's.
-FORMATS = {"png": 1, "jpg": 2, "npy": 3, "picture": 4, "raw": 5, "txt": 6, "json": 7}
-WRITTEN_FORMATS = ("png", "jpg", "npy")
-FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
-
-# One sample in index.bin, little-endian: where its member's bytes are in the shard, its class (-1: none), its format,
-# and the first 8 bytes of the member's SHA-256, so that a ranged read can be verified.
-RECORD = np.dtype(
-    {
-        "names": ["offset", "size", "label", "format", "digest"],
-        "formats": ["<u8", "<u4", "<i4", "u1", "<u8"],
-        "offsets": [0, 8, 12, 16, 24],
-        "itemsize": 32,
-    }
-)
-
-CHUNK = 128  # records that are verified together
-
-
-def record_dtype(fields: Sequence[Field]) -> np.dtype:
-    """One sample in the index.bin of a data set of version 3, without padding: `offset`, `size`, `format` and `digest`
-    of each of `members_of(fields)`, as columns [M], then the values of classes (int32) and scalars (their own type) in
-    a column `column_of(field)` each. `RECORD` is that of version 2."""
-    count = len(members_of(fields))
-    columns: list[tuple[str, object] | tuple[str, object, tuple[int]]] = [
-        ("offset", "<u8", (count,)), ("size", "<u4", (count,)), ("format", "u1", (count,)), ("digest", "<u8", (count,)),
-    ]  # fmt: skip
-    inline = [field for field in fields if field.is_inline]
-    return np.dtype(
-        [*columns, *((column_of(f), "<i4" if f.kind == "class" else stored_dtype(f.dtype)) for f in inline)]
-    )
-
-
-def members_of(fields: Sequence[Field]) -> list[str]:
-    """The extensions of the tar members that a record points to, in the order of its columns."""
-    return list(dict.fromkeys(field.member for field in fields if not field.is_inline))
-
-
-def column_of(field: Field) -> str:
-    """The column of a record that holds an inline field's value. A prefix keeps it apart from `offset` or `size`."""
-    return f"value:{field.name}"
-
-
-Get = Callable[[str, int, int], bytes]  # (key, start, end)
 Sha256 = Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Limits(gt=0, lt=1 << 62)]
-
-
-def record_of(fields: Sequence[Field]) -> np.dtype:
-    """The type of a record of a data set that is packed with these fields, of version 2 or 3."""
-    return RECORD if is_plain(fields) else record_dtype(fields)
 
 
 def check_limits(name: str, fields: Sequence[Field], num_shards: int) -> None:
@@ -101,39 +50,6 @@ def check_limits(name: str, fields: Sequence[Field], num_shards: int) -> None:
         check_label(len(one.classes) - 1, what)
     if num_shards > MAX_SHARDS:
         raise UserError(f"{name}: {num_shards:,} shards, the limit is {MAX_SHARDS:,}; put more samples into each")
-
-
-def check_shape(name: str, shape: Sequence[int]) -> None:
-    """Raises UserError where no sample can have this shape."""
-    axes, shown = len(shape), " x ".join(map(str, shape))
-    if not 1 <= axes <= MAX_AXES:
-        raise UserError(f"{name}: samples of {axes} axes ({shown}); 1 to {MAX_AXES} are accepted: reshape them")
-    if not all(1 <= length <= MAX_AXIS for length in shape):
-        raise UserError(
-            f"{name}: samples of {shown}; each axis may have 1 to {MAX_AXIS:,} entries: reshape or cut them"
-        )
-    if math.prod(shape) > MAX_VALUES:
-        raise UserError(
-            f"{name}: samples of {math.prod(shape):,} values ({shown}), the limit is {MAX_VALUES:,}: cut them"
-        )
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    """Whether samples of a shape are pictures: [C, H, W] with one channel or three."""
-    return len(shape) == 3 and shape[0] in (1, 3)
-
-
-def check_label(label: int, name: str) -> None:
-    """Raises UserError where a class has a number that no data set can have: each below it takes a name."""
-    if label >= MAX_CLASSES:
-        raise UserError(
-            f"{name}: class {label}, the limit is {MAX_CLASSES - 1}; number the classes from 0 without gaps"
-        )
-
-
-def digest(data: bytes) -> int:
-    """A member's digest as its record holds it."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,45 +68,6 @@ class Index:
     name: Annotated[str, Limits(max_length=MAX_KEY)]
     bytes: Count
     sha256: Sha256
-
-
-class DataDescription(Protocol):
-    """What a run has to know of its data: a packed set's `Manifest`, or, of tars without one, `UnpackedTars`."""
-
-    @property
-    def shape(self) -> list[int]:
-        """Of a sample: (C, H, W) of images, any for arrays."""
-
-    @property
-    def dtype(self) -> str:
-        """Of a sample's values: "uint8" of images."""
-
-    @property
-    def fields(self) -> list[Field]:
-        """What a sample holds; `shape`, `dtype` and statistics are those of the one that is modelled by default."""
-
-    @property
-    def classes(self) -> list[str]:
-        """Their names, by number; empty for data without classes."""
-
-    @property
-    def num_samples(self) -> int | None:
-        """None where nobody has counted them."""
-
-    @property
-    def std(self) -> list[float]:
-        """The standard deviation of each channel in the model's range; empty where it is not known."""
-
-    @property
-    def sigma_data(self) -> float:
-        """The standard deviation of all values in the model's range."""
-
-    @property
-    def identity(self) -> str:
-        """A SHA-256 that other data do not have: a run goes on only with data of the same one."""
-
-    def channel_means(self) -> list[float]:
-        """The mean of each channel in the model's range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +121,7 @@ class Manifest:
             raise ValueError("two shards have the same name")
         if sum(shard.num_samples for shard in self.shards) != self.num_samples:
             raise ValueError("num_samples is not the sum over the shards")
-        num_chunks = sum(-(-shard.num_samples // CHUNK) for shard in self.shards)
-        if self.index.bytes != self.num_samples * self.record.itemsize + num_chunks * 32:
+        if self.index.bytes != index_bytes((shard.num_samples for shard in self.shards), self.record):
             raise ValueError(f"the index needs {self.record.itemsize} bytes a sample, 32 for each {CHUNK} of a shard")
         for one in self.fields:
             if max(one.shape, default=1) > MAX_AXIS or math.prod(one.shape) > MAX_VALUES or len(one.shape) > MAX_AXES:

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 
 from scoreray.data.errors import DataError, StorageError
+from scoreray.data.fields.record_layout import CHUNK
 from scoreray.data.reading.disk_cache import DiskCache
-from scoreray.data.reading.manifest import CHUNK, Manifest
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.records import Records, joined

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from scoreray.data.errors import DataError
-from scoreray.data.reading.manifest import CHUNK, FORMAT_NAMES, RECORD, Get, Manifest
+from scoreray.data.fields.record_layout import CHUNK, DIGEST_BYTES, FORMAT_NAMES, RECORD
+from scoreray.data.reading.manifest import Manifest
 
-DIGEST_BYTES = 32
+Get = Callable[[str, int, int], bytes]  # (key, start, end)
 LOCKS = 64
 _KNOWN = np.isin(np.arange(256), [*FORMAT_NAMES])  # formats, by their code
 
@@ -31,11 +32,6 @@ def chunk_digests(records: bytes, record: np.dtype = RECORD) -> bytes:
 def records_sha256(records: bytes, record: np.dtype = RECORD) -> str:
     """What the manifest says of one shard's records."""
     return hashlib.sha256(chunk_digests(records, record)).hexdigest()
-
-
-def index_bytes(counts: Iterable[int], record: np.dtype = RECORD) -> int:
-    """Size of the index of shards of so many samples."""
-    return sum(count * record.itemsize + -(-count // CHUNK) * DIGEST_BYTES for count in counts)
 
 
 def joined(parts: Sequence[np.ndarray], record: np.dtype) -> np.ndarray:

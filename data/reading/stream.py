@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import FieldRequest
+from scoreray.data.fields.record_layout import CHUNK
 from scoreray.data.reading.batches import Batch, BatchStream, RankLanes
 from scoreray.data.reading.blocks import BUFFER_BYTES, BlockReader, Rows, blocks_at_once
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.field_values import FieldDecoder
-from scoreray.data.reading.manifest import CHUNK, Manifest
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import Order
 from scoreray.data.reading.quarantine import Quarantine
 from scoreray.data.reading.reader import Reader

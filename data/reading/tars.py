@@ -32,6 +32,11 @@ class Member:
     offset: int
     data: bytes
 
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return f"byte {self.offset}: '{self.name}'"
+
 
 class Tape:
     """A tar's bytes from `start` (of the tar, or of a member's header) to its end, hashed on the way; a window of it is

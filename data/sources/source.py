@@ -18,7 +18,7 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, plain_fields
-from scoreray.data.reading.manifest import check_label, check_shape
+from scoreray.data.fields.limits import check_label, check_shape
 from scoreray.data.reading.pictures import as_array, fit, open_picture
 from scoreray.data.sources.arrays import LoadedArrays, as_floats, as_images, read_idx, read_npz
 from scoreray.data.sources.field_source import Sample

@@ -16,7 +16,7 @@ import numpy as np
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field
-from scoreray.data.reading.manifest import check_label
+from scoreray.data.fields.limits import check_label
 from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.sources.field_source import Sample
 from scoreray.data.sources.listing import some_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.fields.field import FIELD_DTYPES, Field, FieldDtype, FieldKind, stored_dtype
-from scoreray.data.reading.manifest import check_shape
+from scoreray.data.fields.limits import check_shape
 from scoreray.data.reading.pictures import as_array, fit, is_grey, looks_like_a_picture, open_picture
 from scoreray.data.sources.field_options import CLASS_NAMES, FieldOption
 from scoreray.data.sources.field_source import FieldValue
@@ -92,15 +93,19 @@ class FieldColumn:
     def _class(self, raw: Any, name: str) -> int:
         if isinstance(raw, str | bytes):
             word = as_text(raw, name)
-            if word not in self.field.classes:
+            if word not in self._class_numbers:
                 raise DataError(f"{name}: '{shortened(word)}' is not among its {len(self.field.classes)} classes")
-            return self.field.classes.index(word)
+            return self._class_numbers[word]
         number = int(raw) if is_whole(raw) else -1
         if not 0 <= number < len(self.field.classes):
             raise DataError(
                 f"{name}: class {shortened(repr(raw), 40)}, and there are {len(self.field.classes)}, numbered from 0"
             )
         return number
+
+    @cached_property
+    def _class_numbers(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.field.classes)}
 
     def _image(self, raw: Any, name: str) -> np.ndarray:
         size, shape = self.options.image_size, tuple(self.field.shape)
@@ -256,7 +261,7 @@ def picture_bytes(raw: Any, file_at: Callable[[str], bytes], name: str) -> bytes
 def is_whole(value: Any) -> bool:
     """Whether a value is one whole number from 0, of any type of numbers."""
     array = np.asarray(value)
-    return array.shape == () and array.dtype.kind in "biuf" and bool(array >= 0) and float(array) == int(array)
+    return array.shape == () and array.dtype.kind in "biuf" and bool(array >= 0) and float(array).is_integer()
 
 
 def is_pixels(shape: Sequence[int]) -> bool:

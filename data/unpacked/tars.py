@@ -17,7 +17,8 @@ from scoreray.data.errors import DataError, UserError, key_in_errors
 from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.packing.index_tars import tars_at
 from scoreray.data.packing.moments import ChannelMoments, statistics
-from scoreray.data.packing.tar_fields import check_fits, decoded, naming, tape_of
+from scoreray.data.packing.tar_fields import naming, tape_of
+from scoreray.data.packing.tar_members import check_fits, decoded
 from scoreray.data.packing.tar_samples import TarSample, TarSamples
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.pictures import as_array, is_grey, open_picture
@@ -107,7 +108,7 @@ class UnpackedTars:
     def read(self, sample: TarSample) -> tuple[np.ndarray, int]:
         """(uint8 [H, W, C] or float32 array, its class or -1). Raises DataError, which begins with the byte."""
         member = sample.member()
-        name = _name(member)
+        name = member.place
         if sample.label >= len(self.classes):
             accepted = f"data.num_classes is {len(self.classes)}" if self.classes else "the first samples have none"
             raise DataError(f"{name}: has class {sample.label}, and {accepted}; set it to the number of classes")
@@ -254,7 +255,7 @@ def _look_into(tar: StoredTar, most: int, settings: TarSettings, seen: _Seen) ->
             continue
         if array.dtype != np.uint8 and array.ndim == 3 and layout_of(array.shape) == "NHWC":
             raise UserError(
-                f"{_name(member)}: an array of {' x '.join(map(str, array.shape))} with its channels last, where the "
+                f"{member.place}: an array of {' x '.join(map(str, array.shape))} with its channels last, where the "
                 "model takes [C, H, W]; write them so"
             )
         seen.arrays.append(array)
@@ -268,8 +269,8 @@ def _array(member: Member, image_size: int | None) -> np.ndarray:
     """uint8 [H, W, 1 or 3], fitted to `image_size` where that is given, or a float32 array. Raises DataError."""
     if image_size is None or member.name.lower().endswith(".npy"):
         return decoded(member)[0]
-    image = open_picture(member.data, _name(member))
-    return as_array(image, (1 if is_grey(image) else 3, image_size, image_size), image_size, _name(member))
+    image = open_picture(member.data, member.place)
+    return as_array(image, (1 if is_grey(image) else 3, image_size, image_size), image_size, member.place)
 
 
 def _scale(arrays: Sequence[np.ndarray]) -> tuple[list[int], list[float], list[float], float]:
@@ -299,7 +300,3 @@ def _checked(manifest: Manifest, settings: TarSettings) -> Manifest:
             "scoreray data pack --image-size makes a data set of another size"
         )
     return manifest
-
-
-def _name(member: Member) -> str:
-    return f"byte {member.offset}: '{member.name}'"

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError
-from scoreray.data.reading.manifest import DataDescription, Manifest, is_picture
+from scoreray.data.fields.description import DataDescription
+from scoreray.data.fields.limits import is_picture
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.evaluate import described, evaluate
 from scoreray.sampling.evaluation.loaded import fixed_threads

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.fields.field import FieldRequest
-from scoreray.data.reading.manifest import is_picture
+from scoreray.data.fields.limits import is_picture
 from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood

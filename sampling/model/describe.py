@@ -17,7 +17,8 @@ import torch
 
 from scoreray.data.classes import class_number
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.reading.manifest import DataDescription, is_picture
+from scoreray.data.fields.description import DataDescription
+from scoreray.data.fields.limits import is_picture
 from scoreray.sampling.model.export import PREFIX, ExportedModel, ModelManifest, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find

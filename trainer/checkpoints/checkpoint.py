@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from scoreray.data.errors import DataError, Unanswered, UserError
-from scoreray.data.reading.manifest import DataDescription
+from scoreray.data.fields.description import DataDescription
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.marker import Marker, StoredFile

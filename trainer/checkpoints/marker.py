@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from scoreray.data.reading.manifest import DataDescription, Sha256
+from scoreray.data.fields.description import DataDescription
+from scoreray.data.reading.manifest import Sha256
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.trainer.config import DataSection
 from scoreray.trainer.config.run_fields import TargetField, run_fields

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scoreray.data.reading.manifest import DataDescription
+from scoreray.data.fields.description import DataDescription
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.diffusion.process import EDM

@@ -11,10 +11,10 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.field import NAME, Field, FieldDtype, FieldKind, FieldRequest
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
-from scoreray.data.reading.manifest import DataDescription
 from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec

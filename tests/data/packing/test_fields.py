@@ -16,10 +16,11 @@ import pytest
 import scoreray.data.packing.pack as module
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field
+from scoreray.data.fields.record_layout import CHUNK, FORMATS, column_of, digest
 from scoreray.data.packing.commit import carry_out
 from scoreray.data.packing.pack import SourcePlan
 from scoreray.data.packing.shards import encode
-from scoreray.data.reading.manifest import CHUNK, FORMATS, Manifest, column_of, digest
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 
 FIELDS = [

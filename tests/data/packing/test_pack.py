@@ -22,11 +22,12 @@ import scoreray.data.packing.pack as module
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.fields.field import plain_fields
+from scoreray.data.fields.record_layout import RECORD
 from scoreray.data.packing.inspect import picture_grid, spread, summary
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import ShardWriter, encode
 from scoreray.data.packing.verify import verify
-from scoreray.data.reading.manifest import MANIFEST, RECORD, Manifest
+from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.samples import SampleReader, read_samples
 from scoreray.data.storage.store import open_store
 

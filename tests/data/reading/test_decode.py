@@ -10,8 +10,8 @@ import simplejpeg
 from PIL import Image
 
 from scoreray.data.errors import DataError
+from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.reading.decode import decode, decode_rows
-from scoreray.data.reading.manifest import FORMATS
 
 UINT8 = np.dtype(np.uint8)
 

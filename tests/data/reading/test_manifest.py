@@ -12,7 +12,8 @@ import pytest
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field
-from scoreray.data.reading.manifest import RECORD, Manifest, record_dtype
+from scoreray.data.fields.record_layout import RECORD, record_dtype
+from scoreray.data.reading.manifest import Manifest
 
 FIELDS = [
     Field("image", "image", [3, 4, 4], "uint8", "png", mean=[127.5, 0.0, 255.0], std=[25.5, 51.0, 0.0]),

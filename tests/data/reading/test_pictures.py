@@ -11,10 +11,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from scoreray.data.errors import DataError
+from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.packing.shards import encode
 from scoreray.data.reading import pictures
 from scoreray.data.reading.decode import decode_as_found
-from scoreray.data.reading.manifest import FORMATS
 from scoreray.data.reading.pictures import plain_format
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)

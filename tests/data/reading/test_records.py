@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from scoreray.data.errors import DataError
+from scoreray.data.fields.record_layout import CHUNK, RECORD, index_bytes
 from scoreray.data.packing.pack import pack
-from scoreray.data.reading.manifest import CHUNK, RECORD, Manifest
-from scoreray.data.reading.records import Records, index_bytes
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.records import Records
 from scoreray.data.storage.store import open_store
 
 COUNT = 20 * CHUNK + 7

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.fields.record_layout import CHUNK, RECORD
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.batches import Batch
 from scoreray.data.reading.blocks import blocks_at_once
-from scoreray.data.reading.manifest import CHUNK, MANIFEST, RECORD, Manifest
+from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.order import Order
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.stream import Stream

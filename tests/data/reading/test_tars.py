@@ -25,6 +25,7 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import FieldRequest
+from scoreray.data.fields.record_layout import RECORD, digest
 from scoreray.data.packing.index_tars import TarsPlan, index_tar
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
@@ -32,7 +33,7 @@ from scoreray.data.packing.tar_fields import images_of_shape
 from scoreray.data.packing.tar_samples import TarSamples
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.decode import decode
-from scoreray.data.reading.manifest import RECORD, Manifest, digest
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.reader import Reader

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.fields.field import MAX_CLASSES
+from scoreray.data.fields.limits import MAX_AXES, MAX_AXIS, MAX_VALUES
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.decode import decode_class
-from scoreray.data.reading.manifest import MAX_AXES, MAX_AXIS, MAX_CLASSES, MAX_VALUES, Manifest
+from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.sources.layout import layout_of
 from scoreray.data.sources.source import SourceOptions, open_source
@@ -147,7 +149,7 @@ def test_what_no_manifest_can_hold_is_refused_before_anything_is_written(what: s
     arrays, message = dict(LIMITS[what][0]), LIMITS[what][1]
     options = arrays.pop("--", {})
     if what == "values":  # half a gigabyte is not written for this
-        from scoreray.data.reading.manifest import check_shape
+        from scoreray.data.fields.limits import check_shape
 
         with pytest.raises(UserError, match=message):
             check_shape("x", arrays["x"].shape[1:])  # type: ignore[attr-defined]

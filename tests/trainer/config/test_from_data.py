@@ -11,7 +11,8 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import Field
-from scoreray.data.reading.manifest import CHUNK, Index, Manifest, Shard, record_dtype
+from scoreray.data.fields.record_layout import CHUNK, record_dtype
+from scoreray.data.reading.manifest import Index, Manifest, Shard
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.config.from_data import Hardware, suggested_config
