@@ -63,7 +63,7 @@ def raw_of(option: FieldOption, member: Member) -> Any:
         if value is None:
             raise DataError(f"{member.place}: '{option.path}' is null ({option})")
         is_class = kind == "class" or (kind is None and option.name in CLASS_NAMES)
-        return value if is_class or kind == "json" else _as_floats(value)
+        return value if is_class or kind == "json" else _named(member, _as_floats, value)
     if kind == "class" or (kind is None and option.where in LABELS):
         return _named(member, default_decoder().member, "cls", member.data)
     if kind in ("text", "json", "scalar") or last in TEXTS:
@@ -105,8 +105,9 @@ def _number(field: Field, option: FieldOption, member: Member) -> FieldValue:
     raw = raw_of(replace(option, kind=field.kind), member)
     if field.kind == "class":
         if isinstance(raw, str) and raw.strip().isdecimal():
-            raw = int(raw)
-        if isinstance(raw, str | bool) or not isinstance(raw, int | float) or raw != int(raw) or raw < NO_CLASS:
+            raw = _named(member, int, raw)
+        whole = raw.is_integer() if isinstance(raw, float) else isinstance(raw, int) and not isinstance(raw, bool)
+        if not whole or raw < NO_CLASS:
             raise DataError(
                 f"{member.place}: {shortened(repr(raw))} is no class ({option}); in tars classes are whole "
                 f"numbers from 0; --kind {field.name}=text keeps words"
@@ -115,7 +116,11 @@ def _number(field: Field, option: FieldOption, member: Member) -> FieldValue:
     array = np.asarray(raw)
     if array.size != 1 or array.dtype.kind not in "biuf":
         raise DataError(f"{member.place}: {shortened(repr(raw))} is no number ({option})")
-    return cast(float, array.reshape(()).astype(field.dtype)[()])
+    with np.errstate(all="ignore"):
+        value = array.reshape(()).astype(field.dtype)
+    if array.dtype != value.dtype and not np.array_equal(value, array.reshape(()), equal_nan=True):
+        raise DataError(f"{member.place}: {shortened(repr(raw))} is no {field.dtype} ({option})")
+    return cast(float, value[()])
 
 
 def format_of(field: Field, member: Member) -> int:

@@ -57,7 +57,7 @@ def sample(i: int) -> dict[str, Any]:
 
 
 def encoded(value: Any) -> bytes:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return npy(value)
     return (
         value if isinstance(value, bytes) else value.encode() if isinstance(value, str) else json.dumps(value).encode()
@@ -178,13 +178,18 @@ def test_a_sample_that_lacks_a_field_is_named_or_left_out(tmp_path: Path) -> Non
         (["caption=txt"], [], {"txt": b"\xff"}, "is no UTF-8"),
         (["s=json:score"], [], {"json": {"score": None}}, "'score' is null (--field s=json:score)"),
         (["s=json:score"], [], {"json": {"score": "high"}}, "'high' is no number (--field s=json:score)"),
+        (["s=json:score"], [], {"json": {"score": 10**400}}, "int too large to convert to float"),
+        (["cls=json:label"], [], {"json": {"label": float("inf")}}, "inf is no class (--field cls=json:label)"),
+        (["cls=json:label"], [], {"json": {"label": float("nan")}}, "nan is no class"),
+        (["cls=json:label"], [], {"json": {"label": "9" * 5000}}, "00010.json"),
+        (["n=n.npy"], [], {"n.npy": np.float32(1.5)}, "is no int32 (--field n=n.npy)"),
         (["t5=t5.npy"], ["x=text"], {}, "--kind x=text: "),
     ],
 )
 def test_what_makes_no_field_is_one_line(
     tmp_path: Path, asked: list[str], kinds: list[str], changed: dict[str, Any], message: str
 ) -> None:
-    samples = [sample(i) for i in range(12)]
+    samples = [sample(i) | {"n.npy": np.int32(i)} for i in range(12)]
     samples[10] |= changed
     assert message in refused(tmp_path, samples, parse_field_options(asked, kinds))
 

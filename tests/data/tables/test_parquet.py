@@ -179,6 +179,7 @@ def test_words_become_classes_where_the_kind_is_said(tmp_path: Path) -> None:
         ({}, ("v=lat+t5",), "can't be joined"),
         ({}, ("cls=clip",), "can't be of kind class: whole numbers from 0, or words, are needed"),
         ({}, ("cls=lon",), "-1.0 is no class"),
+        ({"lat": pa.array([0.0] * (N - 1) + [np.inf])}, ("cls=lat",), "inf is no class"),
         ({}, ("note=clip",), "can't be of kind text: text is needed"),
     ],
 )
