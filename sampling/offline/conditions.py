@@ -10,7 +10,7 @@ from scoreray.data.errors import UserError, shortened
 from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.guidance.observations import READ_SUFFIXES, read_values
 from scoreray.sampling.model.describe import ModelInfo
-from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.config.condition_values import condition_of, described, from_json
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, spec_of
 
 WORDS = "a number, numbers with commas between (1.5,-2), or a file: npy, npz or a picture"
@@ -66,6 +66,9 @@ def _value(name: str, word: str, spec: ConditionSpec) -> Any:
     if word.lower().endswith(READ_SUFFIXES):
         return read_values(word, spec.shape[0] if spec.kind == "concat" else None)
     value = parse_value(word if word.startswith("[") else f"[{word}]", f"condition '{name}': {shortened(word)}")
-    if not isinstance(value, list) or not value:
-        raise UserError(f"condition '{name}': {shortened(word)}: write {WORDS}")
-    return value
+    try:
+        if value:
+            return from_json(value)
+    except (TypeError, ValueError):  # also of what YAML has and JSON has not: a date
+        pass
+    raise UserError(f"condition '{name}': '{shortened(word)}', this model takes {described(spec)}; write {WORDS}")

@@ -91,7 +91,8 @@ class EnsembleRecords:
             )
         self.target = info.target.name if info.target else "image" if info.is_picture else "array"
         self.fields = [
-            replace(field, class_counts=[0] * len(field.classes))
+            # What a few records share has no spread to be normalised by.
+            replace(field, class_counts=[0] * len(field.classes), normalisation="none")
             for field in known
             if field.kind != "json" and field.name not in (RECORD, MEMBER, self.target)
         ]

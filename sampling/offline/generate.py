@@ -186,6 +186,11 @@ class SampleConditions:
         self._class_name = class_name_of(info.conditions)
         if self._class_name in request.conditions and request.class_label is not None:
             raise UserError(f"--class-label and --condition {self._class_name}: leave one of them out")
+        several = [name for name, spec in info.conditions.items() if spec.kind == "class"]
+        if request.class_label is not None and len(several) > 1:
+            raise UserError(
+                f"--class-label: this model's classes are {', '.join(several)}; give --condition NAME=CLASS"
+            )
         request.labels(0, 1, info)
         given = {*request.conditions, *([] if request.class_label is None else [self._class_name or LABEL])}
         source = request.conditions_from
@@ -194,7 +199,7 @@ class SampleConditions:
         if not guided.does_nothing and not guided.auto and info.conditions:
             row = self.of(0, 1)
             if row is None:
-                raise UserError(f"--guidance {guided.weight:g}: no condition is given; give --condition NAME=VALUE")
+                raise UserError("--guidance: no condition is given; give --condition NAME=VALUE")
             guidance_terms(guided.weight, row.values, guided.weights)
 
     def of(self, first: int, last: int) -> Condition | None:

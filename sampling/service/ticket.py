@@ -36,7 +36,7 @@ def terms_of(request: SampleRequest) -> Terms:
     """
     if request.condition is None:
         if request.guidance != 1 or request.weights:
-            raise UserError(f"guidance {request.guidance:g} needs a condition: give one, with a row for each sample")
+            raise UserError("guidance needs a condition: give one, with a row for each sample")
         return guidance_terms(1, ())
     return guidance_terms(request.guidance, request.condition.values, request.weights)
 

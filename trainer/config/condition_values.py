@@ -58,7 +58,11 @@ def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition
             masks[name] = torch.full((1, max(1, row.shape[1])), row.shape[1] > 0)
             row = row if row.shape[1] else row.new_zeros((1, 1, *row.shape[2:]))
         found[name] = row
-    return normalised(Condition(found, masks), conditions) if found else None
+    condition = normalised(Condition(found, masks), conditions) if found else None
+    for name, row in condition.values.items() if condition else ():
+        if not bool(row.isfinite().all()):  # divided by a small scale, a number may leave float32
+            raise UserError(f"condition '{name}': numbers too large for float32 once normalised; give smaller ones")
+    return condition
 
 
 def condition_of_fields(found: FieldTensors, sources: Mapping[str, str], conditions: Conditions) -> Condition | None:
@@ -91,6 +95,8 @@ def normalised(condition: Condition, conditions: Conditions) -> Condition:
 def _row(value: Any, spec: ConditionSpec) -> Tensor:
     """The value of one sample: int64 [], uint8 [n] or float [...], of a shape that fits."""
     if spec.kind == "class":
+        if isinstance(value, bytes) or getattr(value, "ndim", 0):
+            raise UserError(f"{_shown(value)}, this model takes {described(spec)}")
         return torch.tensor(class_number(value, spec.classes))
     if spec.kind == "text":
         return _text(value, spec.shape[0])

@@ -164,7 +164,8 @@ def copied(value: Any) -> Any:
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
+    """(dotted key, value) of all that is no section; an empty section of a key is a value, as it is not None."""
+    if isinstance(value, dict) and (value or not prefix):
         for key, item in value.items():
             yield from leaves(item, f"{prefix}.{key}" if prefix else key)
     else:
@@ -190,6 +191,11 @@ def _describe(mistake: Any, root: Any) -> str:
     shown = "a section" if isinstance(value, dict) else shortened(repr(value))
     accepted = mistake["msg"].removeprefix("Input should be ")
     accepted = "a whole number that 64 bits hold" if kind == "int_parsing_size" else accepted
+    accepted = (
+        "a section of keys, {} for all defaults"
+        if kind in ("dict_type", "model_type", "model_attributes_type")
+        else accepted
+    )
     fix = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
     return f"{key}: {shown} is not accepted; it should be {accepted}{fix}"
 
@@ -214,7 +220,8 @@ def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:
 def _plain(annotation: Any) -> Any:
     while typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
-    return annotation
+    given = [one for one in typing.get_args(annotation) if one is not types.NoneType]
+    return given[0] if _is_union(annotation) and len(given) == 1 else annotation  # X | None is X where it is given
 
 
 def _is_union(annotation: Any) -> bool:

@@ -222,9 +222,12 @@ def test_classes_are_in_turn_only_where_nothing_else_is_given(model: LoadedDenoi
         ({"caption": "abcdefg"}, "--condition 'caption': a text of 7 bytes .UTF-8., this model takes at most 6"),
         ({"label": "bird"}, "--condition 'label': class 'bird' is unknown"),
         ({"place": "1"}, r"--condition 'place': numbers of shape \[1\], this model takes 2 numbers"),
-        ({"place": "north,2"}, "--condition 'place': .* this model takes 2 numbers"),
+        ({"place": "north,2"}, "--condition 'place': 'north,2', this model takes 2 numbers; write a number, numbers"),
+        ({"place": "2020-01-01"}, "--condition 'place': '2020-01-01', this model takes 2 numbers"),
+        ({"coarse": "note.txt"}, "'note.txt', this model takes numbers of shape .* or a file: npy, npz or a picture"),
+        ({"tokens": "[[1,2],[3]]"}, "--condition 'tokens': '..1,2.,.3..', this model takes"),
         ({"place": ".nan,2"}, "--condition 'place': nan at index .0.; give finite numbers"),
-        ({"place": ""}, "--condition 'place': : write a number, numbers with commas between"),
+        ({"place": ""}, "--condition 'place': '', this model takes 2 numbers; write a number, numbers with commas"),
         ({"coarse": "gone.npy"}, "gone.npy: no such file"),
         ({"tokens": "[[1,2],[1,2],[1,2],[1,2],[1,2]]"}, "--condition 'tokens': 5 tokens, this model takes at most 4"),
     ],
@@ -244,6 +247,9 @@ def test_words_that_mean_nothing_are_refused_before_a_model_is_read(model: Loade
     assert parse_guidance(["3", "label=2"]) == (3.0, {"label": 2.0})
     with pytest.raises(UserError, match="--guidance high: write a weight"):
         parse_guidance(["high"])
+    two = replace(model.info, conditions={**SPECS, "kind": SPECS["label"]}, classes=())
+    with pytest.raises(UserError, match="--class-label: this model's classes are label, kind; give --condition NAME="):
+        SampleConditions(Request(1, class_label="dog"), two)
     unconditional = replace(model.info, conditions={}, classes=())
     with pytest.raises(UserError, match="--condition caption: this model takes no conditions"):
         SampleConditions(Request(1, conditions={"caption": "a"}), unconditional)

@@ -44,7 +44,7 @@ FIELDS = (
     Field("place", "vector", [2], "float64", "npy"),
     Field("tokens", "sequence", [1, 2], "float16", "npy"),
     Field("kind", "class", [], "int64", "cls", classes=["sea", "land"], class_counts=[0, 0]),
-    Field("hour", "scalar", [], "int32", "json"),
+    Field("hour", "scalar", [], "int32", "json", normalisation="channel"),
 )
 SPECS: Conditions = {
     "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (10.0, 0.0), (2.0, 1.0))),
@@ -172,6 +172,14 @@ def test_each_record_has_an_ensemble_with_its_fields_in_the_datas_units(data: st
     assert sorted(torch.cat([next(iter_).index for iter_ in [iter(stream)] for _ in range(4)]).tolist()) == list(
         range(80)
     )
+
+
+@pytest.mark.usefixtures("model")
+def test_an_ensemble_of_one_record_needs_no_spread_of_its_fields(data: str, tmp_path: Path) -> None:
+    """`hour` is normalised by its spread in the data, and in samples for one record it has none."""
+    draw(url := str(tmp_path / "drawn"), replace(request_of(data, 3), count=3))
+    assert verify(url) == []
+    assert torch.equal(everything(url)["hour"], everything(data)["hour"][:1].expand(3, 1))
 
 
 @pytest.mark.usefixtures("model")

@@ -18,6 +18,7 @@ SPECS = {
     "label": ConditionSpec("class", classes=("cat", "dog")),
     "place": ConditionSpec("vector", (2,), normaliser=Normaliser("channel", (10.0, 0.0), (2.0, 4.0))),
     "hour": ConditionSpec("vector", (1,)),
+    "rain": ConditionSpec("vector", (1,), normaliser=Normaliser("channel", (0.0,), (0.5,))),
     "coarse": ConditionSpec("concat", (1, 4, 4), normaliser=Normaliser("range", (5.0,), (5.0,))),
     "tokens": ConditionSpec("sequence", (3, 2), normaliser=Normaliser("channel", (1.0, 0.0), (1.0, 2.0))),
     "caption": ConditionSpec("text", (8,)),
@@ -67,6 +68,8 @@ def test_nothing_no_text_and_no_tokens_are_the_null() -> None:
     [
         ("color", 1, "condition 'color': this network was not built for it; it takes label, place, hour"),
         ("label", "bird", "condition 'label': class 'bird' is unknown"),
+        ("label", npy(np.zeros(2)), "condition 'label': 144 bytes, this model takes one of "),
+        ("rain", 3e38, "condition 'rain': numbers too large for float32 once normalised"),
         ("place", "a red square", "condition 'place': text 'a red square', this model takes 2 numbers"),
         ("place", [1, 2, 3], "condition 'place': numbers of shape [3], this model takes 2 numbers"),
         ("place", [1, [2]], "condition 'place': a value of type list can't be read as numbers"),

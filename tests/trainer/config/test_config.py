@@ -82,6 +82,8 @@ def test_every_mistake_is_reported_at_once() -> None:
         ("network.num_blokcs=1", "network.num_blokcs: unknown key; did you mean 'num_blocks'"),
         ("network.kind=foo", "network.kind: unknown 'foo'"),
         ("network=5", "network"),
+        ("data.conditions.caption.feild=text", "data.conditions.caption.feild: unknown key; did you mean 'field'?"),
+        ("data.conditions.caption=null", "None is not accepted; it should be a section of keys, {} for all defaults"),
         ("scaling.cpus_per_worker=.inf", "scaling.cpus_per_worker"),
         ("duration.images=99999999999999", "duration.images"),
         ("objective.kind=contrastive", "choose energy_dot"),
@@ -389,6 +391,8 @@ def test_differing_keys_leave_out_what_may_change() -> None:
         == []
     )
     assert differing_keys(old, load_config(MINIMAL, ["run.seed=1"])) == ["run.seed: 0 in the run, 1 in this config"]
+    unconditional = load_config(MINIMAL, ["data.conditions={}"])
+    assert differing_keys(old, unconditional) == ["data.conditions: None in the run, {} in this config"]
     cosine = load_config(MINIMAL, ["optimizer.schedule=cosine"])
     longer = load_config(MINIMAL, ["optimizer.schedule=cosine", "duration.images=1M"])
     assert differing_keys(cosine, longer) == ["duration.images: 200000 in the run, 1000000 in this config"]
