@@ -180,8 +180,10 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
         )
     for condition, spec in weak.info.conditions.items():
         if info.conditions.get(condition) != spec:
-            what = "classes than this model" if spec.kind == "class" else f"a condition '{condition}' than this model"
-            raise UserError(f"--autoguide {url}: knows other {what}; take a guide of the same data")
+            what = "other classes" if spec.kind == "class" else f"another condition '{condition}'"
+            raise UserError(f"--autoguide {url}: knows {what} than this model; take a guide of the same data")
+    if weak.info.target and info.target and weak.info.target.normaliser != info.target.normaliser:
+        raise UserError(f"--autoguide {url}: normalises samples otherwise than this model; take a guide of its units")
     if (weak.info.url, weak.info.ema) == (info.url, info.ema):
         raise UserError(
             f"--autoguide {url}: is this very model at EMA {info.ema}; take an earlier checkpoint or --guide-ema"

@@ -95,7 +95,7 @@ def normalised(condition: Condition, conditions: Conditions) -> Condition:
 def _row(value: Any, spec: ConditionSpec) -> Tensor:
     """The value of one sample: int64 [], uint8 [n] or float [...], of a shape that fits."""
     if spec.kind == "class":
-        if isinstance(value, bytes) or getattr(value, "ndim", 0):
+        if isinstance(value, bytes) or (isinstance(value, np.ndarray | Tensor) and value.ndim):
             raise UserError(f"{_shown(value)}, this model takes {described(spec)}")
         return torch.tensor(class_number(value, spec.classes))
     if spec.kind == "text":

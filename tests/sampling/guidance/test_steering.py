@@ -25,6 +25,7 @@ from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import TargetField
+from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.loop import train
 from scoreray.trainer.networks.ladder import ladder_ratio
 from scoreray.trainer.run_folder import run_store
@@ -208,6 +209,19 @@ def test_guidance_and_a_measurement_go_together(runs: dict[str, str], tmp_path: 
     assert isinstance(bent, LinearInverse)
     assert isinstance(bent.denoiser, Autoguidance)
     assert bent.data_std == 0.5
+
+
+def test_a_guide_in_other_units_or_of_another_condition_is_refused(new_run: Callable[..., str], tmp_path: Path) -> None:
+    def run(name: str, scale: float, most_tokens: int) -> str:
+        field = TargetField("field", "array", "float32", Normaliser("channel", (270.0,), (scale,)))
+        tokens = {"tokens": ConditionSpec("sequence", (most_tokens, 2))}
+        return new_run(str(tmp_path / name), shape=(1, 4, 4), classes=0, target=field, conditions=tokens)
+
+    model = load(run("model", 10.0, 4))
+    with pytest.raises(UserError, match="normalises samples otherwise than this model; take a guide of its units"):
+        steered(model, Guidance(2.0, run("units", 20.0, 4)), None)
+    with pytest.raises(UserError, match="knows another condition 'tokens' than this model; take a guide of the same"):
+        steered(model, Guidance(2.0, run("tokens", 10.0, 5)), None)
 
 
 NONSENSE: dict[str, tuple[list[str], str]] = {
