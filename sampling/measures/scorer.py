@@ -51,4 +51,8 @@ def scores_of(scorer: Scorer, name: str, samples: Tensor, requested: Mapping[str
     wrong = [f"'{key}' of shape {list(value.shape)}" for key, value in found.items() if value.shape != (len(samples),)]
     if wrong or not found:
         raise UserError(f"--scorer {name}: gave {wrong[0] if wrong else 'no score'}, [{len(samples)}] is needed")
+    for key, value in found.items():
+        if not value.isfinite().all():
+            wrong_one = float(value[~value.isfinite()][0])
+            raise UserError(f"--scorer {name}: '{key}' is {wrong_one} for a sample; scores must be finite")
     return found
