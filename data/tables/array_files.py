@@ -17,6 +17,7 @@ from scoreray.data.sources.listing import shown, some_of
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.tables.array_formats import Variable, arrays_of
 from scoreray.data.tables.files import named_files
+from scoreray.data.tables.source import StoredTable
 from scoreray.data.tables.values import Column, Values, is_pixels
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".nc", ".nc4", ".cdf")
@@ -24,19 +25,10 @@ WINDOW_BYTES = 8 << 20  # of a variable that are read at once, unless a chunk is
 MOST_BYTES = 64 << 20  # of a chunk's rows that are in memory at once
 
 
-@dataclass(frozen=True)
-class ArraysTable:
+@dataclass(frozen=True, kw_only=True)
+class ArraysTable(StoredTable):
     """A `Table` of the arrays in one file, or in several, one after the other. firsts: first row of each file."""
 
-    url: str
-    num_rows: int
-    columns: Mapping[str, Column]
-    starts: np.ndarray
-    fingerprint: str
-    default: Sequence[FieldOption]
-    is_random: bool
-    num_bytes: int
-    store: Store
     files: Sequence[str]
     firsts: np.ndarray = field(repr=False)
 
@@ -46,12 +38,6 @@ class ArraysTable:
         with _explained(self.store, name):
             arrays = arrays_of(self.store, name)
             return {column: _rows(arrays[column], places) for column in columns}
-
-    def row_name(self, row: int) -> str:
-        return f"row {row}"
-
-    def file_at(self, path: str) -> bytes:
-        return self.store.get(path)
 
 
 def _rows(variable: Variable, places: np.ndarray) -> list[Any]:
@@ -91,9 +77,9 @@ def open_arrays(url: str) -> ArraysTable:
     sizes = dict(store.list(names[0] if len(names) == 1 else ""))
     known = {name: size for name, size in sizes.items() if names == [""] or name in set(names)}
     return ArraysTable(
-        url, sum(counts), columns, np.concatenate(starts).astype(np.int64), identity(store, known),
-        _default(columns, arrays_of(store, names[0])),
-        is_random, sum(known.values()), store, names, firsts,
+        url=url, num_rows=sum(counts), columns=columns, starts=np.concatenate(starts).astype(np.int64),
+        fingerprint=identity(store, known), default=_default(columns, arrays_of(store, names[0])),
+        is_random=is_random, num_bytes=sum(known.values()), store=store, files=names, firsts=firsts,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from scoreray.data.sources.labels import LABELS
 from scoreray.data.sources.listing import is_hidden, shown, some_of
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.tables.files import named_files, open_file
+from scoreray.data.tables.source import StoredTable
 from scoreray.data.tables.values import Column, Values
 from scoreray.data.threads import map_in_threads
 
@@ -36,20 +37,11 @@ BATCH_BYTES = 16 << 20  # of a row group that are unpacked at once
 FOOTER_THREADS = 16  # files whose footers are read at once
 
 
-@dataclass(frozen=True)
-class ArrowTable:
+@dataclass(frozen=True, kw_only=True)
+class ArrowTable(StoredTable):
     """A `Table` of parquet or arrow files. runs: of each run (row group, record batch) its file, and its number, or
     the byte at which it begins."""
 
-    url: str
-    num_rows: int
-    columns: Mapping[str, Column]
-    starts: np.ndarray
-    fingerprint: str
-    default: Sequence[FieldOption]
-    is_random: bool
-    num_bytes: int
-    store: Store
     runs: Sequence[tuple[str, int]] = field(repr=False)
 
     def read(self, columns: Sequence[str], rows: np.ndarray) -> Mapping[str, Values]:
@@ -68,12 +60,6 @@ class ArrowTable:
                 if high == len(wanted):
                     break
         return found
-
-    def row_name(self, row: int) -> str:
-        return f"row {row}"
-
-    def file_at(self, path: str) -> bytes:
-        return self.store.get(path)
 
 
 def open_parquet(url: str) -> ArrowTable:
@@ -107,8 +93,9 @@ def open_parquet(url: str) -> ArrowTable:
     }
     runs = [run for run, count in zip(runs, counts, strict=True) if count]
     return ArrowTable(
-        url, int(counts.sum()), columns, starts[counts > 0], identity(store, sizes), _default(schema, columns),
-        not (is_parquet or store.is_remote), sum(sizes.values()), store, runs,
+        url=url, num_rows=int(counts.sum()), columns=columns, starts=starts[counts > 0],
+        fingerprint=identity(store, sizes), default=_default(schema, columns),
+        is_random=not (is_parquet or store.is_remote), num_bytes=sum(sizes.values()), store=store, runs=runs,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.sources.field_source import Sample
 from scoreray.data.sources.listing import some_of
 from scoreray.data.sources.options import SourceOptions
+from scoreray.data.storage.store import Store
 from scoreray.data.tables.values import Column, FieldColumn, Values, as_text, at_path, field_of, is_whole, raw_value
 
 LOOKED_AT = 32  # rows that are looked at for kinds, shapes and colours
@@ -59,6 +60,27 @@ class Table(Protocol):
 
     def row_name(self, row: int) -> str:
         """What messages call a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTable:
+    """What tables of files in one store have in common; the fields are those of `Table`."""
+
+    url: str
+    num_rows: int
+    columns: Mapping[str, Column]
+    starts: np.ndarray
+    fingerprint: str
+    default: Sequence[FieldOption]
+    is_random: bool
+    num_bytes: int
+    store: Store
+
+    def row_name(self, row: int) -> str:
+        return f"row {row}"
+
+    def file_at(self, path: str) -> bytes:
+        return self.store.get(path)
 
 
 OpenTable = Callable[[str], Table]
