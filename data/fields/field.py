@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
@@ -125,6 +125,11 @@ def plain_fields(
     )
     label = Field("label", "class", [], "int64", "", classes=list(classes), class_counts=list(counts))
     return [target, label] if classes else [target]
+
+
+def class_field(fields: Iterable[Field]) -> Field | None:
+    """The (first) class field."""
+    return next((field for field in fields if field.kind == "class"), None)
 
 
 def is_plain(fields: Sequence[Field]) -> bool:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic import Field as Limits
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, is_plain, plain_fields
+from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, class_field, is_plain, plain_fields
 from scoreray.data.fields.limits import MAX_AXES, MAX_AXIS, MAX_VALUES, check_label, check_shape
 from scoreray.data.fields.record_layout import CHUNK, RECORD, column_of, index_bytes, members_of, record_dtype
 from scoreray.data.seal import read_sealed, sealed
@@ -148,7 +148,7 @@ class Manifest:
     @property
     def label(self) -> Field | None:
         """The (first) class field."""
-        return next((field for field in self.fields if field.kind == "class"), None)
+        return class_field(self.fields)
 
     @property
     def members(self) -> list[str]:
@@ -273,7 +273,7 @@ def _of_fields(fields: Sequence[Field]) -> dict[str, object]:
     if any(not found.member for found in fields if not found.is_inline):
         raise ValueError("a field has no member that holds it")
     target = target_of(fields)
-    label = next((found for found in fields if found.kind == "class"), None)
+    label = class_field(fields)
     mean, std = np.asarray(target.mean), np.asarray(target.std)
     if not len(mean) or len(std) != len(mean):
         raise ValueError(f"{target.name}: has no mean and std")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.field import Field, FieldRequest
+from scoreray.data.fields.field import Field, FieldRequest, class_field
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.config.condition_values import condition_of_fields, normalised
@@ -27,7 +27,6 @@ class StoredConditions:
     def __init__(self, info: ModelInfo, fields: Sequence[Field], where: str) -> None:
         self._conditions = info.conditions
         sections = (info.conditions and info.config.data.conditions) or {}
-        first_class = next((field for field in fields if field.kind == "class"), None)
         by_name = {field.name: field for field in fields}
         self.requests, self.missing = list[FieldRequest](), list[str]()
         self._sources = dict[str, Field]()
@@ -35,7 +34,7 @@ class StoredConditions:
             section = sections.get(name)
             found = by_name.get((section and section.field) or name) or by_name.get(name)
             if found is None and spec.kind == "class" and section is None:
-                found = first_class
+                found = class_field(fields)
             if found is None or (spec.kind == "class" and not set(found.classes) & set(spec.classes)):
                 self.missing.append(name)
                 continue
@@ -78,14 +77,8 @@ def _words(field: Field, found: FieldTensors) -> list[Any]:
 
 def _check(name: str, spec: ConditionSpec, field: Field, where: str) -> None:
     """Raises UserError unless the field's values are what the network takes under `name`."""
-    shape = tuple(field.shape) or (1,)
-    if spec.kind == "vector":
-        fits = shape == spec.shape
-    elif spec.kind == "concat":  # of any size: it is resized to the sample's grid
-        fits = len(shape) == len(spec.shape) and shape[0] == spec.shape[0]
-    else:
-        fits = spec.kind != "sequence" or (len(shape) == 2 and shape[1:] == spec.shape[1:])
-    if spec.kind not in KINDS[field.kind] or not fits:
+    shape = field.shape or [1] * (spec.kind == "vector")  # a scalar is a vector of one number
+    if spec.kind not in KINDS[field.kind] or not spec.fits(shape):
         raise UserError(
             f"{where}: field '{field.name}' is of kind {field.kind} {list(field.shape)}, and the model's condition "
             f"'{name}' is a {spec.kind} {list(spec.shape)}"

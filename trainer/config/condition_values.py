@@ -105,17 +105,10 @@ def _row(value: Any, spec: ConditionSpec) -> Tensor:
         array = array[None]
     if spec.kind == "concat" and spec.shape[0] == 1 and array.ndim == len(spec.shape) - 1:
         array = array[None]
-    shape, wanted = array.shape, spec.shape
-    if spec.kind == "vector":
-        fits = shape == wanted
-    elif spec.kind == "concat":  # of any size: it is resized to the sample's grid
-        fits = len(shape) == len(wanted) and shape[0] == wanted[0] and all(shape)
-    else:
-        fits = len(shape) == 2 and shape[1:] == wanted[1:]
-        if fits and shape[0] > wanted[0]:
-            raise UserError(f"{shape[0]:,} tokens, this model takes at most {wanted[0]:,}; cut it")
-    if not fits:
-        raise UserError(f"numbers of shape {list(shape)}, this model takes {described(spec)}")
+    if not spec.fits(array.shape):
+        raise UserError(f"numbers of shape {list(array.shape)}, this model takes {described(spec)}")
+    if spec.kind == "sequence" and len(array) > spec.shape[0]:
+        raise UserError(f"{len(array):,} tokens, this model takes at most {spec.shape[0]:,}; cut it")
     held = np.abs(array) <= LARGEST  # False for NaN too
     if not held.all():
         where = [int(axis) for axis in np.argwhere(~held)[0]]

@@ -22,7 +22,7 @@ from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import local_path, open_store
 from scoreray.data.yaml_text import dump_yaml
-from scoreray.trainer.config.run_fields import KINDS, TARGETS, RunFields, normaliser_of, run_fields
+from scoreray.trainer.config.run_fields import KINDS, TARGETS, RunFields, default_target, normaliser_of, run_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
@@ -103,7 +103,7 @@ def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardwar
     """YAML of a config that trains on the data set at `url` here. samples: some of the target's, as they are stored.
     Raises UserError for data that nothing can be trained on."""
     draft = _Draft()
-    target = next((one for kind in TARGETS for one in data.fields if one.kind == kind), None)
+    target = default_target(data.fields)
     if target is None:
         raise UserError(f"{url}: has no field that can be modelled ({', '.join(TARGETS)}); pack one with --field")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name).strip("-._")[:80] or "mine"

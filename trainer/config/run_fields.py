@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.description import DataDescription
-from scoreray.data.fields.field import NAME, Field, FieldDtype, FieldKind, FieldRequest
+from scoreray.data.fields.field import NAME, Field, FieldDtype, FieldKind, FieldRequest, class_field
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.config.condition_values import condition_of_fields
@@ -77,11 +77,16 @@ class RunFields:
         return batch.fields[self.target.name], condition_of_fields(batch, self.sources, self.conditions)
 
 
+def default_target(fields: Sequence[Field]) -> Field | None:
+    """The field that a run models whose config names none; None where no field can be modelled."""
+    return next((one for kind in TARGETS for one in fields if one.kind == kind), None)
+
+
 def run_fields(section: DataSection, data: DataDescription) -> RunFields:
     """Raises UserError with every mistake, a line each: a field that is not there or of a kind that does not fit, a
     length, a normalisation of a constant channel."""
     known = {one.name: one for one in data.fields}
-    default = next((one for kind in TARGETS for one in known.values() if one.kind == kind), None)
+    default = default_target(data.fields)
     source, target = _target(section, known, default)
     conditions, sources, dropout = dict[str, ConditionSpec](), dict[str, str](), dict[str, float]()
     requests, mistakes = [FieldRequest(source.name)], list[str]()
@@ -113,8 +118,8 @@ def _sections(section: DataSection, known: Mapping[str, Field]) -> dict[str, Con
     """The conditions that a config names; where it leaves them out, the data's first classes as `label`."""
     if section.conditions is not None:
         return section.conditions
-    classes = next((one.name for one in known.values() if one.kind == "class"), None)
-    return {} if classes is None else {LABEL: ConditionSection(field=classes)}
+    classes = class_field(known.values())
+    return {} if classes is None else {LABEL: ConditionSection(field=classes.name)}
 
 
 def _target(section: DataSection, known: Mapping[str, Field], default: Field | None) -> tuple[Field, TargetField]:

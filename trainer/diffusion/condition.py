@@ -51,6 +51,15 @@ class ConditionSpec:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a sample's values may have this shape. A grid may be of any size, as it is resized, and a sequence or
+        text of any length: who takes no longer ones than `shape[0]` checks that."""
+        if self.kind in HAS_LENGTH:
+            return len(shape) == len(self.shape) and tuple(shape[1:]) == self.shape[1:]
+        if self.kind == "concat":
+            return len(shape) == len(self.shape) and shape[0] == self.shape[0] and all(shape)
+        return tuple(shape) == self.shape
+
 
 Conditions = Mapping[str, ConditionSpec]
 """What a network is built for, by name; empty: an unconditional one."""
@@ -287,15 +296,13 @@ def _check_value(name: str, spec: ConditionSpec, value: Tensor, mask: Tensor | N
         return
     shape = list(value.shape)
     if spec.kind in HAS_LENGTH:
-        fits = shape[:1] == [rows] and shape[2:] == list(spec.shape[1:]) and value.shape[1] <= spec.shape[0]
+        fits = spec.fits(shape[1:]) and value.shape[1] <= spec.shape[0]
         expected = [rows, f"up to {spec.shape[0]}", *spec.shape[1:]]
         lead = shape[:2]
     else:
-        grid = spec.kind == "concat"  # of any size: it is resized to the sample's grid
-        fits = shape[: 2 if grid else None] == [rows, *spec.shape][: 2 if grid else None]
-        fits = fits and value.ndim == 1 + len(spec.shape)
+        fits = spec.fits(shape[1:])
         expected, lead = [rows, *spec.shape], shape[:1]
-    if not fits:
+    if not fits or shape[0] != rows:
         raise UserError(f"condition '{name}' of shape {shape}: the network was built for {expected}")
     if (mask is None and spec.kind in HAS_LENGTH) or (mask is not None and list(mask.shape) != lead):
         raise UserError(
