@@ -171,7 +171,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
             "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
         )
     if body.guidance != 1 and not info.conditions:
-        raise Refused("invalid", "this model was trained without classes: leave guidance out", field="guidance")
+        raise Refused("invalid", "this model takes no conditions: leave guidance out", field="guidance")
     request = _fitted(body, info, seed)
     assert request.sampler is not None
     assert request.steps is not None
