@@ -112,7 +112,7 @@ def pack(
         }
         typer.echo(json.dumps(answer))
     else:
-        typer.echo(f"next: scoreray train CONFIG data.url={url}")
+        typer.echo(f"next: scoreray data inspect {url} --config > mine.yaml, then scoreray train mine.yaml")
 
 
 def verify(url: Annotated[str, typer.Argument(help="A packed data set.")], as_json: AsJson = False) -> None:
@@ -215,7 +215,7 @@ def _show(found: dict[str, Any], unknown: dict[str, str], as_json: bool, fields:
             typer.echo(f"{key:13} {unknown[key]}")
             continue
         shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
-        typer.echo(f"{key:13} {shown}")
+        typer.echo(f"{key:13} {shown or 'none'}")
     for one in fields:
         for number, line in enumerate(field_lines(one)):
             typer.echo(f"{'' if number else one.name:13} {line}")

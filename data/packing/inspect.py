@@ -87,7 +87,10 @@ def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
     if samples.dtype == torch.uint8 and is_picture(manifest.shape):
         return samples
     if len(manifest.shape) < 2:
-        raise UserError(f"--picture: samples of {manifest.shape[0]} numbers are no pictures, which have a grid")
+        raise UserError(
+            f"--picture: samples of {manifest.shape[0]} numbers are no pictures, which have a grid; "
+            "signals have it packed as [N, channels, length]"
+        )
     if not is_picture(manifest.shape) or (manifest.shape[0] == 1 and manifest.version > 2):
         return torch.from_numpy(field_pictures(samples))
     samples = samples.double()

@@ -27,7 +27,8 @@ Picture = Callable[[Field, Member], FieldValue]
 
 def member_of(option: FieldOption, sample: TarSample) -> Member:
     if option.where not in sample.members:
-        raise DataError(f"byte {sample.offset}: sample '{sample.key}' has no .{option.where} ({option})")
+        known = nearest(option.where, sample.members)
+        raise DataError(f"byte {sample.offset}: sample '{sample.key}' has no .{option.where} ({option}); {known}")
     return sample.members[option.where]
 
 

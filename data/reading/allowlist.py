@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from scoreray.data.errors import DataError
+from scoreray.data.errors import DataError, nearest, shortened
 from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.reading.decode import decode_as_found, decode_class, npy_array
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES, plain_format
@@ -102,7 +102,8 @@ def json_value(data: bytes, path: str) -> Any:
         elif isinstance(value, dict) and part in value:
             value = value[part]
         else:
-            raise DataError(f"the JSON has no '{path}'")
+            known = f"; {nearest(part, map(shortened, value))}" if isinstance(value, dict) and value else ""
+            raise DataError(f"the JSON has no '{path}'{known}")
     return value
 
 

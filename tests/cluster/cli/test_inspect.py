@@ -76,6 +76,9 @@ def test_a_picture_is_drawn_of_what_has_a_grid_whatever_its_scale(tmp_path: Path
     )
     assert isinstance(refused.exception, UserError)
     assert "--picture: samples of 4 numbers are no pictures, which have a grid" in str(refused.exception)
+    assert "signals have it packed as [N, channels, length]" in str(refused.exception)
+    shown = CliRunner().invoke(app, ["data", "inspect", str(tmp_path / "points")]).stdout
+    assert "class_counts  none\n" in shown, "a data set without classes says so"
 
 
 def test_every_field_is_described_and_a_config_that_fits_is_written(tmp_path: Path) -> None:

@@ -166,9 +166,10 @@ def test_a_sample_that_lacks_a_field_is_named_or_left_out(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("asked", "kinds", "changed", "message"),
     [
-        (["t5=clip.npy"], [], {}, "sample '00000' has no .clip.npy (--field t5=clip.npy)"),
+        (["t5=clip.npy"], [], {}, "has no .clip.npy (--field t5=clip.npy); accepted: "),
         (["a=json:at"], [], {}, "--field a=json:at: holds dicts; name what is in them: --field a=json:at.KEY"),
         (["a=json:at.lat"], [], {}, "the JSON has no 'at.lat'"),
+        (["a=json:at.lan"], [], {}, "the JSON has no 'at.lan'; did you mean"),
         (["a=txt:x"], [], {}, "--field a=txt:x: a path is within JSON; .txt is none"),
         (["a=wav"], [], {}, "--field a=wav: .wav is of no kind that is read"),
         (["image=txt"], [], {}, "'image' is the name of the samples' own image, array or class"),
