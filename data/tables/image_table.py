@@ -104,7 +104,10 @@ def open_image_table(url: str) -> ImageTable:
     columns = dict.fromkeys(column for row in rows.values() for column in row if column != FILE_NAME)
     values: dict[str, Sequence[Any]] = {FILE_NAME: names}
     for column in columns:
-        values[column] = _typed([rows.get(name, {}).get(column) for name in names])
+        try:
+            values[column] = _typed([rows.get(name, {}).get(column) for name in names])
+        except (OverflowError, RecursionError) as error:  # an integer above all doubles, lists a thousand deep
+            raise DataError(f"{shown(store.url())}: column '{shortened(column)}' of the metadata: {error}") from None
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
     about = {name: Column() for name in values}
     if all(tops) and FOLDER not in values and not any("/" in name for name in files):
@@ -137,7 +140,7 @@ def _rows(store: Store, name: str) -> Iterator[tuple[int, Row]]:
         if one.strip():
             try:
                 row = json.loads(one)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{url}: line {line}: is no JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{url}: line {line}: is {type(row).__name__}, an object is needed")

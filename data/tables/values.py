@@ -234,7 +234,7 @@ def at_path(value: Any, path: str) -> Any:
         if isinstance(value, str | bytes):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
         value = value.get(part) if isinstance(value, dict) else None
     return value

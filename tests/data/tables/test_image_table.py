@@ -119,6 +119,8 @@ def test_a_picture_without_a_row_and_a_row_without_a_picture_are_named_or_left_o
         ('{"file_name": "00.png"}', "metadata.jsonl: line 2: '00.png' has a row already"),
         ('{"file_name": "../../etc/passwd"}', "'../../etc/passwd' is no path below the table's folder"),
         ('{"file_name": "01.png", "score": "high"}', "--field score=score: "),
+        (f'{{"file_name": "01.png", "score": {"[" * 100_000}', "metadata.jsonl: line 2: is no JSON: maximum recursion"),
+        (f'{{"file_name": "01.png", "score": 1{"0" * 400}}}', "column 'score' of the metadata: int too large"),
     ],
 )
 def test_what_is_wrong_in_metadata_is_one_line(tmp_path: Path, text: str, message: str) -> None:
