@@ -39,6 +39,7 @@ from scoreray.sampling.measures.distances import Estimate
 from scoreray.sampling.measures.features import IDENTITY_VALUES, ExtractorChoice
 from scoreray.sampling.measures.held_out import edm_weighted
 from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.stored_conditions import StoredConditions
 from scoreray.trainer.step import to_unit_range
 
 KID_BLOCK = 1000
@@ -307,7 +308,16 @@ def _has_energy(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice)
 
 
 def _is_conditional(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
-    return None if info.conditions and not info.is_machine else "the model takes no condition"
+    if not info.conditions or info.is_machine:
+        return "the model takes no condition"
+    try:
+        missing = StoredConditions(info, manifest.fields, "the reference").missing
+    except UserError as error:
+        return str(error)
+    names = ", ".join(info.conditions)
+    return (
+        f"the reference has nothing of what the model takes: {names}" if len(missing) == len(info.conditions) else None
+    )
 
 
 def _classifies_what_was_requested(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:

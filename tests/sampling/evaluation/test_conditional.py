@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_other_conditions_are_not_comparable(captioned: tuple[Path, str, str]) -
 
 
 def test_mistakes_are_one_line(captioned: tuple[Path, str, str]) -> None:
+    silent = str(captioned[0] / "silent")
+    pack(captioned[0] / "pictures", silent)
+    with pytest.raises(
+        UserError, match="crps does not fit: the reference has nothing of what the model takes: caption"
+    ):
+        load_inputs(replace(settings(captioned, metrics=("crps",)), reference=silent))
     for name, found in (("", "write package.module:Name"), ("no.such:Name", "ModuleNotFoundError")):
         with pytest.raises(UserError, match=found):
             load_inputs(settings(captioned, scorer=name))
