@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,7 @@ def open_image_table(url: str) -> ImageTable:
             key = row.get(FILE_NAME)
             if not isinstance(key, str) or not key:
                 raise DataError(f"{where}: has no '{FILE_NAME}'")
-            key = f"{folder}/{key}" if folder else key
+            key = posixpath.normpath(f"{folder}/{key}" if folder else key)  # "./a.png" is a.png
             if key in rows:
                 raise UserError(f"{where}: '{shortened(key)}' has a row already")
             rows[key] = row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -245,12 +246,13 @@ def picture_bytes(raw: Any, file_at: Callable[[str], bytes], name: str) -> bytes
     if isinstance(raw, dict):
         raw = raw.get("bytes") or raw.get("path")
     if isinstance(raw, str):
-        if raw.startswith("/") or ".." in raw.split("/"):
+        path = posixpath.normpath(raw)  # "./a.png" is a.png
+        if raw.startswith("/") or ".." in raw.split("/") or path == ".":
             raise DataError(
                 f"{name}: '{shortened(raw)}' is no path below the table's folder; bytes, or such a path, are needed"
             )
         try:
-            return file_at(raw)
+            return file_at(path)
         except (NotFound, NotAFile) as error:
             raise DataError(f"{name}: {error}") from None
     if not isinstance(raw, bytes):

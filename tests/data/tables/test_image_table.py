@@ -42,7 +42,8 @@ def write(folder: Path, kind: str, count: int = 12, classes: bool = False) -> Pa
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(i)).save(folder / name)
-    rows = [{"file_name": name, **row(i)} for i, name in enumerate(names)]
+    below = "./" if kind == "jsonl" else ""
+    rows = [{"file_name": f"{below}{name}", **row(i)} for i, name in enumerate(names)]
     if kind == "jsonl":
         text = "\n".join(map(json.dumps, rows))
     else:
