@@ -68,6 +68,10 @@ class ShardWriter:
         self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
         self._position = 0
         self._fields = stored_fields(fields, image_format)
+        self._of_members = [field for field in self._fields if not field.is_inline]
+        self._classes, self._scalars = (
+            [field for field in self._fields if field.kind == kind] for kind in ("class", "scalar")
+        )
         self._records = IndexRecords(self._fields)
 
     def add(self, key: str, values: Values, note: bytes = b"") -> None:
@@ -75,29 +79,27 @@ class ShardWriter:
 
         Raises DataError naming the field for a value that can't be stored; then nothing of the sample is.
         """
-        members, inline, decoded = dict[str, tuple[str, bytes, int]](), list[tuple[str, bytes]](), dict(values)
-        for field in self._fields:
+        members, decoded = list[tuple[str, str, bytes, int]](), values
+        for field in self._of_members:
             value = values[field.name]
-            if field.kind == "class" and int(value) >= 0:  # type: ignore[arg-type]
-                inline.append((field.member, str(value).encode()))
-            elif not field.is_inline:
-                kind, data, code = encode_value(value, field, self._format)
-                if len(data) > MAX_MEMBER_BYTES:
-                    raise DataError(f"field '{field.name}': {len(data):,} bytes, the limit is {MAX_MEMBER_BYTES:,}")
-                members[field.member] = kind, data, code
-                if field.kind == "image":
-                    decoded[field.name] = as_decoded(value, field)
+            kind, data, code = encode_value(value, field, self._format)
+            if len(data) > MAX_MEMBER_BYTES:
+                raise DataError(f"field '{field.name}': {len(data):,} bytes, the limit is {MAX_MEMBER_BYTES:,}")
+            members.append((field.member, kind, data, code))
+            if field.kind == "image" and (image := as_decoded(value, field)) is not value:
+                decoded = {**decoded, field.name: image}
         self._records.check(decoded)
-        scalars = {field.name: _plain(values[field.name]) for field in self._fields if field.kind == "scalar"}
-        if scalars or note:
-            note = json.dumps({**json.loads(note or b"{}"), **scalars}).encode() if scalars else note
-            inline.append(("json", note))
+        scalars = {field.name: _plain(values[field.name]) for field in self._scalars}
+        if scalars:
+            note = json.dumps({**json.loads(note or b"{}"), **scalars}).encode()
         stored = {
-            member: StoredMember.of(self._member(key, kind, data), data, code)
-            for member, (kind, data, code) in members.items()
+            member: StoredMember.of(self._member(key, kind, data), data, code) for member, kind, data, code in members
         }
-        for kind, data in inline:
-            self._member(key, kind, data)
+        for field in self._classes:
+            if (label := values[field.name]) >= 0:  # type: ignore[operator]
+                self._member(key, field.member, str(label).encode())
+        if note:
+            self._member(key, "json", note)
         self._records.add(stored, decoded)
 
     def finish(self, name: str, skipped: Sequence[str] = (), left_out: Mapping[str, int] | None = None) -> PackedShard:
