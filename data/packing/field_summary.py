@@ -91,7 +91,10 @@ def _histograms(one: Field, values: torch.Tensor) -> list[list[int]]:
     found = []
     for number, channel in enumerate(channels):
         ends = (one.low[number], one.high[number]) if one.low else (channel.min(initial=0), channel.max(initial=0))
-        found.append(np.histogram(channel, BINS, ends if ends[0] < ends[1] else None)[0].tolist())
+        # From 0 to 1: NumPy refuses bins narrower than the steps between floats, as of values near 2**63.
+        spread = ends[1] - ends[0]
+        scaled = (channel - ends[0]) / (spread or 1.0)
+        found.append(np.histogram(scaled, BINS, (0.0, 1.0) if spread else (-0.5, 0.5))[0].tolist())
     return found
 
 

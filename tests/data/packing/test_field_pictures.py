@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from scoreray.data.fields.field import Field
 from scoreray.data.packing.field_pictures import CURVE_HEIGHT, INK, field_pictures
-from scoreray.data.packing.field_summary import FieldSummary, Lengths, bars, field_lines
+from scoreray.data.packing.field_summary import FieldSummary, Lengths, _histograms, bars, field_lines
 from scoreray.data.packing.inspect import CAPTION_LINES, LINE_PIXELS, picture_grid
 
 
@@ -86,3 +87,11 @@ def test_a_field_is_described_in_lines() -> None:
         "c", "class", [], "int64", "cls", "none", [], [], [], [], class_counts={str(i): i for i in range(20)}
     )
     assert field_lines(many)[1].endswith("15 15, ... (20 in all)")
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.0**63, 2.0**63), (2.0**63, 2.0**63 + 2048), (0.0, 15.0), (3.0, 3.0)])
+def test_a_histogram_of_values_closer_than_its_bins(low: float, high: float) -> None:
+    one = Field("x", "vector", [1], "float64", "x.npy", low=[low], high=[high])
+    (counts,) = _histograms(one, torch.tensor([[low], [high]], dtype=torch.float64))
+    assert sum(counts) == 2
+    assert low == high or counts[0] == counts[-1] == 1
