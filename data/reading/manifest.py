@@ -43,6 +43,10 @@ def check_limits(name: str, fields: Sequence[Field], num_shards: int) -> None:
         raise UserError(f"--name {ascii(name)[:80]}: can't be the name of a data set; give it printable characters")
     if len(name) > MAX_NAME:
         raise UserError(f"--name '{name[:40]}...': {len(name)} characters, at most {MAX_NAME} are accepted")
+    try:
+        target_of(fields)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; a --field that is one is needed") from error
     for one in fields:
         what = name if is_plain(fields) else f"{name}: field '{one.name}'"
         if one.shape:

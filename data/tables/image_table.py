@@ -157,7 +157,7 @@ def _typed(column: list[Any]) -> list[Any]:
         for read in reads:
             try:
                 parsed = {text: read(text) for text in texts}
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             column = [None if value in (None, "") else parsed[value] for value in column]
             break
@@ -177,7 +177,14 @@ def _list_of_numbers(text: str) -> list[Any]:
 
 
 def _types_in(value: Any) -> set[type]:
-    return {kind for one in value for kind in _types_in(one)} if isinstance(value, list) else {type(value)}
+    found, left = set[type](), [value]
+    while left:  # lists in lists are as deep as their file says
+        one = left.pop()
+        if isinstance(one, list):
+            left += one
+        else:
+            found.add(type(one))
+    return found
 
 
 def _as_floats(value: Any) -> Any:

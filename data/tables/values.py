@@ -65,7 +65,11 @@ class FieldColumn:
         if kind == "text":
             return as_text(raw, name)
         if kind == "json":
-            return raw if isinstance(raw, bytes) else json.dumps(raw, ensure_ascii=False, default=_plain).encode()
+            return (
+                raw
+                if isinstance(raw, bytes)
+                else as_text(json.dumps(raw, ensure_ascii=False, default=_plain), name).encode()
+            )
         if kind == "class":
             return self._class(raw, name)
         return self._numbers(raw, name)
@@ -284,9 +288,14 @@ def pixels_of(array: np.ndarray, name: str) -> np.ndarray:
 
 def as_text(raw: Any, name: str) -> str:
     try:
-        return raw.decode() if isinstance(raw, bytes) else str(raw)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: is not UTF-8, at byte {error.start}") from None
+        text = raw.decode() if isinstance(raw, bytes) else str(raw)
+        text.encode()  # JSON's "\ud800" alone is half a character
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        raise DataError(
+            f"{name}: is not UTF-8, at {'byte' if isinstance(raw, bytes) else 'character'} {start}"
+        ) from None
+    return text
 
 
 def as_numbers(raw: Any, name: str) -> np.ndarray:
@@ -296,7 +305,8 @@ def as_numbers(raw: Any, name: str) -> np.ndarray:
     except ValueError:  # rows of several lengths
         found = np.asarray(None)
     if found.dtype.kind not in "biuf" and not _is_bfloat16(found.dtype):
-        raise DataError(f"{name}: {shortened(repr(raw))} is no number, nor lists of equal lengths of them")
+        said = shortened(" ".join(repr(raw).split()))  # of an array in several lines
+        raise DataError(f"{name}: {said} is no number, nor lists of equal lengths of them")
     return found
 
 

@@ -144,3 +144,26 @@ def test_fields_of_what_has_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x-idx3-ubyte").write_bytes(io.BytesIO().getvalue())
     with pytest.raises(UserError, match=r"x-idx3-ubyte: --field text=text: images and their classes are all"):
         pack(tmp_path / "x-idx3-ubyte", tmp_path / "set", fields=parse_field_options(["text=text"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "says"),
+    [
+        ("[" * 200_000, ["text=text"], "line 1: is no JSON: maximum recursion depth"),
+        (r'{"file_name": "00.png", "text": "\ud800"}', ["text=text"], "field 'text' .*is not UTF-8, at character 0"),
+        ('{"file_name": "00.png", "year": 1e999}', ["year=year"], "inf can't be of kind class"),
+        (
+            '{"file_name": "00.png", "text": "a"}',
+            ["image=text"],
+            "none of the fields is an image, an array or a vector",
+        ),
+        ('{"file_name": "00.png", "text": "%s"}' % ("[" * 100_000), ["score=text:a"], "has no value"),
+    ],
+)
+def test_rows_of_any_json_are_refused_in_one_line(tmp_path: Path, text: str, fields: list[str], says: str) -> None:
+    folder = write(tmp_path / "in", "jsonl", count=1)
+    (folder / "metadata.jsonl").write_text(text)
+    kinds = [f"{name}=class" for name in ("year",) if f"{name}={name}" in fields]
+    with pytest.raises((DataError, UserError), match=says) as refused:
+        pack(folder, tmp_path / "out", fields=parse_field_options(fields, kinds))
+    assert "\n" not in str(refused.value)
