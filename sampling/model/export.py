@@ -66,9 +66,9 @@ class ModelManifest:
     classes: list[str]
     files: dict[str, ExportedFile]
     config: dict[str, Any] = field(repr=False)
+    format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
     target: TargetField | None = None
     conditions: dict[str, ConditionSpec] | None = None
-    format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def to_json(self) -> bytes:
         """For people too: a field a line; sealed."""
@@ -125,8 +125,8 @@ def export(
         files[name] = _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", weights)
     marker = checkpoint.marker
     page = ModelManifest(
-        checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config, marker.target,
-        marker.conditions,
+        checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config,
+        target=marker.target, conditions=marker.conditions,
     )  # fmt: skip
     store.put(MODEL_JSON, page.to_json())
     stored = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}

@@ -64,8 +64,8 @@ def test_what_is_missing_is_named(small_set: str, tmp_path: Path) -> None:
     assert "--shape" in found["memory"].text
     found = by_topic(examine(config(str(tmp_path / "absent"), tmp_path), Machine(image_shape=(3, 16, 16))))
     assert found["memory"].state == "good"
-    found = by_topic(examine(config(small_set, tmp_path, "network.kind=dit", "network.patch_size=3")))
-    assert "patch_size" in found["network"].text
+    found = by_topic(examine(config(small_set, tmp_path, "network.kind=unet", "network.attention_resolutions=[5]")))
+    assert "attention_resolutions" in found["network"].text
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
