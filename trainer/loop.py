@@ -74,7 +74,7 @@ def train(
         if checkpoint is not None:
             images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
             skipped = checkpoint.marker.skipped_steps
-            with span("train.restore", checkpoint=checkpoint.folder, images=images_seen):
+            with span("train.restore", checkpoint=checkpoint.folder, images=images_seen), writer.while_reading():
                 checkpoint.restore(engine.fragments(), module)
             engine.publish(num_steps)
         if rank == 0:

@@ -232,7 +232,7 @@ def test_data_that_no_trial_could_train_on_are_refused(
     large = str(tmp_path / "large")
     pack(tmp_path / "large.npz", large)
     with pytest.raises(
-        UserError, match=r"^base: data.url: the data have .* noise levels from .* only; divide the data"
+        UserError, match=r"^base: data.url: the data have .* noise levels from .* only; set data.normalisation=channel"
     ):
         check_sweep(load_sweep(sweep, [f"base.data.url={large}"]))
     fits = {**sweep, "space": {"process.sigma_max": {"log": [1e3, 1e9]}}}

@@ -7,15 +7,16 @@ what killed writes left is removed by a later start, so that it never grows with
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
-from scoreray.data.errors import Unanswered
+from scoreray.data.errors import DataError, Unanswered
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.lease import Lease, TakenOver
 from scoreray.data.storage.store import NotFound, Store
@@ -109,6 +110,15 @@ class CheckpointWriter:
         """Raises TakenOver where a newer start has the run, LeaseRemoved where its folder was removed (rank 0)."""
         if self._lease is not None:
             self._lease.check()
+
+    @contextlib.contextmanager
+    def while_reading(self) -> Iterator[None]:
+        """A DataError inside is TakenOver where a newer start has the run: it removes what this one still reads."""
+        try:
+            yield
+        except DataError:
+            self.check_lease()
+            raise
 
     def poll(self) -> None:
         """Between steps: raises the error of a save that has ended, or that of `check_lease`, which runs in the

@@ -48,7 +48,8 @@ def start(url: str, attempt: str) -> None:
     newest = latest(run)
     images = newest.images_seen if newest else 0
     if newest is not None:
-        assert torch.equal(newest.full_state()["p"], values(images)), "another start's state"
+        with writers[0].while_reading():
+            assert torch.equal(newest.full_state()["p"], values(images)), "another start's state"
     writers[0].check_lease()
     remove_uncommitted(run, images)
     while not stop:
