@@ -16,7 +16,7 @@ from torch import Tensor
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
-from scoreray.trainer.config import load_config
+from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.fragments import Fragment
@@ -214,3 +214,14 @@ def _served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
 def served() -> Callable[[ServeConfig], contextlib.AbstractContextManager[tuple[str, Service]]]:
     """`with served(config) as (url, service)`"""
     return _served
+
+
+@pytest.fixture(scope="session")
+def mlp_config() -> Config:
+    """The config of a model whose denoiser a test puts in its place."""
+    return load_config({
+        "run": {"name": "exact", "storage": "none"},
+        "data": {"url": "s3://none/none", "global_batch_size": 16},
+        "network": {"kind": "mlp", "hidden_size": 16},
+        "duration": {"images": 1000},
+    })  # fmt: skip

@@ -27,7 +27,7 @@ from scoreray.sampling.offline.driver import Form, in_form
 from scoreray.sampling.offline.generate import Request, SampleConditions, generate, prepare
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
-from scoreray.trainer.config import load_config
+from scoreray.trainer.config import Config
 from scoreray.trainer.diffusion.condition import (
     Condition,
     Conditions,
@@ -83,15 +83,9 @@ class Linear(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedDenoiser:
+def model(mlp_config: Config) -> LoadedDenoiser:
     found = LoadedDenoiser(Linear(), "denoised", SIGMA_DATA).eval()
-    config = load_config({
-        "run": {"name": "linear", "storage": "none"},
-        "data": {"url": "s3://none/none", "global_batch_size": 16},
-        "network": {"kind": "mlp", "hidden_size": 16},
-        "duration": {"images": 1000},
-    })  # fmt: skip
-    found.info = ModelInfo("none", 0, "none", (2,), SPECS["label"].classes, config, SPECS)
+    found.info = ModelInfo("none", 0, "none", (2,), SPECS["label"].classes, mlp_config, SPECS)
     return found
 
 

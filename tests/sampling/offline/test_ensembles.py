@@ -33,7 +33,7 @@ from scoreray.sampling.offline.generate import Request, SampleConditions
 from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
 from scoreray.sampling.offline.place import intact, place_of
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
-from scoreray.trainer.config import load_config
+from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 
@@ -110,17 +110,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> LoadedDenoiser:
+def model(mlp_config: Config, monkeypatch: pytest.MonkeyPatch) -> LoadedDenoiser:
     """Normalised heights have m and STD; the data's own are 100 + 10 times as much."""
     found = LoadedDenoiser(OfRecord(), "denoised", SIGMA_DATA).eval()
-    config = load_config({
-        "run": {"name": "heights", "storage": "none"},
-        "data": {"url": "s3://none/none", "global_batch_size": 16},
-        "network": {"kind": "mlp", "hidden_size": 16},
-        "duration": {"images": 1000},
-    })  # fmt: skip
     target = TargetField("height", "array", "float32", Normaliser("channel", (100.0, 100.0), (10.0, 10.0)))
-    found.info = ModelInfo("none", 0, "none", (2, 3), SPECS["kind"].classes, config, SPECS, target)
+    found.info = ModelInfo("none", 0, "none", (2, 3), SPECS["kind"].classes, mlp_config, SPECS, target)
     monkeypatch.setattr(job_module, "load_model", lambda url, ema: found)
     return found
 
