@@ -115,7 +115,7 @@ class _Watch:
         self._kept = self._finished = self._shown = before
         self._next_s = 0.0
         self._states: dict[str, ActorState] = {}
-        self._deaths: dict[str, int] = {}
+        self._processes: dict[str, list[str]] = {}  # an actor's, in the order in which they were seen
         self._calls: dict[Any, Any] = {}  # ObjectRef of a state -> its actor
 
     def finished(self, state: ActorState, packed: PackedShard) -> None:
@@ -141,10 +141,13 @@ class _Watch:
         self.show()
 
     def _update(self, state: ActorState) -> None:
-        before = self._states.get(state.actor, state)
-        if before.process != state.process:
-            self._deaths[state.actor] = self._deaths.get(state.actor, 0) + 1
-            self._say(f"an actor died and was started again ({self._deaths[state.actor]} of {RETRIES.times})")
+        processes = self._processes.setdefault(state.actor, [])
+        if state.process not in processes:
+            processes.append(state.process)
+            if len(processes) > 1:
+                self._say(f"an actor died and was started again ({len(processes) - 1} of {RETRIES.times})")
+        elif state.process != processes[-1]:
+            return  # the last word of one that died may come after the first of the next
         self._states[state.actor] = state
 
     def show(self) -> None:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from scoreray.data.storage.interface import abandoned
+from scoreray.data.storage.interface import StorageError, abandoned
 from scoreray.data.storage.stats import ReadStats, counting
 
 LEAST_S = 1.0  # no second request before this
@@ -34,15 +34,16 @@ class HedgedGet:
 
     def __call__(self, key: str, start: int, end: int) -> bytes:
         with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, "scoreray-get", self._begin_thread)
-            threads = self._threads
             after_s = max(LEAST_S, TIMES_MEDIAN * statistics.median(self._took)) if self._took else 4 * LEAST_S
         started = time.monotonic()
-        requests: list[Future[bytes]] = [threads.submit(self._get, key, start, end)]
+        first = self._request(key, start, end)
+        if first is None:
+            raise StorageError(f"{key}: not read, its reader was closed")
+        requests = [first]
         if not wait(requests, timeout=after_s).done:
-            self._stats.add(num_hedges=1)
-            requests.append(threads.submit(self._get, key, start, end))
+            if second := self._request(key, start, end):
+                self._stats.add(num_hedges=1)
+                requests.append(second)
             wait(requests, return_when=FIRST_COMPLETED)
             requests.sort(key=_rank)
         data = requests[0].result()  # of two that failed, either explains it
@@ -50,10 +51,20 @@ class HedgedGet:
             self._took.append(time.monotonic() - started)
         return data
 
+    def _request(self, key: str, start: int, end: int) -> Future[bytes] | None:
+        """None after `close`, which may come while another thread is in a call."""
+        with self._lock:
+            if self._closed.is_set():
+                return None
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(THREADS, "scoreray-get", self._begin_thread)
+            return self._threads.submit(self._get, key, start, end)
+
     def close(self) -> None:
-        self._closed.set()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._closed.set()
+            if self._threads is not None:
+                self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _rank(request: Future[bytes]) -> int:

@@ -70,6 +70,19 @@ def test_a_store_that_is_slow_as_a_whole_is_not_asked_everything_twice(monkeypat
     assert server.calls == 2
 
 
+def test_no_second_request_after_close() -> None:
+    """A call that is waiting when its reader is closed gets the first request's answer."""
+    server = Server("slow")
+    get = HedgedGet(server, ReadStats())
+    closing = threading.Timer(0.1, get.close)
+    closing.start()
+    assert get("key", 0, 6) == b"answer"
+    closing.join()
+    assert server.calls == 1
+    with pytest.raises(StorageError, match="reader was closed"):
+        get("key", 0, 6)
+
+
 def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the threads would hold the process for a minute after its stream was closed."""
     with socket.socket() as refusing:  # bound, and nobody listens
