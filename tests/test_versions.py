@@ -65,6 +65,7 @@ def test_the_range_of_ray_spans_four_minor_versions_or_more() -> None:
     assert newest.minor - oldest.minor >= 3
     readme = (ROOT / "README.md").read_text()
     assert f"Ray {oldest.major}.{oldest.minor} to {newest.major}.{newest.minor}" in readme
+    assert f"from {LOWEST['deepspeed']}" in readme
 
 
 def make_environment(folder: Path, versions: dict[str, str]) -> Path:
