@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -19,12 +20,13 @@ from scoreray.data.reading.batches import Batch
 from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
-from scoreray.trainer.checkpoints.marker import DataSet, Marker
+from scoreray.trainer.checkpoints.marker import DataSet, Marker, Origin
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
+from scoreray.trainer.initial import begin, find_initial
 from scoreray.trainer.meta import training_work
 from scoreray.trainer.monitoring.meter import StepMeter
 from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
@@ -67,7 +69,8 @@ def train(
     with span("train.start", run=config.run.name, rank=rank, world_size=world_size):
         run, data = run_store(config), open_run_data(config)
         if config.denoiser.sigma_data == "auto":  # `prepare_run` has settled it for any start but this function's own
-            config = with_sigma_data(config, data, latest(run))
+            newest = latest(run)
+            config = with_sigma_data(config, data, newest, None if newest else find_initial(config))
         module, engine = _build(config, data, world_size, device, note)
         writer, checkpoint = _take_over(config, data, run, rank, world_size)
         images_seen = num_steps = skipped = 0
@@ -75,8 +78,12 @@ def train(
             images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
             skipped = checkpoint.marker.skipped_steps
             with span("train.restore", checkpoint=checkpoint.folder, images=images_seen), writer.while_reading():
-                checkpoint.restore(engine.fragments(), module)
+                checkpoint.restore(chain(engine.fragments(), engine.frozen_fragments()), module)
             engine.publish(num_steps)
+            lineage = checkpoint.marker.lineage
+        else:
+            with span("train.init"):
+                lineage = begin(config, data, engine, module, rank, world_size)
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)
@@ -88,7 +95,7 @@ def train(
         work = partial(training_work, config, data, world_size, device) if rank == 0 else None
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
     fields = run_fields(config.data, data)
-    marker = _marker(config, data, fields, module, engine, world_size)
+    marker = _marker(config, data, fields, module, engine, world_size, lineage)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
     records: list[TrainingRecord] = []
     norm, decided = 0.0, LoopRequest.NOTHING
@@ -119,7 +126,7 @@ def train(
                 snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images)
                 writer.save(
                     replace(marker, images_seen=images_seen, num_steps=num_steps, skipped_steps=skipped),
-                    list(engine.fragments()) if rank == 0 or not engine.replicated else [],
+                    [*engine.fragments(), *engine.frozen_fragments()] if rank == 0 or not engine.replicated else [],
                     module,
                     record_objects(images_seen, records, plots)
                     + unreadable.objects(images_seen)
@@ -197,6 +204,7 @@ def _marker(
     module: TrainingModule | MachineModule,
     engine: Engine,
     world_size: int,
+    lineage: list[Origin],
 ) -> Marker:
     """What the markers of this start's checkpoints have in common."""
     return Marker(
@@ -212,6 +220,8 @@ def _marker(
         data=DataSet.of(data),
         target=fields.target,
         conditions=fields.conditions,
+        frozen=[name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+        lineage=lineage,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,7 @@ from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 
+T = TypeVar("T")
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
 
 
@@ -28,10 +30,15 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def on_meta(build: Callable[[], T]) -> T:
+    """What `build` makes, on torch's meta device."""
+    with torch.device("meta"), _NoInitialValues():
+        return build()
+
+
 def meta_module(config: Config, data: DataDescription) -> TrainingModule | MachineModule:
     """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
-    with torch.device("meta"), _NoInitialValues():
-        return build_training_module(config, data)
+    return on_meta(lambda: build_training_module(config, data))
 
 
 def training_work(config: Config, data: DataDescription, world_size: int, device: torch.device) -> tuple[int, float]:

@@ -8,8 +8,10 @@ from scoreray.data.errors import UserError
 from scoreray.data.fields.description import DataDescription
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.checkpoints.stored_model import StoredModel
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
@@ -21,7 +23,8 @@ class PreparedRun:
     """A checked config and what was read to check it.
 
     newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
-    the scale of the data; "" where it is what the model expects.  notes: what tars without a manifest don't promise.
+    the scale of the data; "" where it is what the model expects.  notes: what tars without a manifest don't promise,
+    and what is new beside the weights that the run begins from.  initial: where these are; None of a run that goes on.
     """
 
     config: Config
@@ -29,11 +32,12 @@ class PreparedRun:
     newest: Checkpoint | None = None
     warning: str = ""
     notes: tuple[str, ...] = ()
+    initial: StoredModel | None = None
 
 
 def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     """What can be checked before Ray starts: the data set exists, fits the network, is the one that the run has been
-    trained on so far (unless it is to be a `fresh` one), and the run's place can be written.
+    trained on so far (unless it is to be a `fresh` one), what it begins from fits, and its place can be written.
 
     Raises UserError, StorageError or DataError.
     """
@@ -45,11 +49,15 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     newest = None if fresh else latest(run)
     if newest is not None:
         newest.check_data(data, config.data.url)
-    found = misfit(config, data)
+    initial = find_initial(config) if newest is None else None
+    notes = list(data.notes()) if isinstance(data, UnpackedTars) else []
+    if initial is not None:
+        new = initial_weights(initial, config, data)
+        notes.append(begins_from(initial, new))
+    found = misfit(with_sigma_data(config, data, newest, initial), data)
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)
-    notes = data.notes() if isinstance(data, UnpackedTars) else ()
-    return PreparedRun(config, data, newest, found.text if found else "", notes)
+    return PreparedRun(config, data, newest, found.text if found else "", tuple(notes), initial)
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> PreparedRun:
@@ -64,13 +72,23 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     run. Raises UserError with the differing keys when another config made this run; StorageError, DataError.
     """
     config = with_unused_name(checked.config) if fresh else checked.config
-    config = with_sigma_data(config, checked.data, checked.newest)
+    config = with_sigma_data(config, checked.data, checked.newest, checked.initial)
     claim(run_store(config), config)
+    if config.init is not None and checked.initial is not None:  # all starts of its workers take the same, also of a
+        found = {"checkpoint": checked.initial.url, "ema": checked.initial.ema}  # run that goes on meanwhile
+        config = config.model_copy(update={"init": config.init.model_copy(update=found)})
     return replace(checked, config=config)
 
 
-def with_sigma_data(config: Config, data: DataDescription, newest: Checkpoint | None) -> Config:
-    """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, else the data's."""
-    if config.denoiser.sigma_data != "auto" or newest is None:
-        return resolve_sigma_data(config, data)
-    return resolve_sigma_data(config, data, newest.marker.sigma_data)
+def with_sigma_data(
+    config: Config, data: DataDescription, newest: Checkpoint | None, initial: StoredModel | None
+) -> Config:
+    """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, of the model that it
+    begins from (whose weights mean something by that number alone), else the data's."""
+    known = None
+    if config.denoiser.sigma_data == "auto":
+        if newest is not None:
+            known = newest.marker.sigma_data
+        elif initial is not None:
+            known = initial.config.denoiser.resolved_sigma_data
+    return resolve_sigma_data(config, data, known)

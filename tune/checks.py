@@ -17,7 +17,7 @@ from scoreray.tune.sweep import METRICS, OF_HELD_OUT, OF_SAMPLES, POPULATIONS, S
 
 SHARED = ("run", "duration")  # the same in all trials, so that they compare
 UNSEEN = ("checkpoint", "log", "evaluation")  # sections that no metric depends on
-FIXED_IN_A_RUN = ("network", "ema", "data", "denoiser", "optimizer.schedule", "sample")
+FIXED_IN_A_RUN = ("network", "ema", "data", "denoiser", "init", "optimizer.schedule", "optimizer.frozen", "sample")
 
 
 def section_mistakes(sweep: Sweep) -> list[str]:

@@ -21,6 +21,7 @@ from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import Config, explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.initial import find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
 from scoreray.trainer.run_data import RunData, open_run_data
@@ -84,7 +85,7 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     with key_in_errors("checkpoint") if sweep.checkpoint else contextlib.nullcontext():
         model = describe(sweep.checkpoint) if sweep.checkpoint else None
         infos = [model.info] if model else list(_described(plan))
-    lengths = model.lengths if model else (*infos[0].config.ema.names, RAW)
+    lengths = model.stored.lengths if model else (*infos[0].config.ema.names, RAW)
     mistakes = _metric_mistakes(sweep, manifest, infos[0]) + _sample_mistakes(plan, infos[0], lengths)
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -198,6 +199,8 @@ def _described(plan: StudyPlan) -> Any:
         try:
             config = resolve_sigma_data(config, data)
             meta_module(config, data)
+            if (initial := find_initial(config)) is not None:
+                initial_weights(initial, config, data)
         except UserError as error:
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"space: at {shown}: {error}") from None

@@ -20,7 +20,7 @@ from scoreray.cluster.cli.data import inspect, pack, verify
 from scoreray.cluster.cli.models import compare, evaluate, export, sample, serve
 from scoreray.cluster.cli.options import ClickException
 from scoreray.cluster.cli.options import local_s3 as server_on
-from scoreray.cluster.cli.runs import demo, doctor, submit, train, tune
+from scoreray.cluster.cli.runs import demo, doctor, status, submit, train, tune
 from scoreray.cluster.connect.local_ray import stop
 from scoreray.data.errors import ScorerayError, readable
 
@@ -63,7 +63,7 @@ def common(
         context.with_resource(server_on(local_s3))
 
 
-VERBS: tuple[Callable[..., None], ...] = (demo, train, tune, sample, export, serve, evaluate, compare, doctor)
+VERBS: tuple[Callable[..., None], ...] = (demo, train, status, tune, sample, export, serve, evaluate, compare, doctor)
 DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect)
 for verb in VERBS:
     app.command()(verb)

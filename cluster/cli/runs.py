@@ -93,6 +93,17 @@ def tune(
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 
 
+def status(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A run, a checkpoint, or an exported model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what is committed of a run, or what a model is: images seen, averages, conditions, what it began from."""
+    from scoreray.cluster.verbs.status import status_of
+
+    found = status_of(url)
+    typer.echo(json.dumps(found.answer()) if as_json else found.text())
+
+
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", callback=resolve_config, help="A YAML file, as for train.")

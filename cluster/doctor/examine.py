@@ -20,6 +20,7 @@ from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
+from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import run_store
@@ -50,7 +51,7 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     if shape is None:
         text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
-    return [*found, *evaluation(config, data), *plan(config, data, shape, machine)]
+    return [*found, *initial(config, data), *evaluation(config, data), *plan(config, data, shape, machine)]
 
 
 def software() -> Finding:
@@ -86,6 +87,20 @@ def data_set(config: Config) -> tuple[RunData | None, Finding]:
     if isinstance(data, UnpackedTars):
         return data, Finding("data", "note", "; ".join([f"{text} at {config.data.url}", *data.notes()]), facts)
     return data, Finding("data", "good", f"{text} at {config.data.url}", facts)
+
+
+def initial(config: Config, data: RunData | None) -> list[Finding]:
+    """What the run begins from, where the config names a model and the data set can be read."""
+    if data is None:
+        return []
+    try:
+        model = find_initial(config)
+        if model is None:
+            return []
+        found = initial_weights(model, config, data)
+    except ScorerayError as error:
+        return [Finding("init", "problem", str(error))]
+    return [Finding("init", "note" if found.misfits else "good", begins_from(model, found))]
 
 
 def evaluation(config: Config, data: RunData | None) -> list[Finding]:
@@ -129,6 +144,7 @@ def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: 
     except UserError as error:
         return [Finding("network", "problem", str(error))]
     num_params = num_parameters(module)
+    num_frozen = sum(parameter.numel() for parameter in module.parameters()) - num_params
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         half = config.engine.precision != "fp32"
@@ -149,12 +165,14 @@ def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: 
             offload=offload,
             activations=activations,
             bucket_elements=bucket_sizes(num_params, stage)["reduce_bucket_size"] if stage else 0,
+            num_frozen=num_frozen,
         )
         for stage in (0, 1, 2, 3)
         for offload in ((False, True) if stage else (False,))
     }
     facts = {
         "num_params": num_params,
+        "num_frozen": num_frozen,
         "workers": workers,
         "nodes": num_nodes,
         "precision": "bf16" if half else "fp32",
@@ -164,13 +182,14 @@ def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: 
             for (_, offload), p in plans.items()
         ],
     }
+    frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
     head = (
-        f"{num_params:,} parameters in {facts['precision']}, {workers} workers on {num_nodes} node"
+        f"{num_params:,} parameters{frozen} in {facts['precision']}, {workers} workers on {num_nodes} node"
         f"{'s' if num_nodes > 1 else ''}, {rows} rows a forward pass, {len(config.ema.names)} averages; a rank's peak:"
     )
     findings = [Finding("memory", "good", head + "\n" + table(plans, num_params), facts)]
     findings.append(_fits(config, plans, machine, workers, num_nodes, rows))
-    findings.append(_kept(config, num_params))
+    findings.append(_kept(config, num_params, num_frozen))
     return findings
 
 
@@ -216,15 +235,15 @@ def _fits(
     return Finding("fit", "good", f"{setting} is the quickest that fits a rank: {advice.why}", facts)
 
 
-def _kept(config: Config, num_params: int) -> Finding:
+def _kept(config: Config, num_params: int, num_frozen: int) -> Finding:
     """Bytes that the run leaves in its storage."""
     k, checkpoint, images = len(config.ema.names), config.checkpoint, config.duration.images
-    each = num_params * 4 * (3 + k)
+    each = num_params * 4 * (3 + k) + num_frozen * 4
     text = f"a checkpoint is {_gib(each)}, {checkpoint.keep} are kept"
     facts = {"checkpoint_bytes": each, "kept": checkpoint.keep, "snapshot_bytes": 0, "snapshots": 0}
     if checkpoint.snapshot_every_images:
         count = images // max(checkpoint.snapshot_every_images, checkpoint.every_images)
-        half = num_params * 2 * k
+        half = num_params * 2 * k + num_frozen * 2
         text += f"; {count:,} snapshots of the averages, {_gib(half)} each, will be {_gib(half * count)} at the end"
         facts |= {"snapshot_bytes": half, "snapshots": count}
     return Finding("kept", "good", text, facts)

@@ -30,13 +30,13 @@ def export_model(url: str, out: str, lengths: Sequence[str] = ()) -> dict[str, A
     Ranges of parameters are mixed as Ray tasks where RAY_ADDRESS names a cluster or there is much to read.
     """
     found = describe(url)
-    checkpoint = found.source
+    checkpoint = found.stored.source
     if not isinstance(checkpoint, Checkpoint):
         raise UserError(f"{url}: is an exported model already; give a run or a checkpoint, or copy its folder")
     names = [_name(found, length) for length in lengths]
     mixes = {}
     for name in names:
-        if name not in found.lengths:
+        if name not in found.stored.lengths:
             mixes[name] = find_mix(checkpoint, float(name))
             stored = len(mixes[name].parts)
             say(f"EMA {name}: made of the averages of {stored} steps, to {mixes[name].residual:.2%} of its profile")
@@ -49,7 +49,7 @@ def export_model(url: str, out: str, lengths: Sequence[str] = ()) -> dict[str, A
 def _name(found: Description, length: str) -> str:
     """The length that is meant: one that is stored, or any number, of which an average can be made."""
     name = length_name(length, found.info.config.ema.stds)
-    return name if is_power_length(name) else choose_length(name, found.lengths, found.info.url)
+    return name if is_power_length(name) else choose_length(name, found.stored.lengths, found.info.url)
 
 
 @contextlib.contextmanager

@@ -6,28 +6,22 @@ URLs, the same spellings of a length, and refuse in the same words.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
 
 from scoreray.data.classes import class_number
-from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.limits import is_picture
-from scoreray.sampling.model.export import PREFIX, ExportedModel, ModelManifest, find_exported
 from scoreray.sampling.samplers.sigmas import from_process, grid
-from scoreray.trainer.checkpoints.checkpoint import FOLDER, SNAPSHOTS, Checkpoint, find
-from scoreray.trainer.checkpoints.marker import Marker
-from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
+from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
+from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import TargetField, run_fields
-from scoreray.trainer.diffusion.condition import ConditionSpec, class_condition, classes_of
-from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
+from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
 from scoreray.trainer.step import to_uint8
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
@@ -102,68 +96,31 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Description:
-    """A model without its weights. lengths: every EMA length that it holds, as `info.ema` spells them."""
+    """A model without its weights: what it draws, and where it is stored."""
 
     info: ModelInfo
-    lengths: tuple[str, ...]
-    source: Checkpoint | ExportedModel
+    stored: StoredModel
 
     @property
     def follows_run(self) -> bool:
         """Whether the URL is a run's, which means its newest checkpoint."""
-        return isinstance(self.source, Checkpoint) and self.source.folder.startswith(f"{FOLDER}/")
+        source = self.stored.source
+        return isinstance(source, Checkpoint) and source.folder.startswith(f"{FOLDER}/")
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """One hash of the model: of all its files, and the length."""
-        hashes = sorted(about.sha256 for about in _page(self.source).files.values())
-        return hashlib.sha256(json.dumps([hashes, self.info.ema]).encode()).hexdigest()
+        return self.stored.sha256
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The network's state at `info.ema`. Raises DataError (its bytes are not what was committed), StorageError."""
-        if isinstance(self.source, ExportedModel):
-            return self.source.weights(self.info.ema)
-        state = self.source.full_state(state_key(self.info.ema))
-        return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+        return self.stored.weights()
 
 
 def describe(url: str, ema: str | None = None) -> Description:
-    """The model at a URL, at an EMA length.
-
-    url: a run (its newest committed checkpoint), one checkpoint's folder, or an exported model (its folder or one of
-    its safetensors files), `s3://` or a path.
-    ema: a length that it holds, in any spelling of the number ("0.05", "0.050"); None for the first one, "none" for
-    the weights without averaging.
-    Raises UserError (nothing is there, no such length), DataError (what is there describes no model), StorageError.
-    """
-    source = find_exported(url) or find(url)
-    page = _page(source)
-    try:
-        config = load_config(page.config)
-        lengths = _lengths(source, config)
-    except (TypeError, UserError) as error:
-        raise DataError(f"{url}: does not describe a model: {error}") from None
-    if not lengths or not page.image_shape:
-        what = "the shape of its samples is not there" if lengths else "it holds weights of no EMA length"
-        raise DataError(f"{url}: does not describe a model: {what}")
-    chosen = source.chosen if isinstance(source, ExportedModel) and ema is None else None
-    name = chosen or choose_length(ema, lengths, url, config.ema.stds)
-    where = source.store.url() if isinstance(source, ExportedModel) else source.url
-    conditions = class_condition(page.classes) if page.conditions is None else page.conditions
+    """The model at a URL, at an EMA length; arguments and errors as of `find_model`."""
+    stored = find_model(url, ema)
+    page, conditions = stored.page, stored.conditions
     shape, classes = tuple(page.image_shape), classes_of(conditions)
-    info = ModelInfo(where, page.images_seen, name, shape, classes, config, conditions, page.target)
-    return Description(info, lengths, source)
-
-
-def _page(source: Checkpoint | ExportedModel) -> ModelManifest | Marker:
-    return source.page if isinstance(source, ExportedModel) else source.marker
-
-
-def _lengths(source: Checkpoint | ExportedModel, config: Config) -> tuple[str, ...]:
-    """The lengths that are stored, the config's first one first; of a checkpoint, the weights without averaging too."""
-    if isinstance(source, ExportedModel):
-        return tuple(source.page.files)
-    stored = lengths_stored(source.marker.state_keys)
-    ordered = [length for length in config.ema.names if length in stored]
-    raw = () if f"/{SNAPSHOTS}/" in source.url else (RAW,)  # a snapshot is the averages alone
-    return (*ordered, *(length for length in stored if length not in ordered), *raw)
+    info = ModelInfo(stored.url, page.images_seen, stored.ema, shape, classes, stored.config, conditions, page.target)
+    return Description(info, stored)

@@ -93,7 +93,7 @@ def look_up(name: str, url: str, ema: str | None = None) -> ServedModel:
     if found.info.is_machine:
         kind = found.info.config.network.kind
         raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
-    return ServedModel(name, url, found.info, found.lengths, found.follows_run)
+    return ServedModel(name, url, found.info, found.stored.lengths, found.follows_run)
 
 
 def _target(info: ModelInfo) -> dict[str, Any]:

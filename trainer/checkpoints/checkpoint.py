@@ -66,10 +66,14 @@ class Checkpoint:
         those that were stored: one is missing, there is one more, or a shape differs.
         """
         self._check_fit("parameter", parameter_shapes(module), self.marker.shapes)
-        try:
-            self._restore(fragments, module)
-        except DataError as error:
-            raise DataError(f"{error}; {instead_of(self.store, self.folder)}") from error
+        with self._or_another():
+            self._read(fragments)
+            self._restore_buffers(module)
+
+    def read(self, fragments: Iterable[Fragment]) -> None:
+        """Write the stored state into `fragments`, of any partition of some of the parameters. Raises DataError."""
+        with self._or_another():
+            self._read(fragments)
 
     def check_data(self, data: DataDescription, url: str | Sequence[str]) -> None:
         """Raises UserError, with what differs, unless `data` (at `url`) are those that were trained on."""
@@ -79,6 +83,14 @@ class Checkpoint:
                 "give a URL where the same samples are, or begin a new run on these (another run.name, or --fresh)"
             )
 
+    @contextlib.contextmanager
+    def _or_another(self) -> Iterator[None]:
+        """A DataError inside also says which checkpoint can be read instead."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{error}; {instead_of(self.store, self.folder)}") from error
+
     def _check_fit(self, what: str, wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> None:
         """Raises DataError unless both have the same names and shapes; a module without any takes what is stored."""
         for name in sorted(wanted.keys() | stored.keys()) if wanted else ():
@@ -87,8 +99,9 @@ class Checkpoint:
             if list(one) != list(other):
                 raise DataError(f"{self.url}: {what} {name} has the shape {list(other)}, {list(one)} is wanted")
 
-    def _restore(self, fragments: Iterable[Fragment], module: torch.nn.Module) -> None:
+    def _read(self, fragments: Iterable[Fragment]) -> None:
         stored = self._stored()
+        frozen = set(self.marker.frozen)
         by_file: dict[str, list[tuple[Fragment, StoredFragment, int, int, int]]] = {}
         for fragment in fragments:
             try:
@@ -101,9 +114,9 @@ class Checkpoint:
             with self._verified(file) as path, safe_open(path, "pt") as tensors:
                 for fragment, piece, source, target, length in wanted:
                     for key, into in fragment.tensors.items():
+                        key = MASTER if fragment.name in frozen else key  # averages of what never changes
                         values = self._tensor(tensors, f"{key}/{piece.key}")
                         into[target : target + length].copy_(values[source : source + length])
-        self._restore_buffers(module)
 
     def full_state(self, key: str = MASTER) -> dict[str, torch.Tensor]:
         """Whole fp32 parameters by name: masters, or a tracked average ("ema_0.050"), and the module's buffers."""
@@ -112,8 +125,7 @@ class Checkpoint:
             raise UserError(f"{self.url} holds no '{key}'; it holds {', '.join(sorted(names))}")
         shapes = self.marker.shapes
         flat = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in shapes.items()}
-        module = torch.nn.Module()
-        self.restore((Fragment(name, 0, len(values), {key: values}) for name, values in flat.items()), module)
+        self.read(Fragment(name, 0, len(values), {key: values}) for name, values in flat.items())
         state = {name: values.view(shapes[name]) for name, values in flat.items()}
         return state | self.buffers()
 

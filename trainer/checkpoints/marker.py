@@ -53,13 +53,31 @@ class DataSet:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A model that a run began from: where it was, which of its averages, and the SHA-256 of its marker or model.json.
+
+    images_seen: by that model, in its own run."""
+
+    __pydantic_config__ = _CONFIG
+
+    checkpoint: str
+    ema: str
+    images_seen: Number
+    sha256: Sha256
+
+    def text(self) -> str:
+        return f"{self.checkpoint} at {self.images_seen:,} images, EMA {self.ema}, SHA-256 {self.sha256[:12]}"
+
+
+@dataclass(frozen=True)
 class Marker:
     """What a committed checkpoint (or snapshot of averages) is.
 
-    config: of the run, as `Config.model_dump` gives it.  shapes: of every trained parameter.  state_keys: what is
-    stored of each beside its master.  image_shape, classes, data: of what it was trained on; data is None in format 1.
+    config: of the run, as `Config.model_dump` gives it.  shapes: of every parameter.  state_keys: what is stored of
+    each beside its master.  image_shape, classes, data: of what it was trained on; data is None in format 1.
     time: when it was committed, seconds since 1970.  target, conditions: what is modelled, and what conditions it; None
-    of earlier versions, which means the images as they are and the classes.
+    of earlier versions, which means the images as they are and the classes.  frozen: parameters that were not trained,
+    of which only the master is stored.  lineage: what the run began from, what that began from, and so on.
     """
 
     __pydantic_config__ = _CONFIG
@@ -78,6 +96,8 @@ class Marker:
     skipped_steps: Number = 0
     target: TargetField | None = None
     conditions: dict[str, ConditionSpec] | None = None
+    frozen: list[str] = field(default_factory=list)
+    lineage: list[Origin] = field(default_factory=list)
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def __post_init__(self) -> None:

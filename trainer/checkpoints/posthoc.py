@@ -133,15 +133,19 @@ def ranges_of(checkpoint: Checkpoint) -> list[list[Range]]:
 def mix_ranges(mix: Mix, ranges: list[Range]) -> Ranges:
     """The mixed averages of some ranges, fp32 (summed in fp64)."""
     sums = [torch.zeros(length, dtype=torch.float64) for _, _, length in ranges]
+    frozen = set(mix.parts[-1][0].marker.frozen)
     for stored, factors in mix.parts:
         fragments = [
             Fragment(name, start, length, {key: torch.empty(length) for key in factors})
             for name, start, length in ranges
         ]
-        stored.restore(fragments, torch.nn.Module())
+        stored.read(fragments)
         for total, fragment in zip(sums, fragments, strict=True):
             for key, factor in factors.items():
-                total.add_(fragment.tensors[key], alpha=factor)
+                if fragment.name in frozen:  # whatever the factors add up to
+                    total.copy_(fragment.tensors[key])
+                else:
+                    total.add_(fragment.tensors[key], alpha=factor)
     return [(one, total.float()) for one, total in zip(ranges, sums, strict=True)]
 
 

@@ -25,7 +25,7 @@ from scoreray.trainer.checkpoints.checkpoint import BUFFERS, FOLDER, MARKER, OWN
 from scoreray.trainer.checkpoints.marker import Marker, Share, StoredFile
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.diffusion.buffers import state_buffers
-from scoreray.trainer.optim.fragments import Fragment
+from scoreray.trainer.optim.fragments import MASTER, Fragment
 
 PART_BYTES = 512 << 20  # a larger share is split into files of this size, so that readers of a range read little else
 Row = tuple[str, int, int]  # a fragment: parameter, first element, how many
@@ -153,7 +153,8 @@ class CheckpointWriter:
                 self.check_lease()
                 self._sweep()
             if snapshot:
-                averages = {key: _halved(t) for key, t in tensors.items() if key.partition("/")[0] in snapshot}
+                wanted = (*(f"{key}/" for key in snapshot), *(f"{MASTER}/{name}@" for name in marker.frozen))
+                averages = {key: _halved(t) for key, t in tensors.items() if key.startswith(wanted)}
                 kept_averages = replace(marker, state_keys=list(snapshot))
                 self._commit(f"{SNAPSHOTS}/{name}", kept_averages, averages, table, buffers)
             self._commit(f"{FOLDER}/{name}", marker, tensors, table, buffers, objects)

@@ -57,6 +57,11 @@ def check_run_name(name: str) -> str:
     return name
 
 
+def _ema_length(value: Any) -> Any:
+    """A length as a text: the number that YAML reads is one too."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _mlflow_uri(uri: str | None) -> str | None:
     if uri is None or uri == "databricks":
         return uri
@@ -80,6 +85,20 @@ class RunSection(Section):
     name: Annotated[str, AfterValidator(check_run_name)]
     storage: str
     seed: int = Field(0, ge=0, lt=2**63)
+
+
+class InitSection(Section):
+    """Another model that the run begins from: its network's weights, once, before the first step.
+
+    `checkpoint`: a run (its newest checkpoint), one checkpoint's folder, or an exported or imported model. `ema`: a
+    length that it holds, or "weights" without averaging; None takes its first length. `strict`: all that it holds must
+    fit; else what does not is listed and begins as in any other run. New classes, channels and conditions may be there
+    either way.
+    """
+
+    checkpoint: str
+    ema: Annotated[str | None, BeforeValidator(_ema_length)] = None
+    strict: bool = True
 
 
 class ConditionSection(Section):
@@ -214,6 +233,7 @@ class Config(Section):
 
     run: RunSection
     data: DataSection
+    init: InitSection | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
     process: Annotated[Process, Field(discriminator="kind")] = EDM()
     network: Annotated[NetworkConfig, Field(discriminator="kind")] = UNetConfig()

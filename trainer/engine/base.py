@@ -72,8 +72,12 @@ class Engine(Protocol):
         """This rank's share of the state, one fragment per parameter that it holds a part of."""
         ...
 
+    def frozen_fragments(self) -> Iterator[Fragment]:
+        """This rank's share of the parameters that are not trained: masters without state."""
+        ...
+
     def publish(self, num_steps: int) -> None:
-        """After masters and state were written through `fragments`: derive the module's weights from them."""
+        """After what both kinds of fragments hold was written: derive the module's weights from it."""
         ...
 
 

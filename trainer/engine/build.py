@@ -56,4 +56,5 @@ def _cheapest_stage(
         half=resolve_precision(config.precision, device) != torch.float32,
         num_averages=num_averages,
         offload=config.offload != "none",
+        num_frozen=sum(p.numel() for p in module.parameters() if not p.requires_grad),
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.engine.base import EngineConfig, fragment_of, resolve_precision
+from scoreray.trainer.engine.frozen import FrozenParameters
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.fragments import Fragment
@@ -56,6 +58,7 @@ class DeepSpeedEngine:
         self._micro_batches_done = 0
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._sizes = {name: p.numel() for name, p in self._parameters.items()}  # whole: ZeRO-3 empties them
+        self._frozen = FrozenParameters(module, dist.get_rank(), world_size)
         self.optimizer = AveragingAdamW(self._parameters.values(), optimizer, ema)
         if device.type == "cuda":
             module.to(device)
@@ -100,6 +103,9 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         for name, start, length, partition, offset in self._layout():
             yield fragment_of(self.optimizer, name, start, length, partition, offset)
+
+    def frozen_fragments(self) -> Iterator[Fragment]:
+        return self._frozen.fragments()
 
     def _layout(self) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
         """(parameter, first element that this rank holds, number of elements, their flat partition, offset in it).
@@ -151,10 +157,11 @@ class DeepSpeedEngine:
 
         for partition in self._partitions():
             self.optimizer.state[partition]["step"].fill_(num_steps)
-        for parameter in self._parameters.values():  # one at a time: under ZeRO-3 this rank has no room for all
-            whole = safe_get_full_fp32_param(parameter)
+        trained = ((one, safe_get_full_fp32_param(one)) for one in self._parameters.values())
+        # One at a time: under ZeRO-3 this rank has no room for all.
+        for parameter, whole in chain(trained, self._frozen.whole(self.device)):
             with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=self._stage == 3):
-                parameter.data.copy_(whole)
+                parameter.data.copy_(whole.view(parameter.shape))
 
 
 def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from scoreray.trainer.engine.base import EngineConfig, fragment_of, resolve_precision
+from scoreray.trainer.engine.frozen import FrozenParameters
 from scoreray.trainer.engine.overlap import OverlappedSum
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
@@ -42,6 +43,7 @@ class FlatEngine:
         self.device, self.num_micro_batches = device, config.num_micro_batches(rank_batch_size)
         self._world_size, self._clip = world_size, optimizer.gradient_clip
         precision = resolve_precision(config.precision, device)
+        self._frozen = FrozenParameters(module)
         module.to(device)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._slices: list[tuple[str, int, int]] = []
@@ -52,6 +54,8 @@ class FlatEngine:
         self._master = torch.nn.Parameter(torch.cat([p.detach().float().reshape(-1) for _, p in named]))
         self._master.grad = torch.zeros_like(self._master)
         half = precision != torch.float32
+        for parameter, values in self._frozen.whole(device):
+            parameter.data = values.to(device, precision).view(parameter.shape)
         self._weights = self._master.detach().to(precision) if half else self._master.detach()
         self._gradient = torch.zeros_like(self._weights) if half else self._master.grad
         # autograd adds into a .grad that exists, so gradients are accumulated in the buffer without a copy.
@@ -111,9 +115,14 @@ class FlatEngine:
         for name, offset, length in self._slices:
             yield fragment_of(self.optimizer, name, 0, length, self._master, offset)
 
+    def frozen_fragments(self) -> Iterator[Fragment]:
+        return self._frozen.fragments()
+
     def publish(self, num_steps: int) -> None:
         self.optimizer.state[self._master]["step"].fill_(num_steps)
         self._copy_to_weights()
+        for parameter, values in self._frozen.whole(self.device):
+            parameter.data.copy_(values.view(parameter.shape))
 
     def _copy_to_weights(self) -> None:
         if self._weights.dtype != self._master.dtype:  # in fp32 the weights are the master

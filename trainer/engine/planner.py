@@ -9,7 +9,8 @@ Bytes per parameter (after Rajbhandari 2020, table 1, with our averages and fp32
     fp32 master, two moments    12                   12/N         12/N         12/N
     fp32 averages               4 k                  4 k/N        4 k/N        4 k/N
 
-Activations and communication buffers come on top; they depend on the network and the batch.
+Activations and communication buffers come on top; they depend on the network and the batch. A frozen parameter costs
+its weight alone: 2 (4) bytes, at stage 3 divided by N.
 """
 
 from __future__ import annotations
@@ -42,20 +43,42 @@ def bytes_per_parameter(
 
 
 def bytes_per_rank(
-    num_params: int, stage: int, world_size: int, *, half: bool, num_averages: int = 1, offload: bool = False
+    num_params: int,
+    stage: int,
+    world_size: int,
+    *,
+    half: bool,
+    num_averages: int = 1,
+    offload: bool = False,
+    num_frozen: int = 0,
 ) -> int:
-    """Bytes of weights, gradients, masters, moments and averages on one rank."""
+    """Bytes of weights, gradients, masters, moments and averages on one rank; `num_frozen`: beside `num_params`."""
     each = bytes_per_parameter(stage, world_size, half=half, num_averages=num_averages, offload=offload)
-    return round(num_params * each)
+    return round(num_params * each + frozen_bytes(num_frozen, stage, world_size, half=half))
+
+
+def frozen_bytes(num_frozen: int, stage: int, world_size: int, *, half: bool) -> float:
+    """On one rank."""
+    return num_frozen * (2 if half else 4) / (world_size if stage == 3 else 1)
 
 
 def choose_stage(
-    num_params: int, world_size: int, memory_bytes: int, *, half: bool, num_averages: int = 1, offload: bool = False
+    num_params: int,
+    world_size: int,
+    memory_bytes: int,
+    *,
+    half: bool,
+    num_averages: int = 1,
+    offload: bool = False,
+    num_frozen: int = 0,
 ) -> tuple[Stage, str]:
     """The first of `STAGES` whose state fits `STATE_SHARE` of a rank's memory (the last if none does), and why."""
     budget = memory_bytes * STATE_SHARE
+    settings: dict[str, Any] = {
+        "half": half, "num_averages": num_averages, "offload": offload, "num_frozen": num_frozen,
+    }  # fmt: skip
     needs = {
-        stage: bytes_per_rank(num_params, stage, world_size, half=half, num_averages=num_averages, offload=offload)
+        stage: bytes_per_rank(num_params, stage, world_size, **settings)
         for stage in (STAGES[1:] if offload else STAGES)
     }
     fitting = [stage for stage, need in needs.items() if need <= budget]
@@ -124,6 +147,7 @@ def memory(
     partition_group: int = 1,
     activations: float = 0.0,
     bucket_elements: int = 0,
+    num_frozen: int = 0,
 ) -> Memory:
     """The parts of `bytes_per_rank`, and what comes on top of it.
 
@@ -138,7 +162,7 @@ def memory(
     on_device = {key: 0.0 if offload else num_params * each for key, each in sharded.items()}
     return Memory(
         stage,
-        weights=num_params * weights,
+        weights=num_params * weights + frozen_bytes(num_frozen, stage, world_size, half=half),
         gradients=num_params * (stored / (world_size if stage >= 2 else 1) + (0 if offload else stepping)),
         buffers=4.0 * bucket_elements,
         activations=activations,

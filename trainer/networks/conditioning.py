@@ -36,6 +36,7 @@ from scoreray.trainer.diffusion.condition import (
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, Attention, call_block, grid_code, require, sinusoids
 
 MAX_WIDTH = 1 << 14
+GRID_IN = "grid_in.weight"  # of every network: the layer that reads `Conditioned.grids`, whose axis 1 they are
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,19 @@ class Conditioning(nn.Module):
             torch.cat(masks, dim=1) if masks else None,
             torch.cat(grids, dim=1) if grids else None,
         )
+
+    def outputs(self, name: str) -> list[str]:
+        """Names of the parameters through which a condition acts on the embedding: while they are 0, a value does what
+        the null does, nothing. Of a class that is its table; of a grid there are none (`GRID_IN`)."""
+        key = _key(name, self.conditions[name])
+        match self.conditions[name].kind:
+            case "class":
+                return ["classes.weight" if name == LABEL else f"inputs.{key}.weight"]
+            case "concat":
+                return []
+            case kind:
+                layer = f"inputs.{key}.{'second' if kind == 'vector' else 'pool'}"
+                return [f"{layer}.weight", f"{layer}.bias"]
 
 
 def _key(name: str, spec: ConditionSpec) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from scoreray.data import checks
+from scoreray.data.errors import UserError, nearest
 from scoreray.trainer.diffusion.condition import Conditions
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
@@ -51,3 +53,21 @@ NETWORKS: dict[str, type[NetworkConfig]] = {config.kind: config for config in ge
 def num_parameters(network: nn.Module) -> int:
     """Number of trained values."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Excludes from training the parameters that `optimizer.frozen` names: by globs, of which the last that fits a name
+    decides; one that begins with "!" trains. Raises UserError where one fits no name, or none is left to train."""
+    names = [name for name, _ in network.named_parameters()]
+    frozen = set[str]()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern.removeprefix("!"))
+        if not found:
+            raise UserError(
+                f"optimizer.frozen: '{pattern}' fits no parameter of the network; {nearest(pattern, names)}"
+            )
+        frozen = frozen.difference(found) if pattern.startswith("!") else frozen.union(found)
+    if len(frozen) == len(names):
+        raise UserError(f"optimizer.frozen: {list(patterns)} leaves no parameter to train; add '!NAME' for some")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in frozen)

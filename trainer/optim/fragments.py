@@ -43,9 +43,8 @@ class StoredFragment:
 
 
 def parameter_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
-    """Shapes of a module's trained parameters, whole ones also where ZeRO-3 has left this rank a piece of each."""
-    named = module.named_parameters()
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+    """Shapes of a module's parameters, whole ones also where ZeRO-3 has left this rank a piece of each."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
 
 
 def overlaps(start: int, length: int, stored: Iterable[StoredFragment]) -> list[tuple[StoredFragment, int, int, int]]:

@@ -31,6 +31,8 @@ class OptimizerConfig:
     nothing and is counted. One more stops the run; the default stops at the first.
     `schedule`: after a linear warm-up over `warmup_images`, "constant"; "cosine" down to 0 at the run's end; or
     "inverse_sqrt": learning_rate / sqrt(max(images / decay_images, 1)) (Karras 2024, eq. 67).
+    `frozen`: parameters of the network that are not trained, by globs over their names ("down.*"); of several that fit
+    a name the last decides, and one that begins with "!" trains: ["*", "!embedding.*"].
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
@@ -44,6 +46,7 @@ class OptimizerConfig:
     warmup_images: CountOrZero = 0
     decay_images: Count = 10_000_000
     skip_nonfinite: CountOrZero = 0
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks.positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)

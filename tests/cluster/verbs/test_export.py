@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from scoreray.cluster.verbs.export import export_model, on_ray
 from scoreray.data.errors import DataError, UserError
-from scoreray.sampling.model.export import ExportedFile, ModelManifest, export
+from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import load
 from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.exported import ExportedFile, ModelManifest
 from scoreray.trainer.checkpoints.posthoc import find_mix, reconstruct
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train

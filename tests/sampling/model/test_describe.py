@@ -19,12 +19,12 @@ from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.describe import describe
-from scoreray.sampling.model.export import ModelManifest
 from scoreray.sampling.model.load import load
 from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import look_up
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.checkpoints.exported import ModelManifest
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 
@@ -46,9 +46,9 @@ def urls(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) 
 def test_what_each_url_holds(urls: dict[str, str]) -> None:
     found = {name: describe(url) for name, url in urls.items()}
     for name in ("run", "checkpoint", "all"):
-        assert found[name].lengths == ("0.050", "0.100", "none")
+        assert found[name].stored.lengths == ("0.050", "0.100", "none")
         assert found[name].info.ema == "0.050"
-    assert found["one"].lengths == ("0.100",)
+    assert found["one"].stored.lengths == ("0.100",)
     assert found["one"].info.ema == "0.100"
     assert [found[name].follows_run for name in urls] == [True, False, False, False]
     assert found["run"].info.url == found["checkpoint"].info.url == urls["checkpoint"]
@@ -75,7 +75,7 @@ def test_an_export_knows_what_the_model_draws_and_takes_as_its_checkpoint_does(
 
 
 def test_a_manifest_of_every_kind_of_condition_comes_back_equal(urls: dict[str, str]) -> None:
-    page = describe(urls["all"]).source.page  # type: ignore[union-attr]
+    page = describe(urls["all"]).stored.page  # type: ignore[union-attr]
     specs = {
         "label": ConditionSpec("class", classes=("a",)),
         "caption": ConditionSpec("text", (77,)),
@@ -122,11 +122,11 @@ def test_a_length_that_is_not_there_is_refused_alike(urls: dict[str, str], small
 
 
 def test_a_checkpoint_of_no_model_is_refused(urls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    source = describe(urls["run"]).source
+    source = describe(urls["run"]).stored.source
     assert isinstance(source, Checkpoint)
     for changes in ({"image_shape": []}, {"config": {"run": {}}}):
         damaged = replace(source, marker=replace(source.marker, **changes))
-        monkeypatch.setattr("scoreray.sampling.model.describe.find", lambda url, found=damaged: found)
+        monkeypatch.setattr("scoreray.trainer.checkpoints.stored_model.find", lambda url, found=damaged: found)
         with pytest.raises(DataError, match="does not describe a model"):
             describe(urls["run"])
 

@@ -1,0 +1,67 @@
+"""`scoreray status`: what is at the URL of a run or a model, from what is committed, without any weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.model.describe import describe
+from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
+from scoreray.trainer.checkpoints.marker import Origin
+from scoreray.trainer.records import read_metrics
+
+
+@dataclass(frozen=True)
+class Status:
+    """images_total: after which its run ends. committed_s: Unix time of the commit, None of an exported model. loss: of
+    the last record up to that commit."""
+
+    url: str
+    images_seen: int
+    images_total: int
+    ema: tuple[str, ...]
+    shape: tuple[int, ...]
+    takes: str
+    committed_s: float | None = None
+    loss: float | None = None
+    world_size: int | None = None
+    frozen: list[str] = field(default_factory=list)
+    lineage: list[Origin] = field(default_factory=list)
+
+    def answer(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        lines = [self.url, f"  images      {self.images_seen:,} of {self.images_total:,}"]
+        if self.committed_s is not None:
+            age = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.committed_s))
+            lines.append(f"  committed   {age} UTC, by {self.world_size} workers")
+        if self.loss is not None:
+            lines.append(f"  loss        {self.loss:.4f}")
+        lines.append(f"  averages    {', '.join(self.ema)}")
+        lines.append(f"  samples     {'x'.join(map(str, self.shape))}, given {self.takes}")
+        if self.frozen:
+            lines.append(f"  frozen      {len(self.frozen):,} tensors")
+        lines += [f"  began from  {origin.text()}" for origin in self.lineage[:1]]
+        lines += [f"  and that    {origin.text()}" for origin in self.lineage[1:]]
+        return "\n".join(lines)
+
+
+def status_of(url: str) -> Status:
+    """Errors as of `describe`."""
+    found = describe(url)
+    info, stored = found.info, found.stored
+    page = stored.page
+    about: dict[str, Any] = {}
+    if isinstance(stored.source, Checkpoint):
+        marker = stored.source.marker
+        about = {"committed_s": marker.time, "world_size": marker.world_size, "frozen": marker.frozen}
+        run, of_run, _ = stored.url.rpartition(f"/{FOLDER}/")
+        records = read_metrics(open_store(run), stored.source) if of_run else []
+        about["loss"] = records[-1].loss if records else None
+    total = stored.config.duration.images
+    return Status(
+        stored.url, info.images_seen, total, stored.lengths, info.image_shape, info.takes, lineage=page.lineage, **about
+    )

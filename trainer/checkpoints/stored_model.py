@@ -1,0 +1,129 @@
+"""Which model is at a URL, at which EMA length: a run, a checkpoint or an exported model, read before any weights.
+
+`sampling/model/describe.py` describes it to whatever draws samples; a run begins from it (`trainer/initial.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
+
+from scoreray.data.errors import DataError, UserError
+from scoreray.trainer.checkpoints.checkpoint import MARKER, SNAPSHOTS, Checkpoint, find
+from scoreray.trainer.checkpoints.exported import MODEL_JSON, PREFIX, ExportedModel, ModelManifest, State, find_exported
+from scoreray.trainer.checkpoints.marker import Marker, Origin
+from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.diffusion.condition import Conditions, class_condition
+from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
+from scoreray.trainer.optim.fragments import Fragment
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model without its weights. ema: the length that was chosen; lengths: every one that it holds, spelled alike."""
+
+    source: Checkpoint | ExportedModel
+    config: Config
+    lengths: tuple[str, ...]
+    ema: str
+
+    @property
+    def page(self) -> ModelManifest | Marker:
+        return _page(self.source)
+
+    @property
+    def url(self) -> str:
+        return self.source.url
+
+    @property
+    def conditions(self) -> Conditions:
+        """What its network was built for."""
+        return class_condition(self.page.classes) if self.page.conditions is None else self.page.conditions
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash of the model: of all its files, and the length."""
+        hashes = sorted(about.sha256 for about in self.page.files.values())
+        return hashlib.sha256(json.dumps([hashes, self.ema]).encode()).hexdigest()
+
+    def lineage(self) -> list[Origin]:
+        """Of a run that begins from it."""
+        source = self.source
+        key = MODEL_JSON if isinstance(source, ExportedModel) else f"{source.folder}/{MARKER}"
+        digest = hashlib.sha256(source.store.get(key)).hexdigest()
+        return [Origin(self.url, self.ema, self.page.images_seen, digest), *self.page.lineage]
+
+    def shapes(self) -> Mapping[str, list[int]]:
+        """Of the network's parameters by name (of an exported model, of its buffers too)."""
+        if isinstance(self.source, ExportedModel):
+            return self.source.shapes(self.ema)
+        return _of_network(self.source.marker.shapes)
+
+    def restore(self, fragments: Iterable[Fragment]) -> None:
+        """Write the network's weights at `ema` into the one tensor of each of `fragments`, any partition of some of its
+        parameters, named as in the training module. Raises DataError (its bytes are not what was committed)."""
+        if isinstance(self.source, ExportedModel):
+            self.source.restore(self.ema, fragments)
+            return
+        key = state_key(self.ema)
+        self.source.read(replace(one, tensors={key: into}) for one in fragments for into in one.tensors.values())
+
+    def buffers(self) -> State:
+        """Of the network, by name (of an exported model, its parameters too)."""
+        if isinstance(self.source, ExportedModel):
+            return self.source.weights(self.ema)
+        return _of_network(self.source.buffers())
+
+    def weights(self) -> State:
+        """The network's state at `ema`. Raises DataError (its bytes are not what was committed), StorageError."""
+        if isinstance(self.source, ExportedModel):
+            return self.source.weights(self.ema)
+        return _of_network(self.source.full_state(state_key(self.ema)))
+
+
+def find_model(url: str, ema: str | None = None) -> StoredModel:
+    """The model at a URL, at an EMA length.
+
+    url: a run (its newest committed checkpoint), one checkpoint's folder, or an exported model (its folder or one of
+    its safetensors files), `s3://` or a path.
+    ema: a length that it holds, in any spelling of the number ("0.05", "0.050"); None for the first one, "none" for
+    the weights without averaging.
+    Raises UserError (nothing is there, no such length), DataError (what is there describes no model), StorageError.
+    """
+    source = find_exported(url) or find(url)
+    page = _page(source)
+    try:
+        config = load_config(page.config)
+        lengths = _lengths(source, config)
+    except (TypeError, UserError) as error:
+        raise DataError(f"{url}: does not describe a model: {error}") from None
+    if not lengths or not page.image_shape:
+        what = "the shape of its samples is not there" if lengths else "it holds weights of no EMA length"
+        raise DataError(f"{url}: does not describe a model: {what}")
+    chosen = source.chosen if isinstance(source, ExportedModel) and ema is None else None
+    return StoredModel(source, config, lengths, chosen or choose_length(ema, lengths, url, config.ema.stds))
+
+
+def _page(source: Checkpoint | ExportedModel) -> ModelManifest | Marker:
+    return source.page if isinstance(source, ExportedModel) else source.marker
+
+
+def _lengths(source: Checkpoint | ExportedModel, config: Config) -> tuple[str, ...]:
+    """The lengths that are stored, the config's first one first; of a checkpoint, the weights without averaging too."""
+    if isinstance(source, ExportedModel):
+        return tuple(source.page.files)
+    stored = lengths_stored(source.marker.state_keys)
+    ordered = [length for length in config.ema.names if length in stored]
+    raw = () if f"/{SNAPSHOTS}/" in source.url else (RAW,)  # a snapshot is the averages alone
+    return (*ordered, *(length for length in stored if length not in ordered), *raw)
+
+
+def _of_network(named: Mapping[str, T]) -> dict[str, T]:
+    """What the training module calls the network's, as the network calls it."""
+    return {name.removeprefix(PREFIX): value for name, value in named.items() if name.startswith(PREFIX)}
