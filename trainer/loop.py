@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from scoreray.data.errors import Unanswered
+from scoreray.data.own_code import code_hashes
 from scoreray.data.reading.batches import Batch
 from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
@@ -222,6 +223,7 @@ def _marker(
         conditions=fields.conditions,
         frozen=[name for name, parameter in module.named_parameters() if not parameter.requires_grad],
         lineage=lineage,
+        own_code=code_hashes(config.model_dump(mode="json")),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.description import DataDescription
+from scoreray.data.own_code import check_stored
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.stored_model import StoredModel
@@ -49,6 +50,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     newest = None if fresh else latest(run)
     if newest is not None:
         newest.check_data(data, config.data.url)
+        check_stored(newest.marker.config, newest.marker.own_code, newest.url)
     initial = find_initial(config) if newest is None else None
     notes = list(data.notes()) if isinstance(data, UnpackedTars) else []
     if initial is not None:

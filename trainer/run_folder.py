@@ -8,6 +8,7 @@ import re
 import yaml
 
 from scoreray.data.errors import DataError, StorageError, UserError
+from scoreray.data.own_code import require
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config, parse_sections
@@ -49,6 +50,10 @@ def stored_config(run: Store) -> Config:
         raise UserError(f"{run.url()}: not a run ({CONFIG_FILE} is missing)") from None
     try:
         raw = parse_sections(data, name)
+    except UserError as error:
+        raise _no_config(name, error) from None
+    require(raw, name)
+    try:
         try:
             return load_config(raw)
         except UserError:
@@ -56,8 +61,12 @@ def stored_config(run: Store) -> Config:
                 raise
             return older
     except UserError as error:
-        reason = " ".join(str(error).removeprefix(f"{name}: ").split())
-        raise DataError(f"{name}: not the config of a run: {reason}; fix it, or --fresh") from None
+        raise _no_config(name, error) from None
+
+
+def _no_config(name: str, error: UserError) -> DataError:
+    reason = " ".join(str(error).removeprefix(f"{name}: ").split())
+    return DataError(f"{name}: not the config of a run: {reason}; fix it, or --fresh")
 
 
 def _stored_as_yaml_1_1(data: bytes) -> Config | None:

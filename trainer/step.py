@@ -30,7 +30,7 @@ from scoreray.trainer.diffusion.objective import (
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
-from scoreray.trainer.networks.network import freeze
+from scoreray.trainer.networks.network import build_network, freeze
 from scoreray.trainer.networks.rbm import BoltzmannMachine
 
 
@@ -202,7 +202,7 @@ def build_training_module(config: Config, data: DataDescription) -> TrainingModu
     config = resolve_sigma_data(config, data)
     fields = run_fields(config.data, data)
     refuse(augmentation_mistakes(config.augmentation, fields.shape))
-    network = config.network.build(fields.shape, fields.conditions)
+    network = build_network(config.network, fields.shape, fields.conditions)
     freeze(network, config.optimizer.frozen)
     shared: dict[str, Any] = {
         "seed": config.run.seed,

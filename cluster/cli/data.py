@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scoreray.cluster.cli.options import AsJson, make_bucket
+from scoreray.cluster.cli.options import AsJson, With, make_bucket
 from scoreray.data.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def pack(
         int | None,
         typer.Option(help="Shards made at once by Ray. Default: one a core, of RAY_ADDRESS's cluster if set.", min=1),
     ] = None,
+    with_: With = None,
     as_json: AsJson = False,
 ) -> None:
     """Images, arrays and further fields into WebDataset shards and a manifest. Run again after a kill, it goes on. The

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from scoreray.cluster.cli.options import AsJson, Verbose, make_bucket
+from scoreray.cluster.cli.options import AsJson, Verbose, With, make_bucket
 from scoreray.data.errors import UserError
 
 
@@ -112,6 +112,7 @@ def sample(
     compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
     samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None,
     picture: Annotated[Path | None, typer.Option(help="A picture of the first samples: .png, .jpg, .webp.")] = None,
+    with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -168,6 +169,7 @@ def export(
             "One that was not tracked is made of the run's snapshots and checkpoints."
         ),
     ] = None,
+    with_: With = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a trained model for inference: safetensors, one per EMA length, and a page of JSON."""
@@ -210,6 +212,7 @@ def serve(
     reload_s: Annotated[float, typer.Option(help="How often a run is asked for a newer checkpoint.", min=0.1)] = 10.0,
     drain_s: Annotated[float, typer.Option(help="At the end, for requests under way.", min=0)] = 60.0,
     limit: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_count=64; see docs/serving.md.")] = None,
+    with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -292,6 +295,7 @@ def evaluate(
         int | None, typer.Option(help="Ray actors; default: what the cluster has room for.", min=1)
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each worker; part of the record.", min=1)] = 1,
+    with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:

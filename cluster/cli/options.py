@@ -26,6 +26,25 @@ def resolve_config(config: Path | None) -> Path | None:
     return None if config is None else preset(config)
 
 
+def _bring(entries: list[str] | None) -> list[str] | None:
+    """A callback of Typer's, before other arguments are read: these may name what is brought."""
+    if entries:
+        from scoreray.data.own_code import bring
+
+        bring(entries)
+    return entries
+
+
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="PATH|PACKAGE",
+        callback=_bring,
+        is_eager=True,
+        help="Code of yours that a kind may name as package.module:Name; again for more. See docs/own-code.md.",
+    ),
+]
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", callback=resolve_config, help="A YAML file; configs/NAME.yaml is a preset.")
 ]

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from scoreray.cluster.cli.options import AsJson, ConfigFile, Overrides, Verbose, make_bucket, parsed, resolve_config
+from scoreray.cluster.cli.options import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    Verbose,
+    With,
+    make_bucket,
+    parsed,
+    resolve_config,
+)
 
 
 def demo(
@@ -36,6 +45,7 @@ def train(
     fresh: Annotated[bool, typer.Option(help="Start over under the next unused name (name-2, ...).")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only check the config and what it names.")] = False,
     print_config: Annotated[bool, typer.Option(help="Print the whole config, defaults included, and stop.")] = False,
+    with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -76,6 +86,7 @@ def tune(
         ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the sweep and what it names.")] = False,
+    with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -112,6 +123,7 @@ def doctor(
     memory: Annotated[str | None, typer.Option(help="Memory of one worker, e.g. 80G; default: this machine's.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Machines of the workers; default: 8 GPUs each.", min=1)] = None,
     shape: Annotated[str | None, typer.Option(help="Shape of a sample, e.g. 3x64x64; default: the data set's.")] = None,
+    with_: With = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem.

@@ -21,6 +21,7 @@ from scoreray.cluster.connect.start import SHORT_LOOKS, load_line, patience, sta
 from scoreray.cluster.connect.watch import watched
 from scoreray.cluster.display import say
 from scoreray.cluster.hooks import PRINTED_LINES, replaced
+from scoreray.data import own_code
 from scoreray.data.errors import MachineError, UserError
 from scoreray.data.scratch import SCRATCH
 from scoreray.data.units import whole_number
@@ -66,7 +67,7 @@ def connected(
     if ray.is_initialized():
         yield ""
         return
-    variables = dict(environment or {})
+    variables = {**own_code.environment(), **(environment or {})}
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
     with contextlib.ExitStack() as stack:
@@ -89,7 +90,10 @@ def _joined(address: str, verbose: bool, variables: dict[str, str]) -> Iterator[
         level = logging.INFO if verbose else logging.ERROR
         # Ray refuses one that the job was submitted with, which this process then has.
         added = {name: value for name, value in variables.items() if name not in os.environ}
-        runtime = {"env_vars": added} if added else None
+        modules = own_code.py_modules()
+        if modules:  # in the process of a job there are none: they came with the job
+            added = {**added, **own_code.environment()}
+        runtime = {name: value for name, value in (("env_vars", added), ("py_modules", modules)) if value} or None
         with interruptible():
             context = ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=runtime)
     except (ConnectionError, RuntimeError, ValueError) as error:

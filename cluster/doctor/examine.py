@@ -21,7 +21,7 @@ from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
-from scoreray.trainer.networks.network import num_parameters
+from scoreray.trainer.networks.network import build_network, num_parameters
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import build_training_module
@@ -140,7 +140,8 @@ def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: 
                 network: Any = getattr(module, "denoiser", module)
                 network = getattr(network, "network", network)
             else:
-                module = network = config.network.build(shape, run_fields(config.data, data).conditions if data else {})
+                conditions = run_fields(config.data, data).conditions if data else {}
+                module = network = build_network(config.network, shape, conditions)
     except UserError as error:
         return [Finding("network", "problem", str(error))]
     num_params = num_parameters(module)

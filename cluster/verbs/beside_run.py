@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from scoreray.data import own_code
 from scoreray.data.fields.description import DataDescription
-from scoreray.trainer.config import Config
+from scoreray.trainer.config import Config, load_config
 
 POLL_S = 0.5
 RESTARTS = 4
@@ -22,7 +23,7 @@ class CheckpointEvaluator:
         from scoreray.sampling.evaluation.follow import give_way
 
         give_way()
-        self._config = Config.model_validate(config)
+        self._config = load_config(config)
         self._ending = False
         self._lines: list[str] = []
 
@@ -80,7 +81,7 @@ def _start(config: Config, note: Callable[[str], None]) -> tuple[Any, Any, threa
             max_concurrency=3,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **own_code.environment()}},
         )(CheckpointEvaluator).remote(config.model_dump(mode="json"))
         following, done = actor.follow.remote(), threading.Event()
         threading.Thread(target=_pass_on, args=(actor, note, done), daemon=True).start()

@@ -12,6 +12,7 @@ from scoreray.cluster.actors import Retries, actors, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import bar
+from scoreray.data import own_code
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished
 from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan, EvaluationSettings
@@ -67,7 +68,9 @@ def workers_of(count: int, threads: int, *, gpu: bool = False) -> Iterator[Run]:
         "num_cpus": threads,
         "num_gpus": int(gpu),
         "max_concurrency": AT_ONCE,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+        "runtime_env": {
+            "env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **own_code.environment()}
+        },
     }
     with actors(Worker, count, retries=RETRIES, **options) as workers:
         yield partial(_run, workers)

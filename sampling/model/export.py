@@ -44,7 +44,7 @@ def export(
     marker = checkpoint.marker
     page = ModelManifest(
         checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config,
-        target=marker.target, conditions=marker.conditions, lineage=marker.lineage,
+        target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
     )  # fmt: skip
     store.put(MODEL_JSON, page.to_json())
     stored = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}

@@ -9,6 +9,7 @@ import torch
 from scoreray.data.errors import DataError, UserError
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
 from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.networks.rbm import BoltzmannMachine
 
 
@@ -71,7 +72,7 @@ def load_described(found: Description, device: torch.device | str | None = None)
 
 def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     config = info.config
-    network = config.network.build(info.image_shape, info.conditions)
+    network = build_network(config.network, info.image_shape, info.conditions)
     if isinstance(network, BoltzmannMachine):
         return LoadedMachine(network, info)
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)

@@ -58,7 +58,7 @@ class ExportedFile:
 @dataclass(frozen=True)
 class ModelManifest:
     """model.json. checkpoint: the URL of what was exported. files: by EMA length. config: of the run.
-    target, conditions, lineage: as of the checkpoint's marker."""
+    target, conditions, lineage, own_code: as of the checkpoint's marker."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -72,6 +72,7 @@ class ModelManifest:
     target: TargetField | None = None
     conditions: dict[str, ConditionSpec] | None = None
     lineage: list[Origin] = field(default_factory=list)
+    own_code: dict[str, Sha256] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """For people too: a field a line; sealed."""

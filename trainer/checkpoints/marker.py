@@ -78,6 +78,7 @@ class Marker:
     time: when it was committed, seconds since 1970.  target, conditions: what is modelled, and what conditions it; None
     of earlier versions, which means the images as they are and the classes.  frozen: parameters that were not trained,
     of which only the master is stored.  lineage: what the run began from, what that began from, and so on.
+    own_code: SHA-256 of the code of each part of somebody else's that the config names.
     """
 
     __pydantic_config__ = _CONFIG
@@ -98,6 +99,7 @@ class Marker:
     conditions: dict[str, ConditionSpec] | None = None
     frozen: list[str] = field(default_factory=list)
     lineage: list[Origin] = field(default_factory=list)
+    own_code: dict[str, Sha256] = field(default_factory=dict)
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.own_code import check_stored
 from scoreray.trainer.checkpoints.checkpoint import MARKER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.checkpoints.exported import MODEL_JSON, PREFIX, ExportedModel, ModelManifest, State, find_exported
 from scoreray.trainer.checkpoints.marker import Marker, Origin
@@ -98,6 +99,7 @@ def find_model(url: str, ema: str | None = None) -> StoredModel:
     """
     source = find_exported(url) or find(url)
     page = _page(source)
+    check_stored(page.config, page.own_code, url)
     try:
         config = load_config(page.config)
         lengths = _lengths(source, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import types
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import is_own, name_in_command
+from scoreray.data.own_code.part import config_class
 from scoreray.data.storage.store import NotFound, open_store
 from scoreray.data.yaml_text import MAX_BYTES, dump_yaml, parse_value, parse_yaml
 from scoreray.trainer.config.sections import Config
@@ -30,7 +33,8 @@ CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The validated config of a YAML file (or a plain dict) with `section.key=value` overrides applied.
 
-    Raises one UserError that lists every mistake, a line each.
+    A file and overrides are the caller's, so parts of somebody else's that they name may be imported (`own_code`); a
+    dict may come out of a checkpoint. Raises one UserError that lists every mistake, a line each.
     """
     name = "config" if isinstance(source, dict) else str(source)
     try:
@@ -75,7 +79,8 @@ def differing_keys(old: Config, new: Config) -> list[str]:
 
 
 def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """The mapping in a YAML file, local or in S3 (or a plain dict, as it is). Raises UserError, StorageError."""
+    """The mapping in a YAML file, local or in S3, which the caller's command gives (or a plain dict, as it is). Raises
+    UserError, StorageError."""
     if isinstance(source, dict):
         return source
     remote = re.fullmatch(r"s3:/+(.+)/([^/]+)", str(source))  # Path("s3://a") has one slash left
@@ -89,7 +94,7 @@ def read_yaml(source: str | Path | dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{source}: no such config file") from None
     except OSError as error:
         raise UserError(f"{source}: can't be read: {error}") from None
-    return parse_sections(data, str(source))
+    return name_in_command(parse_sections(data, str(source)))  # type: ignore[no-any-return]
 
 
 def parse_sections(data: bytes, name: str) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         name = f"'{shortened(given)}'"
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,31}", key):
             raise UserError(f"{name} is not an override; write section.key=value, e.g. optimizer.learning_rate=1e-4")
-        set_key(raw, key, parse_value(text, name), name)
+        set_key(raw, key, name_in_command(parse_value(text, name)), name)
     return raw
 
 
@@ -150,6 +155,9 @@ def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
                 section.setdefault("kind", default.kind)
             members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
             chosen = next((one for one in map(_plain, members) if _kind_of(one) in (None, section.get("kind"))), None)
+            if is_own(section.get("kind")):
+                with contextlib.suppress(UserError):  # validation reports it, with all other mistakes
+                    chosen = config_class(section["kind"])
             for key, inner in _fields_of(chosen).items():
                 if key in section:
                     section[key] = fill(section[key], _plain(inner), _default_of(chosen, key))
@@ -210,6 +218,9 @@ def _walk(location: tuple[Any, ...], root: Any) -> tuple[str, Any]:
         tagged = [member for member in members if _kind_of(member) == part]
         if tagged:
             current = tagged[0]
+            continue
+        if is_own(part):
+            current = config_class(part)
             continue
         parts.append(str(part))
         values = typing.get_args(current)[1] if typing.get_origin(current) is dict else _fields_of(current).get(part)

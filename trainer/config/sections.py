@@ -20,10 +20,10 @@ from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import EDMObjective, ObjectiveConfig
-from scoreray.trainer.diffusion.process import EDM, Process
+from scoreray.trainer.diffusion.objective import AnyObjective, EDMObjective
+from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
-from scoreray.trainer.networks.network import NetworkConfig
+from scoreray.trainer.networks.network import AnyNetwork
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
@@ -235,10 +235,10 @@ class Config(Section):
     data: DataSection
     init: InitSection | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
-    process: Annotated[Process, Field(discriminator="kind")] = EDM()
-    network: Annotated[NetworkConfig, Field(discriminator="kind")] = UNetConfig()
+    process: AnyProcess = EDM()
+    network: AnyNetwork = UNetConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
-    objective: Annotated[ObjectiveConfig, Field(discriminator="kind")] = EDMObjective()
+    objective: AnyObjective = EDMObjective()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     engine: EngineConfig = EngineConfig()

@@ -17,20 +17,27 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from torch import Tensor
 
 from scoreray.data import checks
+from scoreray.data.own_code.part import PartOf
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.diffusion.contrastive import PersistentChains, denoiser_divergence
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.jacobian import exact_trace, projected_trace
-from scoreray.trainer.diffusion.sigma_sampling import LadderUniform, LogNormal, SigmaSampling, UniformT
-from scoreray.trainer.diffusion.weighting import EDMWeighting, Sigma2, Velocity, Weighting
+from scoreray.trainer.diffusion.sigma_sampling import (
+    BaseSigmaSampling,
+    LadderUniform,
+    LogNormal,
+    SigmaSampling,
+    UniformT,
+)
+from scoreray.trainer.diffusion.weighting import BaseWeighting, EDMWeighting, Sigma2, Velocity, Weighting
 
-AnyWeighting = Annotated[Weighting, Field(discriminator="kind")]
-AnySampling = Annotated[SigmaSampling, Field(discriminator="kind")]
+AnyWeighting = Annotated[Weighting, PartOf("weighting", ("weight", "build"), BaseWeighting)]
+AnySampling = Annotated[SigmaSampling, PartOf("sigma sampling", ("quantile",), BaseSigmaSampling)]
 Probe = Literal["rademacher", "gaussian"]
 
 
@@ -243,6 +250,9 @@ ObjectiveConfig = (
     | SlicedVRObjective
     | ContrastiveObjective
 )
+
+AnyObjective = Annotated[ObjectiveConfig, PartOf("objective", ("error",), BaseObjective)]
+"""The type of a config's `objective` section: one of ours, or somebody else's."""
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.kind: config for config in get_args(ObjectiveConfig)}
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from scoreray.data import checks
+from scoreray.data.own_code.part import PartOf
 from scoreray.trainer.diffusion.gaussian_process import GaussianProcess
 
 
@@ -213,6 +214,8 @@ class EDM(GaussianProcess):
 
 
 Process = VE | VP | SubVP | DDPM | FlowMatching | Cosine | EDM
+AnyProcess = Annotated[Process, PartOf("process", ("_alpha",), GaussianProcess)]
+"""The type of a config's `process` section: one of ours, or somebody else's."""
 
 PROCESSES: dict[str, type[Process]] = {config.kind: config for config in get_args(Process)}
 

@@ -22,12 +22,20 @@ MAX_LOGIT = 50.0  # beyond it, on either side, t is one of its ends
 MAX_P_STD = 5.0  # of ln sigma: 1% of the noise levels are then more than a factor of 4e5 from the middle
 
 
-class _Sampling:
+class BaseSigmaSampling:
+    """A subclass is a frozen dataclass with a `kind` and `quantile`, and `stratified` where a person may choose it."""
+
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    stratified = False
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        """The noise levels at which the distribution function is u: float64 [B] in (0, 1) -> [B]."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class LogNormal(_Sampling):
+class LogNormal(BaseSigmaSampling):
     """ln sigma is normal with mean P_mean and standard deviation P_std (Karras 2022, table 1)."""
 
     P_mean: float = -1.2
@@ -45,7 +53,7 @@ class LogNormal(_Sampling):
 
 
 @dataclass(frozen=True)
-class LogUniform(_Sampling):
+class LogUniform(BaseSigmaSampling):
     """ln sigma is uniform between sigma_min and sigma_max, the process's own range where they are None."""
 
     sigma_min: float | None = None
@@ -66,7 +74,7 @@ class LogUniform(_Sampling):
 
 
 @dataclass(frozen=True)
-class UniformT(_Sampling):
+class UniformT(BaseSigmaSampling):
     """t is uniform over the process's [t_min, t_max] (Song 2021)."""
 
     stratified: bool = False
@@ -77,7 +85,7 @@ class UniformT(_Sampling):
 
 
 @dataclass(frozen=True)
-class LogitNormal(_Sampling):
+class LogitNormal(BaseSigmaSampling):
     """The logit of t, scaled to [0, 1], is normal: the middle of the way is seen most (Esser 2024, eq. 19)."""
 
     mean: float = 0.0
@@ -97,7 +105,7 @@ class LogitNormal(_Sampling):
 
 
 @dataclass(frozen=True)
-class LadderUniform(_Sampling):
+class LadderUniform(BaseSigmaSampling):
     """Each of `num_levels` noise levels equally often: the process's ladder, even in t.
 
     With VE it is NCSN's geometric ladder, with DDPM(num_steps=num_levels) the DDPM's steps (Song 2019; Ho 2020).

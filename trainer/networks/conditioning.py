@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.data.own_code.part import PartOf
 from scoreray.trainer.diffusion.condition import (
     HAS_LENGTH,
     LABEL,
@@ -58,6 +59,14 @@ class TextEncoderConfig:
             self.hidden_size,
             f"choose a positive even multiple of num_heads, {self.num_heads}",
         )
+
+    def build(self, length: int, width: int, activation_checkpointing: bool) -> nn.Module:
+        """A module (UTF-8 bytes uint8 [B, length], mask bool [B, length]) -> [B, length, width]."""
+        return TextReader(self, length, width, activation_checkpointing)
+
+
+AnyTextEncoder = Annotated[TextEncoderConfig, PartOf("text encoder")]
+"""The type of a network's `text_encoder` section: ours, or somebody else's."""
 
 
 class Conditioned(NamedTuple):
@@ -114,7 +123,7 @@ class Conditioning(nn.Module):
                     read: nn.Module = SequenceReader(spec.shape, width)
                     self.inputs[_key(name, spec)] = TokenInput(read, width, cross_attention)
                 case "text":
-                    read = TextReader(text_encoder, spec.shape[0], width, activation_checkpointing)
+                    read = text_encoder.build(spec.shape[0], width, activation_checkpointing)
                     self.inputs[_key(name, spec)] = TokenInput(read, width, cross_attention)
                 case "concat":
                     if len(spec.shape) != 1 + num_axes:

@@ -25,7 +25,7 @@ from scoreray.trainer.diffusion.layers import (
     zero_,
 )
 from scoreray.trainer.networks.base import BaseNetworkConfig
-from scoreray.trainer.networks.conditioning import Conditioned, Conditioning, TextEncoderConfig
+from scoreray.trainer.networks.conditioning import AnyTextEncoder, Conditioned, Conditioning, TextEncoderConfig
 
 SINUSOID_CHANNELS = 256
 
@@ -50,7 +50,7 @@ class DiTConfig(BaseNetworkConfig):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     activation_checkpointing: bool = False
-    text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
+    text_encoder: AnyTextEncoder = field(default=TextEncoderConfig())
     kind: Literal["dit"] = field(default="dit", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from scoreray.data import checks
 from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, check_call, require, zero_
 from scoreray.trainer.networks.base import BaseNetworkConfig
-from scoreray.trainer.networks.conditioning import Conditioning, TextEncoderConfig
+from scoreray.trainer.networks.conditioning import AnyTextEncoder, Conditioning, TextEncoderConfig
 
 SINUSOID_CHANNELS = 32
 
@@ -25,7 +25,7 @@ class MLPConfig(BaseNetworkConfig):
 
     hidden_size: int = 128
     num_layers: int = 3
-    text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
+    text_encoder: AnyTextEncoder = field(default=TextEncoderConfig())
     kind: Literal["mlp"] = field(default="mlp", kw_only=True)
 
     def __post_init__(self) -> None:

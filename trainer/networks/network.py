@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+import torch
 from torch import nn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError, nearest
-from scoreray.trainer.diffusion.condition import Conditions
+from scoreray.data.own_code import line_of
+from scoreray.data.own_code.part import OwnPart, PartOf
+from scoreray.trainer.diffusion.condition import Conditions, conditions_of, null_condition
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.ladder import Conditioning, OnLadder, geometric_ladder
@@ -22,13 +24,15 @@ from scoreray.trainer.networks.unet import UNetConfig
 
 SingleNetworkConfig = UNetConfig | DiTConfig | MLPConfig
 """Networks that see any noise level, which a ladder can be put around. A new network is added here."""
+OWN_NETWORK = PartOf("network", base=BaseNetworkConfig)
+AnySingleNetwork = Annotated[SingleNetworkConfig, OWN_NETWORK]
 
 
 @dataclass(frozen=True)
 class LadderNetworkConfig(BaseNetworkConfig):
     """A network that knows the rungs of a geometric ladder only (`OnLadder`), around any other network."""
 
-    network: Annotated[SingleNetworkConfig, Field(discriminator="kind")] = field(default=UNetConfig())
+    network: AnySingleNetwork = field(default=UNetConfig())
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     num_levels: int = 232
@@ -42,12 +46,50 @@ class LadderNetworkConfig(BaseNetworkConfig):
 
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> OnLadder:
         sigmas = geometric_ladder(self.sigma_max, self.sigma_min, self.num_levels)
-        return OnLadder(self.network.build(image_shape, conditions), sigmas, self.conditioning)
+        return OnLadder(build_network(self.network, image_shape, conditions), sigmas, self.conditioning)
 
 
 NetworkConfig = SingleNetworkConfig | LadderNetworkConfig | RBMConfig | GaussianRBMConfig
+AnyNetwork = Annotated[NetworkConfig, OWN_NETWORK]
+"""The type of a config's `network` section: one of ours, or somebody else's."""
 
 NETWORKS: dict[str, type[NetworkConfig]] = {config.kind: config for config in get_args(NetworkConfig)}
+
+
+def build_network(
+    config: NetworkConfig | OwnPart, image_shape: Sequence[int], conditions: Conditions | int = 0
+) -> nn.Module:
+    """`config.build`; one of somebody else's knows afterwards what it is conditioned by, as ours do, and on the meta
+    device, where a run is checked before it starts, it is called once. Raises UserError."""
+    network = config.build(image_shape, conditions)
+    if isinstance(config, OwnPart):
+        given = conditions_of(conditions)
+        if not hasattr(network, "conditions"):
+            network.conditions = given  # type: ignore[assignment]
+        if any(parameter.is_meta for parameter in network.parameters()):
+            _check_forward(config, network, image_shape, given)
+    return network
+
+
+def _check_forward(config: OwnPart, network: nn.Module, image_shape: Sequence[int], conditions: Conditions) -> None:
+    """Raises UserError where a call fails or gives another shape than its input's. Code that looks at values can't be
+    called without any: it is left to the first step."""
+    x, c_noise = (torch.empty(2, *shape, device="meta") for shape in (image_shape, ()))
+    try:
+        output = network(x, c_noise, null_condition(conditions, 2, "meta") if conditions else None)
+    except NotImplementedError:  # what torch raises for an operation that meta tensors lack
+        return
+    except Exception as error:
+        if "meta" in str(error).lower():
+            return
+        raise UserError(
+            f"network: kind '{config.kind}': forward(x {list(x.shape)}, c_noise, condition) failed: {line_of(error)}"
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != x.shape:
+        given = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise UserError(
+            f"network: kind '{config.kind}': forward gave {given} for x {list(x.shape)}: both must have the same shape"
+        )
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -27,7 +27,7 @@ from scoreray.trainer.diffusion.layers import (
     zero_,
 )
 from scoreray.trainer.networks.base import BaseNetworkConfig
-from scoreray.trainer.networks.conditioning import Conditioned, Conditioning, TextEncoderConfig
+from scoreray.trainer.networks.conditioning import AnyTextEncoder, Conditioned, Conditioning, TextEncoderConfig
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGES: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -54,7 +54,7 @@ class UNetConfig(BaseNetworkConfig):
     dropout: float = 0.0
     patch_size: int = 1
     activation_checkpointing: bool = False
-    text_encoder: TextEncoderConfig = field(default=TextEncoderConfig())
+    text_encoder: AnyTextEncoder = field(default=TextEncoderConfig())
     kind: Literal["unet"] = field(default="unet", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import Future, wait
 from itertools import count
 from typing import Any
 
+from scoreray.data import own_code
 from scoreray.data.errors import MachineError, ScorerayError
 from scoreray.data.scratch import SCRATCH
 from scoreray.data.threads import in_daemon_thread
@@ -248,6 +249,7 @@ def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]
         "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
         "MALLOC_TOP_PAD_": str(64 << 20),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while others work make a busy machine crawl
+        **own_code.environment(),
     }
     if not config.scaling.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 
 from scoreray.data.errors import ScorerayError
-from scoreray.trainer.config import Config
+from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.monitoring.stopping import LoopRequest
@@ -27,28 +27,33 @@ def train_on_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(int(threads))
     context = ray.train.get_context()
     monitor = settings["monitor"]
-    config = Config.model_validate(settings["config"])
     reporter = _Reporter(monitor)
-    if not settings["alone"]:
+    try:
+        config = load_config(settings["config"])  # imports parts of somebody else's, which may not be on this machine
+        _train(config, reporter, settings["alone"], monitor)
+    except ScorerayError as error:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.get(monitor.failed.remote(context.get_world_rank(), error))
+        raise
+
+
+def _train(config: Config, reporter: _Reporter, alone: bool, monitor: Any) -> None:
+    context = ray.train.get_context()
+    if not alone:
         watch_for_preemption()
     device = torch.device("cpu")
     if config.scaling.use_gpu:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
-    try:
-        train(
-            config,
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=device,
-            watch=reporter,
-            note=lambda line: monitor.note.remote(line),
-            requested=reporter.requested,
-        )
-    except ScorerayError as error:
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            ray.get(monitor.failed.remote(context.get_world_rank(), error))
-        raise
+    train(
+        config,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=device,
+        watch=reporter,
+        note=lambda line: monitor.note.remote(line),
+        requested=reporter.requested,
+    )
 
 
 class _Reporter:
