@@ -11,7 +11,8 @@ from typing import Any
 
 from scoreray.cluster.actors import Retries, actors, in_order
 from scoreray.data.errors import DataError
-from scoreray.data.packing.commit import PackedShard, pack_shard
+from scoreray.data.packing.commit import pack_shard
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.storage.lease import Lease
 from scoreray.data.traces import span
 from scoreray.sampling.model.load import load_model

@@ -21,6 +21,8 @@ VARYING: frozenset[FieldKind] = frozenset({"sequence", "text", "json"})
 """Kinds whose values are of a length of their own; the first entry of `shape` is the longest one's."""
 INLINE: frozenset[FieldKind] = frozenset({"class", "scalar"})
 """Kinds whose values are in the index, and so are read from no member."""
+TARGETS: tuple[FieldKind, ...] = ("image", "array", "vector", "scalar")
+"""Kinds of what a run can model."""
 MAX_FIELDS = 64
 MAX_CLASSES = 1_000_000
 NAME = r"^[a-z][a-z0-9_]{0,63}$"
@@ -130,6 +132,16 @@ def plain_fields(
 def class_field(fields: Iterable[Field]) -> Field | None:
     """The (first) class field."""
     return next((field for field in fields if field.kind == "class"), None)
+
+
+def target_of(fields: Sequence[Field]) -> Field:
+    """The field that is modelled by default: the first image, else the first array, and so on through TARGETS. Raises
+    ValueError where none can be."""
+    for kind in TARGETS:
+        for found in fields:
+            if found.kind == kind:
+                return found
+    raise ValueError("none of the fields is an image, an array, a vector or a scalar")
 
 
 def is_plain(fields: Sequence[Field]) -> bool:

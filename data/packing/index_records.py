@@ -11,8 +11,8 @@ from scoreray.data.errors import DataError
 from scoreray.data.fields.field import MAX_CLASSES, Field, is_plain
 from scoreray.data.fields.limits import MAX_AXIS
 from scoreray.data.fields.record_layout import digest, members_of, record_of
-from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.moments import FieldCounter, check_finite
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.manifest import Shard
 from scoreray.data.reading.records import records_sha256
 from scoreray.data.sources.field_source import FieldValue
@@ -69,7 +69,7 @@ class IndexRecords:
             label = values[self._inline[0].name] if self._inline else -1
             self._rows.append((one.offset, one.size, label, one.format, one.digest))
         else:
-            columns = zip(*(members[name] for name in self._members), strict=True)
+            columns = zip(*(members[name] for name in self._members), strict=True) if self._members else [()] * 4
             self._rows.append((*columns, *(values[field.name] for field in self._inline)))
         for counter in self._counters:
             counter.add(values[counter.field.name])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.fields.field import Field, is_plain
-from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.index_records import IndexRecords, StoredMember
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.tar_fields import TarFields, find_tar_fields, marks_of, naming, naming_sample, tape_of
 from scoreray.data.packing.tar_members import picture_in_place
 from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, Shard

@@ -14,8 +14,8 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, is_plain
-from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.index_tars import Tars
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.shards import ENCODING, ShardWriter, stored_fields
 from scoreray.data.packing.tar_fields import (
     TarFields,

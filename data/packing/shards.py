@@ -20,8 +20,8 @@ from PIL import Image
 from scoreray.data.errors import DataError
 from scoreray.data.fields.field import Field, FieldKind, stored_dtype
 from scoreray.data.fields.record_layout import FORMATS
-from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.index_records import IndexRecords, StoredMember, Values
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.allowlist import found_format
 from scoreray.data.reading.decode import decode_as_found
 from scoreray.data.reading.tars import MAX_MEMBER_BYTES

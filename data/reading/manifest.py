@@ -19,7 +19,16 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic import Field as Limits
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import MAX_CLASSES, MAX_FIELDS, Field, FieldDtype, class_field, is_plain, plain_fields
+from scoreray.data.fields.field import (
+    MAX_CLASSES,
+    MAX_FIELDS,
+    Field,
+    FieldDtype,
+    class_field,
+    is_plain,
+    plain_fields,
+    target_of,
+)
 from scoreray.data.fields.limits import MAX_AXES, MAX_AXIS, MAX_VALUES, check_label, check_shape
 from scoreray.data.fields.record_layout import CHUNK, RECORD, column_of, index_bytes, members_of, record_dtype
 from scoreray.data.seal import read_sealed, sealed
@@ -81,7 +90,8 @@ class Manifest:
     fields: what a sample holds. A data set of version 2 has an image or a float32 array, and classes or none: it says
     so by `shape`, `dtype`, `classes`, ..., and its `fields` follow from these; in one of version 3 these follow from
     its fields: they describe `target`, and `label` if there is one.
-    shape: (C, H, W) of images, any for arrays.  dtype: "uint8" (images) or "float32" (arrays, used as they are).
+    shape: (C, H, W) of images, any for arrays, (1,) of a scalar.  dtype: "uint8" (images) or "float32" (arrays, used as
+    they are).
     mean, std: of each channel, the first axis of `shape`; sigma_data: the standard deviation of all values; all in the
     range that the model sees, [-1, 1] for images (x / 127.5 - 1). Sets of earlier versions have no std, and of arrays
     one mean a value.  class_counts: samples of each class, in the order of `classes`.
@@ -259,16 +269,6 @@ DERIVED = ("shape", "dtype", "classes", "class_counts", "mean", "std", "sigma_da
 """What follows from the fields of a data set of version 3."""
 
 
-def target_of(fields: Sequence[Field]) -> Field:
-    """The field that is modelled by default: the first image, else the first array, else the first vector. Raises
-    ValueError where there is none."""
-    for kind in ("image", "array", "vector"):
-        for found in fields:
-            if found.kind == kind:
-                return found
-    raise ValueError("none of the fields is an image, an array or a vector")
-
-
 def _of_fields(fields: Sequence[Field]) -> dict[str, object]:
     """The values of DERIVED. Raises ValueError where fields of these can't be a data set."""
     names = [found.name for found in fields]
@@ -287,7 +287,7 @@ def _of_fields(fields: Sequence[Field]) -> dict[str, object]:
     if not sigma_data > 0:
         raise ValueError(f"{target.name}: all values are the same")
     classes, counts = (label.classes, label.class_counts) if label else ([], [])
-    values = (target.shape, target.dtype, classes, counts, mean.tolist(), std.tolist(), sigma_data)
+    values = (target.shape or [1], target.dtype, classes, counts, mean.tolist(), std.tolist(), sigma_data)
     return dict(zip(DERIVED, values, strict=True))
 
 

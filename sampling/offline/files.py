@@ -19,8 +19,8 @@ from PIL import Image
 
 from scoreray.data.errors import DataError
 from scoreray.data.fields.record_layout import FORMATS, record_of
-from scoreray.data.packing.commit import PackedShard, put_record
 from scoreray.data.packing.inspect import field_pictures, picture_grid
+from scoreray.data.packing.plan import PackedShard, put_record
 from scoreray.data.packing.shards import ShardWriter, stored_fields
 from scoreray.data.reading.decode import decode
 from scoreray.data.reading.manifest import MANIFEST, Manifest

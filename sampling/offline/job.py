@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
-from scoreray.data.packing.commit import PackedShard, carry_out, pack_shard
+from scoreray.data.packing.commit import carry_out, pack_shard
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, open_store

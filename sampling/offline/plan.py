@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scoreray.data.errors import DataError
 from scoreray.data.fields.field import Field, plain_fields
-from scoreray.data.packing.commit import PackedShard
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.shards import ShardWriter, stored_fields
 from scoreray.data.reading.manifest import Shard
 from scoreray.data.sources.field_source import FieldValue
@@ -34,7 +34,7 @@ Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
 
 @dataclass
 class SamplePlan:
-    """The plan of a job (`packing.commit.PackPlan`). `done(n)` is called after each batch of n samples.
+    """The plan of a job (`packing.plan.PackPlan`). `done(n)` is called after each batch of n samples.
 
     lease: of the start that the shards are made for; where another start has taken over, no shard is stored.
     """

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
 from torch import Tensor
 
+from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.description import DataDescription
-from scoreray.data.fields.field import NAME, Field, FieldDtype, FieldKind, FieldRequest, class_field
+from scoreray.data.fields.field import NAME, TARGETS, Field, FieldDtype, FieldKind, FieldRequest, class_field, target_of
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
 
-TARGETS: tuple[FieldKind, ...] = ("image", "array", "vector", "scalar")
 KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
     "image": ("concat",),
     "array": ("concat", "vector", "sequence"),
@@ -32,7 +32,7 @@ KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
 }
 """How a field of each kind can condition a network; the first is the default."""
 RANKS: dict[ConditionKind, int] = {"vector": 1, "sequence": 2}  # of arrays that are used so
-LONGEST = 1024  # tokens or bytes that a condition has without being asked for
+LONGEST = 1024  # tokens or bytes that a condition has without being asked for, or where the data have fewer
 TARGET_STD, CONDITION_STD = 0.5, 1.0  # of normalised values: EDM's default sigma_data, and unit variance
 
 
@@ -72,21 +72,25 @@ class RunFields:
     def is_image(self) -> bool:
         return self.target.kind == "image"
 
+    def largest_distance(self, samples: Tensor) -> float | None:
+        """Between two of the target's samples [N, ...], given in the data's own units, as the network sees them: noise
+        of this size makes any of them reachable from any other (Song & Ermon 2020, technique 1). None for a single
+        sample."""
+        if len(samples) < 2:
+            return None
+        normaliser = self.target.normaliser
+        return largest_distance(samples) / 127.5 if normaliser is None else largest_distance(normaliser.apply(samples))
+
     def inputs(self, batch: FieldTensors) -> tuple[Tensor, Condition | None]:
         """(the target's values, what conditions them) of samples, in the data's own units."""
         return batch.fields[self.target.name], condition_of_fields(batch, self.sources, self.conditions)
-
-
-def default_target(fields: Sequence[Field]) -> Field | None:
-    """The field that a run models whose config names none; None where no field can be modelled."""
-    return next((one for kind in TARGETS for one in fields if one.kind == kind), None)
 
 
 def run_fields(section: DataSection, data: DataDescription) -> RunFields:
     """Raises UserError with every mistake, a line each: a field that is not there or of a kind that does not fit, a
     length, a normalisation of a constant channel."""
     known = {one.name: one for one in data.fields}
-    default = default_target(data.fields)
+    default = target_of(data.fields)
     source, target = _target(section, known, default)
     conditions, sources, dropout = dict[str, ConditionSpec](), dict[str, str](), dict[str, float]()
     requests, mistakes = [FieldRequest(source.name)], list[str]()
@@ -122,11 +126,12 @@ def _sections(section: DataSection, known: Mapping[str, Field]) -> dict[str, Con
     return {} if classes is None else {LABEL: ConditionSection(field=classes.name)}
 
 
-def _target(section: DataSection, known: Mapping[str, Field], default: Field | None) -> tuple[Field, TargetField]:
+def _target(section: DataSection, known: Mapping[str, Field], default: Field) -> tuple[Field, TargetField]:
     source = default if section.target is None else known.get(section.target)
     if source is None:
-        wanted = "an image, an array, a vector or a scalar" if section.target is None else f"'{section.target}'"
-        raise UserError(f"data.target: the data set has no field {wanted}; {nearest(section.target or '', known)}")
+        raise UserError(
+            f"data.target: the data set has no field '{section.target}'; {nearest(section.target or '', known)}"
+        )
     if source.kind not in TARGETS:
         raise UserError(
             f"data.target: field '{source.name}' is of kind {source.kind}; what is modelled must be one of "
@@ -198,6 +203,11 @@ def _length(key: str, section: ConditionSection, source: Field) -> int:
                 "too_long=cut to cut longer ones"
             )
         return longest
+    if section.max_length > max(longest, LONGEST):
+        raise UserError(
+            f"{key}.max_length: {section.max_length:,}, and the longest '{source.name}' has {longest:,} {unit}: what "
+            f"is beyond is padding, which takes memory and time; set it to {longest:,}"
+        )
     if section.max_length < longest and section.too_long == "refuse":
         raise UserError(
             f"{key}.max_length: {section.max_length:,}, and the longest '{source.name}' has {longest:,} {unit}; set "

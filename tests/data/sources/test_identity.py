@@ -16,8 +16,8 @@ from PIL import Image
 import scoreray.data.packing.pack as module
 import scoreray.data.sources.identity as identity_module
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.packing.commit import PackedShard
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.shards import encode
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest

@@ -23,7 +23,7 @@ from scoreray.cluster.verbs.sample import sample_to
 from scoreray.cluster.verbs.sample_actors import on_actors
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
-from scoreray.data.packing.commit import PackedShard
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import read_samples

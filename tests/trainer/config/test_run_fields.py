@@ -116,6 +116,7 @@ def test_the_statistics_of_a_normalised_target_are_those_of_its_values() -> None
         ({"conditions": {"clip": {"kind": "concat"}}}, "and the samples [3, 8, 8]; accepted: sequence"),
         ({"conditions": {"novel": {}}}, "novel.max_length: missing, and the longest 'novel' has 90,000 bytes"),
         ({"conditions": {"t5": {"max_length": 9}}}, "t5.max_length: 9, and the longest 't5' has 77 tokens"),
+        ({"conditions": {"t5": {"max_length": 1025}}}, "t5.max_length: 1,025, and the longest 't5' has 77 tokens: "),
         ({"conditions": {"place": {"max_length": 9}}}, "place.max_length: is for sequences and text"),
         ({"conditions": {"cls": {"normalisation": "range"}}}, "cls.normalisation: 'range' is for numbers, and"),
         ({"conditions": {"clip": {"normalisation": "channel"}}}, "pack it as a sequence"),
