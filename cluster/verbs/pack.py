@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,13 @@ from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import UserError
-from scoreray.data.fields.field import NAME
-from scoreray.data.packing.commit import PackedShard, PackPlan, check_node, pack_shard
-from scoreray.data.packing.pack import pack
+from scoreray.data.fields.field import Field
+from scoreray.data.packing.commit import check_node, pack_shard
+from scoreray.data.packing.pack import SourcePlan, pack
+from scoreray.data.packing.plan import PackedShard, PackPlan
 from scoreray.data.reading.allowlist import JSON, TEXTS
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.sources.field_options import option_for
 from scoreray.data.sources.listing import kinds_line
 from scoreray.data.storage.store import open_store
 
@@ -41,15 +42,15 @@ def pack_with_bar(
 
     workers: shards that are made at once. None: as many as RAY_ADDRESS's cluster has CPUs, or without that as this
     machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
-    left_out: members of tars that are no part of a sample are counted in it, by kind.
+    left_out: what no field reads is counted in it, by kind: members of tars, and columns, which the plan's notes name.
     """
     open_store(url).check_writable()
-    to_make, kept, skipped = 0, 0, list[str]()
+    to_make, kept, skipped, is_named = 0, 0, list[str](), False
     left_out = Counter() if left_out is None else left_out
 
     def counting(plan: PackPlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
-        nonlocal to_make, kept
-        to_make = len(numbers)
+        nonlocal to_make, kept, is_named
+        to_make, is_named = len(numbers), isinstance(plan, SourcePlan)
         for note in plan.notes:
             say(note)
         for packed in _make(plan, numbers, workers, stack):
@@ -66,23 +67,22 @@ def pack_with_bar(
         say(f"packed {holds}{f', {kept} of them made before,' if kept else ''} at {url}")
     else:
         say(f"packed already: {holds} at {url}, of this source and with these options; nothing had to be done")
-    if left_out:
-        say(f"left out beside the images: {kinds_line(left_out)}{_taking(left_out)}")
+    if left_out and not is_named:
+        say(f"left out, as no field reads it: {kinds_line(left_out)}{_taking(left_out, manifest.fields)}")
     if skipped:
         more = [f"and {len(skipped) - MOST_NAMED} more"] if len(skipped) > MOST_NAMED else []
         say("\n  ".join([f"left out {len(skipped)} that can't be read:", *skipped[:MOST_NAMED], *more]))
     return manifest, skipped
 
 
-def _taking(left_out: Counter[str]) -> str:
+def _taking(left_out: Counter[str], fields: Sequence[Field]) -> str:
     """The --field that takes the most frequent kind of member that one can be made of."""
     for kind, _ in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
         extension, _, path = kind.removeprefix(".").partition(f"{JSON}.")
         last = extension.rpartition(".")[2]
         if kind.startswith(".") and (path or last in ("npy", JSON, *TEXTS)):
-            name = (path or extension).split(".")[0]
             where = f"{JSON}:{path}" if path else extension
-            return f"; --field {name if re.fullmatch(NAME, name) else 'NAME'}={where} takes one"
+            return f"; {option_for(where, (path or extension).split('.')[0], (field.name for field in fields))}"
     return ""
 
 

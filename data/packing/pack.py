@@ -23,8 +23,9 @@ import numpy as np
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.fields.record_layout import WRITTEN_FORMATS
-from scoreray.data.packing.commit import Mapper, PackedShard, carry_out
+from scoreray.data.packing.commit import Mapper, carry_out
 from scoreray.data.packing.index_tars import plan_tars, tars_at
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.repack import plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode_value, stored_fields
 from scoreray.data.reading.manifest import Manifest, Shard
@@ -70,7 +71,7 @@ def pack(
       image_format: png (the default), jpg (lossy) or npy; arrays of floats are always npy.
       fields: what else of a sample is packed, by names of their own.
       channels: 1 or 3; None: as the images of the folder are.
-      layout: of arrays with four axes, NCHW or NHWC; None: as `layout.layout_of` finds, or refused.
+      layout: of arrays, a letter an axis, NCHW; None: channels first, of four axes as `layout.layout_of` finds.
       labelled: subfolders of a folder, and labels that come with samples, are classes.
       skip_bad: up to so many samples that can't be read are left out (`PackedShard.skipped` names them).
       seed: of the permutation in which samples are packed.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,19 +20,20 @@ from scoreray.data.packing.tar_members import (
     decoded,
     format_of,
     member_of,
+    named_member,
     own_array,
     own_value,
     raw_of,
 )
 from scoreray.data.packing.tar_samples import PICTURES, TarSample, TarSamples
-from scoreray.data.reading.allowlist import JSON
+from scoreray.data.reading.allowlist import JSON, json_value
 from scoreray.data.reading.tars import WINDOW_BYTES, Member, Tape
 from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.sources.field_source import FieldValue
-from scoreray.data.sources.layout import Layout, checked_layout
+from scoreray.data.sources.layout import Layout, has_channels_first, order_of
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.store import NotFound, Store
-from scoreray.data.tables.values import Column, field_of
+from scoreray.data.tables.kinds import Column, field_of
 
 LOOKED_AT = 8  # samples by which kinds and shapes are found
 OWN_CLASS = Field("label", "class", [], "int64", "cls")
@@ -127,25 +128,36 @@ def find_tar_fields(
     """
     for key, size in shards:
         with naming(store, key):
-            samples, first = list[TarSample](), TarSamples(tape_of(store, key, size), options.labelled,
-                                                           wanted=wanted_of(asked.fields))  # fmt: skip
-            for sample in first:
-                try:
-                    _check_complete(sample, asked)
-                    if sample.image is not None:
-                        own_field(sample.image, options.layout)
-                except DataError:
-                    if not skips_bad:
-                        raise
-                    continue
-                samples.append(sample)
-                if len(samples) == (LOOKED_AT if asked.fields else 1):
-                    break
+            first = TarSamples(tape_of(store, key, size), options.labelled, wanted=wanted_of(asked.fields))
+            samples = _first_complete(first, asked, options, skips_bad)
             if samples:
                 found = _fields_of(samples, asked, options)
                 asked.check_names([one.field.name for one in found.each], store.url(key))
                 return found
     raise DataError(f"{store.url(shards[0][0])}: holds no sample" + " that can be read" * skips_bad)
+
+
+def _first_complete(first: TarSamples, asked: FieldOptions, options: SourceOptions, skips_bad: bool) -> list[TarSample]:
+    """The first that have every member that is asked for. Raises, unless `skips_bad`, UserError for a member that none
+    of those that are looked at has, DataError for one that some lack."""
+    samples, lacking = list[TarSample](), list[DataError]()
+    never = {option.where: option for option in asked.fields}
+    for sample in first:
+        never = {where: option for where, option in never.items() if where not in sample.members}
+        try:
+            _check_complete(sample, asked)
+            if sample.image is not None:
+                own_field(sample.image, options.layout)
+            samples.append(sample)
+        except DataError as error:
+            lacking.append(error)
+        most = LOOKED_AT if asked.fields else 1
+        if len(samples) == most or (lacking and not skips_bad and len(samples) + len(lacking) >= most):
+            break
+    if lacking and not skips_bad:
+        mistaken = [error for error in lacking if any(str(option) in str(error) for option in never.values())]
+        raise UserError(str(mistaken[0])) if mistaken else lacking[0]
+    return samples
 
 
 def _check_complete(sample: TarSample, asked: FieldOptions) -> None:
@@ -185,18 +197,21 @@ def own_field(member: Member, layout: Layout | None) -> Field:
     extension = member.name.rpartition(".")[2].lower()
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3):
         return replace(plain_fields((3, *array.shape[:2]), "uint8", [], [], [], [])[0], member=extension)
-    if array.ndim == 3 and checked_layout(member.name, array.shape, layout) == "NHWC":
-        raise UserError(_channels_last(f"'{member.name}'", array.shape))
+    _check_order(f"'{member.name}'", array.shape, layout)
     if str(array.dtype) not in FIELD_DTYPES or not array.ndim:
         raise DataError(f"{member.place}: is {array.dtype} {array.shape}; accepted: {', '.join(FIELD_DTYPES)}")
     return Field("array", "array", list(array.shape), cast(FieldDtype, str(array.dtype)), extension)
 
 
-def _channels_last(name: str, shape: Sequence[int]) -> str:
-    return (
-        f"{name}: an array of {' x '.join(map(str, shape))} with its channels last, where the model takes [C, H, W] "
-        "and tars are indexed as they are; write them so, or if they are, say --layout NCHW"
-    )
+def _check_order(name: str, shape: Sequence[int], layout: Layout | None) -> None:
+    """Raises UserError for an array whose channels are not its first axis."""
+    found = order_of(name, shape, layout)
+    if found is not None and not has_channels_first(found):
+        how = "with its channels last" if found.endswith("C") else "without channels"
+        raise UserError(
+            f"{name}: an array of {' x '.join(map(str, shape))} {how}, where the model takes [C, H, W] "
+            "and tars are indexed as they are; write them so, or if they are, say --layout NCHW"
+        )
 
 
 def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: SourceOptions) -> Field:
@@ -210,12 +225,12 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
         (height, width, _), size = decoded(members[0])[0].shape, options.image_size
         shape = [3, size or height, size or width]
         return Field(option.name, "image", shape, "uint8", option.where, normalisation=normalisation)
-    raws = [raw_of(option, member) for member in members]
+    raws = _raws_of(option, members)
     rank = max(np.ndim(raw) if isinstance(raw, np.ndarray) else 0 for raw in raws)
     about = Column(kind="array" if rank > 2 else None)
     found = field_of(option, about, raws, options, str(option), _no_files)
     if isinstance(raws[0], np.ndarray):
-        _check_array(option, found, raws[0])
+        _check_array(option, found, raws[0], options.layout)
     if found.kind == "json" and option.path:
         raise UserError(f"{option}: holds {type(raws[0]).__name__}s; name what is in them: {option}.KEY")
     if found.normalisation != normalisation and found.kind in ("text", "json", "class"):
@@ -223,7 +238,23 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
     return replace(found, member=option.where, path=option.path, normalisation=normalisation)
 
 
-def _check_array(option: FieldOption, field: Field, first: np.ndarray) -> None:
+def _raws_of(option: FieldOption, members: Sequence[Member]) -> list[Any]:
+    """What the members say. Raises UserError for a path that none of them has, DataError for one that lacks it."""
+    raws, lacking = list[Any](), list[DataError]()
+    for member in members:
+        try:
+            raws.append(raw_of(option, member))
+        except DataError as error:
+            lacking.append(error)
+    if not lacking:
+        return raws
+    if option.path and not raws:
+        named_member(members[0], json_value, members[0].data, "")  # of bytes that are no JSON the path is not to blame
+        raise UserError(str(lacking[0])) from lacking[0]
+    raise lacking[0]
+
+
+def _check_array(option: FieldOption, field: Field, first: np.ndarray, layout: Layout | None) -> None:
     """Raises UserError for an array that can't be read as it is stored."""
     if field.is_inline:
         return
@@ -231,8 +262,8 @@ def _check_array(option: FieldOption, field: Field, first: np.ndarray) -> None:
         raise UserError(f"{option}: values are {first.dtype}; accepted: {', '.join(FIELD_DTYPES)}, little-endian")
     if field.kind == "sequence" and first.ndim != 2:
         raise UserError(f"{option}: arrays of {first.ndim} axes and several lengths; a sequence is [length, width]")
-    if field.kind == "array" and tuple(field.shape) != first.shape:
-        raise UserError(_channels_last(str(option), first.shape))
+    if field.kind == "array":
+        _check_order(str(option), first.shape, layout)
 
 
 def _no_files(path: str) -> bytes:

@@ -36,7 +36,7 @@ def own_value(member: Member) -> np.ndarray:
     """uint8 [H, W, C] of a picture, or of an array [1 or 3, H, W]; another array as it is."""
     if not member.name.lower().endswith(".npy"):
         return decoded(member)[0]
-    array = _named(member, npy_array, member.data)
+    array = named_member(member, npy_array, member.data)
     is_image = array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in (1, 3)
     return array.transpose(1, 2, 0) if is_image else array
 
@@ -58,18 +58,18 @@ def raw_of(option: FieldOption, member: Member) -> Any:
     """What a member, or a path in it, says: an array, number, text, list or dict; of numbers in JSON floats."""
     last, kind = option.where.rpartition(".")[2], option.kind
     if last == "npy":
-        return _named(member, npy_array, member.data)
+        return named_member(member, npy_array, member.data)
     if last == JSON and kind != "text":
-        value = _named(member, json_value, member.data, option.path)
+        value = named_member(member, json_value, member.data, option.path)
         if value is None:
             raise DataError(f"{member.place}: '{option.path}' is null ({option})")
         is_class = kind == "class" or (kind is None and option.name in CLASS_NAMES)
-        return value if is_class or kind == "json" else _named(member, _as_floats, value)
+        return value if is_class or kind == "json" else named_member(member, _as_floats, value)
     if kind == "class" or (kind is None and option.where in LABELS):
-        return _named(member, default_decoder().member, "cls", member.data)
+        return named_member(member, default_decoder().member, "cls", member.data)
     if kind in ("text", "json", "scalar") or last in TEXTS:
-        text = _named(member, bytes.decode, member.data)
-        return _named(member, float, text) if kind == "scalar" else text
+        text = named_member(member, bytes.decode, member.data)
+        return named_member(member, float, text) if kind == "scalar" else text
     accepted = (*PICTURES, "npy", JSON, *TEXTS, *LABELS)
     raise UserError(
         f"{option}: .{option.where} is of no kind that is read; {nearest(last, accepted)}; or --kind {option.name}=text"
@@ -95,9 +95,9 @@ def asked_value(field: Field, option: FieldOption, sample: TarSample, picture: P
     if field.kind in ("class", "scalar"):
         return _number(field, option, member)
     if field.kind == "json":
-        _named(member, json_value, member.data, "")
+        named_member(member, json_value, member.data, "")
         return member.data
-    value = _named(member, member_value, field, member.data, format_of(field, member))
+    value = named_member(member, member_value, field, member.data, format_of(field, member))
     return value.tobytes().decode() if field.kind == "text" else value
 
 
@@ -106,7 +106,7 @@ def _number(field: Field, option: FieldOption, member: Member) -> FieldValue:
     raw = raw_of(replace(option, kind=field.kind), member)
     if field.kind == "class":
         if isinstance(raw, str) and raw.strip().isdecimal():
-            raw = _named(member, int, raw)
+            raw = named_member(member, int, raw)
         whole = raw.is_integer() if isinstance(raw, float) else isinstance(raw, int) and not isinstance(raw, bool)
         if not whole or raw < NO_CLASS:
             raise DataError(
@@ -131,7 +131,7 @@ def format_of(field: Field, member: Member) -> int:
     return FORMATS[last if last in ("npy", JSON) else JSON if field.kind == "json" else "txt"]
 
 
-def _named(member: Member, call: Callable[..., Any], *args: Any) -> Any:
+def named_member(member: Member, call: Callable[..., Any], *args: Any) -> Any:
     """call(*args); an error becomes a DataError that names the member."""
     try:
         return call(*args)
@@ -142,7 +142,7 @@ def _named(member: Member, call: Callable[..., Any], *args: Any) -> Any:
 def decoded(member: Member) -> tuple[np.ndarray, int]:
     """A sample as it is found, and the format by which it is read again. Raises DataError naming the member."""
     code = found_format(member.name.lower(), member.data)
-    return _named(member, decode_as_found, member.data, code), code
+    return named_member(member, decode_as_found, member.data, code), code
 
 
 def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndarray, fix: str) -> None:

@@ -225,7 +225,11 @@ def _image_kind(kind: str) -> str | None:
 def _not_one(key: str, found: dict[str, Member], images: list[str]) -> str:
     first, name = next(iter(found.values())), _name(key)
     if images:
-        return f"byte {first.offset}: sample '{name}' has two images (.{', .'.join(images)}); keep one of them"
+        how = " ".join(f"--field {_field_name(kind, images)}={kind}" for kind in images)
+        return (
+            f"byte {first.offset}: sample '{name}' has two images (.{', .'.join(images)}); keep one of them, or pack "
+            f"them as fields: scoreray data pack SOURCE URL {how}"
+        )
     others = sorted(kind for kind in found if _image_kind(kind))
     if others:
         shown = ", ".join([f"'{name}.{kind}'" for kind in others[:3]] + ["..."] * (len(others) > 3))
@@ -234,6 +238,12 @@ def _not_one(key: str, found: dict[str, Member], images: list[str]) -> str:
             f"'{name}.{_image_kind(others[0])}'"
         )
     return f"byte {first.offset}: sample '{name}' has no image ({', '.join(IMAGES)})"
+
+
+def _field_name(kind: str, images: list[str]) -> str:
+    """A name for one of several images: `array`, `image` for the first picture, and of others their kind."""
+    pictures = [one for one in images if one in PICTURES]
+    return "array" if kind not in PICTURES else "image" if kind == pictures[0] else kind
 
 
 def _fields(data: bytes) -> dict[str, Any]:

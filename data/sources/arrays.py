@@ -6,15 +6,18 @@ import gzip
 import math
 import os
 import struct
+import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.sources.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist
-from scoreray.data.sources.layout import checked_layout
+from scoreray.data.sources.labels import LABELS, as_numbers, beside_idx, choose_arrays, of_nist, samples_name
+from scoreray.data.sources.layout import Layout, channels_first, has_channels_first, is_given, order_of
 from scoreray.data.sources.listing import some_of
 from scoreray.data.sources.options import SourceOptions
 
@@ -31,6 +34,31 @@ class LoadedArrays:
     classes: list[str]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, type) of the .npy that begins here."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def is_table(path: Path) -> bool:
+    """Whether an archive is packed as a table of arrays, not by `read_npz`: none of its arrays is called as samples
+    are, or it is of integers that are no pixels. Of a damaged one, or no file, others say what is wrong."""
+    if not path.is_file():  # a FIFO would be waited for
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            chosen = samples_name(names)
+            if chosen is None:
+                return bool(names)
+            with archive.open(f"{chosen}.npy") as file:
+                dtype = npy_header(file)[2]
+            return dtype.kind in "iub" and dtype != np.uint8
+    except Exception:  # what zipfile and numpy raise on damaged bytes is not a short list
+        return False
 
 
 def read_npz(path: Path, labelled: bool) -> LoadedArrays:
@@ -123,7 +151,7 @@ def as_images(path: Path, images: np.ndarray, options: SourceOptions) -> ShapedA
 
 
 def as_floats(path: Path, arrays: np.ndarray, options: SourceOptions) -> ShapedArrays:
-    """Floats as [N, ...], with four axes as [N, C, H, W]."""
+    """Floats as [N, C, ...]."""
     if arrays.dtype.kind != "f":
         raise UserError(f"{path}: samples are {arrays.dtype}; uint8 images or float arrays are packed")
     if options.image_size or options.channels:
@@ -139,13 +167,20 @@ def as_floats(path: Path, arrays: np.ndarray, options: SourceOptions) -> ShapedA
             at = tuple(np.argwhere(bad)[0])
             what = "that is not finite" if not np.isfinite(part[at]) else f"above the largest float32: {part[at]:.3g}"
             raise UserError(f"{path}: sample {start + at[0]} holds a value {what}")
-    note: tuple[str, ...] = ()
-    if arrays.ndim == 4:
-        if checked_layout(str(path), arrays.shape[1:], options.layout) == "NHWC":
-            arrays = arrays.transpose(0, 3, 1, 2)
-            note = (
-                f"{path}: arrays with their channels last become [C, H, W] = {' x '.join(map(str, arrays.shape[1:]))}",
-            )
-    elif options.layout:
-        raise UserError(f"{path}: --layout {options.layout} is for arrays of four axes, this has {arrays.ndim}")
+    if options.layout and not is_given(options.layout, arrays.ndim - 1):
+        raise UserError(
+            f"{path}: --layout {options.layout} is for arrays of {len(options.layout)} axes, this has {arrays.ndim}"
+        )
+    layout = order_of(str(path), arrays.shape[1:], options.layout)
+    arrays = channels_first(arrays, layout)
+    shape, note = " x ".join(map(str, arrays.shape[1:])), points_note(str(path), arrays.shape[1:], options.layout)
+    if not has_channels_first(layout) and not options.layout:
+        note = (f"{path}: arrays with their channels last become [C, H, W] = {shape}",)
     return arrays, arrays.shape[1:], note
+
+
+def points_note(name: str, shape: Sequence[int], layout: Layout | None) -> tuple[str, ...]:
+    """A line about samples [D] that might be signals."""
+    if len(shape) != 1 or layout is not None:
+        return ()
+    return (f"{name}: samples are points of {shape[0]:,} numbers; --layout NT packs signals [1, {shape[0]}]",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -67,6 +67,13 @@ def of_extensions(asked: FieldOptions) -> FieldOptions:
     """The options for tars, whose members are known by extensions in small letters, without the dot."""
     fields = tuple(replace(one, where=one.where.lower().removeprefix(".")) for one in asked.fields)
     return replace(asked, fields=fields)
+
+
+def option_for(where: str, word: str, taken: Iterable[str]) -> str:
+    """What a message suggests for what no field reads: `--field NAME=WHERE`, with `word` as the name if it is free."""
+    name = re.sub(r"^[^a-z]+|[^a-z0-9_]", "_", word.lower()).lstrip("_")
+    is_free = re.fullmatch(NAME, name) and name not in set(taken)
+    return f"--field {name if is_free else 'NAME'}={where} takes one"
 
 
 def parse_field_options(

@@ -46,14 +46,19 @@ class Arrays:
     left_out: tuple[str, ...]
 
 
+def samples_name(names: Sequence[str]) -> str | None:
+    """The first of these names that samples usually have."""
+    by_name = {name.lower(): name for name in reversed(names)}
+    return next((by_name[name] for name in SAMPLES if name in by_name), None)
+
+
 def choose_arrays(archive: Mapping[str, np.ndarray], names: Sequence[str], labelled: bool) -> Arrays | None:
     """The arrays of an archive by their usual names; None where none is called as samples are. Others are not read.
 
     `arr_1` is a name that says nothing: it holds labels if it looks like them. One that is called labels and does not
     look like them is taken if there is no other, so that it is refused and not lost.
     """
-    by_name = {name.lower(): name for name in reversed(names)}
-    chosen = next((by_name[name] for name in SAMPLES if name in by_name), None)
+    by_name, chosen = {name.lower(): name for name in reversed(names)}, samples_name(names)
     if chosen is None:
         return None
     samples, labels, taken = archive[chosen], None, {chosen}

@@ -13,7 +13,7 @@ from scoreray.data.sources.layout import Layout
 class SourceOptions:
     """image_size: the shorter side after resizing, then cropped to a square; None keeps the size.  channels: 1 or 3;
     None as most images of a folder have.  labelled: subfolders, or the labels beside the samples, are classes.  layout:
-    of arrays with four axes; None finds it from their shape."""
+    of arrays of as many axes; None finds it from their shape."""
 
     image_size: int | None = None
     channels: Literal[1, 3] | None = None

@@ -12,13 +12,14 @@ import numpy as np
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.sources.field_options import FieldOption
 from scoreray.data.sources.identity import identity
-from scoreray.data.sources.labels import LABELS, SAMPLES
+from scoreray.data.sources.labels import LABELS, samples_name
 from scoreray.data.sources.listing import shown, some_of
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.tables.array_formats import Variable, arrays_of
 from scoreray.data.tables.files import named_files
+from scoreray.data.tables.kinds import Column
 from scoreray.data.tables.source import StoredTable
-from scoreray.data.tables.values import Column, Values, is_pixels
+from scoreray.data.tables.values import Values, is_pixels
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".nc", ".nc4", ".cdf")
 WINDOW_BYTES = 8 << 20  # of a variable that are read at once, unless a chunk is larger
@@ -100,19 +101,21 @@ def _kinds(columns: Mapping[str, Column]) -> dict[str, Column]:
 
 
 def _default(columns: Mapping[str, Column], arrays: Mapping[str, Variable]) -> list[FieldOption]:
-    """The array that is called as samples are, or the only one of more than numbers; and the one of classes."""
-    usable = [name for name, column in columns.items() if not column.refused]
-    by_name = {name.lower(): name for name in usable}
-    chosen = [by_name[name] for name in SAMPLES if name in by_name]
-    several = [name for name in usable if columns[name].shape]
-    chosen = chosen or (several if len(several) == 1 else [])
-    labels = [by_name[name] for name in LABELS if name in by_name and columns[by_name[name]].shape == ()]
-    labels = [name for name in labels if name not in chosen and arrays[name].data.dtype.kind in "iu"]
-    if not chosen:
+    """The array that is called as samples are, or the only one of more than numbers, and the one of classes; or the
+    only array, of a number a sample."""
+    numbers = [name for name, column in columns.items() if not column.refused and column.shape is not None]
+    several = [name for name in numbers if columns[name].shape]
+    chosen = samples_name(several) or next((found[0] for found in (several, numbers) if len(found) == 1), None)
+    if chosen is None:
         return []
-    first = arrays[chosen[0]]
+    if not columns[chosen].shape:
+        return [FieldOption("scalar", chosen)]
+    by_name = {name.lower(): name for name in numbers}
+    labels = [by_name[name] for name in LABELS if name in by_name and columns[by_name[name]].shape == ()]
+    labels = [name for name in labels if arrays[name].data.dtype.kind in "iu"]
+    first = arrays[chosen]
     is_image = first.data.dtype == np.uint8 and is_pixels(first.shape[1:])
-    target = FieldOption("image", chosen[0]) if is_image else FieldOption("array", chosen[0], kind="array")
+    target = FieldOption("image", chosen) if is_image else FieldOption("array", chosen, kind="array")
     return [target, *(FieldOption("label", name, kind="class") for name in labels[:1])]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.extras import install
-from scoreray.data.sources.arrays import check_memory
+from scoreray.data.sources.arrays import check_memory, npy_header
 from scoreray.data.sources.listing import shown
 from scoreray.data.storage.store import Store
 from scoreray.data.tables.files import open_file
@@ -89,9 +89,7 @@ def _npy(store: Store, name: str) -> Mapping[str, Variable]:
 
 def _mapped(store: Store, name: str, file: Any) -> Any:
     """The array whose .npy header `file` is at: mapped into memory, or of a remote store read by ranges."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = npy_header(file)
     if dtype.hasobject:
         raise UserError(f"{shown(store.url(name))}: holds Python objects, which are not read; save plain arrays")
     if not store.is_remote:

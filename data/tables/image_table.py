@@ -25,7 +25,8 @@ from scoreray.data.sources.image_folders import GET_THREADS, check_classes
 from scoreray.data.sources.listing import list_below, shown
 from scoreray.data.storage.interface import NotAFile
 from scoreray.data.storage.store import NotFound, Store, open_store
-from scoreray.data.tables.values import Column, Values
+from scoreray.data.tables.kinds import Column
+from scoreray.data.tables.values import Values
 from scoreray.data.threads import map_in_threads
 
 Read = Callable[[str], Any]
@@ -130,6 +131,9 @@ def _rows(store: Store, name: str) -> Iterator[tuple[int, Row]]:
     if name.endswith(".csv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if name and names.count(name) > 1), None):
+                raise UserError(f"{url}: line 1: two columns are called '{shortened(twice)}'; give one another name")
             for cells in reader:
                 if None in cells or None in cells.values():
                     raise DataError(f"{url}: line {reader.line_num}: has not as many cells as the first line")

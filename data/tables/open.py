@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from scoreray.data.errors import UserError
+from scoreray.data.sources.arrays import is_table
 from scoreray.data.sources.field_options import FieldOptions
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.store import local_path, open_store
@@ -13,8 +14,8 @@ from scoreray.data.tables.source import OpenTable, TableSource, open_table_sourc
 
 
 def open_table(url: str | os.PathLike[str], options: SourceOptions, asked: FieldOptions) -> TableSource | None:
-    """The source at a URL that is a table; None for one that is not, such as an archive .npz of images with labels that
-    is packed without --field. Raises UserError, DataError, StorageError."""
+    """The source at a URL that is a table; None for one that is not, such as an archive .npz of images or floats with
+    labels that is packed without --field. Raises UserError, DataError, StorageError."""
     where = local_path(url)
     text = os.fspath(url) if where is None else os.path.abspath(where)
     reader = reader_of(text)
@@ -22,7 +23,7 @@ def open_table(url: str | os.PathLike[str], options: SourceOptions, asked: Field
         reader = open_image_table
     if reader is None and asked and where is not None and where.is_file():
         raise UserError(f"{url}: {asked.flag()}: images and their classes are all that such a file holds")
-    if reader is None or (text.endswith(".npz") and where is not None and not asked):
+    if reader is None or (text.endswith(".npz") and where is not None and not asked and not is_table(where)):
         return None
     return open_table_source(reader, text, options, asked)
 

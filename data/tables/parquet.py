@@ -27,8 +27,9 @@ from scoreray.data.sources.labels import LABELS
 from scoreray.data.sources.listing import is_hidden, shown, some_of
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.tables.files import named_files, open_file
+from scoreray.data.tables.kinds import Column
 from scoreray.data.tables.source import StoredTable
-from scoreray.data.tables.values import Column, Values
+from scoreray.data.tables.values import Values
 from scoreray.data.threads import map_in_threads
 
 ARROW_SUFFIXES = (".parquet", ".arrow")

@@ -5,7 +5,6 @@ A `Table` gives the values of some of its columns for some of its rows; `TableSo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -17,12 +16,15 @@ from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.limits import check_label
-from scoreray.data.sources.field_options import FieldOption, FieldOptions
+from scoreray.data.sources.arrays import points_note
+from scoreray.data.sources.field_options import FieldOption, FieldOptions, option_for
 from scoreray.data.sources.field_source import Sample
+from scoreray.data.sources.layout import has_channels_first, is_of, order_of
 from scoreray.data.sources.listing import some_of
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.store import Store
-from scoreray.data.tables.values import Column, FieldColumn, Values, as_text, at_path, field_of, is_whole, raw_value
+from scoreray.data.tables.kinds import Column, field_of
+from scoreray.data.tables.values import FieldColumn, Values, as_text, at_path, is_whole, raw_value
 
 LOOKED_AT = 32  # rows that are looked at for kinds, shapes and colours
 SMALL_BYTES = 256 << 20  # of a table that is read once for each shard, so that its rows are shuffled as a whole
@@ -168,9 +170,18 @@ def open_table_source(opens: OpenTable, url: str, options: SourceOptions, asked:
     chosen, fields = _chosen(table, asked, options)
     columns = [_columns_of(table, one) for one in chosen]
     asked.check_names([field.name for field in fields], table.url)
+    arrays = [one for one in fields if one.kind in ("image", "array")]
+    if options.layout and not any(is_of(options.layout, one.shape) for one in arrays):
+        raise UserError(
+            f"--layout {options.layout}: no array of {table.url} has {len(options.layout)} axes, its samples included; "
+            "--kind NAME=array makes one of lists of numbers"
+        )
     rest = [name for name in table.columns if not any(name in one for one in columns)]
-    take = f"; --field {_as_name(rest[0])}={rest[0]} takes one" if rest else ""
-    notes = [f"{table.url}: columns that no field takes: {some_of(rest)}{take}"] if rest else []
+    notes: list[str] = []
+    if rest:
+        take = option_for(rest[0], rest[0], (field.name for field in fields))
+        notes.append(f"{table.url}: columns that no field takes: {some_of(rest)}; {take}")
+    notes += [note for one in fields[:1] if one.kind == "array" for note in points_note(url, one.shape, options.layout)]
     runs = None if table.is_random or table.num_bytes <= SMALL_BYTES else table.starts
     return TableSource(
         url, table.num_rows, fields, chosen, columns, table.fingerprint, options, opens, table.starts, runs,
@@ -228,19 +239,20 @@ def _columns_of(table: Table, asked: FieldOption) -> tuple[str, ...]:
     return found
 
 
-def _as_name(column: str) -> str:
-    return re.sub(r"^[^a-z]+|[^a-z0-9_]", "_", column.lower()).lstrip("_") or "NAME"
-
-
 def _field(
     table: Table, asked: FieldOption, columns: tuple[str, ...], first: Mapping[str, Values], options: SourceOptions
 ) -> Field:
     """The field of a column, by its first values; of one of classes the whole column is read for their names."""
     what, about = f"{asked}: {table.url}", table.columns[columns[0]]
     num_rows = len(first[columns[0]])
-    some = [raw_value({n: first[n][i] for n in columns}, columns, asked.path, what) for i in range(num_rows)]
+    try:
+        some = [raw_value({n: first[n][i] for n in columns}, columns, asked.path, what) for i in range(num_rows)]
+    except DataError as error:  # columns that can't be joined
+        raise UserError(str(error)) from error
     if len(columns) > 1:
         about = Column(None if about.shape is None or some[0] is None else some[0].shape)
+        if about.shape and not has_channels_first(order_of(what, about.shape, options.layout)):
+            raise UserError(f"{what}: columns are joined along the first axis, the channels, and these have none there")
     found = field_of(asked, Column() if asked.path else about, some, options, what, table.file_at)
     if found.kind == "class":
         classes = about.classes or _classes_of(table, asked, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import torch
@@ -21,6 +24,7 @@ from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.samples import SampleReader
 from scoreray.data.reading.stream import Stream
 from scoreray.data.sources.field_options import FieldOptions, parse_field_options
 
@@ -193,6 +197,52 @@ def test_what_makes_no_field_is_one_line(
     samples = [sample(i) | {"n.npy": np.int32(i)} for i in range(12)]
     samples[10] |= changed
     assert message in refused(tmp_path, samples, parse_field_options(asked, kinds))
+
+
+@pytest.mark.parametrize("asked", ["t5=clip.npy", "a=json:at.lan", "a=jsn:label"])
+def test_a_name_that_no_sample_has_is_the_callers_mistake_and_a_sample_without_it_the_datas(
+    tmp_path: Path, asked: str
+) -> None:
+    samples, fields = [sample(i) for i in range(12)], parse_field_options([asked])
+    with pytest.raises(UserError, match=r"00000\.tar: byte \d+.* has no "):
+        pack(write(tmp_path / "tars", samples), tmp_path / "tars", fields=fields)
+    samples[5] |= {"clip.npy": np.zeros(2), "json": {"at": {"lan": 1}}, "jsn": b"1"}
+    with pytest.raises(DataError, match=r"byte \d+.* has no "):
+        pack(write(tmp_path / "others", samples), tmp_path / "others", fields=fields)
+
+
+def test_what_img2dataset_writes_is_packed_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its files: a tar, a parquet file of the same rows and counts for each shard; keys of shard and sample; JSON in
+    four spaces with the exif as text in it (img2dataset 1.45, `writer.py` and `downloader.py`)."""
+    folder = tmp_path / "laion"
+    folder.mkdir()
+    for shard in range(2):
+        rows, members = list[dict[str, Any]](), list[tuple[str, bytes]]()
+        for i in range(3):
+            jpg, key = sample(3 * shard + i)["jpg"], f"{shard:05d}{i:04d}"
+            about = {
+                "url": f"https://x/{key}.jpg", "caption": f"größe {key}", "key": key, "status": "success",
+                "error_message": None, "width": 12, "height": 8, "original_width": 800 + i, "original_height": 600,
+                "exif": '{"Image Orientation": "Horizontal (normal)"}', "sha256": hashlib.sha256(jpg).hexdigest(),
+            }  # fmt: skip
+            members += [(f"{key}.jpg", jpg), (f"{key}.json", json.dumps(about, indent=4).encode())]
+            members += [(f"{key}.txt", about["caption"].encode())]
+            rows.append(about)
+        (folder / f"{shard:05d}.tar").write_bytes(tar(*members))
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:05d}.parquet")
+        (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": 3, "successes": 3}, indent=4))
+    fields = parse_field_options(["caption=txt", "width=json:original_width", "address=json:url"])
+    manifest, _ = pack_with_bar(str(folder), str(folder), workers=1, fields=fields)
+    said = capsys.readouterr().err
+    assert "4 files beside the tars are left out (2 .json, 2 .parquet)" in said
+    assert "; --field NAME=json:caption takes one" in said, "caption is a field's name already"
+    assert [(one.name, one.kind) for one in manifest.fields] == [
+        ("image", "image"), ("caption", "text"), ("width", "scalar"), ("address", "text"),
+    ]  # fmt: skip
+    assert verify(str(folder)) == []
+    found = SampleReader(str(folder)).read_fields([4], [FieldRequest("caption"), FieldRequest("width")])
+    assert bytes(found.fields["caption"][0].tolist()).decode() == "größe 000010001"
+    assert found.fields["width"].tolist() == [[801.0]]
 
 
 def test_names_with_dots_keep_their_own_captions(tmp_path: Path) -> None:

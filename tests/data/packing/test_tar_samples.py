@@ -101,6 +101,8 @@ def test_pictures_that_share_a_class_need_a_name_for_one_of_them() -> None:
     named = "byte 512: sample '1' has no image of its own, but '1.left.png', '1.right.png'; one of them needs the name"
     assert samples == {"1": f"{named} '1.png'"}
     assert "has two images (.png, .jpg); keep one" in str(found_in(*names("1.png", "1.jpg"))[0]["1"])
+    both = str(found_in(*names("1.jpg", "1.npy"))[0]["1"])
+    assert both.endswith("or pack them as fields: scoreray data pack SOURCE URL --field image=jpg --field array=npy")
     assert "sample '1' has no image (png, jpg" in str(found_in(*names("1.cls"))[0]["1"])
 
 
@@ -174,7 +176,9 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
                    ("txt", b"a cat"), ("json", js(label=1, caption="x")), (f"kind-{tar}-{i}", b""))]  # fmt: skip
         (tmp_path / "t" / f"{tar}.tar").write_bytes(tar_bytes(*members))
     pack_with_bar(str(tmp_path / "t"), str(tmp_path / "t"), workers=1)
-    said = "left out beside the images: 6 .json.caption, 6 .txt, 1 .kind-0-0, 1 .kind-0-1, 1 .kind-0-2, 3 other kinds"
+    said = (
+        "left out, as no field reads it: 6 .json.caption, 6 .txt, 1 .kind-0-0, 1 .kind-0-1, 1 .kind-0-2, 3 other kinds"
+    )
     assert said in capsys.readouterr().err
     pack_with_bar(str(tmp_path / "t"), str(tmp_path / "new"), workers=1, image_size=4)
     assert said in capsys.readouterr().err

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,8 +15,11 @@ import scipy.io
 import zarr
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.packing.pack import pack
+from scoreray.data.reading.samples import read_samples
 from scoreray.data.sources.field_options import parse_field_options
 from scoreray.data.sources.options import SourceOptions
+from scoreray.data.sources.source import open_source
 from scoreray.data.storage.store import PathStore
 from scoreray.data.tables import array_files, array_formats
 from scoreray.data.tables.files import open_file
@@ -95,6 +100,71 @@ def test_uint8_arrays_of_a_shape_of_pictures_are_pictures(tmp_path: Path) -> Non
     assert (source.fields[0].name, source.fields[0].kind, source.fields[0].shape) == ("image", "image", [3, 8, 8])
     np.testing.assert_array_equal(samples(source, 2)[0]["image"], images[2].transpose(1, 2, 0))
     assert opened(tmp_path / "a.npy", image_size=4).fields[0].shape == [3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "expected"),
+    [
+        ("NT", (N, 40), lambda x: x[:, None]),
+        ("NC", (N, 40), lambda x: x),
+        ("NTC", (N, 40, 2), lambda x: x.transpose(0, 2, 1)),
+        ("NCT", (N, 40, 2), lambda x: x),
+        ("NHW", (N, 6, 8), lambda x: x[:, None]),
+        ("NCHW", (N, 8, 8, 3), lambda x: x),
+        ("NDHW", (N, 2, 3, 4), lambda x: x[:, None]),
+        ("NDHWC", (N, 2, 3, 4, 5), lambda x: x.transpose(0, 4, 1, 2, 3)),
+    ],
+)
+def test_a_layout_names_the_axes_of_npy_and_npz(
+    tmp_path: Path, layout: Any, shape: tuple[int, ...], expected: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    array = np.random.default_rng(5).normal(size=shape).astype(np.float32)
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", images=array)
+    source = opened(tmp_path / "a.npy", layout=layout)
+    archive = open_source(tmp_path / "a.npz", SourceOptions(layout=layout))
+    assert source.fields[0].shape == list(archive.shape) == list(expected(array).shape[1:])
+    np.testing.assert_array_equal(samples(source, 7)[0]["array"], expected(array)[7])
+    np.testing.assert_array_equal(archive.read(7), expected(array)[7])
+    assert not source.notes
+    assert not archive.notes
+
+
+def test_points_that_might_be_signals_are_reported_and_a_layout_of_none_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", wave=np.ones((N, 40)), place=np.ones((N, 2)), deep=np.ones((N, 2, 3)))
+    np.save(tmp_path / "a.npy", np.ones((N, 40)))
+    (note,) = opened(tmp_path / "a.npy").notes
+    assert note.endswith("a.npy: samples are points of 40 numbers; --layout NT packs signals [1, 40]")
+    with pytest.raises(UserError, match=r"--layout NT: no array of .* has 2 axes, .* --kind NAME=array makes one"):
+        opened(tmp_path / "a.npz", "wave=wave", "place=place", layout="NT")
+    both = opened(tmp_path / "a.npz", "wave=wave", "place=place", kinds=("wave=array",), layout="NT")
+    assert [(one.kind, one.shape) for one in both.fields] == [("array", [1, 40]), ("vector", [2])]
+    with pytest.raises(UserError, match=r"--field x=wave\+deep: .* can't be joined"):
+        opened(tmp_path / "a.npz", "x=wave+deep", kinds=("x=array",), layout="NC")
+    with pytest.raises(UserError, match="columns are joined along the first axis, the channels, and these have none"):
+        opened(tmp_path / "a.npz", "x=wave+wave", kinds=("x=array",), layout="NT")
+
+
+@pytest.mark.parametrize("kind", [".npz", ".small.npz", ".h5", ".zarr"])
+def test_without_field_the_only_array_is_taken_whatever_its_name(tmp_path: Path, kind: str) -> None:
+    source = opened(write(tmp_path, kind))
+    assert [(one.name, one.kind, one.shape, one.dtype) for one in source.fields] == [
+        ("array", "array", [4, 16, 16], "float16"), ("label", "class", [], "int64"),
+    ]  # fmt: skip
+    assert samples(source, 3)[0]["array"].tobytes() == LATENTS[3].tobytes()
+
+
+@pytest.mark.parametrize("name", ["images", "x", "hours"])
+def test_integers_and_numbers_alone_are_packed(tmp_path: Path, name: str) -> None:
+    shape = (N,) if name == "hours" else (N, 5)
+    array = np.random.default_rng(6).integers(-9, 9, shape)
+    np.savez(tmp_path / "a.npz", **{name: array})
+    manifest = pack(tmp_path / "a.npz", tmp_path / "set")
+    assert (manifest.target.kind, manifest.target.dtype) == ("scalar" if name == "hours" else "array", "int64")
+    assert manifest.shape == list(shape[1:] or [1])
+    assert manifest.sigma_data == pytest.approx(array.std())
+    found = read_samples(str(tmp_path / "set"), range(N)).numpy().reshape(N, -1)
+    assert sorted(found.tolist()) == sorted(array.reshape(N, -1).tolist())
 
 
 def netcdf(path: Path) -> Path:

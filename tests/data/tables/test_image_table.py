@@ -134,6 +134,14 @@ def test_what_is_wrong_in_metadata_is_one_line(tmp_path: Path, text: str, messag
     assert "\n" not in str(raised.value)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "photos", "jsonl", 2)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text,,text,\n00.png,a,,b,\n01.png,c,,d,\n")
+    with pytest.raises(UserError, match=r"metadata.csv: line 1: two columns are called 'text'; give one another name"):
+        pack(folder, tmp_path / "set", fields=parse_field_options(["text=text"]))
+
+
 def test_fields_of_what_has_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.fromarray(picture(0)).save(tmp_path / "photos" / "0.png")
@@ -155,7 +163,7 @@ def test_fields_of_what_has_none_are_refused(tmp_path: Path) -> None:
         (
             '{"file_name": "00.png", "text": "a"}',
             ["image=text"],
-            "none of the fields is an image, an array or a vector",
+            "none of the fields is an image, an array, a vector or a scalar",
         ),
         ('{"file_name": "00.png", "text": "%s"}' % ("[" * 100_000), ["score=text:a"], "has no value"),
     ],
