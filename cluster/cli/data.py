@@ -56,7 +56,11 @@ def pack(
         int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="Of arrays with four axes: NCHW or NHWC. Default: as their shape says.")
+        str | None,
+        typer.Option(
+            help="Axes of arrays, a letter each: NT makes signals [1, T] of [N, T]; NC, NT, NCT, NTC, NHW, NCHW, NHWC, "
+            "NDHW, NCDHW, NDHWC. Default: channels first, or as the shape of four axes says."
+        ),
     ] = None,
     no_classes: Annotated[
         bool, typer.Option("--no-classes", help="Neither subfolders nor labels become classes.")
@@ -151,8 +155,6 @@ def inspect(
     from scoreray.data.reading.outputs import check_picture, write_picture
     from scoreray.data.reading.samples import SampleReader
     from scoreray.data.unpacked.tars import locate, summary_of
-    from scoreray.trainer.networks.ladder import suggest_ladder
-    from scoreray.trainer.step import to_unit_range
 
     if picture is not None:
         check_picture(picture)
@@ -176,15 +178,32 @@ def inspect(
     if picture is not None:
         write_picture(_grid(samples, count), picture)
     about = summary(samples)
-    found = asdict(about)
-    try:
-        some = samples.read(spread(samples.manifest, 1024))[0]
-        found["ladder"] = asdict(suggest_ladder(to_unit_range(some)))
-    except UserError as error:  # one sample, or distances below its least noise level
-        found["ladder"], unknown["ladder"] = None, f"none: {error}"
-    _show(found, unknown, as_json, about.fields)
+    scale, unknown["ladder"] = _scale(samples)
+    _show({**asdict(about), **scale}, unknown, as_json, about.fields)
     if picture is not None and not as_json:
         typer.echo(f"{'picture':13} {picture}")
+
+
+def _scale(samples: SampleReader) -> tuple[dict[str, Any], str]:
+    """(mean, std, sigma_data, sigma_max and ladder of the target as a run sees it whose config names no other and no
+    other normalisation: what it should start from; why there is no ladder, or "")."""
+    from dataclasses import asdict
+
+    from scoreray.data.packing.inspect import spread
+    from scoreray.trainer.config.run_fields import run_fields
+    from scoreray.trainer.config.sections import DataSection
+    from scoreray.trainer.networks.ladder import suggest_ladder
+    from scoreray.trainer.step import to_model_range
+
+    seen = run_fields(DataSection(url=samples.url), samples.manifest)
+    few, many = (samples.read(spread(samples.manifest, count))[0] for count in (256, 1024))
+    found = {"mean": seen.mean, "std": seen.std, "sigma_data": seen.sigma_data}
+    found |= {"sigma_max": seen.largest_distance(few), "ladder": None}
+    try:
+        found["ladder"] = asdict(suggest_ladder(to_model_range(many, seen.target.normaliser)))
+    except UserError as error:  # one sample, or distances below its least noise level
+        return found, f"none: {error}"
+    return found, ""
 
 
 def _grid(samples: SampleReader, count: int) -> Image.Image:

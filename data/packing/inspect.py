@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.packing.field_pictures import field_pictures
@@ -23,12 +22,13 @@ GRID_BACKGROUND = 48
 FAINT = 0.02  # a standard deviation of 2 or 3 of 255 levels
 LOOKED_AT_BYTES = 256 << 20  # of samples that are in memory at once, as float32
 GRID_PIXELS = 720  # about how wide a grid of small images is made
+LEAST_GAP = 4  # pixels between images: channels that stand side by side in one are seen to belong together
 CAPTION_LINES, LINE_PIXELS, LETTER_PIXELS, CAPTION_COLOUR = 2, 13, 6, (225, 225, 225)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """`sigma_data` and `sigma_max` are what a run on this data set should start from; None where nothing is known."""
+    """What a data set holds; shape, dtype and classes as in its manifest."""
 
     name: str
     url: str
@@ -38,10 +38,6 @@ class Summary:
     shape: tuple[int, ...]
     dtype: str
     class_counts: dict[str, int]
-    mean: list[float]
-    std: list[float]
-    sigma_data: float
-    sigma_max: float | None
     fields: list[FieldSummary]
 
 
@@ -57,10 +53,6 @@ def summary(samples: SampleReader) -> Summary:
         shape=tuple(manifest.shape),
         dtype=manifest.dtype,
         class_counts=dict(zip(manifest.classes, manifest.class_counts, strict=True)),
-        mean=manifest.channel_means(),
-        std=manifest.std,
-        sigma_data=manifest.sigma_data,
-        sigma_max=suggested_sigma_max(samples.read(spread(manifest, 256))[0]),
         fields=field_summaries(samples),
     )
 
@@ -69,14 +61,6 @@ def spread(manifest: Manifest, most: int) -> range:
     """Numbers of `most` samples, or up to twice as many, from all over the set; of fewer where they are large."""
     most = min(most, max(2, LOOKED_AT_BYTES // (4 * math.prod(manifest.shape))))
     return range(0, manifest.num_samples, max(1, manifest.num_samples // most))
-
-
-def suggested_sigma_max(samples: torch.Tensor) -> float | None:
-    """The largest distance between two of the samples [N, ...], in the model's range: noise of this size makes any of
-    them reachable from any other (Song & Ermon 2020, Technique 1). None for a single sample."""
-    if len(samples) < 2:
-        return None
-    return largest_distance(samples) / (127.5 if samples.dtype == torch.uint8 else 1)
 
 
 def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
@@ -117,7 +101,7 @@ def picture_grid(
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     scale = max(1, GRID_PIXELS // (columns * width))
-    gap = max(1, 2 * scale // 3)
+    gap = max(LEAST_GAP, 2 * scale // 3)
     below = CAPTION_LINES * LINE_PIXELS if captions else 0
     across, down = width * scale + gap, height * scale + gap + below
     canvas = np.full((rows * down + gap, columns * across + gap, 3), GRID_BACKGROUND, np.uint8)

@@ -75,8 +75,10 @@ def misfit(config: Config, data: DataDescription) -> Misfit | None:
 
 def _fix(config: Config, fields: RunFields) -> str:
     normaliser = fields.target.normaliser
-    if normaliser is not None and normaliser.kind in ("none", "range"):
-        return "set data.normalisation=channel"
+    if normaliser is not None and normaliser.kind in ("none", "range") and fields.std:  # statistics are needed
+        constant = next((number for number, std in enumerate(fields.std) if std <= 0), None)
+        out = "" if constant is None else f"pack them without channel {constant}, the same in every sample, and "
+        return f"{out}set data.normalisation=channel"
     factor = fields.sigma_data / 0.5
     settings = ["denoiser.sigma_data=auto"]
     sampling = config.objective.sigma_sampling

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import local_path, open_store
 from scoreray.data.yaml_text import dump_yaml
-from scoreray.trainer.config.run_fields import KINDS, TARGETS, RunFields, default_target, normaliser_of, run_fields
+from scoreray.trainer.config.run_fields import KINDS, RunFields, run_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
@@ -32,7 +31,10 @@ LONG_TAIL = 20.0  # standard deviations from the mean to the largest value, beyo
 MAX_TOKENS, MAX_BYTES = 128, 256  # of a sequence's and a text's; longer ones are cut
 DISTANCES = 256  # samples whose distances are computed
 MOST_WORKERS = 8  # of a machine without GPUs
-LATENT_CHANNELS, LATENT_SIZE = range(4, 33), 64  # of what is taken for an autoencoder's latents
+# What is taken for an autoencoder's latents: channels, the longest side, and how far a channel's mean may be from 0 in
+# its standard deviations, and these from each other (those of Stable Diffusion's, unscaled: 1.4, and a factor of 1.4).
+# Temperatures in kelvin, or fields of several units, are further.
+LATENT_CHANNELS, LATENT_SIZE, LATENT_MEAN, LATENT_APART = range(4, 33), 64, 3.0, 4.0
 EPOCHS = 100
 DIT = {
     "cpu": {"hidden_size": 192, "depth": 6, "num_heads": 3},
@@ -100,24 +102,24 @@ class _Draft:
 
 
 def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardware) -> str:
-    """YAML of a config that trains on the data set at `url` here. samples: some of the target's, as they are stored.
-    Raises UserError for data that nothing can be trained on."""
-    draft = _Draft()
-    target = default_target(data.fields)
-    if target is None:
-        raise UserError(f"{url}: has no field that can be modelled ({', '.join(TARGETS)}); pack one with --field")
+    """YAML of a config that trains on the data set at `url` here. samples: some of the target's, as they are stored."""
+    draft, target = _Draft(), data.target
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name).strip("-._")[:80] or "mine"
     draft.add("run", {"name": name, "storage": _storage(url)})
     section = _data(draft, url, data, target)
     found = run_fields(section, data)
     batch = _workers(draft, data, len(found.shape) - 1, machine)
-    _noise(draft, found, target, samples)
+    _noise(draft, found, samples)
     _network(draft, found, target, machine)
     _training(draft, data, batch, machine)
     kept = f"{data.num_samples:,} samples of {' x '.join(map(str, found.shape))} ({target.name}, {target.dtype})"
     where = f"{machine.num_gpus} GPUs" if machine.num_gpus else f"{machine.cores} CPU cores"
     return draft.text(
-        [f"Made by: scoreray data inspect {url} --config", f"For {kept} and {where}.", f"scoreray train {name}.yaml"]
+        [
+            f"Made by: scoreray data inspect {url} --config",
+            f"For {kept} and {where}.",
+            f"Saved as {name}.yaml, or under another name, it is run by: scoreray train {name}.yaml",
+        ]
     )
 
 
@@ -189,7 +191,8 @@ def _condition(one: Field) -> tuple[dict[str, Any], str]:
     if one.kind == "image":
         return {"field": one.name}, "a picture, resized to the sample's and joined to its channels"
     chosen, why = _normalisation(one)
-    kind = "joined to the sample's channels, resized to it" if one.kind == "array" else "a vector"
+    kinds = {"array": "joined to the sample's channels, resized to it", "scalar": "a number"}
+    kind = kinds.get(one.kind, f"{one.shape[0] if one.shape else 1:,} numbers")
     return {"field": one.name, "normalisation": chosen}, f"{kind}; {why.replace('0 and 0.5', '0 and 1').split(';')[0]}"
 
 
@@ -205,13 +208,12 @@ def _workers(draft: _Draft, data: Manifest, axes: int, machine: Hardware) -> int
     return batch
 
 
-def _noise(draft: _Draft, found: RunFields, target: Field, samples: Tensor) -> None:
+def _noise(draft: _Draft, found: RunFields, samples: Tensor) -> None:
     """`denoiser`, `process` and the noise levels of training: Karras 2022, table 1, in units of the data's scale."""
     factor = found.sigma_data / 0.5
     scale = f"the standard deviation of the data as the network sees them, {found.sigma_data:.3g}"
     draft.add("denoiser", {"sigma_data": "auto"}, scale)
-    normaliser = found.target.normaliser or normaliser_of("", target, "range", 0.5)
-    distance = largest_distance(normaliser.apply(samples[:DISTANCES]).float())
+    distance = found.largest_distance(samples[:DISTANCES]) or 0.0
     largest = max(distance, 20 * found.sigma_data)
     if len(found.shape) > 1:
         largest = max(largest, EDM().sigma_max * factor)
@@ -237,9 +239,13 @@ def _network(draft: _Draft, found: RunFields, target: Field, machine: Hardware) 
         draft.add("network", {"kind": "mlp", "hidden_size": width, "num_layers": 4}, f"points of {channels} numbers")
         return
     patch = _patch(grid, scale.places[len(grid)])
-    if target.kind == "array" and len(grid) == 2 and channels in LATENT_CHANNELS and max(grid) <= LATENT_SIZE:
-        why = f"latents of {channels} channels: a transformer over patches (Peebles & Xie 2023)"
-        draft.add("network", {"kind": "dit", "patch_size": max(patch, 2), **DIT[machine.device]}, why)
+    if _like_latents(target):
+        draft.add(
+            "network",
+            {"kind": "dit", "patch_size": max(patch, 2), **DIT[machine.device]},
+            f"{channels} channels of like spread about 0 are taken for an autoencoder's latents: a transformer over",
+            "patches (Peebles & Xie 2023). If that is wrong, kind: unet may be the better start",
+        )
         return
     smallest = min(-(-length // patch) for length in grid)
     levels = max(1, min(4, smallest.bit_length() - 3))  # down to feature maps of 8
@@ -254,6 +260,16 @@ def _network(draft: _Draft, found: RunFields, target: Field, machine: Hardware) 
         pad = "" if all(length % patch == 0 for length in grid) else ", filled up with zeros at the end"
         why += f", on patches of {patch}{pad}, so that a step fits this machine"
     draft.add("network", values, why)
+
+
+def _like_latents(target: Field) -> bool:
+    """A guess, by shape and statistics."""
+    if target.kind != "array" or len(target.shape) != 3 or not target.std or min(target.std) <= 0:
+        return False
+    channels, *grid = target.shape
+    far = max(abs(mean) / std for mean, std in zip(target.mean, target.std, strict=True))
+    is_even = far <= LATENT_MEAN and max(target.std) <= LATENT_APART * min(target.std)
+    return channels in LATENT_CHANNELS and max(grid) <= LATENT_SIZE and is_even
 
 
 def _training(draft: _Draft, data: Manifest, batch: int, machine: Hardware) -> None:

@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from scoreray.cluster.cli.main import app
 from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
+from scoreray.data.sources.field_options import parse_field_options
 from scoreray.trainer.config import load_config
 
 NOISE = np.random.default_rng(0).normal(size=(6, 4, 8, 8))
 SETS = {
     "latents": NOISE.astype(np.float32),
     "vectors": NOISE[:, 0, 0],
+    "pictures": np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8),
     "one": np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8),
     "one array": NOISE[:1],
     "tiny": 1e-4 * NOISE,
@@ -55,6 +57,23 @@ def test_what_is_known_is_said_and_nothing_else_is_made_up(name: str, tmp_path: 
         assert found["sigma_max"] == pytest.approx(distance, rel=1e-4)
         assert (found["ladder"] is None) == (distance <= 0.01)
         assert ("ladder        none: the largest distance in the data is" in shown.stdout) == (distance <= 0.01)
+
+
+def test_the_scale_of_a_set_with_a_normalisation_is_what_a_run_sees(tmp_path: Path) -> None:
+    array = np.arange(1, 5)[:, None, None] * NOISE + 280
+    np.savez(tmp_path / "x.npz", images=array)
+    pack(tmp_path / "x.npz", tmp_path / "set", fields=parse_field_options((), (), ["array=channel"]))
+    words = ["data", "inspect", str(tmp_path / "set")]
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    seen = 0.5 * (array - array.mean((0, 2, 3), keepdims=True)) / array.std((0, 2, 3), keepdims=True)
+    flat = seen.reshape(len(seen), -1)
+    assert found["mean"] == pytest.approx([0.0] * 4, abs=1e-9)
+    assert found["std"] == pytest.approx([0.5] * 4)
+    assert found["sigma_data"] == pytest.approx(0.5)
+    assert found["sigma_max"] == pytest.approx(np.sqrt(np.square(flat[:, None] - flat).sum(-1)).max(), rel=1e-4)
+    assert found["ladder"]["sigma_max"] == pytest.approx(found["sigma_max"], rel=1e-4)
+    assert found["fields"][0]["mean"] == pytest.approx(array.mean((0, 2, 3)).tolist()), "a field's are in its own units"
+    assert f"{found['sigma_max']:.3g} of those looked at" in CliRunner().invoke(app, [*words, "--config"]).stdout
 
 
 def test_a_picture_is_drawn_of_what_has_a_grid_whatever_its_scale(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from scoreray.data.fields.field import Field
 from scoreray.data.packing.field_pictures import CURVE_HEIGHT, INK, field_pictures
 from scoreray.data.packing.field_summary import FieldSummary, Lengths, _histograms, bars, field_lines
-from scoreray.data.packing.inspect import CAPTION_LINES, LINE_PIXELS, picture_grid
+from scoreray.data.packing.inspect import CAPTION_LINES, GRID_BACKGROUND, LEAST_GAP, LINE_PIXELS, picture_grid
 
 
 def test_a_grid_is_white_at_its_mean_red_above_and_blue_below() -> None:
@@ -47,6 +47,14 @@ def test_a_signal_is_a_curve_for_each_channel(length: int, width: int) -> None:
 def test_arrays_without_a_grid_are_no_pictures() -> None:
     with pytest.raises(ValueError, match="with a grid"):
         field_pictures(np.ones((2, 3)))
+
+
+def test_a_gap_is_between_samples_whose_channels_stand_side_by_side() -> None:
+    shown = field_pictures(np.random.default_rng(0).normal(size=(4, 4, 90, 90)))
+    grid = np.asarray(picture_grid(shown, columns=2))
+    background = (grid == GRID_BACKGROUND).all((0, 2))
+    assert background.sum() == 3 * LEAST_GAP
+    assert background[LEAST_GAP + 360 :][:LEAST_GAP].all()
 
 
 def test_captions_stand_below_their_pictures() -> None:

@@ -23,12 +23,12 @@ from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.data.fields.field import plain_fields
 from scoreray.data.fields.record_layout import RECORD
-from scoreray.data.packing.inspect import picture_grid, spread, summary
+from scoreray.data.packing.inspect import picture_grid, spread
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import ShardWriter, encode
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import MANIFEST, Manifest
-from scoreray.data.reading.samples import SampleReader, read_samples
+from scoreray.data.reading.samples import read_samples
 from scoreray.data.storage.store import open_store
 
 
@@ -201,7 +201,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[object, str]]:
         "broken": ((folder / "broken",), r"b.png: can't be decoded: .*; fix or remove it, or --skip-bad"),
         "deep": ((folder / "deep",), r"a.png: more than 8 bits"),
         "npz": ((folder / "not.npz",), "no readable .npz"),
-        "names": ((save("n.npz", other=images),), "holds other; 'images' is needed"),
+        "names": ((save("n.npz", other=images, more=images),), "say which columns are packed.* it has other, more"),
         "pickle": ((save("p.npz", images=np.array([{}, {}])),), "no readable .npz of plain arrays"),
         "lengths": ((save("l.npz", images=images, labels=np.zeros(3, int)),), r"4 samples, but labels of shape \(3,\)"),
         "negative": ((save("m.npz", images=images, labels=-np.ones(4, int)),), "labels must be whole numbers from 0"),
@@ -290,13 +290,6 @@ def test_the_images_that_travel_with_the_package_are_whole(tmp_path: Path) -> No
         assert archive["images"].shape == (12_000, 28, 28)
         assert np.bincount(archive["labels"]).tolist() == [1200] * 10
         assert len(archive["classes"]) == 10
-
-
-def test_summary_suggests_sigma_max_from_distances(packed: tuple[str, Manifest]) -> None:
-    found = summary(SampleReader(packed[0]))
-    images = read_samples(packed[0], range(0, 501, 1)).double().flatten(1) / 127.5 - 1
-    assert found.num_samples == 501
-    assert found.sigma_max == pytest.approx(float(np.sqrt(((images[:, None] - images) ** 2).sum(-1)).max()), rel=0.1)
 
 
 def test_of_large_samples_only_some_are_in_memory_at_once(packed: tuple[str, Manifest]) -> None:

@@ -83,6 +83,15 @@ def test_data_far_from_it_are_reported_in_a_line_and_the_settings_that_it_names_
     assert misfit(config_of(small_run, floats, tmp_path, *settings), manifest) is None
 
 
+def test_a_constant_channel_is_to_be_left_out_as_no_normalisation_takes_it(
+    small_run: Callable[..., dict[str, Any]], floats: str, tmp_path: Path
+) -> None:
+    found = misfit(config_of(small_run, floats, tmp_path), described(floats, [0.0, 1000.0], [5.0, 0.0]))
+    assert found is not None
+    advice = "pack them without channel 1, the same in every sample, and set data.normalisation=channel"
+    assert found.text.endswith(f"; {advice}")
+
+
 def test_pictures_of_every_usual_contrast_are_good_for_every_process(
     small_run: Callable[..., dict[str, Any]], small_set: str, tmp_path: Path
 ) -> None:

@@ -58,7 +58,7 @@ def stored(target: Field, count: int) -> torch.Tensor:
     """Samples as a stream gives them."""
     if target.kind == "image":
         return torch.randint(0, 256, (count, *target.shape), dtype=torch.uint8)
-    values = torch.randn(count, *target.shape).mul(target.std[0]).add(target.mean[0])
+    values = torch.randn(count, *(target.shape or [1])).mul(target.std[0]).add(target.mean[0])
     return values.to(getattr(torch, target.dtype))
 
 
@@ -75,6 +75,7 @@ SETS = {
     "audio": (numbers("wave", "array", [1, 4096], "int16", 8000.0),),
     "volume": (numbers("scan", "array", [1, 24, 24, 24], "float32", 400.0),),
     "points": (numbers("array", "array", [2]),),
+    "prices": (numbers("price", "scalar", []),),
 }
 
 
@@ -151,8 +152,21 @@ def test_the_text_says_why_and_names_what_it_is_for(tmp_path: Path) -> None:
         f"# Made by: scoreray data inspect {tmp_path}/set --config\n# For 1,000 samples of 4 x 32 x 32"
     )
     assert "no GPU was found" in text
-    assert "Peebles & Xie 2023" in text
+    assert "# 4 channels of like spread about 0 are taken for an autoencoder's latents" in text
+    assert "(Peebles & Xie 2023). If that is wrong, kind: unet may be the better start" in text
+    assert "# Saved as my-set.yaml, or under another name, it is run by: scoreray train my-set.yaml" in text
     assert parse_yaml(text, "mine.yaml")["data"]["normalisation"] == "channel"
+
+
+def test_fields_in_units_of_their_own_are_not_taken_for_latents(tmp_path: Path) -> None:
+    weather = Field(
+        "weather", "array", [4, 32, 64], "float32", "npy", mean=[280.0, 101_325.0, 1.0, -2.0],
+        std=[9.0, 800.0, 5.0, 5.0],
+    )  # fmt: skip
+    assert suggested(data_set(weather), LAPTOP, tmp_path)[1].network.kind == "unet"
+    text, _ = suggested(data_set(weather, numbers("hour", "scalar", []), numbers("x", "vector", [3])), LAPTOP, tmp_path)
+    assert "# hour: a number; means" in text
+    assert "# x: 3 numbers; means" in text
 
 
 def test_data_without_anything_to_model_are_refused(tmp_path: Path) -> None:
