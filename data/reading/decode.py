@@ -139,7 +139,10 @@ def npy_array(data: bytes) -> np.ndarray:
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise DataError(f"npy version {version}, (1, 0) is read")
-    found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy evaluates it as a Python literal, and may raise what the tokenizer does
+        raise DataError(f"its header is no npy's: {' '.join(str(error).split())}") from error
     rest = len(data) - file.tell()
     if dtype.hasobject or fortran or math.prod(found) * dtype.itemsize != rest:
         raise DataError("an npy of plain numbers in C order, as long as its header says, is needed")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,27 @@ from scoreray.cluster.verbs.pack import _check_nodes, map_on_ray, pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import SourcePlan, pack
 from scoreray.data.packing.shards import encode
+from scoreray.data.sources.field_options import parse_field_options
 from scoreray.data.sources.source import SourceOptions, open_source
 from scoreray.data.storage.store import open_store
 
 SIZE = {"image_size": 32, "samples_per_shard": 10}
+FIELDS = ["text=text", "place=latlon"]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 pictures of two classes and of any size."""
+    """400 pictures of two classes and of any size, with metadata that only a pack with fields reads."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(400):
         path = folder / ("cat" if i % 2 else "dog") / f"{i}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*rng.integers(40, 90, 2), 3), np.uint8)).save(path)
+    rows = [
+        {"file_name": f"{'cat' if i % 2 else 'dog'}/{i}.jpg", "text": f"größe {i}" * (i % 3), "latlon": [i / 7, -i]}
+        for i in range(400)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -161,15 +169,15 @@ main()
 
 def start(pictures: Path, url: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", HELD, "data", "pack", str(pictures), str(url), "--workers", "2",
-               "--image-size", "32", "--samples-per-shard", "10"]  # fmt: skip
+               "--image-size", "32", "--samples-per-shard", "10", *(f"--field={one}" for one in FIELDS)]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_a_pack_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
-    pictures: Path, whole: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_pack_with_fields_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    url, finished = tmp_path / "set", 0
+    url, finished, fields = tmp_path / "set", 0, parse_field_options(FIELDS)
     for kill in (signal.SIGINT, signal.SIGKILL):
         process = start(pictures, url)
         deadline = time.monotonic() + 120
@@ -189,9 +197,21 @@ def test_a_pack_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
         assert not alive, alive
         finished = num_finished(url)
         assert not (url / "manifest.json").exists()
-    pack_with_bar(str(pictures), str(url), workers=1, **SIZE)
+    pack_with_bar(str(pictures), str(url), workers=1, fields=fields, **SIZE)
     assert f", {finished} of them made before, at" in capfd.readouterr().err
-    assert digests(url) == whole
+    manifest = pack(pictures, tmp_path / "whole", fields=fields, **SIZE)
+    assert [one.name for one in manifest.fields] == ["image", "text", "place", "label"]
+    assert digests(url) == digests(tmp_path / "whole")
+
+
+def test_columns_that_no_field_takes_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", x=np.eye(3), hour=np.arange(3), place=np.eye(3))
+    left_out, fields = Counter[str](), parse_field_options(["hour=place"])
+    pack_with_bar(str(tmp_path / "a.npz"), str(tmp_path / "set"), workers=1, fields=fields, left_out=left_out)
+    said = [line for line in capsys.readouterr().err.splitlines() if "no field" in line]
+    assert len(said) == 1
+    assert said[0].endswith("a.npz: columns that no field takes: hour; --field NAME=hour takes one")
+    assert left_out == {"hour": 3}
 
 
 def test_members_of_tars_that_are_not_used_are_in_the_answer(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.reading.batches import Batch
+from scoreray.data.reading.field_values import FieldDecoder
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.quarantine import Quarantine
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.reading.stream import Stream
+from scoreray.data.seal import sealed
 from scoreray.data.storage.store import open_store
 
 COUNT, BATCH = 150, 24  # 1, 2, 3, 4, 6 and 8 divide the batch
@@ -301,6 +306,37 @@ def test_s3_a_disk_cache_and_a_folder_give_the_same_batches(fields_set: str, s3_
 def test_requests_that_can_not_be_met_are_one_line(fields_set: str, requests: list[FieldRequest], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Stream(fields_set, global_batch_size=8, rank=0, world_size=1, seed=0, fields=requests)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["image", "int8", "json", "t5.npy", "../x"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=5000, derandomize=True)
+@given(data=st.data())
+def test_a_manifest_whose_fields_say_something_else_is_refused_or_describes_samples(
+    data: st.DataObject, fields_set: str
+) -> None:
+    """One entry of it is changed, and it is sealed again: a line, or fields that a decoder takes, and whose samples are
+    read or refused in a line."""
+    about = json.loads(Path(fields_set, "manifest.json").read_bytes())
+    del about["sha256"]
+    where = data.draw(st.sampled_from([about, *about["fields"], about["index"], about["shards"][1]]))
+    where[data.draw(st.sampled_from([*sorted(where), "path", "classes", "std", "low"]))] = data.draw(json_values)
+    text = sealed([f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()])
+    with contextlib.suppress(DataError, UserError):
+        found = Manifest.from_json(text)
+        decoder = FieldDecoder(found, [FieldRequest(one.name) for one in found.fields if one.kind != "json"])
+        assert decoder.bytes_per_sample > 0
+        assert len(found.mean) == len(found.std) == found.shape[0]
+        SampleReader(fields_set, text.encode()).read_fields([3], READ)
 
 
 def test_a_mutated_index_or_manifest_is_refused_or_the_same(copied: Path) -> None:

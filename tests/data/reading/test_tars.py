@@ -9,12 +9,14 @@ import itertools
 import lzma
 import pickle
 import random
+import re
 import shutil
 import struct
 import tarfile
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,8 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import FieldRequest
-from scoreray.data.fields.record_layout import RECORD, digest
-from scoreray.data.packing.index_tars import TarsPlan, index_tar
+from scoreray.data.fields.record_layout import RECORD, digest, record_dtype
+from scoreray.data.packing.index_tars import TarsPlan, index_tar, plan_tars, tars_at
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
 from scoreray.data.packing.tar_fields import images_of_shape
@@ -41,6 +43,7 @@ from scoreray.data.reading.samples import SampleReader, read_samples
 from scoreray.data.reading.stream import Stream
 from scoreray.data.reading.tars import Tape
 from scoreray.data.sources.field_options import FieldOption, FieldOptions
+from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
@@ -428,35 +431,86 @@ def test_jpg_and_grey_tars_are_recognised(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", MUTATIONS)
-def test_mutated_tars_of_several_fields_are_refused_or_whole(kind: str, tmp_path: Path) -> None:
-    """A picture, an array, a caption and JSON with the class: indexed in place, then read by the index."""
-    chance, members = random.Random(kind), list[tuple[str, bytes]]()
-    for i in range(4):
-        latent = io.BytesIO()
-        np.save(latent, np.full(3, i, np.float16))
-        members += [(f"{i}.json", b'{"label": %d}' % i), (f"{i}.latent.npy", latent.getvalue())]
-        members += [(f"{i}.png", encode(image(i), "png")), (f"{i}.txt", b"caption" * i)]
-    options = FieldOptions(
-        (FieldOption("latent", "latent.npy"), FieldOption("caption", "txt"), FieldOption("label", "json", "label"))
-    )
-    base, refusals = made(*members), list[str]()
-    for case in range(3):
-        folder = tmp_path / str(case)
-        folder.mkdir()
-        (folder / "0.tar").write_bytes(base)
-        (folder / "1.tar").write_bytes(MUTATIONS[kind](base, chance))
+FIELDS = FieldOptions(
+    (FieldOption("latent", "latent.npy"), FieldOption("caption", "txt"), FieldOption("label", "json", "label"))
+)
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def members_of(number: int) -> dict[str, bytes]:
+    """A picture, an array, a caption and JSON with the class."""
+    about = b'{"label": %d}' % number
+    latent, picture = npy(np.full(3, number, np.float16)), encode(image(number), "png")
+    return {"json": about, "latent.npy": latent, "png": picture, "txt": b"caption" * number}
+
+
+HOSTILE_MEMBERS = {
+    "json": [
+        b"[" * 100_000, b'{"label": ' * 5000, b'{"label": NaN}', b'{"label": 1e999}', b'{"label": 2000000000}', b"{}",
+        b'{"label": "\\ud800"}', b'{"label": -2}', b'{"label": 1%s}' % (b"0" * 5000), b"\xff", b"", b"null",
+    ],
+    "latent.npy": [
+        NPY_OF_OBJECTS, npy(np.zeros(4, np.float16)), npy(np.zeros(3)), npy(np.full(3, np.inf, np.float16)), b"",
+        npy(np.zeros(3, np.float16))[:-1], npy(np.zeros((3, 1), np.float16)), npy(np.zeros(3, np.float16)) + b"x",
+        npy(np.zeros(3, np.float16)).replace(b"(3,), ", b"(9**9,"), npy(np.zeros(3, ">f2")), ZIPPED,
+        npy(np.zeros(3, np.float16)).replace(b"'descr': ", b"[]: 1, (("),  # what Python's tokenizer raises
+        npy(np.zeros(3, np.float16)).replace(b"'descr': '<f2'", b"[]: 1         "),  # a key that is unhashable
+    ],
+    "png": [bomb(), encode(image(0, 9), "png"), b"", ZIPPED, PNG[:-20], npy(image(0))],
+    "txt": [b"\xff", b"a\xc3", bytes((1 << 20) + 1), "\ud800".encode(errors="surrogatepass")],
+}  # fmt: skip
+
+
+def member_replaced(data: bytes, chance: random.Random) -> bytes:
+    """A whole tar, of which one member holds what no sample should."""
+    samples = [members_of(number) for number in range(4)]
+    kind = chance.choice(list(HOSTILE_MEMBERS))
+    samples[chance.randrange(4)][kind] = chance.choice(HOSTILE_MEMBERS[kind])
+    return made(*((f"{i}.{kind}", value) for i, sample in enumerate(samples) for kind, value in sample.items()))
+
+
+@pytest.fixture(scope="module")
+def fields_indexed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TarsPlan, bytes]:
+    """Two tars of several fields, indexed while they are whole; the plan that does so, and the bytes of each."""
+    folder = tmp_path_factory.mktemp("fields")
+    whole = made(*((f"{i}.{kind}", value) for i in range(4) for kind, value in members_of(i).items()))
+    for name in ("0.tar", "1.tar"):
+        (folder / name).write_bytes(whole)
+    pack(folder, folder, fields=FIELDS)
+    return plan_tars(tars_at(folder), folder, None, SourceOptions(), FIELDS), whole
+
+
+@pytest.mark.parametrize("kind", [*MUTATIONS, "members"])
+def test_mutated_tars_of_several_fields_are_refused_or_whole(kind: str, fields_indexed: tuple[TarsPlan, bytes]) -> None:
+    """By both ways in: indexed in place, and read by the index of what it was; every second one with flipped bits."""
+    (plan, base), chance, refusals, unread = fields_indexed, random.Random(kind), list[str](), list[str]()
+    requests = [FieldRequest(field.name) for field in plan.fields]
+    for case in range(30):
+        data = MUTATIONS.get(kind, member_replaced)(base, chance)
+        data = flipped(data, chance) if case % 2 and data else data
+        Path(plan.url, "1.tar").write_bytes(data)
         started = time.perf_counter()
         try:
-            manifest = pack(folder, folder, fields=options)
-            assert verify(str(folder)) == []
-            requests = [FieldRequest(field.name) for field in manifest.fields]
-            found = SampleReader(str(folder)).read_fields(range(4), requests).fields
-            assert found["latent"].tolist() == [[i] * 3 for i in range(4)]
-            assert found["label"].tolist() == list(range(4))
+            packed = index_tar(replace(plan, shards=[plan.shards[0], ("1.tar", len(data))]), 1)
+            records = np.frombuffer(packed.records, record_dtype(plan.fields))
+            columns = (records[name].ravel().tolist() for name in ("offset", "size", "digest"))
+            assert all(digest(data[at : at + size]) == expected for at, size, expected in zip(*columns, strict=True))
         except DataError as error:
             refusals.append(str(error))
+        try:
+            found = SampleReader(plan.url).read_fields(range(8), requests).fields
+            assert found["latent"].tolist() == [[i % 4] * 3 for i in range(8)]
+            assert found["label"].tolist() == [i % 4 for i in range(8)]
+            assert found["image"][5:7].equal(torch.from_numpy(np.stack([image(1), image(2)]).transpose(0, 3, 1, 2)))
+        except DataError as error:
+            unread.append(str(error))
         assert time.perf_counter() - started < 5
         assert RAN == []
-    assert refusals
-    assert all("1.tar: " in refusal for refusal in refusals)
+    assert all(re.match(r"[^\n]*1\.tar: [^\n]*$", said) for said in refusals + unread)
+    assert len(refusals) > 15
+    assert len(unread) > 5

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from obstore.store import AzureStore, GCSStore, MemoryStore
+from PIL import Image
 
 from scoreray.data.errors import StorageError
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.stream import Stream
+from scoreray.data.sources.field_options import parse_field_options
 from scoreray.data.storage import clouds, retries
 from scoreray.data.storage.retries import Refusal
 from scoreray.data.storage.store import NotFound, open_store
@@ -110,6 +117,29 @@ def test_a_data_set_is_packed_to_a_cloud_and_streamed_from_it(memory: None, sour
         batch = next(stream)
     numbers = batch.images[:, 0, 0, 0].long() * 256 + batch.images[:, 0, 0, 1].long()
     assert (numbers % 7 == batch.labels).all()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_tables_of_a_cloud_are_packed_by_ranges(scheme: str, memory: None, tmp_path: Path) -> None:
+    """A parquet file, an .npy and a folder with metadata make the bytes that local ones make."""
+    rng, bucket, files = np.random.default_rng(0), open_store(f"{scheme}://bucket"), tmp_path / "files"
+    (files / "photos").mkdir(parents=True)
+    rows = [{"x": rng.normal(size=4).tolist(), "y": i % 3, "text": f"n {i}"} for i in range(50)]
+    pq.write_table(pa.Table.from_pylist(rows), files / "rows.parquet", row_group_size=20)
+    np.save(files / "x.npy", rng.normal(size=(50, 2, 3)).astype(np.float16))
+    about = [{"file_name": f"{i}.png", "text": f"n {i}"} for i in range(5)]
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(files / "photos" / f"{i}.png")
+    (files / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, about)))
+    for path in files.rglob("*.*"):
+        bucket.put(path.relative_to(files).as_posix(), path.read_bytes())
+    for name, fields in (("rows.parquet", ["x=x", "label=y", "text=text"]), ("x.npy", []), ("photos", ["text=text"])):
+        asked = parse_field_options(fields)
+        made = pack(f"{scheme}://bucket/{name}", f"{scheme}://bucket/{name}-set", fields=asked, name="set")
+        same = pack(files / name, tmp_path / f"{name}-set", fields=asked, name="set")
+        assert [shard.sha256 for shard in made.shards] == [shard.sha256 for shard in same.shards]
+        assert made.fields == same.fields
+        assert verify(f"{scheme}://bucket/{name}-set") == []
 
 
 def test_a_fork_is_refused_in_one_line(memory: None) -> None:
