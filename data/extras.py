@@ -7,6 +7,7 @@ from __future__ import annotations
 
 EXTRAS = {
     "mlflow": ("mlflow-skinny>=3.10", "sqlalchemy>=2", "alembic>=1.10"),
+    "wandb": ("wandb>=0.31",),
     "arrays": ("zarr>=3", "h5py>=3.10"),
     "redis": ("redis>=5",),
     "otel": ("opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"),

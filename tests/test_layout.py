@@ -30,7 +30,7 @@ ROOMS = (
     "data", "data.own_code", "data.storage", "data.fields", "data.reading", "data.sources", "data.tables",
     "data.packing", "data.unpacked", "data.webdataset",
     "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config",
-    "trainer.checkpoints", "trainer", "trainer.on_ray",
+    "trainer.checkpoints", "trainer", "trainer.tracking", "trainer.on_ray",
     "sampling.samplers", "sampling.model", "sampling.guidance", "sampling.measures", "sampling.offline",
     "sampling.evaluation", "sampling.service", "sampling.http", "sampling",
     "tune",

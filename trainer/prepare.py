@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
+from scoreray.data.extras import install
 from scoreray.data.fields.description import DataDescription
 from scoreray.data.own_code import check_stored
 from scoreray.data.unpacked.tars import UnpackedTars
@@ -16,7 +18,6 @@ from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
-from scoreray.trainer.tracking import check_mlflow
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
 
     Raises UserError, StorageError or DataError.
     """
-    check_mlflow(config)
+    _check_trackers(config)
     data = open_run_data(config, patient=False)
     meta_module(config, data)
     run = run_store(config)
@@ -60,6 +61,13 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)
     return PreparedRun(config, data, newest, found.text if found else "", tuple(notes), initial)
+
+
+def _check_trackers(config: Config) -> None:
+    """Raises UserError where records are to be sent somewhere by a package that is missing."""
+    for name in ("mlflow", "wandb"):
+        if getattr(config.log, name) is not None and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.{name}: its package is not installed: {install(name)}, or log.{name}=null")
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> PreparedRun:

@@ -22,7 +22,7 @@ from scoreray.trainer.prepare import PreparedRun
 from scoreray.trainer.quarantined import FOLDER, read_quarantined
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store
-from scoreray.trainer.tracking import tracked
+from scoreray.trainer.tracking.follow import tracked
 
 MOST_NAMED = 10  # samples that could not be read, in the last lines of a run; the others are in its folder
 

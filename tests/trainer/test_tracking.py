@@ -1,10 +1,11 @@
-"""Records in a real MLflow: each once over kills and servers that do not answer, and never in the way of the run."""
+"""Records in a real MLflow, and in W&B's files: each once over kills and servers that are away, never in the way."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,14 +16,14 @@ from typing import Any
 import pytest
 
 from scoreray.data.errors import UserError
-from scoreray.trainer import tracking
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.prepare import check_run
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store
-from scoreray.trainer.tracking import tracked
+from scoreray.trainer.tracking import follow, mlflow, wandb
+from scoreray.trainer.tracking.follow import tracked
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -32,8 +33,8 @@ pytest.importorskip("mlflow")
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may take long to import MLflow and to make its database."""
-    monkeypatch.setattr(tracking, "LAST_S", 90.0)
-    monkeypatch.setattr(tracking, "STOPPED_S", 90.0)
+    monkeypatch.setattr(follow, "LAST_S", 90.0)
+    monkeypatch.setattr(follow, "STOPPED_S", 90.0)
 
 
 def config(small_run: Settings, storage: Path, mlflow: str | None, *overrides: str) -> Config:
@@ -108,7 +109,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(small_run: Settings, tmp_p
     assert run.info.status == "FINISHED"
     assert run.data.params["data.global_batch_size"] == "16"
     assert run.data.tags["scoreray.run"] == run_store(c).url()
-    assert json.loads(run_store(c).get(tracking.KEY)) == {"uri": uri, "run_id": first}
+    assert json.loads(run_store(c).get(mlflow.KEY)) == {"uri": uri, "run_id": first}
 
 
 def test_what_is_missing_or_out_of_place_is_refused_before_the_run(
@@ -179,7 +180,7 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
     small_run: Settings, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The password comes from the environment, and stands in no file of the run and in no line."""
-    monkeypatch.setattr(tracking, "POLL_S", 0.2)
+    monkeypatch.setattr(follow, "POLL_S", 0.2)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-one")
     notes: list[str] = []
@@ -193,7 +194,7 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
     with tracked(c, notes.append):
         train(c, requested=stop_after(96))
         deadline = time.monotonic() + 60
-        while not run_store(c).exists(tracking.KEY) or not any(plotted(server.uri).values()):
+        while not run_store(c).exists(mlflow.KEY) or not any(plotted(server.uri).values()):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         process.kill()
@@ -205,14 +206,14 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
         server()
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
-        monkeypatch.setattr(tracking, "LAST_S", 1.0)
+        monkeypatch.setattr(follow, "LAST_S", 1.0)
         hung = config(small_run, tmp_path, f"http://127.0.0.1:{deaf.getsockname()[1]}")
         started = time.monotonic()
         with tracked(hung, lambda line: None):
             train(hung)
         assert time.monotonic() - started < 120
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    monkeypatch.setattr(tracking, "LAST_S", 90.0)
+    monkeypatch.setattr(follow, "LAST_S", 90.0)
     with tracked(c, notes.append):
         train(c)
     assert len(notes) == 2
@@ -220,3 +221,70 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert not any(secret in file.read_bytes() for file in files for secret in (b"hunter2", b"wrong-one"))
     assert not any("hunter2" in line or "wrong-one" in line for line in notes)
+
+
+def in_wandb(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, values) of all points in a run's file: a log of LevelDB's format after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("run-*.wandb")
+    data, at, found, parts = file.read_bytes(), 7, [], b""
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts, at = parts + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record, parts = Record.FromString(parts), b""
+            if record.WhichOneof("record_type") == "history":
+                items = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+                found.append((record.history.step.num, {name: json.loads(text) for name, text in items.items()}))
+    return found
+
+
+def test_wandb_offline_has_each_record_once_over_restarts(
+    small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start writes a folder of the same run; what the one before wrote is not in it."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    notes: list[str] = []
+    c = config(small_run, tmp_path, None, "log.wandb=team/project")
+    with pytest.raises(KeyboardInterrupt), tracked(c, notes.append):
+        interrupted(c)
+    with tracked(c, notes.append):
+        train(c)
+    assert not notes
+    stored = json.loads(run_store(c).get(wandb.KEY))
+    assert (stored["project"], stored["offline_images"]) == ("team/project", 320)
+    folders = sorted((tmp_path / "wandb").glob(f"offline-run-*-{stored['run_id']}"))  # their names begin with the time
+    points = [in_wandb(folder) for folder in folders]
+    assert [points[0][-1][0], points[1][-1][0]] == [112, 320]
+    records = read_metrics(run_store(c))
+    assert [(step, values["train/loss"]) for part in points for step, values in part] == [
+        (one.images, pytest.approx(one.loss)) for one in records
+    ]
+    assert points[0][0][1]["_timestamp"] == pytest.approx(records[0].time)
+
+
+def test_a_wandb_that_is_away_costs_a_line(
+    small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    with pytest.raises(UserError, match=r"log\.wandb: 'a/b/c' is not accepted; it should be a project, or entity/"):
+        config(small_run, tmp_path, None, "log.wandb=a/b/c")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "OPEN_S", 1.0)
+    notes: list[str] = []
+    c = config(small_run, tmp_path, None, "log.wandb=project")
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with tracked(c, notes.append):
+            train(c, requested=stop_after(48))
+    (line,) = notes
+    assert line.startswith("log.wandb: project: ")
+    assert "training goes on" in line

@@ -75,6 +75,12 @@ def _mlflow_uri(uri: str | None) -> str | None:
     return uri
 
 
+def _wandb_project(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"([\w.-]{1,128}/)?[\w. -]{1,128}", name, re.ASCII):
+        raise ValueError(f"{shortened(repr(name))} is not accepted; it should be a project, or entity/project")
+    return name
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -200,12 +206,14 @@ class CheckpointSection(Section):
 class LogSection(Section):
     """A line of metrics every so many images; `tensorboard`: also as files under `<run>/tensorboard`.
 
-    `mlflow`: also to this MLflow, "https://...", "http://...", "sqlite:///FILE" or "databricks"; needs the package.
+    `mlflow`: also to this MLflow, "https://...", "http://...", "sqlite:///FILE" or "databricks".  `wandb`: also to
+    this project of Weights & Biases, "project" or "entity/project". Each needs its package.
     """
 
     every_images: Count = 10_000
     tensorboard: bool = True
     mlflow: Annotated[str | None, AfterValidator(_mlflow_uri)] = None
+    wandb: Annotated[str | None, AfterValidator(_wandb_project)] = None
 
 
 class EvaluationSection(Section):
