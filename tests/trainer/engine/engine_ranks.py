@@ -18,6 +18,7 @@ import torch.distributed as dist
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.storage.store import open_store
+from scoreray.trainer import loop
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.marker import Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
@@ -149,6 +150,33 @@ CASES = {
 CONDITIONED = ("flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16")
 
 
+BEGUN = {"flat": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-bf16": 3}
+
+
+def train_from_another(name: str) -> None:
+    """Two steps of a run that knows a class more than the one it begins from, and trains a part of it."""
+    base = {
+        "run": {"name": "base", "storage": str(FOLDER)},
+        "data": {"url": str(FOLDER / "3-classes"), "global_batch_size": 16},
+        "network": {"kind": "mlp", "hidden_size": 12, "num_layers": 2},
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "optimizer": {"learning_rate": 0.01},
+        "duration": {"images": 32},
+    }
+    if WORLD == 1:
+        loop.train(load_config(base))
+    tuned = {
+        **base,
+        "run": {"name": f"begun-{name}-{WORLD}", "storage": str(FOLDER)},
+        "data": {"url": str(FOLDER / "4-classes"), "global_batch_size": 16},
+        "engine": {"zero_stage": BEGUN[name], "precision": "bf16" if "bf16" in name else "fp32"},
+        "init": {"checkpoint": str(FOLDER / "base")},
+        "optimizer": {"learning_rate": 1e-3, "frozen": ["first.*", "layers.*", "!layers.*.modulation.*"]},
+        "scaling": {"workers": WORLD},
+    }
+    loop.train(load_config(tuned), rank=RANK, world_size=WORLD)
+
+
 def refusal(stage: int, name: str, value: object) -> str:
     """What is said of a DeepSpeed that differs in one of the names that are not documented."""
     holder: object = by_deepspeed if hasattr(by_deepspeed, name) else by_deepspeed.DeepSpeedEngine
@@ -182,6 +210,8 @@ def main() -> None:
         facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
     for name in CONDITIONED if WORLD == 2 else ("flat",):
         facts[f"{name}, conditions"] = train_conditioned(CASES[name])
+    for name in BEGUN if WORLD == 2 else ("flat",):
+        train_from_another(name)
     if WORLD == 2:
         facts["refusals"] = [
             refusal(3, "PARTITIONS", "absent"),

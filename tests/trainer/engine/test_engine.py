@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 
@@ -22,6 +24,10 @@ KEYS = ("master", "exp_avg", "exp_avg_sq", "ema_0.050", "ema_0.100", "ema_half-l
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of checkpoints by world sizes 1 and 2."""
     folder = tmp_path_factory.mktemp("engine")
+    for classes in (3, 4):
+        images = np.random.default_rng(0).integers(0, 256, (32, 4, 4), dtype=np.uint8)
+        np.savez(folder / "p.npz", images=images, labels=np.arange(32) % classes)
+        pack(str(folder / "p.npz"), str(folder / f"{classes}-classes"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -117,6 +123,24 @@ def test_the_step_after_resharding_is_the_same_step(trained: Path) -> None:
     norms = [two[f"{source}-in-{name}"]["norms"][0] for source in ("flat-1", "zero3-2") for name in ("flat", "zero3")]
     assert max(norms) - min(norms) < 1e-5 * norms[0]
     assert two["flat"]["norms"] == pytest.approx(facts(trained, 1)["flat"]["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flat", "zero1", "zero2", "zero3", "zero3-bf16"])
+def test_a_run_begins_from_another_and_leaves_frozen_parts_under_every_stage(trained: Path, name: str) -> None:
+    """What is frozen has the other model's bits, also in bf16; the rest is trained as on one process."""
+    lines = {key: state(trained, f"begun-{name}-2", key) for key in ("master", "ema_0.050")}
+    base = state(trained, "base", "ema_0.050")
+    for key, values in lines.items():
+        alone = state(trained, "begun-flat-1", key)
+        for parameter, value in values.items():
+            if parameter.startswith(("denoiser.network.first", "denoiser.network.layers")) and "modul" not in parameter:
+                assert torch.equal(value, base[parameter])
+            else:
+                atol = 3e-3 if "bf16" in name else 1e-5  # two steps of Adam at rate 1e-3, at worst in other directions
+                torch.testing.assert_close(value, alone[parameter], rtol=1e-4, atol=atol)
+    classes = "denoiser.network.embedding.classes.weight"
+    assert (lines["master"][classes][4] - base[classes][0]).abs().max() < 3e-3  # began as the null class
+    assert not torch.equal(lines["master"][classes], torch.cat([base[classes], base[classes][:1]]))
 
 
 def test_a_deepspeed_that_arranges_its_weights_otherwise_is_refused_in_a_line(trained: Path) -> None:
