@@ -26,7 +26,7 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.samplers.ode import Steps
-from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition
+from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, encoded
 
 Denoise = Callable[..., Tensor]
 
@@ -89,6 +89,9 @@ class ClassifierFree:
         if known is not None and not known:
             raise UserError(f"guidance {self.weight:g}: this network has no classes or other conditions; leave it out")
 
+    def encode(self, condition: Condition) -> Condition:
+        return encoded(self.denoiser, condition)
+
     def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
         if condition is None:
             raise UserError(f"guidance {self.weight:g} needs class_labels, or another condition: give one per row")
@@ -134,7 +137,8 @@ def merged(denoised: Tensor, terms: Terms) -> Tensor:
 class Autoguidance:
     """Guidance by a worse version of the model: smaller, trained less, or of a shorter EMA (Karras 2024, autoguidance).
 
-    `weak` may also be a model that takes fewer conditions, or none: guidance across models.
+    `weak` may also be a model that takes fewer conditions, or none: guidance across models. (It has no `encode`: each
+    model reads a text in its own way, at every call.)
     """
 
     denoiser: Denoise
@@ -190,6 +194,9 @@ class Interval:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:
             raise UserError(f"guidance interval [{self.low:g}, {self.high:g}]: must be 0 <= low < high")
+
+    def encode(self, condition: Condition) -> Condition:
+        return encoded(self.guided, condition)
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
         arguments = (x, sigma, *_given(condition))

@@ -16,7 +16,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.guidance import Denoise
 from scoreray.sampling.guidance.operators import Operator, mask
-from scoreray.trainer.diffusion.condition import AnyCondition
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, encoded
 
 MOST_NOISE_STD = 1e9  # its square must be a number of float32
 
@@ -52,6 +52,9 @@ class LinearInverse:
             raise UserError(f"method = {self.method!r}: must be projection or jacobian")
         if not bool(torch.isfinite(self.observed).all()):
             raise UserError("observed holds values that are not finite; mark unknown ones with a mask, not with NaN")
+
+    def encode(self, condition: Condition) -> Condition:
+        return encoded(self.denoiser, condition)
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
         given = () if condition is None else (condition,)

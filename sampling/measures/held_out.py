@@ -25,7 +25,7 @@ from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.stored_conditions import StoredConditions
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
 from scoreray.trainer.diffusion import noise
-from scoreray.trainer.diffusion.condition import Condition
+from scoreray.trainer.diffusion.condition import Condition, encoded
 from scoreray.trainer.step import to_unit_range
 
 LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draws
@@ -95,7 +95,7 @@ def denoising_errors(
     for part in torch.arange(len(x0)).split(batch_size):
         z = noise.normal(SAMPLING_SEED, held.numbers[part], tuple(x0.shape[1:]), stream=LOSS_STREAM).to(device)
         clean = x0[part].to(device)
-        given = None if held.condition is None else held.condition[part].to(device)
+        given = None if held.condition is None else encoded(denoiser, held.condition[part].to(device))
         levels = []
         for sigma in sigmas:
             denoised = denoiser(clean + sigma * z, torch.full((len(part),), sigma, device=device), given)

@@ -23,7 +23,7 @@ from scoreray.sampling.samplers.ode import Steps, dpm2
 from scoreray.sampling.samplers.sample import drive
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion import noise as counter
-from scoreray.trainer.diffusion.condition import AnyCondition
+from scoreray.trainer.diffusion.condition import AnyCondition, encoded
 from scoreray.trainer.diffusion.jacobian import exact_trace, projected_trace
 
 Trace = Literal["exact", "rademacher", "gaussian"]
@@ -78,7 +78,7 @@ def log_likelihood(
         data_std = float(getattr(denoiser, "sigma_data", 0.0))
     vectors = None if trace == "exact" else _probes(x, trace, probes, seeds)
     state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
-    augmented = _Augmented(denoiser, x.shape[1:], vectors, condition)
+    augmented = _Augmented(denoiser, x.shape[1:], vectors, encoded(denoiser, condition))
     end, nfe = drive(_upwards(state, sigma_min, sigma_max, steps, rtol, atol), augmented)
     latent, integral = end[:, :-1].view(x.shape), end[:, -1]
     variance = sigma_max**2 + data_std**2

@@ -23,7 +23,15 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
-from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, as_condition, complete, example_condition
+from scoreray.trainer.diffusion.condition import (
+    AnyCondition,
+    Condition,
+    Conditions,
+    as_condition,
+    complete,
+    encoded,
+    example_condition,
+)
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.engine.cpu import has_bf16_units
 
@@ -132,13 +140,16 @@ class Sized(nn.Module):
         self.conditions: Conditions = getattr(network, "conditions", {})
         self._compiled = torch.compile(network, dynamic=False, options={"freezing": True})
 
+    def encode(self, condition: Condition) -> Condition:
+        return encoded(self.network, condition)
+
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         size = min((size for size in self.sizes if size >= len(x)), default=None)
         if size is None or len(x) < self.least.get(size, 1):
             return self.network(x, c_noise, condition)
         given = as_condition(condition, self.conditions)
-        if self.conditions:  # one graph only
-            given = complete(given, self.conditions, len(x), x.device).fill(size)
+        if self.conditions:  # one graph only, which reads no text: samplers have it read before their first step
+            given = self.encode(complete(given, self.conditions, len(x), x.device)).fill(size)
         padding = size - len(x)
         if padding:
             x, c_noise = (torch.cat([t, t[-1:].expand(padding, *t.shape[1:])]) for t in (x, c_noise))

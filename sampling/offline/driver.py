@@ -30,7 +30,7 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
-from scoreray.trainer.diffusion.condition import AnyCondition, as_condition, complete, example_condition
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, as_condition, complete, example_condition
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +72,23 @@ class InRows(LoadedDenoiser):
         if not isinstance(sigma, Tensor):
             sigma = x.new_full((len(x),), sigma)
         parts = []
-        for first in range(0, len(x), self.rows):
-            rows = slice(first, first + self.rows)
+        for rows in self._parts(len(x)):
             given = None if condition is None else condition[rows].fill(self.rows)
             part = super().forward(self._filled(x[rows]), self._filled(sigma[rows]), given)
-            parts.append(part[: len(x) - first])
+            parts.append(part[: len(x[rows])])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def encode(self, condition: Condition) -> Condition:
+        if not any(spec.kind == "text" for spec in self.info.conditions.values()):
+            return condition
+        given = complete(condition, self.info.conditions, len(condition))
+        parts = [super(InRows, self).encode(given[rows].fill(self.rows)) for rows in self._parts(len(given))]
+        found = Condition.cat(parts, [self.rows] * len(parts))
+        assert found is not None
+        return found[: len(condition)]
+
+    def _parts(self, rows: int) -> list[slice]:
+        return [slice(first, first + self.rows) for first in range(0, rows, self.rows)]
 
     def _filled(self, values: Tensor) -> Tensor:
         missing = self.rows - len(values)

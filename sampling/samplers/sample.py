@@ -28,7 +28,7 @@ from scoreray.sampling.samplers.sde import (
     reverse_sde,
 )
 from scoreray.sampling.samplers.sigmas import as_grid
-from scoreray.trainer.diffusion.condition import AnyCondition
+from scoreray.trainer.diffusion.condition import AnyCondition, encoded
 
 SAMPLERS: dict[str, Callable[..., Steps]] = {
     "langevin": langevin,
@@ -142,6 +142,7 @@ def drive(
         except StopIteration as end:
             return end.value, nfe
         check_rows(condition, len(x))
+        condition = encoded(denoiser, condition)
         while True:
             levels = per_row(sigma, x)
             denoised = denoiser(x, levels) if condition is None else denoiser(x, levels, condition)

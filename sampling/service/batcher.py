@@ -186,7 +186,7 @@ class StepBatcher:
         x = torch.cat([part.x for part in parts])
         sigma = torch.cat([per_row(part.sigma, part.x) for part in parts])
         count = len(x)
-        condition = Condition.cat([part.condition for part in parts], [len(part.x) for part in parts])
+        condition = Condition.cat([part.encoded(self.denoiser) for part in parts], [len(part.x) for part in parts])
         padded = next((size for size in self.batch_sizes if size >= count), count)
         if padded > count:
             x, sigma = _pad(x, padded), _pad(sigma, padded)

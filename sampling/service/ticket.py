@@ -19,7 +19,7 @@ from scoreray.sampling.samplers.ode import Steps
 from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
 from scoreray.sampling.service.request import SampleRequest
-from scoreray.trainer.diffusion.condition import Condition
+from scoreray.trainer.diffusion.condition import Condition, encoded
 
 ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
 """Called in the batcher's thread after each call of the network: (first row, sigma, denoised [b, *shape])."""
@@ -142,10 +142,17 @@ class Part:
 
     def __init__(self, ticket: Ticket, first: int, steps: Steps, condition: Condition | None) -> None:
         self.ticket, self.first, self.in_call, self.calls = ticket, first, False, 0
-        self.condition = None if condition is None else term_rows(condition, ticket.terms)
+        self._given, self._encoded = condition, False
         self.steps = classifier_free_steps(steps, ticket.terms) if len(ticket.terms) > 1 else steps
         with torch.no_grad():
             self.x, self.sigma = next(self.steps)
+
+    def encoded(self, denoiser: Callable[..., Tensor]) -> Condition | None:
+        """What conditions a call's rows, of all terms of guidance. Texts are read once for all calls."""
+        if not self._encoded and self._given is not None:
+            self._given = term_rows(encoded(denoiser, self._given), self.ticket.terms)
+        self._encoded = True
+        return self._given
 
     def advance(self, denoised: Tensor | Exception) -> None:
         """Takes what the network gave: on to the next wait, to the end, or to the request's failure."""

@@ -5,7 +5,8 @@ A condition of kind
   vector    is float [B, D],
   concat    is float [B, C, ...] over the sample's grid or another one, joined to the sample's channels,
   sequence  is float [B, L, D],
-  text      is uint8 [B, L], UTF-8 bytes, which an encoder inside the network reads.
+  text      is uint8 [B, L], UTF-8 bytes, which an encoder inside the network reads, or float [B, L, width], what it
+            made of them (`encoded`).
 A mask says what is there: bool [B, L] of sequences and text, bool [B] of vectors and grids. Where all of a row's mask
 is False the row has none: the network puts what it learned for that in its place (the null of classifier-free
 guidance). What stands under a False mask is never looked at.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -203,6 +204,22 @@ def as_condition(condition: AnyCondition, conditions: Conditions) -> Condition |
     return Condition({name: condition})
 
 
+@overload
+def encoded(denoiser: Callable[..., Tensor], condition: Condition) -> Condition: ...
+@overload
+def encoded(denoiser: Callable[..., Tensor], condition: AnyCondition) -> AnyCondition: ...
+def encoded(denoiser: Callable[..., Tensor], condition: AnyCondition) -> AnyCondition:
+    """`condition` with what `denoiser` makes of it alone computed, where it can (its `encode`): a sampler that calls it
+    at many noise levels has its texts read once, to the same bits."""
+    encode: Callable[[Condition], Condition] | None = getattr(denoiser, "encode", None)
+    return condition if encode is None or not isinstance(condition, Condition) else encode(condition)
+
+
+def is_encoded(spec: ConditionSpec, value: Tensor) -> bool:
+    """Whether a condition's value is a text that was read already."""
+    return spec.kind == "text" and value.is_floating_point()
+
+
 def example_condition(conditions: Conditions, rows: int, device: torch.device | str = "cpu") -> Condition | None:
     """A value of every name in the shapes that a network was built for, the same at every call, for probes and to warm
     up: classes in turn, normal numbers, sequences and texts of the greatest length and of shorter ones. None of an
@@ -246,7 +263,9 @@ def complete(
     if condition is None:
         return null_condition(conditions, rows, device)
     device = next(iter(condition.values.values())).device
-    found = Condition.cat([condition, null_condition(conditions, 1, device)], [rows, 1])
+    read = {name for name, value in condition.values.items() if is_encoded(conditions[name], value)}  # complete as such
+    others = {name: spec for name, spec in conditions.items() if name not in read}
+    found = Condition.cat([condition, null_condition(others, 1, device)], [rows, 1])
     assert found is not None, "a network that takes conditions"
     return found[:rows]
 
@@ -295,6 +314,8 @@ def _check_value(name: str, spec: ConditionSpec, value: Tensor, mask: Tensor | N
             check_labels(name, value, spec.num_classes)
         return
     shape = list(value.shape)
+    if is_encoded(spec, value):
+        spec = ConditionSpec("sequence", (*spec.shape, *shape[2:]))
     if spec.kind in HAS_LENGTH:
         fits = spec.fits(shape[1:]) and value.shape[1] <= spec.shape[0]
         expected = [rows, f"up to {spec.shape[0]}", *spec.shape[1:]]

@@ -20,10 +20,12 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.condition import (
     LABEL,
     AnyCondition,
+    Condition,
     Conditions,
     check_condition,
     check_labels,
     conditions_of,
+    encoded,
 )
 from scoreray.trainer.diffusion.energy import conservative_output, energy
 from scoreray.trainer.diffusion.layers import allow_double_backward
@@ -166,6 +168,13 @@ class Denoiser(nn.Module):
         found = getattr(self.network, "conditions", None)
         num_classes = getattr(self.network, "num_classes", None)
         return conditions_of(num_classes) if found is None and num_classes is not None else found
+
+    def encode(self, condition: Condition) -> Condition:
+        """`condition` with what the network makes of it at any noise level computed: texts are read (`encoded`)."""
+        known = self.conditions
+        if known is not None:
+            check_condition(condition, known, len(condition))
+        return encoded(self.network, condition)
 
     def denoise(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
         """As calling the denoiser, without any check of values: for training steps, sigma [B] on the device of x."""

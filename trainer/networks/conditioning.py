@@ -33,6 +33,7 @@ from scoreray.trainer.diffusion.condition import (
     Conditions,
     ConditionSpec,
     as_condition,
+    is_encoded,
 )
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, Attention, call_block, grid_code, require, sinusoids
 
@@ -152,7 +153,7 @@ class Conditioning(nn.Module):
             elif spec.kind == "vector":
                 h = h + self.inputs[_key(name, spec)](value, mask)
             else:
-                pooled, its_tokens, its_mask = self.inputs[_key(name, spec)](value, mask)
+                pooled, its_tokens, its_mask = self.inputs[_key(name, spec)](value, mask, is_encoded(spec, value))
                 h = h + pooled
                 if its_tokens is not None:
                     tokens.append(its_tokens)
@@ -176,6 +177,19 @@ class Conditioning(nn.Module):
             case kind:
                 layer = f"inputs.{key}.{'second' if kind == 'vector' else 'pool'}"
                 return [f"{layer}.weight", f"{layer}.bias"]
+
+    @torch.no_grad()
+    def encode(self, condition: Condition) -> Condition:
+        """`condition` with its texts read, which `forward` takes as well: what it makes of them depends on no noise
+        level."""
+        values, masks = dict(condition.values), dict(condition.masks)
+        for name, spec in self.conditions.items():
+            if spec.kind == "text" and name in values and not is_encoded(spec, values[name]):
+                value, masks[name] = values_of(name, spec, condition, values[name])
+                tokens = self.inputs[_key(name, spec)]
+                assert isinstance(tokens, TokenInput)
+                values[name] = tokens.read(value, masks[name])
+        return Condition(values, masks)
 
 
 def _key(name: str, spec: ConditionSpec) -> str:
@@ -252,9 +266,9 @@ class VectorInput(nn.Module):
 
 
 class TokenInput(nn.Module):
-    """(values [B, L, ...], mask bool [B, L]) -> pooled [B, width], tokens [B, 1 + L, width], their mask.
+    """(values [B, L, ...], mask bool [B, L], is_read) -> pooled [B, width], tokens [B, 1 + L, width], their mask.
 
-    `read`: (values, mask) -> [B, L, width]. The first token is the null.
+    `read`: (values, mask) -> [B, L, width]; with `is_read` values are what it gave. The first token is the null.
     """
 
     def __init__(self, read: nn.Module, width: int, has_tokens: bool):
@@ -264,8 +278,8 @@ class TokenInput(nn.Module):
         self.null = nn.Parameter(torch.zeros(width))
         self.null_token = nn.Parameter(torch.zeros(width)) if has_tokens else None
 
-    def forward(self, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        tokens = self.read(value, mask).masked_fill(~mask[:, :, None], 0)
+    def forward(self, value: Tensor, mask: Tensor, is_read: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tokens = (value if is_read else self.read(value, mask)).masked_fill(~mask[:, :, None], 0)
         total = tokens.sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         mean = total / mask.sum(1, keepdim=True).clamp(min=1)
         pooled = self.pool(mean.to(tokens.dtype))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import (
     MAX_LAYERS,
     Attention,
@@ -142,6 +142,9 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def encode(self, condition: Condition) -> Condition:
+        return self.embedding.encode(condition)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         check_call(x, c_noise, tuple(x.shape[1:]) == self.image_shape, str(self.image_shape))

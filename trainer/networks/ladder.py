@@ -18,7 +18,7 @@ from scoreray.data import checks
 from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError, shortened
 from scoreray.trainer.diffusion.buffers import ExactBuffers
-from scoreray.trainer.diffusion.condition import AnyCondition, Conditions
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, encoded
 
 Conditioning = Literal["learned", "none"]
 
@@ -126,6 +126,9 @@ class OnLadder(ExactBuffers):
         """The index, in ascending order of sigma, of the rung nearest to c_noise = ln(sigma) / 4 [B]."""
         edges = (self.log_sigmas[1:] + self.log_sigmas[:-1]) / 2
         return torch.bucketize(4 * c_noise.float(), edges)
+
+    def encode(self, condition: Condition) -> Condition:
+        return encoded(self.network, condition)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         if self.codes is None:

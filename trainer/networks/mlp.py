@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoreray.data import checks
-from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, check_call, require, zero_
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.conditioning import AnyTextEncoder, Conditioning, TextEncoderConfig
@@ -62,6 +62,9 @@ class MLP(nn.Module):
         self.last = zero_(nn.Linear(width, size))
         grid_size = self.embedding.num_grid_channels * math.prod(self.shape[1:])
         self.grid_in = nn.Linear(grid_size, width, bias=False) if grid_size else None
+
+    def encode(self, condition: Condition) -> Condition:
+        return self.embedding.encode(condition)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         check_call(x, c_noise, tuple(x.shape[1:]) == self.shape, str(self.shape))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, conditions_of
 from scoreray.trainer.diffusion.layers import (
     MAX_LAYERS,
     Attention,
@@ -204,6 +204,9 @@ class UNet(nn.Module):
         self.conv_out = zero_(conv(width, channels * patch, 3, padding=1))
         grid_channels = self.embedding.num_grid_channels
         self.grid_in = conv(grid_channels * patch, widths[0], 3, padding=1, bias=False) if grid_channels else None
+
+    def encode(self, condition: Condition) -> Condition:
+        return self.embedding.encode(condition)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         patch = self.config.patch_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, check_condition, complete, encoded
 from scoreray.trainer.diffusion.layers import allow_double_backward, attend, attention_by_products
 from scoreray.trainer.networks.conditioning import TextEncoderConfig, grid_channels
 from scoreray.trainer.networks.dit import DiTConfig
@@ -107,6 +107,21 @@ def test_masked_values_and_padding_change_no_bit(config):
     assert torch.equal(out, expected)
     out.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@each_network
+def test_texts_that_were_read_before_give_the_same_bits(config):
+    network, (x, c_noise), given = built(config).eval(), inputs(), condition()
+    read = encoded(network, given)
+    assert read.values["caption"].is_floating_point()
+    assert all(read.values[name] is value for name, value in given.values.items() if name != "caption")
+    assert encoded(network, read).values["caption"] is read.values["caption"]
+    pairs = [(given, read), (given.null(["caption"]), read.null(["caption"]))]
+    others = [Condition.cat([one[:2], None], [2, 2]) for one in (given, read)]  # as rows of a request without one
+    pairs += [(others[0], others[1]), (complete(given, specs(), ROWS), complete(read, specs(), ROWS))]
+    for before, after in pairs:
+        assert torch.equal(network(x, c_noise, before), network(x, c_noise, after))
+    check_condition(read, specs(), ROWS)
 
 
 @each_network
