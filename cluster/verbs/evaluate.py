@@ -11,12 +11,13 @@ from typing import Any
 from scoreray.cluster.actors import Retries, actors, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
-from scoreray.cluster.display import bar
+from scoreray.cluster.display import bar, say
 from scoreray.data import own_code
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished
 from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training
+from scoreray.sampling.guidance.steering import untrained_estimate
 
 RETRIES = Retries(
     times=4, work="a chunk", hint="is there memory for so many workers? give fewer --workers or a smaller --batch-size"
@@ -30,6 +31,8 @@ def evaluate_on_ray(settings: EvaluationSettings, *, workers: int | None = None,
     ScorerayErrors; what is wrong with the settings is found before Ray starts.
     """
     inputs = checked_inputs(settings)
+    if warning := untrained_estimate(inputs.info, inputs.info.conditions, inputs.request.guided):
+        say(warning)
     with connected(verbose=verbose):
         import ray
 

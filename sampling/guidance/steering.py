@@ -6,7 +6,7 @@ can travel; what a URL names is read where the samples are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.fields.normalisation import Normaliser
-from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval
+from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval, guidance_terms
 from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse
 from scoreray.sampling.guidance.observations import parse_value_range, read_observed
 from scoreray.sampling.guidance.operators import OPERATORS, Operator, make_operator
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.trainer.config import MAX_GUIDANCE
 
@@ -84,6 +85,41 @@ def parse_guidance(words: Sequence[str]) -> tuple[float, dict[str, float]]:
         else:
             weight = value
     return weight, weights
+
+
+def untrained_estimate(info: ModelInfo, given: Iterable[str], guidance: Guidance) -> str | None:
+    """A line on an estimate that guidance takes and the run never learned; None where each was learned.
+
+    Every term of `guidance_terms` is an estimate without some of the conditions, and a network knows E[x0 | the others]
+    only if training dropped just these and kept the others (Brooks 2023, section 3.2.1, drops each alone and both):
+    `objective.label_dropout` p drops all at once, `data.conditions.NAME.dropout` d_k each on its own, so that exactly
+    the set S is dropped with probability p [S is all] + (1 - p) prod_S d_k prod_others (1 - d_k). Where this is 0
+    nothing defines the estimate but the network's way of generalising. It is a line and no error: samples of the data
+    set may lack a condition, and weights may have come from another run.
+    """
+    given, rates = list(given), own_dropout(info)
+    if guidance.does_nothing or guidance.auto or not given:
+        return None
+    together = info.config.objective.label_dropout
+    for term in guidance_terms(guidance.weight, given, guidance.weights):
+        dropped = [name for name in rates if name in term.without or name not in given]
+        kept = [name for name in rates if name not in dropped]
+        separately = all(rates[name] > 0 for name in dropped) and all(rates[name] < 1 for name in kept)
+        if dropped and not (separately and together < 1) and not (together > 0 and not kept):
+            zero = [f"data.conditions.{name}.dropout" for name in dropped if not rates[name]]
+            key = ", ".join(zero) if kept else "objective.label_dropout"
+            which = f"{', '.join(dropped)} beside {', '.join(kept)}" if kept else ", ".join(dropped)
+            return (
+                f"guidance takes estimates without {which}, which this run never met ({key} is 0): samples may be "
+                "arbitrary; train with it above 0"
+            )
+    return None
+
+
+def own_dropout(info: ModelInfo) -> dict[str, float]:
+    """The share of a run's samples that lost each condition on its own, by name."""
+    sections = info.config.data.conditions or {}
+    return {name: sections[name].dropout if name in sections else 0.0 for name in info.conditions}
 
 
 @dataclass(frozen=True)

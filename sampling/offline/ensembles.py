@@ -79,6 +79,8 @@ class EnsembleRecords:
     """
 
     def __init__(self, source: ConditionsFrom, info: ModelInfo, given: Iterable[str] = ()) -> None:
+        if not info.conditions:
+            raise UserError(f"--conditions-from {source.url}: this model takes no conditions; leave it out")
         self.source, self._reader = source, SampleReader(source.url)
         if self._reader.sha256 != source.sha256:
             raise DataError(f"{source.url}: was changed since this job began; give another --out")

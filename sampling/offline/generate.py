@@ -14,8 +14,8 @@ import torch
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.packing.inspect import picture_grid
-from scoreray.sampling.guidance.guidance import Denoise, guidance_terms
-from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
+from scoreray.sampling.guidance.guidance import Denoise
+from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.conditions import read_condition
@@ -195,12 +195,13 @@ class SampleConditions:
         given = {*request.conditions, *([] if request.class_label is None else [self._class_name or LABEL])}
         source = request.conditions_from
         self.records = None if source is None else EnsembleRecords(source, info, given)
+        self.warning: str | None = None  # of what the run was not trained for
         guided = request.guided
         if not guided.does_nothing and not guided.auto and info.conditions:
             row = self.of(0, 1)
             if row is None:
                 raise UserError("--guidance: no condition is given; give --condition NAME=VALUE")
-            guidance_terms(guided.weight, row.values, guided.weights)
+            self.warning = untrained_estimate(info, row.values, guided)
 
     def of(self, first: int, last: int) -> Condition | None:
         """Of samples [first, last), on the CPU; None of a model without conditions."""

@@ -9,6 +9,7 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.storage.store import open_store
+from scoreray.sampling.guidance.steering import own_dropout
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.options import Option, options_of
@@ -17,6 +18,7 @@ from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.trainer.checkpoints.checkpoint import committed
+from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, ConditionSpec
 from scoreray.trainer.optim.ema import choose_length
 
@@ -72,7 +74,9 @@ class ServedModel:
             "shape": list(info.image_shape),
             "pictures": info.is_picture,
             "target": _target(info),
-            "conditions": {name: _condition(spec) for name, spec in info.conditions.items()},
+            "conditions": {
+                name: {**_condition(info.conditions[name]), "dropout": rate} for name, rate in own_dropout(info).items()
+            },
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),
@@ -112,8 +116,9 @@ def _target(info: ModelInfo) -> dict[str, Any]:
 
 
 def _condition(spec: ConditionSpec) -> dict[str, Any]:
-    """What a request may give for one condition. low, high: of each of a vector's numbers, where most data are."""
-    page: dict[str, Any] = {"kind": spec.kind, "shape": list(spec.shape)}
+    """What a request may give for one condition, `takes` in words. low, high: of each of a vector's numbers, where most
+    data are."""
+    page: dict[str, Any] = {"kind": spec.kind, "shape": list(spec.shape), "takes": described(spec)}
     if spec.kind == "class":
         page["classes"] = list(spec.classes)
     if spec.kind in HAS_LENGTH:

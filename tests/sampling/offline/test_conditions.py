@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,17 @@ from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import mask
-from scoreray.sampling.guidance.steering import Guidance, parse_guidance
+from scoreray.sampling.guidance.steering import Guidance, parse_guidance, untrained_estimate
 from scoreray.sampling.measures.likelihood import log_likelihood
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.conditions import parse_conditions, read_condition, sha256_of
 from scoreray.sampling.offline.driver import Form, in_form
+from scoreray.sampling.offline.ensembles import ConditionsFrom
 from scoreray.sampling.offline.generate import Request, SampleConditions, generate, prepare
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
-from scoreray.trainer.config import Config
+from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.condition import (
     Condition,
     Conditions,
@@ -156,6 +158,51 @@ def test_a_network_of_every_kind_of_condition_gives_a_row_the_same_bits_in_any_b
     assert not torch.equal(free(seeds[:3], given[:3]), free(seeds[:3], None))
 
 
+def test_texts_are_read_once_for_all_steps_to_the_same_bits(new_run: Callable[..., str], tmp_path: Path) -> None:
+    """By whatever draws: the model itself, guided, in rows, or guided by another model, which reads texts at each call
+    as each model reads in its own way."""
+    specs = {"label": SPECS["label"], "caption": SPECS["caption"]}
+    run = new_run(str(tmp_path / "run"), shape=(3, 8, 8), classes=["a"], conditions=specs)
+    network, given, calls = load(run, device="cpu"), example_condition(specs, 21), list[int]()
+    reader = network.network.embedding.inputs["text_caption"].read
+    reader.register_forward_hook(lambda *call: calls.append(len(call[-1])))
+    apart = Guidance(weights={"caption": 2.0})
+    for guidance, expected in ((Guidance(), [16, 16]), (apart, [16, 16]), (Guidance(2.0, ema="0.1"), [16] * 2 * 5)):
+        model = in_form(network, Form(rows=16))
+        request = Request(21, "heun", 3, guidance=guidance)
+        calls.clear()
+        once = prepare(model, request)(torch.arange(21), given)
+        assert calls == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[sample.__module__], "encoded", lambda denoiser, condition: condition)
+            assert torch.equal(prepare(model, request)(torch.arange(21), given), once)
+
+
+def test_guidance_is_warned_of_estimates_that_the_run_never_learned(model: LoadedDenoiser) -> None:
+    def warning(guidance: Guidance, together: float, **alone: float) -> str | None:
+        settings = model.info.config.model_dump(mode="json")
+        settings["objective"]["label_dropout"] = together
+        settings["data"]["conditions"] = {name: {"dropout": alone.get(name, 0.0)} for name in specs}
+        return untrained_estimate(replace(model.info, config=load_config(settings), conditions=specs), given, guidance)
+
+    specs, given = {name: SPECS[name] for name in ("label", "caption")}, ("label", "caption")
+    both, caption = Guidance(2.0), Guidance(1.0, weights={"caption": 3.0})
+    assert warning(Guidance(), 0.0) is None
+    assert warning(both, 0.1) is None
+    assert warning(both, 0.0, label=0.1, caption=0.1) is None, "by chance both at once"
+    assert "without label, caption, which this run never met (objective.label_dropout is 0)" in str(warning(both, 0.0))
+    assert "without caption beside label, which this run never met (data.conditions.caption.dropout is 0)" in str(
+        warning(caption, 0.1, label=0.1)
+    )
+    assert warning(caption, 0.0, caption=0.1) is None
+    # The greatest weight enters last, so it is what estimates are made without; the other one only with it.
+    apart = Guidance(1.0, weights={"label": 2.0, "caption": 3.0})
+    assert warning(apart, 0.1, caption=0.1) is None
+    assert "without caption beside label" in str(warning(apart, 0.1, label=0.1))
+    given = ("caption",)
+    assert "without label beside caption" in str(warning(both, 0.1)), "what is not given is null as well"
+
+
 def test_likelihood_and_inpainting_are_those_given_the_condition(model: LoadedDenoiser) -> None:
     given = read_condition(WORDS, model.info)
     assert given is not None
@@ -247,6 +294,9 @@ def test_words_that_mean_nothing_are_refused_before_a_model_is_read(model: Loade
     unconditional = replace(model.info, conditions={}, classes=())
     with pytest.raises(UserError, match="--condition caption: this model takes no conditions"):
         SampleConditions(Request(1, conditions={"caption": "a"}), unconditional)
+    records = ConditionsFrom("nowhere", 1, 1, "")
+    with pytest.raises(UserError, match="--conditions-from nowhere: this model takes no conditions; leave it out"):
+        SampleConditions(Request(1, conditions_from=records), unconditional)
     with pytest.raises(UserError, match="--class-label and --condition label: leave one of them out"):
         SampleConditions(Request(1, conditions={"label": "dog"}, class_label="dog"), model.info)
     weights = Guidance(weights={"place": 2.0})
