@@ -29,7 +29,13 @@ from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.request import Origin, SampleRequest
 from scoreray.sampling.service.ticket import terms_of
 from scoreray.trainer.config import MAX_GUIDANCE
-from scoreray.trainer.config.condition_values import VALUE_SCHEMA, ConditionValue, condition_of, from_json
+from scoreray.trainer.config.condition_values import (
+    VALUE_SCHEMA,
+    VALUE_WORDS,
+    ConditionValue,
+    condition_of,
+    from_json,
+)
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
 ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only assumed to take these
@@ -84,8 +90,7 @@ class SampleBody(BaseModel):
         Field(
             max_length=64,
             description="what the samples are drawn for, by the names under `conditions` of `/v1/model`, in the data's "
-            "own units: a text, a class by number or name, a number, a list of numbers, lists of lists, or "
-            '{"npy": BASE64} of an .npy file; null, or a name left out, for none',
+            f"own units: {VALUE_WORDS}, as is a name left out",
             json_schema_extra={"additionalProperties": VALUE_SCHEMA},
         ),
     ] = {}

@@ -21,7 +21,10 @@ from scoreray.trainer.networks.conditioning import resized
 
 LARGEST = float(np.finfo(np.float32).max)
 DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
-VALUE_WORDS = 'a text, a number, a list of numbers, {"npy": BASE64} or null'
+VALUE_WORDS = (
+    "a text, a number, a class by name or number, a list of numbers, lists of lists, "
+    '{"npy": BASE64} of an .npy file, or null for none'
+)
 VALUE_SCHEMA: dict[str, Any] = {
     "description": VALUE_WORDS,
     "anyOf": [

@@ -44,6 +44,7 @@ from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import Event, Lost, SampleRequest
 from scoreray.sampling.service.service import LocalBackend, Service
+from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.step import to_uint8
@@ -360,14 +361,27 @@ def test_the_model_page_says_what_it_draws_and_takes(weather_url: str, run_url: 
             return (await call("GET", "/v1/model")).json
 
     weather, pictures, points = (asyncio.run(page(url)) for url in (weather_url, run_url, points_url))
+    never = {"dropout": 0.0}  # on its own, in training
     field = {"name": "t2m", "kind": "array", "dtype": "float32", "units": "those of the data"}
     assert weather["target"] == {**field, "shape": [1, 8, 8], "png": True}
     assert weather["pictures"] is False
     assert weather["conditions"] == {
-        "caption": {"kind": "text", "shape": [12], "max_length": 12},
-        "place": {"kind": "vector", "shape": [2], "low": [25.0, -2.0], "high": [75.0, 18.0]},
-        "coarse": {"kind": "concat", "shape": [1, 4, 4]},
-        "label": {"kind": "class", "shape": [], "classes": ["dry", "wet"]},
+        "caption": {"kind": "text", "shape": [12], "takes": "a text of up to 12 bytes", "max_length": 12, **never},
+        "place": {
+            "kind": "vector",
+            "shape": [2],
+            "takes": "2 numbers",
+            "low": [25.0, -2.0],
+            "high": [75.0, 18.0],
+            **never,
+        },
+        "coarse": {
+            "kind": "concat",
+            "shape": [1, 4, 4],
+            "takes": described(ConditionSpec("concat", (1, 4, 4))),
+            **never,
+        },
+        "label": {"kind": "class", "shape": [], "takes": "one of 2 classes", "classes": ["dry", "wet"], **never},
     }
     image = {"name": "image", "kind": "image", "dtype": "uint8", "units": "0 to 255"}
     assert pictures["target"] == {**image, "shape": [1, 8, 8], "png": True}

@@ -465,6 +465,12 @@ def test_what_the_model_takes_is_offered_and_its_fields_are_seen(
         assert {name: value for name, value in sent.items() if name != "coarse"} == {
             "caption": "küste's", "place": [7.5, 10], "hue": 1
         }  # fmt: skip
+        browser.click("#weights-box summary")
+        browser.type("#guidance", "2")
+        assert browser.run("return body().guidance") == 2
+        browser.type("#weights input[name=caption]", "3.5")
+        assert browser.run("return body().guidance") == {"caption": 3.5, "place": 2, "hue": 2, "coarse": 2}
+        assert browser.text("#weights .field").endswith("Training never dropped it on its own.")
         browser.type("#count", "2")
         browser.type("#steps", "9")
         assert_all_in_sight(browser, "conditions")
