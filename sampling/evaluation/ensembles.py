@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from scoreray.sampling.evaluation.chunks import EnsembleChunk
-from scoreray.sampling.evaluation.loaded import loaded_model, once
+from scoreray.sampling.evaluation.loaded import once
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
+from scoreray.sampling.evaluation.sample_chunks import drawn
 from scoreray.sampling.measures.ensembles import EnsembleScores
 from scoreray.sampling.measures.held_out import HeldOut, read_held_out
 from scoreray.sampling.measures.scorer import load_scorer, scores_of
-from scoreray.sampling.offline.generate import prepare
 
 SHOWN = 3  # records whose ensembles are drawn on the page
 PART = 1024  # records whose conditions are hashed at once
@@ -48,7 +48,9 @@ def condition_hashes(inputs: EvaluationInputs) -> dict[str, str]:
 def ensemble_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> EnsembleChunk:
     """Draws and scores the ensembles of some records."""
     inputs, size = plan.inputs, plan.inputs.settings.per_condition
-    members, observed = _drawn(plan, chunk, rows), rows.images
+    assert rows.condition is not None  # the plan has refused models without conditions
+    row, observed = torch.arange(chunk.size * size) // size, rows.images
+    members = drawn(inputs, chunk.first * size, chunk.last * size, rows.condition, row).unflatten(0, (-1, size))
     scores = EnsembleScores.of(members, observed)
     shown = SHOWN if chunk.number == 0 else 0
     names, of_members, of_observed = list[str](), np.zeros((len(observed), size, 0)), np.zeros((len(observed), 0))
@@ -68,18 +70,6 @@ def ensemble_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> Ensembl
         of_members,
         of_observed,
     )
-
-
-def _drawn(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> Tensor:
-    """[n, M, C, ...] in the data's own units."""
-    inputs, size, request = plan.inputs, plan.inputs.settings.per_condition, plan.inputs.request
-    draw, parts, given = prepare(loaded_model(inputs), request), list[Tensor](), rows.condition
-    assert given is not None  # the plan has refused models without conditions
-    for first in range(chunk.first * size, chunk.last * size, request.batch_size):
-        numbers = torch.arange(first, min(first + request.batch_size, chunk.last * size))
-        drawn = draw(request.sample_seeds(first, first + len(numbers)), given[numbers // size - chunk.first])
-        parts.append(inputs.info.in_data_units(drawn))
-    return torch.cat(parts).unflatten(0, (chunk.size, size))
 
 
 def _scored(name: str, samples: Tensor, requested: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:

@@ -59,6 +59,8 @@ def described(found: MetricValue) -> str:
     text = as_text(found.value)
     if found.interval_text:
         text += f"  ({found.interval_text})"
+    if found.channels_text:
+        text += f"  {found.channels_text}"
     if found.get("fid_infinity") is not None:
         text += f"  at infinite count {found.get('fid_infinity'):.5g}"
     if found.get("recall") is not None:

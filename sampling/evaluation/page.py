@@ -16,14 +16,14 @@ from scoreray.data.reading.samples import spread
 from scoreray.sampling.evaluation.chunks import FeatureChunk
 from scoreray.sampling.evaluation.ensembles import SHOWN, num_ensembles
 from scoreray.sampling.evaluation.metrics import METRICS, stages_of
-from scoreray.sampling.evaluation.record import EvaluationRecord, MetricResult, MetricValue, as_text
+from scoreray.sampling.evaluation.record import MOST_CHANNELS, EvaluationRecord, MetricResult, MetricValue, as_text
 from scoreray.sampling.evaluation.stored import StoredChunks
 from scoreray.sampling.measures.held_out import read_held_out
 from scoreray.sampling.model.describe import is_picture
 from scoreray.sampling.offline.generate import png_of_sheet
 
 SHEET = 64
-MOST_CHANNELS, SHOWN_MEMBERS = 8, 4
+SHOWN_MEMBERS = 4
 BESIDE = {
     "fid_infinity": "at infinite count",
     "floor": "two sets of real data",
@@ -90,8 +90,9 @@ def _rows(title: str, found: MetricValue) -> list[_Row]:
         return [_Row(f"{title}: {name}", as_text(one.value), one.interval_text, f"the reference {observed[name]:.4g}")
                 for name, one in scores.items()]  # fmt: skip
     shown = {text: found.get(key) for key, text in BESIDE.items()}
-    beside = ", ".join(f"{text} {value:.4g}" for text, value in shown.items() if value is not None)
-    return [_Row(title, as_text(found.value), found.interval_text, beside)]
+    beside = [f"{text} {value:.4g}" for text, value in shown.items() if value is not None]
+    beside += [found.channels_text] if found.channels_text else []
+    return [_Row(title, as_text(found.value), found.interval_text, ", ".join(beside))]
 
 
 def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:

@@ -23,6 +23,7 @@ from scoreray.sampling.measures.distances import Estimate
 FORMAT = 1
 KIND = "scoreray evaluation"
 CONFIDENCE = 1.96  # standard errors to either side of a value: 95%
+MOST_CHANNELS = 8  # that are shown one by one
 
 
 class _Strict(BaseModel):
@@ -110,6 +111,14 @@ class MetricValue(_Strict):
             return ""
         low, high = self.interval
         return f"{low:.5g} to {high:.5g}"
+
+    @property
+    def channels_text(self) -> str:
+        """The value of each channel, where a metric is a mean over several: they may be of different units."""
+        channels = self.get("channels") or []
+        more = f", ... ({len(channels)} in all)" if len(channels) > MOST_CHANNELS else ""
+        values = ", ".join(as_text(value, ".4g") for value in channels[:MOST_CHANNELS])
+        return f"by channel {values}{more}" if len(channels) > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,18 @@ from torch import Tensor
 from scoreray.sampling.evaluation.chunks import (
     AnnealingChunk,
     ChunkArrays,
-    FeatureChunk,
     LikelihoodChunk,
     LossChunk,
     RestorationChunk,
     write_chunk,
 )
 from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_chunk, num_ensembles
-from scoreray.sampling.evaluation.loaded import fixed_threads, load_extractor, loaded_denoiser, loaded_model, once
+from scoreray.sampling.evaluation.loaded import fixed_threads, loaded_denoiser, loaded_model, once
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
+from scoreray.sampling.evaluation.sample_chunks import condition_rule, records_of, reference_chunk, sample_chunk
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import BRIGHTNESS, restoration_task
-from scoreray.sampling.measures import ais, distances
-from scoreray.sampling.measures.features import IDENTITY_VALUES
+from scoreray.sampling.measures import ais
 from scoreray.sampling.measures.held_out import (
     LOSS_STREAM,
     HeldOut,
@@ -41,25 +40,19 @@ from scoreray.sampling.measures.held_out import (
     read_held_out,
     trace_of,
 )
-from scoreray.sampling.measures.spectra import power_spectrum
-from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedMachine
-from scoreray.sampling.offline.generate import prepare
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion import noise
-from scoreray.trainer.diffusion.condition import AnyCondition, class_name_of
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
 from scoreray.trainer.step import to_uint8, to_unit_range
 
 CHUNK = 256  # samples, about: a multiple of the batch
 LIKELIHOOD_CHUNK = 16  # each takes hundreds of passes
 REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # of a chunk of the reference, which costs less a sample
-PROJECTIONS = 128
 NUM_BETAS = 500
 AIS_IMAGES = 1024  # whose energies stand beside a partition function
 KEPT_PICTURES = 8  # of restorations
-SPECTRUM_GROUPS = 8  # of a chunk's samples
 
 _computing = threading.Lock()  # the number of torch's threads is the process's, and two would halve each other's speed
 
@@ -99,109 +92,8 @@ def run_chunk(plan: EvaluationPlan, chunk: Chunk) -> int:
     return chunk.size
 
 
-def keeps_values(info: ModelInfo) -> bool:
-    """Whether all samples themselves are kept: few values, for a density estimate."""
-    return math.prod(info.image_shape) <= IDENTITY_VALUES
-
-
 def _own_rows(inputs: EvaluationInputs, chunk: Chunk) -> np.ndarray:
     return inputs.numbers(STAGES[chunk.stage].count(inputs))[chunk.first : chunk.last]
-
-
-def _reference(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
-    found, _ = _extracted(plan.inputs, rows.images)
-    values = rows.images.numpy() if keeps_values(plan.inputs.info) else None
-    return FeatureChunk(**found, values=values, spectra=_mean_spectra(plan, rows.images))
-
-
-def _mean_spectra(plan: EvaluationPlan, samples: Tensor) -> np.ndarray | None:
-    """[g, C, K], where the plan's metrics need it: means of groups, to take an error from."""
-    if "spectrum" not in plan.metrics:
-        return None
-    groups = samples.tensor_split(min(SPECTRUM_GROUPS, len(samples)))
-    return torch.stack([power_spectrum(group).mean(0) for group in groups]).numpy()
-
-
-def _samples(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
-    inputs, request, parts = plan.inputs, plan.inputs.request, []
-    draw, given = prepare(loaded_model(inputs), request), _conditions_of(inputs, chunk, rows)
-    for first in range(chunk.first, chunk.last, request.batch_size):
-        last = min(first + request.batch_size, chunk.last)
-        condition = None if given is None else given[first - chunk.first : last - chunk.first]
-        parts.append(draw(request.sample_seeds(first, last), condition))
-    samples = inputs.info.in_data_units(torch.cat(parts))
-    found, logits = _extracted(inputs, samples)
-    if logits is not None and "accuracy" in plan.metrics:
-        found["right"] = (logits.argmax(1) == labels_of(inputs, chunk.first, chunk.last)).numpy()
-    if logits is not None:
-        sums = [distances.ClassSums.of(batch) for batch in logits.split(request.batch_size)]
-        found["counts"] = np.array([one.count for one in sums])
-        found["probabilities"] = torch.stack([one.probabilities for one in sums]).numpy()
-        found["negentropies"] = np.array([one.negentropy for one in sums])
-    if keeps_values(inputs.info):
-        found["values"] = samples.numpy()
-    pictures = samples.numpy() if chunk.first == 0 else None
-    return FeatureChunk(**found, pictures=pictures, spectra=_mean_spectra(plan, samples))
-
-
-def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.ndarray], Tensor | None]:
-    """Features and projections of samples by name, and logits if any, in batches of the plan's size."""
-    extract, logits = load_extractor(inputs), list[Tensor]()
-    found: dict[str, list[Tensor]] = {"features": [], "projections": []}
-    dims = samples[0].numel()
-    lines = once("lines", dims, lambda: distances.directions(dims, PROJECTIONS).float())
-    with torch.no_grad():
-        for batch in samples.split(inputs.settings.batch_size):
-            rows, of_classes = extract(batch.to(inputs.settings.device))
-            found["features"].append(rows.cpu())
-            if of_classes is not None:
-                logits.append(of_classes.cpu())
-            found["projections"].append(to_unit_range(batch).flatten(1) @ lines.T)
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}, torch.cat(logits) if logits else None
-
-
-RECORDS = "of the reference's samples"
-
-
-def condition_rule(info: ModelInfo, inputs: EvaluationInputs) -> str:
-    """How samples get their conditions. One class alone: as often as the reference has it, where it has the model's
-    classes; anything else: what the reference's samples have, evenly over it."""
-    if not info.conditions or info.is_machine:
-        return "none"
-    if class_name_of(info.conditions) is None or len(info.conditions) > 1:
-        return RECORDS
-    known = tuple(inputs.manifest.classes) == info.classes and inputs.manifest.classes_with_images > 0
-    return "as in the reference" if known else "in turn"
-
-
-def _records(inputs: EvaluationInputs, chunk: Chunk) -> np.ndarray:
-    """Which sample of the reference each sample of a chunk takes its conditions from; none by other rules."""
-    if condition_rule(inputs.info, inputs) != RECORDS:
-        return inputs.numbers(0)
-    numbers = inputs.numbers(inputs.settings.count)
-    return numbers[np.arange(chunk.first, chunk.last) % len(numbers)]
-
-
-def _conditions_of(inputs: EvaluationInputs, chunk: Chunk, rows: HeldOut) -> AnyCondition:
-    """Of the samples of a chunk; rows: those of the reference that have them."""
-    if condition_rule(inputs.info, inputs) != RECORDS:
-        return labels_of(inputs, chunk.first, chunk.last)
-    places = np.searchsorted(rows.numbers.numpy(), _records(inputs, chunk))
-    return None if rows.condition is None else rows.condition[torch.from_numpy(places)]
-
-
-def labels_of(inputs: EvaluationInputs, first: int, last: int) -> Tensor:
-    """Classes int64 of samples [first, last): every stretch of them has nearly the shares of the whole.
-
-    Number i takes the class at which the cumulative shares pass the fractional part of i times the golden ratio, the
-    sequence whose stretches are spread most evenly (Knuth, vol. 3, 6.4).
-    """
-    if condition_rule(inputs.info, inputs) != "as in the reference":
-        return inputs.request.labels(first, last, inputs.info)
-    counts = inputs.manifest.class_counts
-    shares = np.cumsum(counts) / sum(counts)
-    golden = (np.arange(first, last) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1.0
-    return torch.from_numpy(np.minimum(np.searchsorted(shares, golden, side="right"), len(shares) - 1))
 
 
 def _likelihood(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LikelihoodChunk:
@@ -300,15 +192,15 @@ STAGES: dict[str, Stage] = {
             "count": inputs.num_reference,
             "of": inputs.manifest.num_samples,
         },
-        compute=_reference,
+        compute=reference_chunk,
         numbers=_own_rows,
     ),
     "samples": Stage(
         count=lambda inputs: inputs.settings.count,
         chunk_size=lambda inputs: CHUNK,
         protocol=lambda inputs: {"count": inputs.settings.count, "classes": condition_rule(inputs.info, inputs)},
-        compute=_samples,
-        numbers=lambda inputs, chunk: np.unique(_records(inputs, chunk)),
+        compute=sample_chunk,
+        numbers=lambda inputs, chunk: np.unique(records_of(inputs, chunk)),
     ),
     "ensembles": Stage(
         count=num_ensembles,

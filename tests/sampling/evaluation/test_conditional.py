@@ -66,12 +66,19 @@ def test_ensembles_are_scored_and_the_record_names_their_conditions(captioned: t
     assert record.protocol["ensembles"]["conditions"] == {"caption": digest.hexdigest()}
     assert record.protocol["ensembles"]["count"] == 5
     page = Path(made.report).read_text()
+    by_channel = metrics["crps"].channels_text
+    assert by_channel.startswith("by channel")
+    assert by_channel in page
+    assert by_channel in made.text()
     assert "Match with what was requested: colour and shape" in page
 
 
-def test_other_conditions_are_not_comparable(captioned: tuple[Path, str, str]) -> None:
+def test_other_conditions_or_sampling_are_not_comparable(captioned: tuple[Path, str, str]) -> None:
     one, other = (evaluate(settings(captioned, metrics=("crps",), ensembles=count)).record for count in (5, 6))
     assert any("ensembles.conditions" in line for line in differences("crps", one, other))
+    sampling = one.subject.sampling.model_copy(update={"steps": 3})
+    other = one.model_copy(update={"subject": one.subject.model_copy(update={"sampling": sampling})})
+    assert any("sampling.steps: 2 in the first, 3 in the second" in line for line in differences("crps", one, other))
 
 
 def test_mistakes_are_one_line(captioned: tuple[Path, str, str]) -> None:

@@ -28,7 +28,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.storage.store import PathStore, open_store
-from scoreray.sampling.evaluation import loaded, metrics, stages, stored
+from scoreray.sampling.evaluation import loaded, sample_metrics, stages, stored
 from scoreray.sampling.evaluation.chunks import AnnealingChunk, ChunkArrays, LossChunk, read_chunk, write_chunk
 from scoreray.sampling.evaluation.compare import compare, comparison_text, notes
 from scoreray.sampling.evaluation.evaluate import evaluate, find_finished
@@ -318,7 +318,7 @@ def test_what_is_not_finite_is_null_in_the_record_with_a_warning(
         return kind(**arrays)
 
     monkeypatch.setattr(stored, "read_chunk", poisoned)
-    monkeypatch.setattr(metrics, "read_chunk", poisoned)
+    monkeypatch.setattr(sample_metrics, "read_chunk", poisoned)
     seed = 3 if math.isnan(poison) else 4
     made = evaluate(
         EvaluationSettings(run, data, wanted, **QUICK, restoration_count=16, classifier_images=640, seed=seed)

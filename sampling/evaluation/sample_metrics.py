@@ -1,0 +1,190 @@
+"""Metrics of samples as a set, against the reference as one, computed from their stored chunks.
+
+Chunks are read one after another in their order, so sums are the same whichever process computed them, and memory does
+not grow with the number of samples: what needs rows at once takes at most `plan.MOST_ROWS` of a side, spread evenly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreray.data.storage.store import NotFound
+from scoreray.sampling.evaluation.chunks import FeatureChunk, ReferenceMoments, read_chunk, write_chunk
+from scoreray.sampling.evaluation.record import MetricResult, MetricValue
+from scoreray.sampling.evaluation.stored import StoredChunks, joined
+from scoreray.sampling.measures import distances, frechet, kde
+from scoreray.sampling.measures.distances import Estimate, jackknife, mean_of
+from scoreray.sampling.measures.spectra import log_spectral_distance
+from scoreray.trainer.step import to_unit_range
+
+KID_BLOCK = 1000
+KID_BLOCKS = 10
+NEIGHBOURS = 3
+NEIGHBOUR_PICTURES = 16
+COPY_RATIO = 1 / 3  # of the distances to the nearest and to the next image of the reference (Yoon 2023)
+
+
+def fid(stored: StoredChunks) -> MetricResult:
+    count, num_reference = stored.inputs.settings.count, stored.inputs.num_reference
+    reference = _reference_moments(stored)
+    groups = [frechet.FeatureMoments.zero(reference.mean) for _ in range(frechet.GROUPS)]
+    row = 0
+    for chunk in stored.each("samples", FeatureChunk):
+        features = torch.from_numpy(chunk.features)
+        numbers = torch.arange(row, row + len(features)) * frechet.GROUPS // count
+        for number in numbers.unique().tolist():
+            groups[number].add(features[numbers == number])
+        row += len(features)
+    found = frechet.estimate(reference, groups)
+    dims, warnings = len(reference.mean), []
+    bias = None if found.infinity is None else found.value - found.infinity
+    if count <= dims or num_reference <= dims:
+        warnings.append(
+            f"fid: {min(count, num_reference):,} samples in {dims:,} dimensions leave the covariance singular and "
+            "the distance far too large: take several times as many samples as dimensions"
+        )
+    elif bias is not None and bias > max(0.05 * found.value, 2 * (found.std_error or 0)):
+        warnings.append(
+            f"fid: about {bias:.3g} of {found.value:.4g} is bias of {count:,} samples; compare at equal counts only, "
+            "or compare fid_infinity"
+        )
+    beside = {"fid_infinity": found.infinity, "points": [list(point) for point in found.points]}
+    return MetricResult(Estimate(found.value, found.std_error), beside, tuple(warnings), found.points)
+
+
+def _reference_moments(stored: StoredChunks) -> frechet.Reference:
+    """Mean and covariance's root of the reference, from the cache where an evaluation before this one left them."""
+    store, key = stored.plan.folder("reference"), "moments.npz"
+    try:
+        kept = read_chunk(store, key, ReferenceMoments)
+        return frechet.Reference(torch.from_numpy(kept.mean), float(kept.trace), torch.from_numpy(kept.root))
+    except NotFound:
+        pass
+    moments = None
+    for chunk in stored.each("reference", FeatureChunk):
+        features = torch.from_numpy(chunk.features)
+        if moments is None:  # about the first chunk's mean, near enough to keep rounding small
+            moments = frechet.FeatureMoments.zero(features.double().mean(0))
+        moments.add(features)
+    assert moments is not None
+    made = frechet.Reference.of(moments)
+    write_chunk(store, key, ReferenceMoments(made.mean.numpy(), np.array(made.trace), made.root.numpy()))
+    return made
+
+
+def kid(stored: StoredChunks) -> MetricResult:
+    samples, reference = stored.both("features")
+    rows = stored.inputs.num_rows
+    blocks = max(1, rows // kid_block(rows))
+    estimate = distances.kid((samples[i::blocks], reference[i::blocks]) for i in range(blocks))
+    return MetricResult(estimate, {"blocks": blocks})
+
+
+def kid_block(rows: int) -> int:
+    """Rows of a block: at most 1,000, and so few that there are ten blocks to take an error from."""
+    return max(2, min(KID_BLOCK, rows // KID_BLOCKS))
+
+
+def inception_score(stored: StoredChunks) -> MetricResult:
+    sums: list[distances.ClassSums] = []
+    for chunk in stored.each("samples", FeatureChunk):
+        assert chunk.counts is not None  # the plan has refused extractors without classes
+        assert chunk.probabilities is not None
+        assert chunk.negentropies is not None
+        probabilities = torch.from_numpy(chunk.probabilities)
+        rows = zip(chunk.counts.tolist(), probabilities, chunk.negentropies.tolist(), strict=True)
+        sums += [distances.ClassSums(*row) for row in rows]
+    num = min(frechet.GROUPS, len(sums))
+    groups = [distances.total(sums[i * len(sums) // num : (i + 1) * len(sums) // num]) for i in range(num)]
+    warning = "is: the Inception Score of few samples is too low; compare at equal counts only"
+    few = stored.inputs.settings.count < 5000
+    return MetricResult(distances.inception_score(groups), warnings=(warning,) if few else ())
+
+
+def precision_recall(stored: StoredChunks) -> MetricResult:
+    samples, reference = stored.both("features")
+    precision, recall = distances.precision_recall(samples, reference, NEIGHBOURS)
+    if not _all_finite(samples, reference):  # comparisons with NaN are false, and would count as far apart
+        precision = recall = Estimate(math.nan, None)
+    beside = {"precision": MetricValue.of(precision).model_dump(), "recall": MetricValue.of(recall).model_dump()}
+    return MetricResult(precision, beside)
+
+
+def sliced_wasserstein(stored: StoredChunks) -> MetricResult:
+    samples, reference = stored.both("projections")
+    estimate = distances.sliced_wasserstein(samples, reference)
+    # Two halves of the reference, taken to its full size: on a line the distance of two samples falls as 1 / sqrt(n).
+    floor = distances.sliced_wasserstein(reference[0::2], reference[1::2]).value / math.sqrt(2)
+    warning = f"sw: {estimate.value:.3g} is not above what two sets of real data of this size are apart ({floor:.3g})"
+    return MetricResult(estimate, {"floor": floor}, (warning,) if estimate.value < 1.5 * floor else ())
+
+
+def copies(stored: StoredChunks) -> MetricResult:
+    """Whether samples are copies: much nearer to one image of the reference than to its next (Yoon 2023)."""
+    samples, reference = stored.both("features")
+    to_reference, _ = distances.nearest(samples, reference, 2)
+    among, _ = distances.nearest(reference, reference, 1, same=True)
+    ratio = to_reference[:, 0] / to_reference[:, 1].clamp_min(1e-12)
+    copied = distances.mean_of((ratio < COPY_RATIO).double()) if _all_finite(ratio) else Estimate(math.nan, None)
+    first = torch.from_numpy(next(stored.each("samples", FeatureChunk)).features)
+    apart, numbers = distances.nearest(first, reference, 1)
+    closest = apart[:, 0].argsort()[:NEIGHBOUR_PICTURES]
+    beside = {
+        "median_distance": float(to_reference[:, 0].median()),
+        "median_distance_among_reference": float(among.median()),
+    }
+    return MetricResult(copied, beside, drawn=(closest.tolist(), numbers[closest, 0].tolist()))
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def kernel_density(stored: StoredChunks) -> MetricResult:
+    """Mean log-density of the reference under a kernel density of the samples, nats."""
+    samples, reference = map(to_unit_range, stored.both("values"))
+    bandwidth = kde.choose_bandwidth(samples[:2000])
+    return MetricResult(distances.mean_of(kde.log_density(reference, samples, bandwidth)), {"bandwidth": bandwidth})
+
+
+def accuracy(stored: StoredChunks) -> MetricResult:
+    """Share of samples that the classifier takes for the class that was requested."""
+    right = joined(chunk.right for chunk in stored.each("samples", FeatureChunk) if chunk.right is not None)
+    return MetricResult(mean_of(right), {"on_reference": stored.inputs.accuracy})
+
+
+def spectrum(stored: StoredChunks) -> MetricResult:
+    """Root mean square ratio of the samples' power spectrum and the reference's, dB, the mean over channels."""
+    rows, drawn = _mean_spectra(stored, "samples")
+    _, (of_reference,) = _mean_spectra(stored, "reference", groups=1)
+
+    def distance(groups: Tensor) -> Tensor:
+        weights = rows[groups] / rows[groups].sum()
+        return log_spectral_distance((weights[:, None, None] * drawn[groups]).sum(0), of_reference)
+
+    every = torch.arange(len(rows))
+    mean = (rows[:, None, None] / rows.sum() * drawn).sum(0)
+    beside = {"channels": distance(every).tolist(), "samples": mean.tolist(), "reference": of_reference.tolist()}
+    return MetricResult(
+        jackknife(lambda groups: float(distance(groups).mean()), len(rows)),
+        beside,
+        drawn=(mean.tolist(), of_reference.tolist()),
+    )
+
+
+def _mean_spectra(stored: StoredChunks, stage: str, groups: int = frechet.GROUPS) -> tuple[Tensor, Tensor]:
+    """(rows [g], mean spectra [g, C, K]) of at most `groups` groups of a stage's samples."""
+    rows, means = list[int](), list[Tensor]()
+    for chunk in stored.each(stage, FeatureChunk):
+        assert chunk.spectra is not None
+        rows += [len(part) for part in torch.arange(len(chunk.features)).tensor_split(len(chunk.spectra))]
+        means += torch.from_numpy(chunk.spectra)
+    counts, spectra = torch.tensor(rows, dtype=torch.float64), torch.stack(means)
+    parts = torch.arange(len(rows)).tensor_split(min(groups, len(rows)))
+    sums = torch.stack([(counts[part, None, None] * spectra[part]).sum(0) for part in parts])
+    totals = torch.stack([counts[part].sum() for part in parts])
+    return totals, sums / totals[:, None, None]
