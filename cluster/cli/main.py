@@ -17,10 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
-from scoreray.cluster.cli.models import compare, evaluate, export, sample, serve
+from scoreray.cluster.cli.models import compare, evaluate, export, serve
 from scoreray.cluster.cli.options import ClickException
 from scoreray.cluster.cli.options import local_s3 as server_on
 from scoreray.cluster.cli.runs import demo, doctor, status, submit, train, tune
+from scoreray.cluster.cli.sample import sample
 from scoreray.cluster.connect.local_ray import stop
 from scoreray.data.errors import ScorerayError, readable
 

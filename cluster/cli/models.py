@@ -1,166 +1,33 @@
-"""Verbs for what was trained: `sample`, `export`, `serve`, `evaluate`, `compare`. See `main.py`."""
+"""Verbs for what was trained: `export`, `serve`, `evaluate`, `compare`. See `main.py`, and `sample.py`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scoreray.cluster.cli.options import AsJson, Verbose, With, make_bucket
-from scoreray.data.errors import UserError
+from scoreray.cluster.cli.options import (
+    AsJson,
+    Checkpoint,
+    Compile,
+    Ema,
+    SamplerOption,
+    Verbose,
+    With,
+    grouped,
+    make_bucket,
+)
 
-
-def sample(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
-    out: Annotated[
-        str, typer.Option(help="A folder or prefix, or a .npz. The same command again continues or repairs it.")
-    ],
-    count: Annotated[
-        int | None, typer.Option(help="How many samples: 64, or all of --conditions-from, by default.", min=1)
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3 or of no pictures."),
-    ] = "auto",
-    actors: Annotated[
-        int | None,
-        typer.Option(help="Draw by so many Ray actors, on RAY_ADDRESS's cluster or one here; else in-process.", min=1),
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs. Default: what fits the model."),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Noise levels, 18 for heun; sweeps of gibbs, 1000 by default.", min=1)
-    ] = None,
-    grid: Annotated[
-        str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0,
-    class_label: Annotated[
-        str | None,
-        typer.Option(
-            help="A class's name or number, -1 for none; name:2 or index:2 where one is the other's; all in turn if "
-            "left out."
-        ),
-    ] = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="A condition of all samples: a text, numbers (1.5,-2), an .npy, .npz or picture, a class; again for "
-            "more.",
-        ),
-    ] = None,
-    conditions_from: Annotated[
-        str | None,
-        typer.Option(metavar="DATASET", help="Draw under the conditions of each record of a packed data set."),
-    ] = None,
-    per_condition: Annotated[
-        int | None, typer.Option(help="Samples for each record of --conditions-from; 1 by default.", min=1)
-    ] = None,
-    guidance: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]WEIGHT",
-            help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the conditions, NAME=2 one of them.",
-        ),
-    ] = None,
-    autoguide: Annotated[
-        str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")
-    ] = None,
-    guide_ema: Annotated[
-        str | None, typer.Option(help="Guide by this EMA length, of the same model or of --autoguide's.")
-    ] = None,
-    interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Guide between these noise levels only.")
-    ] = None,
-    inpaint: Annotated[
-        str | None,
-        typer.Option(metavar="IMAGE", help="Keep what --mask marks of this picture or array; draw the rest."),
-    ] = None,
-    mask: Annotated[
-        str | None, typer.Option(metavar="MASK", help="For --inpaint: white (or 1) where known, else 0.")
-    ] = None,
-    inverse: Annotated[
-        str | None,
-        typer.Option(metavar="OPERATOR", help="superresolution=FACTOR, gray or matrix=FILE, of --measurement."),
-    ] = None,
-    measurement: Annotated[
-        str | None, typer.Option(metavar="FILE", help="For --inverse: what was measured, a picture, npy or npz.")
-    ] = None,
-    noise_std: Annotated[float, typer.Option(help="The measurement's noise, for data in [-1, 1].")] = 0.0,
-    value_range: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LOW,HIGH",
-            help="What black and white are in an array that is given; 0,255 of uint8, -1,1 of floats.",
-        ),
-    ] = None,
-    inverse_method: Annotated[
-        str, typer.Option(help="projection, or jacobian: nearer the posterior, a backward pass a call.")
-    ] = "projection",
-    ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples that are drawn together.", min=1)] = 64,
-    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
-    precision: Annotated[
-        str, typer.Option(help="fp32, bf16 or auto: bf16 where the count pays for compiling and it is exact enough.")
-    ] = "auto",
-    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
-    samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None,
-    picture: Annotated[Path | None, typer.Option(help="A picture of the first samples: .png, .jpg, .webp.")] = None,
-    with_: With = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
-    from scoreray.cluster.verbs.sample import sample_to
-    from scoreray.sampling.guidance.steering import Guidance, measurement_of, parse_guidance
-    from scoreray.sampling.offline.conditions import parse_conditions
-    from scoreray.sampling.offline.ensembles import ConditionsFrom
-    from scoreray.sampling.offline.generate import Request
-    from scoreray.sampling.samplers.options import parse_options
-
-    weight, weights = parse_guidance(guidance or [])
-    if per_condition is not None and conditions_from is None:
-        raise UserError("--per-condition goes with --conditions-from DATASET")
-    source = None if conditions_from is None else ConditionsFrom.of(conditions_from, per_condition or 1)
-    request = Request(
-        count=count or (source.num_samples if source else 64),
-        sampler=sampler,
-        steps=steps,
-        grid=grid,
-        seed=seed,
-        class_label=class_label,
-        conditions=parse_conditions(condition or []),
-        conditions_from=source,
-        guidance=Guidance(weight, autoguide, guide_ema, _interval(interval), weights),
-        measurement=measurement_of(inpaint, mask, inverse, measurement, noise_std, inverse_method, value_range),
-        batch_size=batch_size,
-        options=parse_options(option or []),
-    )
-    make_bucket(out)
-    drawn = sample_to(
-        out,
-        checkpoint,
-        ema,
-        request,
-        format=format,
-        actors=actors,
-        picture=picture,
-        verbose=verbose,
-        precision=precision,
-        compile_=compile_,
-        samples_per_shard=samples_per_shard,
-    )
-    typer.echo(json.dumps(drawn.answer()) if as_json else drawn.text())
+if TYPE_CHECKING:
+    from scoreray.sampling.evaluation.plan import EvaluationSettings
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")],
+    checkpoint: Checkpoint,
     out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")],
     ema: Annotated[
         list[str] | None,
@@ -205,7 +72,7 @@ def serve(
     max_models: Annotated[int, typer.Option(help="Weights in a replica's memory at once.", min=2)] = 4,
     ema: Annotated[str | None, typer.Option(help="Default EMA length; requests may name another.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16; auto measures what bf16 changes.")] = "auto",
-    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")] = "auto",
+    compile_: Compile = "auto",
     cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1.0,
     gpus_per_replica: Annotated[float, typer.Option(min=0)] = 0.0,
     threads: Annotated[int | None, typer.Option(help="Of a replica's network on CPUs.", min=1)] = None,
@@ -248,49 +115,66 @@ def serve(
         sys.exit(130)
 
 
-def evaluate(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(metavar="CHECKPOINT", help="URL of a run, of one checkpoint in it, or of an exported model."),
-    ],
-    reference: Annotated[str, typer.Option(help="The packed data set that it is measured against.")],
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured, on how many samples, and how these are drawn: names and defaults as in EvaluationSettings."""
+
+    reference: Annotated[str, typer.Option(help="The packed data set that it is measured against.")]
     metrics: Annotated[
         str,
         typer.Option(
             help="Names with commas between, such as fid,kid,bpd; default: those that fit and are cheap. "
             "docs/evaluation.md has all."
         ),
-    ] = "",
-    out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = "",
-    cache: Annotated[str, typer.Option(help="Extractors and reference features; default: cache/ in --out.")] = "",
+    ] = ""
+    out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = ""
+    cache: Annotated[str, typer.Option(help="Extractors and reference features; default: cache/ in --out.")] = ""
     extractor: Annotated[
         str,
         typer.Option(help="auto, classifier, identity, or a file: Inception-v3's weights, TorchScript (runs code)."),
-    ] = "auto",
-    count: Annotated[int, typer.Option(help="Samples to draw.")] = 10_000,
-    reference_count: Annotated[int, typer.Option(help="Samples of the reference, evenly over it.")] = 50_000,
-    likelihood_count: Annotated[int, typer.Option(help="Samples of the reference for bpd and nats.")] = 128,
-    loss_count: Annotated[int, typer.Option(help="Samples of the reference for loss.")] = 1024,
-    restoration_count: Annotated[int, typer.Option(help="Samples of the reference for psnr and ssim.")] = 128,
-    restoration: Annotated[
-        str, typer.Option(help="For psnr and ssim: superresolution=FACTOR, inpaint or gray.")
-    ] = "superresolution=2",
+    ] = "auto"
+    count: Annotated[int, typer.Option(help="Samples to draw.")] = 10_000
+    reference_count: Annotated[int, typer.Option(help="Samples of the reference, evenly over it.")] = 50_000
+    likelihood_count: Annotated[int, typer.Option(help="Samples of the reference for bpd and nats.")] = 128
+    loss_count: Annotated[int, typer.Option(help="Samples of the reference for loss.")] = 1024
+    restoration_count: Annotated[int, typer.Option(help="Samples of the reference for psnr and ssim.")] = 128
+    restoration: Annotated[str, typer.Option(help="For psnr and ssim: superresolution=FACTOR, inpaint or gray.")] = (
+        "superresolution=2"
+    )
     ensembles: Annotated[
         int, typer.Option(help="Samples of the reference whose conditions are requested: for crps, rmse, match, ...")
-    ] = 64,
-    per_condition: Annotated[int, typer.Option(help="Members that are drawn under each of these conditions.")] = 16,
+    ] = 64
+    per_condition: Annotated[int, typer.Option(help="Members that are drawn under each of these conditions.")] = 16
     scorer: Annotated[
         str, typer.Option(help="For match: package.module:Name, which scores samples under what was requested.")
-    ] = "",
-    sampler: Annotated[str | None, typer.Option(help="As for sample; default: what fits the model.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Noise levels, or Gibbs sweeps.", min=1)] = None,
-    grid: Annotated[str | None, typer.Option(help="Noise levels, as for sample.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.", min=0)] = 0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
-    ema: Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
-    option: Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")] = None,
-    rtol: Annotated[float, typer.Option(help="Tolerance of the likelihood's solver.")] = 1e-5,
+    ] = ""
+    sampler: Annotated[str | None, typer.Option(help="As for sample; default: what fits the model.")] = None
+    steps: Annotated[int | None, typer.Option(help="Noise levels, or Gibbs sweeps.", min=1)] = None
+    grid: Annotated[str | None, typer.Option(help="Noise levels, as for sample.")] = None
+    seed: Annotated[int, typer.Option(help="Of the samples.", min=0)] = 0
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0
+    ema: Ema = None
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64
+    option: SamplerOption = None
+    rtol: Annotated[float, typer.Option(help="Tolerance of the likelihood's solver.")] = 1e-5
+
+    def settings(self, checkpoint: str, threads: int) -> EvaluationSettings:
+        from scoreray.sampling.evaluation.plan import EvaluationSettings
+        from scoreray.sampling.samplers.options import parse_options
+
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "option"}
+        given["metrics"] = tuple(name.strip() for name in self.metrics.split(",") if name.strip())
+        return EvaluationSettings(checkpoint, **given, options=parse_options(self.option or []), threads=threads)
+
+
+@grouped
+def evaluate(
+    *,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="URL of a run, of one checkpoint in it, or of an exported model."),
+    ],
+    measured: EvaluateOptions,
     workers: Annotated[
         int | None, typer.Option(help="Ray actors; default: what the cluster has room for.", min=1)
     ] = None,
@@ -302,39 +186,11 @@ def evaluate(
     """Measure a model: a record to compare, a page to look at. The same command again goes on, or finds it."""
     from scoreray.cluster.verbs.evaluate import evaluate_on_ray
     from scoreray.data.reading.outputs import check_folder
-    from scoreray.sampling.evaluation.plan import EvaluationSettings
-    from scoreray.sampling.samplers.options import parse_options
 
-    settings = EvaluationSettings(
-        checkpoint=checkpoint,
-        reference=reference,
-        metrics=tuple(name.strip() for name in metrics.split(",") if name.strip()),
-        out=out,
-        cache=cache,
-        ema=ema,
-        extractor=extractor,
-        count=count,
-        reference_count=reference_count,
-        likelihood_count=likelihood_count,
-        loss_count=loss_count,
-        restoration_count=restoration_count,
-        restoration=restoration,
-        ensembles=ensembles,
-        per_condition=per_condition,
-        scorer=scorer,
-        sampler=sampler,
-        steps=steps,
-        grid=grid,
-        seed=seed,
-        guidance=guidance,
-        batch_size=batch_size,
-        options=parse_options(option or []),
-        rtol=rtol,
-        threads=threads,
-    )
-    check_folder(out, "--out")
-    check_folder(cache, "--cache")
-    make_bucket(out)
+    settings = measured.settings(checkpoint, threads)
+    check_folder(measured.out, "--out")
+    check_folder(measured.cache, "--cache")
+    make_bucket(measured.out)
     evaluation = evaluate_on_ray(settings, workers=workers, verbose=verbose)
     typer.echo(json.dumps(evaluation.answer()) if as_json else evaluation.text())
 
@@ -358,13 +214,3 @@ def compare(
         typer.echo(json.dumps({"metrics": {name: one.to_json() for name, one in found.items()}, "notes": beside}))
     else:
         typer.echo(comparison_text(found, beside))
-
-
-def _interval(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--interval {text}: write two noise levels, LOW,HIGH, e.g. 0.2,5") from None
-    return low, high

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -51,8 +54,38 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
 ]
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")]
+Ema = Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")]
+SamplerOption = Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")]
+Compile = Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers print.")]
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb as Typer takes it, which knows parameters alone: one that is a dataclass, options that belong together, is
+    offered as its fields, in its place, and comes to the verb as one value."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = list[Parameter]()
+    for parameter in signature(verb).parameters.values():
+        group = groups.get(parameter.name)
+        if group is None:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        own = get_type_hints(group, include_extras=True)
+        for one in fields(group):
+            default = Parameter.empty if one.default is MISSING else one.default
+            parameters.append(Parameter(one.name, Parameter.KEYWORD_ONLY, default=default, annotation=own[one.name]))
+
+    @functools.wraps(verb)
+    def called(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{one.name: given.pop(one.name) for one in fields(group)})
+        verb(**given)
+
+    called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return called
 
 
 @contextlib.contextmanager

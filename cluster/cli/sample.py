@@ -1,0 +1,251 @@
+"""The verb `sample`, its options in the groups that belong together. See `main.py`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scoreray.cluster.cli.options import (
+    AsJson,
+    Checkpoint,
+    Compile,
+    Ema,
+    SamplerOption,
+    Verbose,
+    With,
+    grouped,
+    make_bucket,
+)
+from scoreray.data.errors import UserError
+
+if TYPE_CHECKING:
+    from scoreray.sampling.guidance.steering import Guidance, Measurement
+    from scoreray.sampling.offline.ensembles import ConditionsFrom
+
+
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Where samples go, how many, and who draws them."""
+
+    out: Annotated[
+        str, typer.Option(help="A folder or prefix, or a .npz. The same command again continues or repairs it.")
+    ]
+    count: Annotated[
+        int | None, typer.Option(help="How many samples: 64, or all of --conditions-from, by default.", min=1)
+    ] = None
+    format: Annotated[
+        str,
+        typer.Option(help="png, npz or webdataset (shards with a manifest); auto: webdataset in S3 or of no pictures."),
+    ] = "auto"
+    actors: Annotated[
+        int | None,
+        typer.Option(help="Draw by so many Ray actors, on RAY_ADDRESS's cluster or one here; else in-process.", min=1),
+    ] = None
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """How samples are drawn."""
+
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs. Default: what fits the model."),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(help="Noise levels, 18 for heun; sweeps of gibbs, 1000 by default.", min=1)
+    ] = None
+    grid: Annotated[
+        str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0
+
+
+@dataclass(frozen=True)
+class ConditionOptions:
+    """What samples are drawn for."""
+
+    class_label: Annotated[
+        str | None,
+        typer.Option(
+            help="A class's name or number, -1 for none; name:2 or index:2 where one is the other's; all in turn if "
+            "left out."
+        ),
+    ] = None
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A condition of all samples: a text, numbers (1.5,-2), an .npy, .npz or picture, a class; again for "
+            "more.",
+        ),
+    ] = None
+    conditions_from: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="Draw under the conditions of each record of a packed data set."),
+    ] = None
+    per_condition: Annotated[
+        int | None, typer.Option(help="Samples for each record of --conditions-from; 1 by default.", min=1)
+    ] = None
+
+    def records(self) -> ConditionsFrom | None:
+        """Reads the data set's manifest."""
+        from scoreray.sampling.offline.ensembles import ConditionsFrom
+
+        if self.conditions_from is not None:
+            return ConditionsFrom.of(self.conditions_from, self.per_condition or 1)
+        if self.per_condition is not None:
+            raise UserError("--per-condition goes with --conditions-from DATASET")
+        return None
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """What strengthens conditions, and where."""
+
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]WEIGHT",
+            help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the conditions, NAME=2 one of them.",
+        ),
+    ] = None
+    autoguide: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")
+    ] = None
+    guide_ema: Annotated[
+        str | None, typer.Option(help="Guide by this EMA length, of the same model or of --autoguide's.")
+    ] = None
+    interval: Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="Guide between these noise levels only.")] = (
+        None
+    )
+
+    def parsed(self) -> Guidance:
+        from scoreray.sampling.guidance.steering import Guidance, parse_guidance
+
+        weight, weights = parse_guidance(self.guidance or [])
+        return Guidance(weight, self.autoguide, self.guide_ema, _interval(self.interval), weights)
+
+
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """What is known of each sample."""
+
+    inpaint: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE", help="Keep what --mask marks of this picture or array; draw the rest."),
+    ] = None
+    mask: Annotated[
+        str | None, typer.Option(metavar="MASK", help="For --inpaint: white (or 1) where known, else 0.")
+    ] = None
+    inverse: Annotated[
+        str | None,
+        typer.Option(metavar="OPERATOR", help="superresolution=FACTOR, gray or matrix=FILE, of --measurement."),
+    ] = None
+    measurement: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For --inverse: what was measured, a picture, npy or npz.")
+    ] = None
+    noise_std: Annotated[float, typer.Option(help="The measurement's noise, for data in [-1, 1].")] = 0.0
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="What black and white are in an array that is given; 0,255 of uint8, -1,1 of floats.",
+        ),
+    ] = None
+    inverse_method: Annotated[
+        str, typer.Option(help="projection, or jacobian: nearer the posterior, a backward pass a call.")
+    ] = "projection"
+
+    def parsed(self) -> Measurement | None:
+        from scoreray.sampling.guidance.steering import measurement_of
+
+        return measurement_of(
+            self.inpaint,
+            self.mask,
+            self.inverse,
+            self.measurement,
+            self.noise_std,
+            self.inverse_method,
+            self.value_range,
+        )
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """How the network is called, and what else the job leaves."""
+
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or auto: bf16 where the count pays for compiling and it is exact enough.")
+    ] = "auto"
+    compile_: Compile = "auto"
+    samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None
+    picture: Annotated[Path | None, typer.Option(help="A picture of the first samples: .png, .jpg, .webp.")] = None
+
+
+@grouped
+def sample(
+    *,
+    checkpoint: Checkpoint,
+    place: PlaceOptions,
+    walk: WalkOptions,
+    conditioned: ConditionOptions,
+    guided: GuidanceOptions,
+    measured: MeasurementOptions,
+    ema: Ema = None,
+    batch_size: Annotated[int, typer.Option(help="Samples that are drawn together.", min=1)] = 64,
+    option: SamplerOption = None,
+    form: FormOptions,
+    with_: With = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
+    from scoreray.cluster.verbs.sample import sample_to
+    from scoreray.sampling.offline.conditions import parse_conditions
+    from scoreray.sampling.offline.generate import Request
+    from scoreray.sampling.samplers.options import parse_options
+
+    guidance, records = guided.parsed(), conditioned.records()
+    request = Request(
+        count=place.count or (records.num_samples if records else 64),
+        sampler=walk.sampler,
+        steps=walk.steps,
+        grid=walk.grid,
+        seed=walk.seed,
+        class_label=conditioned.class_label,
+        conditions=parse_conditions(conditioned.condition or []),
+        conditions_from=records,
+        guidance=guidance,
+        measurement=measured.parsed(),
+        batch_size=batch_size,
+        options=parse_options(option or []),
+    )
+    make_bucket(place.out)
+    drawn = sample_to(
+        place.out,
+        checkpoint,
+        ema,
+        request,
+        format=place.format,
+        actors=place.actors,
+        picture=form.picture,
+        verbose=verbose,
+        precision=form.precision,
+        compile_=form.compile_,
+        samples_per_shard=form.samples_per_shard,
+    )
+    typer.echo(json.dumps(drawn.answer()) if as_json else drawn.text())
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--interval {text}: write two noise levels, LOW,HIGH, e.g. 0.2,5") from None
+    return low, high
