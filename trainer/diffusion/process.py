@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from scoreray.data import checks
+from scoreray.data.errors import UserError
 from scoreray.data.own_code.part import PartOf
 from scoreray.trainer.diffusion.gaussian_process import GaussianProcess
+
+BetaSchedule = Literal["linear", "scaled_linear", "squared_cosine"]
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,30 @@ class SubVP(_LinearBeta):
 
 @dataclass(frozen=True)
 class DDPM(GaussianProcess):
-    """The DDPM's discrete ladder: alpha-bar_k = prod(1 - beta_i), beta linear over num_steps (Ho 2020).
+    """The DDPM's discrete ladder: alpha-bar_k = prod(1 - beta_i) over num_steps (Ho 2020).
 
     Step k is t = k / num_steps; between steps ln alpha-bar is linear in t. At the steps it is the ladder exactly.
+    schedule: beta rises from beta_min to beta_max, linearly ("linear"), or its square root does ("scaled_linear",
+    Rombach 2022); or alpha-bar is a squared cosine and no beta above 0.999 ("squared_cosine", Nichol 2021, eq. 17),
+    which knows neither end.  betas: num_steps numbers in the schedule's place.
     """
 
     beta_min: float = 1e-4
     beta_max: float = 0.02
     num_steps: int = 1000
+    schedule: BetaSchedule = "linear"
+    betas: tuple[float, ...] = ()
     kind: Literal["ddpm"] = field(default="ddpm", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_betas(self.beta_min, self.beta_max)
         checks.at_least("process", 2, num_steps=self.num_steps)
         checks.ordered("process", "beta_max", "the largest variance", self.beta_max, 1.0)
+        checks.choose("process.schedule", self.schedule, dict.fromkeys(get_args(BetaSchedule)))
+        if self.betas and len(self.betas) != self.num_steps:
+            raise UserError(f"process.betas: {len(self.betas)} numbers for num_steps {self.num_steps}: give as many")
+        if wrong := [beta for beta in self.betas if not 0 < beta < 1]:
+            raise UserError(f"process.betas: {wrong[0]} is not accepted; give numbers above 0 and below 1")
         super().__post_init__()
 
     @property
@@ -122,7 +135,7 @@ class DDPM(GaussianProcess):
 
     def _exponent(self, t: Tensor) -> Tensor:
         """-ln alpha-bar(t)."""
-        table = _ddpm_table(self.beta_min, self.beta_max, self.num_steps, t.device)
+        table = _ddpm_table(self, t.device)
         place = t * self.num_steps
         step = place.detach().floor().clamp(0, self.num_steps - 1).to(torch.int64)
         # take(), as indexing with a tensor of no dimension would wait for the device.
@@ -131,7 +144,7 @@ class DDPM(GaussianProcess):
 
     def _time_of(self, ratio: Tensor) -> Tensor:
         exponent = torch.log1p(ratio**2)
-        table = _ddpm_table(self.beta_min, self.beta_max, self.num_steps, ratio.device)
+        table = _ddpm_table(self, ratio.device)
         step = (torch.searchsorted(table, exponent.contiguous(), right=True) - 1).clamp(0, self.num_steps - 1)
         return (step + (exponent - table[step]) / (table[step + 1] - table[step])) / self.num_steps
 
@@ -141,24 +154,28 @@ class FlowMatching(GaussianProcess):
     """Flow matching along straight lines: alpha = 1 - t, sigma = t (Lipman 2023; Liu 2023).
 
     The signal is gone at t = 1 and the noise at t = 0, so t stays between t_min and t_max.
+    shift: above 1, even steps of t dwell at high noise: sigma = shift t / (1 + (shift - 1) t), so that sigma / alpha is
+    shift times what it is without (Esser 2024, eq. 23).
     """
 
     t_min: float = 1e-3
     t_max: float = 0.999
+    shift: float = 1.0
     kind: Literal["flow_matching"] = field(default="flow_matching", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_times(self.t_min, self.t_max)
+        checks.positive("process", shift=self.shift)
         super().__post_init__()
 
     def _alpha(self, t: Tensor) -> Tensor:
-        return 1 - t
+        return (1 - t) / (1 + (self.shift - 1) * t)
 
     def _sigma(self, t: Tensor) -> Tensor:
-        return t
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def _time_of(self, ratio: Tensor) -> Tensor:
-        return ratio / (1 + ratio)
+        return ratio / (self.shift + ratio)
 
 
 @dataclass(frozen=True)
@@ -232,11 +249,20 @@ def _beta_time(process: _LinearBeta, integral: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _ddpm_table(beta_min: float, beta_max: float, num_steps: int, device: torch.device) -> Tensor:
+def _ddpm_table(process: DDPM, device: torch.device) -> Tensor:
     """-ln alpha-bar_k for k = 0 .. num_steps, float64."""
     on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}  # also while a model is built on the meta device
-    steps = torch.log1p(-torch.linspace(beta_min, beta_max, num_steps, **on_cpu))
-    return torch.cat([torch.zeros(1, **on_cpu), -steps.cumsum(0)]).to(device)
+    low, high, num_steps = process.beta_min, process.beta_max, process.num_steps
+    if process.betas:
+        betas = torch.tensor(process.betas, **on_cpu)
+    elif process.schedule == "linear":
+        betas = torch.linspace(low, high, num_steps, **on_cpu)
+    elif process.schedule == "scaled_linear":
+        betas = torch.linspace(math.sqrt(low), math.sqrt(high), num_steps, **on_cpu) ** 2
+    else:
+        alpha_bar = ((torch.linspace(0, 1, num_steps + 1, **on_cpu) + 0.008) * (math.pi / 2 / 1.008)).cos() ** 2
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    return torch.cat([torch.zeros(1, **on_cpu), -torch.log1p(-betas).cumsum(0)]).to(device)
 
 
 def _check_sigmas(owner: str, sigma_min: float, sigma_max: float) -> None:

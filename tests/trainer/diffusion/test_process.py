@@ -24,7 +24,7 @@ from scoreray.trainer.diffusion.process import (
 )
 
 F64 = torch.float64
-ALL = [cls() for cls in PROCESSES.values()]
+ALL = [cls() for cls in PROCESSES.values()] + [DDPM(schedule="squared_cosine"), FlowMatching(shift=3.0)]
 every_process = pytest.mark.parametrize("process", ALL, ids=lambda process: process.kind)
 
 
@@ -48,6 +48,33 @@ def test_the_ddpm_ladder_is_the_cumulative_product():
     alpha_bar = (1 - betas).cumprod(0)
     expected = ((1 - alpha_bar) / alpha_bar).sqrt().flip(0)
     torch.testing.assert_close(DDPM().ladder(1000), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("process", "betas"),
+    [
+        (DDPM(8.5e-4, 0.012, schedule="scaled_linear"), torch.linspace(8.5e-4**0.5, 0.012**0.5, 1000, dtype=F64) ** 2),
+        (DDPM(num_steps=3, betas=(0.1, 0.5, 0.2)), torch.tensor([0.1, 0.5, 0.2], dtype=F64)),
+    ],
+)
+def test_other_ladders_are_the_cumulative_products_of_their_betas(process, betas):
+    alpha_bar = (1 - betas).cumprod(0).flip(0)
+    torch.testing.assert_close(process.ladder(len(betas)), (1 / alpha_bar - 1).sqrt(), rtol=1e-10, atol=0)
+
+
+def test_the_squared_cosine_ladder_is_nichols_but_for_its_last_beta():
+    k = torch.arange(1, 1000, dtype=F64)
+    f = lambda k: torch.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    process = DDPM(schedule="squared_cosine")
+    torch.testing.assert_close(process.alpha(k / 1000) ** 2, f(k) / f(0 * k), rtol=1e-9, atol=0)
+    assert float((process.alpha(1.0) / process.alpha(0.999)) ** 2) == pytest.approx(1 - 0.999, rel=1e-5)
+
+
+def test_a_shift_of_flow_matching_multiplies_its_noise_levels():
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
+    shifted = FlowMatching(shift=3.0)
+    torch.testing.assert_close(shifted.noise_to_signal(t), 3 * FlowMatching().noise_to_signal(t))
+    torch.testing.assert_close(shifted.alpha(t) + shifted.sigma(t), torch.ones_like(t))
 
 
 def test_the_ve_ladder_is_geometric():
@@ -225,14 +252,18 @@ def test_a_config_chooses_a_process_by_its_kind():
         (lambda: VP(beta_max=math.nan), "beta_max is nan"),
         (lambda: DDPM(num_steps=1), "num_steps is 1: give 2 or more"),
         (lambda: DDPM(beta_max=1.5), "beta_max is 1.5"),
+        (lambda: DDPM(schedule="cosine"), "process.schedule 'cosine' is unknown"),
+        (lambda: DDPM(betas=(0.1, 0.2)), "process.betas: 2 numbers for num_steps 1000"),
+        (lambda: DDPM(num_steps=2, betas=(0.1, 1.0)), "process.betas: 1.0 is not accepted"),
+        (lambda: FlowMatching(shift=0.0), "shift is 0.0"),
         (lambda: FlowMatching(t_max=1.5), "t_max is 1.5"),
         (lambda: EDM(sigma_max=1e300), r"sigma_max is 1e\+300: give a number above 0, at most 1e\+18"),
         (lambda: EDM(sigma_max=1e15), r"sigma_max 1000000000000000.0 make noise levels .* to 1e\+15: they must"),
         (lambda: VE(sigma_min=1e-300), "from 1e-300 to 50: they must rise within 1e-09 to 1e\\+09"),
         (lambda: VP(beta_max=1e4), "beta_max 10000.0, .* to inf"),
         (lambda: SubVP(t_min=1e-300), "noise levels .* from 0 to|from 1e-301"),
-        (lambda: DDPM(num_steps=10**6), "num_steps 1000000 make noise levels .* to inf"),
-        (lambda: FlowMatching(t_max=1.0), "t_max 1.0 make noise levels .* to inf"),
+        (lambda: DDPM(num_steps=10**6), "num_steps 1000000, .* make noise levels .* to inf"),
+        (lambda: FlowMatching(t_max=1.0), "t_max 1.0, .* make noise levels .* to inf"),
         (lambda: Cosine(t_min=1e-300), "from 1.57e-300"),
     ],
 )
