@@ -10,6 +10,7 @@ EXTRAS = {
     "wandb": ("wandb>=0.31",),
     "arrays": ("zarr>=3", "h5py>=3.10"),
     "redis": ("redis>=5",),
+    "diffusers": ("diffusers>=0.36", "transformers>=4.57"),
     "otel": ("opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"),
 }
 

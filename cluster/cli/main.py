@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
+from scoreray.cluster.cli.imports import diffusers
 from scoreray.cluster.cli.models import compare, evaluate, export, serve
 from scoreray.cluster.cli.options import ClickException
 from scoreray.cluster.cli.options import local_s3 as server_on
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Pack, check and look at data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+import_app = typer.Typer(help="Pretrained models of other libraries as models of ours.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
 
 
 def print_version(wanted: bool) -> None:
@@ -66,6 +69,7 @@ def common(
 
 VERBS: tuple[Callable[..., None], ...] = (demo, train, status, tune, sample, export, serve, evaluate, compare, doctor)
 DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect)
+IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers,)
 for verb in VERBS:
     app.command()(verb)
 app.command(
@@ -73,6 +77,8 @@ app.command(
 )(submit)
 for verb in DATA_VERBS:
     data_app.command()(verb)
+for verb in IMPORT_VERBS:
+    import_app.command()(verb)
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from scoreray.data.scratch import scratch_file
@@ -34,22 +35,32 @@ def export(
     states = states or {}
     tracked = lengths_stored(checkpoint.marker.state_keys)
     names = [choose_length(name, (*tracked, *states, RAW), checkpoint.url) for name in lengths] or tracked
-    store = open_store(out)
-    store.delete([MODEL_JSON])
-    files = {}
-    for name in dict.fromkeys(names):
-        state = states[name]() if name in states else checkpoint.full_state(state_key(name))
-        weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-        files[name] = _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", weights)
     marker = checkpoint.marker
     page = ModelManifest(
-        checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, files, marker.config,
+        checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, {}, marker.config,
         target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
     )  # fmt: skip
+
+    def weights_of(name: str) -> State:
+        state = states[name]() if name in states else checkpoint.full_state(state_key(name))
+        return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+
+    return asdict(write_model(out, {name: partial(weights_of, name) for name in names}, page))
+
+
+def write_model(out: str, states: Mapping[str, Callable[[], State]], page: ModelManifest) -> ModelManifest:
+    """Writes the network's state at each length, read one at a time, then `page` with the files that hold them."""
+    store = open_store(out)
+    store.delete([MODEL_JSON])
+    files = {
+        name: _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", state())
+        for name, state in states.items()
+    }
+    page = replace(page, files=files)
     store.put(MODEL_JSON, page.to_json())
     stored = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}
     store.delete(stored - {about.file for about in files.values()})  # of an earlier export
-    return asdict(page)
+    return page
 
 
 def _put(store: Store, key: str, weights: State) -> ExportedFile:

@@ -33,6 +33,12 @@ def mistakes(
             f"objective.chain: 'gibbs' moves the layers of an RBM, and network.kind is '{network.kind}'; choose "
             "network.kind rbm or gaussian_rbm, or objective.chain langevin",
         ]
+    required = network.required_sigma_data
+    if required is not None and denoiser.sigma_data != required:
+        found.append(
+            f"denoiser.sigma_data: {denoiser.sigma_data} scales the input otherwise than network.kind '{network.kind}' "
+            f"was trained on; set it to {required:g}"
+        )
     found += objective_mistakes(objective, denoiser.parameterization)
     if compile and needs_second_derivatives(objective, denoiser.parameterization):
         found.append(

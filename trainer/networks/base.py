@@ -19,6 +19,11 @@ class BaseNetworkConfig:
     is_machine: ClassVar[bool] = False
     """A restricted Boltzmann machine: it has no noise level, so no process and no denoiser, and moves by Gibbs."""
 
+    @property
+    def required_sigma_data(self) -> float | None:
+        """The `denoiser.sigma_data` whose scaling of the input the network was made for; None: any."""
+        return None
+
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> nn.Module:
         """The network for samples of `image_shape` and what conditions it (a number: so many classes).
 

@@ -16,6 +16,7 @@ from scoreray.data.own_code import line_of
 from scoreray.data.own_code.part import OwnPart, PartOf
 from scoreray.trainer.diffusion.condition import Conditions, conditions_of, null_condition
 from scoreray.trainer.networks.base import BaseNetworkConfig
+from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.ladder import Conditioning, OnLadder, geometric_ladder
 from scoreray.trainer.networks.mlp import MLPConfig
@@ -49,7 +50,7 @@ class LadderNetworkConfig(BaseNetworkConfig):
         return OnLadder(build_network(self.network, image_shape, conditions), sigmas, self.conditioning)
 
 
-NetworkConfig = SingleNetworkConfig | LadderNetworkConfig | RBMConfig | GaussianRBMConfig
+NetworkConfig = SingleNetworkConfig | LadderNetworkConfig | RBMConfig | GaussianRBMConfig | DiffusersNetworkConfig
 AnyNetwork = Annotated[NetworkConfig, OWN_NETWORK]
 """The type of a config's `network` section: one of ours, or somebody else's."""
 

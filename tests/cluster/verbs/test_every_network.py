@@ -27,12 +27,29 @@ from scoreray.tune.load import load_sweep
 UNET = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
 MLP = {"kind": "mlp", "hidden_size": 16, "num_layers": 1}
 GIBBS = {"kind": "contrastive", "chain": "gibbs", "start": "persistent", "num_steps": 1, "label_dropout": 0.0}
+DIFFUSERS = {
+    "kind": "diffusers",
+    "class_name": "UNet2DModel",
+    "schedule": {"kind": "ddpm"},
+    "config": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [8],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+        "num_class_embeds": 11,
+    },
+    "null_class": 10,
+}
 SECTIONS: dict[str, dict[str, Any]] = {
     "unet": {"network": UNET},
     "dit": {"network": {"kind": "dit", "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}},
     "mlp": {"network": MLP},
     "ladder": {"network": {"kind": "ladder", "num_levels": 7, "network": UNET}},
     "ladder without codes": {"network": {"kind": "ladder", "num_levels": 7, "conditioning": "none", "network": MLP}},
+    "diffusers": {"network": DIFFUSERS, "denoiser": {"parameterization": "noise", "sigma_data": 1.0}},
     "rbm": {"network": {"kind": "rbm", "num_hidden": 8}, "objective": GIBBS},
     "gaussian_rbm": {"network": {"kind": "gaussian_rbm", "num_hidden": 8}, "objective": GIBBS},
 }

@@ -1,0 +1,1 @@
+"""Pretrained models of other libraries as models that every verb takes."""

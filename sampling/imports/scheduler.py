@@ -1,0 +1,106 @@
+"""From a scheduler's config of diffusers to our process, what the network predicts, and its timesteps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from scoreray.data.errors import DataError, UserError, nearest, shortened
+from scoreray.trainer.diffusion.denoiser import Parameterization
+from scoreray.trainer.diffusion.process import DDPM, EDM, BetaSchedule, FlowMatching
+
+DISCRETE = (
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
+    "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+"""Solvers of one kind of model: betas over num_train_timesteps."""
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+KARRAS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+BETAS: dict[str, BetaSchedule] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "squared_cosine",
+}
+PREDICTIONS: dict[str, Parameterization] = {
+    "epsilon": "noise",
+    "sample": "denoised",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+}
+LEAST_ALPHA_BAR = 2.0**-24  # in the place of 0 (zero terminal SNR), as diffusers' own Euler and DPM-Solver put it
+FLOW_T_MAX = 0.9999  # the signal is gone at 1, where sigma / alpha is infinite
+
+
+@dataclass(frozen=True)
+class TrainedNoise:
+    """process: that samples are drawn by.  schedule: by whose times the network knows noise levels.
+    left_out: settings of the scheduler's own sampling that change what it draws, and that our samplers do not have."""
+
+    process: DDPM | FlowMatching | EDM
+    schedule: DDPM | FlowMatching | EDM
+    parameterization: Parameterization
+    sigma_data: float = 1.0
+    num_steps: int = 1000
+    left_out: tuple[str, ...] = ()
+
+
+def trained_noise(config: dict[str, Any], num_tokens: int = 0) -> TrainedNoise:
+    """config: a scheduler_config.json.  num_tokens: of a sample, from which a dynamic flow shift follows.
+
+    Raises UserError where the scheduler, its betas or its prediction type are not known, DataError where diffusers
+    refuses the config.
+    """
+    name = str(config.get("_class_name"))
+    if name not in (*DISCRETE, *FLOW, *KARRAS):
+        raise UserError(f"scheduler '{shortened(name)}': {nearest(name, (*DISCRETE, *FLOW, *KARRAS))}; another "
+                        "scheduler_config.json of the same model goes with --scheduler")  # fmt: skip
+    import diffusers
+
+    try:
+        scheduler = getattr(diffusers, name).from_config(config)  # which knows the defaults of what is left out
+    except (ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise DataError(f"scheduler: {name} of diffusers refuses it: {reason}") from None
+    known = scheduler.config
+    prediction = known.get("prediction_type", "flow_prediction" if name in FLOW else "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"scheduler: prediction_type '{prediction}': {nearest(str(prediction), PREDICTIONS)}")
+    left_out = tuple(key for key in ("clip_sample", "thresholding") if known.get(key))
+    if name in KARRAS:
+        if prediction != "epsilon":
+            raise UserError(f"scheduler: {name} with prediction_type '{prediction}'; epsilon is supported")
+        edm = EDM(known["sigma_min"], known["sigma_max"])
+        return TrainedNoise(edm, edm, "edm", known["sigma_data"], left_out=left_out)
+    num_steps = int(known["num_train_timesteps"])
+    if name in FLOW or prediction == "flow_prediction":
+        shift = _dynamic_shift(known, num_tokens) or known.get("shift", known.get("flow_shift", 1.0))
+        process = FlowMatching(t_max=FLOW_T_MAX, shift=float(shift))
+        return TrainedNoise(process, FlowMatching(), "velocity", num_steps=num_steps, left_out=left_out)
+    ddpm = _ladder(scheduler, num_steps)
+    return TrainedNoise(ddpm, ddpm, PREDICTIONS[prediction], num_steps=num_steps, left_out=left_out)
+
+
+def _ladder(scheduler: Any, num_steps: int) -> DDPM:
+    """By its name where its betas have one of ours; else the betas themselves."""
+    known = scheduler.config
+    schedule = BETAS.get(known.beta_schedule)
+    zero_snr = known.get("rescale_betas_zero_snr")
+    if known.get("trained_betas") is None and not zero_snr and schedule is not None:
+        if schedule == "squared_cosine":
+            return DDPM(num_steps=num_steps, schedule=schedule)
+        return DDPM(known.beta_start, known.beta_end, num_steps, schedule)
+    alpha_bar = [1.0, *scheduler.alphas_cumprod.double().clamp(min=LEAST_ALPHA_BAR).tolist()]
+    betas = tuple(1 - alpha_bar[i + 1] / alpha_bar[i] for i in range(num_steps))
+    return DDPM(num_steps=num_steps, betas=betas)
+
+
+def _dynamic_shift(known: Any, num_tokens: int) -> float | None:
+    """The shift at a size, where it is one of the size: diffusers' `calculate_shift`, a line through two sizes."""
+    if not known.get("use_dynamic_shifting") or not num_tokens:
+        return None
+    slope = (known["max_shift"] - known["base_shift"]) / (known["max_image_seq_len"] - known["base_image_seq_len"])
+    mu = known["base_shift"] + slope * (num_tokens - known["base_image_seq_len"])
+    return math.exp(mu) if known["time_shift_type"] == "exponential" else mu
