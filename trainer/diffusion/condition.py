@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, get_args, overload
+from typing import Annotated, ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
 
 ConditionKind = Literal["class", "vector", "concat", "sequence", "text"]
-CONDITION_KINDS: tuple[ConditionKind, ...] = get_args(ConditionKind)
 HAS_LENGTH: frozenset[ConditionKind] = frozenset({"sequence", "text"})
 LABEL = "label"  # the class condition's name where a config names none
 
@@ -52,9 +51,24 @@ class ConditionSpec:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of values as a network takes them."""
+        return {"class": torch.int64, "text": torch.uint8}.get(self.kind, torch.float32)
+
+    def mask_shape(self, rows: int) -> tuple[int, ...]:
+        """(rows, L) of a sequence or text, (rows,) of any other."""
+        return (rows, self.shape[0]) if self.kind in HAS_LENGTH else (rows,)
+
+    def null(self, rows: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(values, mask) of `rows` rows without the condition: class -1, or 0 under a mask that is False everywhere."""
+        nothing = -1 if self.kind == "class" else 0
+        values = torch.full((rows, *self.shape), nothing, dtype=self.dtype, device=device)
+        return values, torch.zeros(self.mask_shape(rows), dtype=torch.bool, device=device)
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a sample's values may have this shape. A grid may be of any size, as it is resized, and a sequence or
-        text of any length: who takes no longer ones than `shape[0]` checks that."""
+        text of any length: callers check that it is no longer than `shape[0]`."""
         if self.kind in HAS_LENGTH:
             return len(shape) == len(self.shape) and tuple(shape[1:]) == self.shape[1:]
         if self.kind == "concat":
@@ -132,7 +146,7 @@ class Condition:
 
     def null(self, names: Sequence[str] | None = None) -> Condition:
         """The null of all rows, for all names or for some."""
-        gone = {name: torch.ones_like(self._rows(name)) for name in (self.values if names is None else names)}
+        gone = {name: self._rows(name) for name in (self.values if names is None else names)}
         return self.drop(gone)
 
     def mask(self, name: str) -> Tensor:
@@ -227,32 +241,19 @@ def example_condition(conditions: Conditions, rows: int, device: torch.device | 
     generator = torch.Generator().manual_seed(0)
     values, masks = dict[str, Tensor](), dict[str, Tensor]()
     for name, spec in conditions.items():
+        value, mask = spec.null(rows)
         if spec.kind == "class":
             values[name] = torch.arange(rows) % spec.num_classes
             continue
-        masks[name] = torch.ones(rows, dtype=torch.bool)
+        if spec.kind == "text":
+            value.random_(ord("a"), ord("z"), generator=generator)
+        else:
+            value.normal_(generator=generator)
+        values[name], masks[name] = value, ~mask
         if spec.kind in HAS_LENGTH:
             length = spec.shape[0]
             masks[name] = torch.arange(length) < (length - torch.arange(rows) % length)[:, None]
-        if spec.kind == "text":
-            values[name] = torch.randint(ord("a"), ord("z"), (rows, *spec.shape), generator=generator).to(torch.uint8)
-        else:
-            values[name] = torch.randn(rows, *spec.shape, generator=generator)
     return Condition(values, masks).to(device) if values else None
-
-
-def null_condition(conditions: Conditions, rows: int, device: torch.device | str = "cpu") -> Condition:
-    """The null of every name, in the shapes that a network was built for."""
-    values, masks = dict[str, Tensor](), dict[str, Tensor]()
-    for name, spec in conditions.items():
-        if spec.kind == "class":
-            values[name] = torch.full((rows,), -1, device=device)
-            continue
-        dtype = torch.uint8 if spec.kind == "text" else torch.float32
-        values[name] = torch.zeros(rows, *spec.shape, dtype=dtype, device=device)
-        lead = (rows, *spec.shape[:1]) if spec.kind in HAS_LENGTH else (rows,)
-        masks[name] = torch.zeros(lead, dtype=torch.bool, device=device)
-    return Condition(values, masks)
 
 
 def complete(
@@ -260,75 +261,20 @@ def complete(
 ) -> Condition:
     """`condition` of `rows` rows (None: the null, on `device`) with every name, sequences and texts padded to their
     greatest length, and a mask for each: kernels and compiled graphs are chosen by shapes, so calls should have one."""
+    count, read = rows, set[str]()
+    if condition is not None:
+        device, count = next(iter(condition.values.values())).device, 1
+        read = {name for name, value in condition.values.items() if is_encoded(conditions[name], value)}  # are complete
+    nulls = {name: spec.null(count, device) for name, spec in conditions.items() if name not in read}
+    null = Condition(
+        {name: value for name, (value, _) in nulls.items()},
+        {name: mask for name, (_, mask) in nulls.items() if conditions[name].kind != "class"},
+    )
     if condition is None:
-        return null_condition(conditions, rows, device)
-    device = next(iter(condition.values.values())).device
-    read = {name for name, value in condition.values.items() if is_encoded(conditions[name], value)}  # complete as such
-    others = {name: spec for name, spec in conditions.items() if name not in read}
-    found = Condition.cat([condition, null_condition(others, 1, device)], [rows, 1])
-    assert found is not None, "a network that takes conditions"
-    return found[:rows]
-
-
-def check_condition(condition: AnyCondition, conditions: Conditions, rows: int) -> None:
-    """Raises UserError where names, shapes or (on the CPU, where looking costs no synchronisation) classes of a
-    condition of `rows` samples are not those that a network was built for."""
-    if isinstance(condition, Tensor) and (condition.shape != (rows,) or condition.is_floating_point()):
-        raise UserError(
-            f"class_labels are {condition.dtype} {tuple(condition.shape)}: give one integer for each of the {rows} "
-            "samples"
-        )
-    given = as_condition(condition, conditions)
-    if given is None:
-        return
-    for name, value in given.values.items():
-        _check_value(name, spec_of(name, conditions), value, given.masks.get(name), rows)
-
-
-def spec_of(name: str, conditions: Conditions) -> ConditionSpec:
-    """What a network takes under this name. Raises UserError where it was not built for it."""
-    if name not in conditions:
-        known = f"it takes {', '.join(conditions)}" if conditions else "it takes none"
-        raise UserError(f"condition '{name}': this network was not built for it; {known}")
-    return conditions[name]
-
-
-def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    """Raises UserError where a class label int64 [B] is none of the network's."""
-    bad = (labels < -1) | (labels >= num_classes)
-    if bool(bad.any()):
-        what = "class label" if name == LABEL else f"condition '{name}': class label"
-        raise UserError(
-            f"{what} {int(labels[bad][0])} is out of range: the network knows 0 to {num_classes - 1}, and -1 for no "
-            "class"
-        )
-
-
-def _check_value(name: str, spec: ConditionSpec, value: Tensor, mask: Tensor | None, rows: int) -> None:
-    if spec.kind == "class":
-        if value.shape != (rows,) or value.is_floating_point():
-            raise UserError(
-                f"condition '{name}': {value.dtype} {list(value.shape)}; give an integer a sample, [{rows}]"
-            )
-        if value.device.type == "cpu":
-            check_labels(name, value, spec.num_classes)
-        return
-    shape = list(value.shape)
-    if is_encoded(spec, value):
-        spec = ConditionSpec("sequence", (*spec.shape, *shape[2:]))
-    if spec.kind in HAS_LENGTH:
-        fits = spec.fits(shape[1:]) and value.shape[1] <= spec.shape[0]
-        expected = [rows, f"up to {spec.shape[0]}", *spec.shape[1:]]
-        lead = shape[:2]
-    else:
-        fits = spec.fits(shape[1:])
-        expected, lead = [rows, *spec.shape], shape[:1]
-    if not fits or shape[0] != rows:
-        raise UserError(f"condition '{name}' of shape {shape}: the network was built for {expected}")
-    if (mask is None and spec.kind in HAS_LENGTH) or (mask is not None and list(mask.shape) != lead):
-        raise UserError(
-            f"condition '{name}': its mask must be bool {lead}, it is {mask if mask is None else list(mask.shape)}"
-        )
+        return null
+    joined = Condition.cat([condition, null], [rows, 1])
+    assert joined is not None, "a network that takes conditions"
+    return joined[:rows]
 
 
 def _is_class(value: Tensor) -> bool:

@@ -35,6 +35,7 @@ from scoreray.trainer.diffusion.condition import (
     as_condition,
     is_encoded,
 )
+from scoreray.trainer.diffusion.condition_checks import check_value
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, Attention, call_block, grid_code, require, sinusoids
 
 MAX_WIDTH = 1 << 14
@@ -89,7 +90,7 @@ class Conditioning(nn.Module):
     A name that the condition lacks is null in all rows; None lacks all. All parameters act in every call, so that each
     has a gradient at every step, on every rank: engines that shard gradients wait for it.
     `cross_attention` False: the network attends to no tokens, and sequences and text enter by their mean alone.
-    Raises UserError where a grid has not the sample's number of dimensions, or a sequence is too long.
+    Raises UserError where a grid has not the sample's number of dimensions, or a value is not of the shape built for.
     """
 
     def __init__(
@@ -210,21 +211,16 @@ def values_of(name: str, spec: ConditionSpec, given: Condition | None, c_noise: 
     Sequences and text are as long as the network was built for: a row's bits then depend on no padding, a compiled
     network sees one shape, and 0 takes no part, where NaN would.
     """
-    rows = len(c_noise)
     if given is None or name not in given.values:
-        if spec.kind == "class":
-            return c_noise.new_full((rows,), -1, dtype=torch.long), c_noise.new_zeros((rows,), dtype=torch.bool)
-        value = c_noise.new_zeros((rows, *spec.shape), dtype=torch.uint8 if spec.kind == "text" else None)
-        lead = value.shape[:2] if spec.kind in HAS_LENGTH else value.shape[:1]
-        return value, c_noise.new_zeros(lead, dtype=torch.bool)
-    value, mask = given.values[name], given.mask(name)
+        return spec.null(c_noise.shape[0], c_noise.device)
+    value = given.values[name]
+    check_value(name, spec, value, given.masks.get(name), c_noise.shape[0])
+    mask = given.mask(name)
     if spec.kind == "class":
         return value, mask
     value = value.masked_fill(~mask.view(*mask.shape, *(1,) * (value.ndim - mask.ndim)), 0)
     if spec.kind in HAS_LENGTH and value.shape[1] != spec.shape[0]:
         missing = spec.shape[0] - value.shape[1]
-        if missing < 0:
-            raise UserError(f"condition '{name}' of length {value.shape[1]}: at most {spec.shape[0]} is accepted")
         value = F.pad(value, (0,) * (2 * (value.ndim - 2)) + (0, missing))
         mask = F.pad(mask, (0, missing))
     return value, mask

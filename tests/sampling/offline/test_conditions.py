@@ -30,13 +30,8 @@ from scoreray.sampling.offline.generate import Request, SampleConditions, genera
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.diffusion.condition import (
-    Condition,
-    Conditions,
-    ConditionSpec,
-    check_condition,
-    example_condition,
-)
+from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec, example_condition
+from scoreray.trainer.diffusion.condition_checks import check_condition
 
 STD, SIGMA_DATA = 0.3, 0.5
 SPECS: Conditions = {
@@ -206,19 +201,15 @@ def test_guidance_is_warned_of_estimates_that_the_run_never_learned(model: Loade
 def test_likelihood_and_inpainting_are_those_given_the_condition(model: LoadedDenoiser) -> None:
     given = read_condition(WORDS, model.info)
     assert given is not None
-    x = MEAN + STD * SampleNoise(range(4)).normal((4, 2))
-    settings = {
-        "sigma_min": 0.01,
-        "sigma_max": 20.0,
-        "trace": "exact",
-        "rtol": 1e-4,
-        "data_mean": MEAN,
-        "data_std": STD,
-    }
-    found = log_likelihood(model, x, condition=given.expand(4), **settings)
+    settings: dict[str, Any] = {"sigma_min": 0.01, "sigma_max": 20.0, "trace": "exact", "rtol": 1e-4, "data_std": STD}
     variance = STD**2 + 0.01**2
-    exact = -((x - MEAN) ** 2).sum(1) / (2 * variance) - math.log(2 * math.pi * variance)
-    torch.testing.assert_close(found.nats, exact, rtol=0, atol=0.02)
+    for condition, mean in ((given.expand(4), MEAN), (given.expand(4).null(), 0.0), (None, 0.0)):
+        x = mean + STD * SampleNoise(range(4)).normal((4, 2))
+        found = log_likelihood(model, x, condition=condition, data_mean=mean, **settings)
+        exact = -((x - mean) ** 2).sum(1) / (2 * variance) - math.log(2 * math.pi * variance)
+        torch.testing.assert_close(found.nats, exact, rtol=0, atol=0.02)
+        bits = 7 - exact / (2 * math.log(2))  # a dimension, of levels 2 / 256 wide
+        torch.testing.assert_close(found.bits_per_dim(), bits, rtol=0, atol=0.02)
     observed = LinearInverse(model, mask(torch.tensor([True, False])), torch.tensor([2.0, 0.0]), data_std=STD)
     start = 80 * SampleNoise(range(500)).normal((500, 2))
     drawn = sample(observed, start, model.info.sigmas(24), condition=given.expand(500))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, check_condition, complete, encoded
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, complete, encoded, example_condition
+from scoreray.trainer.diffusion.condition_checks import check_condition
 from scoreray.trainer.diffusion.layers import allow_double_backward, attend, attention_by_products
 from scoreray.trainer.networks.conditioning import TextEncoderConfig, grid_channels
 from scoreray.trainer.networks.dit import DiTConfig
@@ -239,9 +240,22 @@ def test_grids_are_resized_by_means_or_linearly_and_a_channel_says_where_there_i
     assert torch.equal(grid_channels(fine, given[:1], (8,))[:, :1], fine)
 
 
+def test_nulls_examples_and_completed_conditions_are_what_networks_take():
+    for made in (complete(None, specs(), ROWS), example_condition(specs(), ROWS), complete(condition(), specs(), ROWS)):
+        check_condition(made, specs(), ROWS)
+        for name, spec in specs().items():
+            assert made.values[name].dtype == spec.dtype
+            assert made.mask(name).shape == spec.mask_shape(ROWS)
+    null = complete(None, specs(), ROWS)
+    assert not any(null.mask(name).any() for name in specs())
+    whole = complete(condition(), specs(), ROWS)
+    assert torch.equal(whole.values["t5"][:, :4], condition().values["t5"])
+    assert torch.equal(whole.mask("t5"), torch.arange(5) < torch.arange(ROWS)[:, None])
+
+
 def test_a_condition_that_does_not_fit_is_named():
     with pytest.raises(UserError, match=r"data.conditions.map: .*\[2, 5\].* 2 spatial dimensions"):
         UNET.build((2, *GRID), {"map": ConditionSpec("concat", (2, 5))})
     long = Condition({"caption": torch.zeros(ROWS, 8, dtype=torch.uint8)}, {"caption": torch.ones(ROWS, 8).bool()})
-    with pytest.raises(UserError, match="condition 'caption' of length 8: at most 7"):
+    with pytest.raises(UserError, match=r"'caption' of shape \[4, 8\]: .* \[4, 'up to 7'\]"):
         built(MLP)(*inputs(), long)
