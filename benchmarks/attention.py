@@ -1,6 +1,6 @@
-"""Attention with a mask of keys, as networks compute it, against torch's scaled-dot-product attention.
+"""Attention as networks compute it, with a mask of keys or without, against torch's scaled-dot-product attention.
 
-    python benchmarks/attention.py [--device cuda] [--dtype bfloat16 float32] [--seconds 2]
+    python benchmarks/attention.py [--no-mask] [--device cuda] [--dtype bfloat16 float32] [--seconds 2]
 
 q [B, 4, T, 64], k and v [B, 4, S, 64], rows of random lengths; forward without gradients, and forward and backward. The
 ways take turns and the best time of each counts, on a CPU of this thread's own CPU time with one thread. `unmasked` is
@@ -20,14 +20,15 @@ from torch import Tensor
 from scoreray.trainer.diffusion.layers import attend, attention_by_products
 
 CASES = [(64, 32), (64, 80), (256, 80), (1024, 80), (256, 256), (512, 512), (1024, 1024)]  # (queries, keys)
-Way = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+SELF = [(256, 256), (512, 512), (768, 768), (1024, 1024), (2048, 2048)]  # without a mask: tokens among themselves
+Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def unmasked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -36,6 +37,7 @@ WAYS: dict[str, Way] = {"ours": attend, "products": attention_by_products, "fuse
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-mask", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, help="default 4 on a CPU, 256 on a GPU")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
@@ -51,7 +53,7 @@ def main() -> None:
         + "  fused/ours"
     )
     for dtype in arguments.dtype:
-        for queries, keys in CASES:
+        for queries, keys in SELF if arguments.no_mask else CASES:
             for backward in (False, True):
                 times = measured(batch, queries, keys, getattr(torch, dtype), backward, arguments)
                 row = "".join(f"{1e3 * seconds:13.3f}" for seconds in times.values())
@@ -67,6 +69,7 @@ def measured(
     q, g = torch.randn(2, batch, 4, queries, 64, device=arguments.device, dtype=dtype)
     k, v = torch.randn(2, batch, 4, keys, 64, device=arguments.device, dtype=dtype)
     mask = torch.arange(keys, device=arguments.device) < torch.randint(1, keys, (batch, 1), device=arguments.device)
+    given = None if arguments.no_mask else mask
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     clock = time.thread_time if arguments.device == "cpu" else time.perf_counter
     best, end, turns = dict.fromkeys(WAYS, float("inf")), time.time() + arguments.seconds, 0
@@ -74,7 +77,7 @@ def measured(
         for name, way in WAYS.items():
             start = clock()
             with torch.set_grad_enabled(backward):
-                out = way(q, k, v, mask)
+                out = way(q, k, v, given)
                 if backward:
                     torch.autograd.grad(out, inputs, g)
             if arguments.device != "cpu":

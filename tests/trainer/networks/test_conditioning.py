@@ -230,6 +230,17 @@ def test_masked_attention_is_torchs_and_its_masked_keys_count_for_nothing(tokens
     assert torch.equal(attend(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), mask), out)
 
 
+@pytest.mark.parametrize("tokens", [1023, 1024], ids=["few", "many"])
+def test_attention_without_a_mask_is_torchs_from_1024_tokens_on_and_products_to_the_bit_below(tokens):
+    q, k, v = torch.randn(3, 2, 1, tokens, 4, generator=torch.Generator().manual_seed(0))
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    products = attention_by_products(q, k, v, None)
+    torch.testing.assert_close(fused, products)
+    assert not torch.equal(fused, products)
+    assert torch.equal(attend(q, k, v), fused if tokens == 1024 else products)
+    assert torch.equal(attend(q[:1], k[:1], v[:1]), attend(q, k, v)[:1])  # a row's bits are its own
+
+
 def test_grids_are_resized_by_means_or_linearly_and_a_channel_says_where_there_is_one():
     coarse = torch.tensor([[[0.0, 4.0]], [[9.0, 9.0]]])
     given = torch.tensor([True, False])
