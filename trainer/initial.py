@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.description import DataDescription
 from scoreray.trainer.checkpoints.exported import PREFIX
 from scoreray.trainer.checkpoints.marker import Origin
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.config import Config, leaves
-from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, Conditions, ConditionSpec
 from scoreray.trainer.engine import Engine
@@ -77,13 +76,13 @@ def find_initial(config: Config) -> StoredModel | None:
         raise UserError(f"init.checkpoint: {error}") from None
 
 
-def initial_weights(model: StoredModel, config: Config, data: DataDescription) -> InitialWeights:
-    """What the network of `config` on these data takes of `model`'s tensors.
+def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> InitialWeights:
+    """What the network of `config` on these fields takes of `model`'s tensors.
 
     Raises UserError where something does not fit and `init.strict` is set, or where nothing fits; DataError,
     StorageError.
     """
-    section, fields, shape = config.init, run_fields(config.data, data), model.page.image_shape
+    section, shape = config.init, model.page.image_shape
     assert section is not None
     try:
         network = on_meta(lambda: config.network.build(fields.shape, fields.conditions))
@@ -112,14 +111,14 @@ def begins_from(model: StoredModel, found: InitialWeights) -> str:
 
 
 def begin(
-    config: Config, data: DataDescription, engine: Engine, module: nn.Module, rank: int, world_size: int
+    config: Config, fields: RunFields, engine: Engine, module: nn.Module, rank: int, world_size: int
 ) -> list[Origin]:
     """Makes the model that `init` names the run's first weights and averages; every rank calls it. Returns the run's
     lineage. Errors as of `find_initial` and `initial_weights`."""
     model = from_rank_0(find_initial(config) if rank == 0 else None, world_size)
     if model is None:
         return []
-    found = initial_weights(model, config, data)
+    found = initial_weights(model, config, fields)
     grown = {name: torch.empty(torch.Size(shape)) for name, (_, shape) in found.grown.items()}
     wanted = [Fragment(PREFIX + name, 0, t.numel(), {MASTER: t.view(-1)}) for name, t in grown.items()]
     masters = list(_masters(engine))

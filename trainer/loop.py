@@ -24,17 +24,17 @@ from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.marker import DataSet, Marker, Origin
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
-from scoreray.trainer.config.run_fields import RunFields, run_fields
+from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
-from scoreray.trainer.initial import begin, find_initial
+from scoreray.trainer.initial import begin
 from scoreray.trainer.meta import training_work
 from scoreray.trainer.monitoring.meter import StepMeter
 from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
 from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError, Preempted
 from scoreray.trainer.monitoring.vote import Vote
 from scoreray.trainer.optim.fragments import parameter_shapes
-from scoreray.trainer.prepare import with_sigma_data
+from scoreray.trainer.prepare import as_begun
 from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.ranks import from_all_ranks, from_rank_0
 from scoreray.trainer.records import record_objects, remove_uncommitted
@@ -69,10 +69,8 @@ def train(
         note = lambda line: None  # noqa: E731
     with span("train.start", run=config.run.name, rank=rank, world_size=world_size):
         run, data = run_store(config), open_run_data(config)
-        if config.denoiser.sigma_data == "auto":  # `prepare_run` has settled it for any start but this function's own
-            newest = latest(run)
-            config = with_sigma_data(config, data, newest, None if newest else find_initial(config))
-        module, engine = _build(config, data, world_size, device, note)
+        config, fields = as_begun(config, data, run)
+        module, engine = _build(config, fields, world_size, device, note)
         writer, checkpoint = _take_over(config, data, run, rank, world_size)
         images_seen = num_steps = skipped = 0
         if checkpoint is not None:
@@ -84,18 +82,17 @@ def train(
             lineage = checkpoint.marker.lineage
         else:
             with span("train.init"):
-                lineage = begin(config, data, engine, module, rank, world_size)
+                lineage = begin(config, fields, engine, module, rank, world_size)
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)
         unreadable = QuarantineLog(run, config.data, world_size, checkpoint)
         finished = FinishedTars(run, data, world_size, checkpoint)
         stream = open_batches(
-            config, data, images_seen, rank, world_size, device, unreadable.quarantine, finished.known
+            config, data, fields, images_seen, rank, world_size, device, unreadable.quarantine, finished.known
         )
-        work = partial(training_work, config, data, world_size, device) if rank == 0 else None
+        work = partial(training_work, config, fields, world_size, device) if rank == 0 else None
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
-    fields = run_fields(config.data, data)
     marker = _marker(config, data, fields, module, engine, world_size, lineage)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
     records: list[TrainingRecord] = []
@@ -155,11 +152,11 @@ def train(
 
 
 def _build(
-    config: Config, data: RunData, world_size: int, device: torch.device, note: Callable[[str], None]
+    config: Config, fields: RunFields, world_size: int, device: torch.device, note: Callable[[str], None]
 ) -> tuple[TrainingModule | MachineModule, Engine]:
     """The module, with weights from the run's seed, and the engine that shards and steps it."""
     torch.manual_seed(config.run.seed)
-    module = build_training_module(config, data)
+    module = build_training_module(config, fields)
     engine = build_engine(
         module,
         config.engine,

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-from scoreray.data.fields.description import DataDescription
 from scoreray.trainer.config import Config
-from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
@@ -36,16 +35,16 @@ def on_meta(build: Callable[[], T]) -> T:
         return build()
 
 
-def meta_module(config: Config, data: DataDescription) -> TrainingModule | MachineModule:
+def meta_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
     """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
-    return on_meta(lambda: build_training_module(config, data))
+    return on_meta(lambda: build_training_module(config, fields))
 
 
-def training_work(config: Config, data: DataDescription, world_size: int, device: torch.device) -> tuple[int, float]:
+def training_work(config: Config, fields: RunFields, world_size: int, device: torch.device) -> tuple[int, float]:
     """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
-    module = meta_module(config, data)
+    module = meta_module(config, fields)
     network = getattr(getattr(module, "denoiser", module), "network", None)
     if not isinstance(network, torch.nn.Module):
         return 0, math.inf
     rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
-    return training_flops(network, run_fields(config.data, data).shape), rate * world_size
+    return training_flops(network, fields.shape), rate * world_size

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
 from scoreray.data.extras import install
-from scoreray.data.fields.description import DataDescription
 from scoreray.data.own_code import check_stored
+from scoreray.data.storage.store import Store
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.stored_model import StoredModel
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.run_data import RunData, open_run_data
@@ -24,6 +25,7 @@ from scoreray.trainer.run_folder import claim, run_store, with_unused_name
 class PreparedRun:
     """A checked config and what was read to check it.
 
+    fields: what of the data is modelled, and what conditions it.
     newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
     the scale of the data; "" where it is what the model expects.  notes: what tars without a manifest don't promise,
     and what is new beside the weights that the run begins from.  initial: where these are; None of a run that goes on.
@@ -31,6 +33,7 @@ class PreparedRun:
 
     config: Config
     data: RunData
+    fields: RunFields
     newest: Checkpoint | None = None
     warning: str = ""
     notes: tuple[str, ...] = ()
@@ -45,7 +48,8 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     """
     _check_trackers(config)
     data = open_run_data(config, patient=False)
-    meta_module(config, data)
+    fields = run_fields(config.data, data)
+    meta_module(config, fields)
     run = run_store(config)
     run.check_writable()
     newest = None if fresh else latest(run)
@@ -55,12 +59,12 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     initial = find_initial(config) if newest is None else None
     notes = list(data.notes()) if isinstance(data, UnpackedTars) else []
     if initial is not None:
-        new = initial_weights(initial, config, data)
+        new = initial_weights(initial, config, fields)
         notes.append(begins_from(initial, new))
-    found = misfit(with_sigma_data(config, data, newest, initial), data)
+    found = misfit(with_sigma_data(config, fields, newest, initial), fields)
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)
-    return PreparedRun(config, data, newest, found.text if found else "", tuple(notes), initial)
+    return PreparedRun(config, data, fields, newest, found.text if found else "", tuple(notes), initial)
 
 
 def _check_trackers(config: Config) -> None:
@@ -82,7 +86,8 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     run. Raises UserError with the differing keys when another config made this run; StorageError, DataError.
     """
     config = with_unused_name(checked.config) if fresh else checked.config
-    config = with_sigma_data(config, checked.data, checked.newest, checked.initial)
+    config = in_order_of_run(config, checked.newest)
+    config = with_sigma_data(config, checked.fields, checked.newest, checked.initial)
     claim(run_store(config), config)
     if config.init is not None and checked.initial is not None:  # all starts of its workers take the same, also of a
         found = {"checkpoint": checked.initial.url, "ema": checked.initial.ema}  # run that goes on meanwhile
@@ -90,8 +95,28 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     return replace(checked, config=config)
 
 
+def as_begun(config: Config, data: RunData, run: Store) -> tuple[Config, RunFields]:
+    """The config as the run began, and its fields. Only a start without `claim_run` comes with a config that leaves
+    `sigma_data` to the data, or that names its conditions in another order."""
+    auto = config.denoiser.sigma_data == "auto"
+    newest = latest(run) if auto or len(config.data.conditions or ()) > 1 else None
+    config = in_order_of_run(config, newest)
+    fields, initial = run_fields(config.data, data), find_initial(config) if auto and newest is None else None
+    return with_sigma_data(config, fields, newest, initial), fields
+
+
+def in_order_of_run(config: Config, newest: Checkpoint | None) -> Config:
+    """`config` with `data.conditions` in the order of the run's newest checkpoint. A network adds embeddings and joins
+    grids in this order, so in another one a grid would meet the weights of the other."""
+    given, stored = config.data.conditions, (newest and newest.marker.conditions) or {}
+    if given is None or list(given) == list(stored):
+        return config
+    ordered = {name: given[name] for name in (*stored, *given) if name in given}
+    return config.model_copy(update={"data": config.data.model_copy(update={"conditions": ordered})})
+
+
 def with_sigma_data(
-    config: Config, data: DataDescription, newest: Checkpoint | None, initial: StoredModel | None
+    config: Config, fields: RunFields, newest: Checkpoint | None, initial: StoredModel | None
 ) -> Config:
     """`config` with a number for `denoiser.sigma_data: auto`: that of the run's newest checkpoint, of the model that it
     begins from (whose weights mean something by that number alone), else the data's."""
@@ -101,4 +126,4 @@ def with_sigma_data(
             known = newest.marker.sigma_data
         elif initial is not None:
             known = initial.config.denoiser.resolved_sigma_data
-    return resolve_sigma_data(config, data, known)
+    return resolve_sigma_data(config, fields, known)

@@ -18,7 +18,7 @@ from scoreray.data.unpacked.tars import TarSettings, UnpackedTars, open_data
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.config import Config
-from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.ranks import from_all_ranks
 from scoreray.trainer.records import FINISHED_TARS
 
@@ -45,6 +45,7 @@ def open_run_data(config: Config, *, patient: bool = True) -> RunData:
 def open_batches(
     config: Config,
     data: RunData,
+    fields: RunFields,
     position: int,
     rank: int,
     world_size: int,
@@ -70,7 +71,7 @@ def open_batches(
         return TarStream(data, **shared, finished=finished)
     return Stream(
         str(section.url), **shared, cache_dir=section.cache_dir, cache_dir_bytes=section.cache_bytes, manifest=data,
-        fields=run_fields(section, data).requests,
+        fields=fields.requests,
     )  # fmt: skip
 
 

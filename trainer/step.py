@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import normalised
 from scoreray.trainer.config.data_scale import resolve_sigma_data
-from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.config.validation import chain_mistakes, condition_mistakes, objective_mistakes, refuse
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
@@ -197,10 +196,9 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def build_training_module(config: Config, data: DataDescription) -> TrainingModule | MachineModule:
-    """The module that `config` trains on these data. Weights come from torch's global generator."""
-    config = resolve_sigma_data(config, data)
-    fields = run_fields(config.data, data)
+def build_training_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
+    """The module that `config` trains on these fields. Weights come from torch's global generator."""
+    config = resolve_sigma_data(config, fields)
     refuse(augmentation_mistakes(config.augmentation, fields.shape))
     network = build_network(config.network, fields.shape, fields.conditions)
     freeze(network, config.optimizer.frozen)

@@ -21,6 +21,7 @@ from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import Config, explained, load_config, override, read_yaml, refusal
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.initial import find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
@@ -94,7 +95,7 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     if model:
         return warnings
     data: dict[str, RunData] = {}
-    unfit = [misfit(info.config, _data_of(info.config, data)) for info in infos]
+    unfit = [misfit(c, run_fields(c.data, _data_of(c, data))) for c in (info.config for info in infos)]
     if unfit[0] and all(found and found.hopeless for found in unfit):  # every trial would be refused
         raise UserError(f"base: {unfit[0].text}")
     return [*warnings, f"base: {unfit[0].text}"] if unfit[0] else warnings
@@ -197,14 +198,15 @@ def _described(plan: StudyPlan) -> Any:
         with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
             data = _data_of(config, seen)
         try:
-            config = resolve_sigma_data(config, data)
-            meta_module(config, data)
+            fields = run_fields(config.data, data)
+            config = resolve_sigma_data(config, fields)
+            meta_module(config, fields)
             if (initial := find_initial(config)) is not None:
-                initial_weights(initial, config, data)
+                initial_weights(initial, config, fields)
         except UserError as error:
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"space: at {shown}: {error}") from None
-        yield ModelInfo.planned(config, data)
+        yield ModelInfo.planned(config, fields)
 
 
 def _data_of(config: Config, seen: dict[str, RunData]) -> RunData:

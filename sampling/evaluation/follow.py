@@ -36,6 +36,7 @@ from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.generate import generate, png_of_sheet
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.monitoring.tensorboard import Point, events_file
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import to_uint8
@@ -88,7 +89,7 @@ def check_evaluation(config: Config, data: DataDescription) -> None:
     """Whether the functions will find what they need: the reference is there and fits `data`, the training set, and so
     do metrics, extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
     section = config.evaluation
-    info = ModelInfo.planned(config, data)
+    info = ModelInfo.planned(config, run_fields(config.data, data))
     try:
         reference = data if section.reference is None else Manifest.at(section.reference)
     except ScorerayError as error:

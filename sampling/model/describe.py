@@ -13,14 +13,13 @@ from typing import Literal
 import torch
 
 from scoreray.data.classes import class_number
-from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.limits import is_picture
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
-from scoreray.trainer.config.run_fields import TargetField, run_fields
+from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
 from scoreray.trainer.step import to_uint8
 
@@ -42,9 +41,9 @@ class ModelInfo:
     target: TargetField | None = None
 
     @staticmethod
-    def planned(config: Config, data: DataDescription) -> ModelInfo:
-        """Of a model that is yet to be trained on these data. Raises UserError."""
-        fields, length = run_fields(config.data, data), config.ema.names[0]
+    def planned(config: Config, fields: RunFields) -> ModelInfo:
+        """Of a model that is yet to be trained on these fields."""
+        length = config.ema.names[0]
         classes, shape = classes_of(fields.conditions), tuple(fields.shape)
         return ModelInfo("", 0, length, shape, classes, config, fields.conditions, fields.target)
 

@@ -97,7 +97,7 @@ def loss_of(config: Config) -> float:
     reader = SampleReader(str(config.data.url))
     found = run_fields(config.data, reader.manifest)
     images, condition = found.inputs(reader.read_fields(range(2), found.requests))
-    module = build_training_module(config, reader.manifest)
+    module = build_training_module(config, found)
     loss, _ = module(images, condition, torch.arange(2))
     loss.mean().backward()
     return float(loss.mean())

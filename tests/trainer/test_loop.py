@@ -66,7 +66,7 @@ def final(c: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
 def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(
     data_url: str, conditioned_set: str, conditions: dict[str, Any], tmp_path: Path, stop_at: int
 ) -> None:
-    """One of the runs is conditioned by a field of each kind."""
+    """One of the runs is conditioned by a field of each kind, and goes on under a config that names them otherwise."""
     fields = [f"data.conditions={json.dumps(conditions)}", "objective.label_dropout=0.2"] if stop_at == 208 else []
     url = conditioned_set if fields else data_url
     whole = config(url, tmp_path / "whole", *fields)
@@ -96,6 +96,12 @@ def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(
         patch.setattr(loop, "_step", counted)
         with pytest.raises(Stop):
             train(broken)
+    if fields:
+        assert broken.data.conditions is not None
+        turned = {name: broken.data.conditions[name] for name in reversed(broken.data.conditions)}
+        other = broken.model_copy(update={"data": broken.data.model_copy(update={"conditions": turned})})
+        assert list(prepare_run(other).config.data.conditions or ()) == list(conditions)
+        broken = other  # as a debugger starts it, without prepare_run
     assert train(broken) == 320
     for one, other in zip(final(whole)[0].values(), final(broken)[0].values(), strict=True):
         assert torch.equal(one, other)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scoreray.data.fields.description import DataDescription
 from scoreray.trainer.config import Config
-from scoreray.trainer.config.run_fields import RunFields, run_fields
+from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
 
@@ -34,21 +33,21 @@ class Misfit:
     hopeless: bool
 
 
-def resolve_sigma_data(config: Config, data: DataDescription, known: float | None = None) -> Config:
+def resolve_sigma_data(config: Config, fields: RunFields, known: float | None = None) -> Config:
     """`config` with a number for `denoiser.sigma_data: auto`: the one `known` of the run, which stays whatever copy of
     the data it goes on with, or the standard deviation of the data's values."""
     if config.denoiser.sigma_data != "auto":
         return config
-    sigma_data = known or run_fields(config.data, data).sigma_data
+    sigma_data = known or fields.sigma_data
     denoiser = type(config.denoiser)(config.denoiser.parameterization, sigma_data)
     return config.model_copy(update={"denoiser": denoiser})
 
 
-def misfit(config: Config, data: DataDescription) -> Misfit | None:
+def misfit(config: Config, fields: RunFields) -> Misfit | None:
     """A warning of one line, where a model with this config would not learn these data well; None where it should."""
     if config.network.is_machine:  # no noise level to scale
         return None
-    config, fields = resolve_sigma_data(config, data), run_fields(config.data, data)
+    config = resolve_sigma_data(config, fields)
     expected, std, mean = config.denoiser.resolved_sigma_data, fields.sigma_data, fields.mean
     stds = [value for value in fields.std if value > 0] or [std]
     low, high = config.process.sigma_range()

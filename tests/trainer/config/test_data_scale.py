@@ -19,7 +19,8 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config, dump_config, load_config
-from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
+from scoreray.trainer.config.data_scale import Misfit, misfit, resolve_sigma_data
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.loop import train
 from scoreray.trainer.prepare import check_run, prepare_run, with_sigma_data
 from scoreray.trainer.run_folder import run_store, stored_config
@@ -46,6 +47,10 @@ def config_of(small_run: Callable[..., dict[str, Any]], url: str, storage: Path,
     return load_config(small_run("scaled", storage, 32), [f"data.url={url}", *changes])
 
 
+def judged(config: Config, manifest: Manifest) -> Misfit | None:
+    return misfit(config, run_fields(config.data, manifest))
+
+
 FITTING = [([0.0, 0.0], [0.5, 0.5]), ([0.0], [1.0]), ([0.4, -0.4], [0.3, 0.6]), ([0.0, 0.3], [0.5, 0.0])]
 NORMALISED = r"; set data\.normalisation=channel$"
 UNFIT = {
@@ -64,7 +69,7 @@ UNFIT = {
 def test_data_near_what_the_model_expects_are_good(
     numbers: tuple[list[float], list[float]], small_run: Callable[..., dict[str, Any]], floats: str, tmp_path: Path
 ) -> None:
-    assert misfit(config_of(small_run, floats, tmp_path), described(floats, *numbers)) is None
+    assert judged(config_of(small_run, floats, tmp_path), described(floats, *numbers)) is None
 
 
 @pytest.mark.parametrize("what", UNFIT)
@@ -73,14 +78,14 @@ def test_data_far_from_it_are_reported_in_a_line_and_the_settings_that_it_names_
 ) -> None:
     mean, std, hopeless, fix = UNFIT[what]
     manifest = described(floats, [float(m) for m in mean], std)
-    found = misfit(config_of(small_run, floats, tmp_path), manifest)
+    found = judged(config_of(small_run, floats, tmp_path), manifest)
     assert found is not None
     assert found.hopeless == hopeless
     assert "\n" not in found.text
     with pytest.raises(UserError, match=fix):
         raise UserError(found.text)
     settings = found.text.rpartition("set ")[2].split()
-    assert misfit(config_of(small_run, floats, tmp_path, *settings), manifest) is None
+    assert judged(config_of(small_run, floats, tmp_path, *settings), manifest) is None
 
 
 def test_a_constant_channel_is_to_be_left_out_as_no_normalisation_takes_it(
@@ -100,7 +105,7 @@ def test_pictures_of_every_usual_contrast_are_good_for_every_process(
             manifest = replace(Manifest.load(open_store(small_set)), mean=[mean], std=[std], sigma_data=std)
             for kind in ("edm", "vp", "sub_vp", "cosine", "flow_matching"):
                 changes = [f"process.kind={kind}", "objective.sigma_sampling.kind=uniform_t"] if kind != "edm" else []
-                assert misfit(config_of(small_run, small_set, tmp_path, *changes), manifest) is None, (kind, std, mean)
+                assert judged(config_of(small_run, small_set, tmp_path, *changes), manifest) is None, (kind, std, mean)
 
 
 def test_a_manifest_of_an_earlier_version_is_judged_by_its_means_of_values(
@@ -108,7 +113,7 @@ def test_a_manifest_of_an_earlier_version_is_judged_by_its_means_of_values(
 ) -> None:
     manifest = replace(Manifest.load(open_store(floats)), mean=[0.0] * 64 + [200.0] * 64, std=[])
     assert manifest.channel_means() == [0.0, 200.0]
-    found = misfit(config_of(small_run, floats, tmp_path), manifest)
+    found = judged(config_of(small_run, floats, tmp_path), manifest)
     assert found is not None
     assert found.hopeless
 
@@ -119,7 +124,7 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     config = config_of(small_run, floats, tmp_path, "denoiser.sigma_data=auto")
     assert load_config_again(config) == config
     manifest = Manifest.load(open_store(floats))
-    assert build_training_module(config, manifest).denoiser.sigma_data == manifest.sigma_data
+    assert build_training_module(config, run_fields(config.data, manifest)).denoiser.sigma_data == manifest.sigma_data
     prepared = prepare_run(config).config
     assert prepared.denoiser.resolved_sigma_data == manifest.sigma_data
     assert stored_config(run_store(config)) == prepared
@@ -128,7 +133,7 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     assert checkpoint is not None
     assert checkpoint.marker.config["denoiser"]["sigma_data"] == manifest.sigma_data
     other = replace(manifest, sigma_data=0.7)  # a copy that was packed with other statistics
-    again = with_sigma_data(config, other, checkpoint)
+    again = with_sigma_data(config, run_fields(config.data, other), checkpoint)
     assert again == prepared
     assert prepare_run(config).config == prepared
     with pytest.raises(UserError, match=r"denoiser\.sigma_data: 0\.\d+ in the run, 0\.5 in this config"):
@@ -144,8 +149,8 @@ def load_config_again(config: Config) -> Config:
 def test_a_number_is_left_as_it_is(small_run: Callable[..., dict[str, Any]], floats: str, tmp_path: Path) -> None:
     config = config_of(small_run, floats, tmp_path)
     manifest = Manifest.load(open_store(floats))
-    assert resolve_sigma_data(config, manifest, 0.9) is config
-    assert build_training_module(config, manifest).denoiser.sigma_data == 0.5
+    assert resolve_sigma_data(config, run_fields(config.data, manifest), 0.9) is config
+    assert build_training_module(config, run_fields(config.data, manifest)).denoiser.sigma_data == 0.5
 
 
 @pytest.mark.parametrize("value", ["abc", "AUTO", "true", "0", "-1", ".inf", ".nan", "[0.5]", "null", "{a: 1}"])
@@ -169,8 +174,8 @@ def test_the_check_and_the_doctor_say_it_and_a_hopeless_run_does_not_begin(
         check_run(far)
     with pytest.raises(UserError, match=r"noise levels from 0\.002 to 80 only"):
         prepare_run(far)
-    assert data_set(far)[1].state == "problem"
-    assert data_set(off)[1].state == "note"
+    assert data_set(far)[-1].state == "problem"
+    assert data_set(off)[-1].state == "note"
     (tmp_path / "off.yaml").write_text(dump_config(off))
     shown = CliRunner().invoke(app, ["train", str(tmp_path / "off.yaml"), "--check"])
     assert shown.exit_code == 0

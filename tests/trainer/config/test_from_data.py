@@ -86,7 +86,7 @@ def test_a_step_can_be_made_of_the_config_of_any_data(kind: str, tmp_path: Path)
     found = run_fields(config.data, data)
     assert found.sigma_data == pytest.approx(0.5, rel=0.1 if kind != "images" else 0.2)
     assert config.process.sigma_range()[1] >= 20 * found.sigma_data
-    module = build_training_module(config, data)
+    module = build_training_module(config, found)
     samples, rows = stored(data.target, 2), torch.arange(2)
     loss, _ = module(samples, Condition({"label": rows % 2}) if found.conditions else None, rows)
     loss.mean().backward()
