@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from scoreray.data.errors import ScorerayError, UserError
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
-from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.engine.deepspeed import bucket_sizes
 from scoreray.trainer.engine.planner import NODE_RANKS, Memory, activation_bytes, advise, memory, memory_of_rank
@@ -45,13 +45,13 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     found = [software(), devices()]
     if config is None:
         return found
-    data, about_data = data_set(config)
+    data, fields, about_data = data_set(config)
     found += [about_data, storage(config)]
-    shape = machine.image_shape or (tuple(run_fields(config.data, data).shape) if data else None)
+    shape = machine.image_shape or (tuple(fields.shape) if fields else None)
     if shape is None:
         text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
-    return [*found, *initial(config, data), *evaluation(config, data), *plan(config, data, shape, machine)]
+    return [*found, *initial(config, fields), *evaluation(config, data), *plan(config, fields, shape, machine)]
 
 
 def software() -> Finding:
@@ -68,13 +68,13 @@ def devices() -> Finding:
     return Finding("this machine", "good", text, {"cpus": os.cpu_count(), "memory_bytes": total, "gpus": gpus})
 
 
-def data_set(config: Config) -> tuple[RunData | None, Finding]:
+def data_set(config: Config) -> tuple[RunData | None, RunFields | None, Finding]:
     try:
         data = open_run_data(config, patient=False)
-        shape = "x".join(map(str, run_fields(config.data, data).shape))
-        found = misfit(config, data)
+        fields = run_fields(config.data, data)
+        shape, found = "x".join(map(str, fields.shape)), misfit(config, fields)
     except ScorerayError as error:
-        return None, Finding("data", "problem", str(error))
+        return None, None, Finding("data", "problem", str(error))
     classes = f"{len(data.classes)} classes"
     if isinstance(data, UnpackedTars):
         text = f"{len(data.tars):,} tars without a manifest, samples of {shape}, {classes}"
@@ -83,21 +83,22 @@ def data_set(config: Config) -> tuple[RunData | None, Finding]:
     facts = {"num_samples": data.num_samples, "sigma_data": data.sigma_data}
     if found:
         state: Literal["note", "problem"] = "problem" if found.hopeless else "note"
-        return data, Finding("data", state, f"{text} at {config.data.url}; {found.text}", facts)
+        return data, fields, Finding("data", state, f"{text} at {config.data.url}; {found.text}", facts)
     if isinstance(data, UnpackedTars):
-        return data, Finding("data", "note", "; ".join([f"{text} at {config.data.url}", *data.notes()]), facts)
-    return data, Finding("data", "good", f"{text} at {config.data.url}", facts)
+        text = "; ".join([f"{text} at {config.data.url}", *data.notes()])
+        return data, fields, Finding("data", "note", text, facts)
+    return data, fields, Finding("data", "good", f"{text} at {config.data.url}", facts)
 
 
-def initial(config: Config, data: RunData | None) -> list[Finding]:
+def initial(config: Config, fields: RunFields | None) -> list[Finding]:
     """What the run begins from, where the config names a model and the data set can be read."""
-    if data is None:
+    if fields is None:
         return []
     try:
         model = find_initial(config)
         if model is None:
             return []
-        found = initial_weights(model, config, data)
+        found = initial_weights(model, config, fields)
     except ScorerayError as error:
         return [Finding("init", "problem", str(error))]
     return [Finding("init", "note" if found.misfits else "good", begins_from(model, found))]
@@ -131,17 +132,10 @@ def storage(config: Config) -> Finding:
     return Finding("storage", "good", text)
 
 
-def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: Machine) -> list[Finding]:
+def plan(config: Config, fields: RunFields | None, shape: tuple[int, ...], machine: Machine) -> list[Finding]:
     """Memory of each ZeRO stage, what fits, what to set, and how much the run will keep."""
     try:
-        with torch.device("meta"):
-            if data is not None and machine.image_shape is None:
-                module: torch.nn.Module = build_training_module(config, data)
-                network: Any = getattr(module, "denoiser", module)
-                network = getattr(network, "network", network)
-            else:
-                conditions = run_fields(config.data, data).conditions if data else {}
-                module = network = build_network(config.network, shape, conditions)
+        module, network = _built(config, fields, shape)
     except UserError as error:
         return [Finding("network", "problem", str(error))]
     num_params = num_parameters(module)
@@ -188,10 +182,23 @@ def plan(config: Config, data: RunData | None, shape: tuple[int, ...], machine: 
         f"{num_params:,} parameters{frozen} in {facts['precision']}, {workers} workers on {num_nodes} node"
         f"{'s' if num_nodes > 1 else ''}, {rows} rows a forward pass, {len(config.ema.names)} averages; a rank's peak:"
     )
-    findings = [Finding("memory", "good", head + "\n" + table(plans, num_params), facts)]
+    state: Literal["good", "note"] = "good"
+    if fields is None and config.data.conditions:
+        state, head = "note", f"without what data.conditions add, whose sizes only the data set knows: {head}"
+    findings = [Finding("memory", state, head + "\n" + table(plans, num_params), facts)]
     findings.append(_fits(config, plans, machine, workers, num_nodes, rows))
     findings.append(_kept(config, num_params, num_frozen))
     return findings
+
+
+def _built(config: Config, fields: RunFields | None, shape: tuple[int, ...]) -> tuple[torch.nn.Module, Any]:
+    """(all that is trained, the network) for samples of `shape` on the meta device. Raises UserError."""
+    with torch.device("meta"):
+        if fields is None:
+            network: Any = build_network(config.network, shape, {})
+            return network, network
+        module: Any = build_training_module(config, replace(fields, shape=list(shape)))
+    return module, module.denoiser.network
 
 
 def _activations(config: Config, network: Any, shape: tuple[int, ...], half: bool) -> tuple[int, float]:

@@ -174,8 +174,9 @@ def memory(
 def activation_bytes(network: torch.nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that one sample's forward pass keeps for the backward pass: (all of them, with activation checkpointing).
 
-    Measured from the shapes of what autograd saves, on the meta device: nothing is computed. Dropout's masks are not
-    counted. With checkpointing the inputs of each block stay, and one block's own are there while it is recomputed.
+    Measured from the shapes of what autograd saves, on the meta device: nothing is computed. Conditions are counted at
+    their full length, attention as two products (a fused kernel keeps no weights), dropout's masks not at all. With
+    checkpointing the inputs of each block stay, and one block's own are there while it is recomputed.
     """
     parameters = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     meta = {

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from scoreray.cluster.doctor.examine import Machine, examine
+from scoreray.cluster.finding import Finding
+from scoreray.trainer.config import load_config
+from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec, class_condition, example_condition
 from scoreray.trainer.engine.planner import (
     STATE_SHARE,
     Advice,
@@ -16,8 +24,11 @@ from scoreray.trainer.engine.planner import (
     choose_stage,
     memory,
 )
+from scoreray.trainer.meta import meta_module
 from scoreray.trainer.networks.dit import DiTConfig
+from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.run_data import open_run_data
 
 GIB = 1 << 30
 
@@ -69,27 +80,62 @@ def test_the_parts_sum_to_the_formula(stage: int, half: bool, offload: bool) -> 
     assert (parts.host > 0) == (offload and stage > 0)
 
 
+CONDITIONS = {
+    "label": ConditionSpec("class", classes=tuple("abcd")),
+    "place": ConditionSpec("vector", (3,)),
+    "coarse": ConditionSpec("concat", (2, 4, 4)),
+    "t5": ConditionSpec("sequence", (20, 16)),
+    "caption": ConditionSpec("text", (24,)),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conditions", [class_condition("abcd"), CONDITIONS], ids=["classes", "every kind"])
 @pytest.mark.parametrize(
     "config",
     [
         UNetConfig(model_channels=16, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(8,)),
         DiTConfig(hidden_size=64, depth=3, num_heads=2),
     ],
+    ids=["unet", "dit"],
 )
-def test_activations_are_what_autograd_saves(config: UNetConfig | DiTConfig, dtype: torch.dtype) -> None:
+def test_activations_are_what_autograd_saves(
+    config: UNetConfig | DiTConfig, conditions: Conditions, dtype: torch.dtype
+) -> None:
     """Against the bytes that a real forward pass leaves allocated, by torch's profiler."""
-    network = config.build((3, 16, 16), 4)
+    network = config.build((3, 16, 16), conditions)
     every, recomputed = activation_bytes(network, (3, 16, 16), dtype)
     network = network.to(dtype)
-    x, c_noise = torch.randn(8, 3, 16, 16), torch.zeros(8)
-    network(x, c_noise)
+    x, c_noise, given = torch.randn(8, 3, 16, 16), torch.zeros(8), example_condition(conditions, 8)
+    network(x, c_noise, given)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        output = network(x, c_noise)
+        output = network(x, c_noise, given)
     events = profile.profiler.kineto_results.events()
     left = sum(event.nbytes() for event in events if event.name() == "[memory]") - output.nbytes
     assert 8 * every == pytest.approx(left, rel=0.05)
     assert recomputed < 0.7 * every
+
+
+def test_the_doctor_counts_what_conditions_add(
+    conditioned_set: str, conditions: dict[str, Any], small_run: Any, tmp_path: Path
+) -> None:
+    def memory_of(url: str, conditions: dict[str, Any], machine: Machine | None = None) -> Finding:
+        settings = small_run("run", tmp_path, 32, data={"url": url, "global_batch_size": 16, "conditions": conditions})
+        return next(one for one in examine(load_config(settings), machine) if one.topic == "memory")
+
+    config = load_config(small_run("run", tmp_path, 32, data={"url": conditioned_set, "conditions": conditions}))
+    network = meta_module(config, run_fields(config.data, open_run_data(config))).denoiser.network
+    found, plain = memory_of(conditioned_set, conditions), memory_of(conditioned_set, {})
+    assert found.state == plain.state == "good"
+    assert found.facts["num_params"] == num_parameters(network) > plain.facts["num_params"]
+    activations, without = (one.facts["stages"][0]["activations"] for one in (found, plain))
+    assert activations == 16 * activation_bytes(network, (2, 8, 8), torch.float32)[0] > without
+    unknown = memory_of(str(tmp_path / "absent"), conditions, Machine(image_shape=(2, 8, 8)))
+    assert unknown.state == "note"
+    assert unknown.text.startswith("without what data.conditions add")
+    assert unknown.facts["num_params"] == plain.facts["num_params"]
+    larger = memory_of(conditioned_set, conditions, Machine(image_shape=(2, 16, 16)))
+    assert larger.facts["stages"][0]["activations"] > activations
 
 
 def plans(activations: float, world_size: int = 16, num_params: int = 10**9) -> dict[tuple[int, bool], Memory]:
