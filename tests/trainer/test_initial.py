@@ -21,6 +21,7 @@ from scoreray.trainer import loop
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.exported import find_exported
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.condition import example_condition
 from scoreray.trainer.initial import Growth, begin
 from scoreray.trainer.loop import train
@@ -41,9 +42,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def begun(config: Config) -> tuple[Any, Any]:
     """(module, engine) of a run before its first step."""
     config = check_and_settle(config)
-    data = open_run_data(config)
-    module, engine = loop._build(config, data, 1, torch.device("cpu"), lambda line: None)
-    begin(config, data, engine, module, 0, 1)
+    fields = run_fields(config.data, open_run_data(config))
+    module, engine = loop._build(config, fields, 1, torch.device("cpu"), lambda line: None)
+    begin(config, fields, engine, module, 0, 1)
     return module.eval(), engine
 
 

@@ -262,6 +262,27 @@ def test_a_grid_is_flipped_with_its_image():
     assert torch.equal(always.denoiser.network.seen.values["coarse"], never.denoiser.network.seen.values["coarse"])
 
 
+def test_half_the_pairs_are_flipped_and_each_stays_a_pair():
+    """The network sees a grid that is the means of its own image, at noise that hides nothing."""
+
+    class Keeping(Small):
+        def forward(self, x: Tensor, c_noise: Tensor, condition: Condition | None = None) -> Tensor:
+            self.x = x
+            return super().forward(x, c_noise, condition)
+
+    network, quiet = Keeping({"coarse": EVERY_KIND["coarse"]}), LogNormal(P_mean=-9.0, P_std=0.1)
+    flips = AugmentationConfig(horizontal_flip=0.5)
+    step = TrainingModule(
+        Denoiser(network), EDMObjective(sigma_sampling=quiet), EDM(), seed=5, global_batch_size=B, augmentation=flips
+    )
+    means = torch.nn.functional.avg_pool2d(images().float(), 2)
+    step(images(), Condition({"coarse": means}), POSITIONS)
+    x0 = network.x / 2  # c_in is 1 / sigma_data
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(x0, 2), network.seen.values["coarse"], rtol=0, atol=2e-3)
+    flipped = (x0 - to_unit_range(images().flip(-1))).abs().flatten(1).amax(1) < 2e-3
+    assert 0 < int(flipped.sum()) < B
+
+
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize("kind", ["edm", "sliced_vr"])
 def test_bf16_weights_and_autocast_give_float32_losses_near_those_of_fp32(kind, parameterization):

@@ -17,6 +17,7 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.samples import spread
+from scoreray.data.sources.field_options import parse_field_options
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures import held_out as held_out_measures
@@ -201,6 +202,40 @@ def test_a_study_and_an_evaluation_have_the_same_number_under_the_same_name(tmp_
     ours = edm_weighted(errors, sigmas, model.sigma_data)  # the study's own number has the data's spread for sigma_data
     assert float(ours.mean(1).mean()) == record.metrics["loss"].value
     assert measured["denoising"] == float(edm_weighted(errors, sigmas, spread_of(held)).mean())
+
+
+def test_a_sweep_compares_dropouts_of_a_condition_and_which_conditions_there_are(tmp_path: Path) -> None:
+    """x = place + noise: a trial that always drops the place, and one without it, know less of x."""
+    g = np.random.default_rng(0)
+    for name, count in (("train", 512), ("held", 64)):
+        place = g.standard_normal((count, 2)).astype(np.float32)
+        x = 0.5 * place + 0.1 * g.standard_normal((count, 2)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", images=x, place=place)
+        pack(tmp_path / f"{name}.npz", tmp_path / name, name=name, fields=parse_field_options(("place=place",)))
+
+    def planned(key: str, *choices: Any) -> StudyPlan:
+        return load_sweep({
+            "study": {"name": "s", "storage": str(tmp_path / "studies")},
+            "base": {"data": {"url": str(tmp_path / "train"), "global_batch_size": 32, "conditions": {"place": {}}},
+                     "network": {"kind": "mlp", "hidden_size": 32, "num_layers": 1}, "duration": {"images": 2400},
+                     "optimizer": {"learning_rate": 1e-2}, "ema": {"stds": [0.1]}, "log": {"tensorboard": False},
+                     "engine": {"zero_stage": 0, "precision": "fp32"}},
+            "space": {key: {"choice": list(choices)}}, "search": {"kind": "grid"},
+            "metric": {"reference": str(tmp_path / "held"), "count": 64, "levels": 4, "sigma_min": 0.1, "sigma_max": 5},
+        })  # fmt: skip
+
+    choices = [{"place": {}}, {"place": {"dropout": 1.0}}, {}]
+    plan, found = planned("data.conditions", *choices), []
+    check_sweep(plan)
+    for choice in choices:
+        chosen = {"data.conditions": choice}
+        found.append(advance(trial_config(plan, chosen), 2400, plan.sweep, chosen)["metrics"]["denoising"])
+    kept, dropped, without = found
+    assert kept < 0.8 * without
+    assert kept < 0.8 * dropped
+    by_key = planned("data.conditions.place.dropout", 0.0, 1.0)
+    dropping = trial_config(by_key, {"data.conditions.place.dropout": 1.0})
+    assert dropping.data == trial_config(plan, {"data.conditions": choices[1]}).data
 
 
 def test_tpe_finds_a_planted_optimum_that_random_search_misses(sweep: dict[str, Any]) -> None:

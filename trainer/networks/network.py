@@ -14,7 +14,7 @@ from scoreray.data import checks
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.own_code import line_of
 from scoreray.data.own_code.part import OwnPart, PartOf
-from scoreray.trainer.diffusion.condition import Conditions, conditions_of, null_condition
+from scoreray.trainer.diffusion.condition import Conditions, complete, conditions_of
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
@@ -77,7 +77,7 @@ def _check_forward(config: OwnPart, network: nn.Module, image_shape: Sequence[in
     called without any: it is left to the first step."""
     x, c_noise = (torch.empty(2, *shape, device="meta") for shape in (image_shape, ()))
     try:
-        output = network(x, c_noise, null_condition(conditions, 2, "meta") if conditions else None)
+        output = network(x, c_noise, complete(None, conditions, 2, "meta") if conditions else None)
     except NotImplementedError:  # what torch raises for an operation that meta tensors lack
         return
     except Exception as error:

@@ -133,11 +133,13 @@ def check(fields: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], index
             assert found.tobytes() == expected.tobytes(), name
 
 
-def read(url: str | Path, num_batches: int, *, position: int = 0, world_size: int = 1, **options: Any) -> list[Batch]:
+def read(
+    url: str | Path, num_batches: int, *, position: int = 0, world_size: int = 1, batch: int = BATCH, **options: Any
+) -> list[Batch]:
     batches = []
     for rank in range(world_size):
         with Stream(
-            str(url), global_batch_size=BATCH, rank=rank, world_size=world_size, seed=7, position=position,
+            str(url), global_batch_size=batch, rank=rank, world_size=world_size, seed=7, position=position,
             shuffle_block=8, **({"fields": READ} | options),
         ) as stream:  # fmt: skip
             batches += itertools.islice(stream, num_batches)
@@ -183,6 +185,30 @@ def test_each_sample_once_an_epoch_over_changes_of_the_world_size(fields_set: st
         assert sorted(seen[epoch * COUNT + i] for i in range(COUNT)) == list(range(COUNT))
 
 
+def test_from_odd_positions_a_quarantined_sample_moves_no_other_at_any_world_size(
+    fields_set: str, copied: Path
+) -> None:
+    some = [FieldRequest("image"), FieldRequest("t5")]
+
+    def seen(url: str | Path, num_batches: int, **options: Any) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for batch in read(url, num_batches, batch=40, fields=some, **options):
+            for row, (at, number) in enumerate(zip(batch.position.tolist(), batch.index.tolist(), strict=True)):
+                assert at not in found
+                found[at] = number
+                assert int(batch.fields["image"][row, 0, 0, 1]) == number
+                assert int(batch.masks["t5"][row].sum()) == number % (LONGEST + 1)
+        return found
+
+    whole = seen(fields_set, 8)
+    spoil(copied, "t5.npy", 73)
+    for world_size, start in ((1, 3), (2, 77), (5, 149), (8, 151)):  # 160 from there are more than an epoch
+        rest = seen(copied, 4, position=start, world_size=world_size, quarantine=Quarantine(1))
+        assert sorted(rest) == list(range(start, start + 160))
+        assert 73 not in rest.values()
+        assert [at for at in rest if rest[at] != whole[at]] == [at for at in rest if whole[at] == 73]
+
+
 def test_what_is_too_long_is_cut_or_refused_by_the_sample_and_field(fields_set: str) -> None:
     def requests(too_long: Any) -> list[FieldRequest]:
         return [FieldRequest("t5", 4, too_long), FieldRequest("title", 8, too_long), FieldRequest("clip", 9)]
@@ -203,15 +229,20 @@ def test_what_is_too_long_is_cut_or_refused_by_the_sample_and_field(fields_set: 
         read(fields_set, 7, fields=requests("refuse"), cache_bytes=0)
 
 
+def spoil(url: Path, extension: str, sample: int) -> Manifest:
+    """Changes a bit of a sample's member."""
+    manifest = Manifest.load(open_store(str(url)))
+    records = np.fromfile(url / "index.bin", manifest.record, COUNT)
+    tar = url / manifest.shards[sample // 50].name
+    data = bytearray(tar.read_bytes())
+    data[int(records["offset"][sample, manifest.members.index(extension)])] ^= 1
+    tar.write_bytes(data)
+    return manifest
+
+
 @pytest.mark.parametrize("extension", ["png", "latent.npy", "row.raw", "json", "t5.npy", "txt"])
 def test_a_broken_member_of_any_field_quarantines_its_sample(copied: Path, extension: str) -> None:
-    manifest = Manifest.load(open_store(str(copied)))
-    records = np.fromfile(copied / "index.bin", manifest.record, COUNT)
-    column = manifest.members.index(extension)
-    tar = copied / manifest.shards[1].name
-    data = bytearray(tar.read_bytes())
-    data[int(records["offset"][73, column])] ^= 1
-    tar.write_bytes(data)
+    manifest = spoil(copied, extension, 73)
     message = rf"000050.tar: sample 73 at byte \d+: member \.{extension}: its bytes are not those of the index"
     with pytest.raises(DataError, match=message):
         read(copied, 7)

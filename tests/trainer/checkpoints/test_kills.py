@@ -140,13 +140,27 @@ def test_kills_change_nothing(
 
 
 @pytest.mark.slow
-def test_four_then_two_then_three_workers_see_each_sample_once(data_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plan", "conditioned"),
+    [([(4, 25), (2, 20), (3, 22), (2, None)], False), ([(2, 25), (1, 20), (2, None)], True)],
+    ids=["classes", "conditions"],
+)
+def test_a_run_whose_number_of_workers_changes_sees_each_sample_once(
+    data_url: str,
+    conditioned_set: str,
+    conditions: dict[str, Any],
+    tmp_path: Path,
+    plan: Plan,
+    conditioned: bool,
+) -> None:
     """The losses agree with those of a fixed size to the rounding of the reduction."""
-    run_plan(tmp_path / "fixed", data_url, [(1, None)], 0, dropout=0)
-    starts = run_plan(tmp_path / "elastic", data_url, [(4, 25), (2, 20), (3, 22), (2, None)], 0, dropout=0)
-    assert [start["world"] for start in starts] == [4, 2, 3, 2]
-    assert starts[1]["from"] < starts[2]["from"] < starts[3]["from"]
-    assert_exactly_once(tmp_path / "elastic", starts)
+    fields = {"conditions": conditions} if conditioned else {}
+    url = conditioned_set if conditioned else data_url
+    run_plan(tmp_path / "fixed", url, [(1, None)], 0, dropout=0, **fields)
+    starts = run_plan(tmp_path / "elastic", url, plan, 0, dropout=0, **fields)
+    assert [start["world"] for start in starts] == [world for world, _ in plan]
+    assert all(before["from"] < after["from"] for before, after in itertools.pairwise(starts))
+    assert_exactly_once(tmp_path / "elastic", starts, 100 if conditioned else SAMPLES)
     fixed, elastic = outcome(tmp_path / "fixed")[1], outcome(tmp_path / "elastic")[1]
     assert [images for images, _ in elastic] == [images for images, _ in fixed]
     for (_, one), (_, other) in zip(fixed, elastic, strict=True):

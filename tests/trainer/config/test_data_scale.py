@@ -91,7 +91,7 @@ def test_data_far_from_it_are_reported_in_a_line_and_the_settings_that_it_names_
 def test_a_constant_channel_is_to_be_left_out_as_no_normalisation_takes_it(
     small_run: Callable[..., dict[str, Any]], floats: str, tmp_path: Path
 ) -> None:
-    found = misfit(config_of(small_run, floats, tmp_path), described(floats, [0.0, 1000.0], [5.0, 0.0]))
+    found = judged(config_of(small_run, floats, tmp_path), described(floats, [0.0, 1000.0], [5.0, 0.0]))
     assert found is not None
     advice = "pack them without channel 1, the same in every sample, and set data.normalisation=channel"
     assert found.text.endswith(f"; {advice}")
@@ -133,7 +133,7 @@ def test_auto_is_the_data_sets_number_in_the_config_the_module_and_the_checkpoin
     assert checkpoint is not None
     assert checkpoint.marker.config["denoiser"]["sigma_data"] == manifest.sigma_data
     other = replace(manifest, sigma_data=0.7)  # a copy that was packed with other statistics
-    again = with_sigma_data(config, run_fields(config.data, other), checkpoint)
+    again = with_sigma_data(config, run_fields(config.data, other), checkpoint, None)
     assert again == prepared
     assert prepare_run(config).config == prepared
     with pytest.raises(UserError, match=r"denoiser\.sigma_data: 0\.\d+ in the run, 0\.5 in this config"):
