@@ -23,15 +23,8 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
-from scoreray.trainer.diffusion.condition import (
-    AnyCondition,
-    Condition,
-    Conditions,
-    as_condition,
-    complete,
-    encoded,
-    example_condition,
-)
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, as_condition, encoded
+from scoreray.trainer.diffusion.condition_shapes import complete, example_condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.engine.cpu import has_bf16_units
 

@@ -12,7 +12,7 @@ from scoreray.sampling.guidance.observations import READ_SUFFIXES, read_values
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.config.condition_values import condition_of, described, from_json
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
-from scoreray.trainer.diffusion.condition_checks import spec_of
+from scoreray.trainer.diffusion.condition_shapes import spec_of
 
 WORDS = "a number, numbers with commas between (1.5,-2), or a file: npy, npz or a picture"
 

@@ -30,7 +30,8 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
-from scoreray.trainer.diffusion.condition import AnyCondition, Condition, as_condition, complete, example_condition
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, as_condition
+from scoreray.trainer.diffusion.condition_shapes import complete, example_condition
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.exported import find_exported
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.config.run_fields import run_fields
-from scoreray.trainer.diffusion.condition import example_condition
+from scoreray.trainer.diffusion.condition_shapes import example_condition
 from scoreray.trainer.initial import Growth, begin
 from scoreray.trainer.loop import train
 from scoreray.trainer.optim.fragments import MASTER

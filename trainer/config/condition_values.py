@@ -17,7 +17,7 @@ from scoreray.data.errors import UserError, key_in_errors, shortened
 from scoreray.data.reading.decode import npy_array
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditions, ConditionSpec
-from scoreray.trainer.diffusion.condition_checks import spec_of
+from scoreray.trainer.diffusion.condition_shapes import spec_of
 from scoreray.trainer.networks.conditioning import resized
 
 LARGEST = float(np.finfo(np.float32).max)

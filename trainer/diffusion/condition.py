@@ -234,49 +234,6 @@ def is_encoded(spec: ConditionSpec, value: Tensor) -> bool:
     return spec.kind == "text" and value.is_floating_point()
 
 
-def example_condition(conditions: Conditions, rows: int, device: torch.device | str = "cpu") -> Condition | None:
-    """A value of every name in the shapes that a network was built for, the same at every call, for probes and to warm
-    up: classes in turn, normal numbers, sequences and texts of the greatest length and of shorter ones. None of an
-    unconditional network."""
-    generator = torch.Generator().manual_seed(0)
-    values, masks = dict[str, Tensor](), dict[str, Tensor]()
-    for name, spec in conditions.items():
-        value, mask = spec.null(rows)
-        if spec.kind == "class":
-            values[name] = torch.arange(rows) % spec.num_classes
-            continue
-        if spec.kind == "text":
-            value.random_(ord("a"), ord("z"), generator=generator)
-        else:
-            value.normal_(generator=generator)
-        values[name], masks[name] = value, ~mask
-        if spec.kind in HAS_LENGTH:
-            length = spec.shape[0]
-            masks[name] = torch.arange(length) < (length - torch.arange(rows) % length)[:, None]
-    return Condition(values, masks).to(device) if values else None
-
-
-def complete(
-    condition: Condition | None, conditions: Conditions, rows: int, device: torch.device | str = "cpu"
-) -> Condition:
-    """`condition` of `rows` rows (None: the null, on `device`) with every name, sequences and texts padded to their
-    greatest length, and a mask for each: kernels and compiled graphs are chosen by shapes, so calls should have one."""
-    count, read = rows, set[str]()
-    if condition is not None:
-        device, count = next(iter(condition.values.values())).device, 1
-        read = {name for name, value in condition.values.items() if is_encoded(conditions[name], value)}  # are complete
-    nulls = {name: spec.null(count, device) for name, spec in conditions.items() if name not in read}
-    null = Condition(
-        {name: value for name, (value, _) in nulls.items()},
-        {name: mask for name, (_, mask) in nulls.items() if conditions[name].kind != "class"},
-    )
-    if condition is None:
-        return null
-    joined = Condition.cat([condition, null], [rows, 1])
-    assert joined is not None, "a network that takes conditions"
-    return joined[:rows]
-
-
 def _is_class(value: Tensor) -> bool:
     return value.ndim == 1 and not value.is_floating_point()
 

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, Conditions, conditions_of, encoded
-from scoreray.trainer.diffusion.condition_checks import check_condition, check_labels
+from scoreray.trainer.diffusion.condition import (
+    LABEL,
+    AnyCondition,
+    Condition,
+    Conditions,
+    conditions_of,
+    encoded,
+)
+from scoreray.trainer.diffusion.condition_shapes import check_condition, check_labels
 from scoreray.trainer.diffusion.energy import conservative_output, energy
 from scoreray.trainer.diffusion.layers import allow_double_backward
 

@@ -35,7 +35,7 @@ from scoreray.trainer.diffusion.condition import (
     as_condition,
     is_encoded,
 )
-from scoreray.trainer.diffusion.condition_checks import check_value
+from scoreray.trainer.diffusion.condition_shapes import check_value
 from scoreray.trainer.diffusion.layers import MAX_LAYERS, Attention, call_block, grid_code, require, sinusoids
 
 MAX_WIDTH = 1 << 14

@@ -14,7 +14,8 @@ from scoreray.data import checks
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.own_code import line_of
 from scoreray.data.own_code.part import OwnPart, PartOf
-from scoreray.trainer.diffusion.condition import Conditions, complete, conditions_of
+from scoreray.trainer.diffusion.condition import Conditions, conditions_of
+from scoreray.trainer.diffusion.condition_shapes import complete
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig

@@ -30,8 +30,8 @@ from scoreray.sampling.offline.generate import Request, SampleConditions, genera
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec, example_condition
-from scoreray.trainer.diffusion.condition_checks import check_condition
+from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
+from scoreray.trainer.diffusion.condition_shapes import check_condition, example_condition
 
 STD, SIGMA_DATA = 0.3, 0.5
 SPECS: Conditions = {

@@ -13,7 +13,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.trainer.config.condition_values import condition_of
 from scoreray.trainer.diffusion.condition import ConditionSpec
-from scoreray.trainer.diffusion.condition_checks import check_condition
+from scoreray.trainer.diffusion.condition_shapes import check_condition
 
 SPECS = {
     "label": ConditionSpec("class", classes=("cat", "dog")),

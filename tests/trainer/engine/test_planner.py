@@ -12,7 +12,8 @@ from scoreray.cluster.doctor.examine import Machine, examine
 from scoreray.cluster.finding import Finding
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import run_fields
-from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec, class_condition, example_condition
+from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec, class_condition
+from scoreray.trainer.diffusion.condition_shapes import example_condition
 from scoreray.trainer.engine.planner import (
     STATE_SHARE,
     Advice,

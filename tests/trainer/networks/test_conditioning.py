@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, complete, encoded, example_condition
-from scoreray.trainer.diffusion.condition_checks import check_condition
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec, encoded
+from scoreray.trainer.diffusion.condition_shapes import check_condition, complete, example_condition
 from scoreray.trainer.diffusion.layers import allow_double_backward, attend, attention_by_products
 from scoreray.trainer.networks.conditioning import TextEncoderConfig, grid_channels
 from scoreray.trainer.networks.dit import DiTConfig
