@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scoreray.cluster.cli.options import AsJson, With, make_bucket
+from scoreray.cluster.cli.options import AsJson, With, grouped, make_bucket
 from scoreray.data.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,67 @@ KINDS = "image, array, class, scalar, vector, sequence, text, json"
 HOWS = "none, channel, log1p, range"
 
 
+@dataclass(frozen=True)
+class FieldOptions:
+    """Which fields a data set has beside images and classes."""
+
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WHERE[:PATH]",
+            help="One more field: a tar member (text=txt, t5=t5.npy, cls=json:label), a column, an array. Repeatable.",
+        ),
+    ] = None
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=KIND", help=f"Of a field, if its values don't say it: {KINDS}."),
+    ] = None
+    normalise: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=HOW", help=f"What a run does with a field by default: {HOWS}."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """What is made of a source's samples."""
+
+    image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None
+    image_format: Annotated[
+        str | None, typer.Option(help="png (default), jpg (lossy) or npy. With it, tars are made into new ones.")
+    ] = None
+    channels: Annotated[
+        int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Axes of arrays, a letter each: NT makes signals [1, T] of [N, T]; NC, NT, NCT, NTC, NHW, NCHW, NHWC, "
+            "NDHW, NCDHW, NDHWC. Default: channels first, or as the shape of four axes says."
+        ),
+    ] = None
+    no_classes: Annotated[bool, typer.Option("--no-classes", help="Neither subfolders nor labels become classes.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How shards are made, and what the data set is called."""
+
+    skip_bad: Annotated[
+        int, typer.Option(help="Leave out up to so many samples that can't be read; each is named.", min=0)
+    ] = 0
+    samples_per_shard: Annotated[
+        int | None, typer.Option(help="Samples in one shard. Default: as many as make about 64 MB.", min=1)
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the shuffle at packing.", min=0)] = 0
+    name: Annotated[str | None, typer.Option(help="The data set's name; default: the source's.")] = None
+
+
+@grouped
 def pack(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -33,46 +94,9 @@ def pack(
         ),
     ],
     url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they are stored.")],
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=WHERE[:PATH]",
-            help="One more field: a tar member (text=txt, t5=t5.npy, cls=json:label), a column, an array. Repeatable.",
-        ),
-    ] = None,
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=KIND", help=f"Of a field, if its values don't say it: {KINDS}."),
-    ] = None,
-    normalise: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=HOW", help=f"What a run does with a field by default: {HOWS}."),
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Resize the shorter side to this and crop the centre.")] = None,
-    image_format: Annotated[
-        str | None, typer.Option(help="png (default), jpg (lossy) or npy. With it, tars are made into new ones.")
-    ] = None,
-    channels: Annotated[
-        int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="Axes of arrays, a letter each: NT makes signals [1, T] of [N, T]; NC, NT, NCT, NTC, NHW, NCHW, NHWC, "
-            "NDHW, NCDHW, NDHWC. Default: channels first, or as the shape of four axes says."
-        ),
-    ] = None,
-    no_classes: Annotated[
-        bool, typer.Option("--no-classes", help="Neither subfolders nor labels become classes.")
-    ] = False,
-    skip_bad: Annotated[
-        int, typer.Option(help="Leave out up to so many samples that can't be read; each is named.", min=0)
-    ] = 0,
-    samples_per_shard: Annotated[
-        int | None, typer.Option(help="Samples in one shard. Default: as many as make about 64 MB.", min=1)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle at packing.", min=0)] = 0,
-    name: Annotated[str | None, typer.Option(help="The data set's name; default: the source's.")] = None,
+    chosen: FieldOptions,
+    read: ReadingOptions,
+    made: ShardOptions,
     workers: Annotated[
         int | None,
         typer.Option(help="Shards made at once by Ray. Default: one a core, of RAY_ADDRESS's cluster if set.", min=1),
@@ -96,16 +120,16 @@ def pack(
         url,
         workers=workers,
         left_out=left_out,
-        name=name,
-        image_size=image_size,
-        image_format=image_format,
-        fields=parse_field_options(field or (), kind or (), normalise or ()),
-        channels=channels,
-        layout=layout,
-        labelled=not no_classes,
-        skip_bad=skip_bad,
-        samples_per_shard=samples_per_shard,
-        seed=seed,
+        name=made.name,
+        image_size=read.image_size,
+        image_format=read.image_format,
+        fields=parse_field_options(chosen.field or (), chosen.kind or (), chosen.normalise or ()),
+        channels=read.channels,
+        layout=read.layout,
+        labelled=not read.no_classes,
+        skip_bad=made.skip_bad,
+        samples_per_shard=made.samples_per_shard,
+        seed=made.seed,
     )
     if as_json:
         answer = {
