@@ -49,7 +49,8 @@ class Evaluation:
     def text(self) -> str:
         subject, metrics = self.record.subject.checkpoint, self.record.metrics
         lines = [f"{subject.url} (EMA {subject.ema}, {subject.images_seen:,} images)"]
-        lines += [f"  {name:5} {described(metrics[name])}" for name in METRICS if name in metrics]
+        width = max(5, *map(len, metrics))
+        lines += [f"  {name:{width}} {described(metrics[name])}" for name in METRICS if name in metrics]
         lines += [f"  note: {warning}" for warning in self.record.warnings]
         return "\n".join([*lines, f"record {self.url}", f"report {self.report}"])
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from scoreray.data import shapes
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.pack import pack
 from scoreray.data.sources.field_options import parse_field_options
+from scoreray.sampling.evaluation import sample_chunks
 from scoreray.sampling.evaluation.compare import differences
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.evaluation.plan import Chunk, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs
+from scoreray.sampling.measures.held_out import HeldOut
 from scoreray.trainer.config import load_config
+from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.loop import train
 
 WANTED = ("crps", "spread_skill", "rmse", "match", "spectrum")
@@ -79,6 +86,23 @@ def test_other_conditions_or_sampling_are_not_comparable(captioned: tuple[Path, 
     sampling = one.subject.sampling.model_copy(update={"steps": 3})
     other = one.model_copy(update={"subject": one.subject.model_copy(update={"sampling": sampling})})
     assert any("sampling.steps: 2 in the first, 3 in the second" in line for line in differences("crps", one, other))
+
+
+def test_accuracy_is_of_the_class_that_each_sample_was_drawn_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a class and a text draws under the reference's records, whose classes come in no turn."""
+    conditions = {"label": ConditionSpec("class", classes=("a", "b", "c")), "caption": ConditionSpec("text", (4,))}
+    info = SimpleNamespace(conditions=conditions, is_machine=False, image_shape=(1,))
+    settings = SimpleNamespace(count=6, batch_size=4)
+    inputs = SimpleNamespace(info=info, settings=settings, numbers=lambda count: np.arange(4)[:count])
+    labels = torch.tensor([2, 0, 2, 1])
+    rows = HeldOut(labels, labels, torch.arange(4), Condition({"label": labels}), labels, {})
+    monkeypatch.setattr(sample_chunks, "drawn", lambda inputs, first, last, given, row: given.values["label"][row])
+    none = {"features": np.zeros((6, 1)), "projections": np.zeros((6, 1))}
+    monkeypatch.setattr(sample_chunks, "_extracted", lambda inputs, x: (dict(none), torch.eye(3)[x]))
+    plan: Any = SimpleNamespace(inputs=inputs, metrics=("accuracy",))
+    found = sample_chunks.sample_chunk(plan, Chunk("samples", 0, 0, 6), rows)
+    assert found.right is not None
+    assert found.right.tolist() == [True] * 6
 
 
 def test_mistakes_are_one_line(captioned: tuple[Path, str, str]) -> None:
