@@ -1,4 +1,5 @@
-"""HTML pages of all parts, by one set of templates: everything that a page shows is inside it, and text is escaped."""
+"""HTML pages of all parts, by one set of templates: everything that a page shows is inside it, and text is escaped.
+Markdown comes from templates as well."""
 
 from __future__ import annotations
 
@@ -16,9 +17,14 @@ DPI = 110  # of every chart
 def render(template: str, **values: Any) -> str:
     """A page. template: PACKAGE/FILE, such as scoreray.tune/report.html; it extends scoreray.data/base.html.
 
-    Values are escaped, and one that is missing raises, rather than to leave a gap.
+    Values are escaped in .html (in .md the caller sees to it), and one that is missing raises, rather than to leave a
+    gap.
     """
     return _environment().get_template(template).render(**values)
+
+
+def _is_html(template: str | None) -> bool:
+    return template is None or template.endswith(".html")
 
 
 def embedded(png: bytes) -> str:
@@ -34,7 +40,7 @@ def _environment() -> Environment:
         package, _, file = name.partition("/")
         return (files(package) / file).read_text()
 
-    environment = Environment(loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined,
+    environment = Environment(loader=FunctionLoader(source), autoescape=_is_html, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
     environment.filters["embedded"] = embedded
     return environment

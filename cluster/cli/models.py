@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A folder or prefix, or hf://OWNER/NAME: a repository of the Hub.")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="scoreray: safetensors and model.json, for sample, serve, evaluate. diffusers: for "
+            "DiffusionPipeline.from_pretrained, and these too. onnx, torch-export: the denoiser as a graph, for "
+            "inference without scoreray."
+        ),
+    ] = "scoreray",
     ema: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,24 +46,22 @@ def export(
             "One that was not tracked is made of the run's snapshots and checkpoints."
         ),
     ] = None,
+    licence: Annotated[
+        str, typer.Option("--licence", "--license", help="For the card, README.md: apache-2.0, cc-by-4.0, ...")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="So many samples on a sheet of the card.", min=0, max=256)] = 0,
     with_: With = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model for inference: safetensors, one per EMA length, and a page of JSON."""
-    from scoreray.cluster.verbs.export import export_model
+    """Write a trained model for inference, one file per EMA length, with a model card; here or on the Hub."""
+    from scoreray.cluster.verbs.export import ExportOptions, export_model
     from scoreray.data.reading.outputs import check_folder
-    from scoreray.sampling.model.describe import describe
 
     check_folder(out, "OUT")
+    options = ExportOptions(format, licence, samples)
     make_bucket(out)
-    page = export_model(checkpoint, out, ema or [])
-    if as_json:
-        typer.echo(json.dumps({"out": out, **page}))
-        return
-    for name, about in page["files"].items():
-        typer.echo(f"EMA {name}: {out.rstrip('/')}/{about['file']} ({about['bytes'] / 1e6:,.1f} MB)")
-    typer.echo(f"takes {describe(out).info.takes}")
-    typer.echo(f"next: scoreray sample {out} --count 64 --out samples")
+    exported = export_model(checkpoint, out, ema or [], options)
+    typer.echo(json.dumps(exported.answer()) if as_json else exported.text())
 
 
 def serve(

@@ -54,7 +54,9 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides: optimizer.learning_rate=1e-4")
 ]
-Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, or of one checkpoint in it.")]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="URL of a run, of one checkpoint in it, or of an exported model.")
+]
 Ema = Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")]
 SamplerOption = Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")]
 Compile = Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")]

@@ -5,16 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+
+import torch
 
 from scoreray.cluster.actors import Retries, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.display import counted, say
-from scoreray.data.errors import UserError
-from scoreray.sampling.model.describe import Description, describe
-from scoreray.sampling.model.export import export
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.storage.store import Store, open_store
+from scoreray.sampling.formats.card import CARD, SHEET, check_licence, model_card
+from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
+from scoreray.sampling.formats.graphs import SUFFIXES, WrittenGraph, write_graphs
+from scoreray.sampling.formats.hub import export_target
+from scoreray.sampling.formats.usage import DIFFUSERS, SCORERAY, USAGES, Usage, usage_of
+from scoreray.sampling.model.describe import Description, ModelInfo, describe
+from scoreray.sampling.model.export import ModelToExport, model_to_export, write_model
+from scoreray.sampling.model.load import build_model
+from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
+from scoreray.sampling.service.answers import as_pictures
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
+from scoreray.trainer.checkpoints.exported import ModelManifest
 from scoreray.trainer.checkpoints.posthoc import Mix, find_mix, in_turn, reconstruct
 from scoreray.trainer.optim.ema import choose_length, is_power_length, length_name
 
@@ -24,26 +37,101 @@ RETRIES = Retries(
 ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes longer than mixing them here
 
 
-def export_model(url: str, out: str, lengths: Sequence[str] = ()) -> dict[str, Any]:
-    """Export a committed checkpoint (see `sampling/model/export.py`); a length that was not tracked is reconstructed.
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model goes out. licence: an identifier, for its card; samples: so many on a sheet of the card. Raises
+    UserError."""
 
-    Ranges of parameters are mixed as Ray tasks where RAY_ADDRESS names a cluster or there is much to read.
+    format: str = SCORERAY
+    licence: str = ""
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format not in USAGES:
+            raise UserError(f"--format {shortened(self.format)}: {nearest(self.format, USAGES)}")
+        check_licence(self.licence)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. page: with its files; residuals: of lengths that were made of snapshots, how far their profile
+    is from the one that was wanted; graphs: what each graph was found to be; usage: what loads it."""
+
+    out: str
+    page: ModelManifest
+    residuals: dict[str, float]
+    graphs: list[WrittenGraph]
+    usage: Usage
+    takes: str
+
+    def answer(self) -> dict[str, Any]:
+        graphs = {"graphs": [asdict(one) for one in self.graphs]} if self.graphs else {}
+        return {"out": self.out, **asdict(self.page), "residuals": self.residuals, **graphs}
+
+    def text(self) -> str:
+        out, page = self.out.rstrip("/"), self.page
+        lines = [f"EMA {name}: {out}/{about.file} ({about.bytes / 1e6:,.1f} MB)" for name, about in page.files.items()]
+        lines += [f"{one.file}: within {one.difference:.1e} of what the model gives, by {one.runtime}"
+                  for one in self.graphs]  # fmt: skip
+        return "\n".join([*lines, f"takes {self.takes}", *self._next()])
+
+    def _next(self) -> list[str]:
+        first, *others = self.usage.lines.splitlines()
+        return [f"next: {first}", *(f"      {line}" for line in others if line)]
+
+
+def export_model(url: str, out: str, lengths: Sequence[str] = (), options: ExportOptions = ExportOptions()) -> Exported:
+    """Export a run's newest checkpoint, a checkpoint, or a model that was exported or imported before.
+
+    A length that a run did not track is reconstructed (`trainer/checkpoints/posthoc.py`): ranges of parameters are
+    mixed as Ray tasks where RAY_ADDRESS names a cluster or there is much to read. Raises UserError, DataError,
+    StorageError.
     """
     found = describe(url)
-    checkpoint = found.stored.source
-    if not isinstance(checkpoint, Checkpoint):
-        raise UserError(f"{url}: is an exported model already; give a run or a checkpoint, or copy its folder")
-    names = [_name(found, length) for length in lengths]
-    mixes = {}
-    for name in names:
-        if name not in found.stored.lengths:
-            mixes[name] = find_mix(checkpoint, float(name))
-            stored = len(mixes[name].parts)
-            say(f"EMA {name}: made of the averages of {stored} steps, to {mixes[name].residual:.2%} of its profile")
-    with _tasks(mixes.values()) as each:
-        states = {name: partial(reconstruct, checkpoint, mix, each) for name, mix in mixes.items()}
-        page = export(checkpoint, out, names, states=states)
-    return {**page, "residuals": {name: mix.residual for name, mix in mixes.items()}}
+    mixes = _mixes(found, lengths)
+    with export_target(out) as folder, _tasks(mixes.values()) as each:
+        store = open_store(folder)
+        source: Any = found.stored.source  # a checkpoint, where there are mixes
+        if store.root == source.store.root:
+            raise UserError(f"{out}: is the model itself; give another folder")
+        states = {name: partial(reconstruct, source, mix, each) for name, mix in mixes.items()}
+        model = model_to_export(found.stored, [_name(found, length) for length in lengths], states)
+        page, graphs = _write(model, store, options.format)
+        info = model.info(model.default)
+        usage = usage_of(options.format, out, page, info)
+        samples = _put_sheet(model, info, store, options.samples)
+        store.put(CARD, model_card(page, info, usage, options.licence, samples).encode())
+    return Exported(out, page, {name: mix.residual for name, mix in mixes.items()}, graphs, usage, info.takes)
+
+
+def _write(model: ModelToExport, store: Store, format: str) -> tuple[ModelManifest, list[WrittenGraph]]:
+    if format in SUFFIXES:
+        return write_graphs(model, store, format)
+    return (write_diffusers_folder if format == DIFFUSERS else write_model)(model, store), []
+
+
+def _put_sheet(model: ModelToExport, info: ModelInfo, store: Store, count: int) -> str:
+    """Draws a sheet of samples for the card; returns what it shows, "" for none."""
+    if not count:
+        store.delete([SHEET])
+        return ""
+    loaded = build_model(info, model.states[info.ema]())
+    request = Request(count=count).fitted(info)
+    samples = torch.cat([drawn for drawn, _ in generate(loaded, request)])
+    store.put(SHEET, png_of_sheet(as_pictures(samples, info)))
+    return f"{count} of EMA {info.ema} by {request.sampler}, {request.steps} steps, seed {request.seed}."
+
+
+def _mixes(found: Description, lengths: Sequence[str]) -> dict[str, Mix]:
+    """What lengths that the run did not track are made of, by name."""
+    mixes = dict[str, Mix]()
+    source = found.stored.source
+    if isinstance(source, Checkpoint):
+        for name in (_name(found, length) for length in lengths):
+            if name not in found.stored.lengths:
+                mixes[name] = mix = find_mix(source, float(name))
+                say(f"EMA {name}: made of the averages of {len(mix.parts)} steps, to {mix.residual:.2%} of its profile")
+    return mixes
 
 
 def _name(found: Description, length: str) -> str:

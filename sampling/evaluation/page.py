@@ -39,7 +39,9 @@ Captioned = tuple[str, bytes]  # and its PNG
 
 
 @dataclass(frozen=True)
-class _Row:
+class MetricRow:
+    """A line of a table of metrics, as a person reads it."""
+
     title: str
     value: str
     interval: str
@@ -53,15 +55,20 @@ def page(record: EvaluationRecord, stored: StoredChunks, results: dict[str, Metr
         "scoreray.sampling.evaluation/report.html",
         title=f"evaluation at {subject.images_seen:,} images, EMA {subject.ema}",
         record=record,
-        how=_how(record),
-        rows=[row for name, metric in METRICS.items() if name in record.metrics
-              for row in _rows(metric.title, record.metrics[name])],
+        how=how_measured(record),
+        rows=metric_rows(record),
         figures=_figures(stored, {name: result.drawn for name, result in results.items() if result.drawn is not None}),
         text=record.to_json().decode(),
     )  # fmt: skip
 
 
-def _how(record: EvaluationRecord) -> str:
+def metric_rows(record: EvaluationRecord) -> list[MetricRow]:
+    """All that a record holds, in the order of METRICS."""
+    return [row for name, metric in METRICS.items() if name in record.metrics
+            for row in _rows(metric.title, record.metrics[name])]  # fmt: skip
+
+
+def how_measured(record: EvaluationRecord) -> str:
     """One sentence of how it was measured."""
     sampling, protocol = record.subject.sampling, record.protocol
     words = []
@@ -80,19 +87,21 @@ def _how(record: EvaluationRecord) -> str:
     return "; ".join(words)
 
 
-def _rows(title: str, found: MetricValue) -> list[_Row]:
+def _rows(title: str, found: MetricValue) -> list[MetricRow]:
     if found.get("recall") is not None:
         both = {name.capitalize(): MetricValue(**found.get(name)) for name in ("precision", "recall")}
-        return [_Row(name, as_text(one.value), one.interval_text, "") for name, one in both.items()]
+        return [MetricRow(name, as_text(one.value), one.interval_text, "") for name, one in both.items()]
     if found.get("scores") is not None:
         observed = found.get("observed")
         scores = {name: MetricValue(**one) for name, one in found.get("scores").items()}
-        return [_Row(f"{title}: {name}", as_text(one.value), one.interval_text, f"the reference {observed[name]:.4g}")
-                for name, one in scores.items()]  # fmt: skip
+        return [
+            MetricRow(f"{title}: {name}", as_text(one.value), one.interval_text, f"the reference {observed[name]:.4g}")
+            for name, one in scores.items()
+        ]
     shown = {text: found.get(key) for key, text in BESIDE.items()}
     beside = [f"{text} {value:.4g}" for text, value in shown.items() if value is not None]
     beside += [found.channels_text] if found.channels_text else []
-    return [_Row(title, as_text(found.value), found.interval_text, ", ".join(beside))]
+    return [MetricRow(title, as_text(found.value), found.interval_text, ", ".join(beside))]
 
 
 def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:

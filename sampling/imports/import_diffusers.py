@@ -13,9 +13,10 @@ import torch
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.storage.store import open_store
 from scoreray.sampling.imports.folder import PretrainedFolder
 from scoreray.sampling.imports.scheduler import TrainedNoise, trained_noise
-from scoreray.sampling.model.export import write_model
+from scoreray.sampling.model.export import ModelToExport, write_model
 from scoreray.trainer.checkpoints.exported import ModelManifest, State
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import TargetField
@@ -80,15 +81,19 @@ def import_diffusers(folder: str, out: str, options: ImportOptions = ImportOptio
         "network": asdict(network),
         "denoiser": {"parameterization": noise.parameterization, "sigma_data": noise.sigma_data},
         "duration": {"images": 1},
-    }).model_dump(mode="json")  # fmt: skip
+    })  # fmt: skip
     state: State = {f"network.{name}": tensor for name, tensor in weights.items()}
     for name, parameter in built.named_parameters(recurse=False):
         value = nulls.get(NAMES["sequence" if name == "null_sequence" else "vector"])
         state[name] = torch.zeros(parameter.shape)
         if value is not None:
             state[name][: len(value)] = value
-    page = ModelManifest(folder, 0, list(shape), [], {}, config, target=_target(found, shape), conditions=conditions)
-    return Imported(write_model(out, {RAW: lambda: state}, page), network, noise)
+    page = ModelManifest(
+        folder, 0, list(shape), [], {}, config.model_dump(mode="json"), target=_target(found, shape),
+        conditions=conditions,
+    )  # fmt: skip
+    model = ModelToExport(page, config, {RAW: lambda: state})
+    return Imported(write_model(model, open_store(out)), network, noise)
 
 
 def _shape(found: PretrainedFolder, options: ImportOptions) -> tuple[int, int, int]:

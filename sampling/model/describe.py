@@ -16,7 +16,9 @@ from scoreray.data.classes import class_number
 from scoreray.data.fields.limits import is_picture
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
-from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
+from scoreray.trainer.checkpoints.exported import ModelManifest
+from scoreray.trainer.checkpoints.marker import Marker
+from scoreray.trainer.checkpoints.stored_model import StoredModel, conditions_of_page, find_model
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
@@ -119,7 +121,10 @@ class Description:
 def describe(url: str, ema: str | None = None) -> Description:
     """The model at a URL, at an EMA length; arguments and errors as of `find_model`."""
     stored = find_model(url, ema)
-    page, conditions = stored.page, stored.conditions
-    shape, classes = tuple(page.image_shape), classes_of(conditions)
-    info = ModelInfo(stored.url, page.images_seen, stored.ema, shape, classes, stored.config, conditions, page.target)
-    return Description(info, stored)
+    return Description(info_of(stored.page, stored.url, stored.ema, stored.config), stored)
+
+
+def info_of(page: ModelManifest | Marker, url: str, ema: str, config: Config) -> ModelInfo:
+    """What a page says of its model. config: the page's, loaded."""
+    conditions, shape = conditions_of_page(page), tuple(page.image_shape)
+    return ModelInfo(url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target)

@@ -4,67 +4,122 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import Store, open_store
-from scoreray.trainer.checkpoints.checkpoint import Checkpoint, find
-from scoreray.trainer.checkpoints.exported import MODEL_JSON, PREFIX, ExportedFile, ModelManifest, State
+from scoreray.sampling.model.describe import ModelInfo, info_of
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint
+from scoreray.trainer.checkpoints.exported import (
+    DIFFUSERS_WEIGHTS,
+    FORMAT,
+    MODEL_JSON,
+    ExportedFile,
+    ExportedModel,
+    ModelManifest,
+    State,
+)
+from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model, of_network
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
-from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
+from scoreray.trainer.config import Config
+from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored
 
-OURS = r"(ema-([0-9.]+|half-life)|weights-none)\.safetensors"
+OURS = rf"((ema-([0-9.]+|half-life)|weights-none)\.safetensors|{DIFFUSERS_WEIGHTS}(\.[a-z0-9_-]+)?\.safetensors)"
 
 
-def export(
-    checkpoint: str | Checkpoint,
-    out: str,
-    lengths: Sequence[str] = (),
-    *,
-    states: Mapping[str, Callable[[], State]] | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ModelToExport:
+    """A model on its way out. page: its model.json, without files; config: the page's; states: what reads the network's
+    weights, by EMA length, the one that is used by default first."""
+
+    page: ModelManifest
+    config: Config
+    states: Mapping[str, Callable[[], State]]
+
+    @property
+    def default(self) -> str:
+        """The EMA length that is used by default."""
+        return next(iter(self.states))
+
+    def info(self, length: str) -> ModelInfo:
+        return info_of(self.page, self.page.checkpoint, length, self.config)
+
+
+def export(checkpoint: str | Checkpoint, out: str, lengths: Sequence[str] = ()) -> dict[str, Any]:
     """Write the networks of a committed checkpoint to `out` (a folder or `s3://` prefix); returns model.json's fields.
 
     lengths: tracked EMA lengths ("0.050", "none" for raw weights); all tracked ones when empty.
-    states: whole training states by length for those not in the checkpoint (`trainer/checkpoints/posthoc.py`).
     Raises UserError (not committed, no such length), DataError (damaged), StorageError.
     """
-    checkpoint = find(checkpoint) if isinstance(checkpoint, str) else checkpoint
-    states = states or {}
-    tracked = lengths_stored(checkpoint.marker.state_keys)
-    names = [choose_length(name, (*tracked, *states, RAW), checkpoint.url) for name in lengths] or tracked
-    marker = checkpoint.marker
-    page = ModelManifest(
-        checkpoint.url, marker.images_seen, marker.image_shape, marker.classes, {}, marker.config,
-        target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
-    )  # fmt: skip
-
-    def weights_of(name: str) -> State:
-        state = states[name]() if name in states else checkpoint.full_state(state_key(name))
-        return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-
-    return asdict(write_model(out, {name: partial(weights_of, name) for name in names}, page))
+    stored = find_model(checkpoint if isinstance(checkpoint, str) else checkpoint.url)
+    return asdict(write_model(model_to_export(stored, lengths), open_store(out)))
 
 
-def write_model(out: str, states: Mapping[str, Callable[[], State]], page: ModelManifest) -> ModelManifest:
-    """Writes the network's state at each length, read one at a time, then `page` with the files that hold them."""
-    store = open_store(out)
-    store.delete([MODEL_JSON])
-    files = {
-        name: _put(store, f"weights-{name}.safetensors" if name == RAW else f"ema-{name}.safetensors", state())
-        for name, state in states.items()
-    }
-    page = replace(page, files=files)
+def model_to_export(
+    stored: StoredModel, lengths: Sequence[str] = (), states: Mapping[str, Callable[[], State]] | None = None
+) -> ModelToExport:
+    """Of a checkpoint, or of a model that was exported or imported before.
+
+    states: whole training states by length for those that are not in a checkpoint (`trainer/checkpoints/posthoc.py`).
+    Raises UserError for an unknown length.
+    """
+    states, source = states or {}, stored.source
+
+    def weights(name: str) -> State:
+        return of_network(states[name]()) if name in states else replace(stored, ema=name).weights()
+
+    known: Sequence[str] = stored.lengths
+    default: Sequence[str] = stored.lengths
+    if isinstance(source, ExportedModel):
+        default = (source.chosen,) if source.chosen else default
+        page = replace(source.page, files={}, format=FORMAT)
+    else:
+        marker, tracked = source.marker, lengths_stored(source.marker.state_keys)
+        known, default = (*tracked, *states, RAW), tracked
+        page = ModelManifest(
+            source.url, marker.images_seen, marker.image_shape, marker.classes, {}, marker.config,
+            target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
+        )  # fmt: skip
+    names = dict.fromkeys([choose_length(name, known, stored.url) for name in lengths] or default)
+    return ModelToExport(page, stored.config, {name: partial(weights, name) for name in names})
+
+
+def file_name(length: str) -> str:
+    """Without its suffix: of the weights at an EMA length."""
+    return f"weights-{length}" if length == RAW else f"ema-{length}"
+
+
+def write_model(
+    model: ModelToExport,
+    store: Store,
+    files: Mapping[str, str] | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> ModelManifest:
+    """Writes weights, what belongs `beside` them, and model.json last.
+
+    files: by length, of what file the weights are, where it is not that of our own format.
+    """
+    beside = beside or {}
+    store.delete([MODEL_JSON, *beside])
+    written = {}
+    for name, weights in model.states.items():
+        written[name] = _put(store, files[name] if files else f"{file_name(name)}.safetensors", weights())
+    for key, data in beside.items():
+        store.put(key, data)
+    page = replace(model.page, files=written)
     store.put(MODEL_JSON, page.to_json())
-    stored = {key for start in ("ema-", "weights-") for key, _ in store.list(start) if re.fullmatch(OURS, key)}
-    store.delete(stored - {about.file for about in files.values()})  # of an earlier export
+    prefixes = ("ema-", "weights-", DIFFUSERS_WEIGHTS)
+    stored = {key for start in prefixes for key, _ in store.list(start) if re.fullmatch(OURS, key)}
+    store.delete(stored - {about.file for about in written.values()})  # of an earlier export
     return page
 
 
 def _put(store: Store, key: str, weights: State) -> ExportedFile:
+    prefix = ExportedFile(key, 0, "").prefix
     with scratch_file() as (file, path):
-        size, digest = write_tensors(file, {name: tensor.detach().cpu() for name, tensor in weights.items()})
+        tensors = {f"{prefix}{name}": tensor.detach().cpu() for name, tensor in weights.items()}
+        size, digest = write_tensors(file, tensors)
         store.put(key, path)
     return ExportedFile(key, size, digest)

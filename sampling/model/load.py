@@ -61,12 +61,19 @@ def load_model(
 
 def load_described(found: Description, device: torch.device | str | None = None) -> LoadedDenoiser | LoadedMachine:
     """The model of a description that was read already; errors of its weights as for `load_model`."""
-    model, weights = _build(found.info), found.weights()
+    return build_model(found.info, found.weights(), device)
+
+
+def build_model(
+    info: ModelInfo, weights: dict[str, torch.Tensor], device: torch.device | str | None = None
+) -> LoadedDenoiser | LoadedMachine:
+    """The model of these weights, of its network's state_dict. Raises DataError where they do not fit the config."""
+    model = _build(info)
     holder: Any = model.machine if isinstance(model, LoadedMachine) else model.network
     try:
         holder.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"{found.info.url}: does not fit its own config: {' '.join(str(error).split())}") from None
+        raise DataError(f"{info.url}: does not fit its own config: {' '.join(str(error).split())}") from None
     return model.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

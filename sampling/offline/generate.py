@@ -223,9 +223,10 @@ def class_labels(condition: Condition | None, rows: int) -> torch.Tensor:
     return classes[0] if len(classes) == 1 else torch.full((rows,), -1)
 
 
-Draw = Callable[[torch.Tensor, AnyCondition], torch.Tensor]
+Draw = Callable[..., torch.Tensor]
 """`(seeds int64 [b], condition of b rows or None) -> samples float32 [b, ...] in the model's range`; each depends on
-its own seed and condition alone."""
+its own seed and condition alone. A denoiser's takes standard normal numbers [b, ...] to begin from as a third argument,
+where they are not those of the seeds."""
 
 
 def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Draw:
@@ -238,7 +239,12 @@ def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Draw:
 
 
 def _draw(
-    denoise: Denoise, model: LoadedDenoiser, request: Request, seeds: torch.Tensor, condition: AnyCondition
+    denoise: Denoise,
+    model: LoadedDenoiser,
+    request: Request,
+    seeds: torch.Tensor,
+    condition: AnyCondition,
+    noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     assert request.sampler is not None
     assert request.steps is not None
@@ -246,10 +252,11 @@ def _draw(
     device = next(model.parameters()).device
     sigmas = model.info.sigmas(request.steps, request.grid)
     seeds = seeds.to(device)
-    noise = SampleNoise(seeds).normal((len(seeds), *model.info.image_shape), torch.float32, device)
+    if noise is None:
+        noise = SampleNoise(seeds).normal((len(seeds), *model.info.image_shape), torch.float32, device)
     return sample(
         denoise,
-        noise * float(sigmas[0]),
+        noise.to(device, torch.float32) * float(sigmas[0]),
         sigmas,
         sampler=request.sampler,
         generator=seeds,

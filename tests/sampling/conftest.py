@@ -118,17 +118,21 @@ def write_run(
     hidden_size: int = 16,
     target: TargetField | None = None,
     conditions: dict[str, ConditionSpec] | None = None,
+    network: dict[str, Any] | None = None,
+    sections: dict[str, Any] | None = None,
 ) -> str:
     """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url."""
     names = classes if isinstance(classes, list) else [f"class-{i}" for i in range(classes)]
     storage, _, name = url.rpartition("/")
-    network = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    unet = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    mlp = {"kind": "mlp", "hidden_size": hidden_size}
     config = load_config(
         {
             "run": {"name": name, "storage": storage},
             "data": {"url": "s3://none/none", "global_batch_size": 16},
-            "network": network if len(shape) == 3 else {"kind": "mlp", "hidden_size": hidden_size},
+            "network": network or (unet if len(shape) == 3 else mlp),
             "duration": {"images": 1000},
+            **(sections or {}),
         }
     )
     torch.manual_seed(seed)

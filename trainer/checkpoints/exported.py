@@ -4,6 +4,7 @@
                                   sealed (`data/seal.py`), but for format 1
 <out>/ema-0.050.safetensors       the network's fp32 weights, averaged at that length; names as in its state_dict
 
+A diffusers folder (`sampling/formats`) has the weights in denoiser/, under the names of diffusers, and model.json too.
 `sampling/model/export.py` writes them.
 """
 
@@ -21,9 +22,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.errors import DataError, StorageError, UserError, nearest
 from scoreray.data.reading.manifest import Sha256
 from scoreray.data.seal import read_sealed, sealed
+from scoreray.data.storage.interface import check_key
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import verified_copy
 from scoreray.trainer.checkpoints.marker import Number, Origin, StoredFile
@@ -35,6 +37,8 @@ MODEL_JSON = "model.json"
 FORMAT = 2
 UNSEALED = 1  # the format before seals
 PREFIX = "denoiser.network."  # of the network's parameters in the training module
+DIFFUSERS_WEIGHTS = "denoiser/diffusion_pytorch_model"  # where diffusers looks for a component's weights
+DENOISER_PREFIX = "network."  # of the network's parameters in its denoiser, which is diffusers' component
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 State = dict[str, torch.Tensor]
@@ -51,8 +55,15 @@ class ExportedFile:
     sha256: Sha256
 
     def __post_init__(self) -> None:
-        if "/" in self.file or "\0" in self.file:
-            raise ValueError(f"bad entry for file {self.file!r}: its name leads elsewhere")
+        try:
+            check_key(self.file)
+        except StorageError:
+            raise ValueError(f"bad entry for file {self.file!r}: its name leads elsewhere") from None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the tensors in it begin with, before those of the network's state_dict."""
+        return DENOISER_PREFIX if self.file.startswith(DIFFUSERS_WEIGHTS) else ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,11 @@ class ModelManifest:
         return sealed([f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]).encode()
 
     @staticmethod
+    def from_fields(fields: dict[str, Any]) -> ModelManifest:
+        """Of its fields as JSON has them, without a seal. Raises ValueError."""
+        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
+
+    @staticmethod
     def from_json(data: bytes, url: str) -> ModelManifest:
         """Raises DataError in one line that names `url`."""
         return read_sealed(_ADAPTER, data, url, "exported model's page", unsealed_format=UNSEALED, place=url)
@@ -99,24 +115,26 @@ class ExportedModel:
 
     def weights(self, name: str) -> State:
         """The network's state. Raises UserError (no such length here), DataError (not the bytes that were written)."""
+        prefix = self._about(name).prefix
         with self._verified(name) as path:
-            return load_file(path)
+            return {key.removeprefix(prefix): value for key, value in load_file(path).items()}
 
     def shapes(self, name: str) -> dict[str, list[int]]:
         """Of the network's state, by the file's header alone. Raises as `weights`."""
-        file = self._about(name).file
+        file, prefix = self._about(name).file, self._about(name).prefix
         size = int.from_bytes(self.store.get(file, 0, 8), "little")
         try:
             header = _HEADER.validate_json(self.store.get(file, 8, 8 + size) if size <= LARGEST_HEADER else b"")
         except ValidationError:
             raise DataError(f"{self.store.url(file)}: not a safetensors file: its header can't be read") from None
-        return {key: about["shape"] for key, about in header.items() if key != "__metadata__"}
+        return {key.removeprefix(prefix): about["shape"] for key, about in header.items() if key != "__metadata__"}
 
     def restore(self, name: str, fragments: Iterable[Fragment]) -> None:
         """Write the weights at a length into every tensor of `fragments`, which are named as in the training module."""
+        prefix = self._about(name).prefix
         with self._verified(name) as path, safe_open(path, "pt") as tensors:
             for fragment in fragments:
-                values = tensors.get_tensor(fragment.name.removeprefix(PREFIX)).flatten()
+                values = tensors.get_tensor(f"{prefix}{fragment.name.removeprefix(PREFIX)}").flatten()
                 for into in fragment.tensors.values():
                     into.copy_(values[fragment.start : fragment.start + fragment.length])
 

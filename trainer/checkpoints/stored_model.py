@@ -45,7 +45,7 @@ class StoredModel:
     @property
     def conditions(self) -> Conditions:
         """What its network was built for."""
-        return class_condition(self.page.classes) if self.page.conditions is None else self.page.conditions
+        return conditions_of_page(self.page)
 
     @cached_property
     def sha256(self) -> str:
@@ -64,7 +64,7 @@ class StoredModel:
         """Of the network's parameters by name (of an exported model, of its buffers too)."""
         if isinstance(self.source, ExportedModel):
             return self.source.shapes(self.ema)
-        return _of_network(self.source.marker.shapes)
+        return of_network(self.source.marker.shapes)
 
     def restore(self, fragments: Iterable[Fragment]) -> None:
         """Write the network's weights at `ema` into the one tensor of each of `fragments`, any partition of some of its
@@ -79,13 +79,13 @@ class StoredModel:
         """Of the network, by name (of an exported model, its parameters too)."""
         if isinstance(self.source, ExportedModel):
             return self.source.weights(self.ema)
-        return _of_network(self.source.buffers())
+        return of_network(self.source.buffers())
 
     def weights(self) -> State:
         """The network's state at `ema`. Raises DataError (its bytes are not what was committed), StorageError."""
         if isinstance(self.source, ExportedModel):
             return self.source.weights(self.ema)
-        return _of_network(self.source.full_state(state_key(self.ema)))
+        return of_network(self.source.full_state(state_key(self.ema)))
 
 
 def find_model(url: str, ema: str | None = None) -> StoredModel:
@@ -112,6 +112,11 @@ def find_model(url: str, ema: str | None = None) -> StoredModel:
     return StoredModel(source, config, lengths, chosen or choose_length(ema, lengths, url, config.ema.stds))
 
 
+def conditions_of_page(page: ModelManifest | Marker) -> Conditions:
+    """What the network was built for; a page of before conditions names classes alone."""
+    return class_condition(page.classes) if page.conditions is None else page.conditions
+
+
 def _page(source: Checkpoint | ExportedModel) -> ModelManifest | Marker:
     return source.page if isinstance(source, ExportedModel) else source.marker
 
@@ -126,6 +131,6 @@ def _lengths(source: Checkpoint | ExportedModel, config: Config) -> tuple[str, .
     return (*ordered, *(length for length in stored if length not in ordered), *raw)
 
 
-def _of_network(named: Mapping[str, T]) -> dict[str, T]:
+def of_network(named: Mapping[str, T]) -> dict[str, T]:
     """What the training module calls the network's, as the network calls it."""
     return {name.removeprefix(PREFIX): value for name, value in named.items() if name.startswith(PREFIX)}

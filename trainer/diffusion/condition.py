@@ -192,7 +192,7 @@ class Condition:
 
     def _rows(self, name: str) -> Tensor:
         """bool [B], all True."""
-        return torch.ones(len(self.values[name]), dtype=torch.bool, device=self.values[name].device)
+        return torch.ones(self.values[name].shape[0], dtype=torch.bool, device=self.values[name].device)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         return Condition(

@@ -169,7 +169,7 @@ def to_patches(x: Tensor, size: int) -> Tensor:
         x = F.pad(x, [pad for amount in reversed(missing) for pad in (0, amount)])
     x = x.reshape(*x.shape[:2], *(part for count in counts for part in (count, size)))
     axes = range(2, x.ndim, 2)  # of counts; the axis after each is of places inside a patch
-    return x.permute(0, 1, *(axis + 1 for axis in axes), *axes).reshape(len(x), -1, *counts)
+    return x.permute(0, 1, *(axis + 1 for axis in axes), *axes).reshape(x.shape[0], -1, *counts)
 
 
 def from_patches(x: Tensor, size: int, grid: Sequence[int]) -> Tensor:
@@ -177,7 +177,7 @@ def from_patches(x: Tensor, size: int, grid: Sequence[int]) -> Tensor:
     if size == 1:
         return x
     counts, num_axes = x.shape[2:], x.ndim - 2
-    x = x.reshape(len(x), -1, *[size] * num_axes, *counts)
+    x = x.reshape(x.shape[0], -1, *[size] * num_axes, *counts)
     order = [axis for i in range(2, 2 + num_axes) for axis in (i + num_axes, i)]
     x = x.permute(0, 1, *order).reshape(*x.shape[:2], *(count * size for count in counts))
     return cropped(x, grid)

@@ -282,7 +282,7 @@ class TokenInput(nn.Module):
         pooled = torch.where(mask.any(1)[:, None], pooled, self.null.to(pooled.dtype))
         if self.null_token is None:
             return pooled, None, None
-        null = self.null_token.to(tokens.dtype).expand(len(tokens), 1, -1)
+        null = self.null_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         return pooled, torch.cat([null, tokens], dim=1), F.pad(mask, (1, 0), value=True)
 
 

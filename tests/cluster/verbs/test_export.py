@@ -160,8 +160,8 @@ def test_a_damaged_checkpoint_is_not_exported(config: Config, tmp_path: Path) ->
 
 def test_a_length_that_was_not_tracked(config: Config, tmp_path: Path) -> None:
     answer = export_model(run_store(config).url(), str(tmp_path), ["0.07", "0.1"])
-    assert list(answer["files"]) == ["0.070", "0.100"]
-    assert answer["residuals"]["0.070"] < 0.03
+    assert list(answer.page.files) == ["0.070", "0.100"]
+    assert answer.residuals["0.070"] < 0.03
     assert load(str(tmp_path)).info.ema == "0.070"
     json.loads((tmp_path / "model.json").read_text())
 

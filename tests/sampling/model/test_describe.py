@@ -131,10 +131,12 @@ def test_a_checkpoint_of_no_model_is_refused(urls: dict[str, str], monkeypatch: 
             describe(urls["run"])
 
 
-def test_an_exported_model_is_not_exported_again(urls: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is an exported model already"):
-        export_model(urls["all"], str(tmp_path))
-    assert not list(tmp_path.iterdir())
+def test_an_exported_model_is_exported_elsewhere_and_not_over_itself(urls: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is the model itself"):
+        export_model(urls["all"], urls["all"])
+    page = export_model(urls["all"], str(tmp_path), ["0.1"]).page
+    assert page.files == {"0.100": describe(urls["all"]).stored.page.files["0.100"]}
+    assert describe(str(tmp_path)).info == replace(describe(urls["all"], "0.1").info, url=str(tmp_path))
 
 
 def test_the_weights_are_those_of_the_length(urls: dict[str, str]) -> None:

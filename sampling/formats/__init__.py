@@ -1,0 +1,1 @@
+"""Trained models in formats that others load, with model cards: diffusers folders, ONNX, torch.export; to the Hub."""

@@ -1,0 +1,212 @@
+"""The denoiser D(x, sigma, condition) as a graph for inference elsewhere: ONNX, or torch.export's.
+
+<out>/ema-0.050.onnx     inputs x [B, ...], sigma [B], and for each condition condition_NAME [B, ...] (a class int64, -1
+                         for none; text its bytes, uint8) and mask_NAME (bool, [B, L] of sequences and text, else [B],
+                         False where there is none; classes have no mask); output denoised [B, ...]
+<out>/ema-0.050.pt2      the same for `torch.export.load(file).module()(x, sigma, {"condition_NAME": ..., ...})`
+<out>/denoiser.json      config, shapes, classes and each file's SHA-256, as in model.json; sealed, written last
+
+B is any number of rows. Each graph is run before it is stored, and compared with the denoiser that it was made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scoreray.data.errors import UserError, shortened
+from scoreray.data.extras import install
+from scoreray.data.scratch import scratch_folder
+from scoreray.data.storage.store import Store
+from scoreray.sampling.model.export import ModelToExport, file_name
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, build_model
+from scoreray.trainer.checkpoints.exported import ExportedFile, ModelManifest
+from scoreray.trainer.diffusion.condition import Condition
+from scoreray.trainer.diffusion.condition_shapes import example_condition
+from scoreray.trainer.diffusion.denoiser import like
+
+DENOISER_JSON = "denoiser.json"
+ONNX, TORCH_EXPORT = "onnx", "torch-export"
+SUFFIXES = {ONNX: ".onnx", TORCH_EXPORT: ".pt2"}
+CHECKED_ROWS = (1, 3)
+TOLERANCE = 1e-3  # of a graph's denoised from ours, in units of sigma_data; what was seen is 1e-6
+
+Run = Callable[[dict[str, Tensor]], Tensor]
+"""A stored graph: its inputs by name -> denoised."""
+
+
+class GraphDenoiser(nn.Module):
+    """(x [B, ...], sigma [B], a tensor for each condition and mask by name; None without any) -> denoised [B, ...]."""
+
+    def __init__(self, denoiser: LoadedDenoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: Tensor, sigma: Tensor, given: dict[str, Tensor] | None = None) -> Tensor:
+        names = self.denoiser.info.conditions if given else {}
+        given = given or {}
+        values = {name: given[f"condition_{name}"] for name in names}
+        masks = {name: given[f"mask_{name}"] for name in names if f"mask_{name}" in given}
+        return self.denoiser.denoise(x, sigma, Condition(values, masks) if values else None)
+
+
+def graph_inputs(denoiser: LoadedDenoiser, rows: int) -> dict[str, Tensor]:
+    """Of so many samples at noise levels all over the process's range, by name."""
+    info = denoiser.info
+    low, high = info.sigma_range
+    sigma = torch.logspace(0, 1, rows, base=high / low) * low
+    x = torch.randn(rows, *info.image_shape, generator=torch.Generator().manual_seed(0))
+    given = example_condition(info.conditions, rows)
+    inputs = {"x": x * like((sigma**2 + denoiser.sigma_data**2).sqrt(), x), "sigma": sigma}
+    if given is not None:
+        inputs |= {f"condition_{name}": value for name, value in given.values.items()}
+        inputs |= {f"mask_{name}": mask for name, mask in given.masks.items()}
+    return inputs
+
+
+@dataclass(frozen=True)
+class WrittenGraph:
+    """A stored graph, and how far what it gave was from the denoiser's own: the greatest difference of a value."""
+
+    length: str
+    file: str
+    difference: float
+    runtime: str
+
+
+def write_graphs(model: ModelToExport, store: Store, format: str) -> tuple[ModelManifest, list[WrittenGraph]]:
+    """Writes a graph for each EMA length; returns denoiser.json and what each was found to be.
+
+    Raises UserError where a network can't be a graph, or what a graph gives is not what the denoiser gives.
+    """
+    store.delete([DENOISER_JSON])
+    files, written = dict[str, ExportedFile](), []
+    for length, weights in model.states.items():
+        denoiser = _denoiser(model, length, weights(), format)
+        name = f"{file_name(length)}{SUFFIXES[format]}"
+        with scratch_folder() as folder:
+            run, runtime = _saved(denoiser, folder / name, format)
+            written.append(WrittenGraph(length, name, _difference(denoiser, run, format), runtime))
+            for path in sorted(folder.iterdir()):  # a graph above 2 GB has its weights in a second file
+                store.put(path.name, path)
+            files[length] = _described(folder / name)
+    page = replace(model.page, files=files)
+    store.put(DENOISER_JSON, page.to_json())
+    return page, written
+
+
+def _denoiser(model: ModelToExport, length: str, weights: dict[str, Tensor], format: str) -> LoadedDenoiser:
+    """On the CPU. Raises UserError for one that can't be a graph."""
+    info = model.info(length)
+    loaded = build_model(info, weights, "cpu")
+    if isinstance(loaded, LoadedMachine):
+        kind = info.config.network.kind
+        raise UserError(f"{info.url}: network.kind '{kind}' has no denoiser to export as {format}; leave --format out")
+    if loaded.readout is not None:
+        raise UserError(
+            f"{info.url}: denoiser.parameterization '{loaded.parameterization}' differentiates an energy in every "
+            f"call, which {format} can't hold; --format diffusers and scoreray can"
+        )
+    return loaded
+
+
+def _saved(denoiser: LoadedDenoiser, path: Path, format: str) -> tuple[Run, str]:
+    """Exports and saves the graph; returns what runs the saved file, and by which name and version."""
+    inputs = graph_inputs(denoiser, 2)
+    rows = torch.export.Dim("batch")
+    shapes = ({0: rows}, {0: rows}, {name: {0: rows} for name in list(inputs)[2:]})
+    args = _arguments(inputs)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(GraphDenoiser(denoiser), args, dynamic_shapes=shapes[: len(args)])
+    except Exception as error:  # of any kind: an own network's forward may do what a graph can't hold
+        raise UserError(f"{denoiser.info.url}: {_cant(denoiser, format, error)}") from error
+    if format == TORCH_EXPORT:
+        torch.export.save(program, path)
+        module = torch.export.load(path).module()
+        return lambda inputs: module(*_arguments(inputs)), f"torch {torch.__version__}"
+    return _saved_as_onnx(denoiser, program, path, list(inputs))
+
+
+def _arguments(inputs: dict[str, Tensor]) -> tuple[Tensor | dict[str, Tensor], ...]:
+    """As GraphDenoiser takes them, whose third argument is left out of a model without conditions."""
+    x, sigma, *_ = inputs.values()
+    given = {name: value for name, value in inputs.items() if name not in ("x", "sigma")}
+    return (x, sigma, given) if given else (x, sigma)
+
+
+def _saved_as_onnx(
+    denoiser: LoadedDenoiser, program: torch.export.ExportedProgram, path: Path, names: list[str]
+) -> tuple[Run, str]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError:
+        raise UserError(f"--format {ONNX}: its packages are not installed: {install(ONNX)}") from None
+    try:
+        with _quiet():
+            found = torch.onnx.export(program, dynamo=True, input_names=names, output_names=["denoised"])
+            assert found is not None
+            found.save(path)
+    except Exception as error:
+        raise UserError(f"{denoiser.info.url}: {_cant(denoiser, ONNX, error)}") from error
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        (denoised,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return torch.from_numpy(denoised)
+
+    return run, f"onnxruntime {onnxruntime.__version__}"
+
+
+def _difference(denoiser: LoadedDenoiser, run: Run, format: str) -> float:
+    """The greatest of any value at CHECKED_ROWS. Raises UserError where it is above TOLERANCE."""
+    greatest = 0.0
+    for rows in CHECKED_ROWS:
+        inputs = graph_inputs(denoiser, rows)
+        with torch.no_grad():
+            ours = GraphDenoiser(denoiser)(*_arguments(inputs))
+        found = float((run(inputs) - ours).abs().max())
+        if not found <= TOLERANCE * denoiser.sigma_data:  # NaN is not
+            raise UserError(
+                f"{denoiser.info.url}: what the {format} graph gives is {found:g} away from what the model gives"
+            )
+        greatest = max(greatest, found)
+    return greatest
+
+
+def _cant(denoiser: LoadedDenoiser, format: str, error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    kind = denoiser.info.config.network.kind
+    return f"network.kind '{kind}' can't be exported as {format}: {type(error).__name__}: {shortened(first, 200)}"
+
+
+def _described(path: Path) -> ExportedFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ExportedFile(path.name, path.stat().st_size, digest)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' own prints and warnings, of which every user sees a page otherwise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [one.level for one in loggers]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)

@@ -1,0 +1,100 @@
+"""The lines that load an exported folder, as its card and the command show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scoreray.data.storage.store import local_path
+from scoreray.sampling.formats.graphs import ONNX, TORCH_EXPORT
+from scoreray.sampling.formats.hub import SCHEME
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.trainer.checkpoints.exported import ModelManifest
+
+SCORERAY, DIFFUSERS = "scoreray", "diffusers"
+VALUES = {"class": "0", "vector": "[...]", "concat": "array", "sequence": "array", "text": '"a text"'}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """library: what a card names for the folder. language: of the lines."""
+
+    library: str
+    language: str
+    lines: str
+
+
+def usage_of(format: str, out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    """Of a folder that was written to `out` in a format. page: with its files."""
+    return USAGES[format](out, page, info)
+
+
+def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    place, fetch = out, ""
+    if out.startswith(SCHEME):
+        place = _place(out).rpartition("/")[2]
+        fetch = f"hf download {_place(out)} --local-dir {place}\n"
+    return Usage(SCORERAY, "sh", f"{fetch}scoreray sample {place} --count 64 --out samples")
+
+
+def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    values = ", ".join(f'"{name}": {VALUES[spec.kind]}' for name, spec in info.conditions.items())
+    given = f", condition={{{values}}}" if values else ""
+    return Usage(
+        "diffusers",
+        "python",
+        "from diffusers import DiffusionPipeline  # scoreray must be installed too\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{_place(out)}", trust_remote_code=True)\n'
+        f"images = pipeline(batch_size=4, seed=0{given}).images",
+    )
+
+
+def _onnx(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    inputs = ", ".join(f'"{name}": {name}' for name in graph_input_names(info))
+    return Usage(
+        ONNX,
+        "python",
+        "import onnxruntime\n\n"
+        f'session = onnxruntime.InferenceSession("{_place(out)}/{_first_file(page)}")\n'
+        f"(denoised,) = session.run(None, {{{inputs}}})  # x [B, ...], sigma [B]: E[x_0 | x_0 + sigma z = x]",
+    )
+
+
+def _torch_export(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    _, _, *names = graph_input_names(info)
+    given = ", ".join(f'"{name}": {name}' for name in names)
+    inputs = f"x, sigma, {{{given}}}" if given else "x, sigma"
+    return Usage(
+        "pytorch",
+        "python",
+        "import torch\n\n"
+        f'denoiser = torch.export.load("{_place(out)}/{_first_file(page)}").module()\n'
+        f"denoised = denoiser({inputs})  # x [B, ...], sigma [B]: E[x_0 | x_0 + sigma z = x]",
+    )
+
+
+USAGES: dict[str, Callable[[str, ModelManifest, ModelInfo], Usage]] = {
+    SCORERAY: _scoreray,
+    DIFFUSERS: _diffusers,
+    ONNX: _onnx,
+    TORCH_EXPORT: _torch_export,
+}
+"""Every format that `scoreray export` knows."""
+
+
+def graph_input_names(info: ModelInfo) -> list[str]:
+    """Of a graph of the denoiser, in order (`graphs.py`)."""
+    masks = [f"mask_{name}" for name, spec in info.conditions.items() if spec.kind != "class"]
+    return ["x", "sigma", *(f"condition_{name}" for name in info.conditions), *masks]
+
+
+def _place(out: str) -> str:
+    """As other programs open it: a repository of the Hub by its name, what is in an object store by a copy's."""
+    if out.startswith(SCHEME):
+        return out.removeprefix(SCHEME).rstrip("/")
+    place = out.rstrip("/")
+    return place if local_path(out) is not None else place.rpartition("/")[2]
+
+
+def _first_file(page: ModelManifest) -> str:
+    return next(iter(page.files.values())).file
