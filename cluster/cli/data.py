@@ -194,7 +194,8 @@ def inspect(
         return
     samples = SampleReader(url)
     if config:
-        from scoreray.trainer.config.from_data import Hardware, suggested_config
+        from scoreray.trainer.config.from_data import suggested_config
+        from scoreray.trainer.config.network_for_data import Hardware
 
         some = samples.read(spread(samples.manifest, 256))[0]
         typer.echo(suggested_config(url, samples.manifest, some, Hardware.here()), nl=False)

@@ -24,7 +24,7 @@ def arrow_location(url: str) -> tuple[Any, str]:
         return fs.GcsFileSystem(), place
     if scheme == "az":
         return fs.AzureFileSystem(account_name=os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")), place
-    from scoreray.data.storage.s3 import client
+    from scoreray.data.storage.s3_access import client
 
     about = client().meta
     kind, _, endpoint = about.endpoint_url.partition("://")

@@ -6,17 +6,13 @@ data in that folder from one start to the next. It dies with the process that st
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import logging
 import os
-import random
 import re
 import secrets
 import shutil
-import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -28,11 +24,11 @@ from types import TracebackType
 from typing import IO
 
 from scoreray.data.errors import StorageError, UserError
+from scoreray.data.storage.ports import free_ports, remove_sockets
 
 log = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 200 << 20
-JUST_MADE_S = 60.0
 START_S = 60.0  # measured: 1 to 4 s; a machine under load takes longer
 # Runs between fork and the server: has the kernel send SIGKILL when the parent ends, and exits if it already has.
 DIE_WITH_PARENT = """
@@ -89,9 +85,9 @@ class LocalS3:
             (self.folder / "data").mkdir(exist_ok=True)
             for stale in (self.folder / "data").glob("m[0-9]*"):
                 shutil.rmtree(stale)  # the master's state at its earlier port; the volumes report everything again
-            _remove_sockets()
+            remove_sockets()
             for attempt in range(3):
-                ports = self._ports = _free_ports(self._given_port)
+                ports = self._ports = free_ports(self._given_port)
                 self.env = {
                     "AWS_ACCESS_KEY_ID": access_key,
                     "AWS_SECRET_ACCESS_KEY": secret_key,
@@ -203,34 +199,8 @@ class LocalS3:
         if self._process and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-            _remove_sockets(*self._ports, *(port + 10000 for port in self._ports))
+            remove_sockets(*self._ports, *(port + 10000 for port in self._ports))
         self._process = None
-
-
-def _remove_sockets(*ports: int) -> None:
-    """The Unix sockets at these ports, which the server leaves at SIGKILL; and those of this user's other servers
-    that nobody listens on any more: a command that was killed with its server can't remove its own.
-
-    It puts most of them into /tmp, whatever TMPDIR says.
-    """
-    for path in Path("/tmp").glob("seaweedfs-*.sock"):
-        port = path.stem.rpartition("-")[2]
-        with contextlib.suppress(OSError):  # another server's end removes them too
-            if (port.isdigit() and int(port) in ports) or _is_dead(path):
-                path.unlink()
-
-
-def _is_dead(path: Path) -> bool:
-    found = path.lstat()
-    just_made = time.time() - found.st_mtime < JUST_MADE_S  # perhaps bound, and not listened on yet
-    if just_made or not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
-        return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-    return False
 
 
 def _program() -> str:
@@ -282,32 +252,6 @@ def _arguments(folder: Path, ports: list[int]) -> list[str]:
         "-s3", f"-s3.port={s3}", "-s3.ip.bind=127.0.0.1", f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
     ]  # fmt: skip
-
-
-def _free_ports(given: int | None) -> list[int]:
-    """Ports for S3, master, volume and filer, each with the one 10,000 above it free too (its gRPC twin). Below the
-    range that the kernel gives to outgoing connections (32768 on Linux), so none is taken in between."""
-    if given is not None and not 1 <= given <= 55535:
-        raise UserError(f"port {given}: between 1 and 55535 is needed, as port + 10000 is used too")
-    if given is not None and not (_is_free(given) and _is_free(given + 10000)):
-        raise UserError(f"port {given} or {given + 10000} on 127.0.0.1 is in use; give another, or none for a free one")
-    ports = [given] if given is not None else []
-    chance = random.SystemRandom()
-    while len(ports) < 4:
-        port = chance.randrange(11000, 22000)
-        if port not in ports and _is_free(port) and _is_free(port + 10000):
-            ports.append(port)
-    return ports
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 def _answers(url: str, pattern: bytes) -> bool:

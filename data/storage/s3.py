@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,10 +23,8 @@ import obstore
 import obstore.store
 import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from obstore.auth.boto3 import Boto3CredentialProvider
 
-from scoreray.data.errors import StorageError, Unanswered, UserError
+from scoreray.data.errors import StorageError, Unanswered
 from scoreray.data.storage import clouds
 from scoreray.data.storage.interface import Store, check_key
 from scoreray.data.storage.retries import (
@@ -43,14 +38,13 @@ from scoreray.data.storage.retries import (
     explain_refusal,
     retried,
 )
+from scoreray.data.storage.s3_access import access_now, bucket_of, client, renew
 
 BODY_S, LEAST_BYTES_PER_S = 10.0, 1 << 20  # an answer of n bytes may take BODY_S + n / LEAST_BYTES_PER_S
 MULTIPART_BYTES = 64 << 20  # objects above this are uploaded in parts
 SETTINGS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL"
 # Errors that boto3 would only repeat; it answers others itself (another region, a skewed clock).
 PLAIN_ERRORS = CODES_NO_KEY | CODES_NO_BUCKET | CODES_CREDENTIALS | CODES_EXPIRED | CODES_BUSY
-# obstore calls the provider again 5 minutes before this ends; botocore renews a role's credentials 10 before theirs do.
-CREDENTIALS_TTL = timedelta(minutes=10)
 
 T = TypeVar("T")
 
@@ -174,44 +168,16 @@ class S3Store(Store):
         return client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
 
 
-@dataclass(frozen=True)
-class _Access:
-    """What this process uses for one endpoint and its credentials."""
-
-    client: Any  # of boto3
-    session: Any  # of botocore: credentials, certificates
-    buckets: dict[tuple[str, float], obstore.store.S3Store] = field(default_factory=dict)  # by name and time limit
-
-
-_clients: dict[tuple[str | None, ...], _Access] = {}
-_lock = threading.Lock()
-
-
-def _forget_clients() -> None:
-    """A forked child has its own connections and locks."""
-    global _lock
-    _clients.clear()
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_clients)
-
-
-def client() -> Any:
-    """This process's S3 client for the endpoint and credentials that the environment names now."""
-    return _access().client
-
-
 def _read_range(at: dict[str, str], start: int, end: int) -> bytes | None:
     """Bytes [start, end) of an object, fewer where it ends; None where boto3 should be used instead."""
-    access = _access()
+    access = access_now()
     if not clouds.usable_here():
         return None
     try:
         # obstore's time limit is the client's, not the request's: a client for each power of two of MiB.
         limit_s = BODY_S + (1 << ((end - start - 1) >> 20).bit_length()) * (1 << 20) / LEAST_BYTES_PER_S
         if (bucket := access.buckets.get((at["Bucket"], limit_s))) is None:
-            bucket = access.buckets.setdefault((at["Bucket"], limit_s), _bucket(access, at["Bucket"], limit_s))
+            bucket = access.buckets.setdefault((at["Bucket"], limit_s), bucket_of(access, at["Bucket"], limit_s))
         return obstore.get_range(bucket, at["Key"], start=start, end=end).to_bytes()
     except ValueError:  # no credentials, a key that obstore does not take
         return None
@@ -227,58 +193,8 @@ def _read_range(at: dict[str, str], start: int, end: int) -> bytes | None:
         return None
 
 
-def _bucket(access: _Access, name: str, limit_s: float) -> obstore.store.S3Store:
-    """Raises ValueError where there are no credentials."""
-    endpoint = access.client.meta.endpoint_url
-    made = clouds.options(endpoint.startswith("http://"), limit_s)
-    bundle = access.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
-    if bundle:
-        made["client_options"]["root_certificate"] = Path(bundle).read_bytes()
-    return obstore.store.S3Store(
-        name,
-        endpoint=endpoint,
-        aws_endpoint_url_s3=endpoint,  # or the environment's would take precedence
-        region=access.client.meta.region_name,
-        credential_provider=Boto3CredentialProvider(access.session, ttl=CREDENTIALS_TTL),
-        **made,
-    )
-
-
-def _access() -> _Access:
-    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
-             "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")  # fmt: skip
-    key = tuple(os.environ.get(name) for name in names)
-    with _lock:
-        for name in names[:2]:
-            if os.environ.get(name) and "://" not in os.environ[name]:
-                raise UserError(f"{name}={os.environ[name]}: an endpoint starts with http:// or https://")
-        if key not in _clients:
-            session = botocore.session.get_session()
-            made = boto3.session.Session(botocore_session=session).client(
-                "s3",
-                region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-                config=Config(
-                    s3={"addressing_style": "path"},
-                    retries={"mode": "standard", "total_max_attempts": 4},
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                    connect_timeout=5,
-                    read_timeout=20,
-                    max_pool_connections=32,
-                ),
-            )
-            _clients[key] = _Access(made, session)
-        return _clients[key]
-
-
 def _retried(url: str, request: Callable[[], T]) -> T:
-    return retried(url, request, _explain, _renew)
-
-
-def _renew() -> None:
-    """The next request looks at the environment, ~/.aws and the machine's role again."""
-    with _lock:
-        _clients.clear()
+    return retried(url, request, _explain, renew)
 
 
 def _read_body(stream: Any, size: int) -> bytes:

@@ -87,11 +87,8 @@ def open_parquet(url: str) -> ArrowTable:
     features = _features(schema)
     columns = {one.name: _column(one.type, features.get(one.name, {})) for one in schema}
     known = set(names)
-    sizes = {
-        name: size
-        for name, size in store.list(os.path.commonprefix(names))  # noqa: RUF071 (of keys)
-        if name in known
-    }
+    prefix = os.path.commonprefix(names)  # noqa: RUF071 (of keys)
+    sizes = {name: size for name, size in store.list(prefix) if name in known}
     runs = [run for run, count in zip(runs, counts, strict=True) if count]
     return ArrowTable(
         url=url, num_rows=int(counts.sum()), columns=columns, starts=starts[counts > 0],

@@ -173,8 +173,8 @@ def open_table_source(opens: OpenTable, url: str, options: SourceOptions, asked:
     arrays = [one for one in fields if one.kind in ("image", "array")]
     if options.layout and not any(is_of(options.layout, one.shape) for one in arrays):
         raise UserError(
-            f"--layout {options.layout}: no array of {table.url} has {len(options.layout)} axes, its samples included; "
-            "--kind NAME=array makes one of lists of numbers"
+            f"--layout {options.layout} is for arrays of {len(options.layout)} axes, and none that is packed of "
+            f"{table.url} has so many; --kind NAME=array makes arrays of lists of numbers"
         )
     rest = [name for name in table.columns if not any(name in one for one in columns)]
     notes: list[str] = []

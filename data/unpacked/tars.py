@@ -175,9 +175,8 @@ class TarsSummary:
 def summary_of(url: str, tars: Sequence[StoredTar]) -> TarsSummary:
     """Raises UserError, DataError, StorageError."""
     seen = _first_samples(tars, TarSettings())
-    labels = [label for label in seen.labels if label >= 0]
-    shape, mean, std, sigma_data = _scale(seen.arrays)
-    num_bytes, dtype = sum(tar.bytes for tar in tars), str(seen.arrays[0].dtype)
+    labels, num_bytes = [label for label in seen.labels if label >= 0], sum(tar.bytes for tar in tars)
+    (shape, mean, std, sigma_data), dtype = _scale(seen.arrays), str(seen.arrays[0].dtype)
     ends = (min(labels), max(labels)) if labels else None
     return TarsSummary(url, len(tars), num_bytes, len(seen.arrays), shape, dtype, ends, mean, std, sigma_data)
 
@@ -222,8 +221,7 @@ def _first_samples(tars: Sequence[StoredTar], settings: TarSettings) -> _Seen:
     """Of some tars spread over the list; one at least. Raises DataError, also where a pickle or a cut tar is met."""
     apart = np.unique(np.linspace(0, len(tars) - 1, min(TARS_LOOKED_AT, len(tars))).astype(int)).tolist()
     seen = _Seen()
-    for number in apart:
-        tar = tars[number]
+    for tar in [tars[number] for number in apart]:
         try:
             with naming(tar.store, tar.key):
                 _look_into(tar, LOOKED_AT // len(apart), settings, seen)

@@ -7,13 +7,11 @@ found; others are assumptions where no source is named.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
@@ -21,65 +19,17 @@ from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import local_path, open_store
 from scoreray.data.yaml_text import dump_yaml
+from scoreray.trainer.config.network_for_data import SCALES, Hardware, network_for
 from scoreray.trainer.config.run_fields import KINDS, RunFields, run_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
-from scoreray.trainer.engine.cpu import has_bf16_units
 
 LONG_TAIL = 20.0  # standard deviations from the mean to the largest value, beyond which log1p is suggested
 MAX_TOKENS, MAX_BYTES = 128, 256  # of a sequence's and a text's; longer ones are cut
 DISTANCES = 256  # samples whose distances are computed
 MOST_WORKERS = 8  # of a machine without GPUs
-# What is taken for an autoencoder's latents: channels, the longest side, and how far a channel's mean may be from 0 in
-# its standard deviations, and these from each other (those of Stable Diffusion's, unscaled: 1.4, and a factor of 1.4).
-# Temperatures in kelvin, or fields of several units, are further.
-LATENT_CHANNELS, LATENT_SIZE, LATENT_MEAN, LATENT_APART = range(4, 33), 64, 3.0, 4.0
 EPOCHS = 100
-DIT = {
-    "cpu": {"hidden_size": 192, "depth": 6, "num_heads": 3},
-    "cuda": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-}
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """What a kind of machine trains in hours, by the number of a sample's spatial dimensions, 0 to 3.
-
-    places: of feature maps at full resolution; patches make up for more.  width: of a U-Net.  batch: of one worker.
-    images: least and most that a run sees.
-    """
-
-    places: tuple[int, int, int, int]
-    width: tuple[int, int, int, int]
-    batch: tuple[int, int, int, int]
-    num_blocks: int
-    images: tuple[int, int]
-
-
-SCALES = {
-    "cpu": _Scale((1, 1024, 1024, 2048), (0, 32, 32, 16), (512, 32, 32, 4), 1, (100_000, 1_000_000)),
-    "cuda": _Scale((1, 8192, 4096, 32768), (0, 64, 128, 32), (4096, 256, 256, 32), 2, (1_000_000, 100_000_000)),
-}
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a run would compute on. memory_bytes: of a GPU."""
-
-    cores: int
-    num_gpus: int = 0
-    has_bf16: bool = False
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.num_gpus else "cpu"
-
-    @staticmethod
-    def here() -> Hardware:
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda" if gpus else "cpu")
-        return Hardware(len(os.sched_getaffinity(0)), gpus, has_bf16_units(device))
 
 
 @dataclass
@@ -110,7 +60,8 @@ def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardwar
     found = run_fields(section, data)
     batch = _workers(draft, data, len(found.shape) - 1, machine)
     _noise(draft, found, samples)
-    _network(draft, found, target, machine)
+    network, reasons = network_for(found.shape, target, machine)
+    draft.add("network", network, *reasons)
     _training(draft, data, batch, machine)
     kept = f"{data.num_samples:,} samples of {' x '.join(map(str, found.shape))} ({target.name}, {target.dtype})"
     where = f"{machine.num_gpus} GPUs" if machine.num_gpus else f"{machine.cores} CPU cores"
@@ -172,9 +123,9 @@ def _normalisation(one: Field) -> tuple[str, str]:
     )
     if one.low and one.log_std and min(one.low) >= 0 and tail > LONG_TAIL and min(one.log_std) > 0:
         return "log1p", f"never negative, and the largest value is {tail:.0f} standard deviations from the mean"
-    span = f"{min(one.std):.3g}" if len(one.std) == 1 else f"{min(one.std):.3g} to {max(one.std):.3g}"
-    mean = f"{min(one.mean):.3g}" if len(one.mean) == 1 else f"{min(one.mean):.3g} to {max(one.mean):.3g}"
-    return "channel", f"means {mean} and standard deviations {span} become 0 and 0.5; samples leave in the data's units"
+    s = "s" if len(one.std) > 1 else ""
+    mean, std = (f"{min(of):.3g} to {max(of):.3g}" if s else f"{of[0]:.3g}" for of in (one.mean, one.std))
+    return "channel", f"mean{s} {mean} and standard deviation{s} {std} become 0 and 0.5; samples leave in its own units"
 
 
 def _condition(one: Field) -> tuple[dict[str, Any], str]:
@@ -232,46 +183,6 @@ def _noise(draft: _Draft, found: RunFields, samples: Tensor) -> None:
     draft.add("objective", values, *reasons)
 
 
-def _network(draft: _Draft, found: RunFields, target: Field, machine: Hardware) -> None:
-    channels, grid, scale = found.shape[0], found.shape[1:], SCALES[machine.device]
-    if not grid:
-        width = 128 if channels <= 8 else 256 if channels <= 64 else 512
-        draft.add("network", {"kind": "mlp", "hidden_size": width, "num_layers": 4}, f"points of {channels} numbers")
-        return
-    patch = _patch(grid, scale.places[len(grid)])
-    if _like_latents(target):
-        draft.add(
-            "network",
-            {"kind": "dit", "patch_size": max(patch, 2), **DIT[machine.device]},
-            f"{channels} channels of like spread about 0 are taken for an autoencoder's latents: a transformer over",
-            "patches (Peebles & Xie 2023). If that is wrong, kind: unet may be the better start",
-        )
-        return
-    smallest = min(-(-length // patch) for length in grid)
-    levels = max(1, min(4, smallest.bit_length() - 3))  # down to feature maps of 8
-    values = {
-        "kind": "unet", "model_channels": scale.width[len(grid)], "channel_mult": [1, 2, 2, 4][:levels],
-        "num_blocks": scale.num_blocks, "patch_size": patch,
-    }  # fmt: skip
-    if machine.num_gpus and len(grid) == 3:
-        values["activation_checkpointing"] = True
-    why = f"samples of {' x '.join(map(str, grid))}: a U-Net"
-    if patch > 1:
-        pad = "" if all(length % patch == 0 for length in grid) else ", filled up with zeros at the end"
-        why += f", on patches of {patch}{pad}, so that a step fits this machine"
-    draft.add("network", values, why)
-
-
-def _like_latents(target: Field) -> bool:
-    """A guess, by shape and statistics."""
-    if target.kind != "array" or len(target.shape) != 3 or not target.std or min(target.std) <= 0:
-        return False
-    channels, *grid = target.shape
-    far = max(abs(mean) / std for mean, std in zip(target.mean, target.std, strict=True))
-    is_even = far <= LATENT_MEAN and max(target.std) <= LATENT_APART * min(target.std)
-    return channels in LATENT_CHANNELS and max(grid) <= LATENT_SIZE and is_even
-
-
 def _training(draft: _Draft, data: Manifest, batch: int, machine: Hardware) -> None:
     least, most = SCALES[machine.device].images
     images = max(least, min(most, EPOCHS * data.num_samples))
@@ -285,14 +196,6 @@ def _training(draft: _Draft, data: Manifest, batch: int, machine: Hardware) -> N
     draft.add("duration", {"images": images}, epochs)
     draft.add("checkpoint", {"every_images": max(batch, images // 20)})
     draft.add("log", {"every_images": max(batch, images // 200)})
-
-
-def _patch(grid: Sequence[int], most: int) -> int:
-    """The smallest patch that leaves at most so many places; of these one that divides the grid, if one up to twice as
-    large does."""
-    sizes = [size for size in range(1, max(grid) + 1) if math.prod(-(-length // size) for length in grid) <= most]
-    dividing = [size for size in sizes if all(length % size == 0 for length in grid) and size <= 2 * sizes[0]]
-    return (dividing or sizes)[0]
 
 
 def _power_of_two(number: int) -> int:

@@ -133,9 +133,8 @@ class DataSection(Section):
     the shorter side of pictures is resized to it and the centre cropped.
     `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
     another one, up to `quarantine_budget` samples in the whole run.
-    `target`: the field that is modelled; None: the first image, else array, vector, scalar.  `normalisation`: of the
-    target; None takes the data set's.  `conditions`: by name; None: the data set's classes, where it has any, as
-    `label`.
+    `target`: what is modelled; None: the first image, else array, vector, scalar.  `normalisation`: of the target; None
+    takes the data set's.  `conditions`: by name; None: the data set's classes, where it has any, as `label`.
     `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
     """
 

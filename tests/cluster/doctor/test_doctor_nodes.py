@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from scoreray.cluster.cli import options
-from scoreray.data.storage.local_s3 import _arguments, _free_ports, _program
+from scoreray.data.storage.local_s3 import _arguments, _program
+from scoreray.data.storage.ports import free_ports
 
 OWNER, READER = ("OWNER", "owners-secret"), ("READER", "readers-secret")
 PORTS = ("--node-manager-port=6101", "--object-manager-port=6102")
@@ -60,7 +61,7 @@ def cluster(nodes: Any) -> Iterator[Any]:
     """The first node: an S3 server whose second user may only read, a packed data set, a config, and Ray's head."""
     if shutil.which("iptables") is None:
         pytest.skip("a node's port is blocked by iptables, which is not installed")
-    folder, address, ports = nodes.folder, nodes.addresses[0], _free_ports(None)
+    folder, address, ports = nodes.folder, nodes.addresses[0], free_ports(None)
     users = (("owner", OWNER, ["Admin"]), ("reader", READER, ["Read", "List"]))
     identities = [
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}

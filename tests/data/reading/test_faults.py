@@ -24,6 +24,7 @@ from obstore.store import S3Store
 
 import scoreray.data.storage.hedge as hedge
 import scoreray.data.storage.s3 as store_s3
+import scoreray.data.storage.s3_access as s3_access
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.reading.batches import Batch
 from scoreray.data.reading.manifest import Manifest
@@ -242,7 +243,7 @@ def test_credentials_that_are_rotated_are_found(
     def fault(request: bytes) -> str:
         if next(numbers) == 5:
             write("EXPIRED", "x")
-            store_s3._clients.clear()
+            s3_access._clients.clear()
             threading.Timer(0.5, write, pair).start()
         return "expired 400" if b"Credential=EXPIRED/" in request else ""
 

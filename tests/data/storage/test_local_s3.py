@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import scoreray.data.storage.local_s3 as module
+import scoreray.data.storage.ports as sockets_module
 from scoreray.data.errors import UserError
 from scoreray.data.storage.local_s3 import LocalS3
 from scoreray.data.storage.store import open_store
@@ -70,7 +71,7 @@ def test_the_server_dies_with_a_killed_parent_and_its_data_can_be_opened_again(
         assert path.is_socket()
         os.utime(path, (0, 0))  # made long ago
     for _ in range(100):  # its first thread may be gone before the last one has closed them
-        if all(module._is_dead(path) for path in sockets):
+        if all(sockets_module._is_dead(path) for path in sockets):
             break
         time.sleep(0.05)
 

@@ -21,6 +21,7 @@ import pytest
 import trustme
 
 import scoreray.data.storage.s3 as s3
+import scoreray.data.storage.s3_access as s3_access
 from scoreray.data.errors import StorageError
 from scoreray.data.storage import clouds, retries
 from scoreray.data.storage.local_s3 import LocalS3
@@ -105,12 +106,12 @@ def test_tls_with_a_certificate_authority_of_ones_own(
     with relay(local_s3.env["AWS_ENDPOINT_URL"], authority.issue_cert("localhost")) as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://localhost:{port}")
         authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
-        monkeypatch.setattr(s3, "_clients", {})
+        monkeypatch.setattr(s3_access, "_clients", {})
         monkeypatch.setattr(retries, "PATIENCE_S", 0.1)
         with pytest.raises(StorageError, match="no trusted TLS connection"):
             open_store(s3_url).get("key", 0, 5)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "authority.pem"))
-        monkeypatch.setattr(s3, "_clients", {})
+        monkeypatch.setattr(s3_access, "_clients", {})
         for start, end in [(0, 1), (7, 100_000), (100_000, 3 << 20), (0, 1 << 23)]:
             assert open_store(s3_url).get("key", start, end) == data[start:end]
         with pytest.raises(NotFound):

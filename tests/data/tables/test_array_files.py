@@ -135,7 +135,7 @@ def test_points_that_might_be_signals_are_reported_and_a_layout_of_none_is_refus
     np.save(tmp_path / "a.npy", np.ones((N, 40)))
     (note,) = opened(tmp_path / "a.npy").notes
     assert note.endswith("a.npy: samples are points of 40 numbers; --layout NT packs signals [1, 40]")
-    with pytest.raises(UserError, match=r"--layout NT: no array of .* has 2 axes, .* --kind NAME=array makes one"):
+    with pytest.raises(UserError, match=r"--layout NT is for arrays of 2 axes, and none .* --kind NAME=array makes"):
         opened(tmp_path / "a.npz", "wave=wave", "place=place", layout="NT")
     both = opened(tmp_path / "a.npz", "wave=wave", "place=place", kinds=("wave=array",), layout="NT")
     assert [(one.kind, one.shape) for one in both.fields] == [("array", [1, 40]), ("vector", [2])]

@@ -383,7 +383,7 @@ def test_leftovers_of_killed_starts_are_removed_even_if_none_committed(tmp_path:
 
 def test_unfinished_uploads_of_killed_starts_are_aborted(s3_url: str) -> None:
     """S3 keeps the parts of an upload that was never completed, and bills them, where no listing shows them."""
-    from scoreray.data.storage.s3 import client
+    from scoreray.data.storage.s3_access import client
 
     store = open_store(s3_url)
     bucket, prefix = s3_url[5:].split("/", 1)

@@ -15,7 +15,8 @@ from scoreray.data.fields.record_layout import CHUNK, record_dtype
 from scoreray.data.reading.manifest import Index, Manifest, Shard
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import Config, load_config
-from scoreray.trainer.config.from_data import Hardware, suggested_config
+from scoreray.trainer.config.from_data import suggested_config
+from scoreray.trainer.config.network_for_data import Hardware
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.step import build_training_module
@@ -165,8 +166,8 @@ def test_fields_in_units_of_their_own_are_not_taken_for_latents(tmp_path: Path) 
     )  # fmt: skip
     assert suggested(data_set(weather), LAPTOP, tmp_path)[1].network.kind == "unet"
     text, _ = suggested(data_set(weather, numbers("hour", "scalar", []), numbers("x", "vector", [3])), LAPTOP, tmp_path)
-    assert "# hour: a number; means" in text
-    assert "# x: 3 numbers; means" in text
+    assert "# hour: a number; mean 1 and standard deviation 1 become 0 and 1" in text
+    assert "# x: 3 numbers; means 1 to 1" in text
 
 
 def test_data_without_anything_to_model_are_refused(tmp_path: Path) -> None:
