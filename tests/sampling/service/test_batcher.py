@@ -11,6 +11,8 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.guidance import ClassifierFree
+from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SAMPLERS, num_calls, sample
 from scoreray.sampling.samplers.sigmas import karras
@@ -141,6 +143,32 @@ def test_requests_with_other_conditions_and_lengths_share_calls_and_get_bitwise_
         assert torch.equal(ticket.result(0), again.result(0))
         denoiser = own if one.guidance == 1 and not one.weights else ClassifierFree(own, one.guidance, one.weights)
         assert torch.equal(ticket.result(0), alone(one, denoiser))
+
+
+def test_a_text_is_read_once_a_part_to_the_bits_that_it_had_when_read_at_each_call(new_run, tmp_path, monkeypatch):
+    """Requests under texts of other lengths, guided and not, and one without, share the calls of a real network."""
+    specs = {"caption": ConditionSpec("text", (6,)), "label": ConditionSpec("class", classes=("a", "b"))}
+    network = load(new_run(str(tmp_path / "run"), shape=(3, 8, 8), classes=["a"], conditions=specs), device="cpu")
+    denoiser, reads = in_same_rows(network, 16), []
+    denoiser.network.embedding.inputs["text_caption"].read.register_forward_hook(lambda *call: reads.append(call))
+    given = [{"caption": "a"}, {"caption": "abcde", "label": 1}, {"label": 0}, {"caption": "abcdef"}]
+    requests = [
+        SampleRequest(range(8 * i, 8 * i + 3), (3, 8, 8), karras(3, 0.02, 20.0), guidance=1.0 + i % 2,
+                      condition=condition_of(values, specs).expand(3))
+        for i, values in enumerate(given)
+    ]  # fmt: skip
+
+    def drawn():
+        batcher = StepBatcher(denoiser, 16)
+        tickets = [batcher.submit(one) for one in requests]
+        run(batcher)
+        return [ticket.result(0) for ticket in tickets]
+
+    once, reads_once = drawn(), len(reads)
+    monkeypatch.setattr("scoreray.sampling.service.ticket.encoded", lambda denoiser, condition: condition)
+    assert all(map(torch.equal, drawn(), once))
+    assert reads_once == 2 * len(requests), "parts, of two rows"
+    assert len(reads) - reads_once > reads_once
 
 
 def test_calls_are_shared_not_made_per_request():
