@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.tar_samples import sample_members
-from scoreray.data.reading.allowlist import default_decoder
 from scoreray.data.reading.blocks import BlockReader, Rows
+from scoreray.data.reading.decode import decode_class
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.field_values import FieldDecoder
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.reader import MAX_REQUEST_BYTES, Reader, requests, wanted_members
+from scoreray.data.reading.records import taken
 from scoreray.data.reading.stream import CACHE_DIR_BYTES, RankRows
 from scoreray.data.reading.tars import BLOCK, Tape, members
 from scoreray.data.storage.stats import ReadStats
@@ -128,7 +129,7 @@ class TarSpanReader(Reader):
             assert span is not None  # nothing is quarantined here
             try:
                 key, found = _members(span)
-                if label != NO_CLASS and kind in found and default_decoder().member("cls", found[kind]) != label:
+                if label != NO_CLASS and kind in found and decode_class(found[kind]) != label:
                     raise DataError(f"its class is {found[kind]!r}, the index says {label}")
             except DataError as error:
                 raise DataError(f"{self.name_of(sample)}: {error}") from error
@@ -137,18 +138,23 @@ class TarSpanReader(Reader):
 
     def _members(self, part: RecordRange, records: np.ndarray, columns: Sequence[int]) -> list[list[bytes | None]]:
         """A column of spans, whatever `columns`: all members that the index knows are verified, and put into them."""
-        of_sample = range(len(self.manifest.members))
-        wanted = wanted_members(records, part.first, of_sample).reshape(len(records), -1)
+        n = len(self.manifest.members)  # of a sample
         begins, ends = self._spans(part)
+        wanted = wanted_members(records, part.first, range(n))
+        firsts = wanted["offset"][::n].tolist()
+        wanted = taken(wanted, np.argsort(wanted["offset"], kind="stable"))  # a sample's may be in any order in a tar
+        offsets, places = wanted["offset"].tolist(), list(zip(firsts, begins.tolist(), ends.tolist(), strict=True))
         spans: list[bytes | None] = []
-        for i, j in requests(begins, ends - begins, MAX_REQUEST_BYTES):
+        # Spans of neighbours overlap, by the members that either may have: a request goes from span to span.
+        for i, j in requests(begins, np.diff(begins, append=ends[-1:]), MAX_REQUEST_BYTES):
             low, high = int(begins[i]), int(ends[j - 1])
-            found, data = self._verified(part.shard, wanted[i:j].reshape(-1), low, high)
+            found, data = self._verified(part.shard, wanted[n * i : n * j], low, high)
             if len(data) != high - low:
                 raise DataError(f"{self.name(part.shard, part.first + i)}: the shard is cut")
-            for row, begin, end in zip(range(i, j), begins[i:j].tolist(), ends[i:j].tolist(), strict=True):
-                its = found[len(of_sample) * (row - i) :][: len(of_sample)]
-                spans.append(_span(data[begin - low : end - low], begin, wanted[row]["offset"].tolist(), its))
+            members = zip(offsets[n * i : n * j], found, strict=True)
+            for first, begin, end in places[i:j]:
+                its = itertools.islice(members, n)
+                spans.append(_span(data[begin - low : end - low], begin, first, its))
         return [spans]
 
     def _spans(self, part: RecordRange) -> tuple[np.ndarray, np.ndarray]:
@@ -169,10 +175,11 @@ class TarSpanReader(Reader):
         return begins, ends
 
 
-def _span(data: bytes, begin: int, offsets: list[int], members: Sequence[bytes | None]) -> bytes:
-    """PLACES, the bytes of a shard from `begin` on with these members as they were verified, END."""
-    parts, at = [PLACES.pack(begin, offsets[0])], begin
-    for offset, member in sorted(zip(offsets, members, strict=True), key=lambda one: one[0]):
+def _span(data: bytes, begin: int, first: int, members: Iterable[tuple[int, bytes | None]]) -> bytes:
+    """PLACES, the bytes of a shard from `begin` on with these members (their offsets, ascending) as they were verified,
+    END. first: where the sample's first member of the index begins."""
+    parts, at = [PLACES.pack(begin, first)], begin
+    for offset, member in members:
         assert member is not None  # nothing is quarantined here
         parts += [data[at - begin : offset - begin], member]
         at = offset + len(member)

@@ -22,9 +22,12 @@ from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.shards import encode
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.stream import Stream
+from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 from scoreray.data.webdataset import SampleDecoder, shards
+from scoreray.data.webdataset.source import TarSpanReader
 
 BATCH = 24
 Ledger = dict[int, tuple[int, np.ndarray, int]]  # position -> (sample, image, class)
@@ -102,6 +105,17 @@ def test_workers_read_a_remote_data_set_through_a_cache_that_they_share(
     for a, b in zip(batches, pipeline(packed[0], 2, epochs=1), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     assert len(list(tmp_path.glob("*/*-0"))) == len(packed[1].shards)
+
+
+def test_neighbours_are_read_in_one_request_whatever_members_are_between_them(packed: tuple[str, Manifest]) -> None:
+    rank_rows = shards(packed[0], global_batch_size=BATCH).rank_rows
+    stats = ReadStats()
+    reader = rank_rows.reader(stats, kind=TarSpanReader)
+    reader.records(0)
+    before = stats.num_requests
+    spans, _ = reader.read([RecordRange(0, 1, 5), RecordRange(0, 8, 2)])
+    assert len(spans[0]) == 7
+    assert stats.num_requests == before + 2
 
 
 def test_an_epoch_ends_and_the_ranks_together_had_each_sample_once(packed: tuple[str, Manifest]) -> None:
