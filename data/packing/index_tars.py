@@ -14,10 +14,11 @@ from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.packing.index_records import IndexRecords, StoredMember
 from scoreray.data.packing.plan import PackedShard
-from scoreray.data.packing.tar_fields import TarFields, find_tar_fields, marks_of, naming, naming_sample, tape_of
+from scoreray.data.packing.tar_fields import TarFields, find_tar_fields, marks_of, naming, naming_sample
 from scoreray.data.packing.tar_members import picture_in_place
 from scoreray.data.reading.manifest import INDEX, MANIFEST, MAX_KEY, Shard
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
+from scoreray.data.reading.tars import Tape
 from scoreray.data.sources.field_options import FieldOptions
 from scoreray.data.sources.identity import content_marks, digest_of
 from scoreray.data.sources.listing import kinds_line, list_below, shown, some_of, suffix_of
@@ -149,10 +150,15 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
     """Reads and decodes all of one tar. Raises DataError naming it, the offset, and what is wrong or not accepted."""
     store = open_store(plan.url)
     key, size = plan.shards[number]
-    records, skipped = IndexRecords(plan.fields), list[str]()
+    records, skipped, sha256 = IndexRecords(plan.fields), list[str](), hashlib.sha256()
+
+    def get(start: int, end: int) -> bytes:
+        data = store.get(key, start, end)
+        sha256.update(data)
+        return data
+
     with naming(store, key):
-        tape = tape_of(store, key, size)
-        samples = plan.reads.samples(tape)
+        samples = plan.reads.samples(Tape(get, size))
         for sample in samples:
             try:
                 values = plan.reads.values(sample, picture_in_place)
@@ -170,4 +176,4 @@ def index_tar(plan: TarsPlan, number: int) -> PackedShard:
             records.add(stored, values)
         if not records and not skipped:
             raise DataError("holds no sample")
-    return records.finish(key, size, tape.sha256(), skipped, samples.left_out)
+    return records.finish(key, size, sha256.hexdigest(), skipped, samples.left_out)

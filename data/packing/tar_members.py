@@ -14,8 +14,8 @@ from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.packing.tar_samples import PICTURES, TarSample
-from scoreray.data.reading.allowlist import JSON, LABELS, TEXTS, default_decoder, found_format, json_value
-from scoreray.data.reading.decode import decode_as_found, npy_array
+from scoreray.data.reading.allowlist import JSON, LABELS, TEXTS, found_format, json_value
+from scoreray.data.reading.decode import decode_as_found, decode_class, npy_array
 from scoreray.data.reading.field_values import member_value
 from scoreray.data.reading.tars import Member
 from scoreray.data.sources.field_options import CLASS_NAMES, FieldOption
@@ -66,7 +66,7 @@ def raw_of(option: FieldOption, member: Member) -> Any:
         is_class = kind == "class" or (kind is None and option.name in CLASS_NAMES)
         return value if is_class or kind == "json" else named_member(member, _as_floats, value)
     if kind == "class" or (kind is None and option.where in LABELS):
-        return named_member(member, default_decoder().member, "cls", member.data)
+        return named_member(member, decode_class, member.data)
     if kind in ("text", "json", "scalar") or last in TEXTS:
         text = named_member(member, bytes.decode, member.data)
         return named_member(member, float, text) if kind == "scalar" else text
@@ -148,12 +148,13 @@ def decoded(member: Member) -> tuple[np.ndarray, int]:
 def check_fits(shape: Sequence[int], dtype: str, member: Member, values: np.ndarray, fix: str) -> None:
     """Raises DataError for a sample of another shape or type than the first has, or one that is not finite. Grey
     pictures are among coloured ones. `fix`: what to do about pictures of another size."""
-    name = member.place
     if values.dtype == dtype == "uint8" and values.shape[:2] != tuple(shape[1:]):
         height, width = values.shape[:2]
-        raise DataError(f"{name}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}")
+        raise DataError(
+            f"{member.place}: is {width} x {height} pixels, the first sample has {shape[2]} x {shape[1]}; {fix}"
+        )
     if values.dtype != dtype or (dtype != "uint8" and values.shape != tuple(shape)):
-        raise DataError(f"{name}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
+        raise DataError(f"{member.place}: is {values.dtype} {values.shape}, the first sample {dtype} {tuple(shape)}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         at = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise DataError(f"{name}: holds a value that is not finite, {values[tuple(at)]} at {at}")
+        raise DataError(f"{member.place}: holds a value that is not finite, {values[tuple(at)]} at {at}")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError
-from scoreray.data.reading.allowlist import JSON, LABELS, MAX_JSON_BYTES, default_decoder
+from scoreray.data.reading.allowlist import JSON, LABELS, MAX_JSON_BYTES, json_value
+from scoreray.data.reading.decode import decode_class
 from scoreray.data.reading.pictures import IMAGE_SUFFIXES
 from scoreray.data.reading.tars import Member, Tape, key_and_kind, members
 from scoreray.data.sources.listing import is_hidden
@@ -31,8 +31,7 @@ NOTHING: Mapping[str, frozenset[str]] = {}
 KEPT = (*IMAGES, *LABELS, JSON)  # kinds of a sample's own members that are looked at
 
 
-@dataclass(frozen=True)
-class TarSample:
+class TarSample(NamedTuple):
     """`image` is None where `problem` says why it can't be used. `label`: the class's number, -1 for none. `members`:
     those that fields ask for, by their extensions; `offset`: of the first member."""
 
@@ -40,7 +39,7 @@ class TarSample:
     image: Member | None
     label: int = NO_CLASS
     problem: str = ""
-    members: dict[str, Member] = field(default_factory=dict)
+    members: Mapping[str, Member] = {}
     offset: int = 0
 
     def member(self) -> Member:
@@ -69,7 +68,8 @@ class TarSamples:
         takes_image: bool = True,
     ) -> None:
         self._tape, self._labelled, self._otherwise, self._wanted = tape, labelled, otherwise, wanted
-        self._takes_image = takes_image
+        self._takes_image, self._whole_kinds = takes_image, frozenset([*IMAGES, *wanted])
+        self._wanted_endings = tuple(f".{kind}" for kind in wanted)
         self.left_out: Counter[str] = Counter()
         self._seen: dict[str, set[bytes]] = {"key": set(), "dotted": set(), "stem": set()}
 
@@ -123,11 +123,11 @@ class TarSamples:
 
     def _is_one_sample(self, group: Mapping[str, Member]) -> bool:
         """Whether a member's kind is all that follows its name's first dot: then so it is of the others."""
-        return any(kind in IMAGES or kind in self._wanted for kind in group)
+        return not self._whole_kinds.isdisjoint(group)
 
     def _kept(self, member: Member, kind: str) -> Member:
         """The member with the bytes that may be looked at."""
-        return member if any(kind == one or kind.endswith(f".{one}") for one in self._wanted) else _kept(member, kind)
+        return member if kind in self._wanted or kind.endswith(self._wanted_endings) else _kept(member, kind)
 
     def _was_seen(self, key: str, how: str) -> bool:
         """A key may come again only where its names have dots in them, as their order is another one then."""
@@ -154,7 +154,8 @@ class TarSamples:
             label, used, field = self._label(found) if self._labelled else (NO_CLASS, set(), None)
         except DataError as error:
             return TarSample(key, None, problem=f"{error}; {self._otherwise}")
-        for kind in (kind for kind in found if kind not in {*used, *wanted, *images}):
+        taken = {*used, *wanted, *images}
+        for kind in (kind for kind in found if kind not in taken):
             self._count(f".{kind}" if kind else "no suffix")
         read = self._wanted.get(JSON, frozenset() if JSON in used else None)
         if JSON in found and read is not None and (read or JSON not in wanted):
@@ -165,10 +166,11 @@ class TarSamples:
     def _label(self, found: dict[str, Member]) -> tuple[int, set[str], str | None]:
         """(the class's number, the kinds of the members that say so, the field of JSON that does). The first of LABELS
         that is there wins, and JSON comes last; others that say the same are no loss, and others are counted."""
-        said = {kind: _number(found[kind].data, found[kind].place) for kind in LABELS if kind in found}
-        key = _label_key(_fields(found[JSON].data)) if JSON in found else None
+        said = {kind: _number(found[kind].data, found[kind]) for kind in LABELS if kind in found}
+        fields = _fields(found[JSON].data) if JSON in found else {}
+        key = _label_key(fields) if fields else None
         if key is not None:
-            said[JSON] = _number(_fields(found[JSON].data)[key], f"{found[JSON].place}: {key}")
+            said[JSON] = _number(fields[key], found[JSON], f"{key}: ")
         label = next(iter(said.values()), NO_CLASS)
         used = {kind for kind, number in said.items() if number == label}
         return label, used, key if JSON in used else None
@@ -249,7 +251,7 @@ def _field_name(kind: str, images: list[str]) -> str:
 def _fields(data: bytes) -> dict[str, Any]:
     """The fields of a JSON member; none where it is no object, or not JSON."""
     try:
-        found = default_decoder().member(JSON, data)
+        found = json_value(data, "")
     except DataError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -268,23 +270,26 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: bytes | str | float, name: str) -> int:
+def _number(value: bytes | str | float, member: Member, key: str = "") -> int:
     if not isinstance(value, (bytes, str)):
         if value == NO_CLASS:
             return NO_CLASS
         value = str(int(value))
     try:
-        return default_decoder().member("cls", value if isinstance(value, bytes) else value.encode(errors="replace"))
+        return decode_class(value if isinstance(value, bytes) else value.encode(errors="replace"))
     except DataError as error:
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{member.place}: {key}{error}") from None
 
 
 def _kept(member: Member, kind: str) -> Member:
     """The member with the bytes that may be looked at: those of images, labels and JSON of a sound size."""
-    ending = _image_kind(kind) or next((k for k in (*LABELS, JSON) if kind == k or kind.endswith(f".{k}")), "")
-    most = {JSON: MAX_JSON_BYTES, "": 0}.get(ending, MAX_LABEL_BYTES) if ending not in IMAGES else None
-    data = member.data if ending != JSON or len(member.data) <= MAX_JSON_BYTES else b""
-    return Member(member.name, member.offset, data[:most])
+    if _image_kind(kind):
+        return member
+    ending = next((k for k in (*LABELS, JSON) if kind == k or kind.endswith(f".{k}")), "")
+    most = {JSON: MAX_JSON_BYTES, "": 0}.get(ending, MAX_LABEL_BYTES)
+    if len(member.data) <= most:
+        return member
+    return Member(member.name, member.offset, b"" if ending == JSON else member.data[:most])
 
 
 def _name(key: str) -> str:

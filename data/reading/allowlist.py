@@ -9,7 +9,6 @@ chain here has neither.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -52,15 +51,6 @@ class SampleDecoder:
             return self._chain(sample)
         except DecodingError as error:
             raise DataError(f"{error.url}: sample '{error.key}': .{error.k}: {_reason(error.__cause__)}") from error
-
-    def member(self, kind: str, data: bytes) -> Any:
-        """The value of one member; kind: what follows the first dot of its name. Raises DataError without a name."""
-        return self._chain.decode1(kind, data)
-
-
-@functools.cache
-def default_decoder() -> SampleDecoder:
-    return SampleDecoder()
 
 
 def refuse_pickles(key: str, data: bytes) -> None:

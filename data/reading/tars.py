@@ -6,9 +6,9 @@ between two members for a whole one. Here a tar is refused, with the reason and 
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from scoreray.data.errors import DataError
 
@@ -24,8 +24,7 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".dill", ".joblib")
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A plain file: `offset` is where its bytes begin in the tar."""
 
     name: str
@@ -39,15 +38,15 @@ class Member:
 
 
 class Tape:
-    """A tar's bytes from `start` (of the tar, or of a member's header) to its end, hashed on the way; a window of it is
-    in memory. get(start, end) may give fewer bytes than these, and none where there are no more."""
+    """A tar's bytes from `start` (of the tar, or of a member's header) to its end; a window of it is in memory.
+    get(start, end), which is called for each byte once, in order, may give fewer bytes than these, and none where there
+    are no more."""
 
     def __init__(
         self, get: Callable[[int, int], bytes], size: int, start: int = 0, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self._get, self.size, self.position, self._window_bytes = get, size, start, window_bytes
         self._window, self._start = b"", start
-        self._sha256 = hashlib.sha256()
 
     def take(self, n: int) -> bytes:
         """The next n bytes. Raises DataError when fewer are left."""
@@ -59,16 +58,10 @@ class Tape:
             fresh = self._get(fresh_start, min(self.size, max(end, fresh_start + self._window_bytes)))
             if not fresh:
                 raise DataError(f"byte {fresh_start}: the shard is cut")
-            self._sha256.update(fresh)
             self._window, self._start = self._window[self.position - self._start :] + fresh, self.position
         found = self._window[self.position - self._start : end - self._start]
         self.position = end
         return found
-
-    def sha256(self) -> str:
-        """Of what was taken, when that is all to the end."""
-        assert self.position == self.size
-        return self._sha256.hexdigest()
 
 
 def members(tape: Tape) -> Iterator[Member]:
@@ -83,7 +76,7 @@ def members(tape: Tape) -> Iterator[Member]:
             raise DataError("byte 0: is compressed, and read as it is; unpack it to a plain .tar first")
         if header == ZEROS:
             return _check_end(tape)
-        if _octal(header[148:156], at) != _checksum(header):
+        if _octal(header[148:156], at) != checksum_of(header):
             raise DataError(f"byte {at}: the header's checksum is wrong")
         kind = header[156:157]
         size = _octal(header[124:136], at)
@@ -155,7 +148,7 @@ def key_and_kind(name: str) -> tuple[str, str]:
 def key_in(header: bytes) -> str:
     """The key of the member that a header is of, for messages; "" if it is none."""
     try:
-        if len(header) == BLOCK and _octal(header[148:156], 0) == _checksum(header):
+        if len(header) == BLOCK and _octal(header[148:156], 0) == checksum_of(header):
             name = _short_name(header, 0)
             _check_name(name, 0)
             return key_and_kind(name)[0]
@@ -164,8 +157,11 @@ def key_in(header: bytes) -> str:
     return ""
 
 
-def _checksum(header: bytes) -> int:
-    return sum(header[:148]) + sum(header[156:]) + 8 * 32
+def checksum_of(header: bytes) -> int:
+    """The sum of the header's bytes, its own eight as spaces. zlib's first sum is one more, modulo 65521, which three
+    parts of at most 255 bytes stay below: 0.4 us, where sum() takes 3."""
+    parts = header[:148], header[156:408], header[408:]
+    return sum((zlib.adler32(part) & 0xFFFF) - 1 for part in parts) + 8 * 32
 
 
 def _text(data: bytes, at: int) -> str:
@@ -196,10 +192,9 @@ def _pax(data: bytes, at: int) -> tuple[str, int | None]:
 
 
 def _check_name(name: str, at: int) -> None:
-    shown = ascii(name[:80])
     if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise DataError(f"byte {at}: {shown} can't be a member's name")
+        raise DataError(f"byte {at}: {name[:80]!a} can't be a member's name")
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-        raise DataError(f"byte {at}: the name {shown} leaves the tar: not read")
+        raise DataError(f"byte {at}: the name {name[:80]!a} leaves the tar: not read")
     if name.lower().endswith(PICKLES):
-        raise DataError(f"byte {at}: {shown} is a pickle, which can run code: not read; pack without it")
+        raise DataError(f"byte {at}: {name[:80]!a} is a pickle, which can run code: not read; pack without it")

@@ -63,7 +63,7 @@ def test_each_kind_becomes_its_value(kind: str) -> None:
 
 
 def test_a_jpg_is_what_the_fast_decoder_makes_of_it() -> None:
-    decoded = SampleDecoder().member("jpg", encode(PIXELS, "jpg"))
+    decoded = SampleDecoder()({"jpg": encode(PIXELS, "jpg")})["jpg"]
     pillow = np.asarray(Image.open(io.BytesIO(encode(PIXELS, "jpg"))))
     assert decoded.shape == PIXELS.shape
     assert np.abs(decoded.astype(int) - pillow).max() <= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import itertools
 import lzma
@@ -41,7 +40,7 @@ from scoreray.data.reading.quarantine import Quarantine, Unreadable
 from scoreray.data.reading.reader import Reader
 from scoreray.data.reading.samples import SampleReader, read_samples
 from scoreray.data.reading.stream import Stream
-from scoreray.data.reading.tars import Tape
+from scoreray.data.reading.tars import BLOCK, Tape, checksum_of
 from scoreray.data.sources.field_options import FieldOption, FieldOptions
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.stats import ReadStats
@@ -401,18 +400,27 @@ def test_a_mutated_shard_of_a_packed_set_never_gives_other_images(packed: tuple[
     assert all("000002.tar: sample" in refusal for refusal in refusals)
 
 
-def test_members_longer_than_the_window_and_long_names_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("scoreray.data.reading.tars.WINDOW_BYTES", 700)
+def test_members_longer_than_the_window_and_long_names_are_read_each_byte_once_in_order() -> None:
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
         entries = [(f"{'long/' * 25}{i}.png", encode(image(i, 32), "png")) for i in range(5)]
         data = made(("folder", b"", tarfile.DIRTYPE), *entries, format=format)
-        tape = Tape(lambda start, end, data=data: data[start:end], len(data))
-        found = [sample.member() for sample in TarSamples(tape)]
+        windows: list[bytes] = []
+
+        def get(start: int, end: int, data: bytes = data, windows: list[bytes] = windows) -> bytes:
+            windows.append(data[start:end])
+            return windows[-1]
+
+        found = [sample.member() for sample in TarSamples(Tape(get, len(data), window_bytes=700))]
         assert [(m.name, m.data) for m in found] == entries
         assert all(data[m.offset :].startswith(m.data) for m in found)
-        assert tape.sha256() == hashlib.sha256(data).hexdigest()
+        assert len(windows) > 5
+        assert b"".join(windows) == data
+
+
+def test_a_headers_checksum_is_the_sum_of_its_bytes_with_its_own_as_spaces() -> None:
+    chance = np.random.default_rng(0)
+    for header in (bytes(BLOCK), b"\xff" * BLOCK, chance.bytes(BLOCK), chance.bytes(BLOCK)):
+        assert checksum_of(header) == sum(header[:148] + b" " * 8 + header[156:])
 
 
 def test_jpg_and_grey_tars_are_recognised(tmp_path: Path) -> None:
