@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Literal, get_args
 
 import numpy as np
@@ -103,6 +104,7 @@ class FieldRequest:
     too_long: Literal["cut", "refuse"] = "refuse"
 
 
+@cache
 def stored_dtype(dtype: str) -> np.dtype:
     """Of a field's values in numpy and at rest, little-endian; NumPy has no bfloat16: its bits are uint16."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")

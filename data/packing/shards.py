@@ -23,7 +23,7 @@ from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.packing.index_records import IndexRecords, StoredMember, Values
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.allowlist import found_format
-from scoreray.data.reading.decode import decode_as_found
+from scoreray.data.reading.decode import decode_as_found, npy_head
 from scoreray.data.reading.tars import MAX_MEMBER_BYTES
 
 JPEG_QUALITY = 95
@@ -184,6 +184,4 @@ def encode(array: np.ndarray, image_format: str) -> bytes:
 
 
 def _npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array(out, np.asarray(array, order="C"), (1, 0), allow_pickle=False)
-    return out.getvalue()
+    return npy_head(array.dtype, array.shape) + array.tobytes()

@@ -6,6 +6,7 @@ a decoder may return (shape, type) is known beforehand from the manifest.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -135,18 +136,36 @@ def _npy(data: bytes, out: np.ndarray | None) -> np.ndarray:
 
 def npy_array(data: bytes) -> np.ndarray:
     """The array of an `.npy`: plain numbers in C order, a view of the bytes. Raises DataError, ValueError."""
-    file = io.BytesIO(data)
+    head = data[: 10 + int.from_bytes(data[8:10], "little")]
+    found, fortran, dtype = _read_npy_head(head)
+    if dtype.hasobject or fortran or math.prod(found) * dtype.itemsize != len(data) - len(head):
+        raise DataError("an npy of plain numbers in C order, as long as its header says, is needed")
+    return np.frombuffer(data, dtype, offset=len(head)).reshape(found)
+
+
+# NumPy writes a header in 20 us and reads one, as Python source, in 25, more than most arrays' values take: members of
+# the same shape have the same one.
+
+
+@functools.lru_cache(maxsize=1024)  # sequences have one for each length
+def _read_npy_head(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran order, type). Raises DataError, ValueError."""
+    file = io.BytesIO(head)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise DataError(f"npy version {version}, (1, 0) is read")
     try:
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_1_0(file)
     except Exception as error:  # numpy evaluates it as a Python literal, and may raise what the tokenizer does
         raise DataError(f"its header is no npy's: {' '.join(str(error).split())}") from error
-    rest = len(data) - file.tell()
-    if dtype.hasobject or fortran or math.prod(found) * dtype.itemsize != rest:
-        raise DataError("an npy of plain numbers in C order, as long as its header says, is needed")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def npy_head(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The bytes of an `.npy` of version (1, 0) before its values in C order."""
+    file, descr = io.BytesIO(), np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue()
 
 
 def raw_array(data: bytes, out: np.ndarray) -> np.ndarray:
@@ -232,10 +251,7 @@ def _jpg_rows(members: Members, out: np.ndarray) -> list[int]:
 
 
 def _npy_rows(members: Members, out: np.ndarray) -> list[int]:
-    file = io.BytesIO()
-    description = np.lib.format.dtype_to_descr(out.dtype)
-    np.lib.format.write_array_header_1_0(file, {"descr": description, "fortran_order": False, "shape": out.shape[1:]})
-    return _plain_rows(members, out, file.getvalue())
+    return _plain_rows(members, out, npy_head(out.dtype, out.shape[1:]))
 
 
 def _plain_rows(members: Members, out: np.ndarray, head: bytes = b"") -> list[int]:

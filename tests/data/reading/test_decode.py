@@ -10,8 +10,10 @@ import simplejpeg
 from PIL import Image
 
 from scoreray.data.errors import DataError
+from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import FORMATS
-from scoreray.data.reading.decode import decode, decode_rows
+from scoreray.data.reading.decode import decode, decode_rows, npy_array, npy_head
+from scoreray.data.reading.field_values import member_value, put_texts
 
 UINT8 = np.dtype(np.uint8)
 
@@ -108,3 +110,29 @@ def test_flipped_bits_never_give_another_result_than_one_by_one() -> None:
                 assert k in left
             else:
                 assert k in left or np.array_equal(out[k], expected)
+
+
+@pytest.mark.parametrize("array", [np.zeros(()), np.arange(6, dtype="u1").reshape(2, 3), np.ones((0, 7), np.float16)])
+def test_npy_headers_are_numpys(array: np.ndarray) -> None:
+    data = npy_head(array.dtype, array.shape) + array.tobytes()
+    assert data == npy(array)
+    for _ in range(2):  # the second time from the headers that are known
+        found = npy_array(data)
+        assert (found.dtype, found.shape, found.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    with pytest.raises(DataError, match="as long as its header says"):
+        npy_array(data + b"x")
+
+
+def test_texts_put_at_once_are_those_put_one_by_one() -> None:
+    """A character that is cut is refused, also where the next text would end it."""
+    texts = ["", "caf\u00e9", "12345678", "\0"]
+    members: list[bytes | None] = [*(text.encode() for text in texts), None, b"123456789"]
+    values, lengths = np.full((6, 8), 7, np.uint8), np.full(6, 7)
+    assert list(put_texts(members, 8, values, lengths)) == [4, 5]
+    for text, row, length in zip(texts, values, lengths, strict=False):
+        assert row.tobytes() == text.encode().ljust(8, b"\0")
+        assert length == len(text.encode())
+    cut: list[bytes | None] = ["1234567\u00e9".encode()[:8], "\u00e9".encode()[1:]]
+    assert list(put_texts(cut, 8, values[:2], lengths[:2])) == [0, 1]
+    with pytest.raises(DataError, match="is no UTF-8"):
+        member_value(Field("text", "text", [8], "uint8", "txt"), b"1234567\xc3", FORMATS["txt"])
