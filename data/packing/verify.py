@@ -17,6 +17,7 @@ from scoreray.data.reading.allowlist import json_value
 from scoreray.data.reading.field_values import FieldDecoder
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.reader import Reader, wanted_members
+from scoreray.data.reading.records import taken
 from scoreray.data.sources.identity import hash_object
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import Store, open_store
@@ -118,8 +119,8 @@ def _verify_shard(store: Store, reader: Reader, values: _Values, number: int) ->
     size, found, window, at = store.size(shard.name), hashlib.sha256(), b"", 0  # `window` begins at byte `at`
     bad = list(values.wrong_inline(records))
     wanted = wanted_members(records, 0, range(len(extensions)))
-    for member in wanted[np.argsort(wanted["offset"], kind="stable")]:
-        place, start, length = int(member["place"]), int(member["offset"]), int(member["size"])
+    wanted = taken(wanted, np.argsort(wanted["offset"], kind="stable"))
+    for place, column, start, length, expected in wanted.tolist():
         while at + len(window) < min(size, start + length):
             end = at + len(window)
             fresh = store.get(shard.name, end, min(size, end + WINDOW_BYTES))
@@ -129,13 +130,13 @@ def _verify_shard(store: Store, reader: Reader, values: _Values, number: int) ->
             kept = min(start, end)
             window, at = window[kept - at :] + fresh, kept
         data = window[start - at : start - at + length] if start >= at else store.get(shard.name, start, start + length)
-        if digest(data) != int(member["digest"]):
-            which = f"member .{extensions[member['column']]}: " if len(extensions) > 1 else ""
+        if digest(data) != expected:
+            which = f"member .{extensions[column]}: " if len(extensions) > 1 else ""
             bad.append((place, f"{which}their bytes are not those of the index"))
             continue
         name = partial(reader.name, number, place)
         try:
-            values.check_member(records[place], int(member["column"]), data, name)
+            values.check_member(records[place], column, data, name)
         except DataError as error:
             bad.append((place, str(error).removeprefix(f"{name()}: ")))
     while at + len(window) < size:

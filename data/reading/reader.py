@@ -16,7 +16,7 @@ from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.quarantine import Quarantine, Unreadable
-from scoreray.data.reading.records import Records, joined
+from scoreray.data.reading.records import Records, joined, taken
 from scoreray.data.reading.tars import BLOCK, key_in
 from scoreray.data.storage.hedge import HedgedGet
 from scoreray.data.storage.stats import ReadStats
@@ -106,16 +106,16 @@ class Reader:
         wanted = wanted_members(records, part.first, columns)
         # Those of a sample may be in any order in a tar. Of one column that is the records' own order.
         order = np.argsort(wanted["offset"], kind="stable") if len(columns) > 1 else None
-        wanted = wanted if order is None else wanted[order]
+        wanted = wanted if order is None else taken(wanted, order)
         found: list[bytes | None] = []
         for i, j in requests(wanted["offset"], wanted["size"], self.max_gap_bytes):
             low, high = int(wanted["offset"][i]), int(wanted["offset"][j - 1]) + int(wanted["size"][j - 1])
             found += self._verified(part.shard, wanted[i:j], low, high)[0]
-        if order is not None:
-            back = np.empty(len(order), np.int64)
-            back[order] = np.arange(len(order))
-            found = [found[i] for i in back.tolist()]
-        return [found[i :: len(columns)] for i in range(len(columns))]
+        if order is None:
+            return [found] * len(columns)
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return [[found[i] for i in back[column :: len(columns)].tolist()] for column in range(len(columns))]
 
     def advise(self, ranges: list[RecordRange]) -> None:
         """Says that these ranges will soon be read. Raises what records() does."""
