@@ -58,7 +58,7 @@ def run_plan(
         [sys.executable, str(helper), str(folder), json.dumps(plan)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,6 +100,7 @@ def assert_exactly_once(folder: Path, starts: list[dict[str, Any]], samples: int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute where nothing else runs
 @pytest.mark.parametrize(("num_kills", "ahead"), [(10, 0), (5, None)])
 def test_kills_change_nothing(
     data_url: str,
@@ -140,6 +141,7 @@ def test_kills_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute where nothing else runs
 @pytest.mark.parametrize(
     ("plan", "conditioned"),
     [([(4, 25), (2, 20), (3, 22), (2, None)], False), ([(2, 25), (1, 20), (2, None)], True)],
