@@ -100,7 +100,7 @@ def assert_exactly_once(folder: Path, starts: list[dict[str, Any]], samples: int
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a minute where nothing else runs
+@pytest.mark.timeout(1200)  # up to thirteen starts of ranks, 312 s at a load of 15
 @pytest.mark.parametrize(("num_kills", "ahead"), [(10, 0), (5, None)])
 def test_kills_change_nothing(
     data_url: str,
@@ -141,7 +141,7 @@ def test_kills_change_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a minute where nothing else runs
+@pytest.mark.timeout(1200)  # up to thirteen starts of ranks, 312 s at a load of 15
 @pytest.mark.parametrize(
     ("plan", "conditioned"),
     [([(4, 25), (2, 20), (3, 22), (2, None)], False), ([(2, 25), (1, 20), (2, None)], True)],
