@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,17 @@ def parse_value(text: str, name: str) -> Any:
     if value is None and text.lstrip().startswith("#"):
         raise UserError(f"{name}: what follows # is a comment to YAML; text needs quotes: key='\"#TEXT\"'")
     return value
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from words NAME=VALUE, the value YAML; of two with one name the last holds. Raises UserError."""
+    options = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--option {shortened(pair)}: write NAME=VALUE, e.g. s_churn=40")
+        options[name] = parse_value(text, f"--option {shortened(pair)}")
+    return options
 
 
 def dump_yaml(value: Any) -> str:

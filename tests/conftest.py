@@ -58,6 +58,37 @@ def s3_url(local_s3: LocalS3, request: pytest.FixtureRequest) -> str:
     return f"s3://scoreray-tests/{os.getpid()}-{name}"
 
 
+@pytest.fixture
+def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Writes a package of somebody else's, own_package(name, module="its source", ...), and brings it; forgotten at the
+    end of the test, with all else that it brought."""
+    from scoreray.data.own_code import bring, code_hash, gate, part
+
+    before, meta_path = dict(gate._names), list(sys.meta_path)
+    made: list[str] = []
+
+    def write(name: str, *, brought: bool = True, **modules: str) -> Path:
+        folder = tmp_path / "theirs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for module, source in {"__init__": "", **modules}.items():
+            (folder / f"{module}.py").write_text(source)
+        made.append(name)
+        if brought:
+            bring([str(folder)])
+        return folder
+
+    yield write
+    gate._names.clear()
+    gate._names.update(before)
+    sys.meta_path[:] = meta_path
+    for name in {*made, *gate._paths}:
+        gate._paths.pop(name, None)
+        for module in [one for one in sys.modules if one.partition(".")[0] == name]:
+            del sys.modules[module]
+    for cached in (code_hash, part.config_class, part._adapter, gate._read_variable, gate._warn):
+        cached.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of 64 packed images of 8x8 in three classes."""

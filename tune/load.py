@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, key_in_errors, nearest
+from scoreray.data.own_code import name_in_command
 from scoreray.data.presets import preset
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
@@ -55,7 +56,7 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     if isinstance(raw.get("base"), str):
         with key_in_errors("base"):
             raw = {**raw, "base": read_yaml(preset(folder / raw["base"]))}
-    raw = override(raw, others)
+    raw = name_in_command(override(raw, others))
     if mistakes := misshapen(raw):
         raise refusal(name, mistakes)
     try:

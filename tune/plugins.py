@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.own_code import load
 
 SEARCHERS = {
     "ax": "ray.tune.search.ax:AxSearch",
@@ -37,14 +38,16 @@ CALLBACKS = {
 
 
 def plugin_class(name: str, known: Mapping[str, str]) -> type[Any]:
-    """The class of a known name, or of `module:Name`. Raises UserError where it can't be imported."""
-    place = name if ":" in name else known.get(name, "")
-    try:
-        found = pkgutil.resolve_name(place)
-    except ModuleNotFoundError as error:
-        raise UserError(_missing(name, error)) from None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"'{name}' can't be imported: {_line(error)}") from None
+    """The class of a known name, or of a user's `module:Name`. Raises UserError where it can't be imported."""
+    if name not in known:
+        found = load(name, "kind")
+    else:
+        try:
+            found = pkgutil.resolve_name(known[name])
+        except ModuleNotFoundError as error:
+            raise UserError(_missing(name, error)) from None
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"'{name}' can't be imported: {_line(error)}") from None
     if not isinstance(found, type):
         raise UserError(f"'{name}' is no class; name one as package.module:Name")
     return found

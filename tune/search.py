@@ -104,7 +104,8 @@ def _optuna(plan: StudyPlan, ended: Sequence[Trial], points: Sequence[Values]) -
                              "multivariate": True, "group": True, "constant_liar": True}  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = build(plugin_class(f"optuna.samplers:{name}", {}), given, options)
+        place = f"optuna.samplers:{name}"
+        sampler = build(plugin_class(place, {place: place}), given, options)
         storage = optuna.storages.InMemoryStorage()
         study = optuna_study(plan, ended, storage=storage, study_name="scoreray")
         for point in points:

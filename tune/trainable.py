@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,10 @@ class TrialTrainable(tune.Trainable):
     values themselves are wrong. `ends_study`: the error would end every other trial too (data, storage).
     """
 
-    def setup(self, config: dict[str, Any], plan: StudyPlan, monitor: Any, exchanged_at: int) -> None:
+    def setup(
+        self, config: dict[str, Any], plan: StudyPlan, monitor: Any, exchanged_at: int, variables: dict[str, str]
+    ) -> None:
+        os.environ.update(variables)  # by which this process has somebody else's parts of the run
         self._plan, self._trial_monitor, self._store = plan, monitor, study_store(plan.sweep)
         self._milestones, self._exchanged_at = milestones(plan), exchanged_at
         self._reference: dict[str, Any] = {}  # to the newest report's checkpoint

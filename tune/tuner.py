@@ -22,6 +22,7 @@ from ray import tune
 from ray.tune.search import BasicVariantGenerator, Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from scoreray.data import own_code
 from scoreray.data.errors import DataError, ScorerayError, StorageError, Unanswered
 from scoreray.data.storage.arrow import arrow_location
 from scoreray.tune.book import State, StudyBook
@@ -100,7 +101,8 @@ def _tuner(book: StudyBook, recorder: _Recorder, monitor: Any) -> tune.Tuner:
 
     filesystem, place = arrow_location(book.store.url(TUNE_FOLDER))
     starts = {key.split("/")[1] for key, _ in book.store.list(f"{TUNE_FOLDER}/")}
-    parameters = {"plan": plan, "monitor": monitor, "exchanged_at": exchanged_at(book.trials)}
+    parameters = {"plan": plan, "monitor": monitor, "exchanged_at": exchanged_at(book.trials),
+                  "variables": own_code.environment()}  # fmt: skip
     trainable = tune.with_parameters(TrialTrainable, **parameters)
     return tune.Tuner(
         tune.with_resources(trainable, lambda config: _resources(plan, config)),

@@ -90,7 +90,8 @@ def pack(
         str,
         typer.Argument(
             help="A folder of images (class = subfolder; here or in S3), .npz, IDX (.gz or not), or tars: their "
-            "folder, or x-{000..099}.tar. Rows and columns: parquet, datasets folders, .npy, HDF5, NetCDF, Zarr."
+            "folder, or x-{000..099}.tar. Rows and columns: parquet, datasets folders, .npy, HDF5, NetCDF, Zarr. Or "
+            "package.module:Name, a source of yours."
         ),
     ],
     url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they are stored.")],
@@ -101,6 +102,9 @@ def pack(
         int | None,
         typer.Option(help="Shards made at once by Ray. Default: one a core, of RAY_ADDRESS's cluster if set.", min=1),
     ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of a source of yours, e.g. count=1000.")
+    ] = None,
     with_: With = None,
     as_json: AsJson = False,
 ) -> None:
@@ -108,9 +112,12 @@ def pack(
     same source and options give the same bytes, whatever --workers is. Tars that are at URL already are indexed in
     place."""
     from scoreray.cluster.verbs.pack import pack_with_bar
+    from scoreray.data.own_code import name_in_command
     from scoreray.data.reading.outputs import check_folder, suffix_of
     from scoreray.data.sources.field_options import parse_field_options
+    from scoreray.data.yaml_text import parse_options
 
+    name_in_command(source)
     if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
         check_folder(url, "URL")
     make_bucket(url)
@@ -124,6 +131,7 @@ def pack(
         image_size=read.image_size,
         image_format=read.image_format,
         fields=parse_field_options(chosen.field or (), chosen.kind or (), chosen.normalise or ()),
+        source_options=parse_options(option or []),
         channels=read.channels,
         layout=read.layout,
         labelled=not read.no_classes,

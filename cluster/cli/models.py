@@ -87,6 +87,9 @@ def serve(
     reload_s: Annotated[float, typer.Option(help="How often a run is asked for a newer checkpoint.", min=0.1)] = 10.0,
     drain_s: Annotated[float, typer.Option(help="At the end, for requests under way.", min=0)] = 60.0,
     limit: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_count=64; see docs/serving.md.")] = None,
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="package.module:Name, a sampler of yours that requests may name too.")
+    ] = None,
     with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -112,6 +115,7 @@ def serve(
         drain_s=drain_s,
         limit=limit or [],
         no_auth=no_auth,
+        samplers=sampler or [],
     )
     config, placement = options.checked(host, port, token_file)
 
@@ -167,8 +171,8 @@ class EvaluateOptions:
     rtol: Annotated[float, typer.Option(help="Tolerance of the likelihood's solver.")] = 1e-5
 
     def settings(self, checkpoint: str, threads: int) -> EvaluationSettings:
+        from scoreray.data.yaml_text import parse_options
         from scoreray.sampling.evaluation.plan import EvaluationSettings
-        from scoreray.sampling.samplers.options import parse_options
 
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "option"}
         given["metrics"] = tuple(name.strip() for name in self.metrics.split(",") if name.strip())

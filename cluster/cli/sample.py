@@ -205,14 +205,15 @@ def sample(
 ) -> None:
     """Draw samples from a trained model. After a kill the same command goes on, and ends in the same bytes."""
     from scoreray.cluster.verbs.sample import sample_to
+    from scoreray.data.own_code import name_in_command
+    from scoreray.data.yaml_text import parse_options
     from scoreray.sampling.offline.conditions import parse_conditions
     from scoreray.sampling.offline.generate import Request
-    from scoreray.sampling.samplers.options import parse_options
 
     guidance, records = guided.parsed(), conditioned.records()
     request = Request(
         count=place.count or (records.num_samples if records else 64),
-        sampler=walk.sampler,
+        sampler=name_in_command(walk.sampler),
         steps=walk.steps,
         grid=walk.grid,
         seed=walk.seed,

@@ -12,6 +12,7 @@ from scoreray.cluster.serve.handles import RayBackend, last_of
 from scoreray.cluster.serve.listener import keep_grpc_to_loopback
 from scoreray.cluster.serve.log import log_here
 from scoreray.cluster.serve.options import Placement
+from scoreray.data import own_code
 from scoreray.data.errors import ScorerayError
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.idempotency import kept, open_key_store
@@ -137,11 +138,24 @@ def application(config: ServeConfig, placement: Placement, errors: str = "") -> 
         "health_check_period_s": 1.0,
         "health_check_timeout_s": 30.0,
     }
-    size = {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica}
-    alone: dict[str, Any] = {**common, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
+    brought = _brought()
+    size = {"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica, **brought}
+    alone: dict[str, Any] = {**common, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0, **brought}}
     replica = serve.deployment(name="model", ray_actor_options=size, **common, **scaling)(ModelReplica).bind(config)
     ingress = serve.deployment(name="ingress", **alone)(serve.ingress()(Ingress))
     return ingress.bind(config, high, replica, errors)
+
+
+def _brought() -> dict[str, Any]:
+    """Code of somebody else's for the processes of a service: Serve's controller, which starts them, may be of another
+    job. Ray has copied the folders to the cluster when this process connected."""
+    import ray
+
+    variables = own_code.environment()
+    if not variables:
+        return {}
+    modules = ray.get_runtime_context().runtime_env.get("py_modules") if own_code.py_modules() else None
+    return {"runtime_env": {"env_vars": variables, **({"py_modules": modules} if modules else {})}}
 
 
 def _prepare_process(errors: str = "") -> None:

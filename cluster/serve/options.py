@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import is_own, name_in_command
 from scoreray.data.units import whole_number
 from scoreray.data.yaml_text import parse_value
+from scoreray.sampling.samplers.sample import sampler_of
 from scoreray.sampling.service.access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.idempotency import PASSWORD
@@ -77,6 +79,7 @@ class ServeOptions(BaseModel):
     drain_s: float = 60.0
     limit: list[str] = []
     no_auth: bool = False
+    samplers: list[str] = []
 
     @field_validator("max_batch", "max_models", "threads", *TIMES_AND_SHARES, mode="before")
     @classmethod
@@ -117,6 +120,7 @@ class ServeOptions(BaseModel):
             threads=self.threads,
             reload_s=self.reload_s,
             limits=make_limits(self.limit),
+            samplers=_own_samplers(self.samplers),
         )
         return config, placement
 
@@ -167,6 +171,13 @@ def make_limits(pairs: list[str]) -> Limits:
             )
         given[name] = kind(value)
     return Limits(**given)
+
+
+def _own_samplers(names: list[str]) -> tuple[str, ...]:
+    """Raises UserError where one can't be had."""
+    for name in name_in_command(names):
+        sampler_of(name)
+    return tuple(name for name in names if is_own(name))
 
 
 def parse_replicas(text: str) -> tuple[int, int]:

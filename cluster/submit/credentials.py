@@ -84,6 +84,13 @@ def refuse_wheel(wheel: Path) -> None:
                 refuse_text(name, archive.read(name).decode("utf-8", "replace"))
 
 
+def refuse_folder(path: Path) -> None:
+    """The same for a folder or file of somebody else's code."""
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            refuse_text(str(file), file.read_bytes().decode("utf-8", "replace"))
+
+
 def _leaves(page: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """The values of a parsed YAML file, each with its dotted key."""
     if depth > 50:

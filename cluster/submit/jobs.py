@@ -14,8 +14,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from scoreray.cluster.submit.credentials import NAMES, refuse_arguments, refuse_text, refuse_wheel, shape_of
+from scoreray.cluster.submit.credentials import (
+    NAMES,
+    refuse_arguments,
+    refuse_folder,
+    refuse_text,
+    refuse_wheel,
+    shape_of,
+)
 from scoreray.cluster.wheel import build_wheel
+from scoreray.data import own_code
 from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.presets import preset
 from scoreray.data.scratch import scratch_folder
@@ -74,15 +82,30 @@ def prepared(
     with scratch_folder() as folder:
         place = folder / "files"
         place.mkdir()
-        line = "python -m scoreray.cluster.cli " + shlex.join(_with_files(arguments, config, place))
+        line = "python -m scoreray.cluster.cli " + shlex.join(_with_files(_without_with(arguments), config, place))
         if references:
             line = "; ".join([*map(_reference, references), f"exec {line}"])
         wheel = build_wheel(folder)
         refuse_wheel(wheel)
-        runtime_env = {"py_modules": [str(wheel)], "working_dir": str(place), "env_vars": variables}
+        modules = [str(wheel), *own_code.py_modules()]
+        for module in modules[1:]:
+            refuse_folder(Path(module))
+        variables = {**own_code.environment(on_cluster=True), **variables}
+        runtime_env = {"py_modules": modules, "working_dir": str(place), "env_vars": variables}
         verb = arguments[0]
         default_name = "-".join(filter(None, ("scoreray", verb, run)))
         yield Submission(line, runtime_env, JobMetadata(verb, run, writes), name or default_name)
+
+
+def _without_with(arguments: list[str]) -> list[str]:
+    """Without --with, whose packages the job gets by `py_modules` and a variable."""
+    kept, words = list[str](), iter(arguments)
+    for word in words:
+        if word == "--with":
+            next(words, None)
+        elif not word.startswith("--with="):
+            kept.append(word)
+    return kept
 
 
 def _variables(pairs: list[str]) -> dict[str, str]:

@@ -74,13 +74,14 @@ def brought() -> tuple[str, ...]:
     return (*_paths.values(), *(name for name in _names if name not in _paths and name != OURS))
 
 
-def environment() -> dict[str, str]:
+def environment(*, on_cluster: bool | None = None) -> dict[str, str]:
     """Variables by which a process that this one starts has the same packages; none where none were brought.
 
-    Where RAY_ADDRESS names a cluster, whose machines get folders and files by `py_modules`, names alone.
+    On a cluster, that of RAY_ADDRESS if it is not said, whose machines get folders and files by `py_modules`, names
+    alone.
     """
     entries = brought()
-    if "RAY_ADDRESS" in os.environ:
+    if "RAY_ADDRESS" in os.environ if on_cluster is None else on_cluster:
         entries = tuple(Path(entry).stem if _is_path(entry) else entry for entry in entries)
     return {VARIABLE: os.pathsep.join(entries)} if entries else {}
 
@@ -243,7 +244,8 @@ def _kinds(value: Any) -> Iterator[str]:
     if is_own(value):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
+        for key, one in value.items():  # a sweep's callbacks are keys
+            yield from _kinds(key)
             yield from _kinds(one)
     elif isinstance(value, list | tuple):
         for one in value:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,16 +23,18 @@ import numpy as np
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.fields.record_layout import WRITTEN_FORMATS
+from scoreray.data.own_code import is_own
 from scoreray.data.packing.commit import Mapper, carry_out
-from scoreray.data.packing.index_tars import plan_tars, tars_at
+from scoreray.data.packing.index_tars import Tars, TarsPlan, plan_tars, tars_at
 from scoreray.data.packing.plan import PackedShard
-from scoreray.data.packing.repack import plan_repack
+from scoreray.data.packing.repack import RepackPlan, plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode_value, stored_fields
 from scoreray.data.reading.manifest import Manifest, Shard
 from scoreray.data.sources.field_options import NO_FIELDS, FieldOptions, of_extensions
 from scoreray.data.sources.field_source import FieldSource
 from scoreray.data.sources.layout import Layout
 from scoreray.data.sources.options import SourceOptions
+from scoreray.data.sources.own_source import open_own_source
 from scoreray.data.sources.source import Source, open_source
 from scoreray.data.storage.paths import mode_of
 from scoreray.data.storage.store import local_path, open_store
@@ -51,6 +53,7 @@ def pack(
     image_size: int | None = None,
     image_format: str | None = None,
     fields: FieldOptions = NO_FIELDS,
+    source_options: Mapping[str, Any] | None = None,
     channels: Literal[1, 3] | None = None,
     layout: Layout | None = None,
     labelled: bool = True,
@@ -70,6 +73,7 @@ def pack(
       image_size: resize the shorter side to it and crop the centre.
       image_format: png (the default), jpg (lossy) or npy; arrays of floats are always npy.
       fields: what else of a sample is packed, by names of their own.
+      source_options: of a source of somebody else's, `package.module:Name`.
       channels: 1 or 3; None: as the images of the folder are.
       layout: of arrays, a letter an axis, NCHW; None: channels first, of four axes as `layout.layout_of` finds.
       labelled: subfolders of a folder, and labels that come with samples, are classes.
@@ -91,33 +95,49 @@ def pack(
         "workers": workers, "map_shards": map_shards, "progress": progress, "skip_bad": skip_bad
     }  # fmt: skip
     options = SourceOptions(image_size, channels, labelled, layout)
-    tars = tars_at(source)
-    _check_apart(tars.url, url, bool(tars.shards))
-    where = local_path(source)
+    own = is_own(source) and not Path(source).exists()
+    if source_options and not own:
+        raise UserError(f"--option {next(iter(source_options))}: is for a source of yours, package.module:Name")
+    where = None if own else local_path(source)
     given = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
              samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
     given += [asdict(fields)] if fields else []
+    given += [dict(source_options)] if source_options else []
     origin = hashlib.sha256(json.dumps(given).encode(errors="surrogateescape")).hexdigest()
-    if tars.shards:
-        if samples_per_shard is not None:
-            raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
-        fields = of_extensions(fields)
-        as_they_are = image_size is None and image_format is None and channels is None
-        if as_they_are and (not fields or open_store(url).url() == tars.url):
-            return carry_out(replace(plan_tars(tars, url, name, options, fields, skip_bad > 0), origin=origin), **how)
-        made = None if as_they_are else image_format or "png"
-        repack = plan_repack(tars, url, name, options, fields, made, skip_bad > 0)
-        return carry_out(replace(repack, origin=origin), **how)
-    opened = open_table(source, options, fields) or open_source(source, options)
+    if own:
+        opened: FieldSource = open_own_source(str(source), source_options or {})
+        name = name or opened.path.rpartition(":")[2].lower()
+    else:
+        tars = tars_at(source)
+        _check_apart(tars.url, url, bool(tars.shards))
+        if tars.shards:
+            if samples_per_shard is not None:
+                raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
+            plan = _plan_of_tars(tars, url, name, options, fields, image_format, skip_bad > 0)
+            return carry_out(replace(plan, origin=origin), **how)
+        opened = open_table(source, options, fields) or open_source(source, options)
     opened.check_readable(skip_bad)
     chosen = "npy" if is_plain(opened.fields) and opened.fields[0].kind == "array" else image_format or "png"
     if samples_per_shard is None:
         samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _sample_bytes(opened, chosen))))
     name = name or Path(opened.path).name.split(".")[0]
-    plan = SourcePlan(
+    made = SourcePlan(
         open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0, origin, options
     )
-    return carry_out(plan, **how)
+    return carry_out(made, **how)
+
+
+def _plan_of_tars(
+    tars: Tars, url: str | Path, name: str | None, options: SourceOptions, fields: FieldOptions,
+    image_format: str | None, skips_bad: bool,
+) -> TarsPlan | RepackPlan:  # fmt: skip
+    """Tars are indexed where they are, or made into new ones."""
+    fields = of_extensions(fields)
+    as_they_are = options.image_size is None and image_format is None and options.channels is None
+    if as_they_are and (not fields or open_store(url).url() == tars.url):
+        return plan_tars(tars, url, name, options, fields, skips_bad)
+    made = None if as_they_are else image_format or "png"
+    return plan_repack(tars, url, name, options, fields, made, skips_bad)
 
 
 def _check_apart(source: str | Path, url: str | Path, holds_tars: bool) -> None:

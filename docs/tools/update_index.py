@@ -10,6 +10,7 @@ FOLDERS = ("data", "trainer", "sampling", "tune", "cluster")
 OTHERS = {
     "configs/": "presets",
     "k8s/": "KubeRay manifests: kustomize base and overlays, Dockerfile",
+    "examples/": "own-network: a repository of somebody else's that trains, samples and serves its own network",
     "benchmarks/": "speed, as ratios measured in one run",
     "docs/": "the manual, the gallery, and docs/tools, which make what is generated",
     "tests/": "mirrors the folders",

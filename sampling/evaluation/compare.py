@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.sampling.evaluation.metrics import METRICS, check_names
+from scoreray.sampling.evaluation.metrics import check_names, in_order, metric_of
 from scoreray.sampling.evaluation.record import CONFIDENCE, EvaluationRecord, MetricValue, as_text
 
 FOR_PEOPLE = ("url", "name", "accuracy")  # in a record to be read; no number depends on them beyond the hashes
@@ -38,7 +38,7 @@ def compare(
     them; `vary` names those that are meant to differ (sampler, steps, ...). Raises UserError when any of the metrics is
     not comparable, a line for each thing that differs.
     """
-    wanted = list(metrics) or [name for name in METRICS if name in a.metrics and name in b.metrics]
+    wanted = list(metrics) or [name for name in in_order(a.metrics) if name in b.metrics]
     check_names(wanted)
     for name in wanted:
         for which, record in (("first", a), ("second", b)):
@@ -62,7 +62,7 @@ def compare(
 
 def differences(metric: str, a: EvaluationRecord, b: EvaluationRecord, vary: Sequence[str] = ()) -> list[str]:
     """What keeps a metric of two records from being compared, a line each; empty when nothing does."""
-    lines, about = [], METRICS[metric]
+    lines, about = [], metric_of(metric)
     for part in ("version", *about.parts(metric)):
         lines += _differ(part, a.protocol.get(part), b.protocol.get(part))
     if about.draws:

@@ -20,7 +20,7 @@ from typing import Any
 
 from scoreray.data.errors import DataError
 from scoreray.sampling.evaluation.loaded import fixed_threads
-from scoreray.sampling.evaluation.metrics import METRICS, compute_metrics, stages_of
+from scoreray.sampling.evaluation.metrics import compute_metrics, in_order, stages_of
 from scoreray.sampling.evaluation.page import page
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training, train_extractor
@@ -50,7 +50,7 @@ class Evaluation:
         subject, metrics = self.record.subject.checkpoint, self.record.metrics
         lines = [f"{subject.url} (EMA {subject.ema}, {subject.images_seen:,} images)"]
         width = max(5, *map(len, metrics))
-        lines += [f"  {name:{width}} {described(metrics[name])}" for name in METRICS if name in metrics]
+        lines += [f"  {name:{width}} {described(metrics[name])}" for name in in_order(metrics)]
         lines += [f"  note: {warning}" for warning in self.record.warnings]
         return "\n".join([*lines, f"record {self.url}", f"report {self.report}"])
 

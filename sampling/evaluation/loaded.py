@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from scoreray.data.errors import UserError
+from scoreray.data.own_code import is_own
 from scoreray.data.storage.store import NotFound
 from scoreray.sampling.evaluation.plan import EvaluationInputs
 from scoreray.sampling.measures import features
@@ -46,7 +47,7 @@ def load_extractor(inputs: EvaluationInputs) -> Extract:
     choice, device = inputs.extractor, inputs.settings.device
 
     def build() -> Extract:
-        if choice.kind == "identity":
+        if choice.kind == "identity" or is_own(choice.kind):
             return features.build(choice, b"", device)
         try:
             data = inputs.cache.get(choice.key)

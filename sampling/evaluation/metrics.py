@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.own_code import code_hash, is_own
 from scoreray.data.reading.manifest import Manifest
 from scoreray.sampling.evaluation import held_out_metrics, sample_metrics
 from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan
@@ -225,19 +227,35 @@ METRICS: dict[str, EvaluationMetric] = {
         protocol=lambda inputs: {"power": "mean over directions"}, misfit=_has_grid, costly=True,
     ),
 }  # fmt: skip
-"""Every metric, by the word that chooses it in a config and on the command line, in the record's order."""
+"""Every metric of ours, by the word that chooses it in a config and on the command line, in the record's order."""
+
+
+def metric_of(name: str) -> EvaluationMetric:
+    """The metric of a name: one of METRICS, or somebody else's function, `package.module:Name`, which nothing but its
+    computation imports. Raises UserError."""
+    if is_own(name):
+        code: Callable[[EvaluationInputs], dict[str, Any]] = lambda inputs: {"code": code_hash(name)}  # noqa: E731
+        return EvaluationMetric(name, OF_FEATURES, partial(sample_metrics.of_own, name), code, costly=True)
+    if name not in METRICS:
+        raise UserError(f"unknown metric '{name}'; {nearest(name, METRICS)}")
+    return METRICS[name]
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of metrics in the record's order: ours as in METRICS, then others' as they are given."""
+    given = tuple(dict.fromkeys(names))
+    return (*(name for name in METRICS if name in given), *(name for name in given if name not in METRICS))
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises UserError for the first name that is none of METRICS."""
+    """Raises UserError for the first name that is no metric's."""
     for name in names:
-        if name not in METRICS:
-            raise UserError(f"unknown metric '{name}'; {nearest(name, METRICS)}")
+        metric_of(name)
 
 
 def stages_of(plan: EvaluationPlan) -> list[str]:
     """The stages whose chunks a plan's metrics are computed from, in their order."""
-    wanted = {stage for name in plan.metrics for stage in METRICS[name].stages}
+    wanted = {stage for name in plan.metrics for stage in metric_of(name).stages}
     return [stage for stage in STAGES if stage in wanted]
 
 
@@ -246,11 +264,11 @@ def compute_metrics(plan: EvaluationPlan) -> tuple[dict[str, MetricResult], list
     stored, found = StoredChunks(plan), dict[str, MetricResult]()
     warnings, inputs = _warnings_of_one_class(plan), plan.inputs
     untrained = untrained_estimate(inputs.info, inputs.info.conditions, inputs.request.guided)
-    if untrained is not None and any(METRICS[name].draws for name in plan.metrics):
+    if untrained is not None and any(metric_of(name).draws for name in plan.metrics):
         warnings.append(untrained)
     for name in plan.metrics:
         try:
-            found[name] = METRICS[name].compute(stored)
+            found[name] = metric_of(name).compute(stored)
         except NOT_FINITE:  # what eigenvalues, fits and exponentials raise where there is a NaN or an infinity
             found[name] = MetricResult(Estimate(math.nan, None))
         warnings += found[name].warnings
@@ -264,7 +282,7 @@ def compute_metrics(plan: EvaluationPlan) -> tuple[dict[str, MetricResult], list
 
 def _warnings_of_one_class(plan: EvaluationPlan) -> list[str]:
     """Where nearly all labels are one class, a classifier of them sees little: its features are alike for all."""
-    manifest, extracts = plan.inputs.manifest, any("extractor" in METRICS[name].needs for name in plan.metrics)
+    manifest, extracts = plan.inputs.manifest, any("extractor" in metric_of(name).needs for name in plan.metrics)
     if plan.inputs.extractor.kind != "classifier" or not extracts:
         return []
     counts = np.array(manifest.class_counts, dtype=np.float64)

@@ -15,7 +15,7 @@ from scoreray.data.pages import DPI, render
 from scoreray.data.reading.samples import spread
 from scoreray.sampling.evaluation.chunks import FeatureChunk
 from scoreray.sampling.evaluation.ensembles import SHOWN, num_ensembles
-from scoreray.sampling.evaluation.metrics import METRICS, stages_of
+from scoreray.sampling.evaluation.metrics import in_order, metric_of, stages_of
 from scoreray.sampling.evaluation.record import MOST_CHANNELS, EvaluationRecord, MetricResult, MetricValue, as_text
 from scoreray.sampling.evaluation.stored import StoredChunks
 from scoreray.sampling.measures.held_out import read_held_out
@@ -64,8 +64,8 @@ def page(record: EvaluationRecord, stored: StoredChunks, results: dict[str, Metr
 
 def metric_rows(record: EvaluationRecord) -> list[MetricRow]:
     """All that a record holds, in the order of METRICS."""
-    return [row for name, metric in METRICS.items() if name in record.metrics
-            for row in _rows(metric.title, record.metrics[name])]  # fmt: skip
+    return [row for name in in_order(record.metrics)
+            for row in _rows(metric_of(name).title, record.metrics[name])]  # fmt: skip
 
 
 def how_measured(record: EvaluationRecord) -> str:

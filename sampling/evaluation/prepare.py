@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import UserError
+from scoreray.data.own_code import is_own, load, name_in_command
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.loaded import fixed_threads, load_extractor
-from scoreray.sampling.evaluation.metrics import METRICS, check_names
+from scoreray.sampling.evaluation.metrics import METRICS, check_names, in_order, metric_of
 from scoreray.sampling.evaluation.plan import VERSION, EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.record import (
     EvaluatedCheckpoint,
@@ -43,6 +44,9 @@ Run = Callable[[Callable[..., int], Sequence[tuple[Any, ...]], Callable[[int], N
 def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     """Everything that an evaluation reads but samples and weights. Raises UserError for what does not fit together."""
     check_names(settings.metrics)
+    name_in_command([*settings.metrics, settings.scorer, settings.extractor, settings.sampler])
+    for name in filter(is_own, settings.metrics):
+        load(name, "--metrics")
     model, reference = describe(settings.checkpoint, settings.ema), SampleReader(settings.reference)
     inputs = EvaluationInputs(settings, model, reference, ExtractorChoice("identity"))
     extractor = choose_extractor(settings, reference.manifest, inputs.cache)
@@ -67,8 +71,7 @@ def train_extractor(inputs: EvaluationInputs, run: Run, done: Callable[[int], No
 
 def choose_extractor(settings: EvaluationSettings, manifest: Manifest, cache: Store | None) -> ExtractorChoice:
     """The extractor of an evaluation against the data set of `manifest`; errors and `cache` as of `features.choose`."""
-    looking = {name for name, metric in METRICS.items() if "extractor" in metric.needs}
-    if settings.metrics and not looking & set(settings.metrics):
+    if settings.metrics and not any("extractor" in metric_of(name).needs for name in settings.metrics):
         return ExtractorChoice("identity")
     return features.choose(settings.extractor, manifest, cache)
 
@@ -85,15 +88,15 @@ def choose_metrics(
         raise UserError(
             f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.image_shape)}"
         )
-    reasons = {name: metric.misfit(info, manifest, extractor) for name, metric in METRICS.items()}
+    reasons = {name: metric_of(name).misfit(info, manifest, extractor) for name in (*METRICS, *wanted)}
     mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]
     if mistakes:
         raise UserError("\n".join(mistakes))
-    if any("restoration" in METRICS[name].needs for name in wanted):
+    if any("restoration" in metric_of(name).needs for name in wanted):
         restoration_task(task, info.image_shape)
-    cheap = [name for name, reason in reasons.items() if not reason and not METRICS[name].costly]
-    chosen = tuple(name for name in METRICS if name in (wanted or cheap))
-    of_sets = [name for name in chosen if METRICS[name].compares_sets]
+    cheap = [name for name, metric in METRICS.items() if not reasons[name] and not metric.costly]
+    chosen = in_order(wanted or cheap)
+    of_sets = [name for name in chosen if metric_of(name).compares_sets]
     if of_sets and manifest.num_samples < frechet.FEWEST:
         raise UserError(
             f"--reference: '{manifest.name}' has {manifest.num_samples} samples, and {', '.join(of_sets)} compare sets "
@@ -133,10 +136,10 @@ def _protocol(inputs: EvaluationInputs, metrics: tuple[str, ...]) -> dict[str, A
     """How it is measured, part by part; of the parts that no chosen metric depends on, none."""
     found: dict[str, Any] = {"version": VERSION}
     for name in metrics:
-        own = METRICS[name].protocol
-        found |= {} if own is None else {name: own(inputs)}
-        found |= {part: STAGES[part].protocol(inputs) for part in METRICS[name].needs if part in STAGES}
-        if "extractor" in METRICS[name].needs:
+        metric = metric_of(name)
+        found |= {} if metric.protocol is None else {name: metric.protocol(inputs)}
+        found |= {part: STAGES[part].protocol(inputs) for part in metric.needs if part in STAGES}
+        if "extractor" in metric.needs:
             found["extractor"] = {"kind": inputs.extractor.kind, "sha256": inputs.extractor.sha256}
             if inputs.accuracy is not None:
                 found["extractor"]["accuracy"] = inputs.accuracy

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.errors import UserError
+from scoreray.data.own_code import instance, line_of
 from scoreray.data.storage.store import NotFound
 from scoreray.sampling.evaluation.chunks import FeatureChunk, ReferenceMoments, read_chunk, write_chunk
 from scoreray.sampling.evaluation.record import MetricResult, MetricValue
@@ -188,3 +190,25 @@ def _mean_spectra(stored: StoredChunks, stage: str, groups: int = frechet.GROUPS
     sums = torch.stack([(counts[part, None, None] * spectra[part]).sum(0) for part in parts])
     totals = torch.stack([counts[part].sum() for part in parts])
     return totals, sums / totals[:, None, None]
+
+
+def of_own(name: str, stored: StoredChunks) -> MetricResult:
+    """Of features of samples [n, d] and of the reference [m, d]: numbers by name, the first of which is the value. Its
+    error is from leaving out a group of the samples at a time."""
+    function = instance(name, "--metrics")
+    samples, reference = stored.both("features")
+    groups = samples.tensor_split(min(frechet.GROUPS, len(samples)))
+
+    def value(rows: Tensor) -> dict[str, float]:
+        try:
+            found = {key: float(number) for key, number in function(rows, reference).items()}
+        except Exception as error:
+            raise UserError(f"--metrics {name}: failed: {line_of(error)}") from error
+        if not found:
+            raise UserError(f"--metrics {name}: gave no number")
+        return found
+
+    def first(numbers: Tensor) -> float:
+        return next(iter(value(torch.cat([groups[number] for number in numbers.tolist()])).values()))
+
+    return MetricResult(distances.jackknife(first, len(groups)), {"numbers": value(samples)})

@@ -5,6 +5,7 @@
     identity      the values themselves, for points and closed forms
     FILE          Inception-v3's weights (.pth, .safetensors), a classifier from here (.safetensors), or any TorchScript
                   module (.pt, .ts) that maps uint8 [B, C, H, W] to features [B, d] or (features, logits)
+    module:Name   a function or a class of somebody else's (`own_code`): samples [B, ...] to features [B, d]
 
 A weights-only .pth is read without running code. TorchScript is a program: it runs, so it is only taken from a path
 that the person gave, and only after its hash is found to be the plan's.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import DataError, UserError
+from scoreray.data.own_code import code_hash, instance, is_own, line_of
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.sampling.measures import classifier, frechet, inception
@@ -37,7 +39,8 @@ Extract = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class ExtractorChoice:
-    """Which extractor: its kind, and where it has weights, their SHA-256 and place in the cache."""
+    """Which extractor: its kind, and where it has weights, their SHA-256 and place in the cache. Of somebody else's the
+    kind is its name and the SHA-256 that of its code."""
 
     kind: str
     sha256: str = ""
@@ -55,6 +58,9 @@ def choose(spec: str, manifest: Manifest, cache: Store | None) -> ExtractorChoic
     """
     if spec == "identity" or (spec == "auto" and math.prod(manifest.shape) <= IDENTITY_VALUES):
         return ExtractorChoice("identity")
+    if is_own(spec):
+        instance(spec, "--extractor")
+        return ExtractorChoice(spec, code_hash(spec))
     if spec in ("auto", "classifier"):
         _check_labels(spec, manifest)
         return ExtractorChoice("classifier")
@@ -145,6 +151,10 @@ def build(choice: ExtractorChoice, data: bytes, device: str = "cpu") -> Extract:
     """
     if choice.kind == "identity":
         return _identity
+    if is_own(choice.kind):
+        own = instance(choice.kind, "--extractor")
+        own = own.eval().requires_grad_(False).to(device) if isinstance(own, nn.Module) else own
+        return _checked(own, choice.kind)
     if hashlib.sha256(data).hexdigest() != choice.sha256:
         raise DataError(f"{choice.file}: its bytes are not those that were chosen (SHA-256)")
     if choice.kind == "torchscript":
@@ -173,13 +183,21 @@ def _torchscript(choice: ExtractorChoice, data: bytes, device: str) -> Extract:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--extractor {choice.file}: no TorchScript module: {reason}") from None
+    return _checked(module, choice.file)
+
+
+def _checked(function: Callable[[Tensor], Any], name: str) -> Extract:
+    """A program of somebody else's, whose features are looked at before they are used."""
 
     def extract(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        found = module(images)
+        try:
+            found = function(images)
+        except Exception as error:
+            raise UserError(f"--extractor {name}: failed on {list(images.shape)}: {line_of(error)}") from error
         features, logits = found if isinstance(found, tuple) else (found, None)
         if features.ndim != 2 or len(features) != len(images):
             raise UserError(
-                f"--extractor {choice.file}: gave {list(features.shape)} for {len(images)} images; [B, d] is needed"
+                f"--extractor {name}: gave {list(features.shape)} for {len(images)} images; [B, d] is needed"
             )
         return features, logits
 

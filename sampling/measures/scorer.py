@@ -7,16 +7,13 @@ downloaded here.
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-
-NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+from scoreray.data.own_code import instance
 
 
 class Scorer(Protocol):
@@ -32,17 +29,7 @@ class Scorer(Protocol):
 
 def load_scorer(name: str) -> Scorer:
     """The scorer of this name: `Name()` where it is a class, else itself. Raises UserError."""
-    if not NAME.fullmatch(name):
-        raise UserError(f"--scorer '{name}': write package.module:Name")
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        return found() if isinstance(found, type) else found
-    except Exception as error:  # the module is the user's: whatever it raises is its mistake
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--scorer {name}: {type(error).__name__}: {reason}; it must be importable on every worker (PYTHONPATH)"
-        ) from None
+    return instance(name, "--scorer")  # type: ignore[no-any-return]
 
 
 def scores_of(scorer: Scorer, name: str, samples: Tensor, requested: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import is_own
 from scoreray.data.packing.inspect import picture_grid
 from scoreray.sampling.guidance.guidance import Denoise
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
@@ -23,7 +24,7 @@ from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
-from scoreray.sampling.samplers.sample import SAMPLERS, sample
+from scoreray.sampling.samplers.sample import SAMPLERS, sample, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.objective import ContrastiveObjective
@@ -79,17 +80,19 @@ class Request:
         if not isinstance(self.guidance, Guidance):
             Guidance(self.guidance)  # raises on a weight that makes noise of samples
         samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
-        if self.sampler is not None and self.sampler not in samplers:
+        if self.sampler is not None and self.sampler not in samplers and not is_own(self.sampler):
             raise RequestError(
                 f"unknown sampler '{shortened(self.sampler)}': {nearest(self.sampler, samplers)}", "sampler"
             )
         if self.grid is not None and self.grid not in grids:
             raise RequestError(f"unknown noise grid '{shortened(self.grid)}': {nearest(self.grid, grids)}", "grid")
-        if self.sampler in SAMPLERS:
+        if self.sampler not in (None, GIBBS):
+            field = "sampler"
             try:
-                check_options(self.sampler, SAMPLERS[self.sampler], self.options)
+                sampler, field = sampler_of(self.sampler), "options"
+                check_options(self.sampler, sampler, self.options)
             except UserError as error:
-                raise RequestError(str(error), "options") from None
+                raise RequestError(str(error), field) from None
 
     @property
     def guided(self) -> Guidance:
@@ -118,7 +121,7 @@ class Request:
             low, high = info.sigma_range
             levels = levels_needed(high, low, math.prod(info.image_shape))
         options = self.options
-        if WARM_START in options_of(SAMPLERS[sampler]):
+        if WARM_START in options_of(sampler_of(sampler)):
             options = {WARM_START: True, **options}
             if self.steps == 1 and options[WARM_START]:
                 raise RequestError(f"sampler '{sampler}' walks down to its noise level: give 2 steps or more", "steps")

@@ -1,5 +1,5 @@
 """Samplers as generators, noise grids, and the normal numbers that they use."""
 
-from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive, num_calls, sample, start
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive, num_calls, sample, sampler_of, start
 
-__all__ = ["ADAPTIVE", "SAMPLERS", "drive", "num_calls", "sample", "start"]
+__all__ = ["ADAPTIVE", "SAMPLERS", "drive", "num_calls", "sample", "sampler_of", "start"]

@@ -7,7 +7,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,11 @@ class Option:
             what = "true or false" if self.kind is bool else f"a {self.kind.__name__}"
         return what + (" or none" if self.optional else "")
 
+    @property
+    def is_unbounded(self) -> bool:
+        """A number without bounds, which accepts none, or an option that must be given: a mistake in the sampler."""
+        return self.default is inspect.Parameter.empty or (self.kind in (int, float) and self.bounds is None)
+
     def check(self, value: Any) -> Any:
         """`value`, as this option's type; raises UserError."""
         if value is None and self.optional:
@@ -90,17 +95,6 @@ def check_options(name: str, sampler: Callable[..., Any], options: dict[str, Any
             have = nearest(key, known) if known else "it takes none"
             raise UserError(f"sampler '{name}' has no option '{shortened(str(key))}': {have}")
     return {key: known[key].check(value) for key, value in options.items()}
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from words NAME=VALUE, the value YAML; of two with one name the last holds. Raises UserError."""
-    options = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--option {shortened(pair)}: write NAME=VALUE, e.g. s_churn=40")
-        options[name] = parse_value(text, f"--option {shortened(pair)}")
-    return options
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:

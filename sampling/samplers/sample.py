@@ -5,6 +5,7 @@ A sampler is a generator (see `ode.py`): `drive` runs one to its end; the step b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import is_own, line_of, load
 from scoreray.sampling.samplers.adaptive import rk45
 from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
 from scoreray.sampling.samplers.noise import Noise, SampleNoise, TorchNoise, as_noise
 from scoreray.sampling.samplers.ode import Steps, dpm2, dpmpp_2m, euler, heun, unipc
-from scoreray.sampling.samplers.options import check_options
+from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sde import (
     ddim,
     ddpm,
@@ -49,7 +51,7 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
     "dpmpp_3m_sde": dpmpp_3m_sde,
     "unipc": unipc,
 }
-"""Every sampler, by the word that chooses it in a config, on the command line and in a request."""
+"""Every sampler of ours, by the word that chooses it in a config, on the command line and in a request."""
 
 ADAPTIVE = frozenset({"rk45"})
 """Samplers whose number of calls depends on what they sample."""
@@ -65,6 +67,27 @@ class SamplerState:
     x: Tensor
     sigma: float | Tensor
     denoised: Tensor
+
+
+def sampler_of(name: str) -> Callable[..., Steps]:
+    """The sampler of a name: ours, or somebody else's generator function, `package.module:Name`. Raises UserError."""
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    if not is_own(name):
+        raise UserError(f"unknown sampler '{shortened(str(name))}': {nearest(str(name), SAMPLERS)}")
+    found = load(name, "sampler")
+    if not inspect.isgeneratorfunction(found):
+        raise UserError(f"sampler '{name}': is no generator function (x, sigmas, noise, *, options)")
+    try:
+        wrong = [option.name for option in options_of(found).values() if option.is_unbounded]
+    except (TypeError, ValueError, NameError) as error:
+        raise UserError(f"sampler '{name}': its options can't be read from its signature: {line_of(error)}") from None
+    if wrong:
+        raise UserError(
+            f"sampler '{name}': option '{wrong[0]}' needs a default, and a number a Range: "
+            "Annotated[float, Range(low, high)] = 0.5"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def sample(
@@ -83,7 +106,7 @@ def sample(
 
     denoiser: `(x [B, ...], sigma [B], condition of B rows or None) -> denoised [B, ...]`, in the dtype of x.
     sigmas: a grid of `scoreray.sampling.samplers.sigmas`: [n + 1], descending, ending in 0.
-    sampler: a name of SAMPLERS; `options` are its keyword-only parameters.
+    sampler: a name of SAMPLERS, or `package.module:Name`; `options` are its keyword-only parameters.
     generator: one integer seed for each row (its samples then don't depend on the batch), a torch.Generator, a Noise,
         or None for torch's global generator.
     condition: a `Condition` of B rows, or class labels int64 [B], -1 for none; class_labels: the latter's other name.
@@ -111,9 +134,8 @@ def start(
     **options: Any,
 ) -> Steps:
     """A sampler's generator on checked arguments, for `drive` or a batcher; arguments and errors as in `sample`."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}': {nearest(str(sampler), SAMPLERS)}")
-    options = check_options(sampler, SAMPLERS[sampler], options)
+    function = sampler_of(sampler)
+    options = check_options(sampler, function, options)
     levels = as_grid(sigmas).tolist()
     if x.ndim < 1 or x.shape[0] < 1 or not x.is_floating_point():
         raise UserError(f"x of shape {list(x.shape)}, {x.dtype}: must be floating point [B, ...] with at least one row")
@@ -124,7 +146,7 @@ def start(
         if len(noise.seeds) != len(x):
             raise UserError(f"{len(noise.seeds)} seeds for {len(x)} rows of x: must be one seed per row")
         noise.expect(len(levels) - 2)  # one for each step but the last, as most samplers draw
-    return SAMPLERS[sampler](x, levels, noise, **options)
+    return function(x, levels, noise, **options)
 
 
 def drive(

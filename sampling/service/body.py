@@ -17,12 +17,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from scoreray.data.errors import ScorerayError, UserError, shortened
+from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
+from scoreray.data.own_code import is_own
 from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
-from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, start
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, sampler_of, start
 from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import ServedModel
@@ -177,6 +178,9 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         )
     if body.guidance != 1 and not info.conditions:
         raise Refused("invalid", "this model takes no conditions: leave guidance out", field="guidance")
+    if is_own(body.sampler) and body.sampler not in served.samplers:  # a request is no reason to import anything
+        known = nearest(str(body.sampler), (*SAMPLERS, *served.samplers))
+        raise Refused("invalid", f"unknown sampler '{shortened(str(body.sampler))}': {known}", field="sampler")
     request = _fitted(body, info, seed)
     assert request.sampler is not None
     assert request.steps is not None
@@ -186,7 +190,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         message = f"steps = {request.steps}{fitting}: at most {limits.max_steps}"
         raise Refused("too_many", message, field="steps")
     sigmas = tuple(info.sigmas(request.steps, request.grid).tolist())
-    options = check_options(request.sampler, SAMPLERS[request.sampler], request.options)
+    options = check_options(request.sampler, sampler_of(request.sampler), request.options)
     calls = _calls(request.sampler, sigmas, tuple(sorted(options.items())), limits.max_calls)
     if calls > limits.max_calls:
         message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"

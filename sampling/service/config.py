@@ -41,7 +41,7 @@ class ServeConfig:
     precision, compile: see `fast.py`. reload_s: how often runs are searched for a newer checkpoint.
     keys: where idempotency keys are stored (`open_key_store`); empty for the memory of the process that answers HTTP.
     tokens: (name, SHA-256 of the token in hex) pairs; empty lets everybody in. hosts: Host headers that are answered,
-    empty for all.
+    empty for all. samplers: `package.module:Name` of those of somebody else's that requests may name.
     """
 
     models: tuple[tuple[str, str], ...]
@@ -57,6 +57,7 @@ class ServeConfig:
     keys: str = ""
     tokens: tuple[tuple[str, str], ...] = ()
     hosts: tuple[str, ...] = ()
+    samplers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.models:

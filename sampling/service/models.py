@@ -13,7 +13,7 @@ from scoreray.sampling.guidance.steering import own_dropout
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.options import Option, options_of
-from scoreray.sampling.samplers.sample import SAMPLERS
+from scoreray.sampling.samplers.sample import SAMPLERS, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import Limits, Refused
@@ -30,7 +30,7 @@ class ServedModel:
     """A model under a name. `url` is what the command line names; `info.url` the checkpoint that answers now.
 
     emas: EMA lengths that requests may name, `info.ema` the default. follows: whether `url` is a run, whose newest
-    checkpoint is taken.
+    checkpoint is taken. samplers: those of somebody else's that requests may name.
     """
 
     name: str
@@ -38,6 +38,7 @@ class ServedModel:
     info: ModelInfo
     emas: tuple[str, ...]
     follows: bool
+    samplers: tuple[str, ...] = ()
 
     def ema(self, wanted: str | None) -> str:
         """The length meant by a request. Raises Refused."""
@@ -81,7 +82,7 @@ class ServedModel:
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),
             "grids": [*GRIDS, PROCESS_GRID],
-            "samplers": {name: _options(name, info) for name in SAMPLERS},
+            "samplers": {name: _options(name, info) for name in (*SAMPLERS, *self.samplers)},
             "limits": {
                 "count": limits.max_count,
                 "steps": limits.max_steps,
@@ -91,13 +92,13 @@ class ServedModel:
         }
 
 
-def look_up(name: str, url: str, ema: str | None = None) -> ServedModel:
+def look_up(name: str, url: str, ema: str | None = None, samplers: tuple[str, ...] = ()) -> ServedModel:
     """The model at a URL as it is now, without its weights. Raises UserError, DataError, StorageError."""
     found = describe(url, ema)
     if found.info.is_machine:
         kind = found.info.config.network.kind
         raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
-    return ServedModel(name, url, found.info, found.stored.lengths, found.follows_run)
+    return ServedModel(name, url, found.info, found.stored.lengths, found.follows_run, samplers)
 
 
 def _target(info: ModelInfo) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _options(sampler: str, info: ModelInfo) -> dict[str, Any]:
     filled_in = Request(1, sampler).fitted(info).options
     return {
         name: {"accepted": option.accepted, "default": filled_in.get(name, option.default), "choices": _choices(option)}
-        for name, option in options_of(SAMPLERS[sampler]).items()
+        for name, option in options_of(sampler_of(sampler)).items()
         if option.kind in (bool, int, float, str)
     }
 

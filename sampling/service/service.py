@@ -94,7 +94,7 @@ class Service:
     async def start(self) -> None:
         """Finds the models and waits until replicas have the default ones ready. Raises ScorerayErrors."""
         for name, url in self.config.models:
-            self.models[name] = await asyncio.to_thread(look_up, name, url, self.config.ema)
+            self.models[name] = await asyncio.to_thread(look_up, name, url, self.config.ema, self.config.samplers)
             self._count_images(self.models[name])
         for served in self.models.values():
             await self.backend.prepare(served.info.url, served.info.ema)
@@ -319,7 +319,7 @@ class Service:
         try:
             if not await asyncio.to_thread(served.newer):
                 return
-            newest = await asyncio.to_thread(look_up, name, served.url, self.config.ema)
+            newest = await asyncio.to_thread(look_up, name, served.url, self.config.ema, self.config.samplers)
             await self.backend.prepare(newest.info.url, newest.info.ema)
         except Exception as error:  # whatever it is, the old one answers, and the next look may go better
             self.meter["reloads"].labels("failed").inc()

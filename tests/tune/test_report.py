@@ -12,8 +12,8 @@ import pytest
 from typer.main import get_command
 
 from scoreray.cluster.cli.main import app
+from scoreray.data.yaml_text import parse_options
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.samplers.options import parse_options
 from scoreray.trainer.config import load_config
 from scoreray.tune.load import load_sweep
 from scoreray.tune.pictures import front_pictures, without_far

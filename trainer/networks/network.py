@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from scoreray.data import checks
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.own_code import line_of
 from scoreray.data.own_code.part import OwnPart, PartOf
-from scoreray.trainer.diffusion.condition import Conditions, conditions_of
+from scoreray.trainer.diffusion.condition import Conditions, as_condition, conditions_of
 from scoreray.trainer.diffusion.condition_shapes import complete
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
@@ -61,16 +62,26 @@ NETWORKS: dict[str, type[NetworkConfig]] = {config.kind: config for config in ge
 def build_network(
     config: NetworkConfig | OwnPart, image_shape: Sequence[int], conditions: Conditions | int = 0
 ) -> nn.Module:
-    """`config.build`; one of somebody else's knows afterwards what it is conditioned by, as ours do, and on the meta
-    device, where a run is checked before it starts, it is called once. Raises UserError."""
+    """`config.build`. One of somebody else's knows afterwards what it is conditioned by, as ours do, and is called with
+    all of that (None of an unconditional one); on the meta device, where a run is checked before it starts, it is
+    called once. Raises UserError."""
     network = config.build(image_shape, conditions)
     if isinstance(config, OwnPart):
         given = conditions_of(conditions)
         if not hasattr(network, "conditions"):
             network.conditions = given  # type: ignore[assignment]
+        network.register_forward_pre_hook(partial(_with_every_condition, given))
         if any(parameter.is_meta for parameter in network.parameters()):
             _check_forward(config, network, image_shape, given)
     return network
+
+
+def _with_every_condition(conditions: Conditions, network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call with a `Condition` that has every name, the null where none was given."""
+    x, c_noise, condition = (*arguments, None)[:3]
+    if not conditions:
+        return x, c_noise, None
+    return x, c_noise, complete(as_condition(condition, conditions), conditions, len(x), x.device)
 
 
 def _check_forward(config: OwnPart, network: nn.Module, image_shape: Sequence[int], conditions: Conditions) -> None:
@@ -78,7 +89,7 @@ def _check_forward(config: OwnPart, network: nn.Module, image_shape: Sequence[in
     called without any: it is left to the first step."""
     x, c_noise = (torch.empty(2, *shape, device="meta") for shape in (image_shape, ()))
     try:
-        output = network(x, c_noise, complete(None, conditions, 2, "meta") if conditions else None)
+        output = network(x, c_noise)
     except NotImplementedError:  # what torch raises for an operation that meta tensors lack
         return
     except Exception as error:

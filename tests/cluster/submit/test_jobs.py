@@ -96,6 +96,24 @@ def test_a_sweep_is_sent_with_its_base_and_its_mistakes_are_reported_before_that
         made("tune", str(sweep_of(config, base="./nope.yaml")))
 
 
+def test_own_code_is_sent_as_modules_and_by_name(
+    config: Path, own_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    net = "from torch import nn\nclass Net(nn.Module):\n    def __init__(self, width: int = 2): super().__init__()"
+    folder = own_package("theirs", brought=False, net=net)
+    own = config.parent / "own.yaml"
+    own.write_text(json.dumps({**json.loads(config.read_text()), "network": {"kind": "theirs.net:Net", "width": 3}}))
+    with prepared(["train", str(own), "--with", str(folder), "network.width=4"], [], [], None, PARSE) as job:
+        assert job.runtime_env["py_modules"][1:] == [str(folder)]
+        assert job.runtime_env["env_vars"]["SCORERAY_WITH"].split(":")[0] == "theirs"
+        assert job.entrypoint.endswith("train own.yaml network.width=4")
+    with pytest.raises(UserError, match=r"network\.widht: unknown key; did you mean 'width'"):
+        made("train", str(own), f"--with={folder}", "network.widht=4")
+    (folder / "notes.py").write_text(f"token = '{GITHUB}'")
+    with pytest.raises(UserError, match=r"notes\.py, line 1: looks like a credential"):
+        made("train", str(own), "--with", str(folder))
+
+
 def test_files_of_one_name_are_both_sent(config: Path, tmp_path: Path) -> None:
     other = tmp_path / "sent.yaml"
     other.write_text(config.read_text().replace('"sent"', '"other"'))

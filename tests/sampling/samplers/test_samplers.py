@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from scoreray.data.errors import ScorerayError, UserError
+from scoreray.data.yaml_text import parse_options
 from scoreray.sampling.samplers.noise import SampleNoise
-from scoreray.sampling.samplers.options import check_options, option_words, options_of, parse_options
+from scoreray.sampling.samplers.options import check_options, option_words, options_of
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, SamplerState, drive, num_calls, sample, start
 from scoreray.sampling.samplers.sigmas import karras
 

@@ -1,0 +1,97 @@
+"""A data source of somebody else's, `package.module:Name`, as `data pack` reads it: samples by number
+
+Its class is a frozen dataclass or a pydantic model with `fields`, `__len__` and `__getitem__(number)`; its keys are the
+options of the command. What a sample is must be a function of its number alone, as any process may make any shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.fields.field import Field
+from scoreray.data.own_code import code_hash, line_of
+from scoreray.data.own_code.part import OwnPart, config_class, own_part
+from scoreray.data.sources.field_source import Sample
+
+NEEDS = ("fields", "__len__", "__getitem__")
+
+
+@dataclass(frozen=True)
+class OwnSource:
+    """A `FieldSource`. Pickled, the part is its name and options: another process imports the code itself."""
+
+    part: OwnPart
+    runs = None
+    notes: Sequence[str] = ()
+
+    @property
+    def path(self) -> str:
+        return self.part.kind
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.part.config)
+
+    @property
+    def fields(self) -> list[Field]:
+        return list(self.part.config.fields)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its name, options and code, which determine what its samples are."""
+        parts = [self.part.dump("json"), code_hash(self.path), self.num_samples, [asdict(one) for one in self.fields]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        return {}
+
+    def inputs(self, numbers: Sequence[int]) -> str:
+        return self.fingerprint
+
+    def check_visible(self) -> None:
+        """It is, once it is unpickled."""
+
+    def check_readable(self, skip_bad: int) -> None:
+        """Known when they are read."""
+
+    def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
+        names = {one.name for one in self.fields}
+        for number in numbers:
+            try:
+                values = self.part.config[number]
+                missing = sorted(names - values.keys())
+                yield DataError(f"has no '{missing[0]}'") if missing else values
+            except DataError as error:
+                yield error
+            except Exception as error:  # the code is somebody else's
+                yield DataError(f"{self.path}: sample {number}: {line_of(error)}")
+
+
+def open_own_source(kind: str, options: Mapping[str, Any]) -> OwnSource:
+    """The source of this name with its options. Raises UserError."""
+    found = config_class(kind)
+    lacks = [name for name in NEEDS if not hasattr(found, name)]
+    if lacks:
+        raise UserError(f"{kind}: is no data source: it has no {lacks[0]}; {', '.join(NEEDS)} are needed")
+    try:
+        source = OwnSource(own_part({**options, "kind": kind}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"][1:])
+        known = inspect.signature(found).parameters
+        reason = first["msg"] if key.partition(".")[0] in known else f"unknown; {nearest(key, known)}"
+        raise UserError(f"{kind}: --option {key}: {reason}" if key else f"{kind}: {reason}") from None
+    if not all(isinstance(one, Field) for one in source.fields) or not source.fields:
+        raise UserError(f"{kind}: `fields` must be a list of one or more scoreray.data.fields.field.Field")
+    if source.num_samples < 1:
+        raise UserError(f"{kind}: holds no samples")
+    return source
