@@ -65,7 +65,15 @@ def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     from scoreray.data.own_code import bring, code_hash, gate, part
 
     before, meta_path = dict(gate._names), list(sys.meta_path)
-    made: list[str] = []
+    made = list(gate._paths)
+
+    def forget() -> None:
+        for name in {*made, *gate._paths}:
+            gate._paths.pop(name, None)
+            for module in [one for one in sys.modules if one.partition(".")[0] == name]:
+                del sys.modules[module]
+        for cached in (code_hash, part.config_class, part._adapter, gate._read_variable, gate._warn):
+            cached.cache_clear()
 
     def write(name: str, *, brought: bool = True, **modules: str) -> Path:
         folder = tmp_path / "theirs" / name
@@ -77,16 +85,12 @@ def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             bring([str(folder)])
         return folder
 
+    forget()
     yield write
     gate._names.clear()
     gate._names.update(before)
     sys.meta_path[:] = meta_path
-    for name in {*made, *gate._paths}:
-        gate._paths.pop(name, None)
-        for module in [one for one in sys.modules if one.partition(".")[0] == name]:
-            del sys.modules[module]
-    for cached in (code_hash, part.config_class, part._adapter, gate._read_variable, gate._warn):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.fixture(scope="session")

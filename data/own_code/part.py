@@ -70,7 +70,7 @@ class OwnPart:
 class PartOf:
     """Beside a type of a config, `Annotated[Network, PartOf("network")]`: a section of it may be somebody else's.
 
-    Ours are told apart by their `kind` where the type is a union. base: see `OwnPart`. needs: names, one of which a
+    Ours are chosen by their `kind` where the type is a union. base: see `OwnPart`. needs: names, one of which a
     part's class must have.
     """
 

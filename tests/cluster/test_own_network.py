@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.main import get_command
 
 from scoreray.cluster.cli.main import app
@@ -19,8 +20,11 @@ from scoreray.cluster.cli.options import parsed
 from scoreray.cluster.serve.command import served
 from scoreray.cluster.serve.options import ServeOptions
 from scoreray.cluster.submit.jobs import prepared
-from scoreray.data.own_code import code_hash
+from scoreray.data.own_code import bring, code_hash
 from scoreray.trainer.checkpoints.checkpoint import find
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import train
+from scoreray.trainer.prepare import prepare_run
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own-network"
@@ -34,8 +38,6 @@ def ringnet(own_package: object) -> tuple[str, str]:
 
 
 def test_its_own_test(ringnet: tuple[str, str]) -> None:
-    from scoreray.data.own_code import bring
-
     bring([ringnet[1]])
     spec = importlib.util.spec_from_file_location("test_ringnet", EXAMPLE / "test_ringnet.py")
     assert spec is not None
@@ -60,7 +62,9 @@ def test_the_whole_line_without_a_change_to_ours(
     done("data", "pack", "ringnet.data:Rings", data, "--option", "count=64", "--option", "radii=[0.5, 1.0]")
 
     config = [str(EXAMPLE / "config.yaml"), f"data.url={data}", f"run.storage={tmp_path / 'runs'}", *SMALL]
-    done("train", *config, "duration.images=64")
+    bring([ringnet[1]])
+    begun = prepare_run(load_config(config[0], [*config[1:], "duration.images=64"])).config
+    train(begun, rank=0, world_size=1, device=torch.device("cpu"))
     answer = json.loads(done("train", *config, "duration.images=128", "--json"))
     assert answer["images_seen"] == 128
     assert find(run).marker.own_code == {"ringnet.network:RingNet": code_hash("ringnet.network:RingNet")}
