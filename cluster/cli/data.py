@@ -26,7 +26,7 @@ HOWS = "none, channel, log1p, range"
 
 
 @dataclass(frozen=True)
-class FieldOptions:
+class PackFieldOptions:
     """Which fields a data set has beside images and classes."""
 
     field: Annotated[
@@ -95,7 +95,7 @@ def pack(
         ),
     ],
     url: Annotated[str, typer.Argument(help="Where the shards and the manifest go; for tars, where they are stored.")],
-    chosen: FieldOptions,
+    chosen: PackFieldOptions,
     read: ReadingOptions,
     made: ShardOptions,
     workers: Annotated[
