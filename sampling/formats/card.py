@@ -86,7 +86,7 @@ def model_card(page: ModelManifest, info: ModelInfo, usage: Usage, licence: str 
         evaluations=list(_evaluations(page, checkpoint)),
         samples=samples,
         files=page.files,
-        licence=licence or "No licence was given with the export; ask those who trained it.",
+        licence=licence or "No licence was given with the export.",
     )
 
 
@@ -129,6 +129,8 @@ def _training(info: ModelInfo, page: ModelManifest) -> Iterator[Fact]:
     with torch.device("meta"):
         parameters = num_parameters(build_network(config.network, info.image_shape, info.conditions))
     yield Fact("checkpoint", _code(page.checkpoint))
+    for origin in page.lineage:
+        yield Fact("began from", _code(origin.text()))
     yield Fact("samples seen", f"{page.images_seen:,}, {config.data.global_batch_size:,} a step")
     yield Fact("network", f"{config.network.kind}, {parameters:,} parameters")
     yield Fact("process", config.process.kind)

@@ -10,15 +10,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from scoreray.data.errors import UserError
 from scoreray.data.storage.store import Store
-from scoreray.sampling.model.export import ModelToExport, file_name, write_model
+from scoreray.sampling.formats.diffusers_plain import as_json, variant, write_plain_folder
+from scoreray.sampling.model.export import ModelToExport, write_model
 from scoreray.trainer.checkpoints.exported import DIFFUSERS_WEIGHTS, ModelManifest
+from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
-VERSION = "0.36.0"  # of diffusers, from which on folders of this form are known to load
 SHIM = '''"""{what} of scoreray, which must be installed."""
 
 from scoreray.sampling.formats.diffusers_pipeline import {name}
@@ -28,7 +28,11 @@ __all__ = ["{name}"]
 
 
 def write_diffusers_folder(model: ModelToExport, store: Store) -> ModelManifest:
-    """Writes the folder; returns its model.json. Raises UserError for a model without a denoiser."""
+    """Writes the folder; returns its model.json. A network of diffusers' own becomes a folder of diffusers' own
+    (`diffusers_plain.py`). Raises UserError for a model without a denoiser."""
+    network = model.config.network
+    if isinstance(network, DiffusersNetworkConfig):
+        return write_plain_folder(model, network, store)
     first, *others = model.states
     info = model.info(first)
     if info.is_machine:
@@ -43,16 +47,7 @@ def write_diffusers_folder(model: ModelToExport, store: Store) -> ModelManifest:
     beside = {
         "pipeline.py": SHIM.format(what="The pipeline", name="ScorerayPipeline").encode(),
         "denoiser/denoiser.py": SHIM.format(what="The denoiser", name="ScorerayDenoiser").encode(),
-        "denoiser/config.json": _json(config),
-        "model_index.json": _json(index),
+        "denoiser/config.json": as_json(config),
+        "model_index.json": as_json(index),
     }
     return write_model(model, store, files, beside)
-
-
-def variant(length: str) -> str:
-    """What diffusers calls the weights of an EMA length that is not the first: "ema-0_100" (it allows no dot)."""
-    return file_name(length).replace(".", "_")
-
-
-def _json(fields: dict) -> bytes:
-    return (json.dumps({**fields, "_diffusers_version": VERSION}, indent=2) + "\n").encode()

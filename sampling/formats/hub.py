@@ -65,19 +65,11 @@ def _in_one_line(out: str) -> Iterator[None]:
         yield
     except ScorerayError:
         raise
-    except _failures() as error:
+    except Exception as error:  # its base class is that of requests, httpx or httpx2, by its version
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = shortened(" ".join(str(error).split()))
-        if status in (401, 403) or type(error).__name__ in ("LocalTokenNotFoundError", "HFValidationError"):
+        if type(error).__name__ == "HFValidationError":
+            raise UserError(f"{out}: {reason}") from None
+        if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
             raise UserError(f"{out}: {reason}; `hf auth login` or HF_TOKEN gives a token that may write") from None
         raise StorageError(f"{out}: {reason}") from error
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Of a request to the Hub, and of a name that it does not accept."""
-    try:
-        from httpx import HTTPError
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError:
-        return (OSError,)
-    return (OSError, HTTPError, HfHubHTTPError, HFValidationError)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scoreray.data.storage.store import local_path
+from scoreray.sampling.formats.diffusers_plain import PARTS
 from scoreray.sampling.formats.graphs import ONNX, TORCH_EXPORT
 from scoreray.sampling.formats.hub import SCHEME
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.checkpoints.exported import ModelManifest
+from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
 SCORERAY, DIFFUSERS = "scoreray", "diffusers"
 VALUES = {"class": "0", "vector": "[...]", "concat": "array", "sequence": "array", "text": '"a text"'}
@@ -38,14 +40,33 @@ def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
 
 
 def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    network = info.config.network
+    if isinstance(network, DiffusersNetworkConfig):
+        return Usage(DIFFUSERS, "python", _plain(_place(out), network.class_name))
     values = ", ".join(f'"{name}": {VALUES[spec.kind]}' for name, spec in info.conditions.items())
     given = f", condition={{{values}}}" if values else ""
     return Usage(
-        "diffusers",
+        DIFFUSERS,
         "python",
         "from diffusers import DiffusionPipeline  # scoreray must be installed too\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("{_place(out)}", trust_remote_code=True)\n'
         f"images = pipeline(batch_size=4, seed=0{given}).images",
+    )
+
+
+def _plain(place: str, class_name: str) -> str:
+    """Of a folder of diffusers' own: its pipeline, or where that has other parts its network."""
+    part = PARTS[class_name]
+    if part.whole:
+        return (
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipeline = DiffusionPipeline.from_pretrained("{place}")\n'
+            "images = pipeline(batch_size=4).images"
+        )
+    return (
+        f"from diffusers import {class_name}, {part.pipeline}\n\n"
+        f'network = {class_name}.from_pretrained("{place}", subfolder="{part.folder}")\n'
+        f'pipeline = {part.pipeline}.from_pretrained("...", {part.folder}=network)  # where its other parts are'
     )
 
 

@@ -105,7 +105,7 @@ def write_model(
     store.delete([MODEL_JSON, *beside])
     written = {}
     for name, weights in model.states.items():
-        written[name] = _put(store, files[name] if files else f"{file_name(name)}.safetensors", weights())
+        written[name] = put_weights(store, files[name] if files else f"{file_name(name)}.safetensors", weights())
     for key, data in beside.items():
         store.put(key, data)
     page = replace(model.page, files=written)
@@ -116,7 +116,8 @@ def write_model(
     return page
 
 
-def _put(store: Store, key: str, weights: State) -> ExportedFile:
+def put_weights(store: Store, key: str, weights: State) -> ExportedFile:
+    """Writes a network's state to a safetensors file."""
     prefix = ExportedFile(key, 0, "").prefix
     with scratch_file() as (file, path):
         tensors = {f"{prefix}{name}": tensor.detach().cpu() for name, tensor in weights.items()}

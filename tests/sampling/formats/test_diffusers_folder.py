@@ -13,10 +13,13 @@ import torch
 
 from scoreray.cluster.verbs.export import ExportOptions, export_model
 from scoreray.data.errors import UserError
+from scoreray.sampling.formats.diffusers_plain import scheduler_of
 from scoreray.sampling.guidance.guidance import ClassifierFree
+from scoreray.sampling.imports.import_diffusers import import_diffusers
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.sample import sample
+from scoreray.trainer.config import load_config
 from scoreray.trainer.config.condition_values import condition_of
 from scoreray.trainer.diffusion.condition import ConditionSpec
 
@@ -119,6 +122,15 @@ def test_lengths_are_variants_and_outputs_are_pictures(runs: dict[str, str], tmp
             pipeline(2, **arguments)
 
 
+def test_a_repository_of_the_hub_opens_by_its_name(runs: dict[str, str], hub: Any, tmp_path: Path) -> None:
+    """diffusers downloads what its own rules of names say, not all files."""
+    export_model(runs["unet"], "hf://me/digits", (), ExportOptions("diffusers"))
+    options = {"cache_dir": tmp_path / "cache", "variant": "ema-0_100"}
+    x = torch.randn(1, 1, 8, 8)
+    found = opened("me/digits", **options).denoiser(x, 1.0)
+    assert torch.allclose(found, load(runs["unet"], "0.1")(x, 1.0), atol=1e-6)
+
+
 def test_an_export_replaces_the_weights_of_one_in_another_format(runs: dict[str, str], tmp_path: Path) -> None:
     out = str(tmp_path)
     export_model(runs["unet"], out, (), ExportOptions("diffusers"))
@@ -131,3 +143,62 @@ def test_an_export_replaces_the_weights_of_one_in_another_format(runs: dict[str,
     copy = export_model(out, str(tmp_path / "copy"), (), ExportOptions("diffusers")).page
     assert list(copy.files) == ["0.100"]
     assert copy.checkpoint.startswith(runs["unet"])
+
+
+def test_an_imported_model_goes_back_as_a_folder_of_diffusers_own(tmp_path: Path) -> None:
+    """Its pipeline's class loads it, draws what the original draws, and a second import finds the same model."""
+    from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    network = UNet2DModel(8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **blocks)
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+    DDIMPipeline(network, scheduler).save_pretrained(tmp_path / "theirs")
+    imported = import_diffusers(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    out = str(tmp_path / "back")
+    text = export_model(str(tmp_path / "ours"), out, (), ExportOptions("diffusers")).text()
+    assert (
+        f'next: from diffusers import DiffusionPipeline\n      pipeline = DiffusionPipeline.from_pretrained("{out}")'
+        in text
+    )
+    images = []
+    for folder in (str(tmp_path / "theirs"), out):
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        assert type(pipeline) is DDIMPipeline
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        images.append(pipeline(2, generator, num_inference_steps=3, output_type="np").images)
+    assert np.abs(images[0] - images[1]).max() < 1e-5
+    again = import_diffusers(out, str(tmp_path / "again"))
+    assert (again.noise, again.network) == (imported.noise, imported.network)
+    first, second = (load(str(tmp_path / name)) for name in ("ours", "again"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(UserError, match="is the folder that it was imported from"):
+        export_model(str(tmp_path / "ours"), str(tmp_path / "theirs"), (), ExportOptions("diffusers"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "denoiser", "process", "expected"),
+    [
+        ({"kind": "ddpm", "schedule": "scaled_linear"}, {"parameterization": "noise"}, {},
+         ("DDIMScheduler", {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"})),
+        ({"kind": "flow_matching"}, {"parameterization": "velocity"}, {"kind": "flow_matching", "shift": 3.0},
+         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})),
+        ({"kind": "edm"}, {"parameterization": "edm", "sigma_data": 0.7}, {},
+         ("EDMEulerScheduler", {"sigma_data": 0.7})),
+        ({"kind": "ddpm"}, {"parameterization": "edm"}, {}, "no scheduler of diffusers takes it so"),
+    ],
+)  # fmt: skip
+def test_the_scheduler_says_what_the_network_knows(schedule: Any, denoiser: Any, process: Any, expected: Any) -> None:
+    network = {"kind": "diffusers", "class_name": "UNet2DModel", "config": {}, "schedule": schedule}
+    config = load_config({
+        "run": {"name": "r", "storage": "s"}, "data": {"url": "d"}, "duration": {"images": 1}, "network": network,
+        "denoiser": {"sigma_data": 1.0, **denoiser}, **({"process": process} if process else {}),
+    })  # fmt: skip
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            scheduler_of(config, config.network)
+        return
+    name, found = scheduler_of(config, config.network)
+    assert name == expected[0]
+    assert expected[1].items() <= found.items()
