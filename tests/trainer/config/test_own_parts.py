@@ -14,6 +14,7 @@ import yaml
 from scoreray.data.errors import UserError
 from scoreray.data.reading.manifest import Manifest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.prepare import check_run
@@ -210,7 +211,8 @@ def test_parameters_are_counted_and_a_network_knows_its_conditions(
     width, size, classes = 8, 64, 3
     expected = (size + 1) * width + width + (1 + classes) * width + width * size + size
     for kind in ("Net", "Model", "Module"):
-        module = meta_module(config(f"network.kind=theirs.net:{kind}"), data)
+        made = config(f"network.kind=theirs.net:{kind}")
+        module = meta_module(made, run_fields(made.data, data))
         assert num_parameters(module) == expected
         assert isinstance(module, TrainingModule)
         assert list(module.denoiser.conditions or {}) == ["label"]
@@ -250,7 +252,8 @@ def test_own_process_weighting_noise_levels_and_objective_compute_what_ours_do(
 
     def losses(overrides: list[str]) -> torch.Tensor:
         torch.manual_seed(0)
-        module = build_training_module(config(*overrides), data)
+        made = config(*overrides)
+        module = build_training_module(made, run_fields(made.data, data))
         images = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
         loss, _ = module(images, torch.tensor([0, 1, 2, -1]), torch.arange(4))
         return loss.detach()
