@@ -1,4 +1,4 @@
-"""Verbs that take models of other libraries: `import diffusers`. See `main.py`."""
+"""Verbs that take models of other libraries: `import diffusers`, `import edm`, `import k-diffusion`. See `main.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from scoreray.cluster.cli.options import AsJson, make_bucket
+from scoreray.cluster.cli.options import AsJson, With, make_bucket
 from scoreray.data.errors import UserError
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")]
 
 
 def diffusers(
@@ -16,7 +18,7 @@ def diffusers(
         str,
         typer.Argument(metavar="FOLDER", help="What save_pretrained wrote: a pipeline, or a model with config.json."),
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")],
+    out: Out,
     scheduler: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="A scheduler_config.json: the noise that a model alone was trained on."),
@@ -41,14 +43,11 @@ def diffusers(
     as_json: AsJson = False,
 ) -> None:
     """Write a pretrained model of diffusers as one that sample, serve, evaluate and the other verbs take."""
-    from scoreray.data.reading.outputs import check_folder
     from scoreray.sampling.imports.import_diffusers import ImportOptions, import_diffusers
-    from scoreray.sampling.model.describe import describe
 
     if timesteps not in ("interpolate", "round"):
         raise UserError(f"--timesteps {timesteps}: accepted: interpolate, round")
-    check_folder(out, "OUT")
-    make_bucket(out)
+    _check_out(out)
     nulls = dict[str, str]()
     for text in null or []:
         name, equals, path = text.partition("=")
@@ -57,18 +56,67 @@ def diffusers(
         nulls[name] = path
     options = ImportOptions(scheduler, timesteps, _size(size), length, null_class, nulls)
     imported = import_diffusers(folder, out, options)
+    left_out = [
+        f"{key} of its scheduler, which changes samples and is not of the model" for key in imported.noise.left_out
+    ]
+    _report(out, imported.network.class_name, left_out, as_json)
+
+
+def edm(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The weights of an EDMPrecond, in safetensors.")],
+    out: Out,
+    config: Annotated[str, typer.Option(metavar="FILE", help="The arguments of EDMPrecond, as JSON.")],
+    package: Annotated[
+        str, typer.Option(metavar="MODULE", help="Where its network's class is; --with brings it.")
+    ] = "training.networks",
+    with_: With = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a network of NVlabs' edm as a model of ours. Its code is yours to bring, by --with."""
+    from scoreray.sampling.imports.import_preconditioned import import_edm
+
+    _check_out(out)
+    _report(out, import_edm(file, out, config, package).config["network"]["module"], [], as_json)
+
+
+def k_diffusion(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What its script convert_for_inference wrote.")],
+    out: Out,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its config's JSON, in the place of the one in the file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model of k-diffusion as one of ours; the installed package k_diffusion makes the network."""
+    from scoreray.sampling.imports.import_preconditioned import import_k_diffusion
+
+    _check_out(out)
+    _report(out, import_k_diffusion(file, out, config).config["network"]["module"], [], as_json)
+
+
+def _check_out(out: str) -> None:
+    from scoreray.data.reading.outputs import check_folder
+
+    check_folder(out, "OUT")
+    make_bucket(out)
+
+
+def _report(out: str, network: str, left_out: list[str], as_json: bool) -> None:
+    from scoreray.data.own_code import brought
+    from scoreray.sampling.model.describe import describe
+
     info = describe(out).info
     if as_json:
-        answer = {"out": out, "class": imported.network.class_name, "image_shape": info.image_shape}
-        typer.echo(json.dumps({**answer, "conditions": list(info.conditions), "left_out": imported.noise.left_out}))
+        answer = {"out": out, "network": network, "image_shape": info.image_shape, "conditions": list(info.conditions)}
+        typer.echo(json.dumps({**answer, "left_out": left_out}))
         return
-    predicted = info.config.denoiser.parameterization
-    typer.echo(f"{imported.network.class_name}: samples {list(info.image_shape)}, predicts {predicted}")
+    typer.echo(f"{network}: samples {list(info.image_shape)}, predicts {info.config.denoiser.parameterization}")
     typer.echo(f"process {info.config.process}")
-    for key in imported.noise.left_out:
-        typer.echo(f"left out: {key} of its scheduler, which changes samples and is not of the model")
+    for line in left_out:
+        typer.echo(f"left out: {line}")
     typer.echo(f"takes {info.takes}")
-    typer.echo(f"next: scoreray sample {out} --count 64 --out samples")
+    code = "".join(f" --with {entry}" for entry in brought())
+    typer.echo(f"next: scoreray sample {out}{code} --count 64 --out samples")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

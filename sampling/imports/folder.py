@@ -47,9 +47,9 @@ class PretrainedFolder:
         root = Path(folder)
         if not root.is_dir():
             raise UserError(f"{folder}: no such folder; give one that save_pretrained of diffusers wrote")
-        index = _json(root / "model_index.json")
+        index = read_json(root / "model_index.json")
         path = next((root / name for name in COMPONENTS if name in index and (root / name).is_dir()), root)
-        config = _json(path / "config.json")
+        config = read_json(path / "config.json")
         if not config:
             raise UserError(f"{folder}: has no {path.name}/config.json beside model_index.json" if index else
                             f"{folder}: has neither model_index.json nor config.json; give a folder that "
@@ -64,7 +64,7 @@ class PretrainedFolder:
             name,
             {key: value for key, value in config.items() if not key.startswith("_")},
             _scheduler(root, scheduler),
-            _json(root / "vae" / "config.json"),
+            read_json(root / "vae" / "config.json"),
             _classes(root, index.get("id2label") or {}),
         )
 
@@ -85,7 +85,7 @@ class PretrainedFolder:
         ) as error:  # the library raises what its readers raise: OSError, SafetensorError, ValueError, ...
             reason = shortened(" ".join(str(error).split()), 300)
             raise DataError(f"{self.path}: {self.class_name} of diffusers can't load it: {reason}") from None
-        wrong = [_listed(what, info[key]) for key, what in LOADING_INFO.items() if info[key]]
+        wrong = [listed(what, info[key]) for key, what in LOADING_INFO.items() if info[key]]
         if wrong:
             raise DataError(f"{self.path}: weights and config.json do not fit: {'; '.join(wrong)}")
         return network.state_dict()
@@ -95,12 +95,10 @@ class PretrainedFolder:
         files = sorted(file.name for file in self.path.iterdir())
         found = [name for name in files if name.endswith(".safetensors")]
         if not found:
-            pickles = [name for name in files if name.endswith(PICKLES)]
+            for name in files:
+                refuse_pickle(self.path / name)
             raise UserError(
-                f"{self.path / pickles[0]}: is a pickle, which can run code when it is read, and is refused; where you "
-                "trust it, write it as safetensors (docs/pretrained.md has the line that does)"
-                if pickles
-                else f"{self.path}: has config.json but no weights; diffusion_pytorch_model.safetensors belongs there"
+                f"{self.path}: has config.json but no weights; diffusion_pytorch_model.safetensors belongs there"
             )
         variants = {name.removeprefix("diffusion_pytorch_model").removesuffix(".safetensors") for name in found}
         plain = [text for text in variants if not text or text.startswith("-")]  # -00001-of-00002: a part of many
@@ -113,15 +111,24 @@ class PretrainedFolder:
         return named[0]
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raises UserError for a file that is named as one, whatever is in it."""
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path}: is a pickle, which can run code when it is read, and is refused; where you trust it, write it as "
+            "safetensors (docs/pretrained.md has the lines that do)"
+        )
+
+
 def _scheduler(root: Path, given: str | None) -> dict[str, Any]:
     if given is not None:
         path = Path(given)
         path = path / "scheduler_config.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"--scheduler {given}: no such file; give a scheduler_config.json")
-        return _json(path)
+        return read_json(path)
     places = (root / "scheduler", root, root.parent / "scheduler")  # the last: of a pipeline whose unet/ was given
-    return next((found for place in places if (found := _json(place / "scheduler_config.json"))), {})
+    return next((found for place in places if (found := read_json(place / "scheduler_config.json"))), {})
 
 
 def _classes(root: Path, id2label: Any) -> dict[int, str]:
@@ -131,7 +138,7 @@ def _classes(root: Path, id2label: Any) -> dict[int, str]:
         raise DataError(f"{root / 'model_index.json'}: id2label does not name classes by number") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Empty where there is no such file. Raises DataError."""
     try:
         found = json.loads(path.read_bytes())
@@ -144,7 +151,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _listed(what: str, found: Sequence[str | tuple[Any, ...]]) -> str:
+def listed(what: str, found: Sequence[str | tuple[Any, ...]]) -> str:
     """found: names of tensors, or (name, shape in the file, shape in the network)."""
     names = sorted(one if isinstance(one, str) else str(one[0]) for one in found)
     more = f", ... ({len(names):,} in all)" if len(names) > MOST_LISTED else ""

@@ -75,7 +75,7 @@ def import_diffusers(folder: str, out: str, options: ImportOptions = ImportOptio
     built = on_meta(lambda: network.build(shape, conditions))  # before weights are read: do sizes and conditions fit?
     weights = found.weights()
     config = load_config({
-        "run": {"name": _run_name(folder), "storage": "imported"},
+        "run": {"name": run_name(folder), "storage": "imported"},
         "data": {"url": folder, "conditions": {name: {"kind": spec.kind} for name, spec in conditions.items()}},
         "process": asdict(noise.process),
         "network": asdict(network),
@@ -174,6 +174,6 @@ def _target(found: PretrainedFolder, shape: tuple[int, int, int]) -> TargetField
     return TargetField("latent", "array", "float32", normaliser)
 
 
-def _run_name(folder: str) -> str:
-    """The folder's own name, as far as a run may have it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder).resolve().name).strip("._-")[:100] or "imported"
+def run_name(path: str) -> str:
+    """The name of a folder or file, as far as a run may have it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).resolve().name).strip("._-")[:100] or "imported"

@@ -22,6 +22,7 @@ from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.ladder import Conditioning, OnLadder, geometric_ladder
 from scoreray.trainer.networks.mlp import MLPConfig
+from scoreray.trainer.networks.preconditioned import PreconditionedNetworkConfig
 from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig
 from scoreray.trainer.networks.unet import UNetConfig
 
@@ -52,7 +53,14 @@ class LadderNetworkConfig(BaseNetworkConfig):
         return OnLadder(build_network(self.network, image_shape, conditions), sigmas, self.conditioning)
 
 
-NetworkConfig = SingleNetworkConfig | LadderNetworkConfig | RBMConfig | GaussianRBMConfig | DiffusersNetworkConfig
+NetworkConfig = (
+    SingleNetworkConfig
+    | LadderNetworkConfig
+    | RBMConfig
+    | GaussianRBMConfig
+    | DiffusersNetworkConfig
+    | PreconditionedNetworkConfig
+)
 AnyNetwork = Annotated[NetworkConfig, OWN_NETWORK]
 """The type of a config's `network` section: one of ours, or somebody else's."""
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.doctor.examine import examine
+from scoreray.data.own_code import bring
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import LoadedMachine, load_model
@@ -43,6 +44,12 @@ DIFFUSERS = {
     },
     "null_class": 10,
 }
+PRECONDITIONED = {
+    "kind": "preconditioned",
+    "module": "scoreray_tiny_network:make",
+    "arguments": {},
+    "num_classes": 10,
+}
 SECTIONS: dict[str, dict[str, Any]] = {
     "unet": {"network": UNET},
     "dit": {"network": {"kind": "dit", "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}},
@@ -50,9 +57,33 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "ladder": {"network": {"kind": "ladder", "num_levels": 7, "network": UNET}},
     "ladder without codes": {"network": {"kind": "ladder", "num_levels": 7, "conditioning": "none", "network": MLP}},
     "diffusers": {"network": DIFFUSERS, "denoiser": {"parameterization": "noise", "sigma_data": 1.0}},
+    "preconditioned": {"network": PRECONDITIONED},
     "rbm": {"network": {"kind": "rbm", "num_hidden": 8}, "objective": GIBBS},
     "gaussian_rbm": {"network": {"kind": "gaussian_rbm", "num_hidden": 8}, "objective": GIBBS},
 }
+
+
+OWN_NETWORK = """
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, c_noise, class_labels):
+        return self.layer(x)
+
+make = Network
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_network(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Code of somebody else's, for the kinds that need some."""
+    file = tmp_path_factory.mktemp("code") / "scoreray_tiny_network.py"
+    file.write_text(OWN_NETWORK)
+    bring([str(file)])
 
 
 def test_every_kind_of_network_is_tested() -> None:
