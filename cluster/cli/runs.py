@@ -106,11 +106,18 @@ def tune(
 
 def status(
     url: Annotated[str, typer.Argument(metavar="URL", help="A run, a checkpoint, or an exported model.")],
+    print_config: Annotated[bool, typer.Option(help="Print the config that it was trained with, and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what is committed of a run, or what a model is: images seen, averages, conditions, what it began from."""
     from scoreray.cluster.verbs.status import status_of
 
+    if print_config:
+        from scoreray.trainer.checkpoints.stored_model import find_model
+        from scoreray.trainer.config import dump_config
+
+        typer.echo(dump_config(find_model(url).config), nl=False)
+        return
     found = status_of(url)
     typer.echo(json.dumps(found.answer()) if as_json else found.text())
 

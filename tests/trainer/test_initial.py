@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from scoreray.cluster.doctor.examine import initial
 from scoreray.cluster.verbs.status import status_of
 from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
@@ -20,15 +21,19 @@ from scoreray.sampling.model.load import load
 from scoreray.trainer import loop
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.exported import find_exported
+from scoreray.trainer.checkpoints.posthoc import Mix, reconstruct
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.config.sections import InitSection
+from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.diffusion.condition_shapes import example_condition
-from scoreray.trainer.initial import Growth, begin
+from scoreray.trainer.initial import Growth, InitialWeights, _of_classes, _of_grids, begin
 from scoreray.trainer.loop import train
 from scoreray.trainer.optim.fragments import MASTER
 from scoreray.trainer.prepare import check_run, prepare_run
 from scoreray.trainer.run_data import open_run_data
 from scoreray.trainer.run_folder import run_store
+from scoreray.tune.load import check_sweep, load_sweep
 
 SmallRun = Callable[..., dict[str, Any]]
 SMALL_TEXT = {"hidden_size": 8, "depth": 1, "num_heads": 2}
@@ -147,9 +152,15 @@ def test_further_channels_are_neither_read_nor_written(base: Config, tmp_path: P
 
 
 def test_grown_tensors_take_entries_by_name() -> None:
+    """Of classes in another order, and of grids, each of which has its channels and one more, two entries a channel."""
     stored = torch.arange(6.0).view(3, 2)
     assert Growth(0, (0, 2, 0)).apply(stored).tolist() == [[0, 1], [4, 5], [0, 1]]
     assert Growth(1, (-1, 1, 0)).apply(stored).tolist() == [[0, 1, 0], [0, 3, 2], [0, 5, 4]]
+    two, one = ConditionSpec("concat", (2, 4, 4)), ConditionSpec("concat", (1, 4, 4))
+    assert _of_grids(10, {"b": one}, {"a": two, "b": one}) == Growth(1, (*(-1,) * 6, 0, 1, 2, 3))
+    found = InitialWeights()
+    assert _of_classes(found, "label", ["cat", "dog"], ["eel", "dog"]) == Growth(0, (0, 0, 2))
+    assert (found.notes, found.misfits) == (["classes of 'label': eel"], ["the data lack classes of 'label': cat"])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +191,9 @@ def test_what_does_not_fit_is_one_line(
     assert line.startswith("init.checkpoint: ")
     assert all(message in line for message in messages), line
     assert len(line) < 2000
+    config = on(base, tmp_path, *overrides)
+    (finding,) = initial(config, run_fields(config.data, open_run_data(config)))
+    assert (finding.state, finding.text) == ("problem", line)
 
 
 def test_not_strict_takes_what_fits_and_lists_the_rest(base: Config, tmp_path: Path) -> None:
@@ -227,6 +241,22 @@ def test_the_lineage_is_kept_and_init_is_read_once(base: Config, small_set: str,
     assert json.dumps(status.answer())
 
 
+def test_a_sweep_searches_what_runs_begin_from(base: Config, small_set: str, tmp_path: Path) -> None:
+    sweep = {
+        "study": {"name": "s", "storage": str(tmp_path)},
+        "base": on(base, tmp_path).model_dump(mode="json"),
+        "metric": {"reference": small_set},
+        "space": {"init.ema": {"choice": [0.05, "weights"]}, "optimizer.frozen": {"choice": [[], ["middle.*"]]}},
+    }
+    plan = load_sweep(sweep)
+    check_sweep(plan)
+    assert plan.config({"init.ema": 0.05}).init == InitSection(checkpoint=run_store(base).url(), ema="0.05")
+    with pytest.raises(UserError, match=r"^space: at init\.ema=0\.2: init\.checkpoint: EMA length '0\.2'"):
+        check_sweep(load_sweep({**sweep, "space": {"init.ema": {"choice": [0.2, "weights"]}}}))
+    with pytest.raises(UserError, match=r"init\.checkpoint: missing"):
+        load_sweep(sweep, ["base.init=null"])
+
+
 def test_sigma_data_auto_is_that_of_the_weights(base: Config, tmp_path: Path) -> None:
     prepared = prepare_run(on(base, tmp_path, "denoiser.sigma_data=auto"))
     assert prepared.config.denoiser.sigma_data == 0.5
@@ -244,6 +274,7 @@ def test_frozen_parameters_stay_and_are_whole_in_checkpoints(base: Config, tmp_p
         train(prepare_run(config).config)
         newest = latest(run_store(config))
         assert newest is not None
+        mixed = reconstruct(newest, Mix([(newest, {"ema_0.050": 0.5, "ema_0.100": 0.6})], 0.0))
         keys = {key for file in newest.marker.files for key in tensors_of(newest, file)}
         assert {key.partition("/")[0] for key in keys if "conv_in" in key} == {MASTER}
         before, after, average = stored.full_state("ema_0.050"), newest.full_state(), newest.full_state("ema_0.050")
@@ -251,6 +282,7 @@ def test_frozen_parameters_stay_and_are_whole_in_checkpoints(base: Config, tmp_p
             changed = name.startswith("denoiser.network.embedding.")
             assert torch.equal(after[name], values) is not changed, name
             assert changed or torch.equal(average[name], values), name
+            assert changed or torch.equal(mixed[name], values), name  # whatever factors of averages add up to
         assert status_of(run_store(config).url()).frozen == [n for n in before if ".embedding." not in n]
 
 

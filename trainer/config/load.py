@@ -134,7 +134,9 @@ def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
     *path, leaf = key.split(".")
     section = raw
     for part in path:
-        child = section.setdefault(part, {})
+        if section.get(part) is None:  # also a section that is left out by null
+            section[part] = {}
+        child = section[part]
         if not isinstance(child, dict):
             raise UserError(f"{name}: {part} is {shortened(repr(child))}, not a section")
         section = child
