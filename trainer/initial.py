@@ -25,7 +25,8 @@ from scoreray.trainer.diffusion.condition import HAS_LENGTH, Conditions, Conditi
 from scoreray.trainer.engine import Engine
 from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.conditioning import GRID_IN, Conditioning
-from scoreray.trainer.optim.ema import RAW
+from scoreray.trainer.networks.network import build_network
+from scoreray.trainer.optim.ema import RAW, described_length
 from scoreray.trainer.optim.fragments import MASTER, Fragment
 from scoreray.trainer.ranks import from_rank_0
 
@@ -85,8 +86,8 @@ def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> In
     section, shape = config.init, model.page.image_shape
     assert section is not None
     try:
-        network = on_meta(lambda: config.network.build(fields.shape, fields.conditions))
-        before = on_meta(lambda: config.network.build(shape, model.conditions))  # with what the model knew
+        network = on_meta(lambda: build_network(config.network, fields.shape, fields.conditions))
+        before = on_meta(lambda: build_network(config.network, shape, model.conditions))  # with what the model knew
     except UserError as error:
         raise UserError(f"init.checkpoint: {model.url}: {error}") from None
     found = InitialWeights(misfits=_other_settings(model, config))
@@ -105,7 +106,7 @@ def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> In
 
 def begins_from(model: StoredModel, found: InitialWeights) -> str:
     """A line about a run that begins from a model."""
-    line = f"begins from {model.url} at {model.page.images_seen:,} images, EMA {model.ema}"
+    line = f"begins from {model.url} at {model.page.images_seen:,} images, {described_length(model.ema)}"
     line += f"; new: {', '.join(found.notes)}" if found.notes else ""
     return line + (f"; left out: {'; '.join(found.misfits)}" if found.misfits else "")
 

@@ -34,7 +34,8 @@ class Status:
         return asdict(self)
 
     def text(self) -> str:
-        lines = [self.url, f"  images      {self.images_seen:,} of {self.images_total:,}"]
+        total = f" of {self.images_total:,}" if self.committed_s is not None else ""
+        lines = [self.url, f"  images      {self.images_seen:,}{total}"]
         if self.committed_s is not None:
             age = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.committed_s))
             lines.append(f"  committed   {age} UTC, by {self.world_size} workers")

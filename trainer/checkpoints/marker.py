@@ -20,6 +20,7 @@ from scoreray.data.seal import read_sealed, sealed
 from scoreray.trainer.config import DataSection
 from scoreray.trainer.config.run_fields import TargetField, run_fields
 from scoreray.trainer.diffusion.condition import ConditionSpec
+from scoreray.trainer.optim.ema import described_length
 
 FORMAT = 2
 UNSEALED = 1  # the format before there were seals
@@ -66,7 +67,8 @@ class Origin:
     sha256: Sha256
 
     def text(self) -> str:
-        return f"{self.checkpoint} at {self.images_seen:,} images, EMA {self.ema}, SHA-256 {self.sha256[:12]}"
+        at = f"at {self.images_seen:,} images, {described_length(self.ema)}"
+        return f"{self.checkpoint} {at}, SHA-256 {self.sha256[:12]}"
 
 
 @dataclass(frozen=True)

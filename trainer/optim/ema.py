@@ -72,6 +72,11 @@ def name_of_std(std: float) -> str:
     return f"{std:.3f}"
 
 
+def described_length(length: str) -> str:
+    """As a person reads it."""
+    return "without averaging" if length == RAW else f"EMA {length}"
+
+
 def state_key(length: str) -> str:
     """Under which key a checkpoint stores the weights at a length."""
     return MASTER if length == RAW else f"ema_{length}"

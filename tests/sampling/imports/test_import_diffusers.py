@@ -25,8 +25,12 @@ from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.request import SampleRequest
+from scoreray.trainer import loop
+from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.process import DDPM, FlowMatching
+from scoreray.trainer.initial import begin
+from scoreray.trainer.prepare import prepare_run
 
 CLOSE = 1e-4
 FLOW_START = 1e6  # sigma / alpha in the place of infinity, with which flow matching begins
@@ -383,6 +387,24 @@ FILES: dict[str, Any] = {
     SCHEDULER: {"_class_name": "DDPMScheduler"},
     "model_index.json": {"unet": ["diffusers", "UNet2DModel"]},
 }
+
+
+def test_a_run_begins_from_an_imported_model(small_run: Any, small_set: str, tmp_path: Path) -> None:
+    """Bit by bit what it gives; a class more is another table in diffusers' network, and refused."""
+    from diffusers import DDPMScheduler
+
+    net = unet(in_channels=1, out_channels=1, num_class_embeds=3)
+    model = imported(tmp_path, saved(tmp_path, net, DDPMScheduler()))
+    config, init = model.info.config.model_dump(mode="json"), {"checkpoint": str(tmp_path / "model")}
+    settings = small_run("tuned", tmp_path, 16, **{key: config[key] for key in ("process", "network", "denoiser")})
+    run = prepare_run(load_config({**settings, "init": init}))
+    assert run.notes == (f"begins from {tmp_path / 'model'} at 0 images, without averaging",)
+    module, engine = loop._build(run.config, run.fields, 1, torch.device("cpu"), lambda line: None)
+    begin(run.config, run.fields, engine, module, 0, 1)
+    x, sigma, labels = noise(3, 1, 8, 8), torch.tensor([0.1, 1.0, 9.0]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        assert torch.equal(module.eval().denoiser(x, sigma, labels), model(x, sigma, labels))
+    assert loop.train(run.config) == 16
 
 
 @pytest.mark.parametrize(
