@@ -350,7 +350,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=5000, derandomize=True)
+@settings(max_examples=100, deadline=5000, derandomize=True)
 @given(data=st.data())
 def test_a_manifest_whose_fields_say_something_else_is_refused_or_describes_samples(
     data: st.DataObject, fields_set: str
