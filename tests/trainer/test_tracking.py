@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -243,11 +246,12 @@ def in_wandb(folder: Path) -> list[tuple[int, dict[str, float]]]:
     return found
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_each_record_once_over_restarts(
     small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each start writes a folder of the same run; what the one before wrote is not in it."""
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb").teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     notes: list[str] = []
@@ -269,22 +273,100 @@ def test_wandb_offline_has_each_record_once_over_restarts(
     assert points[0][0][1]["_timestamp"] == pytest.approx(records[0].time)
 
 
-def test_a_wandb_that_is_away_costs_a_line(
+class StandInForWandb(BaseHTTPRequestHandler):
+    """What the package asks of a server to make a run, find how far it has come, and send it history."""
+
+    history: ClassVar[list[dict[str, Any]]]
+    runs: ClassVar[list[str]]
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer({})
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("/graphql"):
+            self._answer({"data": self._graphql(json.loads(data))})
+            return
+        if self.path.endswith("/file_stream"):
+            data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+            sent = (json.loads(data).get("files") or {}).get("wandb-history.jsonl")
+            if sent is not None:
+                assert sent["offset"] == len(self.history)
+                self.history.extend(json.loads(line) for line in sent["content"])
+        self._answer({})
+
+    def _answer(self, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _graphql(self, body: dict[str, Any]) -> Any:
+        query, given = body["query"], body.get("variables") or {}
+        project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "team"}}
+        bucket = {"id": "b", "name": given.get("name"), "project": project, "config": "{}"}
+        bucket["historyLineCount"] = len(self.history)
+        if "viewer" in query:
+            return {"viewer": {"id": "u", "entity": "team", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        if "upsertBucket" in query:
+            new = given["name"] not in self.runs
+            self.runs.extend([given["name"]] * new)
+            return {"upsertBucket": {"bucket": bucket, "inserted": new}}
+        if "RunResumeStatus" in query:
+            tail = json.dumps([json.dumps(one) for one in self.history[-1:]])
+            lines = {"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "historyTail": tail}
+            known = {**bucket, **lines, "summaryMetrics": "{}", "wandbConfig": '{"t": 1}', "tags": []}
+            return {"model": {**project, "bucket": known if given["name"] in self.runs else None}}
+        if "createRunFiles" in query:
+            url = f"http://127.0.0.1:{self.server.server_port}/"  # type: ignore[attr-defined]
+            files = [{"name": name, "uploadUrl": url + name} for name in given["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        return {}
+
+
+def test_wandb_has_each_record_once_over_restarts_and_servers_that_are_away(
     small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    """By the package itself: stopped, then without a server, which costs a line, then resumed in the same run."""
+    package = pytest.importorskip("wandb")
     with pytest.raises(UserError, match=r"log\.wandb: 'a/b/c' is not accepted; it should be a project, or entity/"):
         config(small_run, tmp_path, None, "log.wandb=a/b/c")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb, "OPEN_S", 1.0)
+    StandInForWandb.history, StandInForWandb.runs = [], []
     notes: list[str] = []
-    c = config(small_run, tmp_path, None, "log.wandb=project")
-    with socket.socket() as taken:  # bound and not listening: connections are refused
-        taken.bind(("127.0.0.1", 0))
+    c = config(small_run, tmp_path, None, "log.wandb=team/project")
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandInForWandb) as server, socket.socket() as taken:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        package.teardown()  # a process reads its settings once
+        with pytest.raises(KeyboardInterrupt), tracked(c, notes.append):
+            interrupted(c)
+        assert not notes
+        assert [one["_step"] for one in StandInForWandb.history] == [one.images for one in read_metrics(run_store(c))]
+
+        taken.bind(("127.0.0.1", 0))  # and not listening: connections are refused
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        package.teardown()
+        with monkeypatch.context() as impatient, tracked(c, notes.append):
+            impatient.setattr(wandb, "OPEN_S", 1.0)
+            train(c, requested=stop_after(96))
+        (line,) = notes
+        assert line.startswith("log.wandb: team/project: ")
+        assert "training goes on" in line
+
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        package.teardown()  # a process reads its settings once
         with tracked(c, notes.append):
-            train(c, requested=stop_after(48))
-    (line,) = notes
-    assert line.startswith("log.wandb: project: ")
-    assert "training goes on" in line
+            train(c)
+        server.shutdown()
+    assert len(notes) == 1
+    assert len(StandInForWandb.runs) == 1
+    assert [(one["_step"], one["train/loss"]) for one in StandInForWandb.history] == [
+        (record.images, pytest.approx(record.loss)) for record in read_metrics(run_store(c))
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 import uuid
@@ -26,6 +27,7 @@ from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.tracking.base import Ending
 
 KEY = "wandb.json"
+ITS_OWN_METRICS = "opentelemetry.exporter.otlp.proto.http.metric_exporter"  # a warning each time the server is away
 OPEN_S, CLOSE_S = 20.0, 10.0  # for the server to answer, and to take what is left; the rest by the same command later
 
 
@@ -55,6 +57,7 @@ class WandbTracker:
     def open(self) -> int:
         import wandb
 
+        logging.getLogger(ITS_OWN_METRICS).setLevel(logging.CRITICAL)
         offline = os.environ.get("WANDB_MODE", "online") != "online"
         if not offline and not wandb.login(prompt=False, timeout=int(OPEN_S)):
             raise UserError("no credentials; set WANDB_API_KEY, or WANDB_MODE=offline")
