@@ -102,6 +102,13 @@ class ModelManifest:
 
 
 @dataclass(frozen=True)
+class _TensorInHeader:
+    """What the header of a safetensors file says of a tensor, as far as it is read here."""
+
+    shape: list[Number] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class ExportedModel:
     """A folder that `export` wrote; `chosen`: the length of the file that the URL named, if it named one."""
 
@@ -127,7 +134,7 @@ class ExportedModel:
             header = _HEADER.validate_json(self.store.get(file, 8, 8 + size) if size <= LARGEST_HEADER else b"")
         except ValidationError:
             raise DataError(f"{self.store.url(file)}: not a safetensors file: its header can't be read") from None
-        return {key.removeprefix(prefix): about["shape"] for key, about in header.items() if key != "__metadata__"}
+        return {key.removeprefix(prefix): about.shape for key, about in header.items() if key != "__metadata__"}
 
     def restore(self, name: str, fragments: Iterable[Fragment]) -> None:
         """Write the weights at a length into every tensor of `fragments`, which are named as in the training module."""
@@ -173,4 +180,4 @@ def find_exported(url: str) -> ExportedModel | None:
 
 
 _ADAPTER = TypeAdapter(ModelManifest)
-_HEADER = TypeAdapter(dict[str, dict[str, Any]])
+_HEADER = TypeAdapter(dict[str, _TensorInHeader])
