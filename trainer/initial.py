@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.checkpoints.exported import PREFIX
-from scoreray.trainer.checkpoints.marker import Origin
+from scoreray.trainer.checkpoints.marker import Ancestor
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.config import Config, leaves
 from scoreray.trainer.config.run_fields import RunFields
@@ -113,7 +113,7 @@ def begins_from(model: StoredModel, found: InitialWeights) -> str:
 
 def begin(
     config: Config, fields: RunFields, engine: Engine, module: nn.Module, rank: int, world_size: int
-) -> list[Origin]:
+) -> list[Ancestor]:
     """Makes the model that `init` names the run's first weights and averages; every rank calls it. Returns the run's
     lineage. Errors as of `find_initial` and `initial_weights`."""
     model = from_rank_0(find_initial(config) if rank == 0 else None, world_size)

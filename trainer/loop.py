@@ -21,7 +21,7 @@ from scoreray.data.reading.batches import Batch
 from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
-from scoreray.trainer.checkpoints.marker import DataSet, Marker, Origin
+from scoreray.trainer.checkpoints.marker import Ancestor, DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
@@ -202,7 +202,7 @@ def _marker(
     module: TrainingModule | MachineModule,
     engine: Engine,
     world_size: int,
-    lineage: list[Origin],
+    lineage: list[Ancestor],
 ) -> Marker:
     """What the markers of this start's checkpoints have in common."""
     return Marker(

@@ -9,7 +9,7 @@ from typing import Any
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.model.describe import describe
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
-from scoreray.trainer.checkpoints.marker import Origin
+from scoreray.trainer.checkpoints.marker import Ancestor
 from scoreray.trainer.records import read_metrics
 
 
@@ -28,7 +28,7 @@ class Status:
     loss: float | None = None
     world_size: int | None = None
     frozen: list[str] = field(default_factory=list)
-    lineage: list[Origin] = field(default_factory=list)
+    lineage: list[Ancestor] = field(default_factory=list)
 
     def answer(self) -> dict[str, Any]:
         return asdict(self)

@@ -28,7 +28,7 @@ from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.interface import check_key
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import verified_copy
-from scoreray.trainer.checkpoints.marker import Number, Origin, StoredFile
+from scoreray.trainer.checkpoints.marker import Ancestor, Number, StoredFile
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.fragments import Fragment
@@ -82,7 +82,7 @@ class ModelManifest:
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
     target: TargetField | None = None
     conditions: dict[str, ConditionSpec] | None = None
-    lineage: list[Origin] = field(default_factory=list)
+    lineage: list[Ancestor] = field(default_factory=list)
     own_code: dict[str, Sha256] = field(default_factory=dict)
 
     def to_json(self) -> bytes:

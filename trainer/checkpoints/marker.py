@@ -54,7 +54,7 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Ancestor:
     """A model that a run began from: where it was, which of its averages, and the SHA-256 of its marker or model.json.
 
     images_seen: by that model, in its own run."""
@@ -100,7 +100,7 @@ class Marker:
     target: TargetField | None = None
     conditions: dict[str, ConditionSpec] | None = None
     frozen: list[str] = field(default_factory=list)
-    lineage: list[Origin] = field(default_factory=list)
+    lineage: list[Ancestor] = field(default_factory=list)
     own_code: dict[str, Sha256] = field(default_factory=dict)
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 

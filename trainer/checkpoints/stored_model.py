@@ -16,7 +16,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.own_code import check_stored
 from scoreray.trainer.checkpoints.checkpoint import MARKER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.checkpoints.exported import MODEL_JSON, PREFIX, ExportedModel, ModelManifest, State, find_exported
-from scoreray.trainer.checkpoints.marker import Marker, Origin
+from scoreray.trainer.checkpoints.marker import Ancestor, Marker
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.condition import Conditions, class_condition
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
@@ -53,12 +53,12 @@ class StoredModel:
         hashes = sorted(about.sha256 for about in self.page.files.values())
         return hashlib.sha256(json.dumps([hashes, self.ema]).encode()).hexdigest()
 
-    def lineage(self) -> list[Origin]:
+    def lineage(self) -> list[Ancestor]:
         """Of a run that begins from it."""
         source = self.source
         key = MODEL_JSON if isinstance(source, ExportedModel) else f"{source.folder}/{MARKER}"
         digest = hashlib.sha256(source.store.get(key)).hexdigest()
-        return [Origin(self.url, self.ema, self.page.images_seen, digest), *self.page.lineage]
+        return [Ancestor(self.url, self.ema, self.page.images_seen, digest), *self.page.lineage]
 
     def shapes(self) -> Mapping[str, list[int]]:
         """Of the network's parameters by name (of an exported model, of its buffers too)."""
