@@ -186,8 +186,9 @@ def _growths(found: InitialWeights, before: Any, network: Any, old: Conditions, 
                 growths[outputs[0]] = _of_classes(found, name, old[name].classes, new[name].classes)
     found.notes += [f"condition '{name}' ({new[name].kind})" for name in new if name in added]
     tokens = [name for name, spec in old.items() if spec.kind in HAS_LENGTH and name in new and name not in added]
+    attended = any(name.endswith("null_token") for name, _ in network.named_parameters())
     for name in sorted(added):
-        if tokens and new[name].kind in HAS_LENGTH:
+        if tokens and attended and new[name].kind in HAS_LENGTH:
             found.notes.append(f"the null token of '{name}', which blocks attend to beside '{tokens[0]}'")
     grids = [{name: spec for name, spec in each.items() if spec.kind == "concat"} for each in (old, new)]
     for name, shape in _shapes(network).items():

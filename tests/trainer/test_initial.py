@@ -96,6 +96,20 @@ def test_new_conditions_change_no_bit(
         assert not fragment.tensors["exp_avg"].any()
 
 
+def test_tokens_beside_others_are_noted_where_blocks_attend_to_them(
+    small_run: SmallRun, conditioned_set: str, conditions: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their null token joins the others', so that the first output is not the other model's."""
+    for kind in ("dit", "mlp"):
+        data = {"url": conditioned_set, "global_batch_size": 16, "conditions": {"text": {}}}
+        base = trained(small_run(kind, tmp_path, 16, data=data, network=NETWORKS[kind]))
+        data["conditions"] = {"text": {}, "t5": conditions["t5"]}
+        settings = small_run("tuned", tmp_path, 16, data=data, network=NETWORKS[kind])
+        (note,) = check_run(load_config({**settings, "init": {"checkpoint": run_store(base).url()}})).notes
+        assert "; new: condition 't5' (sequence)" in note
+        assert ("the null token of 't5', which blocks attend to beside 'text'" in note) is (kind == "dit")
+
+
 def pictures(folder: Path, *shape: int, classes: int) -> str:
     folder.mkdir()
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
