@@ -1,7 +1,7 @@
 """A folder that diffusers' DiffusionPipeline.from_pretrained loads, and that every verb of ours takes as well.
 
 <out>/model_index.json                                       names the pipeline and its one component
-<out>/pipeline.py, denoiser/denoiser.py                      name the classes of `diffusers_pipeline.py`
+two Python files, pipeline and denoiser/denoiser             name the classes of `diffusers_pipeline.py`
 <out>/denoiser/config.json                                   what model.json says, for these
 <out>/denoiser/diffusion_pytorch_model.safetensors           the first EMA length; another one is a variant beside it,
 <out>/denoiser/diffusion_pytorch_model.ema-0_100.safetensors    from_pretrained(..., variant="ema-0_100")

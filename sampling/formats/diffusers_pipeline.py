@@ -1,6 +1,6 @@
 """A model of ours as diffusers loads it: its denoiser as a component, and a pipeline that draws by our samplers.
 
-An exported folder's pipeline.py and denoiser/denoiser.py name these two classes and hold nothing else, so what they do
+The two Python files of an exported folder name these two classes and hold nothing else, so what they do
 is that of the scoreray that is installed. The one module that imports diffusers when it is imported; none of ours does.
 """
 

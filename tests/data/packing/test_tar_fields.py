@@ -213,7 +213,7 @@ def test_a_name_that_no_sample_has_is_the_callers_mistake_and_a_sample_without_i
 
 def test_what_img2dataset_writes_is_packed_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its files: a tar, a parquet file of the same rows and counts for each shard; keys of shard and sample; JSON in
-    four spaces with the exif as text in it (img2dataset 1.45, `writer.py` and `downloader.py`)."""
+    four spaces with the exif as text in it (img2dataset 1.45, its writer and downloader)."""
     folder = tmp_path / "laion"
     folder.mkdir()
     for shard in range(2):

@@ -18,7 +18,7 @@ TOKEN = "hf_stand_in"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the Hub to commit a folder and to download it again."""
+    """The requests of huggingface_hub that commit a folder and download it again."""
 
     repositories: ClassVar[dict[str, dict[str, bytes]]]
     private: ClassVar[dict[str, bool]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,15 @@ def test_a_graph_that_gives_something_else_is_not_stored(
     monkeypatch.setattr(graphs, "_saved", lambda denoiser, path, format: (lambda inputs: inputs["x"] * torch.nan, ""))
     with pytest.raises(UserError, match="nan away"):
         exported(run, tmp_path / "out", "onnx")
+
+
+def test_a_missing_package_is_one_line_that_names_what_to_install(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(str(tmp_path / "run"), shape=(2,), classes=0, network=MLP)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"^--format onnx: its packages are not installed: pip install 'onnx>="):
+        exported(run, tmp_path / "out", "onnx")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"^hf://me/digits: needs the package huggingface_hub: pip install 'hugg"):
+        export_model(run, "hf://me/digits")
