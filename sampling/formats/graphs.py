@@ -6,7 +6,8 @@
 <out>/ema-0.050.pt2      the same for `torch.export.load(file).module()(x, sigma, {"condition_NAME": ..., ...})`
 <out>/denoiser.json      config, shapes, classes and each file's SHA-256, as in model.json; sealed, written last
 
-B is any number of rows. Each graph is run before it is stored, and compared with the denoiser that it was made of.
+B is any number of rows; up to 63 of diffusers' U-Nets. Each graph is run before it is stored, and compared with the
+denoiser that it was made of.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +35,13 @@ from scoreray.trainer.checkpoints.exported import ExportedFile, ModelManifest
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.condition_shapes import example_condition
 from scoreray.trainer.diffusion.denoiser import like
+from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
 DENOISER_JSON = "denoiser.json"
 ONNX, TORCH_EXPORT = "onnx", "torch-export"
 SUFFIXES = {ONNX: ".onnx", TORCH_EXPORT: ".pt2"}
 CHECKED_ROWS = (1, 3)
+DIFFUSERS_UNET_ROWS = 63  # its upsampling takes another path from 64 rows on, and a graph holds one
 TOLERANCE = 1e-3  # of a graph's denoised from ours, in units of sigma_data; what was seen is 1e-6
 
 Run = Callable[[dict[str, Tensor]], Tensor]
@@ -122,7 +126,9 @@ def _denoiser(model: ModelToExport, length: str, weights: dict[str, Tensor], for
 def _saved(denoiser: LoadedDenoiser, path: Path, format: str) -> tuple[Run, str]:
     """Exports and saves the graph; returns what runs the saved file, and by which name and version."""
     inputs = graph_inputs(denoiser, 2)
-    rows = torch.export.Dim("batch")
+    network = denoiser.info.config.network
+    upsamples = isinstance(network, DiffusersNetworkConfig) and network.class_name.startswith("UNet")
+    rows = torch.export.Dim("batch", max=DIFFUSERS_UNET_ROWS if upsamples else None)
     shapes = ({0: rows}, {0: rows}, {name: {0: rows} for name in list(inputs)[2:]})
     args = _arguments(inputs)
     try:
@@ -185,6 +191,8 @@ def _difference(denoiser: LoadedDenoiser, run: Run, format: str) -> float:
 
 
 def _cant(denoiser: LoadedDenoiser, format: str, error: Exception) -> str:
+    while error.__cause__ is not None:  # the exporters wrap the one line that says what they don't know
+        error = cast(Exception, error.__cause__)
     first = next(iter(str(error).strip().splitlines()), "")
     kind = denoiser.info.config.network.kind
     return f"network.kind '{kind}' can't be exported as {format}: {type(error).__name__}: {shortened(first, 200)}"

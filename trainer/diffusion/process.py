@@ -145,7 +145,7 @@ class DDPM(GaussianProcess):
     def _time_of(self, ratio: Tensor) -> Tensor:
         exponent = torch.log1p(ratio**2)
         table = _ddpm_table(self, ratio.device)
-        step = (torch.searchsorted(table, exponent.contiguous(), right=True) - 1).clamp(0, self.num_steps - 1)
+        step = (torch.bucketize(exponent.contiguous(), table, right=True) - 1).clamp(0, self.num_steps - 1)
         return (step + (exponent - table[step]) / (table[step + 1] - table[step])) / self.num_steps
 
 
