@@ -44,6 +44,10 @@ class PackFieldOptions:
         list[str] | None,
         typer.Option(metavar="NAME=HOW", help=f"What a run does with a field by default: {HOWS}."),
     ] = None
+    decoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXT=package.module:Name", help="A function of yours: a tar member's bytes to an array."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def pack(
     from scoreray.data.sources.field_options import parse_field_options
     from scoreray.data.yaml_text import parse_options
 
-    name_in_command(source)
+    name_in_command([source, *(word.partition("=")[2] for word in chosen.decoder or ())])
     if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
         check_folder(url, "URL")
     make_bucket(url)
@@ -130,7 +134,7 @@ def pack(
         name=made.name,
         image_size=read.image_size,
         image_format=read.image_format,
-        fields=parse_field_options(chosen.field or (), chosen.kind or (), chosen.normalise or ()),
+        fields=parse_field_options(chosen.field or (), chosen.kind or (), chosen.normalise or (), chosen.decoder or ()),
         source_options=parse_options(option or []),
         channels=read.channels,
         layout=read.layout,

@@ -135,15 +135,18 @@ class EvaluateOptions:
     metrics: Annotated[
         str,
         typer.Option(
-            help="Names with commas between, such as fid,kid,bpd; default: those that fit and are cheap. "
-            "docs/evaluation.md has all."
+            help="Names with commas between, such as fid,kid,bpd, or package.module:Name; default: those that fit and "
+            "are cheap. docs/evaluation.md has all."
         ),
     ] = ""
     out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = ""
     cache: Annotated[str, typer.Option(help="Extractors and reference features; default: cache/ in --out.")] = ""
     extractor: Annotated[
         str,
-        typer.Option(help="auto, classifier, identity, or a file: Inception-v3's weights, TorchScript (runs code)."),
+        typer.Option(
+            help="auto, classifier, identity, a file: Inception-v3's weights, TorchScript (runs code); or "
+            "package.module:Name."
+        ),
     ] = "auto"
     count: Annotated[int, typer.Option(help="Samples to draw.")] = 10_000
     reference_count: Annotated[int, typer.Option(help="Samples of the reference, evenly over it.")] = 50_000

@@ -107,6 +107,7 @@ def tune(
 def status(
     url: Annotated[str, typer.Argument(metavar="URL", help="A run, a checkpoint, or an exported model.")],
     print_config: Annotated[bool, typer.Option(help="Print the config that it was trained with, and stop.")] = False,
+    with_: With = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what is committed of a run, or what a model is: images seen, averages, conditions, what it began from."""

@@ -53,7 +53,10 @@ class WalkOptions:
 
     sampler: Annotated[
         str | None,
-        typer.Option(help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs. Default: what fits the model."),
+        typer.Option(
+            help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs; package.module:Name. Default: what fits "
+            "the model."
+        ),
     ] = None
     steps: Annotated[
         int | None, typer.Option(help="Noise levels, 18 for heun; sweeps of gibbs, 1000 by default.", min=1)

@@ -101,7 +101,7 @@ def pack(
     where = None if own else local_path(source)
     given = [ENCODING, str(source) if where is None else os.path.abspath(where), asdict(options), name,
              samples_per_shard, shard_bytes, image_format, seed]  # fmt: skip
-    given += [asdict(fields)] if fields else []
+    given += [_as_given(fields)] if fields else []
     given += [dict(source_options)] if source_options else []
     origin = hashlib.sha256(json.dumps(given).encode(errors="surrogateescape")).hexdigest()
     if own:
@@ -115,6 +115,8 @@ def pack(
                 raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
             plan = _plan_of_tars(tars, url, name, options, fields, image_format, skip_bad > 0)
             return carry_out(replace(plan, origin=origin), **how)
+        if fields.decoders:
+            raise UserError(f"--decoder {fields.decoders[0]}: is for members of tars, and {source} holds none")
         opened = open_table(source, options, fields) or open_source(source, options)
     opened.check_readable(skip_bad)
     chosen = "npy" if is_plain(opened.fields) and opened.fields[0].kind == "array" else image_format or "png"
@@ -127,6 +129,15 @@ def pack(
     return carry_out(made, **how)
 
 
+def _as_given(fields: FieldOptions) -> dict[str, Any]:
+    """Without the decoders that there are not, so that packs of earlier versions are recognised."""
+    page = asdict(fields)
+    for one in page["fields"]:
+        if not one["decoder"]:
+            del one["decoder"]
+    return page
+
+
 def _plan_of_tars(
     tars: Tars, url: str | Path, name: str | None, options: SourceOptions, fields: FieldOptions,
     image_format: str | None, skips_bad: bool,
@@ -134,7 +145,8 @@ def _plan_of_tars(
     """Tars are indexed where they are, or made into new ones."""
     fields = of_extensions(fields)
     as_they_are = options.image_size is None and image_format is None and options.channels is None
-    if as_they_are and (not fields or open_store(url).url() == tars.url):
+    in_place = not fields or (open_store(url).url() == tars.url and not fields.decoders)
+    if as_they_are and in_place:
         return plan_tars(tars, url, name, options, fields, skips_bad)
     made = None if as_they_are else image_format or "png"
     return plan_repack(tars, url, name, options, fields, made, skips_bad)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, is_plain
+from scoreray.data.own_code import code_hash
 from scoreray.data.packing.index_tars import Tars
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.shards import ENCODING, ShardWriter, stored_fields
@@ -71,12 +72,17 @@ class RepackPlan:
         plain = is_plain(self.reads.fields)
         what = self.reads.fields[0].shape if plain else [asdict(field) for field in self.reads.fields]
         parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), what, asdict(self.options),
-                 self.image_format]  # fmt: skip
+                 self.image_format, *self._code()]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def inputs(self, number: int) -> str:
         key = self.tars[number][0]
-        return digest_of({key: f"{self.marks[key]} {marks_of(self.reads.fields)}"})
+        return digest_of({key: " ".join([self.marks[key], marks_of(self.reads.fields), *self._code()])})
+
+    def _code(self) -> list[str]:
+        """The names and hashes of somebody else's decoders."""
+        asked = [one.asked.decoder for one in self.reads.each if one.asked and one.asked.decoder]
+        return [text for kind in asked for text in (kind, code_hash(kind))]
 
     def total_samples(self, done: list[Shard]) -> int:
         read = sum(size for _, size in self.tars[: len(done)])

@@ -221,7 +221,8 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
         raise UserError(f"{option}: a path is within JSON; .{option.where} is none")
     members = [member_of(option, sample) for sample in samples]
     normalisation = option.normalisation or "none"
-    if (last in PICTURES and option.kind in (None, "image")) or option.kind == "image":
+    is_picture = last in PICTURES and option.kind is None and not option.decoder
+    if is_picture or option.kind == "image":
         (height, width, _), size = decoded(members[0])[0].shape, options.image_size
         shape = [3, size or height, size or width]
         return Field(option.name, "image", shape, "uint8", option.where, normalisation=normalisation)
@@ -235,7 +236,8 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
         raise UserError(f"{option}: holds {type(raws[0]).__name__}s; name what is in them: {option}.KEY")
     if found.normalisation != normalisation and found.kind in ("text", "json", "class"):
         raise UserError(f"--normalise {option.name}={normalisation}: a {found.kind} has no numbers to normalise")
-    return replace(found, member=option.where, path=option.path, normalisation=normalisation)
+    where = f"{option.where}.npy" if option.decoder else option.where
+    return replace(found, member=where, path=option.path, normalisation=normalisation)
 
 
 def _raws_of(option: FieldOption, members: Sequence[Member]) -> list[Any]:

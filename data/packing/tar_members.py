@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import FORMATS
+from scoreray.data.own_code import line_of, load
 from scoreray.data.packing.tar_samples import PICTURES, TarSample
 from scoreray.data.reading.allowlist import JSON, LABELS, TEXTS, found_format, json_value
 from scoreray.data.reading.decode import decode_as_found, decode_class, npy_array
@@ -29,7 +31,22 @@ def member_of(option: FieldOption, sample: TarSample) -> Member:
     if option.where not in sample.members:
         known = nearest(option.where, sample.members)
         raise DataError(f"byte {sample.offset}: sample '{sample.key}' has no .{option.where} ({option}); {known}")
-    return sample.members[option.where]
+    member = sample.members[option.where]
+    return _as_npy(option.decoder, member) if option.decoder else member
+
+
+def _as_npy(decoder: str, member: Member) -> Member:
+    """The member as an .npy of what somebody else's function makes of its bytes. Raises DataError naming it."""
+    function = load(decoder, "--decoder")
+    try:
+        array = np.asarray(function(member.data))
+    except Exception as error:  # the code is somebody else's
+        raise DataError(f"{member.place}: --decoder {decoder}: {line_of(error)}") from error
+    if array.dtype.hasobject:
+        raise DataError(f"{member.place}: --decoder {decoder}: gave {array.dtype}; an array of numbers is needed")
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
+    return Member(f"{member.name}.npy", member.offset, out.getvalue())
 
 
 def own_value(member: Member) -> np.ndarray:
@@ -56,7 +73,7 @@ def picture_in_place(field: Field, member: Member) -> np.ndarray:
 
 def raw_of(option: FieldOption, member: Member) -> Any:
     """What a member, or a path in it, says: an array, number, text, list or dict; of numbers in JSON floats."""
-    last, kind = option.where.rpartition(".")[2], option.kind
+    last, kind = "npy" if option.decoder else option.where.rpartition(".")[2], option.kind
     if last == "npy":
         return named_member(member, npy_array, member.data)
     if last == JSON and kind != "text":

@@ -10,6 +10,7 @@ from typing import TypeVar
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.field import FIELD_KINDS, MAX_FIELDS, NAME, FieldKind
 from scoreray.data.fields.normalisation import NORMALISATIONS, Normalisation
+from scoreray.data.own_code import is_own
 
 T = TypeVar("T", bound=str)
 CLASS_NAMES = ("cls", "class", "label")
@@ -20,13 +21,16 @@ HOW = "NAME=WHERE or NAME=WHERE:PATH"
 @dataclass(frozen=True)
 class FieldOption:
     """One field to pack. where: a tar member's extension, a column, an array or a variable, as the source has them;
-    path: within a json value, "a.b".  kind: None finds it from the values.  normalisation: None stores "none"."""
+    path: within a json value, "a.b".  kind: None finds it from the values.  normalisation: None stores "none".
+    decoder: `package.module:Name`, somebody else's function that makes an array of a tar member's bytes; "" for none.
+    """
 
     name: str
     where: str
     path: str = ""
     kind: FieldKind | None = None
     normalisation: Normalisation | None = None
+    decoder: str = ""
 
     def __str__(self) -> str:
         """As it is given on the command line, for messages."""
@@ -44,6 +48,11 @@ class FieldOptions:
 
     def __bool__(self) -> bool:
         return bool(self.fields or self.kinds or self.normalisations)
+
+    @property
+    def decoders(self) -> list[str]:
+        """Names of somebody else's functions that members are read by."""
+        return [one.decoder for one in self.fields if one.decoder]
 
     def flag(self) -> str:
         """The first of them, as it is given on the command line."""
@@ -77,7 +86,10 @@ def option_for(where: str, word: str, taken: Iterable[str]) -> str:
 
 
 def parse_field_options(
-    fields: Sequence[str] = (), kinds: Sequence[str] = (), normalise: Sequence[str] = ()
+    fields: Sequence[str] = (),
+    kinds: Sequence[str] = (),
+    normalise: Sequence[str] = (),
+    decoders: Sequence[str] = (),
 ) -> FieldOptions:
     """From the command line's words. Raises UserError naming the first that is wrong."""
     found: dict[str, FieldOption] = {}
@@ -91,6 +103,14 @@ def parse_field_options(
         found[name] = FieldOption(name, where, path)
     if len(found) > MAX_FIELDS:
         raise UserError(f"--field: {len(found)} fields, at most {MAX_FIELDS} are accepted")
+    for word in decoders:
+        where, _, kind = word.partition("=")
+        where = where.lower().removeprefix(".")
+        wanted = [one for one in found.values() if one.where.lower().removeprefix(".") == where and not one.path]
+        if not is_own(kind) or not wanted:
+            needs = f"--field NAME={where}" if is_own(kind) else "EXT=package.module:Name"
+            raise UserError(f"--decoder {word}: {needs} is needed")
+        found |= {one.name: replace(one, decoder=kind) for one in wanted}
     kind_of = _by_name("--kind", kinds, FIELD_KINDS)
     normaliser_of = _by_name("--normalise", normalise, NORMALISATIONS)
     options = tuple(

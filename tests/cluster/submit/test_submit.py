@@ -408,3 +408,53 @@ def test_the_wheel_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert modules == {name for name in names if name.endswith(".py")}
     assert {name.count("/") for name in modules} == {2, 3}  # of sub-packages too
     assert len(content) < 3_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_own_code_reaches_jobs_and_the_workers_of_a_cluster_and_what_lacks_there_is_named(
+    head: tuple[int, str], tmp_path: Path
+) -> None:
+    """The example's package is nowhere on the cluster: it comes with a job, and by `runtime_env` to the workers of a
+    command that joins the cluster. A module that is on the driver's machine alone is one line with the worker's."""
+    port, token = head
+    example = Path(__file__).parents[3] / "examples" / "own-network"
+    packages = ["--with", str(example / "ringnet")]
+    data, storage = str(tmp_path / "rings"), f"run.storage={tmp_path / 'runs'}"
+    packed = run(port, token, "data", "pack", "ringnet.data:Rings", data, "--option", "count=64", *packages)
+    assert packed.returncode == 0, packed.stdout + packed.stderr
+    settings = [f"data.url={data}", storage, "duration.images=32", "network.width=8", "data.global_batch_size=16"]
+    trained = run(port, token, "train", str(example / "config.yaml"), *settings, *packages)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "trained to 32 images" in trained.stdout
+
+    _, environment = command(port, token)
+    environment["RAY_ADDRESS"] = f"127.0.0.1:{GCS[port]}"
+    line = [sys.executable, "-m", "scoreray.cluster.cli"]
+
+    def here(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*line, *words], env={**environment, **more}, capture_output=True, text=True, timeout=400
+        )  # fmt: skip
+
+    joined = here("train", str(example / "config.yaml"), *settings, "duration.images=64", *packages)
+    assert joined.returncode == 0, joined.stdout + joined.stderr
+    measured = here("evaluate", str(tmp_path / "runs" / "rings"), "--reference", data, "--metrics",
+                    "ringnet.measures:radius_error", "--count", "32", "--workers", "1", *packages)  # fmt: skip
+    assert measured.returncode == 0, measured.stdout + measured.stderr
+    assert "ringnet.measures:radius_error" in measured.stdout
+
+    only_here = {
+        "PYTHONPATH": str(example)
+    }  # found by its name on this machine, which the cluster's workers do not have
+    lacking = here(
+        "train", str(example / "config.yaml"), *settings, "run.name=lacking", "--with", "ringnet", **only_here
+    )
+    assert lacking.returncode == 2, lacking.stdout + lacking.stderr
+    (reason,) = [one for one in lacking.stderr.splitlines() if "can't be imported on" in one]
+    assert "No module named 'ringnet'; looked in" in reason
+    again = ["evaluate", str(tmp_path / "runs" / "rings"), "--reference", data, "--metrics", "fid", "--count", "32"]
+    lacking = here(*again, "--workers", "1", "--with", "ringnet", **only_here)
+    assert lacking.returncode == 2, lacking.stdout + lacking.stderr
+    assert "Traceback" not in lacking.stderr
+    assert "No module named 'ringnet'" in lacking.stderr
