@@ -73,8 +73,7 @@ def model_card(page: ModelManifest, info: ModelInfo, usage: Usage, licence: str 
         "scoreray.sampling.formats/card.md",
         front_matter=yaml.safe_dump(front, sort_keys=False),
         title=_plain(config.run.name),
-        summary=f"A score-based generative model of {_target(info)}, trained with scoreray for {page.images_seen:,} "
-        "samples.",
+        summary=f"A score-based generative model of {_target(info)}, {_origin(page)}.",
         language=usage.language,
         usage=usage.lines,
         takes=_plain(info.takes, 1000),
@@ -165,6 +164,12 @@ def _kinds(info: ModelInfo) -> set[str]:
 def _target(info: ModelInfo) -> str:
     what = "pictures" if info.is_picture else "samples"
     return f"{what} of shape {list(info.image_shape)}"
+
+
+def _origin(page: ModelManifest) -> str:
+    if not page.images_seen:  # no run's: `scoreray import`
+        return f"imported from {_code(page.checkpoint)}"
+    return f"trained with scoreray for {page.images_seen:,} samples"
 
 
 def _classes(names: Sequence[str]) -> str:

@@ -161,6 +161,7 @@ def test_an_imported_model_goes_back_as_a_folder_of_diffusers_own(tmp_path: Path
         f'next: from diffusers import DiffusionPipeline\n      pipeline = DiffusionPipeline.from_pretrained("{out}")'
         in text
     )
+    assert f"imported from `{tmp_path / 'theirs'}`." in Path(out, "README.md").read_text()
     images = []
     for folder in (str(tmp_path / "theirs"), out):
         pipeline = DiffusionPipeline.from_pretrained(folder)
