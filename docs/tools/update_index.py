@@ -33,9 +33,10 @@ def files() -> dict[str, str]:
 def _tree() -> str:
     lines = []
     for folder in FOLDERS:
-        for room in rooms(folder):
-            name = f"{'' if room.name == folder else '  '}{room.name}/"
-            lines.append(f"    {name:17}{_first_line(room / '__init__.py')}")
+        home, *inner = rooms(folder)
+        lines.append(f"    {f'{folder}/':17}{_first_line(home / '__init__.py')}")
+        if inner:
+            lines.append(f"    {'':17}({', '.join(room.name for room in inner)})")
     return "\n".join(lines + [f"    {name:17}{what}" for name, what in OTHERS.items()])
 
 
