@@ -162,8 +162,24 @@ def _adapter(kind: str) -> TypeAdapter[dict[str, Any]]:
     return TypeAdapter(dict[str, config_class(kind)], config=CONFIG)  # type: ignore[misc, arg-type]
 
 
+class _Unavailable:
+    """What stands for a part's config in a process that can't import it: any use of it raises why."""
+
+    def __init__(self, reason: UserError) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._reason
+
+
 def _again(section: dict[str, Any], base: type) -> OwnPart:
-    return own_part(section, base)
+    """Unpickled. What is raised in here, Ray would report as a failure of its own, with a stack: so not here."""
+    try:
+        return own_part(section, base)
+    except UserError as error:
+        return OwnPart(section["kind"], _Unavailable(error), base)
 
 
 def _dumped(value: Any, ours: Any, info: SerializationInfo) -> Any:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from scoreray.data.errors import UserError
+from scoreray.data.own_code import gate, part
 from scoreray.data.reading.manifest import Manifest
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
 from scoreray.trainer.config.run_fields import run_fields
@@ -265,6 +266,22 @@ def test_own_process_weighting_noise_levels_and_objective_compute_what_ours_do(
     assert found.process.time(40.001).item() == pytest.approx(0.5, abs=1e-4)  # by bisection, as it names no inverse
     with pytest.raises(UserError, match=r"process: most 1000000000000\.0 make noise levels"):
         config(*theirs, "process.most=1e12")
+
+
+def test_a_process_that_lacks_the_code_says_so_where_the_part_is_used(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpickling itself does not fail: Ray would report that as a failure of its own."""
+    stored = pickle.dumps(config().network)
+    monkeypatch.setattr(gate, "_paths", {})
+    monkeypatch.setattr(gate, "_names", {})
+    for cached in (part.config_class, part._adapter):  # as in a process that has not imported it
+        cached.cache_clear()
+    found = pickle.loads(stored)
+    with pytest.raises(UserError, match=r"^kind 'theirs\.net:Net' is code of somebody else's"):
+        found.build((2,), {})
+    with pytest.raises(UserError, match=r"--with theirs"):
+        _ = found.is_machine
 
 
 def test_an_own_text_encoder_is_built_inside_ours(config: Callable[..., Config]) -> None:
