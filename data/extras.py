@@ -11,6 +11,7 @@ EXTRAS = {
     "arrays": ("zarr>=3", "h5py>=3.10"),
     "redis": ("redis>=5",),
     "diffusers": ("diffusers>=0.36", "transformers>=4.57"),
+    "lora": ("peft>=0.17",),
     "hub": ("huggingface_hub>=0.34",),
     "onnx": ("onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"),
     "otel": ("opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"),

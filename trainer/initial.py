@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import PREFIX
 from scoreray.trainer.checkpoints.marker import Ancestor
-from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
+from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base, find_model
 from scoreray.trainer.config import Config, leaves
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.buffers import state_buffers
@@ -25,6 +26,7 @@ from scoreray.trainer.diffusion.condition import HAS_LENGTH, Conditions, Conditi
 from scoreray.trainer.engine import Engine
 from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.conditioning import GRID_IN, Conditioning
+from scoreray.trainer.networks.lora import base_name
 from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.optim.ema import RAW, described_length
 from scoreray.trainer.optim.fragments import MASTER, Fragment
@@ -101,6 +103,12 @@ def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> In
         raise UserError(f"init.checkpoint: {model.url}: nothing of it fits this network: {listed}")
     if found.misfits and section.strict:
         raise UserError(f"init.checkpoint: {model.url} does not fit: {listed}; init.strict=false takes what fits")
+    if config.lora is not None and (found.grown or found.notes or found.misfits):
+        differing = "; ".join([*found.misfits, *found.notes]) or f"classes of {', '.join(model.conditions)} are others"
+        raise UserError(
+            f"lora: {model.url} has to fit as it is, as its weights are not trained: {differing}; train without lora, "
+            "or on data with its shape, conditions and classes"
+        )
     return found
 
 
@@ -112,11 +120,23 @@ def begins_from(model: StoredModel, found: InitialWeights) -> str:
 
 
 def begin(
-    config: Config, fields: RunFields, engine: Engine, module: nn.Module, rank: int, world_size: int
+    config: Config,
+    fields: RunFields,
+    engine: Engine,
+    module: nn.Module,
+    rank: int,
+    world_size: int,
+    lora: Checkpoint | None = None,
 ) -> list[Ancestor]:
     """Makes the model that `init` names the run's first weights and averages; every rank calls it. Returns the run's
-    lineage. Errors as of `find_initial` and `initial_weights`."""
-    model = from_rank_0(find_initial(config) if rank == 0 else None, world_size)
+    lineage. Errors as of `find_initial` and `initial_weights`.
+
+    lora: of a run that goes on, its checkpoint, without what it adapts: that is read again.
+    """
+    model = None
+    if rank == 0:
+        model = find_initial(config) if lora is None else find_base(lora.url, lora.marker)
+    model = from_rank_0(model, world_size)
     if model is None:
         return []
     found = initial_weights(model, config, fields)
@@ -144,10 +164,10 @@ def begin(
 
 
 def _masters(engine: Engine) -> Iterator[Fragment]:
-    """This rank's share of the network's masters, trained and frozen."""
+    """This rank's share of the network's masters, trained and frozen, with the names of a network without adapters."""
     for one in (*engine.fragments(), *engine.frozen_fragments()):
         if one.name.startswith(PREFIX):
-            yield replace(one, tensors={MASTER: one.tensors[MASTER]})
+            yield replace(one, name=base_name(one.name), tensors={MASTER: one.tensors[MASTER]})
 
 
 def _other_settings(model: StoredModel, config: Config) -> list[str]:

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -33,7 +32,7 @@ from scoreray.trainer.monitoring.meter import StepMeter
 from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
 from scoreray.trainer.monitoring.stopping import LoopRequest, NonFiniteError, Preempted
 from scoreray.trainer.monitoring.vote import Vote
-from scoreray.trainer.optim.fragments import parameter_shapes
+from scoreray.trainer.optim.fragments import Fragment, parameter_shapes
 from scoreray.trainer.prepare import as_begun
 from scoreray.trainer.quarantined import QuarantineLog
 from scoreray.trainer.ranks import from_all_ranks, from_rank_0
@@ -77,7 +76,9 @@ def train(
             images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
             skipped = checkpoint.marker.skipped_steps
             with span("train.restore", checkpoint=checkpoint.folder, images=images_seen), writer.while_reading():
-                checkpoint.restore(chain(engine.fragments(), engine.frozen_fragments()), module)
+                if checkpoint.marker.is_lora:
+                    begin(config, fields, engine, module, rank, world_size, checkpoint)
+                checkpoint.restore(_stored_fragments(config, engine), module)
             engine.publish(num_steps)
             lineage = checkpoint.marker.lineage
         else:
@@ -124,7 +125,7 @@ def train(
                 snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images)
                 writer.save(
                     replace(marker, images_seen=images_seen, num_steps=num_steps, skipped_steps=skipped),
-                    [*engine.fragments(), *engine.frozen_fragments()] if rank == 0 or not engine.replicated else [],
+                    _stored_fragments(config, engine) if rank == 0 or not engine.replicated else [],
                     module,
                     record_objects(images_seen, records, plots)
                     + unreadable.objects(images_seen)
@@ -170,6 +171,11 @@ def _build(
     return module, engine
 
 
+def _stored_fragments(config: Config, engine: Engine) -> list[Fragment]:
+    """What checkpoints hold of this rank: of a LoRA what is trained alone."""
+    return [*engine.fragments(), *(engine.frozen_fragments() if config.lora is None else ())]
+
+
 def _take_over(
     config: Config, data: RunData, run: Store, rank: int, world_size: int
 ) -> tuple[CheckpointWriter, Checkpoint | None]:
@@ -209,7 +215,7 @@ def _marker(
         images_seen=0,
         num_steps=0,
         config=config.model_dump(mode="json"),
-        shapes=parameter_shapes(module),
+        shapes=parameter_shapes(module, trained_only=config.lora is not None),
         state_keys=list(engine.optimizer.state_keys),
         files={},
         world_size=world_size,
@@ -218,7 +224,7 @@ def _marker(
         data=DataSet.of(data),
         target=fields.target,
         conditions=fields.conditions,
-        frozen=[name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+        frozen=[name for name, one in module.named_parameters() if not one.requires_grad and config.lora is None],
         lineage=lineage,
         own_code=code_hashes(config.model_dump(mode="json")),
     )

@@ -11,7 +11,7 @@ from scoreray.data.own_code import check_stored
 from scoreray.data.storage.store import Store
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
-from scoreray.trainer.checkpoints.stored_model import StoredModel
+from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
@@ -56,6 +56,8 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     if newest is not None:
         newest.check_data(data, config.data.url)
         check_stored(newest.marker.config, newest.marker.own_code, newest.url)
+        if newest.marker.is_lora:
+            find_base(newest.url, newest.marker)
     initial = find_initial(config) if newest is None else None
     notes = list(data.notes()) if isinstance(data, UnpackedTars) else []
     if initial is not None:

@@ -29,6 +29,7 @@ from scoreray.trainer.diffusion.objective import (
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
+from scoreray.trainer.networks.lora import add_adapters
 from scoreray.trainer.networks.network import build_network, freeze
 from scoreray.trainer.networks.rbm import BoltzmannMachine
 
@@ -202,6 +203,8 @@ def build_training_module(config: Config, fields: RunFields) -> TrainingModule |
     refuse(augmentation_mistakes(config.augmentation, fields.shape))
     network = build_network(config.network, fields.shape, fields.conditions)
     freeze(network, config.optimizer.frozen)
+    if config.lora is not None:
+        add_adapters(network, config.lora)
     shared: dict[str, Any] = {
         "seed": config.run.seed,
         "global_batch_size": config.data.global_batch_size,

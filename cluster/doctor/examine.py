@@ -246,6 +246,7 @@ def _fits(
 def _kept(config: Config, num_params: int, num_frozen: int) -> Finding:
     """Bytes that the run leaves in its storage."""
     k, checkpoint, images = len(config.ema.names), config.checkpoint, config.duration.images
+    num_frozen = 0 if config.lora is not None else num_frozen  # a LoRA's checkpoints hold its adapters alone
     each = num_params * 4 * (3 + k) + num_frozen * 4
     text = f"a checkpoint is {_gib(each)}, {checkpoint.keep} are kept"
     facts = {"checkpoint_bytes": each, "kept": checkpoint.keep, "snapshot_bytes": 0, "snapshots": 0}

@@ -10,6 +10,7 @@ from scoreray.data.storage.store import open_store
 from scoreray.sampling.model.describe import describe
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.marker import Ancestor
+from scoreray.trainer.networks.lora import LoRAConfig
 from scoreray.trainer.records import read_metrics
 
 
@@ -27,6 +28,7 @@ class Status:
     committed_s: float | None = None
     loss: float | None = None
     world_size: int | None = None
+    lora: LoRAConfig | None = None
     frozen: list[str] = field(default_factory=list)
     lineage: list[Ancestor] = field(default_factory=list)
 
@@ -43,6 +45,8 @@ class Status:
             lines.append(f"  loss        {self.loss:.4f}")
         lines.append(f"  averages    {', '.join(self.ema)}")
         lines.append(f"  samples     {'x'.join(map(str, self.shape))}, given {self.takes}")
+        if self.lora is not None:
+            lines.append(f"  LoRA        rank {self.lora.rank}, beside the model that it began from")
         if self.frozen:
             lines.append(f"  frozen      {len(self.frozen):,} tensors")
         lines += [f"  began from  {origin.text()}" for origin in self.lineage[:1]]
@@ -55,10 +59,10 @@ def status_of(url: str) -> Status:
     found = describe(url)
     info, stored = found.info, found.stored
     page = stored.page
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = {"lora": stored.config.lora}
     if isinstance(stored.source, Checkpoint):
         marker = stored.source.marker
-        about = {"committed_s": marker.time, "world_size": marker.world_size, "frozen": marker.frozen}
+        about |= {"committed_s": marker.time, "world_size": marker.world_size, "frozen": marker.frozen}
         run, of_run, _ = stored.url.rpartition(f"/{FOLDER}/")
         records = read_metrics(open_store(run), stored.source) if of_run else []
         about["loss"] = records[-1].loss if records else None

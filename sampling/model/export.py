@@ -21,7 +21,7 @@ from scoreray.trainer.checkpoints.exported import (
     ModelManifest,
     State,
 )
-from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model, of_network
+from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.config import Config
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored
@@ -68,7 +68,7 @@ def model_to_export(
     states, source = states or {}, stored.source
 
     def weights(name: str) -> State:
-        return of_network(states[name]()) if name in states else replace(stored, ema=name).weights()
+        return stored.whole(stored.named(states[name]())) if name in states else replace(stored, ema=name).weights()
 
     known: Sequence[str] = stored.lengths
     default: Sequence[str] = stored.lengths
@@ -82,6 +82,8 @@ def model_to_export(
             source.url, marker.images_seen, marker.image_shape, marker.classes, {}, marker.config,
             target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
         )  # fmt: skip
+    if stored.is_lora:  # merged into what it adapts
+        page = replace(page, config={**page.config, "lora": None})
     names = dict.fromkeys([choose_length(name, known, stored.url) for name in lengths] or default)
     return ModelToExport(page, stored.config, {name: partial(weights, name) for name in names})
 

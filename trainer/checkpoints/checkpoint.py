@@ -65,7 +65,8 @@ class Checkpoint:
         Raises DataError when a file is not what the marker says, and when the module's parameters or buffers are not
         those that were stored: one is missing, there is one more, or a shape differs.
         """
-        self._check_fit("parameter", parameter_shapes(module), self.marker.shapes)
+        shapes = parameter_shapes(module, trained_only=self.marker.is_lora)
+        self._check_fit("parameter", shapes, self.marker.shapes)
         with self._or_another():
             self._read(fragments)
             self._restore_buffers(module)

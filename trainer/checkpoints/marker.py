@@ -80,6 +80,7 @@ class Marker:
     time: when it was committed, seconds since 1970.  target, conditions: what is modelled, and what conditions it; None
     of earlier versions, which means the images as they are and the classes.  frozen: parameters that were not trained,
     of which only the master is stored.  lineage: what the run began from, what that began from, and so on.
+    Of a LoRA only what is trained is stored, and has its shape in `shapes`; what it adapts is the first of the lineage.
     own_code: SHA-256 of the code of each part of somebody else's that the config names.
     """
 
@@ -114,6 +115,11 @@ class Marker:
             for parameter, start, length in file.fragments:
                 if not length or start + length > sizes.get(parameter, 0):
                     raise ValueError(f"bad entry for file {name!r}: {parameter} has no [{start}, {start + length})")
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether only what is trained is stored: adapters of the model that the run began from."""
+        return self.config.get("lora") is not None
 
     @property
     def sigma_data(self) -> float:

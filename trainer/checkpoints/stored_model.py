@@ -19,6 +19,8 @@ from scoreray.trainer.checkpoints.exported import MODEL_JSON, PREFIX, ExportedMo
 from scoreray.trainer.checkpoints.marker import Ancestor, Marker
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.condition import Conditions, class_condition
+from scoreray.trainer.networks.lora import merged, stored_adapters
+from scoreray.trainer.networks.network import build_network
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored, state_key
 from scoreray.trainer.optim.fragments import Fragment
 
@@ -43,6 +45,11 @@ class StoredModel:
         return self.source.url
 
     @property
+    def is_lora(self) -> bool:
+        """Whether it holds adapters alone, of the model that is the first of its lineage."""
+        return self.config.lora is not None
+
+    @property
     def conditions(self) -> Conditions:
         """What its network was built for."""
         return conditions_of_page(self.page)
@@ -51,6 +58,7 @@ class StoredModel:
     def sha256(self) -> str:
         """One hash of the model: of all its files, and the length."""
         hashes = sorted(about.sha256 for about in self.page.files.values())
+        hashes += [origin.sha256 for origin in self.page.lineage[:1] if self.is_lora]
         return hashlib.sha256(json.dumps([hashes, self.ema]).encode()).hexdigest()
 
     def lineage(self) -> list[Ancestor]:
@@ -62,6 +70,8 @@ class StoredModel:
 
     def shapes(self) -> Mapping[str, list[int]]:
         """Of the network's parameters by name (of an exported model, of its buffers too)."""
+        if self.is_lora:
+            return find_base(self.url, self.page).shapes()
         if isinstance(self.source, ExportedModel):
             return self.source.shapes(self.ema)
         return of_network(self.source.marker.shapes)
@@ -69,6 +79,12 @@ class StoredModel:
     def restore(self, fragments: Iterable[Fragment]) -> None:
         """Write the network's weights at `ema` into the one tensor of each of `fragments`, any partition of some of its
         parameters, named as in the training module. Raises DataError (its bytes are not what was committed)."""
+        if self.is_lora:
+            state = {PREFIX + name: values.flatten() for name, values in self.weights().items()}
+            for one in fragments:
+                for into in one.tensors.values():
+                    into.copy_(state[one.name][one.start : one.start + one.length])
+            return
         if isinstance(self.source, ExportedModel):
             self.source.restore(self.ema, fragments)
             return
@@ -77,15 +93,35 @@ class StoredModel:
 
     def buffers(self) -> State:
         """Of the network, by name (of an exported model, its parameters too)."""
+        if self.is_lora:
+            return find_base(self.url, self.page).buffers()
         if isinstance(self.source, ExportedModel):
             return self.source.weights(self.ema)
         return of_network(self.source.buffers())
 
     def weights(self) -> State:
-        """The network's state at `ema`. Raises DataError (its bytes are not what was committed), StorageError."""
+        """The network's state at `ema`, of a LoRA with its adapters merged into what they adapt. Raises DataError (its
+        bytes are not what was committed), StorageError, and of a LoRA UserError, as of `find_base`."""
+        return self.whole(self.stored_weights())
+
+    def stored_weights(self) -> State:
+        """What is stored of the network's state at `ema`: of a LoRA its adapters, as peft names them."""
         if isinstance(self.source, ExportedModel):
             return self.source.weights(self.ema)
-        return of_network(self.source.full_state(state_key(self.ema)))
+        return self.named(self.source.full_state(state_key(self.ema)))
+
+    def named(self, training_state: State) -> State:
+        """What belongs to the network of the tensors of its training module, with the names of `stored_weights`."""
+        state = of_network(training_state)
+        return stored_adapters(state) if self.is_lora else state
+
+    def whole(self, stored: State) -> State:
+        """The network's state, from what is stored of it."""
+        if self.config.lora is None:
+            return stored
+        base = find_base(self.url, self.page).weights()
+        network = build_network(self.config.network, self.page.image_shape, self.conditions)
+        return merged(network, self.config.lora, base, stored)
 
 
 def find_model(url: str, ema: str | None = None) -> StoredModel:
@@ -110,6 +146,26 @@ def find_model(url: str, ema: str | None = None) -> StoredModel:
         raise DataError(f"{url}: does not describe a model: {what}")
     chosen = source.chosen if isinstance(source, ExportedModel) and ema is None else None
     return StoredModel(source, config, lengths, chosen or choose_length(ema, lengths, url, config.ema.stds))
+
+
+def find_base(url: str, page: ModelManifest | Marker) -> StoredModel:
+    """The model that a LoRA at `url` adapts. Raises UserError where it is gone or another than it was trained on."""
+    if not page.lineage:
+        raise DataError(f"{url}: a LoRA that does not say of which model")
+    origin = page.lineage[0]
+    try:
+        base = find_model(origin.checkpoint, origin.ema)
+    except UserError as error:
+        raise UserError(f"{url}: a LoRA of {origin.text()}, which is not there: {error}") from None
+    check_base(url, origin, base)
+    return base
+
+
+def check_base(url: str, wanted: Ancestor, base: StoredModel) -> None:
+    """Raises UserError unless `base` is what the LoRA at `url` was trained on, byte by byte."""
+    found = base.lineage()[0]
+    if (wanted.sha256, wanted.ema) != (found.sha256, found.ema):
+        raise UserError(f"{url}: a LoRA of another model: of {wanted.text()}; this is {found.text()}")
 
 
 def conditions_of_page(page: ModelManifest | Marker) -> Conditions:

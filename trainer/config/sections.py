@@ -23,6 +23,7 @@ from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.objective import AnyObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
+from scoreray.trainer.networks.lora import LoRAConfig
 from scoreray.trainer.networks.network import AnyNetwork
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.optim.ema import EMAConfig
@@ -242,6 +243,7 @@ class Config(Section):
     run: RunSection
     data: DataSection
     init: InitSection | None = None
+    lora: LoRAConfig | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
     process: AnyProcess = EDM()
     network: AnyNetwork = UNetConfig()
@@ -261,7 +263,7 @@ class Config(Section):
         found = validation.mistakes(
             self.network, self.process, self.denoiser, self.objective, self.data.global_batch_size, self.engine.compile
         )
-        validation.refuse(found + self._batch_mistakes())
+        validation.refuse(found + self._lora_mistakes() + self._batch_mistakes())
         return self
 
     @property
@@ -277,6 +279,14 @@ class Config(Section):
             for size in range(low, high + 1)
             if not (lanes % size or size % group or size == group > 1 or (batch // size) % micro)
         )
+
+    def _lora_mistakes(self) -> list[str]:
+        if self.lora is None:
+            return []
+        found = [] if self.init else ["lora: adapts the model that a run begins from; name it by init.checkpoint"]
+        if self.optimizer.frozen:
+            found.append("optimizer.frozen: a LoRA leaves the whole network frozen; leave this out")
+        return found
 
     def _batch_mistakes(self) -> list[str]:
         """The global batch is the config's at every world size, so the fewest and the most workers must divide it; of

@@ -42,9 +42,13 @@ class StoredFragment:
         return f"{self.name}@{self.start}"
 
 
-def parameter_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
+def parameter_shapes(module: torch.nn.Module, *, trained_only: bool = False) -> dict[str, list[int]]:
     """Shapes of a module's parameters, whole ones also where ZeRO-3 has left this rank a piece of each."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+    return {
+        name: list(getattr(p, "ds_shape", p.shape))
+        for name, p in module.named_parameters()
+        if p.requires_grad or not trained_only
+    }
 
 
 def overlaps(start: int, length: int, stored: Iterable[StoredFragment]) -> list[tuple[StoredFragment, int, int, int]]:

@@ -154,7 +154,8 @@ BEGUN = {"flat": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-bf16": 3}
 
 
 def train_from_another(name: str) -> None:
-    """Two steps of a run that knows a class more than the one it begins from, and trains a part of it."""
+    """Two steps of a run that knows a class more than the one it begins from, and trains a part of it; then two of a
+    LoRA, the second after a start from the checkpoint of the first."""
     base = {
         "run": {"name": "base", "storage": str(FOLDER)},
         "data": {"url": str(FOLDER / "3-classes"), "global_batch_size": 16},
@@ -175,6 +176,16 @@ def train_from_another(name: str) -> None:
         "scaling": {"workers": WORLD},
     }
     loop.train(load_config(tuned), rank=RANK, world_size=WORLD)
+    for images in (16, 32):
+        lora = {
+            **tuned,
+            "run": {"name": f"lora-{name}-{WORLD}", "storage": str(FOLDER)},
+            "data": base["data"],
+            "lora": {"rank": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "duration": {"images": images},
+        }
+        loop.train(load_config(lora), rank=RANK, world_size=WORLD)
 
 
 def refusal(stage: int, name: str, value: object) -> str:

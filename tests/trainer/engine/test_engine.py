@@ -143,6 +143,18 @@ def test_a_run_begins_from_another_and_leaves_frozen_parts_under_every_stage(tra
     assert not torch.equal(lines["master"][classes], torch.cat([base[classes], base[classes][:1]]))
 
 
+@pytest.mark.parametrize("name", ["flat", "zero1", "zero2", "zero3", "zero3-bf16"])
+def test_a_lora_is_trained_and_resumed_under_every_stage(trained: Path, name: str) -> None:
+    """Adapters and their averages are those of one process; nothing else is stored."""
+    for key in ("master", "exp_avg", "ema_0.050"):
+        values, alone = state(trained, f"lora-{name}-2", key), state(trained, "lora-flat-1", key)
+        assert values.keys() == alone.keys()
+        assert all(".lora_" in parameter and value.any() for parameter, value in values.items())
+        for parameter, value in values.items():
+            atol = 3e-3 if "bf16" in name else 1e-5
+            torch.testing.assert_close(value, alone[parameter], rtol=1e-4, atol=atol)
+
+
 def test_a_deepspeed_that_arranges_its_weights_otherwise_is_refused_in_a_line(trained: Path) -> None:
     """What checkpoints take for a rank's share of the weights is compared with the weights themselves."""
     for stage, line in zip((3, 2, 1), facts(trained, 2)["refusals"], strict=True):
