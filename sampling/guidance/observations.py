@@ -118,8 +118,9 @@ def read_numbers(url: str) -> Tensor:
 
 
 def read_values(url: str, channels: int | None = None) -> np.ndarray:
-    """The array of a file as it is stored; of a picture uint8 [C, H, W], greys in as many channels as are wanted."""
-    file = _read(url, one_channel=channels == 1)
+    """The array of a file as it is stored (it may be empty); of a picture uint8 [C, H, W], greys in as many
+    channels as are wanted."""
+    file = _read(url, one_channel=channels == 1, may_be_empty=True)
     if not file.is_picture:
         return file.array
     array = file.array.transpose(2, 0, 1)
@@ -193,7 +194,7 @@ def _check_finite(file: _File) -> None:
         raise UserError(f"{file.url}: holds values that are not finite; mark unknown ones with a mask, not with NaN")
 
 
-def _read(url: str, *, one_channel: bool) -> _File:
+def _read(url: str, *, one_channel: bool, may_be_empty: bool = False) -> _File:
     parent, _, name = url.rpartition("/")
     try:
         data = open_store(parent or ("/" if url.startswith("/") else ".")).get(name)
@@ -202,6 +203,8 @@ def _read(url: str, *, one_channel: bool) -> _File:
     lowered = name.lower()
     if lowered.endswith(ARRAYS):
         array = _array(data, url)
+        if not array.size and not may_be_empty:
+            raise UserError(f"{url}: an array of shape {list(array.shape)} is empty")
         return _File(url, array, is_picture=False, channels_last=array.dtype == np.uint8)
     if lowered.endswith(IMAGE_SUFFIXES) or looks_like_a_picture(data[:HEAD_BYTES]):
         return _File(url, _pixels(data, url, one_channel), is_picture=True, channels_last=True)
@@ -239,8 +242,8 @@ def _array(data: bytes, url: str) -> np.ndarray:
         raise
     except Exception as error:  # a decoder of bytes from outside may raise anything
         raise DataError(f"{url}: can't be read as an array: {' '.join(str(error).split())}") from None
-    if not 0 < array.size <= MOST_VALUES:
-        raise UserError(f"{url}: an array of shape {list(array.shape)} is {'too large' if array.size else 'empty'}")
+    if array.size > MOST_VALUES:
+        raise UserError(f"{url}: an array of shape {list(array.shape)} is too large")
     return array
 
 

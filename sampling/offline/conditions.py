@@ -15,6 +15,7 @@ from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.diffusion.condition_shapes import spec_of
 
 WORDS = "a number, numbers with commas between (1.5,-2), or a file: npy, npz or a picture"
+NOT_FINITE = ("nan", "inf", "infinity")  # YAML's own are .nan and .inf: these would be texts
 
 
 def parse_conditions(pairs: Sequence[str]) -> dict[str, str]:
@@ -67,9 +68,11 @@ def _value(name: str, word: str, spec: ConditionSpec) -> Any:
     if word.lower().endswith(READ_SUFFIXES):
         return read_values(word, spec.shape[0] if spec.kind == "concat" else None)
     value = parse_value(word if word.startswith("[") else f"[{word}]", f"condition '{name}': {shortened(word)}")
+    value = [float(one) if str(one).lower().lstrip("+-") in NOT_FINITE else one for one in value]
     try:
-        if value:
+        if value or spec.kind == "sequence":
             return from_json(value)
-    except (TypeError, ValueError):  # also of what YAML has and JSON has not: a date
-        pass
+    except (TypeError, ValueError) as error:  # also of what YAML has and JSON has not: a date
+        if word.startswith("["):
+            raise UserError(f"condition '{name}': '{shortened(word)}': {error}") from None
     raise UserError(f"condition '{name}': '{shortened(word)}', this model takes {described(spec)}; write {WORDS}")

@@ -21,6 +21,7 @@ from scoreray.trainer.diffusion.condition_shapes import spec_of
 from scoreray.trainer.networks.conditioning import resized
 
 LARGEST = float(np.finfo(np.float32).max)
+UNEQUAL = "lists of unequal lengths; give lists of one length"
 DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
 VALUE_WORDS = (
     "a text, a number, a class by name or number, a list of numbers, lists of lists, "
@@ -47,8 +48,8 @@ def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition
 
     A class is its name or number (`data.classes`), a text a str; a vector is a number or numbers [D], a grid
     [C, ...] (of one channel also [...]), a sequence [L, D]: nested lists, a numpy array, a tensor or the bytes of an
-    .npy. None, a text without a byte and a sequence without a token are the null, as is a name that is left out. None
-    where nothing is given. Raises UserError in one line that names the condition.
+    .npy. None, a text without a byte and a sequence without a token ([0, D] or an empty list) are the null, as is a
+    name that is left out. None where nothing is given. Raises UserError in one line that names the condition.
     """
     found: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
@@ -107,6 +108,8 @@ def _row(value: Any, spec: ConditionSpec) -> Tensor:
     array = _numbers(value, spec)
     if spec.kind == "vector" and not array.ndim:
         array = array[None]
+    if spec.kind == "sequence" and array.shape == (0,):  # an empty list does not say what its tokens would be
+        array = array.reshape(0, *spec.shape[1:])
     if spec.kind == "concat" and spec.shape[0] == 1 and array.ndim == len(spec.shape) - 1:
         array = array[None]
     if not spec.fits(array.shape):
@@ -145,7 +148,7 @@ def _numbers(value: Any, spec: ConditionSpec) -> np.ndarray:
         else:
             array = np.asarray(value)
     except Exception as error:  # untrusted bytes, and lists whose rows differ in length
-        reason = " ".join(str(error).split())
+        reason = UNEQUAL if isinstance(value, list | tuple) else " ".join(str(error).split())
         raise UserError(f"{_shown(value)} can't be read as numbers: {shortened(reason)}") from None
     if array.dtype.kind not in "fiu":
         raise UserError(f"{_shown(value)}, this model takes {described(spec)}")
@@ -186,8 +189,10 @@ def from_json(value: Any) -> ConditionValue:
         _check_numbers(value, DEEPEST)
         try:
             return np.asarray(value, np.float64)
-        except (ValueError, OverflowError) as error:  # lists of unequal length, an integer of 400 digits
-            raise ValueError(f"the list is no array of numbers: {shortened(' '.join(str(error).split()))}") from None
+        except ValueError:
+            raise ValueError(UNEQUAL) from None
+        except OverflowError:  # an integer of 400 digits
+            raise ValueError("an integer in the list is too large for a float; give a smaller one") from None
     if isinstance(value, dict) and value.keys() == {"npy"} and isinstance(value["npy"], str):
         try:
             return base64.b64decode(value["npy"], validate=True)

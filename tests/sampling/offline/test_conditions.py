@@ -230,6 +230,11 @@ def test_words_become_one_condition_of_all_samples(model: LoadedDenoiser, tmp_pa
     picture = read_condition({"coarse": str(tmp_path / "field.png")}, model.info)
     assert picture is not None
     assert picture.values["coarse"].shape == (1, 1, 2, 2)
+    np.save(tmp_path / "none.npy", np.zeros((0, 2), np.float32))
+    for word in ("", "[]", str(tmp_path / "none.npy")):
+        empty = read_condition({"tokens": word}, model.info)
+        assert empty is not None
+        assert not bool(empty.mask("tokens").any()), "a sequence without a token is the null"
     before = sha256_of(found)
     np.save(field, np.ones((3, 4), np.float32))
     assert sha256_of(read_condition({**WORDS, "coarse": str(field)}, model.info)) != before
@@ -257,7 +262,9 @@ def test_classes_are_in_turn_only_where_nothing_else_is_given(model: LoadedDenoi
         ({"place": "north,2"}, "--condition 'place': 'north,2', this model takes 2 numbers; write a number, numbers"),
         ({"place": "2020-01-01"}, "--condition 'place': '2020-01-01', this model takes 2 numbers"),
         ({"coarse": "note.txt"}, "'note.txt', this model takes numbers of shape .* or a file: npy, npz or a picture"),
-        ({"tokens": "[[1,2],[3]]"}, "--condition 'tokens': '..1,2.,.3..', this model takes"),
+        ({"tokens": "[[1,2],[3]]"}, "--condition 'tokens': '..1,2.,.3..': lists of unequal lengths; give"),
+        ({"place": "1,nan"}, "--condition 'place': nan at index .1.; give finite numbers"),
+        ({"place": "-Inf,1"}, "--condition 'place': -inf at index .0.; give finite numbers"),
         ({"place": ".nan,2"}, "--condition 'place': nan at index .0.; give finite numbers"),
         ({"place": ""}, "--condition 'place': '', this model takes 2 numbers; write a number, numbers with commas"),
         ({"coarse": "gone.npy"}, "gone.npy: no such file"),

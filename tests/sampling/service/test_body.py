@@ -218,7 +218,7 @@ def test_what_was_a_500_names_its_field(
         ({"caption": 7}, "invalid", "condition.caption", "7, this model takes a text"),
         ({"caption": "\ud800"}, "invalid", "condition.caption", "is not Unicode"),
         ({"place": [1, 2, 3]}, "invalid", "condition.place", "numbers of shape [3], this model takes 2 numbers"),
-        ({"place": [[1], [2, 3]]}, "invalid", "condition.place", "the list is no array of numbers"),
+        ({"place": [[1], [2, 3]]}, "invalid", "condition.place", "lists of unequal lengths; give lists of one length"),
         ({"place": ["1", "2"]}, "invalid", "condition.place", '"1" in a list: must be numbers'),
         ({"place": NESTED}, "invalid", "condition.place", "more than 8 deep"),
         ({"place": {"npy": "!"}}, "invalid", "condition.place", "is not base64"),

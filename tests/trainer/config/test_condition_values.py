@@ -11,7 +11,7 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
-from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.config.condition_values import condition_of, from_json
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.diffusion.condition_shapes import check_condition
 
@@ -58,10 +58,18 @@ def test_values_in_the_datas_units_become_what_the_network_takes() -> None:
 def test_nothing_no_text_and_no_tokens_are_the_null() -> None:
     assert condition_of({}, SPECS) is None
     assert condition_of({"caption": None}, SPECS) is None
-    found = condition_of({"caption": "", "tokens": np.zeros((0, 2)), "label": -1}, SPECS)
-    assert found is not None
-    check_condition(found, SPECS, 1)
-    assert not any(bool(found.mask(name).any()) for name in ("caption", "tokens", "label"))
+    for tokens in (np.zeros((0, 2)), [], from_json([])):
+        found = condition_of({"caption": "", "tokens": tokens, "label": -1}, SPECS)
+        assert found is not None
+        check_condition(found, SPECS, 1)
+        assert not any(bool(found.mask(name).any()) for name in ("caption", "tokens", "label"))
+
+
+def test_a_list_that_is_no_array_is_refused_in_plain_words() -> None:
+    with pytest.raises(ValueError, match=r"^lists of unequal lengths; give lists of one length"):
+        from_json([[1, 2], [3]])
+    with pytest.raises(ValueError, match="an integer in the list is too large for a float"):
+        from_json([10**400])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,11 @@ def test_nothing_no_text_and_no_tokens_are_the_null() -> None:
         ("rain", 3e38, "condition 'rain': numbers too large for float32 once normalised"),
         ("place", "a red square", "condition 'place': text 'a red square', this model takes 2 numbers"),
         ("place", [1, 2, 3], "condition 'place': numbers of shape [3], this model takes 2 numbers"),
-        ("place", [1, [2]], "condition 'place': a value of type list can't be read as numbers"),
+        (
+            "place",
+            [1, [2]],
+            "condition 'place': a value of type list can't be read as numbers: lists of unequal lengths",
+        ),
         ("place", [1, float("nan")], "condition 'place': nan at index [1]; give finite numbers"),
         ("hour", [True], "condition 'hour': a value of type list, this model takes a number"),
         ("hour", 10**400, "condition 'hour': a value of type int, this model takes a number"),
