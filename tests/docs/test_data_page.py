@@ -33,6 +33,7 @@ EXPECTED = {
     "hub-train": {"image": "image", "label": "class"},
     "hub-saved": {"image": "image", "caption": "text", "label": "class"},
     "latents": {"array": "array"},
+    "beats": {"array": "array"},
     "pairs": {"latent": "array", "cls": "class", "t5": "sequence"},
     "weather": {"wind": "array", "hour": "scalar"},
     "volumes": {"scan": "array"},
@@ -73,6 +74,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with pa.OSFile("saved/data-00000-of-00001.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     np.save("latents.npy", rng.normal(size=(N, 4, 8, 8)).astype(np.float16))
+    np.save("heartbeats.npy", rng.normal(size=(N, 32)).astype(np.float32))
     np.savez("arrays.npz", z=rng.normal(size=(N, 4, 8, 8)), y=np.arange(N) % 2, tokens=rng.normal(size=(N, 5, 3)))
     for year in ("2001", "2002"):
         with h5py.File(f"era5-{year}.nc", "w") as netcdf:
