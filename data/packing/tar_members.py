@@ -29,7 +29,7 @@ Picture = Callable[[Field, Member], FieldValue]
 
 def member_of(option: FieldOption, sample: TarSample) -> Member:
     if option.where not in sample.members:
-        known = nearest(option.where, sample.members)
+        known = nearest(option.where, sample.kinds)
         raise DataError(f"byte {sample.offset}: sample '{sample.key}' has no .{option.where} ({option}); {known}")
     member = sample.members[option.where]
     return _as_npy(option.decoder, member) if option.decoder else member

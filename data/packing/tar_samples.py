@@ -33,7 +33,7 @@ KEPT = (*IMAGES, *LABELS, JSON)  # kinds of a sample's own members that are look
 
 class TarSample(NamedTuple):
     """`image` is None where `problem` says why it can't be used. `label`: the class's number, -1 for none. `members`:
-    those that fields ask for, by their extensions; `offset`: of the first member."""
+    those that fields ask for, by their extensions; `kinds`: extensions of all; `offset`: of the first member."""
 
     key: str
     image: Member | None
@@ -41,6 +41,7 @@ class TarSample(NamedTuple):
     problem: str = ""
     members: Mapping[str, Member] = {}
     offset: int = 0
+    kinds: tuple[str, ...] = ()
 
     def member(self) -> Member:
         """The image. Raises DataError where there is none."""
@@ -161,7 +162,7 @@ class TarSamples:
         if JSON in found and read is not None and (read or JSON not in wanted):
             for other in (other for other in _fields(found[JSON].data) if other not in read and other != field):
                 self._count(f".{JSON}.{other[:32]}" if other.isprintable() else f".{JSON}")
-        return TarSample(key, found[images[0]] if images else None, label, problem, wanted, at)
+        return TarSample(key, found[images[0]] if images else None, label, problem, wanted, at, tuple(found))
 
     def _label(self, found: dict[str, Member]) -> tuple[int, set[str], str | None]:
         """(the class's number, the kinds of the members that say so, the field of JSON that does). The first of LABELS
