@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
+from scoreray.data.errors import printable
+
 if TYPE_CHECKING:
     from scoreray.trainer.monitoring.metrics import TrainingProgress, TrainingRecord
 
@@ -24,7 +26,7 @@ console = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """A line on stderr, beside the progress bars."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(printable(text, keep="\n\t"), markup=False, soft_wrap=True)
 
 
 class TrainLine:

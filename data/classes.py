@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, printable
 
 NO_CLASS = -1
 WHOLE_NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
@@ -94,5 +94,4 @@ def _quoted(word: str) -> str:
 
 def _one_line(word: str) -> str:
     """A word as a message shows it: printable, and cut where it is long."""
-    word = word if len(word) <= SHOWN else f"{word[:SHOWN]}..."
-    return word if word.isprintable() else ascii(word)[1:-1]
+    return printable(word if len(word) <= SHOWN else f"{word[:SHOWN]}...")

@@ -16,6 +16,14 @@ def shortened(text: str, most: int = SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """`text` with what is no printable character written as an escape, for a terminal: data may hold sequences that
+    move its cursor or colour it, and marks that turn the direction of writing. `keep`: characters that stay."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
+
+
 def readable(message: str) -> str:
     """A message without control characters, with its longest words and lines shortened.
 
@@ -25,8 +33,7 @@ def readable(message: str) -> str:
     if len(lines) > MOST_LINES:
         lines[-1] = f"... ({lines[-1].count(chr(10)) + 1:,} more lines)"
     lines = [re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shortened(word[0]), line) for line in lines]
-    text = "\n".join(shortened(line, LONGEST_LINE) for line in lines)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda one: ascii(one[0])[1:-1], text)
+    return printable("\n".join(shortened(line, LONGEST_LINE) for line in lines), keep="\n\t")
 
 
 class ScorerayError(Exception):

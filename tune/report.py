@@ -82,7 +82,7 @@ def make_report(plan: StudyPlan, trials: Sequence[Trial]) -> Report:
     if best is not None and not plan.sweep.checkpoint:
         store.put(BEST, _best_yaml(plan, best).encode())
         best_url = store.url(BEST)
-        following.append(f"next: scoreray train {best_url}")
+        following.append(f"next: scoreray train {shlex.quote(best_url)}")
     if best is not None and any(key.startswith("sample.") for key in best.values):
         following.append("draw: " + _sample_command(plan, best))
     shares, note = importance(plan, trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scoreray.cluster.cli.options import AsJson, With, grouped, make_bucket
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,7 +154,9 @@ def pack(
         }
         typer.echo(json.dumps(answer))
     else:
-        typer.echo(f"next: scoreray data inspect {url} --config > mine.yaml, then scoreray train mine.yaml")
+        typer.echo(
+            f"next: scoreray data inspect {shlex.quote(url)} --config > mine.yaml, then scoreray train mine.yaml"
+        )
 
 
 def verify(url: Annotated[str, typer.Argument(help="A packed data set.")], as_json: AsJson = False) -> None:
@@ -168,7 +171,7 @@ def verify(url: Annotated[str, typer.Argument(help="A packed data set.")], as_js
     if as_json:
         typer.echo(json.dumps({"url": url, "problems": problems}))
     else:
-        typer.echo("\n".join(problems) if problems else f"{url}: every shard is what the manifest says")
+        typer.echo("\n".join(map(printable, problems)) if problems else f"{url}: every shard is what the manifest says")
     if problems:
         raise typer.Exit(3)
 
@@ -272,10 +275,10 @@ def _show(found: dict[str, Any], unknown: dict[str, str], as_json: bool, fields:
             typer.echo(f"{key:13} {unknown[key]}")
             continue
         shown = _number([f"{k} {_number(v)}" for k, v in value.items()] if isinstance(value, dict) else value)
-        typer.echo(f"{key:13} {shown or 'none'}")
+        typer.echo(printable(f"{key:13} {shown or 'none'}"))
     for one in fields:
         for number, line in enumerate(field_lines(one)):
-            typer.echo(f"{'' if number else one.name:13} {line}")
+            typer.echo(printable(f"{'' if number else one.name:13} {line}"))
 
 
 def _number(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated
 
 import typer
@@ -115,8 +116,8 @@ def _report(out: str, network: str, left_out: list[str], as_json: bool) -> None:
     for line in left_out:
         typer.echo(f"left out: {line}")
     typer.echo(f"takes {info.takes}")
-    code = "".join(f" --with {entry}" for entry in brought())
-    typer.echo(f"next: scoreray sample {out}{code} --count 64 --out samples")
+    code = [word for entry in brought() for word in ("--with", entry)]
+    typer.echo("next: " + shlex.join(["scoreray", "sample", out, *code, "--count", "64", "--out", "samples"]))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

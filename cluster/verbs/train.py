@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -50,7 +51,7 @@ class TrainResult:
         return (
             f"trained to {self.images_seen:,} images{loss} in {self.seconds:,.0f} s; checkpoint {self.checkpoint}\n"
             f"{self._unreadable()}"
-            f"next: scoreray sample {self.run} --count 64 --out samples"
+            f"next: scoreray sample {shlex.quote(self.run)} --count 64 --out samples"
         )
 
     def _unreadable(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scoreray.data.errors import printable
 from scoreray.data.storage.paths import explained, special_kind
 from scoreray.data.storage.store import Store
 
@@ -105,8 +106,7 @@ def kinds_line(counts: Counter[str]) -> str:
 
 def shown(*parts: str) -> str:
     """A file's path, on one line whatever its name is."""
-    path = "/".join(parts)
-    return path if path.isprintable() else ascii(path)[1:-1]
+    return printable("/".join(parts))
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     place, fetch = out, ""
     if out.startswith(SCHEME):
         place = _place(out).rpartition("/")[2]
-        fetch = f"hf download {_place(out)} --local-dir {place}\n"
-    return Usage(SCORERAY, "sh", f"{fetch}scoreray sample {place} --count 64 --out samples")
+        fetch = f"hf download {_place(out)} --local-dir {shlex.quote(place)}\n"
+    return Usage(SCORERAY, "sh", f"{fetch}scoreray sample {shlex.quote(place)} --count 64 --out samples")
 
 
 def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:

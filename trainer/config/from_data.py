@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, printable
 from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import local_path, open_store
@@ -67,7 +68,7 @@ def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardwar
     where = f"{machine.num_gpus} GPUs" if machine.num_gpus else f"{machine.cores} CPU cores"
     return draft.text(
         [
-            f"Made by: scoreray data inspect {url} --config",
+            f"Made by: scoreray data inspect {printable(shlex.quote(url))} --config",
             f"For {kept} and {where}.",
             f"Saved as {name}.yaml, or under another name, it is run by: scoreray train {name}.yaml",
         ]

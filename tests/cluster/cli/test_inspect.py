@@ -120,3 +120,17 @@ def test_every_field_is_described_and_a_config_that_fits_is_written(tmp_path: Pa
     assert config.network.kind == "dit"
     refused = CliRunner().invoke(app, [*words, "--config", "--json"])
     assert "--config: prints YAML alone" in str(refused.exception)
+
+
+def test_control_characters_of_data_are_escaped_and_the_next_command_is_quoted(tmp_path: Path) -> None:
+    url, rows = tmp_path / "a set", [f"a\x00b\x1b[31mred\x07{i}\u202e\nend" for i in range(4)]
+    np.savez(
+        tmp_path / "x.npz", images=SETS["pictures"][:4], caption=np.array(rows), cls=np.array(["\x1b[1m", "b"] * 2)
+    )
+    words = ["data", "pack", str(tmp_path / "x.npz"), str(url), "--field", "caption=caption", "--field", "label=cls"]
+    packed = CliRunner().invoke(app, [*words, "--kind", "label=class", "--workers", "1"], catch_exceptions=False)
+    assert f"scoreray data inspect '{url}' --config" in packed.stdout
+    shown = CliRunner().invoke(app, ["data", "inspect", str(url)], catch_exceptions=False).stdout
+    assert r'"a\x00b\x1b[31mred\x070\u202e\nend"' in shown
+    assert r"\x1b[1m 2" in shown
+    assert shown.replace("\n", "").isprintable()
