@@ -71,6 +71,10 @@ def serve(
             metavar="[NAME=]CHECKPOINT...", help="Runs (their newest checkpoint is followed) or checkpoints."
         ),
     ],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="A LoRA of the one checkpoint, for requests that name it as `adapter`."),
+    ] = None,
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Where to listen; others than loopback need tokens.")] = "127.0.0.1",
     token_file: Annotated[Path | None, typer.Option(help="Lines name:token; or set SCORERAY_TOKENS.")] = None,
@@ -102,6 +106,7 @@ def serve(
     check_choices(precision, compile_)
     options = ServeOptions(
         checkpoints=checkpoint,
+        lora=lora or [],
         replicas=replicas,
         ema=ema,
         max_batch=max_batch,

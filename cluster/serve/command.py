@@ -156,7 +156,8 @@ def _serve(
     config: ServeConfig, placement: Placement, ready: Callable[[str], None], stopping: threading.Event, verbose: bool
 ) -> int:
     for name, url in config.models:
-        look_up(name, url, config.ema)  # a wrong URL is refused before Ray starts, as a taken port is
+        # a wrong URL is refused before Ray starts, as a taken port is
+        look_up(name, url, config.ema, adapters=config.adapters)
     if placement.port:
         check_port(placement.host, placement.port)
     low = placement.replicas[0]

@@ -32,7 +32,7 @@ class ModelReplica:
         self._replica = Replica(config)
         self._store = open_key_store(config.keys, config.limits) if config.keys else None
         for name, url in config.models:
-            served = await asyncio.to_thread(look_up, name, url, config.ema)
+            served = await asyncio.to_thread(look_up, name, url, config.ema, (), config.adapters)
             await self._replica.prepare(served.info.url, served.info.ema)
 
     async def draw(self, request: SampleRequest) -> AsyncGenerator[Event, None]:

@@ -18,6 +18,7 @@ from scoreray.sampling.samplers.sample import sampler_of
 from scoreray.sampling.service.access import VARIABLE, is_loopback, read_tokens
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.idempotency import PASSWORD
+from scoreray.trainer.checkpoints.stored_model import find_model
 
 REDIS = "SCORERAY_REDIS"  # environment variable: redis://HOST:PORT, where idempotency keys are stored on a cluster
 MOST = 1e15  # of any limit
@@ -66,6 +67,7 @@ class ServeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoints: list[str]
+    lora: list[str] = []
     replicas: str = "1"
     ema: str | None = None
     max_batch: int = 32
@@ -107,11 +109,16 @@ class ServeOptions(BaseModel):
             max(128, 4 * self.max_batch),
             self.drain_s,
         )
+        models, adapters = self.checkpoints, [_name_and_url(one) for one in self.lora]
+        if adapters:  # of a run the checkpoint that is its newest now: a LoRA is of one checkpoint
+            models = [f"{name}={find_model(url, self.ema).url}" for name, url in map(_name_and_url, models)]
+            adapters = [(name, find_model(url).url) for name, url in adapters]
         config = make_config(
-            self.checkpoints,
+            models,
             token_file,
             host,
             self.no_auth,
+            adapters=tuple(adapters),
             ema=self.ema,
             max_batch=self.max_batch,
             max_models=self.max_models,

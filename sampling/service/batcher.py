@@ -39,6 +39,7 @@ class StepBatcher:
     `part_rows`, begun one after another. A ticket that is cancelled frees its rows before the next call.
     batch_sizes: sizes to pad up to, for a network compiled for these; none by default.
     observe: called in the batcher's thread as (rows, seconds) after each call of the network.
+    choose: called before each with the `adapter` of each row's request; rows of one are next to each other.
 
     `start()` (or `with`) runs it in a thread of its own, until `close()`; else `step()` makes one call at a time.
     """
@@ -52,6 +53,7 @@ class StepBatcher:
         batch_sizes: Sequence[int] = (),
         device: torch.device | str = "cpu",
         observe: Callable[[int, float], None] | None = None,
+        choose: Callable[[list[str]], None] | None = None,
     ) -> None:
         if max_batch < 2:
             raise UserError(f"max_batch = {max_batch}: must be 2 or more, guidance takes two rows a sample")
@@ -62,7 +64,7 @@ class StepBatcher:
         self.batch_sizes = sorted(batch_sizes)
         self.calls = self.rows = 0
         self.seconds_per_call = 0.0
-        self._observe = observe
+        self._observe, self._choose_adapters = observe, choose
         self._tickets: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -171,7 +173,7 @@ class StepBatcher:
             for ticket in sorted(same, key=lambda ticket: ticket.response_ratio(self.calls), reverse=True):
                 room -= ticket.take(room, room, chosen) if room else 0
             if chosen:
-                return chosen
+                return sorted(chosen, key=lambda part: part.ticket.request.adapter)
 
     def _denoise(self, parts: list[Part]) -> list[Tensor | Exception]:
         """The denoised rows of each part from one call; if it fails, each part's own call finds who is at fault."""
@@ -187,6 +189,8 @@ class StepBatcher:
         sigma = torch.cat([per_row(part.sigma, part.x) for part in parts])
         count = len(x)
         condition = Condition.cat([part.encoded(self.denoiser) for part in parts], [len(part.x) for part in parts])
+        if self._choose_adapters is not None:
+            self._choose_adapters([part.ticket.request.adapter for part in parts for _ in part.x])
         padded = next((size for size in self.batch_sizes if size >= count), count)
         if padded > count:
             x, sigma = _pad(x, padded), _pad(sigma, padded)

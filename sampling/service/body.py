@@ -108,6 +108,10 @@ class SampleBody(BaseModel):
         Field(max_length=16, description="the sampler's own, by name, as under `samplers` of `/v1/model`"),
     ] = {}
     model: Annotated[str | None, Field(max_length=256, description="one of `/v1/model`; the first if left out")] = None
+    adapter: Annotated[
+        str | None,
+        Field(max_length=256, description="a LoRA of those under `adapters` of `/v1/model`; none if left out"),
+    ] = None
     ema: Annotated[
         float | Annotated[str, Field(max_length=32)] | None,
         Field(
@@ -155,6 +159,8 @@ class SampleBody(BaseModel):
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
         fields = self.model_dump(exclude={"stream", "previews", "idempotency_key", "condition"})
+        if self.adapter is None:
+            del fields["adapter"]  # as of versions without adapters, whose keys are stored
         found = hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode())
         for name, value in sorted(self.condition.items()):
             if isinstance(value, np.ndarray):
@@ -195,6 +201,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     if calls > limits.max_calls:
         message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"
         raise Refused("too_many", message, field="options" if body.options else "steps")
+    ema = served.ema(body.ema_length)
     fitted = SampleRequest(
         seeds=tuple(request.sample_seeds(0, body.count).tolist()),
         shape=info.image_shape,
@@ -207,7 +214,8 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         expected_calls=calls,
         max_calls=limits.max_calls,
         origin=Origin(served.name, info.url, info.images_seen, seed),
-        ema=served.ema(body.ema_length),
+        ema=ema,
+        adapter=served.adapter(body.adapter, ema),
         grid=request.grid,
         media=media,
         format=format_,

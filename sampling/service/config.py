@@ -37,6 +37,7 @@ class Limits:
 class ServeConfig:
     """A service. models: (name, URL) pairs, the first is the default; a run's URL follows its newest checkpoint.
 
+    adapters: (name, URL) pairs of LoRAs of the one model, both URLs of checkpoints, so that all replicas have the same.
     ema: the default length, None for each run's first. max_models: weights that a replica keeps in memory at once.
     precision, compile: see `fast.py`. reload_s: how often runs are searched for a newer checkpoint.
     keys: where idempotency keys are stored (`open_key_store`); empty for the memory of the process that answers HTTP.
@@ -45,6 +46,7 @@ class ServeConfig:
     """
 
     models: tuple[tuple[str, str], ...]
+    adapters: tuple[tuple[str, str], ...] = ()
     ema: str | None = None
     max_batch: int = 32
     max_models: int = 4
@@ -62,9 +64,14 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise UserError("no model to serve: give at least one checkpoint")
-        names = [name for name, _ in self.models]
-        if len(set(names)) < len(names):
-            raise UserError(f"models {', '.join(names)}: a name stands twice; write NAME=URL to choose others")
+        for what, pairs in (("models", self.models), ("adapters", self.adapters)):
+            names = [name for name, _ in pairs]
+            if len(set(names)) < len(names):
+                raise UserError(f"{what} {', '.join(names)}: a name stands twice; write NAME=URL to choose others")
+        if self.adapters and len(self.models) > 1:
+            raise UserError("--lora: of one model; serve others on their own")
+        if self.adapters and self.compile == "on":
+            raise UserError("--compile on: adapters are chosen call by call, which can't be compiled; leave one out")
         if self.max_models < 2:
             raise UserError(f"max_models = {self.max_models}: must be 2 or more, for the old and the new at a reload")
         for name, most in (("max_batch", 1_000_000), ("threads", MOST_THREADS), ("reload_s", 1_000_000)):

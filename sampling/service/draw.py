@@ -27,6 +27,7 @@ class SampleAnswer:
             "checkpoint": request.origin.checkpoint,
             "images_seen": request.origin.images_seen,
             "ema": request.ema,
+            **({"adapter": request.adapter} if request.adapter else {}),
             "precision": drawn.precision,
             "sampler": request.sampler,
             "steps": len(request.sigmas) - 1,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, nearest
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.guidance.steering import own_dropout
+from scoreray.sampling.model.adapters import find_adapters
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.options import Option, options_of
@@ -30,7 +32,7 @@ class ServedModel:
     """A model under a name. `url` is what the command line names; `info.url` the checkpoint that answers now.
 
     emas: EMA lengths that requests may name, `info.ema` the default. follows: whether `url` is a run, whose newest
-    checkpoint is taken. samplers: those of somebody else's that requests may name.
+    checkpoint is taken. adapters: LoRAs that requests may name. samplers: those of somebody else's that they may.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ServedModel:
     info: ModelInfo
     emas: tuple[str, ...]
     follows: bool
+    adapters: tuple[str, ...] = ()
     samplers: tuple[str, ...] = ()
 
     def ema(self, wanted: str | None) -> str:
@@ -48,6 +51,18 @@ class ServedModel:
             return choose_length(wanted, self.emas, f"model '{self.name}'", self.info.config.ema.stds)
         except UserError as error:
             raise Refused("invalid", str(error), field="ema") from None
+
+    def adapter(self, wanted: str | None, ema: str) -> str:
+        """The LoRA meant by a request at an EMA length; "" for none. Raises Refused."""
+        if wanted is None:
+            return ""
+        if wanted not in self.adapters:
+            accepted = nearest(wanted, self.adapters) if self.adapters else "none is served; leave it out"
+            raise Refused("invalid", f"adapter '{wanted}': {accepted}", field="adapter")
+        if ema != self.info.ema:
+            message = f"adapters were trained on EMA {self.info.ema} of this model: leave ema out"
+            raise Refused("invalid", message, field="ema")
+        return wanted
 
     def newer(self) -> bool:
         """Whether the run has committed another checkpoint since. Reads the store."""
@@ -72,6 +87,7 @@ class ServedModel:
             "follows_run": self.follows,
             "ema": info.ema,
             "emas": list(self.emas),
+            "adapters": list(self.adapters),
             "shape": list(info.image_shape),
             "pictures": info.is_picture,
             "target": _target(info),
@@ -92,13 +108,23 @@ class ServedModel:
         }
 
 
-def look_up(name: str, url: str, ema: str | None = None, samplers: tuple[str, ...] = ()) -> ServedModel:
-    """The model at a URL as it is now, without its weights. Raises UserError, DataError, StorageError."""
+def look_up(
+    name: str,
+    url: str,
+    ema: str | None = None,
+    samplers: tuple[str, ...] = (),
+    adapters: Sequence[tuple[str, str]] = (),
+) -> ServedModel:
+    """The model at a URL as it is now, without its weights. Raises UserError, DataError, StorageError.
+
+    adapters: (name, URL) pairs of LoRAs of this very model.
+    """
     found = describe(url, ema)
     if found.info.is_machine:
         kind = found.info.config.network.kind
         raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
-    return ServedModel(name, url, found.info, found.stored.lengths, found.follows_run, samplers)
+    served = ServedModel(name, url, found.info, found.stored.lengths, found.follows_run, samplers=samplers)
+    return replace(served, adapters=tuple(find_adapters(adapters, found.stored)))
 
 
 def _target(info: ModelInfo) -> dict[str, Any]:

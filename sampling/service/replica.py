@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError, UserError
-from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.adapters import AdaptedNetwork, find_adapters
+from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import in_same_rows
@@ -185,11 +186,17 @@ class Replica:
     def _build(self, checkpoint: str, ema: str) -> _Model:
         denoiser = load(checkpoint, ema, self.device)
         config, most = self.config, self.config.max_batch
+        adapted = bool(config.adapters) and ema == describe(checkpoint, config.ema).info.ema
+        if adapted:
+            device = next(denoiser.parameters()).device
+            assert isinstance(denoiser.network, torch.nn.Module)
+            network = AdaptedNetwork(denoiser.network, find_adapters(config.adapters, describe(checkpoint, ema).stored))
+            denoiser.network = network.requires_grad_(False).eval().to(device)
         fast = make_fast(
             denoiser,
             most,
             precision=config.precision,
-            compile_=config.compile,
+            compile_="off" if adapted else config.compile,
             limit_s=config.warmup_s,
             sizes=(max(2, most // 4), max(2, most // 16)),
             pad_always=False,
@@ -198,7 +205,9 @@ class Replica:
         drawn_by = fast.denoiser
         if (config.precision, config.compile) == ("fp32", "off"):  # asked for the same bits, whatever it costs
             drawn_by = in_same_rows(denoiser, most)
-        batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe)
+        called = drawn_by.network
+        choose = called.choose if isinstance(called, AdaptedNetwork) else None
+        batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe, choose=choose)
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
         return _Model(denoiser, batcher.start(), fast)
 

@@ -53,6 +53,7 @@ class SampleRequest:
     one); None for none.
     sigmas: descending noise levels that end in 0. guidance: classifier-free weight of all conditions but those in
     `weights`, by name (`guidance.guidance_terms`).
+    adapter: the LoRA beside the network, "" for none.
     expected_calls: calls of the network that a sample is thought to take: orders requests, and estimates their wait.
     max_calls: a sample that takes more fails, so that no sampler runs for ever.
     previews: how many are sent on the way, at most.
@@ -68,6 +69,7 @@ class SampleRequest:
     weights: Mapping[str, float] = field(default_factory=dict)
     expected_calls: int = 1
     max_calls: int | None = None
+    adapter: str = ""
 
     origin: Origin = NOT_SERVED
     ema: str = ""

@@ -94,7 +94,7 @@ class Service:
     async def start(self) -> None:
         """Finds the models and waits until replicas have the default ones ready. Raises ScorerayErrors."""
         for name, url in self.config.models:
-            self.models[name] = await asyncio.to_thread(look_up, name, url, self.config.ema, self.config.samplers)
+            self.models[name] = await asyncio.to_thread(self._look_up, name, url)
             self._count_images(self.models[name])
         for served in self.models.values():
             await self.backend.prepare(served.info.url, served.info.ema)
@@ -319,7 +319,7 @@ class Service:
         try:
             if not await asyncio.to_thread(served.newer):
                 return
-            newest = await asyncio.to_thread(look_up, name, served.url, self.config.ema, self.config.samplers)
+            newest = await asyncio.to_thread(self._look_up, name, served.url)
             await self.backend.prepare(newest.info.url, newest.info.ema)
         except Exception as error:  # whatever it is, the old one answers, and the next look may go better
             self.meter["reloads"].labels("failed").inc()
@@ -330,6 +330,9 @@ class Service:
         self.meter["reloads"].labels("ok").inc()
         self._count_images(newest)
         log.info("model %s: now %s, %d images seen", name, newest.info.url, newest.info.images_seen)
+
+    def _look_up(self, name: str, url: str) -> ServedModel:
+        return look_up(name, url, self.config.ema, self.config.samplers, self.config.adapters)
 
     def _count_images(self, served: ServedModel) -> None:
         self.meter["images_seen"].labels(served.name).set(served.info.images_seen)
