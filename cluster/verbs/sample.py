@@ -76,8 +76,8 @@ def sample_to(
     options = {**options, "pictures": picture is not None}
     job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **options)
     plan = SamplePlan(job, place.shards.url(), model)
-    if plan.conditions.warning is not None:
-        say(plan.conditions.warning)
+    for line in plan.conditions.warnings:
+        say(line)
     out = place.store.url(place.result)
     kept = None if recorded is None else intact(place, job, recorded)
     lost = [] if kept is None else [name for name in files_of(place, job) if name not in kept]

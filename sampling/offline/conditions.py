@@ -6,15 +6,18 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from scoreray.data.errors import UserError, shortened
 from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.guidance.observations import READ_SUFFIXES, read_values
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.config.condition_values import condition_of, described, from_json
-from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
+from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 from scoreray.trainer.diffusion.condition_shapes import spec_of
 
 WORDS = "a number, numbers with commas between (1.5,-2), or a file: npy, npz or a picture"
+FAR_STDS = 10.0  # beyond which less than 1% of any data can be (Chebyshev), and nearly none of real data are
 NOT_FINITE = ("nan", "inf", "infinity")  # YAML's own are .nan and .inf: these would be texts
 
 
@@ -44,6 +47,27 @@ def read_condition(words: Mapping[str, str], info: ModelInfo) -> Condition | Non
         return condition_of(values, info.conditions)
     except UserError as error:
         raise UserError(f"--{error}" if str(error).startswith("condition ") else str(error)) from None
+
+
+def far_from_data(condition: Condition, conditions: Conditions) -> str | None:
+    """A line on the first number of a vector that is far from all that the run was trained on, as its normaliser shows:
+    beyond the range, or FAR_STDS standard deviations. None where there is none, or nothing is known."""
+    for name, value in condition.values.items():
+        spec = conditions[name]
+        if spec.kind != "vector" or spec.normaliser is None or spec.normaliser.kind == "none":
+            continue
+        most = 1.0 if spec.normaliser.kind == "range" else FAR_STDS
+        far = value.abs() > most * (1 + 1e-5)  # float32's rounding of the range's own ends
+        if bool(far.any()):
+            channel = int(far.nonzero()[0, 1])
+            ends = value.new_tensor([[-most], [most]]).expand(2, *spec.shape)
+            given, low, high = spec.normaliser.invert(torch.cat([value[:1], ends]).double())[:, channel].tolist()
+            return (
+                f"condition '{name}': {given:g} is far from the data ("
+                + ("their range is" if most == 1 else f"within {most:g} standard deviations they are")
+                + f" {low:g} to {high:g}): samples may be arbitrary"
+            )
+    return None
 
 
 def sha256_of(condition: Condition | None) -> str:

@@ -19,7 +19,7 @@ from scoreray.sampling.guidance.guidance import Denoise
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
-from scoreray.sampling.offline.conditions import read_condition
+from scoreray.sampling.offline.conditions import far_from_data, read_condition
 from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
@@ -198,13 +198,15 @@ class SampleConditions:
         given = {*request.conditions, *([] if request.class_label is None else [self._class_name or LABEL])}
         source = request.conditions_from
         self.records = None if source is None else EnsembleRecords(source, info, given)
-        self.warning: str | None = None  # of what the run was not trained for
+        far = None if self.fixed is None else far_from_data(self.fixed, info.conditions)
+        self.warnings = [far] if far else []  # of what the run was not trained for
         guided = request.guided
         if not guided.does_nothing and not guided.auto and info.conditions:
             row = self.of(0, 1)
             if row is None:
                 raise UserError("--guidance: no condition is given; give --condition NAME=VALUE")
-            self.warning = untrained_estimate(info, row.values, guided)
+            untrained = untrained_estimate(info, row.values, guided)
+            self.warnings += [untrained] if untrained else []
 
     def of(self, first: int, last: int) -> Condition | None:
         """Of samples [first, last), on the CPU; None of a model without conditions."""

@@ -252,6 +252,22 @@ def test_classes_are_in_turn_only_where_nothing_else_is_given(model: LoadedDenoi
     assert labels(conditions={"label": "index:2"}) == [2] * 5
 
 
+def test_a_number_far_from_the_data_is_a_warning(model: LoadedDenoiser) -> None:
+    def warnings(word: str) -> list[str]:
+        return SampleConditions(Request(1, conditions={"place": word}), info).warnings
+
+    info = model.info  # place has mean (1, 0) and std (2, 1)
+    assert warnings("20.9,-9.9") == []
+    assert warnings("1,99999") == [
+        "condition 'place': 99999 is far from the data (within 10 standard deviations they are -10 to 10): samples may "
+        "be arbitrary"
+    ]
+    hours = replace(SPECS["place"], normaliser=Normaliser("range", (11.5, 0.0), (11.5, 1.0)))
+    info = replace(info, conditions={**SPECS, "place": hours})
+    assert warnings("0,1") == warnings("23,-1") == []
+    assert "24 is far from the data (their range is 0 to 23)" in warnings("24,0")[0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
