@@ -428,6 +428,18 @@ def test_it_starts_with_what_the_limits_allow_and_offers_no_class(browser: Brows
         assert captions(browser) == []
         choose(browser, "#grid", "geometric")
         assert '"grid":"geometric"' in browser.text("#curl")
+        assert browser.text("#class-field label") == "Class"
+        browser.run(
+            "const {label} = model.conditions; model.conditions = {cls: label, hour: {kind: 'vector', shape: [1]}};"
+            "chooseModel()"
+        )
+        assert browser.text("#class-field label") == "cls", "the condition's own name"
+        room = browser.run(
+            "const select = document.querySelector('#class'), style = getComputedStyle(select);"
+            "const pen = document.createElement('canvas').getContext('2d'); pen.font = style.font;"
+            "return select.clientWidth - pen.measureText(select.selectedOptions[0].text).width"
+        )
+        assert room > 42, "its choice is seen whole beside the arrow: 20 px of padding, 20 of the arrow"
 
 
 def test_what_the_model_takes_is_offered_and_its_fields_are_seen(
