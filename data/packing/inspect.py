@@ -110,11 +110,20 @@ def picture_grid(
         y, x = gap + i // columns * down, gap + i % columns * across
         canvas[y : y + height * scale, x : x + width * scale] = large  # one channel is spread over three
     picture = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(picture)
+    draw, font = ImageDraw.Draw(picture), _caption_font(captions)
     for i, caption in enumerate(captions):
         text = "\n".join(
             textwrap.wrap(caption, max(4, across // LETTER_PIXELS), max_lines=CAPTION_LINES, placeholder="...")
         )
         place = (gap + i % columns * across, gap + i // columns * down + height * scale)
-        draw.multiline_text(place, text, fill=CAPTION_COLOUR, font=ImageFont.load_default(10), spacing=1)
+        draw.multiline_text(place, text, fill=CAPTION_COLOUR, font=font, spacing=1)
     return picture
+
+
+def _caption_font(captions: Sequence[str]) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own has no letters beyond ASCII; matplotlib's, DejaVu Sans, has those of Europe, Greek, Arabic, ..."""
+    if "".join(captions).isascii():
+        return ImageFont.load_default(10)
+    import matplotlib  # half a second, which other captions need not wait for
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 9)

@@ -311,3 +311,7 @@ def test_a_picture_grid_enlarges_by_whole_factors() -> None:
     assert (np.asarray(as_floats) == picture).all()
     with pytest.raises(ValueError, match="N, C, H, W"):
         picture_grid(images[0])
+    blank, umlaut, other, greek = (
+        np.asarray(picture_grid(images[:1], captions=[caption])) for caption in ("", "ö", "ü", "π")
+    )
+    assert len({picture.tobytes() for picture in (blank, umlaut, other, greek)}) == 4, "letters beyond ASCII are seen"
