@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 POLL_S = 0.5
 SILENT_S = 120.0  # without an answer of the GCS; Ray itself takes a node that is silent for a minute for dead
 GCS_MAY_RESTART_S = 50.0  # of a cluster: with fault tolerance its GCS comes back; after 60 s Ray ends this process
-STATUS = 3
+STATUS, STOPPED_STATUS = 3, 130
+STOPPING = threading.Event()  # set once a service is stopped: with its whole process group, Ray ends before it
 
 
 @dataclass
@@ -111,10 +112,12 @@ def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> No
 
 
 def _end(what: str) -> None:
+    if STOPPING.is_set():
+        end("ended; Ray got the signal too, so requests under way were cut off", STOPPED_STATUS)
     end(f"{what} (killed, or no memory left?); the same command goes on from what is committed")
 
 
-def end(line: str) -> None:
+def end(line: str, status: int = STATUS) -> None:
     """From whatever thread: nothing that is open can be closed without Ray, and what is committed needs no closing."""
     from scoreray.cluster.display import console
 
@@ -122,4 +125,4 @@ def end(line: str) -> None:
         console.show_cursor()
         sys.stdout.flush()
     os.write(2, f"scoreray: {line}\n".encode())
-    os._exit(STATUS)
+    os._exit(status)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from scoreray.cluster.connect.local_ray import connected, interruptible
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.connect.start import load_line
+from scoreray.cluster.connect.watch import STOPPING
 from scoreray.cluster.display import say
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.listener import check_port, free_port, reason_of, start_listening
@@ -173,6 +174,7 @@ def _serve(
             say(_curl(url, bool(config.tokens)))
             ready(url)
             stopping.wait()
+            STOPPING.set()
             say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
             return drain(placement.drain_s)
 

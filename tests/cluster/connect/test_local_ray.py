@@ -365,6 +365,28 @@ def test_a_daemon_that_listens_but_does_not_answer_is_lost_too(
     assert said[:1] == ([line] if line else [])
 
 
+@pytest.mark.parametrize(("stopping", "status"), [(False, 3), (True, 130)])
+def test_a_ray_that_ends_with_the_service_that_is_being_stopped_is_no_fault(
+    stopping: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where SIGTERM goes to the whole process group (systemd, timeout)."""
+    ended: list[Any] = []
+    flag = SimpleNamespace(is_set=lambda: stopping)
+
+    def leave(*words: Any) -> None:
+        ended.extend(words)
+        raise SystemExit
+
+    monkeypatch.setattr(ray_watch, "STOPPING", flag)
+    monkeypatch.setattr(ray_watch, "end", lambda line, status=3: leave(line, status))
+    gone: Any = SimpleNamespace(name="Ray's GCS", patience_s=0.0, gone_for=lambda _: 1.0)
+    over: Any = SimpleNamespace(wait=lambda _: False, is_set=lambda: False)
+    with pytest.raises(SystemExit):
+        ray_watch.watch([gone], Heard(1, False), over)  # type: ignore[arg-type]
+    assert ended[1] == status
+    assert ("killed, or no memory left?" in ended[0]) is not stopping
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
 def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
