@@ -33,6 +33,7 @@ VARIABLE = "SCORERAY_WITH"
 GROUP = "scoreray"  # of entry points
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 OURS = "scoreray"
+PARTS_OF_OURS = ("scoreray.data.shapes:MatchesCaption",)  # no other name in our package is a part: `bring` is in it too
 SHOWN_PATHS = 6  # of sys.path, in a message
 
 _paths: dict[str, str] = {}  # package -> where it is, of those brought by a path
@@ -52,6 +53,8 @@ def bring(entries: Sequence[str]) -> None:
     for entry in entries:
         if _is_path(entry):
             _bring_path(entry)
+        elif entry == OURS:
+            raise UserError(f"--with {entry}: scoreray's own parts are named by their kinds; bring code of yours")
         elif entry.isidentifier() and _found(entry) is not None:
             _names[entry] = None
         else:
@@ -64,14 +67,14 @@ def bring(entries: Sequence[str]) -> None:
 def name_in_command(value: Any) -> Any:
     """Lets the packages be imported that `value` names: an argument of the caller's command, or all values of its
     config. Returns `value`."""
-    _names.update(dict.fromkeys(_package(kind) for kind in _kinds(value)))
+    _names.update(dict.fromkeys(package for kind in _kinds(value) if (package := _package(kind)) != OURS))
     return value
 
 
 def brought() -> tuple[str, ...]:
     """What may be imported, as `bring` takes it: paths, then names. Without entry points, which every process reads."""
     _read_variable(os.environ.get(VARIABLE, ""))
-    return (*_paths.values(), *(name for name in _names if name not in _paths and name != OURS))
+    return (*_paths.values(), *(name for name in _names if name not in _paths))
 
 
 def environment(*, on_cluster: bool | None = None) -> dict[str, str]:
@@ -111,14 +114,19 @@ def load(kind: str, what: str) -> Any:
     module, _, attribute = kind.partition(":")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # the module is somebody else's: whatever it raises is reported as its mistake
+    except (Exception, SystemExit) as error:  # the module is somebody else's: whatever it raises is its mistake
         raise UserError(
             f"{what} '{kind}': can't be imported on {_here()}: {line_of(error)}; {_where_looked()}"
         ) from None
     if not hasattr(found, attribute):
         public = [name for name, one in vars(found).items() if getattr(one, "__module__", "") == module]
         raise UserError(f"{what} '{kind}': {module} has no '{attribute}'; {nearest(attribute, public)}")
-    return getattr(found, attribute)
+    part = getattr(found, attribute)
+    home = getattr(part, "__module__", None)
+    if isinstance(home, str) and _package(home) != _package(kind):
+        # A stored file that names a brought package must not reach what that imports, such as subprocess's Popen.
+        raise UserError(f"{what} '{kind}': {attribute} is {home}'s, not defined in {_package(kind)}")
+    return part
 
 
 def instance(kind: str, what: str) -> Any:
@@ -213,6 +221,8 @@ def _bring_path(entry: str) -> None:
 def _read_variable(text: str) -> None:
     """Its names need not be there: whether they can be imported is found when they are."""
     for entry in filter(None, text.split(os.pathsep)):
+        if entry == OURS:
+            continue
         if _is_path(entry):
             _bring_path(entry)
         else:
@@ -228,11 +238,15 @@ def _of_entry_points() -> frozenset[str]:
 def _may_import(kind: str) -> bool:
     brought()  # reads the variable
     package = _package(kind)
-    return package == OURS or package in _paths or package in _names or package in _of_entry_points()
+    if package == OURS:
+        return kind in PARTS_OF_OURS
+    return package in _paths or package in _names or package in _of_entry_points()
 
 
 def _not_brought(kind: str) -> str:
     package = _package(kind)
+    if package == OURS:
+        return f"'{kind}' is no part; accepted of scoreray's own: {', '.join(PARTS_OF_OURS)}"
     return (
         f"'{kind}' is code of somebody else's, which is imported only where the command brings it: --with {package} "
         f"(installed), --with PATH (its folder or file) or {VARIABLE}"

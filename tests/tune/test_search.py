@@ -53,6 +53,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> str:
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             self.results[trial_id] = result
 
+    monkeypatch.setattr(Corners, "__module__", "own_search")  # as if it were defined there
     monkeypatch.setitem(sys.modules, "own_search", SimpleNamespace(Corners=Corners))
     return "own_search:Corners"
 

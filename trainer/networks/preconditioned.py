@@ -57,9 +57,12 @@ class PreconditionedNetwork(nn.Module):
             raise UserError(f"data.conditions: {', '.join(conditions)}; network.module {config.module} takes {takes}")
         make = load(config.module, "network.module")
         try:
-            self.model = make(**config.arguments)
+            made = make(**config.arguments)
         except Exception as error:  # somebody else's code: whatever it raises is reported as its refusal
             raise UserError(f"network.arguments: {config.module} refuses them: {line_of(error)}") from None
+        if not isinstance(made, nn.Module):
+            raise UserError(f"network.module: {config.module} made a {type(made).__name__}, no torch.nn.Module")
+        self.model = made
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         check_call(x, c_noise, tuple(x.shape[1:]) == self.shape, str(self.shape))

@@ -58,6 +58,34 @@ def test_nothing_is_imported_that_was_not_brought(own_package: Callable[..., Pat
         sys.path.remove(str(folder.parent))
 
 
+@pytest.mark.parametrize("kind", ["scoreray.data.own_code.gate:bring", "scoreray.data.own_code.gate:find_spec"])
+def test_a_stored_name_reaches_no_function_of_ours(kind: str) -> None:
+    """`bring` in a model's file would let a second file import anything."""
+    name_in_command({"scorer": kind})  # not even where a command names it
+    with pytest.raises(UserError, match=rf"^network.module '{kind}' is no part; accepted of scoreray's own: "):
+        load(kind, "network.module")
+    with pytest.raises(UserError, match=r"^--with scoreray: "):
+        bring(["scoreray"])
+    assert load("scoreray.data.shapes:MatchesCaption", "--scorer").__name__ == "MatchesCaption"
+
+
+def test_what_brought_code_imports_is_none_of_its_parts(own_package: Callable[..., Path]) -> None:
+    own_package(
+        "importing", net="from subprocess import Popen\nfrom importing.inner import Net\n", inner="class Net: pass\n"
+    )
+    assert load("importing.net:Net", "kind").__module__ == "importing.inner"
+    with pytest.raises(
+        UserError, match=r"^kind 'importing.net:Popen': Popen is subprocess's, not defined in importing$"
+    ):
+        load("importing.net:Popen", "kind")
+
+
+def test_code_that_ends_the_process_is_one_line(own_package: Callable[..., Path]) -> None:
+    own_package("ending", net="import sys\nsys.exit(3)\n")
+    with pytest.raises(UserError, match=r"^kind 'ending.net:Net': can't be imported on .*: SystemExit: 3"):
+        load("ending.net:Net", "kind")
+
+
 def test_a_path_brings_one_package_and_not_what_is_beside_it(own_package: Callable[..., Path]) -> None:
     folder = own_package("theirs_a", part="class One: pass")
     own_package("theirs_b", brought=False, part=MARK)
