@@ -103,6 +103,8 @@ def _data(draft: _Draft, url: str, data: Manifest, target: Field) -> DataSection
         try:
             if not KINDS[one.kind]:
                 raise UserError(f"is kept with the samples, and not read ({one.kind})")
+            if reason := _says_nothing(one):
+                raise UserError(reason)
             run_fields(section.model_copy(update={"conditions": {one.name: ConditionSection(**settings)}}), data)
         except UserError as error:
             reasons.append(f"{one.name}: left out of the conditions: {error}")
@@ -113,6 +115,15 @@ def _data(draft: _Draft, url: str, data: Manifest, target: Field) -> DataSection
         values["conditions"] = conditions
     draft.add("data", values, *reasons)
     return DataSection(**{**values, "conditions": {k: ConditionSection(**v) for k, v in conditions.items()}})
+
+
+def _says_nothing(one: Field) -> str:
+    """Why a network learns nothing from a condition on the field, or ""."""
+    if one.kind == "text" and one.shape[0] <= 1:
+        return "its texts are empty, or a single byte"  # a manifest has no length 0
+    if one.kind != "sequence" and one.low and one.low == one.high:
+        return f"is the same in all samples, {', '.join(f'{value:.4g}' for value in one.low[:4])}"
+    return ""
 
 
 def _normalisation(one: Field) -> tuple[str, str]:

@@ -114,18 +114,20 @@ def test_every_other_field_conditions_the_network_or_the_reason_is_given(tmp_pat
         numbers("place", "vector", [2], "float64", 50.0),
         numbers("coarse", "array", [5, 4, 4], "float32", 280.0),
         Field("still", "scalar", [], "float32", "json", mean=[3.0], std=[0.0], low=[3.0], high=[3.0]),
+        Field("silent", "text", [1], "uint8", "txt"),
         Field("notes", "json", [900], "uint8", "json"),
         numbers("wave", "array", [1, 2, 3, 4]),
     )  # fmt: skip
     text, config = suggested(data, LAPTOP, tmp_path)
     found = run_fields(config.data, data)
     assert {name: one.kind for name, one in found.conditions.items()} == {
-        "label": "class", "caption": "text", "t5": "sequence", "place": "vector", "coarse": "concat", "still": "vector",
+        "label": "class", "caption": "text", "t5": "sequence", "place": "vector", "coarse": "concat",
     }  # fmt: skip
     assert config.data.conditions is not None
     assert (config.data.conditions["caption"].max_length, config.data.conditions["caption"].too_long) == (256, "cut")
     assert config.data.conditions["place"].normalisation == "channel"
-    assert config.data.conditions["still"].normalisation == "none"
+    assert "# still: left out of the conditions: is the same in all samples, 3\n" in text
+    assert "# silent: left out of the conditions: its texts are empty, or a single byte\n" in text
     assert "# notes: left out of the conditions: is kept with the samples, and not read (json)" in text
     assert "# wave: left out of the conditions: data.conditions.wave: field 'wave' is of kind array" in text
     assert config.objective.label_dropout == 0.1  # type: ignore[union-attr]
