@@ -20,7 +20,7 @@ from scoreray.data.sources.arrays import points_note
 from scoreray.data.sources.field_options import FieldOption, FieldOptions, option_for
 from scoreray.data.sources.field_source import Sample
 from scoreray.data.sources.layout import has_channels_first, is_of, order_of
-from scoreray.data.sources.listing import some_of
+from scoreray.data.sources.listing import shown, some_of
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.store import Store
 from scoreray.data.tables.kinds import Column, field_of
@@ -178,9 +178,13 @@ def open_table_source(opens: OpenTable, url: str, options: SourceOptions, asked:
         )
     rest = [name for name in table.columns if not any(name in one for one in columns)]
     notes: list[str] = []
-    if rest:
-        take = option_for(rest[0], rest[0], (field.name for field in fields))
-        notes.append(f"{table.url}: columns that no field takes: {some_of(rest)}; {take}")
+    refused = [name for name in rest if table.columns[name].refused]
+    if free := [name for name in rest if name not in refused]:
+        take = option_for(free[0], free[0], (field.name for field in fields))
+        notes.append(f"{table.url}: columns that no field takes: {some_of(free)}; {take}")
+    if refused:
+        first = f"{shown(refused[0])} {table.columns[refused[0]].refused}"
+        notes.append(f"{table.url}: columns that no field can take: {some_of(refused)}; {first}")
     notes += [note for one in fields[:1] if one.kind == "array" for note in points_note(url, one.shape, options.layout)]
     runs = None if table.is_random or table.num_bytes <= SMALL_BYTES else table.starts
     return TableSource(

@@ -212,6 +212,11 @@ def test_columns_that_no_field_takes_are_reported_once(tmp_path: Path, capsys: p
     assert len(said) == 1
     assert said[0].endswith("a.npz: columns that no field takes: hour; --field NAME=hour takes one")
     assert left_out == {"hour": 3}
+    np.savez(tmp_path / "b.npz", z=np.eye(3), y=np.arange(2))
+    pack_with_bar(str(tmp_path / "b.npz"), str(tmp_path / "short"), workers=1)
+    said = [line for line in capsys.readouterr().err.splitlines() if "no field" in line]
+    assert len(said) == 1
+    assert said[0].endswith("b.npz: columns that no field can take: y; y has 2 rows, and there are 3 samples")
 
 
 def test_members_of_tars_that_are_not_used_are_in_the_answer(tmp_path: Path) -> None:
