@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -33,7 +33,7 @@ from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.sources.layout import Layout, has_channels_first, order_of
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.storage.store import NotFound, Store
-from scoreray.data.tables.kinds import Column, field_of
+from scoreray.data.tables.kinds import Column, alike, field_of
 
 LOOKED_AT = 8  # samples by which kinds and shapes are found
 OWN_CLASS = Field("label", "class", [], "int64", "cls")
@@ -223,7 +223,10 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
     normalisation = option.normalisation or "none"
     is_picture = last in PICTURES and option.kind is None and not option.decoder
     if is_picture or option.kind == "image":
-        (height, width, _), size = decoded(members[0])[0].shape, options.image_size
+        pictures, broken = _readable(decoded, members)
+        if not pictures:
+            raise broken[0]
+        (height, width, _), size = pictures[0][0].shape, options.image_size
         shape = [3, size or height, size or width]
         return Field(option.name, "image", shape, "uint8", option.where, normalisation=normalisation)
     raws = _raws_of(option, members)
@@ -241,19 +244,25 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
 
 
 def _raws_of(option: FieldOption, members: Sequence[Member]) -> list[Any]:
-    """What the members say. Raises UserError for a path that none of them has, DataError for one that lacks it."""
-    raws, lacking = list[Any](), list[DataError]()
-    for member in members:
-        try:
-            raws.append(raw_of(option, member))
-        except DataError as error:
-            lacking.append(error)
-    if not lacking:
-        return raws
-    if option.path and not raws:
+    """What the members that can be read say: `alike` of them; what others lack is said when they are packed. Raises
+    UserError for a path that none of them has, DataError where none can be read."""
+    raws, lacking = _readable(partial(raw_of, option), members)
+    if raws:
+        return alike(raws)
+    if option.path:
         named_member(members[0], json_value, members[0].data, "")  # of bytes that are no JSON the path is not to blame
         raise UserError(str(lacking[0])) from lacking[0]
     raise lacking[0]
+
+
+def _readable(read: Callable[[Member], Any], members: Sequence[Member]) -> tuple[list[Any], list[DataError]]:
+    found, problems = list[Any](), list[DataError]()
+    for member in members:
+        try:
+            found.append(read(member))
+        except DataError as error:
+            problems.append(error)
+    return found, problems
 
 
 def _check_array(option: FieldOption, field: Field, first: np.ndarray, layout: Layout | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from scoreray.data.classes import NO_CLASS
-from scoreray.data.errors import DataError, UserError, nearest, shortened
+from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.own_code import line_of, load
@@ -22,6 +22,7 @@ from scoreray.data.reading.field_values import member_value
 from scoreray.data.reading.tars import Member
 from scoreray.data.sources.field_options import CLASS_NAMES, FieldOption
 from scoreray.data.sources.field_source import FieldValue
+from scoreray.data.tables.values import value_text
 
 Picture = Callable[[Field, Member], FieldValue]
 """The value of an image, as it is to be stored. Raises DataError naming the member."""
@@ -114,7 +115,8 @@ def asked_value(field: Field, option: FieldOption, sample: TarSample, picture: P
     if field.kind == "json":
         named_member(member, json_value, member.data, "")
         return member.data
-    value = named_member(member, member_value, field, member.data, format_of(field, member))
+    code, others = format_of(field, member), "the first samples have"  # there is no manifest yet
+    value = named_member(member, member_value, field, member.data, code, others)
     return value.tobytes().decode() if field.kind == "text" else value
 
 
@@ -127,17 +129,17 @@ def _number(field: Field, option: FieldOption, member: Member) -> FieldValue:
         whole = raw.is_integer() if isinstance(raw, float) else isinstance(raw, int) and not isinstance(raw, bool)
         if not whole or raw < NO_CLASS:
             raise DataError(
-                f"{member.place}: {shortened(repr(raw))} is no class ({option}); in tars classes are whole "
+                f"{member.place}: {value_text(raw)} is no class ({option}); in tars classes are whole "
                 f"numbers from 0; --kind {field.name}=text keeps words"
             )
         return int(raw)
     array = np.asarray(raw)
     if array.size != 1 or array.dtype.kind not in "biuf":
-        raise DataError(f"{member.place}: {shortened(repr(raw))} is no number ({option})")
+        raise DataError(f"{member.place}: {value_text(raw)} is no number ({option})")
     with np.errstate(all="ignore"):
         value = array.reshape(()).astype(field.dtype)
     if array.dtype != value.dtype and not np.array_equal(value, array.reshape(()), equal_nan=True):
-        raise DataError(f"{member.place}: {shortened(repr(raw))} is no {field.dtype} ({option})")
+        raise DataError(f"{member.place}: {value_text(raw)} is no {field.dtype} ({option})")
     return cast(float, value[()])
 
 

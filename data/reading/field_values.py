@@ -237,9 +237,10 @@ def _put_varying(out: np.ndarray, value: np.ndarray) -> None:
     out[len(value) :] = 0
 
 
-def member_value(one: Field, data: bytes, code: int) -> np.ndarray:
+def member_value(one: Field, data: bytes, code: int, others: str = "the manifest says") -> np.ndarray:
     """The value of a sequence or text, [L, ...] of its own length, or of what a path in JSON leads to, in the field's
-    shape. bfloat16 as uint16. Raises DataError, without a name."""
+    shape. bfloat16 as uint16. `others`: where the field's type and shape come from, for messages. Raises DataError,
+    without a name."""
     dtype = stored_dtype(one.dtype)
     if one.kind == "text":
         if code == FORMATS["json"]:
@@ -266,7 +267,7 @@ def member_value(one: Field, data: bytes, code: int) -> np.ndarray:
         raise DataError(f"is a {FORMAT_NAMES.get(code, code)}, no {one.kind}")
     expected = tuple(one.shape[1:] if one.is_varying else one.shape)
     if found.dtype != dtype or found.shape[one.is_varying :] != expected or found.ndim != len(one.shape):
-        raise DataError(f"holds {found.dtype} {found.shape}, the manifest says {one.dtype} {tuple(one.shape)}")
+        raise DataError(f"holds {found.dtype} {found.shape}, {others} {one.dtype} {tuple(one.shape)}")
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scoreray.data.errors import DataError, UserError, shortened
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, FieldKind
 from scoreray.data.fields.limits import check_shape
 from scoreray.data.reading.pictures import is_grey, looks_like_a_picture, open_picture
@@ -26,6 +28,7 @@ from scoreray.data.tables.values import (
     picture_bytes,
     pixels_of,
     shape_text,
+    value_text,
 )
 
 
@@ -43,6 +46,23 @@ class Column:
     refused: str = ""
 
 
+def alike(values: Values) -> list[Any]:
+    """The values of the most frequent sort (text, bytes, a dict, numbers, other lists), without None. What a field is
+    follows from them: a broken sample among the first ones decides nothing, and is named or left out when it is read.
+    """
+    some = [value for value in values if value is not None]
+    sorts = [_sort_of(value) for value in some]
+    most = max(sorts, key=Counter(sorts).__getitem__, default=None)
+    return [value for value, sort in zip(some, sorts, strict=True) if sort is most]
+
+
+def _sort_of(value: Any) -> type:
+    if not isinstance(value, str | bytes | dict):
+        with contextlib.suppress(DataError):
+            return type(as_numbers(value, ""))
+    return type(value)
+
+
 def field_of(
     asked: FieldOption, about: Column, values: Values, options: SourceOptions, what: str,
     file_at: Callable[[str], bytes],
@@ -50,7 +70,7 @@ def field_of(
     """The field that a column makes, by its first values; of a class without names, and without a member. `what` begins
     messages. Raises UserError."""
     name = asked.name
-    some = [value for value in values if value is not None]
+    some = alike(values)
     if not some:
         raise UserError(f"{what}: has no value in the first {len(values)} rows")
     kind = asked.kind or about.kind or _kind_of(name, about, some)
@@ -59,7 +79,7 @@ def field_of(
         return Field(name, kind, list(pixels), "uint8", "")
     if kind in ("text", "class") and not isinstance(some[0], str | bytes) and (kind == "text" or not is_whole(some[0])):
         wanted = "text is" if kind == "text" else "whole numbers from 0, or words, are"
-        raise UserError(f"{what}: {shortened(repr(some[0]), 40)} can't be of kind {kind}: {wanted} needed")
+        raise UserError(f"{what}: {value_text(some[0], 40)} can't be of kind {kind}: {wanted} needed")
     if kind in ("text", "json"):
         return Field(name, kind, [1], "uint8", "")
     if kind == "class":

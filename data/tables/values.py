@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from scoreray.data.errors import DataError, UserError, shortened
+from scoreray.data.errors import SHOWN, DataError, UserError, shortened
 from scoreray.data.fields.field import FIELD_DTYPES, Field, FieldDtype, stored_dtype
 from scoreray.data.reading.pictures import as_array, fit, open_picture
 from scoreray.data.sources.field_options import FieldOption
@@ -90,7 +90,7 @@ class FieldColumn:
         number = int(raw) if is_whole(raw) else -1
         if not 0 <= number < len(self.field.classes):
             raise DataError(
-                f"{name}: class {shortened(repr(raw), 40)}, and there are {len(self.field.classes)}, numbered from 0"
+                f"{name}: class {value_text(raw, 40)}, and there are {len(self.field.classes)}, numbered from 0"
             )
         return number
 
@@ -199,8 +199,7 @@ def as_numbers(raw: Any, name: str) -> np.ndarray:
     except ValueError:  # rows of several lengths
         found = np.asarray(None)
     if found.dtype.kind not in "biuf" and not _is_bfloat16(found.dtype):
-        said = shortened(" ".join(repr(raw).split()))  # of an array in several lines
-        raise DataError(f"{name}: {said} is no number, nor lists of equal lengths of them")
+        raise DataError(f"{name}: {value_text(raw)} is no number, nor lists of equal lengths of them")
     return found
 
 
@@ -225,6 +224,13 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def value_text(value: Any, most: int = SHOWN) -> str:
+    """A value in a message: an array by its type and shape, a number of NumPy's as Python's is written."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"an array of {value.dtype} {shape_text(value.shape)}"
+    return shortened(str(value) if isinstance(value, np.ndarray | np.number) else repr(value), most)
 
 
 def shape_text(shape: Sequence[int]) -> str:

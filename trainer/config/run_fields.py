@@ -200,7 +200,7 @@ def _length(key: str, section: ConditionSection, source: Field) -> int:
         if longest > LONGEST:
             raise UserError(
                 f"{key}.max_length: missing, and the longest '{source.name}' has {longest:,} {unit}; set it, with "
-                "too_long=cut to cut longer ones"
+                f"{key}.too_long=cut to cut longer ones"
             )
         return longest
     if section.max_length > max(longest, LONGEST):
@@ -211,7 +211,7 @@ def _length(key: str, section: ConditionSection, source: Field) -> int:
     if section.max_length < longest and section.too_long == "refuse":
         raise UserError(
             f"{key}.max_length: {section.max_length:,}, and the longest '{source.name}' has {longest:,} {unit}; set "
-            "too_long=cut to cut longer ones, or a greater one"
+            f"{key}.too_long=cut to cut longer ones, or a greater one"
         )
     return section.max_length
 

@@ -187,7 +187,7 @@ def test_a_sample_that_lacks_a_field_is_named_or_left_out(tmp_path: Path) -> Non
         (["cls=json:label"], [], {"json": {"label": float("inf")}}, "inf is no class (--field cls=json:label)"),
         (["cls=json:label"], [], {"json": {"label": float("nan")}}, "nan is no class"),
         (["cls=json:label"], [], {"json": {"label": "9" * 5000}}, "00010.json"),
-        (["n=n.npy"], [], {"n.npy": np.float32(1.5)}, "is no int32 (--field n=n.npy)"),
+        (["n=n.npy"], [], {"n.npy": np.float32(1.5)}, ": 1.5 is no int32 (--field n=n.npy)"),
         (["t5=t5.npy"], ["x=text"], {}, "--kind x=text: "),
     ],
 )
@@ -252,3 +252,30 @@ def test_names_with_dots_keep_their_own_captions(tmp_path: Path) -> None:
     manifest = pack(tmp_path / "tars", tmp_path / "tars", fields=parse_field_options(["caption=txt"]))
     assert manifest.num_samples == 4
     assert Manifest.at(str(tmp_path / "tars")).members == ["jpg", "txt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "broken"),
+    [(0, {"json": {"a": "x"}}), (3, {"json": {"a": "x"}}), (3, {"json": b"{"}), (3, {"jpg": b"?"}), (3, {"json": {}})],
+)
+def test_a_broken_sample_among_the_first_ones_is_named_and_can_be_left_out(
+    tmp_path: Path, number: int, broken: dict[str, Any]
+) -> None:
+    samples = [{"jpg": sample(i)["jpg"], "json": {"a": i / 2}} for i in range(20)]
+    samples[number] |= broken
+    asked = parse_field_options(["a=json:a", "photo=jpg"])
+    with pytest.raises(DataError, match=rf"00000\.tar: byte \d+: (sample )?'{number:05d}"):
+        pack(write(tmp_path / "tars", samples), tmp_path / "tars", fields=asked)
+    manifest, skipped = pack_with_bar(
+        str(tmp_path / "tars"), str(tmp_path / "tars"), workers=1, fields=asked, skip_bad=1
+    )
+    assert (manifest.num_samples, len(skipped)) == (19, 1)
+    assert f"{number:05d}" in skipped[0]
+    assert {one.name: one.kind for one in manifest.fields} == {"a": "scalar", "photo": "image"}
+
+
+def test_an_array_of_another_shape_is_compared_with_the_first_samples(tmp_path: Path) -> None:
+    samples = [{"jpg": sample(i)["jpg"], "json": {"at": [i, 0.5]}} for i in range(12)]
+    samples[10]["json"]["at"] = [1, 2, 3]
+    said = refused(tmp_path, samples, parse_field_options(["at=json:at"]))
+    assert said.endswith("holds float64 (3,), the first samples have float64 (2,)")

@@ -119,7 +119,7 @@ def test_a_picture_without_a_row_and_a_row_without_a_picture_are_named_or_left_o
         ('{"text": "x"}', "metadata.jsonl: line 2: has no 'file_name'"),
         ('{"file_name": "00.png"}', "metadata.jsonl: line 2: '00.png' has a row already"),
         ('{"file_name": "../../etc/passwd"}', "'../../etc/passwd' is no path below the table's folder"),
-        ('{"file_name": "01.png", "score": "high"}', "--field score=score: "),
+        ('{"file_name": "01.png", "score": "high"}', "01.png, field 'score' (--field score=score): 'high'"),
         (f'{{"file_name": "01.png", "score": {"[" * 100_000}', "metadata.jsonl: line 2: is no JSON: maximum recursion"),
         (f'{{"file_name": "01.png", "score": 1{"0" * 400}}}', "column 'score' of the metadata: int too large"),
     ],
