@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
@@ -17,6 +18,7 @@ from scoreray.data.errors import ScorerayError, UserError, shortened
 from scoreray.data.pages import render
 from scoreray.data.storage.store import open_store
 from scoreray.data.unpacked.tars import UnpackedTars
+from scoreray.data.yaml_text import dump_yaml
 from scoreray.sampling.evaluation.page import MetricRow, how_measured, metric_rows
 from scoreray.sampling.evaluation.plan import FOLDER, run_of
 from scoreray.sampling.evaluation.record import EvaluationRecord, read_record
@@ -25,7 +27,7 @@ from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import ModelManifest
 from scoreray.trainer.checkpoints.stored_model import find_model
-from scoreray.trainer.config import dump_config
+from scoreray.trainer.config import Config, dump_config
 from scoreray.trainer.networks.network import build_network, num_parameters
 from scoreray.trainer.run_data import RunData, open_run_data
 
@@ -81,7 +83,7 @@ def model_card(page: ModelManifest, info: ModelInfo, usage: Usage, licence: str 
         units="" if info.is_picture or info.target is None else f", {info.target.kind} in the data's own units",
         data=list(_data(info, checkpoint)),
         training=list(_training(info, page)),
-        config=dump_config(config),
+        config=dump_config(config) if page.images_seen else dump_yaml(_model_sections(config)),
         evaluations=list(_evaluations(page, checkpoint)),
         samples=samples,
         files=page.files,
@@ -130,13 +132,21 @@ def _training(info: ModelInfo, page: ModelManifest) -> Iterator[Fact]:
     yield Fact("checkpoint", _code(page.checkpoint))
     for origin in page.lineage:
         yield Fact("began from", _code(origin.text()))
-    yield Fact("samples seen", f"{page.images_seen:,}, {config.data.global_batch_size:,} a step")
+    if page.images_seen:
+        yield Fact("samples seen", f"{page.images_seen:,}, {config.data.global_batch_size:,} a step")
     yield Fact("network", f"{config.network.kind}, {parameters:,} parameters")
     yield Fact("process", config.process.kind)
     yield Fact("denoiser", config.denoiser.parameterization)
+    if not page.images_seen:  # how it was trained elsewhere is not known; the other sections are defaults
+        return
     yield Fact("objective", config.objective.kind)
     yield Fact("learning rate", f"{config.optimizer.learning_rate:g}")
     yield Fact("seed", str(config.run.seed))
+
+
+def _model_sections(config: Config) -> dict[str, Any]:
+    """What an import knows: the other sections are defaults that nobody chose."""
+    return config.model_dump(mode="json", include={"process", "network", "denoiser"})
 
 
 def _evaluations(page: ModelManifest, checkpoint: Checkpoint | None) -> Iterator[CardEvaluation]:

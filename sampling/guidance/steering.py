@@ -206,7 +206,7 @@ def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measureme
 def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
     if not guidance.auto:
         return ClassifierFree(denoiser, guidance.weight, guidance.weights)
-    info, device = denoiser.info, next(denoiser.parameters()).device
+    info, device = denoiser.info, next(denoiser.parameters(), torch.empty(0)).device
     url = guidance.checkpoint or info.url
     weak = load(url, guidance.ema, device)
     if weak.info.image_shape != info.image_shape:
@@ -228,7 +228,7 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
 
 
 def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measurement) -> Denoise:
-    shape, device = denoiser.info.image_shape, next(denoiser.parameters()).device
+    shape, device = denoiser.info.image_shape, next(denoiser.parameters(), torch.empty(0)).device
     name, _, value = measurement.operator.partition("=")
     operator = make_operator(name, measurement.mask or value, shape, device)
     expected = tuple(operator.apply(torch.zeros(1, *shape, device=device)).shape[1:])

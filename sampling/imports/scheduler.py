@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ PREDICTIONS: dict[str, Parameterization] = {
     "flow_prediction": "velocity",
 }
 LEAST_ALPHA_BAR = 2.0**-24  # in the place of 0 (zero terminal SNR), as diffusers' own Euler and DPM-Solver put it
+MAX_STEPS = 100_000  # that a model was trained on; usual: 1000
 FLOW_T_MAX = 0.9999  # the signal is gone at 1, where sigma / alpha is infinite
 
 
@@ -59,6 +61,7 @@ def trained_noise(config: dict[str, Any], num_tokens: int = 0) -> TrainedNoise:
                         "scheduler_config.json of the same model goes with --scheduler")  # fmt: skip
     import diffusers
 
+    _check_betas(config)
     try:
         scheduler = getattr(diffusers, name).from_config(config)  # which knows the defaults of what is left out
     except (ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
@@ -81,6 +84,20 @@ def trained_noise(config: dict[str, Any], num_tokens: int = 0) -> TrainedNoise:
         return TrainedNoise(process, FlowMatching(), "velocity", num_steps=num_steps, left_out=left_out)
     ddpm = _ladder(scheduler, num_steps)
     return TrainedNoise(ddpm, ddpm, PREDICTIONS[prediction], num_steps=num_steps, left_out=left_out)
+
+
+def _check_betas(config: Mapping[str, Any]) -> None:
+    """Before diffusers makes arrays of them. Raises DataError."""
+    steps, betas = config.get("num_train_timesteps", MAX_STEPS), config.get("trained_betas")
+    if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise DataError(f"scheduler: num_train_timesteps {shortened(repr(steps))}; accepted: 1 to {MAX_STEPS:,}")
+    if betas is None:
+        return
+    numbers = isinstance(betas, list) and all(isinstance(beta, int | float) and 0 <= beta <= 1 for beta in betas)
+    if not numbers or len(betas) != config.get("num_train_timesteps", len(betas)):
+        raise DataError(
+            f"scheduler: trained_betas must be num_train_timesteps numbers from 0 to 1: {shortened(repr(betas))}"
+        )
 
 
 def _ladder(scheduler: Any, num_steps: int) -> DDPM:

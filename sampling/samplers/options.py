@@ -84,6 +84,9 @@ def options_of(sampler: Callable[..., Any]) -> dict[str, Option]:
     """The options of a sampler by name: its keyword-only parameters."""
     hints = typing.get_type_hints(sampler, include_extras=True)
     keyword_only = [p for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for one in keyword_only:
+        if one.name not in hints:
+            raise TypeError(f"option '{one.name}' has no type")
     return {p.name: _option(p.name, hints[p.name], p.default) for p in keyword_only}
 
 

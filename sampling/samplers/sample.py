@@ -146,7 +146,39 @@ def start(
         if len(noise.seeds) != len(x):
             raise UserError(f"{len(noise.seeds)} seeds for {len(x)} rows of x: must be one seed per row")
         noise.expect(len(levels) - 2)  # one for each step but the last, as most samplers draw
-    return function(x, levels, noise, **options)
+    steps = function(x, levels, noise, **options)
+    return _checked(sampler, steps, x) if is_own(sampler) else steps
+
+
+def _checked(name: str, steps: Steps, x: Tensor) -> Steps:
+    """A sampler of somebody else's, whose mistakes are one line that names it: what it raises, yields or returns."""
+
+    def same(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == x.shape and value.dtype == x.dtype
+
+    wanted, denoised = f"{list(x.shape)} {x.dtype}", None
+    while True:
+        try:
+            state = next(steps) if denoised is None else steps.send(denoised)
+        except StopIteration as end:
+            if not same(end.value):
+                raise UserError(
+                    f"sampler '{name}': must return the samples, {wanted}, not {_about(end.value)}"
+                ) from None
+            return end.value  # type: ignore[no-any-return]
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"sampler '{name}' failed: {line_of(error)}") from error
+        if not isinstance(state, tuple) or len(state) != 2 or not same(state[0]):
+            raise UserError(f"sampler '{name}': must yield (x {wanted}, sigma), not {_about(state)}")
+        denoised = yield state
+
+
+def _about(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_about, value))})"
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def drive(

@@ -363,6 +363,8 @@ def test_a_class_that_means_none(tmp_path: Path) -> None:
     denoiser = imported(tmp_path, folder, null_class=3)
     assert denoiser.info.classes == ("0", "1", "2")
     assert torch.equal(denoiser(x, sigma, none), without(x, sigma, torch.tensor([3, 2])))
+    with pytest.raises(UserError, match="--null-class 9: this UNet2DModel has the classes 0 to 3"):
+        imported(tmp_path, folder, null_class=9)
 
 
 def test_the_command_and_pictures_of_an_imported_model(tmp_path: Path) -> None:
@@ -424,6 +426,11 @@ def test_a_run_begins_from_an_imported_model(small_run: Any, small_set: str, tmp
         ({SCHEDULER: {"_class_name": "ScoreSdeVeScheduler"}}, "scheduler 'ScoreSdeVeScheduler'"),
         ({SCHEDULER: {"_class_name": "DDPMScheduler", "prediction_type": "x"}}, "'x': accepted"),
         ({SCHEDULER: {"_class_name": "DDPMScheduler", "beta_schedule": "x"}}, "refuses it"),
+        (
+            {SCHEDULER: {"_class_name": "DDPMScheduler", "trained_betas": [0.1, -3]}},
+            r"trained_betas must be num_train_timesteps numbers from 0 to 1: \[0.1, -3\]",
+        ),
+        ({SCHEDULER: {"_class_name": "DDPMScheduler", "num_train_timesteps": 10**9}}, "accepted: 1 to 100,000"),
         ({}, "UNet2DModel of diffusers can't load it"),
         ({"unet/config.json": {"_class_name": "UNet2DModel"}}, "has no sample_size.*--size"),
         ({"unet/config.json": FOURIER}, "time_embedding_type: fourier"),
@@ -463,6 +470,7 @@ def test_weights_of_another_config_are_listed(tmp_path: Path) -> None:
         ({"nulls": {"prompts": "a.npy"}}, "--null prompts=a.npy: can't be read"),
         ({"nulls": {"pooled": "ok.npy"}}, "takes none of that name; accepted: prompt"),
         ({"nulls": {"prompt": "ok.npy"}}, r"an array of shape \[3\]; \[up to 77, 12\] is accepted"),
+        ({"null_class": 1}, "--null-class 1: this UNet2DConditionModel has no classes"),
         ({"scheduler": "nowhere.json"}, "--scheduler nowhere.json: no such file"),
     ],
 )

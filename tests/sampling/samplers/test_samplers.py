@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -328,3 +330,45 @@ def test_a_denoiser_that_gives_nan_is_reported_with_the_row(name, gaussian):
 def test_an_adaptive_samplers_calls_are_not_promised():
     with pytest.raises(UserError, match="not known before"):
         num_calls("rk45", GRID)
+
+
+MISTAKEN = """
+def raises(x, sigmas, noise):
+    yield x, sigmas[0]
+    raise ValueError("boom")
+
+def narrow(x, sigmas, noise):
+    yield x[:, :1], sigmas[0]
+
+def nothing(x, sigmas, noise):
+    yield x, sigmas[0]
+
+def half(x, sigmas, noise):
+    denoised = yield x, sigmas[0]
+    return denoised[:1]
+
+def level(x, sigmas, noise):
+    yield x
+
+def untyped(x, sigmas, noise, *, a):
+    return (yield x, sigmas[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "failed: ValueError: boom"),
+        ("narrow", r"must yield \(x \[4, 2\] torch.float32, sigma\), not \(\[4, 1\] torch.float32, float\)"),
+        ("nothing", r"must return the samples, \[4, 2\] torch.float32, not NoneType"),
+        ("half", r"must return the samples, \[4, 2\] torch.float32, not \[1, 2\] torch.float32"),
+        ("level", r"must yield \(x \[4, 2\] torch.float32, sigma\), not \[4, 2\] torch.float32"),
+        ("untyped", "its options can't be read from its signature: TypeError: option 'a' has no type"),
+    ],
+)
+def test_the_mistakes_of_somebody_elses_sampler_are_one_line(
+    own_package: Callable[..., Path], name: str, message: str
+) -> None:
+    own_package("wrong", parts=MISTAKEN)
+    with pytest.raises(UserError, match=f"^sampler 'wrong.parts:{name}'.*{message}"):
+        sample(lambda x, sigma: x / 2, torch.ones(4, 2), [2.0, 1.0, 0.0], sampler=f"wrong.parts:{name}")
