@@ -88,6 +88,8 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     StorageError.
     """
     found = describe(url)
+    if options.samples and len(found.info.image_shape) < 2:
+        raise UserError(f"--samples: no picture can be made of samples of shape {list(found.info.image_shape)}")
     mixes = _mixes(found, lengths)
     with export_target(out) as folder, _tasks(mixes.values()) as each:
         store = open_store(folder)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from scoreray.data.errors import DataError, UserError, nearest
@@ -64,16 +65,25 @@ class OwnSource:
         """Known when they are read."""
 
     def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
-        names = {one.name for one in self.fields}
+        fields = self.fields
         for number in numbers:
             try:
                 values = self.part.config[number]
-                missing = sorted(names - values.keys())
-                yield DataError(f"has no '{missing[0]}'") if missing else values
+                problem = next(filter(None, (_problem(one, values) for one in fields)), "")
+                yield DataError(f"{self.path}: sample {number}: {problem}") if problem else values
             except DataError as error:
                 yield error
             except Exception as error:  # the code is somebody else's
                 yield DataError(f"{self.path}: sample {number}: {line_of(error)}")
+
+
+def _problem(one: Field, values: Mapping[str, Any]) -> str:
+    """What keeps a value from being packed as its field; of numbers, that they are as many."""
+    if one.name not in values:
+        return f"has no '{one.name}'"
+    if one.kind in ("array", "vector") and np.shape(values[one.name]) != tuple(one.shape):
+        return f"'{one.name}' has the shape {list(np.shape(values[one.name]))}, its Field says {list(one.shape)}"
+    return ""
 
 
 def open_own_source(kind: str, options: Mapping[str, Any]) -> OwnSource:

@@ -47,6 +47,8 @@ class Bad(Ramp):
         if number == 7 and self.how == "raises":
             raise KeyError("seven")
         values = super().__getitem__(number)
+        if number == 7 and self.how == "wide":
+            return {**values, "wave": np.zeros((2, 4), np.float32)}
         return {"wave": values["wave"]} if number == 7 else values
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ def test_what_is_no_source_is_one_line(
 
 def test_a_bad_sample_is_named_or_left_out(own_package: Callable[..., Path], tmp_path: Path) -> None:
     own_package("theirs", data=SOURCE)
-    for how, message in (("raises", "sample 7: KeyError: 'seven'"), ("lacks", "has no 'caption'")):
+    wide = r"theirs.data:Bad: sample 7: 'wave' has the shape \[2, 4\], its Field says \[2, 3\]"
+    for how, message in (
+        ("raises", "sample 7: KeyError: 'seven'"),
+        ("lacks", "sample 7: has no 'caption'"),
+        ("wide", wide),
+    ):
         with pytest.raises(DataError, match=message):
             pack("theirs.data:Bad", tmp_path / how, source_options={"how": how})
         manifest = pack("theirs.data:Bad", tmp_path / f"{how}-skipped", source_options={"how": how}, skip_bad=1)
