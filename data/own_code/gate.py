@@ -136,7 +136,7 @@ def instance(kind: str, what: str) -> Any:
         return found
     try:
         return found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{what} '{kind}': {kind.partition(':')[2]}() failed: {line_of(error)}") from None
 
 
@@ -166,9 +166,9 @@ def code_hashes(config: Any) -> dict[str, str]:
 
 def check_stored(config: Any, recorded: Mapping[str, str], where: str) -> None:
     """Before a config that is stored at `where` is read: raises UserError if it names a part that was not brought, and
-    logs a warning for each whose code is not what it was when its hash was recorded."""
+    logs a warning for each package whose code is not what it was when its hash was recorded."""
     require(config, where)
-    for kind, sha256 in recorded.items():
+    for kind, sha256 in {_package(kind): (kind, sha256) for kind, sha256 in recorded.items()}.values():
         if code_hash(kind) != sha256:
             _warn(
                 f"{where}: the code of '{kind}' has changed since it was stored (SHA-256 {code_hash(kind)[:12]}, not "
@@ -209,9 +209,13 @@ def _bring_path(entry: str) -> None:
         raise UserError(f"--with {entry}: would hide the module {name}; give it another name")
     if _paths.get(name, str(path)) != str(path):
         raise UserError(f"--with {entry}: {name} is brought already, from {_paths[name]}")
-    loaded = getattr(sys.modules.get(name), "__file__", None)
-    if loaded is not None and Path(loaded) not in (path, path / "__init__.py"):
-        raise UserError(f"--with {entry}: another {name} is imported already, from {loaded}; give it another name")
+    spec = getattr(sys.modules[name], "__spec__", None) if name in sys.modules else _found(name)
+    if (
+        spec is not None
+        and spec.origin
+        and Path(spec.origin).resolve() not in (path.resolve(), (path / "__init__.py").resolve())
+    ):
+        raise UserError(f"--with {entry}: would hide another {name}, of {spec.origin}; give it another name")
     if not any(isinstance(one, _PathsFinder) for one in sys.meta_path):
         sys.meta_path.insert(0, _PathsFinder())
     _paths[name] = str(path)

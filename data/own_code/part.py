@@ -51,7 +51,7 @@ class OwnPart:
             made = self.__getattr__("build")(*arguments, **options)
         except ScorerayError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"kind '{self.kind}': its build failed: {line_of(error)}") from error
         if not isinstance(made, nn.Module):
             raise UserError(f"kind '{self.kind}': its build gave a {type(made).__name__}; a torch.nn.Module is needed")

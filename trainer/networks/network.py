@@ -100,7 +100,7 @@ def _check_forward(config: OwnPart, network: nn.Module, image_shape: Sequence[in
         output = network(x, c_noise)
     except NotImplementedError:  # what torch raises for an operation that meta tensors lack
         return
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "meta" in str(error).lower():
             return
         raise UserError(

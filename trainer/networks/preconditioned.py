@@ -58,7 +58,7 @@ class PreconditionedNetwork(nn.Module):
         make = load(config.module, "network.module")
         try:
             made = make(**config.arguments)
-        except Exception as error:  # somebody else's code: whatever it raises is reported as its refusal
+        except (Exception, SystemExit) as error:  # somebody else's code: whatever it raises is reported as its refusal
             raise UserError(f"network.arguments: {config.module} refuses them: {line_of(error)}") from None
         if not isinstance(made, nn.Module):
             raise UserError(f"network.module: {config.module} made a {type(made).__name__}, no torch.nn.Module")

@@ -105,6 +105,7 @@ def test_what_can_not_be_brought_is_one_line(own_package: Callable[..., Path], t
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "__init__.py").touch()
     (tmp_path / "yaml.py").touch()
+    (tmp_path / "diffusers.py").touch()  # installed, and not imported yet
     (tmp_path / "my-net.py").touch()
     (tmp_path / "other" / "theirs_d").mkdir(parents=True)
     (tmp_path / "other" / "theirs_d" / "__init__.py").touch()
@@ -112,7 +113,8 @@ def test_what_can_not_be_brought_is_one_line(own_package: Callable[..., Path], t
         (tmp_path / "absent", "there is no such folder or file"),
         (folder.parent, r"it holds theirs_d: --with .*/theirs_d"),
         (tmp_path / "json", "would hide the module json"),
-        (tmp_path / "yaml.py", "another yaml is imported already, from"),
+        (tmp_path / "yaml.py", "would hide another yaml, of "),
+        (tmp_path / "diffusers.py", "would hide another diffusers, of "),
         (tmp_path / "my-net.py", "'my-net' is no name of a module"),
         (tmp_path / "other" / "theirs_d", "theirs_d is brought already, from"),
         ("not_installed_here", "no package of this name is installed on"),
