@@ -6,6 +6,7 @@ laptop, a profiler or a debugger. Started once per rank, it is what Ray Train ru
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,7 @@ def train(
             engine.publish(num_steps)
             lineage = checkpoint.marker.lineage
         else:
-            with span("train.init"):
+            with span("train.init") if config.init else contextlib.nullcontext():
                 lineage = begin(config, fields, engine, module, rank, world_size)
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's

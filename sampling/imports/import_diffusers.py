@@ -117,11 +117,12 @@ def _network(
     null_class, num_classes = options.null_class, found.config.get(call.sizes.get("class", ""))
     if null_class is None and call.has_null_class:
         null_class = num_classes
-    if options.null_class is not None and num_classes is None:
-        raise UserError(f"--null-class {null_class}: this {found.class_name} has no classes")
-    if null_class is not None and not 0 <= null_class < num_classes + call.has_null_class:
-        last = num_classes + call.has_null_class - 1
-        raise UserError(f"--null-class {null_class}: this {found.class_name} has the classes 0 to {last}")
+    if null_class is not None:
+        if num_classes is None:
+            raise UserError(f"--null-class {null_class}: this {found.class_name} has no classes")
+        last = num_classes - 1 + call.has_null_class
+        if not 0 <= null_class <= last:
+            raise UserError(f"--null-class {null_class}: this {found.class_name} has the classes 0 to {last}")
     factor = 2 ** (len(found.vae["block_out_channels"]) - 1) if found.vae.get("block_out_channels") else 8
     takes_pixels = found.class_name == "PixArtTransformer2DModel"
     return DiffusersNetworkConfig(
