@@ -137,8 +137,7 @@ def begin(
     if rank == 0:
         model = find_initial(config) if lora is None else find_base(lora.url, lora.marker)
     model = from_rank_0(model, world_size)
-    if model is None:
-        return []
+    assert model is not None, "called for a run with init, or of adapters"
     found = initial_weights(model, config, fields)
     grown = {name: torch.empty(torch.Size(shape)) for name, (_, shape) in found.grown.items()}
     wanted = [Fragment(PREFIX + name, 0, t.numel(), {MASTER: t.view(-1)}) for name, t in grown.items()]

@@ -6,7 +6,6 @@ laptop, a profiler or a debugger. Started once per rank, it is what Ray Train ru
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,9 +81,11 @@ def train(
                 checkpoint.restore(_stored_fragments(config, engine), module)
             engine.publish(num_steps)
             lineage = checkpoint.marker.lineage
-        else:
-            with span("train.init") if config.init else contextlib.nullcontext():
+        elif config.init is not None:
+            with span("train.init"):
                 lineage = begin(config, fields, engine, module, rank, world_size)
+        else:
+            lineage = []
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)

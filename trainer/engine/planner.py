@@ -33,12 +33,11 @@ def bytes_per_parameter(
     stage: int, world_size: int, *, half: bool, num_averages: int = 1, offload: bool = False
 ) -> float:
     """Bytes on one rank for each parameter; `half`: bf16 weights; `offload`: optimizer state in host memory."""
-    width, shards = (2 if half else 4), world_size if stage > 0 else 1
-    weights = width / (world_size if stage == 3 else 1)
-    gradients = width / (world_size if stage >= 2 else 1)
+    weights = _bytes_of_weight(stage, world_size, half)
+    gradients = (2 if half else 4) / (world_size if stage >= 2 else 1)
     if stage == 0 and not half:
         weights = gradients = 0.0  # the weights are the master, their gradients the step's own
-    stepping = (4 + 12 + 4 * num_averages) / shards
+    stepping = (4 + 12 + 4 * num_averages) / (world_size if stage > 0 else 1)
     return weights + gradients + (0.0 if offload else stepping)
 
 
@@ -59,7 +58,11 @@ def bytes_per_rank(
 
 def frozen_bytes(num_frozen: int, stage: int, world_size: int, *, half: bool) -> float:
     """On one rank."""
-    return num_frozen * (2 if half else 4) / (world_size if stage == 3 else 1)
+    return num_frozen * _bytes_of_weight(stage, world_size, half)
+
+
+def _bytes_of_weight(stage: int, world_size: int, half: bool) -> float:
+    return (2 if half else 4) / (world_size if stage == 3 else 1)
 
 
 def choose_stage(
