@@ -194,10 +194,12 @@ def _numbers(values: Sequence[float], form: str = ".4g") -> str:
 
 def _plain(text: str, most: int = 200) -> str:
     """A text from elsewhere on one line, without what Markdown or HTML would act on."""
-    line = "".join(c if c.isprintable() else " " for c in shortened(text, most))
-    return re.sub(r"([\\`|<>\[\]*_])", r"\\\1", line)
+    return re.sub(r"([\\`|<>\[\]*_])", r"\\\1", _one_line(text, most))
 
 
 def _code(text: str) -> str:
-    line = "".join(c if c.isprintable() else " " for c in shortened(text, 200))
-    return f"`{line.replace('`', chr(39)).replace('|', '/')}`"
+    return f"`{_one_line(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _one_line(text: str, most: int = 200) -> str:
+    return "".join(c if c.isprintable() else " " for c in shortened(text, most))
