@@ -71,6 +71,9 @@ class WalkOptions:
 class ConditionOptions:
     """What samples are drawn for."""
 
+    prompt: Annotated[
+        str | None, typer.Option(help="A text, for the conditions that take one; or a class, where none does.")
+    ] = None
     class_label: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +119,9 @@ class GuidanceOptions:
             help="Weight of guidance, -100 to 100: 1 is none, 2 strengthens the conditions, NAME=2 one of them.",
         ),
     ] = None
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="PROMPT", help="Lead away from this prompt, by the weight of --guidance.")
+    ] = None
     autoguide: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="Guide by this weaker model instead (autoguidance).")
     ] = None
@@ -130,7 +136,8 @@ class GuidanceOptions:
         from scoreray.sampling.guidance.steering import Guidance, parse_guidance
 
         weight, weights = parse_guidance(self.guidance or [])
-        return Guidance(weight, self.autoguide, self.guide_ema, _interval(self.interval), weights)
+        interval = _interval(self.interval)
+        return Guidance(weight, self.autoguide, self.guide_ema, interval, weights, self.negative_prompt)
 
 
 @dataclass(frozen=True)
@@ -221,6 +228,7 @@ def sample(
         grid=walk.grid,
         seed=walk.seed,
         class_label=conditioned.class_label,
+        prompt=conditioned.prompt,
         conditions=parse_conditions(conditioned.condition or []),
         conditions_from=records,
         guidance=guidance,

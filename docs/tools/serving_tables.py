@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from scoreray.sampling.service.body import SampleBody
+from scoreray.sampling.http.images import ImagesBody
+from scoreray.sampling.service.body import DrawFields, SampleBody
 from scoreray.sampling.service.config import ERRORS
 from scoreray.sampling.service.metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.trainer.monitoring.metrics import Metric
@@ -17,7 +18,9 @@ PAGE = Path(__file__).resolve().parents[1] / "serving.md"
 def page() -> str:
     """docs/serving.md with each table between `<!-- NAME -->` and `<!-- /NAME -->` as the code has it now."""
     text = PAGE.read_text()
-    for name, rows in (("fields", _fields()), ("codes", _codes()), ("metrics", _metrics())):
+    images = [row for row in _fields(ImagesBody) if row[0].strip("`") not in DrawFields.model_fields]
+    tables = {"fields": _fields(SampleBody), "images": images, "codes": _codes(), "metrics": _metrics()}
+    for name, rows in tables.items():
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
         end = f"<!-- /{name} -->"
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -25,10 +28,10 @@ def page() -> str:
     return text
 
 
-def _fields() -> Iterable[tuple[str, ...]]:
+def _fields(body: type[DrawFields]) -> Iterable[tuple[str, ...]]:
     yield from (("field", "default", ""), ("---",) * 3)
-    for name, field in SampleBody.model_fields.items():
-        default = "" if field.default in (None, {}) else json.dumps(field.default)
+    for name, field in body.model_fields.items():
+        default = "" if field.is_required() or field.default in (None, {}) else json.dumps(field.default)
         yield f"`{name}`", default, field.description or ""
 
 

@@ -8,6 +8,8 @@ With a weight for each condition the conditions enter one after another, c_1 to 
 
     denoised = D(null) + sum_k w_k (D(c_1 .. c_k) - D(c_1 .. c_k-1))
 
+A negative prompt is a condition that stands in the place of null wherever a term leaves that condition out.
+
 So all weights 1 are the model itself, and equal weights are guidance by all conditions together, which the other form
 in use, D(null) + sum_k w_k (D(c_k) - D(null)) (Liu 2022, "Composable diffusion"), is only where conditions are
 independent given the sample. Conditions of equal weight enter together, in one row more.
@@ -75,12 +77,14 @@ class ClassifierFree:
     eq. 6), by `weight`, or by `weights` of conditions (`guidance_terms`).
 
     All estimates come of one call with as many rows for each. The denoiser must have been trained with the conditions
-    dropped, so that it knows their nulls. Raises UserError without a condition.
+    dropped, so that it knows their nulls. negative: one row of what is taken instead of these, of some names (a
+    negative prompt); on the denoiser's device. Raises UserError without a condition.
     """
 
     denoiser: Denoise
     weight: float
     weights: Mapping[str, float] = field(default_factory=dict)
+    negative: Condition | None = None
 
     def __post_init__(self) -> None:
         for weight in (self.weight, *self.weights.values()):
@@ -96,10 +100,10 @@ class ClassifierFree:
         if condition is None:
             raise UserError(f"guidance {self.weight:g} needs class_labels, or another condition: give one per row")
         terms = guidance_terms(self.weight, condition_names(condition), self.weights)
-        return merged(
-            self.denoiser(torch.cat([x] * len(terms)), torch.cat([sigma] * len(terms)), term_rows(condition, terms)),
-            terms,
-        )
+        if self.negative is not None:
+            check_negative(self.negative.values, terms)
+        rows = term_rows(condition, terms, self.negative)
+        return merged(self.denoiser(torch.cat([x] * len(terms)), torch.cat([sigma] * len(terms)), rows), terms)
 
 
 def condition_names(condition: Condition | Tensor) -> tuple[str, ...]:
@@ -107,15 +111,28 @@ def condition_names(condition: Condition | Tensor) -> tuple[str, ...]:
     return (LABEL,) if isinstance(condition, Tensor) else tuple(condition.values)
 
 
+def check_negative(names: Iterable[str], terms: Terms) -> None:
+    """Raises UserError where no term leaves out any of `names`, so that what is given instead would never be used."""
+    without = {name for term in terms for name in term.without}
+    if not without.intersection(names):
+        raise UserError("a negative prompt does nothing at guidance 1, or without a prompt; give guidance, such as 4")
+
+
 @overload
-def term_rows(condition: Condition, terms: Terms) -> Condition: ...
+def term_rows(condition: Condition, terms: Terms, negative: Condition | None = None) -> Condition: ...
 @overload
-def term_rows(condition: Tensor, terms: Terms) -> Tensor: ...
-def term_rows(condition: Condition | Tensor, terms: Terms) -> Condition | Tensor:
-    """The condition of a call for all terms: B rows for each, one term after another."""
+def term_rows(condition: Tensor, terms: Terms, negative: Condition | None = None) -> Tensor: ...
+def term_rows(condition: Condition | Tensor, terms: Terms, negative: Condition | None = None) -> Condition | Tensor:
+    """The condition of a call for all terms: B rows for each, one term after another. negative: one row of what stands
+    in the place of null, of some of a `Condition`'s names."""
     if isinstance(condition, Tensor):
         return torch.cat([torch.full_like(condition, -1) if term.without else condition for term in terms])
-    found = Condition.cat([condition.null(term.without) for term in terms], [len(condition)] * len(terms))
+    instead = None if negative is None else negative.expand(len(condition))
+    rows = [
+        condition.null(term.without).updated(None if instead is None else instead.select(term.without))
+        for term in terms
+    ]
+    found = Condition.cat(rows, [len(condition)] * len(terms))
     assert found is not None  # it has a name
     return found
 

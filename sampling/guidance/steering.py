@@ -21,7 +21,10 @@ from scoreray.sampling.guidance.observations import parse_value_range, read_obse
 from scoreray.sampling.guidance.operators import OPERATORS, Operator, make_operator
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, load
+from scoreray.sampling.model.prompts import prompted
 from scoreray.trainer.config import MAX_GUIDANCE
+from scoreray.trainer.config.condition_values import condition_of
+from scoreray.trainer.diffusion.condition import encoded
 
 Method = Literal["projection", "jacobian"]
 
@@ -32,8 +35,8 @@ class Guidance:
 
     The weaker one is the model without its conditions (classifier-free), or with `checkpoint` another model, or with
     `ema` the same (or that) model at another EMA length (autoguidance). `weights`: of single conditions by name, where
-    they are not `weight` (classifier-free alone). `interval`: noise levels (low, high) between which it acts; None for
-    all.
+    they are not `weight` (classifier-free alone). `negative`: a prompt that samples are led away from, instead of from
+    no condition (classifier-free alone). `interval`: noise levels (low, high) between which it acts; None for all.
     """
 
     weight: float = 1.0
@@ -41,6 +44,7 @@ class Guidance:
     ema: str | None = None
     interval: tuple[float, float] | None = None
     weights: dict[str, float] = field(default_factory=dict)
+    negative: str | None = None
 
     @property
     def auto(self) -> bool:
@@ -59,9 +63,16 @@ class Guidance:
                 )
         if self.auto and self.weights:
             raise UserError("guidance by another model has one weight; leave --guidance NAME=WEIGHT out")
-        if self.does_nothing and (self.auto or self.interval is not None):
-            what = "--autoguide" if self.checkpoint else "--guide-ema" if self.ema else "--interval"
-            raise UserError(f"{what} does nothing at guidance 1; give --guidance a weight such as 2")
+        if self.auto and self.negative is not None:
+            raise UserError("--negative-prompt: guidance by another model leads away from that one; leave it out")
+        given = {
+            "--autoguide": self.checkpoint,
+            "--guide-ema": self.ema,
+            "--interval": self.interval,
+            "--negative-prompt": self.negative,
+        }
+        if self.does_nothing and (useless := [name for name, value in given.items() if value is not None]):
+            raise UserError(f"{useless[0]} does nothing at guidance 1; give --guidance a weight such as 2")
         if self.interval is not None:
             low, high = self.interval
             if not 0 <= low < high:
@@ -101,8 +112,10 @@ def untrained_estimate(info: ModelInfo, given: Iterable[str], guidance: Guidance
     if guidance.does_nothing or guidance.auto or not given:
         return None
     together = info.config.objective.label_dropout
+    instead = {} if guidance.negative is None else prompted(guidance.negative, info, "--negative-prompt")
     for term in guidance_terms(guidance.weight, given, guidance.weights):
-        dropped = [name for name in rates if name in term.without or name not in given]
+        without = [name for name in term.without if name not in instead]
+        dropped = [name for name in rates if name in without or name not in given]
         kept = [name for name in rates if name not in dropped]
         separately = all(rates[name] > 0 for name in dropped) and all(rates[name] < 1 for name in kept)
         if dropped and not (separately and together < 1) and not (together > 0 and not kept):
@@ -204,9 +217,14 @@ def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measureme
 
 
 def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
-    if not guidance.auto:
-        return ClassifierFree(denoiser, guidance.weight, guidance.weights)
     info, device = denoiser.info, next(denoiser.parameters(), torch.empty(0)).device
+    if not guidance.auto:
+        negative = None
+        if guidance.negative is not None:
+            negative = condition_of(prompted(guidance.negative, info, "--negative-prompt"), info.conditions)
+        if negative is not None:
+            negative = encoded(denoiser, negative.to(device))
+        return ClassifierFree(denoiser, guidance.weight, guidance.weights, negative)
     url = guidance.checkpoint or info.url
     weak = load(url, guidance.ema, device)
     if weak.info.image_shape != info.image_shape:

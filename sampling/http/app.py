@@ -22,16 +22,27 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scoreray.sampling.http.docs_page import docs_page, request_schema, response_descriptions
-from scoreray.sampling.http.parse import check_key, parse
-from scoreray.sampling.http.stream import CANCELLED, Events
+from scoreray.sampling.http.images import (
+    GENERATIONS,
+    ImagesBody,
+    ImagesForm,
+    error_page,
+    is_openais,
+    models_page,
+    status_of,
+)
+from scoreray.sampling.http.parse import Body, check_key, parse
+from scoreray.sampling.http.stream import CANCELLED, AnswerForm, Events, SamplesForm
 from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.answers import choose_media
+from scoreray.sampling.service.body import SampleBody
 from scoreray.sampling.service.config import ERRORS, HEADERS, Refused
 from scoreray.sampling.service.draw import Draw, SampleAnswer
 from scoreray.sampling.service.service import Service
 
 log = logging.getLogger("scoreray.serve")
 
+DRAWS = ("/v1/samples", GENERATIONS)  # paths whose requests are for samples
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BODY_WITHIN_S = 30.0
 PARSED_AT_ONCE = 64 << 10  # bytes of JSON: under a millisecond; more would hold up other requests
@@ -50,10 +61,24 @@ def make_app(service: Service) -> FastAPI:
 
     app.add_middleware(_UntilSent, service=service)
 
-    @app.post("/v1/samples", openapi_extra=request_schema(), responses=response_descriptions())
+    of_samples = response_descriptions("application/json", "image/png", "application/x-npz", "text/event-stream")
+    of_images = response_descriptions("application/json", "text/event-stream", status_of=status_of)
+
+    @app.post("/v1/samples", openapi_extra=request_schema(SampleBody), responses=of_samples)
     async def samples(request: Request) -> Response:
         """Draws samples: JSON with base64, or by Accept one PNG sheet or an npz; events when `stream`."""
         return await _answered(service, request, _samples)
+
+    @app.post(GENERATIONS, openapi_extra=request_schema(ImagesBody), responses=of_images)
+    async def images(request: Request) -> Response:
+        """Draws pictures for a prompt, as OpenAI's endpoint of this name does; `extra_body` of its client has room for
+        the fields that are ours."""
+        return await _answered(service, request, _images)
+
+    @app.get("/v1/models")
+    async def model_list(request: Request) -> Response:
+        """The names of the models, as OpenAI lists its own."""
+        return await _answered(service, request, _model_list)
 
     @app.get("/v1/model")
     async def model(request: Request) -> Response:
@@ -76,7 +101,7 @@ def make_app(service: Service) -> FastAPI:
         if service.ready and not service.draining:
             return Response("ready\n", media_type="text/plain")
         code = "draining" if service.draining else "starting"
-        return _refused(Refused(code, ERRORS[code][1], retry_after_s=1), _request_id(request))
+        return _refused(request, Refused(code, ERRORS[code][1], retry_after_s=1))
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
@@ -98,7 +123,7 @@ def make_app(service: Service) -> FastAPI:
         code = {404: "no_path", 405: "bad_method"}.get(error.status_code, "bad_header")
         message = {"no_path": "no such path; see /docs", "bad_method": "this path does not take this method; see /docs"}
         refusal = Refused(code, message.get(code, str(error.detail)))
-        return _refused(refusal, _request_id(request), dict(error.headers or {}))
+        return _refused(request, refusal, dict(error.headers or {}))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -108,7 +133,7 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         log.error("request %s", _request_id(request), exc_info=error)
-        return _bug(_request_id(request))
+        return _bug(request)
 
     for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
         app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
@@ -122,7 +147,7 @@ class _UntilSent:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] != "/v1/samples":
+        if scope["type"] != "http" or scope["path"] not in DRAWS:
             return await self._app(scope, receive, send)
         request = object()
         self._service.answering.add(request)
@@ -143,18 +168,18 @@ async def _answered(
         response = await handle(service, request, who, request_id)
         code = "ok"
     except Refused as refusal:
-        response, code = _refused(refusal, request_id), refusal.code
+        response, code = _refused(request, refusal), refusal.code
     except (ClientDisconnect, asyncio.CancelledError):
         _count(service, request, CANCELLED, started)
         raise
     except Exception:
         log.exception("request %s", request_id)
-        response, code = _bug(request_id), "bug"
+        response, code = _bug(request), "bug"
     response.headers["X-Request-ID"] = request_id
     if isinstance(response, Events):
         return response  # counts when it has ended
     _count(service, request, code, started)
-    if request.url.path == "/v1/samples":
+    if request.url.path in DRAWS:
         took_s = time.monotonic() - started
         if code == "ok":
             service.meter["request_seconds"].observe(took_s)
@@ -166,7 +191,7 @@ def _count(service: Service, request: Request, code: str, started: float) -> Non
     """A line in the log for every request; those for samples are counted by how they ended."""
     took_ms, who = (time.monotonic() - started) * 1e3, getattr(request.state, "who", "-")
     log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, _request_id(request), code, took_ms)
-    if request.url.path != "/v1/samples":
+    if request.url.path not in DRAWS:
         return
     service.meter["requests"].labels(code).inc()
     if code == CANCELLED:
@@ -176,29 +201,45 @@ def _count(service: Service, request: Request, code: str, started: float) -> Non
 
 
 async def _samples(service: Service, request: Request, who: str, request_id: str) -> Response:
+    body = await _parsed(service, request, SampleBody)
+    form = SamplesForm("application/json" if body.stream else choose_media(request.headers.get("accept")))
+    return await _drawn(service, request, who, body, form, body.stream)
+
+
+async def _images(service: Service, request: Request, who: str, request_id: str) -> Response:
+    body = await _parsed(service, request, ImagesBody)
+    served = service.served(body.model)
+    samples = body.as_samples(served, service.limits)
+    return await _drawn(service, request, who, samples, ImagesForm(body, served), bool(body.stream))
+
+
+async def _parsed(service: Service, request: Request, kind: type[Body]) -> Body:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused("not_json", "send the request as JSON, with the header Content-Type: application/json")
     raw = await _read(request, service.max_body_bytes)
-    body = parse(raw) if len(raw) <= PARSED_AT_ONCE else await asyncio.to_thread(parse, raw)
+    return parse(raw, kind) if len(raw) <= PARSED_AT_ONCE else await asyncio.to_thread(parse, raw, kind)
+
+
+async def _drawn(
+    service: Service, request: Request, who: str, body: SampleBody, form: AnswerForm, stream: bool
+) -> Response:
+    """The answer to a request for samples, in its form: as a whole, or as events where it streams."""
     key = check_key(request.headers.get("idempotency-key"), body.idempotency_key)
-    media = "application/json" if body.stream else choose_media(request.headers.get("accept"))
-    draw = await service.submit(body, token=who, key=key, media=media)
+    draw = await service.submit(body, token=who, key=key, media=form.media)
     joined = draw.joined > 1
-    if body.stream:
-        return await _stream(service, draw, request, request_id, joined)
+    if stream:
+        return await _stream(service, draw, request, form, joined)
     try:
         answer = await _unless_gone(request, draw)
     finally:
         service.leave(draw)
     request.state.about = answer.about
-    headers = {**HEADERS, **_replayed(joined or draw.replayed)}
-    if media == "application/json":
-        return Response(answer.as_json(request_id), media_type=media, headers=headers)
-    about = {f"X-Scoreray-{name.replace('_', '-').title()}": _latin(value) for name, value in answer.about.items()}
-    return Response(answer.body, media_type=media, headers={**headers, **about})
+    response = await asyncio.to_thread(form.whole, answer, _request_id(request))
+    response.headers.update(_replayed(joined or draw.replayed))
+    return response
 
 
-async def _stream(service: Service, draw: Draw, request: Request, request_id: str, joined: bool) -> Response:
+async def _stream(service: Service, draw: Draw, request: Request, form: AnswerForm, joined: bool) -> Response:
     """The events of a draw once a replica has taken it. Raises Refused where none does: an answer and no stream."""
     started = time.monotonic()
     try:
@@ -210,15 +251,18 @@ async def _stream(service: Service, draw: Draw, request: Request, request_id: st
         raise
     headers = _replayed(joined or draw.replayed)
     return Events(
-        service, draw, request, request_id, headers, lambda outcome: _count(service, request, outcome, started)
-    )
+        service, draw, request, _request_id(request), form, headers,
+        lambda outcome: _count(service, request, outcome, started),
+    )  # fmt: skip
 
 
 async def _model(service: Service, request: Request, who: str, request_id: str) -> Response:
-    if not service.models:
-        raise Refused("starting", "the models are being looked up", retry_after_s=5)
-    pages = [served.page(service.limits) for served in service.models.values()]
+    pages = [served.page(service.limits) for served in service.all_served()]
     return _json({**pages[0], "models": pages})
+
+
+async def _model_list(service: Service, request: Request, who: str, request_id: str) -> Response:
+    return _json(models_page(service.all_served(), service.started_at))
 
 
 async def _metrics(service: Service, request: Request, who: str, request_id: str) -> Response:
@@ -289,14 +333,17 @@ def _request_id(request: Request) -> str:
     return request.state.request_id
 
 
-def _refused(refusal: Refused, request_id: str, headers: dict[str, str] | None = None) -> Response:
+def _refused(request: Request, refusal: Refused, headers: dict[str, str] | None = None) -> Response:
+    request_id = _request_id(request)
     headers = {**HEADERS, **(headers or {}), **refusal.headers(request_id)}
+    if is_openais(request.url.path):
+        return _json(error_page(refusal), status_of(refusal.status), headers)
     return _json(refusal.page(request_id), refusal.status, headers)
 
 
-def _bug(request_id: str) -> Response:
-    message = f"this is a bug in scoreray; the service's standard error has its traceback, under request {request_id}"
-    return _refused(Refused("bug", message), request_id)
+def _bug(request: Request) -> Response:
+    where = f"the service's standard error has its traceback, under request {_request_id(request)}"
+    return _refused(request, Refused("bug", f"this is a bug in scoreray; {where}"))
 
 
 def _replayed(is_so: bool) -> dict[str, str]:
@@ -307,8 +354,3 @@ def _replayed(is_so: bool) -> dict[str, str]:
 def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """JSON in ASCII: what a client sent may hold characters that have no UTF-8."""
     return Response(json.dumps(data), status, headers or HEADERS, "application/json")
-
-
-def _latin(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return text.encode("ascii", "backslashreplace").decode()

@@ -1,24 +1,29 @@
-"""The body of `POST /v1/samples`, from bytes to its fields: strict JSON, and refusals in plain words."""
+"""The body of a request for samples, from bytes to its fields: strict JSON, and refusals in plain words."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from pydantic import ValidationError
 
 from scoreray.data.errors import nearest, shortened
-from scoreray.sampling.service.body import KEY, SampleBody
+from scoreray.sampling.service.body import KEY, DrawFields, SampleBody
 from scoreray.sampling.service.config import Refused
 
 LONGEST_NUMBER = 40
+Body = TypeVar("Body", bound=DrawFields)
 TYPES = {"integer": "a whole number", "number": "a number", "string": "a string", "boolean": "true or false"}
 
 
-def parse(body: bytes) -> SampleBody:
-    """The request in a body. Raises Refused (bad_json, invalid)."""
+@overload
+def parse(body: bytes) -> SampleBody: ...
+@overload
+def parse(body: bytes, kind: type[Body]) -> Body: ...
+def parse(body: bytes, kind: type[Any] = SampleBody) -> Any:
+    """The request in a body, with the fields of `kind`. Raises Refused (bad_json, invalid)."""
     try:
         text = body.decode("utf-8")
         data = json.loads(
@@ -33,32 +38,33 @@ def parse(body: bytes) -> SampleBody:
     if not isinstance(data, dict):
         raise Refused("invalid", 'the body must be a JSON object, such as {"count": 4}')
     try:
-        return SampleBody.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise _refusal(error, data) from None
+        raise _refusal(error, data, kind) from None
 
 
-def _refusal(error: ValidationError, data: dict[str, Any]) -> Refused:
+def _refusal(error: ValidationError, data: dict[str, Any], kind: type[DrawFields]) -> Refused:
     """A body that does not fit, in plain words: each field that is wrong, its value, and what it may be."""
     mistakes = error.errors(include_url=False, include_context=False, include_input=False)
     first = mistakes[0]
     name = shortened(str(first["loc"][0])) if first["loc"] else "body"
     if first["type"] == "extra_forbidden":
-        return Refused("invalid", f"field '{name}' is unknown; {nearest(name, SampleBody.model_fields)}", field=name)
-    fields = _fields()
+        return Refused("invalid", f"field '{name}' is unknown; {nearest(name, kind.model_fields)}", field=name)
+    fields = _fields(kind)
     wrong = list(dict.fromkeys(str(mistake["loc"][0]) for mistake in mistakes))
     mistakes_in_words = []
     for field in [field for field in wrong if field in fields][:4]:
-        given, may_be = shortened(json.dumps(data[field])), in_words(fields[field])
+        given = f"{field} = {shortened(json.dumps(data[field]))}" if field in data else f"{field} is missing"
+        may_be = in_words(fields[field])
         if any(m["type"] == "string_unicode" for m in mistakes if m["loc"][0] == field):
             may_be = "a string of whole Unicode characters"
-        mistakes_in_words.append(f"{field} = {given}: must be {may_be}")
+        mistakes_in_words.append(f"{given}: must be {may_be}")
     return Refused("invalid", "; ".join(mistakes_in_words), field=name)
 
 
 @functools.cache
-def _fields() -> dict[str, Any]:
-    return SampleBody.model_json_schema()["properties"]
+def _fields(kind: type[DrawFields]) -> dict[str, Any]:
+    return kind.model_json_schema()["properties"]
 
 
 def in_words(about: dict[str, Any]) -> str:

@@ -15,10 +15,11 @@ import torch
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.data.packing.inspect import picture_grid
-from scoreray.sampling.guidance.guidance import Denoise
+from scoreray.sampling.guidance.guidance import Denoise, check_negative, guidance_terms
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.conditions import far_from_data, read_condition
 from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
@@ -31,6 +32,7 @@ from scoreray.trainer.diffusion.objective import ContrastiveObjective
 from scoreray.trainer.networks.ladder import levels_needed
 
 MAX_SHEET = 256
+LOSSY_QUALITY = 95  # of jpeg and webp, of 100
 MOST_STEPS = 10_000_000  # sweeps of Gibbs; as noise levels they are 80 MB
 WARM_START = "warm_start"  # the option of samplers that stay at one noise level
 
@@ -50,7 +52,8 @@ class Request:
     sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs.
     class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes, where there are no conditions.
     conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
-    null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out.
+    null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out. prompt: a
+    text for those conditions that take one, or a class (`model.prompts`).
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
 
@@ -66,6 +69,7 @@ class Request:
     measurement: Measurement | None = None
     conditions: dict[str, str] = field(default_factory=dict)
     conditions_from: ConditionsFrom | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -108,6 +112,7 @@ class Request:
         """
         if info.is_machine:
             return self._for_machine(info)
+        request = self.with_prompt(info)
         if self.sampler == GIBBS:
             kind = info.config.network.kind
             raise RequestError(
@@ -126,12 +131,21 @@ class Request:
             if self.steps == 1 and options[WARM_START]:
                 raise RequestError(f"sampler '{sampler}' walks down to its noise level: give 2 steps or more", "steps")
         return replace(
-            self,
+            request,
             sampler=sampler,
             steps=self.steps or levels,
             grid=self.grid or ("geometric" if annealed else "karras"),
             options=options,
         )
+
+    def with_prompt(self, info: ModelInfo) -> Request:
+        """The request with its prompt as the conditions that it means for a model. Raises UserError."""
+        if self.prompt is None:
+            return self
+        words = prompted(self.prompt, info, "--prompt")
+        if twice := [name for name in words if name in self.conditions]:
+            raise UserError(f"--prompt and --condition {twice[0]}: leave one of them out")
+        return replace(self, prompt=None, conditions={**self.conditions, **words})
 
     def _for_machine(self, info: ModelInfo) -> Request:
         kind = info.config.network.kind
@@ -141,6 +155,7 @@ class Request:
             f"--class-label {self.class_label}": self.class_label is not None,
             "--guidance": self.guided != Guidance(),
             "--condition": bool(self.conditions),
+            "--prompt": self.prompt is not None,
             "--conditions-from": self.conditions_from is not None,
             "--inpaint and --inverse": self.measurement is not None,
             "--option": bool(self.options),
@@ -184,6 +199,7 @@ class SampleConditions:
     StorageError where a file can't be read."""
 
     def __init__(self, request: Request, info: ModelInfo):
+        request = request.with_prompt(info)
         self._request, self._info = request, info
         self.fixed = read_condition(request.conditions, info)
         self._class_name = class_name_of(info.conditions)
@@ -205,6 +221,9 @@ class SampleConditions:
             row = self.of(0, 1)
             if row is None:
                 raise UserError("--guidance: no condition is given; give --condition NAME=VALUE")
+            if guided.negative is not None:
+                negative = prompted(guided.negative, info, "--negative-prompt")
+                check_negative(negative, guidance_terms(guided.weight, row.values, guided.weights))
             untrained = untrained_estimate(info, row.values, guided)
             self.warnings += [untrained] if untrained else []
 
@@ -278,13 +297,14 @@ def _draw_by_gibbs(
     return model.machine.picture(v).view(-1, *model.info.image_shape).float().cpu()
 
 
-def png(image: torch.Tensor) -> bytes:
-    """A uint8 picture [C, H, W] as PNG."""
+def picture_file(image: torch.Tensor, format_: str = "png") -> bytes:
+    """A uint8 picture [C, H, W] as png, jpeg or webp."""
     from PIL import Image
 
     array = image.permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
+    lossy = {} if format_ == "png" else {"quality": LOSSY_QUALITY}
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, format_, **lossy)
     return buffer.getvalue()
 
 

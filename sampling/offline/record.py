@@ -115,7 +115,8 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     request = fields["request"]
     del request["batch_size"]
     request["guidance"] = asdict(job.request.guided)
-    for where, name in ((request, "conditions"), (request, "conditions_from"), (request["guidance"], "weights"),
+    for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"),
+                        (request["guidance"], "weights"), (request["guidance"], "negative"),
                         (fields, "conditions_sha256")):  # fmt: skip
         if not where[name]:
             del where[name]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scoreray.data.packing.field_pictures import field_pictures
 from scoreray.sampling.model.describe import ModelInfo
-from scoreray.sampling.offline.generate import MAX_SHEET, png, png_of_sheet
+from scoreray.sampling.offline.generate import MAX_SHEET, picture_file, png_of_sheet
 
 MediaType = Literal["application/json", "image/png", "application/x-npz"]
 MEDIA: tuple[MediaType, ...] = ("application/json", "image/png", "application/x-npz")
@@ -58,9 +58,10 @@ def as_pictures(samples: Tensor, info: ModelInfo) -> Tensor:
     return values if info.is_picture else torch.from_numpy(field_pictures(values))
 
 
-def encode(samples: Tensor, labels: Sequence[int], media: str) -> bytes:
+def encode(samples: Tensor, labels: Sequence[int], media: str, format_: str = "png") -> bytes:
     """The array of `data` as JSON, a PNG sheet, or an npz of pictures uint8 [n, C, H, W] or values float32 [n, ...].
 
+    format_: of each picture in JSON, png, jpeg or webp.
     In an npz, pictures are `images` [n, H, W, C] and others `samples` [n, ...], beside `labels` int64 [n].
     """
     pictures = samples.dtype == torch.uint8
@@ -77,7 +78,7 @@ def encode(samples: Tensor, labels: Sequence[int], media: str) -> bytes:
         return buffer.getvalue()
     items = []
     for i, (one, label) in enumerate(zip(samples, labels, strict=True)):
-        data = png(one) if pictures else npy(one)
+        data = picture_file(one, format_) if pictures else npy(one)
         items.append({"index": i, "class": None if label < 0 else label, "b64_json": base64.b64encode(data).decode()})
     return json.dumps(items).encode()
 
@@ -89,5 +90,6 @@ def npy(array: Tensor) -> bytes:
 
 
 def preview_sheet(denoised: Tensor, info: ModelInfo) -> str:
-    """A sheet of denoised estimates [n, ...] as base64 of a PNG."""
-    return base64.b64encode(png_of_sheet(as_pictures(torch.nan_to_num(denoised), info))).decode()
+    """A sheet of denoised estimates [n, ...] as base64 of a PNG; of one, its picture without a frame."""
+    pictures = as_pictures(torch.nan_to_num(denoised), info)
+    return base64.b64encode(picture_file(pictures[0]) if len(pictures) == 1 else png_of_sheet(pictures)).decode()

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/samples`: its fields, and the checked request that they make on a model.
+"""The body of a request for samples: its fields, and the checked request that they make on a model.
 
 Every mistake is one Refused that names its field.
 """
@@ -21,6 +21,7 @@ from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, sampler_of, start
@@ -44,12 +45,32 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 Weight = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
 
 
-class SampleBody(BaseModel):
-    """What `POST /v1/samples` takes. Everything has a default; an empty object draws one sample."""
+class DrawFields(BaseModel):
+    """Fields of a request that say how samples are drawn, whichever path it comes by."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    count: Annotated[int, Field(ge=1, description="how many samples")] = 1
+    negative_prompt: Annotated[
+        str | None,
+        Field(description="what guidance leads away from, instead of from no prompt; needs `guidance` and a prompt"),
+    ] = None
+    guidance: Annotated[
+        Weight | Annotated[dict[str, Weight], Field(max_length=64)],
+        Field(
+            description="classifier-free, from -100 to 100; 1 is none, above strengthens class and conditions; or a "
+            'weight for each by name, {"caption": 7, "label": 2}, 1 where left out. Costs two rows a sample, and one '
+            "more for each further weight",
+        ),
+    ] = 1.0
+    condition: Annotated[
+        dict[str, Any],
+        Field(
+            max_length=64,
+            description="what the samples are drawn for, by the names under `conditions` of `/v1/model`, in the data's "
+            f"own units: {VALUE_WORDS}, as is a name left out",
+            json_schema_extra={"additionalProperties": VALUE_SCHEMA},
+        ),
+    ] = {}
     sampler: Annotated[
         str | None,
         Field(
@@ -69,6 +90,10 @@ class SampleBody(BaseModel):
             "fits the sampler",
         ),
     ] = None
+    options: Annotated[
+        dict[str, bool | int | float | str | None],
+        Field(max_length=16, description="the sampler's own, by name, as under `samplers` of `/v1/model`"),
+    ] = {}
     seed: Annotated[
         int | None,
         Field(
@@ -78,35 +103,6 @@ class SampleBody(BaseModel):
             "rounding); chosen if left out",
         ),
     ] = None
-    class_label: Annotated[
-        int | Annotated[str, Field(max_length=256)] | None,
-        Field(
-            description="a class's number (a JSON number), or its name or number (a string: exact before any other "
-            "case; `name:2`, `index:2` where it is the name of one class and the number of another); -1 for no class; "
-            "if left out, all classes in turn, or none where there is a condition"
-        ),
-    ] = None
-    condition: Annotated[
-        dict[str, Any],
-        Field(
-            max_length=64,
-            description="what the samples are drawn for, by the names under `conditions` of `/v1/model`, in the data's "
-            f"own units: {VALUE_WORDS}, as is a name left out",
-            json_schema_extra={"additionalProperties": VALUE_SCHEMA},
-        ),
-    ] = {}
-    guidance: Annotated[
-        Weight | Annotated[dict[str, Weight], Field(max_length=64)],
-        Field(
-            description="classifier-free, from -100 to 100; 1 is none, above strengthens class and conditions; or a "
-            'weight for each by name, {"caption": 7, "label": 2}, 1 where left out. Costs two rows a sample, and one '
-            "more for each further weight",
-        ),
-    ] = 1.0
-    options: Annotated[
-        dict[str, bool | int | float | str | None],
-        Field(max_length=16, description="the sampler's own, by name, as under `samplers` of `/v1/model`"),
-    ] = {}
     model: Annotated[str | None, Field(max_length=256, description="one of `/v1/model`; the first if left out")] = None
     adapter: Annotated[
         str | None,
@@ -119,15 +115,6 @@ class SampleBody(BaseModel):
             "model's default"
         ),
     ] = None
-    format: Annotated[
-        Literal["png", "npy"] | None,
-        Field(
-            description="of each sample: png (of fields by a colour map), or npy (float32, in the data's own units; of "
-            "pictures from -1 to 1); if left out, png for pictures"
-        ),
-    ] = None
-    stream: Annotated[bool, Field(description="server-sent events, with previews of the denoised estimate")] = False
-    previews: Annotated[int, Field(ge=1, le=32, description="how many previews a stream shows at most")] = 8
     idempotency_key: Annotated[
         str | None,
         Field(
@@ -156,11 +143,42 @@ class SampleBody(BaseModel):
         """`ema` as text: a JSON number is one spelling of a length."""
         return None if self.ema is None else str(self.ema)
 
+
+class SampleBody(DrawFields):
+    """What `POST /v1/samples` takes. Everything has a default; an empty object draws one sample."""
+
+    count: Annotated[int, Field(ge=1, description="how many samples")] = 1
+    prompt: Annotated[
+        str | None,
+        Field(
+            description="a text for the conditions that take one (`prompt` of `/v1/model` names them), or of a model "
+            "without such a class's name; an empty one of a model that takes neither"
+        ),
+    ] = None
+    class_label: Annotated[
+        int | Annotated[str, Field(max_length=256)] | None,
+        Field(
+            description="a class's number (a JSON number), or its name or number (a string: exact before any other "
+            "case; `name:2`, `index:2` where it is the name of one class and the number of another); -1 for no class; "
+            "if left out, all classes in turn, or none where there is a condition"
+        ),
+    ] = None
+    format: Annotated[
+        Literal["png", "jpeg", "webp", "npy"] | None,
+        Field(
+            description="of each sample: png, jpeg or webp (of fields by a colour map), or npy (float32, in the data's "
+            "own units; of pictures from -1 to 1); if left out, png for pictures"
+        ),
+    ] = None
+    stream: Annotated[bool, Field(description="server-sent events, with previews of the denoised estimate")] = False
+    previews: Annotated[int, Field(ge=1, le=32, description="how many previews a stream shows at most")] = 8
+
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
         fields = self.model_dump(exclude={"stream", "previews", "idempotency_key", "condition"})
-        if self.adapter is None:
-            del fields["adapter"]  # as of versions without adapters, whose keys are stored
+        for name in ("adapter", "prompt", "negative_prompt"):
+            if fields[name] is None:
+                del fields[name]  # as of versions that did not know it, whose keys are stored
         found = hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode())
         for name, value in sorted(self.condition.items()):
             if isinstance(value, np.ndarray):
@@ -177,8 +195,10 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     if body.count > limits.max_count:
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
     info = served.info
+    body = _with_prompt(body, info)
+    negative = condition_of(_prompted(body.negative_prompt, info, "negative_prompt"), info.conditions)
     format_ = body.format or ("png" if info.is_picture else "npy")
-    if (format_ == "png" or media == "image/png") and not can_be_pictures(info.image_shape):
+    if (format_ != "npy" or media == "image/png") and not can_be_pictures(info.image_shape):
         raise Refused(
             "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
         )
@@ -209,6 +229,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         sampler=request.sampler,
         options=options,
         condition=_condition(body, request, info, limits),
+        negative=negative,
         guidance=body.guidance if isinstance(body.guidance, float) else 1.0,
         weights=body.guidance if isinstance(body.guidance, dict) else {},
         expected_calls=calls,
@@ -224,8 +245,24 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     try:
         terms_of(fitted)
     except UserError as error:
-        raise Refused("invalid", str(error), field="guidance") from None
+        raise Refused("invalid", str(error), field="negative_prompt" if negative else "guidance") from None
     return fitted
+
+
+def _with_prompt(body: SampleBody, info: ModelInfo) -> SampleBody:
+    """A body whose prompt is the conditions that it means. Raises Refused."""
+    words = _prompted(body.prompt, info, "prompt")
+    if twice := [name for name in words if name in body.condition]:
+        raise Refused("invalid", f"prompt and condition.{twice[0]}: leave one of them out", field="prompt")
+    return body.model_copy(update={"condition": {**body.condition, **words}})
+
+
+def _prompted(text: str | None, info: ModelInfo, field: str) -> dict[str, str]:
+    """The conditions that a prompt means; none where it is left out. Raises Refused."""
+    try:
+        return {} if text is None else prompted(text, info, field)
+    except UserError as error:
+        raise Refused("invalid", str(error), field=field) from None
 
 
 def _condition(body: SampleBody, request: Request, info: ModelInfo, limits: Limits) -> Condition | None:

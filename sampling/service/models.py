@@ -13,6 +13,7 @@ from scoreray.data.storage.store import open_store
 from scoreray.sampling.guidance.steering import own_dropout
 from scoreray.sampling.model.adapters import find_adapters
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
+from scoreray.sampling.model.prompts import prompt_conditions
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.options import Option, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS, sampler_of
@@ -94,6 +95,7 @@ class ServedModel:
             "conditions": {
                 name: {**_condition(info.conditions[name]), "dropout": rate} for name, rate in own_dropout(info).items()
             },
+            "prompt": list(prompt_conditions(info)),
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),

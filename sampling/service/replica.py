@@ -234,13 +234,13 @@ def failed(error: ScorerayError) -> Failed:
 
 def _encoded(samples: Tensor, request: SampleRequest, info: ModelInfo) -> bytes:
     """Samples as the request wants them: pictures, or values in the data's own units (-1 to 1 of pictures)."""
-    if request.format == "png" or request.media == "image/png":
+    if request.format != "npy" or request.media == "image/png":
         shown = as_pictures(samples, info)
     else:
         shown = samples.float() if info.is_picture else info.in_data_units(samples.float())
     name = class_name_of(info.conditions)
     classes = None if request.condition is None or name is None else request.condition.select([name])
-    return encode(shown, class_labels(classes, len(samples)).tolist(), request.media)
+    return encode(shown, class_labels(classes, len(samples)).tolist(), request.media, request.format)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class SampleRequest:
     replica may draw them, or draw them again. The second says which network, and the form of the answer.
 
     seeds: one for each sample. condition: a row for each sample (what all share is one row, expanded, and travels as
-    one); None for none.
+    one); None for none. negative: one row of what guidance leads away from instead of the condition's null.
     sigmas: descending noise levels that end in 0. guidance: classifier-free weight of all conditions but those in
     `weights`, by name (`guidance.guidance_terms`).
     adapter: the LoRA beside the network, "" for none.
@@ -65,6 +65,7 @@ class SampleRequest:
     sampler: str = "heun"
     options: dict[str, Any] = field(default_factory=dict)
     condition: Condition | None = None
+    negative: Condition | None = None
     guidance: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
     expected_calls: int = 1

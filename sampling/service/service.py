@@ -87,6 +87,7 @@ class Service:
         self._bills = Bills(self._store, self._owner)
         self._draws: set[Draw] = set()
         self._by_key: dict[tuple[str, str], Draw] = {}  # of those, by token and idempotency key
+        self.started_at = int(time.time())
         self.answering: set[object] = set()  # requests whose answer is not sent yet
         self._reloading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -149,7 +150,7 @@ class Service:
             claim = Claim(token, key, await asyncio.to_thread(body.fingerprint, media), self._owner)
         draw = self._under_way(claim)
         if draw is None:
-            served = self._served(body.model)
+            served = self.served(body.model)
             seed = body.seed if body.seed is not None else (seed_of(token, key) if key else secrets.randbelow(2**31))
             request = await asyncio.to_thread(make_request, body, served, self.limits, media, seed)
             self._check_open()
@@ -202,9 +203,16 @@ class Service:
         if not self.ready:
             raise Refused("starting", "the models are being loaded", retry_after_s=5)
 
-    def _served(self, name: str | None) -> ServedModel:
+    def all_served(self) -> list[ServedModel]:
+        """The models, the default one first. Raises Refused until they are looked up."""
+        if not self.models:
+            raise Refused("starting", "the models are being looked up", retry_after_s=5)
+        return list(self.models.values())
+
+    def served(self, name: str | None) -> ServedModel:
+        """The model of a name, the first one of None. Raises Refused."""
         if name is None:
-            return next(iter(self.models.values()))
+            return self.all_served()[0]
         if name not in self.models:
             raise Refused("no_model", f"model '{name}' is not served here: {nearest(name, self.models)}", field="model")
         return self.models[name]

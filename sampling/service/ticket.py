@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.guidance.guidance import Terms, classifier_free_steps, guidance_terms, term_rows
+from scoreray.sampling.guidance.guidance import (
+    Terms,
+    check_negative,
+    classifier_free_steps,
+    guidance_terms,
+    term_rows,
+)
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.ode import Steps
 from scoreray.sampling.samplers.sample import check_rows, start
@@ -32,13 +38,16 @@ class NonFiniteSamplesError(UserError):
 def terms_of(request: SampleRequest) -> Terms:
     """The estimates that the guidance of a request adds up: each takes a row of the network's calls for each sample.
 
-    Raises UserError where guidance has no condition to act on.
+    Raises UserError where guidance, or a negative prompt, has no condition to act on.
     """
     if request.condition is None:
-        if request.guidance != 1 or request.weights:
+        if request.guidance != 1 or request.weights or request.negative is not None:
             raise UserError("guidance needs a condition: give one, with a row for each sample")
         return guidance_terms(1, ())
-    return guidance_terms(request.guidance, request.condition.values, request.weights)
+    terms = guidance_terms(request.guidance, request.condition.values, request.weights)
+    if request.negative is not None:
+        check_negative(request.negative.values, terms)
+    return terms
 
 
 class Ticket(Future[Tensor]):
@@ -70,6 +79,7 @@ class Ticket(Future[Tensor]):
         self.submitted, self.arrived = time.monotonic(), 0
         self.work = self.remaining * len(self.terms) * request.expected_calls
         check_rows(request.condition, self.remaining)
+        check_rows(request.negative, 1)
         self.parts: list[Part] = []
         self.samples: dict[int, Tensor] = {}
         self._begin()  # finds a bad sampler or option before the request is queued
@@ -150,7 +160,9 @@ class Part:
     def encoded(self, denoiser: Callable[..., Tensor]) -> Condition | None:
         """What conditions a call's rows, of all terms of guidance. Texts are read once for all calls."""
         if not self._encoded and self._given is not None:
-            self._given = term_rows(encoded(denoiser, self._given), self.ticket.terms)
+            negative = self.ticket.request.negative
+            instead = None if negative is None else encoded(denoiser, negative.to(self.ticket.device))
+            self._given = term_rows(encoded(denoiser, self._given), self.ticket.terms, instead)
         self._encoded = True
         return self._given
 

@@ -52,6 +52,11 @@ class ConditionSpec:
         return len(self.classes)
 
     @property
+    def takes_text(self) -> bool:
+        """Whether a person gives it as a text."""
+        return self.kind == "text"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of values as a network takes them."""
         return {"class": torch.int64, "text": torch.uint8}.get(self.kind, torch.float32)
@@ -148,6 +153,13 @@ class Condition:
         """The null of all rows, for all names or for some."""
         gone = {name: self._rows(name) for name in (self.values if names is None else names)}
         return self.drop(gone)
+
+    def updated(self, other: Condition | None) -> Condition:
+        """With the names of `other`, of as many rows, as `other` has them; the other names as they are here."""
+        if other is None:
+            return self
+        masks = {name: mask for name, mask in self.masks.items() if name not in other.values}
+        return Condition({**self.values, **other.values}, {**masks, **other.masks})
 
     def mask(self, name: str) -> Tensor:
         """bool [B, L] or [B]; all True where `masks` leaves the name out. Of a class: where its label is not -1."""

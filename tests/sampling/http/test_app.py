@@ -30,6 +30,7 @@ from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.packing.inspect import field_pictures
 from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.http.app import make_app
+from scoreray.sampling.http.images import GENERATIONS, ImagesBody
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.driver import in_same_rows
@@ -126,6 +127,13 @@ def run_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def points_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     return new_run(str(tmp_path_factory.mktemp("runs") / "points"), shape=(2,), classes=0)
+
+
+@pytest.fixture(scope="module")
+def plain_url(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pictures of one pixel by a perceptron: as quick as points."""
+    network = {"kind": "mlp", "hidden_size": 16}
+    return new_run(str(tmp_path_factory.mktemp("runs") / "pixels"), shape=(1, 1, 1), classes=0, network=network)
 
 
 def config(url: str, **settings: Any) -> ServeConfig:
@@ -441,7 +449,7 @@ def test_every_mistake_has_its_code(run_url: str) -> None:
                 ({"seed": 2**31}, {}, 422, "invalid", "from 0 to 2,147,483,647"),
                 ({"guidance": 101}, {}, 422, "invalid", "guidance = 101: must be a number from -100 to 100"),
                 ({"previews": 33}, {}, 422, "invalid", "from 1 to 32"),
-                ({"format": "jpg"}, {}, 422, "invalid", 'must be "png" or "npy"'),
+                ({"format": "jpg"}, {}, 422, "invalid", 'must be "png" or "jpeg" or "webp" or "npy"'),
                 ({"stream": 1}, {}, 422, "invalid", "stream = 1: must be true or false"),
                 ({"idempotency_key": "a b"}, {}, 422, "invalid", "printable ASCII characters, no spaces"),
                 ({"options": {"eta": [1]}}, {}, 422, "invalid", "options = "),
@@ -912,7 +920,8 @@ def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run
             assert "http://HOST/v1/samples" in strange
             schema = (await call("GET", "/openapi.json")).json
             assert schema["info"]["description"].startswith("Draws samples")
-            assert set(schema["paths"]) == {"/v1/samples", "/v1/model", "/metrics", "/healthz", "/readyz"}
+            openais = {"/v1/images/generations", "/v1/models"}
+            assert set(schema["paths"]) == {"/v1/samples", "/v1/model", "/metrics", "/healthz", "/readyz", *openais}
             text = (await call("GET", "/metrics")).body.decode()
             assert all(f"# HELP {m.name}" in text for m in (*REPLICA_METRICS, *SERVICE_METRICS))
 
@@ -922,7 +931,7 @@ def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run
 def test_the_docs_name_every_field_limit_and_code() -> None:
     page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     words = set(re.findall(r"`([\w]+)(?:\{\w+\})?`", page))
-    assert set(SampleBody.model_fields) <= words
+    assert {*SampleBody.model_fields, *ImagesBody.model_fields} <= words
     assert set(vars(Limits())) <= words
     assert set(ERRORS) - {"bug"} <= words
 
@@ -962,10 +971,12 @@ NASTY: list[Any] = [
 ]  # fmt: skip
 
 
-def strange_body(random_: random.Random) -> tuple[bytes, dict[str, str]]:
-    """A request for samples in which something or nothing is wrong."""
-    fields: dict[str, Any] = {"count": random_.randint(1, 2), "steps": random_.randint(1, 3)}
-    names = [*SampleBody.model_fields, "cuont", "", "__class__"]
+def strange_body(random_: random.Random) -> tuple[str, bytes, dict[str, str]]:
+    """A request for samples, by our own path or by OpenAI's, in which something or nothing is wrong."""
+    is_ours = random_.random() < 0.7
+    count = {"count": random_.randint(1, 2)} if is_ours else {"n": random_.randint(1, 2), "prompt": ""}
+    fields: dict[str, Any] = {**count, "steps": random_.randint(1, 3)}
+    names = [*(SampleBody if is_ours else ImagesBody).model_fields, "cuont", "", "__class__"]
     for _ in range(random_.randint(0, 3)):
         fields[random_.choice(names)] = random_.choice(NASTY)
     if random_.random() < 0.5:
@@ -978,29 +989,37 @@ def strange_body(random_: random.Random) -> tuple[bytes, dict[str, str]]:
     if random_.random() < 0.1:
         name = random_.choice(["Content-Type", "Content-Length", "Idempotency-Key", "Accept", "X-Request-ID"])
         headers[name] = random_.choice(["", "0", "-1", "é", "x" * 400, "image/png;q=x", "application/json; charset=x"])
-    return body, headers
+    return "/v1/samples" if is_ours else GENERATIONS, body, headers
 
 
-def test_ten_thousand_strange_bodies_get_one_clear_answer_each(points_url: str) -> None:
-    """No 500, no hang, nothing left behind; a refusal is JSON with a code of the list."""
+def test_ten_thousand_strange_bodies_get_one_clear_answer_each(plain_url: str) -> None:
+    """No 500, no hang, nothing left behind; a refusal is JSON with a code of the list, or of OpenAI's form."""
     limits = Limits(max_count=2, max_steps=4, max_calls=16, max_request_s=10, token_requests=1000, token_rows=10_000)
 
     async def main() -> None:
-        async with serving(config(points_url, limits=limits, max_batch=64)) as call:
+        async with serving(config(plain_url, limits=limits, max_batch=64)) as call:
             random_ = random.Random(6)
             statuses: dict[int, int] = {}
+            drawn_by_openais = 0
 
             async def some() -> None:
                 for _ in range(10_000 // 50):
-                    body, headers = strange_body(random_)
-                    reply = await asyncio.wait_for(call("POST", "/v1/samples", body, headers), 20)
+                    nonlocal drawn_by_openais
+                    path, body, headers = strange_body(random_)
+                    reply = await asyncio.wait_for(call("POST", path, body, headers), 20)
                     statuses[reply.status] = statuses.get(reply.status, 0) + 1
-                    if reply.status != 200:
+                    if path == GENERATIONS:
+                        drawn_by_openais += reply.status == 200
+                        assert reply.status in (200, 400, 404, 413, 415), (body, headers, reply.json)
+                        if reply.status != 200:
+                            assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+                    elif reply.status != 200:
                         assert ERRORS[reply.code][0] == reply.status != 500, (body, headers, reply.json)
 
             await asyncio.gather(*[some() for _ in range(50)])
             assert sum(statuses.values()) == 10_000
             assert statuses[200] > 500, statuses
+            assert drawn_by_openais > 100
             assert {200, 400, 422} <= set(statuses) <= {200, 400, 404, 413, 415, 422}, statuses
             assert call.replica.waiting_rows() == call.service.under_way() == 0
 
