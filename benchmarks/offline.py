@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from scoreray.data.fields.normalisation import to_uint8, to_unit_range
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import ROWS, Form, in_form
@@ -37,7 +38,6 @@ from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.config import load_config
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 from scoreray.trainer.networks.flops import flops
-from scoreray.trainer.step import to_uint8, to_unit_range
 
 SHAPE = (3, 32, 32)
 NETWORKS: dict[str, dict[str, Any]] = {

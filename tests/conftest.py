@@ -94,6 +94,22 @@ def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of diffusers' AutoencoderKL with random weights: grey pictures, 2 latent channels, a factor of 2."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False, sample_size=16,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of 64 packed images of 8x8 in three classes."""
     folder = tmp_path_factory.mktemp("small")

@@ -30,7 +30,7 @@ ROOMS = (
     "data", "data.own_code", "data.storage", "data.fields", "data.reading", "data.sources", "data.tables",
     "data.packing", "data.unpacked", "data.webdataset",
     "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config",
-    "trainer.checkpoints", "trainer", "trainer.tracking", "trainer.on_ray",
+    "trainer.checkpoints", "trainer.encoders", "trainer", "trainer.tracking", "trainer.on_ray",
     "sampling.samplers", "sampling.model", "sampling.imports", "sampling.guidance", "sampling.measures",
     "sampling.offline",
     "sampling.evaluation", "sampling.formats", "sampling.service", "sampling.http", "sampling",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.fields.encoding import drawn
+from scoreray.data.fields.normalisation import Normaliser, to_unit_range
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import normalised
 from scoreray.trainer.config.data_scale import resolve_sigma_data
@@ -38,14 +39,16 @@ class TrainingModule(nn.Module):
     """(images [B, ...], condition or None, positions int64 [B]) -> (loss [B], sigma [B]), both float32.
 
     images: the field that is modelled, and the condition's values, in the data's own units. `normaliser` takes images
-    to the model's; without one uint8 becomes [-1, 1] and floating-point values stay as they are. The normalisers of
-    conditions are those that the network was built with. Labels int64 [B] alone are the one class condition.
+    to the model's; without one uint8 becomes [-1, 1] and floating-point values stay as they are. `moments`: images are
+    means and standard deviations [B, 2C, ...] of an encoder, and the run trains on draws [B, C, ...] from them. The
+    normalisers of conditions are those that the network was built with. Labels int64 [B] alone are the one class
+    condition.
 
-    Augmentation, noise, noise level, dropout of conditions and probes are functions of (seed, position): a sample's
-    loss does not depend on its rank, its micro-batch or the world size. `dropout`: the share of samples that lose a
-    condition on its own, by name. The network may compute in bf16, by its weights or under autocast; what stands around
-    it stays float32. Parameters: `denoiser.network.*` and, where the weighting learns, `weighting.*`. `shape` of a
-    sample: persistent chains need it; their pool is the buffer `chains.pool`.
+    Augmentation, draws of latents, noise, noise level, dropout of conditions and probes are functions of (seed,
+    position): a sample's loss does not depend on its rank, its micro-batch or the world size. `dropout`: the share of
+    samples that lose a condition on its own, by name. The network may compute in bf16, by its weights or under
+    autocast; what stands around it stays float32. Parameters: `denoiser.network.*` and, where the weighting learns,
+    `weighting.*`. `shape` of a sample: persistent chains need it; their pool is the buffer `chains.pool`.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TrainingModule(nn.Module):
         shape: Sequence[int] = (),
         augmentation: AugmentationConfig = NO_AUGMENTATION,
         normaliser: Normaliser | None = None,
+        moments: bool = False,
         dropout: Mapping[str, float] | None = None,
     ):
         super().__init__()
@@ -68,7 +72,7 @@ class TrainingModule(nn.Module):
             + chain_mistakes(objective, global_batch_size)
             + condition_mistakes(objective, self.conditions or {})
         )
-        self.denoiser, self.normaliser = denoiser, normaliser
+        self.denoiser, self.normaliser, self.moments = denoiser, normaliser, moments
         names = sorted(self.conditions or {})
         self.dropout = {name: (rate, names.index(name)) for name, rate in (dropout or {}).items() if rate}
         self.objective, self.process = objective, process
@@ -80,7 +84,8 @@ class TrainingModule(nn.Module):
             allow_double_backward(denoiser)
 
     def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
-        x0 = to_model_range(augment(images, self.augmentation, self.seed, positions), self.normaliser)
+        values = augment(images, self.augmentation, self.seed, positions)
+        x0 = to_model_range(drawn_latents(values, self.seed, positions) if self.moments else values, self.normaliser)
         shape = tuple(x0.shape[1:])
         sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
@@ -149,17 +154,20 @@ class MachineModule(nn.Module):
         global_batch_size: int,
         augmentation: AugmentationConfig = NO_AUGMENTATION,
         normaliser: Normaliser | None = None,
+        moments: bool = False,
     ):
         super().__init__()
         refuse(chain_mistakes(objective, global_batch_size))
         self.denoiser, self.normaliser = nn.ModuleDict({"network": machine}), normaliser
+        self.moments = moments
         self.objective, self.augmentation, self.seed = objective, augmentation, seed
         self.chains = build_chains(objective, seed, global_batch_size, (machine.num_visible,))
 
     def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
         """A machine takes no condition."""
         machine: Any = self.denoiser["network"]
-        x0 = to_model_range(augment(images, self.augmentation, self.seed, positions), self.normaliser)
+        values = augment(images, self.augmentation, self.seed, positions)
+        x0 = to_model_range(drawn_latents(values, self.seed, positions) if self.moments else values, self.normaliser)
         v = machine.visible(x0, self.seed, positions)
         source = noise.ChainNoise(self.seed, positions)
         start = v if self.objective.start == "data" else machine.fresh(source)
@@ -180,21 +188,15 @@ def build_chains(
     return PersistentChains(objective.num_chains or global_batch_size, tuple(shape), objective.restart, seed)
 
 
+def drawn_latents(moments: Tensor, seed: int, positions: Tensor) -> Tensor:
+    """[B, 2C, ...] -> [B, C, ...], float32; the noise is keyed by (seed, position), so it is another each epoch."""
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    return drawn(moments, noise.normal(seed, positions, shape, stream=noise.STREAM_LATENT))
+
+
 def to_model_range(images: Tensor, normaliser: Normaliser | None) -> Tensor:
     """Values of the data set as the model sees them, float32 where there is a normaliser."""
     return to_unit_range(images) if normaliser is None else normaliser.apply(images).float()
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 [0, 255] as float32 [-1, 1]; floating-point images unchanged (float32 at least)."""
-    if images.dtype == torch.uint8:
-        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
-    return images.to(torch.promote_types(images.dtype, torch.float32))
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """The inverse: values in [-1, 1] as uint8 [0, 255], those outside clipped."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def build_training_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
@@ -210,6 +212,7 @@ def build_training_module(config: Config, fields: RunFields) -> TrainingModule |
         "global_batch_size": config.data.global_batch_size,
         "augmentation": config.augmentation,
         "normaliser": fields.target.normaliser,
+        "moments": fields.target.holds_moments,
     }
     if isinstance(network, BoltzmannMachine):
         assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked

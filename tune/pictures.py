@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from scoreray.data.fields.limits import is_picture
+from scoreray.data.fields.normalisation import to_uint8
 from scoreray.sampling.offline.generate import png_of_sheet
-from scoreray.trainer.step import to_uint8
 from scoreray.tune.metric import levels_of
 from scoreray.tune.schedule import best_of, cost_of
 from scoreray.tune.search import optuna_study

@@ -101,9 +101,9 @@ def demo_config(*, quick: bool = False, workers: int = 2) -> Config:
 def _draw(trained: TrainResult, out: Path) -> float:
     import torch
 
+    from scoreray.data.fields.normalisation import to_uint8
     from scoreray.sampling.model.load import load
     from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
-    from scoreray.trainer.step import to_uint8
 
     started = time.monotonic()
     denoiser = load(trained.checkpoint)

@@ -28,6 +28,7 @@ from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
 from scoreray.sampling.service.answers import as_pictures
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import ModelManifest
+from scoreray.trainer.checkpoints.marker import page_fields
 from scoreray.trainer.checkpoints.posthoc import Mix, find_mix, in_turn, reconstruct
 from scoreray.trainer.optim.ema import choose_length, is_power_length, length_name
 
@@ -66,7 +67,7 @@ class Exported:
 
     def answer(self) -> dict[str, Any]:
         graphs = {"graphs": [asdict(one) for one in self.graphs]} if self.graphs else {}
-        return {"out": self.out, **asdict(self.page), "residuals": self.residuals, **graphs}
+        return {"out": self.out, **page_fields(self.page), "residuals": self.residuals, **graphs}
 
     def text(self) -> str:
         out, page = self.out.rstrip("/"), self.page

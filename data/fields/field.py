@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict
 from pydantic import Field as Limits
 
+from scoreray.data.fields.encoding import Encoding
+from scoreray.data.fields.field_kinds import FieldDtype, FieldKind
 from scoreray.data.fields.normalisation import Normalisation
 
-FieldKind = Literal["image", "array", "class", "scalar", "vector", "sequence", "text", "json"]
-FIELD_KINDS: tuple[FieldKind, ...] = get_args(FieldKind)
-FieldDtype = Literal["uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
-FIELD_DTYPES: tuple[FieldDtype, ...] = get_args(FieldDtype)
 VARYING: frozenset[FieldKind] = frozenset({"sequence", "text", "json"})
 """Kinds whose values are of a length of their own; the first entry of `shape` is the longest one's."""
 INLINE: frozenset[FieldKind] = frozenset({"class", "scalar"})
@@ -45,6 +43,8 @@ class Field:
     mean, std, low, high: of each channel, the first axis of `shape` (the last of a sequence), in the data's own units
     (0 to 255 of images); log_mean, log_std: of log1p |x| with x's sign.
     normalisation: what a run applies that does not say otherwise.
+    encoding: which encoder made its values, of which other field; None where none did. Statistics of moments are those
+    of what is drawn from them.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -66,6 +66,7 @@ class Field:
     log_mean: list[float] = field(default_factory=list)
     log_std: list[float] = field(default_factory=list)
     normalisation: Normalisation = "none"
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != _AXES.get(self.kind, len(self.shape)) or (self.kind == "array" and not self.shape):
@@ -76,6 +77,8 @@ class Field:
             raise ValueError(f"{self.name}: a field of kind {self.kind} is {_DTYPE[self.kind]}, not {self.dtype}")
         if len(self.class_counts) != len(self.classes) or (self.classes and self.kind != "class"):
             raise ValueError(f"{self.name}: classes and class_counts differ in length, or it is no class")
+        if self.holds_moments and (self.kind != "array" or self.shape[0] % 2):
+            raise ValueError(f"{self.name}: means and standard deviations are an array of an even number of channels")
         for values in (self.mean, self.std, self.low, self.high, self.log_mean, self.log_std):
             if len(values) not in (0, self.num_channels) or not all(map(math.isfinite, values)):
                 raise ValueError(f"{self.name}: statistics of {self.num_channels} channels, all finite, are needed")
@@ -89,9 +92,26 @@ class Field:
         return self.kind in INLINE
 
     @property
+    def holds_moments(self) -> bool:
+        """Whether its values are means and standard deviations, from which a run draws."""
+        return self.encoding is not None and self.encoding.moments
+
+    @property
+    def drawn_shape(self) -> list[int]:
+        """Of a sample as a network sees it: that of a draw, where moments are stored."""
+        return [self.shape[0] // 2, *self.shape[1:]] if self.holds_moments else self.shape
+
+    @property
     def num_channels(self) -> int:
         """Of the statistics: the first axis of a sample's shape, the last of a sequence's."""
-        return 1 if not self.shape else self.shape[-1 if self.kind == "sequence" else 0]
+        return 1 if not self.shape else self.drawn_shape[-1 if self.kind == "sequence" else 0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and digests: without the key `encoding` where nothing was encoded, as before there was one."""
+        found = asdict(self)
+        if self.encoding is None:
+            del found["encoding"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,5 +174,6 @@ def is_plain(fields: Sequence[Field]) -> bool:
         target.name == target.kind
         and target.dtype == wanted
         and target.normalisation == "none"
+        and target.encoding is None
         and [(one.name, one.kind) for one in others] in ([], [("label", "class")])
     )

@@ -46,6 +46,22 @@ class Normaliser:
         return x.sign() * x.abs().expm1() if self.kind == "log1p" else x
 
 
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 [0, 255] as float32 [-1, 1]; floating-point images unchanged (float32 at least)."""
+    import torch
+
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The inverse: values in [-1, 1] as uint8 [0, 255], those outside clipped."""
+    import torch
+
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
     """One number a channel as [C, 1, ...], to meet x [B, C, ...]."""
     import torch

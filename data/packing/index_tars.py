@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from scoreray.data.errors import DataError, UserError, shortened
@@ -64,7 +64,7 @@ class TarsPlan:
     @property
     def sha256(self) -> str:
         parts = ["tars", self.name, self.shards, digest_of(self.marks), self.labelled]
-        parts += [] if is_plain(self.fields) else [[asdict(field) for field in self.fields]]
+        parts += [] if is_plain(self.fields) else [[field.as_dict() for field in self.fields]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def inputs(self, number: int) -> str:

@@ -117,11 +117,16 @@ class FieldCounter:
         if self.field.kind == "sequence":
             self.moments.longest = max(self.moments.longest, len(values))
             values = values.T
+        variances: np.ndarray | float = 0.0
+        if self.field.holds_moments:  # E x^2 of what is drawn is mean^2 + std^2; the rest is of the means
+            values, stds = np.split(values, 2)
+            variances = np.square(stds).reshape(self.field.num_channels, -1)
         values = values.reshape(self.field.num_channels, -1)
         if values.size:
             logs = np.copysign(np.log1p(np.abs(values)), values)
+            squares = np.square(values) + variances
             self.moments += FieldMoments(
-                values.shape[1], values.sum(1), np.square(values).sum(1), values.min(1), values.max(1), logs.sum(1),
+                values.shape[1], values.sum(1), squares.sum(1), values.min(1), values.max(1), logs.sum(1),
                 np.square(logs).sum(1),
             )  # fmt: skip
 

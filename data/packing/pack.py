@@ -207,7 +207,7 @@ class SourcePlan:
         parts += (
             []
             if is_plain(self.source.fields)
-            else [asdict(replace(field, normalisation="none")) for field in self.fields]
+            else [replace(field, normalisation="none").as_dict() for field in self.fields]
         )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -253,7 +253,7 @@ def _permuted(seed: int, n: int, runs: bytes | None) -> np.ndarray:
 def contents(source: FieldSource, options: SourceOptions) -> list[Any]:
     """What a pack is recognised by, besides its own arguments."""
     if not isinstance(source, Source):
-        return [source.fingerprint, asdict(options), [asdict(field) for field in source.fields]]
+        return [source.fingerprint, asdict(options), [field.as_dict() for field in source.fields]]
     # Of images or arrays alone as ever, so that packs of earlier versions are recognised.
     labels = b"" if source.labels is None else source.labels.tobytes()
     return [source.fingerprint, asdict(options), source.classes, hashlib.sha256(labels).hexdigest(), source.shape,

@@ -70,7 +70,7 @@ class RepackPlan:
     @property
     def sha256(self) -> str:
         plain = is_plain(self.reads.fields)
-        what = self.reads.fields[0].shape if plain else [asdict(field) for field in self.reads.fields]
+        what = self.reads.fields[0].shape if plain else [field.as_dict() for field in self.reads.fields]
         parts = ["repack", ENCODING, self.name, self.tars, digest_of(self.marks), what, asdict(self.options),
                  self.image_format, *self._code()]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

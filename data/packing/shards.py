@@ -18,7 +18,8 @@ import simplejpeg
 from PIL import Image
 
 from scoreray.data.errors import DataError
-from scoreray.data.fields.field import Field, FieldKind, stored_dtype
+from scoreray.data.fields.field import Field, stored_dtype
+from scoreray.data.fields.field_kinds import FieldKind
 from scoreray.data.fields.record_layout import FORMATS
 from scoreray.data.packing.index_records import IndexRecords, StoredMember, Values
 from scoreray.data.packing.plan import PackedShard

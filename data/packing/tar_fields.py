@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import DataError, UserError, shortened
-from scoreray.data.fields.field import FIELD_DTYPES, Field, FieldDtype, plain_fields
+from scoreray.data.fields.field import Field, plain_fields
+from scoreray.data.fields.field_kinds import FIELD_DTYPES, FieldDtype
 from scoreray.data.packing.tar_members import (
     Picture,
     asked_value,
@@ -283,7 +284,7 @@ def _no_files(path: str) -> bytes:
 
 def marks_of(fields: Sequence[Field]) -> str:
     """What of the fields determines a shard, as text: all but what only the manifest says."""
-    return json.dumps([asdict(replace(field, normalisation="none")) for field in fields])
+    return json.dumps([replace(field, normalisation="none").as_dict() for field in fields])
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from scoreray.data.fields.field import (
     MAX_CLASSES,
     MAX_FIELDS,
     Field,
-    FieldDtype,
     class_field,
     is_plain,
     plain_fields,
     target_of,
 )
+from scoreray.data.fields.field_kinds import FieldDtype
 from scoreray.data.fields.limits import MAX_AXES, MAX_AXIS, MAX_VALUES, check_label, check_shape
 from scoreray.data.fields.record_layout import CHUNK, RECORD, column_of, index_bytes, members_of, record_dtype
 from scoreray.data.seal import read_sealed, sealed
@@ -194,7 +194,7 @@ class Manifest:
         for name in DERIVED if self.version == 3 else ("fields",):
             del parts[name]
         if self.version == 3:  # what is empty or as ever is left out: most of a field's entries
-            fields = [{k: v for k, v in one.items() if v not in ([], "") or k == "shape"} for one in parts["fields"]]
+            fields = [{k: v for k, v in f.as_dict().items() if v not in ([], "") or k == "shape"} for f in self.fields]
             parts["fields"] = fields
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items()]
         return sealed([*lines, f'"shards": [\n  {shards}\n ]'])

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.data.fields.field import FIELD_KINDS, MAX_FIELDS, NAME, FieldKind
+from scoreray.data.fields.field import MAX_FIELDS, NAME
+from scoreray.data.fields.field_kinds import FIELD_KINDS, FieldKind
 from scoreray.data.fields.normalisation import NORMALISATIONS, Normalisation
 from scoreray.data.own_code import is_own
 

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class OwnSource:
     @property
     def fingerprint(self) -> str:
         """Of its name, options and code, which determine what its samples are."""
-        parts = [self.part.dump("json"), code_hash(self.path), self.num_samples, [asdict(one) for one in self.fields]]
+        parts = [self.part.dump("json"), code_hash(self.path), self.num_samples, [one.as_dict() for one in self.fields]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import Field, FieldKind
+from scoreray.data.fields.field import Field
+from scoreray.data.fields.field_kinds import FieldKind
 from scoreray.data.fields.limits import check_shape
 from scoreray.data.reading.pictures import is_grey, looks_like_a_picture, open_picture
 from scoreray.data.sources.field_options import CLASS_NAMES, FieldOption

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from scoreray.data.errors import SHOWN, DataError, UserError, shortened
-from scoreray.data.fields.field import FIELD_DTYPES, Field, FieldDtype, stored_dtype
+from scoreray.data.fields.field import Field, stored_dtype
+from scoreray.data.fields.field_kinds import FIELD_DTYPES, FieldDtype
 from scoreray.data.reading.pictures import as_array, fit, open_picture
 from scoreray.data.sources.field_options import FieldOption
 from scoreray.data.sources.field_source import FieldValue

@@ -24,6 +24,7 @@ import torch
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.limits import is_picture
+from scoreray.data.fields.normalisation import to_uint8
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.evaluate import described, evaluate
@@ -39,7 +40,6 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.monitoring.tensorboard import Point, events_file
 from scoreray.trainer.run_folder import run_store
-from scoreray.trainer.step import to_uint8
 
 EVENTS = "tensorboard/evaluation/events.out.tfevents"
 METRICS, SHEETS, FAILED = f"{FOLDER}/metrics", f"{FOLDER}/sheets", f"{FOLDER}/failed"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.sampling.evaluation.chunks import FeatureChunk
 from scoreray.sampling.evaluation.loaded import load_extractor, loaded_model, once
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
@@ -18,7 +19,6 @@ from scoreray.sampling.measures.spectra import power_spectrum
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import class_labels, prepare
 from scoreray.trainer.diffusion.condition import AnyCondition, as_condition, class_name_of
-from scoreray.trainer.step import to_unit_range
 
 PROJECTIONS = 128
 SPECTRUM_GROUPS = 8  # of a chunk's samples

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.own_code import instance, line_of
 from scoreray.data.storage.store import NotFound
 from scoreray.sampling.evaluation.chunks import FeatureChunk, ReferenceMoments, read_chunk, write_chunk
@@ -21,7 +22,6 @@ from scoreray.sampling.evaluation.stored import StoredChunks, joined
 from scoreray.sampling.measures import distances, frechet, kde
 from scoreray.sampling.measures.distances import Estimate, jackknife, mean_of
 from scoreray.sampling.measures.spectra import log_spectral_distance
-from scoreray.trainer.step import to_unit_range
 
 KID_BLOCK = 1000
 KID_BLOCKS = 10

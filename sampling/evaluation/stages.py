@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.fields.normalisation import to_uint8, to_unit_range
 from scoreray.sampling.evaluation.chunks import (
     AnnealingChunk,
     ChunkArrays,
@@ -45,7 +46,6 @@ from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
-from scoreray.trainer.step import to_uint8, to_unit_range
 
 CHUNK = 256  # samples, about: a multiple of the batch
 LIKELIHOOD_CHUNK = 16  # each takes hundreds of passes

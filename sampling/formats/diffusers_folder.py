@@ -10,13 +10,12 @@ two Python files, pipeline and denoiser/denoiser             name the classes of
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from scoreray.data.errors import UserError
 from scoreray.data.storage.store import Store
 from scoreray.sampling.formats.diffusers_plain import as_json, variant, write_plain_folder
 from scoreray.sampling.model.export import ModelToExport, write_model
 from scoreray.trainer.checkpoints.exported import DIFFUSERS_WEIGHTS, ModelManifest
+from scoreray.trainer.checkpoints.marker import page_fields
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
 SHIM = '''"""{what} of scoreray, which must be installed."""
@@ -42,7 +41,7 @@ def write_diffusers_folder(model: ModelToExport, store: Store) -> ModelManifest:
         )
     files = {first: f"{DIFFUSERS_WEIGHTS}.safetensors"}
     files |= {length: f"{DIFFUSERS_WEIGHTS}.{variant(length)}.safetensors" for length in others}
-    config = {"_class_name": "ScorerayDenoiser", "model": asdict(model.page), "ema": first}
+    config = {"_class_name": "ScorerayDenoiser", "model": page_fields(model.page), "ema": first}
     index = {"_class_name": ["pipeline", "ScorerayPipeline"], "denoiser": ["denoiser", "ScorerayDenoiser"]}
     beside = {
         "pipeline.py": SHIM.format(what="The pipeline", name="ScorerayPipeline").encode(),

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.own_code import code_hashes, line_of, load, name_in_command
 from scoreray.data.storage.store import open_store
-from scoreray.sampling.imports.folder import listed, read_json, refuse_pickle
 from scoreray.sampling.imports.import_diffusers import run_name
 from scoreray.sampling.model.export import ModelToExport, write_model
 from scoreray.trainer.checkpoints.exported import ModelManifest, State
@@ -21,6 +20,7 @@ from scoreray.trainer.diffusion.condition import class_condition
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.preconditioned import PreconditionedNetworkConfig
+from scoreray.trainer.networks.pretrained_folder import listed, read_json, refuse_pickle
 from scoreray.trainer.optim.ema import RAW
 
 PRECONDITIONING = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.fields.limits import is_picture
+from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood
@@ -26,7 +27,6 @@ from scoreray.sampling.model.stored_conditions import StoredConditions
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.condition import Condition, encoded
-from scoreray.trainer.step import to_unit_range
 
 LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draws
 LIKELIHOOD_BATCH = 16  # samples that share an adaptive solver's calls; its gradients hold as many activations

@@ -14,6 +14,7 @@ import torch
 
 from scoreray.data.classes import class_number
 from scoreray.data.fields.limits import is_picture
+from scoreray.data.fields.normalisation import to_uint8
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.exported import ModelManifest
@@ -23,7 +24,6 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
-from scoreray.trainer.step import to_uint8
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't

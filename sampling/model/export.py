@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from scoreray.trainer.checkpoints.exported import (
     ModelManifest,
     State,
 )
+from scoreray.trainer.checkpoints.marker import page_fields
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.config import Config
@@ -54,7 +55,7 @@ def export(checkpoint: str | Checkpoint, out: str, lengths: Sequence[str] = ()) 
     Raises UserError (not committed, no such length), DataError (damaged), StorageError.
     """
     stored = find_model(checkpoint if isinstance(checkpoint, str) else checkpoint.url)
-    return asdict(write_model(model_to_export(stored, lengths), open_store(out)))
+    return page_fields(write_model(model_to_export(stored, lengths), open_store(out)))
 
 
 def model_to_export(

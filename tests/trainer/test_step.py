@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.fields.normalisation import Normaliser, to_uint8, to_unit_range
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
@@ -22,7 +22,7 @@ from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal, UniformT
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, Adaptive, Learned, LikelihoodWeighting
 from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig
-from scoreray.trainer.step import MachineModule, TrainingModule, to_uint8, to_unit_range
+from scoreray.trainer.step import MachineModule, TrainingModule
 
 B = 12
 POSITIONS = torch.arange(100, 100 + B)

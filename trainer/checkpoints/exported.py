@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from scoreray.data.seal import read_sealed, sealed
 from scoreray.data.storage.interface import check_key
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.checkpoint import verified_copy
-from scoreray.trainer.checkpoints.marker import Ancestor, Number, StoredFile
+from scoreray.trainer.checkpoints.marker import Ancestor, Number, StoredFile, page_fields
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.fragments import Fragment
@@ -87,7 +87,7 @@ class ModelManifest:
 
     def to_json(self) -> bytes:
         """For people too: a field a line; sealed."""
-        fields = {"format": self.format, **asdict(self)}
+        fields = {"format": self.format, **page_fields(self)}
         return sealed([f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]).encode()
 
     @staticmethod

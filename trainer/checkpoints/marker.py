@@ -134,7 +134,7 @@ class Marker:
 
     def to_json(self) -> bytes:
         """For people too: a field a line, a file a line."""
-        fields = {"format": self.format, **{key: value for key, value in asdict(self).items() if key != "format"}}
+        fields = {"format": self.format, **{key: value for key, value in page_fields(self).items() if key != "format"}}
         files = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(file)}" for name, file in fields.pop("files").items())
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
         return sealed([*lines, f'"files": {{\n  {files}\n }}']).encode()
@@ -158,7 +158,7 @@ class Marker:
         if known is not None and data.num_samples != known.num_samples:
             found.append(f"{_samples(data.num_samples)}, not {_samples(known.num_samples)}")
         if fields is not None and not found:
-            if self.target is not None and self.target != fields.target:
+            if self.target is not None and not self.target.same_values(fields.target):
                 found.append(f"target {_field(fields.target)}, not {_field(self.target)}")
             for name in fields.conditions:
                 if fields.conditions[name] != (self.conditions or {}).get(name):
@@ -167,6 +167,15 @@ class Marker:
             what = "other samples or another order" if known.num_samples else "other tars"
             found.append(f"{what} (SHA-256 {data.identity[:12]}, not {known.sha256[:12]})")
         return found
+
+
+def page_fields(page: Any) -> dict[str, Any]:
+    """`asdict` of a dataclass that has a `target`: without the key `encoding` of a target that no encoder made, as
+    before there was one, so that earlier versions read it."""
+    found = asdict(page)
+    if found["target"] is not None and found["target"]["encoding"] is None:
+        del found["target"]["encoding"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,8 @@ class Share:
 def _field(target: TargetField) -> str:
     scaled = target.normaliser is not None and target.normaliser.kind != "none"
     numbers = f" with normalisation {target.normaliser}" if scaled else ""
-    return f"'{target.name}' ({target.kind}, {target.dtype}{numbers})"
+    encoder = "" if target.encoding is None else f" of {target.encoding.name}, SHA-256 {target.encoding.sha256[:12]}"
+    return f"'{target.name}' ({target.kind}, {target.dtype}{numbers}{encoder})"
 
 
 def _samples(count: int | None) -> str:

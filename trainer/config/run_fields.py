@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import ConfigDict
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.description import DataDescription
-from scoreray.data.fields.field import NAME, TARGETS, Field, FieldDtype, FieldKind, FieldRequest, class_field, target_of
+from scoreray.data.fields.encoding import Encoding
+from scoreray.data.fields.field import NAME, TARGETS, Field, FieldRequest, class_field, target_of
+from scoreray.data.fields.field_kinds import FieldDtype, FieldKind
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.config.condition_values import condition_of_fields
@@ -39,7 +41,7 @@ TARGET_STD, CONDITION_STD = 0.5, 1.0  # of normalised values: EDM's default sigm
 @dataclass(frozen=True)
 class TargetField:
     """The field that a run models. dtype: of its values in the data set; normaliser: from its own units to the
-    model's, None of images (0 to 255 become -1 to 1)."""
+    model's, None of images (0 to 255 become -1 to 1).  encoding: what decodes it, of latents (`Field.encoding`)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -47,14 +49,28 @@ class TargetField:
     kind: FieldKind
     dtype: FieldDtype
     normaliser: Normaliser | None = None
+    encoding: Encoding | None = None
+
+    @property
+    def holds_moments(self) -> bool:
+        """Whether what is read are means and standard deviations, from which the run draws."""
+        return self.encoding is not None and self.encoding.moments
+
+    def same_values(self, other: TargetField) -> bool:
+        """Whether both are one field of the same values: wherever its encoder is stored now."""
+        return self._without_place() == other._without_place()
+
+    def _without_place(self) -> TargetField:
+        return self if self.encoding is None else replace(self, encoding=replace(self.encoding, path="", preview=[]))
 
 
 @dataclass(frozen=True)
 class RunFields:
     """What a run models and what conditions it, resolved against its data.
 
-    shape: of a sample of the target.  conditions: what the network is built for, by name; sources: the field that each
-    is read from; dropout: the share of samples that lose each on its own.  requests: what a stream reads.
+    shape: of a sample of the target, as the network sees it.  conditions: what the network is built for, by name;
+    sources: the field that each is read from; dropout: the share of samples that lose each on its own.  requests: what
+    a stream reads.
     mean, std: of each channel of the target as the network sees it; sigma_data: of all its values.
     """
 
@@ -114,7 +130,7 @@ def run_fields(section: DataSection, data: DataDescription) -> RunFields:
         mean, std, sigma_data = data.channel_means(), data.std, data.sigma_data
     else:
         mean, std, sigma_data = _scale(source, target.normaliser)
-    shape = list(source.shape) or [1]
+    shape = list(source.drawn_shape) or [1]
     return RunFields(target, shape, mean, std, sigma_data, conditions, sources, dropout, tuple(requests))
 
 
@@ -139,7 +155,7 @@ def _target(section: DataSection, known: Mapping[str, Field], default: Field) ->
         )
     if source.kind != "image":
         normaliser = normaliser_of("data.normalisation", source, section.normalisation, TARGET_STD)
-        return source, TargetField(source.name, source.kind, source.dtype, normaliser)
+        return source, TargetField(source.name, source.kind, source.dtype, normaliser, source.encoding)
     if section.normalisation not in (None, "range"):
         raise UserError(
             f"data.normalisation: '{section.normalisation}' of field '{source.name}', and images always go from 0..255 "

@@ -256,7 +256,7 @@ def check_inputs(x: Tensor, sigma: Tensor | float, condition: AnyCondition, num_
 def _as_batch(x: Tensor, sigma: Tensor | float) -> Tensor:
     """sigma as [B] on the device of x."""
     if not x.is_floating_point():
-        raise UserError(f"x is {x.dtype}: give floating-point samples ([-1, 1] for images: `step.to_unit_range`)")
+        raise UserError(f"x is {x.dtype}: give floating-point samples ([-1, 1] for images: `to_unit_range`)")
     if not isinstance(sigma, Tensor):
         if not (math.isfinite(sigma) and sigma > 0):
             raise UserError(f"sigma is {sigma}: give a finite noise level above 0")

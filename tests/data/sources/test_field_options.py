@@ -6,7 +6,7 @@ import pytest
 
 from scoreray.cluster.cli import data
 from scoreray.data.errors import UserError
-from scoreray.data.fields.field import FIELD_KINDS
+from scoreray.data.fields.field_kinds import FIELD_KINDS
 from scoreray.data.fields.normalisation import NORMALISATIONS
 from scoreray.data.sources.field_options import FieldOption, parse_field_options
 

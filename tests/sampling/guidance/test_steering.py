@@ -13,7 +13,7 @@ from PIL import Image
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.fields.normalisation import Normaliser, to_unit_range
 from scoreray.data.packing.pack import pack
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Interval
 from scoreray.sampling.guidance.inverse import LinearInverse
@@ -29,7 +29,6 @@ from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.loop import train
 from scoreray.trainer.networks.ladder import ladder_ratio
 from scoreray.trainer.run_folder import run_store
-from scoreray.trainer.step import to_unit_range
 
 KINDS: dict[str, dict[str, Any]] = {
     "unet": {"network": {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}},

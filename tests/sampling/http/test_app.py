@@ -26,7 +26,7 @@ from PIL import Image
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import UserError
-from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.fields.normalisation import Normaliser, to_uint8
 from scoreray.data.packing.inspect import field_pictures
 from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.http.app import make_app
@@ -48,7 +48,6 @@ from scoreray.sampling.service.service import LocalBackend, Service
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
-from scoreray.trainer.step import to_uint8
 
 JSON = {"Content-Type": "application/json"}
 SECRET = "a-secret-of-thirty-characters!"

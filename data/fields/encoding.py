@@ -1,0 +1,53 @@
+"""Which encoder made a field's values, of which other field: what decodes latents again is recorded with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import ConfigDict
+from pydantic import Field as Limits
+
+from scoreray.data.fields.field_kinds import FieldKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Finite = Annotated[float, Limits(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How an encoded field was made. Its values are the encoder's own, unscaled (diffusers': `latent_dist`, without
+    scaling_factor); the field's normalisation scales them.
+
+    kind: "diffusers", "scoreray", "transformers" or "package.module:Name".  path: the URL or folder that the encoder
+    was loaded from, as given.  sha256: of its weights and config, wherever they are stored.
+    of, of_kind, of_shape: the field that was encoded, by its name, and a sample of it, [3, 256, 256].
+    moments: the first half of the channels are means, the second half standard deviations of Gaussians; a run draws
+    from them, each time again.
+    preview: [channels of a picture][C + 1], the least-squares linear map of a latent to a picture in [-1, 1] of the
+    latent's height and width; the last entry is the constant. Empty where there is none.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    kind: Annotated[str, Limits(min_length=1, max_length=255)]
+    path: str
+    sha256: Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
+    of: str
+    of_kind: FieldKind
+    of_shape: list[Annotated[int, Limits(gt=0)]]
+    moments: bool = False
+    preview: list[list[Finite]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The encoder as an option names it, "diffusers=PATH"."""
+        return f"{self.kind}={self.path}"
+
+
+def drawn(moments: Tensor, noise: Tensor) -> Tensor:
+    """[B, 2C, ...] means and standard deviations, standard normal noise [B, C, ...] -> draws [B, C, ...], float32."""
+    mean, std = moments.to(noise.dtype).chunk(2, dim=1)
+    return mean + std * noise

@@ -1,0 +1,66 @@
+"""Which encoder an option or a stored record names: loaded once in a process, and checked against the recorded hash."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from scoreray.data import own_code
+from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.fields.encoding import Encoding
+from scoreray.trainer.encoders.base import Autoencoder, Encoder
+from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder
+from scoreray.trainer.encoders.transformers import TransformersEncoder
+
+ENCODERS: dict[str, type[Encoder]] = {"diffusers": DiffusersAutoencoder, "transformers": TransformersEncoder}
+"""By kind; each is made of the path. `package.module:Name` is one of somebody else's."""
+
+_loaded: dict[tuple[str, str], Encoder] = {}
+_lock = threading.Lock()
+
+
+def load_encoder(kind_and_path: str, device: torch.device | str | None = None, sha256: str | None = None) -> Encoder:
+    """The encoder that KIND=PATH names, on a device (a GPU, where there is one). The same call again in this process
+    gives the same object.
+
+    sha256: the hash that was recorded when it was used; a DataError of one line where it is another's. Raises UserError
+    (unknown kind, nothing there, a library is missing), DataError (what is there can't be loaded).
+    """
+    kind, equals, path = kind_and_path.partition("=")
+    if not equals or not path:
+        raise UserError(f"encoder '{kind_and_path}': write KIND=PATH, such as diffusers=FOLDER")
+    at = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _lock:
+        key = (kind_and_path, at)
+        if key not in _loaded:
+            made = _class_of(kind)(path)
+            made.kind, made.path = kind, path
+            _loaded[key] = made.to(at)
+        found = _loaded[key]
+    if sha256 is not None and found.sha256 != sha256:
+        raise DataError(
+            f"{kind_and_path}: has changed since it encoded the data: SHA-256 {found.sha256[:12]}, not {sha256[:12]}; "
+            "name a copy of the one that was used, or encode the data again"
+        )
+    return found
+
+
+def load_autoencoder(encoding: Encoding, device: torch.device | str | None = None) -> Autoencoder:
+    """What decodes a field again. Raises as `load_encoder`, and UserError where nothing can decode it."""
+    found = load_encoder(encoding.name, device, encoding.sha256)
+    if not isinstance(found, Autoencoder):
+        raise UserError(f"{encoding.name}: can't be decoded: it is an encoder of {encoding.of_kind} alone")
+    return found
+
+
+def _class_of(kind: str) -> Any:
+    if kind in ENCODERS:
+        return ENCODERS[kind]
+    if not own_code.is_own(kind):
+        raise UserError(f"encoder kind '{kind}': {nearest(kind, ENCODERS)}, or package.module:Name")
+    found = own_code.load(kind, "encoder")
+    if not (isinstance(found, type) and issubclass(found, Encoder)):
+        raise UserError(f"encoder '{kind}': is no subclass of scoreray.trainer.encoders.base.Encoder")
+    return found
