@@ -129,7 +129,8 @@ def without_moments(field: Field) -> Field:
 def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     """`Encoding.preview` by least squares: of unscaled latents [N, C, h, w], and the pictures in [-1, 1] [N, c, H, W]
     that they are of."""
-    pictures = torch.nn.functional.adaptive_avg_pool2d(pictures.double(), tuple(latents.shape[2:]))
+    height, width = latents.shape[2:]
+    pictures = torch.nn.functional.adaptive_avg_pool2d(pictures.double(), (height, width))
     inputs = latents.double().movedim(1, -1).flatten(0, -2)
     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
     # The ridge decides where there are fewer values than channels, and changes nothing else that can be seen.

@@ -39,6 +39,7 @@ CLASSES = {
 
 class DiffusersAutoencoder(Autoencoder):
     kind = "diffusers"
+    module: Any  # of a class that is known when it is loaded
 
     def __init__(self, path: str) -> None:
         """Raises UserError (no such folder or class, a pickle, diffusers is missing), DataError."""
@@ -58,8 +59,9 @@ class DiffusersAutoencoder(Autoencoder):
                 raise UserError(f"{self.name}: _class_name '{shortened(name)}': {nearest(name, CLASSES)}")
             self.sha256 = digest(folder)
             loaded = load_pretrained("diffusers", getattr(diffusers, name), folder, WEIGHTS, **DIFFUSERS_OPTIONS)
-        self.module: Any = loaded.requires_grad_(False).eval()
-        self._class, config = CLASSES[name], dict(self.module.config)  # with the class's defaults
+        vae: Any = loaded
+        self.module = vae.requires_grad_(False).eval()
+        self._class, config = CLASSES[name], dict(vae.config)  # with the class's defaults
         self.channels, self.latent_channels = config["in_channels"], config[self._class.latent_channels]
         if name == "VQModel" and config["vq_embed_dim"] is not None:
             self.latent_channels = config["vq_embed_dim"]
