@@ -83,8 +83,16 @@ def key_in_errors(key: str) -> Iterator[None]:
         raise
 
 
+MOST_LISTED = 10  # tensors, or classes
 MOST_NAMES = 40  # of those accepted in one message
 MOST_COMPARED = 10_000  # a data set may have a million classes
+
+
+def listed(found: Iterable[str]) -> str:
+    """The first ten, shortened, and how many there are."""
+    items = list(found)
+    more = f", ... ({len(items):,} in all)" if len(items) > MOST_LISTED else ""
+    return ", ".join(one[: 2 * SHOWN] for one in items[:MOST_LISTED]) + more
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:

@@ -7,14 +7,14 @@ the other model gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, listed
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import PREFIX
 from scoreray.trainer.checkpoints.marker import Ancestor
@@ -32,7 +32,6 @@ from scoreray.trainer.optim.ema import RAW, described_length
 from scoreray.trainer.optim.fragments import MASTER, Fragment
 from scoreray.trainer.ranks import from_rank_0
 
-MOST_LISTED = 10  # tensors, or classes
 NO_MEANING = ("dropout", "activation_checkpointing")  # keys of `network` that change nothing of what weights mean
 NULL = -1
 
@@ -98,11 +97,11 @@ def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> In
         found.notes.append(f"channels {further_channels[0]} to {further_channels[-1]}")
     growths = _growths(found, before, network, model.conditions, fields.conditions)
     _match(found, _shapes(network), _shapes(before), model.shapes(), growths, bool(further_channels))
-    listed = "; ".join(found.misfits)
+    misfits = "; ".join(found.misfits)
     if not found.kept and not found.grown:
-        raise UserError(f"init.checkpoint: {model.url}: nothing of it fits this network: {listed}")
+        raise UserError(f"init.checkpoint: {model.url}: nothing of it fits this network: {misfits}")
     if found.misfits and section.strict:
-        raise UserError(f"init.checkpoint: {model.url} does not fit: {listed}; init.strict=false takes what fits")
+        raise UserError(f"init.checkpoint: {model.url} does not fit: {misfits}; init.strict=false takes what fits")
     if config.lora is not None and (found.grown or found.notes or found.misfits):
         differing = "; ".join([*found.misfits, *found.notes]) or f"classes of {', '.join(model.conditions)} are others"
         raise UserError(
@@ -223,9 +222,9 @@ def _of_classes(found: InitialWeights, name: str, old: Sequence[str], new: Seque
     """Of a table whose row 0 is the null class."""
     row = {known: 1 + i for i, known in enumerate(old)}
     if further := [one for one in new if one not in row]:
-        found.notes.append(f"classes of '{name}': {_first(further)}")
+        found.notes.append(f"classes of '{name}': {listed(further)}")
     if gone := [one for one in old if one not in set(new)]:
-        found.misfits.append(f"the data lack classes of '{name}': {_first(gone)}")
+        found.misfits.append(f"the data lack classes of '{name}': {listed(gone)}")
     return Growth(0, (0, *(row.get(one, 0) for one in new)))
 
 
@@ -270,10 +269,4 @@ def _match(
     shapes = [f"{name} {list(stored[name])}, here {list(wanted[name])}" for name in reshaped if name in wanted]
     for what, names in (("missing", missing), ("further", further), ("of another shape", shapes)):
         if names:
-            found.misfits.append(f"{len(names):,} tensor{'s' if names[1:] else ''} {what}: {_first(names)}")
-
-
-def _first(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - MOST_LISTED:,} more" if len(listed) > MOST_LISTED else ""
-    return ", ".join(one[:80] for one in listed[:MOST_LISTED]) + more
+            found.misfits.append(f"{len(names):,} tensor{'s' if names[1:] else ''} {what}: {listed(names)}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scoreray.cluster.cli.options import AsJson, With, make_bucket
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, listed
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for safetensors and model.json.")]
 
@@ -93,6 +93,28 @@ def k_diffusion(
 
     _check_out(out)
     _report(out, import_k_diffusion(file, out, config).config["network"]["module"], [], as_json)
+
+
+def lora(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="What peft stored (adapter_config.json), or diffusers (a safetensors file)."
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or prefix for the LoRA as one of ours.")],
+    base: Annotated[str, typer.Option(metavar="CHECKPOINT", help="The model that it adapts.")],
+    ema: Annotated[str | None, typer.Option(help="The base's EMA length; default: its first.")] = None,
+    with_: With = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a LoRA of peft or diffusers as one that sample, serve --lora, init and the other verbs take."""
+    from scoreray.sampling.formats.import_lora import import_lora
+
+    _check_out(out)
+    imported = import_lora(folder, out, base, ema)
+    left_out = [listed(imported.left_out)] if imported.left_out else []
+    _report(out, "LoRA", left_out, as_json)
 
 
 def _check_out(out: str) -> None:

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
-from scoreray.cluster.cli.imports import diffusers, edm, k_diffusion
+from scoreray.cluster.cli.imports import diffusers, edm, k_diffusion, lora
 from scoreray.cluster.cli.models import compare, evaluate, export, serve
 from scoreray.cluster.cli.options import ClickException
 from scoreray.cluster.cli.options import local_s3 as server_on
@@ -69,7 +69,7 @@ def common(
 
 VERBS: tuple[Callable[..., None], ...] = (demo, train, status, tune, sample, export, serve, evaluate, compare, doctor)
 DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect)
-IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers, edm, k_diffusion)
+IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers, edm, k_diffusion, lora)
 for verb in VERBS:
     app.command()(verb)
 app.command(

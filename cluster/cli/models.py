@@ -35,8 +35,9 @@ def export(
         str,
         typer.Option(
             help="scoreray: safetensors and model.json, for sample, serve, evaluate. diffusers: for "
-            "DiffusionPipeline.from_pretrained, and these too. onnx, torch-export: the denoiser as a graph, for "
-            "inference without scoreray."
+            "DiffusionPipeline.from_pretrained, and these too. lora: a LoRA's adapters alone, for peft and diffusers, "
+            "and these too; all others merge them into what they adapt. onnx, torch-export: the denoiser as a graph, "
+            "for inference without scoreray."
         ),
     ] = "scoreray",
     ema: Annotated[

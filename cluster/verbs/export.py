@@ -20,7 +20,8 @@ from scoreray.sampling.formats.card import CARD, SHEET, check_licence, model_car
 from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
 from scoreray.sampling.formats.graphs import SUFFIXES, WrittenGraph, write_graphs
 from scoreray.sampling.formats.hub import export_target
-from scoreray.sampling.formats.usage import DIFFUSERS, SCORERAY, USAGES, Usage, usage_of
+from scoreray.sampling.formats.lora_folder import write_lora_folder
+from scoreray.sampling.formats.usage import DIFFUSERS, LORA, SCORERAY, USAGES, Usage, usage_of
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
 from scoreray.sampling.model.export import ModelToExport, model_to_export, write_model
 from scoreray.sampling.model.load import build_model
@@ -35,6 +36,8 @@ from scoreray.trainer.optim.ema import choose_length, is_power_length, length_na
 RETRIES = Retries(
     times=3, work="averaging a range of parameters", hint="is there memory for it? set RAY_ADDRESS to a larger cluster"
 )
+WRITERS = {SCORERAY: write_model, DIFFUSERS: write_diffusers_folder, LORA: write_lora_folder}
+"""Formats that models of ours are read from; graphs are others' alone."""
 ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes longer than mixing them here
 
 
@@ -91,15 +94,20 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     found = describe(url)
     if options.samples and len(found.info.image_shape) < 2:
         raise UserError(f"--samples: no picture can be made of samples of shape {list(found.info.image_shape)}")
-    mixes = _mixes(found, lengths)
+    one_lora = options.format == LORA
+    if one_lora and not lengths:  # of peft's folders each holds one
+        lengths = [found.stored.ema]
+    names = [_name(found, length) for length in lengths]
+    mixes = _mixes(found, names)
     with export_target(out) as folder, _tasks(mixes.values()) as each:
         store = open_store(folder)
         source: Any = found.stored.source  # a checkpoint, where there are mixes
         if store.root == source.store.root:
             raise UserError(f"{out}: is the model itself; give another folder")
         states = {name: partial(reconstruct, source, mix, each) for name, mix in mixes.items()}
-        model = model_to_export(found.stored, [_name(found, length) for length in lengths], states)
-        page, graphs = _write(model, store, options.format)
+        model = model_to_export(found.stored, names, states)
+        written = model_to_export(found.stored, names, states, adapters_alone=True) if one_lora else model
+        page, graphs = _write(written, store, options.format)
         info = model.info(model.default)
         usage = usage_of(options.format, out, page, info)
         samples = _put_sheet(model, info, store, options.samples)
@@ -110,7 +118,7 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
 def _write(model: ModelToExport, store: Store, format: str) -> tuple[ModelManifest, list[WrittenGraph]]:
     if format in SUFFIXES:
         return write_graphs(model, store, format)
-    return (write_diffusers_folder if format == DIFFUSERS else write_model)(model, store), []
+    return WRITERS[format](model, store), []
 
 
 def _put_sheet(model: ModelToExport, info: ModelInfo, store: Store, count: int) -> str:
@@ -125,12 +133,12 @@ def _put_sheet(model: ModelToExport, info: ModelInfo, store: Store, count: int) 
     return f"{count} of EMA {info.ema} by {request.sampler}, {request.steps} steps, seed {request.seed}."
 
 
-def _mixes(found: Description, lengths: Sequence[str]) -> dict[str, Mix]:
+def _mixes(found: Description, names: Sequence[str]) -> dict[str, Mix]:
     """What lengths that the run did not track are made of, by name."""
     mixes = dict[str, Mix]()
     source = found.stored.source
     if isinstance(source, Checkpoint):
-        for name in (_name(found, length) for length in lengths):
+        for name in names:
             if name not in found.stored.lengths:
                 mixes[name] = mix = find_mix(source, float(name))
                 say(f"EMA {name}: made of the averages of {len(mix.parts)} steps, to {mix.residual:.2%} of its profile")

@@ -18,7 +18,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.imports.scheduler import BETAS, PREDICTIONS
 from scoreray.sampling.model.export import ModelToExport, file_name, put_weights
-from scoreray.trainer.checkpoints.exported import DENOISER_PREFIX, MODEL_JSON, ModelManifest
+from scoreray.trainer.checkpoints.exported import MODEL_JSON, ModelManifest
 from scoreray.trainer.config import Config
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
@@ -52,8 +52,8 @@ def write_plain_folder(model: ModelToExport, network: DiffusersNetworkConfig, st
     store.delete([MODEL_JSON, "model_index.json"])
     files = {}
     for length, weights in model.states.items():
-        state = {key: value for key, value in weights().items() if key.startswith(DENOISER_PREFIX)}
-        own = {key.removeprefix(DENOISER_PREFIX): value for key, value in state.items()}
+        state = {key: value for key, value in weights().items() if key.startswith(network.wrapped_prefix)}
+        own = {key.removeprefix(network.wrapped_prefix): value for key, value in state.items()}
         infix = "" if length == model.default else f".{variant(length)}"
         files[length] = put_weights(store, f"{part.folder}/diffusion_pytorch_model{infix}.safetensors", own)
     store.put(f"{part.folder}/config.json", as_json({**network.config, "_class_name": network.class_name}))

@@ -10,11 +10,12 @@ from scoreray.data.storage.store import local_path
 from scoreray.sampling.formats.diffusers_plain import PARTS
 from scoreray.sampling.formats.graphs import ONNX, TORCH_EXPORT
 from scoreray.sampling.formats.hub import SCHEME
+from scoreray.sampling.formats.lora_folder import lora_prefix
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.checkpoints.exported import ModelManifest
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
-SCORERAY, DIFFUSERS = "scoreray", "diffusers"
+SCORERAY, DIFFUSERS, LORA = "scoreray", "diffusers", "lora"
 VALUES = {"class": "0", "vector": "[...]", "concat": "array", "sequence": "array", "text": '"a text"'}
 
 
@@ -71,6 +72,30 @@ def _plain(place: str, class_name: str) -> str:
     )
 
 
+def _lora(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
+    place, network, base = _place(out), info.config.network, page.lineage[0]
+    if not isinstance(network, DiffusersNetworkConfig):
+        lines = (
+            "from peft import PeftModel\nfrom scoreray.sampling.load import load\n\n"
+            f'denoiser = load("{base.checkpoint}", ema="{base.ema}")\n'
+            f'denoiser.network = PeftModel.from_pretrained(denoiser.network, "{place}")'
+        )
+    elif lora_prefix(info.config):
+        pipeline = PARTS[network.class_name].pipeline
+        lines = (
+            f"from diffusers import {pipeline}\n\n"
+            f'pipeline = {pipeline}.from_pretrained("...")  # what the base was imported from\n'
+            f'pipeline.load_lora_weights("{place}")'
+        )
+    else:
+        lines = (
+            f"from diffusers import {network.class_name}\nfrom peft import PeftModel\n\n"
+            f'network = {network.class_name}.from_pretrained("...")  # what the base was imported from\n'
+            f'network = PeftModel.from_pretrained(network, "{place}")'
+        )
+    return Usage("peft", "python", lines)
+
+
 def _onnx(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     inputs = ", ".join(f'"{name}": {name}' for name in graph_input_names(info))
     return Usage(
@@ -98,6 +123,7 @@ def _torch_export(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
 USAGES: dict[str, Callable[[str, ModelManifest, ModelInfo], Usage]] = {
     SCORERAY: _scoreray,
     DIFFUSERS: _diffusers,
+    LORA: _lora,
     ONNX: _onnx,
     TORCH_EXPORT: _torch_export,
 }

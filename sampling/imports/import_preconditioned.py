@@ -19,8 +19,9 @@ from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import class_condition
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.meta import on_meta
+from scoreray.trainer.networks.base import state_misfits
 from scoreray.trainer.networks.preconditioned import PreconditionedNetworkConfig
-from scoreray.trainer.networks.pretrained_folder import listed, read_json, refuse_pickle
+from scoreray.trainer.networks.pretrained_folder import read_json, refuse_pickle
 from scoreray.trainer.optim.ema import RAW
 
 PRECONDITIONING = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data",
@@ -105,12 +106,8 @@ def _write(
 ) -> ModelManifest:
     conditions = class_condition([str(number) for number in range(network.num_classes)])
     expected = on_meta(lambda: network.build(shape, conditions)).state_dict()
-    differs = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
-    found = {"missing": expected.keys() - state.keys(), "not of this network": state.keys() - expected.keys(),
-             "of other shapes": differs}  # fmt: skip
-    wrong = [listed(what, sorted(names)) for what, names in found.items() if names]
-    if wrong:
-        raise DataError(f"{file}: weights and config do not fit: {'; '.join(wrong)}")
+    if wrong := state_misfits(expected, state):
+        raise DataError(f"{file}: weights and config do not fit: {wrong}")
     section: dict[str, Any] = {"kind": network.kind, "module": network.module, "arguments": network.arguments,
                                "calls": network.calls, "num_classes": network.num_classes}  # fmt: skip
     config = load_config({

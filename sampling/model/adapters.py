@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from scoreray.data.errors import UserError
 from scoreray.trainer.checkpoints.stored_model import StoredModel, check_base, find_model
 from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, encoded
-from scoreray.trainer.networks.lora import load_adapters
+from scoreray.trainer.networks.lora import PEFT_PREFIX, load_adapters
 
 BASE = "__base__"  # peft's name for rows without adapters
-PEFT_PREFIX = "base_model.model."  # of a network's parameters in peft's own model around it
 
 
 def find_adapters(pairs: Iterable[tuple[str, str]], base: StoredModel) -> dict[str, StoredModel]:

@@ -59,17 +59,23 @@ def export(checkpoint: str | Checkpoint, out: str, lengths: Sequence[str] = ()) 
 
 
 def model_to_export(
-    stored: StoredModel, lengths: Sequence[str] = (), states: Mapping[str, Callable[[], State]] | None = None
+    stored: StoredModel,
+    lengths: Sequence[str] = (),
+    states: Mapping[str, Callable[[], State]] | None = None,
+    *,
+    adapters_alone: bool = False,
 ) -> ModelToExport:
     """Of a checkpoint, or of a model that was exported or imported before.
 
     states: whole training states by length for those that are not in a checkpoint (`trainer/checkpoints/posthoc.py`).
-    Raises UserError for an unknown length.
+    adapters_alone: a LoRA stays one; else it is merged into what it adapts.  Raises UserError for an unknown length.
     """
     states, source = states or {}, stored.source
 
     def weights(name: str) -> State:
-        return stored.whole(stored.named(states[name]())) if name in states else replace(stored, ema=name).weights()
+        at = replace(stored, ema=name)
+        found = stored.named(states[name]()) if name in states else at.stored_weights()
+        return found if adapters_alone else at.whole(found)
 
     known: Sequence[str] = stored.lengths
     default: Sequence[str] = stored.lengths
@@ -83,7 +89,7 @@ def model_to_export(
             source.url, marker.images_seen, marker.image_shape, marker.classes, {}, marker.config,
             target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
         )  # fmt: skip
-    if stored.is_lora:  # merged into what it adapts
+    if stored.is_lora and not adapters_alone:
         page = replace(page, config={**page.config, "lora": None})
     names = dict.fromkeys([choose_length(name, known, stored.url) for name in lengths] or default)
     return ModelToExport(page, stored.config, {name: partial(weights, name) for name in names})

@@ -29,6 +29,7 @@ from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.trainer.checkpoints.marker import Marker, StoredFile
 from scoreray.trainer.diffusion.buffers import state_buffers
+from scoreray.trainer.networks.lora import ADAPTER_CONFIG
 from scoreray.trainer.optim.fragments import MASTER, Fragment, StoredFragment, overlaps, parameter_shapes
 
 FOLDER = "checkpoints"
@@ -251,5 +252,9 @@ def find(url: str) -> Checkpoint:
         return open_checkpoint(open_store(parent or "."), name)
     checkpoint = latest(store)
     if checkpoint is None:
+        if store.exists(ADAPTER_CONFIG):
+            raise UserError(
+                f"{url}: a LoRA of peft; `scoreray import lora {url} OUT --base MODEL` makes it one of ours"
+            )
         raise UserError(f"{url}: neither a run with a committed checkpoint nor a checkpoint")
     return checkpoint

@@ -4,7 +4,8 @@
                                   sealed (`data/seal.py`), but for format 1
 <out>/ema-0.050.safetensors       the network's fp32 weights, averaged at that length; names as in its state_dict
 
-A diffusers folder (`sampling/formats`) has the weights in denoiser/, under the names of diffusers, and model.json too.
+A diffusers folder (`sampling/formats`) has the weights in denoiser/, under the names of diffusers, and model.json too;
+a LoRA's folder has its adapters, under the names of peft, and a model.json whose lineage names what they adapt.
 `sampling/model/export.py` writes them.
 """
 
@@ -31,6 +32,7 @@ from scoreray.trainer.checkpoints.checkpoint import verified_copy
 from scoreray.trainer.checkpoints.marker import Ancestor, Number, StoredFile, page_fields
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
+from scoreray.trainer.networks.lora import PEFT_PREFIX
 from scoreray.trainer.optim.fragments import Fragment
 
 MODEL_JSON = "model.json"
@@ -38,6 +40,7 @@ FORMAT = 2
 UNSEALED = 1  # the format before seals
 PREFIX = "denoiser.network."  # of the network's parameters in the training module
 DIFFUSERS_WEIGHTS = "denoiser/diffusion_pytorch_model"  # where diffusers looks for a component's weights
+ADAPTERS = "adapter_model.safetensors"  # where peft looks for a LoRA's weights
 DENOISER_PREFIX = "network."  # of the network's parameters in its denoiser, which is diffusers' component
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
@@ -63,6 +66,8 @@ class ExportedFile:
     @property
     def prefix(self) -> str:
         """What the names of the tensors in it begin with, before those of the network's state_dict."""
+        if self.file == ADAPTERS:
+            return PEFT_PREFIX
         return DENOISER_PREFIX if self.file.startswith(DIFFUSERS_WEIGHTS) else ""
 
 

@@ -107,7 +107,8 @@ class StoredModel:
     def stored_weights(self) -> State:
         """What is stored of the network's state at `ema`: of a LoRA its adapters, as peft names them."""
         if isinstance(self.source, ExportedModel):
-            return self.source.weights(self.ema)
+            wrapped = self.config.network.wrapped_prefix if self.is_lora else ""
+            return {wrapped + name: tensor for name, tensor in self.source.weights(self.ema).items()}
         return self.named(self.source.full_state(state_key(self.ema)))
 
     def named(self, training_state: State) -> State:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
+from scoreray.data.errors import listed
 from scoreray.trainer.diffusion.condition import Conditions
 
 
@@ -18,6 +19,9 @@ class BaseNetworkConfig:
 
     is_machine: ClassVar[bool] = False
     """A restricted Boltzmann machine: it has no noise level, so no process and no denoiser, and moves by Gibbs."""
+
+    wrapped_prefix: ClassVar[str] = ""
+    """What begins the names of another library's network inside the one that is built; LoRAs' files leave it out."""
 
     @property
     def required_sigma_data(self) -> float | None:
@@ -32,3 +36,15 @@ class BaseNetworkConfig:
         Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
         """
         raise NotImplementedError
+
+
+def state_misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """How a state differs from the one that a network has, in names and shapes; "" where it fits."""
+    differs = [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]
+    shapes = [f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}" for name in sorted(differs)]
+    found = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "not of this network": sorted(given.keys() - wanted.keys()),
+        "of other shapes": shapes,
+    }
+    return "; ".join(f"{what}: {listed(names)}" for what, names in found.items() if names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -97,6 +97,7 @@ class DiffusersNetworkConfig(BaseNetworkConfig):
     resolution: tuple[int, int] | None = None
     activation_checkpointing: bool = False
     kind: Literal["diffusers"] = field(default="diffusers", kw_only=True)
+    wrapped_prefix: ClassVar[str] = "network."
 
     def __post_init__(self) -> None:
         checks.choose("network.class_name", self.class_name, CALLS)

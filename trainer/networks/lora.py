@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from scoreray.data import checks
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.extras import install
+from scoreray.trainer.networks.base import state_misfits
 
 ADAPTER = "default"  # peft's name for the adapter that is trained; it stands in the names of its parameters
+ADAPTER_CONFIG = "adapter_config.json"  # where peft looks for what a LoRA's adapters are
+PEFT_PREFIX = "base_model.model."  # of a network's parameters in peft's own model around it, and in peft's files
 BASE_LAYER = ".base_layer."  # what peft puts into the names of an adapted layer's own parameters
 CONDITIONING = "embedding."  # of our networks: read before the network is called, for many calls, and never adapted
 OURS = ("attention.qkv", "attention.out", "cross_attention.q", "cross_attention.kv", "cross_attention.out",
         "mlp_in", "mlp_out", "inside", "out")  # fmt: skip
 DIFFUSERS = ("to_q", "to_k", "to_v", "to_out.0")
+FIRST_HALF = ".lora_A.weight"  # of an adapter: what reads the layer's input
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 State = dict[str, Tensor]
@@ -107,6 +111,11 @@ def stored_adapters(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace(infix, "."): value for name, value in named.items() if infix in name}
 
 
+def layers_of(adapters: Iterable[str]) -> list[str]:
+    """The layers that adapters of these names (of `stored_adapters`) adapt."""
+    return [name.removesuffix(FIRST_HALF) for name in adapters if name.endswith(FIRST_HALF)]
+
+
 @torch.no_grad()
 def merged(network: nn.Module, config: LoRAConfig, base: State, adapters: State) -> State:
     """The state of the network each of whose adapted layers is what it and its adapter give together.
@@ -129,9 +138,7 @@ def load_adapters(network: nn.Module, adapters: State, name: str) -> None:
     """Gives the adapters called `name` of a network these weights. Raises UserError unless they are of its layers."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted = get_peft_model_state_dict(network, adapter_name=name)
-    for key in sorted(wanted.keys() | adapters.keys()):
-        shapes = [list(state[key].shape) if key in state else None for state in (wanted, adapters)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"a LoRA of another network: {key} is {shapes[1] or 'not there'}, here {shapes[0]}")
-    set_peft_model_state_dict(network, dict(adapters), name)
+    wanted = get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
+    if wrong := state_misfits(wanted, adapters):
+        raise UserError(f"a LoRA of another network: {wrong}")
+    set_peft_model_state_dict(network, dict(adapters), name, low_cpu_mem_usage=True)  # also into a network on "meta"

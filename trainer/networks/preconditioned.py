@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class PreconditionedNetworkConfig(BaseNetworkConfig):
     calls: Literal["edm", "k_diffusion"] = "edm"
     num_classes: int = 0
     kind: Literal["preconditioned"] = field(default="preconditioned", kw_only=True)
+    wrapped_prefix: ClassVar[str] = "model."
 
     def __post_init__(self) -> None:
         require(is_own(self.module), "module", self.module, "write package.module:Name")

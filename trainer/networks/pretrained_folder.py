@@ -6,13 +6,12 @@ Weights are read from safetensors alone: a pickle can run code when it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scoreray.data.errors import DataError, UserError, shortened
+from scoreray.data.errors import DataError, UserError, listed, shortened
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SAFETENSORS = ".safetensors"
@@ -21,7 +20,6 @@ LOADING_INFO = {
     "unexpected_keys": "not of this network",
     "mismatched_keys": "of other shapes",
 }
-MOST_LISTED = 10
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers names a component's weights
 DIFFUSERS_OPTIONS: dict[str, Any] = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32}
 
@@ -45,13 +43,18 @@ def load_pretrained(
         reason = shortened(" ".join(str(error).split()), 300)
         raise DataError(f"{path}: {of_class.__name__} of {library} can't load it: {reason}") from None
     wrong = [
-        listed(what, list(info[key]))
+        f"{what}: {listed(sorted(map(_name, info[key])))}"
         for key, what in LOADING_INFO.items()
         if info[key] and (whole or key != "unexpected_keys")
     ]
     if wrong:
         raise DataError(f"{path}: weights and config.json do not fit: {'; '.join(wrong)}")
     return module
+
+
+def _name(found: str | tuple[Any, ...]) -> str:
+    """Of a tensor: the libraries give it alone, or with its shapes in the file and in the network."""
+    return found if isinstance(found, str) else str(found[0])
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -99,10 +102,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{path}: holds no JSON object")
     return found
-
-
-def listed(what: str, found: Sequence[str | tuple[Any, ...]]) -> str:
-    """found: names of tensors, or (name, shape in the file, shape in the network)."""
-    names = sorted(one if isinstance(one, str) else str(one[0]) for one in found)
-    more = f", ... ({len(names):,} in all)" if len(names) > MOST_LISTED else ""
-    return f"{what}: {', '.join(names[:MOST_LISTED])}{more}"

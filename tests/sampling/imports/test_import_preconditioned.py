@@ -147,7 +147,7 @@ def test_the_command_names_what_sampling_needs(
     ("file", "arguments", "package", "message"),
     [
         ("edm.pkl", {}, "tiny_edm.networks", "edm.pkl: is a pickle, which can run code"),
-        ("edm.safetensors", {"width": 5}, "tiny_edm.networks", "of other shapes: model.first.bias, "),
+        ("edm.safetensors", {"width": 5}, "tiny_edm.networks", r"of other shapes: model.first.bias \["),
         ("edm.safetensors", {"label_dim": 0}, "tiny_edm.networks", "not of this network: model.map_label.bias"),
         ("edm.safetensors", {"depth": 5}, "tiny_edm.networks", "TinyUNet refuses them: TypeError"),
         ("edm.safetensors", {"img_channels": None}, "tiny_edm.networks", "has no number img_channels"),
