@@ -4,13 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MARK := not slow
 READY := $(VENV)/.ready
-# Tests that start Ray or measure time: one after another. All others compute, in a process for each core, and take the
-# cores at the lowest priority meanwhile: Ray's tests wait for processes to start and to die in half of their time.
-SERIAL := $(addprefix tests/,cluster k8s tune test_versions.py docs/test_prometheus.py \
-  data/storage data/reading/test_faults.py data/reading/test_order.py data/reading/test_tars.py \
-  sampling/http/test_client.py sampling/http/test_connection.py sampling/http/test_page.py sampling/offline/test_job.py \
-  sampling/service/test_idempotency.py sampling/service/test_key_store.py sampling/service/test_ray.py \
-  sampling/test_gpu.py trainer/test_gpu.py trainer/test_quarantined.py trainer/test_tracking.py \
+# Tests that start Ray, one after another. All others, in a process for each core, at a low priority beside them: Ray's
+# tests wait for processes to start and to die in half of their time.
+SERIAL := $(addprefix tests/,cluster tune k8s/test_policies.py docs/test_prometheus.py sampling/offline/test_job.py \
+  sampling/service/test_ray.py sampling/test_gpu.py trainer/test_gpu.py trainer/test_quarantined.py \
+  trainer/test_tracking.py \
   $(addprefix trainer/on_ray/test_,deaths.py failures.py monitor.py run.py two_nodes.py unpacked.py workers.py))
 COMPUTING_LOG := $(VENV)/computing-tests.log
 
@@ -44,7 +42,7 @@ ifdef TESTS
 	$(BIN)/python -m pytest -m "$(MARK)" $(TESTS)
 else
 	status=0; \
-	  nice -n 19 $(BIN)/python -m pytest -m "$(MARK)" -n auto --maxprocesses 8 --dist loadfile \
+	  nice -n 10 $(BIN)/python -m pytest -m "$(MARK)" -n auto --maxprocesses 8 --dist loadfile \
 	    $(addprefix --ignore=,$(SERIAL)) >$(COMPUTING_LOG) 2>&1 & computing=$$!; \
 	  trap 'kill $$computing 2>/dev/null' EXIT INT TERM; \
 	  $(BIN)/python -m pytest -m "$(MARK)" $(SERIAL) || status=$$?; \

@@ -90,6 +90,7 @@ def test_the_budget_is_the_runs_and_without_quarantine_the_first_one_stops(damag
         train(config(damaged, tmp_path / "b", "data.on_error=stop"))
 
 
+@pytest.mark.slow
 def test_two_workers_report_a_missing_shard_and_samples_in_one_summary(
     damaged: str, tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -329,6 +329,7 @@ class StandInForWandb(BaseHTTPRequestHandler):
         return {}
 
 
+@pytest.mark.slow
 def test_wandb_has_each_record_once_over_restarts_and_servers_that_are_away(
     small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

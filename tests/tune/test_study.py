@@ -107,6 +107,7 @@ def test_asha_stops_trials_and_later_ones_get_their_resources(ray_cluster: None,
     assert config.objective.sigma_sampling == plan.config(best.values).objective.sigma_sampling
 
 
+@pytest.mark.slow
 def test_population_based_training_exchanges_weights(
     ray_cluster: None, sweep: dict[str, Any], new_listeners: Any
 ) -> None:

@@ -284,7 +284,8 @@ def daemon_of(process: subprocess.Popen[str], name: str) -> psutil.Process:
     return found
 
 
-@pytest.mark.parametrize("daemon", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
 def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) -> None:
     """Ray itself would end it without a word (the raylet) or after a minute (the GCS), with status 1."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -174,6 +174,7 @@ def start(pictures: Path, url: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_pack_with_fields_that_was_stopped_or_killed_leaves_nothing_running_and_goes_on(
     pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -398,6 +398,7 @@ evaluate(EvaluationSettings(run, data, ("fid", "loss"), out, count=640, referenc
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str], tmp_path: Path) -> None:
     """SIGKILL when some chunks are stored; what they hold is not computed again, and the record is the same bytes."""
     run, data = pictures

@@ -991,7 +991,8 @@ def strange_body(random_: random.Random) -> tuple[str, bytes, dict[str, str]]:
     return "/v1/samples" if is_ours else GENERATIONS, body, headers
 
 
-def test_ten_thousand_strange_bodies_get_one_clear_answer_each(plain_url: str) -> None:
+@pytest.mark.parametrize("bodies", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_strange_bodies_get_one_clear_answer_each(bodies: int, plain_url: str) -> None:
     """No 500, no hang, nothing left behind; a refusal is JSON with a code of the list, or of OpenAI's form."""
     limits = Limits(max_count=2, max_steps=4, max_calls=16, max_request_s=10, token_requests=1000, token_rows=10_000)
 
@@ -1002,7 +1003,7 @@ def test_ten_thousand_strange_bodies_get_one_clear_answer_each(plain_url: str) -
             drawn_by_openais = 0
 
             async def some() -> None:
-                for _ in range(10_000 // 50):
+                for _ in range(bodies // 50):
                     nonlocal drawn_by_openais
                     path, body, headers = strange_body(random_)
                     reply = await asyncio.wait_for(call("POST", path, body, headers), 20)
@@ -1016,9 +1017,9 @@ def test_ten_thousand_strange_bodies_get_one_clear_answer_each(plain_url: str) -
                         assert ERRORS[reply.code][0] == reply.status != 500, (body, headers, reply.json)
 
             await asyncio.gather(*[some() for _ in range(50)])
-            assert sum(statuses.values()) == 10_000
-            assert statuses[200] > 500, statuses
-            assert drawn_by_openais > 100
+            assert sum(statuses.values()) == bodies
+            assert statuses[200] > bodies // 20, statuses
+            assert drawn_by_openais > bodies // 100
             assert {200, 400, 422} <= set(statuses) <= {200, 400, 404, 413, 415, 422}, statuses
             assert call.replica.waiting_rows() == call.service.under_way() == 0
 

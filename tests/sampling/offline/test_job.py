@@ -105,6 +105,7 @@ def test_batch_size_and_actors_do_not_change_a_byte(
     assert [done for done, _ in reported] == sorted(done for done, _ in reported)
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_killed_changes_nothing(ray_cluster: None, run_url: str, tmp_path: Path) -> None:
     import psutil
 

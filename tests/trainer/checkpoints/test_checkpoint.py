@@ -395,17 +395,18 @@ def test_unfinished_uploads_of_killed_starts_are_aborted(s3_url: str) -> None:
     assert not client().list_multipart_uploads(Bucket=bucket, Prefix=place["Key"]).get("Uploads")
 
 
-def test_200_kills_while_checkpoints_are_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_while_checkpoints_are_written(kills: int, tmp_path: Path) -> None:
     """SIGKILL at random moments: the newest committed checkpoint always loads, and what is left never piles up."""
     helper = Path(__file__).with_name("checkpoint_kills.py")
     done = subprocess.run(
-        [sys.executable, str(helper), str(tmp_path), "200"], capture_output=True, text=True, timeout=200
+        [sys.executable, str(helper), str(tmp_path), str(kills)], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout)
-    assert facts["kills"] == 200
-    assert facts["commits"] >= 10  # the writers came far enough for kills to fall anywhere
-    assert facts["killed while writing"] >= 50
+    assert facts["kills"] == kills
+    assert facts["commits"] >= kills // 20  # the writers came far enough for kills to fall anywhere
+    assert facts["killed while writing"] >= kills // 4
     assert facts["most folders"] <= 12  # 2 that stay, and those of starts that died before they had cleaned up
     assert facts["most files"] <= 60
 

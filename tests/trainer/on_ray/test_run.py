@@ -179,6 +179,7 @@ def test_a_killed_driver_resumes_by_the_same_command(uninterrupted: Any, data_ur
     assert_same(config, uninterrupted)
 
 
+@pytest.mark.slow
 def test_one_process_without_ray_trains_the_same(uninterrupted: Any, data_url: str) -> None:
     """One rank, no Ray, no DeepSpeed: the same samples and noise, so the same loss to rounding of the reduction."""
     changes = {"engine": {"zero_stage": 0, "precision": "fp32"}, "scaling": {"workers": 1}}

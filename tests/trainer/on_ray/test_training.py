@@ -93,7 +93,10 @@ def distance_to_exact(denoiser, sigma, class_labels=None) -> float:
 LIMIT = {"contrastive, persistent": 0.3}
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = {"sliced_vr": pytest.mark.slow}  # 20 s for what "sliced" and "implicit" nearly are
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in RUNS])
 def test_every_objective_recovers_the_mixture(name):
     denoiser = train(*RUNS[name])
     for sigma in (0.1, 0.2, 0.4):  # where the modes are separate
