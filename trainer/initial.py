@@ -158,7 +158,9 @@ def begin(
         for key in engine.optimizer.ema_keys:
             one.tensors[key].copy_(one.tensors[MASTER])
     engine.publish(num_steps=0)
-    return model.lineage()
+    if config.lora is None or lora is not None or rank:
+        return model.lineage()
+    return model.lineage_of_lora()
 
 
 def _masters(engine: Engine) -> Iterator[Fragment]:

@@ -124,6 +124,10 @@ def test_a_base_that_is_gone_or_another_is_a_line(base: Config, tmp_path: Path) 
     with pytest.raises(UserError, match=rf"lora/checkpoints/\S+: a LoRA of {tmp_path}/base at 32 images"):
         load(run_store(config).url())
     export(run_store(base).url(), str(tmp_path / "base"))
+    assert load(run_store(config).url()).info.config.lora is not None  # of the same weights in another file
+    export(run_store(config).url(), str(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "other").rename(tmp_path / "base")
     with pytest.raises(UserError, match="a LoRA of another model"):
         load(run_store(config).url())
     with pytest.raises(UserError, match="a LoRA of another model"):
@@ -134,6 +138,7 @@ def test_a_base_that_is_gone_or_another_is_a_line(base: Config, tmp_path: Path) 
     ("overrides", "line"),
     [
         (["lora.rank=0"], "lora.rank is 0: give 1 or more"),
+        (["lora.targets=[]"], "lora.targets: no layers; name some, or leave it out"),
         (["lora.targets=[attention.qvk]"], "lora.targets: 'attention.qvk' fits no layer of the network; did you mean"),
         (["init=null"], "lora: adapts the model that a run begins from; name it by init.checkpoint"),
         (["optimizer.frozen=['*']"], "optimizer.frozen: a LoRA leaves the whole network frozen; leave this out"),

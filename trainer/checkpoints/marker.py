@@ -57,7 +57,8 @@ class DataSet:
 class Ancestor:
     """A model that a run began from: where it was, which of its averages, and the SHA-256 of its marker or model.json.
 
-    images_seen: by that model, in its own run."""
+    images_seen: by that model, in its own run.  weights: SHA-256 of its weights as an export of them has it, of what a
+    LoRA adapts: so that it is known again in a copy that was exported."""
 
     __pydantic_config__ = _CONFIG
 
@@ -65,6 +66,7 @@ class Ancestor:
     ema: str
     images_seen: Number
     sha256: Sha256
+    weights: Sha256 | None = None
 
     def text(self) -> str:
         at = f"at {self.images_seen:,} images, {described_length(self.ema)}"

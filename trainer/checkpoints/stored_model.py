@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 from scoreray.data.errors import DataError, UserError
@@ -17,6 +18,7 @@ from scoreray.data.own_code import check_stored
 from scoreray.trainer.checkpoints.checkpoint import MARKER, SNAPSHOTS, Checkpoint, find
 from scoreray.trainer.checkpoints.exported import MODEL_JSON, PREFIX, ExportedModel, ModelManifest, State, find_exported
 from scoreray.trainer.checkpoints.marker import Ancestor, Marker
+from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion.condition import Conditions, class_condition
 from scoreray.trainer.networks.lora import merged, stored_adapters
@@ -67,6 +69,11 @@ class StoredModel:
         key = MODEL_JSON if isinstance(source, ExportedModel) else f"{source.folder}/{MARKER}"
         digest = hashlib.sha256(source.store.get(key)).hexdigest()
         return [Ancestor(self.url, self.ema, self.page.images_seen, digest), *self.page.lineage]
+
+    def lineage_of_lora(self) -> list[Ancestor]:
+        """Of a LoRA of it: by its weights too, all of which are read for that."""
+        first, *others = self.lineage()
+        return [replace(first, weights=weights_sha256(self)), *others]
 
     def shapes(self) -> Mapping[str, list[int]]:
         """Of the network's parameters by name (of an exported model, of its buffers too)."""
@@ -163,10 +170,27 @@ def find_base(url: str, page: ModelManifest | Marker) -> StoredModel:
 
 
 def check_base(url: str, wanted: Ancestor, base: StoredModel) -> None:
-    """Raises UserError unless `base` is what the LoRA at `url` was trained on, byte by byte."""
+    """Raises UserError unless `base` is what the LoRA at `url` was trained on, or holds the same weights elsewhere."""
     found = base.lineage()[0]
-    if (wanted.sha256, wanted.ema) != (found.sha256, found.ema):
+    if (wanted.sha256, wanted.ema) == (found.sha256, found.ema):
+        return
+    if wanted.weights is None or wanted.weights != weights_sha256(base):
         raise UserError(f"{url}: a LoRA of another model: of {wanted.text()}; this is {found.text()}")
+
+
+def weights_sha256(model: StoredModel) -> str:
+    """SHA-256 of the safetensors file that an export of the model at its EMA length is (1 s a GB where all is read)."""
+    page = model.page
+    if isinstance(page, ModelManifest) and not model.is_lora and not page.files[model.ema].prefix:
+        return page.files[model.ema].sha256
+    return _digest_of(model.url, model.ema, model.sha256)
+
+
+@lru_cache(maxsize=16)  # a service looks its models up every few seconds
+def _digest_of(url: str, ema: str, sha256: str) -> str:
+    """sha256: of the model, so that another one under its URL is read again."""
+    with open(os.devnull, "wb") as nothing:
+        return write_tensors(nothing, find_model(url, ema).weights())[1]
 
 
 def conditions_of_page(page: ModelManifest | Marker) -> Conditions:

@@ -51,6 +51,8 @@ class LoRAConfig:
         if self.alpha is not None:
             checks.positive("lora", alpha=self.alpha)
         checks.fraction("lora", dropout=self.dropout)
+        if self.targets is not None and not self.targets:
+            raise UserError("lora.targets: no layers; name some, or leave it out for those of attention and MLPs")
 
     def layers(self, network: nn.Module) -> list[str]:
         """Names of the network's layers that get adapters. Raises UserError where a target fits none."""
