@@ -23,7 +23,7 @@ from scoreray.sampling.formats.hub import export_target
 from scoreray.sampling.formats.lora_folder import write_lora_folder
 from scoreray.sampling.formats.usage import DIFFUSERS, LORA, SCORERAY, USAGES, Usage, usage_of
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
-from scoreray.sampling.model.export import ModelToExport, model_to_export, write_model
+from scoreray.sampling.model.export import ModelToExport, check_other_place, model_to_export, write_model
 from scoreray.sampling.model.load import build_model
 from scoreray.sampling.offline.generate import Request, generate, png_of_sheet
 from scoreray.sampling.service.answers import as_pictures
@@ -102,8 +102,7 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     with export_target(out) as folder, _tasks(mixes.values()) as each:
         store = open_store(folder)
         source: Any = found.stored.source  # a checkpoint, where there are mixes
-        if store.root == source.store.root:
-            raise UserError(f"{out}: is the model itself; give another folder")
+        check_other_place(store, found.stored)
         states = {name: partial(reconstruct, source, mix, each) for name, mix in mixes.items()}
         model = model_to_export(found.stored, names, states)
         written = model_to_export(found.stored, names, states, adapters_alone=True) if one_lora else model

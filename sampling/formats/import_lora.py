@@ -19,10 +19,10 @@ from torch import nn
 
 from scoreray.data.errors import DataError, ScorerayError, UserError, listed, shortened
 from scoreray.data.extras import install
-from scoreray.data.storage.store import open_store
+from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.formats.diffusers_plain import PARTS
 from scoreray.sampling.formats.lora_folder import DIFFUSERS_LORA, lora_prefix, write_lora_folder
-from scoreray.sampling.model.export import ModelToExport
+from scoreray.sampling.model.export import ModelToExport, check_other_place
 from scoreray.trainer.checkpoints.exported import ADAPTERS, ModelManifest, State
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.config import load_config
@@ -64,7 +64,10 @@ def import_lora(folder: str, out: str, base: str, ema: str | None = None) -> Imp
     base, ema: the model that it adapts, as `find_model` takes them.  Raises UserError (no LoRA, a pickle, of another
     network, a kind of adapter that is not supported), DataError (files that can't be read), StorageError.
     """
-    stored = find_model(base, ema)
+    stored, store = find_model(base, ema), open_store(out)
+    check_other_place(store, stored)
+    if store.root == open_store(folder).root:
+        raise UserError(f"{out}: is the folder that it is imported from; give another one")
     network = on_meta(lambda: build_network(stored.config.network, stored.page.image_shape, stored.conditions))
     network.to_empty(device="cpu")  # no memory is touched; adapters beside layers on "meta" stay there
     inner: Any = network.get_submodule(stored.config.network.wrapped_prefix.rstrip("."))
@@ -76,7 +79,7 @@ def import_lora(folder: str, out: str, base: str, ema: str | None = None) -> Imp
     lora, adapters = _read_back(inner)
     if bad := [name for name, tensor in adapters.items() if not tensor.isfinite().all()]:
         raise DataError(f"{folder}: numbers that are not finite: {listed(bad)}")
-    return ImportedLoRA(_write(folder, out, stored, lora, adapters), left_out)
+    return ImportedLoRA(_write(folder, store, stored, lora, adapters), left_out)
 
 
 def _load_peft(network: nn.Module, folder: Path) -> None:
@@ -199,15 +202,15 @@ def _read_back(network: nn.Module) -> tuple[LoRAConfig, State]:
     return LoRAConfig(rank, None if alpha == rank else alpha, tuple(layers)), state
 
 
-def _write(folder: str, out: str, base: StoredModel, lora: LoRAConfig, adapters: State) -> ModelManifest:
+def _write(folder: str, store: Store, base: StoredModel, lora: LoRAConfig, adapters: State) -> ModelManifest:
     settings, page = base.config.model_dump(mode="json"), base.page
     begins = {"checkpoint": base.url, "ema": "weights" if base.ema == RAW else base.ema}
     settings["optimizer"]["frozen"] = []  # of the base's own training
     config = load_config({**settings, "lora": asdict(lora), "init": begins})
     about = ModelManifest(
         folder, 0, page.image_shape, page.classes, {}, config.model_dump(mode="json"), target=page.target,
-        conditions=page.conditions, lineage=base.lineage(), own_code=page.own_code,
+        conditions=page.conditions, lineage=base.lineage_of_lora(), own_code=page.own_code,
     )  # fmt: skip
     inside = base.config.network.wrapped_prefix
     state = {inside + name: tensor for name, tensor in adapters.items()}
-    return write_lora_folder(ModelToExport(about, config, {RAW: lambda: state}), open_store(out))
+    return write_lora_folder(ModelToExport(about, config, {RAW: lambda: state}), store)

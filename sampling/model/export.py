@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from scoreray.data.errors import UserError
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.model.describe import ModelInfo, info_of
@@ -93,6 +94,12 @@ def model_to_export(
         page = replace(page, config={**page.config, "lora": None})
     names = dict.fromkeys([choose_length(name, known, stored.url) for name in lengths] or default)
     return ModelToExport(page, stored.config, {name: partial(weights, name) for name in names})
+
+
+def check_other_place(store: Store, model: StoredModel) -> None:
+    """Raises UserError where a folder to write to is the model's own: its model.json would hide a run."""
+    if store.root == model.source.store.root:
+        raise UserError(f"{store.url()}: is the model itself; give another folder")
 
 
 def file_name(length: str) -> str:

@@ -96,6 +96,29 @@ def make_gaussian() -> type[Gaussian]:
     return Gaussian
 
 
+@pytest.fixture(scope="session")
+def lora_urls(small_run: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Runs: base; ink and style, LoRAs of it of unlike ranks and layers; other, a LoRA of ink."""
+    from scoreray.trainer.loop import train
+    from scoreray.trainer.run_folder import run_store
+
+    storage, found = tmp_path_factory.mktemp("loras"), dict[str, str]()
+    network = {"kind": "dit", "hidden_size": 16, "depth": 1, "num_heads": 2}
+    loras = {
+        "base": None,
+        "ink": {"rank": 2},
+        "style": {"rank": 3, "alpha": 9, "targets": ["mlp_*"]},
+        "other": {"rank": 1},
+    }
+    for name, lora in loras.items():
+        base = None if lora is None else {"checkpoint": found["ink" if name == "other" else "base"]}
+        optimizer = {"learning_rate": 0.1}
+        config = load_config(small_run(name, storage, 32, network=network, optimizer=optimizer, lora=lora, init=base))
+        train(config)
+        found[name] = run_store(config).url()
+    return found
+
+
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
     """Mean over fixed directions of the 1-Wasserstein distance of equally many points [N, 2]."""
     angles = torch.arange(directions, dtype=torch.float64) * math.pi / directions

@@ -23,9 +23,7 @@ from scoreray.trainer.checkpoints.stored_model import find_model
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.loop import train
-from scoreray.trainer.run_folder import run_store
 
-DIT = {"kind": "dit", "hidden_size": 16, "depth": 1, "num_heads": 2}
 ADAPTERS, OF_DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 GENERATOR = torch.Generator().manual_seed(0)
 X, SIGMA = torch.randn(3, 4, 8, 8, generator=GENERATOR), torch.tensor([0.1, 1.0, 9.0])
@@ -38,41 +36,36 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
-@pytest.fixture(scope="module")
-def urls(small_run: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Runs: base; style, a LoRA of it; copy, an export of base."""
-    storage, found = tmp_path_factory.mktemp("loras"), dict[str, str]()
-    for name, lora in (("base", None), ("style", {"rank": 2, "alpha": 3})):
-        init = None if lora is None else {"checkpoint": found["base"]}
-        rate = {"learning_rate": 0.1}
-        config = load_config(small_run(name, storage, 32, network=DIT, optimizer=rate, lora=lora, init=init))
-        train(config)
-        found[name] = run_store(config).url()
-    return found
-
-
 def drawn(url: str) -> Tensor:
     return load(url, device="cpu")(X[:, :1], SIGMA, torch.tensor([0, 1, -1]))
 
 
-def test_peft_loads_an_export_and_it_is_a_model_of_ours(urls: dict[str, str], tmp_path: Path) -> None:
+def test_peft_loads_an_export_and_it_is_a_model_of_ours(lora_urls: dict[str, str], tmp_path: Path) -> None:
     from peft import PeftModel
 
-    out, expected = str(tmp_path / "style"), drawn(urls["style"])
-    text = export_model(urls["style"], out, (), ExportOptions("lora")).text()
+    out, expected = str(tmp_path / "style"), drawn(lora_urls["style"])
+    text = export_model(lora_urls["style"], out, (), ExportOptions("lora")).text()
     assert "PeftModel.from_pretrained(denoiser.network" in text
     assert not (tmp_path / "style" / OF_DIFFUSERS).exists()
-    theirs = load(urls["base"], device="cpu")
+    theirs = load(lora_urls["base"], device="cpu")
     theirs.network = PeftModel.from_pretrained(theirs.network, out)
     assert_same(theirs(X[:, :1], SIGMA, torch.tensor([0, 1, -1])).detach(), expected)
-    assert float((expected - drawn(urls["base"])).abs().max()) > 0.01
+    assert float((expected - drawn(lora_urls["base"])).abs().max()) > 0.01
     assert torch.equal(drawn(out), expected)
-    import_lora(out, str(tmp_path / "again"), urls["base"])
+    export_model(lora_urls["base"], str(tmp_path / "copy"), ["0.05"])
+    copy = find_model(str(tmp_path / "copy"))
+    assert find_adapters([("style", out)], copy).keys() == {"style"}  # the same weights in another file
+    import_lora(out, str(tmp_path / "again"), copy.url)
     assert torch.equal(drawn(str(tmp_path / "again")), expected)
+    for place, message in ((copy.url, "is the model itself"), (out, "is the folder that it is imported from")):
+        with pytest.raises(UserError, match=message):
+            import_lora(out, place, copy.url)
+    with pytest.raises(UserError, match=r"a LoRA of another model: of \S+base/checkpoints"):
+        find_adapters([("style", out)], find_model(lora_urls["ink"]))
     with pytest.raises(UserError, match=r"holds one EMA length, not 0\.050, none; give one --ema"):
-        export_model(urls["style"], out, ["0.05", "none"], ExportOptions("lora"))
+        export_model(lora_urls["style"], out, ["0.05", "none"], ExportOptions("lora"))
     with pytest.raises(UserError, match=r"base/checkpoints.* holds no adapters"):
-        export_model(urls["base"], out, (), ExportOptions("lora"))
+        export_model(lora_urls["base"], out, (), ExportOptions("lora"))
 
 
 def text_unet() -> Any:

@@ -167,6 +167,7 @@ def test_samples_form_on_the_page(
         browser.until("!document.querySelector('#draw').disabled")
         assert "No samples yet" in browser.text("#view")
         assert browser.run("return document.querySelectorAll('#sampler option').length") > 10
+        assert browser.run("return document.querySelector('#adapter-field').hidden")
         keep(browser, f"{name}-empty")
         browser.type("#count", "6")
         browser.type("#steps", "24")
@@ -520,3 +521,18 @@ def test_only_options_that_a_person_can_give_are_offered(browser: Browser, run_u
         browser.run("document.querySelector('#options-box').open = true")
         choose(browser, "#option-s_churn", "3")
         assert '"options":{"s_churn":3}' in browser.text("#curl")
+
+
+def test_a_lora_is_chosen_and_drawn_with(browser: Browser, lora_urls: dict[str, str], served: Any) -> None:
+    adapters = tuple((name, lora_urls[name]) for name in ("ink", "style"))
+    with served(config(lora_urls["base"], adapters=adapters)) as (url, _):
+        open_page(browser, url)
+        names = browser.run("return [...document.querySelectorAll('#adapter option')].map(o => o.textContent)")
+        assert names == ["none", "ink", "style"]
+        assert "adapter" not in browser.text("#curl")
+        choose(browser, "#adapter", "style")
+        browser.type("#count", "2")
+        assert '"adapter":"style"' in browser.text("#curl")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 2")
+        assert "LoRA style" in browser.text("#status")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,56 +13,33 @@ from scoreray.cluster.serve.options import ServeOptions
 from scoreray.data.errors import UserError
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.load import load
+from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, Refused, ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
-from scoreray.trainer.config import load_config
-from scoreray.trainer.loop import train
-from scoreray.trainer.run_folder import run_store
-
-DIT = {"kind": "dit", "hidden_size": 16, "depth": 1, "num_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def urls(small_run: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Runs: base; ink and style, LoRAs of it of unlike ranks and layers; other, a LoRA of ink."""
-    storage, found = tmp_path_factory.mktemp("adapters"), dict[str, str]()
-    loras = {
-        "base": None,
-        "ink": {"rank": 2},
-        "style": {"rank": 3, "alpha": 9, "targets": ["mlp_*"]},
-        "other": {"rank": 1},
-    }
-    for name, lora in loras.items():
-        base = None if lora is None else {"checkpoint": found["ink" if name == "other" else "base"]}
-        optimizer = {"learning_rate": 0.1}
-        settings = small_run(name, storage, 32, network=DIT, optimizer=optimizer, lora=lora, init=base)
-        config = load_config(settings)
-        train(config)
-        found[name] = run_store(config).url()
-    return found
-
-
-def served(urls: dict[str, str]) -> ServeConfig:
+def served(lora_urls: dict[str, str]) -> ServeConfig:
     options = ServeOptions(
-        checkpoints=[urls["base"]],
-        lora=[f"ink={urls['ink']}", f"style={urls['style']}"],
+        checkpoints=[lora_urls["base"]],
+        lora=[f"ink={lora_urls['ink']}", f"style={lora_urls['style']}"],
         precision="fp32",
         compile="off",
     )
     return options.checked("127.0.0.1")[0]
 
 
-def test_rows_of_two_loras_and_of_none_share_calls_and_are_what_each_is_alone(urls: dict[str, str]) -> None:
-    config = served(urls)
+def test_rows_of_two_loras_and_of_none_share_calls_and_are_what_each_is_alone(lora_urls: dict[str, str]) -> None:
+    config = served(lora_urls)
     ((name, url),) = config.models
     model = look_up(name, url, config.ema, adapters=config.adapters)
     assert model.adapters == ("ink", "style")
     replica = Replica(config, "cpu")
-    batcher = replica._build(url, model.info.ema).batcher
-    batcher.close()  # calls are made one at a time below
-    batcher._closing = False
+    built = replica._build(url, model.info.ema)
+    built.batcher.close()
+    network: Any = built.batcher.denoiser.network  # type: ignore[attr-defined]
+    batcher = StepBatcher(built.batcher.denoiser, config.max_batch, choose=network.choose)  # a call at a time
     bodies = [b'{"adapter": "style", "count": 3, "seed": 1, "steps": 3, "guidance": 2.0, "class_label": 1}',
               b'{"count": 2, "seed": 2, "steps": 4}',
               b'{"adapter": "ink", "count": 2, "seed": 1, "steps": 3}']  # fmt: skip
@@ -85,8 +61,8 @@ def test_rows_of_two_loras_and_of_none_share_calls_and_are_what_each_is_alone(ur
     assert not torch.allclose(changed.result(0), samples[0], atol=1e-3)
 
 
-def test_an_adapted_network_gives_what_the_merged_one_gives(urls: dict[str, str]) -> None:
-    config = served(urls)
+def test_an_adapted_network_gives_what_the_merged_one_gives(lora_urls: dict[str, str]) -> None:
+    config = served(lora_urls)
     ((_, url),) = config.models
     model = Replica(config, "cpu")._build(url, "0.050")
     model.batcher.close()
@@ -96,16 +72,16 @@ def test_an_adapted_network_gives_what_the_merged_one_gives(urls: dict[str, str]
     with torch.no_grad():
         mixed = model.denoiser(x, sigma, label)
         for name, rows in {"base": [0], "ink": [1, 2, 4], "style": [3]}.items():
-            whole = load(urls[name], device="cpu")
+            whole = load(lora_urls[name], device="cpu")
             torch.testing.assert_close(mixed[rows], whole(x, sigma, label)[rows], rtol=1e-5, atol=1e-5)
 
 
-def test_mistakes_are_a_line(urls: dict[str, str], tmp_path: Path) -> None:
+def test_mistakes_are_a_line(lora_urls: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a LoRA of another model: of .*ink/checkpoints"):
-        look_up("base", urls["base"], None, (), [("other", urls["other"])])
+        look_up("base", lora_urls["base"], None, (), [("other", lora_urls["other"])])
     with pytest.raises(UserError, match=r"--lora base=\S+: a whole model, no LoRA"):
-        look_up("base", urls["base"], None, (), [("base", urls["base"])])
-    model = look_up("base", urls["base"], None, (), [("ink", urls["ink"])])
+        look_up("base", lora_urls["base"], None, (), [("base", lora_urls["base"])])
+    model = look_up("base", lora_urls["base"], None, (), [("ink", lora_urls["ink"])])
     for body, line in (
         (b'{"adapter": "inc"}', "did you mean 'ink'"),
         (b'{"adapter": "ink", "ema": "none"}', "leave ema"),
