@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,42 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         mid_block_add_attention=False, sample_size=16,
     ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def latent_set(tiny_vae: str, write_fields: FieldSet, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """64 grey pictures of 8x8 in two classes, beside their moments by `tiny_vae`: `latent`, [4, 4, 4]."""
+    import torch
+
+    from scoreray.sampling.offline.generate import picture_file
+    from scoreray.trainer.encoders.base import VALUES, Autoencoder, fit_preview
+    from scoreray.trainer.encoders.load import load_encoder
+
+    encoder = load_encoder(f"diffusers={tiny_vae}", "cpu")
+    assert isinstance(encoder, Autoencoder)
+    image = Field("image", "image", [1, 8, 8], "uint8", "png", mean=[127.5], std=[70.0])
+    pictures = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moments = encoder.encode(pictures)[VALUES].half()
+    mean, std = moments.double().chunk(2, 1)
+    deviation = (std.square() + (mean - mean.mean((0, 2, 3), keepdim=True)).square()).mean((0, 2, 3)).sqrt()
+    made = encoder.output(image)
+    assert made.encoding is not None
+    preview = fit_preview(mean, pictures / 127.5 - 1)
+    latent = replace(
+        made, name="latent", member="latent.npy", mean=mean.mean((0, 2, 3)).tolist(), std=deviation.tolist(),
+        encoding=replace(made.encoding, preview=preview),
+    )  # fmt: skip
+    label = Field("label", "class", [], "int64", "cls", classes=["a", "b"], class_counts=[32, 32])
+    samples = []
+    for number, (picture, values) in enumerate(zip(pictures, moments, strict=True)):
+        file = io.BytesIO()
+        np.save(file, values.numpy())
+        samples.append(
+            {"image": ("png", picture_file(picture)), "latent": ("npy", file.getvalue()), "label": number % 2}
+        )
+    folder = tmp_path_factory.mktemp("latents") / "latents"
+    write_fields(folder, [image, latent, label], samples)
     return str(folder)
 
 

@@ -15,6 +15,7 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
+from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.run_data import RunData, open_run_data
@@ -48,8 +49,9 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     """
     _check_trackers(config)
     data = open_run_data(config, patient=False)
-    fields = run_fields(config.data, data)
+    fields = run_fields(config.data, data, config.autoencoder)
     meta_module(config, fields)
+    _check_autoencoder(config, fields)
     run = run_store(config)
     run.check_writable()
     newest = None if fresh else latest(run)
@@ -67,6 +69,13 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)
     return PreparedRun(config, data, fields, newest, found.text if found else "", tuple(notes), initial)
+
+
+def _check_autoencoder(config: Config, fields: RunFields) -> None:
+    """Whether the autoencoder that a config names is there and the one that made the latents. Training needs none, so
+    one that the data set alone names may be missing. Raises UserError, DataError, StorageError."""
+    if config.autoencoder is not None and fields.target.encoding is not None:
+        load_autoencoder(fields.target.encoding, "cpu").decoded_shape(fields.shape)
 
 
 def _check_trackers(config: Config) -> None:
@@ -103,7 +112,8 @@ def as_begun(config: Config, data: RunData, run: Store) -> tuple[Config, RunFiel
     auto = config.denoiser.sigma_data == "auto"
     newest = latest(run) if auto or len(config.data.conditions or ()) > 1 else None
     config = in_order_of_run(config, newest)
-    fields, initial = run_fields(config.data, data), find_initial(config) if auto and newest is None else None
+    fields = run_fields(config.data, data, config.autoencoder)
+    initial = find_initial(config) if auto and newest is None else None
     return with_sigma_data(config, fields, newest, initial), fields
 
 

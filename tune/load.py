@@ -96,7 +96,7 @@ def check_sweep(plan: StudyPlan) -> list[str]:
     if model:
         return warnings
     data: dict[str, RunData] = {}
-    unfit = [misfit(c, run_fields(c.data, _data_of(c, data))) for c in (info.config for info in infos)]
+    unfit = [misfit(c, run_fields(c.data, _data_of(c, data), c.autoencoder)) for c in (info.config for info in infos)]
     if unfit[0] and all(found and found.hopeless for found in unfit):  # every trial would be refused
         raise UserError(f"base: {unfit[0].text}")
     return [*warnings, f"base: {unfit[0].text}"] if unfit[0] else warnings
@@ -199,7 +199,7 @@ def _described(plan: StudyPlan) -> Any:
         with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
             data = _data_of(config, seen)
         try:
-            fields = run_fields(config.data, data)
+            fields = run_fields(config.data, data, config.autoencoder)
             config = resolve_sigma_data(config, fields)
             meta_module(config, fields)
             if (initial := find_initial(config)) is not None:
@@ -220,13 +220,17 @@ def _data_of(config: Config, seen: dict[str, RunData]) -> RunData:
 
 def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[str]:
     found = []
-    if tuple(manifest.shape) != info.image_shape:
+    if tuple(manifest.shape) != info.sample_shape:
         found.append(
-            f"metric.reference: samples of shape {list(manifest.shape)}, training has {list(info.image_shape)}"
+            f"metric.reference: samples of shape {list(manifest.shape)}, training has {list(info.sample_shape)}"
         )
-    if "bpd" in sweep.metric.names and manifest.dtype != "uint8":
+    is_8_bit = manifest.dtype == "uint8" and info.encoding is None
+    latents = None if info.encoding is None or info.target is None else info.target.name
+    if latents and set(sweep.metric.names) - set(OF_SAMPLES) and latents not in {one.name for one in manifest.fields}:
+        found.append(f"metric.reference: has no field '{latents}', the latents that training has")
+    if "bpd" in sweep.metric.names and not is_8_bit:
         found.append("metric.names: bpd is of 8-bit images; use nats for these data")
-    if "nats" in sweep.metric.names and manifest.dtype == "uint8":
+    if "nats" in sweep.metric.names and is_8_bit:
         found.append("metric.names: nats is of real-valued data; use bpd for 8-bit images")
     of_samples = tuple(name for name in sweep.metric.names if name in OF_SAMPLES)
     if found or not of_samples:

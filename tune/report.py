@@ -217,11 +217,11 @@ def _sheets(plan: StudyPlan, best: Trial, default: Trial | None) -> list[Chart]:
 def _samples(plan: StudyPlan, trial: Trial) -> Tensor:
     report, drawn = trial.reports[-1], draw_settings(plan.sweep, trial.values)
     model = load(report["checkpoint"], report["ema"], "cpu")
-    count = SHEET if len(model.info.image_shape) == 3 else POINTS
+    count = SHEET if len(model.info.sample_shape) == 3 else POINTS
     request = Request(count=count, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
                       guidance=float(drawn["guidance"]), options=drawn["options"],
                       batch_size=min(count, 256))  # fmt: skip
-    return torch.cat([x for x, _ in generate(model, request)])
+    return model.info.latents_decoded(torch.cat([x for x, _ in generate(model, request)]))
 
 
 def _table(plan: StudyPlan, trials: Sequence[Trial], default: Trial | None) -> ReportTable:

@@ -194,6 +194,7 @@ class FormOptions:
     compile_: Compile = "auto"
     samples_per_shard: Annotated[int | None, typer.Option(help="Default: by count and size.", min=1)] = None
     picture: Annotated[Path | None, typer.Option(help="A picture of the first samples: .png, .jpg, .webp.")] = None
+    raw: Annotated[bool, typer.Option("--raw", help="Latents as they are, which are decoded otherwise.")] = False
 
 
 @grouped
@@ -249,6 +250,7 @@ def sample(
         precision=form.precision,
         compile_=form.compile_,
         samples_per_shard=form.samples_per_shard,
+        raw=form.raw,
     )
     typer.echo(json.dumps(drawn.answer()) if as_json else drawn.text())
 

@@ -92,8 +92,10 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     StorageError.
     """
     found = describe(url)
-    if options.samples and len(found.info.image_shape) < 2:
-        raise UserError(f"--samples: no picture can be made of samples of shape {list(found.info.image_shape)}")
+    if options.samples and len(found.info.sample_shape) < 2:
+        raise UserError(f"--samples: no picture can be made of samples of shape {list(found.info.sample_shape)}")
+    if options.samples:
+        found.info.check_decodes()
     one_lora = options.format == LORA
     if one_lora and not lengths:  # of peft's folders each holds one
         lengths = [found.stored.ema]
@@ -128,7 +130,7 @@ def _put_sheet(model: ModelToExport, info: ModelInfo, store: Store, count: int) 
     loaded = build_model(info, model.states[info.ema]())
     request = Request(count=count).fitted(info)
     samples = torch.cat([drawn for drawn, _ in generate(loaded, request)])
-    store.put(SHEET, png_of_sheet(as_pictures(samples, info)))
+    store.put(SHEET, png_of_sheet(as_pictures(info.decoded(samples), info.is_picture)))
     return f"{count} of EMA {info.ema} by {request.sampler}, {request.steps} steps, seed {request.seed}."
 
 

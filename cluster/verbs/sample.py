@@ -67,7 +67,11 @@ def sample_to(
     actors: None draws in this process, without Ray. Raises UserError, DataError, StorageError.
     """
     place = place_of(url, format)
-    if format == "auto" and place.format == "png" and _needs_shards(request, checkpoint, ema):
+    if (
+        format == "auto"
+        and place.format == "png"
+        and _needs_shards(request, checkpoint, ema, options.get("raw", False))
+    ):
         place = place_of(url, "webdataset")
     if picture is not None:
         check_picture(picture)
@@ -104,6 +108,6 @@ def sample_to(
     return SampleResult(job, [out], model.info.images_seen)
 
 
-def _needs_shards(request: Request, checkpoint: str, ema: str | None) -> bool:
+def _needs_shards(request: Request, checkpoint: str, ema: str | None, raw: bool) -> bool:
     """Whether a folder of pictures can't hold what is drawn: arrays, or samples with fields of their records."""
-    return request.conditions_from is not None or not describe(checkpoint, ema).info.is_picture
+    return raw or request.conditions_from is not None or not describe(checkpoint, ema).info.is_picture

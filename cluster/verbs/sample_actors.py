@@ -67,6 +67,8 @@ def _load(job: SampleJob) -> Any:
     model = load_model(job.checkpoint, job.ema)
     if fingerprint(model) != job.weights:
         raise DataError(f"{job.checkpoint}: its weights are not those that this job began with")
+    if job.raw:
+        model.info = model.info.as_latents()
     return model
 
 

@@ -46,6 +46,11 @@ class Encoding:
         """The encoder as an option names it, "diffusers=PATH"."""
         return f"{self.kind}={self.path}"
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether its values are latents, which an autoencoder decodes again: not those of texts."""
+        return self.of_kind in ("image", "array")
+
 
 def drawn(moments: Tensor, noise: Tensor) -> Tensor:
     """[B, 2C, ...] means and standard deviations, standard normal noise [B, C, ...] -> draws [B, C, ...], float32."""

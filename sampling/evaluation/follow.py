@@ -89,27 +89,30 @@ def check_evaluation(config: Config, data: DataDescription) -> None:
     """Whether the functions will find what they need: the reference is there and fits `data`, the training set, and so
     do metrics, extractor and sampler. Raises ScorerayErrors that name the section, before a run begins."""
     section = config.evaluation
-    info = ModelInfo.planned(config, run_fields(config.data, data))
+    info = ModelInfo.planned(config, run_fields(config.data, data, config.autoencoder))
     try:
         reference = data if section.reference is None else Manifest.at(section.reference)
     except ScorerayError as error:
         raise type(error)(f"evaluation.reference: {error}") from None
-    if reference.shape != data.shape:
+    drawn = data.shape if info.encoding is None else list(info.sample_shape)
+    if section.reference is not None and reference.shape != drawn:
         raise UserError(
             f"evaluation.reference: {section.reference} has samples of shape {reference.shape}, the data set that is "
-            f"trained on {data.shape}"
+            f"trained on {drawn}"
         )
     try:
         settings = settings_of(config, "")
         check_names(settings.metrics)
         settings.request().fitted(info)
+        if section.metrics or section.sheet:
+            info.check_decodes()
         if section.metrics:
             if not isinstance(reference, Manifest):
                 raise UserError("reference: missing, and data.url has no manifest; give a packed data set")
             extractor = choose_extractor(settings, reference, None)
             choose_metrics(settings.metrics, info, reference, extractor, settings.restoration)
         if section.sheet:
-            _check_pictures(info.image_shape)
+            _check_pictures(info.sample_shape)
     except ScorerayError as error:
         raise type(error)(f"evaluation: {error}") from None
 
@@ -154,7 +157,8 @@ def draw_sheet(config: Config, checkpoint: Checkpoint) -> Values:
     request = settings_of(config, checkpoint.url).request()
     request = replace(request, count=section.sheet, batch_size=min(section.batch_size, section.sheet))
     with fixed_threads(1):
-        samples = torch.cat([x for x, _ in generate(load_model(checkpoint.url, device="cpu"), request)])
+        model = load_model(checkpoint.url, device="cpu")
+        samples = model.info.latents_decoded(torch.cat([x for x, _ in generate(model, request)]))
     _check_pictures(samples.shape[1:])
     run, key = run_store(config), f"{SHEETS}/{checkpoint.images_seen:012d}.png"
     run.put(key, png_of_sheet(to_uint8(samples)))

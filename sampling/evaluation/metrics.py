@@ -76,7 +76,12 @@ class EvaluationMetric:
 
 
 def _knows_noise_levels(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
-    return f"network.kind '{info.config.network.kind}' knows no noise level" if info.is_machine else None
+    if info.is_machine:
+        return f"network.kind '{info.config.network.kind}' knows no noise level"
+    target = info.target
+    if info.encoding is not None and target is not None and target.name not in {one.name for one in manifest.fields}:
+        return f"it is of the latents that the model was trained on, and the reference has no field '{target.name}'"
+    return None
 
 
 def _has_classes(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
@@ -97,11 +102,15 @@ def _is_8_bit(manifest: Manifest) -> bool:
 
 
 def _likelihood_of_8_bit(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if info.encoding is not None:
+        return "the model has a density of latents, not of pictures; nats are of these"
     unfit = _knows_noise_levels(info, manifest, extractor)
     return unfit or (None if _is_8_bit(manifest) else "bits per dimension are of 8-bit images; nats fit these data")
 
 
 def _restores_images(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if info.encoding is not None:
+        return "it restores samples by what is known of their pixels, and the model is of latents"
     unfit = _knows_noise_levels(info, manifest, extractor)
     if unfit or _is_8_bit(manifest):
         return unfit
@@ -112,6 +121,8 @@ def _has_energy(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice)
     parameterization, values = info.config.denoiser.parameterization, math.prod(manifest.shape)
     if info.is_machine:
         return None
+    if info.encoding is not None:
+        return "the model has an energy of latents, not of the reference's samples"
     if not parameterization.startswith("energy_"):
         return f"it needs an energy, parameterization '{parameterization}' has none"
     if values > IDENTITY_VALUES:

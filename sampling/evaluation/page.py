@@ -113,7 +113,7 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
         found.append(("Samples, in the order of their numbers.", png_of_sheet(samples[:SHEET])))
         if "nn" in drawn:
             found.append(_neighbours(stored, drawn["nn"], samples))
-    elif "samples" in stages and info.image_shape == (2,):
+    elif "samples" in stages and info.sample_shape == (2,):
         found.append(_points(stored))
     restored = drawn.get("psnr", drawn.get("ssim"))
     if restored is not None and is_picture(restored.shape[2:]):
@@ -124,7 +124,7 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
     if "spectrum" in drawn:
         found.append(_spectra(*drawn["spectrum"]))
     ensembles = next((drawn[name] for name in ("crps", "spread_skill", "rmse") if name in drawn), None)
-    if ensembles is not None and len(info.image_shape) > 1:
+    if ensembles is not None and len(info.sample_shape) > 1:
         members, observed = ensembles
         found.append(draw_ensembles(members, observed, _conditions(stored)))
     return found

@@ -51,6 +51,7 @@ def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     inputs = EvaluationInputs(settings, model, reference, ExtractorChoice("identity"))
     extractor = choose_extractor(settings, reference.manifest, inputs.cache)
     choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)
+    model.info.check_decodes()
     settings.request().labels(0, 1, model.info)
     if "match" in settings.metrics:
         load_scorer(settings.scorer)
@@ -84,9 +85,10 @@ def choose_metrics(
     task: of restoration, where psnr or ssim are wanted.
     """
     check_names(wanted)
-    if tuple(manifest.shape) != info.image_shape:
+    if tuple(manifest.shape) != info.sample_shape:
+        fix = "" if info.encoding is None else f"; give one of '{info.encoding.of}', which its latents were made of"
         raise UserError(
-            f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.image_shape)}"
+            f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.sample_shape)}{fix}"
         )
     reasons = {name: metric_of(name).misfit(info, manifest, extractor) for name in (*METRICS, *wanted)}
     mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]

@@ -76,7 +76,7 @@ def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.
 
 def keeps_values(info: ModelInfo) -> bool:
     """Whether all samples themselves are kept: few values, for a density estimate."""
-    return math.prod(info.image_shape) <= IDENTITY_VALUES
+    return math.prod(info.sample_shape) <= IDENTITY_VALUES
 
 
 def condition_rule(info: ModelInfo, inputs: EvaluationInputs) -> str:

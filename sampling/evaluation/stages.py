@@ -179,6 +179,14 @@ def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
     return AnnealingChunk(found.log_weights.detach().cpu().numpy(), energies.detach().double().cpu().numpy())
 
 
+def _of_latents(inputs: EvaluationInputs) -> dict[str, Any]:
+    """What a record says of numbers that are of latents: their field, and the autoencoder's hash."""
+    info = inputs.info
+    if info.encoding is None or info.target is None:
+        return {}
+    return {"of": {"latents": info.target.name, "sha256": info.encoding.sha256}}
+
+
 STAGES: dict[str, Stage] = {
     "reference": Stage(
         count=lambda inputs: inputs.num_reference,
@@ -225,7 +233,8 @@ STAGES: dict[str, Stage] = {
             "probes": 1,
             "sigma_min": inputs.info.sigma_range[0],
             "sigma_max": inputs.info.sigma_range[1],
-            "dequantize": inputs.manifest.dtype == "uint8",
+            "dequantize": inputs.info.encoding is None and inputs.manifest.dtype == "uint8",
+            **_of_latents(inputs),
         },
         compute=_likelihood,
         numbers=_own_rows,
@@ -239,6 +248,7 @@ STAGES: dict[str, Stage] = {
             "sigma_max": inputs.info.sigma_range[1],
             "levels": len(inputs.sigmas),
             "sigma_data": inputs.info.config.denoiser.resolved_sigma_data,
+            **_of_latents(inputs),
         },
         compute=_loss,
         numbers=_own_rows,

@@ -79,7 +79,7 @@ def model_card(page: ModelManifest, info: ModelInfo, usage: Usage, licence: str 
         language=usage.language,
         usage=usage.lines,
         takes=_plain(info.takes, 1000),
-        shape=list(info.image_shape),
+        shape=list(info.sample_shape),
         units="" if info.is_picture or info.target is None else f", {info.target.kind} in the data's own units",
         data=list(_data(info, checkpoint)),
         training=list(_training(info, page)),
@@ -173,7 +173,7 @@ def _kinds(info: ModelInfo) -> set[str]:
 
 def _target(info: ModelInfo) -> str:
     what = "pictures" if info.is_picture else "samples"
-    return f"{what} of shape {list(info.image_shape)}"
+    return f"{what} of shape {list(info.sample_shape)}"
 
 
 def _origin(page: ModelManifest) -> str:

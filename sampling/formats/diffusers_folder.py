@@ -5,6 +5,7 @@ two Python files, pipeline and denoiser/denoiser             name the classes of
 <out>/denoiser/config.json                                   what model.json says, for these
 <out>/denoiser/diffusion_pytorch_model.safetensors           the first EMA length; another one is a variant beside it,
 <out>/denoiser/diffusion_pytorch_model.ema-0_100.safetensors    from_pretrained(..., variant="ema-0_100")
+<out>/vae/                                                   of a model of latents, the autoencoder that decodes them
 <out>/model.json                                             ours, written last
 """
 
@@ -16,6 +17,7 @@ from scoreray.sampling.formats.diffusers_plain import as_json, variant, write_pl
 from scoreray.sampling.model.export import ModelToExport, write_model
 from scoreray.trainer.checkpoints.exported import DIFFUSERS_WEIGHTS, ModelManifest
 from scoreray.trainer.checkpoints.marker import page_fields
+from scoreray.trainer.encoders.load import load_encoder
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
 SHIM = '''"""{what} of scoreray, which must be installed."""
@@ -43,6 +45,8 @@ def write_diffusers_folder(model: ModelToExport, store: Store) -> ModelManifest:
     files |= {length: f"{DIFFUSERS_WEIGHTS}.{variant(length)}.safetensors" for length in others}
     config = {"_class_name": "ScorerayDenoiser", "model": page_fields(model.page), "ema": first}
     index = {"_class_name": ["pipeline", "ScorerayPipeline"], "denoiser": ["denoiser", "ScorerayDenoiser"]}
+    if info.encoding is not None and info.encoding.kind == "diffusers":
+        index["vae"] = ["diffusers", type(load_encoder(info.encoding.name, "cpu").module).__name__]
     beside = {
         "pipeline.py": SHIM.format(what="The pipeline", name="ScorerayPipeline").encode(),
         "denoiser/denoiser.py": SHIM.format(what="The denoiser", name="ScorerayDenoiser").encode(),

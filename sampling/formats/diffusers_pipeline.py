@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.normalisation import to_uint8
 from scoreray.data.own_code import check_stored
 from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import info_of
@@ -51,11 +52,14 @@ class ScorerayPipeline(DiffusionPipeline):
     """Draws samples as `scoreray sample` does: the same seed and conditions give the same samples."""
 
     denoiser: ScorerayDenoiser
-    model_cpu_offload_seq = "denoiser"
+    vae: Any
+    model_cpu_offload_seq = "denoiser->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (as diffusers declares it)
 
-    def __init__(self, denoiser: ScorerayDenoiser) -> None:
+    def __init__(self, denoiser: ScorerayDenoiser, vae: Any = None) -> None:
+        """vae: of a model of latents, the autoencoder that decodes its samples."""
         super().__init__()
-        self.register_modules(denoiser=denoiser)  # type: ignore[attr-defined]
+        self.register_modules(denoiser=denoiser, vae=vae)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def __call__(
@@ -131,7 +135,11 @@ class ScorerayPipeline(DiffusionPipeline):
         info = self.denoiser.info
         if output_type == "pt":
             return samples
-        values = info.in_data_units(samples)
+        if info.encoding is None or self.vae is None:
+            values = info.in_data_units(samples)
+        else:
+            values = self.vae.decode(info.unscaled(samples).to(self.vae.device, self.vae.dtype)).sample.float().cpu()
+            values = to_uint8(values) if info.is_picture else values
         if not info.is_picture:
             return values.numpy()
         pictures = values.movedim(1, -1).numpy()

@@ -246,6 +246,11 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
 
 
 def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measurement) -> Denoise:
+    if denoiser.info.encoding is not None:
+        raise UserError(
+            f"--inpaint and --inverse: {denoiser.info.url} models latents, of which a measurement of pictures knows "
+            "nothing; leave them out, or give measurements of latents with --raw"
+        )
     shape, device = denoiser.info.image_shape, next(denoiser.parameters(), torch.empty(0)).device
     name, _, value = measurement.operator.partition("=")
     operator = make_operator(name, measurement.mask or value, shape, device)

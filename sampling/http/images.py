@@ -66,7 +66,7 @@ class ImagesBody(DrawFields):
         """The request for samples that is meant. Raises Refused, which names the field by OpenAI's name."""
         info, count = served.info, self.n or 1
         if not info.is_picture:
-            message = f"model '{served.name}' draws values of shape {list(info.image_shape)}, and no pictures"
+            message = f"model '{served.name}' draws values of shape {list(info.sample_shape)}, and no pictures"
             raise Refused("invalid", f"{message}: use /v1/samples", field="model")
         if count > limits.max_count:
             raise Refused("too_many", f"n = {count}: at most {limits.max_count} in one request", field="n")
@@ -85,7 +85,7 @@ class ImagesBody(DrawFields):
 
 def size_of(served: ServedModel) -> str:
     """Of a model's pictures, as OpenAI writes it: WIDTHxHEIGHT."""
-    _, height, width = served.info.image_shape
+    _, height, width = served.info.sample_shape
     return f"{width}x{height}"
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.fields.field import FieldRequest
+from scoreray.data.fields.encoding import drawn
+from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.reading.samples import SampleReader
@@ -25,8 +26,10 @@ from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelih
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.stored_conditions import StoredConditions
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
+from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.condition import Condition, encoded
+from scoreray.trainer.step import to_model_range
 
 LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draws
 LIKELIHOOD_BATCH = 16  # samples that share an adaptive solver's calls; its gradients hold as many activations
@@ -38,7 +41,8 @@ Denoise = Callable[..., Tensor]
 class HeldOut:
     """Samples of a packed data set, as a model is measured on them.
 
-    images: as they are stored, uint8 [n, C, H, W] of pictures; x0: in the model's range, float32 [n, ...].
+    images: as they are stored, uint8 [n, C, H, W] of pictures; x0: in the model's range, float32 [n, ...]. Of a model
+    of latents, images are what the data set has by default, and x0 the latents, [0] where the data set has none.
     numbers: int64 [n], theirs in the data set, which key their noise.
     condition: what a model is given of each; None for an unconditional one; requested: the same as a person writes it
     (`StoredConditions.requested`). mean: of the whole data set in the model's range, of a sample's shape or
@@ -62,12 +66,19 @@ def read_held_out(reference: SampleReader, numbers: np.ndarray, info: ModelInfo 
     manifest = reference.manifest
     stored = None if info is None else StoredConditions(info, manifest.fields, reference.url)
     modelled = None if info is None else info.target
-    field = manifest.target if modelled is None else manifest.find_field(modelled.name, reference.url)
-    requests = [FieldRequest(field.name), *(stored.requests if stored else [])]
-    found = reference.read_fields(numbers, requests)
+    of_latents = info is not None and info.encoding is not None
+    field = manifest.target if modelled is None or of_latents else manifest.find_field(modelled.name, reference.url)
+    latents = [one for one in manifest.fields if of_latents and modelled is not None and one.name == modelled.name]
+    names = dict.fromkeys(one.name for one in (field, *latents))
+    found = reference.read_fields(numbers, [*map(FieldRequest, names), *(stored.requests if stored else [])])
     images = found.fields[field.name]
     if field.kind == "image":  # by the strides of a single channel too: torch looks at these
         images = images.clone(memory_format=torch.contiguous_format)
+    keys = torch.from_numpy(numbers.astype(np.int64))
+    condition, requested = (stored.of(found), stored.requested(found)) if stored else (None, {})
+    if of_latents:
+        x0, mean = _latents(modelled, latents, found.fields, keys)
+        return HeldOut(images, x0, keys, condition, mean, requested)
     normaliser = None if modelled is None else modelled.normaliser
     shape = tuple(field.shape) or (1,)
     if field is manifest.target:
@@ -78,8 +89,22 @@ def read_held_out(reference: SampleReader, numbers: np.ndarray, info: ModelInfo 
     x0 = to_unit_range(images)
     if field.kind != "image" and normaliser is not None:
         x0, mean = normaliser.apply(images).float(), normaliser.apply(mean[None])[0]
-    condition, requested = (stored.of(found), stored.requested(found)) if stored else (None, {})
-    return HeldOut(images, x0, torch.from_numpy(numbers.astype(np.int64)), condition, mean, requested)
+    return HeldOut(images, x0, keys, condition, mean, requested)
+
+
+def _latents(
+    target: TargetField | None, latents: Sequence[Field], values: Mapping[str, Tensor], numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x0 [n, ...] in the model's range, their mean [C, 1, ...]) of the field of latents, drawn by their numbers where
+    it holds moments."""
+    if target is None or not latents:
+        return torch.empty(0), torch.empty(0)
+    (field,) = latents
+    x0 = values[field.name]
+    if field.holds_moments:
+        x0 = drawn(x0, noise.normal(SAMPLING_SEED, numbers, tuple(field.drawn_shape), stream=noise.STREAM_LATENT))
+    mean = torch.tensor(field.mean, dtype=torch.float32).view(1, -1, *[1] * (len(field.shape) - 1))
+    return to_model_range(x0, target.normaliser), to_model_range(mean, target.normaliser)[0]
 
 
 @torch.no_grad()
@@ -141,7 +166,8 @@ def held_out_likelihood(
     """
     nats, bits, nfe = [], [], []
     for part in torch.arange(len(held.images)).split(batch_size):
-        if held.images.dtype == torch.uint8 and is_picture(held.images.shape[1:]):
+        is_modelled = held.x0.shape == held.images.shape  # and not the latents of these images
+        if is_modelled and held.images.dtype == torch.uint8 and is_picture(held.images.shape[1:]):
             x, width = dequantize(held.images[part], held.numbers[part])
         else:
             x, width = held.x0[part], math.nan

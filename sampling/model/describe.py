@@ -7,14 +7,17 @@ URLs, the same spellings of a length, and refuse in the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from scoreray.data.classes import class_number
+from scoreray.data.errors import UserError
+from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import to_uint8
+from scoreray.sampling.model import decode
 from scoreray.sampling.samplers.sigmas import from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.exported import ModelManifest
@@ -24,6 +27,7 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
+from scoreray.trainer.encoders.load import load_autoencoder
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
@@ -31,7 +35,11 @@ SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many proce
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where a model comes from and what it draws. classes: of its one class condition, if it has one."""
+    """Where a model comes from and what it draws. classes: of its one class condition, if it has one.
+
+    image_shape: of what its network models. sample_shape: of what is drawn, which differs where a network of latents
+    has its samples decoded. raw: they are left as the latents that they are.
+    """
 
     url: str
     images_seen: int
@@ -41,6 +49,7 @@ class ModelInfo:
     config: Config
     conditions: Mapping[str, ConditionSpec] = field(default_factory=dict)
     target: TargetField | None = None
+    raw: bool = False
 
     @staticmethod
     def planned(config: Config, fields: RunFields) -> ModelInfo:
@@ -59,10 +68,33 @@ class ModelInfo:
         return class_number(label, self.classes)
 
     @property
+    def encoding(self) -> Encoding | None:
+        """What decodes its samples; None where they are drawn as the network models them."""
+        found = None if self.raw or self.target is None else self.target.encoding
+        return found if found is not None and found.can_decode else None
+
+    def as_latents(self) -> ModelInfo:
+        """The same with samples that are not decoded (`--raw`). Raises UserError where nothing would decode them."""
+        if self.encoding is None:
+            raise UserError(f"--raw: {self.url} models no latents, so nothing is decoded; leave it out")
+        return replace(self, raw=True)
+
+    def check_decodes(self) -> None:
+        """Loads what decodes samples, before work begins. Raises UserError, DataError, StorageError."""
+        if self.encoding is not None:
+            load_autoencoder(self.encoding).decoded_shape(self.image_shape)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of a sample as it is drawn: decoded, where the network models latents."""
+        return self.image_shape if self.encoding is None else tuple(self.encoding.of_shape)
+
+    @property
     def is_picture(self) -> bool:
         """Whether its samples are grey or RGB pictures, -1 black and 1 white; else values in units of their own. Of a
         checkpoint that does not know what field it models, those of such a shape are."""
-        return is_picture(self.image_shape) and (self.target is None or self.target.kind == "image")
+        kind = self.encoding.of_kind if self.encoding else self.target.kind if self.target else "image"
+        return is_picture(self.sample_shape) and kind == "image"
 
     @property
     def sample_dtype(self) -> Literal["uint8", "float32"]:
@@ -70,10 +102,31 @@ class ModelInfo:
         return "uint8" if self.is_picture else "float32"
 
     def in_data_units(self, samples: torch.Tensor) -> torch.Tensor:
-        """Samples float32 [b, ...] as a model draws them -> in the units of the data that it was trained on, of
-        `sample_dtype`: the one way out for files, answers and pictures."""
-        if self.is_picture:
-            return to_uint8(samples)
+        """Samples float32 [b, *image_shape] as a model draws them -> [b, *sample_shape] in the units of the data, of
+        `sample_dtype`: the one way out for files, answers and pictures. Latents are decoded."""
+        values = self.decoded(samples)
+        return to_uint8(values) if self.is_picture else values
+
+    def decoded(self, samples: torch.Tensor) -> torch.Tensor:
+        """As `in_data_units`, but pictures are float32 from -1 to 1."""
+        if self.encoding is not None or self.is_picture:
+            return self.latents_decoded(samples)
+        return self.unscaled(samples)
+
+    def latents_decoded(self, samples: torch.Tensor) -> torch.Tensor:
+        """Latents decoded; samples of any other model as they are, in the model's range."""
+        return samples if self.encoding is None else decode.decode(self.encoding, self.unscaled(samples))
+
+    def previewed(self, samples: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """As `decoded`, at once, and whether these are pictures: latents by the linear map that was recorded with them,
+        at their own height and width, or as they are where none was."""
+        if self.encoding is None:
+            return self.decoded(samples), self.is_picture
+        found = decode.preview(self.encoding, self.unscaled(samples))
+        return (self.unscaled(samples), False) if found is None else (found, self.is_picture)
+
+    def unscaled(self, samples: torch.Tensor) -> torch.Tensor:
+        """Samples in the units of the field that the network models: of latents, the encoder's own."""
         normaliser = None if self.target is None else self.target.normaliser
         return samples if normaliser is None else normaliser.invert(samples)
 

@@ -14,6 +14,7 @@ from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.model.describe import ModelInfo, info_of
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import (
+    AUTOENCODER,
     DIFFUSERS_WEIGHTS,
     FORMAT,
     MODEL_JSON,
@@ -21,11 +22,13 @@ from scoreray.trainer.checkpoints.exported import (
     ExportedModel,
     ModelManifest,
     State,
+    with_autoencoder_at,
 )
 from scoreray.trainer.checkpoints.marker import page_fields
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.config import Config
+from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder, autoencoder_files
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored
 
 OURS = rf"((ema-([0-9.]+|half-life)|weights-none)\.safetensors|{DIFFUSERS_WEIGHTS}(\.[a-z0-9_-]+)?\.safetensors)"
@@ -117,7 +120,7 @@ def write_model(
 
     files: by length, of what file the weights are, where it is not that of our own format.
     """
-    beside = beside or {}
+    beside = {**(beside or {}), **_autoencoder(model.page)}
     store.delete([MODEL_JSON, *beside])
     written = {}
     for name, weights in model.states.items():
@@ -125,11 +128,21 @@ def write_model(
     for key, data in beside.items():
         store.put(key, data)
     page = replace(model.page, files=written)
+    if f"{AUTOENCODER}/config.json" in beside:
+        page = with_autoencoder_at(page, AUTOENCODER)
     store.put(MODEL_JSON, page.to_json())
     prefixes = ("ema-", "weights-", DIFFUSERS_WEIGHTS)
     stored = {key for start in prefixes for key, _ in store.list(start) if re.fullmatch(OURS, key)}
     store.delete(stored - {about.file for about in written.values()})  # of an earlier export
     return page
+
+
+def _autoencoder(page: ModelManifest) -> dict[str, bytes]:
+    """The files of diffusers' autoencoder that decodes the samples of a whole model, by key; none of any other."""
+    encoding = None if page.target is None else page.target.encoding
+    if encoding is None or encoding.kind != DiffusersAutoencoder.kind or page.config.get("lora") is not None:
+        return {}
+    return {f"{AUTOENCODER}/{name}": data for name, data in autoencoder_files(encoding).items()}
 
 
 def put_weights(store: Store, key: str, weights: State) -> ExportedFile:

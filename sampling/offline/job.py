@@ -50,11 +50,13 @@ def begin(
     samples_per_shard: int | None = None,
     processes: int = 1,
     pictures: bool = False,
+    raw: bool = False,
 ) -> tuple[SampleJob, Model, Digests | None]:
     """Claims the place: (the job to carry out, its model, the digests of its files if it was finished before).
 
     A job of the same request that was begun there is gone on with: at the checkpoint that it began with, in the form
-    that it took. pictures: whether the samples must be pictures whatever the format. Raises UserError naming what
+    that it took. pictures: whether the samples must be pictures whatever the format. raw: latents are not decoded.
+    Raises UserError naming what
     differs from another request's, DataError, StorageError.
     """
     if samples_per_shard is not None and samples_per_shard < 1:
@@ -67,10 +69,16 @@ def begin(
         model = load_model(begun.checkpoint, begun.ema)
     else:
         model = load_model(checkpoint, ema)
+    if raw:
+        model.info = model.info.as_latents()
     request = replace(request.fitted(model.info), guidance=request.guided)
     prepare(model, request)  # finds, with the next line, what does not fit before anything is written
     conditions = SampleConditions(request, model.info)
-    shape = model.info.image_shape
+    try:
+        model.info.check_decodes()
+    except UserError as error:
+        raise UserError(f"{error}; --raw draws the latents as they are") from None
+    shape = model.info.sample_shape
     if place.format == "png" and not model.info.is_picture:
         raise UserError(f"samples of shape {list(shape)} are no pictures; give --format webdataset or an .npz")
     if pictures and len(shape) < 2:
@@ -78,7 +86,7 @@ def begin(
     size = samples_per_shard or default_shard(request.count, shape)
     job = SampleJob(
         _asked(checkpoint), model.info.url, model.info.ema, fingerprint(model), request, place.format, size,
-        precision, compile_, Form(), conditions_sha256=sha256_of(conditions.fixed),
+        precision, compile_, Form(), conditions_sha256=sha256_of(conditions.fixed), raw=raw,
     )  # fmt: skip
     if before is None:
         place.store.check_writable()

@@ -47,7 +47,7 @@ class SamplePlan:
 
     def __post_init__(self) -> None:
         self._prepared: Draw | None = None
-        self.shape = tuple(self.model.info.image_shape)
+        self.shape = self.model.info.sample_shape
         self.dtype = self.model.info.sample_dtype
         self.name = f"{self.model.info.config.run.name}-samples"
         self.notes: list[str] = []

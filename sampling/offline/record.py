@@ -27,7 +27,8 @@ class SampleJob:
 
     asked: the URL that was given; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
     weights: their SHA-256. conditions_sha256: of the values of the request's conditions, which may be in files; ""
-    without any. request: with sampler, steps and grid filled in; its batch_size decides nothing.
+    without any. raw: latents are not decoded. request: with sampler, steps and grid filled in; its batch_size decides
+    nothing.
     """
 
     asked: str
@@ -42,6 +43,7 @@ class SampleJob:
     form: Form
     version: int = VERSION
     conditions_sha256: str = ""
+    raw: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -117,7 +119,7 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     request["guidance"] = asdict(job.request.guided)
     for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
-                        (fields, "conditions_sha256")):  # fmt: skip
+                        (fields, "conditions_sha256"), (fields, "raw")):  # fmt: skip
         if not where[name]:
             del where[name]
     return json.loads(json.dumps(fields))

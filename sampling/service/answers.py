@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.fields.normalisation import to_uint8
 from scoreray.data.packing.field_pictures import field_pictures
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import MAX_SHEET, picture_file, png_of_sheet
@@ -52,10 +53,10 @@ def can_be_pictures(shape: Sequence[int]) -> bool:
     return len(shape) > 1
 
 
-def as_pictures(samples: Tensor, info: ModelInfo) -> Tensor:
-    """Samples [n, ...] in the model's range as uint8 [n, C, H, W]: of fields by a colour map, one scale for all."""
-    values = info.in_data_units(samples)
-    return values if info.is_picture else torch.from_numpy(field_pictures(values))
+def as_pictures(values: Tensor, are_pictures: bool) -> Tensor:
+    """Values as `ModelInfo.decoded` has them [n, ...] -> uint8 [n, C, H, W]: pictures, which are from -1 to 1, or other
+    fields by a colour map, one scale for all."""
+    return to_uint8(values) if are_pictures else torch.from_numpy(field_pictures(values))
 
 
 def encode(samples: Tensor, labels: Sequence[int], media: str, format_: str = "png") -> bytes:
@@ -91,5 +92,5 @@ def npy(array: Tensor) -> bytes:
 
 def preview_sheet(denoised: Tensor, info: ModelInfo) -> str:
     """A sheet of denoised estimates [n, ...] as base64 of a PNG; of one, its picture without a frame."""
-    pictures = as_pictures(torch.nan_to_num(denoised), info)
+    pictures = as_pictures(*info.previewed(torch.nan_to_num(denoised)))
     return base64.b64encode(picture_file(pictures[0]) if len(pictures) == 1 else png_of_sheet(pictures)).decode()

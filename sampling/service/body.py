@@ -198,9 +198,9 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     body = _with_prompt(body, info)
     negative = condition_of(_prompted(body.negative_prompt, info, "negative_prompt"), info.conditions)
     format_ = body.format or ("png" if info.is_picture else "npy")
-    if (format_ != "npy" or media == "image/png") and not can_be_pictures(info.image_shape):
+    if (format_ != "npy" or media == "image/png") and not can_be_pictures(info.sample_shape):
         raise Refused(
-            "invalid", f"samples of shape {list(info.image_shape)} are no pictures: ask for npy", field="format"
+            "invalid", f"samples of shape {list(info.sample_shape)} are no pictures: ask for npy", field="format"
         )
     if body.guidance != 1 and not info.conditions:
         raise Refused("invalid", "this model takes no conditions: leave guidance out", field="guidance")

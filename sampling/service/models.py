@@ -89,7 +89,7 @@ class ServedModel:
             "ema": info.ema,
             "emas": list(self.emas),
             "adapters": list(self.adapters),
-            "shape": list(info.image_shape),
+            "shape": list(info.sample_shape),
             "pictures": info.is_picture,
             "target": _target(info),
             "conditions": {
@@ -133,14 +133,16 @@ def _target(info: ModelInfo) -> dict[str, Any]:
     """What samples are: of which field, the shape, type and units of their values, and whether they can be seen."""
     kind = "image" if info.is_picture else "array"
     name, kind = (info.target.name, info.target.kind) if info.target is not None else (kind, kind)
+    if info.encoding is not None:
+        name, kind = info.encoding.of, info.encoding.of_kind
     units = "0 to 255" if info.is_picture else "those of the data"
     return {
         "name": name,
         "kind": kind,
-        "shape": list(info.image_shape),
+        "shape": list(info.sample_shape),
         "dtype": info.sample_dtype,
         "units": units,
-        "png": can_be_pictures(info.image_shape),
+        "png": can_be_pictures(info.sample_shape),
     }
 
 

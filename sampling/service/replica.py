@@ -28,6 +28,7 @@ from scoreray.sampling.offline.generate import class_labels
 from scoreray.sampling.service.answers import as_pictures, can_be_pictures, encode, preview_sheet
 from scoreray.sampling.service.batcher import BatcherStopped, StepBatcher
 from scoreray.sampling.service.config import ServeConfig
+from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
 from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, Preview, SampleRequest
 from scoreray.sampling.service.ticket import NonFiniteSamplesError, Ticket
@@ -45,7 +46,14 @@ class _Model:
     denoiser: LoadedDenoiser
     batcher: StepBatcher
     fast: Fast
+    decoding: DecodeQueue | None = None  # of a model of latents
     users: int = 0
+
+    def close(self) -> None:
+        """Finishes what is queued, then ends the threads."""
+        self.batcher.close()
+        if self.decoding is not None:
+            self.decoding.close()
 
 
 class Replica:
@@ -100,7 +108,11 @@ class Replica:
                 yield await asyncio.to_thread(_preview, estimate, info)
             samples = ticket.result(0)
             self._count(ticket, len(samples))
-            body = await asyncio.to_thread(_encoded, samples.cpu(), request, info)
+            if model.decoding is None:
+                values = await asyncio.to_thread(info.decoded, samples.cpu().float())
+            else:
+                values = await asyncio.wrap_future(model.decoding.submit(samples.cpu()))
+            body = await asyncio.to_thread(_encoded, values, request, info)
             yield Completed(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
         finally:
             if ticket.cancel():
@@ -143,7 +155,7 @@ class Replica:
         models = list(self._models.values())
         self._models.clear()
         for model in models:
-            await asyncio.to_thread(model.batcher.close)
+            await asyncio.to_thread(model.close)
 
     @contextlib.asynccontextmanager
     async def _model(self, checkpoint: str, ema: str) -> AsyncIterator[_Model]:
@@ -178,13 +190,15 @@ class Replica:
             idle = next((key for key, model in self._models.items() if model.users == 0), None)
             if idle is not None:
                 model = self._models.pop(idle)
-                await asyncio.to_thread(model.batcher.close)
+                await asyncio.to_thread(model.close)
             else:
                 async with self._freed:
                     await self._freed.wait()
 
     def _build(self, checkpoint: str, ema: str) -> _Model:
         denoiser = load(checkpoint, ema, self.device)
+        info = denoiser.info
+        info.check_decodes()
         config, most = self.config, self.config.max_batch
         adapted = bool(config.adapters) and ema == describe(checkpoint, config.ema).info.ema
         if adapted:
@@ -209,7 +223,7 @@ class Replica:
         choose = called.choose if isinstance(called, AdaptedNetwork) else None
         batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe, choose=choose)
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
-        return _Model(denoiser, batcher.start(), fast)
+        return _Model(denoiser, batcher.start(), fast, DecodeQueue(info.decoded) if info.encoding else None)
 
     def _observe(self, rows: int, seconds: float) -> None:
         self.meter["batch_occupancy"].observe(rows / self.config.max_batch)
@@ -232,15 +246,15 @@ def failed(error: ScorerayError) -> Failed:
     raise error
 
 
-def _encoded(samples: Tensor, request: SampleRequest, info: ModelInfo) -> bytes:
-    """Samples as the request wants them: pictures, or values in the data's own units (-1 to 1 of pictures)."""
+def _encoded(values: Tensor, request: SampleRequest, info: ModelInfo) -> bytes:
+    """Decoded samples as the request wants them: pictures, or values in the data's own units (-1 to 1 of pictures)."""
     if request.format != "npy" or request.media == "image/png":
-        shown = as_pictures(samples, info)
+        shown = as_pictures(values, info.is_picture)
     else:
-        shown = samples.float() if info.is_picture else info.in_data_units(samples.float())
+        shown = values
     name = class_name_of(info.conditions)
     classes = None if request.condition is None or name is None else request.condition.select([name])
-    return encode(shown, class_labels(classes, len(samples)).tolist(), request.media, request.format)
+    return encode(shown, class_labels(classes, len(values)).tolist(), request.media, request.format)
 
 
 @dataclass(frozen=True)
@@ -285,8 +299,8 @@ class _Previews:
 def _preview(estimate: _Estimate, info: ModelInfo) -> Preview:
     """Estimates as a picture, or as numbers where they are none."""
     denoised = estimate.denoised
-    if can_be_pictures(info.image_shape):
+    if can_be_pictures(info.sample_shape):
         return Preview(estimate.progress, estimate.sigma, b64_json=preview_sheet(denoised, info))
     small = denoised[0].numel() <= MOST_PREVIEW_VALUES
-    points = info.in_data_units(denoised).flatten(1).tolist() if small else None
+    points = info.decoded(denoised).flatten(1).tolist() if small else None
     return Preview(estimate.progress, estimate.sigma, points=points)

@@ -64,14 +64,21 @@ def final(c: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 @pytest.mark.parametrize("stop_at", [16, 112, 208, 304])
 def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(
-    data_url: str, conditioned_set: str, conditions: dict[str, Any], tmp_path: Path, stop_at: int
+    data_url: str,
+    conditioned_set: str,
+    latent_set: str,
+    conditions: dict[str, Any],
+    tmp_path: Path,
+    stop_at: int,
 ) -> None:
-    """One of the runs is conditioned by a field of each kind, and goes on under a config that names them otherwise."""
+    """One of the runs is conditioned by a field of each kind, and goes on under a config that names them otherwise. One
+    draws its samples from moments of latents."""
     fields = [f"data.conditions={json.dumps(conditions)}", "objective.label_dropout=0.2"] if stop_at == 208 else []
-    url = conditioned_set if fields else data_url
-    whole = config(url, tmp_path / "whole", *fields)
+    url = {208: conditioned_set, 304: latent_set}.get(stop_at, data_url)
+    of_latents = ["data.target=latent"] if stop_at == 304 else []
+    whole = config(url, tmp_path / "whole", *fields, *of_latents)
     assert train(whole) == 320
-    broken = config(url, tmp_path / "broken", *fields)
+    broken = config(url, tmp_path / "broken", *fields, *of_latents)
     seen = 0
 
     class Stop(Exception):

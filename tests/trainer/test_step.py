@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser, to_uint8, to_unit_range
+from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
@@ -22,7 +23,7 @@ from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal, UniformT
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, Adaptive, Learned, LikelihoodWeighting
 from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig
-from scoreray.trainer.step import MachineModule, TrainingModule
+from scoreray.trainer.step import MachineModule, TrainingModule, drawn_latents
 
 B = 12
 POSITIONS = torch.arange(100, 100 + B)
@@ -115,6 +116,16 @@ def test_a_flipped_image_is_trained_on_with_the_noise_of_its_place():
     assert torch.equal(flipped, mirrored)
     assert torch.equal(sigma, same)
     assert not torch.equal(flipped, never(images(), LABELS, POSITIONS)[0])
+
+
+def test_latents_are_drawn_from_moments_again_at_each_position():
+    mean, std = torch.randn(len(POSITIONS), 1, 8, 8), torch.rand(len(POSITIONS), 1, 8, 8)
+    z = noise.normal(5, POSITIONS, (1, 8, 8), stream=noise.STREAM_LATENT)
+    of_moments, plain = module(moments=True), module()
+    moments = torch.cat([mean, std], 1)
+    assert torch.equal(of_moments(moments, LABELS, POSITIONS)[0], plain(mean + std * z, LABELS, POSITIONS)[0])
+    again = drawn_latents(moments, 5, POSITIONS + 1000)
+    assert not torch.equal(again, mean + std * z)
 
 
 def test_bytes_become_minus_one_to_one_and_floats_stay():

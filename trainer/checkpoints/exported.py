@@ -2,6 +2,7 @@
 
 <out>/model.json                  what the network is, written last: config, classes, each file's bytes and SHA-256;
                                   sealed (`data/seal.py`), but for format 1
+<out>/vae/                        of a model of latents, the autoencoder of diffusers that decodes its samples
 <out>/ema-0.050.safetensors       the network's fp32 weights, averaged at that length; names as in its state_dict
 
 A diffusers folder (`sampling/formats`) has the weights in denoiser/, under the names of diffusers, and model.json too;
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ from scoreray.trainer.networks.lora import PEFT_PREFIX
 from scoreray.trainer.optim.fragments import Fragment
 
 MODEL_JSON = "model.json"
+AUTOENCODER = "vae"  # the folder of the autoencoder, as pipelines of diffusers name it
 FORMAT = 2
 UNSEALED = 1  # the format before seals
 PREFIX = "denoiser.network."  # of the network's parameters in the training module
@@ -104,6 +106,13 @@ class ModelManifest:
     def from_json(data: bytes, url: str) -> ModelManifest:
         """Raises DataError in one line that names `url`."""
         return read_sealed(_ADAPTER, data, url, "exported model's page", unsealed_format=UNSEALED, place=url)
+
+
+def with_autoencoder_at(page: ModelManifest, path: str) -> ModelManifest:
+    """The page of a model of latents, whose autoencoder is at `path`; AUTOENCODER: in the model's own folder."""
+    assert page.target is not None
+    assert page.target.encoding is not None
+    return replace(page, target=replace(page.target, encoding=replace(page.target.encoding, path=path)))
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,8 @@ def find_exported(url: str) -> ExportedModel | None:
         if file is None:
             return None
         raise UserError(f"{url}: no {MODEL_JSON} is beside it, so it is not a model that was exported") from None
+    if page.target is not None and page.target.encoding is not None and page.target.encoding.path == AUTOENCODER:
+        page = with_autoencoder_at(page, store.url(AUTOENCODER))
     if file is None:
         return ExportedModel(store, page)
     chosen = [name for name, about in page.files.items() if about.file == file]

@@ -19,6 +19,7 @@ from scoreray.data.reading.manifest import Sha256
 from scoreray.data.seal import read_sealed, sealed
 from scoreray.trainer.config import DataSection
 from scoreray.trainer.config.run_fields import TargetField, run_fields
+from scoreray.trainer.config.sections import AutoencoderSection
 from scoreray.trainer.diffusion.condition import ConditionSpec
 from scoreray.trainer.optim.ema import described_length
 
@@ -151,7 +152,11 @@ class Marker:
         """How data differ from those that were trained on, a phrase for each; none where they are the same. Raises
         UserError where they lack a field of the run's."""
         found, known = [], self.data
-        fields = None if self.target is None else run_fields(DataSection.model_validate(self.config["data"]), data)
+        fields = None
+        if self.target is not None:
+            section = self.config.get("autoencoder")
+            autoencoder = None if section is None else AutoencoderSection.model_validate(section)
+            fields = run_fields(DataSection.model_validate(self.config["data"]), data, autoencoder)
         shape = data.shape if fields is None else fields.shape
         if shape != self.image_shape:
             found.append(f"samples of shape {shape}, not {self.image_shape}")

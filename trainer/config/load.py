@@ -27,7 +27,8 @@ CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
               "engine.zero_stage", "engine.micro_batch_size",
               "engine.offload", "engine.compile", "engine.partition_group", "data.url", "data.prefetch_batches",
               "data.cache_dir", "data.cache_bytes",
-              "data.on_error", "data.quarantine_budget", "duration")  # fmt: skip
+              "data.on_error", "data.quarantine_budget", "autoencoder.kind", "autoencoder.path",
+              "duration")  # fmt: skip
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -19,7 +19,7 @@ from scoreray.data.fields.field_kinds import FieldDtype, FieldKind
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.config.condition_values import condition_of_fields
-from scoreray.trainer.config.sections import ConditionSection, DataSection
+from scoreray.trainer.config.sections import AutoencoderSection, ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
 
 KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
@@ -102,12 +102,14 @@ class RunFields:
         return batch.fields[self.target.name], condition_of_fields(batch, self.sources, self.conditions)
 
 
-def run_fields(section: DataSection, data: DataDescription) -> RunFields:
+def run_fields(section: DataSection, data: DataDescription, autoencoder: AutoencoderSection | None = None) -> RunFields:
     """Raises UserError with every mistake, a line each: a field that is not there or of a kind that does not fit, a
     length, a normalisation of a constant channel."""
     known = {one.name: one for one in data.fields}
     default = target_of(data.fields)
     source, target = _target(section, known, default)
+    if autoencoder is not None:
+        target = _decoded_by(autoencoder, section, source, target)
     conditions, sources, dropout = dict[str, ConditionSpec](), dict[str, str](), dict[str, float]()
     requests, mistakes = [FieldRequest(source.name)], list[str]()
     for name, one in _sections(section, known).items():
@@ -162,6 +164,34 @@ def _target(section: DataSection, known: Mapping[str, Field], default: Field) ->
             "to -1..1; leave it out"
         )
     return source, TargetField(source.name, source.kind, source.dtype)
+
+
+def _decoded_by(section: AutoencoderSection, data: DataSection, source: Field, target: TargetField) -> TargetField:
+    """The target with the autoencoder and the scale that a config gives. Raises UserError."""
+    found = source.encoding
+    if found is None or not found.can_decode:
+        raise UserError(
+            f"autoencoder: field '{source.name}' of the data set was made by none; name one of latents by data.target "
+            "(`scoreray data encode` makes them), or leave the section out"
+        )
+    found = replace(found, kind=section.kind or found.kind, path=section.path or found.path)
+    normaliser = target.normaliser
+    if section.scale is not None or section.shift is not None:
+        if data.normalisation is not None:
+            raise UserError("autoencoder.scale and shift: data.normalisation is another scale; leave one of them out")
+        channels, measured = source.num_channels, target.normaliser or Normaliser("none")
+        offset = (0.0,) if section.shift is None else section.shift
+        scale = measured.scale if section.scale is None else tuple(1 / value for value in section.scale)
+        parts = {"shift": offset, "scale": scale or (1.0,)}
+        for name, values in parts.items():
+            if len(values) not in (1, channels):
+                raise UserError(
+                    f"autoencoder.{name}: {len(values)} numbers, and latents '{source.name}' have {channels} channels; "
+                    "give one, or one a channel"
+                )
+            parts[name] = values * (channels // len(values))
+        normaliser = Normaliser("channel", parts["shift"], parts["scale"])
+    return replace(target, encoding=found, normaliser=normaliser)
 
 
 def _condition(

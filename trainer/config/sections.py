@@ -52,6 +52,11 @@ def _url_of_data(value: Any) -> Any:
     return value
 
 
+def _numbers(value: Any) -> Any:
+    """A number alone as one of all channels."""
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def check_run_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError("a run's name has letters, digits, '.', '_' and '-' only, 100 at most")
@@ -155,6 +160,24 @@ class DataSection(Section):
     cache_bytes: CountOrZero = Field(64 << 30, ge=64 << 20)
 
 
+Scales = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_numbers)]
+Shifts = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+
+
+class AutoencoderSection(Section):
+    """What decodes the latents that are modelled, where that is to be another than the data set's record says.
+
+    `kind`, `path`: where the autoencoder is now; its hash must be the recorded one.  `scale`, `shift`: the network sees
+    (z - shift) scale of latents z, each a number or one a channel, as diffusers' scaling_factor and shift_factor, in
+    the place of what was measured; a scale alone has the shift 0.
+    """
+
+    kind: str | None = None
+    path: str | None = None
+    scale: Scales | None = None
+    shift: Shifts | None = None
+
+
 class ScalingSection(Section):
     """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster. Both must divide the
     batch's lanes; of the numbers between, the run takes those that do.
@@ -242,6 +265,7 @@ class Config(Section):
 
     run: RunSection
     data: DataSection
+    autoencoder: AutoencoderSection | None = None
     init: InitSection | None = None
     lora: LoRAConfig | None = None
     augmentation: AugmentationConfig = AugmentationConfig()

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.extras import install
+from scoreray.data.fields.encoding import Encoding
 from scoreray.trainer.encoders.base import Autoencoder
 from scoreray.trainer.encoders.files import digest, local_folder
-from scoreray.trainer.networks.pretrained_folder import DIFFUSERS_OPTIONS, WEIGHTS, load_pretrained, read_json
+from scoreray.trainer.networks.pretrained_folder import (
+    DIFFUSERS_OPTIONS,
+    WEIGHTS,
+    load_pretrained,
+    read_json,
+    weight_files,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class DiffusersAutoencoder(Autoencoder):
             raise UserError(f"{self.kind}={path}: needs diffusers: {install('diffusers')}") from None
         self.path = path
         with local_folder(path, f"{self.kind}=") as root:
-            folder = root / "vae" if (root / "model_index.json").is_file() else root
+            folder = _folder_of(root)
             config = read_json(folder / "config.json")
             if not config:
                 raise UserError(f"{self.name}: has no {_shown(folder, root)}config.json; give an autoencoder's folder, "
@@ -76,6 +83,24 @@ class DiffusersAutoencoder(Autoencoder):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         return self.module.decode(z).sample
+
+
+def autoencoder_files(encoding: Encoding) -> dict[str, bytes]:
+    """The files of the autoencoder that made a field, by name: what a folder needs to be loaded as one. Raises
+    UserError, DataError (it is another than was recorded)."""
+    with local_folder(encoding.path, f"{encoding.kind}=") as root:
+        folder = _folder_of(root)
+        if digest(folder) != encoding.sha256:
+            raise DataError(
+                f"{encoding.name}: has changed since it encoded the data; put the one that did in its place"
+            )
+        indices = list(folder.glob("*.safetensors.index.json"))
+        return {file.name: file.read_bytes() for file in (folder / "config.json", *indices, *weight_files(folder))}
+
+
+def _folder_of(root: Path) -> Path:
+    """Of a pipeline its vae/."""
+    return root / "vae" if (root / "model_index.json").is_file() else root
 
 
 def _shown(folder: Path, root: Path) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.unpacked.tars import TarSettings, UnpackedTars
 from scoreray.trainer.config.run_fields import RunFields, run_fields
-from scoreray.trainer.config.sections import DataSection
+from scoreray.trainer.config.sections import AutoencoderSection, DataSection
 from scoreray.trainer.diffusion.condition import ConditionSpec
 
 FINE = Field("fine", "array", [2, 8, 8], "float32", "fine.npy", mean=[280.0, 1.0], std=[10.0, 3.0],
@@ -34,12 +35,12 @@ FIELDS = (
 )
 
 
-def resolved(**section: Any) -> RunFields:
+def resolved(autoencoder: AutoencoderSection | None = None, **section: Any) -> RunFields:
     data: Any = SimpleNamespace(
         fields=FIELDS, shape=[3, 8, 8], dtype="uint8", classes=["cat", "dog"], std=[0.47] * 3, sigma_data=0.47,
         channel_means=lambda: [0.0] * 3,
     )  # fmt: skip
-    return run_fields(DataSection(url="set", **section), data)
+    return run_fields(DataSection(url="set", **section), data, autoencoder)
 
 
 def test_a_section_that_names_nothing_takes_the_image_and_its_classes() -> None:
@@ -135,3 +136,41 @@ def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(UserError) as raised:
         resolved(conditions={"a": {}, "b": {}})
     assert str(raised.value).count("\n") == 1
+
+
+LATENT = Field(
+    "latent", "array", [4, 2, 2], "float16", "latent.npy", mean=[1.0, 2.0], std=[4.0, 5.0], normalisation="channel",
+    encoding=Encoding("diffusers", "here", "a" * 64, "photo", "image", [1, 4, 4], moments=True),
+)  # fmt: skip
+
+
+def of_latents(**section: Any) -> RunFields:
+    data: Any = SimpleNamespace(fields=[LATENT])
+    chosen = DataSection(url="set", conditions={}, **section.pop("data", {}))
+    return run_fields(chosen, data, AutoencoderSection(**section) if section else None)
+
+
+def test_latents_are_scaled_to_what_the_network_expects_and_drawn_from_moments() -> None:
+    found = of_latents()
+    assert found.shape == [2, 2, 2]
+    assert found.target.normaliser == Normaliser("channel", (1.0, 2.0), (8.0, 10.0))
+    assert found.std == [0.5, 0.5]
+    assert found.target.encoding == LATENT.encoding
+
+
+def test_a_config_names_another_place_of_the_autoencoder_and_another_scale() -> None:
+    assert LATENT.encoding is not None
+    moved = of_latents(path="there")
+    assert moved.target.encoding == replace(LATENT.encoding, path="there")
+    assert moved.target.same_values(of_latents().target)
+    assert of_latents(scale=0.25).target.normaliser == Normaliser("channel", (0.0, 0.0), (4.0, 4.0))
+    both = of_latents(scale=[0.5, 0.25], shift=1).target.normaliser
+    assert both == Normaliser("channel", (1.0, 1.0), (2.0, 4.0))
+    for section, message in (
+        ({"scale": [1, 2, 3]}, "autoencoder.scale: 3 numbers, and latents 'latent' have 2 channels"),
+        ({"scale": 2, "data": {"normalisation": "none"}}, "data.normalisation is another scale"),
+    ):
+        with pytest.raises(UserError, match=message):
+            of_latents(**section)
+    with pytest.raises(UserError, match="autoencoder: field 'photo' of the data set was made by none"):
+        resolved(autoencoder=AutoencoderSection(path="there"))
