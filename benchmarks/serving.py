@@ -6,6 +6,7 @@
     python benchmarks/serving.py latency [--stand-in]         p50 and p95 of Poisson arrivals, see below
     python benchmarks/serving.py overhead                     the batcher's own time per step at 16 rows
     python benchmarks/serving.py scheduling                   its CPU time per step, with a network that does nothing
+    python benchmarks/serving.py decoding                     rows/s where samples are decoded, against undecoded
 
 Requests ask for 1 to 8 samples of 10 to 100 Euler steps, both uniform, at most 32 rows a call. The policies:
 
@@ -46,6 +47,7 @@ from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import per_row, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
+from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.unet import UNetConfig
@@ -447,6 +449,49 @@ def poisson(handle: Any, asked: list[Asked]) -> tuple[float, float]:
     return latencies(asked, done)
 
 
+def decode_stand_in(z: Tensor) -> Tensor:
+    """A decoder that takes as long as an AutoencoderKL of 256x256 pixels does on a GPU, on a stream of its own."""
+    time.sleep(5e-3 + 4e-3 * len(z))
+    return z
+
+
+def part_decoding(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    """Rows a second of the network's calls with a backlog, while finished samples are decoded by the queue of a
+    replica, and while they are not: in turns, in one run."""
+    rates: dict[str, list[float]] = {"undecoded": [], "decoded": []}
+    for _ in range(3):
+        for name, found in rates.items():
+            found.append(_rate_of_backlog(name == "decoded", arguments.seconds / 6))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    kept["decoding"] = medians["decoded"] / medians["undecoded"]
+    print(", ".join(f"{name} {rate:.0f} rows/s" for name, rate in medians.items()) + f", ratio {kept['decoding']:.3f}")
+
+
+def _rate_of_backlog(decoded: bool, seconds: float) -> float:
+    batcher, queue = StepBatcher(StandIn(), MAX_ROWS).start(), DecodeQueue(decode_stand_in)
+    asked, end = mix(10_000), time.perf_counter() + seconds
+
+    def client(mine: list[Asked]) -> None:
+        for one in mine:
+            if time.perf_counter() > end:
+                return
+            samples = batcher.submit(request(range(one.count), SHAPE, one.steps)).result()
+            if decoded:
+                queue.submit(samples).result()
+
+    with ThreadPoolExecutor(48) as pool:
+        waiting = [pool.submit(client, asked[i::48]) for i in range(48)]
+        time.sleep(seconds / 4)
+        rows, began = batcher.rows, time.perf_counter()
+        time.sleep(max(0.0, end - time.perf_counter()))
+        rate = (batcher.rows - rows) / (time.perf_counter() - began)
+        for one in waiting:
+            one.result()
+    queue.close()
+    batcher.close()
+    return rate
+
+
 def part_overhead(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
     """Everything that a step of the batcher does beside calling the network, at 16 rows."""
     denoiser = network(LARGE, LARGE_SHAPE)
@@ -507,6 +552,7 @@ PARTS: dict[str, Callable[..., Any]] = {
     "latency": part_latency,
     "overhead": part_overhead,
     "scheduling": part_scheduling,
+    "decoding": part_decoding,
 }
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.driver import in_same_rows
+from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.service.batcher import BatcherStopped
@@ -21,8 +27,12 @@ from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica, failed
-from scoreray.sampling.service.request import Completed, Event, Failed, SampleRequest
+from scoreray.sampling.service.request import Completed, Event, Failed, Preview, SampleRequest
 from scoreray.sampling.service.ticket import NonFiniteSamplesError
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import train
+from scoreray.trainer.prepare import prepare_run
+from scoreray.trainer.run_folder import run_store
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +81,30 @@ def test_from_body_to_answer_the_samples_are_bitwise_those_of_the_sampler_alone(
         )
         assert np.array_equal(arrays["samples"], alone.numpy()), body
         assert arrays["labels"].tolist() == request.condition.values["label"].tolist()
+
+
+def test_latents_are_decoded_in_answers_and_previews_are_pictures_of_them(
+    latent_set: str, small_run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = small_run("latents", tmp_path, 16)
+    settings["data"] = {"url": latent_set, "target": "latent", "global_batch_size": 16}
+    train(config := prepare_run(load_config(settings)).config)
+    url = run_store(config).url()
+    served, model = look_up("exact", url), load(url, device="cpu")
+    page = served.page(Limits())
+    assert (page["shape"], page["pictures"]) == ([1, 8, 8], True)
+    assert {key: page["target"][key] for key in ("name", "kind", "shape", "dtype")} == {
+        "name": "image", "kind": "image", "shape": [1, 8, 8], "dtype": "uint8",
+    }  # fmt: skip
+    body = parse(b'{"count": 2, "seed": 7, "sampler": "euler", "steps": 4, "stream": true, "previews": 1}')
+    ((*_, preview, done),) = drawn(url, make_request(body, served, Limits(), "application/json", 7))
+    assert isinstance(preview, Preview)
+    assert preview.b64_json
+    assert isinstance(done, Completed)
+    wanted = torch.cat([x for x, _ in generate(model, Request(2, "euler", 4, seed=7, class_label=-1))])
+    for item, picture in zip(json.loads(done.body), model.info.in_data_units(wanted), strict=True):
+        array = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))).astype(int)
+        assert np.abs(array - picture[0].numpy()).max() <= 1
 
 
 @pytest.mark.parametrize(
