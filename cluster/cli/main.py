@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
+from scoreray.cluster.cli.encode import encode
 from scoreray.cluster.cli.imports import diffusers, edm, k_diffusion, lora
 from scoreray.cluster.cli.models import compare, evaluate, export, serve
 from scoreray.cluster.cli.options import ClickException
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Pack, check and look at data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Pack, check, look at and encode data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 import_app = typer.Typer(help="Pretrained models of other libraries as models of ours.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
@@ -68,7 +69,7 @@ def common(
 
 
 VERBS: tuple[Callable[..., None], ...] = (demo, train, status, tune, sample, export, serve, evaluate, compare, doctor)
-DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect)
+DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect, encode)
 IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers, edm, k_diffusion, lora)
 for verb in VERBS:
     app.command()(verb)

@@ -45,16 +45,22 @@ QUIET_AND_LOCAL = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, on a busy machine, Serve would kill its own listener
 }
 
+OBJECT_STORE_BYTES = 256 << 20  # small: only configs and progress pass through it
 OUR_KILL = "killed by `ray.kill`"
 
 
 @contextlib.contextmanager
 def connected(
-    *, num_cpus: int | None = None, verbose: bool = False, environment: Mapping[str, str] | None = None
+    *,
+    num_cpus: int | None = None,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+    verbose: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """A Ray cluster for the duration: RAY_ADDRESS's if that is set, else an embedded one with `num_cpus` slots.
 
-    Yields where its dashboard is, HOST:PORT; "" where there is none. environment: variables of the processes that Ray
+    Yields where its dashboard is, HOST:PORT; "" where there is none. object_store_bytes: of an embedded one, at most;
+    a quarter of what is free in /dev/shm is not exceeded. environment: variables of the processes that Ray
     starts for this one.
 
     The embedded one listens on loopback only, asks for a token that only this process and its children have, sends
@@ -76,7 +82,7 @@ def connected(
             dashboard = stack.enter_context(_joined(address, verbose, variables))
         else:
             os.environ |= variables  # which all of an embedded cluster inherit
-            dashboard = stack.enter_context(_embedded(num_cpus or os.cpu_count() or 1, verbose))
+            dashboard = stack.enter_context(_embedded(num_cpus or os.cpu_count() or 1, verbose, object_store_bytes))
         yield dashboard
 
 
@@ -125,19 +131,19 @@ class _TooSlow(MachineError):
 
 
 @contextlib.contextmanager
-def _embedded(num_cpus: int, verbose: bool) -> Iterator[str]:
+def _embedded(num_cpus: int, verbose: bool, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[str]:
     """A Ray of our own. Raises MachineError where it can't be started."""
     import ray
 
     with contextlib.ExitStack() as stack:
         wait_s = start_wait_s()
         try:
-            folder = stack.enter_context(_started(num_cpus, verbose, wait_s))
+            folder = stack.enter_context(_started(num_cpus, object_store_bytes, verbose, wait_s))
         except _TooSlow as error:
             if (longer_s := start_wait_s()) < 2 * wait_s:
                 raise
             say(f"{error}; the machine has become busier: once more, waiting up to {longer_s} s")
-            folder = stack.enter_context(_started(num_cpus, verbose, longer_s))
+            folder = stack.enter_context(_started(num_cpus, object_store_bytes, verbose, longer_s))
         os.environ[SCRATCH] = str(folder)
         signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
         try:
@@ -149,7 +155,7 @@ def _embedded(num_cpus: int, verbose: bool) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
+def _started(num_cpus: int, object_store_bytes: int, verbose: bool, wait_s: int) -> Iterator[Path]:
     """Ray's daemons, in a folder that is yielded, and removed with them."""
     import ray
 
@@ -162,7 +168,7 @@ def _started(num_cpus: int, verbose: bool, wait_s: int) -> Iterator[Path]:
                     log_to_driver=verbose,
                     logging_level=logging.INFO if verbose else logging.ERROR,
                     configure_logging=True,
-                    object_store_memory=_object_store_bytes(),
+                    object_store_memory=_object_store_bytes(object_store_bytes),
                     _temp_dir=str(folder / RAYS_OWN),
                     _node_ip_address="127.0.0.1",
                 )
@@ -273,8 +279,8 @@ def token_given() -> bool:
     return any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 
 
-def _object_store_bytes() -> int:
-    """A small object store: only configs and progress pass through it, and /dev/shm may be small in a container."""
+def _object_store_bytes(most: int) -> int:
+    """`most`, or what is fit for /dev/shm, which may be small in a container."""
     with contextlib.suppress(OSError):
-        return max(80 << 20, min(256 << 20, shutil.disk_usage("/dev/shm").free // 4))
+        return max(80 << 20, min(most, shutil.disk_usage("/dev/shm").free // 4))
     return 128 << 20

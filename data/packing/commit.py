@@ -15,7 +15,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import is_plain, target_of
 from scoreray.data.fields.record_layout import index_bytes, record_of
 from scoreray.data.packing.moments import FieldMoments, statistics, with_statistics
-from scoreray.data.packing.plan import PackedShard, PackPlan, from_record, put_record
+from scoreray.data.packing.plan import PackedShard, PackPlan, get_record, put_record
 from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Shard, check_limits
 from scoreray.data.reading.records import chunk_digests
 from scoreray.data.scratch import scratch_file, scratch_folder
@@ -123,22 +123,32 @@ def _is_begun(store: Store, plan: PackPlan) -> bool:
 
 def pack_shard(plan: PackPlan, number: int) -> PackedShard:
     """Makes and puts shard `number`, or finds it finished by an earlier run (its SHA-256 is checked)."""
-    store = open_store(plan.url)
-    done = f"packing/{number:06d}"
-    inputs = plan.inputs(number)
-    try:
-        packed = from_record(store.get(done), record_of(plan.fields))
-        if packed.inputs == inputs and (not packed.shard.num_samples or _is_whole(store, packed.shard)):
-            return packed
-    except (NotFound, ValueError, KeyError, TypeError):
-        pass
+    if (packed := finished_shard(plan, number)) is not None:
+        return packed
+    inputs = plan.inputs(number)  # as they are before they are read
     with explained(Path(tempfile.gettempdir())), scratch_folder() as folder:
         data, packed = plan.make(number, folder)
-        if data is not None:
-            store.put(packed.shard.name, data)
-        elif not plan.in_place:  # all of its samples are bad by now
-            store.delete([packed.shard.name])
-    packed = replace(packed, inputs=inputs)
+        return store_shard(plan, number, data, replace(packed, inputs=inputs))
+
+
+def finished_shard(plan: PackPlan, number: int) -> PackedShard | None:
+    """What an earlier run recorded of a shard whose inputs and bytes are still the same."""
+    store = open_store(plan.url)
+    try:
+        packed = get_record(store, number, record_of(plan.fields))
+        same = packed.inputs == plan.inputs(number) and (not packed.shard.num_samples or _is_whole(store, packed.shard))
+    except (NotFound, ValueError, KeyError, TypeError):
+        return None
+    return packed if same else None
+
+
+def store_shard(plan: PackPlan, number: int, data: bytes | Path | None, packed: PackedShard) -> PackedShard:
+    """Puts a shard that was made, then the record that it is finished; `data` as `PackPlan.make` gives it."""
+    store = open_store(plan.url)
+    if data is not None:
+        store.put(packed.shard.name, data)
+    elif not plan.in_place:  # all of its samples are bad by now
+        store.delete([packed.shard.name])
     put_record(store, number, packed)
     return packed
 

@@ -36,7 +36,8 @@ class Lengths:
 class FieldSummary:
     """mean, std, low, high: of each channel, over the whole data set, in its own units. histogram: of each of the first
     CHANNELS channels, samples' values in BINS equal parts of [low, high]; longest: texts. Both are of the samples that
-    were read."""
+    were read.  encoding: which encoder made the values of which field; of moments, statistics are of what is drawn from
+    them, histograms of the means."""
 
     name: str
     kind: str
@@ -52,6 +53,7 @@ class FieldSummary:
     lengths: Lengths | None = None
     longest: list[str] = field(default_factory=list)
     class_counts: dict[str, int] = field(default_factory=dict)
+    encoding: str = ""
 
 
 def field_summaries(samples: SampleReader) -> list[FieldSummary]:
@@ -80,7 +82,10 @@ def _summary(one: Field, values: torch.Tensor | None, mask: torch.Tensor | None)
             texts = [bytes(values[i][mask[i]].tolist()).decode(errors="replace") for i in longest]
             known["longest"] = [text[:MOST_SHOWN] for text in texts]
     if values is not None and one.kind not in ("class", "text"):
+        values = values[:, : one.drawn_shape[0]] if one.holds_moments else values
         known["histogram"] = _histograms(one, values if mask is None else values[mask][None])
+    if one.encoding is not None:
+        known["encoding"] = f"{'moments ' * one.holds_moments}by {one.encoding.name} of {one.encoding.of}"
     return FieldSummary(**known)
 
 
@@ -104,6 +109,8 @@ def field_lines(one: FieldSummary) -> list[str]:
     scaled = f", normalised by {one.normalisation}" if one.normalisation != "none" else ""
     member = f", in .{one.member}" if one.member else ""
     found = [f"{one.kind}{shape} {one.dtype}{member}{scaled}"]
+    if one.encoding:
+        found.append(one.encoding)
     for number, counts in enumerate(one.histogram):
         known = {"mean": one.mean, "std": one.std, "least": one.low, "largest": one.high}
         about = ", ".join(f"{name} {values[number]:.4g}" for name, values in known.items() if values)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.encoding import linear_preview
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.packing.field_pictures import field_pictures
 from scoreray.data.packing.field_summary import FieldSummary, field_summaries
@@ -67,9 +68,13 @@ def visible(samples: torch.Tensor, manifest: Manifest) -> torch.Tensor:
     """Samples of the target as `picture_grid` draws them. Images are as they are, and so are arrays of three channels
     that are like images, or a data set of version 2 has (its grey ones too): floats that leave [-1, 1], or hardly
     differ in it, are shown from two standard deviations below the mean to two above. Others go by a colour map
-    (`field_pictures`). Raises UserError for points, which have no grid."""
+    (`field_pictures`). Latents of pictures are shown by the linear map that was fitted when they were
+    encoded. Raises UserError for points, which have no grid."""
     if samples.dtype == torch.uint8 and is_picture(manifest.shape):
         return samples
+    target = manifest.target
+    if target.encoding is not None and target.encoding.preview:
+        return linear_preview(target.encoding.preview, samples.float())
     if len(manifest.shape) < 2:
         raise UserError(
             f"--picture: samples of {manifest.shape[0]} numbers are no pictures, which have a grid; "

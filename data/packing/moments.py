@@ -178,6 +178,8 @@ def with_statistics(of: Field, total: FieldMoments) -> Field:
         raise UserError(
             f"field '{of.name}': values up to {max(abs(low.min()), high.max()):.3g} are too large to square"
         )
+    if of.encoding is not None and of.normalisation == "channel" and not (std > 0).all():
+        of = replace(of, normalisation="none")  # a channel that its encoder never uses: seen once all is encoded
     _check_spread(of, {"channel": std, "log1p": log_std, "range": high - low}.get(of.normalisation), low)
     shape = [len(mean), *shape[1:]] if of.kind == "image" else shape
     return replace(

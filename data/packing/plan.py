@@ -90,8 +90,9 @@ def _to_record(packed: PackedShard) -> bytes:
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
-def from_record(data: bytes, record: np.dtype) -> PackedShard:
-    described, _, records = data.partition(b"\n")
+def get_record(store: Store, number: int, record: np.dtype) -> PackedShard:
+    """What `put_record` stored. Raises NotFound, StorageError; ValueError, KeyError or TypeError for a damaged one."""
+    described, _, records = store.get(f"packing/{number:06d}").partition(b"\n")
     found = json.loads(described)
     shard, moments = Shard(*found["shard"]), [FieldMoments.from_described(one) for one in found["moments"]]
     if records_sha256(records, record) != shard.records_sha256:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoreray.data.classes import NO_CLASS
 from scoreray.data.fields.field import FieldRequest
-from scoreray.data.reading.field_values import FieldDecoder, FieldTensors
+from scoreray.data.reading.field_values import FieldArrays, FieldDecoder, FieldTensors
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.order import RecordRange
 from scoreray.data.reading.reader import Reader
@@ -37,11 +37,14 @@ class SampleReader:
         return SampleReader, (self.url, self._bytes)
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """(samples of the data set's target, labels int64 [n]) of ascending `numbers`; of images uint8 [n, C, H, W].
-        Raises as `read_fields`."""
+        """(samples of the data set's target, labels int64 [n]) of ascending `numbers`; of images uint8 [n, C, H, W],
+        of moments the means. Raises as `read_fields`."""
         found = self.read_fields(numbers).fields
-        samples, label = found[self.manifest.target.name], self.manifest.label
-        if self.manifest.target.kind == "image":  # by the strides of a single channel too: torch looks at these
+        target, label = self.manifest.target, self.manifest.label
+        samples = found[target.name]
+        if target.holds_moments:
+            samples = samples[:, : target.drawn_shape[0]]
+        if target.kind == "image":  # by the strides of a single channel too: torch looks at these
             samples = samples.clone(memory_format=torch.contiguous_format)
         return samples, found[label.name] if label else torch.full((len(samples),), NO_CLASS)
 
@@ -53,16 +56,31 @@ class SampleReader:
         Raises IndexError for a number that is not there, UserError for fields that are not there or too long for a
         request, DataError (shard, sample, offset), StorageError.
         """
-        manifest, reader, decoder = self.manifest, self._reader, FieldDecoder(self.manifest, fields)
-        for number in (numbers[0], numbers[-1]) if len(numbers) else ():
-            if not 0 <= number < manifest.num_samples:
-                raise IndexError(f"sample {number}: the data set has {manifest.num_samples}")
-        members, records = reader.read(ranges(numbers, reader.first_samples), decoder.columns)
+        decoder = FieldDecoder(self.manifest, fields)
+        return decoder.tensors(self.read_arrays(numbers, decoder))
+
+    def read_arrays(self, numbers: Sequence[int] | np.ndarray, decoder: FieldDecoder) -> FieldArrays:
+        """The decoder's fields of the samples of ascending `numbers`, in numpy. Raises as `read_fields`."""
+        self._check(numbers)
+        members, records = self._reader.read(ranges(numbers, self._reader.first_samples), decoder.columns)
         out = decoder.empty(len(records))
         for row in decoder.decode_rows(records, members, out):
-            name = partial(reader.name_of, int(numbers[row]))
+            name = partial(self._reader.name_of, int(numbers[row]))
             decoder.decode_row(records[row], [column[row] for column in members], out, row, name)
-        return decoder.tensors(out)
+        return out
+
+    def read_members(self, numbers: Sequence[int] | np.ndarray, members: Sequence[str]) -> list[list[bytes]]:
+        """The bytes of each of these members (`Manifest.members`) of the samples of ascending `numbers`, as they are
+        stored. Raises IndexError, DataError, StorageError."""
+        self._check(numbers)
+        columns = [self.manifest.members.index(one) for one in members]
+        found, _ = self._reader.read(ranges(numbers, self._reader.first_samples), columns)
+        return [[member for member in column if member is not None] for column in found]
+
+    def _check(self, numbers: Sequence[int] | np.ndarray) -> None:
+        for number in (numbers[0], numbers[-1]) if len(numbers) else ():
+            if not 0 <= number < self.manifest.num_samples:
+                raise IndexError(f"sample {number}: the data set has {self.manifest.num_samples}")
 
 
 def read_samples(url: str, numbers: Sequence[int] | np.ndarray) -> Tensor:

@@ -138,9 +138,3 @@ def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     outputs = pictures.movedim(1, -1).flatten(0, -2)
     outputs = torch.cat([outputs, outputs.new_zeros(len(ridge), outputs.shape[1])])
     return torch.linalg.lstsq(torch.cat([inputs, ridge]), outputs).solution.T.tolist()
-
-
-def linear_preview(preview: Sequence[Sequence[float]], z: Tensor) -> Tensor:
-    """The picture [B, channels of a picture, h, w] in about [-1, 1] that the linear map makes of latents."""
-    weights = torch.tensor(preview, dtype=z.dtype, device=z.device)
-    return torch.nn.functional.conv2d(z, weights[:, :-1, None, None], weights[:, -1])

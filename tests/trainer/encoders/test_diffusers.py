@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.encoding import Encoding, drawn
+from scoreray.data.fields.encoding import Encoding, drawn, linear_preview
 from scoreray.data.fields.field import Field
-from scoreray.trainer.encoders.base import VALUES, Autoencoder, fit_preview, linear_preview, without_moments
+from scoreray.trainer.encoders.base import VALUES, Autoencoder, fit_preview, without_moments
 from scoreray.trainer.encoders.diffusers import CLASSES
 from scoreray.trainer.encoders.load import load_autoencoder, load_encoder
 

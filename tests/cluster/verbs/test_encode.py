@@ -1,0 +1,37 @@
+"""`data encode` on Ray Data: the bytes of one process, whatever the number of actors, and mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scoreray.cluster.verbs.encode import encode_to
+from scoreray.data.errors import DataError
+from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+
+
+def test_actors_make_the_bytes_of_one_process_and_go_on_after_a_mistake(
+    ray_cluster: None, small_set: str, tiny_vae: str, tmp_path: Path
+) -> None:
+    wanted = [EncodedField(f"diffusers={tiny_vae}", "image", "latent")]
+    options = EncodeOptions(batch_size=4, samples_per_shard=12, device="cpu")
+    encode_to(small_set, str(tmp_path / "one"), wanted, options, actors=(0, 0))
+    whole = files_in(tmp_path / "one")
+    copy, out = tmp_path / "copy", tmp_path / "many"
+    for name, data in files_in(Path(small_set)).items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(data)
+    (tar,) = (copy / "shards").iterdir()
+    sound = tar.read_bytes()
+    tar.write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(DataError, match=r"its bytes are not those of the index") as refused:
+        encode_to(str(copy), str(out), wanted, options, actors=(1, 2))
+    assert "\n" not in str(refused.value)
+    tar.write_bytes(sound)
+    encode_to(str(copy), str(out), wanted, options, actors=(1, 1))
+    assert files_in(out) == whole
