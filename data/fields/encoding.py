@@ -23,7 +23,7 @@ class Encoding:
     scaling_factor); the field's normalisation scales them.
 
     kind: "diffusers", "scoreray", "transformers" or "package.module:Name".  path: the URL or folder that the encoder
-    was loaded from, as given.  sha256: of its weights and config, wherever they are stored.
+    was loaded from.  sha256: of its weights and config, wherever they are stored.
     of, of_kind, of_shape: the field that was encoded, by its name, and a sample of it, [3, 256, 256].
     moments: the first half of the channels are means, the second half standard deviations of Gaussians; a run draws
     from them, each time again.

@@ -73,7 +73,7 @@ class ConditionsFrom:
 class EnsembleRecords:
     """The records' conditions for a model, and their fields as the samples' shards hold them.
 
-    target: what the samples' own field is called; a field of this name, the truth, is left out.
+    target: what the samples' own field is called; a field of this name, the truth, is left out, and so are its latents.
     given: conditions that all samples have whatever the records say. Raises UserError where a condition is neither in
     the data set nor given, DataError where the data set is not the one that the job began with.
     """
@@ -91,12 +91,13 @@ class EnsembleRecords:
                 f"--conditions-from {source.url}: has no field for the model's condition '{missing[0]}', it has "
                 f"{', '.join(field.name for field in known)}; give --condition {missing[0]}=VALUE"
             )
-        self.target = info.target.name if info.target else "image" if info.is_picture else "array"
+        modelled = info.target.name if info.target else "image" if info.is_picture else "array"
+        self.target = modelled if info.encoding is None else info.encoding.of
         self.fields = [
             # What a few records share has no spread to be normalised by.
             replace(field, class_counts=[0] * len(field.classes), normalisation="none")
             for field in known
-            if field.kind != "json" and field.name not in (RECORD, MEMBER, self.target)
+            if field.kind != "json" and field.name not in (RECORD, MEMBER, self.target, modelled)
         ]
 
     def condition(self, first: int, last: int) -> Condition | None:

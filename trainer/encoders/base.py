@@ -20,8 +20,8 @@ VALUES, MASK = "values", "mask"
 
 
 class Encoder(ABC):
-    """kind, path: as an option names it, KIND=PATH.  sha256: of its weights and config, wherever they are stored.
-    module: all of its weights, in eval mode."""
+    """kind, path: as an option names it, KIND=PATH, but for a folder of this machine, which is from its root.
+    sha256: of its weights and config, wherever they are stored.  module: all of its weights, in eval mode."""
 
     kind: str
     path: str
@@ -34,7 +34,7 @@ class Encoder(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return next(self.module.parameters(), torch.empty(0)).device
 
     def to(self, device: torch.device | str) -> Self:
         self.module.to(device)

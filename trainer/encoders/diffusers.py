@@ -13,7 +13,7 @@ from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.extras import install
 from scoreray.data.fields.encoding import Encoding
 from scoreray.trainer.encoders.base import Autoencoder
-from scoreray.trainer.encoders.files import digest, local_folder
+from scoreray.trainer.encoders.files import absolute, digest, local_folder
 from scoreray.trainer.networks.pretrained_folder import (
     DIFFUSERS_OPTIONS,
     WEIGHTS,
@@ -54,7 +54,7 @@ class DiffusersAutoencoder(Autoencoder):
             import diffusers
         except ImportError:
             raise UserError(f"{self.kind}={path}: needs diffusers: {install('diffusers')}") from None
-        self.path = path
+        self.path = absolute(path)
         with local_folder(path, f"{self.kind}=") as root:
             folder = _folder_of(root)
             config = read_json(folder / "config.json")

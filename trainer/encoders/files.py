@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,13 +20,19 @@ from scoreray.trainer.networks.pretrained_folder import read_json, weight_files
 COPIED = (".json", ".safetensors", ".txt", ".model")  # configs, weights, and tokenizers' files
 
 
+def absolute(path: str) -> str:
+    """A path of this machine from its root, as other folders and processes find it; a URL as it is."""
+    folder = local_path(path)
+    return path if folder is None else os.path.abspath(folder)
+
+
 @contextlib.contextmanager
 def local_folder(path: str, what: str) -> Iterator[Path]:
     """The folder, or a copy of the objects under a URL. Raises UserError, which begins with `what`."""
     folder = local_path(path)
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"{what} {path}: no such folder; give one that save_pretrained wrote")
+            raise UserError(f"{what} {path}: no such folder; give one that save_pretrained wrote, or link it there")
         yield folder
         return
     store = open_store(path)

@@ -36,7 +36,8 @@ def load_encoder(kind_and_path: str, device: torch.device | str | None = None, s
         key = (kind_and_path, at)
         if key not in _loaded:
             made = _class_of(kind)(path)
-            made.kind, made.path = kind, path
+            if kind not in ENCODERS:
+                made.kind, made.path = kind, path
             _loaded[key] = made.to(at)
         found = _loaded[key]
     if sha256 is not None and found.sha256 != sha256:

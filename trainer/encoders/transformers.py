@@ -13,7 +13,7 @@ from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.extras import install
 from scoreray.data.fields.field import Field
 from scoreray.trainer.encoders.base import MASK, VALUES, Encoder
-from scoreray.trainer.encoders.files import digest, local_folder
+from scoreray.trainer.encoders.files import absolute, digest, local_folder
 from scoreray.trainer.networks.pretrained_folder import load_pretrained, read_json
 
 CLASSES = {
@@ -43,8 +43,8 @@ class TransformersEncoder(Encoder):
             import transformers
         except ImportError:
             raise UserError(f"{self.kind}={path}: needs transformers: {install('diffusers')}") from None
-        self.path = path
         place, self.is_pooled, length = _options(path)
+        self.path = absolute(place) + path.removeprefix(place)
         with local_folder(place, f"{self.kind}=") as root:
             folder, words = _folders(root)
             config = read_json(folder / "config.json")

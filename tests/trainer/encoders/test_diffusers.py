@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,40 @@ def test_a_pipelines_vae_is_taken_and_known_by_its_weights_wherever_it_is(tmp_pa
         load_encoder(f"diffusers={tmp_path / 'changed'}", "cpu", of_pipeline.sha256)
 
 
+def test_a_relative_path_is_recorded_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "here", "AutoencoderTiny")
+    monkeypatch.chdir(tmp_path)
+    assert load_encoder("diffusers=here", "cpu").path == str(tmp_path / "here")
+
+
+def test_an_encoder_of_somebody_elses_is_a_class_that_was_brought(own_package: Any) -> None:
+    source = """
+import torch
+from scoreray.data.fields.field import Field
+from scoreray.trainer.encoders.base import Encoder
+
+class Half(Encoder):
+    sha256 = "0" * 64
+
+    def __init__(self, path):
+        self.module, self.size = torch.nn.Identity(), int(path)
+
+    def output(self, field):
+        return Field(field.name, "vector", [self.size], "float32", "", encoding=self.encoding(field))
+
+    def encode(self, batch):
+        return {"values": batch.float().flatten(1)[:, : self.size]}
+"""
+    with pytest.raises(UserError, match=r"theirs\.enc:Half"):
+        load_encoder("theirs.enc:Half=3", "cpu")
+    own_package("theirs", enc=source)
+    encoder = load_encoder("theirs.enc:Half=3", "cpu")
+    field = encoder.output(IMAGE)
+    assert field.encoding is not None
+    assert field.encoding.name == "theirs.enc:Half=3"
+    assert encoder.encode(pixels())[VALUES].shape == (2, 3)
+
+
 def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path) -> None:
     saved(tmp_path / "vae", "AutoencoderKL")
     (tmp_path / "empty").mkdir()
@@ -143,6 +178,15 @@ def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path) -> None:
             encoder.output(field)
     with pytest.raises(UserError, match=r"decodes latents of 4 channels, .* these are \[3, 8, 8\]"):
         encoder.decoded_shape([3, 8, 8])
+
+
+def test_a_missing_library_is_one_line_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("diffusers", "transformers"):
+        monkeypatch.setitem(sys.modules, kind, None)
+        with pytest.raises(UserError, match=f"{kind}=.*: needs {kind}: pip install 'diffusers"):
+            load_encoder(f"{kind}={tmp_path}", "cpu")
 
 
 def test_a_text_encoder_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
