@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.fields.encoding import Encoding
+from scoreray.data.fields.field_kinds import FieldKind
+from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.imports.folder import PretrainedFolder
@@ -21,8 +24,10 @@ from scoreray.trainer.checkpoints.exported import ModelManifest, State
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import LABEL, ConditionKind, ConditionSpec
+from scoreray.trainer.encoders.diffusers import CLASSES, DiffusersAutoencoder
 from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.diffusers_network import CALLS, DiffusersNetworkConfig
+from scoreray.trainer.networks.pretrained_folder import read_json, weight_files
 from scoreray.trainer.optim.ema import RAW
 
 NAMES: dict[ConditionKind, str] = {"class": LABEL, "sequence": "prompt", "vector": "pooled"}
@@ -172,12 +177,23 @@ def _null(name: str, path: str) -> torch.Tensor:
 
 
 def _target(found: PretrainedFolder, shape: tuple[int, int, int]) -> TargetField:
-    """Pictures, or latents in the units of the pipeline's VAE: model = (latent - shift) scale."""
+    """Pictures, or latents in the units of the pipeline's VAE, which decodes them: model = (latent - shift) scale."""
     if not found.vae and shape[0] in (1, 3):
         return TargetField("image", "image", "uint8")
     scale, shift = found.vae.get("scaling_factor") or 1.0, found.vae.get("shift_factor") or 0.0
     normaliser = Normaliser("channel", (float(shift),) * shape[0], (1 / float(scale),) * shape[0])
-    return TargetField("latent", "array", "float32", normaliser)
+    return TargetField("latent", "array", "float32", normaliser, _encoding(found.path.parent / "vae", shape))
+
+
+def _encoding(vae: Path, shape: tuple[int, int, int]) -> Encoding | None:
+    """What the autoencoder of a pipeline says of its latents; None of a folder that has its config alone, or one of a
+    class that decodes no pictures."""
+    if str(read_json(vae / "config.json").get("_class_name")) not in CLASSES or not weight_files(vae):
+        return None
+    loaded = DiffusersAutoencoder(str(vae))
+    decoded = loaded.decoded_shape(shape)
+    kind: FieldKind = "image" if is_picture(decoded) else "array"
+    return Encoding(loaded.kind, loaded.path, loaded.sha256, "image", kind, list(decoded))
 
 
 def run_name(path: str) -> str:

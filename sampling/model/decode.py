@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from scoreray.data.fields.encoding import Encoding
-from scoreray.trainer.encoders.base import linear_preview
+from scoreray.data.fields.encoding import Encoding, linear_preview
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.engine.cpu import has_bf16_units
 

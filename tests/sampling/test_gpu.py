@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from scoreray.data.fields.encoding import Encoding
 from scoreray.sampling.measures.likelihood import log_likelihood
 from scoreray.sampling.model import fast
+from scoreray.sampling.model.decode import decode
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
+from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.request import SampleRequest
+from scoreray.trainer.encoders.base import Autoencoder
+from scoreray.trainer.encoders.load import load_encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -75,3 +80,14 @@ def test_likelihoods_are_the_cpu_s(url: str, tmp_path: Path) -> None:
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = [log_likelihood(load(url, device=device), x.to(device), seeds=range(4)) for device in ("cpu", "cuda")]
     torch.testing.assert_close(found[1].nats.cpu(), found[0].nats, rtol=1e-3, atol=1e-2)
+
+
+def test_latents_are_decoded_in_bf16_close_to_what_a_cpu_makes_of_them(tiny_vae: str) -> None:
+    exact = load_encoder(f"diffusers={tiny_vae}", "cpu")
+    assert isinstance(exact, Autoencoder)
+    encoding = Encoding("diffusers", tiny_vae, exact.sha256, "image", "image", [1, 8, 8])
+    z = torch.randn(20, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    waiting = DecodeQueue(lambda latents: decode(encoding, latents))
+    found = waiting.submit(z).result(60)
+    waiting.close()
+    assert (found - exact.decode(z)).abs().max() < 0.05

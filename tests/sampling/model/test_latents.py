@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import check_evaluation, draw_sheet
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
+from scoreray.sampling.imports.import_diffusers import import_diffusers
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.export import export, model_to_export
 from scoreray.sampling.model.load import load
@@ -187,6 +189,28 @@ def test_an_exported_model_has_its_autoencoder_with_it_also_where_diffusers_load
     found = pipeline(batch_size=3, sampler="euler", num_inference_steps=3, output_type="np", class_labels=[0, 1, 0])
     assert np.abs(found.images * 255 - pictures(url, tiny_vae)).max() <= 1
     assert drawn(str(folder), tmp_path / "b.npz").shape == (3, 8, 8, 1)
+
+
+def test_an_imported_pipeline_draws_pictures_by_its_vae(tiny_vae: str, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+
+    folder = tmp_path / "pipeline"
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 2, "attention_head_dim": 4}
+    UNet2DModel(
+        4, 2, 2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1, **sizes
+    ).save_pretrained(folder / "unet")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    shutil.copytree(tiny_vae, folder / "vae")
+    (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
+    import_diffusers(str(folder), str(tmp_path / "model"))
+    shutil.rmtree(folder)
+    model = load(str(tmp_path / "model"), device="cpu")
+    assert (model.info.image_shape, model.info.sample_shape, model.info.is_picture) == ((2, 4, 4), (1, 8, 8), True)
+    z = torch.randn(2, 2, 4, 4)
+    theirs: Any = AutoencoderKL.from_pretrained(tiny_vae)
+    with torch.no_grad():
+        wanted = theirs.decode(z / theirs.config.scaling_factor).sample
+    torch.testing.assert_close(model.info.decoded(z), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_previews_are_the_recorded_linear_map_without_the_autoencoder(
