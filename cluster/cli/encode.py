@@ -18,8 +18,8 @@ ACTORS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 @dataclass(frozen=True)
-class WhatIsEncoded:
-    """Which encoder makes which field of which; the three are given together, again for more."""
+class EncoderOptions:
+    """Which encoder makes which field of which other one: the three are given together, again for more."""
 
     encoder: Annotated[
         list[str],
@@ -36,8 +36,8 @@ class WhatIsEncoded:
         bool,
         typer.Option(
             "--moments/--sample",
-            help="Of a variational autoencoder: store means and standard deviations, from which a run draws anew each "
-            "time it sees a sample; or one draw of each sample, in half the space.",
+            help="Of a variational autoencoder: store means and standard deviations, from which a run draws each "
+            "time that it sees a sample; or one draw of each sample, in half the space.",
         ),
     ] = True
     dtype: Annotated[str, typer.Option(help=f"In which values are stored: {DTYPES}.")] = "float16"
@@ -45,7 +45,7 @@ class WhatIsEncoded:
 
 
 @dataclass(frozen=True)
-class WhatIsKept:
+class CarriedOptions:
     """Which other fields the new data set has."""
 
     keep: Annotated[
@@ -56,8 +56,8 @@ class WhatIsKept:
 
 
 @dataclass(frozen=True)
-class HowItIsEncoded:
-    """By how many, and in which parts."""
+class PipelineOptions:
+    """How many processes encode, and in which parts."""
 
     actors: Annotated[
         str | None,
@@ -82,9 +82,9 @@ def encode(
     *,
     url: Annotated[str, typer.Argument(help="A packed data set.")],
     out: Annotated[str, typer.Argument(help="Where the new data set goes.")],
-    what: WhatIsEncoded,
-    kept: WhatIsKept,
-    how: HowItIsEncoded,
+    chosen: EncoderOptions,
+    carried: CarriedOptions,
+    how: PipelineOptions,
     with_: With = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -96,20 +96,20 @@ def encode(
     from scoreray.data.reading.outputs import check_folder
     from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions
 
-    if not len(what.encoder) == len(what.field) == len(what.to):
+    counts = [len(each) for each in (chosen.encoder, chosen.field, chosen.to)]
+    if len(set(counts)) > 1:
         raise UserError(
-            f"--encoder: given {len(what.encoder)} times, --field {len(what.field)}, --to {len(what.to)}; each "
-            " encoder needs one of both"
+            "--encoder: given {} times, --field {}, --to {}; each encoder needs one of both".format(*counts)
         )
-    name_in_command([one.partition("=")[0] for one in what.encoder])
+    name_in_command([one.partition("=")[0] for one in chosen.encoder])
     check_folder(out, "OUT")
     make_bucket(out)
-    wanted = [EncodedField(*each) for each in zip(what.encoder, what.field, what.to, strict=True)]
+    wanted = [EncodedField(*each) for each in zip(chosen.encoder, chosen.field, chosen.to, strict=True)]
     options = EncodeOptions(
-        moments=what.moments, dtype=what.dtype, keep=kept.keep or (), drop=kept.drop or (), seed=what.seed,
+        moments=chosen.moments, dtype=chosen.dtype, keep=carried.keep or (), drop=carried.drop or (), seed=chosen.seed,
         batch_size=how.batch_size, samples_per_shard=how.samples_per_shard, name=how.name, device=how.device,
     )  # fmt: skip
-    manifest = encode_to(url, out, wanted, options, actors=_actors(how.actors), verbose=verbose)
+    manifest = encode_to(url, out, wanted, options, actors=parse_actors(how.actors), verbose=verbose)
     if as_json:
         fields = {one.name: {"kind": one.kind, "shape": one.shape, "dtype": one.dtype} for one in manifest.fields}
         typer.echo(
@@ -123,7 +123,7 @@ def encode(
         )
 
 
-def _actors(given: str | None) -> tuple[int, int | None]:
+def parse_actors(given: str | None) -> tuple[int, int | None]:
     """(least, most); None for as many as there is room for."""
     if given is None:
         return 1, None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scoreray.cluster.connect.local_ray import connected
-from scoreray.cluster.connect.room import gpus_come, wait_for_room
+from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import ScorerayError, StorageError, UserError, nearest
 from scoreray.data.fields.record_layout import record_of
@@ -113,7 +113,7 @@ def _room(plan: EncodePlan, actors: Actors, device: str, num_shards: int) -> tup
     wait_for_room(f"--actors: {actors[0]} of them need", [one] * actors[0] + [{"CPU": cpus_beside(device)}],
                   "give fewer, or another RAY_ADDRESS")  # fmt: skip
     most, num_chunks = actors[1], num_shards * len(plan.chunks(0))
-    if most is None and "RAY_ADDRESS" not in os.environ:
+    if most is None and not autoscaler().is_there:  # which would bring more of them
         most = max(1, int(ray.cluster_resources().get(name, 1)) - (not is_gpu))
     most = num_chunks if most is None else min(most, num_chunks)
     # A cluster's nodes may be shared or still to come; an embedded one has no use for cores that wait.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,26 @@ def test_actors_make_the_bytes_of_one_process_and_go_on_after_a_mistake(
     tar.write_bytes(sound)
     encode_to(str(copy), str(out), wanted, options, actors=(1, 1))
     assert files_in(out) == whole
+
+
+@pytest.mark.slow  # eleven starts of Ray
+def test_kills_at_ten_points_end_in_the_same_bytes(small_set: str, tiny_vae: str, tmp_path: Path) -> None:
+    """By SIGKILL and Ctrl-C in turn, with one and two actors in turn."""
+    wanted = ["--encoder", f"diffusers={tiny_vae}", "--field", "image", "--to", "latent"]
+    sizes = ["--batch-size", "2", "--samples-per-shard", "4", "--device", "cpu"]
+
+    def command(out: str, actors: int) -> list[str]:
+        verb = [sys.executable, "-m", "scoreray.cluster.cli", "data", "encode", small_set, str(tmp_path / out)]
+        return [*verb, *wanted, *sizes, "--actors", str(actors)]
+
+    subprocess.run(command("whole", 0), check=True)
+    for kill in range(10):
+        with subprocess.Popen(command("killed", 1 + kill % 2), stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            while len(list((tmp_path / "killed/packing").glob("0*"))) <= kill:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            process.send_signal((signal.SIGKILL, signal.SIGINT)[kill % 2])
+            assert process.wait(120) == (-signal.SIGKILL, 130)[kill % 2]
+    subprocess.run(command("killed", 2), check=True)
+    assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
