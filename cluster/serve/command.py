@@ -28,6 +28,7 @@ from scoreray.data.scratch import SCRATCH
 from scoreray.data.threads import in_daemon_thread
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.models import look_up
+from scoreray.trainer.checkpoints.stored_model import find_model
 
 APP = "scoreray"
 SAY_EVERY_S = 15.0
@@ -159,6 +160,8 @@ def _serve(
     for name, url in config.models:
         # a wrong URL is refused before Ray starts, as a taken port is
         look_up(name, url, config.ema, adapters=config.adapters)
+    for _, url in config.adapters:  # small: a damaged one is named here, where Ray Serve would only say that it failed
+        find_model(url).stored_weights()
     if placement.port:
         check_port(placement.host, placement.port)
     low = placement.replicas[0]

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from scoreray.cluster.cli.main import app
 from scoreray.cluster.verbs.export import ExportOptions, export_model
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.sampling.formats.import_lora import import_lora
@@ -123,8 +125,9 @@ def test_loras_of_peft_and_of_diffusers_are_read_and_both_read_ours(foreign: Pat
     (tmp_path / "file").mkdir()
     state = load_file(out / OF_DIFFUSERS) | {"text_encoder.q.lora_A.weight": torch.zeros(1)}
     save_file(state, tmp_path / "file" / "style.safetensors")
-    left_out = import_lora(str(tmp_path / "file"), str(tmp_path / "again"), str(foreign / "model")).left_out
-    assert left_out == ["text_encoder.q.lora_A.weight"]
+    command = ["import", "lora", str(tmp_path / "file"), str(tmp_path / "again"), "--base", str(foreign / "model")]
+    done = CliRunner().invoke(app, command)
+    assert "left out: text_encoder.q.lora_A.weight\n" in done.output, done.exception
     assert_same(load(str(tmp_path / "again"), device="cpu")(X, SIGMA, PROMPT), expected)
     served, base = load(str(foreign / "model"), device="cpu"), find_model(str(foreign / "model"))
     network: Any = AdaptedNetwork(served.network, find_adapters([("style", str(out))], base)).eval()  # type: ignore[arg-type]

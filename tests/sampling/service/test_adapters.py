@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from scoreray.cluster.serve.command import serve_until_stopped
 from scoreray.cluster.serve.options import ServeOptions
-from scoreray.data.errors import UserError
+from scoreray.cluster.verbs.export import ExportOptions, export_model
+from scoreray.data.errors import DataError, UserError
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.model.load import load
 from scoreray.sampling.service.batcher import StepBatcher
@@ -74,6 +76,16 @@ def test_an_adapted_network_gives_what_the_merged_one_gives(lora_urls: dict[str,
         for name, rows in {"base": [0], "ink": [1, 2, 4], "style": [3]}.items():
             whole = load(lora_urls[name], device="cpu")
             torch.testing.assert_close(mixed[rows], whole(x, sigma, label)[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_lora_is_named_before_ray_starts(lora_urls: dict[str, str], tmp_path: Path) -> None:
+    export_model(lora_urls["ink"], str(tmp_path / "ink"), (), ExportOptions("lora"))
+    with (tmp_path / "ink" / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    options = ServeOptions(checkpoints=[lora_urls["base"]], lora=[f"ink={tmp_path / 'ink'}"])
+    with pytest.raises(DataError, match=r"ink/adapter_model.safetensors: "):
+        serve_until_stopped(*options.checked("127.0.0.1"), lambda url: None)
 
 
 def test_mistakes_are_a_line(lora_urls: dict[str, str], tmp_path: Path) -> None:
