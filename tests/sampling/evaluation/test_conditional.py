@@ -91,7 +91,7 @@ def test_other_conditions_or_sampling_are_not_comparable(captioned: tuple[Path, 
 def test_accuracy_is_of_the_class_that_each_sample_was_drawn_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a class and a text draws under the reference's records, whose classes come in no turn."""
     conditions = {"label": ConditionSpec("class", classes=("a", "b", "c")), "caption": ConditionSpec("text", (4,))}
-    info = SimpleNamespace(conditions=conditions, is_machine=False, image_shape=(1,))
+    info = SimpleNamespace(conditions=conditions, is_machine=False, sample_shape=(1,))
     settings = SimpleNamespace(count=6, batch_size=4)
     inputs = SimpleNamespace(info=info, settings=settings, numbers=lambda count: np.arange(4)[:count])
     labels = torch.tensor([2, 0, 2, 1])
