@@ -54,7 +54,7 @@ class Exact(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.own, self.model = torch.nn.Linear(1, 1), ring()
-        self.info: Any = SimpleNamespace(classes=(), conditions={}, target=None)
+        self.info: Any = SimpleNamespace(classes=(), conditions={}, target=None, encoding=None)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
         return self.model(x, sigma, labels)
