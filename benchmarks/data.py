@@ -1,6 +1,6 @@
 """Samples a second of the stream against stock webdataset, LitData and decoding alone, in one run on this machine.
 
-    python benchmarks/data.py [--repeats 7] [--sets png,jpg,fields] [--out benchmarks/results/data.json]
+    python benchmarks/data.py [--repeats 7] [--sets png,jpg,fields,buckets] [--out benchmarks/results/data.json]
 
 Every figure is the median of the repeats, which take turns so that a busy machine slows all alike. One process a way,
 no worker processes; the stream's and LitData's own threads are part of theirs. All use the same decoder (pyspng,
@@ -38,8 +38,11 @@ import webdataset
 from PIL import Image
 
 from scoreray.data import fashion_mnist_path
+from scoreray.data.buckets.bucket_stream import BucketStream
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.pack_buckets import pack_buckets
+from scoreray.data.reading.batches import BatchStream
 from scoreray.data.reading.decode import npy_array
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import Order, RecordRange
@@ -291,10 +294,43 @@ def measure(name: str, source: Path, folder: Path, repeats: int, decoder: Callab
     }
 
 
+def measure_buckets(folder: Path, repeats: int, num_images: int = 6000, num_batches: int = 60) -> dict:
+    """6,000 jpgs in five sizes of about 64 x 64, against the same pictures as squares; default lanes and blocks."""
+    with np.load(fashion_mnist_path()) as archive:
+        grey = archive["images"][:num_images]
+    (folder / "pictures").mkdir()
+    ratios = np.random.default_rng(0).uniform(0.55, 1.8, num_images)
+    for number, (image, ratio) in enumerate(zip(grey, ratios, strict=True)):
+        size = round(64 * math.sqrt(ratio)), round(64 / math.sqrt(ratio))
+        picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+        picture.save(folder / "pictures" / f"{number}.png")
+    sizes = [(48, 80), (56, 72), (64, 64), (72, 56), (80, 48)]
+    plain = pack(folder / "pictures", folder / "plain", image_size=64, image_format="jpg")
+    data = pack_buckets(folder / "pictures", folder / "buckets", sizes, image_format="jpg")
+    options: dict[str, Any] = {"global_batch_size": BATCH, "rank": 0, "world_size": 1, "seed": 0, "cache_bytes": 0}
+
+    def run(batches: BatchStream) -> Seconds:
+        with batches:
+            drain(batches, 4)
+            return timed(lambda: drain(batches, num_batches))
+
+    ways = {
+        "a plain set": lambda: run(Stream(str(folder / "plain"), manifest=plain, **options)),
+        "in buckets": lambda: run(BucketStream(data, **options)),
+    }
+    found = compared(ways, repeats, num_batches)
+    return {
+        **found,
+        "counts": dict(zip(data.folders, data.counts, strict=True)),
+        "ratios": {"buckets over plain": round(found["us"]["in buckets"] / found["us"]["a plain set"], 3)},
+        "bytes fetched over needed": {},
+    }
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--repeats", type=int, default=7)
-    arguments.add_argument("--sets", default="png,jpg,fields")
+    arguments.add_argument("--sets", default="png,jpg,fields,buckets")
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
     options = arguments.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -306,9 +342,16 @@ def main() -> None:
             elif kind == "jpg":
                 source = jpg_source(folder / "jpg.npz")
                 result = measure("jpg", source, folder, options.repeats, simplejpeg.decode_jpeg, "rgb8")
+            elif kind == "buckets":
+                result = measure_buckets(folder, options.repeats)
             else:
                 result = measure_fields(jpg_source(folder / "fields.npz"), folder, options.repeats)
-            title = {"png": "28x28 png", "jpg": "64x64 jpg", "fields": "64x64 jpg, vector of 768, caption, class"}[kind]
+            title = {
+                "png": "28x28 png",
+                "jpg": "64x64 jpg",
+                "fields": "64x64 jpg, vector of 768, caption, class",
+                "buckets": "jpg of five sizes of about 64x64",
+            }[kind]
             results[title] = {"repeats": options.repeats} | result
             print(f"| {title} | us a sample | CPU us | least to most |\n|---|---|---|---|")
             for way, us in result["us"].items():

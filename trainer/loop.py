@@ -222,6 +222,7 @@ def _marker(
         files={},
         world_size=world_size,
         image_shape=fields.shape,
+        image_shapes=[list(shape) for shape in fields.shapes],
         classes=list(data.classes),
         data=DataSet.of(data),
         target=fields.target,
@@ -260,7 +261,7 @@ def _step(
         norm = engine.step(learning_rate, decays)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; {_blame(loss, sigma, batch, world_size)}") from None
-    meter.add(loss, sigma)
+    meter.add(loss, sigma, images.shape[2:])
     return norm
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.engine import resolve_precision
+from scoreray.trainer.monitoring.meter import Work
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
 
@@ -36,15 +38,36 @@ def on_meta(build: Callable[[], T]) -> T:
 
 
 def meta_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
-    """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit."""
-    return on_meta(lambda: build_training_module(config, fields))
+    """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit:
+    of data in buckets the network is called with each size."""
+    module = on_meta(lambda: build_training_module(config, fields))
+    for shape in fields.shapes:
+        _check_takes(module, config, shape)
+    return module
 
 
-def training_work(config: Config, fields: RunFields, world_size: int, device: torch.device) -> tuple[int, float]:
-    """FLOPs of training on one image (0 where they can't be counted), and matrix FLOPs a second of all workers."""
+def _check_takes(module: TrainingModule | MachineModule, config: Config, shape: Sequence[int]) -> None:
+    x, c_noise = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
+    network: Any = module.denoiser.network
+    try:
+        with torch.no_grad():
+            network(x, c_noise)
+    except NotImplementedError:  # what torch raises for an operation that meta tensors lack
+        return
+    except Exception as error:
+        raise UserError(
+            f"network.kind: '{config.network.kind}' can't take samples of {list(shape)}, which are in a bucket of "
+            f"{config.data.url}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def training_work(config: Config, fields: RunFields, world_size: int, device: torch.device) -> Work:
+    """FLOPs of training on one image of each size (0 where they can't be counted), and matrix FLOPs a second of all
+    workers."""
     module = meta_module(config, fields)
     network = getattr(getattr(module, "denoiser", module), "network", None)
     if not isinstance(network, torch.nn.Module):
-        return 0, math.inf
+        return {}, math.inf
     rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
-    return training_flops(network, fields.shape), rate * world_size
+    shapes = fields.shapes or (tuple(fields.shape),)
+    return {shape[1:]: training_flops(network, shape) for shape in shapes}, rate * world_size

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from scoreray.data.buckets.bucket_stream import BucketStream
+from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.errors import UserError
 from scoreray.data.reading.batches import BatchStream
 from scoreray.data.reading.manifest import Manifest
@@ -22,7 +24,7 @@ from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.ranks import from_all_ranks
 from scoreray.trainer.records import FINISHED_TARS
 
-RunData = Manifest | UnpackedTars
+RunData = Manifest | BucketedSet | UnpackedTars
 FINISHED = Segments(FINISHED_TARS, TypeAdapter(FinishedTar))
 
 
@@ -69,10 +71,10 @@ def open_batches(
     }
     if isinstance(data, UnpackedTars):
         return TarStream(data, **shared, finished=finished)
-    return Stream(
-        str(section.url), **shared, cache_dir=section.cache_dir, cache_dir_bytes=section.cache_bytes, manifest=data,
-        fields=fields.requests,
-    )  # fmt: skip
+    shared |= {"cache_dir": section.cache_dir, "cache_dir_bytes": section.cache_bytes, "fields": fields.requests}
+    if isinstance(data, BucketedSet):
+        return BucketStream(data, **shared)
+    return Stream(str(section.url), **shared, manifest=data)
 
 
 class FinishedTars:

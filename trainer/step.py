@@ -32,7 +32,7 @@ from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
 from scoreray.trainer.networks.lora import add_adapters
 from scoreray.trainer.networks.network import build_network, freeze
-from scoreray.trainer.networks.rbm import BoltzmannMachine
+from scoreray.trainer.networks.rbm import BoltzmannMachine, GaussianRBMConfig, RBMConfig
 
 
 class TrainingModule(nn.Module):
@@ -199,10 +199,22 @@ def to_model_range(images: Tensor, normaliser: Normaliser | None) -> Tensor:
     return to_unit_range(images) if normaliser is None else normaliser.apply(images).float()
 
 
+def bucket_mistakes(config: Config, fields: RunFields) -> list[str]:
+    """What needs samples of one shape, where the data are in buckets of several."""
+    if not fields.shapes:
+        return []
+    found = []
+    if isinstance(config.network, RBMConfig | GaussianRBMConfig):
+        found.append(f"network.kind: {config.network.kind} has a unit for each pixel, and the buckets differ in size")
+    elif isinstance(config.objective, ContrastiveObjective) and config.objective.start == "persistent":
+        found.append("objective.start: persistent chains are of one size, and the buckets differ; take another start")
+    return found
+
+
 def build_training_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
     """The module that `config` trains on these fields. Weights come from torch's global generator."""
     config = resolve_sigma_data(config, fields)
-    refuse(augmentation_mistakes(config.augmentation, fields.shape))
+    refuse(augmentation_mistakes(config.augmentation, fields.shape) + bucket_mistakes(config, fields))
     network = build_network(config.network, fields.shape, fields.conditions)
     freeze(network, config.optimizer.frozen)
     if config.lora is not None:

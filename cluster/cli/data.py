@@ -18,6 +18,7 @@ from scoreray.data.errors import UserError, printable
 if TYPE_CHECKING:
     from PIL import Image
 
+    from scoreray.data.buckets.bucketed import BucketedSet
     from scoreray.data.packing.field_summary import FieldSummary
     from scoreray.data.reading.samples import SampleReader
 
@@ -59,6 +60,20 @@ class ReadingOptions:
     image_format: Annotated[
         str | None, typer.Option(help="png (default), jpg (lossy) or npy. With it, tars are made into new ones.")
     ] = None
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH,...",
+            help="Pack in buckets of sizes, each picture in the one of its aspect ratio: 64x64,48x80,80x48 (width x "
+            "height), or 512 for the usual sizes of about 512 x 512 pixels.",
+        ),
+    ] = None
+    aspect_max: Annotated[float, typer.Option(help="With --buckets 512: up to this aspect ratio.", min=1)] = 2.0
+    multiple: Annotated[int, typer.Option(help="With --buckets 512: sides are multiples of it.", min=1)] = 64
+    max_enlarge: Annotated[
+        float,
+        typer.Option(help="With --buckets: a picture that had to be enlarged more can't be taken.", min=1),
+    ] = 2.0
     channels: Annotated[
         int | None, typer.Option(help="1 packs all as grey, 3 as RGB. Default: as the folder's images are.")
     ] = None
@@ -72,6 +87,17 @@ class ReadingOptions:
     no_classes: Annotated[bool, typer.Option("--no-classes", help="Neither subfolders nor labels become classes.")] = (
         False
     )
+
+    def of_buckets(self) -> dict[str, Any]:
+        """The sizes as `pack_with_bar` takes them: of buckets, or one. Raises UserError."""
+        from scoreray.data.buckets.sizes import parse_buckets
+
+        if self.buckets is None:
+            return {"image_size": self.image_size}
+        if self.image_size is not None:
+            raise UserError(f"--image-size {self.image_size}: --buckets says the sizes; leave one of them out")
+        sizes = parse_buckets(self.buckets, self.aspect_max, self.multiple)
+        return {"buckets": sizes, "max_enlarge": self.max_enlarge}
 
 
 @dataclass(frozen=True)
@@ -126,14 +152,14 @@ def pack(
     if suffix_of(url) != ".npz":  # a data set may be called like the file that it is made of
         check_folder(url, "URL")
     make_bucket(url)
-    left_out = Counter[str]()
+    left_out, more = Counter[str](), read.of_buckets()
     manifest, skipped = pack_with_bar(
         source,
         url,
         workers=workers,
         left_out=left_out,
         name=made.name,
-        image_size=read.image_size,
+        **more,
         image_format=read.image_format,
         fields=parse_field_options(chosen.field or (), chosen.kind or (), chosen.normalise or (), chosen.decoder or ()),
         source_options=parse_options(option or []),
@@ -189,6 +215,7 @@ def inspect(
     samples; or, with --config, a config to train on it: scoreray data inspect URL --config > mine.yaml."""
     from dataclasses import asdict
 
+    from scoreray.data.buckets.bucketed import BucketedSet
     from scoreray.data.packing.inspect import spread, summary
     from scoreray.data.reading.manifest import Manifest
     from scoreray.data.reading.outputs import check_picture, write_picture
@@ -201,6 +228,9 @@ def inspect(
         raise UserError("--config: prints YAML alone; leave out --picture and --json")
     unknown = {"sigma_max": "none: one sample has no distances", "labels": "none in the samples that were looked at"}
     located = locate(url)
+    if isinstance(located, BucketedSet):
+        _inspect_buckets(located, picture, count, config, as_json)
+        return
     if not isinstance(located, Manifest):
         if picture is not None or config:
             what = "--picture: is drawn of" if picture else "--config: is written for"
@@ -221,6 +251,38 @@ def inspect(
     scale, unknown["ladder"] = _scale(samples)
     _show({**asdict(about), **scale}, unknown, as_json, about.fields)
     if picture is not None and not as_json:
+        typer.echo(f"{'picture':13} {picture}")
+
+
+def _inspect_buckets(data: BucketedSet, picture: Path | None, count: int, config: bool, as_json: bool) -> None:
+    """Of all buckets together: counts and scale, a line for each bucket, a grid for each in one picture."""
+    from dataclasses import asdict
+
+    from scoreray.data.packing.inspect import one_below_another, spread, summary
+    from scoreray.data.reading.outputs import write_picture
+    from scoreray.data.reading.samples import SampleReader
+
+    readers = [SampleReader(data.bucket_url(number)) for number in range(len(data.folders))]
+    if config:
+        from scoreray.trainer.config.from_data import suggested_config
+        from scoreray.trainer.config.network_for_data import Hardware
+
+        some = readers[0].read(spread(readers[0].manifest, 256))[0]
+        typer.echo(suggested_config(data.url, data, some, Hardware.here()), nl=False)
+        return
+    if picture is not None:
+        write_picture(one_below_another([_grid(reader, count) for reader in readers]), picture)
+    whole = {"name": data.name, "url": data.url, "num_samples": data.num_samples, "num_shards": len(data.shards)}
+    whole |= {"mean": data.channel_means(), "std": data.std, "sigma_data": data.sigma_data}
+    about = [summary(reader) for reader in readers]
+    if as_json:
+        typer.echo(json.dumps({**whole, "buckets": dict(zip(data.folders, map(asdict, about), strict=True))}))
+        return
+    _show(whole, {}, False)
+    for folder, one in zip(data.folders, about, strict=True):
+        share = one.num_samples / data.num_samples
+        typer.echo(printable(f"{'bucket':13} {folder:11} {one.num_samples:,} samples ({share:.1%}), {one.url}"))
+    if picture is not None:
         typer.echo(f"{'picture':13} {picture}")
 
 

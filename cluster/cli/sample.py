@@ -65,6 +65,13 @@ class WalkOptions:
         str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
     ] = None
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="Of samples, width x height, from a run on data in buckets: 48x80. Default: the most frequent one.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,7 @@ def sample(
         steps=walk.steps,
         grid=walk.grid,
         seed=walk.seed,
+        size=walk.size,
         class_label=conditioned.class_label,
         prompt=conditioned.prompt,
         conditions=parse_conditions(conditioned.condition or []),

@@ -14,10 +14,13 @@ from scoreray.cluster.actors import Retries, in_order
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import counted, say
+from scoreray.data.buckets.bucketed import BucketedSet
+from scoreray.data.buckets.sizes import Size
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import Field
 from scoreray.data.packing.commit import check_node, pack_shard
 from scoreray.data.packing.pack import SourcePlan, pack
+from scoreray.data.packing.pack_buckets import pack_buckets
 from scoreray.data.packing.plan import PackedShard, PackPlan
 from scoreray.data.reading.allowlist import JSON, TEXTS
 from scoreray.data.reading.manifest import Manifest
@@ -36,9 +39,15 @@ CHECK_S = 60.0
 
 
 def pack_with_bar(
-    source: str, url: str, *, workers: int | None = None, left_out: Counter[str] | None = None, **options: Any
-) -> tuple[Manifest, list[str]]:
-    """`scoreray.data.packing.pack.pack` with a bar; options as there. Also returns what was left out, and why.
+    source: str,
+    url: str,
+    *,
+    buckets: Sequence[Size] = (),
+    workers: int | None = None,
+    left_out: Counter[str] | None = None,
+    **options: Any,
+) -> tuple[Manifest | BucketedSet, list[str]]:
+    """`pack`, or with `buckets` `pack_buckets`, with a bar; options as there. Also returns what was left out, and why.
 
     workers: shards that are made at once. None: as many as RAY_ADDRESS's cluster has CPUs, or without that as this
     machine has cores, once it turns out that this is worth starting Ray for; 1: this process makes them.
@@ -50,7 +59,7 @@ def pack_with_bar(
 
     def counting(plan: PackPlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         nonlocal to_make, kept, is_named
-        to_make, is_named = len(numbers), isinstance(plan, SourcePlan)
+        to_make, is_named = to_make + len(numbers), isinstance(plan, SourcePlan)
         for note in plan.notes:
             say(note)
         for packed in _make(plan, numbers, workers, stack):
@@ -60,13 +69,17 @@ def pack_with_bar(
             yield packed
 
     with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
-        manifest = pack(source, url, progress=progress, map_shards=counting, **options)
+        shared: dict[str, Any] = {"progress": progress, "map_shards": counting, **options}
+        manifest = pack_buckets(source, url, buckets, **shared) if buckets else pack(source, url, **shared)
     holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
     kept += max(0, len(manifest.shards) - to_make)  # of a pack that was finished, and of which some were gone
     if to_make:
         say(f"packed {holds}{f', {kept} of them made before,' if kept else ''} at {url}")
     else:
         say(f"packed already: {holds} at {url}, of this source and with these options; nothing had to be done")
+    if isinstance(manifest, BucketedSet):
+        for folder, one in zip(manifest.folders, manifest.manifests, strict=True):
+            say(f"  {folder}: {one.num_samples:,} samples")
     if left_out and not is_named:
         say(f"left out, as no field reads it: {kinds_line(left_out)}{_taking(left_out, manifest.fields)}")
     if skipped:

@@ -65,6 +65,7 @@ class DrawingActor:
 
 def _load(job: SampleJob) -> Any:
     model = load_model(job.checkpoint, job.ema)
+    model.info = model.info.at_size(job.request.size)
     if fingerprint(model) != job.weights:
         raise DataError(f"{job.checkpoint}: its weights are not those that this job began with")
     if job.raw:

@@ -30,6 +30,10 @@ Mapper = Callable[[PackPlan, Sequence[int]], Iterable[PackedShard]]
 """Calls pack_shard(plan, number) for all numbers and returns the results in order: by threads, or on a cluster."""
 
 
+class NoSamples(DataError):
+    """None of the samples can be read, or, in a bucket, there are none."""
+
+
 def carry_out(
     plan: PackPlan,
     *,
@@ -188,7 +192,7 @@ def _commit(
         index_sha256.update(b"".join(digests))
         index.flush()
         if not shards:
-            raise DataError(f"{plan.name}: none of its samples can be read")
+            raise NoSamples(f"{plan.name}: none of its samples can be read")
         store.put(INDEX, path)
     index_entry = Index(INDEX, index_bytes((shard.num_samples for shard in shards), record), index_sha256.hexdigest())
     manifest = Manifest(

@@ -125,6 +125,17 @@ def picture_grid(
     return picture
 
 
+def one_below_another(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Grids of several sizes in one picture."""
+    width = max(one.width for one in pictures)
+    whole = Image.new("RGB", (width, sum(one.height for one in pictures)), (GRID_BACKGROUND,) * 3)
+    top = 0
+    for one in pictures:
+        whole.paste(one, (0, top))
+        top += one.height
+    return whole
+
+
 def _caption_font(captions: Sequence[str]) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Pillow's own has no letters beyond ASCII; matplotlib's, DejaVu Sans, has those of Europe, Greek, Arabic, ..."""
     if "".join(captions).isascii():

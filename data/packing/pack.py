@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from scoreray.data.buckets.sizes import Bucket
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.fields.record_layout import WRITTEN_FORMATS
@@ -29,9 +30,9 @@ from scoreray.data.packing.index_tars import Tars, TarsPlan, plan_tars, tars_at
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.repack import RepackPlan, plan_repack
 from scoreray.data.packing.shards import ENCODING, ShardWriter, encode_value, stored_fields
-from scoreray.data.reading.manifest import Manifest, Shard
+from scoreray.data.reading.manifest import BUCKETS, Manifest, Shard
 from scoreray.data.sources.field_options import NO_FIELDS, FieldOptions, of_extensions
-from scoreray.data.sources.field_source import FieldSource
+from scoreray.data.sources.field_source import FieldSource, only_picture
 from scoreray.data.sources.layout import Layout
 from scoreray.data.sources.options import SourceOptions
 from scoreray.data.sources.own_source import open_own_source
@@ -87,13 +88,39 @@ def pack(
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
+    plan = plan_pack(
+        source, url, name=name, samples_per_shard=samples_per_shard, shard_bytes=shard_bytes, image_size=image_size,
+        image_format=image_format, fields=fields, source_options=source_options, channels=channels, layout=layout,
+        labelled=labelled, skip_bad=skip_bad, seed=seed,
+    )  # fmt: skip
+    store = open_store(url)
+    if store.exists(BUCKETS):
+        raise UserError(f"{store.url()}: holds a data set in buckets; give another URL, or remove what is there")
+    return carry_out(plan, workers=workers, map_shards=map_shards, progress=progress, skip_bad=skip_bad)
+
+
+def plan_pack(
+    source: str | Path,
+    url: str | Path,
+    *,
+    name: str | None = None,
+    samples_per_shard: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    image_size: int | Bucket | None = None,
+    image_format: str | None = None,
+    fields: FieldOptions = NO_FIELDS,
+    source_options: Mapping[str, Any] | None = None,
+    channels: Literal[1, 3] | None = None,
+    layout: Layout | None = None,
+    labelled: bool = True,
+    skip_bad: int = 0,
+    seed: int = 0,
+) -> SourcePlan | TarsPlan | RepackPlan:
+    """What is to be packed and how; arguments and errors as of `pack`."""
     if image_format not in (None, *WRITTEN_FORMATS):
         raise UserError(f"--image-format '{image_format}': {nearest(str(image_format), WRITTEN_FORMATS)}")
     if samples_per_shard is not None and samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
-    how: dict[str, Any] = {
-        "workers": workers, "map_shards": map_shards, "progress": progress, "skip_bad": skip_bad
-    }  # fmt: skip
     options = SourceOptions(image_size, channels, labelled, layout)
     own = is_own(source) and not Path(source).exists()
     if source_options and not own:
@@ -114,19 +141,21 @@ def pack(
             if samples_per_shard is not None:
                 raise UserError(f"{source}: each tar stays one; --samples-per-shard can't be given")
             plan = _plan_of_tars(tars, url, name, options, fields, image_format, skip_bad > 0)
-            return carry_out(replace(plan, origin=origin), **how)
+            return replace(plan, origin=origin)
         if fields.decoders:
             raise UserError(f"--decoder {fields.decoders[0]}: is for members of tars, and {source} holds none")
         opened = open_table(source, options, fields) or open_source(source, options)
+    if isinstance(image_size, Bucket):
+        only_picture(opened.fields, str(source))
+        opened = opened.in_bucket(image_size)
     opened.check_readable(skip_bad)
     chosen = "npy" if is_plain(opened.fields) and opened.fields[0].kind == "array" else image_format or "png"
     if samples_per_shard is None:
         samples_per_shard = max(1, min(opened.num_samples, round(shard_bytes / _sample_bytes(opened, chosen))))
     name = name or Path(opened.path).name.split(".")[0]
-    made = SourcePlan(
+    return SourcePlan(
         open_store(url).url(), name, opened, samples_per_shard, chosen, seed, skip_bad > 0, origin, options
     )
-    return carry_out(made, **how)
 
 
 def _as_given(fields: FieldOptions) -> dict[str, Any]:

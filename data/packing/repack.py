@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from scoreray.data.buckets.sizes import Bucket, Size
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, is_plain
 from scoreray.data.own_code import code_hash
@@ -28,13 +29,13 @@ from scoreray.data.packing.tar_fields import (
     tape_of,
     wanted_of,
 )
-from scoreray.data.packing.tar_members import picture_in_place
-from scoreray.data.packing.tar_samples import TarSamples
+from scoreray.data.packing.tar_members import member_of, picture_in_place
+from scoreray.data.packing.tar_samples import TarSample, TarSamples
 from scoreray.data.reading.manifest import Shard
-from scoreray.data.reading.pictures import as_array, is_grey, open_picture, plain_format
+from scoreray.data.reading.pictures import as_array, is_grey, open_picture, picture_size, plain_format
 from scoreray.data.reading.tars import Member
 from scoreray.data.sources.field_options import FieldOptions
-from scoreray.data.sources.field_source import FieldValue
+from scoreray.data.sources.field_source import NO_PICTURE, FieldValue, in_size, only_picture
 from scoreray.data.sources.identity import content_marks, digest_of
 from scoreray.data.sources.source import SourceOptions
 from scoreray.data.storage.store import Store, open_store
@@ -94,10 +95,13 @@ class RepackPlan:
     def make(self, number: int, scratch: Path) -> tuple[Path | None, PackedShard]:
         key, size = self.tars[number]
         store, path, skipped = open_store(self.source), scratch / "shard.tar", list[str]()
+        bucket = self.options.image_size if isinstance(self.options.image_size, Bucket) else None
         with open(path, "wb") as file, naming(store, key):
             writer = ShardWriter(file, self.reads.fields, self.image_format or "png")
             samples = self.reads.samples(tape_of(store, key, size))
             for i, sample in enumerate(samples):
+                if bucket is not None and not bucket.takes(self._picture_size(sample)):
+                    continue
                 try:
                     values = self.reads.values(sample, self._picture)
                     with naming_sample(sample):
@@ -106,8 +110,25 @@ class RepackPlan:
                     if not self.skips_bad:
                         raise
                     skipped.append(f"{store.url(key)}: {error}")
-            packed = writer.finish(f"shards/{number:06d}.tar", skipped, samples.left_out)
+            left_out = {} if bucket is not None and bucket.number else samples.left_out  # all buckets pass them
+            packed = writer.finish(f"shards/{number:06d}.tar", skipped, left_out)
         return path if packed.shard.num_samples else None, packed
+
+    def in_bucket(self, bucket: Bucket) -> RepackPlan:
+        """The plan of the pictures of one bucket. Raises UserError where samples have no picture, or several."""
+        only_picture(self.reads.fields, self.source)
+        fields = in_size(self.reads.fields, bucket)
+        each = tuple(replace(one, field=field) for one, field in zip(self.reads.each, fields, strict=True))
+        return replace(self, reads=TarFields(each), options=replace(self.options, image_size=bucket))
+
+    def _picture_size(self, sample: TarSample) -> Size:
+        """NO_PICTURE where it can't be read, which one bucket then says."""
+        asked = next(one.asked for one in self.reads.each if one.field.kind == "image")
+        try:
+            member = sample.member() if asked is None else member_of(asked, sample)
+            return picture_size(member.data, member.place)
+        except DataError:
+            return NO_PICTURE
 
     def _picture(self, field: Field, member: Member) -> FieldValue:
         """The picture, fitted; or, where nothing about it is to change, its bytes."""
@@ -117,7 +138,7 @@ class RepackPlan:
             return picture_in_place(field, member)
         name = member.place
         to_grey = self.options.channels == 1
-        return as_array(_open(member), tuple(field.shape), self.options.image_size, name, to_grey=to_grey)
+        return as_array(_open(member), tuple(field.shape), self.options.fitting, name, to_grey=to_grey)
 
 
 def plan_repack(
@@ -136,7 +157,7 @@ def plan_repack(
     reads = find_tar_fields(store, tars, asked, options, skips_bad) if asked else None
     if reads is None or (image_format is not None and reads.own and reads.own.kind == "image"):
         images = _some_images(store, tars, options, wanted_of(asked.fields))
-        width, height = (options.image_size, options.image_size) if options.image_size else images[0].size
+        width, height = (fitting.width, fitting.height) if (fitting := options.fitting) else images[0].size
         channels = options.channels or (1 if all(is_grey(image) for image in images) else 3)
         reads = images_of_shape((channels, height, width), options.labelled, reads)
     marks = content_marks(store, dict(tars))

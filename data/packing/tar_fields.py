@@ -227,8 +227,8 @@ def _asked_field(option: FieldOption, samples: Sequence[TarSample], options: Sou
         pictures, broken = _readable(decoded, members)
         if not pictures:
             raise broken[0]
-        (height, width, _), size = pictures[0][0].shape, options.image_size
-        shape = [3, size or height, size or width]
+        height, width, _ = pictures[0][0].shape
+        shape = [3, fitting.height, fitting.width] if (fitting := options.fitting) else [3, height, width]
         return Field(option.name, "image", shape, "uint8", option.where, normalisation=normalisation)
     raws = _raws_of(option, members)
     rank = max(np.ndim(raw) if isinstance(raw, np.ndarray) else 0 for raw in raws)

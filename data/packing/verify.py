@@ -9,13 +9,14 @@ from functools import partial
 
 import numpy as np
 
+from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.fields.record_layout import FORMATS, digest
 from scoreray.data.packing.moments import FieldCounter, check_finite, with_statistics
 from scoreray.data.reading.allowlist import json_value
 from scoreray.data.reading.field_values import FieldDecoder
-from scoreray.data.reading.manifest import MANIFEST, Manifest
+from scoreray.data.reading.manifest import BUCKETS, MANIFEST, Manifest
 from scoreray.data.reading.reader import Reader, wanted_members
 from scoreray.data.reading.records import taken
 from scoreray.data.sources.identity import hash_object
@@ -37,6 +38,8 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     `progress` is called with (samples done, samples in all) after each shard.
     """
     store = open_store(url)
+    if store.exists(BUCKETS) and not store.exists(MANIFEST):
+        return _verify_buckets(store, progress)
     manifest = Manifest.load(store)
     problems = []
     reader, values = Reader(store, manifest, ReadStats()), _Values(manifest)
@@ -51,6 +54,25 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     if not problems and hash_object(store, index, store.size(index)) != manifest.index.sha256:
         problems.append(f"{store.url(index)}: its SHA-256 is not the manifest's; pack the data set again")
     return problems or [f"{store.url(MANIFEST)}: {problem}" for problem in values.wrong_statistics()]
+
+
+def _verify_buckets(store: Store, progress: Callable[[int, int], None] | None) -> list[str]:
+    """`verify` of each bucket, and that they are those of the list."""
+    try:
+        data = BucketedSet.load(store)
+        assert data.fields  # of which a bucket with others would be a problem
+    except DataError as error:
+        return [str(error)]
+    problems: list[str] = []
+    for number, first in enumerate(data.first_samples[:-1].tolist()):
+        shown = None if progress is None else _offset(progress, first, data.num_samples)
+        problems += verify(data.bucket_url(number), shown)
+    return problems
+
+
+def _offset(progress: Callable[[int, int], None], first: int, total: int) -> Callable[[int, int], None]:
+    """Of a bucket's samples as of all."""
+    return lambda done, _: progress(first + done, total)
 
 
 class _Values:

@@ -91,17 +91,19 @@ class BatchStream(abc.ABC):
         prefetch_batches: int,
         pin_memory: bool,
         quarantine: Quarantine | None,
+        part_of: BatchStream | None = None,
     ) -> None:
+        """part_of: the stream that this one is read through, which counts its reads and ends it."""
         if position < 0 or prefetch_batches < 1:
             raise UserError(
                 f"position {position} must not be negative, prefetch_batches {prefetch_batches} must be at least 1"
             )
         self.lanes, self.seed, self.position = lanes, seed, position
-        self.stats = ReadStats()
+        self.stats: ReadStats = ReadStats() if part_of is None else part_of.stats
         self._pin_memory, self._quarantine = pin_memory, quarantine
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)
-        self._stop = threading.Event()
+        self._stop: threading.Event = threading.Event() if part_of is None else part_of._stop
         self._producer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -132,7 +134,7 @@ class BatchStream(abc.ABC):
             raise ready
         self.position += self.lanes.global_batch_size
         self.stats.add(num_samples=len(ready.index), stall_s=stall_s)
-        self._handed_out(ready)
+        self.handed_out(ready)
         return ready
 
     def __enter__(self) -> Self:
@@ -148,11 +150,11 @@ class BatchStream(abc.ABC):
             self._producer.join(timeout=30)
 
     @abc.abstractmethod
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Batch]:
         """The rank's parts of the global batches from position `start` on; called in the prefetching thread."""
 
     @abc.abstractmethod
-    def _handed_out(self, batch: Batch) -> None:
+    def handed_out(self, batch: Batch) -> None:
         """Called in the consumer's thread with each batch that it gets."""
 
     def _made(
@@ -169,7 +171,7 @@ class BatchStream(abc.ABC):
 
     def _produce(self) -> None:
         try:
-            for batch in self._batches(self.position):
+            for batch in self.batches(self.position):
                 self._hand_over(batch)
         except BaseException as error:
             self._hand_over(error)

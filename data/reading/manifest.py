@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
@@ -37,6 +37,7 @@ from scoreray.data.storage.store import NotFound, Store, open_store
 
 MANIFEST = "manifest.json"
 INDEX = "index.bin"
+BUCKETS = "buckets.json"
 MAX_MANIFEST_BYTES = 1 << 29  # MAX_SHARDS of them
 MAX_NAME = 255
 MAX_KEY = 1024  # of a shard
@@ -224,6 +225,11 @@ class Manifest:
         try:
             size = store.size(MANIFEST)
         except NotFound as error:
+            if store.exists(BUCKETS):
+                raise UserError(
+                    f"{store.url()}: is a data set in buckets ({BUCKETS}), and one of a single size is needed: give "
+                    f"that of one of them, {store.url('WIDTHxHEIGHT')}"
+                ) from error
             unfinished = "; a pack has begun there: run it again to finish it" if store.list("packing/") else ""
             raise UserError(
                 f"{store.url()}: no data set here ({MANIFEST} is missing){unfinished}; "
@@ -269,13 +275,18 @@ DERIVED = ("shape", "dtype", "classes", "class_counts", "mean", "std", "sigma_da
 """What follows from the fields of a data set of version 3."""
 
 
-def _of_fields(fields: Sequence[Field]) -> dict[str, object]:
+def _of_fields(fields: Sequence[Field]) -> dict[str, Any]:
     """The values of DERIVED. Raises ValueError where fields of these can't be a data set."""
     names = [found.name for found in fields]
     if len(set(names)) < len(names):
         raise ValueError(f"two fields have the name '{next(name for name in names if names.count(name) > 1)}'")
     if any(not found.member for found in fields if not found.is_inline):
         raise ValueError("a field has no member that holds it")
+    return derived(fields)
+
+
+def derived(fields: Sequence[Field]) -> dict[str, Any]:
+    """The values of DERIVED of sound fields. Raises ValueError where the target has no spread."""
     target = target_of(fields)
     label = class_field(fields)
     mean, std = np.asarray(target.mean), np.asarray(target.std)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -30,6 +32,16 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 HEAD_BYTES = 32  # enough of a file to recognise a picture
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Pictures are resized to cover `width` x `height` and cropped at their centre. One that had to be enlarged more
+    than `max_enlarge` times is refused."""
+
+    width: int
+    height: int
+    max_enlarge: float = math.inf
 
 
 def looks_like_a_picture(head: bytes) -> bool:
@@ -181,22 +193,34 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def as_array(
-    image: Image.Image, shape: tuple[int, ...], image_size: int | None, name: str, *, to_grey: bool = False
+    image: Image.Image, shape: tuple[int, ...], fitting: Fitting | None, name: str, *, to_grey: bool = False
 ) -> np.ndarray:
     """uint8 [H, W, C] for `shape` (C, H, W): transparency is dropped, palettes and CMYK become RGB, colours become
-    grey with `to_grey`, and with `image_size` the picture is fitted. Raises DataError, UserError naming it."""
+    grey with `to_grey`, and with `fitting` the picture is fitted. Raises DataError, UserError naming it."""
     if shape[0] == 1 and not is_grey(image) and not to_grey:
         raise UserError(
             f"{name}: has colours, but the others are grey; --channels 3 packs all as RGB, --channels 1 all as grey"
         )
     image = convert(image, shape[0], name)
-    if image_size:
-        image = fit(image, image_size)
+    if fitting:
+        image = fit(image, fitting, name)
     if image.size != (shape[2], shape[1]):
         raise UserError(
             f"{name}: {image.width} x {image.height} pixels, the first image has {shape[2]} x {shape[1]}; "
             "give --image-size to resize and crop them all"
         )
+    return with_channels(image)
+
+
+def fitted_pixels(image: np.ndarray, fitting: Fitting | None, name: str) -> np.ndarray:
+    """uint8 [H, W, C], fitted. Raises DataError naming it."""
+    if fitting is None or image.shape[:2] == (fitting.height, fitting.width):
+        return image
+    return with_channels(fit(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), fitting, name))
+
+
+def with_channels(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, C] of a grey or RGB picture."""
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
 
@@ -209,9 +233,32 @@ def convert(image: Image.Image, num_channels: int, name: str) -> Image.Image:
         raise DataError(f"{name}: {_reason(error)}") from error
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """The image with its shorter side resized to `size` (antialiased bicubic), then cropped at its centre."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+def fit(image: Image.Image, fitting: Fitting, name: str) -> Image.Image:
+    """The image resized to cover the size (antialiased bicubic), then cropped at its centre. Raises DataError."""
+    enlarged = max(fitting.width / image.width, fitting.height / image.height)
+    if enlarged > fitting.max_enlarge:
+        raise DataError(
+            f"{name}: {image.width} x {image.height} pixels would be enlarged {enlarged:.2f} times to "
+            f"{fitting.width} x {fitting.height}, --max-enlarge is {fitting.max_enlarge:g}"
+        )
+    return ImageOps.fit(image, (fitting.width, fitting.height), Image.Resampling.BICUBIC)
+
+
+def picture_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) of a picture that stands upright, from its header alone. Raises DataError naming it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.format == "PNG" and any(name in data for name in _TURNED_PNG):
+                image.load()  # what follows the pixels is read with them
+            turned = _orientation(image) in _TURNED_BY_90
+    except Exception as error:  # a decoder of bytes from outside may raise anything
+        raise DataError(f"{name}: {_reason(error)}") from error
+    return image.size[::-1] if turned else image.size
+
+
+_TURNED_BY_90 = (5, 6, 7, 8)
 
 
 def _reason(error: BaseException) -> str:

@@ -30,10 +30,11 @@ CACHE_DIR_BYTES = 64 << 30
 LOOK_UP = 32  # samples of a lane that are looked up in the order at once
 
 
-def default_shuffle_block(manifest: Manifest, num_lanes: int) -> int:
-    """Samples that a lane shuffles at once: as many as fit BUFFER_BYTES, from 16 to 1024. Part of the run's order."""
-    fitting = int(BUFFER_BYTES / (2 * num_lanes * manifest.bytes_per_sample))
-    return max(16, min(1024, fitting, -(-manifest.num_samples // num_lanes)))
+def default_shuffle_block(manifest: Manifest, num_lanes: int, num_sets: int = 1) -> int:
+    """Samples that a lane shuffles at once: as many as fit BUFFER_BYTES, from 16 to 1024. Part of the run's order.
+    num_sets: data sets that are read side by side, which share these bytes."""
+    fitting = int(BUFFER_BYTES / (2 * num_lanes * manifest.bytes_per_sample * num_sets))
+    return max(1, 16 // num_sets, min(1024, fitting, -(-manifest.num_samples // num_lanes)))
 
 
 class RankRows:
@@ -106,6 +107,7 @@ class Stream(BatchStream):
       quarantine: takes the samples that can't be read, up to its budget: each is logged, listed in `.quarantined`, and
         another replaces it (its number is in Batch.index). None: the first one raises.
       fields: what a batch holds. None: the data set's target and its class. No other member is read or verified.
+      part_of: the stream that this one is read through, which counts its reads and ends it.
 
     Memory: what a lane reads from and what it reads next, encoded (256 MB in all ranks together, by default), the
     waiting batches, the records of the shards in use, and, up to `cache_bytes`, a decoded data set.
@@ -134,6 +136,7 @@ class Stream(BatchStream):
         quarantine: Quarantine | None = None,
         manifest: Manifest | None = None,
         fields: Sequence[FieldRequest] | None = None,
+        part_of: BatchStream | None = None,
     ) -> None:
         if decode_threads < 1:
             raise UserError(f"decode_threads {decode_threads} must be at least 1")
@@ -149,6 +152,7 @@ class Stream(BatchStream):
             prefetch_batches=prefetch_batches,
             pin_memory=pin_memory,
             quarantine=quarantine,
+            part_of=part_of,
         )
         self.manifest, self.order = self._rows.manifest, self._rows.order
         self._decoder, label = FieldDecoder(self.manifest, fields), self.manifest.label
@@ -163,12 +167,12 @@ class Stream(BatchStream):
         self._blocks.close()
         self._reader.close()
 
-    def _handed_out(self, batch: Batch) -> None:
+    def handed_out(self, batch: Batch) -> None:
         if self._quarantine is not None and not self._quarantine.is_empty:
             wanted = self.order.samples(batch.position.numpy())
             self._quarantine.settle(wanted[wanted != batch.index.numpy()])
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Batch]:
         decoders = ThreadPoolExecutor(self._num_decoders, "scoreray-decode") if self._num_decoders > 1 else None
         try:
             for rows in self._rows.batches(self._blocks, start, self._stop):

@@ -130,7 +130,7 @@ ShapedArrays = tuple[np.ndarray, tuple[int, ...], tuple[str, ...]]  # [N, ...] a
 
 def as_images(path: Path, images: np.ndarray, options: SourceOptions) -> ShapedArrays:
     """uint8 as [N, H, W, C]."""
-    image_size = options.image_size
+    fitting = options.fitting
     if images.ndim == 3:
         images = images[..., None]
     elif images.ndim == 4 and options.layout != "NCHW" and images.shape[3] in (1, 3):
@@ -143,11 +143,11 @@ def as_images(path: Path, images: np.ndarray, options: SourceOptions) -> ShapedA
             f"{path}: images of shape {images.shape}{given}; [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
         )
     height, width, channels = images.shape[1:]
-    if image_size is None and height != width:
+    if fitting is None and height != width:
         raise UserError(f"{path}: images of {height} x {width}; give --image-size to crop them to a square")
     if options.channels not in (None, channels):
         raise UserError(f"{path}: --channels {options.channels} is for folders of images; this has {channels}")
-    return images, (channels, image_size or height, image_size or width), ()
+    return images, (channels, fitting.height, fitting.width) if fitting else (channels, height, width), ()
 
 
 def as_floats(path: Path, arrays: np.ndarray, options: SourceOptions) -> ShapedArrays:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, Self
 
 import numpy as np
 
-from scoreray.data.errors import DataError
+from scoreray.data.buckets.sizes import Bucket, Size
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field
 
 FieldValue = np.ndarray | int | float | str | bytes
@@ -19,6 +21,8 @@ sequence: [L, D] of its own length L, 0 too.  bfloat16: as uint16 of the same bi
 class: its number, -1 for none.  scalar: a number.  text: a str.  json: its bytes, UTF-8.
 """
 Sample = Mapping[str, FieldValue]
+NO_PICTURE: Size = (0, 0)
+"""Of one that can't be read."""
 
 
 class FieldSource(Protocol):
@@ -70,3 +74,33 @@ class FieldSource(Protocol):
 
     def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
         """The samples, in order; in place of one that can't be read, or that lacks a field, why."""
+
+    def picture_sizes(self) -> np.ndarray:
+        """int32 [num_samples, 2]: width and height of each sample's picture as it is stored, NO_PICTURE of one that
+        can't be read; by their headers, where these can be read alone. Raises UserError where samples have none, or
+        several."""
+
+    def in_bucket(self, bucket: Bucket) -> Self:
+        """The same samples, their pictures fitted to the bucket's size."""
+
+
+def as_sizes(sizes: Iterable[Size]) -> np.ndarray:
+    """int32 [N, 2] of pictures' widths and heights."""
+    return np.array(list(sizes), np.int32).reshape(-1, 2)
+
+
+def only_picture(fields: Sequence[Field], path: str) -> Field:
+    """The field whose pictures say the bucket. Raises UserError where there is none, or there are several."""
+    found = [one for one in fields if one.kind == "image"]
+    if len(found) != 1:
+        raise UserError(
+            f"--buckets: {path} has {len(found)} fields of images ({', '.join(one.name for one in found) or 'none'}); "
+            "buckets are of one"
+        )
+    return found[0]
+
+
+def in_size(fields: Sequence[Field], bucket: Bucket) -> list[Field]:
+    """The fields with images of the bucket's size."""
+    width, height = bucket.size
+    return [replace(one, shape=[one.shape[0], height, width]) if one.kind == "image" else one for one in fields]

@@ -141,7 +141,7 @@ def _shape_of(store: Store, files: list[str], options: SourceOptions) -> tuple[i
         raise problems[0]
     channels = options.channels or (1 if all(is_grey(image) for _, image in images) else 3)
     name, first = images[0]
-    width, height = (options.image_size, options.image_size) if options.image_size else first.size
-    if width != height:
+    width, height = (fitting.width, fitting.height) if (fitting := options.fitting) else first.size
+    if not fitting and width != height:
         raise UserError(f"{shown(store.url(), name)}: {width} x {height} pixels; give --image-size to crop to a square")
     return channels, height, width

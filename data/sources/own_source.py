@@ -10,26 +10,30 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
+from scoreray.data.buckets.sizes import Bucket, Size
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field
 from scoreray.data.own_code import code_hash, line_of
 from scoreray.data.own_code.part import OwnPart, config_class, own_part
-from scoreray.data.sources.field_source import Sample
+from scoreray.data.reading.pictures import as_array, fitted_pixels, open_picture, picture_size
+from scoreray.data.sources.field_source import NO_PICTURE, FieldValue, Sample, as_sizes, in_size, only_picture
 
 NEEDS = ("fields", "__len__", "__getitem__")
 
 
 @dataclass(frozen=True)
 class OwnSource:
-    """A `FieldSource`. Pickled, the part is its name and options: another process imports the code itself."""
+    """A `FieldSource`. Pickled, the part is its name and options: another process imports the code itself. bucket: that
+    its pictures are fitted to, which may then be of any size; None packs them as they are."""
 
     part: OwnPart
+    bucket: Bucket | None = None
     runs = None
     notes: Sequence[str] = ()
 
@@ -43,7 +47,8 @@ class OwnSource:
 
     @property
     def fields(self) -> list[Field]:
-        return list(self.part.config.fields)
+        fields = list(self.part.config.fields)
+        return fields if self.bucket is None else in_size(fields, self.bucket)
 
     @property
     def fingerprint(self) -> str:
@@ -66,15 +71,43 @@ class OwnSource:
 
     def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
         fields = self.fields
+        picture = None if self.bucket is None else only_picture(fields, self.path)
         for number in numbers:
             try:
                 values = self.part.config[number]
                 problem = next(filter(None, (_problem(one, values) for one in fields)), "")
+                if picture is not None and not problem:
+                    values = {**values, picture.name: self._fitted(values[picture.name], picture, number)}
                 yield DataError(f"{self.path}: sample {number}: {problem}") if problem else values
             except DataError as error:
                 yield error
             except Exception as error:  # the code is somebody else's
                 yield DataError(f"{self.path}: sample {number}: {line_of(error)}")
+
+    def _fitted(self, value: FieldValue, field: Field, number: int) -> np.ndarray:
+        assert self.bucket is not None
+        name, fitting = f"{self.path}: sample {number}", self.bucket.fitting
+        if isinstance(value, bytes):
+            return as_array(open_picture(value, name), tuple(field.shape), fitting, name)
+        return fitted_pixels(np.asarray(value), fitting, name)
+
+    def picture_sizes(self) -> np.ndarray:
+        """Each sample is made once to see it."""
+        field = only_picture(self.fields, self.path)
+
+        def size(values: Sample | DataError) -> Size:
+            try:
+                value = NO_PICTURE if isinstance(values, DataError) else values[field.name]
+                if isinstance(value, bytes):
+                    return picture_size(value, self.path)
+                return value if isinstance(value, tuple) else (np.shape(value)[1], np.shape(value)[0])
+            except (DataError, IndexError):
+                return NO_PICTURE
+
+        return as_sizes(map(size, replace(self, bucket=None).read_all(range(self.num_samples))))
+
+    def in_bucket(self, bucket: Bucket) -> OwnSource:
+        return replace(self, bucket=bucket)
 
 
 def _problem(one: Field, values: Mapping[str, Any]) -> str:

@@ -8,20 +8,20 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from scoreray.data.buckets.sizes import Bucket, Size
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.fields.limits import check_label, check_shape
-from scoreray.data.reading.pictures import as_array, fit, open_picture
+from scoreray.data.reading.pictures import as_array, fitted_pixels, open_picture, picture_size
 from scoreray.data.sources.arrays import LoadedArrays, as_floats, as_images, read_idx, read_npz
-from scoreray.data.sources.field_source import Sample
+from scoreray.data.sources.field_source import NO_PICTURE, Sample, as_sizes
 from scoreray.data.sources.identity import digest_of
 from scoreray.data.sources.image_folders import GET_THREADS, check_classes, read_image_folder
 from scoreray.data.sources.listing import shown
@@ -31,6 +31,7 @@ from scoreray.data.storage.paths import check_is_file, mode_of
 from scoreray.data.storage.store import PathStore, Store, local_path, open_store
 from scoreray.data.threads import map_in_threads
 
+PICTURE_HEADER_BYTES = 64 << 10  # of a file, which mostly say how large its picture is
 ReadArrays = Callable[[Path, bool], LoadedArrays]  # (file, whether its labels are read)
 ARRAY_FILES: dict[str, tuple[re.Pattern[str], ReadArrays]] = {
     ".npz with 'images' (and 'labels')": (re.compile(r".*\.npz(\.gz)?"), read_npz),
@@ -110,6 +111,29 @@ class Source:
         remote = self.files and open_store(self.path).is_remote
         return map_in_threads(GET_THREADS, self._try, numbers) if remote else map(self._try, numbers)
 
+    def picture_sizes(self) -> np.ndarray:
+        if self.array is not None:
+            return np.tile(np.array(self.array.shape[2:0:-1], np.int32), (self.num_samples, 1))
+        store = open_store(self.path)
+        size, numbers = partial(self._picture_size, store), range(self.num_samples)
+        return as_sizes(map_in_threads(GET_THREADS, size, numbers) if store.is_remote else map(size, numbers))
+
+    def _picture_size(self, store: Store, number: int) -> Size:
+        """By the first bytes of the file, and all of it where these do not say it."""
+        name = self.files[number]
+        if name in self.unreadable:
+            return NO_PICTURE
+        for end in (PICTURE_HEADER_BYTES, None):
+            try:
+                return picture_size(store.get(name, 0, end), name)
+            except (DataError, NotAFile):
+                continue
+        return NO_PICTURE
+
+    def in_bucket(self, bucket: Bucket) -> Source:
+        width, height = bucket.size
+        return replace(self, options=replace(self.options, image_size=bucket), shape=(self.shape[0], height, width))
+
     def _try(self, number: int) -> Sample | DataError:
         try:
             array = self.read(number)
@@ -122,22 +146,17 @@ class Source:
 
     def read(self, number: int) -> np.ndarray:
         """Sample `number`: uint8 [H, W, C] or the float32 array. Raises DataError, UserError naming the file."""
-        size = self.options.image_size
+        fitting = self.options.fitting
         if self.files:
             name = shown(self.path, self.files[number])
             if self.files[number] in self.unreadable:
                 raise DataError(f"{name}: {self.unreadable[self.files[number]]}")
             picture = open_picture(open_store(self.path).get(self.files[number]), name)
-            return as_array(picture, self.shape, size, name, to_grey=self.options.channels == 1)
+            return as_array(picture, self.shape, fitting, name, to_grey=self.options.channels == 1)
         array = self.array if self.array is not None else _again(self.path, self.options, self.fingerprint)
         if self.dtype == "float32":
             return np.ascontiguousarray(array[number], np.float32)
-        image = array[number]
-        if size and image.shape[:2] != (size, size):
-            squeezed = image[:, :, 0] if image.shape[2] == 1 else image
-            image = np.asarray(fit(Image.fromarray(squeezed), size))
-            image = image[:, :, None] if image.ndim == 2 else image
-        return image
+        return fitted_pixels(array[number], fitting, f"{self.path}: sample {number}")
 
 
 @lru_cache(maxsize=1)

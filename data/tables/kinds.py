@@ -141,7 +141,7 @@ def _image_shape(
     values: Values, options: SourceOptions, file_at: Callable[[str], bytes], what: str
 ) -> tuple[int, int, int]:
     """(C, H, W): grey only where all of the first are; the size of the first, unless the options give one."""
-    size, first = options.image_size, values[0]
+    fitting, first = options.fitting, values[0]
     if isinstance(first, np.ndarray):
         height, width, channels = pixels_of(first, what).shape
     else:
@@ -155,9 +155,9 @@ def _image_shape(
             raise problems[0]
         (width, height), channels = pictures[0].size, 1 if all(map(is_grey, pictures)) else 3
         channels = options.channels or channels
-    if size is None and height != width:
+    if fitting is None and height != width:
         raise UserError(f"{what}: images of {height} x {width}; give --image-size to crop them to a square")
-    return channels, size or height, size or width
+    return (channels, fitting.height, fitting.width) if fitting else (channels, height, width)
 
 
 def _are_numbers(values: list[Any]) -> bool:

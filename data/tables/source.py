@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from scoreray.data.buckets.sizes import Bucket, Size
 from scoreray.data.classes import in_order
 from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.limits import check_label
 from scoreray.data.sources.arrays import points_note
 from scoreray.data.sources.field_options import FieldOption, FieldOptions, option_for
-from scoreray.data.sources.field_source import Sample
+from scoreray.data.sources.field_source import NO_PICTURE, Sample, as_sizes, in_size, only_picture
 from scoreray.data.sources.layout import has_channels_first, is_of, order_of
 from scoreray.data.sources.listing import shown, some_of
 from scoreray.data.sources.options import SourceOptions
@@ -28,6 +29,7 @@ from scoreray.data.tables.values import FieldColumn, Values, as_text, at_path, i
 
 LOOKED_AT = 32  # rows that are looked at for kinds, shapes and colours
 SMALL_BYTES = 256 << 20  # of a table that is read once for each shard, so that its rows are shuffled as a whole
+ROWS_OF_PICTURES = 256  # that are read at once to see how large their pictures are
 ROWS_AT_ONCE = 1 << 16  # of a column of classes, which is read whole
 
 
@@ -130,6 +132,29 @@ class TableSource:
     def check_readable(self, skip_bad: int) -> None:
         """What can't be read is found while reading."""
 
+    def picture_sizes(self) -> np.ndarray:
+        """Of rows in their order, some at once; their values are read whole."""
+        field = only_picture(self.fields, self.path)
+        reader = self._readers()[list(self.fields).index(field)]
+
+        def sizes() -> Iterator[Size]:
+            for start, end in zip(self.starts.tolist(), [*self.starts[1:].tolist(), self.num_samples], strict=True):
+                for first in range(start, end, ROWS_OF_PICTURES):
+                    rows = np.arange(first, min(end, first + ROWS_OF_PICTURES))
+                    values = self._table.read(reader.columns, rows)
+                    for i, row in enumerate(rows.tolist()):
+                        try:
+                            stored = {name: values[name][i] for name in reader.columns}
+                            yield reader.picture_size(stored, self._table.row_name(row))
+                        except DataError:
+                            yield NO_PICTURE
+
+        return as_sizes(sizes())
+
+    def in_bucket(self, bucket: Bucket) -> TableSource:
+        options = replace(self.options, image_size=bucket)
+        return replace(self, options=options, fields=in_size(self.fields, bucket))
+
     def read_all(self, numbers: Iterable[int]) -> Iterator[Sample | DataError]:
         """The samples, in order; in place of one that can't be read, or that lacks a field, why. Each run of rows is
         read once, whatever the order of `numbers`; in memory are the values of these samples, as they are stored."""
@@ -140,12 +165,15 @@ class TableSource:
             if len(run):
                 values = self._table.read(names, run)
                 stored += [{name: values[name][i] for name in names} for i in range(len(run))]
-        readers = [
+        readers = self._readers()
+        for place in places.tolist():
+            yield _sample(readers, stored[place], self._table.row_name(int(rows[place])))
+
+    def _readers(self) -> list[FieldColumn]:
+        return [
             FieldColumn(field, asked, columns, self.path, self.options, self._table.file_at)
             for field, asked, columns in zip(self.fields, self.asked, self.columns, strict=True)
         ]
-        for place in places.tolist():
-            yield _sample(readers, stored[place], self._table.row_name(int(rows[place])))
 
 
 def _sample(readers: Sequence[FieldColumn], values: Mapping[str, Any], row: str) -> Sample | DataError:

@@ -10,12 +10,11 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image
 
 from scoreray.data.errors import SHOWN, DataError, UserError, shortened
 from scoreray.data.fields.field import Field, stored_dtype
 from scoreray.data.fields.field_kinds import FIELD_DTYPES, FieldDtype
-from scoreray.data.reading.pictures import as_array, fit, open_picture
+from scoreray.data.reading.pictures import as_array, fitted_pixels, open_picture, picture_size
 from scoreray.data.sources.field_options import FieldOption
 from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.sources.layout import channels_first, order_of
@@ -99,20 +98,28 @@ class FieldColumn:
     def _class_numbers(self) -> dict[str, int]:
         return {word: number for number, word in enumerate(self.field.classes)}
 
-    def _image(self, raw: Any, name: str) -> np.ndarray:
-        size, shape = self.options.image_size, tuple(self.field.shape)
+    def picture_size(self, stored: Mapping[str, Any], row: str) -> tuple[int, int]:
+        """(width, height) of a row's picture before it is fitted. Raises DataError."""
+        name = f"{self.owner}: {row}, field '{self.field.name}' ({self.asked})"
+        raw = raw_value(stored, self.columns, self.asked.path, name)
+        if raw is None:
+            raise DataError(f"{name}: has no value")
         if isinstance(raw, np.ndarray):
-            image = pixels_of(raw, name)
-            if size and image.shape[:2] != (size, size):
-                image = np.asarray(fit(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), size))
-                image = image[:, :, None] if image.ndim == 2 else image
+            height, width, _ = pixels_of(raw, name).shape
+            return width, height
+        return picture_size(picture_bytes(raw, self.file_at, name), name)
+
+    def _image(self, raw: Any, name: str) -> np.ndarray:
+        fitting, shape = self.options.fitting, tuple(self.field.shape)
+        if isinstance(raw, np.ndarray):
+            image = fitted_pixels(pixels_of(raw, name), fitting, name)
             if (image.shape[2], *image.shape[:2]) != shape:
                 raise DataError(
                     f"{name}: pixels of {shape_text(image.shape)}, the first image makes {shape_text(shape)}"
                 )
             return image
         data = picture_bytes(raw, self.file_at, name)
-        return as_array(open_picture(data, name), shape, size, name, to_grey=self.options.channels == 1)
+        return as_array(open_picture(data, name), shape, fitting, name, to_grey=self.options.channels == 1)
 
 
 def raw_value(stored: Mapping[str, Any], columns: Sequence[str], path: str, name: str) -> Any:

@@ -126,13 +126,13 @@ class TarStream(BatchStream):
         if self._ahead is not None:
             self._ahead.shutdown(wait=False, cancel_futures=True)
 
-    def _handed_out(self, batch: Batch) -> None:
+    def handed_out(self, batch: Batch) -> None:
         finished, passed_over = self._news.popleft()
         self.finished += finished
         if self._quarantine is not None and passed_over:
             self._quarantine.settle(np.asarray(passed_over))
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Batch]:
         counting.set(self.stats)
         self._ahead = ThreadPoolExecutor(2, "scoreray-ahead")
         shuffled = webdataset.shuffle(

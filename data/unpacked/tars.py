@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.errors import DataError, UserError, key_in_errors
 from scoreray.data.fields.field import Field, plain_fields
 from scoreray.data.packing.index_tars import tars_at
@@ -20,8 +21,8 @@ from scoreray.data.packing.moments import ChannelMoments, statistics
 from scoreray.data.packing.tar_fields import naming, tape_of
 from scoreray.data.packing.tar_members import check_fits, decoded
 from scoreray.data.packing.tar_samples import TarSample, TarSamples
-from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.pictures import as_array, is_grey, open_picture
+from scoreray.data.reading.manifest import BUCKETS, Manifest
+from scoreray.data.reading.pictures import Fitting, as_array, is_grey, open_picture
 from scoreray.data.reading.tars import Member
 from scoreray.data.sources.layout import layout_of
 from scoreray.data.storage.patterns import StoredTar, find_tars, names_tars
@@ -126,7 +127,7 @@ class UnpackedTars:
 
 def open_data(
     url: str | Sequence[str], settings: TarSettings | None = None, *, patient: bool = False
-) -> Manifest | UnpackedTars:
+) -> Manifest | BucketedSet | UnpackedTars:
     """The manifest of the data set at `url`, or, where there is none, what the tars that it names show.
 
     Raises UserError (no data, or what the samples don't show is not set), DataError and StorageError; unless `patient`,
@@ -135,13 +136,14 @@ def open_data(
     settings = settings or TarSettings()
     with key_in_errors("data.url") if names_tars(url) else contextlib.nullcontext():
         found = locate(url, patient=patient)
-    if isinstance(found, Manifest):
-        return _checked(found, settings)
+    if isinstance(found, Manifest | BucketedSet):
+        _check_settings(found, settings)
+        return found
     return look_at(url if isinstance(url, str) else tuple(url), found, settings)
 
 
-def locate(url: str | Sequence[str], *, patient: bool = False) -> Manifest | list[StoredTar]:
-    """The manifest of the data set at `url`, or the tars that it names. Raises as `open_data`."""
+def locate(url: str | Sequence[str], *, patient: bool = False) -> Manifest | BucketedSet | list[StoredTar]:
+    """The manifest of the data set at `url`, or its buckets, or the tars that it names. Raises as `open_data`."""
     if not isinstance(url, str) or names_tars(url):
         return find_tars(url, patient)
     store = open_store(url)
@@ -150,6 +152,8 @@ def locate(url: str | Sequence[str], *, patient: bool = False) -> Manifest | lis
     try:
         return Manifest.load(store)
     except UserError:  # there is none
+        if store.exists(BUCKETS):
+            return BucketedSet.load(store)
         found = [] if store.list(PACKING) else tars_at(url).shards
         if not found:
             raise
@@ -268,7 +272,8 @@ def _array(member: Member, image_size: int | None) -> np.ndarray:
     if image_size is None or member.name.lower().endswith(".npy"):
         return decoded(member)[0]
     image = open_picture(member.data, member.place)
-    return as_array(image, (1 if is_grey(image) else 3, image_size, image_size), image_size, member.place)
+    fitting = Fitting(image_size, image_size)
+    return as_array(image, (1 if is_grey(image) else 3, image_size, image_size), fitting, member.place)
 
 
 def _scale(arrays: Sequence[np.ndarray]) -> tuple[list[int], list[float], list[float], float]:
@@ -284,8 +289,8 @@ def _scale(arrays: Sequence[np.ndarray]) -> tuple[list[int], list[float], list[f
     return shape, *statistics(moments.sums, moments.squares, num_values, str(first.dtype))
 
 
-def _checked(manifest: Manifest, settings: TarSettings) -> Manifest:
-    """The manifest, which says itself what the settings are for. Raises UserError where they say something else."""
+def _check_settings(manifest: Manifest | BucketedSet, settings: TarSettings) -> None:
+    """Raises UserError where settings say something else than the manifest, which says itself what they are for."""
     if settings.num_classes not in (None, len(manifest.classes)):
         raise UserError(
             f"data.num_classes: {settings.num_classes}, and the data set's manifest says {len(manifest.classes)}; "
@@ -297,4 +302,3 @@ def _checked(manifest: Manifest, settings: TarSettings) -> Manifest:
             f"{' x '.join(map(str, manifest.shape))}; leave it out: it is for tars without a manifest, and "
             "scoreray data pack --image-size makes a data set of another size"
         )
-    return manifest

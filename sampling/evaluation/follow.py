@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.errors import ScorerayError, StorageError, UserError
 from scoreray.data.fields.description import DataDescription
 from scoreray.data.fields.limits import is_picture
@@ -92,10 +93,13 @@ def check_evaluation(config: Config, data: DataDescription) -> None:
     info = ModelInfo.planned(config, run_fields(config.data, data, config.autoencoder))
     try:
         reference = data if section.reference is None else Manifest.at(section.reference)
+        if section.metrics and isinstance(reference, BucketedSet):
+            raise UserError(f"missing, and data.url is in buckets; give one of them, {reference.bucket_url(0)}")
     except ScorerayError as error:
         raise type(error)(f"evaluation.reference: {error}") from None
     drawn = data.shape if info.encoding is None else list(info.sample_shape)
-    if section.reference is not None and reference.shape != drawn:
+    info = info.at_shape(reference.shape)
+    if section.reference is not None and reference.shape not in (drawn, list(info.sample_shape)):
         raise UserError(
             f"evaluation.reference: {section.reference} has samples of shape {reference.shape}, the data set that is "
             f"trained on {drawn}"

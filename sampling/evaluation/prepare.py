@@ -48,6 +48,7 @@ def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     for name in filter(is_own, settings.metrics):
         load(name, "--metrics")
     model, reference = describe(settings.checkpoint, settings.ema), SampleReader(settings.reference)
+    model = replace(model, info=model.info.at_shape(reference.manifest.shape))
     inputs = EvaluationInputs(settings, model, reference, ExtractorChoice("identity"))
     extractor = choose_extractor(settings, reference.manifest, inputs.cache)
     choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)

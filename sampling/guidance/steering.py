@@ -227,7 +227,7 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
         return ClassifierFree(denoiser, guidance.weight, guidance.weights, negative)
     url = guidance.checkpoint or info.url
     weak = load(url, guidance.ema, device)
-    if weak.info.image_shape != info.image_shape:
+    if info.image_shape not in (weak.info.image_shape, *weak.info.image_shapes):
         raise UserError(
             f"--autoguide {url}: draws samples of shape {list(weak.info.image_shape)}, this model "
             f"{list(info.image_shape)}; a guide must be trained on the same data"

@@ -6,14 +6,15 @@ URLs, the same spellings of a length, and refuse in the same words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
+from scoreray.data.buckets.sizes import size_text
 from scoreray.data.classes import class_number
-from scoreray.data.errors import UserError
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import to_uint8
@@ -38,7 +39,8 @@ class ModelInfo:
     """Where a model comes from and what it draws. classes: of its one class condition, if it has one.
 
     image_shape: of what its network models. sample_shape: of what is drawn, which differs where a network of latents
-    has its samples decoded. raw: they are left as the latents that they are.
+    has its samples decoded. raw: they are left as the latents that they are. image_shapes: of a run on data in buckets,
+    in each, the one with the most samples first; image_shape is the one of them that is drawn.
     """
 
     url: str
@@ -50,13 +52,38 @@ class ModelInfo:
     conditions: Mapping[str, ConditionSpec] = field(default_factory=dict)
     target: TargetField | None = None
     raw: bool = False
+    image_shapes: tuple[tuple[int, ...], ...] = ()
 
     @staticmethod
     def planned(config: Config, fields: RunFields) -> ModelInfo:
         """Of a model that is yet to be trained on these fields."""
         length = config.ema.names[0]
         classes, shape = classes_of(fields.conditions), tuple(fields.shape)
-        return ModelInfo("", 0, length, shape, classes, config, fields.conditions, fields.target)
+        return ModelInfo("", 0, length, shape, classes, config, fields.conditions, fields.target, image_shapes=fields.shapes)
+
+    @property
+    def network_shape(self) -> tuple[int, ...]:
+        """What the network was built for, whichever of `image_shapes` is drawn."""
+        return self.image_shapes[0] if self.image_shapes else self.image_shape
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The `image_shape` of each size of samples that it can draw, by what `--size` calls it: WIDTHxHEIGHT."""
+        shapes = {shape: self._drawn(shape) for shape in self.image_shapes or (self.image_shape,)}
+        return {size_text(drawn[:0:-1]): shape for shape, drawn in shapes.items() if len(drawn) == 3}
+
+    def at_size(self, size: str | None) -> ModelInfo:
+        """The model that draws samples of this size; None for what it draws by default. Raises UserError."""
+        if size is None:
+            return self
+        if size not in self.sizes:
+            raise UserError(f"size {shortened(size)}: {nearest(size, self.sizes) or 'this model has none'}")
+        return replace(self, image_shape=self.sizes[size])
+
+    def at_shape(self, sample_shape: Sequence[int]) -> ModelInfo:
+        """The model that draws samples of this shape, if it is one of `image_shapes`; else as it is."""
+        found = (shape for shape in self.image_shapes if self._drawn(shape) == tuple(sample_shape))
+        return replace(self, image_shape=next(found, self.image_shape))
 
     @property
     def takes(self) -> str:
@@ -87,7 +114,15 @@ class ModelInfo:
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Of a sample as it is drawn: decoded, where the network models latents."""
-        return self.image_shape if self.encoding is None else tuple(self.encoding.of_shape)
+        return self._drawn(self.image_shape)
+
+    def _drawn(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`sample_shape` of an `image_shape`: latents of other buckets are of the same share of their pictures' sides."""
+        if self.encoding is None or shape == self.network_shape:
+            return shape if self.encoding is None else tuple(self.encoding.of_shape)
+        channels, *grid = self.encoding.of_shape
+        sides = zip(shape[1:], grid, self.network_shape[1:], strict=True)
+        return (channels, *(length * whole // part for length, whole, part in sides))
 
     @property
     def is_picture(self) -> bool:
@@ -180,4 +215,5 @@ def describe(url: str, ema: str | None = None) -> Description:
 def info_of(page: ModelManifest | Marker, url: str, ema: str, config: Config) -> ModelInfo:
     """What a page says of its model. config: the page's, loaded."""
     conditions, shape = conditions_of_page(page), tuple(page.image_shape)
-    return ModelInfo(url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target)
+    shapes = tuple(map(tuple, page.image_shapes))
+    return ModelInfo(url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target, image_shapes=shapes)

@@ -92,6 +92,7 @@ def model_to_export(
         page = ModelManifest(
             source.url, marker.images_seen, marker.image_shape, marker.classes, {}, marker.config,
             target=marker.target, conditions=marker.conditions, lineage=marker.lineage, own_code=marker.own_code,
+            image_shapes=marker.image_shapes,
         )  # fmt: skip
     if stored.is_lora and not adapters_alone:
         page = replace(page, config={**page.config, "lora": None})

@@ -122,13 +122,15 @@ def distance(exact: LoadedDenoiser, other: Callable[..., Tensor]) -> float:
 
 
 class Sized(nn.Module):
-    """A compiled network for batches of some sizes: others are padded to the next one, larger ones run uncompiled.
+    """A compiled network for batches of some sizes: others are padded to the next one, larger ones run uncompiled, and
+    so do samples of another `shape` (of a model of data in buckets).
 
     least: of a size, the rows from which on padding to it is quicker than running uncompiled; 1 where it is not known.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
         super().__init__()
+        self.shape = tuple(shape)
         self.network, self.sizes, self.least = network, list[int](), dict[int, int]()
         self.conditions: Conditions = getattr(network, "conditions", {})
         self._compiled = torch.compile(network, dynamic=False, options={"freezing": True})
@@ -138,7 +140,7 @@ class Sized(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         size = min((size for size in self.sizes if size >= len(x)), default=None)
-        if size is None or len(x) < self.least.get(size, 1):
+        if size is None or tuple(x.shape[1:]) != self.shape or len(x) < self.least.get(size, 1):
             return self.network(x, c_noise, condition)
         given = as_condition(condition, self.conditions)
         if self.conditions:  # one graph only, which reads no text: samplers have it read before their first step
@@ -155,7 +157,7 @@ def _compiled(denoiser: Denoiser, loaded: LoadedDenoiser, sizes: Sequence[int], 
     Raises UserError where it can't be compiled and `limit_s` is infinite.
     """
     assert isinstance(denoiser.network, nn.Module)
-    sized = Sized(copy.deepcopy(denoiser.network)).eval()
+    sized = Sized(copy.deepcopy(denoiser.network), loaded.info.image_shape).eval()
     fast = Denoiser(sized, denoiser.parameterization, denoiser.sigma_data).eval()
     failures: list[Exception] = []
     deadline = time.monotonic() + limit_s

@@ -79,7 +79,7 @@ def build_model(
 
 def _build(info: ModelInfo) -> LoadedDenoiser | LoadedMachine:
     config = info.config
-    network = build_network(config.network, info.image_shape, info.conditions)
+    network = build_network(config.network, info.network_shape, info.conditions)
     if isinstance(network, BoltzmannMachine):
         return LoadedMachine(network, info)
     denoiser = LoadedDenoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)

@@ -54,6 +54,7 @@ class Request:
     conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
     null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out. prompt: a
     text for those conditions that take one, or a class (`model.prompts`).
+    size: WIDTHxHEIGHT, of a model of data in buckets; None draws what most of its samples were.
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
 
@@ -70,6 +71,7 @@ class Request:
     conditions: dict[str, str] = field(default_factory=dict)
     conditions_from: ConditionsFrom | None = None
     prompt: str | None = None
+    size: str | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -110,6 +112,10 @@ class Request:
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
         from noise at the largest level.
         """
+        try:
+            info = info.at_size(self.size)
+        except UserError as error:
+            raise RequestError(f"--{error}", "size") from None
         if info.is_machine:
             return self._for_machine(info)
         request = self.with_prompt(info)

@@ -72,6 +72,7 @@ def begin(
     if raw:
         model.info = model.info.as_latents()
     request = replace(request.fitted(model.info), guidance=request.guided)
+    model.info = model.info.at_size(request.size)
     prepare(model, request)  # finds, with the next line, what does not fit before anything is written
     conditions = SampleConditions(request, model.info)
     try:

@@ -117,7 +117,7 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     request = fields["request"]
     del request["batch_size"]
     request["guidance"] = asdict(job.request.guided)
-    for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"),
+    for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"), (request, "size"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
                         (fields, "conditions_sha256"), (fields, "raw")):  # fmt: skip
         if not where[name]:

@@ -155,6 +155,13 @@ class SampleBody(DrawFields):
             "without such a class's name; an empty one of a model that takes neither"
         ),
     ] = None
+    size: Annotated[
+        str | None,
+        Field(
+            max_length=16,
+            description="of samples, WIDTHxHEIGHT, one of `sizes` of `/v1/model`; if left out, the first of them",
+        ),
+    ] = None
     class_label: Annotated[
         int | Annotated[str, Field(max_length=256)] | None,
         Field(
@@ -176,7 +183,7 @@ class SampleBody(DrawFields):
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
         fields = self.model_dump(exclude={"stream", "previews", "idempotency_key", "condition"})
-        for name in ("adapter", "prompt", "negative_prompt"):
+        for name in ("adapter", "prompt", "negative_prompt", "size"):
             if fields[name] is None:
                 del fields[name]  # as of versions that did not know it, whose keys are stored
         found = hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode())
@@ -194,7 +201,10 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     """A body as a checked request to a model. Raises Refused. Counts calls for milliseconds: not on an event loop."""
     if body.count > limits.max_count:
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
-    info = served.info
+    try:
+        info = served.info.at_size(body.size)
+    except UserError as error:
+        raise Refused("invalid", str(error), field="size") from None
     body = _with_prompt(body, info)
     negative = condition_of(_prompted(body.negative_prompt, info, "negative_prompt"), info.conditions)
     format_ = body.format or ("png" if info.is_picture else "npy")

@@ -90,6 +90,7 @@ class ServedModel:
             "emas": list(self.emas),
             "adapters": list(self.adapters),
             "shape": list(info.sample_shape),
+            "sizes": list(info.sizes),
             "pictures": info.is_picture,
             "target": _target(info),
             "conditions": {

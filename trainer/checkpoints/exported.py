@@ -76,7 +76,7 @@ class ExportedFile:
 @dataclass(frozen=True)
 class ModelManifest:
     """model.json. checkpoint: the URL of what was exported. files: by EMA length. config: of the run.
-    target, conditions, lineage, own_code: as of the checkpoint's marker."""
+    target, conditions, lineage, own_code, image_shapes: as of the checkpoint's marker."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -91,6 +91,7 @@ class ModelManifest:
     conditions: dict[str, ConditionSpec] | None = None
     lineage: list[Ancestor] = field(default_factory=list)
     own_code: dict[str, Sha256] = field(default_factory=dict)
+    image_shapes: list[list[Number]] = field(default_factory=list)
 
     def to_json(self) -> bytes:
         """For people too: a field a line; sealed."""

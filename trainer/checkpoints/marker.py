@@ -80,6 +80,7 @@ class Marker:
 
     config: of the run, as `Config.model_dump` gives it.  shapes: of every parameter.  state_keys: what is stored of
     each beside its master.  image_shape, classes, data: of what it was trained on; data is None in format 1.
+    image_shapes: of data in buckets, the shape in each; image_shape is the first of them.
     time: when it was committed, seconds since 1970.  target, conditions: what is modelled, and what conditions it; None
     of earlier versions, which means the images as they are and the classes.  frozen: parameters that were not trained,
     of which only the master is stored.  lineage: what the run began from, what that began from, and so on.
@@ -98,6 +99,7 @@ class Marker:
     world_size: Annotated[int, Field(ge=1)]
     time: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     image_shape: list[Number] = field(default_factory=list)
+    image_shapes: list[list[Number]] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     data: DataSet | None = None
     skipped_steps: Number = 0
@@ -177,9 +179,11 @@ class Marker:
 
 
 def page_fields(page: Any) -> dict[str, Any]:
-    """`asdict` of a dataclass that has a `target`: without the key `encoding` of a target that no encoder made, as
-    before there was one, so that earlier versions read it."""
+    """`asdict` of a dataclass that has a `target`: without the key `encoding` of a target that no encoder made, and
+    without `image_shapes` where there is one, as before there were any, so that earlier versions read it."""
     found = asdict(page)
+    if not found["image_shapes"]:
+        del found["image_shapes"]
     if found["target"] is not None and found["target"]["encoding"] is None:
         del found["target"]["encoding"]
     return found

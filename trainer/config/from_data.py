@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.errors import UserError, printable
 from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import Manifest
@@ -52,7 +53,7 @@ class _Draft:
         return "\n".join(lines) + "\n"
 
 
-def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardware) -> str:
+def suggested_config(url: str, data: Manifest | BucketedSet, samples: Tensor, machine: Hardware) -> str:
     """YAML of a config that trains on the data set at `url` here. samples: some of the target's, as they are stored."""
     draft, target = _Draft(), data.target
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name).strip("-._")[:80] or "mine"
@@ -62,6 +63,9 @@ def suggested_config(url: str, data: Manifest, samples: Tensor, machine: Hardwar
     batch = _workers(draft, data, len(found.shape) - 1, machine)
     _noise(draft, found, samples)
     network, reasons = network_for(found.shape, target, machine)
+    if isinstance(data, BucketedSet) and network["kind"] == "dit":
+        network["positions"] = "fixed"
+        reasons.append("fixed codes of positions: the buckets are of several sizes")
     draft.add("network", network, *reasons)
     _training(draft, data, batch, machine)
     kept = f"{data.num_samples:,} samples of {' x '.join(map(str, found.shape))} ({target.name}, {target.dtype})"
@@ -83,7 +87,7 @@ def _storage(url: str) -> str:
     return f"{'/'.join(open_store(url).url().split('/')[:3])}/runs"
 
 
-def _data(draft: _Draft, url: str, data: Manifest, target: Field) -> DataSection:
+def _data(draft: _Draft, url: str, data: Manifest | BucketedSet, target: Field) -> DataSection:
     """The section `data`: the target, how it is normalised, and a condition for every other field that can be one."""
     where = local_path(url)
     values: dict[str, Any] = {"url": open_store(url).url() if where is None else str(where.absolute())}
@@ -159,7 +163,7 @@ def _condition(one: Field) -> tuple[dict[str, Any], str]:
     return {"field": one.name, "normalisation": chosen}, f"{kind}; {why.replace('0 and 0.5', '0 and 1').split(';')[0]}"
 
 
-def _workers(draft: _Draft, data: Manifest, axes: int, machine: Hardware) -> int:
+def _workers(draft: _Draft, data: Manifest | BucketedSet, axes: int, machine: Hardware) -> int:
     """`scaling`, and the global batch, which is returned: a power of two that no data set is smaller than."""
     workers = _power_of_two(machine.num_gpus or min(MOST_WORKERS, machine.cores))
     batch = SCALES[machine.device].batch[axes] * workers
@@ -195,7 +199,7 @@ def _noise(draft: _Draft, found: RunFields, samples: Tensor) -> None:
     draft.add("objective", values, *reasons)
 
 
-def _training(draft: _Draft, data: Manifest, batch: int, machine: Hardware) -> None:
+def _training(draft: _Draft, data: Manifest | BucketedSet, batch: int, machine: Hardware) -> None:
     least, most = SCALES[machine.device].images
     images = max(least, min(most, EPOCHS * data.num_samples))
     rate = 3e-4 if draft.sections["network"]["kind"] == "dit" else 1e-3

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pydantic import ConfigDict
 from torch import Tensor
 
+from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.distances import largest_distance
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.fields.description import DataDescription
@@ -68,9 +69,10 @@ class TargetField:
 class RunFields:
     """What a run models and what conditions it, resolved against its data.
 
-    shape: of a sample of the target, as the network sees it.  conditions: what the network is built for, by name;
-    sources: the field that each is read from; dropout: the share of samples that lose each on its own.  requests: what
-    a stream reads.
+    shape: of a sample of the target, as the network sees it; of data in buckets, in the one with the most samples.
+    shapes, shares: of each bucket's samples, and what share of all it holds; none where all are of one shape.
+    conditions: what the network is built for, by name; sources: the field that each is read from; dropout: the share of
+    samples that lose each on its own.  requests: what a stream reads.
     mean, std: of each channel of the target as the network sees it; sigma_data: of all its values.
     """
 
@@ -83,6 +85,8 @@ class RunFields:
     sources: dict[str, str] = field(default_factory=dict)
     dropout: dict[str, float] = field(default_factory=dict)
     requests: tuple[FieldRequest, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[float, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -110,12 +114,15 @@ def run_fields(section: DataSection, data: DataDescription, autoencoder: Autoenc
     source, target = _target(section, known, default)
     if autoencoder is not None:
         target = _decoded_by(autoencoder, section, source, target)
+    shapes = _shapes(source, data)
     conditions, sources, dropout = dict[str, ConditionSpec](), dict[str, str](), dict[str, float]()
     requests, mistakes = [FieldRequest(source.name)], list[str]()
     for name, one in _sections(section, known).items():
         key = f"data.conditions.{name}"
         try:
             spec, request = _condition(key, name, one, known, source)
+            if shapes and (spec.kind == "concat" or _shapes(known[request.field], data)):
+                raise UserError(f"{key}: field '{request.field}' has one size, and the data set's buckets have several")
             if request.field in sources.values():
                 raise UserError(f"{key}: field '{request.field}' conditions the network already, under another name")
         except UserError as error:
@@ -133,7 +140,18 @@ def run_fields(section: DataSection, data: DataDescription, autoencoder: Autoenc
     else:
         mean, std, sigma_data = _scale(source, target.normaliser)
     shape = list(source.drawn_shape) or [1]
-    return RunFields(target, shape, mean, std, sigma_data, conditions, sources, dropout, tuple(requests))
+    shares = (
+        tuple(count / sum(data.counts) for count in data.counts) if isinstance(data, BucketedSet) and shapes else ()
+    )
+    return RunFields(
+        target, shape, mean, std, sigma_data, conditions, sources, dropout, tuple(requests), shapes, shares
+    )
+
+
+def _shapes(of: Field, data: DataDescription) -> tuple[tuple[int, ...], ...]:
+    """Of a field in each bucket; none where all are the same."""
+    found = data.shapes_of(of.name) if isinstance(data, BucketedSet) and not of.is_varying else []
+    return tuple(map(tuple, found)) if any(one != found[0] for one in found) else ()
 
 
 def _sections(section: DataSection, known: Mapping[str, Field]) -> dict[str, ConditionSection]:

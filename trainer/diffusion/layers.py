@@ -190,13 +190,17 @@ def cropped(x: Tensor, grid: Sequence[int]) -> Tensor:
     return x
 
 
-def grid_code(grid: Sequence[int], channels: int) -> Tensor:
+def grid_code(
+    grid: Sequence[int], channels: int, *, centred: bool = False, device: torch.device | None = None
+) -> Tensor:
     """Sines and cosines [product of grid, channels] of the place along each axis: where learned positions start.
 
+    centred: places are counted from the middle, so that grids of several sizes have the same codes there.
     Channels that the axes can't share out are 0.
     """
-    frequencies = 100.0 ** -torch.linspace(0, 1, channels // (2 * len(grid)))
-    places = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    frequencies = 100.0 ** -torch.linspace(0, 1, channels // (2 * len(grid)), device=device)
+    axes = [torch.arange(length, device=device) - ((length - 1) / 2 if centred else 0) for length in grid]
+    places = torch.meshgrid(*axes, indexing="ij")
     phases = [axis.flatten()[:, None] * frequencies for axis in places]
     code = torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], dim=1) / math.sqrt(2)
     return F.pad(code, (0, channels - code.shape[1]))

@@ -40,6 +40,8 @@ class DiTConfig(BaseNetworkConfig):
     signal or a volume as many as its one or three axes give.
     mlp_ratio: hidden width of a block's MLP, in units of hidden_size.
     activation_checkpointing: keep only each block's input for the backward pass; a third more work, far less memory.
+    positions: what is added to each token for its place: "learned" for a grid of one size, from sines and cosines on;
+    "fixed" takes these as they are, counted from the middle, and so samples of any size (Esser 2024, section 5.3.2).
     text_encoder: of text conditions.
     """
 
@@ -50,6 +52,7 @@ class DiTConfig(BaseNetworkConfig):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     activation_checkpointing: bool = False
+    positions: Literal["learned", "fixed"] = "learned"
     text_encoder: AnyTextEncoder = field(default=TextEncoderConfig())
     kind: Literal["dit"] = field(default="dit", kw_only=True)
 
@@ -109,8 +112,9 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """network(x [B, C, *grid], c_noise [B], condition or None) -> [B, C, *grid], in x's dtype.
 
-    The grid, of 1, 2 or 3 dimensions, is that of `image_shape` (C, *grid); one that patch_size does not divide is
-    filled up with zeros inside. The output is 0 before training. Raises UserError when the config or x does not fit.
+    The grid, of 1, 2 or 3 dimensions, is that of `image_shape` (C, *grid), or with fixed positions any of as many; one
+    that patch_size does not divide is filled up with zeros inside. The output is 0 before training. Raises UserError
+    when the config or x does not fit.
     Peebles and Xie 2023, with the query-key norm of Dehghani 2023.
     """
 
@@ -121,7 +125,8 @@ class DiT(nn.Module):
         self.conditions, self.image_shape = conditions_of(conditions), (channels, *grid)
         width, patch = config.hidden_size, config.patch_size ** len(grid)
         self.patch_in = nn.Linear(channels * patch, width)
-        self.positions = nn.Parameter(grid_code(num_patches(grid, config.patch_size), width))
+        learned = config.positions == "learned"
+        self.positions = nn.Parameter(grid_code(num_patches(grid, config.patch_size), width)) if learned else None
         self.embedding = Conditioning(
             self.conditions,
             SINUSOID_CHANNELS,
@@ -147,11 +152,16 @@ class DiT(nn.Module):
         return self.embedding.encode(condition)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
-        check_call(x, c_noise, tuple(x.shape[1:]) == self.image_shape, str(self.image_shape))
+        fits, built_for = tuple(x.shape[1:]) == self.image_shape, str(self.image_shape)
+        if self.positions is None:
+            fits = x.ndim == 1 + len(self.image_shape) and x.shape[1] == self.image_shape[0]
+        elif not fits:
+            built_for += "; network.positions=fixed takes samples of any size"
+        check_call(x, c_noise, fits, built_for)
         given: Conditioned = self.embedding(c_noise, condition, x.shape[2:])
         patches = to_patches(x.to(self.patch_in.weight.dtype), self.config.patch_size)
         h = self.patch_in(patches.flatten(2).mT)
-        h = h + self.positions.to(h.dtype)
+        h = h + self._places(x).to(h.dtype)
         if self.grid_in is not None and given.grids is not None:
             h = h + self.grid_in(to_patches(given.grids, self.config.patch_size).flatten(2).mT)
         recompute = self.config.activation_checkpointing and self.training
@@ -162,6 +172,13 @@ class DiT(nn.Module):
         shift, scale = self.modulation_out(given.embedding)[:, None].chunk(2, dim=2)
         h = self.patch_out(modulated(h, shift, scale))
         return from_patches(h.mT.reshape(patches.shape), self.config.patch_size, x.shape[2:]).to(x.dtype)
+
+    def _places(self, x: Tensor) -> Tensor:
+        """What is added to the tokens of x for their places."""
+        if self.positions is not None:
+            return self.positions
+        counts = num_patches(x.shape[2:], self.config.patch_size)
+        return grid_code(counts, self.config.hidden_size, centred=True, device=x.device)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.packing.verify import verify
-from scoreray.data.reading.pictures import fit
+from scoreray.data.reading.pictures import Fitting, fit
 from scoreray.data.reading.samples import read_samples
 from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.store import open_store
@@ -55,7 +55,7 @@ def test_tars_are_made_into_new_ones_with_their_labels(
     assert (manifest.num_samples, manifest.shape, manifest.class_counts) == (60, [3, 16, 16], [15] * 4)
     assert verify(target) == []
     for n, image in enumerate(read_samples(target, range(60)).numpy()):
-        assert (image.transpose(1, 2, 0) == np.asarray(fit(photo(n), 16))).all()
+        assert (image.transpose(1, 2, 0) == np.asarray(fit(photo(n), Fitting(16, 16), "photo"))).all()
     with Stream(target, global_batch_size=20, rank=0, world_size=1, seed=0) as stream:
         for batch in itertools.islice(stream, 3):
             assert (batch.labels == batch.index % 4).all()

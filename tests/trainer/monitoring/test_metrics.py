@@ -147,7 +147,7 @@ def test_the_matmul_rate_is_one_that_products_reach() -> None:
 def test_what_a_stream_counts_reaches_the_metrics() -> None:
     """Hedged and repeated reads are the first sign of a failing store; the run goes on, so nothing else shows it."""
     meter, shown = StepMeter(1, torch.device("cpu")), list[TrainingProgress]()
-    meter.add(torch.ones(4), torch.ones(4))
+    meter.add(torch.ones(4), torch.ones(4), (8, 8))
     counted = {"retries": 1, "hedged": 2, "rereads": 3, "cache_hits": 4, "cache_misses": 5}
     reads = ReadStats(num_retries=1, num_hedges=2, num_rereads=3, cache_hits=4, cache_misses=5)
     meter.record(4, 1e-3, 1.0, 0, 0, reads)
