@@ -72,13 +72,14 @@ class ImagesBody(DrawFields):
             raise Refused("too_many", f"n = {count}: at most {limits.max_count} in one request", field="n")
         if self.stream and count > 1:
             raise Refused("invalid", f"n = {count}: a stream has one picture; leave n or stream out", field="n")
-        if self.size not in (None, "auto", size := size_of(served)):
-            message = f"size = {self.size}: this model draws {size}; give that, or auto"
+        size = None if self.size == "auto" else self.size
+        if size not in (None, *served.info.sizes):
+            message = f"size = {self.size}: this model draws {' or '.join(served.info.sizes)}; give that, or auto"
             raise Refused("invalid", message, field="size")
         shared = {name: getattr(self, name) for name in DrawFields.model_fields}
         stream = bool(self.stream and self.partial_images)  # of the draw: without previews its answer is one message
         return SampleBody.model_construct(
-            **shared, prompt=self.prompt, count=count, class_label=None, format=self.output_format or "png",
+            **shared, prompt=self.prompt, count=count, class_label=None, size=size, format=self.output_format or "png",
             stream=stream, previews=self.partial_images or 1,
         )  # fmt: skip
 
@@ -102,7 +103,7 @@ class ImagesForm:
             "background": "opaque",
             "output_format": body.output_format or "png",
             "quality": body.quality or "auto",
-            "size": size_of(served),
+            "size": body.size if body.size in served.info.sizes else size_of(served),
         }
 
     def whole(self, answer: SampleAnswer, request_id: str) -> Response:
