@@ -103,7 +103,7 @@ class BatchStream(abc.ABC):
         self._pin_memory, self._quarantine = pin_memory, quarantine
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()  # in C: no work for the consumer
         self._slots = threading.Semaphore(prefetch_batches)
-        self._stop: threading.Event = threading.Event() if part_of is None else part_of._stop
+        self.stopping: threading.Event = threading.Event() if part_of is None else part_of.stopping
         self._producer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -119,7 +119,7 @@ class BatchStream(abc.ABC):
         """The next batch. Waits for it if it is not there yet; the waiting is counted in stats.stall_s."""
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
+        if self.stopping.is_set():
             raise StopIteration
         if self._producer is None:  # only now: a stream may be made before a fork
             self._producer = threading.Thread(target=self._produce, name="scoreray-stream", daemon=True)
@@ -145,7 +145,7 @@ class BatchStream(abc.ABC):
 
     def close(self) -> None:
         """Ends the prefetching. The position stays readable."""
-        self._stop.set()
+        self.stopping.set()
         if self._producer is not None:
             self._producer.join(timeout=30)
 
@@ -177,7 +177,7 @@ class BatchStream(abc.ABC):
             self._hand_over(error)
 
     def _hand_over(self, ready: Batch | BaseException) -> None:
-        while not self._stop.is_set():
+        while not self.stopping.is_set():
             if self._slots.acquire(timeout=0.2):
                 self._ready.put(ready)
                 return

@@ -175,7 +175,7 @@ class Stream(BatchStream):
     def batches(self, start: int) -> Iterator[Batch]:
         decoders = ThreadPoolExecutor(self._num_decoders, "scoreray-decode") if self._num_decoders > 1 else None
         try:
-            for rows in self._rows.batches(self._blocks, start, self._stop):
+            for rows in self._rows.batches(self._blocks, start, self.stopping):
                 yield self._batch(rows, decoders)
         finally:
             if decoders:

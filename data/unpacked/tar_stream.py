@@ -148,7 +148,7 @@ class TarStream(BatchStream):
             webdataset.batched(self.lanes.batch_size, collation_fn=None),
         )
         for samples in pipeline:
-            if self._stop.is_set():  # what is still shuffled is not wanted
+            if self.stopping.is_set():  # what is still shuffled is not wanted
                 return
             yield self._batch(samples, self.lanes.positions(start, 1))
             start += self.lanes.global_batch_size
@@ -175,7 +175,7 @@ class TarStream(BatchStream):
             number, end = visit.tar * STRIDE, (visit.tar + 1) * STRIDE
             try:
                 for found in TarSamples(tape, self.tars.settings.num_classes != 0, NO_CLASSES):
-                    if self._stop.is_set():
+                    if self.stopping.is_set():
                         return
                     if number == end:
                         raise DataError(f"byte {tape.position}: over {STRIDE:,} samples in a tar are not read")
