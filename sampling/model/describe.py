@@ -59,7 +59,9 @@ class ModelInfo:
         """Of a model that is yet to be trained on these fields."""
         length = config.ema.names[0]
         classes, shape = classes_of(fields.conditions), tuple(fields.shape)
-        return ModelInfo("", 0, length, shape, classes, config, fields.conditions, fields.target, image_shapes=fields.shapes)
+        return ModelInfo(
+            "", 0, length, shape, classes, config, fields.conditions, fields.target, image_shapes=fields.shapes
+        )
 
     @property
     def network_shape(self) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ class ModelInfo:
         return self._drawn(self.image_shape)
 
     def _drawn(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`sample_shape` of an `image_shape`: latents of other buckets are of the same share of their pictures' sides."""
+        """`sample_shape` of an `image_shape`: latents of each bucket are of the same share of their pictures' sides."""
         if self.encoding is None or shape == self.network_shape:
             return shape if self.encoding is None else tuple(self.encoding.of_shape)
         channels, *grid = self.encoding.of_shape
@@ -216,4 +218,6 @@ def info_of(page: ModelManifest | Marker, url: str, ema: str, config: Config) ->
     """What a page says of its model. config: the page's, loaded."""
     conditions, shape = conditions_of_page(page), tuple(page.image_shape)
     shapes = tuple(map(tuple, page.image_shapes))
-    return ModelInfo(url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target, image_shapes=shapes)
+    return ModelInfo(
+        url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target, image_shapes=shapes
+    )
