@@ -233,7 +233,7 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
             f"{list(info.image_shape)}; a guide must be trained on the same data"
         )
     for condition, spec in weak.info.conditions.items():
-        if info.conditions.get(condition) != spec:
+        if not spec.same_values(info.conditions.get(condition)):
             what = "other classes" if spec.kind == "class" else f"another condition '{condition}'"
             raise UserError(f"--autoguide {url}: knows {what} than this model; take a guide of the same data")
     if weak.info.target and info.target and weak.info.target.normaliser != info.target.normaliser:
