@@ -30,6 +30,7 @@ from scoreray.cluster.verbs.encode import OBJECT_STORE_BYTES, pipeline
 from scoreray.data import own_code
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.packing.pack import pack
+from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.reading.stream import Stream
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions, plan_encoding
@@ -96,18 +97,18 @@ def planned(url: str, out: Path, encoder: str) -> EncodePlan:
 
 
 def rate(plan: EncodePlan, actors: int) -> float:
-    """Samples a second from when each actor has made two shards."""
+    """Samples a second, by when shards were stored, without the first third: processes start meanwhile."""
     from ray.data import ActorPoolStrategy
 
-    warm, times = 2 * actors + 1, list[float]()
-
-    def timed(plan: EncodePlan, numbers: Sequence[int]) -> Iterator[object]:
+    def made(plan: EncodePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         for _ in pipeline(plan, numbers, ActorPoolStrategy(size=actors)):
-            times.append(time.perf_counter())
-        yield from in_this_process(plan, numbers)
+            pass
+        return in_this_process(plan, numbers)  # they are there
 
-    carry_out_encoding(plan, timed)  # type: ignore[arg-type]
-    return SHARD * (len(times) - 1 - warm) / (times[-1] - times[warm])
+    manifest = carry_out_encoding(plan, made)
+    stored = sorted((Path(plan.url) / shard.name).stat().st_mtime for shard in manifest.shards)
+    warm = len(stored) // 3
+    return SHARD * (len(stored) - 1 - warm) / (stored[-1] - stored[warm])
 
 
 def loop(folder: Path, shards: int, rounds: int) -> None:

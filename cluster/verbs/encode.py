@@ -24,7 +24,7 @@ from scoreray.data.storage.store import open_store
 from scoreray.data.threads import map_in_threads
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions, plan_encoding
 from scoreray.sampling.encoding.job import carry_out_encoding, in_this_process
-from scoreray.sampling.encoding.plan import Chunk, EncodePlan
+from scoreray.sampling.encoding.plan import EncodePlan, SampleChunk
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 
 if TYPE_CHECKING:
@@ -209,5 +209,5 @@ def _rows(batch: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return [{name: column[i] for name, column in batch.items()} for i in range(len(batch["shard"]))]
 
 
-def _chunk(row: Mapping[str, Any]) -> Chunk:
-    return Chunk(int(row["shard"]), int(row["first"]), int(row["size"]))
+def _chunk(row: Mapping[str, Any]) -> SampleChunk:
+    return SampleChunk(int(row["shard"]), int(row["first"]), int(row["size"]))

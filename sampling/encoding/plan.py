@@ -36,7 +36,7 @@ OVERFLOW = "; float16 ends at 65504: --dtype bfloat16 or float32"
 
 
 @dataclass(frozen=True)
-class Chunk:
+class SampleChunk:
     """Samples [first, first + size) of the source, which go to shard `shard`."""
 
     shard: int
@@ -126,25 +126,25 @@ class EncodePlan:
         batches = max(1, CHUNK_BYTES // ((read + made) * self.batch_size))
         return self.batch_size * min(batches, math.ceil(self.samples_per_shard / self.batch_size))
 
-    def chunks(self, number: int) -> list[Chunk]:
+    def chunks(self, number: int) -> list[SampleChunk]:
         """Those of a shard: of each one as many; of the last one some may be empty."""
         begin, rows = number * self.samples_per_shard, self.chunk_rows
         end = min(begin + self.samples_per_shard, self.num_samples)
         count = math.ceil(self.samples_per_shard / rows)
         firsts = [begin + i * rows for i in range(count)]
-        return [Chunk(number, first, max(0, min(rows, end - first))) for first in firsts]
+        return [SampleChunk(number, first, max(0, min(rows, end - first))) for first in firsts]
 
     def _decoder(self) -> FieldDecoder:
         """Of the fields that are encoded."""
         names = dict.fromkeys(one.of for one in self.encoders)
         return FieldDecoder(self.source.manifest, [FieldRequest(name) for name in names])
 
-    def read(self, chunk: Chunk) -> Columns:
+    def read(self, chunk: SampleChunk) -> Columns:
         """The decoded fields that are encoded. Raises DataError (shard, sample, offset), StorageError."""
         decoder, numbers = self._decoder(), range(chunk.first, chunk.first + chunk.size)
         return as_columns(self.source.read_arrays(numbers, decoder) if numbers else decoder.empty(0))
 
-    def encode(self, chunk: Chunk, read: Columns) -> Columns:
+    def encode(self, chunk: SampleChunk, read: Columns) -> Columns:
         """What encoders make of a chunk, filled up with zeros to `chunk_rows`. Raises UserError, DataError."""
         manifest = self.source.manifest
         encoder = BatchEncoder(manifest, self.encoders, self.batch_size, self.seed, self.device)

@@ -45,17 +45,19 @@ def test_actors_make_the_bytes_of_one_process_and_go_on_after_a_mistake(
 def test_kills_at_ten_points_end_in_the_same_bytes(small_set: str, tiny_vae: str, tmp_path: Path) -> None:
     """By SIGKILL and Ctrl-C in turn, with one and two actors in turn."""
     wanted = ["--encoder", f"diffusers={tiny_vae}", "--field", "image", "--to", "latent"]
-    sizes = ["--batch-size", "2", "--samples-per-shard", "4", "--device", "cpu"]
+    sizes = ["--batch-size", "1", "--samples-per-shard", "1", "--device", "cpu"]
 
     def command(out: str, actors: int) -> list[str]:
         verb = [sys.executable, "-m", "scoreray.cluster.cli", "data", "encode", small_set, str(tmp_path / out)]
         return [*verb, *wanted, *sizes, "--actors", str(actors)]
 
     subprocess.run(command("whole", 0), check=True)
+    packing = tmp_path / "killed/packing"
     for kill in range(10):
+        before = len(list(packing.glob("0*")))
         with subprocess.Popen(command("killed", 1 + kill % 2), stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
-            while len(list((tmp_path / "killed/packing").glob("0*"))) <= kill:
+            while len(list(packing.glob("0*"))) <= before:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.01)
             process.send_signal((signal.SIGKILL, signal.SIGINT)[kill % 2])
