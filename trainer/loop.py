@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from scoreray.data.errors import Unanswered
-from scoreray.data.own_code import code_hashes
+from scoreray.data.own_code import code_hashes, own_mistake
 from scoreray.data.reading.batches import Batch
 from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
@@ -115,6 +115,10 @@ def train(
                 if skipped > config.optimizer.skip_nonfinite:
                     raise
                 note(f"step to {images_seen:,} images skipped ({skipped} of optimizer.skip_nonfinite): {error}")
+            except (Exception, SystemExit) as error:
+                if (mistake := own_mistake(error, marker.config)) is not None:
+                    raise mistake from None
+                raise
 
             decided = vote.cast(requested())
             last = images_seen >= total or decided >= LoopRequest.SAVE

@@ -15,6 +15,7 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
+from scoreray.trainer.dry_run import dry_run
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
@@ -28,8 +29,9 @@ class PreparedRun:
 
     fields: what of the data is modelled, and what conditions it.
     newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
-    the scale of the data; "" where it is what the model expects.  notes: what tars without a manifest don't promise,
-    and what is new beside the weights that the run begins from.  initial: where these are; None of a run that goes on.
+    the scale of the data; "" where it is what the model expects.  notes: what was not tried, what tars without a
+    manifest don't promise, and what is new beside the weights that the run begins from.  initial: where these are; None
+    of a run that goes on.
     """
 
     config: Config
@@ -50,7 +52,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     _check_trackers(config)
     data = open_run_data(config, patient=False)
     fields = run_fields(config.data, data, config.autoencoder)
-    meta_module(config, fields)
+    unrun = dry_run(config, fields, meta_module(config, fields))
     _check_autoencoder(config, fields)
     run = run_store(config)
     run.check_writable()
@@ -61,7 +63,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
         if newest.marker.is_lora:
             find_base(newest.url, newest.marker)
     initial = find_initial(config) if newest is None else None
-    notes = list(data.notes()) if isinstance(data, UnpackedTars) else []
+    notes = [*([unrun] if unrun else []), *(data.notes() if isinstance(data, UnpackedTars) else ())]
     if initial is not None:
         new = initial_weights(initial, config, fields)
         notes.append(begins_from(initial, new))

@@ -92,14 +92,17 @@ class TrainingModule(nn.Module):
         given = self._given(condition, positions)
         probes = self.objective.draw_probes(self.seed, positions, shape, x0.dtype)
         batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, given, probes, positions, self.chains)
-        error = self.objective.error(self.denoiser, batch)
-        return self.weighting(error, sigma).float(), sigma.float()
+        error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
+        loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
+        return loss.float(), sigma.float()
 
     def _sigma(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         batch = self.global_batch_size
         if self.chains is not None:  # a persistent chain stays at its noise level, so its samples come at that one
             positions, batch = positions % self.chains.count, self.chains.count
-        return sample_sigma(self.objective.sigma_sampling, self.process, self.seed, positions, batch, dtype)
+        sampling = self.objective.sigma_sampling
+        sigma = sample_sigma(sampling, self.process, self.seed, positions, batch, dtype)
+        return one_per_sample("sigma_sampling", sampling, sigma, positions)
 
     def _given(self, condition: AnyCondition, positions: Tensor) -> Condition | None:
         """The condition as the network sees it: changed with the images, normalised, dropped in some rows."""
@@ -135,6 +138,15 @@ class TrainingModule(nn.Module):
                 gone = noise.uniform(self.seed, positions, stream=noise.STREAM_CONDITION_DROPOUT + number) < rate
                 rows[name] = rows[name] | gone if name in rows else gone
         return condition.drop(rows) if rows else condition
+
+
+def one_per_sample(what: str, part: Any, found: Any, rows: Tensor) -> Tensor:
+    """`found`, one number for each of the rows [B]; [B, 1] would be broadcast to a number for each pair of samples.
+    Raises UserError where a part of somebody else's gave anything else."""
+    if isinstance(found, Tensor) and found.shape == rows.shape:
+        return found
+    given = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise UserError(f"{what}: kind '{part.kind}' gave {given}; {list(rows.shape)} is needed, a number for each sample")
 
 
 class MachineModule(nn.Module):

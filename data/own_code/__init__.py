@@ -13,8 +13,12 @@ from scoreray.data.own_code.gate import (
     line_of,
     load,
     name_in_command,
+    or_own,
+    own_kinds,
+    own_mistake,
     py_modules,
     require,
+    with_words,
 )
 
 __all__ = [
@@ -30,6 +34,10 @@ __all__ = [
     "line_of",
     "load",
     "name_in_command",
+    "or_own",
+    "own_kinds",
+    "own_mistake",
     "py_modules",
     "require",
+    "with_words",
 ]

@@ -19,7 +19,9 @@ import os
 import re
 import socket
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
@@ -27,13 +29,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 
 VARIABLE = "SCORERAY_WITH"
 GROUP = "scoreray"  # of entry points
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 OURS = "scoreray"
 PARTS_OF_OURS = ("scoreray.data.shapes:MatchesCaption",)  # no other name in our package is a part: `bring` is in it too
+COLLECTIVES = ("torch.distributed", "deepspeed")
+DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, compared as text: nothing here needs torch
 SHOWN_PATHS = 6  # of sys.path, in a message
 
 _paths: dict[str, str] = {}  # package -> where it is, of those brought by a path
@@ -45,12 +49,19 @@ def is_own(kind: Any) -> bool:
     return isinstance(kind, str) and NAME.fullmatch(kind) is not None
 
 
+def or_own(kind: str) -> str:
+    """The end of a message about an unknown kind that has some mark of a part of somebody else's, and not its form."""
+    return "; a part of yours is written package.module:Name" if re.search(r"[.:/]", kind) else ""
+
+
 def bring(entries: Sequence[str]) -> None:
     """Lets packages be imported: each a package's folder, a .py file, or the name of an installed package.
 
     Raises UserError for what is none of these, or would hide another module.
     """
     for entry in entries:
+        if not entry.strip():
+            raise UserError("--with: is empty; give a package's folder, a .py file or the name of an installed package")
         if _is_path(entry):
             _bring_path(entry)
         elif entry == OURS:
@@ -75,6 +86,11 @@ def brought() -> tuple[str, ...]:
     """What may be imported, as `bring` takes it: paths, then names. Without entry points, which every process reads."""
     _read_variable(os.environ.get(VARIABLE, ""))
     return (*_paths.values(), *(name for name in _names if name not in _paths))
+
+
+def with_words() -> list[str]:
+    """What a later command needs to have the same: `--with` and each of `brought`."""
+    return [word for entry in brought() for word in ("--with", entry)]
 
 
 def environment(*, on_cluster: bool | None = None) -> dict[str, str]:
@@ -159,9 +175,14 @@ def code_hash(kind: str) -> str:
     return about.hexdigest()
 
 
+def own_kinds(config: Any) -> list[str]:
+    """Every part of somebody else's that a config (`model_dump`) names."""
+    return sorted(set(_kinds(config)))
+
+
 def code_hashes(config: Any) -> dict[str, str]:
-    """The hash of each part of somebody else's that a config (`model_dump`) names, to be stored with what was made."""
-    return {kind: code_hash(kind) for kind in sorted(set(_kinds(config)))}
+    """The hash of each of them, to be stored with what was made."""
+    return {kind: code_hash(kind) for kind in own_kinds(config)}
 
 
 def check_stored(config: Any, recorded: Mapping[str, str], where: str) -> None:
@@ -183,8 +204,50 @@ def _warn(line: str) -> None:
 
 
 def line_of(error: BaseException) -> str:
-    """An exception in one line, for a message."""
-    return f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 300)}"
+    """An exception in one line, for a message; with the line of somebody else's code that raised it, if one did."""
+    frame = _own_frame(error)
+    place = f" ({frame.file}:{frame.line})" if frame else ""
+    return f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 300)}{place}"
+
+
+def own_mistake(error: BaseException, config: Any) -> UserError | None:
+    """One line of an error that a part of somebody else's in the config (`model_dump`) raised, and always would; its
+    traceback is logged. None where something else raised it, or it is a machine's: memory, files, devices, peers."""
+    frame = _own_frame(error)
+    of_machine = isinstance(error, OSError | MemoryError) or type(error).__name__ in DEVICE_ERRORS
+    if frame is None or of_machine or isinstance(error, ScorerayError):
+        return None
+    kinds = [kind for kind in _kinds(config) if _package(kind) == _package(frame.module)]
+    called = [kind for kind in kinds if kind.partition(":")[0] in frame.callers]
+    line = f"kind '{next(iter(called or kinds), frame.module)}' failed: {line_of(error)}"
+    logging.getLogger("scoreray").error(line, exc_info=error)
+    return UserError(line)
+
+
+@dataclass(frozen=True)
+class _OwnFrame:
+    """Where code of somebody else's raised an error. callers: the modules on the way there."""
+
+    module: str
+    file: str
+    line: int
+    callers: frozenset[str]
+
+
+def _own_frame(error: BaseException) -> _OwnFrame | None:
+    """The innermost frame that is no library's, if it is somebody else's; libraries raise what their callers did wrong.
+    Collectives are the exception: what they raise is another rank's end."""
+    frames = [(one.f_globals.get("__name__", ""), one.f_code.co_filename, line)
+              for one, line in traceback.walk_tb(error.__traceback__)]  # fmt: skip
+    for module, path, line in reversed(frames):
+        package = _package(module)
+        if package == OURS or module.startswith(COLLECTIVES):
+            return None
+        if _is_brought(package):
+            depth = 1 + module.count(".") + (Path(path).name == "__init__.py")
+            callers = frozenset(one for one, _, _ in frames)
+            return _OwnFrame(module, "/".join(Path(path).parts[-depth:]), line, callers)
+    return None
 
 
 class _PathsFinder(MetaPathFinder):
@@ -196,6 +259,8 @@ class _PathsFinder(MetaPathFinder):
 
 def _bring_path(entry: str) -> None:
     path = Path(os.path.abspath(entry))
+    if path.name == "__init__.py":
+        path = path.parent
     name, folder = path.stem if path.suffix == ".py" else path.name, path.is_dir()
     if not path.exists():
         raise UserError(f"--with {shortened(entry)}: there is no such folder or file")
@@ -242,8 +307,10 @@ def _of_entry_points() -> frozenset[str]:
 def _may_import(kind: str) -> bool:
     brought()  # reads the variable
     package = _package(kind)
-    if package == OURS:
-        return kind in PARTS_OF_OURS
+    return kind in PARTS_OF_OURS if package == OURS else _is_brought(package)
+
+
+def _is_brought(package: str) -> bool:
     return package in _paths or package in _names or package in _of_entry_points()
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from scoreray.data.errors import UserError, nearest, shortened
-from scoreray.data.own_code import is_own, name_in_command
+from scoreray.data.own_code import is_own, name_in_command, or_own
 from scoreray.data.own_code.part import config_class
 from scoreray.data.storage.store import NotFound, open_store
 from scoreray.data.yaml_text import MAX_BYTES, dump_yaml, parse_value, parse_yaml
@@ -195,7 +195,7 @@ def _describe(mistake: Any, root: Any) -> str:
     if kind == "union_tag_invalid":
         expected = [tag.strip(" '") for tag in mistake["ctx"]["expected_tags"].split(",")]
         tag = str(mistake["ctx"]["tag"])
-        return f"{key}.kind: unknown '{shortened(tag)}'; {nearest(tag, expected)}"
+        return f"{key}.kind: unknown '{shortened(tag)}'; {nearest(tag, expected)}{or_own(tag)}"
     if kind == "value_error":
         message = str(mistake["ctx"]["error"])
         return message if not key or message.startswith(key.split(".")[0]) else f"{key}: {message}"

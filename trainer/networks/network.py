@@ -70,17 +70,18 @@ NETWORKS: dict[str, type[NetworkConfig]] = {config.kind: config for config in ge
 def build_network(
     config: NetworkConfig | OwnPart, image_shape: Sequence[int], conditions: Conditions | int = 0
 ) -> nn.Module:
-    """`config.build`. One of somebody else's knows afterwards what it is conditioned by, as ours do, and is called with
-    all of that (None of an unconditional one); on the meta device, where a run is checked before it starts, it is
-    called once. Raises UserError."""
+    """`config.build`. One of somebody else's knows afterwards what it is conditioned by, as ours do, is called with all
+    of that (None of an unconditional one), and what it gives is checked; on the meta device, where a run is checked
+    before it starts, it is called once. Raises UserError."""
     network = config.build(image_shape, conditions)
     if isinstance(config, OwnPart):
         given = conditions_of(conditions)
         if not hasattr(network, "conditions"):
             network.conditions = given  # type: ignore[assignment]
         network.register_forward_pre_hook(partial(_with_every_condition, given))
+        network.register_forward_hook(partial(_check_output, config.kind))
         if any(parameter.is_meta for parameter in network.parameters()):
-            _check_forward(config, network, image_shape, given)
+            _check_forward(config.kind, network, image_shape)
     return network
 
 
@@ -89,28 +90,38 @@ def _with_every_condition(conditions: Conditions, network: nn.Module, arguments:
     x, c_noise, condition = (*arguments, None)[:3]
     if not conditions:
         return x, c_noise, None
-    return x, c_noise, complete(as_condition(condition, conditions), conditions, len(x), x.device)
+    return x, c_noise, complete(as_condition(condition, conditions), conditions, x.shape[0], x.device)
 
 
-def _check_forward(config: OwnPart, network: nn.Module, image_shape: Sequence[int], conditions: Conditions) -> None:
-    """Raises UserError where a call fails or gives another shape than its input's. Code that looks at values can't be
-    called without any: it is left to the first step."""
+def _check_output(kind: str, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    """Raises UserError where a call gave another shape than its input's, or numbers that no gradient or no engine has:
+    integers, or float64 where the input was not. bf16 is fine, as weights or autocast make it."""
+    x = arguments[0]
+    if not isinstance(output, torch.Tensor) or output.shape != x.shape:
+        given = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise UserError(
+            f"network: kind '{kind}': forward gave {given} for x {list(x.shape)}: both must have the same shape"
+        )
+    if not output.is_floating_point() or output.dtype.itemsize > max(x.dtype.itemsize, 4):
+        raise UserError(f"network: kind '{kind}': forward gave {output.dtype} for x of {x.dtype}: give x's dtype")
+
+
+def _check_forward(kind: str, network: nn.Module, image_shape: Sequence[int]) -> None:
+    """Raises UserError where a call fails. Code that looks at values can't be called without any: `trainer/dry_run.py`
+    calls it with some."""
     x, c_noise = (torch.empty(2, *shape, device="meta") for shape in (image_shape, ()))
     try:
-        output = network(x, c_noise)
+        network(x, c_noise)
+    except UserError:
+        raise
     except NotImplementedError:  # what torch raises for an operation that meta tensors lack
         return
     except (Exception, SystemExit) as error:
         if "meta" in str(error).lower():
             return
         raise UserError(
-            f"network: kind '{config.kind}': forward(x {list(x.shape)}, c_noise, condition) failed: {line_of(error)}"
+            f"network: kind '{kind}': forward(x {list(x.shape)}, c_noise, condition) failed: {line_of(error)}"
         ) from error
-    if not isinstance(output, torch.Tensor) or output.shape != x.shape:
-        given = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-        raise UserError(
-            f"network: kind '{config.kind}': forward gave {given} for x {list(x.shape)}: both must have the same shape"
-        )
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -133,7 +133,10 @@ def test_what_is_wrong_with_the_code_is_one_line_with_the_machine_and_where_it_l
     host = os.uname().nodename
     for kind, message in (
         ("theirs_e.fails:A", f"can't be imported on {host}: RuntimeError: first second"),
-        ("theirs_e.needs:A", f"ModuleNotFoundError: No module named 'not_there_at_all'; looked in {folder}"),
+        (
+            "theirs_e.needs:A",
+            f"ModuleNotFoundError: No module named 'not_there_at_all' \\(theirs_e/needs.py:1\\); looked in {folder}",
+        ),
         ("theirs_e.absent:A", "No module named 'theirs_e.absent'"),
         ("theirs_e.part:knwon", "theirs_e.part has no 'knwon'; did you mean 'known'"),
         ("theirs_e.part:Odd", r"Odd\(\) failed: TypeError"),

@@ -11,14 +11,16 @@ import pytest
 import torch
 import yaml
 
-from scoreray.data.errors import UserError
-from scoreray.data.own_code import gate, part
+from scoreray.data.errors import StorageError, UserError
+from scoreray.data.own_code import gate, load, own_mistake, part
 from scoreray.data.reading.manifest import Manifest
+from scoreray.trainer import dry_run
 from scoreray.trainer.config import Config, differing_keys, dump_config, load_config
 from scoreray.trainer.config.run_fields import run_fields
+from scoreray.trainer.loop import train
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.networks.network import num_parameters
-from scoreray.trainer.prepare import check_run
+from scoreray.trainer.prepare import check_run, prepare_run
 from scoreray.trainer.step import TrainingModule, build_training_module
 
 NETWORK = """
@@ -76,7 +78,39 @@ class NoCondition(Module):
 
 class Looks(Module):
     def forward(self, x, c_noise, condition=None):
-        return x if float(x.sum()) > 0 else -x
+        return super().forward(x if x.sum().item() > 0 else -x, c_noise, condition)
+
+class LooksWrong(Looks):
+    def forward(self, x, c_noise, condition=None):
+        return super().forward(x, c_noise, condition) + x[:, :, : 1 + int(x.sum().item() > 1e9)].repeat(1, 1, 3, 1)
+
+class Wide(Module):
+    def forward(self, x, c_noise, condition=None):
+        return super().forward(x, c_noise, condition).double()
+
+class Whole(Module):
+    def forward(self, x, c_noise, condition=None):
+        return super().forward(x, c_noise, condition).long()
+
+class InPlace(Module):
+    def forward(self, x, c_noise, condition=None):
+        h = self.first(torch.cat([x.flatten(1), c_noise[:, None]], 1)).tanh()
+        out = self.last(h).view_as(x)
+        h.zero_()
+        return out
+
+class Unused(Module):
+    def forward(self, x, c_noise, condition=None):
+        return x
+
+class Late(Module):
+    calls = 0
+
+    def forward(self, x, c_noise, condition=None):
+        Late.calls += 1
+        if Late.calls > 3:
+            raise ValueError("batch\\nnorm of %d" % len(x))
+        return super().forward(x, c_noise, condition)
 
 @dataclass(frozen=True)
 class Broken:
@@ -131,6 +165,26 @@ class Objective(BaseObjective):
 
     def error(self, denoiser, batch):
         return self.scale * super().error(denoiser, batch)
+
+@dataclass(frozen=True)
+class Column(Weighting):
+    def weight(self, sigma, process, sigma_data):
+        return super().weight(sigma, process, sigma_data)[:, None]
+
+@dataclass(frozen=True)
+class Fails(Weighting):
+    def weight(self, sigma, process, sigma_data):
+        return sigma.reshape(7, 7)
+
+@dataclass(frozen=True)
+class Negative:
+    def quantile(self, u, process):
+        return -u
+
+@dataclass(frozen=True)
+class Total(BaseObjective):
+    def error(self, denoiser, batch):
+        return super().error(denoiser, batch).sum()
 
 @dataclass(frozen=True)
 class Encoder:
@@ -236,8 +290,79 @@ def test_a_network_that_can_not_work_is_refused_before_anything_starts(
     assert "\n" not in str(refused.value)
 
 
-def test_a_network_that_looks_at_values_is_left_to_the_first_step(config: Callable[..., Config]) -> None:
-    check_run(config("network.kind=theirs.net:Looks"))
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("network.kind=theirs.net:LooksWrong", r"kind 'theirs\.net:LooksWrong' failed: RuntimeError: The size of "
+         r"tensor a \(8\) must match .* \(theirs/net\.py:\d+\)$"),
+        ("network.kind=theirs.net:Wide", r"Wide': forward gave torch.float64 for x of torch.float32: give x's"),
+        ("network.kind=theirs.net:Whole", "Whole': forward gave torch.int64 for x of torch.float32: give x's dtype"),
+        ("network.kind=theirs.net:InPlace", "^theirs.net:InPlace: a training step on zeros failed: RuntimeError: one "
+         "of the variables needed for gradient computation has been modified by an inplace operation"),
+        ("network.kind=theirs.net:Unused", "^the loss of a training step has no gradient: "),
+        ("objective.weighting.kind=theirs.maths:Column", r"^weighting: kind '.*:Column' gave \[2, 2\]; \[2\] is"),
+        ("objective.weighting.kind=theirs.maths:Fails",
+         r"^kind 'theirs\.maths:Fails' failed: RuntimeError: shape '\[7, 7\]' is invalid .* \(theirs/maths\.py:\d+\)$"),
+        ("objective.sigma_sampling.kind=theirs.maths:Negative",
+         r"^sigma_sampling: kind '.*:Negative' gave \[-0\.\d+, -0\.\d+\]; noise levels above 0 are needed"),
+        ("objective.kind=theirs.maths:Total", r"^objective: kind 'theirs.maths:Total' gave \[\]; \[2\] is needed"),
+    ],
+)  # fmt: skip
+def test_what_only_a_training_step_shows_is_found_before_a_run_starts(
+    config: Callable[..., Config], override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        check_run(config(override))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_network_that_looks_at_values_is_called_with_some(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above a size it is not: a note says so, and the other parts are called with a stand-in."""
+    assert check_run(config("network.kind=theirs.net:Looks")).notes == ()
+    monkeypatch.setattr(dry_run, "MOST_PARAMETERS", 100)
+    (note,) = check_run(config("network.kind=theirs.net:LooksWrong")).notes
+    assert note.startswith("network: not run before the start, for its size (1,")
+    with pytest.raises(UserError, match="Total' gave"):
+        check_run(config("network.kind=theirs.net:LooksWrong", "objective.kind=theirs.maths:Total"))
+
+
+def test_an_error_of_somebody_elses_code_in_a_step_names_kind_and_line_and_ends_the_run(
+    config: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    from scoreray.trainer.on_ray.failures import is_final
+
+    made = prepare_run(config("network.kind=theirs.net:Late", "engine.zero_stage=0")).config
+    with pytest.raises(
+        UserError, match=r"^kind 'theirs\.net:Late' failed: ValueError: batch norm of 16 \(theirs/net\.py:\d+\)$"
+    ) as ended:
+        train(made)
+    assert is_final(ended.value)
+    assert "Traceback" in caplog.text
+    assert "in forward" in caplog.text
+
+
+def test_what_a_machine_or_another_rank_raises_within_somebody_elses_code_is_not_its_mistake(
+    own_package: Callable[..., Path],
+) -> None:
+    own_package("theirs", call="def call(raises):\n    raises()\n")
+    call = load("theirs.call:call", "kind")
+
+    def raised(error: BaseException, module: str = "library") -> BaseException:
+        scope = {"__name__": module, "error": error}
+        exec("def raises():\n    raise error", scope)
+        with pytest.raises(type(error)) as caught:
+            call(scope["raises"])
+        return caught.value
+
+    of_device = type("OutOfMemoryError", (RuntimeError,), {})
+    mistake = own_mistake(raised(KeyError("a")), {"network": {"kind": "theirs.call:call"}})
+    assert str(mistake) == "kind 'theirs.call:call' failed: KeyError: 'a' (theirs/call.py:2)"
+    for error in (ConnectionResetError(), MemoryError(), of_device(), StorageError("gone")):
+        assert own_mistake(raised(error), {}) is None
+    for module in ("torch.distributed.distributed_c10d", "deepspeed.runtime.engine", "scoreray.trainer.loop"):
+        assert own_mistake(raised(RuntimeError("closed by peer"), module), {}) is None
 
 
 def test_own_process_weighting_noise_levels_and_objective_compute_what_ours_do(
