@@ -51,6 +51,7 @@ def export(
         str, typer.Option("--licence", "--license", help="For the card, README.md: apache-2.0, cc-by-4.0, ...")
     ] = "",
     samples: Annotated[int, typer.Option(help="So many samples on a sheet of the card.", min=0, max=256)] = 0,
+    rows: Annotated[int, typer.Option(help="Of a graph's batch, where its network takes no other; 0: any.", min=0)] = 0,
     with_: With = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def export(
     from scoreray.data.reading.outputs import check_folder
 
     check_folder(out, "OUT")
-    options = ExportOptions(format, licence, samples)
+    options = ExportOptions(format, licence, samples, rows)
     make_bucket(out)
     exported = export_model(checkpoint, out, ema or [], options)
     typer.echo(json.dumps(exported.answer()) if as_json else exported.text())

@@ -43,16 +43,19 @@ ON_RAY_FROM_BYTES = 2 << 30  # of stored averages; below, starting Ray takes lon
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model goes out. licence: an identifier, for its card; samples: so many on a sheet of the card. Raises
-    UserError."""
+    """How a model goes out. licence: an identifier, for its card; samples: so many on a sheet of the card;
+    rows: of a graph's batch, 0: any. Raises UserError."""
 
     format: str = SCORERAY
     licence: str = ""
     samples: int = 0
+    rows: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in USAGES:
             raise UserError(f"--format {shortened(self.format)}: {nearest(self.format, USAGES)}")
+        if self.rows and self.format not in SUFFIXES:
+            raise UserError(f"--rows {self.rows}: is of graphs; --format {self.format} takes any batch")
         check_licence(self.licence)
 
 
@@ -108,7 +111,7 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
         states = {name: partial(reconstruct, source, mix, each) for name, mix in mixes.items()}
         model = model_to_export(found.stored, names, states)
         written = model_to_export(found.stored, names, states, adapters_alone=True) if one_lora else model
-        page, graphs = _write(written, store, options.format)
+        page, graphs = _write(written, store, options)
         info = model.info(model.default)
         usage = usage_of(options.format, out, page, info)
         samples = _put_sheet(model, info, store, options.samples)
@@ -116,10 +119,10 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     return Exported(out, page, {name: mix.residual for name, mix in mixes.items()}, graphs, usage, info.takes)
 
 
-def _write(model: ModelToExport, store: Store, format: str) -> tuple[ModelManifest, list[WrittenGraph]]:
-    if format in SUFFIXES:
-        return write_graphs(model, store, format)
-    return WRITERS[format](model, store), []
+def _write(model: ModelToExport, store: Store, options: ExportOptions) -> tuple[ModelManifest, list[WrittenGraph]]:
+    if options.format in SUFFIXES:
+        return write_graphs(model, store, options.format, options.rows)
+    return WRITERS[options.format](model, store), []
 
 
 def _put_sheet(model: ModelToExport, info: ModelInfo, store: Store, count: int) -> str:

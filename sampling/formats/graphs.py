@@ -6,8 +6,8 @@
 <out>/ema-0.050.pt2      the same for `torch.export.load(file).module()(x, sigma, {"condition_NAME": ..., ...})`
 <out>/denoiser.json      config, shapes, classes and each file's SHA-256, as in model.json; sealed, written last
 
-B is any number of rows; up to 63 of diffusers' U-Nets. Each graph is run before it is stored, and compared with the
-denoiser that it was made of.
+B is any number of rows; up to 63 of diffusers' U-Nets; or the one number that was given, for somebody else's code that
+takes no other. Each graph is run before it is stored, and compared with the denoiser that it was made of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,11 @@ class WrittenGraph:
     runtime: str
 
 
-def write_graphs(model: ModelToExport, store: Store, format: str) -> tuple[ModelManifest, list[WrittenGraph]]:
-    """Writes a graph for each EMA length; returns denoiser.json and what each was found to be.
+def write_graphs(
+    model: ModelToExport, store: Store, format: str, rows: int = 0
+) -> tuple[ModelManifest, list[WrittenGraph]]:
+    """Writes a graph for each EMA length, of any number of rows, or of `rows`; returns denoiser.json and what each was
+    found to be.
 
     Raises UserError where a network can't be a graph, or what a graph gives is not what the denoiser gives.
     """
@@ -98,8 +101,8 @@ def write_graphs(model: ModelToExport, store: Store, format: str) -> tuple[Model
         denoiser = _denoiser(model, length, weights(), format)
         name = f"{file_name(length)}{SUFFIXES[format]}"
         with scratch_folder() as folder:
-            run, runtime = _saved(denoiser, folder / name, format)
-            written.append(WrittenGraph(length, name, _difference(denoiser, run, format), runtime))
+            run, runtime = _saved(denoiser, folder / name, format, rows)
+            written.append(WrittenGraph(length, name, _difference(denoiser, run, format, rows), runtime))
             for path in sorted(folder.iterdir()):  # a graph above 2 GB has its weights in a second file
                 store.put(path.name, path)
             files[length] = _described(folder / name)
@@ -123,17 +126,13 @@ def _denoiser(model: ModelToExport, length: str, weights: dict[str, Tensor], for
     return loaded
 
 
-def _saved(denoiser: LoadedDenoiser, path: Path, format: str) -> tuple[Run, str]:
+def _saved(denoiser: LoadedDenoiser, path: Path, format: str, rows: int) -> tuple[Run, str]:
     """Exports and saves the graph; returns what runs the saved file, and by which name and version."""
-    inputs = graph_inputs(denoiser, 2)
-    network = denoiser.info.config.network
-    upsamples = isinstance(network, DiffusersNetworkConfig) and network.class_name.startswith("UNet")
-    rows = torch.export.Dim("batch", max=DIFFUSERS_UNET_ROWS if upsamples else None)
-    shapes = ({0: rows}, {0: rows}, {name: {0: rows} for name in list(inputs)[2:]})
-    args = _arguments(inputs)
+    inputs = graph_inputs(denoiser, rows or 2)
+    args, shapes = _arguments(inputs), None if rows else _any_rows(denoiser, list(inputs))
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(GraphDenoiser(denoiser), args, dynamic_shapes=shapes[: len(args)])
+            program = torch.export.export(GraphDenoiser(denoiser), args, dynamic_shapes=shapes)
     except Exception as error:  # of any kind: an own network's forward may do what a graph can't hold
         raise UserError(f"{denoiser.info.url}: {_cant(denoiser, format, error)}") from error
     if format == TORCH_EXPORT:
@@ -141,6 +140,15 @@ def _saved(denoiser: LoadedDenoiser, path: Path, format: str) -> tuple[Run, str]
         module = torch.export.load(path).module()
         return lambda inputs: module(*_arguments(inputs)), f"torch {torch.__version__}"
     return _saved_as_onnx(denoiser, program, path, list(inputs))
+
+
+def _any_rows(denoiser: LoadedDenoiser, names: list[str]) -> tuple[dict[Any, Any], ...]:
+    """torch.export's word for inputs of any number of rows."""
+    network = denoiser.info.config.network
+    upsamples = isinstance(network, DiffusersNetworkConfig) and network.class_name.startswith("UNet")
+    rows = torch.export.Dim("batch", max=DIFFUSERS_UNET_ROWS if upsamples else None)
+    given = {name: {0: rows} for name in names[2:]}
+    return ({0: rows}, {0: rows}, given) if given else ({0: rows}, {0: rows})
 
 
 def _arguments(inputs: dict[str, Tensor]) -> tuple[Tensor | dict[str, Tensor], ...]:
@@ -160,12 +168,13 @@ def _saved_as_onnx(
         raise UserError(f"--format {ONNX}: its packages are not installed: {install(ONNX)}") from None
     try:
         with _quiet():
+            _remove_idle_squeezes(program)
             found = torch.onnx.export(program, dynamo=True, input_names=names, output_names=["denoised"])
             assert found is not None
             found.save(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UserError(f"{denoiser.info.url}: {_cant(denoiser, ONNX, error)}") from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
         (denoised,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
@@ -174,11 +183,19 @@ def _saved_as_onnx(
     return run, f"onnxruntime {onnxruntime.__version__}"
 
 
-def _difference(denoiser: LoadedDenoiser, run: Run, format: str) -> float:
+def _remove_idle_squeezes(program: torch.export.ExportedProgram) -> None:
+    """torch's squeeze of an axis that is longer than 1 does nothing (PixArt has one); onnx's refuses it."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+
+
+def _difference(denoiser: LoadedDenoiser, run: Run, format: str, rows: int) -> float:
     """The greatest of any value at CHECKED_ROWS. Raises UserError where it is above TOLERANCE."""
     greatest = 0.0
-    for rows in CHECKED_ROWS:
-        inputs = graph_inputs(denoiser, rows)
+    for count in (rows,) if rows else CHECKED_ROWS:
+        inputs = graph_inputs(denoiser, count)
         with torch.no_grad():
             ours = GraphDenoiser(denoiser)(*_arguments(inputs))
         found = float((run(inputs) - ours).abs().max())
@@ -193,9 +210,15 @@ def _difference(denoiser: LoadedDenoiser, run: Run, format: str) -> float:
 def _cant(denoiser: LoadedDenoiser, format: str, error: Exception) -> str:
     while error.__cause__ is not None:  # the exporters wrap the one line that says what they don't know
         error = cast(Exception, error.__cause__)
-    first = next(iter(str(error).strip().splitlines()), "")
-    kind = denoiser.info.config.network.kind
-    return f"network.kind '{kind}' can't be exported as {format}: {type(error).__name__}: {shortened(first, 200)}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    causes = [line[2:].partition(". ")[0] for line in lines if line.startswith("- ")]  # of constraints of the batch
+    reason = f"{type(error).__name__}: {shortened(next(iter(lines), ''), 200)}"
+    if causes:
+        reason = (
+            f"its code makes a number of the batch, or decides by it ({shortened(causes[0], 200)}): use x.shape[0] in "
+            "the place of len(x) and int(...), or make a graph for one number of rows: --rows 16"
+        )
+    return f"network.kind '{denoiser.info.config.network.kind}' can't be exported as {format}: {reason}"
 
 
 def _described(path: Path) -> ExportedFile:
@@ -207,12 +230,13 @@ def _described(path: Path) -> ExportedFile:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' own prints and warnings, of which every user sees a page otherwise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [one.level for one in loggers]
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for one in loggers:
-            one.setLevel(logging.ERROR)
+            one.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

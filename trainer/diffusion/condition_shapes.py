@@ -103,6 +103,16 @@ def example_condition(conditions: Conditions, rows: int, device: torch.device | 
     return Condition(values, masks).to(device) if values else None
 
 
+def _is_complete(condition: Condition, conditions: Conditions) -> bool:
+    """Whether `complete` would change nothing; joining it to a null would cost a copy, and fix the batch of a graph."""
+    return all(
+        name in condition.values
+        and (spec.kind == "class" or name in condition.masks)
+        and (spec.kind not in HAS_LENGTH or condition.values[name].shape[1] == spec.shape[0])
+        for name, spec in conditions.items()
+    )
+
+
 def complete(
     condition: Condition | None, conditions: Conditions, rows: int, device: torch.device | str = "cpu"
 ) -> Condition:
@@ -110,6 +120,8 @@ def complete(
     greatest length, and a mask for each: kernels and compiled graphs are chosen by shapes, so calls should have one."""
     count, read = rows, set[str]()
     if condition is not None:
+        if _is_complete(condition, conditions):
+            return condition
         device, count = next(iter(condition.values.values())).device, 1
         read = {name for name, value in condition.values.items() if is_encoded(conditions[name], value)}  # are complete
     nulls = {name: spec.null(count, device) for name, spec in conditions.items() if name not in read}

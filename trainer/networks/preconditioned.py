@@ -68,7 +68,7 @@ class PreconditionedNetwork(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, condition: AnyCondition = None) -> Tensor:
         check_call(x, c_noise, tuple(x.shape[1:]) == self.shape, str(self.shape))
         count = self.settings.num_classes
-        labels = c_noise.new_full((len(x),), -1).long()
+        labels = c_noise.new_full((x.shape[0],), -1).long()
         if self.label is not None:
             given = as_condition(condition, self.conditions)
             labels, _ = values_of(self.label, self.conditions[self.label], given, c_noise)

@@ -107,3 +107,47 @@ def test_a_missing_package_is_one_line_that_names_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"^hf://me/digits: needs the package huggingface_hub: pip install 'hugg"):
         export_model(run, "hf://me/digits")
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, shape, width: int = 4):
+        super().__init__()
+        self.first, self.last = nn.Linear(shape[0] + 1, width), nn.Linear(width, shape[0])
+
+    def forward(self, x, c_noise, condition=None):
+        label = condition.values["label"][:, None].to(x.dtype)
+        return self.last(self.first(torch.cat([x, c_noise[:, None]], 1)).tanh() * label)
+
+class Counts(Net):
+    def forward(self, x, c_noise, condition=None):
+        return super().forward(x.view(len(x), -1), c_noise, condition)
+
+class Looks(Net):
+    def forward(self, x, c_noise, condition=None):
+        return super().forward(x if x.sum().item() > 0 else -x, c_noise, condition)
+"""
+
+
+def test_somebody_elses_network_is_a_graph_of_any_number_of_rows_or_of_one(
+    new_run: NewRun, own_package: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own_package("theirs", net=OWN)
+    run = {
+        name: new_run(str(tmp_path / name), shape=(2,), classes=3, network={"kind": f"theirs.net:{name}"})
+        for name in ("Net", "Counts", "Looks")
+    }
+    assert exported(run["Net"], tmp_path / "any", "torch-export").graphs[0].difference == 0
+    reason = r"its code makes a number of the batch, .* specialized it .*: use x.shape\[0\] .*: --rows 16$"
+    with pytest.raises(UserError, match=f"'theirs.net:Counts' can't be exported as torch-export: {reason}"):
+        exported(run["Counts"], tmp_path / "counts", "torch-export")
+    with pytest.raises(UserError, match=r"theirs.net:Looks' can't be .* data-dependent expression"):
+        exported(run["Looks"], tmp_path / "looks", "torch-export")
+    fixed = export_model(run["Counts"], str(tmp_path / "4"), ["0.05"], ExportOptions("torch-export", rows=4))
+    assert fixed.graphs[0].difference == 0
+    assert "def forward" not in "".join(capfd.readouterr())
+    with pytest.raises(UserError, match="--rows 4: is of graphs"):
+        ExportOptions("diffusers", rows=4)
