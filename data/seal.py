@@ -65,7 +65,9 @@ def read_sealed(
     if unsealed and intact is None:
         _note_unsealed(place)
     elif unsealed or not intact:
-        raise DataError(f"{url}: the {what} is damaged: its last line is not the SHA-256 of the lines before")
+        raise DataError(
+            f"{url}: the {what} is damaged, or was edited: its last line is not the SHA-256 of the lines before"
+        )
     return found
 
 

@@ -125,7 +125,7 @@ def _check_out(out: str) -> None:
 
 
 def _report(out: str, network: str, left_out: list[str], as_json: bool) -> None:
-    from scoreray.data.own_code import brought
+    from scoreray.data.own_code import with_words
     from scoreray.sampling.model.describe import describe
 
     info = describe(out).info
@@ -134,12 +134,13 @@ def _report(out: str, network: str, left_out: list[str], as_json: bool) -> None:
         typer.echo(json.dumps({**answer, "left_out": left_out}))
         return
     typer.echo(f"{network}: samples {list(info.image_shape)}, predicts {info.config.denoiser.parameterization}")
-    typer.echo(f"process {info.config.process}")
+    section = info.config.model_dump(mode="json")["process"]
+    section = {key: f"{len(value):,} numbers" if isinstance(value, list) else value for key, value in section.items()}
+    typer.echo("process " + ", ".join(f"{key} {value}" for key, value in section.items() if value != "0 numbers"))
     for line in left_out:
         typer.echo(f"left out: {line}")
     typer.echo(f"takes {info.takes}")
-    code = [word for entry in brought() for word in ("--with", entry)]
-    typer.echo("next: " + shlex.join(["scoreray", "sample", out, *code, "--count", "64", "--out", "samples"]))
+    typer.echo("next: " + shlex.join(["scoreray", "sample", out, *with_words(), "--count", "64", "--out", "samples"]))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

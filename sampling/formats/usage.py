@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scoreray.data.own_code import own_kinds
 from scoreray.data.storage.store import local_path
-from scoreray.sampling.formats.diffusers_plain import PARTS
+from scoreray.sampling.formats.diffusers_plain import PARTS, scheduler_of
 from scoreray.sampling.formats.graphs import ONNX, TORCH_EXPORT
 from scoreray.sampling.formats.hub import SCHEME
 from scoreray.sampling.formats.lora_folder import lora_prefix
@@ -38,13 +39,16 @@ def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     if out.startswith(SCHEME):
         place = _place(out).rpartition("/")[2]
         fetch = f"hf download {_place(out)} --local-dir {shlex.quote(place)}\n"
-    return Usage(SCORERAY, "sh", f"{fetch}scoreray sample {shlex.quote(place)} --count 64 --out samples")
+    packages = dict.fromkeys(kind.partition(":")[0].partition(".")[0] for kind in own_kinds(page.config))
+    code = [word for package in packages for word in ("--with", package)]
+    sample = shlex.join(["scoreray", "sample", place, *code, "--count", "64", "--out", "samples"])
+    return Usage(SCORERAY, "sh", f"{fetch}{sample}")
 
 
 def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     network = info.config.network
     if isinstance(network, DiffusersNetworkConfig):
-        return Usage(DIFFUSERS, "python", _plain(_place(out), network.class_name))
+        return Usage(DIFFUSERS, "python", _plain(_place(out), info, network))
     values = ", ".join(f'"{name}": {VALUES[spec.kind]}' for name, spec in info.conditions.items())
     given = f", condition={{{values}}}" if values else ""
     return Usage(
@@ -56,19 +60,36 @@ def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     )
 
 
-def _plain(place: str, class_name: str) -> str:
-    """Of a folder of diffusers' own: its pipeline, or where that has other parts its network."""
+def _plain(place: str, info: ModelInfo, network: DiffusersNetworkConfig) -> str:
+    """Of a folder of diffusers' own: its pipeline, or where that has other parts, or takes no classes, its network."""
+    class_name = network.class_name
     part = PARTS[class_name]
+    if part.whole and info.conditions:
+        scheduler, _ = scheduler_of(info.config, network)
+        return (
+            f"import torch\nfrom diffusers import {scheduler}, {class_name}\n\n"
+            f'network = {class_name}.from_pretrained("{place}", subfolder="{part.folder}")\n'
+            f'scheduler = {scheduler}.from_pretrained("{place}", subfolder="scheduler")\n'
+            f"labels = torch.tensor([0, 1])  # of {len(info.classes)} classes; DDIMPipeline takes none\n"
+            "scheduler.set_timesteps(50)\n"
+            f"x = torch.randn(2, {', '.join(map(str, info.image_shape))}) * scheduler.init_noise_sigma\n"
+            "for t in scheduler.timesteps:\n"
+            "    with torch.no_grad():\n"
+            "        output = network(scheduler.scale_model_input(x, t), t, class_labels=labels).sample\n"
+            "    x = scheduler.step(output, t, x).prev_sample"
+        )
     if part.whole:
         return (
             "from diffusers import DiffusionPipeline\n\n"
             f'pipeline = DiffusionPipeline.from_pretrained("{place}")\n'
             "images = pipeline(batch_size=4).images"
         )
+    prompt = "class_labels=[0, 1]" if info.classes else '"a prompt"'
     return (
         f"from diffusers import {class_name}, {part.pipeline}\n\n"
         f'network = {class_name}.from_pretrained("{place}", subfolder="{part.folder}")\n'
-        f'pipeline = {part.pipeline}.from_pretrained("...", {part.folder}=network)  # where its other parts are'
+        f'pipeline = {part.pipeline}.from_pretrained("...", {part.folder}=network)  # where its other parts are\n'
+        f"images = pipeline({prompt}).images"
     )
 
 

@@ -40,6 +40,8 @@ class PretrainedFolder:
         if not root.is_dir():
             raise UserError(f"{folder}: no such folder; give one that save_pretrained of diffusers wrote")
         index = read_json(root / "model_index.json")
+        if index.get("requires_aesthetics_score"):
+            raise UserError(f"{folder}: is SDXL's refiner, which takes an aesthetic score; its base is supported")
         path = next((root / name for name in COMPONENTS if name in index and (root / name).is_dir()), root)
         config = read_json(path / "config.json")
         if not config:

@@ -16,6 +16,7 @@ from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.field_kinds import FieldKind
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.own_code import line_of
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.imports.folder import PretrainedFolder
 from scoreray.sampling.imports.scheduler import TrainedNoise, trained_noise
@@ -24,14 +25,18 @@ from scoreray.trainer.checkpoints.exported import ModelManifest, State
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import LABEL, ConditionKind, ConditionSpec
+from scoreray.trainer.diffusion.condition_shapes import example_condition
 from scoreray.trainer.encoders.diffusers import CLASSES, DiffusersAutoencoder
 from scoreray.trainer.meta import on_meta
-from scoreray.trainer.networks.diffusers_network import CALLS, DiffusersNetworkConfig
+from scoreray.trainer.networks.diffusers_network import CALLS, DiffusersNetwork, DiffusersNetworkConfig
 from scoreray.trainer.networks.pretrained_folder import read_json, weight_files
 from scoreray.trainer.optim.ema import RAW
 
 NAMES: dict[ConditionKind, str] = {"class": LABEL, "sequence": "prompt", "vector": "pooled"}
 """What conditions of imported models are called."""
+LABEL_DROPOUT = 0.1
+"""Of models that know a null: their pipelines guide by it, so training dropped some. Folders don't say how many; this
+is customary (Ho 2022)."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,24 @@ def import_diffusers(folder: str, out: str, options: ImportOptions = ImportOptio
     shape = _shape(found, options)
     patch = found.config.get("patch_size")
     noise = trained_noise(found.scheduler, (shape[1] // patch) * (shape[2] // patch) if patch else 0)
+    if CALLS[found.class_name].flow and noise.schedule.kind != "flow_matching":
+        raise UserError(
+            f"scheduler '{found.scheduler['_class_name']}' with {noise.parameterization} as prediction: a "
+            f"{found.class_name} is trained by flow matching; give its own scheduler_config.json by --scheduler"
+        )
     nulls = {name: _null(name, path) for name, path in options.nulls.items()}
     network = _network(found, noise, options, shape, nulls)
     conditions = _conditions(found, network, options, nulls)
     built = on_meta(lambda: network.build(shape, conditions))  # before weights are read: do sizes and conditions fit?
+    _check_call(built, shape)
     weights = found.weights()
+    knows_null = network.null_class is not None or NAMES["sequence"] in conditions
     config = load_config({
         "run": {"name": run_name(folder), "storage": "imported"},
         "data": {"url": folder, "conditions": {name: {"kind": spec.kind} for name, spec in conditions.items()}},
         "process": asdict(noise.process),
         "network": asdict(network),
+        "objective": {"label_dropout": LABEL_DROPOUT if knows_null else 0.0},
         "denoiser": {"parameterization": noise.parameterization, "sigma_data": noise.sigma_data},
         "duration": {"images": 1},
     })  # fmt: skip
@@ -111,6 +124,19 @@ def _shape(found: PretrainedFolder, options: ImportOptions) -> tuple[int, int, i
     return int(found.config.get("in_channels", 3 if found.class_name == "UNet2DModel" else 4)), int(height), int(width)
 
 
+def _check_call(network: DiffusersNetwork, shape: tuple[int, int, int]) -> None:
+    """Calls it on the meta device. Raises UserError for a size that it can't take: one that it can't halve, say."""
+    x, c_noise = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    given = example_condition(network.conditions, 1, "meta")
+    try:
+        on_meta(lambda: network(x, c_noise, given))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"samples of {list(shape)}: {network.settings.class_name} can't be called with them: {line_of(error)}; "
+            "another size goes with --size"
+        ) from None
+
+
 def _network(
     found: PretrainedFolder,
     noise: TrainedNoise,
@@ -129,7 +155,7 @@ def _network(
         if not 0 <= null_class <= last:
             raise UserError(f"--null-class {null_class}: this {found.class_name} has the classes 0 to {last}")
     factor = 2 ** (len(found.vae["block_out_channels"]) - 1) if found.vae.get("block_out_channels") else 8
-    takes_pixels = found.class_name == "PixArtTransformer2DModel"
+    takes_pixels = found.class_name == "PixArtTransformer2DModel" or found.config.get("addition_embed_type")
     return DiffusersNetworkConfig(
         found.class_name,
         found.config,

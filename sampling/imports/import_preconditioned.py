@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.own_code import code_hashes, line_of, load, name_in_command
@@ -21,7 +21,7 @@ from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.base import state_misfits
 from scoreray.trainer.networks.preconditioned import PreconditionedNetworkConfig
-from scoreray.trainer.networks.pretrained_folder import read_json, refuse_pickle
+from scoreray.trainer.networks.pretrained_folder import all_finite, check_readable, read_json, refuse_pickle
 from scoreray.trainer.optim.ema import RAW
 
 PRECONDITIONING = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data",
@@ -46,7 +46,8 @@ def import_edm(file: str, out: str, config_file: str, package: str = "training.n
         num_classes=label_dim,
     )
     state = {name: tensor for name, tensor in _weights(file)[0].items() if name.startswith("model.")}
-    return _write(file, out, network, (channels, size, size), known.get("sigma_data", 0.5), EDM(), state)
+    return _write(file, out, network, (channels, size, size), known.get("sigma_data", 0.5), EDM(), state,
+                  known.get("label_dropout", 0.0))  # fmt: skip
 
 
 def import_k_diffusion(file: str, out: str, config_file: str | None = None) -> ModelManifest:
@@ -80,7 +81,8 @@ def import_k_diffusion(file: str, out: str, config_file: str | None = None) -> M
     process = EDM(model["sigma_min"], model["sigma_max"])
     shape = (model["input_channels"], *model["input_size"])
     state = {f"model.{name}": tensor for name, tensor in state.items()}
-    return _write(file, out, network, shape, model["sigma_data"], process, state)
+    dropped = known["dataset"].get("cond_dropout_rate", 0.0)
+    return _write(file, out, network, shape, model["sigma_data"], process, state, dropped)
 
 
 def _weights(file: str) -> tuple[State, dict[str, str]]:
@@ -88,11 +90,12 @@ def _weights(file: str) -> tuple[State, dict[str, str]]:
     refuse_pickle(Path(file))
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file; give weights in safetensors")
-    try:
-        with safe_open(file, "pt") as stored:
-            return {name: stored.get_tensor(name).float() for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{file}: can't be read as safetensors: {line_of(error)}") from None
+    check_readable(Path(file))
+    with safe_open(file, "pt") as stored:
+        state = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata() or {}
+    all_finite(Path(file), state)
+    return state, metadata
 
 
 def _write(
@@ -103,6 +106,7 @@ def _write(
     sigma_data: float,
     process: EDM,
     state: State,
+    label_dropout: float,
 ) -> ModelManifest:
     conditions = class_condition([str(number) for number in range(network.num_classes)])
     expected = on_meta(lambda: network.build(shape, conditions)).state_dict()
@@ -115,6 +119,7 @@ def _write(
         "data": {"url": file},
         "process": {"kind": process.kind, "sigma_min": process.sigma_min, "sigma_max": process.sigma_max},
         "network": section,
+        "objective": {"label_dropout": label_dropout},
         "denoiser": {"parameterization": "edm", "sigma_data": sigma_data},
         "duration": {"images": 1},
     })  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 
 from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.trainer.diffusion.denoiser import Parameterization
-from scoreray.trainer.diffusion.process import DDPM, EDM, BetaSchedule, FlowMatching
+from scoreray.trainer.diffusion.process import DDPM, EDM, VE, BetaSchedule, FlowMatching
+from scoreray.trainer.networks.pretrained_folder import quiet
 
 DISCRETE = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
@@ -20,6 +21,8 @@ DISCRETE = (
 """Solvers of one kind of model: betas over num_train_timesteps."""
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 KARRAS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+EXPLODING = ("ScoreSdeVeScheduler",)
+KNOWN = (*DISCRETE, *FLOW, *KARRAS, *EXPLODING)
 BETAS: dict[str, BetaSchedule] = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -41,8 +44,8 @@ class TrainedNoise:
     """process: that samples are drawn by.  schedule: by whose times the network knows noise levels.
     left_out: settings of the scheduler's own sampling that change what it draws, and that our samplers do not have."""
 
-    process: DDPM | FlowMatching | EDM
-    schedule: DDPM | FlowMatching | EDM
+    process: DDPM | FlowMatching | EDM | VE
+    schedule: DDPM | FlowMatching | EDM | VE
     parameterization: Parameterization
     sigma_data: float = 1.0
     num_steps: int = 1000
@@ -56,14 +59,15 @@ def trained_noise(config: dict[str, Any], num_tokens: int = 0) -> TrainedNoise:
     refuses the config.
     """
     name = str(config.get("_class_name"))
-    if name not in (*DISCRETE, *FLOW, *KARRAS):
-        raise UserError(f"scheduler '{shortened(name)}': {nearest(name, (*DISCRETE, *FLOW, *KARRAS))}; another "
-                        "scheduler_config.json of the same model goes with --scheduler")  # fmt: skip
+    if name not in KNOWN:
+        raise UserError(f"scheduler '{shortened(name)}': {nearest(name, KNOWN)}; another scheduler_config.json of the "
+                        "same model goes with --scheduler")  # fmt: skip
     import diffusers
 
     _check_betas(config)
     try:
-        scheduler = getattr(diffusers, name).from_config(config)  # which knows the defaults of what is left out
+        with quiet("diffusers"):
+            scheduler = getattr(diffusers, name).from_config(config)  # which knows the defaults of what is left out
     except (ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         reason = shortened(" ".join(str(error).split()), 300)
         raise DataError(f"scheduler: {name} of diffusers refuses it: {reason}") from None
@@ -77,6 +81,9 @@ def trained_noise(config: dict[str, Any], num_tokens: int = 0) -> TrainedNoise:
             raise UserError(f"scheduler: {name} with prediction_type '{prediction}'; epsilon is supported")
         edm = EDM(known["sigma_min"], known["sigma_max"])
         return TrainedNoise(edm, edm, "edm", known["sigma_data"], left_out=left_out)
+    if name in EXPLODING:  # of pictures from 0 to 1, which from -1 to 1 have twice the noise
+        exploding = VE(2 * known["sigma_min"], 2 * known["sigma_max"])
+        return TrainedNoise(exploding, exploding, "score")
     num_steps = int(known["num_train_timesteps"])
     if name in FLOW or prediction == "flow_prediction":
         shift = _dynamic_shift(known, num_tokens) or known.get("shift", known.get("flow_shift", 1.0))

@@ -22,9 +22,10 @@ from scoreray.trainer.diffusion.condition import (
 )
 from scoreray.trainer.diffusion.denoiser import like
 from scoreray.trainer.diffusion.layers import check_call, require
-from scoreray.trainer.diffusion.process import DDPM, EDM, FlowMatching
+from scoreray.trainer.diffusion.process import DDPM, EDM, VE, FlowMatching
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.conditioning import values_of
+from scoreray.trainer.networks.pretrained_folder import quiet
 
 NEAR_A_STEP = 1e-3  # steps: c_noise is float32, in which a step's own sigma comes back up to 1e-4 of a step beside it
 
@@ -36,7 +37,8 @@ class Call:
     sample: the argument that takes the samples.  sizes: by kind of condition, the key of the class's config that holds
     the number of classes, or the width of tokens or of the pooled vector.  masked: it takes encoder_attention_mask.
     length: tokens that its pipeline gives by default.  has_null_class: class number `num_classes` is the null.
-    takes_time: of flow matching, it takes t from 0 to 1; others take t times the number of steps.
+    takes_time: it takes t from 0 to 1; others take t times the number of steps.  flow: all of its class are trained by
+    flow matching.
     """
 
     sample: str
@@ -45,6 +47,7 @@ class Call:
     length: int = 0
     has_null_class: bool = False
     takes_time: bool = False
+    flow: bool = False
 
 
 CALLS = {
@@ -54,12 +57,14 @@ CALLS = {
     ),
     "DiTTransformer2DModel": Call("hidden_states", {"class": "num_embeds_ada_norm"}, has_null_class=True),
     "PixArtTransformer2DModel": Call("hidden_states", {"sequence": "caption_channels"}, masked=True, length=300),
-    "SanaTransformer2DModel": Call("hidden_states", {"sequence": "caption_channels"}, masked=True, length=300),
+    "SanaTransformer2DModel": Call(
+        "hidden_states", {"sequence": "caption_channels"}, masked=True, length=300, flow=True
+    ),
     "SD3Transformer2DModel": Call(
-        "hidden_states", {"sequence": "joint_attention_dim", "vector": "pooled_projection_dim"}, length=333
+        "hidden_states", {"sequence": "joint_attention_dim", "vector": "pooled_projection_dim"}, length=333, flow=True
     ),
     "AuraFlowTransformer2DModel": Call(
-        "hidden_states", {"sequence": "joint_attention_dim"}, length=256, takes_time=True
+        "hidden_states", {"sequence": "joint_attention_dim"}, length=256, takes_time=True, flow=True
     ),
 }
 """Classes by name. A class whose forward differs from these in names only is added here."""
@@ -71,8 +76,10 @@ ARGUMENTS: dict[ConditionKind, str] = {
 }
 
 
-UNSUPPORTED = ("addition_embed_type", "class_embed_type", "time_cond_proj_dim", "guidance_embeds")
-"""Keys of configs of further inputs, such as the sizes and crops that SDXL takes."""
+UNSUPPORTED = ("class_embed_type", "time_cond_proj_dim", "guidance_embeds")
+"""Keys of configs of further inputs."""
+TEXT_TIME = "text_time"  # the addition_embed_type of SDXL: a pooled vector, and TIME_IDS numbers of sizes and crop
+TIME_IDS = 6
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,16 @@ class DiffusersNetworkConfig(BaseNetworkConfig):
 
     class_name, config: as its config.json has them.
     schedule: the process by whose times it knows noise levels: DDPM's steps 0 to num_steps - 1, flow matching's t times
-    `timestep_scale` (1000; 1 where a class takes t itself), or EDM's c_noise.
+    `timestep_scale` (1000; 1 where a class takes t itself), EDM's c_noise, or VE's sigma (of pictures from 0 to 1: half
+    of ours, whose pictures are from -1 to 1; Song 2021's NCSN++).
     timesteps: between two steps of a DDPM it is given the number between ("interpolate") or the nearer step ("round").
     null_class: the class number that means none.  null_length: of the null sequence, the tokens that are attended to.
-    resolution: height and width in pixels, which PixArt takes beside the latents.
+    resolution: height and width in pixels, which PixArt and SDXL take beside the latents.
     """
 
     class_name: str
     config: dict[str, Any]
-    schedule: Annotated[DDPM | FlowMatching | EDM, Field(discriminator="kind")] = field(default=DDPM())
+    schedule: Annotated[DDPM | FlowMatching | EDM | VE, Field(discriminator="kind")] = field(default=DDPM())
     timesteps: Literal["interpolate", "round"] = "interpolate"
     timestep_scale: float = 1000.0
     null_class: int | None = None
@@ -120,7 +128,16 @@ class DiffusersNetworkConfig(BaseNetworkConfig):
                 continue
             require(isinstance(size, int), f"config.{key}", size, "one number for all blocks is supported")
             found[kind] = size - 1 if kind == "class" and self.null_class == size - 1 else size
+        if self.takes_sizes:
+            found["vector"] = (
+                self.config["projection_class_embeddings_input_dim"] - TIME_IDS * self.config["addition_time_embed_dim"]
+            )
         return found
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether it is a U-Net that is given a pooled vector, and the sizes and crop of the picture, as SDXL's is."""
+        return self.config.get("addition_embed_type") == TEXT_TIME
 
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> DiffusersNetwork:
         """Raises UserError where diffusers is not installed, or config, shape and conditions do not fit."""
@@ -163,11 +180,16 @@ class DiffusersNetwork(nn.Module):
         labels = arguments.get("class_labels")
         if labels is not None:
             arguments["class_labels"] = self._class_numbers(labels)
+        if self.settings.takes_sizes:
+            pooled = arguments.pop(ARGUMENTS["vector"])
+            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._time_ids(x)}
         if self.settings.class_name == "PixArtTransformer2DModel":
             arguments["added_cond_kwargs"] = self._size_in_pixels(x)
         arguments[self.call.sample] = self._input(x, c_noise)
         output = self.network(timestep=self.timestep(c_noise), **arguments, return_dict=False)[0]
         output = output[:, : x.shape[1]]  # further channels are the variance that it learned
+        if self.settings.schedule.kind == "ve":
+            output = output * like(self.timestep(c_noise), output)  # from the score
         if labels is not None and self.settings.null_class is None:
             output = output.masked_fill(like(labels < 0, output), torch.nan)
         return output.to(x.dtype)
@@ -177,6 +199,8 @@ class DiffusersNetwork(nn.Module):
         settings, schedule = self.settings, self.settings.schedule
         if schedule.kind == "edm":
             return c_noise
+        if schedule.kind == "ve":
+            return (4 * c_noise).exp() / 2
         time = schedule.time((4 * c_noise.double()).exp())
         if schedule.kind == "flow_matching":
             return (time * settings.timestep_scale).float()
@@ -188,9 +212,11 @@ class DiffusersNetwork(nn.Module):
 
     def _input(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """alpha x_0 + sigma z of the schedule, from c_in x = x / sqrt(1 + sigma^2), which a DDPM's is already."""
-        if self.settings.schedule.kind != "flow_matching":
+        if self.settings.schedule.kind not in ("flow_matching", "ve"):
             return x
         sigma = (4 * c_noise.double()).exp()
+        if self.settings.schedule.kind == "ve":
+            return (x * like((1 + sigma**2).sqrt().to(x.dtype), x) + 1) / 2
         return x * like(((1 + sigma**2).sqrt() / (1 + sigma)).to(x.dtype), x)
 
     def _conditions(self, c_noise: Tensor, condition: AnyCondition, dtype: torch.dtype) -> dict[str, Any]:
@@ -207,7 +233,8 @@ class DiffusersNetwork(nn.Module):
                 if self.call.masked:
                     places = torch.arange(mask.shape[1], device=mask.device)
                     null_mask = places < (self.settings.null_length or mask.shape[1])
-                    arguments["encoder_attention_mask"] = mask.where(has[:, None], null_mask)
+                    # Not `where`, which onnxruntime lacks for bool.
+                    arguments["encoder_attention_mask"] = (mask & has[:, None]) | (null_mask & ~has[:, None])
             arguments[ARGUMENTS[spec.kind]] = value
         return arguments
 
@@ -228,8 +255,14 @@ class DiffusersNetwork(nn.Module):
         if not getattr(self.network, "use_additional_conditions", False):
             return {"resolution": None, "aspect_ratio": None}
         height, width = self.settings.resolution or self.shape[1:]
-        size = torch.tensor([[height, width]], dtype=x.dtype, device=x.device).expand(len(x), 2)
+        size = torch.tensor([[height, width]], dtype=x.dtype, device=x.device).expand(x.shape[0], 2)
         return {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+
+    def _time_ids(self, x: Tensor) -> Tensor:
+        """SDXL's: the picture's size, where it was cropped, and the size that is wanted; as its pipeline gives them."""
+        height, width = self.settings.resolution or self.shape[1:]
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype, device=x.device)
+        return ids.expand(x.shape[0], TIME_IDS)
 
 
 def _built(config: DiffusersNetworkConfig) -> nn.Module:
@@ -243,15 +276,19 @@ def _built(config: DiffusersNetworkConfig) -> nn.Module:
     values = config.config
     for key in UNSUPPORTED:
         require(not values.get(key), f"config.{key}", values.get(key), "models that have it are not supported")
+    added = values.get("addition_embed_type")
+    require(added in (None, TEXT_TIME), "config.addition_embed_type", added, f"{TEXT_TIME} alone is supported")
     time = values.get("time_embedding_type", "positional")
-    require(time != "fourier", "config.time_embedding_type", time, "models that take sigma itself are not supported")
+    require((time == "fourier") == (config.schedule.kind == "ve"), "config.time_embedding_type", time,
+            "networks that take sigma itself (fourier) and ScoreSdeVeScheduler's noise go together")  # fmt: skip
     require(time != "learned" or config.timesteps == "round", "timesteps", config.timesteps,
             "a learned vector a step has none between: choose round")  # fmt: skip
     channels, out = values.get("in_channels"), values.get("out_channels")
     require(not channels or not out or out in (channels, 2 * channels), "config.out_channels", out,
             f"for in_channels {channels} it is {channels}, or {channels} and as many variances")  # fmt: skip
     try:
-        network = getattr(diffusers, config.class_name).from_config(dict(values))
+        with quiet("diffusers"):
+            network = getattr(diffusers, config.class_name).from_config(dict(values))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         reason = shortened(" ".join(str(error).split()), 300)
         raise UserError(f"network.config: {config.class_name} of diffusers refuses it: {reason}") from None

@@ -5,13 +5,18 @@ Weights are read from safetensors alone: a pickle can run code when it is read.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from scoreray.data.errors import DataError, UserError, listed, shortened
+from scoreray.data.own_code import line_of
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SAFETENSORS = ".safetensors"
@@ -34,11 +39,14 @@ def load_pretrained(
     Raises UserError (no safetensors), DataError (not those of the folder's config).
     """
     variant = _variant(path, stem)
+    for file in weight_files(path):
+        check_readable(file)
     try:
-        module, info = of_class.from_pretrained(
-            str(path), variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+        with quiet(library):
+            module, info = of_class.from_pretrained(
+                str(path), variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
     except Exception as error:  # the library raises what its readers raise: OSError, SafetensorError, ValueError, ...
         reason = shortened(" ".join(str(error).split()), 300)
         raise DataError(f"{path}: {of_class.__name__} of {library} can't load it: {reason}") from None
@@ -49,7 +57,36 @@ def load_pretrained(
     ]
     if wrong:
         raise DataError(f"{path}: weights and config.json do not fit: {'; '.join(wrong)}")
-    return module
+    all_finite(path, module.state_dict())
+    return module  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Without the lines that the library logs where it builds from a config of another of its versions."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def check_readable(file: Path) -> None:
+    """Raises DataError unless the header of a safetensors file fits its size: a download that was cut off is not."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: is cut off or damaged ({line_of(error)}); copy it again") from None
+
+
+def all_finite(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises DataError where a weight is not finite: all that it makes would be NaN."""
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if bad:
+        raise DataError(f"{path}: weights that are not finite: {listed(bad)}")
 
 
 def _name(found: str | tuple[Any, ...]) -> str:

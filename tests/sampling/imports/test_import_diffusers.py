@@ -6,6 +6,7 @@ Networks are tiny and their weights random. Differences are in units of the samp
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from scoreray.cluster.cli.main import app
+from scoreray.cluster.verbs.export import ExportOptions, export_model
 from scoreray.data.errors import DataError, ScorerayError, UserError
 from scoreray.sampling.guidance.guidance import ClassifierFree
 from scoreray.sampling.imports.import_diffusers import ImportOptions, import_diffusers
@@ -28,7 +30,7 @@ from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer import loop
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition
-from scoreray.trainer.diffusion.process import DDPM, FlowMatching
+from scoreray.trainer.diffusion.process import DDPM, VE, FlowMatching
 from scoreray.trainer.initial import begin
 from scoreray.trainer.prepare import prepare_run
 
@@ -44,12 +46,13 @@ def unet(**settings: Any) -> Any:
     return UNet2DModel(**{"sample_size": 8, "in_channels": 3, "out_channels": 3, **BLOCKS, **blocks, **settings})
 
 
-def text_unet() -> Any:
+def text_unet(**settings: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=12, **BLOCKS,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **settings,
     )  # fmt: skip
 
 
@@ -311,6 +314,53 @@ def test_other_classes_differ_in_names_only(tmp_path: Path) -> None:
         assert apart(denoised, x - t.view(2, 1, 1, 1) * velocity) < CLOSE
 
 
+@pytest.mark.parametrize("make", [text_unet, partial(pixart, False)], ids=["masks", "idle squeeze"])
+def test_what_onnx_lacks_is_written_otherwise(tmp_path: Path, make: Any) -> None:
+    """onnxruntime chooses between no booleans, and squeezes no axis that is longer than 1, which torch leaves alone."""
+    from diffusers import DDPMScheduler
+
+    network = make()
+    denoiser = imported(tmp_path, saved(tmp_path, network, DDPMScheduler()), length=5)
+    done = export_model(str(tmp_path / "model"), str(tmp_path / "graph"), [], ExportOptions("onnx"))
+    assert done.graphs[0].difference < 1e-3 * denoiser.sigma_data
+
+
+def test_sdxls_unet_is_given_pooled_text_and_sizes(tmp_path: Path) -> None:
+    """Its time ids as StableDiffusionXLPipeline gives them by default: the picture's size, no crop, the same size."""
+    from diffusers import EulerDiscreteScheduler
+
+    network = text_unet(addition_embed_type="text_time", addition_time_embed_dim=4,
+                        projection_class_embeddings_input_dim=6 + 6 * 4)  # fmt: skip
+    denoiser = imported(tmp_path, saved(tmp_path, network, EulerDiscreteScheduler()), length=5)
+    assert denoiser.info.conditions["pooled"].shape == (6,)
+    x, prompt, pooled = noise(2, 4, 8, 8), noise(2, 5, 12), noise(2, 6)
+    ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(2, 6)
+    given = Condition({"prompt": prompt, "pooled": pooled}, {"prompt": torch.ones(2, 5, dtype=torch.bool)})
+    sigma = levels(denoiser, torch.tensor([400.0]))[0].float()
+    with torch.no_grad():
+        theirs = network(
+            x, torch.tensor([400, 400]), prompt, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+        )
+        ours = denoiser.network(x, sigma.log().expand(2) / 4, given)
+    assert apart(ours, theirs.sample) < CLOSE
+    assert denoiser.info.config.objective.label_dropout > 0, "guided as its pipeline guides it, without a warning"
+
+
+def test_a_score_of_exploding_variance_is_of_pictures_from_0_to_1(tmp_path: Path) -> None:
+    """NCSN++'s network takes x = x_0 + sigma z and sigma itself and gives the score (Song 2021)."""
+    from diffusers import ScoreSdeVeScheduler
+
+    network = unet(time_embedding_type="fourier")
+    folder = saved(tmp_path, network, ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=40.0))
+    denoiser = imported(tmp_path, folder)
+    assert denoiser.info.config.process == VE(0.02, 80.0)
+    x, sigma = noise(3, 3, 8, 8), torch.tensor([0.05, 1.0, 20.0])
+    with torch.no_grad():
+        score = network(x, sigma).sample
+        ours = denoiser(2 * x - 1, 2 * sigma)
+    assert apart(ours, 2 * (x + sigma.view(3, 1, 1, 1) ** 2 * score) - 1) < CLOSE
+
+
 def test_edms_scheduler_is_edms_own_preconditioning(tmp_path: Path) -> None:
     from diffusers import EDMEulerScheduler
 
@@ -381,7 +431,9 @@ def test_the_command_and_pictures_of_an_imported_model(tmp_path: Path) -> None:
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
-SDXL = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "addition_embed_type": "text_time"}
+IMAGE = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "addition_embed_type": "image"}
+ODD = {"_class_name": "UNet2DModel", "sample_size": 9}
+SD3 = {"_class_name": "SD3Transformer2DModel", "sample_size": 8}
 FOURIER = {"_class_name": "UNet2DModel", "sample_size": 8, "time_embedding_type": "fourier"}
 FILES: dict[str, Any] = {
     "unet/config.json": {"_class_name": "UNet2DModel", "sample_size": 8},
@@ -423,7 +475,10 @@ def test_a_run_begins_from_an_imported_model(small_run: Any, small_set: str, tmp
         ({"unet/config.json": None, "model_index.json": None}, "has neither model_index.json nor config.json"),
         ({SCHEDULER: None}, "has no scheduler_config.json.* --scheduler"),
         ({SCHEDULER: b"{"}, "can't be read as JSON"),
-        ({SCHEDULER: {"_class_name": "ScoreSdeVeScheduler"}}, "scheduler 'ScoreSdeVeScheduler'"),
+        ({SCHEDULER: {"_class_name": "KarrasVeScheduler"}}, "scheduler 'KarrasVeScheduler'"),
+        ({SCHEDULER: {"_class_name": "ScoreSdeVeScheduler"}}, "time_embedding_type: positional.* go together"),
+        ({"unet/config.json": SD3}, "'DDPMScheduler' with noise as prediction: a SD3.* is trained by flow"),
+        ({"unet/config.json": ODD}, r"samples of \[3, 9, 9\]: UNet2DModel can't be called with them: .*--size"),
         ({SCHEDULER: {"_class_name": "DDPMScheduler", "prediction_type": "x"}}, "'x': accepted"),
         ({SCHEDULER: {"_class_name": "DDPMScheduler", "beta_schedule": "x"}}, "refuses it"),
         (
@@ -431,10 +486,10 @@ def test_a_run_begins_from_an_imported_model(small_run: Any, small_set: str, tmp
             r"trained_betas must be num_train_timesteps numbers from 0 to 1: \[0.1, -3\]",
         ),
         ({SCHEDULER: {"_class_name": "DDPMScheduler", "num_train_timesteps": 10**9}}, "accepted: 1 to 100,000"),
-        ({}, "UNet2DModel of diffusers can't load it"),
+        ({}, r"model.safetensors: is cut off or damaged \(SafetensorError: .*\); copy it again"),
         ({"unet/config.json": {"_class_name": "UNet2DModel"}}, "has no sample_size.*--size"),
         ({"unet/config.json": FOURIER}, "time_embedding_type: fourier"),
-        ({"unet/config.json": SDXL}, "addition_embed_type: text_time"),
+        ({"unet/config.json": IMAGE}, "addition_embed_type: image"),
     ],
 )  # fmt: skip
 def test_what_is_no_model_is_one_line(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -462,6 +517,22 @@ def test_weights_of_another_config_are_listed(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [8, 32]}))
     with pytest.raises(DataError, match="of other shapes: down_blocks"):
         import_diffusers(folder, str(tmp_path / "model"))
+
+
+def test_weights_that_are_not_finite_are_named_and_diffusers_logs_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import DDPMScheduler
+
+    network = unet()
+    folder = saved(tmp_path, network, DDPMScheduler())
+    path = Path(folder) / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": 1}))
+    imported(tmp_path, folder)
+    assert capfd.readouterr() == ("", "")
+    network.conv_in.bias.data[0] = np.nan
+    with pytest.raises(DataError, match=r"unet: weights that are not finite: conv_in\.bias$"):
+        import_diffusers(saved(tmp_path, network, DDPMScheduler()), str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
