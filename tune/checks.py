@@ -13,7 +13,7 @@ from scoreray.tune.plugins import CALLBACKS, SCHEDULERS, SEARCHERS
 from scoreray.tune.schedule import callback, scheduler
 from scoreray.tune.search import DRAWN, OPTUNA, searcher
 from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, inside
-from scoreray.tune.sweep import METRICS, OF_HELD_OUT, OF_SAMPLES, POPULATIONS, StudyPlan, Sweep
+from scoreray.tune.sweep import METRICS, OF_HELD_OUT, OF_SAMPLES, POPULATIONS, StudyPlan, Sweep, of_samples
 
 SHARED = ("run", "duration")  # the same in all trials, so that they compare
 UNSEEN = ("checkpoint", "log", "evaluation")  # sections that no metric depends on
@@ -154,7 +154,7 @@ def refused(make: Callable[[], Any]) -> list[str]:
 
 def _draws(key: str, names: Sequence[str]) -> bool:
     """Whether a key of how samples are drawn can change one of these metrics."""
-    if set(names) & set(OF_SAMPLES) or (key == "sample.ema" and set(names) & set(OF_HELD_OUT)):
+    if of_samples(names) or (key == "sample.ema" and set(names) & set(OF_HELD_OUT)):
         return True
     return "nfe" in names and key not in ("sample.ema", "sample.guidance")
 

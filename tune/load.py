@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, key_in_errors, nearest
-from scoreray.data.own_code import name_in_command
+from scoreray.data.own_code import is_own, load, name_in_command
 from scoreray.data.presets import preset
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
@@ -31,13 +31,13 @@ from scoreray.tune.checks import refused, schedule_mistakes, section_mistakes
 from scoreray.tune.space import SAMPLE, Space, build_space
 from scoreray.tune.sweep import (
     OF_HELD_OUT,
-    OF_SAMPLES,
     StudyPlan,
     Sweep,
     calls_of,
     draw_settings,
     misshapen,
     need_of,
+    of_samples,
 )
 
 PROBES = 16  # random points of the space whose configs are checked besides its corners
@@ -232,13 +232,15 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
         found.append("metric.names: bpd is of 8-bit images; use nats for these data")
     if "nats" in sweep.metric.names and is_8_bit:
         found.append("metric.names: nats is of real-valued data; use bpd for 8-bit images")
-    of_samples = tuple(name for name in sweep.metric.names if name in OF_SAMPLES)
-    if found or not of_samples:
+    measured = of_samples(sweep.metric.names)
+    if found or not measured:
         return found
     try:
-        settings = EvaluationSettings("", sweep.metric.reference, of_samples, extractor=sweep.metric.extractor)
+        for name in filter(is_own, measured):
+            load(name, "names")
+        settings = EvaluationSettings("", sweep.metric.reference, measured, extractor=sweep.metric.extractor)
         extractor = choose_extractor(settings, manifest, None)
-        choose_metrics(of_samples, info, manifest, extractor, settings.restoration)
+        choose_metrics(measured, info, manifest, extractor, settings.restoration)
     except ScorerayError as error:
         found.append(f"metric: {error}")
     return found

@@ -30,7 +30,7 @@ from scoreray.sampling.measures.held_out import (
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.offline.generate import Request
-from scoreray.tune.sweep import OF_SAMPLES, MetricSection, calls_of
+from scoreray.tune.sweep import MetricSection, calls_of, of_samples
 
 
 @lru_cache(maxsize=2)
@@ -97,7 +97,7 @@ def measure(
         request = Request(count=1, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
                           options=drawn["options"]).fitted(model.info)  # fmt: skip
         found["nfe"] = float(calls_of(request, model.info))
-    if wanted := tuple(name for name in section.names if name in OF_SAMPLES):
+    if wanted := of_samples(section.names):
         found |= _of_samples(model, url, section, drawn, place, wanted)
     metrics: dict[str, float] = {name: found[name] for name in section.names}
     check_finite({"denoising": found["denoising"], **metrics})

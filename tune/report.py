@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import ScorerayError
+from scoreray.data.own_code import with_words
 from scoreray.data.pages import render
 from scoreray.sampling.evaluation.record import finite
 from scoreray.sampling.model.load import load
@@ -82,7 +83,7 @@ def make_report(plan: StudyPlan, trials: Sequence[Trial]) -> Report:
     if best is not None and not plan.sweep.checkpoint:
         store.put(BEST, _best_yaml(plan, best).encode())
         best_url = store.url(BEST)
-        following.append(f"next: scoreray train {shlex.quote(best_url)}")
+        following.append(f"next: {shlex.join(['scoreray', 'train', best_url, *with_words()])}")
     if best is not None and any(key.startswith("sample.") for key in best.values):
         following.append("draw: " + _sample_command(plan, best))
     shares, note = importance(plan, trials)
@@ -262,7 +263,7 @@ def _sample_command(plan: StudyPlan, best: Trial) -> str:
     for key in ("sampler", "steps", "grid"):
         words += [f"--{key}", str(drawn[key])] if drawn[key] is not None else []
     words += ["--guidance", str(drawn["guidance"])] if drawn["guidance"] != 1.0 else []
-    return shlex.join([*words, *option_words(drawn["options"])])
+    return shlex.join([*words, *option_words(drawn["options"]), *with_words()])
 
 
 def _trained(trials: Sequence[Trial]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from scoreray.data.errors import UserError, shortened
+from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import is_own, or_own
 from scoreray.data.units import Count
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request
@@ -17,12 +18,22 @@ from scoreray.sampling.samplers.sample import num_calls
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
 from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
 
-MetricName = Literal["denoising", "bpd", "nats", "fid", "kid", "sw", "nfe"]
-METRICS: tuple[str, ...] = get_args(MetricName)
+METRICS = ("denoising", "bpd", "nats", "fid", "kid", "sw", "nfe")
 MAXIMISED = ("nats",)
 POPULATIONS = ("pbt", "pb2")  # schedulers under which trials exchange weights, and change values while they train
 OF_SAMPLES = ("fid", "kid", "sw")
 OF_HELD_OUT = ("denoising", "bpd", "nats")  # measured on images that training must not have seen
+
+
+def _metric_name(name: str) -> str:
+    if name not in METRICS and not is_own(name):
+        raise ValueError(f"unknown metric '{shortened(name)}'; {nearest(name, METRICS)}{or_own(name)}")
+    return name
+
+
+def of_samples(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that are measured of samples, as an evaluation measures them."""
+    return tuple(name for name in names if name in OF_SAMPLES or is_own(name))
 
 
 class StudySection(Section):
@@ -37,14 +48,15 @@ class MetricSection(Section):
     """What trials are compared by, the same whatever they search. Several names: no single best, a Pareto front.
 
     `names`: denoising (error of the denoised image at fixed noise levels, EDM-weighted by the data's own spread), bpd,
-    nats, fid, kid, sw (sliced Wasserstein), nfe (calls of the network for a sample).
+    nats, fid, kid, sw (sliced Wasserstein), nfe (calls of the network for a sample), or package.module:Name, a metric
+    as `evaluate --metrics` takes it, whose first number is minimised.
     `reference`: a packed data set that is not trained on. `count`: of its images, evenly over it; their noise is fixed.
     `likelihood_count`: of its images, for bpd and nats; `rtol`: of their solver, cheaper than an evaluation's 1e-5.
     `sigma_min`, `sigma_max`, `levels`: the fixed noise levels, even in ln sigma; the likelihood goes from end to end.
-    `samples`, `sampler`, `steps`, `grid`, `batch_size`: the sampler's fixed budget, for fid, kid and sw.
+    `samples`, `sampler`, `steps`, `grid`, `batch_size`: the sampler's fixed budget, for what is measured of samples.
     """
 
-    names: tuple[MetricName, ...] = ("denoising",)
+    names: tuple[Annotated[str, AfterValidator(_metric_name)], ...] = ("denoising",)
     reference: str
     count: int = Field(1024, ge=16)
     sigma_min: float = Field(0.01, gt=0)

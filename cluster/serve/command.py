@@ -26,6 +26,7 @@ from scoreray.cluster.serve.options import REDIS, Placement
 from scoreray.data.errors import ScorerayError
 from scoreray.data.scratch import SCRATCH
 from scoreray.data.threads import in_daemon_thread
+from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.trainer.checkpoints.stored_model import find_model
@@ -157,9 +158,8 @@ def serve_until_stopped(
 def _serve(
     config: ServeConfig, placement: Placement, ready: Callable[[str], None], stopping: threading.Event, verbose: bool
 ) -> int:
-    for name, url in config.models:
-        # a wrong URL is refused before Ray starts, as a taken port is
-        look_up(name, url, config.ema, adapters=config.adapters)
+    # A wrong URL is refused before Ray starts, as a taken port is.
+    models = [look_up(name, url, config.ema, adapters=config.adapters) for name, url in config.models]
     for _, url in config.adapters:  # small: a damaged one is named here, where Ray Serve would only say that it failed
         find_model(url).stored_weights()
     if placement.port:
@@ -174,7 +174,7 @@ def _serve(
             config = replace(config, keys=_key_file())
         with _errors(verbose) as errors, served(config, placement, errors) as url, _signals(stopping):
             say(f"{', '.join(f'{n} ({u})' for n, u in config.models)}: served at {url} by {low} replica(s)")
-            say(_curl(url, bool(config.tokens)))
+            say(_curl(url, bool(config.tokens), can_be_pictures(models[0].info.sample_shape)))
             ready(url)
             stopping.wait()
             STOPPING.set()
@@ -204,11 +204,12 @@ def _errors(verbose: bool) -> Iterator[str]:
         yield str(Path(folder, "errors.log"))
 
 
-def _curl(url: str, tokens: bool) -> str:
+def _curl(url: str, tokens: bool, pictures: bool) -> str:
     token = "-H 'Authorization: Bearer TOKEN' " if tokens else ""
+    media, file = ("image/png", "samples.png") if pictures else ("application/x-npz", "samples.npz")
     return (
-        f"  curl {url}/v1/samples {token}-H 'Content-Type: application/json' -H 'Accept: image/png' "
-        "-d '{\"count\": 16}' -o samples.png\n"
+        f"  curl {url}/v1/samples {token}-H 'Content-Type: application/json' -H 'Accept: {media}' "
+        f"-d '{{\"count\": 16}}' -o {file}\n"
         f"  {url}/ is its page, {url}/docs its HTTP interface; Ctrl-C ends it"
     )
 

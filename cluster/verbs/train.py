@@ -14,6 +14,7 @@ from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.display import TrainLine, say
 from scoreray.cluster.verbs.beside_run import beside
 from scoreray.data.errors import UserError
+from scoreray.data.own_code import with_words
 from scoreray.data.reading.quarantine import Entries, Unreadable
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config
@@ -51,7 +52,7 @@ class TrainResult:
         return (
             f"trained to {self.images_seen:,} images{loss} in {self.seconds:,.0f} s; checkpoint {self.checkpoint}\n"
             f"{self._unreadable()}"
-            f"next: scoreray sample {shlex.quote(self.run)} --count 64 --out samples"
+            f"next: {shlex.join(['scoreray', 'sample', self.run, *with_words(), '--count', '64', '--out', 'samples'])}"
         )
 
     def _unreadable(self) -> str:

@@ -24,6 +24,7 @@ from scoreray.data.own_code.part import OwnPart, config_class, own_part
 from scoreray.data.reading.pictures import as_array, fitted_pixels, open_picture, picture_size
 from scoreray.data.sources.field_source import NO_PICTURE, FieldValue, Sample, as_sizes, in_size, only_picture
 
+NUMBERS = ("array", "vector", "sequence", "scalar")
 NEEDS = ("fields", "__len__", "__getitem__")
 
 
@@ -111,11 +112,16 @@ class OwnSource:
 
 
 def _problem(one: Field, values: Mapping[str, Any]) -> str:
-    """What keeps a value from being packed as its field; of numbers, that they are as many."""
+    """What keeps a value from being packed as its field: of numbers, that they are as many and finite."""
     if one.name not in values:
         return f"has no '{one.name}'"
-    if one.kind in ("array", "vector") and np.shape(values[one.name]) != tuple(one.shape):
-        return f"'{one.name}' has the shape {list(np.shape(values[one.name]))}, its Field says {list(one.shape)}"
+    value = values[one.name]
+    if one.kind == "class" and not 0 <= int(value) < len(one.classes):
+        return f"'{one.name}' is {int(value)}, its Field has the classes 0 to {len(one.classes) - 1}"
+    if one.kind in ("array", "vector") and np.shape(value) != tuple(one.shape):
+        return f"'{one.name}' has the shape {list(np.shape(value))}, its Field says {list(one.shape)}"
+    if one.kind in NUMBERS and not np.isfinite(np.asarray(value, dtype=np.float64)).all():
+        return f"'{one.name}' holds values that are not finite"
     return ""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.data.own_code import code_hash, is_own
+from scoreray.data.own_code import code_hash, is_own, or_own
 from scoreray.data.reading.manifest import Manifest
 from scoreray.sampling.evaluation import held_out_metrics, sample_metrics
 from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan
@@ -248,7 +248,7 @@ def metric_of(name: str) -> EvaluationMetric:
         code: Callable[[EvaluationInputs], dict[str, Any]] = lambda inputs: {"code": code_hash(name)}  # noqa: E731
         return EvaluationMetric(name, OF_FEATURES, partial(sample_metrics.of_own, name), code, costly=True)
     if name not in METRICS:
-        raise UserError(f"unknown metric '{name}'; {nearest(name, METRICS)}")
+        raise UserError(f"unknown metric '{name}'; {nearest(name, METRICS)}{or_own(name)}")
     return METRICS[name]
 
 

@@ -7,6 +7,7 @@ not grow with the number of samples: what needs rows at once takes at most `plan
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -201,7 +202,14 @@ def of_own(name: str, stored: StoredChunks) -> MetricResult:
 
     def value(rows: Tensor) -> dict[str, float]:
         try:
-            found = {key: float(number) for key, number in function(rows, reference).items()}
+            found = function(rows, reference)
+            if not isinstance(found, Mapping):
+                raise UserError(
+                    f"--metrics {name}: gave a {type(found).__name__}; a mapping of numbers by name is needed"
+                )
+            found = {str(key): float(number) for key, number in found.items()}
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"--metrics {name}: failed: {line_of(error)}") from error
         if not found:

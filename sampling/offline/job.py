@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from scoreray.data.errors import DataError, ScorerayError, UserError
+from scoreray.data.own_code import code_hashes
 from scoreray.data.packing.commit import carry_out, pack_shard
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.manifest import MANIFEST, Manifest
@@ -88,6 +89,7 @@ def begin(
     job = SampleJob(
         _asked(checkpoint), model.info.url, model.info.ema, fingerprint(model), request, place.format, size,
         precision, compile_, Form(), conditions_sha256=sha256_of(conditions.fixed), raw=raw,
+        own_code=code_hashes(request.sampler),
     )  # fmt: skip
     if before is None:
         place.store.check_writable()

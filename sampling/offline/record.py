@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from scoreray.sampling.guidance.steering import Guidance, Measurement
@@ -27,8 +27,8 @@ class SampleJob:
 
     asked: the URL that was given; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
     weights: their SHA-256. conditions_sha256: of the values of the request's conditions, which may be in files; ""
-    without any. raw: latents are not decoded. request: with sampler, steps and grid filled in; its batch_size decides
-    nothing.
+    without any. raw: latents are not decoded. own_code: the hash of a sampler of somebody else's. request: with sampler,
+    steps and grid filled in; its batch_size decides nothing.
     """
 
     asked: str
@@ -44,6 +44,7 @@ class SampleJob:
     version: int = VERSION
     conditions_sha256: str = ""
     raw: bool = False
+    own_code: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_shards(self) -> int:
@@ -119,7 +120,7 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     request["guidance"] = asdict(job.request.guided)
     for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"), (request, "size"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
-                        (fields, "conditions_sha256"), (fields, "raw")):  # fmt: skip
+                        (fields, "conditions_sha256"), (fields, "raw"), (fields, "own_code")):  # fmt: skip
         if not where[name]:
             del where[name]
     return json.loads(json.dumps(fields))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest, shortened
-from scoreray.data.own_code import is_own, line_of, load
+from scoreray.data.own_code import is_own, line_of, load, or_own
 from scoreray.sampling.samplers.adaptive import rk45
 from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
 from scoreray.sampling.samplers.noise import Noise, SampleNoise, TorchNoise, as_noise
@@ -74,7 +74,7 @@ def sampler_of(name: str) -> Callable[..., Steps]:
     if name in SAMPLERS:
         return SAMPLERS[name]
     if not is_own(name):
-        raise UserError(f"unknown sampler '{shortened(str(name))}': {nearest(str(name), SAMPLERS)}")
+        raise UserError(f"unknown sampler '{shortened(str(name))}': {nearest(str(name), SAMPLERS)}{or_own(str(name))}")
     found = load(name, "sampler")
     if not inspect.isgeneratorfunction(found):
         raise UserError(f"sampler '{name}': is no generator function (x, sigmas, noise, *, options)")

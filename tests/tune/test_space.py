@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from scoreray.data.reading.samples import read_samples
 from scoreray.tune.load import check_room, check_sweep, load_sweep
 from scoreray.tune.metric import held_out
 from scoreray.tune.space import with_values
+from scoreray.tune.sweep import goals
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tune"
 MEAN = "objective.sigma_sampling.P_mean"
@@ -113,7 +115,8 @@ def test_a_bad_space_is_one_line(sweep: dict[str, Any], space: dict[str, Any], m
     ("overrides", "message"),
     [
         (["metric.sigma_min=9"], "must be below metric.sigma_max"),
-        (["metric.names=[fidd]"], "metric.names"),
+        (["metric.names=[fidd]"], "metric.names.0: unknown metric 'fidd'; did you mean 'fid'"),
+        (["metric.names=[theirs.fid]"], "a part of yours is written package.module:Name"),
         (["scheduler.kind=asha"], "scheduler.grace_images: missing"),
         (["scheduler.kind=asha", "scheduler.grace_images=1M"], "must be between"),
         (["scheduler.kind=pbt", "scheduler.every_images=512", "trials=2"], "pbt needs at least 4"),
@@ -211,6 +214,20 @@ def test_checks_that_need_the_stores_or_the_cluster(sweep: dict[str, Any], point
         assert named in lengths.config({}).ema.names
         assert len(lengths.config({}).ema.names) == (1 if named == "0.100" else 2)
         assert check_sweep(lengths) == []
+
+
+def test_somebody_elses_metric_compares_trials(
+    sweep: dict[str, Any], own_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As `evaluate --metrics` computes it of a trial's samples; less is better."""
+    source = "def mean(samples, reference):\n    return {'far': (samples.mean(0) - reference.mean(0)).norm()}"
+    own_package("theirs", far=source)
+    settings = ["metric.names=[theirs.far:mean]", "metric.extractor=identity", "metric.samples=32"]
+    plan = load_sweep(sweep, [*settings, "space={sample.steps: {int: [2, 4]}}"])
+    assert check_sweep(plan) == []
+    assert goals(plan.sweep) == ("theirs.far:mean", "min")
+    with pytest.raises(UserError, match=r"metric: names 'theirs.far:absent': theirs.far has no 'absent'"):
+        check_sweep(load_sweep(sweep, ["metric.names=[theirs.far:absent]", "metric.extractor=identity"]))
 
 
 def test_training_images_as_held_out_ones_are_warned_of(
