@@ -61,7 +61,9 @@ def bring(entries: Sequence[str]) -> None:
     """
     for entry in entries:
         if not entry.strip():
-            raise UserError("--with: is empty; give a package's folder, a .py file or the name of an installed package")
+            raise UserError(
+                f"--with {entry.strip()}: is empty; give a package's folder, a .py file or an installed package's name"
+            )
         if _is_path(entry):
             _bring_path(entry)
         elif entry == OURS:

@@ -17,12 +17,14 @@ from scoreray.data.own_code import (
     brought,
     code_hash,
     environment,
+    gate,
     instance,
     is_own,
     load,
     name_in_command,
     py_modules,
     require,
+    with_words,
 )
 
 MARK = "import os, pathlib\npathlib.Path(__file__).with_name('imported').touch()\nclass Net: pass\n"
@@ -97,6 +99,9 @@ def test_a_path_brings_one_package_and_not_what_is_beside_it(own_package: Callab
     bring([str(single)])
     assert isinstance(instance("theirs_c:Three", "--scorer"), load("theirs_c:Three", "kind"))
     assert {str(folder), str(single)} <= set(brought())
+    bring([str(folder / "__init__.py")])  # the package that it is of
+    assert "__init__" not in gate._paths
+    assert with_words()[:2] == ["--with", str(folder)]
     assert set(py_modules()) == {str(folder), str(single)}
 
 
@@ -117,6 +122,7 @@ def test_what_can_not_be_brought_is_one_line(own_package: Callable[..., Path], t
         (tmp_path / "diffusers.py", "would hide another diffusers, of "),
         (tmp_path / "my-net.py", "'my-net' is no name of a module"),
         (tmp_path / "other" / "theirs_d", "theirs_d is brought already, from"),
+        ("", "is empty; give"),
         ("not_installed_here", "no package of this name is installed on"),
         ("no name", "no package of this name is installed on"),
     ):

@@ -49,6 +49,10 @@ class Bad(Ramp):
         values = super().__getitem__(number)
         if number == 7 and self.how == "wide":
             return {**values, "wave": np.zeros((2, 4), np.float32)}
+        if number == 7 and self.how == "nan":
+            return {**values, "wave": np.full((2, 3), np.nan, np.float32)}
+        if number == 7 and self.how == "class":
+            return {**values, "label": 2}
         return {"wave": values["wave"]} if number == 7 else values
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ def test_a_bad_sample_is_named_or_left_out(own_package: Callable[..., Path], tmp
         ("raises", "sample 7: KeyError: 'seven'"),
         ("lacks", "sample 7: has no 'caption'"),
         ("wide", wide),
+        ("nan", "sample 7: 'wave' holds values that are not finite"),
+        ("class", "sample 7: 'label' is 2, its Field has the classes 0 to 1"),
     ):
         with pytest.raises(DataError, match=message):
             pack("theirs.data:Bad", tmp_path / how, source_options={"how": how})

@@ -24,6 +24,8 @@ from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.offline.job import begin
+from scoreray.sampling.offline.place import place_of
 from scoreray.sampling.samplers import sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.body import make_request
@@ -186,6 +188,21 @@ def test_an_own_sampler_is_a_generator_with_options(
             sample(denoiser, x, karras(5), sampler=name)
     with pytest.raises(UserError, match=r"'theirs\.way:halves' has no option 'shore': did you mean 'share'"):
         Request(1, sampler="theirs.way:halves", options={"shore": 1})
+
+
+def test_samples_of_a_sampler_whose_code_has_changed_are_another_request_s(
+    own_package: Callable[..., Path], new_run: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = own_package("theirs", way=SAMPLER)
+    url, place = new_run(str(tmp_path / "run"), shape=(2,), classes=0), place_of(str(tmp_path / "drawn.npz"))
+    request = Request(2, sampler="theirs.way:halves", steps=3)
+    job, *_ = begin(place, url, None, request)
+    assert job.own_code == {"theirs.way:halves": code_hash("theirs.way:halves")}
+    assert begin(place, url, None, request)[0] == job
+    (folder / "way.py").write_text(SAMPLER + "\n# otherwise")
+    code_hash.cache_clear()
+    with pytest.raises(UserError, match=r"samples of another request are there \(own_code "):
+        begin(place, url, None, request)
 
 
 def test_a_request_over_http_names_no_code_but_what_the_service_was_given(
