@@ -89,10 +89,10 @@ def test_a_graph_that_gives_something_else_is_not_stored(
     new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run(str(tmp_path / "run"), shape=(2,), classes=0, network=MLP)
-    monkeypatch.setattr(graphs, "_saved", lambda denoiser, path, format: (lambda inputs: inputs["x"], "nothing"))
+    monkeypatch.setattr(graphs, "_saved", lambda *given: (lambda inputs: inputs["x"], "nothing"))
     with pytest.raises(UserError, match="away from what the model gives"):
         exported(run, tmp_path / "out", "onnx")
-    monkeypatch.setattr(graphs, "_saved", lambda denoiser, path, format: (lambda inputs: inputs["x"] * torch.nan, ""))
+    monkeypatch.setattr(graphs, "_saved", lambda *given: (lambda inputs: inputs["x"] * torch.nan, ""))
     with pytest.raises(UserError, match="nan away"):
         exported(run, tmp_path / "out", "onnx")
 
