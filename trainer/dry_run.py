@@ -73,7 +73,9 @@ def dry_run(config: Config, fields: RunFields, meta: TrainingModule | MachineMod
 
 def _step(config: Config, fields: RunFields) -> None:
     module = build_training_module(config, fields)
-    images, given = torch.zeros(ROWS, *fields.shape), example_condition(fields.conditions, ROWS)
+    channels, *grid = fields.shape
+    stored = 2 * channels if fields.target.holds_moments else channels
+    images, given = torch.zeros(ROWS, stored, *grid), example_condition(fields.conditions, ROWS)
     loss, sigma = module(images, given, torch.arange(ROWS))
     if not bool(((sigma > 0) & sigma.isfinite()).all()):
         kind = config.objective.sigma_sampling.kind

@@ -226,13 +226,13 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
         )
     is_8_bit = manifest.dtype == "uint8" and info.encoding is None
     latents = None if info.encoding is None or info.target is None else info.target.name
-    if latents and set(sweep.metric.names) - set(OF_SAMPLES) and latents not in {one.name for one in manifest.fields}:
+    measured = of_samples(sweep.metric.names)
+    if latents and set(sweep.metric.names) - set(measured) and latents not in {one.name for one in manifest.fields}:
         found.append(f"metric.reference: has no field '{latents}', the latents that training has")
     if "bpd" in sweep.metric.names and not is_8_bit:
         found.append("metric.names: bpd is of 8-bit images; use nats for these data")
     if "nats" in sweep.metric.names and is_8_bit:
         found.append("metric.names: nats is of real-valued data; use bpd for 8-bit images")
-    measured = of_samples(sweep.metric.names)
     if found or not measured:
         return found
     try:

@@ -27,8 +27,8 @@ class SampleJob:
 
     asked: the URL that was given; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
     weights: their SHA-256. conditions_sha256: of the values of the request's conditions, which may be in files; ""
-    without any. raw: latents are not decoded. own_code: the hash of a sampler of somebody else's. request: with sampler,
-    steps and grid filled in; its batch_size decides nothing.
+    without any. raw: latents are not decoded. own_code: the hash of a sampler of somebody else's. request: with
+    sampler, steps and grid filled in; its batch_size decides nothing.
     """
 
     asked: str
