@@ -18,6 +18,7 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.condition_shapes import example_condition
+from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.flops import training_flops
 from scoreray.trainer.networks.network import num_parameters
@@ -57,7 +58,7 @@ def dry_run(config: Config, fields: RunFields, meta: TrainingModule | MachineMod
     if not own_kinds(stored) or isinstance(meta, MachineModule):
         return ""
     note = ""
-    if not own_kinds(stored["network"]) or (note := _too_large(meta.denoiser.network, fields.shape)):
+    if not own_kinds(stored["network"]) or (note := _too_large(meta.denoiser, fields.shape)):
         whole = replace(config.optimizer, frozen=())
         config = config.model_copy(update={"network": _StandIn(), "optimizer": whole, "lora": None})
     try:
@@ -86,7 +87,9 @@ def _step(config: Config, fields: RunFields) -> None:
     loss.mean().backward()
 
 
-def _too_large(network: nn.Module, shape: Sequence[int]) -> str:
+def _too_large(denoiser: Denoiser, shape: Sequence[int]) -> str:
+    network = denoiser.network
+    assert isinstance(network, nn.Module)
     parameters = num_parameters(network)
     # Where they can't be counted, those of a network whose every weight meets every place of a sample's grid.
     work = training_flops(network, shape) or 6 * parameters * math.prod(shape[1:])
