@@ -78,7 +78,7 @@ def drawn(url: str, out: Path, **options: Any) -> np.ndarray:
     return np.load(out)["images"]
 
 
-def test_the_shape_of_the_network_and_of_what_is_drawn_are_told_apart(url: str) -> None:
+def test_the_shape_of_the_network_and_that_of_what_is_drawn_have_a_name_each(url: str) -> None:
     info = describe(url).info
     assert (info.image_shape, info.sample_shape) == ((2, 4, 4), (1, 8, 8))
     assert (info.is_picture, info.sample_dtype) == (True, "uint8")
