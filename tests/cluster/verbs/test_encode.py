@@ -41,7 +41,8 @@ def test_actors_make_the_bytes_of_one_process_and_go_on_after_a_mistake(
     assert files_in(out) == whole
 
 
-@pytest.mark.slow  # eleven starts of Ray
+@pytest.mark.slow
+@pytest.mark.timeout(3000)  # eleven starts of Ray, over a minute each at a load of 20
 def test_kills_at_ten_points_end_in_the_same_bytes(small_set: str, tiny_vae: str, tmp_path: Path) -> None:
     """By SIGKILL and Ctrl-C in turn, with one and two actors in turn."""
     wanted = ["--encoder", f"diffusers={tiny_vae}", "--field", "image", "--to", "latent"]
