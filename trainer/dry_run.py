@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,11 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.condition_shapes import example_condition
-from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.flops import training_flops
 from scoreray.trainer.networks.network import num_parameters
-from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
+from scoreray.trainer.step import AutoencoderModule, MachineModule, RunModule, build_training_module
 
 ROWS = 2  # so that [B, 1] in the place of [B] shows
 MOST_PARAMETERS = 20e6  # of a network that is run: 160 MB with their gradients, and 0.2 s to fill them
@@ -48,7 +49,7 @@ class _Scaled(nn.Module):
         return self.scale * x
 
 
-def dry_run(config: Config, fields: RunFields, meta: TrainingModule | MachineModule) -> str:
+def dry_run(config: Config, fields: RunFields, meta: RunModule) -> str:
     """One step on the CPU, if the config names code of somebody else's. Returns a line where its network is too large
     for that and was left out, else "".
 
@@ -58,9 +59,21 @@ def dry_run(config: Config, fields: RunFields, meta: TrainingModule | MachineMod
     if not own_kinds(stored) or isinstance(meta, MachineModule):
         return ""
     note = ""
+    if isinstance(meta, AutoencoderModule):
+        if not own_kinds(stored["network"]):  # what its perceptual term names was called when it was built
+            return ""
+        if not (note := _too_large(meta.denoiser, fields.shape)):
+            _try_step(config, fields, stored)
+        return note
     if not own_kinds(stored["network"]) or (note := _too_large(meta.denoiser, fields.shape)):
         whole = replace(config.optimizer, frozen=())
         config = config.model_copy(update={"network": _StandIn(), "optimizer": whole, "lora": None})
+    _try_step(config, fields, stored)
+    return note
+
+
+def _try_step(config: Config, fields: RunFields, stored: dict[str, Any]) -> None:
+    """Raises UserError where a step fails, which names the part of the `stored` config whose code it was."""
     try:
         with torch.random.fork_rng(devices=[]):
             _step(config, fields)
@@ -69,7 +82,6 @@ def dry_run(config: Config, fields: RunFields, meta: TrainingModule | MachineMod
             raise
         named = f"{', '.join(own_kinds(stored))}: a training step on zeros failed: {line_of(error)}"
         raise own_mistake(error, stored) or UserError(named) from error
-    return note
 
 
 def _step(config: Config, fields: RunFields) -> None:
@@ -78,7 +90,7 @@ def _step(config: Config, fields: RunFields) -> None:
     stored = 2 * channels if fields.target.holds_moments else channels
     images, given = torch.zeros(ROWS, stored, *grid), example_condition(fields.conditions, ROWS)
     loss, sigma = module(images, given, torch.arange(ROWS))
-    if not bool(((sigma > 0) & sigma.isfinite()).all()):
+    if not isinstance(config.objective, AutoencodingObjective) and not bool(((sigma > 0) & sigma.isfinite()).all()):
         kind = config.objective.sigma_sampling.kind
         raise UserError(f"sigma_sampling: kind '{kind}' gave {sigma.tolist()}; noise levels above 0 are needed")
     if not loss.requires_grad:
@@ -87,7 +99,7 @@ def _step(config: Config, fields: RunFields) -> None:
     loss.mean().backward()
 
 
-def _too_large(denoiser: Denoiser, shape: Sequence[int]) -> str:
+def _too_large(denoiser: nn.Module, shape: Sequence[int]) -> str:
     network = denoiser.network
     assert isinstance(network, nn.Module)
     parameters = num_parameters(network)

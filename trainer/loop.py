@@ -39,7 +39,7 @@ from scoreray.trainer.ranks import from_all_ranks, from_rank_0
 from scoreray.trainer.records import record_objects, remove_uncommitted
 from scoreray.trainer.run_data import FinishedTars, RunData, open_batches, open_run_data
 from scoreray.trainer.run_folder import run_store
-from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
+from scoreray.trainer.step import RunModule, build_training_module
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def train(
 
 def _build(
     config: Config, fields: RunFields, world_size: int, device: torch.device, note: Callable[[str], None]
-) -> tuple[TrainingModule | MachineModule, Engine]:
+) -> tuple[RunModule, Engine]:
     """The module, with weights from the run's seed, and the engine that shards and steps it."""
     torch.manual_seed(config.run.seed)
     module = build_training_module(config, fields)
@@ -211,7 +211,7 @@ def _marker(
     config: Config,
     data: RunData,
     fields: RunFields,
-    module: TrainingModule | MachineModule,
+    module: RunModule,
     engine: Engine,
     world_size: int,
     lineage: list[Ancestor],

@@ -15,7 +15,7 @@ from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.engine import resolve_precision
 from scoreray.trainer.monitoring.meter import Work
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
-from scoreray.trainer.step import MachineModule, TrainingModule, build_training_module
+from scoreray.trainer.step import RunModule, build_training_module
 
 T = TypeVar("T")
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
@@ -37,7 +37,7 @@ def on_meta(build: Callable[[], T]) -> T:
         return build()
 
 
-def meta_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
+def meta_module(config: Config, fields: RunFields) -> RunModule:
     """What `build_training_module` makes, on torch's meta device. Raises UserError when network and data do not fit:
     of data in buckets the network is called with each size."""
     module = on_meta(lambda: build_training_module(config, fields))
@@ -46,7 +46,7 @@ def meta_module(config: Config, fields: RunFields) -> TrainingModule | MachineMo
     return module
 
 
-def _check_takes(module: TrainingModule | MachineModule, config: Config, shape: Sequence[int]) -> None:
+def _check_takes(module: RunModule, config: Config, shape: Sequence[int]) -> None:
     x, c_noise = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
     network: Any = module.denoiser.network
     try:

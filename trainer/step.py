@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
 from scoreray.trainer.diffusion.objective import (
+    AutoencodingObjective,
     ContrastiveObjective,
     NoisedBatch,
     ObjectiveConfig,
@@ -30,9 +31,11 @@ from scoreray.trainer.diffusion.objective import (
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
+from scoreray.trainer.networks.autoencoder import AutoencoderNetwork, check_autoencoder
 from scoreray.trainer.networks.lora import add_adapters
 from scoreray.trainer.networks.network import build_network, freeze
 from scoreray.trainer.networks.rbm import BoltzmannMachine, GaussianRBMConfig, RBMConfig
+from scoreray.trainer.perceptual import perceptual_distance
 
 
 class TrainingModule(nn.Module):
@@ -149,6 +152,41 @@ def one_per_sample(what: str, part: Any, found: Any, rows: Tensor) -> Tensor:
     raise UserError(f"{what}: kind '{part.kind}' gave {given}; {list(rows.shape)} is needed, a number for each sample")
 
 
+class AutoencoderModule(nn.Module):
+    """TrainingModule's counterpart for autoencoders: (images, None, positions) -> (loss [B], sigma [B], which is 0).
+
+    A latent is drawn from its mean and standard deviation by noise of (seed, position). The network's parameters are
+    named `denoiser.network.*`, as those of a denoiser's are. `perceptual`: of (x, reconstruction), a distance [B].
+    """
+
+    def __init__(
+        self,
+        network: AutoencoderNetwork,
+        objective: AutoencodingObjective,
+        *,
+        seed: int,
+        augmentation: AugmentationConfig = NO_AUGMENTATION,
+        normaliser: Normaliser | None = None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        assert isinstance(network, nn.Module)
+        self.denoiser, self.normaliser = nn.ModuleDict({"network": network}), normaliser
+        self.objective, self.augmentation, self.seed, self.perceptual = objective, augmentation, seed, perceptual
+
+    def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """An autoencoder takes no condition."""
+        network: Any = self.denoiser["network"]
+        x = to_model_range(augment(images, self.augmentation, self.seed, positions), self.normaliser)
+        mean, std = network.encode(x)
+        z = noise.normal(self.seed, positions, tuple(mean.shape[1:]), stream=noise.STREAM_LATENT, dtype=mean.dtype)
+        reconstruction = network.decode(mean + std * z)
+        loss = self.objective.error(x, reconstruction, mean, std)
+        if self.perceptual is not None:
+            loss = loss + self.objective.perceptual_weight * self.perceptual(x, reconstruction)
+        return loss.float(), torch.zeros_like(loss, dtype=torch.float32)
+
+
 class MachineModule(nn.Module):
     """TrainingModule's counterpart for the machines of `rbm`: contrastive divergence by block Gibbs, no noise level.
 
@@ -223,29 +261,43 @@ def bucket_mistakes(config: Config, fields: RunFields) -> list[str]:
     return found
 
 
-def build_training_module(config: Config, fields: RunFields) -> TrainingModule | MachineModule:
+RunModule = TrainingModule | MachineModule | AutoencoderModule
+"""What an engine trains."""
+
+
+def build_training_module(config: Config, fields: RunFields) -> RunModule:
     """The module that `config` trains on these fields. Weights come from torch's global generator."""
     config = resolve_sigma_data(config, fields)
     refuse(augmentation_mistakes(config.augmentation, fields.shape) + bucket_mistakes(config, fields))
+    objective, kind = config.objective, config.network.kind
     network = build_network(config.network, fields.shape, fields.conditions)
     freeze(network, config.optimizer.frozen)
     if config.lora is not None:
         add_adapters(network, config.lora)
     shared: dict[str, Any] = {
         "seed": config.run.seed,
-        "global_batch_size": config.data.global_batch_size,
         "augmentation": config.augmentation,
         "normaliser": fields.target.normaliser,
-        "moments": fields.target.holds_moments,
     }
+    if isinstance(objective, AutoencodingObjective):
+        if fields.target.encoding is not None:
+            raise UserError(
+                f"data.target: '{fields.target.name}' was made by {fields.target.encoding.name} already; name the "
+                "field that it was made of"
+            )
+        autoencoder = check_autoencoder(network, kind, fields.shape)
+        return AutoencoderModule(
+            autoencoder, objective, perceptual=perceptual_distance(objective, fields.shape), **shared
+        )
+    shared |= {"global_batch_size": config.data.global_batch_size, "moments": fields.target.holds_moments}
     if isinstance(network, BoltzmannMachine):
-        assert isinstance(config.objective, ContrastiveObjective)  # the config has been checked
+        assert isinstance(objective, ContrastiveObjective)  # the config has been checked
         if config.data.conditions:
-            raise UserError(f"data.conditions: network.kind '{config.network.kind}' takes none; leave them out")
-        return MachineModule(network, config.objective, **shared)
+            raise UserError(f"data.conditions: network.kind '{kind}' takes none; leave them out")
+        return MachineModule(network, objective, **shared)
     return TrainingModule(
         Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data),
-        config.objective,
+        objective,
         config.process,
         shape=fields.shape,
         dropout=fields.dropout,

@@ -211,7 +211,7 @@ def advance(
     length = drawn["ema"]
     model = load_model(url, None if length is None else str(length), device)
     if not isinstance(model, LoadedDenoiser):
-        raise UserError(f"{url}: an RBM has no denoiser, and sweeps compare denoisers")
+        raise UserError(f"{url}: sweeps compare denoisers: {model.info.instead_of_denoiser}")
     place = f"{sweep.study.storage.rstrip('/')}/{sweep.study.name}"
     found = measure(model, url, sweep.metric, drawn, place)
     return {

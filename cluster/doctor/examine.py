@@ -207,8 +207,8 @@ def _activations(config: Config, network: Any, shape: tuple[int, ...], half: boo
     rows = config.engine.micro_batch_size or rows
     try:
         every, recomputed = activation_bytes(network, shape, torch.bfloat16 if half else torch.float32)
-    except (TypeError, RuntimeError, NotImplementedError):
-        return rows, 0.0  # an energy or an RBM: no forward pass of this form
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError):
+        return rows, 0.0  # an energy, an RBM, somebody else's autoencoder: no forward pass of this form
     inner = getattr(config.network, "network", config.network)  # of one on a ladder
     return rows, float(rows * (recomputed if getattr(inner, "activation_checkpointing", False) else every))
 

@@ -95,6 +95,8 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     StorageError.
     """
     found = describe(url)
+    if options.samples and found.info.is_autoencoder:
+        raise UserError(f"--samples: {found.info.instead_of_denoiser}")
     if options.samples and len(found.info.sample_shape) < 2:
         raise UserError(f"--samples: no picture can be made of samples of shape {list(found.info.sample_shape)}")
     if options.samples:

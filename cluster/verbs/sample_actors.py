@@ -15,7 +15,7 @@ from scoreray.data.packing.commit import pack_shard
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.storage.lease import Lease
 from scoreray.data.traces import span
-from scoreray.sampling.model.load import load_model
+from scoreray.sampling.model.load import load_to_sample
 from scoreray.sampling.offline.driver import fingerprint
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.offline.record import SampleJob
@@ -64,7 +64,7 @@ class DrawingActor:
 
 
 def _load(job: SampleJob) -> Any:
-    model = load_model(job.checkpoint, job.ema)
+    model = load_to_sample(job.checkpoint, job.ema)
     model.info = model.info.at_size(job.request.size)
     if fingerprint(model) != job.weights:
         raise DataError(f"{job.checkpoint}: its weights are not those that this job began with")

@@ -70,11 +70,17 @@ class LossChunk:
 
 @dataclass(frozen=True)
 class RestorationChunk:
-    """psnr, ssim [n]; pictures uint8 [m, 3, C, H, W] of the first chunk: images, what is known of them, restored."""
+    """psnr, ssim [n]; pictures uint8 [m, 3, C, H, W] of the first chunk: images, what is known of them, restored.
+
+    Of an autoencoder, mse [n] too and features [n, d] of reconstructions where a metric needs them; psnr and ssim are
+    empty where samples are no 8-bit images, and pictures are [m, 2, C, H, W]: images, reconstructed.
+    """
 
     psnr: np.ndarray
     ssim: np.ndarray
     pictures: np.ndarray
+    mse: np.ndarray | None = None
+    features: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

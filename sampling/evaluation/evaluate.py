@@ -128,7 +128,8 @@ def missing(plan: EvaluationPlan, stage: str, chunks: list[Chunk]) -> list[Chunk
 
 
 def find_finished(plan: EvaluationPlan) -> Evaluation | None:
-    """The evaluation if its record is stored. Raises DataError where it is damaged."""
+    """The evaluation if its record is stored with every metric of the plan: some share all that their numbers depend
+    on, so another choice of them has the same place. Raises DataError where it is damaged."""
     store = plan.store
     if not store.exists(RECORD):
         return None
@@ -136,6 +137,8 @@ def find_finished(plan: EvaluationPlan) -> Evaluation | None:
         found = read_record(store.url(RECORD))
     except DataError as error:
         raise DataError(f"{error}; remove that file, and the same command evaluates again") from None
+    if not set(plan.metrics) <= set(found.metrics):
+        return None
     return Evaluation(found, store.url(RECORD), store.url(PAGE))
 
 

@@ -60,6 +60,14 @@ def restoration(name: str) -> Callable[[StoredChunks], MetricResult]:
     return compute
 
 
+def reconstruction_error(stored: StoredChunks) -> MetricResult:
+    """Mean squared error of reconstructions, per value in the model's range."""
+    chunks = list(stored.each("restoration", RestorationChunk))
+    return MetricResult(
+        mean_of(joined(chunk.mse for chunk in chunks if chunk.mse is not None)), drawn=chunks[0].pictures
+    )
+
+
 def annealed_likelihood(stored: StoredChunks) -> MetricResult:
     """Mean log-likelihood of the reference under the energy, in nats: -E - ln Z."""
     chunk = next(stored.each("ais", AnnealingChunk))

@@ -15,7 +15,7 @@ from scoreray.data.storage.store import NotFound
 from scoreray.sampling.evaluation.plan import EvaluationInputs
 from scoreray.sampling.measures import features
 from scoreray.sampling.measures.features import Extract
-from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, load_described
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedModel, load_described
 
 _loading = threading.Lock()
 _loaded: dict[str, tuple[Hashable, Any]] = {}
@@ -59,7 +59,7 @@ def load_extractor(inputs: EvaluationInputs) -> Extract:
     return once("extractor", (choice, device), build)
 
 
-def loaded_model(inputs: EvaluationInputs) -> LoadedDenoiser | LoadedMachine:
+def loaded_model(inputs: EvaluationInputs) -> LoadedModel:
     which = (inputs.info.url, inputs.info.ema, inputs.settings.device)
     return once("model", which, lambda: load_described(inputs.model, inputs.settings.device))
 

@@ -45,7 +45,8 @@ class EvaluationMetric:
 
     title: as a page shows it. needs: parts of the protocol beside its own that its value depends on; those that are in
     STAGES are computed for it. compute: of the stored chunks. protocol: its own settings, as the record has them.
-    misfit: why it makes no sense for a model, data and an extractor. costly: only where it is asked for.
+    misfit: why it makes no sense for a model, data and an extractor, beside what holds for every metric (`unfit`).
+    costly: only where it is asked for, or of an autoencoder, which is measured in a forward pass.
     """
 
     title: str
@@ -59,15 +60,22 @@ class EvaluationMetric:
         """All parts of the protocol that it depends on: records are comparable in it where these agree."""
         return self.needs if self.protocol is None else (*self.needs, name)
 
+    def unfit(self, info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+        """Why it makes no sense for a model, data and an extractor; None where it does."""
+        if info.is_autoencoder and not set(self.needs) <= {*OF_RECONSTRUCTIONS, "extractor"}:
+            return "an autoencoder draws no samples and knows no noise level"
+        return self.misfit(info, manifest, extractor)
+
     @property
     def stages(self) -> set[str]:
-        """The chunks that it is computed from; the reference's own only beside samples, as others read its images."""
-        return {part for part in self.needs if part in STAGES} - (set() if "samples" in self.needs else {"reference"})
+        """The chunks that it is computed from; the reference's own only where sets are compared, as others read its
+        images."""
+        return {part for part in self.needs if part in STAGES} - (set() if self.compares_sets else {"reference"})
 
     @property
     def compares_sets(self) -> bool:
-        """Whether it compares the samples with the reference as a whole."""
-        return {"samples", "reference"} <= set(self.needs)
+        """Whether it compares samples, or reconstructions, with the reference as a whole."""
+        return "reference" in self.needs and bool({"samples", "extractor"} & set(self.needs))
 
     @property
     def draws(self) -> bool:
@@ -106,6 +114,10 @@ def _likelihood_of_8_bit(info: ModelInfo, manifest: Manifest, extractor: Extract
         return "the model has a density of latents, not of pictures; nats are of these"
     unfit = _knows_noise_levels(info, manifest, extractor)
     return unfit or (None if _is_8_bit(manifest) else "bits per dimension are of 8-bit images; nats fit these data")
+
+
+def _reconstructs(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    return None if info.is_autoencoder else "it is of an autoencoder's reconstructions"
 
 
 def _restores_images(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
@@ -158,6 +170,7 @@ def _has_grid(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -
 
 
 OF_FEATURES = ("reference", "samples", "extractor")
+OF_RECONSTRUCTIONS = ("reference", "restoration")
 OF_ENSEMBLES = ("reference", "ensembles")
 
 METRICS: dict[str, EvaluationMetric] = {
@@ -202,13 +215,21 @@ METRICS: dict[str, EvaluationMetric] = {
     "loss": EvaluationMetric(
         "Denoising loss, EDM-weighted", ("reference", "loss"), held_out_metrics.loss, misfit=_knows_noise_levels
     ),
+    "mse": EvaluationMetric(
+        "Mean squared error of reconstructions", OF_RECONSTRUCTIONS, held_out_metrics.reconstruction_error,
+        misfit=_reconstructs,
+    ),
     "psnr": EvaluationMetric(
-        "PSNR of restorations, dB", ("reference", "restoration"), held_out_metrics.restoration("psnr"),
+        "PSNR of restorations or reconstructions, dB", OF_RECONSTRUCTIONS, held_out_metrics.restoration("psnr"),
         misfit=_restores_images, costly=True,
     ),
     "ssim": EvaluationMetric(
-        "SSIM of restorations", ("reference", "restoration"), held_out_metrics.restoration("ssim"),
+        "SSIM of restorations or reconstructions", OF_RECONSTRUCTIONS, held_out_metrics.restoration("ssim"),
         misfit=_restores_images, costly=True,
+    ),
+    "reconstruction_fid": EvaluationMetric(
+        "Fréchet distance of reconstructions", (*OF_RECONSTRUCTIONS, "extractor"), sample_metrics.reconstruction_fid,
+        protocol=lambda inputs: {"covariance": "unbiased", "groups": frechet.GROUPS}, misfit=_reconstructs,
     ),
     "ais": EvaluationMetric(
         "Log-likelihood by AIS, nats", ("reference", "ais"), held_out_metrics.annealed_likelihood,

@@ -115,10 +115,12 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
             found.append(_neighbours(stored, drawn["nn"], samples))
     elif "samples" in stages and info.sample_shape == (2,):
         found.append(_points(stored))
-    restored = drawn.get("psnr", drawn.get("ssim"))
+    restored = next((drawn[name] for name in ("psnr", "ssim", "mse") if name in drawn), None)
     if restored is not None and is_picture(restored.shape[2:]):
         rows = torch.from_numpy(restored).transpose(0, 1).flatten(0, 1)
-        found.append(("Restorations: images, what is known of them, restored.", png_of_sheet(rows, len(restored))))
+        restorations = "Restorations: images, what is known of them, restored."
+        shown = "Images (above) and their reconstructions (below)." if info.is_autoencoder else restorations
+        found.append((shown, png_of_sheet(rows, len(restored))))
     if "loss" in drawn or "fid" in drawn:
         found.append(_curves(drawn))
     if "spectrum" in drawn:

@@ -127,8 +127,9 @@ class EvaluationInputs:
 
     @property
     def request(self) -> Request:
-        """What is drawn, all of it filled in for the model."""
-        return self.settings.request().fitted(self.info)
+        """What is drawn, all of it filled in for the model; an autoencoder draws nothing."""
+        request = self.settings.request()
+        return request if self.info.is_autoencoder else request.fitted(self.info)
 
     @property
     def out(self) -> str:

@@ -91,13 +91,14 @@ def choose_metrics(
         raise UserError(
             f"--reference: samples of shape {list(manifest.shape)}, the model draws {list(info.sample_shape)}{fix}"
         )
-    reasons = {name: metric_of(name).misfit(info, manifest, extractor) for name in (*METRICS, *wanted)}
+    reasons = {name: metric_of(name).unfit(info, manifest, extractor) for name in (*METRICS, *wanted)}
     mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]
     if mistakes:
         raise UserError("\n".join(mistakes))
-    if any("restoration" in metric_of(name).needs for name in wanted):
+    if not info.is_autoencoder and any("restoration" in metric_of(name).needs for name in wanted):
         restoration_task(task, info.image_shape)
-    cheap = [name for name, metric in METRICS.items() if not reasons[name] and not metric.costly]
+    fitting = [name for name in METRICS if not reasons[name]]
+    cheap = [name for name in fitting if info.is_autoencoder or not METRICS[name].costly]
     chosen = in_order(wanted or cheap)
     of_sets = [name for name in chosen if metric_of(name).compares_sets]
     if of_sets and manifest.num_samples < frechet.FEWEST:

@@ -8,21 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.data.fields.normalisation import to_unit_range
-from scoreray.sampling.evaluation.chunks import FeatureChunk
+from scoreray.data.fields.normalisation import to_uint8, to_unit_range
+from scoreray.sampling.evaluation.chunks import FeatureChunk, RestorationChunk
 from scoreray.sampling.evaluation.loaded import load_extractor, loaded_model, once
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.measures import distances
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.held_out import HeldOut
+from scoreray.sampling.measures.similarity import image_similarity
 from scoreray.sampling.measures.spectra import power_spectrum
 from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.load import LoadedAutoencoder
 from scoreray.sampling.offline.generate import class_labels, prepare
 from scoreray.trainer.diffusion.condition import AnyCondition, as_condition, class_name_of
 
 PROJECTIONS = 128
 SPECTRUM_GROUPS = 8  # of a chunk's samples
 RECORDS = "of the reference's samples"
+KEPT_PICTURES = 8  # of restorations and reconstructions
 
 
 def reference_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureChunk:
@@ -56,6 +59,28 @@ def sample_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureCh
         found["values"] = samples.numpy()
     pictures = samples.numpy() if chunk.first == 0 else None
     return FeatureChunk(**found, pictures=pictures, spectra=_mean_spectra(plan, samples))
+
+
+def reconstruction_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> RestorationChunk:
+    """What an autoencoder makes of its latents' means, against the samples that it encoded."""
+    inputs, parts = plan.inputs, list[Tensor]()
+    model = loaded_model(inputs)
+    assert isinstance(model, LoadedAutoencoder)
+    with torch.no_grad():
+        for x in rows.x0.split(inputs.settings.batch_size):
+            mean, _ = model.encode(x.to(inputs.settings.device))
+            parts.append(model.decode(mean).cpu())
+    x0, is_picture = rows.x0, inputs.info.is_picture
+    made = torch.cat(parts).clamp(-1, 1) if is_picture else torch.cat(parts)
+    mse = (made - x0).double().flatten(1).square().mean(1).numpy()
+    features = None
+    if "reconstruction_fid" in plan.metrics:
+        features = _extracted(inputs, inputs.info.in_data_units(made))[0]["features"]
+    if not is_picture:
+        return RestorationChunk(np.zeros(0), np.zeros(0), np.zeros(0, np.uint8), mse, features)
+    psnr, ssim = image_similarity(made, x0)
+    pictures = to_uint8(torch.stack([x0, made], 1)[:KEPT_PICTURES] if chunk.number == 0 else x0[:0])
+    return RestorationChunk(psnr.numpy(), ssim.numpy(), pictures.numpy(), mse, features)
 
 
 def _extracted(inputs: EvaluationInputs, samples: Tensor) -> tuple[dict[str, np.ndarray], Tensor | None]:

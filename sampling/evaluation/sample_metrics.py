@@ -7,7 +7,9 @@ not grow with the number of samples: what needs rows at once takes at most `plan
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -17,7 +19,13 @@ from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.own_code import instance, line_of
 from scoreray.data.storage.store import NotFound
-from scoreray.sampling.evaluation.chunks import FeatureChunk, ReferenceMoments, read_chunk, write_chunk
+from scoreray.sampling.evaluation.chunks import (
+    FeatureChunk,
+    ReferenceMoments,
+    RestorationChunk,
+    read_chunk,
+    write_chunk,
+)
 from scoreray.sampling.evaluation.record import MetricResult, MetricValue
 from scoreray.sampling.evaluation.stored import StoredChunks, joined
 from scoreray.sampling.measures import distances, frechet, kde
@@ -34,29 +42,56 @@ COPY_RATIO = 1 / 3  # of the distances to the nearest and to the next image of t
 def fid(stored: StoredChunks) -> MetricResult:
     count, num_reference = stored.inputs.settings.count, stored.inputs.num_reference
     reference = _reference_moments(stored)
-    groups = [frechet.FeatureMoments.zero(reference.mean) for _ in range(frechet.GROUPS)]
-    row = 0
-    for chunk in stored.each("samples", FeatureChunk):
-        features = torch.from_numpy(chunk.features)
-        numbers = torch.arange(row, row + len(features)) * frechet.GROUPS // count
-        for number in numbers.unique().tolist():
-            groups[number].add(features[numbers == number])
-        row += len(features)
-    found = frechet.estimate(reference, groups)
-    dims, warnings = len(reference.mean), []
+    features = (chunk.features for chunk in stored.each("samples", FeatureChunk))
+    found = frechet.estimate(reference, _group_moments(features, count, reference.mean))
     bias = None if found.infinity is None else found.value - found.infinity
-    if count <= dims or num_reference <= dims:
-        warnings.append(
-            f"fid: {min(count, num_reference):,} samples in {dims:,} dimensions leave the covariance singular and "
-            "the distance far too large: take several times as many samples as dimensions"
-        )
-    elif bias is not None and bias > max(0.05 * found.value, 2 * (found.std_error or 0)):
+    warnings = _warnings_of_few("fid", min(count, num_reference), len(reference.mean))
+    if not warnings and bias is not None and bias > max(0.05 * found.value, 2 * (found.std_error or 0)):
         warnings.append(
             f"fid: about {bias:.3g} of {found.value:.4g} is bias of {count:,} samples; compare at equal counts only, "
             "or compare fid_infinity"
         )
     beside = {"fid_infinity": found.infinity, "points": [list(point) for point in found.points]}
     return MetricResult(Estimate(found.value, found.std_error), beside, tuple(warnings), found.points)
+
+
+def reconstruction_fid(stored: StoredChunks) -> MetricResult:
+    """FID of reconstructions and the samples that they are of. A group is left out of both for the error: so a perfect
+    autoencoder has 0, whatever the count."""
+    count = stored.inputs.num_reference
+    center = torch.from_numpy(next(stored.each("reference", FeatureChunk)).features).double().mean(0)
+    originals = _group_moments((one.features for one in stored.each("reference", FeatureChunk)), count, center)
+    reconstructions = (chunk.features for chunk in stored.each("restoration", RestorationChunk))
+    made = _group_moments((one for one in reconstructions if one is not None), count, center)
+
+    def distance(groups: Tensor) -> float:
+        both = ([side[number] for number in groups.tolist()] for side in (originals, made))
+        of, by = (reduce(add, chosen) for chosen in both)
+        return frechet.distance(frechet.Reference.of(of), by)
+
+    warnings = _warnings_of_few("reconstruction_fid", count, len(center))
+    return MetricResult(jackknife(distance, frechet.GROUPS), warnings=tuple(warnings))
+
+
+def _group_moments(features: Iterable[np.ndarray], count: int, center: Tensor) -> list[frechet.FeatureMoments]:
+    """Of `count` rows of features, in arrays one after another, in as many equal groups as an error is taken from."""
+    groups = [frechet.FeatureMoments.zero(center) for _ in range(frechet.GROUPS)]
+    row = 0
+    for rows in map(torch.from_numpy, features):
+        numbers = torch.arange(row, row + len(rows)) * frechet.GROUPS // count
+        for number in numbers.unique().tolist():
+            groups[number].add(rows[numbers == number])
+        row += len(rows)
+    return groups
+
+
+def _warnings_of_few(metric: str, count: int, dims: int) -> list[str]:
+    if count > dims:
+        return []
+    return [
+        f"{metric}: {count:,} samples in {dims:,} dimensions leave the covariance singular and the distance far too "
+        "large: take several times as many samples as dimensions"
+    ]
 
 
 def _reference_moments(stored: StoredChunks) -> frechet.Reference:

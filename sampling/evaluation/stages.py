@@ -29,7 +29,14 @@ from scoreray.sampling.evaluation.chunks import (
 from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_chunk, num_ensembles
 from scoreray.sampling.evaluation.loaded import fixed_threads, loaded_denoiser, loaded_model, once
 from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
-from scoreray.sampling.evaluation.sample_chunks import condition_rule, records_of, reference_chunk, sample_chunk
+from scoreray.sampling.evaluation.sample_chunks import (
+    KEPT_PICTURES,
+    condition_rule,
+    reconstruction_chunk,
+    records_of,
+    reference_chunk,
+    sample_chunk,
+)
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import BRIGHTNESS, restoration_task
 from scoreray.sampling.measures import ais
@@ -41,7 +48,8 @@ from scoreray.sampling.measures.held_out import (
     read_held_out,
     trace_of,
 )
-from scoreray.sampling.model.load import LoadedMachine
+from scoreray.sampling.measures.similarity import image_similarity
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.diffusion import noise
@@ -52,7 +60,6 @@ LIKELIHOOD_CHUNK = 16  # each takes hundreds of passes
 REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # of a chunk of the reference, which costs less a sample
 NUM_BETAS = 500
 AIS_IMAGES = 1024  # whose energies stand beside a partition function
-KEPT_PICTURES = 8  # of restorations
 
 _computing = threading.Lock()  # the number of torch's threads is the process's, and two would halve each other's speed
 
@@ -117,9 +124,9 @@ def _loss(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LossChunk:
 
 
 def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> RestorationChunk:
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
     inputs = plan.inputs
+    if inputs.info.is_autoencoder:
+        return reconstruction_chunk(plan, chunk, rows)
     settings, info, request = inputs.settings, inputs.info, inputs.request
     x0 = to_unit_range(rows.images).to(settings.device)
     operator = restoration_task(settings.restoration, info.image_shape)
@@ -135,23 +142,20 @@ def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> Restorati
     given = None if rows.condition is None else rows.condition.to(settings.device)
     restored = sample(denoiser, x, sigmas, sampler=request.sampler, generator=seeds, condition=given,
                       **request.options).clamp(-1, 1)  # fmt: skip
-    psnr = peak_signal_noise_ratio(restored, x0, data_range=2.0, reduction="none", dim=(1, 2, 3))
-    ssim: Any = structural_similarity_index_measure(
-        restored, x0, data_range=2.0, reduction="none", kernel_size=_ssim_window(x0)
-    )
+    psnr, ssim = image_similarity(restored, x0)
     shown = operator.transpose(observed) * (1 / operator.transpose(operator.apply(torch.ones_like(x0))).clamp_min(1e-6))
     pictures = torch.stack([x0, shown, restored], 1)[:KEPT_PICTURES]
     return RestorationChunk(
-        psnr.double().cpu().numpy(),
-        ssim.double().cpu().numpy().reshape(-1),
+        psnr.numpy(),
+        ssim.numpy(),
         to_uint8(pictures.cpu()).numpy() if chunk.number == 0 else np.zeros(0, np.uint8),
     )
 
 
-def _ssim_window(images: Tensor) -> int:
-    """SSIM's usual window of 11 pixels, smaller (odd) for images that it would not fit into."""
-    side = min(images.shape[2:])
-    return min(11, side - 1 + side % 2)
+def _num_restored(inputs: EvaluationInputs) -> int:
+    """An autoencoder reconstructs all of the reference that is read, by a forward pass; a restoration takes many."""
+    restored = inputs.at_most(inputs.settings.restoration_count)
+    return inputs.num_reference if inputs.info.is_autoencoder else restored
 
 
 def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
@@ -164,6 +168,7 @@ def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
         path: ais.Path = ais.RBMPath(machine) if isinstance(machine, RBM) else ais.GaussianRBMPath(machine)
         energies = machine.free_energy(machine.visible(x, SAMPLING_SEED, rows.numbers))
     else:
+        assert isinstance(model, LoadedDenoiser)  # the plan has refused autoencoders
         shape = plan.inputs.info.image_shape
         sigma = 0.25 * plan.inputs.info.config.denoiser.resolved_sigma_data  # where a denoiser's energy is normalised
         std = math.sqrt(model.sigma_data**2 + sigma**2)
@@ -254,11 +259,11 @@ STAGES: dict[str, Stage] = {
         numbers=_own_rows,
     ),
     "restoration": Stage(
-        count=lambda inputs: inputs.at_most(inputs.settings.restoration_count),
-        chunk_size=lambda inputs: inputs.settings.batch_size,
+        count=_num_restored,
+        chunk_size=lambda inputs: CHUNK if inputs.info.is_autoencoder else inputs.settings.batch_size,
         protocol=lambda inputs: {
-            "task": inputs.settings.restoration,
-            "count": inputs.at_most(inputs.settings.restoration_count),
+            "task": "reconstruction" if inputs.info.is_autoencoder else inputs.settings.restoration,
+            "count": _num_restored(inputs),
             **({"brightness": list(BRIGHTNESS)} if inputs.settings.restoration == "gray" else {}),
         },
         compute=_restoration,

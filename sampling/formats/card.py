@@ -69,13 +69,14 @@ def model_card(page: ModelManifest, info: ModelInfo, usage: Usage, licence: str 
         **({"license": licence} if licence else {}),
         "library_name": usage.library,
         "tags": ["scoreray", "diffusion", config.network.kind],
-        **({"pipeline_tag": kind} if info.is_picture else {}),
+        **({"pipeline_tag": kind} if info.is_picture and not info.is_autoencoder else {}),
     }
     return render(
         "scoreray.sampling.formats/card.md",
         front_matter=yaml.safe_dump(front, sort_keys=False),
         title=_plain(config.run.name),
-        summary=f"A score-based generative model of {_target(info)}, {_origin(page)}.",
+        summary=f"{'An autoencoder' if info.is_autoencoder else 'A score-based generative model'} of {_target(info)}, "
+        f"{_origin(page)}.",
         language=usage.language,
         usage=usage.lines,
         takes=_plain(info.takes, 1000),
@@ -135,8 +136,9 @@ def _training(info: ModelInfo, page: ModelManifest) -> Iterator[Fact]:
     if page.images_seen:
         yield Fact("samples seen", f"{page.images_seen:,}, {config.data.global_batch_size:,} a step")
     yield Fact("network", f"{config.network.kind}, {parameters:,} parameters")
-    yield Fact("process", config.process.kind)
-    yield Fact("denoiser", config.denoiser.parameterization)
+    if not info.is_autoencoder:
+        yield Fact("process", config.process.kind)
+        yield Fact("denoiser", config.denoiser.parameterization)
     if not page.images_seen:  # how it was trained elsewhere is not known; the other sections are defaults
         return
     yield Fact("objective", config.objective.kind)

@@ -36,10 +36,9 @@ def write_diffusers_folder(model: ModelToExport, store: Store) -> ModelManifest:
         return write_plain_folder(model, network, store)
     first, *others = model.states
     info = model.info(first)
-    if info.is_machine:
+    if info.instead_of_denoiser:
         raise UserError(
-            f"{info.url}: network.kind '{info.config.network.kind}' knows no noise level, so it has no denoiser that "
-            "diffusers could call; export --format scoreray"
+            f"{info.url}: nothing that diffusers could call: {info.instead_of_denoiser}; leave --format out"
         )
     files = {first: f"{DIFFUSERS_WEIGHTS}.safetensors"}
     files |= {length: f"{DIFFUSERS_WEIGHTS}.{variant(length)}.safetensors" for length in others}

@@ -30,7 +30,7 @@ from scoreray.data.extras import install
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.storage.store import Store
 from scoreray.sampling.model.export import ModelToExport, file_name
-from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, build_model
+from scoreray.sampling.model.load import LoadedDenoiser, build_model
 from scoreray.trainer.checkpoints.exported import ExportedFile, ModelManifest
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.condition_shapes import example_condition
@@ -115,9 +115,8 @@ def _denoiser(model: ModelToExport, length: str, weights: dict[str, Tensor], for
     """On the CPU. Raises UserError for one that can't be a graph."""
     info = model.info(length)
     loaded = build_model(info, weights, "cpu")
-    if isinstance(loaded, LoadedMachine):
-        kind = info.config.network.kind
-        raise UserError(f"{info.url}: network.kind '{kind}' has no denoiser to export as {format}; leave --format out")
+    if not isinstance(loaded, LoadedDenoiser):
+        raise UserError(f"{info.url}: nothing to export as {format}: {info.instead_of_denoiser}; leave --format out")
     if loaded.readout is not None:
         raise UserError(
             f"{info.url}: denoiser.parameterization '{loaded.parameterization}' differentiates an energy in every "

@@ -41,8 +41,12 @@ def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
         fetch = f"hf download {_place(out)} --local-dir {shlex.quote(place)}\n"
     packages = dict.fromkeys(kind.partition(":")[0].partition(".")[0] for kind in own_kinds(page.config))
     code = [word for package in packages for word in ("--with", package)]
-    sample = shlex.join(["scoreray", "sample", place, *code, "--count", "64", "--out", "samples"])
-    return Usage(SCORERAY, "sh", f"{fetch}{sample}")
+    words = ["sample", place, *code, "--count", "64", "--out", "samples"]
+    if info.is_autoencoder:
+        field = info.target.name if info.target else "image"
+        words = ["data", "encode", "DATA", "LATENTS", "--encoder", f"scoreray={place}", *code]
+        words += ["--field", field, "--to", "latent"]
+    return Usage(SCORERAY, "sh", f"{fetch}{shlex.join(['scoreray', *words])}")
 
 
 def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:

@@ -25,6 +25,7 @@ from scoreray.sampling.model.prompts import prompted
 from scoreray.trainer.config import MAX_GUIDANCE
 from scoreray.trainer.config.condition_values import condition_of
 from scoreray.trainer.diffusion.condition import encoded
+from scoreray.trainer.diffusion.objective import AutoencodingObjective
 
 Method = Literal["projection", "jacobian"]
 
@@ -108,10 +109,10 @@ def untrained_estimate(info: ModelInfo, given: Iterable[str], guidance: Guidance
     nothing defines the estimate but the network's way of generalising. It is a line and no error: samples of the data
     set may lack a condition, and weights may have come from another run.
     """
-    given, rates = list(given), own_dropout(info)
-    if guidance.does_nothing or guidance.auto or not given:
+    given, rates, objective = list(given), own_dropout(info), info.config.objective
+    if guidance.does_nothing or guidance.auto or not given or isinstance(objective, AutoencodingObjective):
         return None
-    together = info.config.objective.label_dropout
+    together = objective.label_dropout
     instead = {} if guidance.negative is None else prompted(guidance.negative, info, "--negative-prompt")
     for term in guidance_terms(guidance.weight, given, guidance.weights):
         without = [name for name in term.without if name not in instead]
@@ -233,7 +234,7 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
             f"{list(info.image_shape)}; a guide must be trained on the same data"
         )
     for condition, spec in weak.info.conditions.items():
-        if not spec.same_values(info.conditions.get(condition)):
+        if info.conditions.get(condition) != spec:
             what = "other classes" if spec.kind == "class" else f"another condition '{condition}'"
             raise UserError(f"--autoguide {url}: knows {what} than this model; take a guide of the same data")
     if weak.info.target and info.target and weak.info.target.normaliser != info.target.normaliser:

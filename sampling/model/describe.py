@@ -28,6 +28,7 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
+from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.encoders.load import load_autoencoder
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
@@ -171,6 +172,27 @@ class ModelInfo:
     def is_machine(self) -> bool:
         """Whether it is a restricted Boltzmann machine, which knows no noise level and has no denoiser."""
         return self.config.network.is_machine
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it encodes samples and decodes latents, and draws none."""
+        return isinstance(self.config.objective, AutoencodingObjective)
+
+    @property
+    def instead_of_denoiser(self) -> str:
+        """Of a model without a denoiser, what it is for, as the end of an error's line; "" of all others."""
+        if self.is_machine:
+            return (
+                f"network.kind '{self.config.network.kind}' knows no noise level, so it has no denoiser; `scoreray "
+                "sample` draws from it by Gibbs"
+            )
+        if self.is_autoencoder:
+            return (
+                "an autoencoder draws no samples; train on its latents, which `scoreray data encode DATA LATENTS "
+                f"--encoder scoreray={self.url} --field {self.target.name if self.target else 'image'} --to latent` "
+                "makes, and draw from that run; `scoreray evaluate` shows reconstructions"
+            )
+        return ""
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -26,8 +26,7 @@ from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.guidance import guidance_terms
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.fast import check_choices, make_fast
-from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
-from scoreray.sampling.model.text_encoding import read_texts
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, SampledModel
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
@@ -81,7 +80,6 @@ class InRows(LoadedDenoiser):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def encode(self, condition: Condition) -> Condition:
-        condition = read_texts(condition, self.info.conditions)
         if not any(spec.kind == "text" for spec in self.info.conditions.values()):
             return condition
         given = complete(condition, self.info.conditions, len(condition))
@@ -117,7 +115,7 @@ def steady_rows(model: LoadedDenoiser, rows: int) -> int:
     return rows
 
 
-def in_form(model: LoadedDenoiser | LoadedMachine, form: Form) -> LoadedDenoiser | LoadedMachine:
+def in_form(model: SampledModel, form: Form) -> SampledModel:
     """`model` as `form` says; the same for every process that draws a part of one job. Raises UserError."""
     if isinstance(model, LoadedMachine) or form.rows is None:
         return model
@@ -146,9 +144,7 @@ def _fast(model: LoadedDenoiser, form: Form) -> Any:
     return made.denoiser
 
 
-def choose_form(
-    model: LoadedDenoiser | LoadedMachine, request: Request, *, precision: str, compile_: str, processes: int = 1
-) -> Form:
+def choose_form(model: SampledModel, request: Request, *, precision: str, compile_: str, processes: int = 1) -> Form:
     """What `precision` and `compile_` (auto, ...) mean for this request.
 
     auto: bf16 weights and a compiled forward where the network's calls, by the time of one, pay for compiling, and
@@ -205,7 +201,7 @@ def call_s(model: LoadedDenoiser, rows: int) -> float:
     return min(times[1:])
 
 
-def fingerprint(model: LoadedDenoiser | LoadedMachine) -> str:
+def fingerprint(model: SampledModel) -> str:
     """SHA-256 of the weights, so that every process of a job draws from the same ones."""
     found = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

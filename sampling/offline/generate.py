@@ -18,7 +18,7 @@ from scoreray.data.packing.inspect import picture_grid
 from scoreray.sampling.guidance.guidance import Denoise, check_negative, guidance_terms
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
-from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, LoadedModel
 from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.conditions import far_from_data, read_condition
 from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
@@ -112,6 +112,8 @@ class Request:
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
         from noise at the largest level.
         """
+        if info.is_autoencoder:
+            raise UserError(f"{info.url}: {info.instead_of_denoiser}")
         try:
             info = info.at_size(self.size)
         except UserError as error:
@@ -189,7 +191,7 @@ class Request:
 
 
 def generate(
-    model: LoadedDenoiser | LoadedMachine, request: Request, done: Callable[[int], None] = lambda n: None
+    model: LoadedModel, request: Request, done: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (samples float32 [b, ...] in the model's range, labels int64 [b]) batch by batch; `done(b)` after each."""
     draw, conditions = prepare(model, request), SampleConditions(request, model.info)
@@ -259,12 +261,13 @@ its own seed and condition alone. A denoiser's takes standard normal numbers [b,
 where they are not those of the seeds."""
 
 
-def prepare(model: LoadedDenoiser | LoadedMachine, request: Request) -> Draw:
+def prepare(model: LoadedModel, request: Request) -> Draw:
     """What draws batches of a request. What it names is read and checked here, once, but for its conditions
     (`SampleConditions`). Raises UserError where it does not fit the model."""
     request = request.fitted(model.info)
     if isinstance(model, LoadedMachine):
         return partial(_draw_by_gibbs, model, request)
+    assert isinstance(model, LoadedDenoiser)  # `fitted` refuses what draws nothing
     return partial(_draw, steered(model, request.guided, request.measurement), model, request)
 
 

@@ -19,7 +19,7 @@ from scoreray.data.packing.plan import PackedShard
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, open_store
-from scoreray.sampling.model.load import load_model
+from scoreray.sampling.model.load import SampledModel, load_to_sample
 from scoreray.sampling.offline.conditions import sha256_of
 from scoreray.sampling.offline.driver import Form, choose_form, fingerprint
 from scoreray.sampling.offline.files import take_back, write_npz, write_pictures
@@ -33,7 +33,7 @@ from scoreray.sampling.offline.place import (
     refuse_strangers,
     taken_over,
 )
-from scoreray.sampling.offline.plan import Mapper, Model, SamplePlan
+from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.offline.record import Digests, FileDigest, SampleJob, SampleRecord
 from scoreray.trainer.optim.ema import length_name
 
@@ -52,7 +52,7 @@ def begin(
     processes: int = 1,
     pictures: bool = False,
     raw: bool = False,
-) -> tuple[SampleJob, Model, Digests | None]:
+) -> tuple[SampleJob, SampledModel, Digests | None]:
     """Claims the place: (the job to carry out, its model, the digests of its files if it was finished before).
 
     A job of the same request that was begun there is gone on with: at the checkpoint that it began with, in the form
@@ -67,9 +67,9 @@ def begin(
         refuse_strangers(place)
     begun = None if before is None else before.job
     if begun is not None and begun.asked == _asked(checkpoint) and (ema is None or length_name(ema) == begun.ema):
-        model = load_model(begun.checkpoint, begun.ema)
+        model = load_to_sample(begun.checkpoint, begun.ema)
     else:
-        model = load_model(checkpoint, ema)
+        model = load_to_sample(checkpoint, ema)
     if raw:
         model.info = model.info.as_latents()
     request = replace(request.fitted(model.info), guidance=request.guided)

@@ -18,7 +18,7 @@ from scoreray.data.reading.manifest import Shard
 from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.traces import span
-from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
+from scoreray.sampling.model.load import SampledModel
 from scoreray.sampling.offline.conditions import sha256_of
 from scoreray.sampling.offline.driver import in_form
 from scoreray.sampling.offline.ensembles import NUMBERS
@@ -27,7 +27,6 @@ from scoreray.sampling.offline.place import shard_name, taken_over
 from scoreray.sampling.offline.record import SampleJob
 from scoreray.trainer.diffusion.condition import LABEL, Condition
 
-Model = LoadedDenoiser | LoadedMachine
 Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
 """Makes the shards of these numbers, in order: in this process or on a cluster."""
 
@@ -41,7 +40,7 @@ class SamplePlan:
 
     job: SampleJob
     url: str
-    model: Model
+    model: SampledModel
     done: Callable[[int], None] = field(default=lambda n: None)
     lease: Lease | None = None
 

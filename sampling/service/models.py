@@ -96,7 +96,6 @@ class ServedModel:
             "conditions": {
                 name: {**_condition(info.conditions[name]), "dropout": rate} for name, rate in own_dropout(info).items()
             },
-            "label_dropout": info.config.objective.label_dropout,
             "prompt": list(prompt_conditions(info)),
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
@@ -124,9 +123,8 @@ def look_up(
     adapters: (name, URL) pairs of LoRAs of this very model.
     """
     found = describe(url, ema)
-    if found.info.is_machine:
-        kind = found.info.config.network.kind
-        raise UserError(f"{url}: network.kind '{kind}' has no denoiser; `scoreray sample` draws from it")
+    if found.info.instead_of_denoiser:
+        raise UserError(f"{url}: {found.info.instead_of_denoiser}")
     served = ServedModel(name, url, found.info, found.stored.lengths, found.follows_run, samplers=samplers)
     return replace(served, adapters=tuple(find_adapters(adapters, found.stored)))
 

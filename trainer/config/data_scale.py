@@ -14,6 +14,7 @@ import torch
 
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
+from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
 
@@ -45,7 +46,8 @@ def resolve_sigma_data(config: Config, fields: RunFields, known: float | None = 
 
 def misfit(config: Config, fields: RunFields) -> Misfit | None:
     """A warning of one line, where a model with this config would not learn these data well; None where it should."""
-    if config.network.is_machine:  # no noise level to scale
+    objective = config.objective
+    if config.network.is_machine or isinstance(objective, AutoencodingObjective):  # no noise level to scale
         return None
     config = resolve_sigma_data(config, fields)
     expected, std, mean = config.denoiser.resolved_sigma_data, fields.sigma_data, fields.mean
@@ -57,7 +59,7 @@ def misfit(config: Config, fields: RunFields) -> Misfit | None:
     uneven = not fields.is_image and (offset > FAR * within or max(stds) > APART * min(stds))
     scaled = not 1 / FACTOR <= std / expected <= FACTOR
     ends = torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64)
-    first, last = config.objective.sigma_sampling.quantile(ends, config.process).tolist()
+    first, last = objective.sigma_sampling.quantile(ends, config.process).tolist()
     unseen = not first <= std <= last
     if not (hopeless or uneven or scaled or unseen):
         return None
@@ -69,10 +71,10 @@ def misfit(config: Config, fields: RunFields) -> Misfit | None:
         found += f", and the process has noise levels from {low:.3g} to {high:.3g} only"
     elif unseen:
         found += f", and {100 - 200 * TAIL:.0f}% of its training at noise levels from {first:.3g} to {last:.3g}"
-    return Misfit(f"{found}; {_fix(config, fields)}", hopeless)
+    return Misfit(f"{found}; {_fix(config, objective.sigma_sampling, fields)}", hopeless)
 
 
-def _fix(config: Config, fields: RunFields) -> str:
+def _fix(config: Config, sampling: object, fields: RunFields) -> str:
     normaliser = fields.target.normaliser
     if normaliser is not None and normaliser.kind in ("none", "range") and fields.std:  # statistics are needed
         constant = next((number for number, std in enumerate(fields.std) if std <= 0), None)
@@ -80,7 +82,6 @@ def _fix(config: Config, fields: RunFields) -> str:
         return f"{out}set data.normalisation=channel"
     factor = fields.sigma_data / 0.5
     settings = ["denoiser.sigma_data=auto"]
-    sampling = config.objective.sigma_sampling
     if isinstance(config.process, EDM) and isinstance(sampling, LogNormal):  # EDM's own settings, in the data's units
         shifted = LogNormal().P_mean + math.log(factor)
         settings += [

@@ -20,7 +20,7 @@ from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import AnyObjective, EDMObjective
+from scoreray.trainer.diffusion.objective import AnyObjective, AutoencodingObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
 from scoreray.trainer.networks.lora import LoRAConfig
@@ -287,8 +287,17 @@ class Config(Section):
         found = validation.mistakes(
             self.network, self.process, self.denoiser, self.objective, self.data.global_batch_size, self.engine.compile
         )
-        validation.refuse(found + self._lora_mistakes() + self._batch_mistakes())
+        validation.refuse(found + self._autoencoder_mistakes() + self._lora_mistakes() + self._batch_mistakes())
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_classes_for_an_autoencoder(cls, raw: Any) -> Any:
+        """`data.conditions` left out means the data's classes, of which an autoencoder has no use."""
+        match raw:
+            case {"objective": {"kind": "autoencoding"}, "data": {**data}} if data.get("conditions") is None:
+                return {**raw, "data": {**data, "conditions": {}}}
+        return raw
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
@@ -303,6 +312,18 @@ class Config(Section):
             for size in range(low, high + 1)
             if not (lanes % size or size % group or size == group > 1 or (batch // size) % micro)
         )
+
+    def _autoencoder_mistakes(self) -> list[str]:
+        if not isinstance(self.objective, AutoencodingObjective):
+            return []
+        found = [f"data.conditions: objective.kind '{self.objective.kind}' takes none; leave them out"]
+        found = found if self.data.conditions else []
+        if self.evaluation.sheet:
+            found.append(
+                "evaluation.sheet: an autoencoder draws no samples; leave it out, and take evaluation.metrics "
+                "[mse, psnr, ssim, reconstruction_fid]"
+            )
+        return found
 
     def _lora_mistakes(self) -> list[str]:
         if self.lora is None:

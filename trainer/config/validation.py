@@ -6,10 +6,17 @@ from dataclasses import fields
 from typing import Any
 
 from scoreray.data.errors import UserError
+from scoreray.data.own_code.part import OwnPart
 from scoreray.trainer.diffusion.condition import LABEL, Conditions
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import ContrastiveObjective, ObjectiveConfig, needs_second_derivatives
+from scoreray.trainer.diffusion.objective import (
+    AutoencodingObjective,
+    ContrastiveObjective,
+    ObjectiveConfig,
+    needs_second_derivatives,
+)
 from scoreray.trainer.diffusion.process import EDM, Process
+from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.network import NetworkConfig
 
 NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale")  # what Gibbs leaves out
@@ -19,11 +26,18 @@ def mistakes(
     network: NetworkConfig,
     process: Process,
     denoiser: DenoiserConfig,
-    objective: ObjectiveConfig,
+    objective: ObjectiveConfig | AutoencodingObjective,
     global_batch_size: int,
     compile: bool,
 ) -> list[str]:
     """Every mistake in how the parts of a config go together."""
+    if isinstance(objective, AutoencodingObjective):
+        return _autoencoder_mistakes(network, process, denoiser)
+    if isinstance(network, AutoencoderConfig):
+        return [
+            f"objective.kind: '{objective.kind}' trains a denoiser, and network.kind '{network.kind}' is none; choose "
+            "objective.kind autoencoding"
+        ]
     found = chain_mistakes(objective, global_batch_size)
     if network.is_machine:
         return found + _machine_mistakes(network, process, denoiser, objective, compile)
@@ -105,15 +119,31 @@ def refuse(mistakes: list[str]) -> None:
         raise UserError("\n".join(mistakes))
 
 
+def _without_noise_level(what: str, process: Process, denoiser: DenoiserConfig) -> list[str]:
+    """The sections that something without a noise level has no use for, where they are given."""
+    return [
+        f"{name}: {what} knows no noise level, so it has no {name}; leave the section out"
+        for name, value, default in (("process", process, EDM()), ("denoiser", denoiser, DenoiserConfig()))
+        if value != default
+    ]
+
+
+def _autoencoder_mistakes(network: NetworkConfig, process: Process, denoiser: DenoiserConfig) -> list[str]:
+    found = _without_noise_level("objective.kind 'autoencoding'", process, denoiser)
+    if isinstance(network, AutoencoderConfig | OwnPart):  # whether somebody else's has encode and decode: once built
+        return found
+    return [
+        *found,
+        f"network.kind: '{network.kind}' is trained as a denoiser, not by objective.kind 'autoencoding'; choose "
+        "network.kind autoencoder",
+    ]
+
+
 def _machine_mistakes(
     network: NetworkConfig, process: Process, denoiser: DenoiserConfig, objective: ObjectiveConfig, compile: bool
 ) -> list[str]:
     kind = network.kind
-    found = [
-        f"{name}: network.kind '{kind}' knows no noise level, so it has no {name}; leave the section out"
-        for name, value, default in (("process", process, EDM()), ("denoiser", denoiser, DenoiserConfig()))
-        if value != default
-    ]
+    found = _without_noise_level(f"network.kind '{kind}'", process, denoiser)
     if compile:
         found.append(f"engine.compile: the chains of network.kind '{kind}' are not compiled; set engine.compile=false")
     if not isinstance(objective, ContrastiveObjective):

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -53,21 +54,31 @@ def digest(folder: Path, beside: Sequence[Path] = ()) -> str:
     Raises UserError where there are no weights, DataError where they can't be read.
     """
     config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    return digest_of(config, _tensors(folder), beside)
+
+
+def digest_of(
+    config: Mapping[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], beside: Sequence[Path] = ()
+) -> str:
+    """`digest` of a config and weights by their names, looked at one after another."""
+    found = {name: _digest_of_tensor(tensor) for name, tensor in tensors}
     sums = [hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()]
-    tensors: dict[str, str] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it has no iterator)
-                    tensors[name] = _digest_of(opened.get_tensor(name))
-        except Exception as error:  # SafetensorError is no public class
-            raise DataError(f"{file}: can't be read as safetensors: {' '.join(str(error).split())}") from None
-    sums += [f"{name} {tensors[name]}" for name in sorted(tensors)]
+    sums += [f"{name} {found[name]}" for name in sorted(found)]
     sums += [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(beside)]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
-def _digest_of(tensor: torch.Tensor) -> str:
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it has no iterator)
+                    yield name, opened.get_tensor(name)
+        except Exception as error:  # SafetensorError is no public class
+            raise DataError(f"{file}: can't be read as safetensors: {' '.join(str(error).split())}") from None
+
+
+def _digest_of_tensor(tensor: torch.Tensor) -> str:
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -12,9 +12,14 @@ from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.fields.encoding import Encoding
 from scoreray.trainer.encoders.base import Autoencoder, Encoder
 from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder
+from scoreray.trainer.encoders.scoreray import ScorerayAutoencoder
 from scoreray.trainer.encoders.transformers import TransformersEncoder
 
-ENCODERS: dict[str, type[Encoder]] = {"diffusers": DiffusersAutoencoder, "transformers": TransformersEncoder}
+ENCODERS: dict[str, type[Encoder]] = {
+    "diffusers": DiffusersAutoencoder,
+    "transformers": TransformersEncoder,
+    "scoreray": ScorerayAutoencoder,
+}
 """By kind; each is made of the path. `package.module:Name` is one of somebody else's."""
 
 _loaded: dict[tuple[str, str], Encoder] = {}

@@ -32,7 +32,8 @@ class BaseNetworkConfig:
         """The network for samples of `image_shape` and what conditions it (a number: so many classes).
 
         network(x [B, *image_shape], c_noise [B], condition or None) -> the same shape, 0 before training;
-        for an RBM's config the machine, which is called otherwise (`rbm`) and has no classes.
+        for an RBM's config the machine and for an autoencoder's an `AutoencoderNetwork`, which are called otherwise
+        and have no classes.
         Its weights come from torch's global generator. Raises UserError when config and shape do not go together.
         """
         raise NotImplementedError

@@ -36,10 +36,11 @@ def flops(network: nn.Module, image_shape: Sequence[int], *, backward: bool = Fa
 
 
 def training_flops(network: nn.Module, image_shape: Sequence[int]) -> int:
-    """FLOPs of training on one sample; 0 for a module that is not called as a network is (an RBM)."""
+    """FLOPs of training on one sample; 0 for a module that is not called as a network is (an RBM, or somebody else's
+    autoencoder)."""
     try:
         return flops(network, image_shape, backward=True)
-    except (TypeError, RuntimeError, NotImplementedError):
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError):
         return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from scoreray.data import checks
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import DataError, UserError, nearest
 from scoreray.data.own_code import line_of
 from scoreray.data.own_code.part import OwnPart, PartOf
 from scoreray.trainer.diffusion.condition import Conditions, as_condition, conditions_of
 from scoreray.trainer.diffusion.condition_shapes import complete
+from scoreray.trainer.networks.autoencoder import AutoencoderConfig, AutoencoderNetwork
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
@@ -58,6 +59,7 @@ NetworkConfig = (
     | LadderNetworkConfig
     | RBMConfig
     | GaussianRBMConfig
+    | AutoencoderConfig
     | DiffusersNetworkConfig
     | PreconditionedNetworkConfig
 )
@@ -72,9 +74,10 @@ def build_network(
 ) -> nn.Module:
     """`config.build`. One of somebody else's knows afterwards what it is conditioned by, as ours do, is called with all
     of that (None of an unconditional one), and what it gives is checked; on the meta device, where a run is checked
-    before it starts, it is called once. Raises UserError."""
+    before it starts, it is called once. Raises UserError. An autoencoder's calls are looked at by `check_autoencoder`.
+    """
     network = config.build(image_shape, conditions)
-    if isinstance(config, OwnPart):
+    if isinstance(config, OwnPart) and not isinstance(network, AutoencoderNetwork):
         given = conditions_of(conditions)
         if not hasattr(network, "conditions"):
             network.conditions = given  # type: ignore[assignment]
@@ -83,6 +86,14 @@ def build_network(
         if any(parameter.is_meta for parameter in network.parameters()):
             _check_forward(config.kind, network, image_shape)
     return network
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], url: str) -> None:
+    """Raises DataError, which names the `url` of the weights, where they are not those of the network."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{url}: does not fit its own config: {' '.join(str(error).split())}") from None
 
 
 def _with_every_condition(conditions: Conditions, network: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,31 +58,52 @@ class UNetConfig(BaseNetworkConfig):
     kind: Literal["unet"] = field(default="unet", kw_only=True)
 
     def __post_init__(self) -> None:
-        require(
-            self.model_channels > 0 and self.model_channels % 8 == 0,
-            "model_channels",
-            self.model_channels,
-            "choose a positive multiple of 8",
-        )
-        require(
-            bool(self.channel_mult) and all(m > 0 for m in self.channel_mult),
-            "channel_mult",
-            self.channel_mult,
-            "choose one positive integer a resolution level, such as [1, 2, 2]",
-        )
-        blocks = f"choose 1 to {MAX_LAYERS} residual blocks a level"
-        require(0 < self.num_blocks <= MAX_LAYERS, "num_blocks", self.num_blocks, blocks)
-        require(self.head_channels > 0, "head_channels", self.head_channels, "choose 1 or more channels a head")
+        check_sizes(self)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
-        require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or more")
 
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> UNet:
         return UNet(self, image_shape, conditions)
 
 
+class Sizes(Protocol):
+    """What networks of residual blocks at several resolutions have in common."""
+
+    @property
+    def model_channels(self) -> int: ...
+    @property
+    def channel_mult(self) -> tuple[int, ...]: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def head_channels(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+
+
+def check_sizes(config: Sizes) -> None:
+    """Raises UserError on a size that no sample could go with."""
+    require(
+        config.model_channels > 0 and config.model_channels % 8 == 0,
+        "model_channels",
+        config.model_channels,
+        "choose a positive multiple of 8",
+    )
+    require(
+        bool(config.channel_mult) and all(m > 0 for m in config.channel_mult),
+        "channel_mult",
+        config.channel_mult,
+        "choose one positive integer a resolution level, such as [1, 2, 2]",
+    )
+    blocks = f"choose 1 to {MAX_LAYERS} residual blocks a level"
+    require(0 < config.num_blocks <= MAX_LAYERS, "num_blocks", config.num_blocks, blocks)
+    require(config.head_channels > 0, "head_channels", config.head_channels, "choose 1 or more channels a head")
+    require(config.patch_size > 0, "patch_size", config.patch_size, "choose 1 or more")
+
+
 class ResidualBlock(nn.Module):
     """Residual block, BigGAN order (Song 2021, DDPM++; scale-shift of Dhariwal 2021), skip paths scaled by sqrt(1/2).
 
+    With emb_width 0 nothing modulates it, and `emb` is None.
     A block with heads attends to its own places and, with `context_width`, to tokens of conditions (as in Rombach 2022;
     the output of this starts at 0, so that no scale of the sum is needed). A block that goes up doubles every axis.
     (x [B, in, *grid], emb [B, E], context [B, S, context_width], mask bool [B, S]) -> [B, out, *grid']
@@ -106,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.dropout = dropout
         self.norm_in = group_norm(in_channels)
         self.conv_in = conv(in_channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(emb_width, 2 * out_channels)
+        self.modulation = nn.Linear(emb_width, 2 * out_channels) if emb_width else None
         self.norm_out = group_norm(out_channels)
         self.conv_out = zero_(conv(out_channels, out_channels, 3, padding=1))
         self.skip = conv(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -116,11 +137,14 @@ class ResidualBlock(nn.Module):
         self.norm_cross = group_norm(out_channels) if crosses else None
         self.cross_attention = Attention(out_channels, heads, True, context_width) if crosses else None
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        h = self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample))
-        scale, shift = self.modulation(emb)[(..., *[None] * (x.ndim - 2))].chunk(2, dim=1)
-        h = F.silu(self.norm_out(h) * (scale + 1) + shift)  # on a CPU faster than addcmul with a broadcast
-        h = self.conv_out(F.dropout(h, self.dropout, self.training))
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        h = self.norm_out(self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample)))
+        if self.modulation is not None:
+            scale, shift = self.modulation(emb)[(..., *[None] * (x.ndim - 2))].chunk(2, dim=1)
+            h = h * (scale + 1) + shift  # on a CPU faster than addcmul with a broadcast
+        h = self.conv_out(F.dropout(F.silu(h), self.dropout, self.training))
         x = resampled(x, self.resample)
         # Two independent paths of unit variance sum to variance 2; sqrt(1/2) keeps it at 1 at any depth (Song 2021).
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)

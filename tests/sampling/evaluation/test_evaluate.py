@@ -26,7 +26,7 @@ from scoreray.cluster.verbs.evaluate import checked_inputs
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
-from scoreray.data.reading.samples import SampleReader
+from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import PathStore, open_store
 from scoreray.sampling.evaluation import loaded, sample_metrics, stages, stored
 from scoreray.sampling.evaluation.chunks import AnnealingChunk, ChunkArrays, LossChunk, read_chunk, write_chunk
@@ -37,7 +37,7 @@ from scoreray.sampling.evaluation.metrics import METRICS
 from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, needs_training
 from scoreray.sampling.evaluation.record import EvaluationRecord, read_record
-from scoreray.sampling.model.load import load_machine
+from scoreray.sampling.model.load import LoadedAutoencoder, load_machine, load_model
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
 
@@ -136,8 +136,6 @@ def test_a_gaussian_model_against_gaussian_data_gives_the_closed_forms(points: t
 
 
 def read_rows(data: str, count: int) -> np.ndarray:
-    from scoreray.data.reading.samples import spread
-
     return SampleReader(data).read(spread(count, 4000))[0].numpy().astype(np.float64)
 
 
@@ -147,7 +145,6 @@ def test_bits_per_dimension_of_a_gaussian_and_of_a_mixture(folder: Path, monkeyp
     data = packed(folder, "pixels", rng.integers(0, 256, (64, 2, 2), dtype=np.uint8))
     run = trained(folder, data, "pixels")
     settings = EvaluationSettings(run, data, metrics=("bpd",), likelihood_count=32, rtol=1e-6)
-    from scoreray.data.reading.samples import spread
     from scoreray.sampling.measures.likelihood import dequantize
 
     numbers = spread(32, 64)
@@ -227,6 +224,8 @@ MEASURED_ON = {
     "loss": "pictures",
     "psnr": "pictures",
     "ssim": "pictures",
+    "mse": "autoencoder",
+    "reconstruction_fid": "autoencoder",
     "bpd": "pictures",
     "nats": "points",
     "kde": "points",
@@ -266,7 +265,15 @@ def energy(folder: Path, points: tuple[str, str]) -> tuple[str, str]:
     return trained(folder, points[1], "energy", denoiser=denoiser), points[1]
 
 
-@pytest.mark.parametrize(("kind", "figures"), [("pictures", 6), ("points", 0), ("energy", 0)])
+@pytest.fixture(scope="module")
+def autoencoder(folder: Path, pictures: tuple[str, str]) -> tuple[str, str]:
+    """(run of one step of an autoencoder, its pictures)."""
+    network = {"kind": "autoencoder", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "patch_size": 2}
+    sections = {"network": network, "denoiser": {}, "objective": {"kind": "autoencoding"}}
+    return trained(folder, pictures[1], "autoencoder", **sections), pictures[1]
+
+
+@pytest.mark.parametrize(("kind", "figures"), [("pictures", 6), ("points", 0), ("energy", 0), ("autoencoder", 1)])
 def test_every_metric_has_a_value_an_error_and_a_place_on_the_page(
     kind: str, figures: int, request: pytest.FixtureRequest
 ) -> None:
@@ -291,11 +298,64 @@ def test_every_metric_has_a_value_an_error_and_a_place_on_the_page(
     left = {path.name for path in Path(made.url).parent.iterdir()}
     assert left == {"record.json", "report.html"}  # chunks are gone
     assert evaluate(settings) == made  # found, not computed
-    if kind == "pictures":
+    if kind in ("pictures", "autoencoder"):
         extractor = made.record.protocol["extractor"]
         assert extractor["kind"] == "classifier"
         assert len(extractor["sha256"]) == 64
         assert extractor["accuracy"] > 0.9
+
+
+def test_reconstructions_are_measured_against_what_was_encoded(autoencoder: tuple[str, str]) -> None:
+    """Without --metrics all that fit an autoencoder, of every sample of the reference that is read."""
+    run, data = autoencoder
+    record = evaluate(EvaluationSettings(run, data, **{**QUICK, "classifier_images": 640})).record  # type: ignore[arg-type]
+    assert set(record.metrics) == {"mse", "psnr", "ssim", "reconstruction_fid"}
+    assert record.protocol["restoration"] == {"task": "reconstruction", "count": 300}
+    images = SampleReader(data).read(spread(300, 400))[0]
+    model = load_model(run)
+    assert isinstance(model, LoadedAutoencoder)
+    x = images.float() / 127.5 - 1
+    made = model.decode(model.encode(x)[0]).clamp(-1, 1)
+    mse = (made - x).square().flatten(1).mean(1).double()
+    assert record.metrics["mse"].value == pytest.approx(float(mse.mean()), rel=1e-4)
+    assert record.metrics["psnr"].value == pytest.approx(float((10 * (4 / mse).log10()).mean()), rel=1e-4)
+    for words in ({"metrics": ("fid",)}, {"metrics": ("loss",)}):
+        with pytest.raises(UserError, match="does not fit: an autoencoder draws no samples and knows no noise level"):
+            load_inputs(EvaluationSettings(run, data, **words))
+
+
+HALF = """
+from torch import eye, nn, ones_like
+
+class Half(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.layer = nn.Linear(*shape, *shape, bias=False)
+        self.layer.weight.data.copy_(0.5 * eye(*shape))
+
+    def encode(self, x):
+        return self.layer(x), ones_like(x)
+
+    def decode(self, z):
+        return z
+"""
+
+
+def test_an_autoencoder_that_halves_has_the_closed_forms(
+    folder: Path, points: tuple[str, str], own_package: Any
+) -> None:
+    """Reconstructions x / 2 of x: MSE of |x|^2 / 4, Frechet distance |m|^2 / 4 + tr C / 4; of x itself both are 0."""
+    own_package("halving", network=HALF)
+    sections = {"network": {"kind": "halving.network:Half"}, "denoiser": {}, "objective": {"kind": "autoencoding"}}
+    run, data = trained(folder, points[1], "halving", **sections), points[1]
+    metrics = evaluate(
+        EvaluationSettings(run, data, ("mse", "reconstruction_fid"), reference_count=4000)
+    ).record.metrics
+    x = read_rows(data, 4000)
+    assert metrics["mse"].value == pytest.approx(np.square(x).mean() / 4, rel=1e-5)
+    exact = np.square(x.mean(0)).sum() / 4 + np.cov(x.T).trace() / 4
+    assert metrics["reconstruction_fid"].value == pytest.approx(exact, rel=1e-5)
+    assert 0 < metrics["reconstruction_fid"].std_error < 0.1 * exact
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_torch_export_gives_the_same_bits(new_run: NewRun, tmp_path: Path) -> No
             {"denoiser": {"parameterization": "energy_dot"}},
             "'energy_dot' differentiates an energy in every call, which",
         ),
-        ({"network": {"kind": "rbm", "num_hidden": 4}}, "network.kind 'rbm' has no denoiser to export as torch-export"),
+        ({"network": {"kind": "rbm", "num_hidden": 4}}, "nothing to export as torch-export: network.kind 'rbm' knows"),
     ],
 )
 def test_what_can_be_no_graph_is_one_line(

@@ -25,14 +25,15 @@ from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import EDMObjective
+from scoreray.trainer.diffusion.objective import AutoencodingObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine import build_engine
 from scoreray.trainer.engine import deepspeed as by_deepspeed
 from scoreray.trainer.monitoring.stopping import NonFiniteError
+from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.unet import UNetConfig
-from scoreray.trainer.step import TrainingModule
+from scoreray.trainer.step import AutoencoderModule, TrainingModule
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 BATCH, STEPS = 24, 4
@@ -115,6 +116,22 @@ def train_conditioned(case) -> list[float]:
         mine = torch.arange(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
         for rows in mine.chunk(engine.num_micro_batches):
             loss, _ = engine.module(x[rows], condition[rows], rows + step * BATCH)
+            engine.backward(loss.mean())
+        norms.append(engine.step(0.01, case.ema.decays(step + 1, BATCH)))
+    return norms
+
+
+def train_autoencoder(case) -> list[float]:
+    """Norms of a few steps of an autoencoder with attention, which recomputes its activations."""
+    torch.manual_seed(0)
+    network = AutoencoderConfig(8, (1, 2), 1, latent_channels=2, head_channels=8, activation_checkpointing=True)
+    module = AutoencoderModule(network.build((1, 4, 4)), AutoencodingObjective(kl_weight=0.1), seed=0)
+    engine, norms = engine_of(module, case), []
+    for step in range(STEPS):
+        x = torch.randn(BATCH, 1, 4, 4, generator=torch.Generator().manual_seed(step))
+        mine = torch.arange(RANK * BATCH // WORLD, (RANK + 1) * BATCH // WORLD)
+        for rows in mine.chunk(engine.num_micro_batches):
+            loss, _ = engine.module(x[rows], None, rows + step * BATCH)
             engine.backward(loss.mean())
         norms.append(engine.step(0.01, case.ema.decays(step + 1, BATCH)))
     return norms
@@ -221,6 +238,7 @@ def main() -> None:
         facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
     for name in CONDITIONED if WORLD == 2 else ("flat",):
         facts[f"{name}, conditions"] = train_conditioned(CASES[name])
+        facts[f"{name}, autoencoder"] = train_autoencoder(CASES[name])
     for name in BEGUN if WORLD == 2 else ("flat",):
         train_from_another(name)
     if WORLD == 2:
