@@ -96,6 +96,7 @@ class ServedModel:
             "conditions": {
                 name: {**_condition(info.conditions[name]), "dropout": rate} for name, rate in own_dropout(info).items()
             },
+            "label_dropout": info.config.objective.label_dropout,
             "prompt": list(prompt_conditions(info)),
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,

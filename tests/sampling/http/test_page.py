@@ -196,7 +196,8 @@ def test_samples_form_on_the_page(
         )
         assert outside == []
         unnamed = browser.run(
-            "return [...document.querySelectorAll('input, select')].filter(e => !e.labels.length).map(e => e.id)"
+            "return [...document.querySelectorAll('input, select, textarea')]"
+            ".filter(e => !e.labels.length && !e.ariaLabel).map(e => e.id)"
         )
         assert unnamed == []
         assert browser.errors() == []
@@ -458,14 +459,17 @@ def test_what_the_model_takes_is_offered_and_its_fields_are_seen(
     target = TargetField("t2m", "array", "float32", Normaliser("channel", (280.0,), (20.0,)))
     run = new_run(str(tmp_path / "weather"), target=target, conditions=conditions, classes=["dry", "wet"])
     np.save(tmp_path / "coarse.npy", np.ones((1, 4, 4), np.float32))
+    browser.size(*DESKTOP)
     with served(config(run)) as (url, _):
         open_page(browser, url)
         names = browser.run("return [...document.querySelectorAll('.condition')].map(e => e.dataset.name)")
-        assert names == list(conditions)
+        assert names == [name for name in conditions if name != "caption"], "which is the prompt"
         assert browser.run("return body().condition") is None
-        browser.type(".condition[data-name=caption] textarea", "ein zu langer Text")
-        assert browser.text("#curl").startswith("caption: 18 bytes, 12 at most")
-        browser.type(".condition[data-name=caption] textarea", "küste's")
+        browser.type("#prompt", "ein zu langer Text")
+        assert browser.text("#curl").startswith("Prompt: 18 bytes, 12 at most")
+        browser.type("#prompt", "küste's")
+        browser.type("#negative", "meer")
+        assert browser.text("#curl") == "Negative prompt: it does nothing at guidance 1"
         browser.click(".condition[data-name=place] input[type=checkbox]")
         browser.run(
             "const range = document.querySelector('.condition[data-name=place] input[type=range]'); range.value = 7.5;"
@@ -476,10 +480,14 @@ def test_what_the_model_takes_is_offered_and_its_fields_are_seen(
         browser.until("body().condition.coarse")
         sent = browser.run("return body().condition")
         assert {name: value for name, value in sent.items() if name != "coarse"} == {
-            "caption": "küste's", "place": [7.5, 10], "hue": 1
+            "place": [7.5, 10], "hue": 1
         }  # fmt: skip
+        assert browser.run("return [body().prompt, body().negative_prompt]") == ["küste's", "meer"]
         browser.click("#weights-box summary")
-        browser.type("#guidance", "2")
+        browser.run(
+            "const range = document.querySelector('#guidance-range'); range.value = 2;"
+            "range.dispatchEvent(new Event('input', {bubbles: true}))"
+        )
         assert browser.run("return body().guidance") == 2
         browser.type("#weights input[name=caption]", "3.5")
         assert browser.run("return body().guidance") == {"caption": 3.5, "place": 2, "hue": 2, "coarse": 2}
@@ -500,6 +508,50 @@ def test_what_the_model_takes_is_offered_and_its_fields_are_seen(
         fields = "[...document.querySelectorAll('input, select, textarea')]"
         assert browser.run(f"return {fields}.filter(e => !e.labels.length && !e.ariaLabel).length") == 0
         assert browser.run("return document.querySelector('#class-field').hidden"), "several classes have a field each"
+        assert browser.errors() == []
+
+
+def test_a_prompt_is_first_and_enter_draws_it(browser: Browser, new_run: Any, served: Any, tmp_path: Path) -> None:
+    """The text box, what to lead away from, guidance and the seed come before what is rarely changed."""
+    sections = {"objective": {"label_dropout": 0.1}}
+    conditions = {"caption": ConditionSpec("text", (64,))}
+    run = new_run(str(tmp_path / "texts"), shape=(3, 16, 16), conditions=conditions, classes=0, sections=sections)
+    browser.size(*PHONE)
+    with served(config(run)) as (url, _):
+        open_page(browser, url)
+        names = browser.run(
+            "return [...document.querySelectorAll('#fields label')].filter(e => e.checkVisibility())"
+            ".map(e => e.textContent)"
+        )
+        assert names[:5] == ["Prompt", "Negative prompt", "Guidance", "Seed", "Samples"]
+        assert browser.run("return [$('guidance').value, body().guidance ?? null]") == ["4", None]
+        keep(browser, "prompt-phone-empty")
+        seen = browser.run(
+            "const box = $('draw').getBoundingClientRect(); return [box.top >= 0, box.bottom <= innerHeight]"
+        )
+        assert seen == [True, True], "Draw is in sight beside the prompt"
+        for field, value in (("count", "4"), ("steps", "12")):
+            browser.type(f"#{field}", value)
+        browser.type("#negative", "blurred")
+        assert browser.text("#curl") == "Negative prompt: it needs a prompt beside it"
+        browser.type("#prompt", "a small red circle above a blue square")
+        seed = browser.run("return body().seed")
+        browser.click("#dice")
+        assert browser.run("return body().seed") != seed
+        browser.type("#prompt", "a small red circle above a blue square\ue007")
+        browser.until("document.querySelectorAll('#strip li').length >= 2")
+        keep(browser, "prompt-phone-forming")
+        browser.until("document.querySelectorAll('#samples img').length === 4")
+        alt = browser.run("return document.querySelector('#samples img').alt")
+        assert alt == "Sample 1, a small red circle above a blue square"
+        assert '"prompt":"a small red circle' in browser.text("#curl")
+        assert_all_in_sight(browser, "prompt")
+        keep(browser, "prompt-phone-samples")
+        browser.size(*DESKTOP)
+        keep(browser, "prompt-desktop-samples")
+        browser.run("document.querySelector('#prompt').value = 'a\\u0007'; draw()")
+        browser.until("document.querySelector('#notice.error')?.innerText.includes('control character U+0007')")
+        assert browser.run("return document.activeElement.id") == "prompt"
         assert browser.errors() == []
 
 
