@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict
@@ -51,6 +51,10 @@ class Encoding:
     def can_decode(self) -> bool:
         """Whether its values are latents, which an autoencoder decodes again: not those of texts."""
         return self.of_kind in ("image", "array")
+
+    def without_place(self) -> Encoding:
+        """What decides the values, wherever the encoder is stored."""
+        return replace(self, path="", preview=[])
 
 
 def drawn(moments: Tensor, noise: Tensor) -> Tensor:

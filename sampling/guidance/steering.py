@@ -109,10 +109,9 @@ def untrained_estimate(info: ModelInfo, given: Iterable[str], guidance: Guidance
     nothing defines the estimate but the network's way of generalising. It is a line and no error: samples of the data
     set may lack a condition, and weights may have come from another run.
     """
-    given, rates, objective = list(given), own_dropout(info), info.config.objective
-    if guidance.does_nothing or guidance.auto or not given or isinstance(objective, AutoencodingObjective):
+    given, rates, together = list(given), own_dropout(info), joint_dropout(info)
+    if guidance.does_nothing or guidance.auto or not given:
         return None
-    together = objective.label_dropout
     instead = {} if guidance.negative is None else prompted(guidance.negative, info, "--negative-prompt")
     for term in guidance_terms(guidance.weight, given, guidance.weights):
         without = [name for name in term.without if name not in instead]
@@ -128,6 +127,12 @@ def untrained_estimate(info: ModelInfo, given: Iterable[str], guidance: Guidance
                 "arbitrary; train with it above 0"
             )
     return None
+
+
+def joint_dropout(info: ModelInfo) -> float:
+    """The share of a run's samples that lost all conditions at once."""
+    objective = info.config.objective
+    return 0.0 if isinstance(objective, AutoencodingObjective) else objective.label_dropout
 
 
 def own_dropout(info: ModelInfo) -> dict[str, float]:
@@ -234,7 +239,7 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
             f"{list(info.image_shape)}; a guide must be trained on the same data"
         )
     for condition, spec in weak.info.conditions.items():
-        if info.conditions.get(condition) != spec:
+        if not spec.same_values(info.conditions.get(condition)):
             what = "other classes" if spec.kind == "class" else f"another condition '{condition}'"
             raise UserError(f"--autoguide {url}: knows {what} than this model; take a guide of the same data")
     if weak.info.target and info.target and weak.info.target.normaliser != info.target.normaliser:

@@ -8,6 +8,8 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
+from scoreray.sampling.model.text_encoding import read_texts
+from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.autoencoder import AutoencoderNetwork, check_autoencoder
 from scoreray.trainer.networks.network import build_network, load_weights
@@ -18,6 +20,10 @@ class LoadedDenoiser(Denoiser):
     """A denoiser (eval mode, no gradients) that knows where it comes from."""
 
     info: ModelInfo
+
+    def encode(self, condition: Condition) -> Condition:
+        """As a denoiser's; texts that an encoder of the data reads are read first."""
+        return super().encode(read_texts(condition, self.info.conditions))
 
 
 class LoadedMachine(torch.nn.Module):

@@ -27,7 +27,7 @@ def text_sources(info: ModelInfo) -> dict[str, str]:
     for name, spec in info.conditions.items():
         if spec.takes_text:
             named = sections[name].field if name in sections else None
-            found[name] = named or name
+            found[name] = spec.encoding.of if spec.encoding is not None else named or name
     return found
 
 

@@ -13,7 +13,7 @@ from scoreray.data.yaml_text import parse_value
 from scoreray.sampling.guidance.observations import READ_SUFFIXES, read_values
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.config.condition_values import condition_of, described, from_json
-from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
+from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec, is_unread
 from scoreray.trainer.diffusion.condition_shapes import spec_of
 
 WORDS = "a number, numbers with commas between (1.5,-2), or a file: npy, npz or a picture"
@@ -54,7 +54,7 @@ def far_from_data(condition: Condition, conditions: Conditions) -> str | None:
     beyond the range, or FAR_STDS standard deviations. None where there is none, or nothing is known."""
     for name, value in condition.values.items():
         spec = conditions[name]
-        if spec.kind != "vector" or spec.normaliser is None or spec.normaliser.kind == "none":
+        if spec.kind != "vector" or spec.normaliser is None or spec.normaliser.kind == "none" or is_unread(spec, value):
             continue
         most = 1.0 if spec.normaliser.kind == "range" else FAR_STDS
         far = value.abs() > most * (1 + 1e-5)  # float32's rounding of the range's own ends
@@ -89,7 +89,10 @@ def sha256_of(condition: Condition | None) -> str:
 def _value(name: str, word: str, spec: ConditionSpec) -> Any:
     if spec.kind in ("class", "text"):
         return word
-    if word.lower().endswith(READ_SUFFIXES):
+    is_file = word.lower().endswith(READ_SUFFIXES)
+    if spec.takes_text and not is_file and not word.startswith("["):
+        return word
+    if is_file:
         return read_values(word, spec.shape[0] if spec.kind == "concat" else None)
     value = parse_value(word if word.startswith("[") else f"[{word}]", f"condition '{name}': {shortened(word)}")
     value = [float(one) if str(one).lower().lstrip("+-") in NOT_FINITE else one for one in value]

@@ -27,6 +27,7 @@ from scoreray.sampling.guidance.guidance import guidance_terms
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.fast import check_choices, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, SampledModel
+from scoreray.sampling.model.text_encoding import read_texts
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
@@ -80,6 +81,7 @@ class InRows(LoadedDenoiser):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def encode(self, condition: Condition) -> Condition:
+        condition = read_texts(condition, self.info.conditions)
         if not any(spec.kind == "text" for spec in self.info.conditions.values()):
             return condition
         given = complete(condition, self.info.conditions, len(condition))

@@ -10,7 +10,7 @@ import torch
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.storage.store import open_store
-from scoreray.sampling.guidance.steering import own_dropout
+from scoreray.sampling.guidance.steering import joint_dropout, own_dropout
 from scoreray.sampling.model.adapters import find_adapters
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.model.prompts import prompt_conditions
@@ -96,7 +96,7 @@ class ServedModel:
             "conditions": {
                 name: {**_condition(info.conditions[name]), "dropout": rate} for name, rate in own_dropout(info).items()
             },
-            "label_dropout": info.config.objective.label_dropout,
+            "label_dropout": joint_dropout(info),
             "prompt": list(prompt_conditions(info)),
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,

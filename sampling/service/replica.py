@@ -13,7 +13,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from scoreray.sampling.model.adapters import AdaptedNetwork, find_adapters
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
+from scoreray.sampling.model.text_encoding import MOST_AT_ONCE, TextQueue, load_text_encoders
 from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.offline.generate import class_labels
 from scoreray.sampling.service.answers import as_pictures, can_be_pictures, encode, preview_sheet
@@ -32,7 +33,7 @@ from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
 from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, Preview, SampleRequest
 from scoreray.sampling.service.ticket import NonFiniteSamplesError, Ticket
-from scoreray.trainer.diffusion.condition import class_name_of
+from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
 log = logging.getLogger("scoreray.serve")
 
@@ -46,11 +47,23 @@ class _Model:
     denoiser: LoadedDenoiser
     batcher: StepBatcher
     fast: Fast
+    texts: TextQueue
     decoding: DecodeQueue | None = None  # of a model of latents
     users: int = 0
 
+    async def read(self, request: SampleRequest) -> SampleRequest:
+        """The request with its texts read, where an encoder of the data reads them, beside the calls of the network."""
+        condition, negative = await self._read(request.condition), await self._read(request.negative)
+        return replace(request, condition=condition, negative=negative)
+
+    async def _read(self, given: Condition | None) -> Condition | None:
+        if given is None or not given.is_unread(self.denoiser.info.conditions):
+            return given
+        return await asyncio.wrap_future(self.texts.read(given))
+
     def close(self) -> None:
         """Finishes what is queued, then ends the threads."""
+        self.texts.close()
         self.batcher.close()
         if self.decoding is not None:
             self.decoding.close()
@@ -85,6 +98,7 @@ class Replica:
             self._arriving += len(request.seeds)
             try:
                 model = await stack.enter_async_context(self._model(request.origin.checkpoint, request.ema))
+                request = await model.read(request)
             except ScorerayError as error:
                 yield Failed("storage", str(error))
                 return
@@ -216,14 +230,19 @@ class Replica:
             pad_always=False,
         )
         device = next(denoiser.parameters()).device
-        drawn_by = fast.denoiser
+        drawn_by, at_once = fast.denoiser, MOST_AT_ONCE
         if (config.precision, config.compile) == ("fp32", "off"):  # asked for the same bits, whatever it costs
-            drawn_by = in_same_rows(denoiser, most)
+            drawn_by, at_once = in_same_rows(denoiser, most), 1
         called = drawn_by.network
         choose = called.choose if isinstance(called, AdaptedNetwork) else None
         batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe, choose=choose)
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
-        return _Model(denoiser, batcher.start(), fast, DecodeQueue(info.decoded) if info.encoding else None)
+        try:
+            load_text_encoders(denoiser.info.conditions)
+        except ScorerayError as error:
+            log.warning("model %s: draws for no texts: %s", checkpoint, error)
+        decoding = DecodeQueue(info.decoded) if info.encoding else None
+        return _Model(denoiser, batcher.start(), fast, TextQueue(info.conditions, at_once), decoding)
 
     def _observe(self, rows: int, seconds: float) -> None:
         self.meter["batch_occupancy"].observe(rows / self.config.max_batch)

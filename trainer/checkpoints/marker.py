@@ -170,7 +170,7 @@ class Marker:
             if self.target is not None and not self.target.same_values(fields.target):
                 found.append(f"target {_field(fields.target)}, not {_field(self.target)}")
             for name in fields.conditions:
-                if fields.conditions[name] != (self.conditions or {}).get(name):
+                if not fields.conditions[name].same_values((self.conditions or {}).get(name)):
                     found.append(f"condition '{name}' of another kind, shape or normalisation")
         if not found and known is not None and data.identity != known.sha256:
             what = "other samples or another order" if known.num_samples else "other tars"
@@ -179,13 +179,14 @@ class Marker:
 
 
 def page_fields(page: Any) -> dict[str, Any]:
-    """`asdict` of a dataclass that has a `target`: without the key `encoding` of a target that no encoder made, and
-    without `image_shapes` where there is one, as before there were any, so that earlier versions read it."""
+    """`asdict` of a dataclass that has a `target` and `conditions`: without the key `encoding` of what no encoder made,
+    and without `image_shapes` where there is one, as before there were any, so that earlier versions read it."""
     found = asdict(page)
     if not found["image_shapes"]:
         del found["image_shapes"]
-    if found["target"] is not None and found["target"]["encoding"] is None:
-        del found["target"]["encoding"]
+    for one in (found["target"], *(found["conditions"] or {}).values()):
+        if one is not None and one["encoding"] is None:
+            del one["encoding"]
     return found
 
 

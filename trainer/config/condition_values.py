@@ -16,12 +16,13 @@ from scoreray.data.classes import class_number
 from scoreray.data.errors import UserError, key_in_errors, shortened
 from scoreray.data.reading.decode import npy_array
 from scoreray.data.reading.field_values import FieldTensors
-from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditions, ConditionSpec
+from scoreray.trainer.diffusion.condition import HAS_LENGTH, Condition, Conditions, ConditionSpec, is_unread
 from scoreray.trainer.diffusion.condition_shapes import spec_of
 from scoreray.trainer.networks.conditioning import resized
 
 LARGEST = float(np.finfo(np.float32).max)
 UNEQUAL = "lists of unequal lengths; give lists of one length"
+MOST_BYTES = 1 << 17  # of a text that an encoder reads, whose tokenizer cuts it
 DEEPEST = 8  # lists in lists: more than any network's samples have dimensions
 VALUE_WORDS = (
     "a text, a number, a class by name or number, a list of numbers, lists of lists, "
@@ -48,8 +49,9 @@ def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition
 
     A class is its name or number (`data.classes`), a text a str; a vector is a number or numbers [D], a grid
     [C, ...] (of one channel also [...]), a sequence [L, D]: nested lists, a numpy array, a tensor or the bytes of an
-    .npy. None, a text without a byte and a sequence without a token ([0, D] or an empty list) are the null, as is a
-    name that is left out. None where nothing is given. Raises UserError in one line that names the condition.
+    .npy; of a vector or sequence that an encoder made of texts also a str, which `read_texts` reads. None, a text
+    without a byte and a sequence without a token ([0, D] or an empty list) are the null, as is a name that is left out.
+    None where nothing is given. Raises UserError in one line that names the condition.
     """
     found: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
@@ -59,7 +61,7 @@ def condition_of(values: Mapping[str, Any], conditions: Conditions) -> Condition
             continue
         with key_in_errors(f"condition '{name}'"):
             row = _row(value, spec)[None]
-        if spec.kind in HAS_LENGTH:
+        if spec.kind in HAS_LENGTH or is_unread(spec, row):
             masks[name] = torch.full((1, max(1, row.shape[1])), row.shape[1] > 0)
             row = row if row.shape[1] else row.new_zeros((1, 1, *row.shape[2:]))
         found[name] = row
@@ -86,7 +88,7 @@ def normalised(condition: Condition, conditions: Conditions) -> Condition:
     values = dict(condition.values)
     for name, value in values.items():
         spec = conditions[name]
-        if spec.kind in ("class", "text"):
+        if spec.kind in ("class", "text") or is_unread(spec, value):
             continue
         if spec.normaliser is not None:
             last = -1 if spec.kind == "sequence" else 1  # the axis of its channels
@@ -105,6 +107,8 @@ def _row(value: Any, spec: ConditionSpec) -> Tensor:
         return torch.tensor(class_number(value, spec.classes))
     if spec.kind == "text":
         return _text(value, spec.shape[0])
+    if spec.takes_text and isinstance(value, str):
+        return _text(value, MOST_BYTES)
     array = _numbers(value, spec)
     if spec.kind == "vector" and not array.ndim:
         array = array[None]
@@ -162,11 +166,12 @@ def described(spec: ConditionSpec) -> str:
         return f"one of {spec.num_classes:,} classes"
     if spec.kind == "text":
         return f"a text of up to {spec.shape[0]:,} bytes"
+    or_text = "a text, or " if spec.takes_text else ""
     if spec.kind == "vector":
         count = spec.shape[0]
-        return "a number" if count == 1 else f"{count} numbers"
+        return or_text + ("a number" if count == 1 else f"{count} numbers")
     if spec.kind == "sequence":
-        return f"numbers of shape [up to {spec.shape[0]}, {spec.shape[1]}]"
+        return f"{or_text}numbers of shape [up to {spec.shape[0]}, {spec.shape[1]}]"
     return f"numbers of shape {list(spec.shape)}, of any size but the first"
 
 

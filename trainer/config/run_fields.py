@@ -62,7 +62,7 @@ class TargetField:
         return self._without_place() == other._without_place()
 
     def _without_place(self) -> TargetField:
-        return self if self.encoding is None else replace(self, encoding=replace(self.encoding, path="", preview=[]))
+        return self if self.encoding is None else replace(self, encoding=self.encoding.without_place())
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,9 @@ def _condition(
             raise UserError(f"{key}.normalisation: '{chosen}' needs statistics by token's entry; pack it as a sequence")
         chosen = "none"
     normaliser = normaliser_of(f"{key}.normalisation", source, chosen, CONDITION_STD)
-    return ConditionSpec(kind, shape if length is None else (length, *shape[1:]), normaliser=normaliser), request
+    shape = shape if length is None else (length, *shape[1:])
+    encoding = source.encoding if source.encoding is not None and source.encoding.of_kind == "text" else None
+    return ConditionSpec(kind, shape, normaliser=normaliser, encoding=encoding), request
 
 
 def _kind(key: str, section: ConditionSection, source: Field, target: Field) -> ConditionKind:

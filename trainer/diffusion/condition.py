@@ -15,7 +15,7 @@ guidance). What stands under a False mask is never looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal, overload
 
 import torch
@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from scoreray.data.errors import UserError
+from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.normalisation import Normaliser
 
 ConditionKind = Literal["class", "vector", "concat", "sequence", "text"]
@@ -37,7 +38,8 @@ class ConditionSpec:
 
     shape: of a sample's values: () of a class, (D,) of a vector, (C, ...) of a grid, (L, D) of a sequence of at most L
     tokens, (L,) of a text of at most L bytes.  classes: the names of a class condition's classes.  normaliser: what the
-    data's own units go through on their way to the network.
+    data's own units go through on their way to the network.  encoding: the encoder that made the data's values of a
+    text; of a sequence or vector then a text may be given as well (`is_unread`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -46,6 +48,7 @@ class ConditionSpec:
     shape: tuple[Annotated[int, Field(gt=0)], ...] = ()
     classes: tuple[str, ...] = ()
     normaliser: Normaliser | None = None
+    encoding: Encoding | None = None
 
     @property
     def num_classes(self) -> int:
@@ -54,7 +57,14 @@ class ConditionSpec:
     @property
     def takes_text(self) -> bool:
         """Whether a person gives it as a text."""
-        return self.kind == "text"
+        return self.kind == "text" or (self.encoding is not None and self.encoding.of_kind == "text")
+
+    def same_values(self, other: ConditionSpec | None) -> bool:
+        """Whether both are built for the same values, wherever the encoder is stored now."""
+        return other is not None and self._without_place() == other._without_place()
+
+    def _without_place(self) -> ConditionSpec:
+        return self if self.encoding is None else replace(self, encoding=self.encoding.without_place())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,6 +177,10 @@ class Condition:
             return self.masks[name]
         return self.values[name] >= 0 if _is_class(self.values[name]) else self._rows(name)
 
+    def is_unread(self, conditions: Conditions) -> bool:
+        """Whether it has a text that an encoder of the data is to read (`is_unread`)."""
+        return any(is_unread(conditions[name], value) for name, value in self.values.items())
+
     def select(self, names: Iterable[str]) -> Condition | None:
         """Those of `names` that it has; None where it has none of them."""
         kept = [name for name in names if name in self.values]
@@ -244,6 +258,11 @@ def encoded(denoiser: Callable[..., Tensor], condition: AnyCondition) -> AnyCond
 def is_encoded(spec: ConditionSpec, value: Tensor) -> bool:
     """Whether a condition's value is a text that was read already."""
     return spec.kind == "text" and value.is_floating_point()
+
+
+def is_unread(spec: ConditionSpec, value: Tensor) -> bool:
+    """Whether a condition's value is a text, uint8 [B, L], in the place of what an encoder makes of it."""
+    return spec.encoding is not None and value.dtype == torch.uint8
 
 
 def _is_class(value: Tensor) -> bool:
