@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import counted, say
+from scoreray.data.buckets.bucketed import BucketedSet, is_bucketed
 from scoreray.data.errors import ScorerayError, StorageError, UserError, nearest
 from scoreray.data.fields.record_layout import record_of
 from scoreray.data.packing.commit import finished_shard, store_shard
@@ -23,7 +25,8 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.data.threads import map_in_threads
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions, plan_encoding
-from scoreray.sampling.encoding.job import carry_out_encoding, in_this_process
+from scoreray.sampling.encoding.buckets import carry_out_buckets, plan_buckets
+from scoreray.sampling.encoding.job import Mapper, carry_out_encoding, in_this_process
 from scoreray.sampling.encoding.plan import EncodePlan, SampleChunk
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 
@@ -42,24 +45,33 @@ Actors = tuple[int, int | None]
 
 def encode_to(
     url: str, out: str, wanted: Sequence[EncodedField], options: EncodeOptions, *, actors: Actors, verbose: bool = False
-) -> Manifest:
-    """Encodes with progress shown, or what is missing of it. Raises UserError, DataError, StorageError."""
+) -> Manifest | BucketedSet:
+    """Encodes a data set, or each bucket of one, with progress shown, or what is missing of it. Raises UserError,
+    DataError, StorageError."""
     keep_large_tensors_on_the_heap()
     in_actors = actors[1] != 0
     if options.device not in DEVICES:
         raise UserError(f"--device {options.device}: {nearest(options.device, DEVICES)}")
-    plan = plan_encoding(url, out, wanted, replace(options, device="cpu") if in_actors else options)
+    options_here = replace(options, device="cpu") if in_actors else options
+    carry_out: Callable[[Mapper, Callable[[int, int], None]], Manifest | BucketedSet]
+    if is_bucketed(open_store(url)):
+        data = BucketedSet.load(open_store(url))
+        carry_out = partial(carry_out_buckets, out, plan_buckets(data, out, wanted, options_here))
+    else:
+        carry_out = partial(carry_out_encoding, plan_encoding(url, out, wanted, options_here))
     kept, made = 0, 0
 
     def counting(plan: EncodePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         nonlocal kept, made
-        found = _on_ray(plan, numbers, actors, options.device, verbose) if in_actors else in_this_process(plan, numbers)
+        found = in_this_process(plan, numbers)
+        if in_actors:
+            found = _on_ray(plan, numbers, actors, options.device, verbose, ending)
         for packed in found:
             kept, made = kept + packed.kept, made + (not packed.kept)
             yield packed
 
-    with counted("encode", "samples") as progress:
-        manifest = carry_out_encoding(plan, counting, progress)
+    with contextlib.ExitStack() as ending, counted("encode", "samples") as progress:
+        manifest = carry_out(counting, progress)
     holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
     if made:
         say(f"encoded {holds}{f', {kept} of them made before,' if kept else ''} at {out}")
@@ -69,24 +81,31 @@ def encode_to(
 
 
 def _on_ray(
-    plan: EncodePlan, numbers: Sequence[int], actors: Actors, device: str, verbose: bool
+    plan: EncodePlan,
+    numbers: Sequence[int],
+    actors: Actors,
+    device: str,
+    verbose: bool,
+    ending: contextlib.ExitStack,
 ) -> Iterator[PackedShard]:
-    """The shards, in order: those that an earlier start finished, and the others by Ray Data."""
+    """The shards, in order: those that an earlier start finished, and the others by Ray Data. What runs them is ended
+    with them, or at the latest, as the cluster that they need, by `ending`."""
     checked = map_in_threads(CHECKED_AT_ONCE, lambda number: finished_shard(plan, number) is not None, numbers)
     finished = {number for number, is_there in zip(numbers, checked, strict=True) if is_there}
     missing = [number for number in numbers if number not in finished]
-    store, record = open_store(plan.url), record_of(plan.fields)
-    with contextlib.ExitStack() as stack:
-        if missing:
-            stack.enter_context(_connected(actors, verbose))
-            plan.device, pool = _room(plan, actors, device, len(missing))
-            made = stack.enter_context(contextlib.closing(pipeline(plan, missing, pool, verbose)))
-        for number in numbers:
-            if number in finished:
-                yield get_record(store, number, record)
-                continue
-            assert next(made) == number, "Ray Data gave shards in another order"
-            yield replace(get_record(store, number, record), kept=False)
+    store, record, made = open_store(plan.url), record_of(plan.fields), None
+    if missing:
+        ending.enter_context(_connected(actors, verbose))
+        plan.device, pool = _room(plan, actors, device, len(missing))
+        made = ending.enter_context(contextlib.closing(pipeline(plan, missing, pool, verbose)))
+    for number in numbers:
+        if made is None or number in finished:
+            yield get_record(store, number, record)
+            continue
+        assert next(made) == number, "Ray Data gave shards in another order"
+        yield replace(get_record(store, number, record), kept=False)
+    if made is not None:
+        made.close()  # its actors leave their room to those of the next bucket
 
 
 @contextlib.contextmanager

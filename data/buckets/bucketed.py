@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -171,6 +171,21 @@ class BucketedSet:
         """SHA-256 of which samples there are and in which order; of a copy elsewhere the same."""
         parts = [(folder, one.identity) for folder, one in zip(self.folders, self.manifests, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def is_bucketed(store: Store) -> bool:
+    """Whether the data set at a place is in buckets, and not of one size."""
+    return store.exists(BUCKETS) and not store.exists(MANIFEST)
+
+
+def progress_of_part(
+    progress: Callable[[int, int], None] | None, before: int, total: int = 0
+) -> Callable[[int, int], None] | None:
+    """`progress(samples done, samples in all)` as the work on one bucket calls it. before: samples of earlier ones.
+    total: of all; 0 where it is not known."""
+    if progress is None:
+        return None
+    return lambda done, in_part: progress(before + done, total or before + in_part)
 
 
 def _merged(parts: Sequence[Field], counts: Sequence[int]) -> Field:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from scoreray.data.buckets.bucketed import BucketedSet, BucketEntry, BucketList
+from scoreray.data.buckets.bucketed import BucketedSet, BucketEntry, BucketList, progress_of_part
 from scoreray.data.buckets.sizes import MAX_ENLARGE, Bucket, Size, bucket_of, sorted_sizes
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field
@@ -53,65 +53,67 @@ def pack_buckets(
     plan = plan_pack(source, url, image_size=bucket, skip_bad=skip_bad, **options)
     if not isinstance(plan, SourcePlan | RepackPlan):
         raise UserError(f"{source}: holds no pictures that could be brought to a size; --buckets is for these")
-    store = open_store(url)
-    _claim(store, plan)
     parts = _of_tars(plan, bucket) if isinstance(plan, RepackPlan) else _of_source(plan, bucket)
-    found: list[tuple[str, Manifest]] = []
     total = 0 if isinstance(plan, RepackPlan) else plan.source.num_samples
-    for folder, part in parts:
-        before = sum(one.num_samples + one.num_left_out for _, one in found)
-        left = skip_bad - sum(one.num_left_out for _, one in found)
-        shown = None if progress is None else _offset(progress, before, total)
-        try:
-            manifest = carry_out(part, workers=workers, map_shards=map_shards, progress=shown, skip_bad=left)
-        except NoSamples:
-            _remove(open_store(part.url))
-            continue
-        found.append((folder, manifest))
-    if not found:
-        raise DataError(f"{plan.name}: none of its samples can be read")
-    return _commit(store, plan, found)
+
+    def packed() -> Iterator[tuple[str, Manifest]]:
+        before, left = 0, skip_bad
+        for folder, part in parts:
+            shown = progress_of_part(progress, before, total)
+            try:
+                one = carry_out(part, workers=workers, map_shards=map_shards, progress=shown, skip_bad=left)
+            except NoSamples:
+                _remove(open_store(part.url))
+                continue
+            before, left = before + one.num_samples + one.num_left_out, left - one.num_left_out
+            yield folder, one
+
+    return commit_buckets(open_store(url), plan.name, plan.origin, packed())
 
 
-def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
-    """Of a part as of the whole; `total` 0 where it is not known."""
-    return lambda done, in_part: progress(before + done, total or before + in_part)
+def commit_buckets(store: Store, name: str, packing: str, parts: Iterable[tuple[str, Manifest]]) -> BucketedSet:
+    """Makes the place that of these buckets, has them made one after the other, and writes the list of them last.
 
+    Args:
+      packing: of what is made and how (`BucketList`).
+      parts: (folder, manifest) of each, made and committed as it is iterated.
 
-def _claim(store: Store, plan: SourcePlan | RepackPlan) -> None:
-    """Makes the place this pack's. Raises UserError where it is another's."""
-    if store.exists(MANIFEST):
-        raise UserError(f"{store.url()}: holds a data set that is not in buckets; give another URL, or remove it")
-    listed = BucketList.read(store)
-    if listed is not None:
-        if listed.packing != plan.origin:
-            raise UserError(
-                f"{store.url()}: holds another data set ('{listed.name}'): of another source, or with other buckets or "
-                "options; give another URL, or remove what is there"
-            )
-    elif not store.put_new(PLAN, plan.origin.encode()) and store.get(PLAN).decode() != plan.origin:
-        raise UserError(
-            f"{store.url()}: a pack of another source, or with other arguments, has begun here; run that one again to "
-            "finish it, give another URL, or remove what is there"
-        )
-
-
-def _commit(store: Store, plan: SourcePlan | RepackPlan, found: list[tuple[str, Manifest]]) -> BucketedSet:
-    """Writes the list, the bucket with the most samples first."""
-    found = sorted(found, key=lambda one: -one[1].num_samples)
+    Raises UserError where the place is another's, DataError where there is no sample, and what `parts` raises.
+    """
+    _claim(store, packing)
+    if not (found := list(parts)):
+        raise DataError(f"{name}: none of its samples can be read")
+    found.sort(key=lambda one: -one[1].num_samples)
+    folders, manifests = zip(*found, strict=True)
+    made = BucketedSet(store.url(), name, folders, manifests)
+    assert made.fields  # that all hold the same: raises DataError
     entries = [
         BucketEntry(
             folder, manifest.num_samples, hashlib.sha256(Manifest.read(open_store(store.url(folder)))).hexdigest()
         )
         for folder, manifest in found
     ]
-    made = BucketedSet(
-        store.url(), plan.name, tuple(folder for folder, _ in found), tuple(manifest for _, manifest in found)
-    )
-    assert made.fields  # that all hold the same: raises DataError
-    store.put(BUCKETS, BucketList(1, plan.name, plan.origin, entries).to_json().encode())
+    store.put(BUCKETS, BucketList(1, name, packing, entries).to_json().encode())
     store.delete([PLAN])
     return made
+
+
+def _claim(store: Store, packing: str) -> None:
+    """Raises UserError where the place is that of another pack."""
+    if store.exists(MANIFEST):
+        raise UserError(f"{store.url()}: holds a data set that is not in buckets; give another URL, or remove it")
+    listed = BucketList.read(store)
+    if listed is not None:
+        if listed.packing != packing:
+            raise UserError(
+                f"{store.url()}: holds another data set ('{listed.name}'): of another source, or with other buckets or "
+                "options; give another URL, or remove what is there"
+            )
+    elif not store.put_new(PLAN, packing.encode()) and store.get(PLAN).decode() != packing:
+        raise UserError(
+            f"{store.url()}: a pack of another source, or with other arguments, has begun here; run that one again to "
+            "finish it, give another URL, or remove what is there"
+        )
 
 
 def _remove(store: Store) -> None:

@@ -9,14 +9,14 @@ from functools import partial
 
 import numpy as np
 
-from scoreray.data.buckets.bucketed import BucketedSet
+from scoreray.data.buckets.bucketed import BucketedSet, is_bucketed, progress_of_part
 from scoreray.data.errors import DataError, StorageError
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.fields.record_layout import FORMATS, digest
 from scoreray.data.packing.moments import FieldCounter, check_finite, with_statistics
 from scoreray.data.reading.allowlist import json_value
 from scoreray.data.reading.field_values import FieldDecoder
-from scoreray.data.reading.manifest import BUCKETS, MANIFEST, Manifest
+from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.reader import Reader, wanted_members
 from scoreray.data.reading.records import taken
 from scoreray.data.sources.identity import hash_object
@@ -38,7 +38,7 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> list
     `progress` is called with (samples done, samples in all) after each shard.
     """
     store = open_store(url)
-    if store.exists(BUCKETS) and not store.exists(MANIFEST):
+    if is_bucketed(store):
         return _verify_buckets(store, progress)
     manifest = Manifest.load(store)
     problems = []
@@ -65,14 +65,8 @@ def _verify_buckets(store: Store, progress: Callable[[int, int], None] | None) -
         return [str(error)]
     problems: list[str] = []
     for number, first in enumerate(data.first_samples[:-1].tolist()):
-        shown = None if progress is None else _offset(progress, first, data.num_samples)
-        problems += verify(data.bucket_url(number), shown)
+        problems += verify(data.bucket_url(number), progress_of_part(progress, first, data.num_samples))
     return problems
-
-
-def _offset(progress: Callable[[int, int], None], first: int, total: int) -> Callable[[int, int], None]:
-    """Of a bucket's samples as of all."""
-    return lambda done, _: progress(first + done, total)
 
 
 class _Values:

@@ -60,7 +60,15 @@ class EncodedField:
 
 
 def plan_encoding(url: str, out: str, wanted: Sequence[EncodedField], options: EncodeOptions) -> EncodePlan:
-    """Raises UserError, DataError, StorageError."""
+    """Of a data set of one size. Raises UserError, DataError, StorageError."""
+    return with_previews(untried_plan(url, out, wanted, options))
+
+
+def untried_plan(
+    url: str, out: str, wanted: Sequence[EncodedField], options: EncodeOptions, share: float = 1.0
+) -> EncodePlan:
+    """Checked, but with no sample encoded yet. share: of all samples, where this is a bucket. Raises as
+    `plan_encoding`."""
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype}: {nearest(options.dtype, DTYPES)}")
     source, device = SampleReader(url), None if options.device == "auto" else options.device
@@ -71,13 +79,13 @@ def plan_encoding(url: str, out: str, wanted: Sequence[EncodedField], options: E
     _check_names(wanted, carried)
     encoders = tuple(_field_encoder(manifest, one, options, device) for one in wanted)
     batch_size, made = options.batch_size or BATCH_SIZE, [one.makes for one in encoders]
-    size = options.samples_per_shard or _samples_per_shard(manifest, carried, made, batch_size)
+    size = options.samples_per_shard or _samples_per_shard(manifest, carried, made, batch_size, share)
     plan = EncodePlan(
         open_store(out).url(), options.name or manifest.name, source, encoders,
         tuple(map(without_statistics, carried)), options.seed, batch_size, size, device,
     )  # fmt: skip
     check_limits(plan.name, plan.fields, plan.num_shards)
-    return with_previews(plan)
+    return plan
 
 
 def _carried(manifest: Manifest, wanted: Sequence[EncodedField], options: EncodeOptions) -> list[Field]:
@@ -111,12 +119,14 @@ def _field_encoder(manifest: Manifest, one: EncodedField, options: EncodeOptions
     return FieldEncoder(one.encoder, one.of, without_moments(made) if is_drawn else made, is_drawn)
 
 
-def _samples_per_shard(manifest: Manifest, carried: Sequence[Field], made: Sequence[Field], batch_size: int) -> int:
+def _samples_per_shard(
+    manifest: Manifest, carried: Sequence[Field], made: Sequence[Field], batch_size: int, share: float
+) -> int:
     """Whole batches of some SHARDS shards, none above SHARD_BYTES: a function of the data alone."""
     sizes = [math.prod(one.shape) * (2 if "16" in one.dtype else 4) for one in made]
     large = any(one.kind in ("image", "array") for one in carried)
     most = SHARD_BYTES // round(sum(sizes) + 1024 * len(made) + (manifest.bytes_per_sample if large else 0))
-    return batch_size * max(1, min(most // batch_size, math.ceil(manifest.num_samples / SHARDS / batch_size)))
+    return batch_size * max(1, min(most // batch_size, math.ceil(manifest.num_samples / (SHARDS * share) / batch_size)))
 
 
 def with_previews(plan: EncodePlan) -> EncodePlan:

@@ -50,7 +50,8 @@ class EncodePlan:
 
     carried: fields of the source that are kept, without statistics.  seed: of draws.  device: "cpu" or "cuda"; None: a
     GPU where there is one.  lease: of the start that the shards are made for; where another start has taken over, no
-    shard is stored.
+    shard is stored.  first_sample: number of the source's first one in the whole set, where it is a bucket of one: by
+    which noise of draws is keyed.
     """
 
     url: str
@@ -63,6 +64,7 @@ class EncodePlan:
     samples_per_shard: int
     device: str | None = None
     lease: Lease | None = None
+    first_sample: int = 0
 
     origin = ""  # only an equal plan goes on
     in_place = False
@@ -99,8 +101,9 @@ class EncodePlan:
         made = [one.as_dict() for one in self.encoded]
         for one in made:
             one["encoding"] = {k: v for k, v in one["encoding"].items() if k not in ("path", "preview")}
-        seed = self.seed if any(one.is_drawn for one in self.encoders) else 0
-        parts = ["encode", VERSION, SHARD_FORMAT, self.name, self.source.manifest.identity, made, seed,
+        is_drawn = any(one.is_drawn for one in self.encoders)
+        noise = 0 if not is_drawn else [self.seed, self.first_sample] if self.first_sample else self.seed
+        parts = ["encode", VERSION, SHARD_FORMAT, self.name, self.source.manifest.identity, made, noise,
                  [one.name for one in self.carried], self.batch_size, self.samples_per_shard]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -148,7 +151,7 @@ class EncodePlan:
         """What encoders make of a chunk, filled up with zeros to `chunk_rows`. Raises UserError, DataError."""
         manifest = self.source.manifest
         encoder = BatchEncoder(manifest, self.encoders, self.batch_size, self.seed, self.device)
-        return encoder(read, chunk.first, chunk.size, self.chunk_rows)
+        return encoder(read, self.first_sample + chunk.first, chunk.size, self.chunk_rows)
 
     def write(self, number: int, parts: Iterable[Columns]) -> tuple[bytes, PackedShard]:
         """The tar of a shard of what its chunks became. Raises DataError naming a sample that can't be stored."""
