@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from scoreray.data.errors import UserError
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+Output = TypeVar("Output")
 
 # c_noise = ln(sigma)/4 spans [-1.6, 1.1] for sigma in [0.002, 80]. Wavelengths from 8 (nearly linear over that span)
 # down to 1/4 (a factor e in sigma): every noise level has its own code, and neighbours have similar ones.
@@ -92,16 +93,28 @@ class Attention(nn.Module):
             zero_(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.out(self.mixed(*self.heads(x, context), mask))
+
+    def heads(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of what it attends to, [B, heads, tokens, head_channels] each."""
         if context is None:
             qkv = self._heads(self.qkv(x), 3)
             qk = F.layer_norm(qkv[:2], (self.head_channels,))
-            q, k, v = qk[0], qk[1], qkv[2]
+            q, k, v = qk[0], qk[1].to(qkv.dtype), qkv[2]
         else:
-            (q,), (k, v) = self._heads(self.q(x), 1), self._heads(self.kv(context), 2)
-            q, k = F.layer_norm(q, (self.head_channels,)), F.layer_norm(k, (self.head_channels,))
-        q, k = (q * self.gain).to(v.dtype), k.to(v.dtype)
-        mixed = (attention_by_products if self.plain else attend)(q, k, v, mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+            (q,), (k, v) = self._heads(self.q(x), 1), self.keys_and_values(self.kv(context))
+            q = F.layer_norm(q, (self.head_channels,))
+        return (q * self.gain).to(v.dtype), k, v
+
+    def keys_and_values(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens that a layer projected, [B, S, 2 C]."""
+        k, v = self._heads(kv, 2)
+        return F.layer_norm(k, (self.head_channels,)).to(v.dtype), v
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Values as the queries weigh them, heads side by side: [B, T, C], what `out` reads."""
+        values = (attention_by_products if self.plain else attend)(q, k, v, mask)
+        return values.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """[B, T, parts C] -> [parts, B, heads, T, head_channels]."""
@@ -144,7 +157,7 @@ def zero_(layer: Layer) -> Layer:
     return layer
 
 
-def call_block(block: Callable[..., Tensor], *inputs: Tensor | None, recompute: bool) -> Tensor:
+def call_block(block: Callable[..., Output], *inputs: Tensor | None, recompute: bool) -> Output:
     """`block(*inputs)`; with `recompute` its activations are not kept but computed again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)

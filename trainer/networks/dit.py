@@ -33,8 +33,8 @@ MAX_MLP_RATIO = 1000  # usual: 4
 
 
 @dataclass(frozen=True)
-class DiTConfig(BaseNetworkConfig):
-    """The transformer's size. Raises UserError on a value that no sample could go with.
+class TransformerConfig(BaseNetworkConfig):
+    """The size of a transformer over patches. Raises UserError on a value that no sample could go with.
 
     patch_size: pixels along a patch's side; an image becomes ceil(H / patch_size) ceil(W / patch_size) tokens, a
     signal or a volume as many as its one or three axes give.
@@ -54,7 +54,6 @@ class DiTConfig(BaseNetworkConfig):
     activation_checkpointing: bool = False
     positions: Literal["learned", "fixed"] = "learned"
     text_encoder: AnyTextEncoder = field(default=TextEncoderConfig())
-    kind: Literal["dit"] = field(default="dit", kw_only=True)
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, "patch_size", self.patch_size, "choose 1 or more")
@@ -74,6 +73,17 @@ class DiTConfig(BaseNetworkConfig):
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "choose a probability in [0, 1)")
 
+    def num_tokens(self, image_shape: Sequence[int]) -> tuple[int, ...]:
+        """Of a sample, along each axis of its grid."""
+        return num_patches(spatial_shape(image_shape)[1], self.patch_size)
+
+
+@dataclass(frozen=True)
+class DiTConfig(TransformerConfig):
+    """A DiT (Peebles and Xie 2023); tokens of conditions are attended to by cross-attention."""
+
+    kind: Literal["dit"] = field(default="dit", kw_only=True)
+
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> DiT:
         return DiT(self, image_shape, conditions)
 
@@ -86,7 +96,7 @@ class DiTBlock(nn.Module):
     (x [B, T, D], emb [B, D], context [B, S, context_width], mask bool [B, S]) -> [B, T, D]
     """
 
-    def __init__(self, config: DiTConfig, context_width: int = 0):
+    def __init__(self, config: TransformerConfig, context_width: int = 0):
         super().__init__()
         width = config.hidden_size
         self.dropout = config.dropout
@@ -99,14 +109,22 @@ class DiTBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)
-        h = self.attention(modulated(x, shift1, scale1))
-        x = torch.addcmul(x, gate1, F.dropout(h, self.dropout, self.training))
+        shift, scale, gate, *of_mlp = self.modulations(emb)
+        x = self.gated(x, gate, self.attention(modulated(x, shift, scale)))
         if self.cross_attention is not None:
             h = self.cross_attention(F.layer_norm(x, x.shape[-1:], eps=1e-6).to(x.dtype), context, mask)
             x = x + F.dropout(h, self.dropout, self.training)
-        h = self.mlp_out(F.gelu(self.mlp_in(modulated(x, shift2, scale2))))
-        return torch.addcmul(x, gate2, F.dropout(h, self.dropout, self.training))
+        return self.after_mlp(x, *of_mlp)
+
+    def modulations(self, emb: Tensor) -> Sequence[Tensor]:
+        """shift, scale and gate [B, 1, D] of attention, then of the MLP."""
+        return self.modulation(emb)[:, None].chunk(6, dim=2)
+
+    def gated(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+        return torch.addcmul(x, gate, F.dropout(h, self.dropout, self.training))
+
+    def after_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return self.gated(x, gate, self.mlp_out(F.gelu(self.mlp_in(modulated(x, shift, scale)))))
 
 
 class DiT(nn.Module):
@@ -118,7 +136,7 @@ class DiT(nn.Module):
     Peebles and Xie 2023, with the query-key norm of Dehghani 2023.
     """
 
-    def __init__(self, config: DiTConfig, image_shape: Sequence[int], conditions: Conditions | int = 0):
+    def __init__(self, config: TransformerConfig, image_shape: Sequence[int], conditions: Conditions | int = 0):
         super().__init__()
         channels, grid = spatial_shape(image_shape)
         self.config = config
@@ -136,17 +154,23 @@ class DiT(nn.Module):
             activation_checkpointing=config.activation_checkpointing,
         )
         self.num_classes = self.embedding.num_classes
-        self.blocks = nn.ModuleList(DiTBlock(config, self.embedding.context_width) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.block(number) for number in range(1, 1 + config.depth))
         self.modulation_out = zero_(nn.Linear(width, 2 * width))
         self.patch_out = zero_(nn.Linear(width, channels * patch))
         grid_channels = self.embedding.num_grid_channels
         self.grid_in = nn.Linear(grid_channels * patch, width, bias=False) if grid_channels else None
+        self.kept_block = 0  # number of the block whose output is left in `kept` by a call; 0: of none
+        self.kept: Tensor | None = None
         zeros = ("modulation", "modulation_out", "patch_out", "cross_attention.out")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(zeros):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def block(self, number: int) -> nn.Module:
+        """The block of this number, from 1 on."""
+        return DiTBlock(self.config, self.embedding.context_width)
 
     def encode(self, condition: Condition) -> Condition:
         return self.embedding.encode(condition)
@@ -164,14 +188,25 @@ class DiT(nn.Module):
         h = h + self._places(x).to(h.dtype)
         if self.grid_in is not None and given.grids is not None:
             h = h + self.grid_in(to_patches(given.grids, self.config.patch_size).flatten(2).mT)
-        recompute = self.config.activation_checkpointing and self.training
-        # No token for noise level, class and vectors: they reach every block through adaLN-zero alone, which Peebles
-        # and Xie found better than tokens or cross-attention at the same cost (their figure 5).
-        for block in self.blocks:
-            h = call_block(block, h, given.embedding, given.tokens, given.mask, recompute=recompute)
+        h = self.through_blocks(h, given)
         shift, scale = self.modulation_out(given.embedding)[:, None].chunk(2, dim=2)
         h = self.patch_out(modulated(h, shift, scale))
         return from_patches(h.mT.reshape(patches.shape), self.config.patch_size, x.shape[2:]).to(x.dtype)
+
+    def through_blocks(self, h: Tensor, given: Conditioned) -> Tensor:
+        """Tokens [B, T, D] of the sample after all blocks."""
+        recompute = self.config.activation_checkpointing and self.training
+        # No token for noise level, class and vectors: they reach every block through adaLN-zero alone, which Peebles
+        # and Xie found better than tokens or cross-attention at the same cost (their figure 5).
+        for number, block in enumerate(self.blocks, 1):
+            h = call_block(block, h, given.embedding, given.tokens, given.mask, recompute=recompute)
+            self.keep(number, h)
+        return h
+
+    def keep(self, number: int, h: Tensor) -> None:
+        # Not by a hook of the block: activation checkpointing would call it again in the backward pass.
+        if number == self.kept_block:
+            self.kept = h
 
     def _places(self, x: Tensor) -> Tensor:
         """What is added to the tokens of x for their places."""

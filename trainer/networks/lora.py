@@ -24,7 +24,7 @@ PEFT_PREFIX = "base_model.model."  # of a network's parameters in peft's own mod
 BASE_LAYER = ".base_layer."  # what peft puts into the names of an adapted layer's own parameters
 CONDITIONING = "embedding."  # of our networks: read before the network is called, for many calls, and never adapted
 OURS = ("attention.qkv", "attention.out", "cross_attention.q", "cross_attention.kv", "cross_attention.out",
-        "mlp_in", "mlp_out", "inside", "out")  # fmt: skip
+        "context_kv", "mlp_in", "mlp_out", "inside", "out")  # fmt: skip
 DIFFUSERS = ("to_q", "to_k", "to_v", "to_out.0")
 FIRST_HALF = ".lora_A.weight"  # of an adapter: what reads the layer's input
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

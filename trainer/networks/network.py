@@ -23,11 +23,12 @@ from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.ladder import Conditioning, OnLadder, geometric_ladder
 from scoreray.trainer.networks.mlp import MLPConfig
+from scoreray.trainer.networks.mmdit import MMDiTConfig
 from scoreray.trainer.networks.preconditioned import PreconditionedNetworkConfig
 from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig
 from scoreray.trainer.networks.unet import UNetConfig
 
-SingleNetworkConfig = UNetConfig | DiTConfig | MLPConfig
+SingleNetworkConfig = UNetConfig | DiTConfig | MMDiTConfig | MLPConfig
 """Networks that see any noise level, which a ladder can be put around. A new network is added here."""
 OWN_NETWORK = PartOf("network", base=BaseNetworkConfig)
 AnySingleNetwork = Annotated[SingleNetworkConfig, OWN_NETWORK]

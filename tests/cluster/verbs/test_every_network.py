@@ -53,6 +53,7 @@ PRECONDITIONED = {
 SECTIONS: dict[str, dict[str, Any]] = {
     "unet": {"network": UNET},
     "dit": {"network": {"kind": "dit", "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}},
+    "mmdit": {"network": {"kind": "mmdit", "patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}},
     "mlp": {"network": MLP},
     "ladder": {"network": {"kind": "ladder", "num_levels": 7, "network": UNET}},
     "ladder without codes": {"network": {"kind": "ladder", "num_levels": 7, "conditioning": "none", "network": MLP}},

@@ -17,14 +17,16 @@ from scoreray.trainer.networks.conditioning import TextEncoderConfig, grid_chann
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops
 from scoreray.trainer.networks.mlp import MLPConfig
+from scoreray.trainer.networks.mmdit import MMDiTConfig
 from scoreray.trainer.networks.network import NetworkConfig
 from scoreray.trainer.networks.unet import UNetConfig
 
 TEXT = TextEncoderConfig(hidden_size=16, depth=1, num_heads=2)
 UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_blocks=1, patch_size=2, text_encoder=TEXT)
 DIT = DiTConfig(patch_size=4, hidden_size=24, depth=2, num_heads=2, text_encoder=TEXT)
+MMDIT = MMDiTConfig(patch_size=4, hidden_size=24, depth=2, num_heads=2, text_encoder=TEXT)
 MLP = MLPConfig(hidden_size=16, num_layers=2, text_encoder=TEXT)
-each_network = pytest.mark.parametrize("config", [UNET, DIT, MLP], ids=lambda config: config.kind)
+each_network = pytest.mark.parametrize("config", [UNET, DIT, MMDIT, MLP], ids=lambda config: config.kind)
 each_grid = pytest.mark.parametrize("grid", [(9,), (6, 7), (5, 2, 3)], ids=lambda grid: f"{len(grid)}-d")
 GRID, ROWS = (6, 7), 4
 
@@ -125,7 +127,7 @@ def test_texts_that_were_read_before_give_the_same_bits(config):
     check_condition(read, specs(), ROWS)
 
 
-@each_network
+@pytest.mark.parametrize("config", [UNET, DIT, MLP], ids=lambda config: config.kind)
 def test_null_conditions_give_what_an_unconditional_network_of_the_same_weights_gives(config):
     """So an unconditional checkpoint can be trained on with conditions."""
     x, c_noise = inputs()
@@ -177,8 +179,13 @@ def test_energies_have_gradients_in_all_weights_that_x_meets(config):
     """The derivative of |grad_x (x . f(x, c))|^2 along its own gradient, by central differences in float64."""
     network = allow_double_backward(built(config).double())
     (x, c_noise), given = inputs(dtype=torch.float64), condition().to("cpu", torch.float64)
-    name = "blocks.0.cross_attention.kv.weight" if config is DIT else "middle.0.cross_attention.kv.weight"
-    weight = network.get_parameter("embedding.inputs.sequence_t5.pool.weight" if config is MLP else name)
+    names = {
+        "unet": "middle.0.cross_attention.kv.weight",
+        "dit": "blocks.0.cross_attention.kv.weight",
+        "mmdit": "blocks.0.context.attention.qkv.weight",
+        "mlp": "embedding.inputs.sequence_t5.pool.weight",
+    }
+    weight = network.get_parameter(names[config.kind])
 
     def loss() -> Tensor:
         at = x.clone().requires_grad_()
@@ -195,7 +202,7 @@ def test_energies_have_gradients_in_all_weights_that_x_meets(config):
     torch.testing.assert_close((ahead - loss()) / (2 * step), gradient.norm(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("config", [UNET, DIT], ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", [UNET, DIT, MMDIT], ids=lambda config: config.kind)
 def test_activation_checkpointing_changes_no_gradient(config):
     (x, c_noise), given = inputs(), condition()
     gradients = []
