@@ -85,7 +85,7 @@ def _try_step(config: Config, fields: RunFields, stored: dict[str, Any]) -> None
 
 
 def _step(config: Config, fields: RunFields) -> None:
-    module = build_training_module(config, fields)
+    module = build_training_module(config, replace(fields, features=None))  # what they would add is ours
     channels, *grid = fields.shape
     stored = 2 * channels if fields.target.holds_moments else channels
     images, given = torch.zeros(ROWS, stored, *grid), example_condition(fields.conditions, ROWS)

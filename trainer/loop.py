@@ -252,11 +252,12 @@ def _step(
     images, condition = fields.inputs(batch)
     images, positions = (tensor.to(engine.device, non_blocking=True) for tensor in (images, batch.position))
     condition = None if condition is None else condition.to(engine.device, non_blocking=True)
+    features = [tensor.to(engine.device, non_blocking=True) for tensor in fields.features_of(batch)]
     for i in range(engine.num_micro_batches):
         part = slice(i * rows, (i + 1) * rows)
         with onednn_products(engine.device):
             given = None if condition is None else condition[part]
-            loss, sigma = engine.module(images[part], given, positions[part])
+            loss, sigma = engine.module(images[part], given, positions[part], *(tensor[part] for tensor in features))
             engine.backward(loss.mean())
         losses.append(loss.detach())
         sigmas.append(sigma)

@@ -51,7 +51,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     """
     _check_trackers(config)
     data = open_run_data(config, patient=False)
-    fields = run_fields(config.data, data, config.autoencoder)
+    fields = run_fields(config.data, data, config.autoencoder, config.alignment)
     unrun = dry_run(config, fields, meta_module(config, fields))
     _check_autoencoder(config, fields)
     run = run_store(config)
@@ -114,7 +114,7 @@ def as_begun(config: Config, data: RunData, run: Store) -> tuple[Config, RunFiel
     auto = config.denoiser.sigma_data == "auto"
     newest = latest(run) if auto or len(config.data.conditions or ()) > 1 else None
     config = in_order_of_run(config, newest)
-    fields = run_fields(config.data, data, config.autoencoder)
+    fields = run_fields(config.data, data, config.autoencoder, config.alignment)
     initial = find_initial(config) if auto and newest is None else None
     return with_sigma_data(config, fields, newest, initial), fields
 

@@ -31,6 +31,7 @@ from scoreray.trainer.diffusion.objective import (
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
+from scoreray.trainer.networks.alignment import Alignment
 from scoreray.trainer.networks.autoencoder import AutoencoderNetwork, check_autoencoder
 from scoreray.trainer.networks.lora import add_adapters
 from scoreray.trainer.networks.network import build_network, freeze
@@ -52,6 +53,7 @@ class TrainingModule(nn.Module):
     samples that lose a condition on its own, by name. The network may compute in bf16, by its weights or under
     autocast; what stands around it stays float32. Parameters: `denoiser.network.*` and, where the weighting learns,
     `weighting.*`. `shape` of a sample: persistent chains need it; their pool is the buffer `chains.pool`.
+    With `alignment` (parameters `alignment.*`) the features of the samples are a further argument.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class TrainingModule(nn.Module):
         normaliser: Normaliser | None = None,
         moments: bool = False,
         dropout: Mapping[str, float] | None = None,
+        alignment: Alignment | None = None,
     ):
         super().__init__()
         self.conditions = denoiser.conditions
@@ -83,10 +86,13 @@ class TrainingModule(nn.Module):
         self.seed, self.global_batch_size = seed, global_batch_size
         self.weighting = objective.weighting.build(process, denoiser.sigma_data)
         self.chains = build_chains(objective, seed, global_batch_size, shape)
+        self.alignment = alignment
         if needs_second_derivatives(objective, denoiser.parameterization):
             allow_double_backward(denoiser)
 
-    def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, condition: AnyCondition, positions: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         values = augment(images, self.augmentation, self.seed, positions)
         x0 = to_model_range(drawn_latents(values, self.seed, positions) if self.moments else values, self.normaliser)
         shape = tuple(x0.shape[1:])
@@ -97,6 +103,10 @@ class TrainingModule(nn.Module):
         batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, given, probes, positions, self.chains)
         error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
         loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
+        if self.alignment is not None:
+            assert features is not None, "alignment needs features"
+            flipped = augment(self.alignment.on_grid(features), self.augmentation, self.seed, positions)
+            loss = loss + self.alignment(self.denoiser.network, flipped)
         return loss.float(), sigma.float()
 
     def _sigma(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,6 +271,12 @@ def bucket_mistakes(config: Config, fields: RunFields) -> list[str]:
     return found
 
 
+def _alignment(config: Config, fields: RunFields, network: nn.Module) -> Alignment | None:
+    if config.alignment is None or fields.features is None:
+        return None
+    return Alignment(config.alignment, network, fields.shape, fields.features)
+
+
 RunModule = TrainingModule | MachineModule | AutoencoderModule
 """What an engine trains."""
 
@@ -301,5 +317,6 @@ def build_training_module(config: Config, fields: RunFields) -> RunModule:
         config.process,
         shape=fields.shape,
         dropout=fields.dropout,
+        alignment=_alignment(config, fields, network),
         **shared,
     )

@@ -199,7 +199,7 @@ def _described(plan: StudyPlan) -> Any:
         with key_in_errors("space.data.url" if "data.url" in values else "base.data.url"):
             data = _data_of(config, seen)
         try:
-            fields = run_fields(config.data, data, config.autoencoder)
+            fields = run_fields(config.data, data, config.autoencoder, config.alignment)
             config = resolve_sigma_data(config, fields)
             meta_module(config, fields)
             if (initial := find_initial(config)) is not None:

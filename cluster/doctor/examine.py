@@ -71,7 +71,7 @@ def devices() -> Finding:
 def data_set(config: Config) -> tuple[RunData | None, RunFields | None, Finding]:
     try:
         data = open_run_data(config, patient=False)
-        fields = run_fields(config.data, data, config.autoencoder)
+        fields = run_fields(config.data, data, config.autoencoder, config.alignment)
         shape, found = "x".join(map(str, fields.shape)), misfit(config, fields)
     except ScorerayError as error:
         return None, None, Finding("data", "problem", str(error))

@@ -318,7 +318,9 @@ def _warnings_of_one_class(plan: EvaluationPlan) -> list[str]:
     if plan.inputs.extractor.kind != "classifier" or not extracts:
         return []
     counts = np.array(manifest.class_counts, dtype=np.float64)
-    shares = counts[counts > 0] / max(counts.sum(), 1)
+    if not counts.any():  # the classifier was given as a file
+        return []
+    shares = counts[counts > 0] / counts.sum()
     if math.exp(-float((shares * np.log(shares)).sum())) >= FEWEST_CLASSES:
         return []
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydantic import ConfigDict
@@ -22,6 +22,7 @@ from scoreray.data.reading.field_values import FieldTensors
 from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import AutoencoderSection, ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
+from scoreray.trainer.diffusion.objective import AlignmentConfig
 
 KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
     "image": ("concat",),
@@ -73,7 +74,8 @@ class RunFields:
     shapes, shares: of each bucket's samples, and what share of all it holds; none where all are of one shape.
     conditions: what the network is built for, by name; sources: the field that each is read from; dropout: the share of
     samples that lose each on its own.  requests: what a stream reads.
-    mean, std: of each channel of the target as the network sees it; sigma_data: of all its values.
+    mean, std: of each channel of the target as the network sees it; sigma_data: of all its values.  features: the field
+    that `objective.alignment` names.
     """
 
     target: TargetField
@@ -87,6 +89,7 @@ class RunFields:
     requests: tuple[FieldRequest, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     shares: tuple[float, ...] = ()
+    features: Field | None = None
 
     @property
     def is_image(self) -> bool:
@@ -105,10 +108,19 @@ class RunFields:
         """(the target's values, what conditions them) of samples, in the data's own units."""
         return batch.fields[self.target.name], condition_of_fields(batch, self.sources, self.conditions)
 
+    def features_of(self, batch: FieldTensors) -> tuple[Tensor, ...]:
+        """What `objective.alignment` compares with, as further arguments of the training module; () without it."""
+        return () if self.features is None else (batch.fields[self.features.name],)
 
-def run_fields(section: DataSection, data: DataDescription, autoencoder: AutoencoderSection | None = None) -> RunFields:
-    """Raises UserError with every mistake, a line each: a field that is not there or of a kind that does not fit, a
-    length, a normalisation of a constant channel."""
+
+def run_fields(
+    section: DataSection,
+    data: DataDescription,
+    autoencoder: AutoencoderSection | None = None,
+    alignment: AlignmentConfig | None = None,
+) -> RunFields:
+    """`alignment`: of the config's objective. Raises UserError with every mistake, a line each: a field that is not
+    there or of a kind that does not fit, a length, a normalisation of a constant channel."""
     known = {one.name: one for one in data.fields}
     default = target_of(data.fields)
     source, target = _target(section, known, default)
@@ -130,6 +142,15 @@ def run_fields(section: DataSection, data: DataDescription, autoencoder: Autoenc
             continue
         conditions[name], sources[name], dropout[name] = spec, request.field, one.dropout
         requests.append(request)
+    features = None
+    if alignment is not None:
+        try:
+            if shapes:
+                raise UserError("objective.alignment: the data set is in buckets, whose tokens differ in number")
+            features = _features(alignment.field, known, [source.name, *sources.values()])
+            requests.append(FieldRequest(features.name))
+        except UserError as error:
+            mistakes.append(str(error))
     if mistakes:
         raise UserError("\n".join(mistakes))
     as_they_are = target.normaliser is None or target.normaliser.kind == "none"
@@ -144,7 +165,7 @@ def run_fields(section: DataSection, data: DataDescription, autoencoder: Autoenc
         tuple(count / sum(data.counts) for count in data.counts) if isinstance(data, BucketedSet) and shapes else ()
     )
     return RunFields(
-        target, shape, mean, std, sigma_data, conditions, sources, dropout, tuple(requests), shapes, shares
+        target, shape, mean, std, sigma_data, conditions, sources, dropout, tuple(requests), shapes, shares, features
     )
 
 
@@ -242,6 +263,20 @@ def _condition(
     shape = shape if length is None else (length, *shape[1:])
     encoding = source.encoding if source.encoding is not None and source.encoding.of_kind == "text" else None
     return ConditionSpec(kind, shape, normaliser=normaliser, encoding=encoding), request
+
+
+def _features(name: str, known: Mapping[str, Field], used: Sequence[str]) -> Field:
+    """The field of features that hidden tokens are drawn to. Raises UserError."""
+    key, found = "objective.alignment.field", known.get(name)
+    if found is None:
+        raise UserError(f"{key}: the data set has no field '{name}'; {nearest(name, known)}")
+    if name in used:
+        raise UserError(f"{key}: field '{name}' is modelled or conditions the network already; name one of features")
+    if found.kind not in ("sequence", "array") or len(found.shape) < 2:
+        raise UserError(
+            f"{key}: field '{name}' is {_described(found)}; features are a sequence, or an array of two axes or more"
+        )
+    return found
 
 
 def _kind(key: str, section: ConditionSection, source: Field, target: Field) -> ConditionKind:

@@ -20,7 +20,7 @@ from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import AnyObjective, AutoencodingObjective, EDMObjective
+from scoreray.trainer.diffusion.objective import AlignmentConfig, AnyObjective, AutoencodingObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
 from scoreray.trainer.networks.lora import LoRAConfig
@@ -298,6 +298,11 @@ class Config(Section):
             case {"objective": {"kind": "autoencoding"}, "data": {**data}} if data.get("conditions") is None:
                 return {**raw, "data": {**data, "conditions": {}}}
         return raw
+
+    @property
+    def alignment(self) -> AlignmentConfig | None:
+        """Of the objectives that may have it."""
+        return getattr(self.objective, "alignment", None)
 
     @property
     def world_sizes(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from scoreray.trainer.diffusion.objective import (
 )
 from scoreray.trainer.diffusion.process import EDM, Process
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
+from scoreray.trainer.networks.dit import TransformerConfig
 from scoreray.trainer.networks.network import NetworkConfig
 
 NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale")  # what Gibbs leaves out
@@ -38,7 +39,7 @@ def mistakes(
             f"objective.kind: '{objective.kind}' trains a denoiser, and network.kind '{network.kind}' is none; choose "
             "objective.kind autoencoding"
         ]
-    found = chain_mistakes(objective, global_batch_size)
+    found = chain_mistakes(objective, global_batch_size) + alignment_mistakes(objective, network)
     if network.is_machine:
         return found + _machine_mistakes(network, process, denoiser, objective, compile)
     if isinstance(objective, ContrastiveObjective) and objective.chain == "gibbs":
@@ -111,6 +112,25 @@ def condition_mistakes(objective: ObjectiveConfig, conditions: Conditions) -> li
         f"objective.start: a chain that persists meets {met}, so it can have none; set objective.label_dropout=1 to "
         f"train without {without}, or objective.start=noise"
     ]
+
+
+def alignment_mistakes(objective: ObjectiveConfig, network: NetworkConfig) -> list[str]:
+    """Where a network has no hidden tokens that features could be compared with."""
+    alignment = objective.alignment
+    if alignment is None:
+        return []
+    if isinstance(objective, ContrastiveObjective):
+        return [
+            "objective.alignment: objective 'contrastive' denoises no sample whose features are known; leave it out"
+        ]
+    if not isinstance(network, TransformerConfig):
+        return [
+            f"objective.alignment: network.kind '{network.kind}' has no tokens to align; choose dit or mmdit, or leave "
+            "it out"
+        ]
+    if alignment.layer > network.depth:
+        return [f"objective.alignment.layer: {alignment.layer}; the network has {network.depth} blocks (network.depth)"]
+    return []
 
 
 def refuse(mistakes: list[str]) -> None:

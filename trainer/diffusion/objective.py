@@ -55,6 +55,27 @@ class NoisedBatch:
 
 
 @dataclass(frozen=True)
+class AlignmentConfig:
+    """Draws hidden tokens of a transformer to features of the clean sample, which `field` holds (`networks/alignment`).
+
+    field: a sequence or array of one feature vector a token.  layer: the block whose output is drawn to them.  weight:
+    of 1 - cosine similarity beside the loss.  hidden_size: of the perceptron in between.
+    The defaults are REPA's of DiT-XL (Yu 2024).
+    """
+
+    field: str
+    layer: int = 8
+    weight: float = 0.5
+    hidden_size: int = 2048
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        checks.at_least("objective.alignment", 1, layer=self.layer, hidden_size=self.hidden_size)
+        checks.positive("objective.alignment", weight=self.weight)
+
+
+@dataclass(frozen=True)
 class BaseObjective:
     """What every objective has: its weighting, its noise levels, and the error that both are of.
 
@@ -65,6 +86,7 @@ class BaseObjective:
     sigma_sampling: AnySampling = field(default=UniformT())
     label_dropout: float = 0.0
     """Share of samples whose label is hidden (-1), for classifier-free guidance."""
+    alignment: AlignmentConfig | None = field(default=None, kw_only=True)
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
