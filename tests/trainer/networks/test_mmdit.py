@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
+from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.mmdit import JointBlock, LastJointBlock, MMDiTConfig
+from scoreray.trainer.networks.network import build_network, num_parameters
 
 SIZE = {"patch_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SMALL = MMDiTConfig(**SIZE)
@@ -97,3 +102,15 @@ def test_every_block_but_the_last_changes_the_tokens_that_the_next_one_reads() -
     assert any(name.startswith("0.context.mlp_out") for name in of_context)
     assert all(name.startswith(("0.context.", "1.context_kv.")) for name in of_context)
     assert all(parameter.grad.abs().max() > 0 for parameter in network.blocks.parameters())
+
+
+def test_the_preset_of_stable_diffusion_3_s_size_has_it() -> None:
+    """2.03 G parameters (Esser 2024's model of depth 24 as it was published, SD3 Medium)."""
+    conditions = {
+        "t5": ConditionSpec("sequence", (77, 4096)),
+        "clip": ConditionSpec("sequence", (77, 768)),
+        "pooled": ConditionSpec("vector", (768,)),
+    }
+    config = load_config(Path(__file__).parents[3] / "configs" / "text-to-image.yaml")
+    network = on_meta(lambda: build_network(config.network, (16, 32, 32), conditions))
+    assert num_parameters(network) == pytest.approx(2.03e9, rel=0.01)
