@@ -43,11 +43,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.sampling.model.row_queue import decode_queue
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import per_row, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
-from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.unet import UNetConfig
@@ -468,7 +468,7 @@ def part_decoding(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
 
 
 def _rate_of_backlog(decoded: bool, seconds: float) -> float:
-    batcher, queue = StepBatcher(StandIn(), MAX_ROWS).start(), DecodeQueue(decode_stand_in)
+    batcher, queue = StepBatcher(StandIn(), MAX_ROWS).start(), decode_queue(decode_stand_in)
     asked, end = mix(10_000), time.perf_counter() + seconds
 
     def client(mine: list[Asked]) -> None:

@@ -7,9 +7,8 @@ for them all the same: until it is read, its value is UTF-8 bytes, uint8 [B, L] 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
@@ -51,38 +50,6 @@ def read_all(given: Sequence[Condition], conditions: Conditions, at_once: int = 
             assert read is not None
             found[i] = found[i].updated(read.to(device))
     return found
-
-
-class TextQueue:
-    """Reads the texts of requests in a thread of its own; those that wait for it are read together."""
-
-    def __init__(self, conditions: Conditions, at_once: int = MOST_AT_ONCE) -> None:
-        self._conditions, self._at_once = conditions, at_once
-        self._waiting = deque[tuple[Condition, Future[Condition]]]()
-        self._thread = ThreadPoolExecutor(1, "texts")
-
-    def read(self, condition: Condition) -> Future[Condition]:
-        future = Future[Condition]()
-        self._waiting.append((condition, future))
-        self._thread.submit(self._read_waiting)
-        return future
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _read_waiting(self) -> None:
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        waiting = [(condition, future) for condition, future in waiting if future.set_running_or_notify_cancel()]
-        if not waiting:
-            return
-        try:
-            found = read_all([condition for condition, _ in waiting], self._conditions, self._at_once)
-        except BaseException as error:
-            for _, future in waiting:
-                future.set_exception(error)
-            return
-        for (_, future), condition in zip(waiting, found, strict=True):
-            future.set_result(condition)
 
 
 def load_text_encoders(conditions: Conditions) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from scoreray.data.fields.normalisation import to_uint8
 from scoreray.data.packing.field_pictures import field_pictures
-from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import MAX_SHEET, picture_file, png_of_sheet
 
 MediaType = Literal["application/json", "image/png", "application/x-npz"]
@@ -88,9 +87,3 @@ def npy(array: Tensor) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array.numpy(), allow_pickle=False)
     return buffer.getvalue()
-
-
-def preview_sheet(denoised: Tensor, info: ModelInfo) -> str:
-    """A sheet of denoised estimates [n, ...] as base64 of a PNG; of one, its picture without a frame."""
-    pictures = as_pictures(*info.previewed(torch.nan_to_num(denoised)))
-    return base64.b64encode(picture_file(pictures[0]) if len(pictures) == 1 else png_of_sheet(pictures)).decode()

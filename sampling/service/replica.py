@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,23 +22,20 @@ from scoreray.sampling.model.adapters import AdaptedNetwork, find_adapters
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.model.fast import Fast, make_fast
 from scoreray.sampling.model.load import LoadedDenoiser, load
-from scoreray.sampling.model.text_encoding import MOST_AT_ONCE, TextQueue, load_text_encoders
+from scoreray.sampling.model.row_queue import RowQueue, decode_queue
+from scoreray.sampling.model.text_encoding import MOST_AT_ONCE, load_text_encoders, read_all
 from scoreray.sampling.offline.driver import in_same_rows
 from scoreray.sampling.offline.generate import class_labels
-from scoreray.sampling.service.answers import as_pictures, can_be_pictures, encode, preview_sheet
+from scoreray.sampling.service.answers import as_pictures, encode
 from scoreray.sampling.service.batcher import BatcherStopped, StepBatcher
 from scoreray.sampling.service.config import ServeConfig
-from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.metrics import REPLICA_METRICS, Meter
-from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, Preview, SampleRequest
+from scoreray.sampling.service.previews import DenoisedEstimate, PreviewSender, preview_of
+from scoreray.sampling.service.request import Accepted, Completed, Event, Failed, SampleRequest
 from scoreray.sampling.service.ticket import NonFiniteSamplesError, Ticket
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
 log = logging.getLogger("scoreray.serve")
-
-PREVIEW_ROWS = 16
-MOST_PREVIEW_VALUES = 64  # of one sample that is no picture
-STAY_CALLS = 4  # of a row at one level, before it is one that its sampler stays at
 
 
 @dataclass
@@ -47,8 +43,8 @@ class _Model:
     denoiser: LoadedDenoiser
     batcher: StepBatcher
     fast: Fast
-    texts: TextQueue
-    decoding: DecodeQueue | None = None  # of a model of latents
+    texts: RowQueue[Condition, Condition]
+    decoding: RowQueue[Tensor, Tensor] | None = None  # of a model of latents
     users: int = 0
 
     async def read(self, request: SampleRequest) -> SampleRequest:
@@ -59,7 +55,7 @@ class _Model:
     async def _read(self, given: Condition | None) -> Condition | None:
         if given is None or not given.is_unread(self.denoiser.info.conditions):
             return given
-        return await asyncio.wrap_future(self.texts.read(given))
+        return await asyncio.wrap_future(self.texts.submit(given))
 
     def close(self) -> None:
         """Finishes what is queued, then ends the threads."""
@@ -112,14 +108,14 @@ class Replica:
                 yield failed(error)
 
     async def _run(self, request: SampleRequest, model: _Model) -> AsyncGenerator[Event, None]:
-        loop, estimates = asyncio.get_running_loop(), asyncio.Queue[_Estimate | None]()
+        loop, estimates = asyncio.get_running_loop(), asyncio.Queue[DenoisedEstimate | None]()
         arrived, info = time.monotonic(), model.denoiser.info
-        show = _Previews(request, lambda estimate: loop.call_soon_threadsafe(estimates.put_nowait, estimate))
+        show = PreviewSender(request, lambda estimate: loop.call_soon_threadsafe(estimates.put_nowait, estimate))
         ticket = model.batcher.submit(request, show if request.previews else None)
         ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(estimates.put_nowait, None))
         try:
             while (estimate := await estimates.get()) is not None:
-                yield await asyncio.to_thread(_preview, estimate, info)
+                yield await asyncio.to_thread(preview_of, estimate, info)
             samples = ticket.result(0)
             self._count(ticket, len(samples))
             if model.decoding is None:
@@ -241,8 +237,9 @@ class Replica:
             load_text_encoders(denoiser.info.conditions)
         except ScorerayError as error:
             log.warning("model %s: draws for no texts: %s", checkpoint, error)
-        decoding = DecodeQueue(info.decoded) if info.encoding else None
-        return _Model(denoiser, batcher.start(), fast, TextQueue(info.conditions, at_once), decoding)
+        texts = RowQueue[Condition, Condition](lambda given: read_all(given, info.conditions, at_once), "texts")
+        decoding = decode_queue(info.decoded) if info.encoding else None
+        return _Model(denoiser, batcher.start(), fast, texts, decoding)
 
     def _observe(self, rows: int, seconds: float) -> None:
         self.meter["batch_occupancy"].observe(rows / self.config.max_batch)
@@ -274,52 +271,3 @@ def _encoded(values: Tensor, request: SampleRequest, info: ModelInfo) -> bytes:
     name = class_name_of(info.conditions)
     classes = None if request.condition is None or name is None else request.condition.select([name])
     return encode(shown, class_labels(classes, len(values)).tolist(), request.media, request.format)
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    progress: float
-    sigma: float
-    denoised: Tensor
-
-
-class _Previews:
-    """Gathers the estimates of a request's first rows; sends one whenever another share of their calls is made.
-
-    Its level is the highest one that a row of the sheet was denoised at. It falls from preview to preview, but for
-    samplers that call the network many times at one level: after STAY_CALLS there the next share is shown all the same.
-    """
-
-    def __init__(self, request: SampleRequest, send: Callable[[_Estimate], object]) -> None:
-        self._previews, self._send = request.previews, send
-        self._rows = min(PREVIEW_ROWS, len(request.seeds))
-        self._denoised = torch.zeros(self._rows, *request.shape)
-        self._levels = [math.inf] * self._rows
-        self._total = max(1, self._rows * request.expected_calls)
-        self._calls = self._sent = self._calls_then = 0
-        self._level_then = math.inf
-
-    def __call__(self, first: int, sigma: float | Tensor, denoised: Tensor) -> None:
-        shown = denoised[: max(0, self._rows - first)]
-        if not len(shown):
-            return
-        rows = slice(first, first + len(shown))
-        self._denoised[rows] = shown.float().cpu()
-        self._levels[rows] = [sigma.max().item() if isinstance(sigma, Tensor) else sigma] * len(shown)
-        self._calls += len(shown)
-        share, level = min(1.0, self._calls / self._total), max(self._levels)
-        count = min(self._previews, int(share * (self._previews + 1)))
-        stayed = self._calls - self._calls_then >= STAY_CALLS * self._rows
-        if count > self._sent and math.isfinite(level) and (level < self._level_then or stayed):
-            self._sent, self._calls_then, self._level_then = count, self._calls, level
-            self._send(_Estimate(share, level, self._denoised.clone()))
-
-
-def _preview(estimate: _Estimate, info: ModelInfo) -> Preview:
-    """Estimates as a picture, or as numbers where they are none."""
-    denoised = estimate.denoised
-    if can_be_pictures(info.sample_shape):
-        return Preview(estimate.progress, estimate.sigma, b64_json=preview_sheet(denoised, info))
-    small = denoised[0].numel() <= MOST_PREVIEW_VALUES
-    points = info.decoded(denoised).flatten(1).tolist() if small else None
-    return Preview(estimate.progress, estimate.sigma, points=points)

@@ -13,11 +13,11 @@ from scoreray.sampling.measures.likelihood import log_likelihood
 from scoreray.sampling.model import fast
 from scoreray.sampling.model.decode import decode
 from scoreray.sampling.model.load import LoadedDenoiser, load
+from scoreray.sampling.model.row_queue import decode_queue
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
-from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.encoders.base import Autoencoder
 from scoreray.trainer.encoders.load import load_encoder
@@ -87,7 +87,7 @@ def test_latents_are_decoded_in_bf16_close_to_what_a_cpu_makes_of_them(tiny_vae:
     assert isinstance(exact, Autoencoder)
     encoding = Encoding("diffusers", tiny_vae, exact.sha256, "image", "image", [1, 8, 8])
     z = torch.randn(20, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    waiting = DecodeQueue(lambda latents: decode(encoding, latents))
+    waiting = decode_queue(lambda latents: decode(encoding, latents))
     found = waiting.submit(z).result(60)
     waiting.close()
     assert (found - exact.decode(z)).abs().max() < 0.05

@@ -24,11 +24,11 @@ from scoreray.sampling.imports.import_diffusers import import_diffusers
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.export import export, model_to_export
 from scoreray.sampling.model.load import load
+from scoreray.sampling.model.row_queue import decode_queue
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
 from scoreray.sampling.offline.place import place_of
 from scoreray.sampling.offline.plan import SamplePlan
-from scoreray.sampling.service.decoding import DecodeQueue
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.stored_model import find_model
 from scoreray.trainer.config import Config, load_config
@@ -220,11 +220,12 @@ def test_previews_are_the_recorded_linear_map_without_the_autoencoder(
     monkeypatch.setattr(Autoencoder, "decode", None)
     x = torch.randn(2, 2, 4, 4)
     shown, are_pictures = info.previewed(x)
-    assert (tuple(shown.shape), are_pictures) == ((2, 1, 4, 4), True)
+    assert (tuple(shown.shape), are_pictures) == ((2, 1, 8, 8), True), "of what is drawn, not of latents"
     assert info.encoding is not None
     weights = torch.tensor(info.encoding.preview)
     wanted = (info.unscaled(x) * weights[0, :2].view(1, 2, 1, 1)).sum(1, keepdim=True) + weights[0, 2]
-    torch.testing.assert_close(shown, wanted.clamp(-1, 1))
+    scaled = torch.nn.functional.interpolate(wanted.clamp(-1, 1), scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(shown, scaled)
     bare = replace(info, target=replace(info.target, encoding=replace(info.encoding, preview=[])))  # type: ignore[type-var]
     assert bare.previewed(x)[1] is False
 
@@ -242,7 +243,7 @@ def test_decodes_that_wait_are_done_together_and_an_error_is_its_requests_own() 
             raise UserError("not finite")
         return 2 * z
 
-    waiting = DecodeQueue(decode)
+    waiting = decode_queue(decode)
     first = waiting.submit(torch.zeros(1, 2))
     assert begun.wait(10)
     others = [waiting.submit(torch.full((n, 2), float(n))) for n in (2, 3)]
@@ -250,7 +251,14 @@ def test_decodes_that_wait_are_done_together_and_an_error_is_its_requests_own() 
     assert [tuple(one.result(10).shape) for one in (first, *others)] == [(1, 2), (2, 2), (3, 2)]
     assert torch.equal(others[1].result(), torch.full((3, 2), 6.0))
     assert sizes == [1, 5]
+    begun.clear()
+    go.clear()
+    first = waiting.submit(torch.zeros(1, 2))
+    assert begun.wait(10)
+    bad, good = waiting.submit(torch.full((1, 2), torch.nan)), waiting.submit(torch.ones(1, 2))
+    go.set()
     with pytest.raises(UserError, match="not finite"):
-        waiting.submit(torch.full((1, 2), torch.nan)).result(10)
-    assert torch.equal(waiting.submit(torch.ones(1, 2)).result(10), torch.full((1, 2), 2.0))
+        bad.result(10)
+    assert torch.equal(good.result(10), torch.full((1, 2), 2.0)), "though they were in one call"
+    assert sizes[2:] == [1, 2, 1, 1]
     waiting.close()

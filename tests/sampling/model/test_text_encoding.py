@@ -20,7 +20,8 @@ from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.model import text_encoding
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.prompts import prompt_conditions, prompted
-from scoreray.sampling.model.text_encoding import TextQueue, read_all, read_texts
+from scoreray.sampling.model.row_queue import RowQueue
+from scoreray.sampling.model.text_encoding import read_all, read_texts
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.models import look_up
@@ -141,11 +142,11 @@ def test_texts_that_wait_are_read_together_and_kept(letters: list[list[str]], mo
 
     letters.clear()
     monkeypatch.setattr(Letters, "encode", slow)
-    queue = TextQueue(specs)
+    queue = RowQueue[Condition, Condition](lambda given: read_all(given, specs), "texts")
     texts = [condition_of({"tokens": text}, specs) for text in ("x", "yy", "zzz", "yy")]
-    first = queue.read(texts[0])  # type: ignore[arg-type]
+    first = queue.submit(texts[0])  # type: ignore[arg-type]
     assert begun.wait(20)
-    others = [queue.read(one) for one in texts[1:]]  # type: ignore[arg-type]
+    others = [queue.submit(one) for one in texts[1:]]  # type: ignore[arg-type]
     others[1].cancel()
     go_on.set()
     assert int(first.result(20).mask("tokens").sum()) == 1
