@@ -30,6 +30,7 @@ from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
 from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.encoders.load import load_autoencoder
+from scoreray.trainer.networks.conditioning import resized
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
@@ -157,11 +158,13 @@ class ModelInfo:
 
     def previewed(self, samples: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """As `decoded`, at once, and whether these are pictures: latents by the linear map that was recorded with them,
-        at their own height and width, or as they are where none was."""
+        scaled up to the height and width of what is drawn, or as they are where none was."""
         if self.encoding is None:
             return self.decoded(samples), self.is_picture
         found = decode.preview(self.encoding, self.unscaled(samples))
-        return (self.unscaled(samples), False) if found is None else (found, self.is_picture)
+        if found is None:
+            return self.unscaled(samples), False
+        return resized(found, self._drawn(tuple(samples.shape[1:]))[1:]), self.is_picture
 
     def unscaled(self, samples: torch.Tensor) -> torch.Tensor:
         """Samples in the units of the field that the network models: of latents, the encoder's own."""
