@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scoreray.trainer.config.condition_values import normalised
@@ -70,7 +71,7 @@ def _rows(name: str, spec: ConditionSpec, texts: Iterable[str], at_once: int) ->
     """One row for each text, as the network takes it; an empty text is the null."""
     encoding = spec.encoding
     assert encoding is not None
-    key = (name, encoding.name, encoding.sha256, spec.shape, spec.normaliser)
+    key = (name, encoding.name, encoding.sha256, spec.shape, spec.normaliser, spec.data_dtype)
     with _lock:
         found = {text: _kept[key, text] for text in texts if (key, text) in _kept}
         missing = [text for text in texts if text not in found and text]
@@ -82,6 +83,8 @@ def _rows(name: str, spec: ConditionSpec, texts: Iterable[str], at_once: int) ->
                 if mask is not None:
                     length = min(int(mask.sum()), spec.shape[0])  # tokens stand before padding
                     value, mask = value[:, :length], mask[:, :length]
+                if spec.data_dtype is not None:  # as the network has seen values of this text
+                    value = value.to(getattr(torch, spec.data_dtype)).float()
                 row = Condition({name: value}, {} if mask is None else {name: mask})
                 found[text] = normalised(row, {name: spec}).clone()
         for text in found:

@@ -179,14 +179,16 @@ class Marker:
 
 
 def page_fields(page: Any) -> dict[str, Any]:
-    """`asdict` of a dataclass that has a `target` and `conditions`: without the key `encoding` of what no encoder made,
-    and without `image_shapes` where there is one, as before there were any, so that earlier versions read it."""
+    """`asdict` of a dataclass that has a `target` and `conditions`: without `encoding` and `data_dtype` of what no
+    encoder made, and without `image_shapes` where there is one, as before there were any, so that earlier versions
+    read it."""
     found = asdict(page)
     if not found["image_shapes"]:
         del found["image_shapes"]
     for one in (found["target"], *(found["conditions"] or {}).values()):
-        if one is not None and one["encoding"] is None:
-            del one["encoding"]
+        for key in ("encoding", "data_dtype"):
+            if one is not None and key in one and one[key] is None:
+                del one[key]
     return found
 
 

@@ -261,8 +261,10 @@ def _condition(
         chosen = "none"
     normaliser = normaliser_of(f"{key}.normalisation", source, chosen, CONDITION_STD)
     shape = shape if length is None else (length, *shape[1:])
-    encoding = source.encoding if source.encoding is not None and source.encoding.of_kind == "text" else None
-    return ConditionSpec(kind, shape, normaliser=normaliser, encoding=encoding), request
+    spec = ConditionSpec(kind, shape, normaliser=normaliser)
+    if source.encoding is not None and source.encoding.of_kind == "text":
+        spec = replace(spec, encoding=source.encoding, data_dtype=source.dtype)
+    return spec, request
 
 
 def _features(name: str, known: Mapping[str, Field], used: Sequence[str]) -> Field:

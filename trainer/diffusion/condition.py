@@ -25,6 +25,7 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.encoding import Encoding
+from scoreray.data.fields.field_kinds import FieldDtype
 from scoreray.data.fields.normalisation import Normaliser
 
 ConditionKind = Literal["class", "vector", "concat", "sequence", "text"]
@@ -39,7 +40,8 @@ class ConditionSpec:
     shape: of a sample's values: () of a class, (D,) of a vector, (C, ...) of a grid, (L, D) of a sequence of at most L
     tokens, (L,) of a text of at most L bytes.  classes: the names of a class condition's classes.  normaliser: what the
     data's own units go through on their way to the network.  encoding: the encoder that made the data's values of a
-    text; of a sequence or vector then a text may be given as well (`is_unread`).
+    text; of a sequence or vector then a text may be given as well (`is_unread`).  data_dtype: what the encoder's values
+    were rounded to in the data, None where it is not recorded.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -49,6 +51,7 @@ class ConditionSpec:
     classes: tuple[str, ...] = ()
     normaliser: Normaliser | None = None
     encoding: Encoding | None = None
+    data_dtype: FieldDtype | None = None
 
     @property
     def num_classes(self) -> int:
@@ -64,7 +67,7 @@ class ConditionSpec:
         return other is not None and self._without_place() == other._without_place()
 
     def _without_place(self) -> ConditionSpec:
-        return self if self.encoding is None else replace(self, encoding=self.encoding.without_place())
+        return self if self.encoding is None else replace(self, encoding=self.encoding.without_place(), data_dtype=None)
 
     @property
     def dtype(self) -> torch.dtype:
