@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.data.own_code import instance
+from scoreray.data.own_code import instance, line_of
 
 
 class Scorer(Protocol):
@@ -33,8 +33,12 @@ def load_scorer(name: str) -> Scorer:
 
 
 def scores_of(scorer: Scorer, name: str, samples: Tensor, requested: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-    """Its scores, float64. Raises UserError where it gives something else."""
-    found = {key: value.double().cpu() for key, value in scorer(samples, requested).items()}
+    """Its scores, float64. Raises UserError where it fails, or gives something else."""
+    try:
+        found = {key: value.double().cpu() for key, value in scorer(samples, requested).items()}
+    except Exception as error:
+        known = ", ".join(requested) or "nothing"
+        raise UserError(f"--scorer {name}: failed, given {known}: {line_of(error)}") from error
     wrong = [f"'{key}' of shape {list(value.shape)}" for key, value in found.items() if value.shape != (len(samples),)]
     if wrong or not found:
         raise UserError(f"--scorer {name}: gave {wrong[0] if wrong else 'no score'}, [{len(samples)}] is needed")

@@ -29,7 +29,7 @@ class StoredConditions:
         sections = (info.conditions and info.config.data.conditions) or {}
         by_name = {field.name: field for field in fields}
         self.requests, self.missing = list[FieldRequest](), list[str]()
-        self._sources = dict[str, Field]()
+        self._sources, texts = dict[str, Field](), dict[str, Field]()
         for name, spec in info.conditions.items():
             section = sections.get(name)
             found = by_name.get((section and section.field) or name) or by_name.get(name)
@@ -42,6 +42,11 @@ class StoredConditions:
             length = spec.shape[0] if spec.kind in HAS_LENGTH and found.is_varying else None
             self.requests.append(FieldRequest(found.name, length, section.too_long if section else "refuse"))
             self._sources[name] = found
+            text = None if found.encoding is None else by_name.get(found.encoding.of)
+            if text is not None and text.kind == "text":
+                texts[text.name] = text
+        self._texts = {name: text for name, text in texts.items() if name not in self._sources}
+        self.requests.extend(FieldRequest(name) for name in self._texts)
 
     def of(self, found: FieldTensors) -> Condition | None:
         """Of the samples whose fields were read; None where the data set has no field that conditions the model."""
@@ -59,8 +64,9 @@ class StoredConditions:
 
     def requested(self, found: FieldTensors) -> dict[str, list[Any]]:
         """The same as a person writes them, by name, one a sample: a text as str, a class as its name, anything else as
-        a tensor in the data's own units; None where there is none."""
-        return {name: _words(field, found) for name, field in self._sources.items()}
+        a tensor in the data's own units; None where there is none. Of what an encoder made of a text, also that text,
+        under its field's name, where the data set has it."""
+        return {name: _words(field, found) for name, field in (*self._sources.items(), *self._texts.items())}
 
 
 def _words(field: Field, found: FieldTensors) -> list[Any]:

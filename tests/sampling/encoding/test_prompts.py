@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions, plan_encoding
 from scoreray.sampling.encoding.job import carry_out_encoding, in_this_process
+from scoreray.sampling.measures.held_out import read_held_out
+from scoreray.sampling.model.describe import describe
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.sampling.service.models import look_up
@@ -42,6 +45,9 @@ def test_a_prompt_draws_what_the_stored_values_of_its_caption_draw(
         bytes(row[mask].tolist()).decode()
         for row, mask in zip(rows.fields["caption"], rows.masks["caption"], strict=True)
     ]
+    requested = read_held_out(reader, np.arange(4), describe(url).info).requested
+    assert set(requested) == {*NAMES, "caption"}, "a scorer of samples reads captions, not tokens"
+    assert requested["caption"] == [caption or None for caption in captions]
 
     async def main() -> None:
         replica = Replica(ServeConfig((("run", url),), precision="fp32", compile="off"), "cpu")
