@@ -27,7 +27,7 @@ import numpy as np
 from scoreray.data.errors import UserError
 
 MOST_LANES = 128
-EPOCHS_KEPT = 3
+EPOCHS_KEPT = 4  # as many as a look-up and what is read ahead of it touch in a data set of a few batches
 BLOCKS_KEPT = 256
 BlockKey = tuple[int, int, int]  # epoch, lane, block
 _SHARDS, _TURN, _BLOCK = 0, 1, 2  # what a stream of random words is for

@@ -32,9 +32,11 @@ LOOK_UP = 32  # samples of a lane that are looked up in the order at once
 
 def default_shuffle_block(manifest: Manifest, num_lanes: int, num_sets: int = 1) -> int:
     """Samples that a lane shuffles at once: as many as fit BUFFER_BYTES, from 16 to 1024. Part of the run's order.
-    num_sets: data sets that are read side by side, which share these bytes."""
+    num_sets: data sets that are read side by side, which share these bytes. A block may then be longer than what a lane
+    has of a small one in an epoch, which the lanes' stagger seldom cuts in two so: half as many blocks to read."""
     fitting = int(BUFFER_BYTES / (2 * num_lanes * manifest.bytes_per_sample * num_sets))
-    return max(1, 16 // num_sets, min(1024, fitting, -(-manifest.num_samples // num_lanes)))
+    longest = 1024 if num_sets > 1 else min(1024, -(-manifest.num_samples // num_lanes))
+    return max(1, 16 // num_sets, min(longest, fitting))
 
 
 class RankRows:
@@ -79,8 +81,9 @@ class RankRows:
 
     def batches(self, blocks: BlockReader, start: int, stop: threading.Event) -> Iterator[Rows]:
         """The rank's parts of the global batches from position `start` on. Several at once are looked up in the order,
-        so that a lane has a few samples in each look-up."""
-        lanes, at_once = self.lanes, -(-LOOK_UP * self.lanes.num_lanes // self.lanes.global_batch_size)
+        so that a lane has a few samples in each look-up, but hardly more than an epoch, of which `Order` keeps few."""
+        lanes, samples = self.lanes, min(LOOK_UP * self.lanes.num_lanes, self.manifest.num_samples)
+        at_once = -(-samples // lanes.global_batch_size)
         while not stop.is_set():
             mine = lanes.positions(start, at_once)
             rows = blocks.rows(mine, stop)

@@ -24,8 +24,10 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.packing.pack_buckets import pack_buckets
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.order import Order
 from scoreray.data.reading.quarantine import Quarantine
 from scoreray.data.reading.samples import SampleReader
+from scoreray.data.reading.stream import default_shuffle_block
 from scoreray.data.storage.store import open_store
 
 SIZES = ((8, 8), (6, 10), (10, 6))
@@ -260,6 +262,17 @@ def test_each_batch_is_of_one_bucket_and_each_sample_comes_once_an_epoch_of_its_
 def test_any_world_size_from_any_batch_gets_the_same(bucketed: BucketedSet, world_size: int, batch: int) -> None:
     start = 5 * batch
     assert read(bucketed, world_size, start, 6, batch) == read(bucketed, 1, 0, 11, batch)[5:]
+
+
+def test_a_lanes_part_of_a_small_bucket_is_one_block(bucketed: BucketedSet) -> None:
+    manifest = bucketed.manifests[1]
+
+    def blocks(shuffle_block: int) -> int:
+        order = Order([one.num_samples for one in manifest.shards], seed=0, num_lanes=4, shuffle_block=shuffle_block)
+        return sum(order.num_blocks(epoch, lane) for epoch in range(5) for lane in range(4))
+
+    assert blocks(default_shuffle_block(manifest, 4, len(bucketed.manifests))) == 5 * 4
+    assert blocks(3) == 5 * 6  # as long as a lane's part: the stagger cuts that of two lanes of four
 
 
 def test_a_position_within_a_batch_is_refused(bucketed: BucketedSet) -> None:
