@@ -137,6 +137,7 @@ def write_run(
     *,
     seed: int = 0,
     shape: tuple[int, ...] = (1, 8, 8),
+    other_shapes: tuple[tuple[int, ...], ...] = (),
     classes: int | list[str] = 3,
     hidden_size: int = 16,
     target: TargetField | None = None,
@@ -144,7 +145,8 @@ def write_run(
     network: dict[str, Any] | None = None,
     sections: dict[str, Any] | None = None,
 ) -> str:
-    """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url."""
+    """Commits a checkpoint of a small network with random weights (none of them zero) to a run; returns its url.
+    other_shapes: of a run on data in buckets, those beside `shape`."""
     names = classes if isinstance(classes, list) else [f"class-{i}" for i in range(classes)]
     storage, _, name = url.rpartition("/")
     unet = {"kind": "unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
@@ -175,6 +177,7 @@ def write_run(
         files={},
         world_size=1,
         image_shape=list(shape),
+        image_shapes=[list(one) for one in (shape, *other_shapes)] if other_shapes else [],
         classes=names,
         target=target,
         conditions=conditions,

@@ -195,6 +195,29 @@ def test_what_is_served_is_what_is_drawn_offline(run_url: str) -> None:
     asyncio.run(main())
 
 
+def test_a_request_says_which_size_it_draws(new_run: Callable[..., str], tmp_path: Path) -> None:
+    url = new_run(str(tmp_path / "sizes"), other_shapes=((1, 6, 12),))
+
+    async def main() -> None:
+        async with serving(config(url)) as call:
+            assert (await call("GET", "/v1/model")).json["sizes"] == ["8x8", "12x6"]
+            fields = {"count": 2, "steps": 2, "seed": 5}
+            for size, shape in {None: (8, 8), "8x8": (8, 8), "12x6": (6, 12)}.items():
+                reply = await call.post(fields | ({} if size is None else {"size": size}))
+                model = load(url)
+                model.info = model.info.at_size(size)
+                ((samples, _),) = list(generate(model, Request(2, steps=2, seed=5, size=size)))
+                wanted = to_uint8(samples)[:, 0].numpy().astype(int)
+                got = np.stack([picture(item) for item in reply.json["data"]]).astype(int)
+                assert got.shape[1:] == shape
+                assert np.abs(got - wanted).max() <= 1
+            refused = await call.post({**fields, "size": "9x9"})
+            assert (refused.status, refused.code, refused.json["field"]) == (422, "invalid", "size")
+            assert "12x6, 8x8" in refused.json["message"]
+
+    asyncio.run(main())
+
+
 FITTED: list[dict[str, Any]] = [
     {}, *({"grid": grid} for grid in ("karras", "geometric", "linear", "process")),
     {"sampler": "heun", "grid": "process", "steps": 4}, {"sampler": "ncsnv2", "grid": "karras", "steps": 3},

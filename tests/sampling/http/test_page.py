@@ -167,7 +167,8 @@ def test_samples_form_on_the_page(
         browser.until("!document.querySelector('#draw').disabled")
         assert "No samples yet" in browser.text("#view")
         assert browser.run("return document.querySelectorAll('#sampler option').length") > 10
-        assert browser.run("return document.querySelector('#adapter-field').hidden")
+        for field in ("#adapter-field", "#size-field"):
+            assert browser.run(f"return document.querySelector('{field}').hidden")
         keep(browser, f"{name}-empty")
         browser.type("#count", "6")
         browser.type("#steps", "24")
@@ -588,3 +589,21 @@ def test_a_lora_is_chosen_and_drawn_with(browser: Browser, lora_urls: dict[str, 
         browser.click("#draw")
         browser.until("document.querySelectorAll('#samples img').length === 2")
         assert "LoRA style" in browser.text("#status")
+
+
+def test_a_size_is_chosen_where_there_are_several(
+    browser: Browser, new_run: Callable[..., str], served: Any, tmp_path: Path
+) -> None:
+    with served(config(new_run(str(tmp_path / "sizes"), other_shapes=((1, 6, 12),)))) as (url, _):
+        open_page(browser, url)
+        assert browser.run("return [...document.querySelectorAll('#size option')].map(o => o.value)") == ["8x8", "12x6"]
+        assert "size" not in browser.text("#curl")
+        choose(browser, "#size", "12x6")
+        assert '"size":"12x6"' in browser.text("#curl")
+        browser.type("#count", "2")
+        browser.click("#draw")
+        browser.until("document.querySelectorAll('#samples img').length === 2")
+        found = browser.run(
+            "const i = document.querySelector('#samples img'); return [i.naturalWidth, i.naturalHeight]"
+        )
+        assert found == [12, 6]
