@@ -9,9 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
@@ -22,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scoreray.sampling.http.docs_page import docs_page, request_schema, response_descriptions
+from scoreray.sampling.http.headers import check_host, request_id_of, url_of
 from scoreray.sampling.http.images import (
     GENERATIONS,
     ImagesBody,
@@ -31,7 +30,7 @@ from scoreray.sampling.http.images import (
     models_page,
     status_of,
 )
-from scoreray.sampling.http.parse import Body, check_key, parse
+from scoreray.sampling.http.parse import check_key, read_body
 from scoreray.sampling.http.stream import CANCELLED, AnswerForm, Events, SamplesForm
 from scoreray.sampling.http.traces import trace_request
 from scoreray.sampling.service.answers import choose_media
@@ -43,9 +42,6 @@ from scoreray.sampling.service.service import Service
 log = logging.getLogger("scoreray.serve")
 
 DRAWS = ("/v1/samples", GENERATIONS)  # paths whose requests are for samples
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-BODY_WITHIN_S = 30.0
-PARSED_AT_ONCE = 64 << 10  # bytes of JSON: under a millisecond; more would hold up other requests
 
 
 def make_app(service: Service) -> FastAPI:
@@ -109,7 +105,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        html = docs_page(app.openapi(), _url(request), bool(service.config.tokens))
+        html = docs_page(app.openapi(), url_of(request), bool(service.config.tokens))
         return Response(html, media_type="text/html", headers=HEADERS)
 
     @app.get("/", include_in_schema=False)
@@ -132,7 +128,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        log.error("request %s", _request_id(request), exc_info=error)
+        log.error("request %s", request_id_of(request), exc_info=error)
         return _bug(request)
 
     for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
@@ -161,9 +157,9 @@ async def _answered(
     service: Service, request: Request, handle: Callable[[Service, Request, str, str], Awaitable[Response]]
 ) -> Response:
     """Runs one handler behind the checks that all share; its end is always one answer and one line in the log."""
-    request_id, started, who = _request_id(request), time.monotonic(), "-"
+    request_id, started, who = request_id_of(request), time.monotonic(), "-"
     try:
-        _check_host(request, service.config.hosts)
+        check_host(request, service.config.hosts)
         who = request.state.who = service.access.who(request.headers.get("authorization"))
         response = await handle(service, request, who, request_id)
         code = "ok"
@@ -190,7 +186,7 @@ async def _answered(
 def _count(service: Service, request: Request, code: str, started: float) -> None:
     """A line in the log for every request; those for samples are counted by how they ended."""
     took_ms, who = (time.monotonic() - started) * 1e3, getattr(request.state, "who", "-")
-    log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, _request_id(request), code, took_ms)
+    log.info("%s %s %s %s %s %.0f ms", request.method, request.url.path, who, request_id_of(request), code, took_ms)
     if request.url.path not in DRAWS:
         return
     service.meter["requests"].labels(code).inc()
@@ -201,23 +197,16 @@ def _count(service: Service, request: Request, code: str, started: float) -> Non
 
 
 async def _samples(service: Service, request: Request, who: str, request_id: str) -> Response:
-    body = await _parsed(service, request, SampleBody)
+    body = await read_body(request, service.max_body_bytes, SampleBody)
     form = SamplesForm("application/json" if body.stream else choose_media(request.headers.get("accept")))
     return await _drawn(service, request, who, body, form, body.stream)
 
 
 async def _images(service: Service, request: Request, who: str, request_id: str) -> Response:
-    body = await _parsed(service, request, ImagesBody)
+    body = await read_body(request, service.max_body_bytes, ImagesBody)
     served = service.served(body.model)
     samples = body.as_samples(served, service.limits)
     return await _drawn(service, request, who, samples, ImagesForm(body, served), bool(body.stream))
-
-
-async def _parsed(service: Service, request: Request, kind: type[Body]) -> Body:
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused("not_json", "send the request as JSON, with the header Content-Type: application/json")
-    raw = await _read(request, service.max_body_bytes)
-    return parse(raw, kind) if len(raw) <= PARSED_AT_ONCE else await asyncio.to_thread(parse, raw, kind)
 
 
 async def _drawn(
@@ -234,7 +223,7 @@ async def _drawn(
     finally:
         service.leave(draw)
     request.state.about = answer.about
-    response = await asyncio.to_thread(form.whole, answer, _request_id(request))
+    response = await asyncio.to_thread(form.whole, answer, request_id_of(request))
     response.headers.update(_replayed(joined or draw.replayed))
     return response
 
@@ -251,7 +240,7 @@ async def _stream(service: Service, draw: Draw, request: Request, form: AnswerFo
         raise
     headers = _replayed(joined or draw.replayed)
     return Events(
-        service, draw, request, _request_id(request), form, headers,
+        service, draw, request, request_id_of(request), form, headers,
         lambda outcome: _count(service, request, outcome, started),
     )  # fmt: skip
 
@@ -267,26 +256,6 @@ async def _model_list(service: Service, request: Request, who: str, request_id: 
 
 async def _metrics(service: Service, request: Request, who: str, request_id: str) -> Response:
     return Response(await service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def _read(request: Request, most: int) -> bytes:
-    """The body, at most `most` bytes of it, within BODY_WITHIN_S. Raises Refused."""
-    too_large = Refused("body_too_large", f"the body is larger than {most} bytes")
-    declared = request.headers.get("content-length")
-    if declared is not None and not (declared.isascii() and declared.isdigit()):
-        raise Refused("bad_header", "Content-Length is no number")
-    if declared is not None and (len(declared) > 12 or int(declared) > most):
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_WITHIN_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise too_large
-    except TimeoutError:
-        raise Refused("bad_json", f"the body did not arrive within {BODY_WITHIN_S:g} s") from None
-    return bytes(body)
 
 
 async def _unless_gone(request: Request, draw: Draw) -> SampleAnswer:
@@ -309,32 +278,8 @@ async def _unless_gone(request: Request, draw: Draw) -> SampleAnswer:
                 await task
 
 
-def _check_host(request: Request, hosts: tuple[str, ...]) -> None:
-    """Without tokens only loopback names are answered: a web page whose own DNS name leads to 127.0.0.1 (DNS rebinding)
-    could else use the service of its visitor.
-    """
-    host = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
-    if hosts and host not in hosts:
-        raise Refused("bad_header", f"the header Host names none of {', '.join(hosts)}")
-
-
-def _url(request: Request) -> str:
-    """Where the client reaches this, for a curl line to copy: only from headers that look like a host."""
-    host, scheme = request.headers.get("host", ""), request.headers.get("x-forwarded-proto", request.url.scheme)
-    host = host if re.fullmatch(r"[A-Za-z0-9.-]{1,253}(:\d{1,5})?|\[[0-9a-fA-F:]{2,45}\](:\d{1,5})?", host) else "HOST"
-    return f"{'https' if scheme == 'https' else 'http'}://{host}"
-
-
-def _request_id(request: Request) -> str:
-    """The client's X-Request-ID where it is a plain word, else a new one; the same through one request."""
-    if not hasattr(request.state, "request_id"):
-        given = request.headers.get("x-request-id", "")
-        request.state.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    return request.state.request_id
-
-
 def _refused(request: Request, refusal: Refused, headers: dict[str, str] | None = None) -> Response:
-    request_id = _request_id(request)
+    request_id = request_id_of(request)
     headers = {**HEADERS, **(headers or {}), **refusal.headers(request_id)}
     if is_openais(request.url.path):
         return _json(error_page(refusal), status_of(refusal.status), headers)
@@ -342,7 +287,7 @@ def _refused(request: Request, refusal: Refused, headers: dict[str, str] | None 
 
 
 def _bug(request: Request) -> Response:
-    where = f"the service's standard error has its traceback, under request {_request_id(request)}"
+    where = f"the service's standard error has its traceback, under request {request_id_of(request)}"
     return _refused(request, Refused("bug", f"this is a bug in scoreray; {where}"))
 
 

@@ -1,12 +1,14 @@
-"""The body of a request for samples, from bytes to its fields: strict JSON, and refusals in plain words."""
+"""The body of a request for samples, from the connection to its fields: strict JSON, and refusals in plain words."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import math
 from typing import Any, TypeVar, overload
 
+from fastapi import Request
 from pydantic import ValidationError
 
 from scoreray.data.errors import nearest, shortened
@@ -14,8 +16,38 @@ from scoreray.sampling.service.body import KEY, DrawFields, SampleBody
 from scoreray.sampling.service.config import Refused
 
 LONGEST_NUMBER = 40
+BODY_WITHIN_S = 30.0
+PARSED_AT_ONCE = 64 << 10  # bytes of JSON: under a millisecond; more would hold up other requests
 Body = TypeVar("Body", bound=DrawFields)
 TYPES = {"integer": "a whole number", "number": "a number", "string": "a string", "boolean": "true or false"}
+
+
+async def read_body(request: Request, most: int, kind: type[Body]) -> Body:
+    """The fields of a request whose body has at most `most` bytes. Raises Refused."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused("not_json", "send the request as JSON, with the header Content-Type: application/json")
+    raw = await _read(request, most)
+    return parse(raw, kind) if len(raw) <= PARSED_AT_ONCE else await asyncio.to_thread(parse, raw, kind)
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The body, at most `most` bytes of it, within BODY_WITHIN_S. Raises Refused."""
+    too_large = Refused("body_too_large", f"the body is larger than {most} bytes")
+    declared = request.headers.get("content-length")
+    if declared is not None and not (declared.isascii() and declared.isdigit()):
+        raise Refused("bad_header", "Content-Length is no number")
+    if declared is not None and (len(declared) > 12 or int(declared) > most):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_WITHIN_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refused("bad_json", f"the body did not arrive within {BODY_WITHIN_S:g} s") from None
+    return bytes(body)
 
 
 @overload

@@ -6,6 +6,7 @@ A sampler is a generator (see `ode.py`): `drive` runs one to its end; the step b
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.data.own_code import is_own, line_of, load, or_own
 from scoreray.sampling.samplers.adaptive import rk45
 from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
@@ -55,6 +56,7 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
 
 ADAPTIVE = frozenset({"rk45"})
 """Samplers whose number of calls depends on what they sample."""
+ADAPTIVE_COUNTED = 1000  # of their calls in a dry run
 
 Denoise = Callable[..., Tensor]
 
@@ -222,12 +224,30 @@ def per_row(sigma: float | Tensor, x: Tensor) -> Tensor:
     return torch.full((len(x),), sigma, dtype=dtype, device=x.device)
 
 
-def num_calls(sampler: str, sigmas: Tensor | Sequence[float], **options: Any) -> int:
-    """nfe of a sampler on a grid, counted on a dry run without a network. Raises UserError for one in ADAPTIVE."""
-    if sampler in ADAPTIVE:
+def num_calls(sampler: str, sigmas: Tensor | Sequence[float], *, most: int | None = None, **options: Any) -> int:
+    """nfe of a sampler on a grid, counted on a dry run without a network, which ends at `most` + 1 calls.
+
+    Raises UserError for one in ADAPTIVE, unless there is a `most`: then its steps are estimated, ADAPTIVE_COUNTED + 1
+    where it takes more. That dry run denoises Gaussian numbers, as they are more like samples than zeros; a trained
+    network on 28 x 28 pictures took 1.0 to 1.2 times as many calls, at tolerances from 1e-2 to 1e-6.
+    """
+    adaptive = sampler in ADAPTIVE
+    if adaptive and most is None:
         raise UserError(f"sampler '{sampler}' chooses its steps as it goes: its number of calls is not known before")
-    steps = start(sampler, torch.zeros(1, 1), sigmas, TorchNoise(torch.Generator()), **options)
-    return drive(steps, lambda x, sigma: x)[1]
+    calls, counted = 0, math.inf if most is None else min(most, ADAPTIVE_COUNTED) if adaptive else most
+    try:
+        with torch.no_grad():
+            x = sigmas[0] * SampleNoise([0]).normal((1, 64)) if adaptive else torch.zeros(1, 1)
+            steps = start(sampler, x, sigmas, TorchNoise(torch.Generator()), **options)
+            x, sigma = next(steps)
+            while (calls := calls + 1) <= counted:
+                x, sigma = steps.send(x * (0.25 / (0.25 + sigma**2)) if adaptive else x)
+    except StopIteration:
+        pass
+    except ScorerayError:  # more steps than it may take, which the draw says
+        if most is None:
+            raise
+    return calls
 
 
 def check_rows(condition: AnyCondition, rows: int) -> None:

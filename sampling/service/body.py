@@ -13,20 +13,18 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
+from scoreray.data.errors import nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.generate import Request, RequestError
-from scoreray.sampling.samplers.noise import SampleNoise, TorchNoise
-from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, check_options, sampler_of, start
+from scoreray.sampling.samplers.sample import SAMPLERS, check_options, num_calls, sampler_of
 from scoreray.sampling.service.answers import can_be_pictures
-from scoreray.sampling.service.config import Limits, Refused
+from scoreray.sampling.service.config import Limits, Refused, refused_at
 from scoreray.sampling.service.models import ServedModel
 from scoreray.sampling.service.request import Origin, SampleRequest
 from scoreray.sampling.service.ticket import terms_of
@@ -40,7 +38,6 @@ from scoreray.trainer.config.condition_values import (
 )
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
-ADAPTIVE_COUNTED = 1000  # calls of rk45 that are counted beforehand; what takes more is only assumed to take these
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 Weight = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
 
@@ -201,10 +198,8 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     """A body as a checked request to a model. Raises Refused. Counts calls for milliseconds: not on an event loop."""
     if body.count > limits.max_count:
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
-    try:
+    with refused_at("size"):
         info = served.info.at_size(body.size)
-    except UserError as error:
-        raise Refused("invalid", str(error), field="size") from None
     body = _with_prompt(body, info)
     negative = condition_of(_prompted(body.negative_prompt, info, "negative_prompt"), info.conditions)
     format_ = body.format or ("png" if info.is_picture else "npy")
@@ -252,10 +247,8 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         format=format_,
         previews=body.previews if body.stream else 0,
     )
-    try:
+    with refused_at("negative_prompt" if negative else "guidance"):
         terms_of(fitted)
-    except UserError as error:
-        raise Refused("invalid", str(error), field="negative_prompt" if negative else "guidance") from None
     return fitted
 
 
@@ -269,10 +262,8 @@ def _with_prompt(body: SampleBody, info: ModelInfo) -> SampleBody:
 
 def _prompted(text: str | None, info: ModelInfo, field: str) -> dict[str, str]:
     """The conditions that a prompt means; none where it is left out. Raises Refused."""
-    try:
+    with refused_at(field):
         return {} if text is None else prompted(text, info, field)
-    except UserError as error:
-        raise Refused("invalid", str(error), field=field) from None
 
 
 def _condition(body: SampleBody, request: Request, info: ModelInfo, limits: Limits) -> Condition | None:
@@ -284,10 +275,8 @@ def _condition(body: SampleBody, request: Request, info: ModelInfo, limits: Limi
         if num_bytes > limits.max_condition_bytes:
             message = f"condition '{name}' has {num_bytes:,} bytes: at most {limits.max_condition_bytes:,}"
             raise Refused("condition_too_large", message, field=field)
-        try:
+        with refused_at(field):
             one = condition_of({name: value}, info.conditions)
-        except UserError as error:
-            raise Refused("invalid", str(error), field=field) from None
         if one is not None:
             row = one.expand(body.count)
             values.update(row.values)
@@ -301,10 +290,8 @@ def _condition(body: SampleBody, request: Request, info: ModelInfo, limits: Limi
         raise Refused("invalid", message, field="class_label")
     in_turn = not body.condition  # all classes, as `scoreray sample` draws them
     if classes is not None and classes not in body.condition and (in_turn or body.class_label is not None):
-        try:
+        with refused_at("class_label"):
             values[classes] = request.labels(0, body.count, info)
-        except UserError as error:
-            raise Refused("invalid", str(error), field="class_label") from None
     return Condition(values, masks) if values else None
 
 
@@ -341,23 +328,8 @@ def _fitted(body: SampleBody, info: ModelInfo, seed: int) -> Request:
 
 @functools.lru_cache(1024)
 def _calls(sampler: str, sigmas: tuple[float, ...], options: tuple[tuple[str, Any], ...], most: int) -> int:
-    """Calls of the network for one sample, counted on a dry run that ends at `most` + 1.
-
-    The dry run of rk45 denoises Gaussian numbers, as they are more like samples than zeros; a trained network on
-    28 x 28 pictures took 1.0 to 1.2 times as many calls, at tolerances from 1e-2 to 1e-6.
-    """
-    calls, counted = 0, min(most, ADAPTIVE_COUNTED) if sampler in ADAPTIVE else most
+    """Calls of the network for one sample, `most` + 1 where it takes more. Raises Refused."""
     try:
-        with torch.no_grad():
-            x = sigmas[0] * SampleNoise([0]).normal((1, 64)) if sampler in ADAPTIVE else torch.zeros(1, 1)
-            steps = start(sampler, x, sigmas, TorchNoise(torch.Generator()), **dict(options))
-            x, sigma = next(steps)
-            while (calls := calls + 1) <= counted:
-                x, sigma = steps.send(x * (0.25 / (0.25 + sigma**2)) if sampler in ADAPTIVE else x)
-    except StopIteration:
-        pass
-    except ScorerayError:
-        pass  # more steps than it may take: the draw says so
+        return num_calls(sampler, sigmas, most=most, **dict(options))
     except (ArithmeticError, ValueError) as error:
         raise Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options") from None
-    return calls

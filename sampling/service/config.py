@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from scoreray.data.errors import UserError, readable
@@ -153,3 +155,12 @@ class Refused(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = 'Bearer realm="scoreray"'
         return headers
+
+
+@contextlib.contextmanager
+def refused_at(field: str) -> Iterator[None]:
+    """A UserError inside it is a refusal (`invalid`) that names this field of the request."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused("invalid", str(error), field=field) from None

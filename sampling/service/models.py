@@ -19,7 +19,7 @@ from scoreray.sampling.samplers.options import Option, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.sampling.service.answers import can_be_pictures
-from scoreray.sampling.service.config import Limits, Refused
+from scoreray.sampling.service.config import Limits, Refused, refused_at
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, ConditionSpec
@@ -48,10 +48,8 @@ class ServedModel:
         """The length meant by a request. Raises Refused."""
         if wanted is None:
             return self.info.ema
-        try:
+        with refused_at("ema"):
             return choose_length(wanted, self.emas, f"model '{self.name}'", self.info.config.ema.stds)
-        except UserError as error:
-            raise Refused("invalid", str(error), field="ema") from None
 
     def adapter(self, wanted: str | None, ema: str) -> str:
         """The LoRA meant by a request at an EMA length; "" for none. Raises Refused."""
