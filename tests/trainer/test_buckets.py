@@ -143,8 +143,9 @@ def test_mfu_is_of_the_sizes_that_were_trained_on(whole: Config) -> None:
     assert all(record.mfu is None or record.mfu > 0 for record in read_metrics(run_store(whole)))
 
 
-def test_a_unet_takes_all_sizes(data_url: str, tmp_path: Path) -> None:
-    c = prepare_run(config(data_url, tmp_path, UNET, duration={"images": 48})).config
+@pytest.mark.parametrize("network", [UNET, {**DIT, "kind": "mmdit"}], ids=lambda network: network["kind"])
+def test_other_networks_take_all_sizes(data_url: str, tmp_path: Path, network: dict[str, Any]) -> None:
+    c = prepare_run(config(data_url, tmp_path, network, duration={"images": 48})).config
     assert train(c) == 48
 
 
