@@ -59,7 +59,7 @@ class IndexRecords:
                     raise DataError(f"field '{field.name}': {size:,} bytes, the limit is {MAX_AXIS:,}")
             elif field.kind == "sequence" and len(value) > MAX_AXIS:  # type: ignore[arg-type]
                 raise DataError(f"field '{field.name}': {len(value):,} tokens, the limit is {MAX_AXIS:,}")  # type: ignore[arg-type]
-            elif field.kind != "image" and not self._plain:
+            elif field.kind != "image":
                 check_finite(value, field)
 
     def add(self, members: Mapping[str, StoredMember], values: Values) -> None:

@@ -18,13 +18,13 @@ from pydantic import ValidationError
 
 from scoreray.data.buckets.sizes import Bucket, Size
 from scoreray.data.errors import DataError, UserError, nearest
-from scoreray.data.fields.field import Field
+from scoreray.data.fields.field import Field, stored_dtype
 from scoreray.data.own_code import code_hash, line_of
 from scoreray.data.own_code.part import OwnPart, config_class, own_part
 from scoreray.data.reading.pictures import as_array, fitted_pixels, open_picture, picture_size
 from scoreray.data.sources.field_source import NO_PICTURE, FieldValue, Sample, as_sizes, in_size, only_picture
 
-NUMBERS = ("array", "vector", "sequence", "scalar")
+_BYTES = {"text": str, "json": bytes}
 NEEDS = ("fields", "__len__", "__getitem__")
 
 
@@ -112,16 +112,27 @@ class OwnSource:
 
 
 def _problem(one: Field, values: Mapping[str, Any]) -> str:
-    """What keeps a value from being packed as its field: of numbers, that they are as many and finite."""
+    """What keeps a value from being packed as its field ("" for nothing). NumPy would convert it in silence: 0.5
+    becomes 0 in uint8, and a NaN makes a NaN of the mean of all samples."""
     if one.name not in values:
         return f"has no '{one.name}'"
     value = values[one.name]
-    if one.kind == "class" and not 0 <= int(value) < len(one.classes):
-        return f"'{one.name}' is {int(value)}, its Field has the classes 0 to {len(one.classes) - 1}"
-    if one.kind in ("array", "vector") and np.shape(value) != tuple(one.shape):
-        return f"'{one.name}' has the shape {list(np.shape(value))}, its Field says {list(one.shape)}"
-    if one.kind in NUMBERS and not np.isfinite(np.asarray(value, dtype=np.float64)).all():
-        return f"'{one.name}' holds values that are not finite"
+    if one.kind in _BYTES:
+        right = isinstance(value, _BYTES[one.kind])
+        return "" if right else f"'{one.name}' is {value!r:.40}; a {one.kind} is {_BYTES[one.kind].__name__}"
+    if one.kind == "image" and isinstance(value, bytes | tuple):  # or its size alone
+        return ""
+    array, stored = np.asarray(value), stored_dtype(one.dtype)
+    if one.kind in ("array", "vector") and array.shape != tuple(one.shape):
+        return f"'{one.name}' has the shape {list(array.shape)}, its Field says {list(one.shape)}"
+    if array.dtype.kind not in "biuf" or (
+        not np.can_cast(array.dtype, stored, "same_kind") and not np.array_equal(array.astype(stored), array)
+    ):
+        return f"'{one.name}' is {array.dtype} with values that {stored.name} can't hold: {value!r:.40}"
+    if one.kind == "image" and array.ndim != 3:
+        return f"'{one.name}' has the shape {list(array.shape)}; a picture is uint8 [height, width, channels]"
+    if one.kind == "class" and one.classes and not -1 <= int(array) < len(one.classes):
+        return f"'{one.name}' is {int(array)}; its Field has classes 0 to {len(one.classes) - 1}, and -1 means none"
     return ""
 
 

@@ -39,21 +39,41 @@ class Ramp:
         wave = np.full((2, 3), self.slope * number, np.float32)
         return {"wave": wave, "caption": f"number {number}", "label": number % 2}
 
+WRONG = {
+    "wide": {"wave": np.zeros((2, 4), np.float32)},
+    "hole": {"wave": np.full((2, 3), np.nan)},
+    "words": {"wave": np.full((2, 3), "x")},
+    "many": {"label": 2},
+    "named": {"label": "odd"},
+    "number": {"caption": 7},
+    "half": {"picture": np.full((2, 2, 3), 0.5)},
+    "flat": {"picture": np.zeros((2, 2), np.uint8)},
+}
+
 @dataclass(frozen=True)
 class Bad(Ramp):
     how: str = "raises"
 
+    @property
+    def fields(self):
+        return [*super().fields, Field("picture", "image", [3, 2, 2], "uint8", "png")]
+
     def __getitem__(self, number):
         if number == 7 and self.how == "raises":
             raise KeyError("seven")
-        values = super().__getitem__(number)
-        if number == 7 and self.how == "wide":
-            return {**values, "wave": np.zeros((2, 4), np.float32)}
-        if number == 7 and self.how == "nan":
-            return {**values, "wave": np.full((2, 3), np.nan, np.float32)}
-        if number == 7 and self.how == "class":
-            return {**values, "label": 2}
+        values = {**super().__getitem__(number), "picture": np.full((2, 2, 3), number, np.uint8)}
+        if number == 7 and self.how in WRONG:
+            return {**values, **WRONG[self.how]}
         return {"wave": values["wave"]} if number == 7 else values
+
+@dataclass(frozen=True)
+class Hole(Ramp):
+    @property
+    def fields(self):
+        return [Field("array", "array", [2, 3], "float32", "npy")]
+
+    def __getitem__(self, number):
+        return {"array": np.full((2, 3), number if number != 7 else np.inf)}
 
 @dataclass(frozen=True)
 class NoLength:
@@ -110,13 +130,20 @@ def test_a_bad_sample_is_named_or_left_out(own_package: Callable[..., Path], tmp
         ("raises", "sample 7: KeyError: 'seven'"),
         ("lacks", "sample 7: has no 'caption'"),
         ("wide", wide),
-        ("nan", "sample 7: 'wave' holds values that are not finite"),
-        ("class", "sample 7: 'label' is 2, its Field has the classes 0 to 1"),
+        ("hole", r"sample 7: field 'wave': nan at \[0, 0\]; all must be finite"),
+        ("words", "sample 7: 'wave' is <U1 with values that float32 can't hold"),
+        ("many", "sample 7: 'label' is 2; its Field has classes 0 to 1, and -1 means none"),
+        ("named", "sample 7: 'label' is <U3 with values that int64 can't hold: 'odd'"),
+        ("number", "sample 7: 'caption' is 7; a text is str"),
+        ("half", "sample 7: 'picture' is float64 with values that uint8 can't hold"),
+        ("flat", r"sample 7: 'picture' has the shape \[2, 2\]; a picture is uint8 \[height, width, channels\]"),
     ):
         with pytest.raises(DataError, match=message):
             pack("theirs.data:Bad", tmp_path / how, source_options={"how": how})
         manifest = pack("theirs.data:Bad", tmp_path / f"{how}-skipped", source_options={"how": how}, skip_bad=1)
         assert manifest.num_samples == 9
+    with pytest.raises(DataError, match=r"sample 7: field 'array': inf at \[0, 0\]"):  # as the older format stores it
+        pack("theirs.data:Hole", tmp_path / "hole-alone")
 
 
 def test_nothing_is_packed_of_what_was_not_brought(tmp_path: Path) -> None:
