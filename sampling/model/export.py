@@ -12,7 +12,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.model.describe import ModelInfo, info_of
-from scoreray.trainer.checkpoints.checkpoint import Checkpoint
+from scoreray.trainer.checkpoints.checkpoint import MARKER, Checkpoint
 from scoreray.trainer.checkpoints.exported import (
     AUTOENCODER,
     DIFFUSERS_WEIGHTS,
@@ -30,6 +30,7 @@ from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.config import Config
 from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder, autoencoder_files
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored
+from scoreray.trainer.run_folder import CONFIG_FILE
 
 OURS = rf"((ema-([0-9.]+|half-life)|weights-none)\.safetensors|{DIFFUSERS_WEIGHTS}(\.[a-z0-9_-]+)?\.safetensors)"
 
@@ -104,6 +105,14 @@ def check_other_place(store: Store, model: StoredModel) -> None:
     """Raises UserError where a folder to write to is the model's own: its model.json would hide a run."""
     if store.root == model.source.store.root:
         raise UserError(f"{store.url()}: is the model itself; give another folder")
+    _check_no_run(store)
+
+
+def _check_no_run(store: Store) -> None:
+    """Raises UserError where a folder to write to is a run's or a checkpoint's: verbs look for model.json first."""
+    for key, what in ((MARKER, "checkpoint"), (CONFIG_FILE, "run")):
+        if store.exists(key):
+            raise UserError(f"{store.url()}: holds a {what}, which a model's files would hide; give another folder")
 
 
 def file_name(length: str) -> str:
@@ -119,8 +128,10 @@ def write_model(
 ) -> ModelManifest:
     """Writes weights, what belongs `beside` them, and model.json last.
 
-    files: by length, of what file the weights are, where it is not that of our own format.
+    files: by length, of what file the weights are, where it is not that of our own format. Raises UserError where
+    `store` is a run's.
     """
+    _check_no_run(store)
     beside = {**(beside or {}), **_autoencoder(model.page)}
     store.delete([MODEL_JSON, *beside])
     written = {}

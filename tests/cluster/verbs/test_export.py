@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,21 @@ def test_raw_weights_and_unknown_lengths(config: Config, tmp_path: Path) -> None
         load(str(tmp_path), "0.2")
     with pytest.raises(UserError, match="did you mean 'none'"):
         export_model(run_store(config).url(), str(tmp_path), ["nnoe"])
+
+
+def test_a_run_is_not_hidden_by_a_model(config: Config, tmp_path: Path) -> None:
+    run, other = run_store(config), tmp_path / "other"
+    newest = latest(run)
+    assert newest is not None
+    export(run.url(), str(tmp_path / "model"))
+    shutil.copytree(run.url(), other)
+    (other / "config.yaml").touch()  # which the command stores before it starts workers
+    for source in (run.url(), str(tmp_path / "model")):
+        for out, what in ((other, "run"), (other / newest.folder, "checkpoint"), (newest.url, "checkpoint")):
+            for write in (export, export_model):
+                with pytest.raises(UserError, match=f"holds a {what}, which a model's files would hide"):
+                    write(source, str(out))
+    assert not list(tmp_path.glob("other/**/model.json"))
 
 
 def test_what_is_not_whole_is_refused(config: Config, tmp_path: Path) -> None:
