@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from scoreray.cluster.actors import Retries, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.display import counted, say
 from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import VARIABLE, py_modules
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.formats.card import CARD, SHEET, check_licence, model_card
 from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
@@ -83,7 +87,11 @@ class Exported:
         return "\n".join([*lines, f"takes {self.takes}", *self._next()])
 
     def _next(self) -> list[str]:
-        first, *others = self.usage.lines.splitlines()
+        lines = self.usage.lines
+        for path in py_modules():  # a card names packages; the command that follows on this machine, where they are
+            name = rf"(--with |{VARIABLE}=){Path(path).stem}\b"
+            lines = re.sub(name, lambda found, path=path: found[1] + shlex.quote(path), lines)
+        first, *others = lines.splitlines()
         return [f"next: {first}", *(f"      {line}" for line in others if line)]
 
 

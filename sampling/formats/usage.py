@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scoreray.data.own_code import own_kinds
+from scoreray.data.own_code import VARIABLE, own_kinds
 from scoreray.data.storage.store import local_path
 from scoreray.sampling.formats.diffusers_plain import PARTS, scheduler_of
 from scoreray.sampling.formats.graphs import ONNX, TORCH_EXPORT
@@ -39,8 +40,7 @@ def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     if out.startswith(SCHEME):
         place = _place(out).rpartition("/")[2]
         fetch = f"hf download {_place(out)} --local-dir {shlex.quote(place)}\n"
-    packages = dict.fromkeys(kind.partition(":")[0].partition(".")[0] for kind in own_kinds(page.config))
-    code = [word for package in packages for word in ("--with", package)]
+    code = [word for package in _packages(page) for word in ("--with", package)]
     words = ["sample", place, *code, "--count", "64", "--out", "samples"]
     if info.is_autoencoder:
         field = info.target.name if info.target else "image"
@@ -49,16 +49,23 @@ def _scoreray(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     return Usage(SCORERAY, "sh", f"{fetch}{shlex.join(['scoreray', *words])}")
 
 
+def _packages(page: ModelManifest) -> list[str]:
+    """Of somebody else's code that the model needs, by name: where they are is of one machine."""
+    return list(dict.fromkeys(kind.partition(":")[0].partition(".")[0] for kind in own_kinds(page.config)))
+
+
 def _diffusers(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
     network = info.config.network
     if isinstance(network, DiffusersNetworkConfig):
         return Usage(DIFFUSERS, "python", _plain(_place(out), info, network))
     values = ", ".join(f'"{name}": {VALUES[spec.kind]}' for name, spec in info.conditions.items())
     given = f", condition={{{values}}}" if values else ""
+    packages = os.pathsep.join(_packages(page))
+    code = f"\n# in an environment with {VARIABLE}={packages}" if packages else ""
     return Usage(
         DIFFUSERS,
         "python",
-        "from diffusers import DiffusionPipeline  # scoreray must be installed too\n\n"
+        f"from diffusers import DiffusionPipeline  # scoreray must be installed too{code}\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("{_place(out)}", trust_remote_code=True)\n'
         f"images = pipeline(batch_size=4, seed=0{given}).images",
     )

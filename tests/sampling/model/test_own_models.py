@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from scoreray.cluster.verbs.export import ExportOptions, export_model
 from scoreray.data.errors import UserError
 from scoreray.data.own_code import code_hash, name_in_command
 from scoreray.data.packing.pack import pack
@@ -147,6 +148,12 @@ def test_a_run_of_an_own_network_is_opened_exported_and_resumed_and_a_change_of_
     recorded = {"theirs.net:Net": code_hash("theirs.net:Net")}
     assert find(url).marker.own_code == recorded
     export(url, str(tmp_path / "model"))
+    for format, before in (("scoreray", "--with "), ("diffusers", "SCORERAY_WITH=")):
+        exported = export_model(url, str(tmp_path / format), ["none"], ExportOptions(format))
+        assert f"{before}{folder}" in exported.text(), "the command that follows works as it is printed"
+        card = (tmp_path / format / "README.md").read_text()
+        assert f"{before}theirs" in card
+        assert str(folder) not in card
     assert json.loads((tmp_path / "model" / MODEL_JSON).read_bytes())["own_code"] == recorded
     x = torch.randn(3, 2)
     first = load(url)
