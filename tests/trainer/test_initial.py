@@ -151,6 +151,36 @@ def test_new_classes_begin_as_the_null_class(base: Config, tmp_path: Path, expor
     assert not torch.equal(old, model(x, sigma, torch.full((6,), -1)))
 
 
+COUNTING = """
+import torch
+from torch import nn
+
+class Counting(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, c_noise, condition=None):
+        self.calls += self.training
+        return self.scale * x
+"""
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["run", "exported"])
+def test_buffers_are_taken_too(
+    own_package: Callable[..., Path], small_run: SmallRun, tmp_path: Path, exported: bool
+) -> None:
+    own_package("theirs", net=COUNTING)
+    run = trained(small_run("base", tmp_path, 32, network={"kind": "theirs.net:Counting"}))
+    if exported:
+        export(run_store(run).url(), str(tmp_path / "model"))
+    config = on(run, tmp_path, *([f"init.checkpoint={tmp_path / 'model'}"] if exported else []))
+    module, _ = begun(config)
+    calls = load(run_store(run).url(), device="cpu").network.calls
+    assert module.denoiser.network.calls == calls >= 2
+
+
 def test_further_channels_are_neither_read_nor_written(base: Config, tmp_path: Path) -> None:
     data = pictures(tmp_path / "colour", 64, 8, 8, 3, classes=3)
     config = on(base, tmp_path, f"data.url={data}", "init.ema=weights")

@@ -76,12 +76,13 @@ class StoredModel:
         return [replace(first, weights=weights_sha256(self)), *others]
 
     def shapes(self) -> Mapping[str, list[int]]:
-        """Of the network's parameters by name (of an exported model, of its buffers too)."""
+        """Of the network's parameters and buffers, by name."""
         if self.is_lora:
             return find_base(self.url, self.page).shapes()
         if isinstance(self.source, ExportedModel):
             return self.source.shapes(self.ema)
-        return of_network(self.source.marker.shapes)
+        buffers = {name: list(buffer.shape) for name, buffer in self.buffers().items()}
+        return {**of_network(self.source.marker.shapes), **buffers}
 
     def restore(self, fragments: Iterable[Fragment]) -> None:
         """Write the network's weights at `ema` into the one tensor of each of `fragments`, any partition of some of its
