@@ -89,8 +89,8 @@ class Exported:
     def _next(self) -> list[str]:
         lines = self.usage.lines
         for path in py_modules():  # a card names packages; the command that follows on this machine, where they are
-            name = rf"(--with |{VARIABLE}=){Path(path).stem}\b"
-            lines = re.sub(name, lambda found, path=path: found[1] + shlex.quote(path), lines)
+            place = shlex.quote(path).replace("\\", r"\\")
+            lines = re.sub(rf"(--with |{VARIABLE}=){Path(path).stem}\b", rf"\g<1>{place}", lines)
         first, *others = lines.splitlines()
         return [f"next: {first}", *(f"      {line}" for line in others if line)]
 

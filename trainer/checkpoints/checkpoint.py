@@ -256,5 +256,7 @@ def find(url: str) -> Checkpoint:
             raise UserError(
                 f"{url}: a LoRA of peft; `scoreray import lora {url} OUT --base MODEL` makes it one of ours"
             )
-        raise UserError(f"{url}: neither a run with a committed checkpoint nor a checkpoint")
+        if store.exists("model_index.json"):
+            raise UserError(f"{url}: diffusers' pipeline; `scoreray import diffusers {url} OUT` makes it one of ours")
+        raise UserError(f"{url}: neither a run with a committed checkpoint nor a checkpoint, nor an exported model")
     return checkpoint

@@ -94,6 +94,9 @@ def test_what_is_not_whole_is_refused(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "model"
     with pytest.raises(UserError, match="neither a run"):
         export(run.url("metrics"), str(out))
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(UserError, match=f"scoreray import diffusers {tmp_path} OUT"):
+        export(str(tmp_path), str(out))
     newest = latest(run)
     assert newest is not None
     marker = run.get(f"{newest.folder}/COMMITTED.json")
