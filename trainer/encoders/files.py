@@ -33,13 +33,13 @@ def local_folder(path: str, what: str) -> Iterator[Path]:
     folder = local_path(path)
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"{what} {path}: no such folder; give one that save_pretrained wrote, or link it there")
+            raise UserError(f"{what}{path}: no such folder; give one that save_pretrained wrote, or link it there")
         yield folder
         return
     store = open_store(path)
     keys = [key for key, _ in store.list() if key.endswith(COPIED)]
     if not keys:
-        raise UserError(f"{what} {path}: nothing is there; give a folder that save_pretrained wrote")
+        raise UserError(f"{what}{path}: nothing is there; give a folder that save_pretrained wrote")
     with scratch_folder() as copy:
         for key in keys:
             (copy / key).parent.mkdir(parents=True, exist_ok=True)

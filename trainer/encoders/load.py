@@ -31,12 +31,16 @@ def load_encoder(kind_and_path: str, device: torch.device | str | None = None, s
     gives the same object.
 
     sha256: the hash that was recorded when it was used; a DataError of one line where it is another's. Raises UserError
-    (unknown kind, nothing there, a library is missing), DataError (what is there can't be loaded).
+    (unknown kind, nothing there, no GPU, a library is missing), DataError (what is there can't be loaded).
     """
     kind, equals, path = kind_and_path.partition("=")
     if not equals or not path:
         raise UserError(f"encoder '{kind_and_path}': write KIND=PATH, such as diffusers=FOLDER")
     at = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if at.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{kind_and_path}: device {at}: no GPU is to be seen by torch in this process; give auto or cpu"
+        )
     with _lock:
         key = (kind_and_path, at)
         if key not in _loaded:

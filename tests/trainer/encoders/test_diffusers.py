@@ -140,7 +140,7 @@ class Half(Encoder):
     assert encoder.encode(pixels())[VALUES].shape == (2, 3)
 
 
-def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path) -> None:
+def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "vae", "AutoencoderKL")
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickled").mkdir()
@@ -152,7 +152,7 @@ def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path) -> None:
     weights = tmp_path / "torn" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for name, message in {
-        "missing": "no such folder",
+        "missing": f"diffusers={tmp_path / 'missing'}: no such folder",
         "empty": "has no config.json",
         "pickled": "is a pickle",
         "other": "_class_name 'UNet2DModel'.*AutoencoderKL",
@@ -164,6 +164,9 @@ def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path) -> None:
     for words, message in {"diffusers": "write KIND=PATH", "difusers=a": "diffusers.*package.module:Name"}.items():
         with pytest.raises(UserError, match=message):
             load_encoder(words, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device cuda: no GPU.*auto or cpu"):
+        load_encoder(f"diffusers={tmp_path / 'vae'}", "cuda")
     encoder = load_encoder(f"diffusers={tmp_path / 'vae'}", "cpu")
     assert isinstance(encoder, Autoencoder)
     latent = encoder.output(IMAGE)
