@@ -143,7 +143,7 @@ class EvaluateOptions:
         str,
         typer.Option(
             help="Names with commas between, such as fid,kid,bpd, or package.module:Name; default: those that fit and "
-            "are cheap. docs/evaluation.md has all."
+            "are cheap, some of features: data without classes need --extractor then. docs/evaluation.md has all."
         ),
     ] = ""
     out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = ""
