@@ -70,7 +70,15 @@ def test_what_is_missing_is_named(small_set: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_presets_fit_what_they_are_for(preset: str) -> None:
-    shape = {"demo.yaml": (1, 28, 28), "cifar10.yaml": (3, 32, 32)}.get(preset, (3, 64, 64))
+    shapes = {
+        "demo.yaml": (1, 28, 28),
+        "cifar10.yaml": (3, 32, 32),
+        "latent-imagenet.yaml": (4, 32, 32),
+        "text-to-image.yaml": (16, 64, 64),
+        "shapes-latent.yaml": (4, 8, 8),
+        "shapes-mmdit.yaml": (4, 8, 8),
+    }
+    shape = shapes.get(preset, (3, 64, 64))
     machine = Machine(memory_bytes=80 << 30, image_shape=shape)
     found = by_topic(examine(load_config(ROOT / "configs" / preset), machine))
     assert found["fit"].state == "good", found["fit"].text

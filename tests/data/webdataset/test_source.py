@@ -104,7 +104,11 @@ def test_workers_read_a_remote_data_set_through_a_cache_that_they_share(
     batches = list(wds.WebLoader(stages, batch_size=None, num_workers=2))
     for a, b in zip(batches, pipeline(packed[0], 2, epochs=1), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-    assert len(list(tmp_path.glob("*/*-0"))) == len(packed[1].shards)
+    ends = np.cumsum([shard.num_samples for shard in packed[1].shards])
+    read = {int(np.searchsorted(ends, index, "right")) for batch in batches for index in batch[1]}
+    cached = {file.name.removesuffix("-0") for file in tmp_path.glob("*/*-0")}
+    assert cached >= {packed[1].shards[number].sha256 for number in read}
+    assert len(read) > len(packed[1].shards) // 2  # one of two ranks need not meet every shard
 
 
 def test_neighbours_are_read_in_one_request_whatever_members_are_between_them(packed: tuple[str, Manifest]) -> None:

@@ -315,6 +315,7 @@ def test_other_classes_differ_in_names_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [text_unet, partial(pixart, False)], ids=["masks", "idle squeeze"])
+@pytest.mark.slow
 def test_what_onnx_lacks_is_written_otherwise(tmp_path: Path, make: Any) -> None:
     """onnxruntime chooses between no booleans, and squeezes no axis that is longer than 1, which torch leaves alone."""
     from diffusers import DDPMScheduler

@@ -108,9 +108,12 @@ def test_the_posterior_given_any_of_the_conditions_is_reached_and_given_none_the
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"), [(UNetConfig(8, (1,), 1, ()), (1, 2, 3, 2)), (DiTConfig(1, 16, 1, 2), (1, 6))],
-    ids=["a U-Net, 3-D", "a DiT, 1-D"],
-)  # fmt: skip
+    ("config", "shape"),
+    [
+        pytest.param(UNetConfig(8, (1,), 1, ()), (1, 2, 3, 2), id="a U-Net, 3-D", marks=pytest.mark.slow),
+        pytest.param(DiTConfig(1, 16, 1, 2), (1, 6), id="a DiT, 1-D"),
+    ],
+)
 def test_mixtures_over_signals_and_volumes_are_learnt(config: UNetConfig | DiTConfig, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     means = 0.6 * torch.randn(2, *shape).sign()
