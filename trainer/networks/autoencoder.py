@@ -67,12 +67,12 @@ class AutoencoderConfig(BaseNetworkConfig):
         """How many times smaller latents are than samples, along each axis."""
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
-    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> Autoencoder:
+    def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> KLAutoencoder:
         """Conditions are none: an autoencoder takes no part in them."""
-        return Autoencoder(self, image_shape)
+        return KLAutoencoder(self, image_shape)
 
 
-class Autoencoder(nn.Module):
+class KLAutoencoder(nn.Module):
     """An `AutoencoderNetwork` of the U-Net's residual blocks without a noise level, over 1, 2 or 3 dimensions.
 
     Any grid of as many dimensions as `image_shape` (C, *grid) has and whose axes are multiples of `config.factor`.
