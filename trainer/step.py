@@ -93,8 +93,7 @@ class TrainingModule(nn.Module):
     def forward(
         self, images: Tensor, condition: AnyCondition, positions: Tensor, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        values = augment(images, self.augmentation, self.seed, positions)
-        x0 = to_model_range(drawn_latents(values, self.seed, positions) if self.moments else values, self.normaliser)
+        x0 = modelled(images, positions, self.seed, self.augmentation, self.normaliser, self.moments)
         shape = tuple(x0.shape[1:])
         sigma = self._sigma(positions, x0.dtype)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
@@ -187,7 +186,7 @@ class AutoencoderModule(nn.Module):
     def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
         """An autoencoder takes no condition."""
         network: Any = self.denoiser["network"]
-        x = to_model_range(augment(images, self.augmentation, self.seed, positions), self.normaliser)
+        x = modelled(images, positions, self.seed, self.augmentation, self.normaliser)
         mean, std = network.encode(x)
         z = noise.normal(self.seed, positions, tuple(mean.shape[1:]), stream=noise.STREAM_LATENT, dtype=mean.dtype)
         reconstruction = network.decode(mean + std * z)
@@ -226,8 +225,7 @@ class MachineModule(nn.Module):
     def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
         """A machine takes no condition."""
         machine: Any = self.denoiser["network"]
-        values = augment(images, self.augmentation, self.seed, positions)
-        x0 = to_model_range(drawn_latents(values, self.seed, positions) if self.moments else values, self.normaliser)
+        x0 = modelled(images, positions, self.seed, self.augmentation, self.normaliser, self.moments)
         v = machine.visible(x0, self.seed, positions)
         source = noise.ChainNoise(self.seed, positions)
         start = v if self.objective.start == "data" else machine.fresh(source)
@@ -246,6 +244,16 @@ def build_chains(
     if not isinstance(objective, ContrastiveObjective) or objective.start != "persistent":
         return None
     return PersistentChains(objective.num_chains or global_batch_size, tuple(shape), objective.restart, seed)
+
+
+def modelled(
+    images: Tensor, positions: Tensor, seed: int, augmentation: AugmentationConfig, normaliser: Normaliser | None,
+    moments: bool = False,
+) -> Tensor:  # fmt: skip
+    """What a module models of a batch as it is stored: augmented, drawn where it holds moments, in the model's range.
+    [B, C, ...] float32."""
+    values = augment(images, augmentation, seed, positions)
+    return to_model_range(drawn_latents(values, seed, positions) if moments else values, normaliser)
 
 
 def drawn_latents(moments: Tensor, seed: int, positions: Tensor) -> Tensor:

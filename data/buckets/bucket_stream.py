@@ -96,8 +96,7 @@ class BucketStream(BatchStream):
                 batch = next(opened[bucket], None)
                 if batch is None:  # it was closed
                     return
-                first, apart = self._first_samples[bucket], (number - place) * size
-                yield replace(batch, index=batch.index + first, position=batch.position + apart)
+                yield _moved(batch, self._first_samples[bucket], (number - place) * size)
         finally:
             for each in opened.values():
                 each.close()  # type: ignore[attr-defined]
@@ -106,8 +105,12 @@ class BucketStream(BatchStream):
         size = self.lanes.global_batch_size
         number = int(batch.position[0]) // size
         bucket, place = self.order.locate(number)
-        first, apart = self._first_samples[bucket], (number - place) * size
-        self._streams[bucket].handed_out(replace(batch, index=batch.index - first, position=batch.position - apart))
+        self._streams[bucket].handed_out(_moved(batch, -self._first_samples[bucket], (place - number) * size))
+
+
+def _moved(batch: Batch, samples: int, positions: int) -> Batch:
+    """A bucket's batch by the numbers of the whole set, or, where both are negative, back."""
+    return replace(batch, index=batch.index + samples, position=batch.position + positions)
 
 
 class _BucketQuarantine(Quarantine):

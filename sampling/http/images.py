@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Response
 from pydantic import Field
 
+from scoreray.data.buckets.sizes import size_text
 from scoreray.sampling.http.stream import event
 from scoreray.sampling.service.body import DrawFields, SampleBody
 from scoreray.sampling.service.config import HEADERS, Limits, Refused
@@ -84,12 +85,6 @@ class ImagesBody(DrawFields):
         )  # fmt: skip
 
 
-def size_of(served: ServedModel) -> str:
-    """Of a model's pictures, as OpenAI writes it: WIDTHxHEIGHT."""
-    _, height, width = served.info.sample_shape
-    return f"{width}x{height}"
-
-
 class ImagesForm:
     """Of `POST /v1/images/generations`: OpenAI's answer and events."""
 
@@ -103,7 +98,7 @@ class ImagesForm:
             "background": "opaque",
             "output_format": body.output_format or "png",
             "quality": body.quality or "auto",
-            "size": body.size if body.size in served.info.sizes else size_of(served),
+            "size": body.size if body.size in served.info.sizes else size_text(served.info.sample_shape[:0:-1]),
         }
 
     def whole(self, answer: SampleAnswer, request_id: str) -> Response:
