@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from scoreray.data.errors import ScorerayError, StorageError
+from scoreray.data.errors import ScorerayError
 from scoreray.data.packing.commit import carry_out, pack_shard
 from scoreray.data.packing.plan import PackedShard, PackPlan
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.lease import Lease
-from scoreray.data.storage.store import Store, open_store
+from scoreray.data.storage.store import open_store
 from scoreray.sampling.encoding.plan import EncodePlan
-from scoreray.sampling.offline.place import OWNER, taken_over
+from scoreray.sampling.offline.place import OWNER, Place, give_way
 
 Mapper = Callable[[EncodePlan, Sequence[int]], Iterable[PackedShard]]
 """Makes the shards of these numbers, in order: in this process or on a cluster."""
@@ -32,6 +31,7 @@ def carry_out_encoding(
     """
     store = open_store(plan.url)
     store.check_writable()
+    place = Place(store, "webdataset")
 
     def make(_: PackPlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
         plan.lease = Lease.take(store, OWNER, "encoding")  # once the place is known to be this plan's
@@ -41,20 +41,9 @@ def carry_out_encoding(
     try:
         manifest = carry_out(plan, workers=1, map_shards=make, progress=progress)
     except ScorerayError:
-        newest = plan.lease.holder() if plan.lease is not None else ""
-        if plan.lease is None or newest == plan.lease.token:
-            raise
-        if not newest:  # the other start was done before our last shard came
-            _clear(store)
-        raise taken_over(store.url()) from None
+        if plan.lease is not None:
+            give_way(plan.lease, place)
+        raise
     if plan.lease is not None:
-        _clear(store)
+        place.clear()
     return manifest
-
-
-def _clear(store: Store) -> None:
-    """Removes what is no part of the data set, what killed writes left included."""
-    with contextlib.suppress(StorageError):  # it takes space, no more: a store may not let us look for it
-        for prefix in ("shards/", "packing/"):
-            store.clear_unfinished(prefix, but="\0")
-    store.delete([key for key, _ in store.list("packing/")])

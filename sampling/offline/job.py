@@ -29,9 +29,9 @@ from scoreray.sampling.offline.place import (
     Place,
     digest_of_file,
     files_of,
+    give_way,
     group_name,
     refuse_strangers,
-    taken_over,
 )
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.offline.record import Digests, FileDigest, SampleJob, SampleRecord
@@ -141,12 +141,8 @@ def carry_out_job(place: Place, plan: SamplePlan, map_shards: Mapper, kept: Dige
         files = make(place, plan, map_shards, kept)
         plan.check_owner()
     except ScorerayError:
-        newest = lease.holder()
-        if newest == lease.token:
-            raise
-        if not newest:
-            place.clear()  # the other start was done before our last shard came
-        raise taken_over(store.url(place.name)) from None
+        give_way(lease, place)
+        raise
     record = SampleRecord(job, {name: files[name] for name in files_of(place, job)})
     store.put(place.record, record.to_json())
     place.clear()

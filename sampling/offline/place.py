@@ -13,7 +13,7 @@ from scoreray.data.errors import StorageError, UserError, nearest
 from scoreray.data.reading.manifest import INDEX, MANIFEST
 from scoreray.data.reading.outputs import PICTURE_FORMATS, check_folder, suffix_of
 from scoreray.data.sources.identity import WINDOW_BYTES
-from scoreray.data.storage.lease import TakenOver
+from scoreray.data.storage.lease import Lease, TakenOver
 from scoreray.data.storage.store import NotFound, Store, local_path, open_store
 from scoreray.data.threads import map_in_threads
 from scoreray.sampling.offline.record import FORMATS, Digests, FileDigest, Format, SampleJob
@@ -114,6 +114,17 @@ def taken_over(where: str) -> TakenOver:
     return TakenOver(
         f"{where}: another start of this job has taken over from this one, which ends without changing anything more"
     )
+
+
+def give_way(lease: Lease, place: Place) -> None:
+    """After an error: raises TakenOver where another start has begun meanwhile, and clears the place where that one was
+    done before our last shard came. Returns where ours is still the newest, so that the error is its own."""
+    newest = lease.holder()
+    if newest == lease.token:
+        return
+    if not newest:
+        place.clear()
+    raise taken_over(place.store.url(place.name)) from None
 
 
 def picture(number: int) -> str:
