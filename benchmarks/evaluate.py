@@ -24,14 +24,14 @@ from scipy import linalg
 
 from scoreray.data import fashion_mnist_path
 from scoreray.data.packing.pack import pack
-from scoreray.sampling.evaluation.chunks import FeatureChunk, read_chunk
 from scoreray.sampling.evaluation.evaluate import in_process
-from scoreray.sampling.evaluation.plan import Chunk, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
 from scoreray.sampling.evaluation.stages import STAGES, run_chunk
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.measures.classifier import Classifier, ClassifierConfig
 from scoreray.sampling.measures.inception import InceptionV3
+from scoreray.sampling.metrics.chunks import FeatureChunk, read_chunk
+from scoreray.sampling.metrics.plan import Chunk, EvaluationPlan, EvaluationSettings
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.loop import train
@@ -90,7 +90,7 @@ import itertools, sys
 import torch
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import give_way
-from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.metrics.plan import EvaluationSettings
 folder, run, data, number = sys.argv[1:]
 torch.set_num_threads(1)
 give_way()
@@ -174,11 +174,11 @@ def memory(folder: Path) -> None:
 FINISH = """
 import sys, tempfile
 import numpy as np, torch
-from scoreray.sampling.evaluation.chunks import FeatureChunk, write_chunk
-from scoreray.sampling.evaluation.metrics import compute_metrics, stages_of
-from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.metrics.chunks import FeatureChunk, write_chunk
+from scoreray.sampling.metrics.compute import compute_metrics
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
-from scoreray.sampling.evaluation.stages import STAGES
+from scoreray.sampling.evaluation.stages import STAGES, stages_of, stored_chunks
 folder, count = sys.argv[1], int(sys.argv[2])
 with tempfile.TemporaryDirectory(dir=folder) as out:
     settings = EvaluationSettings(f"{folder}/run", f"{folder}/data", ("fid", "kid", "pr", "sw", "nn"), out, count=count,
@@ -194,7 +194,7 @@ with tempfile.TemporaryDirectory(dir=folder) as out:
         status = open("/proc/self/status").read()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
     before = peak()
-    compute_metrics(plan)
+    compute_metrics(stored_chunks(plan))
     print(f"peak {peak():,.0f} MiB, of which {peak() - before:,.0f} for the metrics")
 """
 

@@ -29,8 +29,8 @@ from scoreray.data.reading.samples import SampleReader
 from scoreray.data.shapes import COLOURS, SHAPES, make
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures.classifier import ClassifierConfig, train_classifier
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train

@@ -66,14 +66,29 @@ def parse_value(text: str, name: str) -> Any:
     return value
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from words NAME=VALUE, the value YAML; of two with one name the last holds. Raises UserError."""
+def parse_options(
+    pairs: Sequence[str], flag: str = "--option", form: str = "NAME=VALUE, e.g. s_churn=40"
+) -> dict[str, Any]:
+    """Options from words NAME=VALUE, the value YAML; of two with one name the last holds. Raises UserError, which names
+    the command line's `flag` and the `form` of its words."""
     options = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise UserError(f"--option {shortened(pair)}: write NAME=VALUE, e.g. s_churn=40")
-        options[name] = parse_value(text, f"--option {shortened(pair)}")
+            raise UserError(f"{flag} {shortened(pair)}: write {form}")
+        options[name] = parse_value(text, f"{flag} {shortened(pair)}")
+    return options
+
+
+def parse_metric_options(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options of metrics, by the metric's name, from words METRIC.NAME=VALUE. Raises UserError."""
+    flag, form = "--metric-option", "METRIC.NAME=VALUE, e.g. kde.kernel=tophat"
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in parse_options(pairs, flag, form).items():
+        metric, _, name = key.rpartition(".")  # a metric of somebody else's has dots too
+        if not metric or not name:
+            raise UserError(f"{flag} {shortened(key)}: write {form}")
+        options.setdefault(metric, {})[name] = value
     return options
 
 

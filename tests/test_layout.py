@@ -33,7 +33,7 @@ ROOMS = (
     "trainer.checkpoints", "trainer.encoders", "trainer", "trainer.tracking", "trainer.on_ray",
     "sampling.samplers", "sampling.model", "sampling.imports", "sampling.guidance", "sampling.measures",
     "sampling.offline", "sampling.encoding",
-    "sampling.evaluation", "sampling.formats", "sampling.service", "sampling.http", "sampling",
+    "sampling.metrics", "sampling.evaluation", "sampling.formats", "sampling.service", "sampling.http", "sampling",
     "tune",
     "cluster", "cluster.connect", "cluster.serve", "cluster.verbs", "cluster.doctor", "cluster.submit", "cluster.cli",
 )  # fmt: skip

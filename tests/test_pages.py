@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
 from scoreray.data.pages import render
-from scoreray.sampling.evaluation.record import EvaluationRecord
 from scoreray.sampling.http.docs_page import docs_page
+from scoreray.sampling.metrics.record import EvaluationRecord
 from scoreray.tune.report import Chart, ReportRow, ReportTable
 
 PNG = b"\x89PNG"

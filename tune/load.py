@@ -16,8 +16,8 @@ from scoreray.data.own_code import is_own, load, name_in_command
 from scoreray.data.presets import preset
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metrics
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import Config, explained, load_config, override, read_yaml, refusal

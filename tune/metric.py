@@ -19,7 +19,6 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures.held_out import (
     HeldOut,
     denoising_errors,
@@ -27,6 +26,7 @@ from scoreray.sampling.measures.held_out import (
     held_out_likelihood,
     read_held_out,
 )
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.offline.generate import Request

@@ -14,7 +14,7 @@ from torch import Tensor
 from scoreray.data.errors import ScorerayError
 from scoreray.data.own_code import with_words
 from scoreray.data.pages import render
-from scoreray.sampling.evaluation.record import finite
+from scoreray.sampling.metrics.record import finite
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.options import option_words

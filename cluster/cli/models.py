@@ -23,7 +23,7 @@ from scoreray.cluster.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from scoreray.sampling.evaluation.plan import EvaluationSettings
+    from scoreray.sampling.metrics.plan import EvaluationSettings
 
 
 def export(
@@ -146,6 +146,12 @@ class EvaluateOptions:
             "are cheap, some of features: data without classes need --extractor then. docs/evaluation.md has all."
         ),
     ] = ""
+    metric_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC.NAME=VALUE", help="Of a metric, e.g. kde.kernel=tophat; again for more. docs/evaluation.md."
+        ),
+    ] = None
     out: Annotated[str, typer.Option(help="Where records go; default: evaluations/ in the run.")] = ""
     cache: Annotated[str, typer.Option(help="Extractors and reference features; default: cache/ in --out.")] = ""
     extractor: Annotated[
@@ -181,11 +187,12 @@ class EvaluateOptions:
     rtol: Annotated[float, typer.Option(help="Tolerance of the likelihood's solver.")] = 1e-5
 
     def settings(self, checkpoint: str, threads: int) -> EvaluationSettings:
-        from scoreray.data.yaml_text import parse_options
-        from scoreray.sampling.evaluation.plan import EvaluationSettings
+        from scoreray.data.yaml_text import parse_metric_options, parse_options
+        from scoreray.sampling.metrics.plan import EvaluationSettings
 
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "option"}
+        given = {one.name: getattr(self, one.name) for one in fields(self) if not one.name.endswith("option")}
         given["metrics"] = tuple(name.strip() for name in self.metrics.split(",") if name.strip())
+        given["metric_options"] = parse_metric_options(self.metric_option or [])
         return EvaluationSettings(checkpoint, **given, options=parse_options(self.option or []), threads=threads)
 
 
@@ -227,7 +234,7 @@ def compare(
     """Compare two evaluations; exit status 2, naming what differs, when their numbers can't be compared."""
     from scoreray.sampling.evaluation.compare import compare as compared
     from scoreray.sampling.evaluation.compare import comparison_text, notes
-    from scoreray.sampling.evaluation.record import read_record
+    from scoreray.sampling.metrics.record import read_record
 
     a, b = read_record(first), read_record(second)
     found = compared(a, b, *([part for part in text.split(",") if part] for text in (metrics, vary)))

@@ -15,9 +15,9 @@ from scoreray.cluster.display import bar, say
 from scoreray.data import own_code
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished
-from scoreray.sampling.evaluation.plan import EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training
 from scoreray.sampling.guidance.steering import untrained_estimate
+from scoreray.sampling.metrics.plan import EvaluationInputs, EvaluationPlan, EvaluationSettings
 
 RETRIES = Retries(
     times=4, work="a chunk", hint="is there memory for so many workers? give fewer --workers or a smaller --batch-size"

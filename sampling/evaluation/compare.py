@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.sampling.evaluation.metrics import check_names, in_order, metric_of
-from scoreray.sampling.evaluation.record import CONFIDENCE, EvaluationRecord, MetricValue, as_text
+from scoreray.sampling.metrics.record import CONFIDENCE, EvaluationRecord, MetricValue, as_text
+from scoreray.sampling.metrics.registry import check_names, in_order, metric_of
 
 FOR_PEOPLE = ("url", "name", "accuracy")  # in a record to be read; no number depends on them beyond the hashes
 

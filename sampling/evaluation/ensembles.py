@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.sampling.evaluation.chunks import EnsembleChunk
 from scoreray.sampling.evaluation.loaded import once
-from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.evaluation.sample_chunks import drawn
 from scoreray.sampling.measures.ensembles import EnsembleScores
 from scoreray.sampling.measures.held_out import HeldOut, read_held_out
 from scoreray.sampling.measures.scorer import load_scorer, scores_of
+from scoreray.sampling.metrics.chunks import EnsembleChunk
+from scoreray.sampling.metrics.plan import Chunk, EvaluationInputs, EvaluationPlan
 
 SHOWN = 3  # records whose ensembles are drawn on the page
 PART = 1024  # records whose conditions are hashed at once

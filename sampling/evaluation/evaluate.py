@@ -20,13 +20,13 @@ from typing import Any
 
 from scoreray.data.errors import DataError
 from scoreray.sampling.evaluation.loaded import fixed_threads
-from scoreray.sampling.evaluation.metrics import compute_metrics, in_order, stages_of
 from scoreray.sampling.evaluation.page import page
-from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training, train_extractor
-from scoreray.sampling.evaluation.record import EvaluationRecord, MetricValue, as_text, read_record
-from scoreray.sampling.evaluation.stages import STAGES, run_chunk
-from scoreray.sampling.evaluation.stored import StoredChunks
+from scoreray.sampling.evaluation.stages import STAGES, run_chunk, stages_of, stored_chunks
+from scoreray.sampling.metrics.compute import compute_metrics
+from scoreray.sampling.metrics.plan import Chunk, EvaluationInputs, EvaluationPlan, EvaluationSettings
+from scoreray.sampling.metrics.record import EvaluationRecord, MetricValue, as_text, read_record
+from scoreray.sampling.metrics.registry import in_order
 
 RECORD, PAGE = "record.json", "report.html"
 AT_ONCE = 2  # chunks of a process: one computes, another one reads or stores
@@ -144,12 +144,13 @@ def find_finished(plan: EvaluationPlan) -> Evaluation | None:
 
 def finish(plan: EvaluationPlan) -> int:
     """Metrics of chunks that are all stored, the page, and last the record; then the chunks are removed."""
+    stored = stored_chunks(plan)
     with fixed_threads(plan.inputs.settings.threads):
-        results, warnings = compute_metrics(plan)
+        results, warnings = compute_metrics(stored)
     metrics = {name: result.value() for name, result in results.items()}
     record = EvaluationRecord(**dict(plan.head), metrics=metrics, warnings=warnings)
     data = record.to_json()
-    plan.store.put(PAGE, page(EvaluationRecord.from_json(data, RECORD), StoredChunks(plan), results).encode())
+    plan.store.put(PAGE, page(EvaluationRecord.from_json(data, RECORD), stored, results).encode())
     plan.store.put(RECORD, data)
     plan.store.delete([key for key, _ in plan.store.list() if key.endswith(".npz")])
     return 1

@@ -30,9 +30,9 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.evaluate import described, evaluate
 from scoreray.sampling.evaluation.loaded import fixed_threads
-from scoreray.sampling.evaluation.metrics import check_names
-from scoreray.sampling.evaluation.plan import FOLDER, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import choose_extractor, choose_metrics
+from scoreray.sampling.metrics.plan import FOLDER, EvaluationSettings
+from scoreray.sampling.metrics.registry import check_names, checked_options
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import load_model
 from scoreray.sampling.offline.generate import generate, png_of_sheet
@@ -114,7 +114,8 @@ def check_evaluation(config: Config, data: DataDescription) -> None:
             if not isinstance(reference, Manifest):
                 raise UserError("reference: missing, and data.url has no manifest; give a packed data set")
             extractor = choose_extractor(settings, reference, None)
-            choose_metrics(settings.metrics, info, reference, extractor, settings.restoration)
+            chosen = choose_metrics(settings.metrics, info, reference, extractor, settings.restoration)
+            checked_options(settings.metric_options, chosen)
         if section.sheet:
             _check_pictures(info.sample_shape)
     except ScorerayError as error:
@@ -133,6 +134,7 @@ def settings_of(config: Config, checkpoint_url: str) -> EvaluationSettings:
         checkpoint=checkpoint_url,
         reference=section.reference or str(config.data.url),
         metrics=tuple(section.metrics),
+        metric_options=section.metric_options,
         out=run_store(config).url(FOLDER),
         extractor=section.extractor,
         count=section.count,

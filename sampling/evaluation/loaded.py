@@ -12,9 +12,9 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.data.own_code import is_own
 from scoreray.data.storage.store import NotFound
-from scoreray.sampling.evaluation.plan import EvaluationInputs
 from scoreray.sampling.measures import features
 from scoreray.sampling.measures.features import Extract
+from scoreray.sampling.metrics.plan import EvaluationInputs
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedModel, load_described
 
 _loading = threading.Lock()

@@ -13,12 +13,13 @@ import torch
 
 from scoreray.data.pages import DPI, render
 from scoreray.data.reading.samples import spread
-from scoreray.sampling.evaluation.chunks import FeatureChunk
 from scoreray.sampling.evaluation.ensembles import SHOWN, num_ensembles
-from scoreray.sampling.evaluation.metrics import in_order, metric_of, stages_of
-from scoreray.sampling.evaluation.record import MOST_CHANNELS, EvaluationRecord, MetricResult, MetricValue, as_text
-from scoreray.sampling.evaluation.stored import StoredChunks
+from scoreray.sampling.evaluation.stages import stages_of
 from scoreray.sampling.measures.held_out import read_held_out
+from scoreray.sampling.metrics.chunks import FeatureChunk
+from scoreray.sampling.metrics.record import MOST_CHANNELS, EvaluationRecord, MetricResult, MetricValue, as_text
+from scoreray.sampling.metrics.registry import in_order, metric_of
+from scoreray.sampling.metrics.stored import StoredChunks
 from scoreray.sampling.model.describe import is_picture
 from scoreray.sampling.offline.generate import png_of_sheet
 

@@ -12,14 +12,19 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.data.own_code import is_own, load, name_in_command
+from scoreray.data.own_code import code_hash, is_own, load, name_in_command
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.loaded import fixed_threads, load_extractor
-from scoreray.sampling.evaluation.metrics import METRICS, check_names, in_order, metric_of
-from scoreray.sampling.evaluation.plan import VERSION, EvaluationInputs, EvaluationPlan, EvaluationSettings
-from scoreray.sampling.evaluation.record import (
+from scoreray.sampling.evaluation.stages import STAGES
+from scoreray.sampling.guidance.operators import restoration_task
+from scoreray.sampling.measures import features, frechet
+from scoreray.sampling.measures.classifier import ClassifierConfig, TrainedClassifier, train_classifier
+from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.measures.scorer import load_scorer
+from scoreray.sampling.metrics.plan import VERSION, EvaluationInputs, EvaluationPlan, EvaluationSettings
+from scoreray.sampling.metrics.record import (
     EvaluatedCheckpoint,
     EvaluationSubject,
     Numerics,
@@ -27,12 +32,7 @@ from scoreray.sampling.evaluation.record import (
     SamplingSettings,
     digest,
 )
-from scoreray.sampling.evaluation.stages import STAGES
-from scoreray.sampling.guidance.operators import restoration_task
-from scoreray.sampling.measures import features, frechet
-from scoreray.sampling.measures.classifier import ClassifierConfig, TrainedClassifier, train_classifier
-from scoreray.sampling.measures.features import ExtractorChoice
-from scoreray.sampling.measures.scorer import load_scorer
+from scoreray.sampling.metrics.registry import METRICS, check_names, checked_options, in_order, metric_of
 from scoreray.sampling.model.describe import ModelInfo, describe
 
 CLASSIFIER_IMAGES = 10_000  # of the reference, at most, that a classifier is trained on
@@ -44,19 +44,20 @@ Run = Callable[[Callable[..., int], Sequence[tuple[Any, ...]], Callable[[int], N
 def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     """Everything that an evaluation reads but samples and weights. Raises UserError for what does not fit together."""
     check_names(settings.metrics)
-    name_in_command([*settings.metrics, settings.scorer, settings.extractor, settings.sampler])
+    name_in_command([*settings.metrics, settings.metric_options, settings.scorer, settings.extractor, settings.sampler])
     for name in filter(is_own, settings.metrics):
         load(name, "--metrics")
     model, reference = describe(settings.checkpoint, settings.ema), SampleReader(settings.reference)
     model = replace(model, info=model.info.at_shape(reference.manifest.shape))
     inputs = EvaluationInputs(settings, model, reference, ExtractorChoice("identity"))
     extractor = choose_extractor(settings, reference.manifest, inputs.cache)
-    choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)
+    chosen = choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)
+    settings = replace(settings, metric_options=checked_options(settings.metric_options, chosen))
     model.info.check_decodes()
     settings.request().labels(0, 1, model.info)
     if "match" in settings.metrics:
         load_scorer(settings.scorer)
-    inputs = replace(inputs, extractor=extractor)
+    inputs = replace(inputs, settings=settings, extractor=extractor)
     return _with_classifier(inputs) if needs_training(inputs) else _with_accuracy(inputs)
 
 
@@ -142,6 +143,9 @@ def _protocol(inputs: EvaluationInputs, metrics: tuple[str, ...]) -> dict[str, A
     for name in metrics:
         metric = metric_of(name)
         found |= {} if metric.protocol is None else {name: metric.protocol(inputs)}
+        if options := dict(inputs.settings.metric_options.get(name, {})):
+            codes = {value: code_hash(value) for value in options.values() if is_own(value)}
+            found[name] = found.get(name, {}) | options | ({"code": codes} if codes else {})
         found |= {part: STAGES[part].protocol(inputs) for part in metric.needs if part in STAGES}
         if "extractor" in metric.needs:
             found["extractor"] = {"kind": inputs.extractor.kind, "sha256": inputs.extractor.sha256}

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from scoreray.data.fields.normalisation import to_uint8, to_unit_range
-from scoreray.sampling.evaluation.chunks import FeatureChunk, RestorationChunk
 from scoreray.sampling.evaluation.loaded import load_extractor, loaded_model, once
-from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.measures import distances
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.held_out import HeldOut
 from scoreray.sampling.measures.similarity import image_similarity
 from scoreray.sampling.measures.spectra import power_spectrum
+from scoreray.sampling.metrics.chunks import PROJECTIONS, FeatureChunk, RestorationChunk
+from scoreray.sampling.metrics.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedAutoencoder
 from scoreray.sampling.offline.generate import class_labels, prepare
 from scoreray.trainer.diffusion.condition import AnyCondition, as_condition, class_name_of
 
-PROJECTIONS = 128
 SPECTRUM_GROUPS = 8  # of a chunk's samples
 RECORDS = "of the reference's samples"
 KEPT_PICTURES = 8  # of restorations and reconstructions

@@ -18,17 +18,8 @@ import torch
 from torch import Tensor
 
 from scoreray.data.fields.normalisation import to_uint8, to_unit_range
-from scoreray.sampling.evaluation.chunks import (
-    AnnealingChunk,
-    ChunkArrays,
-    LikelihoodChunk,
-    LossChunk,
-    RestorationChunk,
-    write_chunk,
-)
 from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_chunk, num_ensembles
 from scoreray.sampling.evaluation.loaded import fixed_threads, loaded_denoiser, loaded_model, once
-from scoreray.sampling.evaluation.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.evaluation.sample_chunks import (
     KEPT_PICTURES,
     condition_rule,
@@ -49,6 +40,17 @@ from scoreray.sampling.measures.held_out import (
     trace_of,
 )
 from scoreray.sampling.measures.similarity import image_similarity
+from scoreray.sampling.metrics.chunks import (
+    AnnealingChunk,
+    ChunkArrays,
+    LikelihoodChunk,
+    LossChunk,
+    RestorationChunk,
+    write_chunk,
+)
+from scoreray.sampling.metrics.plan import Chunk, EvaluationInputs, EvaluationPlan
+from scoreray.sampling.metrics.registry import metric_of
+from scoreray.sampling.metrics.stored import StoredChunks
 from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, SampleNoise
 from scoreray.sampling.samplers.sample import sample
@@ -84,6 +86,17 @@ class Stage:
         count, size, batch = self.count(inputs), self.chunk_size(inputs), inputs.settings.batch_size
         size = size if self.exact or size < batch else -(-size // batch) * batch
         return [Chunk(name, i, first, min(first + size, count)) for i, first in enumerate(range(0, count, size))]
+
+
+def stages_of(plan: EvaluationPlan) -> list[str]:
+    """The stages whose chunks a plan's metrics are computed from, in their order."""
+    wanted = {stage for name in plan.metrics for stage in metric_of(name).stages}
+    return [stage for stage in STAGES if stage in wanted]
+
+
+def stored_chunks(plan: EvaluationPlan) -> StoredChunks:
+    """The chunks of a plan, for metrics and pages to read."""
+    return StoredChunks(plan, {name: stage.chunks(name, plan.inputs) for name, stage in STAGES.items()})
 
 
 def run_chunk(plan: EvaluationPlan, chunk: Chunk) -> int:

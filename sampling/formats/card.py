@@ -20,9 +20,9 @@ from scoreray.data.storage.store import open_store
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.data.yaml_text import dump_yaml
 from scoreray.sampling.evaluation.page import MetricRow, how_measured, metric_rows
-from scoreray.sampling.evaluation.plan import FOLDER, run_of
-from scoreray.sampling.evaluation.record import EvaluationRecord, read_record
 from scoreray.sampling.formats.usage import Usage
+from scoreray.sampling.metrics.plan import FOLDER, run_of
+from scoreray.sampling.metrics.record import EvaluationRecord, read_record
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import ModelManifest

@@ -1,4 +1,4 @@
-"""Options of samplers: name, type, range and default are written in the sampler's signature and checked from it."""
+"""Options of samplers and metrics: name, type, range and default are in a function's signature, and checked from it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from scoreray.data.yaml_text import parse_value
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, to stand in an Annotated[float, Range(...)] of a sampler's signature.
+    """Bounds of a number, to stand in an Annotated[float, Range(...)] of a signature.
 
-    Both are finite: what a sampler makes of any number between them must be one that float32 holds, as PyTorch refuses
+    Both are finite: what is made of any number between them must be one that float32 holds, as PyTorch refuses
     others in the middle of the work.
     """
 
@@ -36,7 +36,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a sampler: `kind` is its type; `bounds` for numbers, `choices` for words."""
+    """One option of a function: `kind` is its type; `bounds` for numbers, `choices` for words."""
 
     name: str
     kind: type
@@ -58,7 +58,7 @@ class Option:
 
     @property
     def is_unbounded(self) -> bool:
-        """A number without bounds, which accepts none, or an option that must be given: a mistake in the sampler."""
+        """A number without bounds, which accepts none, or an option that must be given: a mistake in the function."""
         return self.default is inspect.Parameter.empty or (self.kind in (int, float) and self.bounds is None)
 
     def check(self, value: Any) -> Any:
@@ -80,23 +80,26 @@ class Option:
 
 
 @functools.cache
-def options_of(sampler: Callable[..., Any]) -> dict[str, Option]:
-    """The options of a sampler by name: its keyword-only parameters."""
-    hints = typing.get_type_hints(sampler, include_extras=True)
-    keyword_only = [p for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
+def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    """The options of a sampler or a metric by name: the keyword-only parameters of its function."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    keyword_only = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for one in keyword_only:
         if one.name not in hints:
             raise TypeError(f"option '{one.name}' has no type")
     return {p.name: _option(p.name, hints[p.name], p.default) for p in keyword_only}
 
 
-def check_options(name: str, sampler: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """`options` checked against the signature of `sampler`; raises UserError that names the nearest option."""
-    known = options_of(sampler)
+def check_options(
+    name: str, function: Callable[..., Any], options: Mapping[str, Any], what: str = "sampler"
+) -> dict[str, Any]:
+    """`options` checked against the signature of `function`, which is the `what` of that name. Raises UserError that
+    names the nearest option."""
+    known = options_of(function)
     for key in options:
         if key not in known:
             have = nearest(key, known) if known else "it takes none"
-            raise UserError(f"sampler '{name}' has no option '{shortened(str(key))}': {have}")
+            raise UserError(f"{what} '{name}' has no option '{shortened(str(key))}': {have}")
     return {key: known[key].check(value) for key, value in options.items()}
 
 

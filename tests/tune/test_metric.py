@@ -19,9 +19,9 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.samples import spread
 from scoreray.data.sources.field_options import parse_field_options
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures import held_out as held_out_measures
 from scoreray.sampling.measures.held_out import denoising_errors, edm_weighted, held_out_likelihood
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.load import load
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.targets import ring

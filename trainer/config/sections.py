@@ -242,12 +242,14 @@ class LogSection(Section):
 class EvaluationSection(Section):
     """What is measured beside the run at each committed checkpoint, by a process of its own that gives way to training.
 
-    `metrics`: as of `scoreray evaluate`; none measures nothing. `sheet`: samples in a picture of each checkpoint.
+    `metrics`: as of `scoreray evaluate`; none measures nothing. `metric_options`: of some, by the metric's name.
+    `sheet`: samples in a picture of each checkpoint.
     `every_images`: only the first checkpoint after each so many images; 0 takes every one (the newest, where evaluation
     is slower than training). `reference`: a packed data set; None takes `data.url`.
     """
 
     metrics: tuple[str, ...] = ()
+    metric_options: dict[str, dict[str, Any]] = {}
     sheet: int = Field(0, ge=0, le=1024)
     every_images: CountOrZero = 0
     reference: str | None = None

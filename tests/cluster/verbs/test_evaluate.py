@@ -20,7 +20,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import METRICS, follow
-from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
 from scoreray.trainer.run_folder import run_store

@@ -20,9 +20,9 @@ from scoreray.data.sources.field_options import parse_field_options
 from scoreray.sampling.evaluation import sample_chunks
 from scoreray.sampling.evaluation.compare import differences
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import Chunk, EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs
 from scoreray.sampling.measures.held_out import HeldOut
+from scoreray.sampling.metrics.plan import Chunk, EvaluationSettings
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.loop import train

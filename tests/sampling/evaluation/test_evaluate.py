@@ -28,15 +28,16 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import PathStore, open_store
-from scoreray.sampling.evaluation import loaded, sample_metrics, stages, stored
-from scoreray.sampling.evaluation.chunks import AnnealingChunk, ChunkArrays, LossChunk, read_chunk, write_chunk
+from scoreray.sampling.evaluation import loaded, stages
 from scoreray.sampling.evaluation.compare import compare, comparison_text, notes
 from scoreray.sampling.evaluation.evaluate import evaluate, find_finished
 from scoreray.sampling.evaluation.follow import check_evaluation
-from scoreray.sampling.evaluation.metrics import METRICS
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, needs_training
-from scoreray.sampling.evaluation.record import EvaluationRecord, read_record
+from scoreray.sampling.metrics import sample_metrics, stored
+from scoreray.sampling.metrics.chunks import AnnealingChunk, ChunkArrays, LossChunk, read_chunk, write_chunk
+from scoreray.sampling.metrics.plan import EvaluationSettings
+from scoreray.sampling.metrics.record import EvaluationRecord, read_record
+from scoreray.sampling.metrics.registry import METRICS
 from scoreray.sampling.model.load import LoadedAutoencoder, load_machine, load_model
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
@@ -451,7 +452,7 @@ KILLED = """
 import sys
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import check_evaluation
-from scoreray.sampling.evaluation.plan import EvaluationSettings
+from scoreray.sampling.metrics.plan import EvaluationSettings
 run, data, out = sys.argv[1:]
 evaluate(EvaluationSettings(run, data, ("fid", "loss"), out, count=640, reference_count=300, steps=8,
                             extractor="identity"))

@@ -14,8 +14,8 @@ from PIL import Image
 from scoreray.cluster.verbs.export import ExportOptions, export_model
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import EvaluationSettings
-from scoreray.sampling.evaluation.record import as_text
+from scoreray.sampling.metrics.plan import EvaluationSettings
+from scoreray.sampling.metrics.record import as_text
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train

@@ -17,11 +17,11 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.measures import distances, features
 from scoreray.sampling.measures.classifier import ClassifierConfig, TrainedClassifier, read_classifier, train_classifier
 from scoreray.sampling.measures.frechet import frechet
 from scoreray.sampling.measures.inception import InceptionV3
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train

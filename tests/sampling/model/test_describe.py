@@ -15,9 +15,9 @@ from scoreray.cluster.verbs.export import export_model
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.data.storage.store import open_store
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
 from scoreray.sampling.http.parse import parse
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.load import load
 from scoreray.sampling.service.body import make_request

@@ -18,9 +18,9 @@ from scoreray.data.fields.normalisation import to_uint8
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import check_evaluation, draw_sheet
-from scoreray.sampling.evaluation.plan import EvaluationSettings
 from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
 from scoreray.sampling.imports.import_diffusers import import_diffusers
+from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.export import export, model_to_export
 from scoreray.sampling.model.load import load

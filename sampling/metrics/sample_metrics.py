@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import add
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,18 +20,19 @@ from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.own_code import instance, line_of
 from scoreray.data.storage.store import NotFound
-from scoreray.sampling.evaluation.chunks import (
+from scoreray.sampling.measures import distances, frechet, kde
+from scoreray.sampling.measures.distances import Estimate, jackknife, mean_of
+from scoreray.sampling.measures.spectra import log_spectral_distance
+from scoreray.sampling.metrics.chunks import (
     FeatureChunk,
     ReferenceMoments,
     RestorationChunk,
     read_chunk,
     write_chunk,
 )
-from scoreray.sampling.evaluation.record import MetricResult, MetricValue
-from scoreray.sampling.evaluation.stored import StoredChunks, joined
-from scoreray.sampling.measures import distances, frechet, kde
-from scoreray.sampling.measures.distances import Estimate, jackknife, mean_of
-from scoreray.sampling.measures.spectra import log_spectral_distance
+from scoreray.sampling.metrics.record import MetricResult, MetricValue
+from scoreray.sampling.metrics.stored import StoredChunks, joined
+from scoreray.sampling.samplers.options import Range
 
 KID_BLOCK = 1000
 KID_BLOCKS = 10
@@ -143,9 +145,9 @@ def inception_score(stored: StoredChunks) -> MetricResult:
     return MetricResult(distances.inception_score(groups), warnings=(warning,) if few else ())
 
 
-def precision_recall(stored: StoredChunks) -> MetricResult:
+def precision_recall(stored: StoredChunks, *, k: Annotated[int, Range(1, 1000)] = NEIGHBOURS) -> MetricResult:
     samples, reference = stored.both("features")
-    precision, recall = distances.precision_recall(samples, reference, NEIGHBOURS)
+    precision, recall = distances.precision_recall(samples, reference, k)
     if not _all_finite(samples, reference):  # comparisons with NaN are false, and would count as far apart
         precision = recall = Estimate(math.nan, None)
     beside = {"precision": MetricValue.of(precision).model_dump(), "recall": MetricValue.of(recall).model_dump()}
@@ -161,13 +163,13 @@ def sliced_wasserstein(stored: StoredChunks) -> MetricResult:
     return MetricResult(estimate, {"floor": floor}, (warning,) if estimate.value < 1.5 * floor else ())
 
 
-def copies(stored: StoredChunks) -> MetricResult:
+def copies(stored: StoredChunks, *, threshold: Annotated[float, Range(0, 1)] = COPY_RATIO) -> MetricResult:
     """Whether samples are copies: much nearer to one image of the reference than to its next (Yoon 2023)."""
     samples, reference = stored.both("features")
     to_reference, _ = distances.nearest(samples, reference, 2)
     among, _ = distances.nearest(reference, reference, 1, same=True)
     ratio = to_reference[:, 0] / to_reference[:, 1].clamp_min(1e-12)
-    copied = distances.mean_of((ratio < COPY_RATIO).double()) if _all_finite(ratio) else Estimate(math.nan, None)
+    copied = distances.mean_of((ratio < threshold).double()) if _all_finite(ratio) else Estimate(math.nan, None)
     first = torch.from_numpy(next(stored.each("samples", FeatureChunk)).features)
     apart, numbers = distances.nearest(first, reference, 1)
     closest = apart[:, 0].argsort()[:NEIGHBOUR_PICTURES]
@@ -228,7 +230,7 @@ def _mean_spectra(stored: StoredChunks, stage: str, groups: int = frechet.GROUPS
     return totals, sums / totals[:, None, None]
 
 
-def of_own(name: str, stored: StoredChunks) -> MetricResult:
+def of_own(name: str, stored: StoredChunks, **options: Any) -> MetricResult:
     """Of features of samples [n, d] and of the reference [m, d]: numbers by name, the first of which is the value. Its
     error is from leaving out a group of the samples at a time."""
     function = instance(name, "--metrics")
@@ -237,7 +239,7 @@ def of_own(name: str, stored: StoredChunks) -> MetricResult:
 
     def value(rows: Tensor) -> dict[str, float]:
         try:
-            found = function(rows, reference)
+            found = function(rows, reference, **options)
             if not isinstance(found, Mapping):
                 raise UserError(
                     f"--metrics {name}: gave a {type(found).__name__}; a mapping of numbers by name is needed"

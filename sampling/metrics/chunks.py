@@ -12,6 +12,8 @@ import numpy as np
 from scoreray.data.errors import DataError
 from scoreray.data.storage.store import Store
 
+PROJECTIONS = 128  # of samples onto lines, for sliced distances
+
 
 @dataclass(frozen=True)
 class FeatureChunk:

@@ -69,7 +69,7 @@ class Numerics(_Strict):
 class RecordHead(_Strict):
     """What is known before anything is computed.
 
-    protocol: `version`, and for each part that a metric depends on (`sampling/evaluation/metrics.py`) its settings.
+    protocol: `version`, and for each part that a metric depends on (`sampling/metrics/registry.py`) its settings.
     """
 
     subject: EvaluationSubject

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.sampling.evaluation.chunks import (
+from scoreray.sampling.measures.distances import Estimate, mean_of
+from scoreray.sampling.measures.ensembles import EnsembleScores
+from scoreray.sampling.measures.held_out import edm_weighted
+from scoreray.sampling.metrics.chunks import (
     AnnealingChunk,
     EnsembleChunk,
     LikelihoodChunk,
     LossChunk,
     RestorationChunk,
 )
-from scoreray.sampling.evaluation.record import MetricResult, MetricValue
-from scoreray.sampling.evaluation.stored import StoredChunks, joined
-from scoreray.sampling.measures.distances import Estimate, mean_of
-from scoreray.sampling.measures.ensembles import EnsembleScores
-from scoreray.sampling.measures.held_out import edm_weighted
+from scoreray.sampling.metrics.record import MetricResult, MetricValue
+from scoreray.sampling.metrics.stored import StoredChunks, joined
 
 FAR_FROM_CALIBRATED = 0.2  # of the spread-skill ratio from 1 that is worth a warning, beyond its interval
 

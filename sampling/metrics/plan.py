@@ -6,6 +6,7 @@ any number of workers gives the same record, and what a killed evaluation has st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,11 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store, open_store
 from scoreray.data.units import MOST_THREADS
-from scoreray.sampling.evaluation.record import RecordHead, digest
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.measures.classifier import ClassifierConfig
 from scoreray.sampling.measures.ensembles import FEWEST_MEMBERS
 from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.metrics.record import RecordHead, digest
 from scoreray.sampling.model.describe import Description, ModelInfo
 from scoreray.sampling.offline.generate import Request
 
@@ -35,7 +36,8 @@ VERSION = 1  # raised when the same settings give other numbers
 class EvaluationSettings:
     """What is evaluated, against what, and how much of it.
 
-    metrics: none takes those that fit and cost no more than features and a forward pass.
+    metrics: none takes those that fit and cost no more than features and a forward pass. metric_options: of some of
+    them, by the metric's name.
     sampler, steps, grid: None takes what fits the model.
     count: samples drawn; reference_count: of the reference, spread evenly over it. likelihood_count, loss_count,
     restoration_count: of the reference, for bpd and nats, the loss, psnr and ssim. chains: of AIS.
@@ -67,6 +69,7 @@ class EvaluationSettings:
     guidance: float = 1.0
     batch_size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
+    metric_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     restoration: str = "superresolution=2"
     rtol: float = 1e-5
     threads: int = 1
