@@ -102,6 +102,9 @@ class TrainingModule(nn.Module):
         batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, given, probes, positions, self.chains)
         error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
         loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
+        importance = self.objective.sigma_sampling.importance(sigma, self.process)
+        if importance is not None:
+            loss = loss * importance
         if self.alignment is not None:
             assert features is not None, "alignment needs features"
             flipped = augment(self.alignment.on_grid(features), self.augmentation, self.seed, positions)

@@ -33,6 +33,10 @@ class BaseSigmaSampling:
         """The noise levels at which the distribution function is u: float64 [B] in (0, 1) -> [B]."""
         raise NotImplementedError
 
+    def importance(self, sigma: Tensor, process: Process) -> Tensor | None:
+        """What the loss at sigma [B] is multiplied by, [B]; None where the law itself is what a loss is a mean over."""
+        return None
+
 
 @dataclass(frozen=True)
 class LogNormal(BaseSigmaSampling):
@@ -123,7 +127,31 @@ class LadderUniform(BaseSigmaSampling):
         return process.noise_to_signal(_between(step / (self.num_levels - 1), process))
 
 
-SigmaSampling = LogNormal | LogUniform | UniformT | LogitNormal | LadderUniform
+@dataclass(frozen=True)
+class LikelihoodSampling(BaseSigmaSampling):
+    """t in proportion to g^2 / s^2, s the process's own sigma(t): importance sampling for `weighting: likelihood`
+    (Song 2021b, section 4.3).
+
+    g^2 / s^2 = 2 (s' / s - alpha' / alpha) = 2 d ln(s / alpha) / dt, so under every process the noise-to-signal ratio is
+    log-uniform over the process's range. Losses are divided by this density and multiplied by that of uniform t: of any
+    weighting they have the mean that they have under `uniform_t`. Under `likelihood`, where only the noise's error is
+    left, times a constant, they vary far less.
+    """
+
+    stratified: bool = False
+    kind: Literal["likelihood"] = field(default="likelihood", kw_only=True)
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        return LogUniform().quantile(u, process)
+
+    def importance(self, sigma: Tensor, process: Process) -> Tensor:
+        low, high = process.sigma_range()
+        t = process.time(sigma.to(torch.float64))
+        rate = (process.diffusion(t) / process.sigma(t)).square()
+        return (2 * math.log(high / low) / (process.t_max - process.t_min) / rate).to(sigma.dtype)
+
+
+SigmaSampling = LogNormal | LogUniform | UniformT | LogitNormal | LadderUniform | LikelihoodSampling
 
 SIGMA_SAMPLINGS: dict[str, type[SigmaSampling]] = {config.kind: config for config in get_args(SigmaSampling)}
 

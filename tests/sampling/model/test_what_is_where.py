@@ -49,7 +49,7 @@ REQUIRED = {
         WEIGHTINGS,
         "sigma2 constant likelihood edm velocity min_snr soft_min_snr adaptive learned",
     ),
-    "sigma sampling": (SIGMA_SAMPLINGS, "ladder uniform_t log_normal log_uniform logit_normal"),
+    "sigma sampling": (SIGMA_SAMPLINGS, "ladder uniform_t log_normal log_uniform logit_normal likelihood"),
     "networks": (NETWORKS, "mlp unet dit ladder rbm gaussian_rbm"),
     "noise grids": ((*GRIDS, PROCESS_GRID), "karras geometric linear process"),
     "inpainting, inverse problems": (set(OPERATORS) - {"inpaint"}, "superresolution gray matrix"),

@@ -15,6 +15,7 @@ from scoreray.trainer.diffusion.process import DDPM, EDM, PROCESSES, VE, VP, Flo
 from scoreray.trainer.diffusion.sigma_sampling import (
     SIGMA_SAMPLINGS,
     LadderUniform,
+    LikelihoodSampling,
     LogitNormal,
     LogNormal,
     LogUniform,
@@ -22,6 +23,7 @@ from scoreray.trainer.diffusion.sigma_sampling import (
     UniformT,
     sample_sigma,
 )
+from scoreray.trainer.diffusion.weighting import LikelihoodWeighting
 
 F64 = torch.float64
 POSITIONS = torch.arange(20_000)
@@ -44,6 +46,36 @@ def test_each_law_is_the_one_it_names(stratified):
     assert_law(VP().time(draw(UniformT(stratified), VP())), stats.uniform(1e-5, 1 - 1e-5).cdf)
     t = FlowMatching().time(draw(LogitNormal(0.5, 0.8, stratified), FlowMatching()))
     assert_law(torch.logit((t - 1e-3) / 0.998), stats.norm(0.5, 0.8).cdf)
+
+
+@pytest.mark.parametrize("process", [cls() for cls in PROCESSES.values()], ids=lambda p: p.kind)
+def test_likelihood_sampling_is_in_proportion_to_the_diffusion_over_the_variance_at_t(process):
+    """Its density of t, 1 / (dt / du), is a constant times g^2 / sigma^2; the constant is 1 / Z of `importance`."""
+    u, step = torch.linspace(0.02, 0.98, 49, dtype=F64), 1e-5
+    at = lambda v: process.time(LikelihoodSampling().quantile(v, process))  # noqa: E731
+    density = 2 * step / (at(u + step) - at(u - step))
+    rate = (process.diffusion(at(u)) / process.sigma(at(u))) ** 2
+    low, high = process.sigma_range()
+    # The DDPM's rate steps from one beta to the next, and a difference may span two of them.
+    rtol = 0.02 if process.kind == "ddpm" else 1e-6
+    torch.testing.assert_close(density, rate / (2 * math.log(high / low)), rtol=rtol, atol=0)
+    factor = LikelihoodSampling().importance(LikelihoodSampling().quantile(u, process), process)
+    torch.testing.assert_close(
+        factor * density, torch.full_like(u, 1 / (process.t_max - process.t_min)), rtol=rtol, atol=0
+    )
+
+
+@pytest.mark.parametrize("process", [VP(), FlowMatching(), VE(0.01, 50.0), DDPM()], ids=lambda p: p.kind)
+def test_under_the_likelihood_weighting_importance_sampling_has_the_mean_of_uniform_t_and_a_constant_factor(process):
+    """Gaussian data: the error at r is s^2 r^2 / (s^2 + r^2), and its -dSNR/dt integral is ln((1 + s^2 SNR) ratio)."""
+    s2, weighting = 0.25, LikelihoodWeighting()
+    sigma = draw(LikelihoodSampling(stratified=True), process)
+    factor = weighting.weight(sigma, process, 0.5) * LikelihoodSampling().importance(sigma, process)
+    torch.testing.assert_close(factor * sigma**2, (factor * sigma**2)[:1].expand_as(factor), rtol=1e-6, atol=0)
+    loss = factor * s2 * sigma**2 / (s2 + sigma**2)
+    low, high = process.sigma_range()
+    exact = math.log((1 + s2 / low**2) / (1 + s2 / high**2)) / (process.t_max - process.t_min)
+    assert loss.mean().item() == pytest.approx(exact, rel=2e-3)
 
 
 def test_the_ladder_visits_each_level_equally_often():
