@@ -132,8 +132,8 @@ class LikelihoodSampling(BaseSigmaSampling):
     """t in proportion to g^2 / s^2, s the process's own sigma(t): importance sampling for `weighting: likelihood`
     (Song 2021b, section 4.3).
 
-    g^2 / s^2 = 2 (s' / s - alpha' / alpha) = 2 d ln(s / alpha) / dt, so under every process the noise-to-signal ratio is
-    log-uniform over the process's range. Losses are divided by this density and multiplied by that of uniform t: of any
+    g^2 / s^2 = 2 (s' / s - alpha' / alpha) = 2 d ln(s / alpha) / dt, so under every process s / alpha is log-uniform
+    over the process's range. Losses are divided by this density and multiplied by that of uniform t: of any
     weighting they have the mean that they have under `uniform_t`. Under `likelihood`, where only the noise's error is
     left, times a constant, they vary far less.
     """
