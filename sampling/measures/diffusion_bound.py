@@ -2,8 +2,8 @@
 
     -ln p(x) <= KL(q(z_max | x) | p(z_max)) + 1/2 E int |x - D|^2 d SNR + E[-ln p(x | z_min)],     SNR = 1 / sigma^2.
 
-It takes forward passes only, and with the exact denoiser it is the log-likelihood itself. In ln sigma the diffusion term
-is E |x - D|^2 / sigma^2: that is t in proportion to g^2 / sigma(t)^2 under any process.
+It takes forward passes only, and with the exact denoiser it is the log-likelihood itself. In ln sigma the diffusion
+term is E |x - D|^2 / sigma^2: that is t in proportion to g^2 / sigma(t)^2 under any process.
 """
 
 from __future__ import annotations
