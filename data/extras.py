@@ -14,6 +14,7 @@ EXTRAS = {
     "lora": ("peft>=0.17",),
     "hub": ("huggingface_hub>=0.34",),
     "onnx": ("onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"),
+    "metrics": ("scikit-learn>=1.5",),
     "otel": ("opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"),
 }
 

@@ -32,7 +32,7 @@ ROOMS = (
     "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config",
     "trainer.checkpoints", "trainer.encoders", "trainer", "trainer.tracking", "trainer.on_ray",
     "sampling.samplers", "sampling.model", "sampling.imports", "sampling.guidance", "sampling.measures",
-    "sampling.offline", "sampling.encoding",
+    "sampling.offline", "sampling.representations", "sampling.encoding",
     "sampling.metrics", "sampling.evaluation", "sampling.formats", "sampling.service", "sampling.http", "sampling",
     "tune",
     "cluster", "cluster.connect", "cluster.serve", "cluster.verbs", "cluster.doctor", "cluster.submit", "cluster.cli",

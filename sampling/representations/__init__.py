@@ -1,0 +1,1 @@
+"""Representations: codes that a trained model gives data, and what is measured of codes beside known factors."""
