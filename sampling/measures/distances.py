@@ -121,11 +121,11 @@ def _covered(points: Tensor, centers: Tensor, k: int) -> Tensor:
     if len(centers) <= k:
         raise UserError(f"precision and recall with k = {k} need more than {k} samples on each side")
     radii = nearest(centers, centers, k, same=True)[0][:, -1]
-    found = []
-    for rows in points.double().split(BLOCK):
+    middle, found = centers.double().mean(0), []
+    for rows in points.split(BLOCK):
         inside = torch.zeros(len(rows), dtype=torch.bool)
         for first in range(0, len(centers), BLOCK):
-            part = _distances(rows, centers[first : first + BLOCK].double())
+            part = _distances(rows, centers[first : first + BLOCK], middle)
             inside |= (part <= radii[first : first + BLOCK]).any(1)
         found.append(inside)
     return torch.cat(found).double()
@@ -133,13 +133,13 @@ def _covered(points: Tensor, centers: Tensor, k: int) -> Tensor:
 
 def nearest(points: Tensor, others: Tensor, k: int = 1, *, same: bool = False) -> tuple[Tensor, Tensor]:
     """Distances [n, k] float64, ascending, and numbers [n, k] of the k nearest of `others`; `same`: not itself."""
-    distances, numbers = [], []
+    distances, numbers, middle = [], [], others.double().mean(0)
     for first in range(0, len(points), BLOCK):
-        rows = points[first : first + BLOCK].double()
+        rows = points[first : first + BLOCK]
         best = torch.full((len(rows), k), math.inf, dtype=torch.float64)
         where = torch.zeros(len(rows), k, dtype=torch.int64)
         for begin in range(0, len(others), BLOCK):
-            part = _distances(rows, others[begin : begin + BLOCK].double())
+            part = _distances(rows, others[begin : begin + BLOCK], middle)
             if same and begin == first:
                 part.fill_diagonal_(math.inf)
             joined = torch.cat([best, part], 1)
@@ -151,7 +151,10 @@ def nearest(points: Tensor, others: Tensor, k: int = 1, *, same: bool = False) -
     return torch.cat(distances), torch.cat(numbers)
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
+def _distances(a: Tensor, b: Tensor, middle: Tensor) -> Tensor:
+    """[n, m] float64, from products, which a matrix multiplication gives: so far from `middle` [d] that the squares'
+    digits run out, they would be lost."""
+    a, b = a.double() - middle, b.double() - middle
     squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
     return squares.clamp_min_(0).sqrt_()
 

@@ -50,6 +50,18 @@ def test_scaled_and_commuting_covariances() -> None:
     assert value == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), abs=1e-7)  # one of them singular
 
 
+@pytest.mark.parametrize("offset", [1e6, 1e9])
+def test_neighbours_far_from_the_origin_are_those_at_it(offset: float) -> None:
+    """Squares of 1e9 have no digits left for distances of 1: the product formula gave distances of 0 to 900."""
+    a, b = (offset + normal(200, 8, seed) for seed in (0, 1))
+    exact, order = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").sort(1)
+    found, numbers = distances.nearest(a, b, 3)
+    torch.testing.assert_close(found, exact[:, :3], rtol=1e-7, atol=0)
+    assert torch.equal(numbers, order[:, :3])
+    there = [value.value for value in distances.precision_recall(a, b)]
+    assert there == [value.value for value in distances.precision_recall(a - offset, b - offset)]
+
+
 @pytest.mark.parametrize("n", [40, 900])  # fewer samples than dimensions, and more
 def test_eigenvalues_give_what_a_matrix_square_root_and_torchmetrics_give(n: int) -> None:
     from torchmetrics.image.fid import _compute_fid
