@@ -18,6 +18,7 @@ from scoreray.data import checks
 from scoreray.data.errors import UserError
 
 Time = Tensor | float
+SAMPLED = (0.002, 80.0)  # noise levels between which Karras 2022 samples, for want of ends of a process's own
 
 
 class GaussianProcess:
@@ -64,6 +65,10 @@ class GaussianProcess:
     def _sigma(self, t: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _variance(self, t: Tensor) -> Tensor:
+        """sigma^2. A process whose sigma is a root gives what is under it, as a root has no derivative at 0."""
+        return self._sigma(t).square()
+
     def _ratio(self, t: Tensor) -> Tensor:
         return self._sigma(t) / self._alpha(t)
 
@@ -102,6 +107,21 @@ class GaussianProcess:
         ends = self.noise_to_signal(torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device="cpu"))
         return float(ends[0]), float(ends[1])
 
+    def sampling_range(self) -> tuple[float, float]:
+        """The noise levels between which a grid goes: `sigma_range`, whose ends are the process's own.
+
+        Where the noise is gone at t = 0, or the signal at the other end (less than a thousandth is left), t_min and
+        t_max only say how near to it training comes. A grid would spend its levels on the way there: it ends at 0.002,
+        and begins at 80.
+        """
+        low, high = self.sigma_range()
+        ends = torch.tensor([0.0, max(1.0, self.t_max)], dtype=torch.float64, device="cpu")
+        if float(self.alpha(ends)[1]) < 1e-3:
+            high = min(high, max(SAMPLED[1], 2 * low))
+        if float(self.sigma(ends)[0]) == 0:
+            low = max(low, min(SAMPLED[0], high / 2))
+        return low, high
+
     def ladder(self, num_levels: int) -> Tensor:
         """`num_levels` noise-to-signal ratios at even steps of t, descending, float64.
 
@@ -116,7 +136,7 @@ class GaussianProcess:
         return _scaled(self._drift_rate(_wide(t, x)), x)
 
     def diffusion(self, t: Time) -> Tensor:
-        """g(t), from g^2 = 2 sigma sigma' - 2 (alpha' / alpha) sigma^2."""
+        """g(t), from g^2 = (sigma^2)' - 2 (alpha' / alpha) sigma^2."""
         return self._diffusion_squared(_wide(t)).sqrt().to(_dtype(t))
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
@@ -150,8 +170,7 @@ class GaussianProcess:
 
     def _diffusion_squared(self, t: Tensor) -> Tensor:
         """g^2: what the variance sigma^2 gains beyond the drift's own scaling of it."""
-        sigma = self._sigma(t)
-        return 2 * sigma * (_derivative(self._sigma, t) - self._drift_rate(t) * sigma)
+        return _derivative(self._variance, t) - 2 * self._drift_rate(t) * self._variance(t)
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -24,10 +24,14 @@ BetaSchedule = Literal["linear", "scaled_linear", "squared_cosine"]
 
 @dataclass(frozen=True)
 class VE(GaussianProcess):
-    """Variance exploding, SMLD: sigma(t) = sigma_min (sigma_max / sigma_min)^t (Song 2021)."""
+    """Variance exploding, SMLD: sigma(t) = sigma_min (sigma_max / sigma_min)^t (Song 2021).
 
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
+    By default twice the paper's 0.01 to 50: its pictures are from 0 to 1, ours from -1 to 1. sigma_max should be about
+    the largest distance of two samples (technique 1 of Song & Ermon 2020), which `scoreray data inspect` shows.
+    """
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
     kind: Literal["ve"] = field(default="ve", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -75,8 +79,11 @@ class VP(_LinearBeta):
 
     kind: Literal["vp"] = field(default="vp", kw_only=True)
 
+    def _variance(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-_beta_integral(self, t))  # 1 - e^-B cancels at small t, expm1 does not
+
     def _sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-_beta_integral(self, t))).sqrt()  # 1 - e^-B cancels at small t, expm1 does not
+        return self._variance(t).sqrt()
 
     def _time_of(self, ratio: Tensor) -> Tensor:
         return _beta_time(self, torch.log1p(ratio**2))  # B, from ratio^2 = e^B - 1
@@ -130,8 +137,11 @@ class DDPM(GaussianProcess):
     def _alpha(self, t: Tensor) -> Tensor:
         return (-self._exponent(t) / 2).exp()
 
+    def _variance(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self._exponent(t))
+
     def _sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-self._exponent(t))).sqrt()
+        return self._variance(t).sqrt()
 
     def _exponent(self, t: Tensor) -> Tensor:
         """-ln alpha-bar(t)."""
@@ -219,6 +229,9 @@ class EDM(GaussianProcess):
     @property
     def t_max(self) -> float:
         return self.sigma_max
+
+    def sampling_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
 
     def _alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

@@ -17,6 +17,7 @@ from scoreray.data.own_code import line_of
 from scoreray.data.own_code.part import OwnPart, PartOf
 from scoreray.trainer.diffusion.condition import Conditions, as_condition, conditions_of
 from scoreray.trainer.diffusion.condition_shapes import complete
+from scoreray.trainer.diffusion.process import VE
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig, AutoencoderNetwork
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
@@ -39,8 +40,8 @@ class LadderNetworkConfig(BaseNetworkConfig):
     """A network that knows the rungs of a geometric ladder only (`OnLadder`), around any other network."""
 
     network: AnySingleNetwork = field(default=UNetConfig())
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
+    sigma_min: float = VE.sigma_min
+    sigma_max: float = VE.sigma_max
     num_levels: int = 232
     conditioning: Conditioning = "learned"
     kind: Literal["ladder"] = field(default="ladder", kw_only=True)

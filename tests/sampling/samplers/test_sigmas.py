@@ -49,10 +49,10 @@ def test_every_grid_is_float64_descends_to_0_and_holds_its_exact_ends(name, n):
 
 
 def test_from_process_steps_evenly_in_time_between_the_processs_ends():
-    sigmas = from_process(VE(), 5)
+    sigmas = from_process(VE(0.01, 50.0), 5)
     times = torch.log(sigmas[:-1] / 0.01) / math.log(5000)
     torch.testing.assert_close(times, torch.linspace(1, 1e-5, 5, dtype=torch.float64), rtol=1e-9, atol=1e-12)
-    assert from_process(VE(), 5, t_min=0.5)[-2].item() == pytest.approx(0.01 * math.sqrt(5000))
+    assert from_process(VE(0.01, 50.0), 5, t_min=0.5)[-2].item() == pytest.approx(0.01 * math.sqrt(5000))
 
 
 def test_from_process_ends_vp_at_a_thousandth_and_holds_the_ddpm_ladder():

@@ -39,7 +39,7 @@ def test_constants_at_t_1_are_the_published_ones():
     assert float(VP().sigma(torch.tensor(1.0, dtype=F64))) == pytest.approx(0.99997841, abs=5e-9)
     assert float(SubVP().sigma(torch.tensor(1.0, dtype=F64))) == pytest.approx(0.99995681, abs=5e-9)
     assert float(DDPM().alpha(torch.tensor(1.0, dtype=F64))) ** 2 == pytest.approx(4.03583e-5, rel=2e-6)
-    assert VE().sigma_range() == pytest.approx((0.01, 50.0))
+    assert VE().sigma_range() == pytest.approx((0.02, 100.0))  # Song 2021's 0.01 to 50, of pictures from 0 to 1
     assert EDM().sigma_range() == (0.002, 80.0)
 
 
@@ -86,7 +86,7 @@ def test_the_ve_ladder_is_geometric():
 @pytest.mark.parametrize(
     ("process", "drift", "squared"),
     [
-        (VE(), lambda t: 0 * t, lambda t: 2 * math.log(5000) * (0.01 * 5000**t) ** 2),
+        (VE(0.01, 50.0), lambda t: 0 * t, lambda t: 2 * math.log(5000) * (0.01 * 5000**t) ** 2),
         (VP(), lambda t: -(0.1 + 19.9 * t) / 2, lambda t: 0.1 + 19.9 * t),
         (
             SubVP(),
@@ -233,6 +233,33 @@ def test_a_process_is_two_functions_and_nothing_else():
     assert process.sigma_range()[0] == 0
 
 
+@pytest.mark.parametrize("process", ALL, ids=lambda process: process.kind)
+def test_diffusion_at_t_0_is_its_limit(process):
+    at, beside = process.diffusion(torch.tensor([0.0, 1e-9], dtype=F64)).tolist()
+    assert at == pytest.approx(beside, rel=1e-4, abs=1e-3)
+    assert process.diffusion(0.0).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("process", "low", "high"),
+    [
+        (VE(0.005, 200.0), 0.005, 200.0),
+        (EDM(2e-5, 300.0), 2e-5, 300.0),
+        (VP(), 0.002, 152.16697028),
+        (SubVP(), 0.002, 152.16368453),
+        (DDPM(), 0.0100005, 157.40728081),
+        (DDPM(schedule="squared_cosine"), 0.00642541, 80.0),  # its signal ends at a twenty-thousandth of the noise
+        (FlowMatching(), 0.002, 80.0),
+        (Cosine(), 0.002, 80.0),
+        (FlowMatching(shift=1e-6), 4.995e-4, 9.99e-4),
+        (Ellipse(), 0.002, 0.5 * math.sqrt(1 - math.exp(-6)) * math.exp(3)),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_sampling_goes_from_end_to_end_but_not_towards_all_noise_or_none(process, low, high):
+    assert process.sampling_range() == pytest.approx((low, high), rel=1e-6)
+
+
 Union = TypeAdapter(Annotated[Process, Field(discriminator="kind")])
 
 
@@ -259,7 +286,7 @@ def test_a_config_chooses_a_process_by_its_kind():
         (lambda: FlowMatching(t_max=1.5), "t_max is 1.5"),
         (lambda: EDM(sigma_max=1e300), r"sigma_max is 1e\+300: give a number above 0, at most 1e\+18"),
         (lambda: EDM(sigma_max=1e15), r"sigma_max 1000000000000000.0 make noise levels .* to 1e\+15: they must"),
-        (lambda: VE(sigma_min=1e-300), "from 1e-300 to 50: they must rise within 1e-09 to 1e\\+09"),
+        (lambda: VE(sigma_min=1e-300), "from 1e-300 to 100: they must rise within 1e-09 to 1e\\+09"),
         (lambda: VP(beta_max=1e4), "beta_max 10000.0, .* to inf"),
         (lambda: SubVP(t_min=1e-300), "noise levels .* from 0 to|from 1e-301"),
         (lambda: DDPM(num_steps=10**6), "num_steps 1000000, .* make noise levels .* to inf"),
