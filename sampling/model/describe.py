@@ -6,6 +6,7 @@ URLs, the same spellings of a length, and refuse in the same words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -29,11 +30,13 @@ from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
 from scoreray.trainer.diffusion.objective import AutoencodingObjective
+from scoreray.trainer.diffusion.process import VE
+from scoreray.trainer.diffusion.sigma_sampling import LadderUniform
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.networks.conditioning import resized
+from scoreray.trainer.networks.network import LadderNetworkConfig
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
-SIGMA_RANGE = (0.002, 80.0)  # flow matching starts at pure noise and many processes end at none: a grid can't
 
 
 @dataclass(frozen=True)
@@ -199,9 +202,18 @@ class ModelInfo:
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The noise levels that the run's process covers, as far as a grid can."""
-        low, high = self.config.process.sigma_range()
-        return max(low, SIGMA_RANGE[0]), min(high, max(SIGMA_RANGE[1], 2 * low))
+        """The noise levels between which a grid goes, from the end of the run's process to its beginning."""
+        return self.config.process.sampling_range()
+
+    @property
+    def rungs(self) -> int | None:
+        """How many levels the geometric ladder has that it was trained on; None of a model of any other levels."""
+        network, process = self.config.network, self.config.process
+        if isinstance(network, LadderNetworkConfig):
+            ends = zip(self.sigma_range, (network.sigma_min, network.sigma_max), strict=True)
+            return network.num_levels if all(math.isclose(*pair) for pair in ends) else None
+        sampling = getattr(self.config.objective, "sigma_sampling", None)
+        return sampling.num_levels if isinstance(sampling, LadderUniform) and isinstance(process, VE) else None
 
     def sigmas(self, steps: int, name: str = "karras") -> torch.Tensor:
         """A grid of `steps` levels: one of `sigmas.GRIDS` over `sigma_range`, or "process", even in the process's t."""

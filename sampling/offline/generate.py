@@ -108,7 +108,8 @@ class Request:
         """The request with all that was left out filled in for a model. Raises RequestError where it does not fit it.
 
         An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
-        geometric, as many levels as its technique 2 asks for; anything else by Heun on 18 levels of Karras' grid.
+        geometric, of as many levels as the run was trained on, or else as its technique 2 takes; anything else by Heun
+        on 18 levels of Karras' grid.
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
         from noise at the largest level.
         """
@@ -132,7 +133,7 @@ class Request:
         levels = 18
         if annealed and self.steps is None:
             low, high = info.sigma_range
-            levels = levels_needed(high, low, math.prod(info.image_shape))
+            levels = info.rungs or levels_needed(high, low, math.prod(info.image_shape))
         options = self.options
         if WARM_START in options_of(sampler_of(sampler)):
             options = {WARM_START: True, **options}

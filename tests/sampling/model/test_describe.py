@@ -18,15 +18,19 @@ from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.prepare import load_inputs, make_plan
 from scoreray.sampling.http.parse import parse
 from scoreray.sampling.metrics.plan import EvaluationSettings
-from scoreray.sampling.model.describe import describe
+from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.service.body import make_request
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.models import look_up
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.checkpoints.exported import ModelManifest
+from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
+from scoreray.trainer.networks.ladder import levels_needed
 
 SPELLINGS = ["0.1", ".1", "0.10", "0.100", "1e-1", "10E-2", " 0.1 ", "+0.1"]
 
@@ -53,6 +57,36 @@ def test_what_each_url_holds(urls: dict[str, str]) -> None:
     assert [found[name].follows_run for name in urls] == [True, False, False, False]
     assert found["run"].info.url == found["checkpoint"].info.url == urls["checkpoint"]
     assert describe(f"{urls['all']}/ema-0.100.safetensors").info.ema == "0.100"
+
+
+def untrained(**sections: Any) -> ModelInfo:
+    """Of a model of points in the plane."""
+    run, data = {"name": "r", "storage": "none"}, {"url": "none", "global_batch_size": 16}
+    config = load_config({"run": run, "data": data, "duration": {"images": 16}, **sections})
+    return ModelInfo("", 0, "none", (2,), (), config)
+
+
+@pytest.mark.parametrize(("process", "mean"), [({"sigma_max": 80}, 25.5498), ({"sigma_max": 200}, 28.2032)])
+def test_sampling_starts_at_the_processs_own_end(process: dict[str, Any], mean: float, make_gaussian: Any) -> None:
+    """Data N(30, 12^2) under the exact denoiser: the ODE from N(0, S^2) ends at 30 (1 - 12 / sqrt(12^2 + S^2))."""
+    sigmas = untrained(process={"kind": "ve", "sigma_min": 0.01, **process}).sigmas(200)
+    assert sigmas[0] == pytest.approx(process["sigma_max"])
+    x = float(sigmas[0]) * torch.linspace(-1, 1, 2001, dtype=torch.float64)[:, None]
+    found = sample(make_gaussian(30.0, 12.0), x, sigmas).mean()
+    assert found == pytest.approx(mean, abs=0.02)
+
+
+def test_annealed_langevin_walks_down_the_rungs_that_a_run_was_trained_on() -> None:
+    def levels(**sections: Any) -> int | None:
+        return Request(1, "ncsn").fitted(untrained(**sections)).steps
+
+    trained = {"kind": "denoising", "sigma_sampling": {"kind": "ladder", "num_levels": 50}}
+    of_ladder = {"kind": "ladder", "num_levels": 40, "network": {"kind": "mlp"}}
+    assert levels(process={"kind": "ve"}, objective=trained) == 50
+    assert levels(process={"kind": "ve"}, network=of_ladder) == 40
+    by_technique_2 = levels_needed(80.0, 0.002, 2)
+    assert levels(process={"kind": "edm"}, network=of_ladder) == by_technique_2  # whose rungs it does not walk
+    assert levels(process={"kind": "edm"}, objective=trained) == by_technique_2  # whose rungs are not geometric
 
 
 def test_an_export_knows_what_the_model_draws_and_takes_as_its_checkpoint_does(

@@ -43,6 +43,23 @@ def test_technique_2_solves_its_equation_and_is_near_cifar_s_printed_ladder():
     assert ladder_ratio(784) > ladder_ratio(3072) > 1
 
 
+def test_technique_2_is_bounded_in_few_dimensions_where_its_equation_has_no_root_or_a_large_one():
+    assert overlap(100.0, 4) > 0.5  # however far apart, shells of so few dimensions overlap
+    assert [ladder_ratio(d) for d in (1, 2, 4, 5, 84)] == [1.3] * 5
+    assert ladder_ratio(85) < 1.3
+    assert levels_needed(50, 0.01, 2) == 34
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
+def test_the_largest_distance_is_as_exact_far_from_the_origin(scale, offset):
+    data = (
+        offset + scale * torch.randn(300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).float()
+    exact = torch.cdist(data.double(), data.double(), compute_mode="donot_use_mm_for_euclid_dist").max()
+    assert largest_distance(data, chunk=70) == pytest.approx(float(exact), rel=1e-6)
+
+
 def test_technique_4_gives_cifar_s_step_size():
     assert step_size(0.01, CIFAR_RATIO, 5) == pytest.approx(6.2e-6, rel=5e-3)
 
@@ -64,7 +81,7 @@ def test_a_ladder_is_suggested_from_data():
     ladder = suggest_ladder(data)
     sigmas = ladder.sigmas()
     assert sigmas[0] == pytest.approx(largest_distance(data), rel=1e-6)
-    assert sigmas[-1] == pytest.approx(0.01)
+    assert sigmas[-1] == pytest.approx(0.02)
     assert overlap(float(sigmas[0] / sigmas[1]), 64) >= 0.5
     torch.testing.assert_close(sigmas, VE(ladder.sigma_min, ladder.sigma_max).ladder(ladder.num_levels))
     with pytest.raises(UserError, match=r"largest distance in the data is 0\.0"):
