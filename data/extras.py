@@ -12,6 +12,7 @@ EXTRAS = {
     "redis": ("redis>=5",),
     "diffusers": ("diffusers>=0.36", "transformers>=4.57"),
     "lora": ("peft>=0.17",),
+    "flows": ("torchdiffeq>=0.2.5",),
     "hub": ("huggingface_hub>=0.34",),
     "onnx": ("onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"),
     "metrics": ("scikit-learn>=1.5",),

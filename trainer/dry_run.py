@@ -19,7 +19,6 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.condition import AnyCondition, Conditions, conditions_of
 from scoreray.trainer.diffusion.condition_shapes import example_condition
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.flops import training_flops
 from scoreray.trainer.networks.network import num_parameters
@@ -89,9 +88,10 @@ def _step(config: Config, fields: RunFields) -> None:
     channels, *grid = fields.shape
     stored = 2 * channels if fields.target.holds_moments else channels
     images, given = torch.zeros(ROWS, stored, *grid), example_condition(fields.conditions, ROWS)
-    loss, sigma = module(images, given, torch.arange(ROWS))
-    if not isinstance(config.objective, AutoencodingObjective) and not bool(((sigma > 0) & sigma.isfinite()).all()):
-        kind = config.objective.sigma_sampling.kind
+    source = {"source": torch.zeros(ROWS, *fields.shape)} if fields.source is not None else {}
+    loss, sigma = module(images, given, torch.arange(ROWS), **source)
+    if getattr(config.objective, "has_noise_levels", False) and not bool(((sigma > 0) & sigma.isfinite()).all()):
+        kind = getattr(config.objective, "sigma_sampling").kind  # noqa: B009
         raise UserError(f"sigma_sampling: kind '{kind}' gave {sigma.tolist()}; noise levels above 0 are needed")
     if not loss.requires_grad:
         raise UserError("the loss of a training step has no gradient: network, objective and weighting must make it of "

@@ -39,7 +39,8 @@ from scoreray.trainer.ranks import from_all_ranks, from_rank_0
 from scoreray.trainer.records import record_objects, remove_uncommitted
 from scoreray.trainer.run_data import FinishedTars, RunData, open_batches, open_run_data
 from scoreray.trainer.run_folder import run_store
-from scoreray.trainer.step import RunModule, build_training_module
+from scoreray.trainer.source_data import check_source, source_batches
+from scoreray.trainer.step import RunModule, TrainingModule, build_training_module
 
 T = TypeVar("T")
 
@@ -86,6 +87,8 @@ def train(
                 lineage = begin(config, fields, engine, module, rank, world_size)
         else:
             lineage = []
+        if checkpoint is not None:
+            check_source(checkpoint, fields)
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)
@@ -94,6 +97,7 @@ def train(
         stream = open_batches(
             config, data, fields, images_seen, rank, world_size, device, unreadable.quarantine, finished.known
         )
+        sources = source_batches(config, fields, images_seen, rank, world_size, device)
         work = partial(training_work, config, fields, world_size, device) if rank == 0 else None
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
     marker = _marker(config, data, fields, module, engine, world_size, lineage)
@@ -102,13 +106,14 @@ def train(
     norm, decided = 0.0, LoopRequest.NOTHING
     try:
         while images_seen < total and decided < LoopRequest.PREEMPT:
-            batch = meter.waiting(lambda: next(stream))
+            batch, start = meter.waiting(lambda: (next(stream), None if sources is None else next(sources)))
             learning_rate = config.optimizer.rate(images_seen + batch_size, total)
             decays = config.ema.decays(num_steps + 1, batch_size)
             _seed_dropout(config.run.seed, rank, images_seen)
             before, images_seen = images_seen, images_seen + batch_size
             try:
-                norm = _step(engine, batch, fields, learning_rate, decays, meter, world_size)
+                source = _paired(module, engine, batch, start, fields)
+                norm = _step(engine, batch, source, fields, learning_rate, decays, meter, world_size)
                 num_steps += 1
             except NonFiniteError as error:
                 skipped += 1
@@ -151,6 +156,8 @@ def train(
         vote.close(meet=decided >= LoopRequest.PREEMPT)
     finally:
         stream.close()
+        if sources is not None:
+            sources.close()
         writer.close()
         flush()
     if decided is LoopRequest.PREEMPT and images_seen < total:
@@ -229,6 +236,7 @@ def _marker(
         image_shapes=[list(shape) for shape in fields.shapes],
         classes=list(data.classes),
         data=DataSet.of(data),
+        source=None if fields.source is None else DataSet.of(fields.source.manifest),
         target=fields.target,
         conditions=fields.conditions,
         frozen=[name for name, one in module.named_parameters() if not one.requires_grad and config.lora is None],
@@ -237,9 +245,23 @@ def _marker(
     )
 
 
+def _paired(
+    module: RunModule, engine: Engine, batch: Batch, start: Batch | None, fields: RunFields
+) -> torch.Tensor | None:
+    """What each of the rank's rows is paired with; None where that is the noise of its own position."""
+    if not isinstance(module, TrainingModule) or not module.objective.only_flow:
+        return None
+    images, condition = fields.inputs(batch)
+    stored = None if start is None or fields.source is None else fields.source.fields.inputs(start)[0]
+    at, condition = engine.device, None if condition is None else condition.to(engine.device)
+    stored = None if stored is None else stored.to(at)
+    return module.paired_source(images.to(at), condition, batch.position.to(at), stored)
+
+
 def _step(
     engine: Engine,
     batch: Batch,
+    source: torch.Tensor | None,
     fields: RunFields,
     learning_rate: float,
     decays: list[float],
@@ -257,7 +279,9 @@ def _step(
         part = slice(i * rows, (i + 1) * rows)
         with onednn_products(engine.device):
             given = None if condition is None else condition[part]
-            loss, sigma = engine.module(images[part], given, positions[part], *(tensor[part] for tensor in features))
+            extra = {} if source is None else {"source": source[part]}
+            known = [tensor[part] for tensor in features]
+            loss, sigma = engine.module(images[part], given, positions[part], *known, **extra)
             engine.backward(loss.mean())
         losses.append(loss.detach())
         sigmas.append(sigma)

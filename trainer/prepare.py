@@ -15,12 +15,15 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
+from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective
 from scoreray.trainer.dry_run import dry_run
 from scoreray.trainer.encoders.load import load_autoencoder
+from scoreray.trainer.flows import continuous_flow
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
+from scoreray.trainer.source_data import check_source, with_source
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
 
     Raises UserError, StorageError or DataError.
     """
-    _check_trackers(config)
+    _check_packages(config)
     data = open_run_data(config, patient=False)
     fields = run_fields(config.data, data, config.autoencoder, config.alignment)
+    fields = with_source(config, fields, patient=False)
     unrun = dry_run(config, fields, meta_module(config, fields))
     _check_autoencoder(config, fields)
     run = run_store(config)
@@ -59,6 +63,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     newest = None if fresh else latest(run)
     if newest is not None:
         newest.check_data(data, config.data.url)
+        check_source(newest, fields)
         check_stored(newest.marker.config, newest.marker.own_code, newest.url)
         if newest.marker.is_lora:
             find_base(newest.url, newest.marker)
@@ -80,8 +85,10 @@ def _check_autoencoder(config: Config, fields: RunFields) -> None:
         load_autoencoder(fields.target.encoding, "cpu").decoded_shape(fields.shape)
 
 
-def _check_trackers(config: Config) -> None:
-    """Raises UserError where records are to be sent somewhere by a package that is missing."""
+def _check_packages(config: Config) -> None:
+    """Raises UserError where records are to be sent somewhere, or an ODE solved, by a package that is missing."""
+    if isinstance(config.objective, MaximumLikelihoodObjective):
+        continuous_flow.package()
     for name in ("mlflow", "wandb"):
         if getattr(config.log, name) is not None and importlib.util.find_spec(name) is None:
             raise UserError(f"log.{name}: its package is not installed: {install(name)}, or log.{name}=null")
@@ -114,7 +121,7 @@ def as_begun(config: Config, data: RunData, run: Store) -> tuple[Config, RunFiel
     auto = config.denoiser.sigma_data == "auto"
     newest = latest(run) if auto or len(config.data.conditions or ()) > 1 else None
     config = in_order_of_run(config, newest)
-    fields = run_fields(config.data, data, config.autoencoder, config.alignment)
+    fields = with_source(config, run_fields(config.data, data, config.autoencoder, config.alignment))
     initial = find_initial(config) if auto and newest is None else None
     return with_sigma_data(config, fields, newest, initial), fields
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from scoreray.data.errors import UserError
 from scoreray.data.fields.encoding import drawn
 from scoreray.data.fields.normalisation import Normaliser, to_unit_range
+from scoreray.data.reading.order import default_lanes
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import normalised
 from scoreray.trainer.config.data_scale import resolve_sigma_data
-from scoreray.trainer.config.run_fields import RunFields
+from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.config.validation import chain_mistakes, condition_mistakes, objective_mistakes, refuse
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.augmentation import NO_AUGMENTATION, AugmentationConfig, augment, augmentation_mistakes
@@ -25,12 +26,15 @@ from scoreray.trainer.diffusion.layers import allow_double_backward
 from scoreray.trainer.diffusion.objective import (
     AutoencodingObjective,
     ContrastiveObjective,
+    FlowMatchingObjective,
     NoisedBatch,
     ObjectiveConfig,
     needs_second_derivatives,
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
+from scoreray.trainer.flows.couplings import groups_of, paired
+from scoreray.trainer.flows.sources import SOURCE_SEED, DataSetSource, interpolant
 from scoreray.trainer.networks.alignment import Alignment
 from scoreray.trainer.networks.autoencoder import AutoencoderNetwork, check_autoencoder
 from scoreray.trainer.networks.lora import add_adapters
@@ -53,7 +57,8 @@ class TrainingModule(nn.Module):
     samples that lose a condition on its own, by name. The network may compute in bf16, by its weights or under
     autocast; what stands around it stays float32. Parameters: `denoiser.network.*` and, where the weighting learns,
     `weighting.*`. `shape` of a sample: persistent chains need it; their pool is the buffer `chains.pool`.
-    With `alignment` (parameters `alignment.*`) the features of the samples are a further argument.
+    With `alignment` (parameters `alignment.*`) the features of the samples are a further argument. So is `source`
+    [B, ...], what each sample is paired with in the place of the noise of its position (`paired_source`).
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class TrainingModule(nn.Module):
         moments: bool = False,
         dropout: Mapping[str, float] | None = None,
         alignment: Alignment | None = None,
+        num_lanes: int | None = None,
+        source_target: TargetField | None = None,
     ):
         super().__init__()
         self.conditions = denoiser.conditions
@@ -84,6 +91,7 @@ class TrainingModule(nn.Module):
         self.objective, self.process = objective, process
         self.augmentation = augmentation
         self.seed, self.global_batch_size = seed, global_batch_size
+        self.num_lanes, self.source_target = num_lanes or default_lanes(global_batch_size), source_target
         self.weighting = objective.weighting.build(process, denoiser.sigma_data)
         self.chains = build_chains(objective, seed, global_batch_size, shape)
         self.alignment = alignment
@@ -91,15 +99,26 @@ class TrainingModule(nn.Module):
             allow_double_backward(denoiser)
 
     def forward(
-        self, images: Tensor, condition: AnyCondition, positions: Tensor, features: Tensor | None = None
+        self,
+        images: Tensor,
+        condition: AnyCondition,
+        positions: Tensor,
+        features: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        x0 = modelled(images, positions, self.seed, self.augmentation, self.normaliser, self.moments)
+        x0 = self._x0(images, positions)
         shape = tuple(x0.shape[1:])
         sigma = self._sigma(positions, x0.dtype)
+        level = like(sigma, x0)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
         given = self._given(condition, positions)
         probes = self.objective.draw_probes(self.seed, positions, shape, x0.dtype)
-        batch = NoisedBatch(x0, x0 + like(sigma, x0) * z, sigma, given, probes, positions, self.chains)
+        if isinstance(self.objective, FlowMatchingObjective) and isinstance(self.objective.source, DataSetSource):
+            assert source is not None, "a flow from a data set needs its samples"
+            x, x0 = interpolant(x0, source, level, self.objective.source.gamma, z)
+        else:
+            x = x0 + level * (z if source is None else source)
+        batch = NoisedBatch(x0, x, sigma, given, probes, positions, self.chains, self.process)
         error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
         loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
         importance = self.objective.sigma_sampling.importance(sigma, self.process)
@@ -111,7 +130,42 @@ class TrainingModule(nn.Module):
             loss = loss + self.alignment(self.denoiser.network, flipped)
         return loss.float(), sigma.float()
 
+    @torch.no_grad()
+    def paired_source(
+        self, images: Tensor, condition: Condition | None, positions: Tensor, stored: Tensor | None
+    ) -> Tensor | None:
+        """What the rank's rows of a global batch are paired with, [B, ...]; None of pairs with each position's noise.
+
+        stored: the other data set's samples at these positions, in its units, for `source: {kind: data}`. Called with
+        all rows at once, as a group of the coupling may be larger than a micro-batch. Samples of different classes
+        change no places: what a class is paired with is distributed as all of the source.
+        """
+        objective = self.objective
+        if not isinstance(objective, FlowMatchingObjective) or not objective.only_flow:
+            return None
+        x0 = self._x0(images, positions)
+        if stored is None:
+            shape = tuple(x0.shape[1:])
+            source = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
+        else:
+            assert self.source_target is not None
+            target = self.source_target
+            source = modelled(
+                stored, positions, self.seed + SOURCE_SEED, NO_AUGMENTATION, target.normaliser, target.holds_moments
+            )
+        coupling = objective.coupling
+        if coupling.group_size == 1:
+            return source
+        groups = groups_of(positions, self.global_batch_size, self.num_lanes, coupling.group_size)
+        classes = [] if condition is None else [one for one in condition.values.values() if one.dtype == torch.int64]
+        return paired(coupling, x0, source, torch.stack([groups, *classes], dim=1))
+
+    def _x0(self, images: Tensor, positions: Tensor) -> Tensor:
+        return modelled(images, positions, self.seed, self.augmentation, self.normaliser, self.moments)
+
     def _sigma(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.objective.has_noise_levels:
+            return torch.zeros(len(positions), dtype=dtype, device=positions.device)
         batch = self.global_batch_size
         if self.chains is not None:  # a persistent chain stays at its noise level, so its samples come at that one
             positions, batch = positions % self.chains.count, self.chains.count
@@ -329,5 +383,7 @@ def build_training_module(config: Config, fields: RunFields) -> RunModule:
         shape=fields.shape,
         dropout=fields.dropout,
         alignment=_alignment(config, fields, network),
+        num_lanes=config.data.num_lanes,
+        source_target=None if fields.source is None else fields.source.fields.target,
         **shared,
     )

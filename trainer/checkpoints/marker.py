@@ -86,6 +86,7 @@ class Marker:
     of which only the master is stored.  lineage: what the run began from, what that began from, and so on.
     Of a LoRA only what is trained is stored, and has its shape in `shapes`; what it adapts is the first of the lineage.
     own_code: SHA-256 of the code of each part of somebody else's that the config names.
+    source: the data set of `objective.source`, where a flow starts from one.
     """
 
     __pydantic_config__ = _CONFIG
@@ -108,6 +109,7 @@ class Marker:
     frozen: list[str] = field(default_factory=list)
     lineage: list[Ancestor] = field(default_factory=list)
     own_code: dict[str, Sha256] = field(default_factory=dict)
+    source: DataSet | None = None
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def __post_init__(self) -> None:
@@ -180,11 +182,12 @@ class Marker:
 
 def page_fields(page: Any) -> dict[str, Any]:
     """`asdict` of a dataclass that has a `target` and `conditions`: without `encoding` and `data_dtype` of what no
-    encoder made, and without `image_shapes` where there is one, as before there were any, so that earlier versions
-    read it."""
+    encoder made, without `image_shapes` where there is one, and without `source` where it is noise, as before there
+    were any, so that earlier versions read it."""
     found = asdict(page)
-    if not found["image_shapes"]:
-        del found["image_shapes"]
+    for key in ("image_shapes", "source"):
+        if not found.get(key, True):
+            del found[key]
     for one in (found["target"], *(found["conditions"] or {}).values()):
         for key in ("encoding", "data_dtype"):
             if one is not None and key in one and one[key] is None:

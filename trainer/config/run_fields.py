@@ -19,6 +19,7 @@ from scoreray.data.fields.field import NAME, TARGETS, Field, FieldRequest, class
 from scoreray.data.fields.field_kinds import FieldDtype, FieldKind
 from scoreray.data.fields.normalisation import Normalisation, Normaliser
 from scoreray.data.reading.field_values import FieldTensors
+from scoreray.data.reading.manifest import Manifest
 from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import AutoencoderSection, ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
@@ -75,7 +76,7 @@ class RunFields:
     conditions: what the network is built for, by name; sources: the field that each is read from; dropout: the share of
     samples that lose each on its own.  requests: what a stream reads.
     mean, std: of each channel of the target as the network sees it; sigma_data: of all its values.  features: the field
-    that `objective.alignment` names.
+    that `objective.alignment` names.  source: what is read of `objective.source`'s data set.
     """
 
     target: TargetField
@@ -90,6 +91,7 @@ class RunFields:
     shapes: tuple[tuple[int, ...], ...] = ()
     shares: tuple[float, ...] = ()
     features: Field | None = None
+    source: FlowStart | None = None
 
     @property
     def is_image(self) -> bool:
@@ -111,6 +113,14 @@ class RunFields:
     def features_of(self, batch: FieldTensors) -> tuple[Tensor, ...]:
         """What `objective.alignment` compares with, as further arguments of the training module; () without it."""
         return () if self.features is None else (batch.fields[self.features.name],)
+
+
+@dataclass(frozen=True)
+class FlowStart:
+    """The data set that a flow starts from (`objective.source`), and what is read of it."""
+
+    manifest: Manifest
+    fields: RunFields
 
 
 def run_fields(

@@ -289,7 +289,8 @@ class Config(Section):
         found = validation.mistakes(
             self.network, self.process, self.denoiser, self.objective, self.data.global_batch_size, self.engine.compile
         )
-        validation.refuse(found + self._autoencoder_mistakes() + self._lora_mistakes() + self._batch_mistakes())
+        found += self._autoencoder_mistakes() + self._adjoint_mistakes() + self._lora_mistakes()
+        validation.refuse(found + self._batch_mistakes())
         return self
 
     @model_validator(mode="before")
@@ -311,14 +312,20 @@ class Config(Section):
         """The numbers of workers that the run may have, ascending: of scaling.workers, those that share the batch."""
         low, high = self.scaling.range
         batch, group = self.data.global_batch_size, self.engine.partition_group
-        micro = self.engine.micro_batch_size or 1
+        parts = math.lcm(self.engine.micro_batch_size or 1, self._coupled)
         lanes = self.data.num_lanes or default_lanes(batch)
-        # Whole lanes, whole partition groups (one of all ranks would only add a second copy), whole micro-batches.
+        # Whole lanes, whole partition groups (one of all ranks would only add a second copy), whole micro-batches and
+        # groups of a coupling.
         return tuple(
             size
             for size in range(low, high + 1)
-            if not (lanes % size or size % group or size == group > 1 or (batch // size) % micro)
+            if not (lanes % size or size % group or size == group > 1 or (batch // size) % parts)
         )
+
+    @property
+    def _coupled(self) -> int:
+        """Rows of a rank that an objective's coupling pairs among themselves."""
+        return getattr(getattr(self.objective, "coupling", None), "group_size", 1)
 
     def _autoencoder_mistakes(self) -> list[str]:
         if not isinstance(self.objective, AutoencodingObjective):
@@ -331,6 +338,14 @@ class Config(Section):
                 "[mse, psnr, ssim, reconstruction_fid]"
             )
         return found
+
+    def _adjoint_mistakes(self) -> list[str]:
+        if not getattr(self.objective, "adjoint", False) or self.engine.zero_stage != 3:
+            return []
+        return [
+            "objective.adjoint: solves an equation in the backward pass, where engine.zero_stage 3 has let go of the "
+            "weights; set engine.zero_stage to 2 or less, or objective.adjoint=false"
+        ]
 
     def _lora_mistakes(self) -> list[str]:
         if self.lora is None:
@@ -366,5 +381,11 @@ class Config(Section):
                 return [
                     f"engine.micro_batch_size: {micro} does not divide the {batch // workers} rows that each of "
                     f"{workers} workers has of data.global_batch_size {batch}"
+                ]
+            if (batch // workers) % self._coupled:
+                return [
+                    f"objective.coupling.group_size: {self._coupled} does not divide the {batch // workers} rows that "
+                    f"each of {workers} workers has of data.global_batch_size {batch}; take a divisor of both, such as "
+                    f"{math.gcd(self._coupled, batch // high)}"
                 ]
         return []

@@ -12,6 +12,8 @@ from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.objective import (
     AutoencodingObjective,
     ContrastiveObjective,
+    FlowMatchingObjective,
+    MaximumLikelihoodObjective,
     ObjectiveConfig,
     needs_second_derivatives,
 )
@@ -54,7 +56,7 @@ def mistakes(
             f"denoiser.sigma_data: {denoiser.sigma_data} scales the input otherwise than network.kind '{network.kind}' "
             f"was trained on; set it to {required:g}"
         )
-    found += objective_mistakes(objective, denoiser.parameterization)
+    found += objective_mistakes(objective, denoiser.parameterization) + _flow_mistakes(objective)
     if compile and needs_second_derivatives(objective, denoiser.parameterization):
         found.append(
             f"engine.compile: objective '{objective.kind}' with parameterization '{denoiser.parameterization}' "
@@ -100,8 +102,27 @@ def chain_mistakes(objective: ObjectiveConfig, global_batch_size: int) -> list[s
     return []
 
 
+def _flow_mistakes(objective: ObjectiveConfig) -> list[str]:
+    """Noise levels of an objective that has none."""
+    if not isinstance(objective, MaximumLikelihoodObjective):
+        return []
+    return [
+        f"objective.{name}: kind 'maximum_likelihood' integrates over all noise levels and weighs none; leave it out"
+        for name in ("weighting", "sigma_sampling", "alignment")
+        if getattr(objective, name) != _default(objective, name)
+    ]
+
+
 def condition_mistakes(objective: ObjectiveConfig, conditions: Conditions) -> list[str]:
     """Where an objective can't train on conditions."""
+    if isinstance(objective, FlowMatchingObjective) and objective.coupling.group_size > 1:
+        return [
+            f"objective.coupling: kind '{objective.coupling.kind}' would pair noise with values of condition '{name}' "
+            f"({spec.kind}), and samples are drawn from all noise whatever their condition; classes alone are paired "
+            "each by itself: leave the condition or the coupling out"
+            for name, spec in conditions.items()
+            if spec.kind != "class"
+        ]
     persistent = isinstance(objective, ContrastiveObjective) and objective.start == "persistent"
     if not persistent or not conditions or objective.label_dropout == 1:
         return []

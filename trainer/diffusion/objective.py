@@ -26,6 +26,7 @@ from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.diffusion.contrastive import PersistentChains, denoiser_divergence
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
+from scoreray.trainer.diffusion.gaussian_process import GaussianProcess
 from scoreray.trainer.diffusion.jacobian import exact_trace, projected_trace
 from scoreray.trainer.diffusion.sigma_sampling import (
     BaseSigmaSampling,
@@ -34,7 +35,10 @@ from scoreray.trainer.diffusion.sigma_sampling import (
     SigmaSampling,
     UniformT,
 )
-from scoreray.trainer.diffusion.weighting import BaseWeighting, EDMWeighting, Sigma2, Velocity, Weighting
+from scoreray.trainer.diffusion.weighting import BaseWeighting, Constant, EDMWeighting, Sigma2, Velocity, Weighting
+from scoreray.trainer.flows.continuous_flow import Integration, Solver, log_density
+from scoreray.trainer.flows.couplings import AnyCoupling, IndependentCoupling
+from scoreray.trainer.flows.sources import DataSetSource, FlowSource, GaussianSource
 
 AnyWeighting = Annotated[Weighting, PartOf("weighting", ("weight", "build"), BaseWeighting)]
 AnySampling = Annotated[SigmaSampling, PartOf("sigma sampling", ("quantile",), BaseSigmaSampling)]
@@ -43,7 +47,9 @@ Probe = Literal["rademacher", "gaussian"]
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """x [B, ...] = x0 + sigma z at sigma [B]. probes: of `draw_probes`; chains: the persistent ones, of `positions`."""
+    """x [B, ...] = x0 + sigma z at sigma [B]. probes: of `draw_probes`; chains: the persistent ones, of `positions`;
+    process: of the run. Of an interpolant with noise of its own, x0 is what D is to estimate
+    (`trainer/flows/sources.py`)."""
 
     x0: Tensor
     x: Tensor
@@ -52,6 +58,7 @@ class NoisedBatch:
     probes: Tensor | None = None
     positions: Tensor | None = None
     chains: PersistentChains | None = None
+    process: GaussianProcess | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,11 @@ class BaseObjective:
 
     needs_jacobian: ClassVar[bool] = False
     """The error itself holds derivatives of the denoiser, so that a training step differentiates twice."""
+    has_noise_levels: ClassVar[bool] = True
+    """Each sample's loss is at one noise level."""
+    only_flow: ClassVar[bool] = False
+    """D gives the velocity of a flow whose densities are not those of x0 + sigma z with z independent of x0, so that
+    (D - x) / sigma^2 is not their score: samplers of the ODE are right, those that add noise are not."""
 
     def __post_init__(self) -> None:
         checks.fraction("objective", label_dropout=self.label_dropout)
@@ -154,10 +166,19 @@ class DDPMObjective(BaseObjective):
 
 @dataclass(frozen=True)
 class FlowMatchingObjective(BaseObjective):
-    """Conditional flow matching: |velocity error|^2, t uniform (Lipman 2023)."""
+    """Conditional flow matching: |velocity error|^2, t uniform (Lipman 2023).
+
+    coupling: which sample of the source each sample is paired with; source: noise, or another data set (`flows/`).
+    """
 
     weighting: AnyWeighting = field(default=Velocity())
+    coupling: AnyCoupling = field(default=IndependentCoupling(), kw_only=True)
+    source: FlowSource = field(default=GaussianSource(), kw_only=True)
     kind: Literal["flow_matching"] = field(default="flow_matching", kw_only=True)
+
+    @property
+    def only_flow(self) -> bool:  # type: ignore[override]
+        return self.coupling.group_size > 1 or isinstance(self.source, DataSetSource)
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,18 @@ class ImplicitObjective(_ByJacobian):
         return exact_trace(denoised, x, create_graph=True), step.square().sum(1)
 
 
+def draw_directions(
+    objective: _Sliced | MaximumLikelihoodObjective,
+    seed: int,
+    positions: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """An objective's random directions [B, num_probes, *shape] for its estimate of a trace."""
+    draw = noise.rademacher if objective.probe == "rademacher" else noise.normal
+    return draw(seed, positions, (objective.num_probes, *shape), stream=noise.STREAM_PROBE, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class _Sliced(_ByJacobian):
     num_probes: int = 1
@@ -180,8 +213,7 @@ class _Sliced(_ByJacobian):
         checks.at_least("objective", 1, num_probes=self.num_probes)
 
     def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        draw = noise.rademacher if self.probe == "rademacher" else noise.normal
-        return draw(seed, positions, (self.num_probes, *shape), stream=noise.STREAM_PROBE, dtype=dtype)
+        return draw_directions(self, seed, positions, shape, dtype)
 
     def trace_and_norm(self, denoised: Tensor, x: Tensor, step: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
         assert probes is not None, "sliced objectives need probes"
@@ -208,6 +240,58 @@ class SlicedVRObjective(_Sliced):
     """Sliced score matching with reduced variance: the norm exactly, the trace through v (Song 2019b, eq. 8)."""
 
     kind: Literal["sliced_vr"] = field(default="sliced_vr", kw_only=True)
+
+
+@dataclass(frozen=True)
+class MaximumLikelihoodObjective(BaseObjective):
+    """-ln p(x0; sigma_min) per dimension through the probability-flow ODE, in nats (Chen 2018; Grathwohl 2019, FFJORD).
+
+    solver: `steps` fixed ones (euler, midpoint, rk4), or adaptive ones to rtol and atol (bosh3, dopri5, dopri8), which
+    the samples of a micro-batch share.  adjoint: gradients by the adjoint equation, in the memory of one step, or
+    through the solver.  trace: of the velocity's Jacobian, exact or over num_probes random directions a sample.
+    """
+
+    weighting: AnyWeighting = field(default=Constant())
+    solver: Solver = "rk4"
+    steps: int = 16
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    adjoint: bool = False
+    trace: Literal["exact", "hutchinson"] = "hutchinson"
+    num_probes: int = 1
+    probe: Probe = "rademacher"
+    kind: Literal["maximum_likelihood"] = field(default="maximum_likelihood", kw_only=True)
+
+    needs_jacobian = True
+    has_noise_levels = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.at_least("objective", 1, steps=self.steps, num_probes=self.num_probes)
+        checks.positive("objective", rtol=self.rtol, atol=self.atol)
+
+    def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        return None if self.trace == "exact" else draw_directions(self, seed, positions, shape, dtype)
+
+    def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
+        """-ln p(x0; sigma_min) [B] in nats per dimension."""
+        assert batch.process is not None
+
+        def divergence(outputs: Tensor, inputs: Tensor) -> Tensor:
+            if batch.probes is None:
+                return exact_trace(outputs, inputs, create_graph=True)
+            return projected_trace(outputs, inputs, batch.probes.flatten(2), create_graph=True)
+
+        nats = log_density(
+            lambda x, sigma: denoiser.denoise(x, sigma, batch.condition),
+            divergence,
+            batch.x0,
+            batch.process.sigma_range(),
+            denoiser.sigma_data,
+            Integration(self.solver, self.steps, self.rtol, self.atol, self.adjoint),
+            list(denoiser.parameters()),
+        )
+        return -nats / batch.x0[0].numel()
 
 
 @dataclass(frozen=True)
@@ -304,6 +388,7 @@ ObjectiveConfig = (
     | ImplicitObjective
     | SlicedObjective
     | SlicedVRObjective
+    | MaximumLikelihoodObjective
     | ContrastiveObjective
 )
 

@@ -44,7 +44,10 @@ REQUIRED = {
         PARAMETERIZATIONS,
         "score noise denoised velocity v edm energy_dot energy_residual energy_norm",
     ),
-    "objectives": (OBJECTIVES, "denoising implicit sliced sliced_vr flow_matching ddpm edm contrastive"),
+    "objectives": (
+        OBJECTIVES,
+        "denoising implicit sliced sliced_vr flow_matching ddpm edm maximum_likelihood contrastive",
+    ),
     "weightings": (
         WEIGHTINGS,
         "sigma2 constant likelihood edm velocity min_snr soft_min_snr adaptive learned",
@@ -88,7 +91,7 @@ GROUPS = {
     "processes": ["processes"],
     "ladders": ["ladders"],
     "parameterizations": ["parameterizations"],
-    "objectives": ["objectives", "contrastive divergence"],
+    "objectives": ["objectives", "contrastive divergence", "flows", "maximum likelihood"],
     "weightings": ["weightings"],
     "sigma sampling": ["sigma sampling"],
     "networks": ["networks", "RBMs"],

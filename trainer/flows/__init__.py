@@ -1,0 +1,1 @@
+"""Flows beyond noise: couplings, sources, continuous normalizing flows by maximum likelihood."""
