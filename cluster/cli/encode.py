@@ -26,7 +26,8 @@ class EncoderOptions:
         typer.Option(
             metavar="KIND=PATH",
             help="diffusers=FOLDER (an autoencoder, or a pipeline's), transformers=FOLDER (CLIP or T5 with its "
-            "tokenizer; FOLDER:pooled for one vector), scoreray=URL, or package.module:Name=PATH. Repeatable, with "
+            "tokenizer, or of pictures DINOv2, ViT, CLIP, SigLIP; FOLDER:pooled for one vector), scoreray=URL, or "
+            "package.module:Name=PATH. Repeatable, with "
             "--field and --to.",
         ),
     ]

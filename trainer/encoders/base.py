@@ -62,6 +62,18 @@ class Encoder(ABC):
                 "field that no encoder has made"
             )
 
+    def check_pictures(self, field: Field, channels: Sequence[int]) -> None:
+        """Raises UserError unless a field is of images, or arrays in [-1, 1], [C, height, width] with C one of
+        `channels`, and no encoder has made it."""
+        self.refuse_encoded(field)
+        what = f"--field {field.name}: {self.name} encodes"
+        if field.kind not in ("image", "array") or len(field.shape) != 3:
+            raise UserError(f"{what} images, [channels, height, width]; the field is {field.kind} {field.shape}")
+        if field.shape[0] not in channels:
+            raise UserError(f"{what} {' or '.join(map(str, channels))} channels, and the field has {field.shape[0]}")
+        if field.kind == "array" and max(map(abs, (*field.low, *field.high)), default=1.0) > 1.01:
+            raise UserError(f"{what} values in [-1, 1], and the field's go from {min(field.low)} to {max(field.high)}")
+
 
 class Autoencoder(Encoder):
     """Pictures or arrays [C, H, W] to latents [c, H / factor, W / factor], and back.
@@ -85,20 +97,13 @@ class Autoencoder(Encoder):
 
     def output(self, field: Field) -> Field:
         """Latents as float16: of a variational one, moments; `without_moments` is the field of draws or means."""
-        self.refuse_encoded(field)
-        what = f"--field {field.name}: {self.name} encodes"
-        if field.kind not in ("image", "array") or len(field.shape) != 3:
-            raise UserError(f"{what} images, [channels, height, width]; the field is {field.kind} {field.shape}")
-        channels, *size = field.shape
-        if channels != self.channels:
-            raise UserError(f"{what} {self.channels} channels, and the field has {channels}")
+        self.check_pictures(field, (self.channels,))
+        size = field.shape[1:]
         if any(length % self.factor for length in size):
             raise UserError(
-                f"{what} sizes that are multiples of {self.factor}, and the field's samples are {size[0]}x{size[1]}; "
-                "pack them at another --image-size"
+                f"--field {field.name}: {self.name} encodes sizes that are multiples of {self.factor}, and the field's "
+                f"samples are {size[0]}x{size[1]}; pack them at another --image-size"
             )
-        if field.kind == "array" and max(map(abs, (*field.low, *field.high)), default=1.0) > 1.01:
-            raise UserError(f"{what} values in [-1, 1], and the field's go from {min(field.low)} to {max(field.high)}")
         shape = [self.latent_channels * (1 + self.is_variational), *(length // self.factor for length in size)]
         return Field(
             field.name, "array", shape, "float16", "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from scoreray.data.fields.encoding import Encoding
 from scoreray.trainer.encoders.base import Autoencoder, Encoder
 from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder
 from scoreray.trainer.encoders.scoreray import ScorerayAutoencoder
-from scoreray.trainer.encoders.transformers import TransformersEncoder
+from scoreray.trainer.encoders.transformers import transformers_encoder
 
-ENCODERS: dict[str, type[Encoder]] = {
+ENCODERS: dict[str, Callable[[str], Encoder]] = {
     "diffusers": DiffusersAutoencoder,
-    "transformers": TransformersEncoder,
+    "transformers": transformers_encoder,
     "scoreray": ScorerayAutoencoder,
 }
 """By kind; each is made of the path. `package.module:Name` is one of somebody else's."""

@@ -63,14 +63,18 @@ def load_pretrained(
 
 @contextlib.contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Without the lines that the library logs where it builds from a config of another of its versions."""
+    """Without the lines that the library logs where it builds from a config of another of its versions, and without
+    bars of the weights that it loads."""
     logging = importlib.import_module(f"{library}.utils.logging")
-    level = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def check_readable(file: Path) -> None:

@@ -99,6 +99,11 @@ def test_what_can_not_be_loaded_or_encoded_is_one_line(tmp_path: Path) -> None:
     encoder = load_encoder(f"transformers={tmp_path / 'alone'}", "cpu")
     with pytest.raises(UserError, match="encodes text; the field is image"):
         encoder.output(Field("image", "image", [3, 8, 8], "uint8", "png"))
+    with pytest.raises(UserError, match="the encoder takes 8 tokens at most"):
+        load_encoder(f"transformers={tmp_path / 'alone'}:500", "cpu").output(CAPTION)
+    for part in ("0", "-1", "pool", ""):
+        with pytest.raises(UserError, match=f"':{part}' is no part of an encoder; write FOLDER, FOLDER:pooled, or"):
+            load_encoder(f"transformers={tmp_path / 'alone'}:{part}", "cpu")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bertt"}))
     with pytest.raises(UserError, match="model_type 'bertt'"):
