@@ -145,6 +145,7 @@ def _examined(arguments: list[str], parse: Parse) -> tuple[Path | None, str, str
     Raises UserError for mistakes in the arguments, in a training config and in a sweep.
     """
     options = parse(arguments)
+    _refuse_relative(options)
     if arguments[0] not in ("train", "tune", "doctor") or options.get("config") is None:
         return None, "", ""
     config, overrides = Path(options["config"]), list(options.get("overrides") or ())
@@ -163,6 +164,19 @@ def _examined(arguments: list[str], parse: Parse) -> tuple[Path | None, str, str
         return config, "", ""
     only_looks = arguments[0] == "doctor" or options.get("check") or options.get("print_config")
     return config, name, "" if only_looks else f"{storage.rstrip('/')}/{name}"
+
+
+def _refuse_relative(options: Mapping[str, Any]) -> None:
+    """A job's own folder is a temporary one on the head: what is written there is lost, what this machine has is not
+    there. Raises UserError."""
+    encoders = [word.partition("=") for word in options.get("encoder") or ()]
+    paths = [options.get("url"), options.get("out"), *(path for kind, _, path in encoders if not own_code.is_own(kind))]
+    for path in filter(None, map(str, filter(None, paths))):
+        if "://" not in path and not path.startswith(("/", "~")):
+            raise UserError(
+                f"submit {path}: is relative to the job's own folder, which is removed after it; give a URL, or a path "
+                "from the root that all of the cluster's machines see"
+            )
 
 
 def _with_files(arguments: list[str], config: Path | None, place: Path) -> list[str]:

@@ -27,6 +27,9 @@ GITHUB = "ghp" + "_" + "a1B2c3D4" * 4
 SECRET = "wJalrXUtnFEMI" + "/K7MDENGbPxRfiCYEX9" + "AMPLEKEY"  # of no account
 
 
+ENCODED = ("--field", "image", "--to", "latent")
+
+
 @pytest.fixture(scope="module")
 def config(small_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
@@ -147,6 +150,9 @@ def test_files_of_one_name_are_both_sent(config: Path, tmp_path: Path) -> None:
         (["compare", "nope.yaml", "b.json"], [], "nope.yaml: no such file on this machine"),
         (["train", "x.yaml", "--detach"], [], "options of submit come before the verb"),
         (["data", "verfy", "s3://b/d"], [], "did you mean 'verify'"),
+        (["sample", "s3://b/x", "--out", "samples"], [], "submit samples: is relative to the job's own folder"),
+        (["data", "pack", "/mine", "packed"], [], "submit packed: is relative to the job's own folder"),
+        (["data", "encode", "s3://b/d", "/out", *ENCODED, "--encoder", "diffusers=vae"], [], "submit vae: is relative"),
     ],
 )
 def test_what_must_not_be_sent_is_refused(words: list[str], env: list[str], named: str) -> None:
