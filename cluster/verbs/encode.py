@@ -16,6 +16,7 @@ import numpy as np
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
 from scoreray.cluster.display import counted, say
+from scoreray.cluster.verbs.pack import check_nodes
 from scoreray.data.buckets.bucketed import BucketedSet, is_bucketed
 from scoreray.data.errors import ScorerayError, StorageError, UserError, nearest
 from scoreray.data.fields.record_layout import record_of
@@ -24,6 +25,7 @@ from scoreray.data.packing.plan import PackedShard, get_record
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import open_store
 from scoreray.data.threads import map_in_threads
+from scoreray.data.units import counted_noun
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions, plan_encoding
 from scoreray.sampling.encoding.buckets import carry_out_buckets, plan_buckets
 from scoreray.sampling.encoding.job import Mapper, carry_out_encoding, in_this_process
@@ -72,7 +74,7 @@ def encode_to(
 
     with contextlib.ExitStack() as ending, counted("encode", "samples") as progress:
         manifest = carry_out(counting, progress)
-    holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
+    holds = f"{counted_noun(manifest.num_samples, 'sample')} in {counted_noun(len(manifest.shards), 'shard')}"
     if made:
         say(f"encoded {holds}{f', {kept} of them made before,' if kept else ''} at {out}")
     else:
@@ -96,6 +98,8 @@ def _on_ray(
     store, record, made = open_store(plan.url), record_of(plan.fields), None
     if missing:
         ending.enter_context(_connected(actors, verbose))
+        if "RAY_ADDRESS" in os.environ:
+            check_nodes(plan, "--actors 0 encodes here")
         plan.device, pool = _room(plan, actors, device, len(missing))
         made = ending.enter_context(contextlib.closing(pipeline(plan, missing, pool, verbose)))
     for number in numbers:

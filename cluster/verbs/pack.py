@@ -27,6 +27,7 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.sources.field_options import option_for
 from scoreray.data.sources.listing import kinds_line
 from scoreray.data.storage.store import open_store
+from scoreray.data.units import counted_noun
 
 WORTH_RAY_S = 20.0  # with less work left, starting Ray (some 5 s) costs about what it saves
 MOST_NAMED = 10  # samples that were left out, in the last lines
@@ -71,7 +72,7 @@ def pack_with_bar(
     with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
         shared: dict[str, Any] = {"progress": progress, "map_shards": counting, **options}
         manifest = pack_buckets(source, url, buckets, **shared) if buckets else pack(source, url, **shared)
-    holds = f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards"
+    holds = f"{counted_noun(manifest.num_samples, 'sample')} in {counted_noun(len(manifest.shards), 'shard')}"
     kept += max(0, len(manifest.shards) - to_make)  # of a pack that was finished, and of which some were gone
     if to_make:
         say(f"packed {holds}{f', {kept} of them made before,' if kept else ''} at {url}")
@@ -79,7 +80,7 @@ def pack_with_bar(
         say(f"packed already: {holds} at {url}, of this source and with these options; nothing had to be done")
     if isinstance(manifest, BucketedSet):
         for folder, one in zip(manifest.folders, manifest.manifests, strict=True):
-            say(f"  {folder}: {one.num_samples:,} samples")
+            say(f"  {folder}: {counted_noun(one.num_samples, 'sample')}")
     if left_out and not is_named:
         say(f"left out, as no field reads it: {kinds_line(left_out)}{_taking(left_out, manifest.fields)}")
     if skipped:
@@ -116,7 +117,7 @@ def _make(
     stack.enter_context(connected(num_cpus=workers or cores))
     if on_cluster:
         wait_for_room("a shard's task needs", [{"CPU": 1}], "--workers 1 packs here")
-        _check_nodes(plan)
+        check_nodes(plan, "--workers 1 packs here")
     yield from map_on_ray(plan, numbers[done:], workers)
 
 
@@ -138,9 +139,11 @@ def map_on_ray(plan: PackPlan, numbers: Sequence[int], workers: int | None = Non
     yield from in_order([call] * at_once, numbers, RETRIES)
 
 
-def _check_nodes(plan: PackPlan) -> None:
+def check_nodes(plan: PackPlan, otherwise: str) -> None:
     """Each machine that may run a task looks for the source and the target. Raises UserError naming one that does not
-    see them."""
+    see them.
+
+    otherwise: what packs without them."""
     import ray
     from ray.exceptions import GetTimeoutError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -159,6 +162,5 @@ def _check_nodes(plan: PackPlan) -> None:
         except RayTaskError as error:
             raise UserError(
                 f"Ray's machine {node['NodeManagerAddress']} (RAY_ADDRESS={os.environ['RAY_ADDRESS']}): {error.cause}; "
-                "put the source and the target where every machine sees them (S3, a shared disk), or --workers 1 packs "
-                "here"
+                f"put the source and the target where every machine sees them (S3, a shared disk), or {otherwise}"
             ) from None

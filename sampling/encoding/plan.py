@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scoreray.data.errors import DataError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.shards import ENCODING as SHARD_FORMAT
 from scoreray.data.packing.shards import ShardWriter, stored_fields
 from scoreray.data.reading.field_values import FieldDecoder
-from scoreray.data.reading.manifest import Shard
+from scoreray.data.reading.manifest import Manifest, Shard
 from scoreray.data.reading.samples import SampleReader
 from scoreray.data.storage.lease import Lease
 from scoreray.sampling.encoding.carried import carried_values
@@ -114,7 +114,9 @@ class EncodePlan:
         return self.num_samples
 
     def check_visible(self) -> None:
-        """Who has the plan has read the source's manifest and loaded the encoders."""
+        """Raises UserError, DataError or StorageError where this process does not see the source, or another one."""
+        if Manifest.at(self.source.url).identity != self.source.manifest.identity:
+            raise UserError(f"{self.source.url}: is another data set on this machine")
 
     def check_owner(self) -> None:
         """Raises TakenOver or LeaseRemoved where another start has the place by now."""
