@@ -17,6 +17,11 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
+def counted_noun(count: int, noun: str) -> str:
+    """ "1 shard", "2,000 shards"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def parse_count(value: Any) -> Any:
     """'200k', '1.5M' and '2G' as integers; anything else as it is, for pydantic to judge."""
     if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip())):

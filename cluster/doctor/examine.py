@@ -13,6 +13,7 @@ import torch
 from scoreray.cluster.finding import Finding
 from scoreray.cluster.verbs.beside_run import check_beside
 from scoreray.data.errors import ScorerayError, UserError
+from scoreray.data.units import counted_noun
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit
@@ -179,8 +180,9 @@ def plan(config: Config, fields: RunFields | None, shape: tuple[int, ...], machi
     }
     frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
     head = (
-        f"{num_params:,} parameters{frozen} in {facts['precision']}, {workers} workers on {num_nodes} node"
-        f"{'s' if num_nodes > 1 else ''}, {rows} rows a forward pass, {len(config.ema.names)} averages; a rank's peak:"
+        f"{num_params:,} parameters{frozen} in {facts['precision']}, {counted_noun(workers, 'worker')} on "
+        f"{counted_noun(num_nodes, 'node')}, {rows} rows a forward pass, {len(config.ema.names)} averages; "
+        "a rank's peak:"
     )
     state: Literal["good", "note"] = "good"
     if fields is None and config.data.conditions:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scoreray.data.storage.store import open_store
+from scoreray.data.units import counted_noun
 from scoreray.sampling.model.describe import describe
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.marker import Ancestor
@@ -40,7 +41,7 @@ class Status:
         lines = [self.url, f"  images      {self.images_seen:,}{total}"]
         if self.committed_s is not None:
             age = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.committed_s))
-            lines.append(f"  committed   {age} UTC, by {self.world_size} workers")
+            lines.append(f"  committed   {age} UTC, by {counted_noun(self.world_size, 'worker')}")
         if self.loss is not None:
             lines.append(f"  loss        {self.loss:.4f}")
         lines.append(f"  averages    {', '.join(self.ema)}")

@@ -16,6 +16,7 @@ from scoreray.cluster.verbs.beside_run import beside
 from scoreray.data.errors import UserError
 from scoreray.data.own_code import with_words
 from scoreray.data.reading.quarantine import Entries, Unreadable
+from scoreray.data.units import counted_noun
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config
 from scoreray.trainer.monitoring.metrics import TrainingRecord
@@ -81,8 +82,8 @@ def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult
         warn_of_data(prepared)
         with connected(num_cpus=_slots(config), verbose=verbose):
             _wait_for_room(config)
-            workers = f"{low}" if low == high else f"{low} to {high}"
-            say(f"run '{config.run.name}': {workers} workers, ZeRO {config.engine.zero_stage}, to {run.url()}")
+            workers = counted_noun(low, "worker") if low == high else f"{low} to {high} workers"
+            say(f"run '{config.run.name}': {workers}, ZeRO {config.engine.zero_stage}, to {run.url()}")
             with beside(config, say), tracked(config, say), TrainLine(total) as line:
                 fit(config, line, say)
     checkpoint = latest(run)
@@ -138,4 +139,4 @@ def _wait_for_room(config: Config) -> None:
     otherwise = "ask for fewer, or connect to a larger cluster with RAY_ADDRESS"
     if use_gpu:
         otherwise = f"ask for fewer, scaling.use_gpu=false trains on its CPUs, {otherwise.partition(', ')[2]}"
-    wait_for_room(f"scaling.workers: {low} workers need", [bundle] * low, otherwise)
+    wait_for_room(f"scaling.workers: {counted_noun(low, 'worker')} need{'s' * (low == 1)}", [bundle] * low, otherwise)

@@ -17,6 +17,8 @@ from itertools import pairwise, takewhile
 
 import ray
 
+from scoreray.data.units import counted_noun
+
 PLACED_S = 2.0  # in which Ray places a group that there is room for, also on a busy machine
 SEEN_S = 6.0  # in which Ray's autoscaler sees one that there is no room for
 NOTE_EVERY_S = 30.0
@@ -61,7 +63,7 @@ def size_with_room(sizes: Sequence[int], each: Mapping[str, float], note: Callab
         if size <= room and _placed([each] * size, PLACED_S):
             return size
     while not _placed([each] * sizes[0], NOTE_EVERY_S):
-        note(f"waiting: the cluster has no room for {sizes[0]} workers")
+        note(f"waiting: the cluster has no room for {counted_noun(sizes[0], 'worker')}")
     return sizes[0]
 
 

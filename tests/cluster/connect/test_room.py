@@ -200,6 +200,6 @@ def test_a_cluster_that_scales_from_zero_trains(from_zero: dict[str, str], small
     done = subprocess.run(call, env=from_zero, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert (
-        "scaling.workers: 1 workers need 1 CPU, the cluster has 0: waiting for nodes of its autoscaler" in done.stderr
+        "scaling.workers: 1 worker needs 1 CPU, the cluster has 0: waiting for nodes of its autoscaler" in done.stderr
     )
     assert "trained to 64 images" in done.stdout

@@ -353,7 +353,7 @@ def test_pack_and_train_run_from_the_wheel_alone(head: tuple[int, str], small_ru
     np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 256, (64, 8, 8), dtype=np.uint8))
     packed = run(port, token, *only, "data", "pack", str(tmp_path / "x.npz"), str(tmp_path / "data"), "--workers", "2")
     assert packed.returncode == 0, packed.stdout + packed.stderr
-    assert f"packed 64 samples in 1 shards at {tmp_path}/data" in packed.stdout
+    assert f"packed 64 samples in 1 shard at {tmp_path}/data" in packed.stdout
     settings = small_run("sent", tmp_path / "runs", 64, data={"url": str(tmp_path / "data"), "global_batch_size": 16})
     (tmp_path / "sent.yaml").write_text(json.dumps(settings))
     trained = run(port, token, *only, "train", str(tmp_path / "sent.yaml"))

@@ -64,7 +64,7 @@ def test_a_run_waits_where_the_smallest_size_finds_no_room(monkeypatch: pytest.M
             cluster.free = 9.0
 
     assert size_with_room(SIZES, EACH, note) == 1
-    assert notes == ["waiting: the cluster has no room for 1 workers"] * 2
+    assert notes == ["waiting: the cluster has no room for 1 worker"] * 2
     assert not cluster.left
 
 
