@@ -123,7 +123,10 @@ class BucketedSet:
     @cached_property
     def fields(self) -> list[Field]:
         """Those of the first bucket, with the statistics of all. Raises DataError where others have other fields."""
-        alike = [[(f.name, f.kind, f.dtype, f.normalisation) for f in one.fields] for one in self.manifests]
+        alike = [
+            [(f.name, f.kind, f.dtype, f.encoding is None and f.normalisation) for f in one.fields]
+            for one in self.manifests
+        ]
         for folder, described in zip(self.folders, alike, strict=True):
             if described != alike[0]:
                 raise DataError(f"{self.url}: buckets {self.folders[0]} and {folder} hold other fields; pack it again")
@@ -208,6 +211,9 @@ def _merged(parts: Sequence[Field], counts: Sequence[int]) -> Field:
     log_mean, log_std = _moments([one.log_mean for one in parts], [one.log_std for one in parts], weights)
     low = [min(channel) for channel in zip(*(one.low for one in parts), strict=True)]
     high = [max(channel) for channel in zip(*(one.high for one in parts), strict=True)]
+    if first.encoding is not None and "channel" in {one.normalisation for one in parts}:
+        # "none" in a bucket where a channel of the latents is constant, which it may not be in others.
+        first = replace(first, normalisation="channel" if min(std) > 0 else "none")
     return replace(first, mean=mean, std=std, low=low, high=high, log_mean=log_mean, log_std=log_std)
 
 

@@ -96,8 +96,8 @@ def _claim(store: Store, plan: PackPlan, skip_bad: int) -> Manifest | None:
         manifest = Manifest.load(store)
         if manifest.packing != plan.sha256:
             raise UserError(
-                f"{store.url()}: holds another data set ('{manifest.name}'): of another source, or this one had other "
-                "contents, options or version; give another URL, or remove what is there"
+                f"{store.url()}: holds another data set ('{manifest.name}'): of another source, or this one or an "
+                "encoder had other contents, options or version; give another URL, or remove what is there"
             )
         if manifest.num_left_out > skip_bad:
             raise UserError(
@@ -109,8 +109,8 @@ def _claim(store: Store, plan: PackPlan, skip_bad: int) -> Manifest | None:
         return None
     if not plan.origin or store.get(PLAN).decode().split()[1:] != [plan.origin]:
         raise UserError(
-            f"{store.url()}: a pack of another source, or with other arguments, has begun here; run that one again to "
-            "finish it, give another URL, or remove what is there"
+            f"{store.url()}: a pack of another source, or with other arguments, has begun here, or its encoder has "
+            "changed since; run that one again to finish it, give another URL, or remove what is there"
         )
     store.put(PLAN, f"{plan.sha256} {plan.origin}".encode())
     names = [Path(key).name for key, _ in store.list("packing/")]

@@ -106,13 +106,13 @@ def _claim(store: Store, packing: str) -> None:
     if listed is not None:
         if listed.packing != packing:
             raise UserError(
-                f"{store.url()}: holds another data set ('{listed.name}'): of another source, or with other buckets or "
-                "options; give another URL, or remove what is there"
+                f"{store.url()}: holds another data set ('{listed.name}'): of another source, by other encoders, or "
+                "with other buckets or options; give another URL, or remove what is there"
             )
     elif not store.put_new(PLAN, packing.encode()) and store.get(PLAN).decode() != packing:
         raise UserError(
-            f"{store.url()}: a pack of another source, or with other arguments, has begun here; run that one again to "
-            "finish it, give another URL, or remove what is there"
+            f"{store.url()}: a pack of another source, or with other arguments, has begun here, or its encoder has "
+            "changed since; run that one again to finish it, give another URL, or remove what is there"
         )
 
 

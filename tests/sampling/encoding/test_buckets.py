@@ -172,3 +172,41 @@ def test_a_run_on_latents_of_each_size_resumes_bitwise_and_its_samples_are_decod
         assert drawn.info.sizes == {"16x16": (2, 8, 8), "24x12": (2, 6, 12)}
         carry_out_job(place, SamplePlan(job, place.shards.url(), drawn), samples_in_this_process())
         assert SampleReader(place.shards.url()).manifest.shape == shape
+
+
+HALF = """
+import torch
+from scoreray.data.fields.field import Field
+from scoreray.trainer.encoders.base import VALUES, Encoder
+
+class Half(Encoder):
+    sha256 = "0" * 64
+
+    def __init__(self, path):
+        self.module = torch.nn.Linear(1, 1)
+
+    def output(self, field):
+        return Field(field.name, "array", [2, 2, 2], "float16", "", normalisation="channel",
+                     encoding=self.encoding(field))
+
+    def encode(self, batch):
+        means = batch.float().mean((1, 2, 3))[:, None, None, None].expand(-1, 2, 2, 2).clone()
+        means[:, 1] *= batch.shape[-1] == batch.shape[-2]  # the second channel is 0 of all but squares
+        return {VALUES: means / 255}
+"""
+
+
+def test_a_channel_that_is_constant_in_one_bucket_is_scaled_by_the_spread_of_all(
+    pictures: BucketedSet, tmp_path: Path, own_package: Any
+) -> None:
+    own_package("half", enc=HALF)
+    settings = EncodeOptions(batch_size=2, samples_per_shard=4, device="cpu")
+    plans = plan_buckets(
+        pictures, str(tmp_path / "out"), [EncodedField("half.enc:Half=x", "image", "latent")], settings
+    )
+    made = carry_out_buckets(str(tmp_path / "out"), plans, in_this_process)
+    assert [one.target.normalisation for one in made.manifests] == ["channel", "none"]
+    target = BucketedSet.load(open_store(made.url)).target
+    assert target.normalisation == "channel"
+    values = torch.cat([latents_of(made.bucket_url(number)) for number in range(2)]).double()
+    torch.testing.assert_close(torch.tensor(target.std), values.movedim(1, 0).flatten(1).std(1, correction=0).float())
