@@ -25,6 +25,8 @@ import pytest
 
 from scoreray.cluster.connect.folder import private_folder
 from scoreray.cluster.wheel import PACKAGES, build_wheel
+from scoreray.data.storage.local_s3 import LocalS3
+from scoreray.data.storage.store import open_store
 
 BIN = Path(sys.executable).parent
 GCS: dict[int, int] = {}  # of the head that has this dashboard
@@ -77,8 +79,8 @@ class Proxy:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[tuple[int, str]]:
-    """(port of the dashboard, token) of a Ray head on loopback, started as on a cluster."""
+def head(local_s3: LocalS3) -> Iterator[tuple[int, str]]:
+    """(port of the dashboard, token) of a Ray head on loopback, started as on a cluster; it knows the S3 server."""
     token = secrets.token_hex(32)
     gcs, dashboard, client, agent, metrics = free_ports(5)
     GCS[dashboard] = gcs
@@ -368,6 +370,29 @@ def test_pack_and_train_run_from_the_wheel_alone(head: tuple[int, str], small_ru
     files = [word for word in done.stdout.split() if word.endswith(".py")]
     assert len(files) == 2, done.stdout
     assert all("/runtime_resources/py_modules_files/" in file for file in files), files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_encoding_from_s3_to_s3_has_the_bytes_of_one_without_a_cluster(
+    head: tuple[int, str], small_set: str, tiny_vae: str, s3_url: str, tmp_path: Path
+) -> None:
+    """From the wheel alone; the record names where the encoder is, so both name it in S3."""
+    port, token = head
+    for name, folder in {"pictures": small_set, "vae": tiny_vae}.items():
+        for file in (one for one in Path(folder).rglob("*") if one.is_file()):
+            open_store(f"{s3_url}/{name}").put(file.relative_to(folder).as_posix(), file)
+    encoder = ["--encoder", f"diffusers={s3_url}/vae", "--field", "image", "--to", "latent"]
+    sizes = ["--batch-size", "4", "--samples-per-shard", "16", "--device", "cpu"]
+    sent = ["--env", "ONLY_THE_WHEEL=1", "data", "encode", f"{s3_url}/pictures", f"{s3_url}/latents", *encoder, *sizes]
+    done = run(port, token, *sent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"encoded 64 samples in 4 shards at {s3_url}/latents" in done.stdout
+    line = [sys.executable, "-m", "scoreray.cluster.cli", "data", "encode", small_set, str(tmp_path / "here")]
+    subprocess.run([*line, *encoder, *sizes, "--actors", "0"], check=True, timeout=240)
+    store = open_store(f"{s3_url}/latents")
+    whole = {one.relative_to(tmp_path / "here").as_posix(): one for one in (tmp_path / "here").rglob("*.*")}
+    assert {key: store.get(key) for key, _ in store.list()} == {key: one.read_bytes() for key, one in whole.items()}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from scoreray.cluster.connect.local_ray import set_environment
 from scoreray.cluster.verbs.encode import encode_to
 from scoreray.data.errors import DataError
+from scoreray.data.storage.local_s3 import LocalS3
+from scoreray.data.storage.store import open_store
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions
 
 
@@ -65,3 +69,43 @@ def test_kills_at_ten_points_end_in_the_same_bytes(small_set: str, tiny_vae: str
             assert process.wait(120) == (-signal.SIGKILL, 130)[kill % 2]
     subprocess.run(command("killed", 2), check=True)
     assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_actors_on_two_nodes_make_the_bytes_of_one_process(
+    local_s3: LocalS3, s3_url: str, small_set: str, tiny_vae: str, tmp_path: Path
+) -> None:
+    """Source, target and encoder in S3; three actors do not fit on one of the nodes."""
+    set_environment()
+    from ray.cluster_utils import Cluster
+
+    for name, folder in {"pictures": small_set, "vae": tiny_vae}.items():
+        for file, data in files_in(Path(folder)).items():
+            open_store(f"{s3_url}/{name}").put(file, data)
+
+    def command(out: str, actors: int) -> list[str]:
+        verb = [sys.executable, "-m", "scoreray.cluster.cli", "data", "encode", f"{s3_url}/pictures", out]
+        encoder = ["--encoder", f"diffusers={s3_url}/vae", "--field", "image", "--to", "latent"]
+        return [
+            *verb,
+            *encoder,
+            "--batch-size",
+            "2",
+            "--samples-per-shard",
+            "8",
+            "--device",
+            "cpu",
+            "--actors",
+            f"{actors}",
+        ]
+
+    subprocess.run(command(str(tmp_path / "whole"), 0), check=True)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=2)
+        subprocess.run(command(f"{s3_url}/out", 3), check=True, env={**os.environ, "RAY_ADDRESS": cluster.address})
+    finally:
+        cluster.shutdown()
+    store = open_store(f"{s3_url}/out")
+    assert {key: store.get(key) for key, _ in store.list()} == files_in(tmp_path / "whole")
