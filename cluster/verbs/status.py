@@ -41,7 +41,7 @@ class Status:
         lines = [self.url, f"  images      {self.images_seen:,}{total}"]
         if self.committed_s is not None:
             age = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.committed_s))
-            lines.append(f"  committed   {age} UTC, by {counted_noun(self.world_size, 'worker')}")
+            lines.append(f"  committed   {age} UTC, by {counted_noun(self.world_size or 0, 'worker')}")
         if self.loss is not None:
             lines.append(f"  loss        {self.loss:.4f}")
         lines.append(f"  averages    {', '.join(self.ema)}")

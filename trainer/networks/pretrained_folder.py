@@ -38,6 +38,10 @@ def load_pretrained(
     it; else they may hold more (a text encoder's are often those of a larger model).
     Raises UserError (no safetensors), DataError (not those of the folder's config).
     """
+    # torch notes once a process, at the first use of a device as a context, which functions make tensors. transformers
+    # 5 does that with torch.linspace replaced by its own, and the real one would ignore such contexts from then on.
+    with torch.device("meta"):
+        torch.empty(0)
     variant = _variant(path, stem)
     for file in weight_files(path):
         check_readable(file)

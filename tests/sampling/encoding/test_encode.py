@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ from scoreray.sampling.encoding import plan as plans
 from scoreray.sampling.encoding.begin import EncodedField, EncodeOptions, plan_encoding
 from scoreray.sampling.encoding.job import carry_out_encoding, in_this_process
 from scoreray.sampling.offline.place import OWNER
+from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.config import load_config
+from scoreray.trainer.loop import train
+from scoreray.trainer.run_folder import run_store
 
 SIZES = {"batch_size": 4, "samples_per_shard": 16}
 
@@ -272,3 +277,35 @@ class Large(Encoder):
     def encode(self, batch):
         return {VALUES: 1e6 + torch.arange(3.0).expand(len(batch), 3) + batch.float().mean((1, 2, 3))[:, None]}
 """
+
+
+def test_latents_and_features_of_one_pass_train_a_run_that_aligns_to_them(
+    captioned: str, tiny_vae: str, tmp_path: Path
+) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder, wanted = tmp_path / "dinov2", {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(image_size=16, patch_size=4, **wanted)).save_pretrained(folder)
+    numbers = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(numbers))
+    features = (f"transformers={folder}", "image", "features")
+    encoded(captioned, tmp_path / "out", (f"diffusers={tiny_vae}", "image", "latent"), features)
+    pictures = (field_of(captioned, "image").float() / 255).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        theirs = Dinov2Model.from_pretrained(folder)(pixel_values=(pictures - 0.5) / 0.25).last_hidden_state[:, 1:]
+    torch.testing.assert_close(field_of(tmp_path / "out", "features").float(), theirs, atol=2e-3, rtol=2e-3)
+    aligned = load_config(
+        {
+            "run": {"name": "aligned", "storage": str(tmp_path)},
+            "data": {"url": str(tmp_path / "out"), "target": "latent", "global_batch_size": 16},
+            "network": {"kind": "dit", "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2},
+            "objective": {"kind": "edm", "alignment": {"field": "features", "layer": 1, "hidden_size": 8}},
+            "engine": {"zero_stage": 0, "precision": "fp32"},
+            "duration": {"images": 48},
+        }
+    )
+    assert train(aligned) == 48
+    checkpoint = latest(run_store(aligned))
+    assert checkpoint is not None
+    assert checkpoint.full_state("master")["alignment.project.4.weight"].shape == (8, 8)
