@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,22 @@ def test_an_older_start_ends_where_a_newer_one_has_taken_over(captioned: str, ti
     assert "shards/000001.tar" not in files_in(tmp_path / "out")
     encoded(captioned, tmp_path / "out", ("diffusers=" + tiny_vae, "image", "latent"))
     assert verify(str(tmp_path / "out")) == []
+
+
+def test_a_machine_that_does_not_see_the_source_or_another_one_is_one_line(
+    captioned: str, small_set: str, tiny_vae: str, tmp_path: Path
+) -> None:
+    shutil.copytree(captioned, tmp_path / "source")
+    wanted = [EncodedField(f"diffusers={tiny_vae}", "image", "latent")]
+    plan = plan_encoding(str(tmp_path / "source"), str(tmp_path / "out"), wanted, EncodeOptions(device="cpu", **SIZES))
+    plan.check_visible()
+    shutil.copy(Path(small_set, "manifest.json"), tmp_path / "source")
+    with pytest.raises(UserError, match="source: is another data set on this machine"):
+        plan.check_visible()
+    shutil.rmtree(tmp_path / "source")
+    with pytest.raises(UserError, match="no data set here") as refused:
+        plan.check_visible()
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
