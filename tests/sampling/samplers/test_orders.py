@@ -31,7 +31,8 @@ def error(name: str, n: int, denoiser, x: torch.Tensor, exact: torch.Tensor, **o
         ("dpmpp_2m", {}, 2),
         ("dpmpp_2m_sde", {"eta": 0.0}, 2),
         ("dpmpp_2m_sde", {"eta": 0.0, "solver": "heun"}, 2),
-        ("dpmpp_3m_sde", {"eta": 0.0}, 3),
+        ("dpmpp_3m_sde", {"eta": 0.0}, 2),
+        ("dpmpp_3m_sde", {"eta": 0.0, "curvature": "exact"}, 3),
         ("unipc", {"order": 1}, 2),
         ("unipc", {"order": 2}, 3),
         ("unipc", {"order": 2, "variant": "bh1"}, 3),
@@ -87,7 +88,8 @@ def test_rk45_says_so_when_it_can_not_finish(mixture):
         ("euler", {}, 0),
         ("dpmpp_2m", {}, 0),
         ("dpmpp_2m_sde", {"eta": 0.0, "solver": "heun"}, 1),
-        ("dpmpp_3m_sde", {"eta": 0.0}, 2),
+        ("dpmpp_3m_sde", {"eta": 0.0}, 1),
+        ("dpmpp_3m_sde", {"eta": 0.0, "curvature": "exact"}, 2),
     ],
 )
 @pytest.mark.parametrize("power", [0, 1, 2])

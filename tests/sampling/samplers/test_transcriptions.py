@@ -193,6 +193,38 @@ def test_dpm_solver_pp_2m_is_algorithm_2_of_lu_2022_in_the_vp_frame(mixture):
     torch.testing.assert_close(sample(mixture, start, sigmas, sampler="dpmpp_2m"), end, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_dpmpp_3m_sde_is_k_diffusions_of_that_name(eta, mixture):
+    """sample_dpmpp_3m_sde of k-diffusion 0.1.1 on our random numbers, its names kept."""
+    sigmas, noise, start = karras(16), fresh(), begin(80.0)
+    x, s_noise, h_1, h_2, denoised_1, denoised_2 = start, 1.01, None, None, None, None
+    for now, then in pairwise(sigmas.tolist()):
+        denoised = x + now**2 * score_of(mixture, x, now)
+        if then == 0:
+            x = denoised
+            break
+        h = math.log(now / then)
+        h_eta = h * (eta + 1)
+        x = math.exp(-h_eta) * x - math.expm1(-h_eta) * denoised
+        phi_2 = math.expm1(-h_eta) / h_eta + 1
+        phi_3 = phi_2 / h_eta - 0.5
+        if h_2 is not None:
+            r0, r1 = h_1 / h, h_2 / h
+            d1_0, d1_1 = (denoised - denoised_1) / r0, (denoised_1 - denoised_2) / r1
+            d1 = d1_0 + (d1_0 - d1_1) * r0 / (r0 + r1)
+            d2 = (d1_0 - d1_1) / (r0 + r1)
+            x = x + phi_2 * d1 - phi_3 * d2
+        elif h_1 is not None:
+            x = x + phi_2 * (denoised - denoised_1) / (h_1 / h)
+        if eta:
+            x = x + noise.like(x) * then * math.sqrt(-math.expm1(-2 * h * eta)) * s_noise
+        denoised_1, denoised_2, h_1, h_2 = denoised, denoised_1, h, h_1
+    settings = {"sampler": "dpmpp_3m_sde", "eta": eta, "s_noise": s_noise}
+    torch.testing.assert_close(sample(mixture, start, sigmas, generator=fresh(), **settings), x, rtol=1e-9, atol=1e-9)
+    exact = sample(mixture, start, sigmas, generator=fresh(), curvature="exact", **settings)
+    assert (exact - x).abs().max() > 1e-3
+
+
 def test_ncsn_is_algorithm_1_of_song_and_ermon_2019(mixture):
     sigmas = geometric(10, 0.01, 1.0)
     noise, start = fresh(), begin(1.0)
