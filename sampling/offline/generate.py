@@ -35,6 +35,7 @@ MAX_SHEET = 256
 LOSSY_QUALITY = 95  # of jpeg and webp, of 100
 MOST_STEPS = 10_000_000  # sweeps of Gibbs; as noise levels they are 80 MB
 WARM_START = "warm_start"  # the option of samplers that stay at one noise level
+SIGMA_DATA = "sigma_data"  # the option of samplers whose steps fit the scale of the data
 
 
 class RequestError(UserError):
@@ -110,6 +111,7 @@ class Request:
         An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
         geometric, of as many levels as the run was trained on, or else as its technique 2 takes; anything else by Heun
         on 18 levels of Karras' grid.
+        A sampler whose steps fit the data's scale gets the run's sigma_data.
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
         from noise at the largest level.
         """
@@ -134,8 +136,10 @@ class Request:
         if annealed and self.steps is None:
             low, high = info.sigma_range
             levels = info.rungs or levels_needed(high, low, math.prod(info.image_shape))
-        options = self.options
-        if WARM_START in options_of(sampler_of(sampler)):
+        options, known = self.options, options_of(sampler_of(sampler))
+        if SIGMA_DATA in known and info.config.denoiser.sigma_data != "auto":
+            options = {SIGMA_DATA: info.config.denoiser.sigma_data, **options}
+        if WARM_START in known:
             options = {WARM_START: True, **options}
             if self.steps == 1 and options[WARM_START]:
                 raise RequestError(f"sampler '{sampler}' walks down to its noise level: give 2 steps or more", "steps")

@@ -353,6 +353,8 @@ def test_the_sampler_fits_the_model_unless_a_word_says_otherwise(runs: dict[str,
     assert annealed.steps is not None
     assert 4e4 ** (1 / (annealed.steps - 1)) <= ladder_ratio(192) < 4e4 ** (1 / (annealed.steps - 2))
     assert Request(1, "heun").fitted(energy.info).steps == 18
+    assert Request(1, "rk45").fitted(unet.info).options == {"sigma_data": unet.sigma_data}
+    assert Request(1, "rk45", options={"sigma_data": 2.0}).fitted(unet.info).options == {"sigma_data": 2.0}
     for grid in ("karras", "geometric", "linear", "process"):
         sigmas = unet.info.sigmas(9, grid)
         assert len(sigmas) == 10

@@ -32,7 +32,44 @@ def test_a_gaussians_log_likelihood_is_exact_to_a_thousandth_of_a_nat(trace, ste
     # The smoothing at sigma_min 0.002 adds d (0.002 / 0.5)^2 / 2 = 5e-5.
     assert (found.nats - gaussian_nats(x, 0.3, 0.5)).abs().max() < 1e-3
     assert found.latent.shape == x.shape
-    assert found.nfe == 2 * 640 if steps else 50 < found.nfe < 400
+    assert found.nfe == 2 * 640 if steps else found.nfe < 60
+
+
+@pytest.mark.parametrize(("std", "scale"), [(0.5, 0.5), (0.5, 0.2), (0.3, 1.0), (3.0, None)])
+@pytest.mark.parametrize("shape", [(1,), (2, 3)])
+def test_the_change_of_variables_leaves_a_gaussians_density_exact_to_a_millionth(std, scale, shape, make_gaussian):
+    """Whatever scale the solver's coordinates have: the prior at sigma_max is then the exact one, as it is widened by
+    `std` itself, and the density is that of data smoothed by sigma_min."""
+    data = make_gaussian(0.3, std)
+    x = data.draw((10, *shape), 0)
+    low, high = 0.01, 50.0
+    found = log_likelihood(
+        data, x, trace="exact", sigma_min=low, sigma_max=high, data_mean=0.3, data_std=scale, rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(found.latent, data.ode_end(x, low, high), rtol=1e-7, atol=1e-7)
+    mistaken = gaussian_nats(found.latent, 0.3, math.hypot(high, scale or 0.0))
+    right = gaussian_nats(found.latent, 0.3, math.hypot(high, std))
+    exact = gaussian_nats(x, 0.3, math.hypot(low, std))
+    assert (found.nats - mistaken + right - exact).abs().max() < 1e-6
+
+
+def test_gaussian_data_of_the_models_scale_take_two_steps_and_mixtures_half_of_what_ln_sigma_takes(mixture):
+    """At rtol 1e-5 steps in ln sigma took 127 calls for an error of 8e-5, and for the mixture 205 for 3e-4."""
+
+    class Scaled:
+        sigma_data = 0.5
+
+        def __call__(self, x, sigma):
+            return x * (0.25 / (0.25 + sigma**2)).view(-1, 1).to(x.dtype)
+
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
+    found = log_likelihood(Scaled(), x, trace="exact")
+    assert found.nfe == 13
+    assert (found.nats - gaussian_nats(x, 0.0, math.hypot(0.5, 0.002))).abs().max() < 1e-9
+    x = mixture.draw(20, 0)
+    found = log_likelihood(mixture, x, trace="exact", data_mean=mixture.mean, data_std=1.1, sigma_max=2000.0)
+    assert found.nfe <= 115
+    assert (found.nats - mixture_nats(mixture, x)).abs().max() < 5e-5
 
 
 def test_a_mixtures_log_likelihood_is_exact_to_a_thousandth_of_a_nat(mixture):

@@ -191,7 +191,7 @@ def test_a_measurement_on_the_cpu_serves_samples_on_any_device(denoiser: Denoise
 def test_likelihoods_probes_and_state_stay_on_the_device(denoiser: Denoiser, trace: str) -> None:
     x, sigma, seeds = inputs()
     vectors = None if trace == "exact" else _probes(x, trace, 2, seeds)  # type: ignore[arg-type]
-    augmented = _Augmented(denoiser, torch.Size(SHAPE), vectors, None)
+    augmented = _Augmented(denoiser, torch.Size(SHAPE), vectors, 0.5, None)
     assert augmented(torch.empty(B, 49, device="meta"), sigma).device.type == "meta"
     assert _probes(x, "rademacher", 1, None).device.type == "meta"
 
