@@ -29,9 +29,9 @@ FOLDERS = ("data", "trainer", "sampling", "tune", "cluster")
 ROOMS = (
     "data", "data.own_code", "data.storage", "data.fields", "data.reading", "data.buckets", "data.sources",
     "data.tables", "data.packing", "data.unpacked", "data.webdataset",
-    "trainer.flows",
-    "trainer.diffusion", "trainer.networks", "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config",
-    "trainer.checkpoints", "trainer.encoders", "trainer", "trainer.tracking", "trainer.on_ray",
+    "trainer.flows", "trainer.energies", "trainer.diffusion", "trainer.networks", "trainer.monitoring",
+    "trainer.optim", "trainer.engine", "trainer.config", "trainer.checkpoints", "trainer.encoders", "trainer",
+    "trainer.tracking", "trainer.on_ray",
     "sampling.samplers", "sampling.model", "sampling.imports", "sampling.guidance", "sampling.measures",
     "sampling.offline", "sampling.representations", "sampling.encoding",
     "sampling.metrics", "sampling.evaluation", "sampling.formats", "sampling.service", "sampling.http", "sampling",

@@ -27,12 +27,14 @@ from scoreray.trainer.diffusion.objective import (
     AutoencodingObjective,
     ContrastiveObjective,
     FlowMatchingObjective,
+    NoiseContrastiveObjective,
     NoisedBatch,
     ObjectiveConfig,
     needs_second_derivatives,
 )
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
+from scoreray.trainer.energies.nce import LogPartition, noise_contrastive_loss
 from scoreray.trainer.flows.couplings import groups_of, paired
 from scoreray.trainer.flows.sources import SOURCE_SEED, DataSetSource, interpolant
 from scoreray.trainer.networks.alignment import Alignment
@@ -56,7 +58,8 @@ class TrainingModule(nn.Module):
     position): a sample's loss does not depend on its rank, its micro-batch or the world size. `dropout`: the share of
     samples that lose a condition on its own, by name. The network may compute in bf16, by its weights or under
     autocast; what stands around it stays float32. Parameters: `denoiser.network.*` and, where the weighting learns,
-    `weighting.*`. `shape` of a sample: persistent chains need it; their pool is the buffer `chains.pool`.
+    `weighting.*`, where an energy's log-normaliser is learnt beside it, `log_partition.*`. `shape` of a sample:
+    persistent chains need it; their pool is the buffer `chains.pool`.
     With `alignment` (parameters `alignment.*`) the features of the samples are a further argument. So is `source`
     [B, ...], what each sample is paired with in the place of the noise of its position (`paired_source`).
     """
@@ -94,6 +97,7 @@ class TrainingModule(nn.Module):
         self.num_lanes, self.source_target = num_lanes or default_lanes(global_batch_size), source_target
         self.weighting = objective.weighting.build(process, denoiser.sigma_data)
         self.chains = build_chains(objective, seed, global_batch_size, shape)
+        self.log_partition = objective.build_log_partition()
         self.alignment = alignment
         if needs_second_derivatives(objective, denoiser.parameterization):
             allow_double_backward(denoiser)
@@ -118,7 +122,7 @@ class TrainingModule(nn.Module):
             x, x0 = interpolant(x0, source, level, self.objective.source.gamma, z)
         else:
             x = x0 + level * (z if source is None else source)
-        batch = NoisedBatch(x0, x, sigma, given, probes, positions, self.chains, self.process)
+        batch = NoisedBatch(x0, x, sigma, given, probes, positions, self.chains, self.process, self.log_partition)
         error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
         loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
         importance = self.objective.sigma_sampling.importance(sigma, self.process)
@@ -254,23 +258,31 @@ class AutoencoderModule(nn.Module):
 
 
 class MachineModule(nn.Module):
-    """TrainingModule's counterpart for the machines of `rbm`: contrastive divergence by block Gibbs, no noise level.
+    """TrainingModule's counterpart for the machines of `rbm`: contrastive divergence by block Gibbs, or
+    noise-contrastive estimation; no noise level.
 
-    The loss [B] is the free energy of the sample less that of its chain's end; sigma is 0. All random numbers are
-    functions of (seed, position). The machine's parameters are named `denoiser.network.*`, as those of a
-    denoiser's network are, so that checkpoints of both are loaded and exported by the same code.
+    The loss [B] is the free energy of the sample less that of its chain's end, or the logistic loss of the sample and
+    of independent units of the data's `mean` and `std` (one a channel, in the model's range); sigma is 0. All random
+    numbers are functions of (seed, position). The machine's parameters are named `denoiser.network.*`, as those of a
+    denoiser's network are, so that checkpoints of both are loaded and exported by the same code; ln Z, where it is
+    learnt, is `log_partition.value`.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
         machine: BoltzmannMachine,
-        objective: ContrastiveObjective,
+        objective: ContrastiveObjective | NoiseContrastiveObjective,
         *,
         seed: int,
         global_batch_size: int,
         augmentation: AugmentationConfig = NO_AUGMENTATION,
         normaliser: Normaliser | None = None,
         moments: bool = False,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
     ):
         super().__init__()
         refuse(chain_mistakes(objective, global_batch_size))
@@ -278,6 +290,13 @@ class MachineModule(nn.Module):
         self.moments = moments
         self.objective, self.augmentation, self.seed = objective, augmentation, seed
         self.chains = build_chains(objective, seed, global_batch_size, (machine.num_visible,))
+        self.log_partition = None
+        if isinstance(objective, NoiseContrastiveObjective):
+            self.log_partition = LogPartition(machine.initial_log_partition)
+            for name, values in (("mean", mean), ("std", std)):
+                channels = torch.tensor(list(values))
+                units = channels.repeat_interleave(machine.num_visible // len(channels))
+                self.register_buffer(name, units, persistent=False)
 
     def forward(self, images: Tensor, condition: AnyCondition, positions: Tensor) -> tuple[Tensor, Tensor]:
         """A machine takes no condition."""
@@ -285,13 +304,33 @@ class MachineModule(nn.Module):
         x0 = modelled(images, positions, self.seed, self.augmentation, self.normaliser, self.moments)
         v = machine.visible(x0, self.seed, positions)
         source = noise.ChainNoise(self.seed, positions)
-        start = v if self.objective.start == "data" else machine.fresh(source)
+        if isinstance(self.objective, NoiseContrastiveObjective):
+            loss = self._noise_contrast(self.objective, v, source)
+        else:
+            loss = self._contrast(self.objective, v, positions, source)
+        return loss.float(), torch.zeros_like(loss, dtype=torch.float32)
+
+    def _contrast(
+        self, objective: ContrastiveObjective, v: Tensor, positions: Tensor, source: noise.ChainNoise
+    ) -> Tensor:
+        machine: Any = self.denoiser["network"]
+        start = v if objective.start == "data" else machine.fresh(source)
         if self.chains is not None:
             start = self.chains.take(positions, start)
-        loss, ends = machine(v, start, self.objective.num_steps, source)
+        loss: Tensor
+        loss, ends = machine(v, start, objective.num_steps, source)
         if self.chains is not None and self.training:
             self.chains.put(positions, ends)
-        return loss.float(), torch.zeros_like(loss, dtype=torch.float32)
+        return loss
+
+    def _noise_contrast(self, objective: NoiseContrastiveObjective, v: Tensor, source: noise.ChainNoise) -> Tensor:
+        machine: Any = self.denoiser["network"]
+        assert self.log_partition is not None, "noise-contrastive estimation learns a log-normaliser"
+        drawn = [machine.independent(self.mean, self.std, source) for _ in range(objective.num_noise)]
+        units = torch.cat([v, *drawn])
+        log_ratio = self.log_partition(machine(units)) - machine.log_independent(units, self.mean, self.std)
+        of_data, *of_noise = log_ratio.split(len(v))
+        return noise_contrastive_loss(of_data, torch.stack(of_noise, 1))
 
 
 def build_chains(
@@ -372,10 +411,10 @@ def build_training_module(config: Config, fields: RunFields) -> RunModule:
         )
     shared |= {"global_batch_size": config.data.global_batch_size, "moments": fields.target.holds_moments}
     if isinstance(network, BoltzmannMachine):
-        assert isinstance(objective, ContrastiveObjective)  # the config has been checked
+        assert isinstance(objective, ContrastiveObjective | NoiseContrastiveObjective)  # the config has been checked
         if config.data.conditions:
             raise UserError(f"data.conditions: network.kind '{kind}' takes none; leave them out")
-        return MachineModule(network, objective, **shared)
+        return MachineModule(network, objective, mean=fields.mean, std=fields.std, **shared)
     return TrainingModule(
         Denoiser(network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data),
         objective,

@@ -17,6 +17,7 @@ from scoreray.trainer.diffusion.objective import (
     ContrastiveObjective,
     DenoisingObjective,
     EDMObjective,
+    EnergyObjective,
     SlicedVRObjective,
 )
 from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP
@@ -164,7 +165,7 @@ def test_the_default_step_is_edm_s_by_hand():
 def test_a_sample_s_loss_is_the_same_in_any_micro_batch(kind):
     few = {"steps": 2} if kind == "maximum_likelihood" else {}
     objective = OBJECTIVES[kind](sigma_sampling=LogNormal(stratified=True), **few)
-    step = module(objective, "energy_dot" if kind == "contrastive" else "edm")
+    step = module(objective, "energy_dot" if issubclass(OBJECTIVES[kind], EnergyObjective) else "edm")
     loss, sigma = step(images(), LABELS, POSITIONS)
     parts = [step(images()[i : i + 3], LABELS[i : i + 3], POSITIONS[i : i + 3]) for i in range(0, B, 3)]
     assert torch.equal(torch.cat([part[1] for part in parts]), sigma)
@@ -361,7 +362,7 @@ def test_a_step_never_waits_for_the_device(kind, process):
     with torch.device("meta"):
         step = module(
             OBJECTIVES[kind](sigma_sampling=UniformT(stratified=True), label_dropout=0.1),
-            "energy_dot" if kind == "contrastive" else "edm",
+            "energy_dot" if issubclass(OBJECTIVES[kind], EnergyObjective) else "edm",
             PROCESSES[process](),
         )
         loss, sigma = step(
@@ -378,7 +379,10 @@ def test_no_condition_waits_for_the_device(kind):
     with torch.device("meta"):
         objective = OBJECTIVES[kind](sigma_sampling=LogNormal(), label_dropout=0.1)
         step = module(
-            objective, "energy_dot" if kind == "contrastive" else "edm", conditions=EVERY_KIND, dropout={"coarse": 0.5}
+            objective,
+            "energy_dot" if issubclass(OBJECTIVES[kind], EnergyObjective) else "edm",
+            conditions=EVERY_KIND,
+            dropout={"coarse": 0.5},
         )
         positions = torch.empty(B, dtype=torch.int64)
     loss, _ = step(torch.empty(B, 1, 4, 4, device="meta"), every_kind(B, "meta"), positions)

@@ -12,8 +12,10 @@ from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.objective import (
     AutoencodingObjective,
     ContrastiveObjective,
+    EnergyObjective,
     FlowMatchingObjective,
     MaximumLikelihoodObjective,
+    NoiseContrastiveObjective,
     ObjectiveConfig,
     needs_second_derivatives,
 )
@@ -22,7 +24,7 @@ from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.dit import TransformerConfig
 from scoreray.trainer.networks.network import NetworkConfig
 
-NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale")  # what Gibbs leaves out
+NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale", "width")  # of machines
 
 
 def mistakes(
@@ -67,18 +69,18 @@ def mistakes(
 
 def objective_mistakes(objective: ObjectiveConfig, parameterization: str) -> list[str]:
     """Where an objective can't train a parameterization."""
-    if not isinstance(objective, ContrastiveObjective):
+    if not isinstance(objective, EnergyObjective):
         return []
     found = []
     if not parameterization.startswith("energy_"):
         found.append(
-            f"objective 'contrastive' needs an energy, and denoiser.parameterization is '{parameterization}': choose "
-            "energy_dot, energy_residual or energy_norm"
+            f"objective '{objective.kind}' needs an energy, and denoiser.parameterization is '{parameterization}': "
+            "choose energy_dot, energy_residual or energy_norm"
         )
     if objective.weighting.needs_error:
         found.append(
-            f"objective 'contrastive' has a gradient but no error that weighting '{objective.weighting.kind}' could "
-            "learn from: choose another weighting"
+            f"objective '{objective.kind}' has a gradient but no error that weighting '{objective.weighting.kind}' "
+            "could learn from: choose another weighting"
         )
     return found
 
@@ -140,9 +142,10 @@ def alignment_mistakes(objective: ObjectiveConfig, network: NetworkConfig) -> li
     alignment = objective.alignment
     if alignment is None:
         return []
-    if isinstance(objective, ContrastiveObjective):
+    if isinstance(objective, EnergyObjective):
         return [
-            "objective.alignment: objective 'contrastive' denoises no sample whose features are known; leave it out"
+            f"objective.alignment: objective '{objective.kind}' denoises no sample whose features are known; "
+            "leave it out"
         ]
     if not isinstance(network, TransformerConfig):
         return [
@@ -187,22 +190,25 @@ def _machine_mistakes(
     found = _without_noise_level(f"network.kind '{kind}'", process, denoiser)
     if compile:
         found.append(f"engine.compile: the chains of network.kind '{kind}' are not compiled; set engine.compile=false")
-    if not isinstance(objective, ContrastiveObjective):
+    if not isinstance(objective, ContrastiveObjective | NoiseContrastiveObjective):
         return [
             *found,
             f"objective.kind: '{objective.kind}' can't train network.kind '{kind}'; choose objective.kind contrastive "
-            "with objective.chain gibbs",
+            "with objective.chain gibbs, or noise_contrastive",
         ]
-    if objective.chain != "gibbs":
+    if isinstance(objective, ContrastiveObjective) and objective.chain != "gibbs":
         return [
             *found,
             f"objective.chain: network.kind '{kind}' moves by 'gibbs', not by '{objective.chain}'; set "
             "objective.chain=gibbs",
         ]
+    owner = (
+        "chains of block Gibbs have" if isinstance(objective, ContrastiveObjective) else f"network.kind '{kind}' has"
+    )
     return found + [
-        f"objective.{name}: chains of block Gibbs have none; leave it out"
+        f"objective.{name}: {owner} none; leave it out"
         for name in NO_NOISE_LEVEL
-        if getattr(objective, name) != _default(objective, name)
+        if name in vars(objective) and getattr(objective, name) != _default(objective, name)
     ]
 
 

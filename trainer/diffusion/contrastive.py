@@ -18,6 +18,7 @@ from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.buffers import ExactBuffers
 from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
+from scoreray.trainer.energies.langevin import langevin_chain
 
 
 class GibbsModel(Protocol):
@@ -41,20 +42,6 @@ def gibbs_divergence(
     """(loss [B], where the chains end), by block Gibbs from `start`: the data for CD-k, their own ends for PCD."""
     negatives = model.gibbs(start, num_sweeps, source)
     return contrastive_loss(model.free_energy, data, negatives), negatives
-
-
-def langevin_chain(
-    score: Callable[[Tensor], Tensor], x: Tensor, step_size: Tensor | float, noises: Tensor, noise_scale: float = 1.0
-) -> Tensor:
-    """x after one step x + e score(x) + noise_scale sqrt(2 e) z for each z of noises [B, K, ...]; without gradient.
-
-    step_size e: a number, or a tensor that broadcasts against x [B, ...]. noise_scale 1 is Langevin's own.
-    """
-    e = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
-    x = x.detach()
-    for z in noises.unbind(1):
-        x = x + e * score(x).detach() + noise_scale * (2 * e).sqrt() * z
-    return x
 
 
 def denoiser_divergence(

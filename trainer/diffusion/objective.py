@@ -8,11 +8,12 @@ Stein's identity gives the same error in expectation from D and its Jacobian alo
 
 which for D = x + sigma^2 s is implicit score matching, 2 sigma^4 (tr ds/dx + |s|^2 / 2), plus a constant
 (Hyvarinen 2005; Stein 1981). Contrastive divergence has the gradient of the same error. So any weighting goes with any
-objective, and all but the contrastive losses can be compared.
+objective, and all but the losses of energies (`EnergyObjective`) can be compared.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -35,7 +36,17 @@ from scoreray.trainer.diffusion.sigma_sampling import (
     SigmaSampling,
     UniformT,
 )
-from scoreray.trainer.diffusion.weighting import BaseWeighting, Constant, EDMWeighting, Sigma2, Velocity, Weighting
+from scoreray.trainer.diffusion.weighting import (
+    BaseWeighting,
+    Constant,
+    EDMWeighting,
+    LevelFunction,
+    Sigma2,
+    Velocity,
+    Weighting,
+)
+from scoreray.trainer.energies.langevin import recovery_chain
+from scoreray.trainer.energies.nce import noise_contrastive_loss
 from scoreray.trainer.flows.continuous_flow import Integration, Solver, log_density
 from scoreray.trainer.flows.couplings import AnyCoupling, IndependentCoupling
 from scoreray.trainer.flows.sources import DataSetSource, FlowSource, GaussianSource
@@ -43,13 +54,15 @@ from scoreray.trainer.flows.sources import DataSetSource, FlowSource, GaussianSo
 AnyWeighting = Annotated[Weighting, PartOf("weighting", ("weight", "build"), BaseWeighting)]
 AnySampling = Annotated[SigmaSampling, PartOf("sigma sampling", ("quantile",), BaseSigmaSampling)]
 Probe = Literal["rademacher", "gaussian"]
+NORMALISER_FEATURES = 64  # harmonics of ln sigma, as many as the learned weighting has by default
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
     """x [B, ...] = x0 + sigma z at sigma [B]. probes: of `draw_probes`; chains: the persistent ones, of `positions`;
     process: of the run. Of an interpolant with noise of its own, x0 is what D is to estimate
-    (`trainer/flows/sources.py`)."""
+    (`trainer/flows/sources.py`).  log_partition: the log-normaliser that an objective learns beside the energy, of
+    `build_log_partition`."""
 
     x0: Tensor
     x: Tensor
@@ -59,6 +72,7 @@ class NoisedBatch:
     positions: Tensor | None = None
     chains: PersistentChains | None = None
     process: GaussianProcess | None = None
+    log_partition: LevelFunction | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,10 @@ class BaseObjective:
 
     def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The random directions [B, P, *shape] that `error` needs beside the noise; None where it needs none."""
+        return None
+
+    def build_log_partition(self) -> LevelFunction | None:
+        """What learns the energy's log-normaliser at each noise level beside it; None where nothing does."""
         return None
 
     def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
@@ -294,8 +312,12 @@ class MaximumLikelihoodObjective(BaseObjective):
         return -nats / batch.x0[0].numel()
 
 
+class EnergyObjective(BaseObjective):
+    """Objectives that need an energy, and whose loss is not the denoising error, though it has its minimum."""
+
+
 @dataclass(frozen=True)
-class ContrastiveObjective(BaseObjective):
+class ContrastiveObjective(EnergyObjective):
     """Contrastive divergence of an energy by short chains (Hinton 2002).
 
     `chain`: "langevin" for an energy parameterization, at each noise level, num_steps of step_size sigma^2 with
@@ -347,6 +369,87 @@ class ContrastiveObjective(BaseObjective):
 
 
 @dataclass(frozen=True)
+class NoiseContrastiveObjective(EnergyObjective):
+    """Noise-contrastive estimation of an energy and of its log-normaliser (Gutmann & Hyvarinen 2010).
+
+    Each sample is told from `num_noise` values of noise. Of an energy parameterization: at each noise level, from
+    N(0, width^2 (sigma^2 + sigma_data^2) I), width 1 being the Gaussian of the noised data's own variance; of the
+    machines of `network.kind` rbm and gaussian_rbm: from independent units of the data's mean and variance.
+    Data that are easily told from this noise (many dimensions) teach little.
+    """
+
+    weighting: AnyWeighting = field(default=Constant())
+    num_noise: int = 1
+    width: float = 1.0
+    kind: Literal["noise_contrastive"] = field(default="noise_contrastive", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.at_least("objective", 1, num_noise=self.num_noise)
+        checks.positive("objective", width=self.width)
+
+    def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return noise.normal(seed, positions, (self.num_noise, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
+
+    def build_log_partition(self) -> LevelFunction:
+        """Of ln Z - d/2 ln(2 pi (sigma^2 + sigma_data^2)): 0 where the energy is the quadratic alone."""
+        return LevelFunction(NORMALISER_FEATURES)
+
+    def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
+        """The logistic loss [B], whose gradient for many values of noise is that of the log-likelihood."""
+        assert batch.probes is not None, "noise-contrastive estimation draws noise"
+        assert batch.log_partition is not None, "noise-contrastive estimation learns a log-normaliser"
+        variance = batch.sigma**2 + denoiser.sigma_data**2
+        log_z = batch.log_partition.at(batch.sigma)
+
+        def log_ratio(x: Tensor) -> Tensor:
+            """ln p_model - ln p_noise; the Gaussians' d/2 ln(2 pi variance) cancels."""
+            squared = x.flatten(1).square().sum(1) / (2 * self.width**2 * variance)
+            energy = denoiser.energy(x, batch.sigma, batch.condition)
+            return squared + x[0].numel() * math.log(self.width) - energy - log_z
+
+        drawn = self.width * like(variance.sqrt(), batch.x)[:, None] * batch.probes
+        return noise_contrastive_loss(log_ratio(batch.x), torch.stack([log_ratio(y) for y in drawn.unbind(1)], 1))
+
+
+@dataclass(frozen=True)
+class RecoveryLikelihoodObjective(EnergyObjective):
+    """Diffusion recovery likelihood of an energy: of a noised sample x given a noisier one (Gao 2021).
+
+    With x~ = x + s z, s^2 = (ratio^2 - 1) sigma^2, so that x~ is at noise level ratio sigma, p(x | x~) has the energy
+    E(x; sigma) + |x~ - x|^2 / (2 s^2): nearly a Gaussian where the ratio is near 1, which num_steps of Langevin
+    dynamics from x~ sample, each over a time of step_size s^2 (`recovery_chain`).
+    """
+
+    ratio: float = 1.2
+    num_steps: int = 20
+    step_size: float = 0.1
+    kind: Literal["recovery_likelihood"] = field(default="recovery_likelihood", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.at_least("objective", 1, num_steps=self.num_steps)
+        checks.positive("objective", step_size=self.step_size)
+        checks.between("objective", 1.001, 1000, ratio=self.ratio)
+
+    def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return noise.normal(seed, positions, (1 + self.num_steps, *shape), stream=noise.STREAM_CHAIN, dtype=dtype)
+
+    def error(self, denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
+        """E(x) - E(sample of p(x | x~)), times 2 sigma^4 / (s^2 d): for a ratio near 1 it has the gradient of the
+        denoising error at x~, for any of -ln p(x | x~)."""
+        x, sigma, condition, probes = batch.x, batch.sigma, batch.condition, batch.probes
+        assert probes is not None, "recovery likelihood needs probes"
+        growth = self.ratio**2 - 1
+        with torch.no_grad():
+            added = math.sqrt(growth) * like(sigma, x)
+            score = lambda y: denoiser.score(y, sigma, condition)  # noqa: E731
+            recovered = recovery_chain(score, x + added * probes[:, 0], added, self.step_size, probes[:, 1:])
+        difference = denoiser.energy(x, sigma, condition) - denoiser.energy(recovered, sigma, condition)
+        return difference * 2 * sigma**2 / (growth * x[0].numel())
+
+
+@dataclass(frozen=True)
 class AutoencodingObjective:
     """Reconstruction and Kullback-Leibler divergence of an autoencoder (Kingma & Welling 2014; Rombach 2022).
 
@@ -390,6 +493,8 @@ ObjectiveConfig = (
     | SlicedVRObjective
     | MaximumLikelihoodObjective
     | ContrastiveObjective
+    | NoiseContrastiveObjective
+    | RecoveryLikelihoodObjective
 )
 
 AnyObjective = Annotated[ObjectiveConfig | AutoencodingObjective, PartOf("objective", ("error",), BaseObjective)]

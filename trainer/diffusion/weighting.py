@@ -173,21 +173,17 @@ class FixedWeight(nn.Module):
         return self.config.weight(sigma, self.process, self.sigma_data) * error
 
 
-class LearnedWeight(nn.Module):
-    """loss = lambda / e^u error + u, u(sigma) linear in harmonics of ln sigma and 0 at the start (Karras 2024, eq. 14).
+class LevelFunction(nn.Module):
+    """A learned function of the noise level, linear in harmonics of ln sigma and 0 at the start."""
 
-    At a fixed sigma it is smallest at u = ln(lambda E), so u is the log of the expected loss.
-    """
-
-    def __init__(self, config: Learned, sigma_data: float):
+    def __init__(self, num_features: int):
         super().__init__()
-        self.sigma_data = sigma_data
-        self.linear = nn.Linear(2 * (config.num_features // 2), 1)
+        self.linear = nn.Linear(2 * (num_features // 2), 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def uncertainty(self, sigma: Tensor) -> Tensor:
-        """u(sigma), [B] -> [B], float32."""
+    def at(self, sigma: Tensor) -> Tensor:
+        """[B] -> [B], float32."""
         half = self.linear.in_features // 2
         # ln(sigma) / 4 spans about 3; frequencies up to 4 pi resolve a factor e in sigma.
         frequencies = torch.arange(1, half + 1, device=sigma.device) * (4 * math.pi / half)
@@ -195,8 +191,19 @@ class LearnedWeight(nn.Module):
         features = torch.cat([phases.cos(), phases.sin()], dim=1) * half**-0.5
         return self.linear(features.to(self.linear.weight.dtype)).float().squeeze(1)
 
+
+class LearnedWeight(LevelFunction):
+    """loss = lambda / e^u error + u, u(sigma) a `LevelFunction` (Karras 2024, eq. 14).
+
+    At a fixed sigma it is smallest at u = ln(lambda E), so u is the log of the expected loss.
+    """
+
+    def __init__(self, config: Learned, sigma_data: float):
+        super().__init__(config.num_features)
+        self.sigma_data = sigma_data
+
     def forward(self, error: Tensor, sigma: Tensor) -> Tensor:
-        u = self.uncertainty(sigma)
+        u = self.at(sigma)
         return (sigma**-2 + self.sigma_data**-2) * error * (-u).exp() + u
 
 

@@ -80,12 +80,15 @@ class BoltzmannMachine(nn.Module):
         self.visible_bias = nn.Parameter(torch.zeros(num_visible))
         self.hidden_bias = nn.Parameter(torch.zeros(num_hidden))
 
-    def forward(self, v: Tensor, start: Tensor, num_sweeps: int, source: Source = None) -> tuple[Tensor, Tensor]:
-        """Contrastive divergence of v [B, num_visible] by chains from `start`: (loss [B], where they end).
+    def forward(
+        self, v: Tensor, start: Tensor | None = None, num_sweeps: int = 0, source: Source = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Contrastive divergence of v [B, num_visible] by chains from `start`: (loss [B], where they end). Without
+        `start` the free energies [B].
 
         What a training step calls, so that an engine that shards parameters has them whole meanwhile.
         """
-        return gibbs_divergence(self, v, start, num_sweeps, source)
+        return self.free_energy(v) if start is None else gibbs_divergence(self, v, start, num_sweeps, source)
 
     def free_energy(self, v: Tensor) -> Tensor:
         """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
@@ -113,6 +116,20 @@ class BoltzmannMachine(nn.Module):
 
     def fresh(self, source: ChainNoise) -> Tensor:
         """Where chains begin that begin at no data, [B, num_visible]; no parameter in it."""
+        raise NotImplementedError
+
+    def independent(self, mean: Tensor, std: Tensor, source: ChainNoise) -> Tensor:
+        """Units [B, num_visible] that do not know of each other, of the mean and std [num_visible] of data in [-1, 1]:
+        the noise of noise-contrastive estimation."""
+        raise NotImplementedError
+
+    def log_independent(self, v: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Their log-probability or log-density, [B]."""
+        raise NotImplementedError
+
+    @property
+    def initial_log_partition(self) -> float:
+        """ln Z of the machine without weights and biases."""
         raise NotImplementedError
 
     def _check(self, v: Tensor) -> None:
@@ -185,6 +202,18 @@ class RBM(BoltzmannMachine):
         u = source.uniform((self.num_visible,), self.dtype)
         return (u < 0.5).to(self.dtype)
 
+    def independent(self, mean: Tensor, std: Tensor, source: ChainNoise) -> Tensor:
+        u = source.uniform((self.num_visible,), self.dtype)
+        return (u < _shares(mean).to(self.dtype)).to(self.dtype)
+
+    def log_independent(self, v: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        shares = _shares(mean).to(self.dtype)
+        return v @ shares.logit() + (-shares).log1p().sum()
+
+    @property
+    def initial_log_partition(self) -> float:
+        return (self.num_visible + self.num_hidden) * math.log(2)
+
     def log_partition(self) -> Tensor:
         """ln Z, exactly, by enumerating the smaller layer. Raises UserError above 20 units."""
         weight, visible_bias, hidden_bias = self._wide
@@ -203,6 +232,7 @@ class GaussianBernoulliRBM(BoltzmannMachine):
     def __init__(self, num_visible: int, num_hidden: int, std: float = 1.0):
         super().__init__(num_visible, num_hidden)
         checks.positive("rbm", std=std)
+        self.initial_std = std
         self.log_std = nn.Parameter(torch.tensor([math.log(std)]))  # [1]: DeepSpeed can't share out a scalar
 
     @property
@@ -252,6 +282,18 @@ class GaussianBernoulliRBM(BoltzmannMachine):
         """Standard normal numbers."""
         return source.normal((self.num_visible,), self.dtype)
 
+    def independent(self, mean: Tensor, std: Tensor, source: ChainNoise) -> Tensor:
+        return mean.to(self.dtype) + std.to(self.dtype) * source.normal((self.num_visible,), self.dtype)
+
+    def log_independent(self, v: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        wide = std.to(self.dtype)
+        scaled = (v - mean.to(self.dtype)) / wide
+        return -(scaled.square() / 2 + wide.log() + math.log(2 * math.pi) / 2).sum(1)
+
+    @property
+    def initial_log_partition(self) -> float:
+        return self.num_hidden * math.log(2) + self.num_visible / 2 * math.log(2 * math.pi * self.initial_std**2)
+
     def log_partition(self) -> Tensor:
         """ln Z, exactly, by enumerating the hidden layer. Raises UserError above 20 units."""
         weight, visible_bias, hidden_bias = self._wide
@@ -268,6 +310,11 @@ def _bernoulli(logits: Tensor, source: Source) -> Tensor:
     else:
         u = torch.rand(logits.shape, generator=source, dtype=logits.dtype, device=logits.device)
     return (u < logits.sigmoid()).to(logits.dtype)
+
+
+def _shares(mean: Tensor) -> Tensor:
+    """Of units that are 1, of data in [-1, 1] with this mean; none so rare that its log-probability leads."""
+    return ((mean + 1) / 2).clamp(0.02, 0.98)
 
 
 def _states(like: Tensor) -> Tensor:

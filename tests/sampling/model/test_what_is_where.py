@@ -46,7 +46,8 @@ REQUIRED = {
     ),
     "objectives": (
         OBJECTIVES,
-        "denoising implicit sliced sliced_vr flow_matching ddpm edm maximum_likelihood contrastive",
+        "denoising implicit sliced sliced_vr flow_matching ddpm edm maximum_likelihood contrastive noise_contrastive "
+        "recovery_likelihood",
     ),
     "weightings": (
         WEIGHTINGS,
@@ -91,7 +92,13 @@ GROUPS = {
     "processes": ["processes"],
     "ladders": ["ladders"],
     "parameterizations": ["parameterizations"],
-    "objectives": ["objectives", "contrastive divergence", "flows", "maximum likelihood"],
+    "objectives": [
+        "objectives",
+        "contrastive divergence",
+        "noise-contrastive estimation, recovery likelihood",
+        "flows",
+        "maximum likelihood",
+    ],
     "weightings": ["weightings"],
     "sigma sampling": ["sigma sampling"],
     "networks": ["networks", "RBMs"],

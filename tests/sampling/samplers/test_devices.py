@@ -30,6 +30,7 @@ from scoreray.trainer.diffusion.objective import (
     ContrastiveObjective,
     DenoisingObjective,
     EDMObjective,
+    EnergyObjective,
     ObjectiveConfig,
 )
 from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP, Process
@@ -137,7 +138,8 @@ def test_every_objective(kind: str, start: str) -> None:
         objective = ContrastiveObjective(start=start, num_steps=2)
         loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE), "energy_dot"), objective, EDM())
     elif start == "data":
-        loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE)), OBJECTIVES[kind](), EDM())
+        parameterization = "energy_dot" if issubclass(OBJECTIVES[kind], EnergyObjective) else "edm"
+        loss_of(Denoiser(MLPConfig(8, 1).build(SHAPE), parameterization), OBJECTIVES[kind](), EDM())
 
 
 @pytest.mark.parametrize("network", [UNetConfig(8, (1,), 1, patch_size=2), DiTConfig(2, 8, 1, 2)], ids=["unet", "dit"])

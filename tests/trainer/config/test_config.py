@@ -15,7 +15,7 @@ from scoreray.data.reading.order import default_lanes
 from scoreray.data.storage.store import open_store
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import differing_keys, dump_config, leaves, load_config
-from scoreray.trainer.diffusion.objective import OBJECTIVES
+from scoreray.trainer.diffusion.objective import OBJECTIVES, EnergyObjective
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS, LadderUniform
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, MinSNR
@@ -302,7 +302,7 @@ KINDS = (
     *(f"process.kind={kind}" for kind in PROCESSES),
     *(f"objective.sigma_sampling.kind={kind}" for kind in SIGMA_SAMPLINGS),
     *(f"objective.weighting.kind={kind}" for kind in WEIGHTINGS),
-    *(f"objective.kind={kind}" for kind in OBJECTIVES if kind != "contrastive"),  # which needs an energy
+    *(f"objective.kind={kind}" for kind, one in OBJECTIVES.items() if not issubclass(one, EnergyObjective)),
     "network.kind=dit",
     "network.kind=mlp",
 )

@@ -84,7 +84,7 @@ def test_learned_uncertainty_starts_at_edm_and_its_optimum_is_the_log_of_the_exp
 
     optimizer.step(closure)
     expected = (0.3 * sigma**0.5).log()
-    assert (module.uncertainty(sigma) - expected).abs().max() < 0.05
+    assert (module.at(sigma) - expected).abs().max() < 0.05
     torch.testing.assert_close(module(error, sigma), 1 + expected, atol=0.01, rtol=0)
 
 

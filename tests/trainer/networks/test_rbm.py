@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.contrastive import PersistentChains, contrastive_loss, gibbs_divergence, langevin_chain
+from scoreray.trainer.diffusion.contrastive import PersistentChains, contrastive_loss, gibbs_divergence
+from scoreray.trainer.energies.langevin import langevin_chain
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM, _states
 
 F64 = torch.float64

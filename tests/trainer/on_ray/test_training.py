@@ -15,6 +15,8 @@ from scoreray.trainer.diffusion.objective import (
     EDMObjective,
     FlowMatchingObjective,
     ImplicitObjective,
+    NoiseContrastiveObjective,
+    RecoveryLikelihoodObjective,
     SlicedObjective,
     SlicedVRObjective,
 )
@@ -48,6 +50,16 @@ RUNS = {
         ContrastiveObjective(
             EDMWeighting(), LogNormal(-1.3, 0.7, stratified=True), num_steps=5, step_size=0.2, start="persistent"
         ),
+        EDM(),
+        "energy_dot",
+    ),
+    "noise_contrastive": (
+        NoiseContrastiveObjective(sigma_sampling=LogNormal(-1.3, 0.6), num_noise=4),
+        EDM(),
+        "energy_dot",
+    ),
+    "recovery_likelihood": (
+        RecoveryLikelihoodObjective(EDMWeighting(), LogNormal(-1.4, 0.6), num_steps=15),
         EDM(),
         "energy_dot",
     ),
@@ -93,7 +105,11 @@ def distance_to_exact(denoiser, sigma, class_labels=None) -> float:
 LIMIT = {"contrastive, persistent": 0.3}
 
 
-SLOW = {"sliced_vr": pytest.mark.slow}  # 20 s for what "sliced" and "implicit" nearly are
+SLOW = {
+    "sliced_vr": pytest.mark.slow,  # 20 s for what "sliced" and "implicit" nearly are
+    "noise_contrastive": pytest.mark.slow,  # whose closed forms are in tests/trainer/energies
+    "recovery_likelihood": pytest.mark.slow,
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in RUNS])

@@ -1,0 +1,1 @@
+"""Maximum likelihood of energies without their normaliser: noise-contrastive estimation, recovery likelihood."""
