@@ -99,6 +99,7 @@ class FieldDecoder:
         self.columns = sorted({members.index(one.member) for one in of_members})
         self._read = [(one, self.columns.index(members.index(one.member))) for one in of_members]
         self._num_members = len(members)
+        self.takes_views = all(one.kind in ("array", "vector") and not one.path for one in of_members)
         self._arrays = [(one, self._shape(one), stored_dtype(one.dtype)) for one in self.fields]
 
     def empty(self, count: int) -> FieldArrays:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from scoreray.data.errors import DataError, StorageError
-from scoreray.data.fields.record_layout import CHUNK
+from scoreray.data.fields.record_layout import CHUNK, digest
 from scoreray.data.reading.disk_cache import DiskCache
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.order import RecordRange
@@ -28,14 +30,61 @@ sha256 = hashlib.sha256
 MAX_REQUEST_BYTES = 16 << 20
 REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
 REREAD_S = 0.5  # the longest pause before one
+GROUP = 8  # samples that follow each other in a shard and have one tag
+MAX_TAG_BYTES = 64 << 20
+WORTH_A_VIEW = 0.75  # of a request's bytes: a view of one member keeps all of them in memory
 # A member to be read: which of the shard's samples it is of, the column of the record, and what that says of it.
 WANTED = np.dtype([("place", "i8"), ("column", "i4"), ("offset", "u8"), ("size", "u4"), ("digest", "u8")])
+
+
+class Tags:
+    """Tags of what this process has read and verified by SHA-256. In later epochs they verify the same bytes at a tenth
+    of its cost: of members of 8 KB 0.5 us each and not 5.0, on a CPU with instructions for both.
+
+    A tag is the first 64 bits of AES-GMAC (NIST SP 800-38D) of GROUP samples, under a key that is drawn for this
+    object; the nonce is where they begin. Neither key nor tags leave the process, so bytes that changed since, by a
+    fault or on purpose, pass with a probability of at most (bytes / 16) 2^-64.
+
+    Memory: a byte a sample.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        """counts: samples of each shard."""
+        groups = -(-np.asarray(counts, np.int64) // GROUP)
+        self._counts, self._first_groups = counts, np.concatenate([np.zeros(1, np.int64), np.cumsum(groups)])
+        self._tags = np.zeros(int(groups.sum()), np.uint64)  # 0: none yet. Pages are taken when first written to
+        self._encrypt = AESGCM(AESGCM.generate_key(128)).encrypt
+
+    def groups(self, shard: int, wanted: np.ndarray, num_columns: int) -> list[tuple[int, int, int]]:
+        """(number, i, j) of each group that is whole in members i to j - 1 of `wanted`, which are of a shard."""
+        number = wanted["place"] // GROUP
+        cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
+        first, count = int(self._first_groups[shard]), self._counts[shard]
+        return [
+            (first + group, i, j)
+            for group, (i, j) in zip(number[cuts[:-1]].tolist(), itertools.pairwise(cuts), strict=True)
+            if j - i == min(GROUP, count - group * GROUP) * num_columns
+        ]
+
+    def has(self, group: int, offset: int, data: memoryview) -> bool:
+        """Whether these are the bytes of the group, from `offset` of its shard on, that were kept."""
+        known = int(self._tags[group])
+        return known != 0 and known == self._tag(offset, data)
+
+    def keep(self, group: int, offset: int, data: memoryview) -> None:
+        self._tags[group] = self._tag(offset, data)
+
+    def _tag(self, offset: int, data: memoryview) -> int:
+        return int.from_bytes(self._encrypt(offset.to_bytes(12, "little"), b"", data)[:8], "little")
 
 
 class Reader:
     """Reads ranges of samples from a data set's shards; used by several threads.
 
-    Memory: `records_kept` records, of 32 bytes where a sample has one member, and what read() returns.
+    epochs: samples will be read again and again, and are then verified by `Tags`.
+    views: members that take up WORTH_A_VIEW of a request are views of it, in place of copies: 1 us less for 8 KB.
+
+    Memory: `records_kept` records, of 32 bytes where a sample has one member, the tags, and what read() returns.
     """
 
     max_gap_bytes = 64 << 10  # a gap between two members is read along with them up to this
@@ -48,12 +97,16 @@ class Reader:
         records_kept: int = 1 << 16,
         quarantine: Quarantine | None = None,
         cache: DiskCache | None = None,
+        epochs: bool = False,
+        views: bool = False,
     ) -> None:
-        self.cache = cache
+        self.cache, self._views = cache, views
         self.store, self.manifest, self.stats, self.quarantine = store, manifest, stats, quarantine
         self._get = HedgedGet(store.get, stats) if store.is_remote else store.get
         self.first_samples = manifest.first_samples()
         self._attempts = 1 + (REREADS if store.is_remote else int(cache is not None))
+        has_tags = epochs and manifest.num_samples <= MAX_TAG_BYTES
+        self._tags = Tags([shard.num_samples for shard in manifest.shards]) if has_tags else None
         index = store.url(manifest.index.name)
         self._records = Records(self._get_counted, manifest, index, -(-records_kept // CHUNK))
 
@@ -140,8 +193,8 @@ class Reader:
         if self.quarantine is not None and name in self.quarantine.missing:
             return [None] * len(wanted), b""
         begins = wanted["offset"].astype(np.int64) - low
-        places = (begins.tolist(), (begins + wanted["size"]).tolist())
-        expected = wanted["digest"].tobytes()  # 8 bytes each
+        places = list(zip(begins.tolist(), (begins + wanted["size"]).tolist(), strict=True))
+        as_views = self._views and int(wanted["size"].sum()) >= WORTH_A_VIEW * (high - low)
         problem, bad = "", list(range(len(wanted)))
         members: list[bytes | None] = [None] * len(wanted)
         for attempt in range(self._attempts):
@@ -152,12 +205,12 @@ class Reader:
                 if attempt + 1 < self._attempts:  # a store under stress may say so of what is there
                     self._pause(attempt)
                 continue
-            found = [data[begin:end] for begin, end in zip(*places, strict=True)]
-            digests = b"".join([sha256(member).digest()[:8] for member in found])
-            if digests == expected:
+            whole = memoryview(data) if as_views else data
+            found: list[bytes] = [whole[begin:end] for begin, end in places]  # type: ignore[misc]  # any bytes-like
+            if self._are_right(shard, wanted, found, places, data):
                 return found, data  # type: ignore[return-value]
             for i in bad:
-                members[i] = found[i] if digests[8 * i : 8 * i + 8] == expected[8 * i : 8 * i + 8] else None
+                members[i] = found[i] if digest(found[i]) == wanted["digest"][i] else None
             bad = [i for i in bad if members[i] is None]
             if not bad:
                 return members, data
@@ -181,6 +234,27 @@ class Reader:
             sample = int(self.first_samples[shard]) + int(wanted["place"][i])
             self.put_aside(sample, self._bad_member(shard, wanted[i], problem))
         return members, data
+
+    def _are_right(
+        self, shard: int, wanted: np.ndarray, members: list[bytes], places: list[tuple[int, int]], data: bytes
+    ) -> bool:
+        """Whether the members are those of the index, by the tags of groups that were read before, else by SHA-256.
+        places: (begin, end) of each in `data`."""
+        tags, left, fresh = self._tags, list(range(len(wanted))), []
+        if tags is not None:
+            columns = int((wanted["place"] == wanted["place"][0]).sum())
+            for group, i, j in reversed(tags.groups(shard, wanted, columns)):
+                span = int(wanted["offset"][i]), memoryview(data)[places[i][0] : places[j - 1][1]]
+                if tags.has(group, *span):
+                    del left[i:j]
+                else:
+                    fresh.append((group, span))
+        if b"".join([sha256(members[i]).digest()[:8] for i in left]) != wanted["digest"][left].tobytes():
+            return False
+        if tags is not None:
+            for group, span in fresh:
+                tags.keep(group, *span)
+        return True
 
     def _bad_member(self, shard: int, member: np.ndarray, problem: str) -> str:
         """A line about a member, which is named where a sample has several."""

@@ -73,11 +73,12 @@ class RankRows:
         quarantine: Quarantine | None = None,
         disk_cache: DiskCache | None = None,
         kind: type[Reader] = Reader,
+        views: bool = False,
     ) -> Reader:
         """A reader of the data set that keeps the records of the blocks that the rank's lanes are in."""
         read_at_once = self.order.shuffle_block * blocks_at_once(self.order, self.manifest.bytes_per_sample)
         records_kept = 2 * self.lanes.count * (read_at_once + 2 * CHUNK) + 16 * CHUNK
-        return kind(open_store(self._url), self.manifest, stats, records_kept, quarantine, disk_cache)
+        return kind(open_store(self._url), self.manifest, stats, records_kept, quarantine, disk_cache, True, views)
 
     def batches(self, blocks: BlockReader, start: int, stop: threading.Event) -> Iterator[Rows]:
         """The rank's parts of the global batches from position `start` on. Several at once are looked up in the order,
@@ -162,7 +163,7 @@ class Stream(BatchStream):
         self._names = self.manifest.target.name, label.name if label else None
         self.shuffle_block, self._num_decoders = self.order.shuffle_block, decode_threads
         disk_cache = DiskCache(cache_dir, cache_dir_bytes, self.stats) if cache_dir else None
-        self._reader = self._rows.reader(self.stats, quarantine, disk_cache)
+        self._reader = self._rows.reader(self.stats, quarantine, disk_cache, views=self._decoder.takes_views)
         self._blocks = BlockReader(self._reader, self.order, self._decoder, cache_bytes)
 
     def close(self) -> None:

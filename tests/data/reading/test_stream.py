@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,19 @@ import pytest
 import torch
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.record_layout import CHUNK, RECORD
+from scoreray.data.fields.field import Field
+from scoreray.data.fields.record_layout import CHUNK, RECORD, record_dtype
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.batches import Batch
 from scoreray.data.reading.blocks import blocks_at_once
 from scoreray.data.reading.manifest import MANIFEST, Manifest
 from scoreray.data.reading.order import Order
-from scoreray.data.reading.reader import Reader
+from scoreray.data.reading.reader import Reader, Tags, wanted_members
 from scoreray.data.reading.stream import Stream
 from scoreray.data.storage.stats import ReadStats
 from scoreray.data.storage.store import open_store
 
+TWO_MEMBERS = [Field("image", "image", [3, 8, 8], "uint8", "png"), Field("clip", "vector", [4], "float32", "npy")]
 BATCH = 24  # 1, 2, 3, 4, 6 and 8 divide it
 
 
@@ -204,6 +207,47 @@ def test_a_flipped_byte_is_refused_by_shard_sample_and_offset(damaged: tuple[str
         DataError, match=rf"000001.tar: sample 69 at byte {offset}: its bytes are not those of the index"
     ):
         read(url, 40)
+
+
+def test_later_epochs_take_tags_for_sha256_and_find_the_same_changes(
+    damaged: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (url, path), hashed, real = damaged, list[int](), hashlib.sha256
+    monkeypatch.setattr("scoreray.data.reading.reader.sha256", lambda data: hashed.append(len(data)) or real(data))
+    n = Manifest.load(open_store(url)).num_samples
+
+    def images() -> Iterator[tuple[int, torch.Tensor]]:
+        for batch in itertools.islice(stream, n // 8):
+            yield from zip(batch.index.tolist(), batch.images, strict=True)
+
+    with Stream(url, global_batch_size=8, rank=0, world_size=1, seed=7, cache_bytes=0, num_lanes=1) as stream:
+        first = dict(images())
+        assert n <= len(hashed) < 1.5 * n  # of the next epoch some may be read already
+        again = dict(images())
+        assert len(hashed) < 1.5 * n  # those at a block's ends are of groups that are not whole in it
+        assert all(torch.equal(first[i], again[i]) for i in first.keys() & again.keys())
+        flip(path, int(records(url, 1)["offset"][20]) + 40)
+        with pytest.raises(DataError, match=r"000001.tar: sample 84 at byte \d+: its bytes are not those of the index"):
+            list(itertools.islice(stream, n // 4))
+
+
+def test_a_tag_is_of_bytes_and_of_their_place() -> None:
+    tags, data = Tags([20, 5]), memoryview(os.urandom(100))
+    assert not tags.has(1, 512, data)
+    tags.keep(1, 512, data)
+    assert tags.has(1, 512, data)
+    changed = memoryview(bytes([data[0] ^ 1]) + bytes(data[1:]))
+    for other in ((1, 513, data), (2, 512, data), (1, 512, data[:99]), (1, 512, changed)):
+        assert not tags.has(*other)
+
+
+def test_only_groups_that_are_whole_in_a_request_have_a_tag() -> None:
+    """Shards of 20 and 5 samples are 3 and 1 groups."""
+    tags = Tags([20, 5])
+    wanted = wanted_members(np.zeros(17, record_dtype(TWO_MEMBERS)), 3, (0, 1))  # samples 3 to 19
+    assert tags.groups(0, wanted, 2) == [(1, 10, 26), (2, 26, 34)]
+    assert tags.groups(1, wanted_members(np.zeros(5, RECORD), 0, (0,)), 1) == [(3, 0, 5)]
+    assert tags.groups(1, wanted_members(np.zeros(4, RECORD), 0, (0,)), 1) == []
 
 
 def test_a_cut_shard_is_refused(damaged: tuple[str, Path]) -> None:
