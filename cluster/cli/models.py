@@ -12,6 +12,7 @@ import typer
 
 from scoreray.cluster.cli.options import (
     AsJson,
+    AutoencoderPlace,
     Checkpoint,
     Compile,
     Ema,
@@ -52,6 +53,7 @@ def export(
     ] = "",
     samples: Annotated[int, typer.Option(help="So many samples on a sheet of the card.", min=0, max=256)] = 0,
     rows: Annotated[int, typer.Option(help="Of a graph's batch, where its network takes no other; 0: any.", min=0)] = 0,
+    autoencoder: AutoencoderPlace = None,
     with_: With = None,
     as_json: AsJson = False,
 ) -> None:
@@ -96,6 +98,7 @@ def serve(
     sampler: Annotated[
         list[str] | None, typer.Option(help="package.module:Name, a sampler of yours that requests may name too.")
     ] = None,
+    autoencoder: AutoencoderPlace = None,
     with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -208,6 +211,7 @@ def evaluate(
         int | None, typer.Option(help="Ray actors; default: what the cluster has room for.", min=1)
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each worker; part of the record.", min=1)] = 1,
+    autoencoder: AutoencoderPlace = None,
     with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

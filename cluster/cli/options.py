@@ -38,6 +38,15 @@ def _bring(entries: list[str] | None) -> list[str] | None:
     return entries
 
 
+def _name_autoencoders(places: list[str] | None) -> list[str] | None:
+    """A callback of Typer's."""
+    if places:
+        from scoreray.trainer.encoders.load import name_autoencoders
+
+        name_autoencoders(places)
+    return places
+
+
 With = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,6 +69,15 @@ Checkpoint = Annotated[
 Ema = Annotated[str | None, typer.Option(help="EMA length, e.g. 0.100; 'none' for raw weights.")]
 SamplerOption = Annotated[list[str] | None, typer.Option(help="The sampler's own, e.g. s_churn=40.")]
 Compile = Annotated[str, typer.Option("--compile", help="auto, on or off: torch.compile, frozen.")]
+AutoencoderPlace = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--autoencoder",
+        metavar="KIND=PATH",
+        callback=_name_autoencoders,
+        help="Where the autoencoder of a model of latents is now, checked by its hash; again for more models.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON on standard output.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers print.")]
 

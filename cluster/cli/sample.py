@@ -11,6 +11,7 @@ import typer
 
 from scoreray.cluster.cli.options import (
     AsJson,
+    AutoencoderPlace,
     Checkpoint,
     Compile,
     Ema,
@@ -217,6 +218,7 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Samples that are drawn together.", min=1)] = 64,
     option: SamplerOption = None,
     form: FormOptions,
+    autoencoder: AutoencoderPlace = None,
     with_: With = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

@@ -20,6 +20,7 @@ from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica
 from scoreray.sampling.service.request import Event, SampleRequest
 from scoreray.sampling.service.service import Service
+from scoreray.trainer.encoders.load import environment as autoencoders
 
 MANY = 100_000  # requests that Ray Serve may hand on: what is too much is judged by rows, in the replica
 
@@ -151,7 +152,7 @@ def _brought() -> dict[str, Any]:
     job. Ray has copied the folders to the cluster when this process connected."""
     import ray
 
-    variables = own_code.environment()
+    variables = own_code.environment() | autoencoders()
     if not variables:
         return {}
     modules = ray.get_runtime_context().runtime_env.get("py_modules") if own_code.py_modules() else None

@@ -18,6 +18,7 @@ from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate,
 from scoreray.sampling.evaluation.prepare import Run, load_inputs, make_plan, needs_training
 from scoreray.sampling.guidance.steering import untrained_estimate
 from scoreray.sampling.metrics.plan import EvaluationInputs, EvaluationPlan, EvaluationSettings
+from scoreray.trainer.encoders.load import environment as autoencoders
 
 RETRIES = Retries(
     times=4, work="a chunk", hint="is there memory for so many workers? give fewer --workers or a smaller --batch-size"
@@ -72,7 +73,12 @@ def workers_of(count: int, threads: int, *, gpu: bool = False) -> Iterator[Run]:
         "num_gpus": int(gpu),
         "max_concurrency": AT_ONCE,
         "runtime_env": {
-            "env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **own_code.environment()}
+            "env_vars": {
+                "OMP_NUM_THREADS": str(threads),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **own_code.environment(),
+                **autoencoders(),
+            }
         },
     }
     with actors(Worker, count, retries=RETRIES, **options) as workers:

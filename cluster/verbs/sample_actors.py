@@ -19,6 +19,7 @@ from scoreray.sampling.model.load import load_to_sample
 from scoreray.sampling.offline.driver import fingerprint
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.offline.record import SampleJob
+from scoreray.trainer.encoders.load import environment as autoencoders
 from scoreray.trainer.on_ray.run import worker_environment
 
 RETRIES = Retries(
@@ -90,7 +91,7 @@ def on_actors(
             "num_cpus": 1,
             "num_gpus": int(gpu),
             "concurrency_groups": {"state": 1},  # a thread of its own: `state` answers while `make` draws
-            "runtime_env": {"env_vars": worker_environment(plan.model.info.config)},
+            "runtime_env": {"env_vars": worker_environment(plan.model.info.config) | autoencoders()},
         }
         count = min(num_actors, len(numbers))
         with actors(DrawingActor, count, plan.job, plan.url, plan.lease, retries=RETRIES, **options) as drawing:

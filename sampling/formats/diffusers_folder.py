@@ -14,10 +14,10 @@ from __future__ import annotations
 from scoreray.data.errors import UserError
 from scoreray.data.storage.store import Store
 from scoreray.sampling.formats.diffusers_plain import as_json, variant, write_plain_folder
-from scoreray.sampling.model.export import ModelToExport, write_model
-from scoreray.trainer.checkpoints.exported import DIFFUSERS_WEIGHTS, ModelManifest
+from scoreray.sampling.model.export import ModelToExport, has_autoencoder, write_model
+from scoreray.trainer.checkpoints.exported import AUTOENCODER, DIFFUSERS_WEIGHTS, ModelManifest, with_autoencoder_at
 from scoreray.trainer.checkpoints.marker import page_fields
-from scoreray.trainer.encoders.load import load_encoder
+from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
 SHIM = '''"""{what} of scoreray, which must be installed."""
@@ -42,10 +42,11 @@ def write_diffusers_folder(model: ModelToExport, store: Store) -> ModelManifest:
         )
     files = {first: f"{DIFFUSERS_WEIGHTS}.safetensors"}
     files |= {length: f"{DIFFUSERS_WEIGHTS}.{variant(length)}.safetensors" for length in others}
-    config = {"_class_name": "ScorerayDenoiser", "model": page_fields(model.page), "ema": first}
+    page = with_autoencoder_at(model.page, AUTOENCODER) if has_autoencoder(model.page) else model.page
+    config = {"_class_name": "ScorerayDenoiser", "model": page_fields(page), "ema": first}
     index = {"_class_name": ["pipeline", "ScorerayPipeline"], "denoiser": ["denoiser", "ScorerayDenoiser"]}
     if info.encoding is not None and info.encoding.kind == "diffusers":
-        index["vae"] = ["diffusers", type(load_encoder(info.encoding.name, "cpu").module).__name__]
+        index["vae"] = ["diffusers", type(load_autoencoder(info.encoding, "cpu").module).__name__]
     beside = {
         "pipeline.py": SHIM.format(what="The pipeline", name="ScorerayPipeline").encode(),
         "denoiser/denoiser.py": SHIM.format(what="The denoiser", name="ScorerayDenoiser").encode(),

@@ -7,6 +7,7 @@ is that of the scoreray that is installed. The one module that imports diffusers
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import info_of
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.offline.generate import Request, prepare
-from scoreray.trainer.checkpoints.exported import ModelManifest
+from scoreray.trainer.checkpoints.exported import AUTOENCODER, ModelManifest
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.condition_values import condition_of
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
@@ -136,6 +137,9 @@ class ScorerayPipeline(DiffusionPipeline):
         if output_type == "pt":
             return samples
         if info.encoding is None or self.vae is None:
+            if info.encoding is not None and info.encoding.path == AUTOENCODER and info.target is not None:  # ours
+                place = replace(info.encoding, path=f"{self.config['_name_or_path']}/{AUTOENCODER}")  # type: ignore[attr-defined]
+                info = replace(info, target=replace(info.target, encoding=place))
             values = info.in_data_units(samples)
         else:
             values = self.vae.decode(info.unscaled(samples).to(self.vae.device, self.vae.dtype)).sample.float().cpu()

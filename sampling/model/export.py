@@ -29,6 +29,8 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.config import Config
 from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder, autoencoder_files
+from scoreray.trainer.encoders.load import load_autoencoder
+from scoreray.trainer.encoders.scoreray import ScorerayAutoencoder
 from scoreray.trainer.optim.ema import RAW, choose_length, lengths_stored
 from scoreray.trainer.run_folder import CONFIG_FILE
 
@@ -132,16 +134,15 @@ def write_model(
     `store` is a run's.
     """
     _check_no_run(store)
-    beside = {**(beside or {}), **_autoencoder(model.page)}
+    beside = {**(beside or {})}
     store.delete([MODEL_JSON, *beside])
+    page = _with_autoencoder(model.page, store)
     written = {}
     for name, weights in model.states.items():
         written[name] = put_weights(store, files[name] if files else f"{file_name(name)}.safetensors", weights())
     for key, data in beside.items():
         store.put(key, data)
-    page = replace(model.page, files=written)
-    if f"{AUTOENCODER}/config.json" in beside:
-        page = with_autoencoder_at(page, AUTOENCODER)
+    page = replace(page, files=written)
     store.put(MODEL_JSON, page.to_json())
     prefixes = ("ema-", "weights-", DIFFUSERS_WEIGHTS)
     stored = {key for start in prefixes for key, _ in store.list(start) if re.fullmatch(OURS, key)}
@@ -149,12 +150,25 @@ def write_model(
     return page
 
 
-def _autoencoder(page: ModelManifest) -> dict[str, bytes]:
-    """The files of diffusers' autoencoder that decodes the samples of a whole model, by key; none of any other."""
+def has_autoencoder(page: ModelManifest) -> bool:
+    """Whether a model's folder gets the autoencoder that decodes its samples: a whole model's, of diffusers or ours."""
     encoding = None if page.target is None else page.target.encoding
-    if encoding is None or encoding.kind != DiffusersAutoencoder.kind or page.config.get("lora") is not None:
-        return {}
-    return {f"{AUTOENCODER}/{name}": data for name, data in autoencoder_files(encoding).items()}
+    kinds = (DiffusersAutoencoder.kind, ScorerayAutoencoder.kind)
+    return encoding is not None and encoding.kind in kinds and page.config.get("lora") is None
+
+
+def _with_autoencoder(page: ModelManifest, store: Store) -> ModelManifest:
+    """Puts the autoencoder, if `has_autoencoder`, into its folder; the page that says so."""
+    if not has_autoencoder(page) or page.target is None or page.target.encoding is None:
+        return page
+    found, place = load_autoencoder(page.target.encoding, "cpu"), open_store(store.url(AUTOENCODER))
+    if found.kind == ScorerayAutoencoder.kind:
+        stored = find_model(found.path)
+        write_model(model_to_export(stored, [stored.ema]), place)
+    else:
+        for name, data in autoencoder_files(replace(page.target.encoding, path=found.path)).items():
+            place.put(name, data)
+    return with_autoencoder_at(page, AUTOENCODER)
 
 
 def put_weights(store: Store, key: str, weights: State) -> ExportedFile:

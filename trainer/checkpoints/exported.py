@@ -2,7 +2,7 @@
 
 <out>/model.json                  what the network is, written last: config, classes, each file's bytes and SHA-256;
                                   sealed (`data/seal.py`), but for format 1
-<out>/vae/                        of a model of latents, the autoencoder of diffusers that decodes its samples
+<out>/vae/                        of a model of latents, the autoencoder (of diffusers or ours) that decodes its samples
 <out>/ema-0.050.safetensors       the network's fp32 weights, averaged at that length; names as in its state_dict
 
 A diffusers folder (`sampling/formats`) has the weights in denoiser/, under the names of diffusers, and model.json too;

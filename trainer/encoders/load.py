@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from scoreray.data import own_code
-from scoreray.data.errors import DataError, UserError, nearest
+from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.fields.encoding import Encoding
 from scoreray.trainer.encoders.base import Autoencoder, Encoder
 from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder
+from scoreray.trainer.encoders.files import absolute
 from scoreray.trainer.encoders.scoreray import ScorerayAutoencoder
 from scoreray.trainer.encoders.transformers import transformers_encoder
 
@@ -22,6 +24,9 @@ ENCODERS: dict[str, Callable[[str], Encoder]] = {
     "scoreray": ScorerayAutoencoder,
 }
 """By kind; each is made of the path. `package.module:Name` is one of somebody else's."""
+
+VARIABLE = "SCORERAY_AUTOENCODERS"
+"""Environment variable: KIND=PATH, a line each, of autoencoders that are not where they were when they encoded."""
 
 _loaded: dict[tuple[str, str], Encoder] = {}
 _lock = threading.Lock()
@@ -59,11 +64,46 @@ def load_encoder(kind_and_path: str, device: torch.device | str | None = None, s
 
 
 def load_autoencoder(encoding: Encoding, device: torch.device | str | None = None) -> Autoencoder:
-    """What decodes a field again. Raises as `load_encoder`, and UserError where nothing can decode it."""
-    found = load_encoder(encoding.name, device, encoding.sha256)
+    """What decodes a field again: of the places that `name_autoencoders` named, the one with the recorded hash, else
+    the recorded place. Raises as `load_encoder`, and UserError where nothing can decode it."""
+    places = [place for place in os.environ.get(VARIABLE, "").splitlines() if place]
+    named = (load_encoder(place, device) for place in places)
+    found = next((one for one in named if one.sha256 == encoding.sha256), None) or _recorded(encoding, places, device)
     if not isinstance(found, Autoencoder):
         raise UserError(f"{encoding.name}: can't be decoded: it is an encoder of {encoding.of_kind} alone")
     return found
+
+
+def _recorded(encoding: Encoding, others: Sequence[str], device: torch.device | str | None) -> Encoder:
+    """The encoder at the recorded place. others: places whose encoders have another hash."""
+    try:
+        return load_encoder(encoding.name, device, encoding.sha256)
+    except UserError as error:
+        if others:
+            raise UserError(
+                f"--autoencoder {', '.join(others)}: is not the one that encoded the data, SHA-256 "
+                f"{encoding.sha256[:12]}; name a copy of {encoding.name}"
+            ) from error
+        raise UserError(
+            f"{error}. If it is elsewhere now, name that place: --autoencoder {encoding.kind}=PATH (train: "
+            "autoencoder.path in the config)"
+        ) from error
+
+
+def name_autoencoders(places: Sequence[str]) -> None:
+    """Where autoencoders are now, KIND=PATH each, for this process and those that it starts (`environment`). Raises
+    UserError."""
+    for place in places:
+        kind, equals, path = place.partition("=")
+        if not equals or not path or "\n" in place:
+            raise UserError(f"--autoencoder {shortened(place)}: write KIND=PATH, such as diffusers=FOLDER")
+        _class_of(kind)
+    os.environ[VARIABLE] = "\n".join(f"{kind}={absolute(path)}" for kind, _, path in (p.partition("=") for p in places))
+
+
+def environment() -> dict[str, str]:
+    """The variable of `name_autoencoders` for a process on another machine."""
+    return {VARIABLE: os.environ[VARIABLE]} if os.environ.get(VARIABLE) else {}
 
 
 def _class_of(kind: str) -> Any:

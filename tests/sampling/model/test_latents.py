@@ -22,7 +22,7 @@ from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
 from scoreray.sampling.imports.import_diffusers import import_diffusers
 from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import describe
-from scoreray.sampling.model.export import export, model_to_export
+from scoreray.sampling.model.export import export, model_to_export, write_model
 from scoreray.sampling.model.load import load
 from scoreray.sampling.model.row_queue import decode_queue
 from scoreray.sampling.offline.generate import Request, generate
@@ -33,6 +33,14 @@ from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.checkpoints.stored_model import find_model
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.encoders.base import Autoencoder
+from scoreray.trainer.encoders.load import (
+    VARIABLE,
+    _loaded,
+    environment,
+    load_autoencoder,
+    load_encoder,
+    name_autoencoders,
+)
 from scoreray.trainer.loop import train
 from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.run_data import open_run_data
@@ -189,6 +197,66 @@ def test_an_exported_model_has_its_autoencoder_with_it_also_where_diffusers_load
     found = pipeline(batch_size=3, sampler="euler", num_inference_steps=3, output_type="np", class_labels=[0, 1, 0])
     assert np.abs(found.images * 255 - pictures(url, tiny_vae)).max() <= 1
     assert drawn(str(folder), tmp_path / "b.npz").shape == (3, 8, 8, 1)
+
+
+def test_a_moved_autoencoder_is_named_by_an_option_and_its_hash_is_checked(
+    url: str, tiny_vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = describe(url).info.encoding
+    assert recorded is not None
+    gone = replace(recorded, path=str(tmp_path / "gone"))
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(UserError, match=r"gone: no such folder.* name that place: --autoencoder diffusers=PATH"):
+        load_autoencoder(gone, "cpu")
+    moved, other = shutil.copytree(tiny_vae, tmp_path / "moved"), shutil.copytree(tiny_vae, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text().replace('"silu"', '"relu"'))
+    name_autoencoders([f"diffusers={other}"])
+    with pytest.raises(UserError, match=rf"--autoencoder diffusers={other}: is not the one that encoded the data"):
+        load_autoencoder(gone, "cpu")
+    assert load_autoencoder(recorded, "cpu").path == recorded.path  # one that another model's option names hides none
+    name_autoencoders([f"diffusers={other}", f"diffusers={moved}"])
+    assert load_autoencoder(gone, "cpu").path == str(moved)
+    assert environment() == {VARIABLE: f"diffusers={other}\ndiffusers={moved}"}
+    for wrong, message in (("vae", "write KIND=PATH"), ("difusers=vae", "did you mean|diffusers")):
+        with pytest.raises(UserError, match=message):
+            name_autoencoders([wrong])
+
+
+def test_an_exported_model_has_an_autoencoder_of_ours_with_it_and_outlives_its_run(
+    url: str, small_run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    tiny = {
+        "kind": "autoencoder",
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "latent_channels": 2,
+        "attention": False,
+    }
+    trained = load_config(small_run("ours", tmp_path, 16, network=tiny, objective={"kind": "autoencoding"}))
+    train(trained)
+    ours, z = load_encoder(f"scoreray={run_store(trained).url()}", "cpu"), torch.randn(1, 2, 4, 4)
+    assert isinstance(ours, Autoencoder)
+    decoded = ours.decode(z)
+    model = model_to_export(find_model(url))
+    assert model.page.target is not None
+    assert model.page.target.encoding is not None
+    encoding = replace(model.page.target.encoding, kind="scoreray", path=ours.path, sha256=ours.sha256)
+    page = replace(model.page, target=replace(model.page.target, encoding=encoding))
+    for write, name in ((write_model, "plain"), (write_diffusers_folder, "pipeline")):
+        write(replace(model, page=page), open_store(str(tmp_path / name)))
+    shutil.rmtree(ours.path)
+    _loaded.clear()
+    for name in ("plain", "pipeline"):
+        found = describe(str(tmp_path / name)).info.encoding
+        assert found == replace(encoding, path=str(tmp_path / name / "vae"))
+        torch.testing.assert_close(load_autoencoder(found, "cpu").decode(z), decoded, rtol=0, atol=0)
+    pipeline: Any = DiffusionPipeline.from_pretrained(str(tmp_path / "pipeline"), trust_remote_code=True)
+    found = pipeline(batch_size=3, sampler="euler", num_inference_steps=3, output_type="np", class_labels=[0, 1, 0])
+    shown = drawn(str(tmp_path / "plain"), tmp_path / "a.npz")
+    assert np.abs(found.images * 255 - shown).max() <= 1
 
 
 def test_an_imported_pipeline_draws_pictures_by_its_vae(tiny_vae: str, tmp_path: Path) -> None:
