@@ -242,7 +242,7 @@ def inspect(
         from scoreray.trainer.config.from_data import suggested_config
         from scoreray.trainer.config.network_for_data import Hardware
 
-        some = samples.read(spread(samples.manifest, 256))[0]
+        some = samples.read(spread(samples.manifest, 256), draws=True)[0]
         typer.echo(suggested_config(url, samples.manifest, some, Hardware.here()), nl=False)
         return
     if picture is not None:
@@ -267,7 +267,7 @@ def _inspect_buckets(data: BucketedSet, picture: Path | None, count: int, config
         from scoreray.trainer.config.from_data import suggested_config
         from scoreray.trainer.config.network_for_data import Hardware
 
-        some = readers[0].read(spread(readers[0].manifest, 256))[0]
+        some = readers[0].read(spread(readers[0].manifest, 256), draws=True)[0]
         typer.echo(suggested_config(data.url, data, some, Hardware.here()), nl=False)
         return
     if picture is not None:
@@ -298,7 +298,7 @@ def _scale(samples: SampleReader) -> tuple[dict[str, Any], str]:
     from scoreray.trainer.step import to_model_range
 
     seen = run_fields(DataSection(url=samples.url), samples.manifest)
-    few, many = (samples.read(spread(samples.manifest, count))[0] for count in (256, 1024))
+    few, many = (samples.read(spread(samples.manifest, count), draws=True)[0] for count in (256, 1024))
     found = {"mean": seen.mean, "std": seen.std, "sigma_data": seen.sigma_data}
     found |= {"sigma_max": seen.largest_distance(few), "ladder": None}
     try:

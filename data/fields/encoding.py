@@ -63,6 +63,14 @@ def drawn(moments: Tensor, noise: Tensor) -> Tensor:
     return mean + std * noise
 
 
+def drawn_for_statistics(moments: Tensor) -> Tensor:
+    """[B, 2C, ...] -> one draw of each, float32 [B, C, ...], by the same noise at every call."""
+    import torch
+
+    half = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    return drawn(moments, torch.randn(half, generator=torch.Generator().manual_seed(0)))
+
+
 def linear_preview(preview: Sequence[Sequence[float]], z: Tensor) -> Tensor:
     """The picture [B, channels of a picture, h, w] in about [-1, 1] that the linear map makes of latents."""
     import torch  # 0.9 s, which manifests need not wait for

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from scoreray.data.fields.encoding import drawn_for_statistics
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.reading.field_values import FieldDecoder
 from scoreray.data.reading.samples import SampleReader, spread
@@ -36,8 +37,7 @@ class Lengths:
 class FieldSummary:
     """mean, std, low, high: of each channel, over the whole data set, in its own units. histogram: of each of the first
     CHANNELS channels, samples' values in BINS equal parts of [low, high]; longest: texts. Both are of the samples that
-    were read.  encoding: which encoder made the values of which field; of moments, statistics are of what is drawn from
-    them, histograms of the means."""
+    were read. encoding: which encoder made the values of which field. Of moments all is of what is drawn from them."""
 
     name: str
     kind: str
@@ -82,7 +82,7 @@ def _summary(one: Field, values: torch.Tensor | None, mask: torch.Tensor | None)
             texts = [bytes(values[i][mask[i]].tolist()).decode(errors="replace") for i in longest]
             known["longest"] = [text[:MOST_SHOWN] for text in texts]
     if values is not None and one.kind not in ("class", "text"):
-        values = values[:, : one.drawn_shape[0]] if one.holds_moments else values
+        values = drawn_for_statistics(values) if one.holds_moments else values
         known["histogram"] = _histograms(one, values if mask is None else values[mask][None])
     if one.encoding is not None:
         known["encoding"] = f"{'moments ' * one.holds_moments}by {one.encoding.name} of {one.encoding.of}"
@@ -98,7 +98,7 @@ def _histograms(one: Field, values: torch.Tensor) -> list[list[int]]:
         ends = (one.low[number], one.high[number]) if one.low else (channel.min(initial=0), channel.max(initial=0))
         # From 0 to 1: NumPy refuses bins narrower than the steps between floats, as of values near 2**63.
         spread = ends[1] - ends[0]
-        scaled = (channel - ends[0]) / (spread or 1.0)
+        scaled = ((channel - ends[0]) / (spread or 1.0)).clip(0, 1)  # of moments other draws gave the ends
         found.append(np.histogram(scaled, BINS, (0.0, 1.0) if spread else (-0.5, 0.5))[0].tolist())
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.classes import NO_CLASS
+from scoreray.data.fields.encoding import drawn_for_statistics
 from scoreray.data.fields.field import FieldRequest
 from scoreray.data.reading.field_values import FieldArrays, FieldDecoder, FieldTensors
 from scoreray.data.reading.manifest import MANIFEST, Manifest
@@ -37,14 +38,14 @@ class SampleReader:
         once."""
         return _opened, (self.url, self._bytes)
 
-    def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(self, numbers: Sequence[int] | np.ndarray, *, draws: bool = False) -> tuple[Tensor, Tensor]:
         """(samples of the data set's target, labels int64 [n]) of ascending `numbers`; of images uint8 [n, C, H, W],
-        of moments the means. Raises as `read_fields`."""
+        of moments the means, or with `draws` a draw of each, as a run sees them. Raises as `read_fields`."""
         found = self.read_fields(numbers).fields
         target, label = self.manifest.target, self.manifest.label
         samples = found[target.name]
         if target.holds_moments:
-            samples = samples[:, : target.drawn_shape[0]]
+            samples = drawn_for_statistics(samples) if draws else samples[:, : target.drawn_shape[0]]
         if target.kind == "image":  # by the strides of a single channel too: torch looks at these
             samples = samples.clone(memory_format=torch.contiguous_format)
         return samples, found[label.name] if label else torch.full((len(samples),), NO_CLASS)

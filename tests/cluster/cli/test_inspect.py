@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from scoreray.cluster.cli.main import app
 from scoreray.data.errors import UserError
+from scoreray.data.fields.encoding import Encoding
+from scoreray.data.fields.field import Field
 from scoreray.data.packing.pack import pack
+from scoreray.data.reading.samples import SampleReader
 from scoreray.data.sources.field_options import parse_field_options
 from scoreray.trainer.config import load_config
 
@@ -120,6 +126,31 @@ def test_every_field_is_described_and_a_config_that_fits_is_written(tmp_path: Pa
     assert config.network.kind == "dit"
     refused = CliRunner().invoke(app, [*words, "--config", "--json"])
     assert "--config: prints YAML alone" in str(refused.exception)
+
+
+def test_the_scale_of_moments_is_that_of_what_is_drawn_from_them(write_fields: Any, tmp_path: Path) -> None:
+    """Means 0 and standard deviations 2: draws of N(0, 4), of which the means know nothing."""
+    encoding = Encoding("diffusers", "vae", "0" * 64, "image", "image", [3, 16, 16], moments=True)
+    field = Field(
+        "latent", "array", [4, 4, 4], "float16", "latent.npy", mean=[0.0] * 2, std=[2.0] * 2, low=[-8.0] * 2,
+        high=[8.0] * 2, encoding=encoding,
+    )  # fmt: skip
+    file = io.BytesIO()
+    np.save(file, np.repeat(np.array([0, 2], np.float16), 2)[:, None, None] * np.ones((1, 4, 4), np.float16))
+    write_fields(tmp_path / "set", [field], [{"latent": ("npy", file.getvalue())}] * 64)
+    said = CliRunner().invoke(app, ["data", "inspect", str(tmp_path / "set"), "--json"])
+    found = json.loads(said.stdout)
+    # The distance of two draws of d = 32 values is some sqrt(2 d) 2 = 16 with a standard deviation of 2: the largest of
+    # 2,016 is 3 to 5 of these above.
+    assert found["sigma_max"] == pytest.approx(24, abs=2.5)
+    assert found["ladder"]["sigma_max"] == pytest.approx(found["sigma_max"], rel=1e-4)
+    (about,) = found["fields"]
+    middle, edge = np.sum(about["histogram"], 0)[[7, 8]].sum(), np.sum(about["histogram"], 0)[[0, -1]].sum()
+    assert middle / 2048 == pytest.approx(0.383, abs=0.04)  # within half a standard deviation
+    assert 2048 - middle - edge > 0
+    samples = SampleReader(str(tmp_path / "set"))
+    assert samples.read(range(64))[0].abs().max() == 0  # the means
+    assert torch.equal(samples.read(range(64), draws=True)[0], samples.read(range(64), draws=True)[0])
 
 
 def test_control_characters_of_data_are_escaped_and_the_next_command_is_quoted(tmp_path: Path) -> None:
