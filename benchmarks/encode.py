@@ -8,8 +8,8 @@ Each prints one ratio, of two ways that are timed in turn in one run, after both
           whose pictures are in memory: an AutoencoderKL, pictures of 64x64. Goal 0.9
   actors  samples a second of two actors over twice those of one. Where there are fewer cores than actors and what is
           beside them, the encoder is a stand-in that sleeps as long as the real one would compute. Goal 0.9
-  read    bytes a second of batches of latents (float16, 4x32x32) from verified shards over those of copying the same
-          members from memory into batches. Goal 0.8
+  read    CPU seconds of copying members of latents (float16, 4x32x32) from memory into batches over those of batches
+          from verified shards, in the first epoch and in later ones, the least of all rounds of each. Goal 0.8
 """
 
 from __future__ import annotations
@@ -170,25 +170,30 @@ def read(folder: Path, shards: int, rounds: int) -> None:
 
     def streamed() -> None:
         for _ in range(count // batch_size):
-            next(stream)
+            next(batches)
 
     ways: dict[str, Callable[[], None]] = {
         "copied from memory": lambda: copied(False), "verified and copied from memory": lambda: copied(True),
-        "read from verified shards": streamed,
+        "first epoch": streamed, "second epoch": streamed, "third epoch": streamed,
     }  # fmt: skip
     took: dict[str, list[float]] = {name: [] for name in ways}
     stored = [FieldRequest("latent")]
-    options_of = {"global_batch_size": batch_size, "rank": 0, "world_size": 1, "seed": 0, "cache_bytes": 0}
-    with Stream(url, fields=stored, **options_of) as stream:
-        for number in range(rounds + 1):
+    for _ in range(rounds):
+        with Stream(
+            url, fields=stored, global_batch_size=batch_size, rank=0, world_size=1, seed=0, cache_bytes=0
+        ) as stream:
+            batches = stream.batches(0)  # in this thread: what is read ahead is no other way's time
             for name, way in ways.items():
                 began = time.process_time()
                 way()
-                took[name] += [time.process_time() - began] if number else []
+                took[name].append(time.process_time() - began)
     us = {name: 1e6 * min(times) / count for name, times in took.items()}
-    ours = us.pop("read from verified shards")
-    for name, other in us.items():
-        print(f"read: {ours:.2f} us a latent, {name} {other:.2f}: {other / ours:.3f} (goal 0.8)")
+    first, later = us["first epoch"], min(us["second epoch"], us["third epoch"])
+    for name in ("copied from memory", "verified and copied from memory"):
+        print(
+            f"read: {name} {us[name]:.2f} us a latent; first epoch {first:.2f}: {us[name] / first:.3f}; later ones "
+            f"{later:.2f}: {us[name] / later:.3f} (goal 0.8)"
+        )
 
 
 PARTS = {"loop": loop, "actors": actors, "read": read}

@@ -16,7 +16,8 @@ from torch import Tensor
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval, guidance_terms
-from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse
+from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse, inpaint
+from scoreray.sampling.guidance.known_pixels import KnownPixels
 from scoreray.sampling.guidance.observations import parse_value_range, read_observed
 from scoreray.sampling.guidance.operators import OPERATORS, Operator, make_operator
 from scoreray.sampling.model.describe import ModelInfo
@@ -223,7 +224,7 @@ def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measureme
 
 
 def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
-    info, device = denoiser.info, next(denoiser.parameters(), torch.empty(0)).device
+    info, device = denoiser.info, _device(denoiser)
     if not guidance.auto:
         negative = None
         if guidance.negative is not None:
@@ -251,13 +252,30 @@ def _guided(denoiser: LoadedDenoiser, guidance: Guidance) -> Denoise:
     return Autoguidance(denoiser, weak, guidance.weight)
 
 
-def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measurement) -> Denoise:
-    if denoiser.info.encoding is not None:
+def known_pixels(info: ModelInfo, measurement: Measurement | None) -> KnownPixels | None:
+    """What a measurement knows of the pictures that a model of latents is decoded to; None for other models, whose
+    samples are drawn as they are known. Raises UserError where it is no inpainting."""
+    if measurement is None or info.encoding is None:
+        return None
+    if measurement.mask is None:
         raise UserError(
-            f"--inpaint and --inverse: {denoiser.info.url} models latents, of which a measurement of pictures knows "
-            "nothing; leave them out, or give measurements of latents with --raw"
+            f"--inverse {measurement.operator}: {info.url} models latents, of which no measurement of pictures is a "
+            "linear function; --inpaint is taken, and with --raw measurements of latents are"
         )
-    shape, device = denoiser.info.image_shape, next(denoiser.parameters(), torch.empty(0)).device
+    if measurement.noise_std:
+        raise UserError(
+            f"--noise-std {measurement.noise_std:g}: {info.url} models latents, and what noise of pixels is in "
+            "these is not known; leave it out"
+        )
+    return KnownPixels.read(info, measurement.observed, measurement.mask, measurement.value_range)
+
+
+def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measurement) -> Denoise:
+    pixels = known_pixels(denoiser.info, measurement)
+    if pixels is not None:
+        latents, known = (values.to(_device(denoiser)) for values in pixels.latents(denoiser.info))
+        return inpaint(guided, latents, known, data_std=denoiser.sigma_data, method=measurement.method)
+    shape, device = denoiser.info.image_shape, _device(denoiser)
     name, _, value = measurement.operator.partition("=")
     operator = make_operator(name, measurement.mask or value, shape, device)
     expected = tuple(operator.apply(torch.zeros(1, *shape, device=device)).shape[1:])
@@ -271,6 +289,10 @@ def _measured(denoiser: LoadedDenoiser, guided: Denoise, measurement: Measuremen
     if denoiser.info.target is not None and denoiser.info.target.normaliser is not None:
         observed = _normalised(observed, measurement.operator, operator, denoiser.info.target.normaliser, shape)
     return LinearInverse(guided, operator, observed, measurement.noise_std, denoiser.sigma_data, measurement.method)
+
+
+def _device(denoiser: LoadedDenoiser) -> torch.device:
+    return next(denoiser.parameters(), torch.empty(0)).device
 
 
 def _normalised(

@@ -18,6 +18,8 @@ from scoreray.data.reading.manifest import Shard
 from scoreray.data.sources.field_source import FieldValue
 from scoreray.data.storage.lease import Lease, LeaseRemoved, TakenOver
 from scoreray.data.traces import span
+from scoreray.sampling.guidance.known_pixels import KnownPixels
+from scoreray.sampling.guidance.steering import known_pixels
 from scoreray.sampling.model.load import SampledModel
 from scoreray.sampling.offline.conditions import sha256_of
 from scoreray.sampling.offline.driver import in_form
@@ -54,6 +56,11 @@ class SamplePlan:
     @cached_property
     def conditions(self) -> SampleConditions:
         return SampleConditions(self.job.request, self.model.info)
+
+    @cached_property
+    def known(self) -> KnownPixels | None:
+        """What is known of all samples before they are encoded, of a model of latents."""
+        return known_pixels(self.model.info, self.job.request.measurement)
 
     @cached_property
     def fields(self) -> list[Field]:
@@ -127,6 +134,8 @@ class SamplePlan:
                 x = draw(seeds, condition)
             labels = class_labels(condition, last - first).tolist()
             samples = self.model.info.in_data_units(x)
+            if self.known is not None:
+                samples = self.known.put_back(self.model.info, samples)
             arrays = (samples.permute(0, 2, 3, 1) if self.dtype == "uint8" else samples).numpy()
             rows = zip(arrays, labels, seeds.tolist(), self.beside(first, last, condition), strict=True)
             for i, (array, label, seed, others) in enumerate(rows, first):

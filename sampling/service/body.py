@@ -174,14 +174,18 @@ class SampleBody(DrawFields):
             "own units; of pictures from -1 to 1); if left out, png for pictures"
         ),
     ] = None
+    raw: Annotated[
+        bool,
+        Field(description="of a model of latents: as they are, unscaled, as npy; else they are decoded"),
+    ] = False
     stream: Annotated[bool, Field(description="server-sent events, with previews of the denoised estimate")] = False
     previews: Annotated[int, Field(ge=1, le=32, description="how many previews a stream shows at most")] = 8
 
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
         fields = self.model_dump(exclude={"stream", "previews", "idempotency_key", "condition"})
-        for name in ("adapter", "prompt", "negative_prompt", "size"):
-            if fields[name] is None:
+        for name in ("adapter", "prompt", "negative_prompt", "size", "raw"):
+            if fields[name] in (None, False):
                 del fields[name]  # as of versions that did not know it, whose keys are stored
         found = hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode())
         for name, value in sorted(self.condition.items()):
@@ -200,6 +204,8 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         raise Refused("too_many", f"count = {body.count}: at most {limits.max_count} in one request", field="count")
     with refused_at("size"):
         info = served.info.at_size(body.size)
+    with refused_at("raw"):
+        info = info.as_latents() if body.raw else info
     body = _with_prompt(body, info)
     negative = condition_of(_prompted(body.negative_prompt, info, "negative_prompt"), info.conditions)
     format_ = body.format or ("png" if info.is_picture else "npy")
@@ -246,6 +252,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         media=media,
         format=format_,
         previews=body.previews if body.stream else 0,
+        raw=body.raw,
     )
     with refused_at("negative_prompt" if negative else "guidance"):
         terms_of(fitted)

@@ -118,7 +118,8 @@ class Replica:
                 yield await asyncio.to_thread(preview_of, estimate, info)
             samples = ticket.result(0)
             self._count(ticket, len(samples))
-            if model.decoding is None:
+            info = info.as_latents() if request.raw else info
+            if model.decoding is None or request.raw:
                 values = await asyncio.to_thread(info.decoded, samples.cpu().float())
             else:
                 values = await asyncio.wrap_future(model.decoding.submit(samples.cpu()))

@@ -56,7 +56,7 @@ class SampleRequest:
     adapter: the LoRA beside the network, "" for none.
     expected_calls: calls of the network that a sample is thought to take: orders requests, and estimates their wait.
     max_calls: a sample that takes more fails, so that no sampler runs for ever.
-    previews: how many are sent on the way, at most.
+    previews: how many are sent on the way, at most. raw: latents are not decoded, but in previews.
     """
 
     seeds: Sequence[int]
@@ -78,6 +78,7 @@ class SampleRequest:
     media: str = "application/json"
     format: str = "png"
     previews: int = 0
+    raw: bool = False
     claim: Claim | None = None
 
 

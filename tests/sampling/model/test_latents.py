@@ -19,6 +19,7 @@ from scoreray.data.storage.store import open_store
 from scoreray.sampling.evaluation.evaluate import evaluate
 from scoreray.sampling.evaluation.follow import check_evaluation, draw_sheet
 from scoreray.sampling.formats.diffusers_folder import write_diffusers_folder
+from scoreray.sampling.guidance.steering import Measurement
 from scoreray.sampling.imports.import_diffusers import import_diffusers
 from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import describe
@@ -79,9 +80,9 @@ def pictures(url: str, tiny_vae: str) -> np.ndarray:
     return to_uint8(decoded).permute(0, 2, 3, 1).numpy()
 
 
-def drawn(url: str, out: Path, **options: Any) -> np.ndarray:
+def drawn(url: str, out: Path, request: Request = REQUEST, **options: Any) -> np.ndarray:
     place = place_of(str(out))
-    job, model, _ = begin(place, url, None, REQUEST, **options)
+    job, model, _ = begin(place, url, None, request, **options)
     carry_out_job(place, SamplePlan(job, place.shards.url(), model), in_this_process())
     return np.load(out)["images"]
 
@@ -257,6 +258,46 @@ def test_an_exported_model_has_an_autoencoder_of_ours_with_it_and_outlives_its_r
     found = pipeline(batch_size=3, sampler="euler", num_inference_steps=3, output_type="np", class_labels=[0, 1, 0])
     shown = drawn(str(tmp_path / "plain"), tmp_path / "a.npz")
     assert np.abs(found.images * 255 - shown).max() <= 1
+
+
+def test_inpainting_knows_latents_of_known_pixels_and_puts_these_back(url: str, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    known = np.zeros((8, 8), bool)
+    known[:, :5] = True  # of the latents' grid of 2 x 2 pixels two columns are whole, and one is cut
+    np.save(tmp_path / "known.npy", known)
+    drawn_of = []
+    for name, array in (("one", picture), ("other", np.where(known, picture, 255 - picture))):
+        np.save(tmp_path / f"{name}.npy", array)
+        measured = Measurement("inpaint", str(tmp_path / f"{name}.npy"), str(tmp_path / "known.npy"))
+        drawn_of.append(drawn(url, tmp_path / f"{name}.npz", replace(REQUEST, measurement=measured))[..., 0])
+    one, other = drawn_of
+    assert np.array_equal(one, other)  # whatever is where the mask knows nothing
+    assert (one[:, known] == picture[known]).all()
+    assert (one[0] != one[1])[~known].any()
+
+    model = load(url, device="cpu")
+    assert model.info.encoding is not None
+    pixels = torch.where(torch.from_numpy(known), torch.from_numpy(picture) / 127.5 - 1, 0.0)[None, None]
+    mean = load_autoencoder(model.info.encoding, "cpu").moments(pixels)[0]
+    (x, _), *_ = generate(model, replace(REQUEST, measurement=measured))
+    found = model.info.unscaled(x)
+    torch.testing.assert_close(found[:, :, :, :2], mean.expand(2, -1, -1, -1)[:, :, :, :2], rtol=0, atol=1e-4)
+    assert ((found - mean).abs()[:, :, :, 2] > 1e-2).any()
+
+
+def test_other_measurements_of_latents_are_refused_in_a_line(url: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((8, 8), np.uint8))
+    known = np.zeros((8, 8), bool)
+    known[1:3, 1:3] = True  # parts of four cells
+    np.save(tmp_path / "known.npy", known)
+    x, mask = str(tmp_path / "x.npy"), str(tmp_path / "known.npy")
+    for measured, message in (
+        (Measurement("superresolution=2", x), "--inverse superresolution=2: .* models latents, .* --inpaint is taken"),
+        (Measurement("inpaint", x, mask, noise_std=0.1), "--noise-std 0.1: .* models latents"),
+        (Measurement("inpaint", x, mask), "--mask: marks no 2 x 2 pixels of the latents' grid as known together"),
+    ):
+        with pytest.raises(UserError, match=message):
+            drawn(url, tmp_path / "a.npz", replace(REQUEST, measurement=measured))
 
 
 def test_an_imported_pipeline_draws_pictures_by_its_vae(tiny_vae: str, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.service.batcher import BatcherStopped
-from scoreray.sampling.service.body import make_request
-from scoreray.sampling.service.config import Limits, ServeConfig
+from scoreray.sampling.service.body import SampleBody, make_request
+from scoreray.sampling.service.config import Limits, Refused, ServeConfig
 from scoreray.sampling.service.models import look_up
 from scoreray.sampling.service.replica import Replica, failed
 from scoreray.sampling.service.request import Completed, Event, Failed, Preview, SampleRequest
@@ -105,6 +105,20 @@ def test_latents_are_decoded_in_answers_and_previews_are_pictures_of_them(
     for item, picture in zip(json.loads(done.body), model.info.in_data_units(wanted), strict=True):
         array = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))).astype(int)
         assert np.abs(array - picture[0].numpy()).max() <= 1
+
+    body = parse(b'{"count": 2, "seed": 7, "sampler": "euler", "steps": 4, "raw": true}')
+    ((*_, done),) = drawn(url, make_request(body, served, Limits(), "application/x-npz", 7))
+    assert isinstance(done, Completed)
+    found = np.load(io.BytesIO(done.body))["samples"]
+    np.testing.assert_allclose(found, model.info.unscaled(wanted).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_raw_samples_are_of_models_of_latents_alone_and_a_key_of_before_it_is_the_same(run_url: str) -> None:
+    body = parse(b'{"raw": true}')
+    with pytest.raises(Refused, match="models no latents"):
+        make_request(body, look_up("exact", run_url), Limits(), "application/json", 7)
+    without = body.model_copy(update={"raw": False})
+    assert without.fingerprint("") == SampleBody().fingerprint("") != body.fingerprint("")
 
 
 @pytest.mark.parametrize(
