@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ncsnv2": {"num_steps": 2},
     "edm_sde": {"s_churn": 20.0},
 }
-LEFT_OUT = ("langevin", "sgld")
+LEFT_OUT = ("langevin", "sgld", "baoab", "cld", "mala", "hmc")
 TOLERANCES = (0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pictures
+import pictures_dynamics
 import pictures_trained
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ PICTURES: dict[str, Callable[[], pictures.Figure]] = {
     "score-fields": pictures.score_fields,
     "weightings": pictures_trained.weightings,
     "langevin": pictures.langevin_modes,
+    "dynamics": pictures_dynamics.dynamics,
     "paths": pictures.sampler_paths,
     "error": pictures.error_by_calls,
     "every-sampler": pictures_trained.every_sampler,

@@ -71,9 +71,11 @@ def checkerboard_denoiser(steps: int = 3500) -> Denoiser:
 def every_sampler() -> plt.Figure:
     """One network trained on the checkerboard, drawn from by every sampler within 64 calls (Langevin's kinds more)."""
     denoiser, count = checkerboard_denoiser(), 3000
-    figure, axes = plt.subplots(3, 6, figsize=(12.5, 6.9), layout="constrained")
+    figure, axes = plt.subplots(3, 8, figsize=(16, 6.7), layout="constrained")
+    for ax in axes.flat[1 + len(SAMPLERS) :]:
+        ax.axis("off")
     _scatter(axes.flat[0], sample_target("checkerboard", count), "data")
-    for ax, name in zip(axes.flat[1:], SAMPLERS, strict=True):
+    for ax, name in zip(axes.flat[1:], SAMPLERS, strict=False):
         noise = SampleNoise(range(count))
         sigmas, options = settings(name)
         x = float(sigmas[0]) * noise.normal((count, 2))
@@ -86,6 +88,8 @@ def settings(name: str) -> tuple[torch.Tensor, dict[str, Any]]:
     """A grid and options by which a sampler takes 64 calls or fewer; Langevin's kinds take several hundred."""
     if name in ("langevin", "sgld"):
         return geometric(2, 0.05, 1.0), {"num_steps": 300}
+    if name in ("baoab", "cld", "mala", "hmc"):
+        return geometric(32, 0.01, 20.0), {"anneal": True, "num_steps": 2 if name == "hmc" else 10}
     if name == "ncsn":
         return geometric(16, 0.01, 20.0), {"num_steps": 20}
     if name == "ncsnv2":

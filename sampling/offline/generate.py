@@ -36,6 +36,7 @@ LOSSY_QUALITY = 95  # of jpeg and webp, of 100
 MOST_STEPS = 10_000_000  # sweeps of Gibbs; as noise levels they are 80 MB
 WARM_START = "warm_start"  # the option of samplers that stay at one noise level
 SIGMA_DATA = "sigma_data"  # the option of samplers whose steps fit the scale of the data
+ANNEAL = "anneal"  # the option that takes them down all levels instead
 
 
 class RequestError(UserError):
@@ -113,7 +114,7 @@ class Request:
         on 18 levels of Karras' grid.
         A sampler whose steps fit the data's scale gets the run's sigma_data.
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
-        from noise at the largest level.
+        from noise at the largest level. With `anneal` they work on the ladder of the annealed ones.
         """
         if info.is_autoencoder:
             raise UserError(f"{info.url}: {info.instead_of_denoiser}")
@@ -131,7 +132,7 @@ class Request:
             )
         contrastive = isinstance(info.config.objective, ContrastiveObjective)
         sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
-        annealed = sampler in ("ncsn", "ncsnv2")
+        annealed = sampler in ("ncsn", "ncsnv2") or self.options.get(ANNEAL) is True
         levels = 18
         if annealed and self.steps is None:
             low, high = info.sigma_range
@@ -139,7 +140,7 @@ class Request:
         options, known = self.options, options_of(sampler_of(sampler))
         if SIGMA_DATA in known and info.config.denoiser.sigma_data != "auto":
             options = {SIGMA_DATA: info.config.denoiser.sigma_data, **options}
-        if WARM_START in known:
+        if WARM_START in known and not annealed:
             options = {WARM_START: True, **options}
             if self.steps == 1 and options[WARM_START]:
                 raise RequestError(f"sampler '{sampler}' walks down to its noise level: give 2 steps or more", "steps")

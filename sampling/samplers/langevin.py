@@ -41,7 +41,7 @@ def langevin(
     where the chain starts. From noise alone a chain at a small sigma does not reach the data (Song & Ermon 2019, 3.2).
     """
     sigma = sigmas[-2]
-    relative = 0.5 if step_size is None else _relative("step_size", step_size, sigma)
+    relative = 0.5 if step_size is None else relative_step("step_size", step_size, sigma)
     if warm_start:
         x = yield from heun(x, sigmas[:-1], noise)
     for _ in range(len(sigmas) - 1 if num_steps is None else num_steps):
@@ -70,7 +70,7 @@ def sgld(
     defaults to sigma^2. `warm_start`: as of `langevin`.
     """
     sigma = sigmas[-2]
-    first = 1.0 if step_size is None else _relative("step_size", step_size, sigma)
+    first = 1.0 if step_size is None else relative_step("step_size", step_size, sigma)
     if warm_start:
         x = yield from heun(x, sigmas[:-1], noise)
     for k in range(len(sigmas) - 1 if num_steps is None else num_steps):
@@ -94,7 +94,7 @@ def ncsn(
     Song & Ermon 2019, Alg. 1: step a_i = epsilon sigma_i^2 / sigma_L^2, x + a_i / 2 score + sqrt(a_i) z. `epsilon` is
     the step at the smallest level; by default 0.2 sigma_L^2, the paper's 2e-5 at sigma_L 0.01.
     """
-    relative = 0.2 if epsilon is None else _relative("epsilon", epsilon, sigmas[-2])
+    relative = 0.2 if epsilon is None else relative_step("epsilon", epsilon, sigmas[-2])
     return (yield from _annealed(x, sigmas, noise, relative / 2, num_steps, denoise))
 
 
@@ -116,10 +116,10 @@ def ncsnv2(
         levels = len(sigmas) - 1
         ratio = (sigmas[0] / sigmas[-2]) ** (1 / (levels - 1)) if levels > 1 else 1.0
         epsilon = ladder.step_size(sigmas[-2], ratio, num_steps)
-    return (yield from _annealed(x, sigmas, noise, _relative("epsilon", epsilon, sigmas[-2]), num_steps, denoise))
+    return (yield from _annealed(x, sigmas, noise, relative_step("epsilon", epsilon, sigmas[-2]), num_steps, denoise))
 
 
-def _relative(name: str, step: float, sigma: float) -> float:
+def relative_step(name: str, step: float, sigma: float) -> float:
     """step / sigma^2. Raises UserError where float32 can't hold it."""
     if step >= LARGEST_RELATIVE * sigma**2:
         raise UserError(

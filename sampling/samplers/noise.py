@@ -26,14 +26,38 @@ class Noise(Protocol):
         """Standard normal numbers of the shape, dtype and device of `x` [B, ...]; a new draw at every call."""
 
 
+class Acceptance:
+    """How many proposals the Metropolis samplers made, of all rows together, and how many were accepted."""
+
+    def __init__(self) -> None:
+        self.proposed = 0
+        self._accepted: Tensor | int = 0  # on the device: to read it at every step would wait for it
+
+    @property
+    def accepted(self) -> int:
+        return int(self._accepted)
+
+    def decide(self, log_ratio: Tensor, normal: Tensor) -> Tensor:
+        """Whether each row is accepted, with probability min(1, exp(log_ratio)), float64 [B]; NaN is rejected.
+
+        normal: the row's own standard normal number [B], whose distribution function is uniform.
+        """
+        accepted = torch.special.log_ndtr(normal.double()) < log_ratio
+        self._accepted = self._accepted + accepted.sum()
+        self.proposed += len(accepted)
+        return accepted
+
+
 class SampleNoise:
     """Standard normal numbers in which row i depends on seeds[i] and the draw's number only.
 
     So a sample does not depend on who shared its batch, nor on the rank or the machine that drew it.
     `seeds` int64 [B], one for each sample. `draw` is the number of the next draw: 0 is the initial noise.
+    `acceptance`: where samplers that accept or reject count, one of its own by default.
     """
 
-    def __init__(self, seeds: Tensor | Sequence[int], draw: int = 0) -> None:
+    def __init__(self, seeds: Tensor | Sequence[int], draw: int = 0, acceptance: Acceptance | None = None) -> None:
+        self.acceptance = acceptance or Acceptance()
         self.seeds = torch.as_tensor(seeds)
         if self.seeds.ndim != 1 or self.seeds.is_floating_point() or self.seeds.dtype == torch.bool:
             raise UserError(
@@ -84,6 +108,12 @@ class TorchNoise:
     def like(self, x: Tensor) -> Tensor:
         device = self.generator.device if self.generator is not None else x.device
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def acceptance_of(noise: Noise) -> Acceptance:
+    """Where a sampler counts what it accepts: the source's own, as callers keep that; else one that nobody reads."""
+    found = getattr(noise, "acceptance", None)
+    return found if isinstance(found, Acceptance) else Acceptance()
 
 
 def as_noise(generator: Noise | torch.Generator | Tensor | Sequence[int] | None) -> Noise:

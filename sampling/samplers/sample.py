@@ -17,6 +17,7 @@ from torch import Tensor
 from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.data.own_code import is_own, line_of, load, or_own
 from scoreray.sampling.samplers.adaptive import rk45
+from scoreray.sampling.samplers.dynamics import baoab, cld, hmc, mala
 from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
 from scoreray.sampling.samplers.noise import Noise, SampleNoise, TorchNoise, as_noise
 from scoreray.sampling.samplers.ode import Steps, dpm2, dpmpp_2m, euler, heun, unipc
@@ -38,6 +39,10 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
     "sgld": sgld,
     "ncsn": ncsn,
     "ncsnv2": ncsnv2,
+    "baoab": baoab,
+    "cld": cld,
+    "mala": mala,
+    "hmc": hmc,
     "ddpm": ddpm,
     "ddim": ddim,
     "reverse_sde": reverse_sde,

@@ -59,11 +59,11 @@ REQUIRED = {
     "inpainting, inverse problems": (set(OPERATORS) - {"inpaint"}, "superresolution gray matrix"),
     "samplers": (
         (*SAMPLERS, GIBBS),
-        "gibbs langevin sgld ncsn ncsnv2 ddpm ddim reverse_sde predictor_corrector euler heun rk45 edm_sde dpm2 "
-        "dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde unipc",
+        "gibbs langevin sgld ncsn ncsnv2 baoab cld mala hmc ddpm ddim reverse_sde predictor_corrector euler heun rk45 "
+        "edm_sde dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde unipc",
     ),
 }
-SAMPLER_ROWS = ("Langevin, Gibbs", "ancestral, reverse SDE", "probability-flow ODE")
+SAMPLER_ROWS = ("Langevin, Gibbs", "velocities, acceptance", "ancestral, reverse SDE", "probability-flow ODE")
 
 
 @pytest.mark.parametrize("group", REQUIRED)

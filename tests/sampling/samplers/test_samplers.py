@@ -27,6 +27,10 @@ CALLS = {
     "sgld": N,
     "ncsn": 3 * N,
     "ncsnv2": 3 * N + 1,
+    "baoab": N + 1,
+    "cld": N,
+    "mala": 2 * N + 1,
+    "hmc": 5 * 2 * N + 1,
     "ddpm": N,
     "ddim": N,
     "reverse_sde": N,
@@ -98,6 +102,23 @@ def test_a_row_alone_is_bitwise_the_row_of_its_batch(name, mixture):
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize(("name", "per_level"), {"baoab": 4, "cld": 3, "mala": 10, "hmc": 13}.items())
+def test_down_the_ladder_the_calls_of_every_level_are_counted_and_rows_stay_alone(name, per_level, mixture):
+    options = {"anneal": True, "num_steps": 3} | {"mala": {"line_calls": 2}, "hmc": {"num_leapfrogs": 4}}.get(name, {})
+    if name == "hmc":
+        options["line_calls"] = 0
+    counted = Counted(mixture)
+    x = draw(SEEDS)
+    together, nfe = drive(start(name, x, GRID, SEEDS, **options), counted)
+    assert counted.calls == nfe == per_level * N == num_calls(name, GRID, **options)
+    _, denoising = drive(start(name, x, GRID, SEEDS, denoise=True, **options), counted)
+    assert denoising == nfe + (name == "cld")  # the others know the last state's denoised batch
+    for i in range(len(SEEDS)):
+        assert torch.equal(
+            drive(start(name, x[i : i + 1], GRID, SEEDS[i : i + 1], **options), mixture)[0][0], together[i]
+        )
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_leaves_alone_the_tensors_it_was_given_and_has_yielded(name, mixture):
     x = draw(SEEDS)
@@ -114,7 +135,7 @@ def test_a_sampler_leaves_alone_the_tensors_it_was_given_and_has_yielded(name, m
 def test_a_one_step_grid_works_and_one_from_far_ends_in_the_denoised_batch(name, gaussian):
     samples = sample(gaussian, draw(SEEDS), [10.0, 0.0], sampler=name, generator=SEEDS, **SMALL.get(name, {}))
     assert torch.isfinite(samples).all()
-    if name not in {"langevin", "sgld", "ncsn", "ncsnv2", "edm_sde"}:
+    if name not in {"langevin", "sgld", "ncsn", "ncsnv2", "baoab", "cld", "mala", "hmc", "edm_sde"}:
         torch.testing.assert_close(samples, gaussian(draw(SEEDS), torch.full((5,), 10.0)))
 
 
