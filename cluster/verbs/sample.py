@@ -14,7 +14,7 @@ from scoreray.data.reading.outputs import check_picture, write_picture
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.offline.files import sheet
 from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
+from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process, read_record
 from scoreray.sampling.offline.place import files_of, intact, place_of, refuse_same
 from scoreray.sampling.offline.plan import SamplePlan
 from scoreray.sampling.offline.record import SampleJob
@@ -30,9 +30,11 @@ class SampleResult:
     job: SampleJob
     out: list[str]
     images_seen: int
+    acceptance: float | None = None  # of a Metropolis sampler's proposals
 
     def answer(self) -> dict[str, Any]:
         job = self.job
+        accepted = {} if self.acceptance is None else {"acceptance": self.acceptance}
         return {
             "out": self.out,
             "count": job.request.count,
@@ -41,13 +43,14 @@ class SampleResult:
             "ema": job.ema,
             "format": job.format,
             "form": job.form.name,
+            **accepted,
         }
 
     def text(self) -> str:
         job = self.job
-        return (
-            f"{job.request.count:,} samples of {job.checkpoint} (EMA {job.ema}, {job.form.name}): {', '.join(self.out)}"
-        )
+        accepted = "" if self.acceptance is None else f", {self.acceptance:.1%} of proposals accepted"
+        made = f"{job.request.count:,} samples of {job.checkpoint} (EMA {job.ema}, {job.form.name}{accepted})"
+        return f"{made}: {', '.join(self.out)}"
 
 
 def sample_to(
@@ -105,7 +108,8 @@ def sample_to(
             carry_out_job(place, plan, mapper, kept)
     if picture is not None:
         write_picture(sheet(place), picture)
-    return SampleResult(job, [out], model.info.images_seen)
+    record = read_record(place, request.batch_size)
+    return SampleResult(job, [out], model.info.images_seen, None if record is None else record.acceptance)
 
 
 def _needs_shards(request: Request, checkpoint: str, ema: str | None, raw: bool) -> bool:

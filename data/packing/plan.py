@@ -28,6 +28,7 @@ class PackedShard:
     kept: bool = False  # it was there, from an earlier run of the same pack
     left_out: dict[str, int] = field(default_factory=dict)  # members that are no part of a sample, by kind
     inputs: str = ""  # the plan's `inputs` of the shard when it was made
+    counts: dict[str, int] = field(default_factory=dict)  # what its making counted, to be added up over shards
 
 
 class PackPlan(Protocol):
@@ -87,6 +88,8 @@ def _to_record(packed: PackedShard) -> bytes:
     described = {"shard": [getattr(packed.shard, name) for name in Shard.__slots__],
                  "moments": [one.described() for one in packed.moments], "skipped": packed.skipped,
                  "left_out": packed.left_out, "inputs": packed.inputs}  # fmt: skip
+    if packed.counts:
+        described["counts"] = packed.counts
     return json.dumps(described).encode() + b"\n" + packed.records
 
 
@@ -98,4 +101,4 @@ def get_record(store: Store, number: int, record: np.dtype) -> PackedShard:
     if records_sha256(records, record) != shard.records_sha256:
         raise ValueError("the records of this shard are damaged")
     others = {name: found[name] for name in ("skipped", "left_out", "inputs")}
-    return PackedShard(shard, moments, records, kept=True, **others)
+    return PackedShard(shard, moments, records, kept=True, counts=found.get("counts", {}), **others)

@@ -11,14 +11,14 @@ from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import SamplerState, drive, start
 from scoreray.trainer.diffusion.targets import Mixture
 
-SIGMA = 0.35
-STEPS = 120
+SIGMA = 0.25
+STEPS, SHOWN = 120, 72
 
 
 def dynamics() -> Figure:
-    """One path of each over the density at noise level 0.35, and the end states of 1,000 chains behind it."""
-    corners = torch.tensor([[-0.8, -0.8], [-0.8, 0.8], [0.8, -0.8], [0.8, 0.8]], dtype=torch.float64)
-    target = Mixture(corners, 0.15, torch.tensor([0.4, 0.1, 0.2, 0.3]))
+    """One path of each over the density at noise level 0.25, and the end states of 1,000 chains behind it."""
+    corners = torch.tensor([[-0.6, -0.6], [-0.6, 0.6], [0.6, -0.6], [0.6, 0.6]], dtype=torch.float64)
+    target = Mixture(corners, 0.1, torch.tensor([0.4, 0.1, 0.2, 0.3]))
     runs: dict[str, dict[str, Any]] = {
         "langevin": {"step_size": 0.3 * SIGMA**2},
         "baoab": {"time_step": 0.8, "friction": 0.5},
@@ -35,11 +35,11 @@ def dynamics() -> Figure:
         ends, _ = drive(steps, target, callback=seen.append)
         _density(ax, target, SIGMA)
         ax.scatter(*ends.T, s=1.5, color=COLORS[0], alpha=0.5, lw=0)
-        path = torch.stack([state.x[0] for state in seen])
+        path = torch.stack([state.x[0] for state in seen[:SHOWN]])
         ax.plot(*path.T, lw=0.7, color=COLORS[1], alpha=0.9)
         ax.plot(*path[0], "o", ms=4, color=COLORS[1])
         counted = noise.acceptance
         rate = f", {counted.accepted / counted.proposed:.0%} accepted" if counted.proposed else ""
         low = (ends.sum(1) < 0).double().mean().item()
-        _bare(ax, f"{name}: {len(seen)} calls{rate}\n{low:.0%} below the diagonal", 2.0)
+        _bare(ax, f"{name}: {len(seen)} calls{rate}\n{low:.0%} below the diagonal")
     return figure

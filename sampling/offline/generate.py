@@ -23,12 +23,13 @@ from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.conditions import far_from_data, read_condition
 from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
-from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS, sample, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.objective import ContrastiveObjective
+from scoreray.trainer.diffusion.process import process_section
 from scoreray.trainer.networks.ladder import levels_needed
 
 MAX_SHEET = 256
@@ -36,6 +37,7 @@ LOSSY_QUALITY = 95  # of jpeg and webp, of 100
 MOST_STEPS = 10_000_000  # sweeps of Gibbs; as noise levels they are 80 MB
 WARM_START = "warm_start"  # the option of samplers that stay at one noise level
 SIGMA_DATA = "sigma_data"  # the option of samplers whose steps fit the scale of the data
+PROCESS = "process"  # the option of samplers that solve a process's own SDE
 ANNEAL = "anneal"  # the option that takes them down all levels instead
 
 
@@ -114,7 +116,8 @@ class Request:
         on 18 levels of Karras' grid.
         A sampler whose steps fit the data's scale gets the run's sigma_data.
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
-        from noise at the largest level. With `anneal` they work on the ladder of the annealed ones.
+        from noise at the largest level. With `anneal` they work on the ladder of the annealed ones. Samplers that take
+        a process get the run's own.
         """
         if info.is_autoencoder:
             raise UserError(f"{info.url}: {info.instead_of_denoiser}")
@@ -140,6 +143,8 @@ class Request:
         options, known = self.options, options_of(sampler_of(sampler))
         if SIGMA_DATA in known and info.config.denoiser.sigma_data != "auto":
             options = {SIGMA_DATA: info.config.denoiser.sigma_data, **options}
+        if PROCESS in known and known[PROCESS].is_process:
+            options = {PROCESS: process_section(info.config.process), **options}
         if WARM_START in known and not annealed:
             options = {WARM_START: True, **options}
             if self.steps == 1 and options[WARM_START]:
@@ -264,7 +269,7 @@ def class_labels(condition: Condition | None, rows: int) -> torch.Tensor:
 Draw = Callable[..., torch.Tensor]
 """`(seeds int64 [b], condition of b rows or None) -> samples float32 [b, ...] in the model's range`; each depends on
 its own seed and condition alone. A denoiser's takes standard normal numbers [b, ...] to begin from as a third argument,
-where they are not those of the seeds."""
+where they are not those of the seeds. `acceptance=` counts what Metropolis samplers accept."""
 
 
 def prepare(model: LoadedModel, request: Request) -> Draw:
@@ -284,6 +289,7 @@ def _draw(
     seeds: torch.Tensor,
     condition: AnyCondition,
     noise: torch.Tensor | None = None,
+    acceptance: Acceptance | None = None,
 ) -> torch.Tensor:
     assert request.sampler is not None
     assert request.steps is not None
@@ -298,14 +304,18 @@ def _draw(
         noise.to(device, torch.float32) * float(sigmas[0]),
         sigmas,
         sampler=request.sampler,
-        generator=seeds,
+        generator=SampleNoise(seeds, draw=1, acceptance=acceptance),  # draw 0 is the initial noise
         condition=None if condition is None else condition.to(device),
         **request.options,
     ).cpu()
 
 
 def _draw_by_gibbs(
-    model: LoadedMachine, request: Request, seeds: torch.Tensor, condition: AnyCondition
+    model: LoadedMachine,
+    request: Request,
+    seeds: torch.Tensor,
+    condition: AnyCondition,
+    acceptance: Acceptance | None = None,
 ) -> torch.Tensor:
     assert request.steps is not None
     v = gibbs(model.machine, seeds, request.steps)

@@ -9,6 +9,7 @@ came of it (`record.py`): another request is not mixed with it, and what is miss
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -62,7 +63,7 @@ def begin(
     """
     if samples_per_shard is not None and samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
-    before = _read(place, request.batch_size)
+    before = read_record(place, request.batch_size)
     if before is None:
         refuse_strangers(place)
     begun = None if before is None else before.job
@@ -97,7 +98,7 @@ def begin(
         job = replace(job, form=form)
         if place.store.put_new(place.record, job.to_json()):
             return job, model, None
-        before = _read(place, request.batch_size) or SampleRecord(job)  # another start was quicker
+        before = read_record(place, request.batch_size) or SampleRecord(job)  # another start was quicker
     if differences := before.job.differences(job):
         raise UserError(
             f"{place.store.url(place.record)}: samples of another request are there ({'; '.join(differences)}); "
@@ -110,7 +111,7 @@ def _asked(url: str) -> str:
     return open_store(url).url()
 
 
-def _read(place: Place, batch_size: int) -> SampleRecord | None:
+def read_record(place: Place, batch_size: int) -> SampleRecord | None:
     """What was asked for at this place before. Raises DataError."""
     try:
         return SampleRecord.from_json(place.store.get(place.record), batch_size)
@@ -136,14 +137,24 @@ def carry_out_job(place: Place, plan: SamplePlan, map_shards: Mapper, kept: Dige
     """
     store, job = place.store, plan.job
     lease = plan.lease = Lease.take(place.shards, OWNER, "job")
+    before, counts = read_record(place, job.request.batch_size), Counter[str]()
+
+    def counting(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
+        for packed in map_shards(plan, numbers):
+            counts.update(packed.counts)
+            yield packed
+
     try:
         make = _data_set if place.format == "webdataset" else _files
-        files = make(place, plan, map_shards, kept)
+        files = make(place, plan, counting, kept)
         plan.check_owner()
     except ScorerayError:
         give_way(lease, place)
         raise
-    record = SampleRecord(job, {name: files[name] for name in files_of(place, job)})
+    acceptance = None if before is None else before.acceptance  # of all shards, where only some are made again
+    if acceptance is None and counts["proposed"]:
+        acceptance = round(counts["accepted"] / counts["proposed"], 6)
+    record = SampleRecord(job, {name: files[name] for name in files_of(place, job)}, acceptance)
     store.put(place.record, record.to_json())
     place.clear()
     return store.url(place.result)

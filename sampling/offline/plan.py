@@ -27,6 +27,7 @@ from scoreray.sampling.offline.ensembles import NUMBERS
 from scoreray.sampling.offline.generate import Draw, SampleConditions, class_labels, prepare
 from scoreray.sampling.offline.place import shard_name, taken_over
 from scoreray.sampling.offline.record import SampleJob
+from scoreray.sampling.samplers.noise import Acceptance
 from scoreray.trainer.diffusion.condition import LABEL, Condition
 
 Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
@@ -125,13 +126,13 @@ class SamplePlan:
         job, request = self.job, self.job.request
         self.check_owner()
         draw = self._draw()
-        tar, numbers = io.BytesIO(), job.shard_samples(number)
+        tar, numbers, acceptance = io.BytesIO(), job.shard_samples(number), Acceptance()
         writer = ShardWriter(tar, self.fields)
         for first in range(numbers.start, numbers.stop, request.batch_size):
             last = min(first + request.batch_size, numbers.stop)
             seeds, condition = request.sample_seeds(first, last), self.conditions.of(first, last)
             with span("sample.batch", first=first, rows=last - first, sampler=request.sampler):
-                x = draw(seeds, condition)
+                x = draw(seeds, condition, acceptance=acceptance)
             labels = class_labels(condition, last - first).tolist()
             samples = self.model.info.in_data_units(x)
             if self.known is not None:
@@ -142,6 +143,6 @@ class SamplePlan:
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
                 writer.add(f"{i:08d}", {self.fields[0].name: array, **others}, json.dumps(note).encode())
             self.done(last - first)
-        packed = writer.finish(shard_name(number))
+        packed = replace(writer.finish(shard_name(number)), counts=acceptance.counts())
         self.check_owner()  # once more: another start may have begun while this shard was drawn
         return tar.getvalue(), packed

@@ -83,15 +83,21 @@ Digests = dict[str, FileDigest]
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """`sampling.json`: the job, and once it has finished the digest of every file that it made, by name."""
+    """`sampling.json`: the job, and once it has finished the digest of every file that it made, by name.
+
+    acceptance: the share of a Metropolis sampler's proposals that were accepted; None of other samplers.
+    """
 
     job: SampleJob
     finished: Digests | None = None
+    acceptance: float | None = None
 
     def to_json(self) -> bytes:
         fields = _fields(self.job)
         if self.finished is not None:
             fields["finished"] = {name: asdict(digest) for name, digest in self.finished.items()}
+        if self.acceptance is not None:
+            fields["acceptance"] = self.acceptance
         return (json.dumps(fields, indent=1) + "\n").encode()
 
     @classmethod
@@ -99,6 +105,7 @@ class SampleRecord:
         """Raises ValueError, TypeError or KeyError where `data` is not what `to_json` wrote."""
         fields = json.loads(data)
         finished, request = fields.pop("finished", None), fields.pop("request")
+        acceptance = fields.pop("acceptance", None)
         interval = request["guidance"]["interval"]
         guidance = Guidance(**{**request["guidance"], "interval": tuple(interval) if interval else None})
         measurement = Measurement(**request["measurement"]) if request["measurement"] else None
@@ -108,7 +115,7 @@ class SampleRecord:
         job = SampleJob(**{**fields, "request": whole, "form": Form(**fields["form"])})
         if not isinstance(finished, dict):
             return cls(job)
-        return cls(job, {name: FileDigest(**digest) for name, digest in finished.items()})
+        return cls(job, {name: FileDigest(**digest) for name, digest in finished.items()}, acceptance)
 
 
 def _fields(job: SampleJob) -> dict[str, Any]:

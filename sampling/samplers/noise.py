@@ -37,6 +37,15 @@ class Acceptance:
     def accepted(self) -> int:
         return int(self._accepted)
 
+    @property
+    def rate(self) -> float | None:
+        """None where nothing was proposed: of other samplers."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    def counts(self) -> dict[str, int]:
+        """As a record stores them, to be added up; none where nothing was proposed."""
+        return {"accepted": self.accepted, "proposed": self.proposed} if self.proposed else {}
+
     def decide(self, log_ratio: Tensor, normal: Tensor) -> Tensor:
         """Whether each row is accepted, with probability min(1, exp(log_ratio)), float64 [B]; NaN is rejected.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.yaml_text import parse_value
+from scoreray.trainer.diffusion.process import PROCESSES, GaussianProcess, process_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,17 @@ class Option:
         """What may be given, in words for a message."""
         if self.choices:
             what = "one of " + ", ".join(self.choices)
+        elif self.is_process:
+            what = f"a process: {', '.join(PROCESSES)}, or its section as {{kind: vp, beta_max: 10}}"
         elif self.bounds is not None:  # of every number
             what = f"{'an integer' if self.kind is int else 'a number'} in {self.bounds}"
         else:
             what = "true or false" if self.kind is bool else f"a {self.kind.__name__}"
         return what + (" or none" if self.optional else "")
+
+    @property
+    def is_process(self) -> bool:
+        return self.kind is GaussianProcess
 
     @property
     def is_unbounded(self) -> bool:
@@ -65,6 +72,11 @@ class Option:
         """`value`, as this option's type; raises UserError."""
         if value is None and self.optional:
             return None
+        if self.is_process:
+            try:
+                return process_of(value)
+            except UserError as error:
+                raise UserError(f"{self.name} = {shortened(repr(value))}: {error}") from None
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         inside = number and self.bounds is not None and value in self.bounds
         fits = {

@@ -105,6 +105,7 @@ def predictor_corrector(
     sigmas: Levels,
     noise: Noise,
     *,
+    process: GaussianProcess | None = None,
     snr: Annotated[float, Range(0, 1, open_low=True)] = 0.16,
     corrector_steps: Annotated[int, Range(0, 1000)] = 1,
     predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion",
@@ -112,27 +113,64 @@ def predictor_corrector(
 ) -> Steps:
     """A predictor's step, then Langevin steps at the new noise level; n + (n - 1) corrector_steps calls.
 
-    Song 2021, Alg. 2 and 4 (VE): a corrector's step size is 2 (snr |z| / |score|)^2. The paper takes these norms as
-    means over the batch, which ties rows together; here they are their expected values, sqrt(d) and sqrt(d) / sigma,
-    or, with `norms` row, each row's own (alike in many dimensions; in few, rows at a score near 0 would leap).
+    Song 2021, Alg. 2 and 4 (VE), 3 and 5 (VP): a corrector's step size is 2 alpha (snr |z| / |score|)^2 in the frame of
+    the `process`, alpha being 1 - beta of the step below it, 1 for VE (and without a process). VP's predictor is the
+    paper's, in place of Euler-Maruyama, which is that of sub-VP and others. The paper takes the norms as means over the
+    batch, which ties rows together; here they are their expected values, sqrt(d) and sqrt(d) / sigma, or, with `norms`
+    row, each row's own (alike in many dimensions; in few, rows at a score near 0 would leap).
     """
-    for sigma, after in pairwise(sigmas):
+    predict, alphas = _predictor(sigmas, process, predictor)
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
         denoised = yield x, sigma
         if after == 0:
             return denoised
-        kept = (after / sigma) ** 2
-        spread = math.sqrt(sigma**2 - after**2) * (after / sigma if predictor == "ancestral" else 1)
-        x = torch.lerp(denoised, x, kept).add_(noise.like(x), alpha=spread)
+        scale, kept, spread = predict[i]
+        x = torch.lerp(denoised, x, kept)
+        x = (x if scale == 1 else x.mul_(scale)).add_(noise.like(x), alpha=spread)
         for _ in range(corrector_steps):
             denoised = yield x, after
             z, pull = noise.like(x), denoised - x
             if norms == "expected":
-                x = torch.add(x, pull, alpha=2 * snr**2).add_(z, alpha=2 * snr * after)
+                strength = snr * math.sqrt(alphas[i])
+                x = torch.add(x, pull, alpha=2 * strength**2).add_(z, alpha=2 * strength * after)
             else:
                 ratio = _row_norm(z) / _row_norm(pull).clamp_min(torch.finfo(x.dtype).tiny)
-                size = 2 * (snr * after**2 * ratio) ** 2
+                size = 2 * alphas[i] * (snr * after**2 * ratio) ** 2
                 x = x + size / after**2 * pull + torch.sqrt(2 * size) * z
     return x
+
+
+def _predictor(
+    sigmas: Levels, process: GaussianProcess | None, kind: str
+) -> tuple[list[tuple[float, float, float]], list[float]]:
+    """Of each step to a positive level: (scale, kept, spread), the step being scale (D + kept (x - D)) + spread z, and
+    the corrector's alpha after it. All in the frame of x / alpha, as everywhere."""
+    levels = torch.tensor(sigmas[:-1], dtype=torch.float64)
+    alpha = torch.ones_like(levels) if process is None else process.alpha(process.time(levels))
+    ratios = (alpha[:-1] / alpha[1:]).tolist()  # the root of 1 - beta of each step
+    alphas = ((alpha[1:] / torch.cat([alpha[2:], torch.ones(1, dtype=torch.float64)])) ** 2).tolist()
+    pairs = list(pairwise(sigmas))
+    if process is None or bool((alpha == 1).all()):
+        shrink = [after / sigma if kind == "ancestral" else 1.0 for sigma, after in pairs]
+        return [
+            (1.0, (after / sigma) ** 2, math.sqrt(sigma**2 - after**2) * by)
+            for (sigma, after), by in zip(pairs, shrink, strict=True)
+        ], alphas
+    steps, spreads = _euler_maruyama(sigmas, process)  # raises where the process lacks the levels
+    keeps_variance = torch.allclose(alpha**2 * (1 + levels**2), torch.ones_like(alpha), rtol=1e-6)
+    if kind == "ancestral" and not keeps_variance:
+        raise UserError(
+            "predictor = 'ancestral': is VE's and VP's, and this process is neither; take reverse_diffusion"
+        )
+    if not keeps_variance:
+        return [(a + b, a / (a + b), s) for (a, b), s in zip(steps[:-1], spreads, strict=False)], alphas
+    found = []
+    for i, (root, now) in enumerate(zip(ratios, alpha.tolist(), strict=False)):
+        beta, variance = 1 - root**2, (now * sigmas[i]) ** 2
+        scale = 1.0 if kind == "ancestral" else root * (2 - root)
+        pull = beta / variance * (1.0 if kind == "ancestral" else root)
+        found.append((scale, 1 - pull / scale, math.sqrt(beta) / float(alpha[i + 1])))
+    return found, alphas
 
 
 def _row_norm(x: Tensor) -> Tensor:

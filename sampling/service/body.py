@@ -39,6 +39,7 @@ from scoreray.trainer.config.condition_values import (
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
 
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
+OptionValue = bool | int | float | str | None
 Weight = Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
 
 
@@ -88,8 +89,12 @@ class DrawFields(BaseModel):
         ),
     ] = None
     options: Annotated[
-        dict[str, bool | int | float | str | None],
-        Field(max_length=16, description="the sampler's own, by name, as under `samplers` of `/v1/model`"),
+        dict[str, OptionValue | Annotated[dict[str, OptionValue | list[float]], Field(max_length=16)]],
+        Field(
+            max_length=16,
+            description="the sampler's own, by name, as under `samplers` of `/v1/model`; a process by its kind, or as "
+            '{"kind": "vp", "beta_max": 10}',
+        ),
     ] = {}
     seed: Annotated[
         int | None,
@@ -228,7 +233,8 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         raise Refused("too_many", message, field="steps")
     sigmas = tuple(info.sigmas(request.steps, request.grid).tolist())
     options = check_options(request.sampler, sampler_of(request.sampler), request.options)
-    calls = _calls(request.sampler, sigmas, tuple(sorted(options.items())), limits.max_calls)
+    counted = ((name, value) for name, value in sorted(options.items()) if isinstance(value, OptionValue))
+    calls = _calls(request.sampler, sigmas, tuple(counted), limits.max_calls)  # which no process changes
     if calls > limits.max_calls:
         message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"
         raise Refused("too_many", message, field="options" if body.options else "steps")

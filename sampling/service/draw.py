@@ -37,6 +37,7 @@ class SampleAnswer:
             "conditions": [] if request.condition is None else sorted(request.condition.values),
             "count": len(request.seeds),
             "format": request.format,
+            **({} if drawn.acceptance is None else {"acceptance": round(drawn.acceptance, 6)}),
             "queued_s": round(drawn.queued_s, 4),
             "took_s": round(drawn.took_s, 4),
         }

@@ -23,6 +23,7 @@ from scoreray.sampling.service.config import Limits, Refused, refused_at
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, ConditionSpec
+from scoreray.trainer.diffusion.process import PROCESSES
 from scoreray.trainer.optim.ema import choose_length
 
 MOST_STDS = 2.5  # of Gaussian numbers 99% are within so many standard deviations
@@ -166,11 +167,11 @@ def _options(sampler: str, info: ModelInfo) -> dict[str, Any]:
     return {
         name: {"accepted": option.accepted, "default": filled_in.get(name, option.default), "choices": _choices(option)}
         for name, option in options_of(sampler_of(sampler)).items()
-        if option.kind in (bool, int, float, str)
+        if option.kind in (bool, int, float, str) or option.is_process
     }
 
 
 def _choices(option: Option) -> list[str]:
     """All values that an option may have, as words; empty for numbers."""
-    words = ["true", "false"] if option.kind is bool else list(option.choices)
+    words = ["true", "false"] if option.kind is bool else list(PROCESSES if option.is_process else option.choices)
     return [*words, "none"] if words and option.optional else words

@@ -124,7 +124,8 @@ class Replica:
             else:
                 values = await asyncio.wrap_future(model.decoding.submit(samples.cpu()))
             body = await asyncio.to_thread(_encoded, values, request, info)
-            yield Completed(body, model.fast.name, ticket.queued_s or 0.0, time.monotonic() - arrived)
+            took_s = time.monotonic() - arrived
+            yield Completed(body, model.fast.name, ticket.queued_s or 0.0, took_s, ticket.acceptance.rate)
         finally:
             if ticket.cancel():
                 self.meter["cancelled_rows"].inc(len(request.seeds))

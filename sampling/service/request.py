@@ -110,14 +110,16 @@ class Preview:
 class Completed:
     """The last event of a draw: the encoded samples.
 
-    queued_s: before the first call of the network. took_s: in the replica, queue included. deaths: replicas that were
-    lost on the way. kept: whether the store of idempotency keys has it.
+    queued_s: before the first call of the network. took_s: in the replica, queue included. acceptance: the share of a
+    Metropolis sampler's proposals that were accepted. deaths: replicas that were lost on the way. kept: whether the
+    store of idempotency keys has it.
     """
 
     body: bytes
     precision: str
     queued_s: float
     took_s: float
+    acceptance: float | None = None
     deaths: int = 0
     kept: bool = False
 

@@ -20,7 +20,7 @@ from scoreray.sampling.guidance.guidance import (
     guidance_terms,
     term_rows,
 )
-from scoreray.sampling.samplers.noise import SampleNoise
+from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.ode import Steps
 from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
@@ -71,6 +71,7 @@ class Ticket(Future[Tensor]):
         self.part_rows = min(part_rows, max_batch // len(self.terms))
         self.most_parts = max_batch // self.part_rows
         self.queued_s: float | None = None
+        self.acceptance = Acceptance()  # of all parts
         if len(request.seeds) < 1:
             raise UserError("a request for no samples: give at least one seed")
         self.seeds = SampleNoise(request.seeds).seeds
@@ -123,7 +124,7 @@ class Ticket(Future[Tensor]):
         if self.begun >= len(self.seeds) or self.done():
             return None
         rows = slice(self.begun, self.begun + self.part_rows)
-        noise = SampleNoise(self.seeds[rows])
+        noise = SampleNoise(self.seeds[rows], acceptance=self.acceptance)
         x = noise.normal((len(noise.seeds), *self.request.shape), torch.float32, self.device)
         x = x * float(self.sigmas[0])
         steps = start(self.request.sampler, x, self.sigmas, noise, **self.request.options)

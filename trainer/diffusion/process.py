@@ -7,16 +7,19 @@ A process is its dataclass, so a config's `process` section is one; what follows
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from scoreray.data import checks
-from scoreray.data.errors import UserError
-from scoreray.data.own_code.part import PartOf
+from scoreray.data.errors import UserError, nearest
+from scoreray.data.own_code import is_own
+from scoreray.data.own_code.part import OwnPart, PartOf
 from scoreray.trainer.diffusion.gaussian_process import GaussianProcess
 
 BetaSchedule = Literal["linear", "scaled_linear", "squared_cosine"]
@@ -248,6 +251,37 @@ AnyProcess = Annotated[Process, PartOf("process", ("_alpha",), GaussianProcess)]
 """The type of a config's `process` section: one of ours, or somebody else's."""
 
 PROCESSES: dict[str, type[Process]] = {config.kind: config for config in get_args(Process)}
+
+
+def process_of(value: Any) -> GaussianProcess:
+    """A process from what a request or a command line gives: its kind, its section with `kind`, or itself.
+
+    Raises UserError, which names the section's key.
+    """
+    if isinstance(value, GaussianProcess | OwnPart):
+        return value  # type: ignore[return-value]
+    section = {"kind": value} if isinstance(value, str) else value
+    kind = section.get("kind") if isinstance(section, Mapping) else None
+    if not isinstance(kind, str) or (kind not in PROCESSES and not is_own(kind)):
+        hint = nearest(kind, PROCESSES) if isinstance(kind, str) else f"a kind ({', '.join(PROCESSES)}) or its section"
+        raise UserError(f"{hint}, as {{kind: vp, beta_max: 10}}")
+    try:
+        return _any_process().validate_python(section)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != kind)
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"process.{where}: {message}" if where else message) from None
+
+
+def process_section(process: GaussianProcess) -> dict[str, Any]:
+    """What `process_of` makes the same process of: plain values, as JSON has them."""
+    return _any_process().dump_python(process, mode="json")  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1)
+def _any_process() -> TypeAdapter[Any]:
+    return TypeAdapter(AnyProcess, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 
 def _beta_integral(process: _LinearBeta, t: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.load import load, load_machine, load_model
 from scoreray.sampling.offline.generate import Request, generate, prepare
 from scoreray.sampling.samplers.gibbs import gibbs
+from scoreray.sampling.samplers.options import check_options
+from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.trainer.checkpoints.checkpoint import committed
 from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import TargetField
@@ -355,6 +357,19 @@ def test_the_sampler_fits_the_model_unless_a_word_says_otherwise(runs: dict[str,
     assert Request(1, "heun").fitted(energy.info).steps == 18
     assert Request(1, "rk45").fitted(unet.info).options == {"sigma_data": unet.sigma_data}
     assert Request(1, "rk45", options={"sigma_data": 2.0}).fitted(unet.info).options == {"sigma_data": 2.0}
+    down = Request(1, "hmc", options={"anneal": True}).fitted(unet.info)
+    assert (down.steps, down.grid, down.options) == (annealed.steps, "geometric", {"anneal": True})
+    assert Request(1, "hmc").fitted(unet.info).options == {"warm_start": True}
+    for sampler in ("reverse_sde", "predictor_corrector"):  # the run's own process, unless a word says otherwise
+        options = Request(1, sampler).fitted(unet.info).options
+        assert check_options(sampler, SAMPLERS[sampler], options) == {"process": unet.info.config.process}
+    words = ["--sampler", "reverse_sde", "--steps", "6", "--option"]
+    wide = drawn(runs["unet"], tmp_path / "wide.npz", *words, "process={kind: edm, sigma_max: 100}")
+    own = drawn(runs["unet"], tmp_path / "own.npz", *words, "process={kind: edm}")
+    assert torch.equal(wide, own)  # the same SDE over the same levels
+    assert not torch.equal(own, drawn(runs["unet"], tmp_path / "none.npz", *words, "process=none"))
+    with pytest.raises(UserError, match=r"process\.beta_max is -1\.0: give a finite number above 0"):
+        Request(1, "reverse_sde", options={"process": {"kind": "vp", "beta_max": -1}})
     for grid in ("karras", "geometric", "linear", "process"):
         sigmas = unet.info.sigmas(9, grid)
         assert len(sigmas) == 10

@@ -43,6 +43,15 @@ def test_what_made_the_samples_is_named_and_typed_as_in_json(url: str) -> None:
     assert np.array_equal(chosen.images, again.images)
 
 
+def test_an_answer_of_a_metropolis_sampler_has_its_acceptance(url: str) -> None:
+    client, fields = Client(url), {"count": 3, "sampler": "mala", "steps": 4, "options": {"anneal": True}}
+    about = client.sample(seed=7, **fields).about
+    assert about["acceptance"] == client.sample_json(seed=7, **fields)["acceptance"]
+    assert 0 < about["acceptance"] < 1
+    assert round(about["acceptance"] * 3 * 4 * 5, 3) in range(60)  # of 3 samples, 4 levels and 5 steps
+    assert "acceptance" not in client.sample(seed=7, count=1, sampler="baoab", steps=4).about
+
+
 def test_numbers_of_numpy_are_numbers(url: str) -> None:
     fields = {"count": np.int64(2), "steps": np.array(3), "guidance": np.float32(1.5), "class_label": torch.tensor(1)}
     options = {"s_churn": np.float64(2.0), "s_noise": np.float32(1.0)}

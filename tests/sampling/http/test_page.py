@@ -565,10 +565,14 @@ def test_only_options_that_a_person_can_give_are_offered(browser: Browser, run_u
                 "return [...document.querySelectorAll('#options .option')].map(e => [e.name, e.tagName, "
                 "[...(e.options ?? [])].map(o => o.value)])"
             )
-            plain = {name: one for name, one in options_of(function).items() if one.kind in (bool, int, float, str)}
+            plain = {
+                name: one
+                for name, one in options_of(function).items()
+                if one.kind in (bool, int, float, str) or one.is_process
+            }
             assert [name for name, *_ in fields] == list(plain), sampler
             for name, tag, choices in fields:
-                assert (tag == "SELECT") == (plain[name].kind in (bool, str)), (sampler, name)
+                assert (tag == "SELECT") == (plain[name].kind in (bool, str) or plain[name].is_process), (sampler, name)
                 assert set(plain[name].choices) <= set(choices)
         choose(browser, "#sampler", "edm_sde")
         browser.run("document.querySelector('#options-box').open = true")

@@ -23,6 +23,7 @@ from scoreray.cluster.verbs.sample import sample_to
 from scoreray.cluster.verbs.sample_actors import on_actors
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
+from scoreray.data.packing.commit import pack_shard
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.verify import verify
 from scoreray.data.reading.manifest import Manifest
@@ -88,6 +89,29 @@ def test_shards_are_a_data_set_with_every_seed_once(run_url: str, tmp_path: Path
     stream = Stream(url, global_batch_size=30, rank=0, world_size=1, seed=0)
     seen = torch.cat([next(iter_).index for iter_ in [iter(stream)] for _ in range(5)])
     assert sorted(seen.tolist()) == list(range(150))
+
+
+def test_the_acceptance_of_a_metropolis_sampler_is_recorded_also_of_shards_that_were_there(
+    run_url: str, tmp_path: Path
+) -> None:
+    request = replace(REQUEST, count=70, sampler="mala", options={"anneal": True, "num_steps": 2})
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    draw(whole, run_url, request, format="webdataset")
+
+    def killed(plan: SamplePlan, numbers: Sequence[int]) -> Iterator[PackedShard]:
+        yield pack_shard(plan, numbers[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(cut, run_url, request, killed, format="webdataset")
+    draw(cut, run_url, replace(request, batch_size=9), format="webdataset")
+    record = json.loads(open_store(whole).get("sampling.json"))
+    assert round(record["acceptance"] * 70 * 3 * 2, 2) in range(421)  # of 70 samples, 3 levels and 2 steps
+    assert contents(cut) == contents(whole)
+    store = open_store(cut)
+    store.delete(["shards/000000.tar"])
+    draw(cut, run_url, request, format="webdataset")
+    assert contents(cut) == contents(whole)
 
 
 def test_batch_size_and_actors_do_not_change_a_byte(

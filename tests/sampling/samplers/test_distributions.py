@@ -31,6 +31,8 @@ SETTINGS = {
     "reverse_sde vp": (from_process(VP(), 400), {"process": VP()}),
     "reverse_sde sub-vp": (from_process(SubVP(), 400), {"process": SubVP()}),
     "predictor_corrector": (geometric(200, 0.02, 20.0), {}),
+    "predictor_corrector vp": (from_process(VP(), 200), {"process": VP()}),
+    "predictor_corrector sub-vp": (from_process(SubVP(), 200), {"process": SubVP()}),
     "edm_sde": (karras(50, 0.02, 20.0), {"s_churn": 20.0, "s_noise": 1.0}),
     "dpmpp_2m_sde": (karras(40, 0.02, 20.0), {}),
     "dpmpp_2m_sde heun": (karras(40, 0.02, 20.0), {"solver": "heun"}),

@@ -10,9 +10,10 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.samplers.noise import SampleNoise
-from scoreray.sampling.samplers.sample import sample
+from scoreray.sampling.samplers.options import check_options
+from scoreray.sampling.samplers.sample import SAMPLERS, sample
 from scoreray.sampling.samplers.sigmas import from_process, geometric, karras
-from scoreray.trainer.diffusion.process import DDPM, EDM, VE, VP, Cosine, FlowMatching, SubVP
+from scoreray.trainer.diffusion.process import DDPM, EDM, VE, VP, Cosine, FlowMatching, SubVP, process_section
 
 SEEDS = [11, 12, 13, 14]
 
@@ -104,8 +105,84 @@ def test_reverse_sde_without_a_process_is_song_2021s_ve_step(mixture):
 def test_reverse_sde_refuses_levels_that_its_process_does_not_have(mixture):
     with pytest.raises(UserError, match="leaves the noise levels"):
         sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process=VE())
-    with pytest.raises(UserError, match="process = 'vp': must be a GaussianProcess or none"):
-        sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process="vp")
+    with pytest.raises(UserError, match=r"process = 'vq': accepted: cosine.* as \{kind: vp, beta_max: 10\}"):
+        sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process="vq")
+
+
+def test_a_process_is_given_by_its_kind_or_its_section_too(mixture):
+    sigmas = from_process(VP(beta_max=10.0), 20)
+    draws = [
+        sample(mixture, begin(sigmas[0].item()), sigmas, sampler="reverse_sde", generator=fresh(), process=process)
+        for process in (VP(beta_max=10.0), {"kind": "vp", "beta_max": 10}, process_section(VP(beta_max=10.0)))
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+    wide = check_options("reverse_sde", SAMPLERS["reverse_sde"], {"process": "vp"})
+    assert wide == {"process": VP()}
+
+
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral"])
+@pytest.mark.parametrize("norms", ["expected", "row"])
+def test_vps_predictor_corrector_is_algorithm_3_and_5_of_song_2021_in_its_own_frame(predictor, norms, mixture):
+    betas = [0.002 + 0.01 * i for i in range(25)]
+    alpha_bars = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0).tolist()
+    process = DDPM(betas=tuple(betas), num_steps=25)
+    sigmas = from_process(process, 25)
+    noise, start = SampleNoise([5], draw=1), sigmas[0] * SampleNoise([5]).normal((1, 2), torch.float64)
+    x = start * math.sqrt(alpha_bars[-1])
+
+    def score(x, level):
+        return -noise_prediction(mixture, x, alpha_bars[level]) / math.sqrt(1 - alpha_bars[level])
+
+    for i in range(24, 0, -1):
+        beta, s = betas[i], score(x, i)
+        if predictor == "ancestral":
+            x = (x + beta * s) / math.sqrt(1 - beta) + math.sqrt(beta) * noise.like(x)
+        else:
+            x = (2 - math.sqrt(1 - beta)) * x + beta * s + math.sqrt(beta) * noise.like(x)
+        for _ in range(2):
+            s, z = score(x, i - 1), noise.like(x)
+            ratio = z.norm() / s.norm() if norms == "row" else math.sqrt(1 - alpha_bars[i - 1])
+            epsilon = torch.as_tensor(2 * (1 - betas[i - 1]) * (0.16 * ratio) ** 2)
+            x = x + epsilon * s + (2 * epsilon).sqrt() * z
+    last = math.sqrt(alpha_bars[0])
+    end = mixture(x / last, sigmas[-2:-1])
+    ours = sample(
+        mixture, start, sigmas, sampler="predictor_corrector", generator=SampleNoise([5], draw=1),
+        process=process, predictor=predictor, norms=norms, corrector_steps=2,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, end, rtol=1e-8, atol=1e-8)
+
+
+def test_sub_vps_predictor_corrector_is_song_2021s_in_its_own_frame(mixture):
+    """Euler-Maruyama, as the paper's code discretises a process without its own rule, and VP's corrector."""
+    process, n = SubVP(), 40
+    sigmas = from_process(process, n)
+    times = torch.linspace(process.t_max, process.sampling_t_min, n, dtype=torch.float64)
+    noise, start = fresh(), begin(sigmas[0].item())
+    x = start * process.alpha(times[0])
+    for i, (t, then) in enumerate(pairwise(times)):
+        drift, diffusion = process.reverse_sde(x, t, process.score(x, t, mixture))
+        x = x - drift * (t - then) + diffusion * (t - then).sqrt() * noise.like(x)
+        below = process.alpha(times[i + 2]) if i + 2 < n else 1.0
+        step = (process.alpha(then) / below) ** 2  # 1 - beta
+        epsilon = 2 * step * (0.16 * process.sigma(then)) ** 2
+        x = x + epsilon * process.score(x, then, mixture) + (2 * epsilon).sqrt() * noise.like(x)
+    end = mixture(x / process.alpha(times[-1:]), sigmas[-2:-1].expand(4))
+    ours = sample(mixture, start, sigmas, sampler="predictor_corrector", generator=fresh(), process=process)
+    torch.testing.assert_close(ours, end, rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserError, match="predictor = 'ancestral': is VE's and VP's"):
+        sample(mixture, start, sigmas, sampler="predictor_corrector", process=process, predictor="ancestral")
+
+
+@pytest.mark.parametrize("process", [VE(), EDM()], ids=lambda p: p.kind)
+def test_without_a_factor_of_the_data_a_process_changes_nothing_of_the_predictor_corrector(process, mixture):
+    sigmas = from_process(process, 12)
+    plain, given = (
+        sample(mixture, begin(sigmas[0].item()), sigmas, sampler="predictor_corrector", generator=fresh(), **options)
+        for options in ({}, {"process": process})
+    )
+    assert torch.equal(plain, given)
 
 
 @pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral"])

@@ -187,6 +187,13 @@ def test_any_depth_is_one_refusal(models: list[ServedModel]) -> None:
         ({"sampler": "ncsn", "options": {"epsilon": 1e300}}, "invalid", "options", "epsilon = 1e+300: must be"),
         ({"sampler": "edm_sde", "options": {"s_noise": 1e300}}, "invalid", "options", "s_noise = 1e+300: must be"),
         ({"sampler": "predictor_corrector", "options": {"snr": 1e300}}, "invalid", "options", "snr = 1e+300: must be"),
+        ({"sampler": "reverse_sde", "options": {"process": "vq"}}, "invalid", "options", "process = 'vq': accepted:"),
+        (
+            {"sampler": "reverse_sde", "options": {"process": {"kind": "vp", "beta": 1}}},
+            "invalid",
+            "options",
+            "process.beta",
+        ),
         ({"sampler": "edm_sde", "options": {"s_churn": 10**39}}, "invalid", "options", "s_churn = 1000"),
         (
             {"sampler": "edm_sde", "options": {"s_churn": True}},
