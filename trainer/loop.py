@@ -70,7 +70,9 @@ def train(
     with span("train.start", run=config.run.name, rank=rank, world_size=world_size):
         run, data = run_store(config), open_run_data(config)
         config, fields = as_begun(config, data, run)
-        module, engine = _build(config, fields, world_size, device, note)
+        optimizer = config.optimizer.for_run(config.run.seed, data.num_samples)
+        built = config.model_copy(update={"optimizer": optimizer})
+        module, engine = _build(built, fields, world_size, device, note)
         writer, checkpoint = _take_over(config, data, run, rank, world_size)
         images_seen = num_steps = skipped = 0
         if checkpoint is not None:

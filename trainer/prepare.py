@@ -56,6 +56,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     data = open_run_data(config, patient=False)
     fields = run_fields(config.data, data, config.autoencoder, config.alignment)
     fields = with_source(config, fields, patient=False)
+    config.optimizer.for_run(config.run.seed, data.num_samples)  # raises where it needs a number that is not known
     unrun = dry_run(config, fields, meta_module(config, fields))
     _check_autoencoder(config, fields)
     run = run_store(config)

@@ -73,6 +73,8 @@ class Option:
         if value is None and self.optional:
             return None
         if self.is_process:
+            if value == "none":  # as messages and the page write it
+                return None
             try:
                 return process_of(value)
             except UserError as error:

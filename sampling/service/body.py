@@ -93,7 +93,7 @@ class DrawFields(BaseModel):
         Field(
             max_length=16,
             description="the sampler's own, by name, as under `samplers` of `/v1/model`; a process by its kind, or as "
-            '{"kind": "vp", "beta_max": 10}',
+            '`{"kind": "vp", "beta_max": 10}`',
         ),
     ] = {}
     seed: Annotated[

@@ -28,6 +28,7 @@ from scoreray.trainer.networks.network import AnyNetwork
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
+from scoreray.trainer.optim.sgld import AnyOptimizer
 
 MAX_WORKERS = 100_000
 MAX_WAIT_S = 1e9  # what a system's timers take
@@ -275,7 +276,7 @@ class Config(Section):
     network: AnyNetwork = UNetConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     objective: AnyObjective = EDMObjective()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizer = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     engine: EngineConfig = EngineConfig()
     scaling: ScalingSection = ScalingSection()

@@ -28,6 +28,7 @@ STREAM_LATENT = 9  # of latents that are drawn from moments
 STREAM_ENCODING = 1 << 17  # of latents that are drawn when they are stored, one for each encoder
 STREAM_CONDITION_DROPOUT = 1 << 16  # and from here on one for each condition, by its place in their names' order
 
+STREAM_WEIGHTS = 1 << 40  # of noise on weights: from here on one for each step
 _CHAIN_DRAWS = 1 << 20  # a chain's draws have the streams from here on, one each
 
 _BITS = (1 << 64) - 1

@@ -1,7 +1,7 @@
 """What every engine has, and the config that chooses one.
 
-Engines own the module (in the compute precision), fp32 masters and one `AveragingAdamW`, and give their state out as
-fragments (`trainer/optim/fragments.py`), so that checkpoints know no engine.
+Engines own the module (in the compute precision), fp32 masters and one `AveragingOptimizer`, and give their state out
+as fragments (`trainer/optim/fragments.py`), so that checkpoints know no engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.units import Count
 from scoreray.trainer.engine.cpu import has_bf16_units
 from scoreray.trainer.optim.fragments import MASTER, Fragment
-from scoreray.trainer.optim.optimizer import AveragingAdamW
+from scoreray.trainer.optim.optimizer import AveragingOptimizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Engine(Protocol):
     """`module` computes losses; `backward` each micro-batch's mean loss, then `step` once."""
 
     module: Any
-    optimizer: AveragingAdamW
+    optimizer: AveragingOptimizer
     device: torch.device
     num_micro_batches: int
     replicated: bool
@@ -88,7 +88,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def fragment_of(
-    optimizer: AveragingAdamW, name: str, start: int, length: int, flat: torch.Tensor, offset: int
+    optimizer: AveragingOptimizer, name: str, start: int, length: int, flat: torch.Tensor, offset: int
 ) -> Fragment:
     """Elements [start, start + length) of a parameter, stored in `flat` and its optimizer state from `offset` on."""
     state, part = optimizer.state[flat], slice(offset, offset + length)

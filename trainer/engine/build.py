@@ -15,12 +15,13 @@ from scoreray.trainer.engine.planner import Stage, choose_stage, memory_of_rank
 from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
+from scoreray.trainer.optim.sgld import SGLDConfig
 
 
 def build_engine(
     module: torch.nn.Module,
     config: EngineConfig,
-    optimizer: OptimizerConfig,
+    optimizer: OptimizerConfig | SGLDConfig,
     ema: EMAConfig,
     *,
     global_batch_size: int,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from scoreray.trainer.engine.frozen import FrozenParameters
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.fragments import Fragment
-from scoreray.trainer.optim.optimizer import AveragingAdamW, OptimizerConfig
+from scoreray.trainer.optim.optimizer import OptimizerConfig
+from scoreray.trainer.optim.sgld import SGLDConfig
 
 ALIGNED = 128  # elements; DeepSpeed takes even buffers only
 PARTITIONS = "fp32_partitioned_groups_flat"  # attribute of DeepSpeed's ZeRO-3 optimizer
@@ -41,7 +42,7 @@ class DeepSpeedEngine:
         self,
         module: torch.nn.Module,
         config: EngineConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | SGLDConfig,
         ema: EMAConfig,
         *,
         rank_batch_size: int,
@@ -59,7 +60,7 @@ class DeepSpeedEngine:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._sizes = {name: p.numel() for name, p in self._parameters.items()}  # whole: ZeRO-3 empties them
         self._frozen = FrozenParameters(module, dist.get_rank(), world_size)
-        self.optimizer = AveragingAdamW(self._parameters.values(), optimizer, ema)
+        self.optimizer = optimizer.build(self._parameters.values(), ema)
         if device.type == "cuda":
             module.to(device)
         settings: dict[str, Any] = {
@@ -78,6 +79,9 @@ class DeepSpeedEngine:
         self._check_layout()
         for partition in self._partitions():
             self.optimizer.init_state(partition)
+        positions = dict(zip(self._sizes, accumulate(self._sizes.values(), initial=0), strict=False))
+        for name, start, length, partition, offset in self._layout():
+            self.optimizer.place(partition, offset, length, positions[name] + start)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)

@@ -14,7 +14,8 @@ from scoreray.trainer.engine.overlap import OverlappedSum
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.fragments import Fragment
-from scoreray.trainer.optim.optimizer import AveragingAdamW, OptimizerConfig
+from scoreray.trainer.optim.optimizer import OptimizerConfig
+from scoreray.trainer.optim.sgld import SGLDConfig
 
 CHUNK = 1 << 20  # elements of a half-precision gradient that are widened at once (4 MiB of fp32)
 
@@ -33,7 +34,7 @@ class FlatEngine:
         self,
         module: torch.nn.Module,
         config: EngineConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | SGLDConfig,
         ema: EMAConfig,
         *,
         rank_batch_size: int,
@@ -67,8 +68,9 @@ class FlatEngine:
             places = [(p, start) for (_, start, _), (_, p) in zip(self._slices, named, strict=True)]
             self._sum = OverlappedSum(places, self._master.grad, self._collect)
         self._micro_batches_done = 0
-        self.optimizer = AveragingAdamW([self._master], optimizer, ema)
+        self.optimizer = optimizer.build([self._master], ema)
         self.optimizer.init_state(self._master)
+        self.optimizer.place(self._master, 0, offset, 0)
         self.module: Any = torch.compile(module, dynamic=False) if config.compile else module
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""AdamW whose step also averages the weights that it updates, so that EMA is optimizer state (design, idea 5).
+"""Optimizers whose step also averages the weights that it updates, so that EMA is optimizer state (design, idea 5).
 
 Under ZeRO an optimizer sees this rank's flat fp32 slice of the masters; so do the averages: they cost no
 communication and are partitioned, saved and resharded exactly as the moments are.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict
@@ -47,6 +47,7 @@ class OptimizerConfig:
     decay_images: Count = 10_000_000
     skip_nonfinite: CountOrZero = 0
     frozen: tuple[str, ...] = ()
+    kind: Literal["adamw"] = field(default="adamw", kw_only=True)
 
     def __post_init__(self) -> None:
         checks.positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
@@ -63,6 +64,13 @@ class OptimizerConfig:
             rate /= math.sqrt(max(images_seen / self.decay_images, 1.0))
         return rate * min(images_seen / self.warmup_images, 1.0) if self.warmup_images else rate
 
+    def for_run(self, seed: int, num_data: int | None) -> Self:
+        """The config as a run uses it: AdamW needs neither its seed nor the number of its samples."""
+        return self
+
+    def build(self, params: Iterable[torch.nn.Parameter], ema: EMAConfig) -> AveragingOptimizer:
+        return AveragingAdamW(params, self, ema)
+
 
 def _without_compiler() -> None:
     """Spare a process that compiles nothing the second that importing torch's compiler takes: torch marks methods of
@@ -78,29 +86,28 @@ _without_compiler()
 _UPDATE: Any = getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step)
 
 
-class AveragingAdamW(torch.optim.AdamW):
-    """AdamW (decoupled weight decay) that also keeps exponential moving averages of its parameters.
+class AveragingOptimizer(torch.optim.Optimizer):
+    """An optimizer that also keeps exponential moving averages of its parameters.
 
-    Parameters may be whole tensors or a rank's flat partition. `prepare_step` must be called
-    before each step. Each state tensor has the parameter's shape: `exp_avg`, `exp_avg_sq`, `ema_<name>`.
+    Parameters may be whole tensors or a rank's flat partition. `prepare_step` must be called before each step. Each
+    state tensor has the parameter's shape: those of `moments`, then `ema_<name>`.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, ema: EMAConfig) -> None:
-        super().__init__(
-            params,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel that reads and writes each moment once, instead of one per operation
-        )
+    moments: tuple[str, ...] = ()
+
+    def average_by(self, ema: EMAConfig) -> None:
+        """The lengths to average over, before the first step."""
         self.ema_keys = tuple(f"ema_{name}" for name in ema.names)
         self._decays = [0.0] * len(self.ema_keys)
 
     @property
     def state_keys(self) -> tuple[str, ...]:
         """Names of the state tensors that a checkpoint must hold for each parameter beside the master."""
-        return MOMENTS + self.ema_keys
+        return self.moments + self.ema_keys
+
+    def place(self, parameter: torch.Tensor, offset: int, length: int, position: int) -> None:
+        """Says that elements [offset, offset + length) of a parameter are the run's from `position` on, of all its
+        trained parameters one after another. For noise that no partition changes."""
 
     def prepare_step(self, learning_rate: float, decays: list[float]) -> None:
         """Set the next step's learning rate and each average's decay (`EMAConfig.decays`)."""
@@ -113,7 +120,7 @@ class AveragingAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for key in MOMENTS:
+            for key in self.moments:
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             for key in self.ema_keys:
                 state[key] = parameter.detach().clone(memory_format=torch.preserve_format)
@@ -124,9 +131,34 @@ class AveragingAdamW(torch.optim.AdamW):
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in updated:
             self.init_state(parameter)
-        _UPDATE(self)
+        self.update(updated)
         for key, decay in zip(self.ema_keys, self._decays, strict=True):
             # average = decay average + (1 - decay) weight, the one just written, in one kernel.
             averages = [self.state[parameter][key] for parameter in updated]
             if averages:
                 get_ema_multi_avg_fn(decay)(averages, updated, 0)
+
+    def update(self, parameters: list[torch.Tensor]) -> None:
+        """The step without the averages, in place, of parameters that have a gradient."""
+        raise NotImplementedError
+
+
+class AveragingAdamW(AveragingOptimizer, torch.optim.AdamW):
+    """AdamW (decoupled weight decay) that averages."""
+
+    moments = MOMENTS
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, ema: EMAConfig) -> None:
+        torch.optim.AdamW.__init__(
+            self,
+            params,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,  # one kernel that reads and writes each moment once, instead of one per operation
+        )
+        self.average_by(ema)
+
+    def update(self, parameters: list[torch.Tensor]) -> None:
+        _UPDATE(self)

@@ -33,6 +33,7 @@ from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.optim.sgld import SGLDConfig
 from scoreray.trainer.step import AutoencoderModule, TrainingModule
 
 RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -63,7 +64,7 @@ def network() -> torch.nn.Module:
 
 def engine_of(module, case):
     device = torch.device("cpu")
-    parts = case.engine, case.optimizer, case.ema
+    parts = case.engine, case.optimizer.for_run(0, 100), case.ema
     return build_engine(module, *parts, global_batch_size=BATCH, world_size=WORLD, device=device)
 
 
@@ -164,6 +165,12 @@ CASES = {
 }
 
 
+SGLD = {
+    f"sgld{stage}": config(stage).model_copy(update={"optimizer": SGLDConfig(preconditioned=True, eps=0.1)})
+    for stage in (0, 1, 2, 3)
+}
+
+
 CONDITIONED = ("flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16")
 
 
@@ -236,6 +243,9 @@ def main() -> None:
             facts[name]["refused"] = True
         save(engine, module, FOLDER / f"{name}-{WORLD}-after-refusal")
         facts[name]["next norm"] = train(CASES[name], first=STEPS, steps=1, engine=engine)[2][0]
+    for name in SGLD if WORLD == 2 else ("sgld0",):
+        engine, module, _ = train(SGLD[name])
+        save(engine, module, FOLDER / f"{name}-{WORLD}")
     for name in CONDITIONED if WORLD == 2 else ("flat",):
         facts[f"{name}, conditions"] = train_conditioned(CASES[name])
         facts[f"{name}, autoencoder"] = train_autoencoder(CASES[name])

@@ -71,6 +71,16 @@ def test_sharded_state_is_that_of_one_process(trained: Path, name: str, key: str
         torch.testing.assert_close(sharded[parameter], values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sgld0", "sgld1", "sgld2", "sgld3"])
+def test_langevin_dynamics_on_weights_draws_the_same_noise_under_every_stage(trained: Path, name: str) -> None:
+    """Its noise is some 0.014 a step: a weight that had another rank's number would be that far off."""
+    for key in ("master", "exp_avg_sq", "ema_0.050"):
+        reference, sharded = state(trained, "sgld0-1", key), state(trained, f"{name}-2", key)
+        assert sharded.keys() == reference.keys()
+        for parameter, values in reference.items():
+            torch.testing.assert_close(sharded[parameter], values, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16"])
 @pytest.mark.parametrize("what", ["conditions", "autoencoder"])
 def test_steps_of_other_modules_are_those_of_one_process(trained: Path, name: str, what: str) -> None:
