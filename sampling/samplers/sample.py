@@ -255,8 +255,12 @@ def num_calls(sampler: str, sigmas: Tensor | Sequence[float], *, most: int | Non
 
 
 def _of_two_kinds(x: Tensor, sigma: float | Tensor) -> Tensor:
-    """E[x0 | x] of numbers near 0.5 and near -0.5: for Gaussian ones, unlike for samples, `rk45` takes two steps."""
-    std, level = 0.1, torch.as_tensor(sigma, dtype=x.dtype).view(-1, 1)
+    """E[x0 | x] of numbers near 0.5 and near -0.5: for Gaussian ones, unlike for samples, `rk45` takes two steps.
+
+    A small network trained on 8 x 8 digits took 0.4 times as many calls at tolerances of 1e-2 and 1e-3, and 1.1 to 1.4
+    times as many from 1e-4 to 1e-6.
+    """
+    std, level = 0.02, torch.as_tensor(sigma, dtype=x.dtype).view(-1, 1)
     variance = std**2 + level**2
     middle = 0.5 * (0.5 * x / variance).tanh()
     return middle + (x - middle) * (std**2 / variance)
