@@ -67,8 +67,9 @@ def described(found: MetricValue) -> str:
     if found.get("recall") is not None:
         precision, recall = (as_text(found.get(name)["value"], ".3f") for name in ("precision", "recall"))
         text = f"precision {precision}, recall {recall}"
-    if found.get("scores") is not None:
-        text += ", " + ", ".join(f"{name} {as_text(one['value'], '.3f')}" for name, one in found.get("scores").items())
+    for key, spec in (("scores", ".3f"), ("parts", ".4g")):
+        for name, one in (found.get(key) or {}).items():
+            text += f", {name} {as_text(one['value'], spec)}"
     if found.get("nfe") is not None:
         text += f"  {found.get('nfe'):.0f} evaluations"
     return text

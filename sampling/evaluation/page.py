@@ -32,6 +32,8 @@ BESIDE = {
     "log_z": "ln Z",
     "bandwidth": "bandwidth",
     "on_reference": "of the reference",
+    "largest_class": "share of the largest class",
+    "chance": "chance",
     "median_distance": "median distance to the reference",
     "median_distance_among_reference": "among the reference",
 }
@@ -102,7 +104,11 @@ def _rows(title: str, found: MetricValue) -> list[MetricRow]:
     shown = {text: found.get(key) for key, text in BESIDE.items()}
     beside = [f"{text} {value:.4g}" for text, value in shown.items() if value is not None]
     beside += [found.channels_text] if found.channels_text else []
-    return [MetricRow(title, as_text(found.value), found.interval_text, ", ".join(beside))]
+    parts = {f"{title}: {name}": MetricValue(**one) for name, one in (found.get("parts") or {}).items()}
+    return [
+        MetricRow(title, as_text(found.value), found.interval_text, ", ".join(beside)),
+        *(MetricRow(name, as_text(one.value), one.interval_text, "") for name, one in parts.items()),
+    ]
 
 
 def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:

@@ -95,10 +95,19 @@ class ClassSums:
         mean = self.probabilities / self.count
         return math.exp(self.negentropy / self.count - float(torch.xlogy(mean, mean).sum()))
 
+    def diversity(self) -> float:
+        """e^H(y) of p(class): as many classes as samples are spread over evenly. score = diversity sharpness."""
+        mean = self.probabilities / self.count
+        return math.exp(-float(torch.xlogy(mean, mean).sum()))
 
-def inception_score(groups: list[ClassSums]) -> Estimate:
-    """Of all samples, its error from leaving out each group in turn."""
-    return jackknife(lambda rows: total([groups[i] for i in rows.tolist()]).score(), len(groups))
+    def sharpness(self) -> float:
+        """e^-E[H(y | x)]: 1 where each sample is of one class for certain, 1 / k where it may be any of k."""
+        return math.exp(self.negentropy / self.count)
+
+
+def inception_score(groups: list[ClassSums], part: Callable[[ClassSums], float] = ClassSums.score) -> Estimate:
+    """Of all samples, or one of its two factors; its error from leaving out each group in turn."""
+    return jackknife(lambda rows: part(total([groups[i] for i in rows.tolist()])), len(groups))
 
 
 def total(groups: list[ClassSums]) -> ClassSums:

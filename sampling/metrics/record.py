@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,11 @@ class MetricValue(_Strict):
         more = f", ... ({len(channels)} in all)" if len(channels) > MOST_CHANNELS else ""
         values = ", ".join(as_text(value, ".4g") for value in channels[:MOST_CHANNELS])
         return f"by channel {values}{more}" if len(channels) > 1 else ""
+
+
+def parts_of(parts: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Values that stand beside a metric's own, by name, as the record has them, the printed line and the page."""
+    return {"parts": {name: MetricValue.of(one).model_dump() for name, one in parts.items()}}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from scoreray.sampling.metrics.chunks import (
     read_chunk,
     write_chunk,
 )
-from scoreray.sampling.metrics.record import MetricResult, MetricValue
+from scoreray.sampling.metrics.record import MetricResult, MetricValue, parts_of
 from scoreray.sampling.metrics.stored import StoredChunks, joined
 from scoreray.sampling.samplers.options import Range
 
@@ -142,7 +142,9 @@ def inception_score(stored: StoredChunks) -> MetricResult:
     groups = [distances.total(sums[i * len(sums) // num : (i + 1) * len(sums) // num]) for i in range(num)]
     warning = "is: the Inception Score of few samples is too low; compare at equal counts only"
     few = stored.inputs.settings.count < 5000
-    return MetricResult(distances.inception_score(groups), warnings=(warning,) if few else ())
+    factors = {"diversity": distances.ClassSums.diversity, "sharpness": distances.ClassSums.sharpness}
+    parts = {name: distances.inception_score(groups, part) for name, part in factors.items()}
+    return MetricResult(distances.inception_score(groups), parts_of(parts), (warning,) if few else ())
 
 
 def precision_recall(stored: StoredChunks, *, k: Annotated[int, Range(1, 1000)] = NEIGHBOURS) -> MetricResult:

@@ -121,6 +121,20 @@ def test_inception_score_is_torchmetrics_and_its_closed_forms() -> None:
     assert distances.ClassSums.of(torch.zeros(20, 10)).score() == pytest.approx(1)
 
 
+def test_inception_score_is_diversity_times_sharpness_each_with_its_closed_form() -> None:
+    """ln IS = H(y) - E H(y | x): what is sure of one class alone is sharp and not diverse, what is unsure is neither
+    sharp nor, as its classes are even, less diverse."""
+    logits = torch.log(torch.eye(10) * 1e12 + 1)
+    sure, alike = distances.ClassSums.of(logits), distances.ClassSums.of(logits[:1].expand(10, 10))
+    unsure = distances.ClassSums.of(torch.zeros(20, 10))
+    wanted = {"sure": (10, 1), "alike": (1, 1), "unsure": (10, 0.1)}
+    for (diversity, sharpness), found in zip(wanted.values(), (sure, alike, unsure), strict=True):
+        assert found.diversity() == pytest.approx(diversity, rel=1e-6)
+        assert found.sharpness() == pytest.approx(sharpness, rel=1e-6)
+    mixed = distances.ClassSums.of(torch.randn(50, 7, generator=torch.Generator().manual_seed(0)))
+    assert math.log(mixed.score()) == pytest.approx(math.log(mixed.diversity()) + math.log(mixed.sharpness()))
+
+
 def test_precision_and_recall_see_what_is_missing() -> None:
     """Samples on half of the data's support: precise, with half the recall; the other way round the other way round."""
     data = torch.cat([normal(400, 2), normal(400, 2, 1) + 50])
