@@ -1,9 +1,10 @@
 """Captioned pictures of coloured shapes, and a program that reads colour, shape and size off a picture.
 
-    python -m scoreray.data.shapes FOLDER [--count 8000] [--side 24] [--seed 0]
+    python -m scoreray.data.shapes FOLDER [--count 8000] [--side 24] [--seed 0] [--factors]
 
 writes 00000.png, ... and metadata.jsonl with a line {"file_name": ..., "text": "a small red circle"} each, the layout
-of Hugging Face's image folders. So text-conditional training can be tried, and measured, without any download: what a
+of Hugging Face's image folders; --factors adds "colour", "shape" and "size" to each, by which representations are
+measured (docs/evaluation.md). So text-conditional training can be tried, and measured, without any download: what a
 model draws for a caption is that shape in that colour, or it is not.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,18 @@ class Seen:
         return not said or getattr(self, what) in said
 
 
-def make(folder: Path, count: int, side: int, seed: int = 0) -> None:
-    """Writes `count` captioned pictures of side x side pixels into a new or empty folder."""
+def make(folder: Path, count: int, side: int, seed: int = 0, *, factors: bool = False) -> None:
+    """Writes `count` captioned pictures of side x side pixels into a new or empty folder; what `read_off` sees in
+    them as columns of their own, where `factors`."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w") as captions:
         for number in range(count):
             picture, caption = draw(rng, side)
+            shown = asdict(read_off(picture)) if factors else {}
             name = f"{number:05d}.png"
             Image.fromarray(picture).save(folder / name)
-            captions.write(json.dumps({"file_name": name, "text": caption}) + "\n")
+            captions.write(json.dumps({"file_name": name, "text": caption, **shown}) + "\n")
 
 
 def draw(rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
@@ -171,8 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8000)
     parser.add_argument("--side", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--factors", action="store_true")
     given = parser.parse_args(arguments)
-    make(given.folder, given.count, given.side, given.seed)
+    make(given.folder, given.count, given.side, given.seed, factors=given.factors)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
-from scoreray.cluster.cli.encode import encode
+from scoreray.cluster.cli.encode import codes, encode, encode_by_model
 from scoreray.cluster.cli.imports import diffusers, edm, k_diffusion, lora
 from scoreray.cluster.cli.models import compare, evaluate, export, serve
 from scoreray.cluster.cli.options import ClickException
@@ -69,13 +69,14 @@ def common(
 
 
 VERBS: tuple[Callable[..., None], ...] = (demo, train, status, tune, sample, export, serve, evaluate, compare, doctor)
-DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect, encode)
+DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect, encode, codes)
 IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers, edm, k_diffusion, lora)
 for verb in VERBS:
     app.command()(verb)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(submit)
+app.command("encode")(encode_by_model)
 for verb in DATA_VERBS:
     data_app.command()(verb)
 for verb in IMPORT_VERBS:

@@ -169,9 +169,20 @@ class EvaluateOptions:
     likelihood_count: Annotated[int, typer.Option(help="Samples of the reference for bpd and nats.")] = 128
     loss_count: Annotated[int, typer.Option(help="Samples of the reference for loss.")] = 1024
     restoration_count: Annotated[int, typer.Option(help="Samples of the reference for psnr and ssim.")] = 128
-    restoration: Annotated[str, typer.Option(help="For psnr and ssim: superresolution=FACTOR, inpaint or gray.")] = (
-        "superresolution=2"
-    )
+    restoration: Annotated[
+        str,
+        typer.Option(
+            help="For mse, psnr and ssim: superresolution=FACTOR, inpaint, gray, or reconstruction, from codes."
+        ),
+    ] = "superresolution=2"
+    codes_count: Annotated[int, typer.Option(help="Samples of the reference for representations.")] = 2000
+    codes: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="How a denoiser encodes them: sampler, steps, rtol; layer, sigma; conditions, as for encode.",
+        ),
+    ] = ""
     ensembles: Annotated[
         int, typer.Option(help="Samples of the reference whose conditions are requested: for crps, rmse, match, ...")
     ] = 64

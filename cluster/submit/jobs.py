@@ -30,7 +30,7 @@ from scoreray.data.scratch import scratch_folder
 from scoreray.data.yaml_text import dump_yaml, parse_yaml
 
 PREFIX = "scoreray_"  # of our keys in a job's metadata
-VERBS = ("train", "tune", "sample", "evaluate", "export", "compare", "doctor", "data")
+VERBS = ("train", "tune", "sample", "evaluate", "export", "encode", "compare", "doctor", "data")
 SAVE_WITHIN_S = 120  # after `stop`, before Ray kills the driver
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")

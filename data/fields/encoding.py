@@ -14,6 +14,8 @@ from scoreray.data.fields.field_kinds import FieldKind
 if TYPE_CHECKING:
     from torch import Tensor
 
+CODES = "codes"
+"""The kind of a model that encodes data and is no autoencoder: what it gives is kept as numbers, and not decoded."""
 Finite = Annotated[float, Limits(allow_inf_nan=False)]
 
 
@@ -22,8 +24,8 @@ class Encoding:
     """How an encoded field was made. Its values are the encoder's own, unscaled (diffusers': `latent_dist`, without
     scaling_factor); the field's normalisation scales them.
 
-    kind: "diffusers", "scoreray", "transformers" or "package.module:Name".  path: the URL or folder that the encoder
-    was loaded from.  sha256: of its weights and config, wherever they are stored.
+    kind: "diffusers", "scoreray", "transformers", "codes" (a denoiser or a machine of ours) or "package.module:Name".
+    path: the URL or folder that the encoder was loaded from.  sha256: of its weights and config, wherever these are.
     of, of_kind, of_shape: the field that was encoded, by its name, and a sample of it, [3, 256, 256].
     moments: the first half of the channels are means, the second half standard deviations of Gaussians; a run draws
     from them, each time again.
@@ -49,8 +51,8 @@ class Encoding:
 
     @property
     def can_decode(self) -> bool:
-        """Whether its values are latents, which an autoencoder decodes again: not those of texts."""
-        return self.of_kind in ("image", "array")
+        """Whether its values are latents, which an autoencoder decodes again: not those of texts, nor codes."""
+        return self.of_kind in ("image", "array") and self.kind != CODES
 
     def without_place(self) -> Encoding:
         """What decides the values, wherever the encoder is stored."""

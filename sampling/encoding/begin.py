@@ -21,8 +21,8 @@ from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.encoding.encode import FieldEncoder
 from scoreray.sampling.encoding.plan import EncodePlan, without_statistics
+from scoreray.sampling.representations.encoder import ModelEncoder, load_any_encoder
 from scoreray.trainer.encoders.base import Autoencoder, fit_preview, without_moments
-from scoreray.trainer.encoders.load import load_encoder
 
 BATCH_SIZE = 16  # fills a CPU's matrix kernels
 SHARDS = 64  # about so many at least: they are what actors share, and what a killed start keeps
@@ -111,12 +111,14 @@ def _check_names(wanted: Sequence[EncodedField], carried: Sequence[Field]) -> No
 
 
 def _field_encoder(manifest: Manifest, one: EncodedField, options: EncodeOptions, device: str | None) -> FieldEncoder:
-    encoder = load_encoder(one.encoder, device)
+    encoder = load_any_encoder(one.encoder, device)
     made = replace(encoder.output(manifest.find_field(one.of, "--field")), name=one.to)
     if made.dtype in DTYPES:
         made = replace(made, dtype=cast(FieldDtype, options.dtype))
     is_drawn = made.holds_moments and not options.moments
-    return FieldEncoder(one.encoder, one.of, without_moments(made) if is_drawn else made, is_drawn)
+    stored = encoder.conditions(manifest, "the data set") if isinstance(encoder, ModelEncoder) else None
+    beside = () if stored is None else tuple(stored.requests)
+    return FieldEncoder(one.encoder, one.of, without_moments(made) if is_drawn else made, is_drawn, beside)
 
 
 def _samples_per_shard(
@@ -135,7 +137,7 @@ def with_previews(plan: EncodePlan) -> EncodePlan:
     numbers = spread(PREVIEW_SAMPLES, plan.num_samples)
     encoders = []
     for one in plan.encoders:
-        encoder, encoding = load_encoder(one.name, plan.device), one.makes.encoding
+        encoder, encoding = load_any_encoder(one.name, plan.device), one.makes.encoding
         if isinstance(encoder, Autoencoder) and encoding is not None and is_picture(encoding.of_shape):
             pictures = to_unit_range(plan.source.read_fields(numbers, [FieldRequest(one.of)]).fields[one.of])
             batches = pictures.to(encoder.device).split(plan.batch_size)

@@ -14,9 +14,9 @@ from scoreray.data.fields.field import Field, FieldRequest, stored_dtype
 from scoreray.data.reading.field_values import FieldArrays, FieldDecoder
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.sources.field_source import FieldValue
+from scoreray.sampling.representations.encoder import ModelEncoder, load_any_encoder
 from scoreray.trainer.diffusion.noise import STREAM_ENCODING, normal
-from scoreray.trainer.encoders.base import MASK, VALUES
-from scoreray.trainer.encoders.load import load_encoder
+from scoreray.trainer.encoders.base import MASK, VALUES, Encoder
 
 Columns = Mapping[str, np.ndarray]
 """Arrays by the names of fields, the first axis the samples'; of what varies in length also `NAME:length`, int64."""
@@ -26,12 +26,19 @@ LENGTH = ":length"  # no field has a colon in its name
 @dataclass(frozen=True)
 class FieldEncoder:
     """An encoder, as KIND=PATH names it, and the field that it makes of the field `of`; the encoding of that has the
-    encoder's hash.  is_drawn: of a variational autoencoder draws are stored, and not moments."""
+    encoder's hash.  is_drawn: of a variational autoencoder draws are stored, and not moments.  beside: fields that
+    condition it."""
 
     name: str
     of: str
     makes: Field
     is_drawn: bool = False
+    beside: tuple[FieldRequest, ...] = ()
+
+    @property
+    def requests(self) -> list[FieldRequest]:
+        """What is read for it."""
+        return [FieldRequest(self.of), *(one for one in self.beside if one.field != self.of)]
 
 
 def as_columns(arrays: FieldArrays) -> Columns:
@@ -80,8 +87,8 @@ class BatchEncoder:
         one, count = self.encoders[place], len(rows)
         filled = np.pad(rows, (0, self.batch_size - count), "edge")
         assert one.makes.encoding is not None
-        encoder = load_encoder(one.name, self.device, one.makes.encoding.sha256)
-        found = encoder.encode(self._inputs(one.of, read, filled))
+        encoder = load_any_encoder(one.name, self.device, one.makes.encoding.sha256)
+        found = self._encoded(encoder, one, read, filled, first)
         values = found[VALUES]
         if one.is_drawn:
             numbers, shape = torch.from_numpy(first + filled), tuple(one.makes.shape)
@@ -95,6 +102,21 @@ class BatchEncoder:
             out[f"{name}{LENGTH}"][rows] = found[MASK][:count].sum(1).cpu()
         else:
             out[name][rows] = array
+
+    def _encoded(
+        self, encoder: Encoder, one: FieldEncoder, read: Columns, rows: np.ndarray, first: int
+    ) -> dict[str, torch.Tensor]:
+        inputs = self._inputs(one.of, read, rows)
+        if not isinstance(encoder, ModelEncoder):
+            return encoder.encode(inputs)
+        assert isinstance(inputs, torch.Tensor)
+        stored, condition = encoder.conditions(self.manifest, "the data set"), None
+        if stored is not None and one.beside:
+            names = [request.field for request in one.beside]
+            lengths = {name: read[f"{name}{LENGTH}"][rows] for name in names if f"{name}{LENGTH}" in read}
+            arrays = FieldArrays({name: read[name][rows] for name in names}, lengths)
+            condition = stored.of(FieldDecoder(self.manifest, one.beside).tensors(arrays))
+        return {VALUES: encoder.code(inputs, torch.from_numpy(first + rows), condition)}
 
     def _inputs(self, of: str, read: Columns, rows: np.ndarray) -> torch.Tensor | list[str]:
         """A batch as `Encoder.encode` takes it: a tensor, or texts."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.fields.field import Field, FieldRequest
+from scoreray.data.fields.field import Field
 from scoreray.data.packing.plan import PackedShard
 from scoreray.data.packing.shards import ENCODING as SHARD_FORMAT
 from scoreray.data.packing.shards import ShardWriter, stored_fields
@@ -140,9 +140,10 @@ class EncodePlan:
         return [SampleChunk(number, first, max(0, min(rows, end - first))) for first in firsts]
 
     def _decoder(self) -> FieldDecoder:
-        """Of the fields that are encoded."""
-        names = dict.fromkeys(one.of for one in self.encoders)
-        return FieldDecoder(self.source.manifest, [FieldRequest(name) for name in names])
+        """Of the fields that are encoded, or condition what encodes them."""
+        wanted = [request for one in self.encoders for request in one.requests]
+        by_name = {one.field: one for one in sorted(wanted, key=lambda one: one.max_length or 0)}
+        return FieldDecoder(self.source.manifest, list(by_name.values()))
 
     def read(self, chunk: SampleChunk) -> Columns:
         """The decoded fields that are encoded. Raises DataError (shard, sample, offset), StorageError."""

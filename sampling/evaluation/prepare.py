@@ -17,6 +17,7 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.data.storage.store import Store
 from scoreray.sampling.evaluation.loaded import fixed_threads, load_extractor
+from scoreray.sampling.evaluation.sample_chunks import reconstructs
 from scoreray.sampling.evaluation.stages import STAGES
 from scoreray.sampling.guidance.operators import restoration_task
 from scoreray.sampling.measures import features, frechet
@@ -96,10 +97,10 @@ def choose_metrics(
     mistakes = [f"metric {name} does not fit: {reasons[name]}" for name in wanted if reasons[name]]
     if mistakes:
         raise UserError("\n".join(mistakes))
-    if not info.is_autoencoder and any("restoration" in metric_of(name).needs for name in wanted):
+    if not reconstructs(info, task) and any("restoration" in metric_of(name).needs for name in wanted):
         restoration_task(task, info.image_shape)
     fitting = [name for name in METRICS if not reasons[name]]
-    cheap = [name for name in fitting if info.is_autoencoder or not METRICS[name].costly]
+    cheap = [name for name in fitting if METRICS[name].is_default(info)]
     chosen = in_order(wanted or cheap)
     of_sets = [name for name in chosen if metric_of(name).compares_sets]
     if of_sets and manifest.num_samples < frechet.FEWEST:

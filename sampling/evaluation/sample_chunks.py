@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,15 +16,17 @@ from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.held_out import HeldOut
 from scoreray.sampling.measures.similarity import image_similarity
 from scoreray.sampling.measures.spectra import power_spectrum
-from scoreray.sampling.metrics.chunks import PROJECTIONS, FeatureChunk, RestorationChunk
+from scoreray.sampling.metrics.chunks import PROJECTIONS, CodesChunk, FeatureChunk, RestorationChunk
 from scoreray.sampling.metrics.plan import Chunk, EvaluationInputs, EvaluationPlan
 from scoreray.sampling.model.describe import ModelInfo
-from scoreray.sampling.model.load import LoadedAutoencoder
 from scoreray.sampling.offline.generate import class_labels, prepare
-from scoreray.trainer.diffusion.condition import AnyCondition, as_condition, class_name_of
+from scoreray.sampling.representations.codes import decode, encode
+from scoreray.sampling.representations.labelled import read_factors
+from scoreray.trainer.diffusion.condition import AnyCondition, Condition, as_condition, class_name_of
 
 SPECTRUM_GROUPS = 8  # of a chunk's samples
 RECORDS = "of the reference's samples"
+RECONSTRUCTION = "reconstruction"
 KEPT_PICTURES = 8  # of restorations and reconstructions
 
 
@@ -60,15 +63,30 @@ def sample_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> FeatureCh
     return FeatureChunk(**found, pictures=pictures, spectra=_mean_spectra(plan, samples))
 
 
+def reconstructs(info: ModelInfo, task: str) -> bool:
+    """Whether what a restoration takes as known of a sample is its code: of a denoiser where `task` says so."""
+    return info.is_autoencoder or info.is_machine or task == RECONSTRUCTION
+
+
+def codes_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> CodesChunk:
+    codes = torch.cat([code.flatten(1).cpu() for code, _ in _codes(plan, rows)])
+    return CodesChunk(codes.numpy(), read_factors(plan.inputs.reference, rows.numbers.numpy()))
+
+
+def _codes(plan: EvaluationPlan, rows: HeldOut) -> Iterator[tuple[Tensor, Condition | None]]:
+    """Of each batch, on the device: codes and what conditions them."""
+    settings, model = plan.inputs.settings, loaded_model(plan.inputs)
+    for part in torch.arange(len(rows.x0)).split(settings.batch_size):
+        given = None if rows.condition is None else rows.condition[part].to(settings.device)
+        x0 = rows.x0[part].to(settings.device)
+        yield encode(model, x0, rows.numbers[part].to(settings.device), given, settings.code_options()), given
+
+
 def reconstruction_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> RestorationChunk:
-    """What an autoencoder makes of its latents' means, against the samples that it encoded."""
-    inputs, parts = plan.inputs, list[Tensor]()
+    """What a model makes of its codes (of an autoencoder, its latents' means), against the samples that it encoded."""
+    inputs, options = plan.inputs, plan.inputs.settings.code_options()
     model = loaded_model(inputs)
-    assert isinstance(model, LoadedAutoencoder)
-    with torch.no_grad():
-        for x in rows.x0.split(inputs.settings.batch_size):
-            mean, _ = model.encode(x.to(inputs.settings.device))
-            parts.append(model.decode(mean).cpu())
+    parts = [decode(model, code, given, options).cpu() for code, given in _codes(plan, rows)]
     x0, is_picture = rows.x0, inputs.info.is_picture
     made = torch.cat(parts).clamp(-1, 1) if is_picture else torch.cat(parts)
     mse = (made - x0).double().flatten(1).square().mean(1).numpy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,11 @@ from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_ch
 from scoreray.sampling.evaluation.loaded import fixed_threads, loaded_denoiser, loaded_model, once
 from scoreray.sampling.evaluation.sample_chunks import (
     KEPT_PICTURES,
+    RECONSTRUCTION,
+    codes_chunk,
     condition_rule,
     reconstruction_chunk,
+    reconstructs,
     records_of,
     reference_chunk,
     sample_chunk,
@@ -138,7 +141,7 @@ def _loss(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LossChunk:
 
 def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> RestorationChunk:
     inputs = plan.inputs
-    if inputs.info.is_autoencoder:
+    if reconstructs(inputs.info, inputs.settings.restoration):
         return reconstruction_chunk(plan, chunk, rows)
     settings, info, request = inputs.settings, inputs.info, inputs.request
     x0 = to_unit_range(rows.images).to(settings.device)
@@ -156,12 +159,14 @@ def _restoration(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> Restorati
     restored = sample(denoiser, x, sigmas, sampler=request.sampler, generator=seeds, condition=given,
                       **request.options).clamp(-1, 1)  # fmt: skip
     psnr, ssim = image_similarity(restored, x0)
+    mse = (restored - x0).double().flatten(1).square().mean(1).cpu()
     shown = operator.transpose(observed) * (1 / operator.transpose(operator.apply(torch.ones_like(x0))).clamp_min(1e-6))
     pictures = torch.stack([x0, shown, restored], 1)[:KEPT_PICTURES]
     return RestorationChunk(
         psnr.numpy(),
         ssim.numpy(),
         to_uint8(pictures.cpu()).numpy() if chunk.number == 0 else np.zeros(0, np.uint8),
+        mse.numpy(),
     )
 
 
@@ -203,6 +208,16 @@ def _of_latents(inputs: EvaluationInputs) -> dict[str, Any]:
     if info.encoding is None or info.target is None:
         return {}
     return {"of": {"latents": info.target.name, "sha256": info.encoding.sha256}}
+
+
+def _reconstructs(inputs: EvaluationInputs) -> bool:
+    return reconstructs(inputs.info, inputs.settings.restoration)
+
+
+def _code_protocol(inputs: EvaluationInputs) -> dict[str, Any]:
+    """How codes are made, beside their model."""
+    is_denoiser = not (inputs.info.is_machine or inputs.info.is_autoencoder)
+    return {"codes": asdict(inputs.settings.code_options())} if is_denoiser else {}
 
 
 STAGES: dict[str, Stage] = {
@@ -275,8 +290,9 @@ STAGES: dict[str, Stage] = {
         count=_num_restored,
         chunk_size=lambda inputs: CHUNK if inputs.info.is_autoencoder else inputs.settings.batch_size,
         protocol=lambda inputs: {
-            "task": "reconstruction" if inputs.info.is_autoencoder else inputs.settings.restoration,
+            "task": RECONSTRUCTION if _reconstructs(inputs) else inputs.settings.restoration,
             "count": _num_restored(inputs),
+            **(_code_protocol(inputs) if _reconstructs(inputs) and not inputs.info.is_autoencoder else {}),
             **({"brightness": list(BRIGHTNESS)} if inputs.settings.restoration == "gray" else {}),
         },
         compute=_restoration,
@@ -290,6 +306,17 @@ STAGES: dict[str, Stage] = {
         compute=_ais,
         numbers=lambda inputs, chunk: inputs.numbers(inputs.at_most(AIS_IMAGES)),  # one partition function for all
         exact=True,
+    ),
+    "codes": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.codes_count),
+        chunk_size=lambda inputs: CHUNK,
+        protocol=lambda inputs: {
+            "count": inputs.at_most(inputs.settings.codes_count),
+            **_code_protocol(inputs),
+            **_of_latents(inputs),
+        },
+        compute=codes_chunk,
+        numbers=_own_rows,
     ),
 }
 """What metrics are computed from, in the order in which it is computed."""

@@ -152,7 +152,7 @@ def restoration_task(text: str, shape: Shape) -> Operator:
         return mask(known)
     accepted = [one for one, named in OPERATORS.items() if named.of_images]
     if name not in accepted or OPERATORS[name].takes_value != bool(value):
-        usages = "; ".join(OPERATORS[one].usage for one in accepted)
+        usages = "; ".join([*(OPERATORS[one].usage for one in accepted), "reconstruction"])
         raise UserError(f"--restoration {shortened(text)}: accepted: {usages}")
     try:
         return make_operator(name, value, shape)

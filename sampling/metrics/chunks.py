@@ -94,6 +94,14 @@ class AnnealingChunk:
 
 
 @dataclass(frozen=True)
+class CodesChunk:
+    """codes float32 [n, d] of the reference's samples; factors float64 [n, f]: their class and scalar fields."""
+
+    codes: np.ndarray
+    factors: np.ndarray
+
+
+@dataclass(frozen=True)
 class ReferenceMoments:
     """`frechet.Reference` in the cache: mean [d], trace [], root [d, d]."""
 
@@ -103,7 +111,14 @@ class ReferenceMoments:
 
 
 ChunkArrays = (
-    FeatureChunk | EnsembleChunk | LikelihoodChunk | LossChunk | RestorationChunk | AnnealingChunk | ReferenceMoments
+    FeatureChunk
+    | EnsembleChunk
+    | LikelihoodChunk
+    | LossChunk
+    | RestorationChunk
+    | AnnealingChunk
+    | CodesChunk
+    | ReferenceMoments
 )
 C = TypeVar("C", bound=ChunkArrays)
 

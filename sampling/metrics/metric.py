@@ -8,6 +8,7 @@ from typing import Any
 
 from scoreray.data.reading.manifest import Manifest
 from scoreray.sampling.measures.features import ExtractorChoice
+from scoreray.sampling.metrics.misfits import Misfit
 from scoreray.sampling.metrics.plan import EvaluationInputs
 from scoreray.sampling.metrics.record import MetricResult
 from scoreray.sampling.model.describe import ModelInfo
@@ -15,8 +16,7 @@ from scoreray.sampling.model.describe import ModelInfo
 OF_FEATURES = ("reference", "samples", "extractor")
 OF_RECONSTRUCTIONS = ("reference", "restoration")
 OF_ENSEMBLES = ("reference", "ensembles")
-
-Misfit = Callable[[ModelInfo, Manifest, ExtractorChoice], str | None]
+OF_CODES = ("reference", "codes")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EvaluationMetric:
     compute: of the stored chunks; its keyword-only parameters are the metric's options (`checked_options`).
     protocol: its own settings, as the record has them.
     misfit: why it makes no sense for a model, data and an extractor, beside what holds for every metric (`unfit`).
-    costly: only where it is asked for, or of an autoencoder, which is measured in a forward pass.
+    costly: only where it is asked for, or of an autoencoder, which is measured in a forward pass (`is_default`).
     """
 
     title: str
@@ -44,9 +44,13 @@ class EvaluationMetric:
 
     def unfit(self, info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
         """Why it makes no sense for a model, data and an extractor; None where it does."""
-        if info.is_autoencoder and not set(self.needs) <= {*OF_RECONSTRUCTIONS, "extractor"}:
+        if info.is_autoencoder and not set(self.needs) <= {*OF_RECONSTRUCTIONS, "codes", "extractor"}:
             return "an autoencoder draws no samples and knows no noise level"
         return self.misfit(info, manifest, extractor)
+
+    def is_default(self, info: ModelInfo) -> bool:
+        """Whether a model is measured in it where no metrics are named."""
+        return not self.costly or (info.is_autoencoder and "codes" not in self.needs)
 
     @property
     def stages(self) -> set[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from scoreray.data.errors import UserError
 from scoreray.data.reading.manifest import Manifest
 from scoreray.sampling.measures.features import IDENTITY_VALUES, ExtractorChoice
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.stored_conditions import StoredConditions
+from scoreray.sampling.representations.labelled import factor_fields
 
 SHORTEST_GRID = 4
+
+Misfit = Callable[[ModelInfo, Manifest, ExtractorChoice], str | None]
 
 
 def knows_noise_levels(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
@@ -50,10 +54,32 @@ def reconstructs(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice
     return None if info.is_autoencoder else "it is of an autoencoder's reconstructions"
 
 
+def encodes_and_decodes(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if info.is_autoencoder or info.is_machine:
+        return None
+    return knows_noise_levels(info, manifest, extractor) if info.encoding is None else "the model is of latents"
+
+
+def _needs_factors(fewest: int, kinds: str) -> Misfit:
+    def misfit(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+        fields = [one.name for one in factor_fields(manifest) if one.kind in kinds.split()]
+        if len(fields) < fewest:
+            what = kinds.replace(" ", " or ")
+            return f"it needs {fewest} or more fields of kind {what} in the reference, which has {len(fields)}"
+        return None if info.is_machine else knows_noise_levels(info, manifest, extractor)
+
+    return misfit
+
+
+has_a_class = _needs_factors(1, "class")
+has_a_factor = _needs_factors(1, "class scalar")
+has_factors = _needs_factors(2, "class scalar")
+
+
 def restores_images(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
     if info.encoding is not None:
         return "it restores samples by what is known of their pixels, and the model is of latents"
-    unfit = knows_noise_levels(info, manifest, extractor)
+    unfit = None if info.is_machine else knows_noise_levels(info, manifest, extractor)
     if unfit or _is_8_bit(manifest):
         return unfit
     return f"it measures images, the reference has samples of shape {list(manifest.shape)}"

@@ -24,6 +24,7 @@ from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.metrics.record import RecordHead, digest
 from scoreray.sampling.model.describe import Description, ModelInfo
 from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.representations.codes import CodeOptions
 
 FOLDER = "evaluations"  # in a run, where no other place is given
 SMALLEST_RTOL = 1e-14  # as of the sampler rk45
@@ -41,6 +42,7 @@ class EvaluationSettings:
     sampler, steps, grid: None takes what fits the model.
     count: samples drawn; reference_count: of the reference, spread evenly over it. likelihood_count, loss_count,
     restoration_count: of the reference, for bpd and nats, the loss, psnr and ssim. chains: of AIS.
+    codes_count: of the reference, for representations; codes: how a denoiser encodes them (`CodeOptions.parse`).
     ensembles: samples of the reference whose conditions are requested, per_condition times each. scorer: of `match`, as
     package.module:Name.
     threads: of each worker, whatever the number of workers; device: "cpu" or "cuda".
@@ -58,6 +60,8 @@ class EvaluationSettings:
     likelihood_count: int = 128
     loss_count: int = 1024
     restoration_count: int = 128
+    codes_count: int = 2000
+    codes: str = ""
     chains: int = 256
     ensembles: int = 64
     per_condition: int = 16
@@ -80,7 +84,7 @@ class EvaluationSettings:
         for name in ("count", "reference_count"):
             if getattr(self, name) < frechet.FEWEST:
                 raise UserError(f"{name} = {getattr(self, name)}: at least {frechet.FEWEST} are needed")
-        for name in ("likelihood_count", "loss_count", "restoration_count", "chains", "ensembles"):
+        for name in ("likelihood_count", "loss_count", "restoration_count", "codes_count", "chains", "ensembles"):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} = {getattr(self, name)}: at least 2, for a standard error")
         if self.per_condition < FEWEST_MEMBERS:
@@ -91,7 +95,12 @@ class EvaluationSettings:
             raise UserError(f"rtol = {self.rtol}: must be in [{SMALLEST_RTOL:g}, 1)")
         if not 1 <= self.threads <= MOST_THREADS:
             raise UserError(f"threads = {shortened(str(self.threads))}: must be 1 to {MOST_THREADS}")
+        self.code_options()
         self.request()
+
+    def code_options(self) -> CodeOptions:
+        """How a denoiser encodes. Raises UserError."""
+        return CodeOptions.parse(self.codes, "--codes")
 
     def request(self) -> Request:
         """What is drawn."""

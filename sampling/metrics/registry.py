@@ -15,9 +15,11 @@ from scoreray.data.own_code import code_hash, instance, is_own, or_own
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.metrics import held_out_metrics, misfits, sample_metrics
 from scoreray.sampling.metrics.chunks import PROJECTIONS
-from scoreray.sampling.metrics.metric import OF_ENSEMBLES, OF_FEATURES, OF_RECONSTRUCTIONS, EvaluationMetric
+from scoreray.sampling.metrics.metric import OF_CODES, OF_ENSEMBLES, OF_FEATURES, OF_RECONSTRUCTIONS, EvaluationMetric
 from scoreray.sampling.metrics.plan import EvaluationInputs
+from scoreray.sampling.metrics.representation_metrics import of_codes
 from scoreray.sampling.metrics.sample_metrics import COPY_RATIO, NEIGHBOURS, kid_block
+from scoreray.sampling.representations.scores import SCORES
 from scoreray.sampling.samplers.options import check_options, options_of
 
 METRICS: dict[str, EvaluationMetric] = {
@@ -63,8 +65,8 @@ METRICS: dict[str, EvaluationMetric] = {
         "Denoising loss, EDM-weighted", ("reference", "loss"), held_out_metrics.loss, misfit=misfits.knows_noise_levels
     ),
     "mse": EvaluationMetric(
-        "Mean squared error of reconstructions", OF_RECONSTRUCTIONS, held_out_metrics.reconstruction_error,
-        misfit=misfits.reconstructs,
+        "Mean squared error of restorations or reconstructions", OF_RECONSTRUCTIONS,
+        held_out_metrics.reconstruction_error, misfit=misfits.encodes_and_decodes, costly=True,
     ),
     "psnr": EvaluationMetric(
         "PSNR of restorations or reconstructions, dB", OF_RECONSTRUCTIONS, held_out_metrics.restoration("psnr"),
@@ -105,6 +107,21 @@ METRICS: dict[str, EvaluationMetric] = {
         "Distance of power spectra, dB", ("reference", "samples"), sample_metrics.spectrum,
         protocol=lambda inputs: {"power": "mean over directions"}, misfit=misfits.has_grid, costly=True,
     ),
+    **{
+        name: EvaluationMetric(title, OF_CODES, of_codes(SCORES[name]), misfit=misfit, costly=True)
+        for name, title, misfit in (
+            ("homogeneity", "Homogeneity of clusters of codes", misfits.has_a_class),
+            ("completeness", "Completeness of clusters of codes", misfits.has_a_class),
+            ("v_measure", "V-measure of clusters of codes", misfits.has_a_class),
+            ("probe", "Linear probe of codes", misfits.has_a_factor),
+            ("beta_vae", "beta-VAE score of codes", misfits.has_factors),
+            ("factor_vae", "FactorVAE score of codes", misfits.has_factors),
+            ("mig", "Mutual information gap of codes", misfits.has_a_factor),
+            ("sap", "SAP score of codes", misfits.has_a_factor),
+            ("dci", "Disentanglement of codes (DCI)", misfits.has_factors),
+            ("modularity", "Modularity of codes", misfits.has_factors),
+        )
+    },
 }  # fmt: skip
 """Every metric of ours, by the word that chooses it in a config and on the command line, in the record's order."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -33,4 +34,17 @@ def cluster_scores(
     def score(part: int, rows: np.ndarray) -> float:
         return float(homogeneity_completeness_v_measure(classes[rows], found[rows])[part])
 
-    return {name: (leave_groups_out(partial(score, part), len(classes)), beside) for part, name in enumerate(PARTS)}
+    return {
+        name: CodeScore(leave_groups_out(partial(score, part), len(classes)), beside=beside)
+        for part, name in enumerate(PARTS)
+    }
+
+
+def cluster_score(name: str) -> Callable[..., CodeScore]:
+    """`cluster_scores`'s of one name."""
+
+    @wraps(cluster_scores)
+    def score(labelled: LabelledCodes, **options: Any) -> CodeScore:
+        return cluster_scores(labelled, **options)[name]
+
+    return score

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 from scipy.special import xlogy
+from torch import Tensor
 
 from scoreray.sampling.measures.distances import jackknife
 from scoreray.sampling.representations.labelled import (
@@ -33,9 +35,12 @@ def mutual_information_gap(labelled: LabelledCodes, *, factors: str = "", bins: 
             found.append((information[-1] - information[-2]) / _entropy(joint[0].sum(0)))
         return np.array(found)
 
-    every = np.arange(GROUPS)
+    def gap_of(number: int, groups: Tensor) -> float:
+        return float(gap(groups.numpy())[number])
+
     estimate = jackknife(lambda groups: float(gap(groups.numpy()).mean()), GROUPS)
-    return estimate, {"factors": dict(zip(names, gap(every).tolist(), strict=True)), "bins": bins, "samples": samples}
+    parts = {name: jackknife(partial(gap_of, number), GROUPS) for number, name in enumerate(names)}
+    return CodeScore(estimate, parts, {"samples": samples})
 
 
 def modularity(labelled: LabelledCodes, *, factors: str = "", bins: Bins = 20) -> CodeScore:
@@ -50,7 +55,7 @@ def modularity(labelled: LabelledCodes, *, factors: str = "", bins: Bins = 20) -
         return float(np.where(best > 0, 1 - others, 0.0).mean())
 
     estimate = jackknife(lambda groups: score(groups.numpy()), GROUPS)
-    return estimate, {"bins": bins, "samples": samples}
+    return CodeScore(estimate, beside={"samples": samples})
 
 
 def _counts(labelled: LabelledCodes, factors: str, fewest: int, bins: int) -> tuple[list[np.ndarray], list[str], int]:

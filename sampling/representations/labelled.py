@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.extras import install
+from scoreray.data.fields.field import Field, FieldRequest
+from scoreray.data.reading.manifest import Manifest
+from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.measures.distances import Estimate, jackknife
 
 GROUPS = 10  # of samples, of which each is left out in turn for an error
 HELD_OUT = 4  # one sample in so many is not learnt from
 FEWEST_SAMPLES = 4 * GROUPS
 
-CodeScore = tuple[Estimate, dict[str, Any]]
-"""A metric's value, and what stands beside it in a record."""
+
+@dataclass(frozen=True)
+class CodeScore:
+    """A metric's value; parts of it by name, such as each factor's; what else stands beside it in a record."""
+
+    estimate: Estimate
+    parts: dict[str, Estimate] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,29 @@ class LabelledCodes:
             if len(np.unique(one.values[known])) < 2:
                 raise UserError(f"factors = {one.name}: it is the same for all samples, so nothing depends on it")
         return LabelledCodes(self.codes[known], tuple(replace(one, values=one.values[known]) for one in factors))
+
+
+def factor_fields(manifest: Manifest) -> list[Field]:
+    """Fields that may be factors: of kind class or scalar, but what is modelled by default."""
+    return [one for one in manifest.fields if one.is_inline and one.name != manifest.target.name]
+
+
+def read_factors(reader: SampleReader, numbers: np.ndarray) -> np.ndarray:
+    """Of samples of ascending `numbers`, float64 [n, factor fields]; NaN of a sample without a class."""
+    fields = factor_fields(reader.manifest)
+    if not fields:
+        return np.zeros((len(numbers), 0))
+    found = reader.read_fields(numbers, [FieldRequest(one.name) for one in fields]).fields
+    columns = [found[one.name].view(-1).double().numpy() for one in fields]
+    for one, column in zip(fields, columns, strict=True):
+        if one.kind == "class":
+            column[column == NO_CLASS] = np.nan
+    return np.stack(columns, 1)
+
+
+def factors_of(manifest: Manifest, values: np.ndarray) -> tuple[Factor, ...]:
+    """Of what `read_factors` read."""
+    return tuple(Factor(one.name, values[:, i], len(one.classes)) for i, one in enumerate(factor_fields(manifest)))
 
 
 def equal_bins(values: np.ndarray, bins: int) -> np.ndarray:

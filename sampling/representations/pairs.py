@@ -70,7 +70,7 @@ def beta_vae_score(
 
         found = LogisticRegression(max_iter=1000).fit(features, which).predict(test)
     beside = {"chance": 1 / len(known.factors), "points": points, "batch": batch, "samples": len(known.codes)}
-    return mean_of(torch.from_numpy((found == wanted).astype(np.float64))), beside
+    return CodeScore(mean_of(torch.from_numpy((found == wanted).astype(np.float64))), beside=beside)
 
 
 def factor_vae_score(
@@ -106,7 +106,7 @@ def factor_vae_score(
     hits[: int(right)] = 1
     beside = {"chance": 1 / len(known.factors), "active": int(active.sum()), "points": points, "batch": batch,
               "samples": len(codes)}  # fmt: skip
-    return mean_of(hits), beside
+    return CodeScore(mean_of(hits), beside=beside)
 
 
 def _parts(count: int, values: int) -> Iterator[int]:

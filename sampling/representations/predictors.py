@@ -42,8 +42,8 @@ def attribute_predictability(
 
     estimate = leave_groups_out(lambda rows: float(gaps(rows).mean()), len(test))
     ordered = [one.name for one in sorted(known.factors, key=lambda one: not one.num_classes)]
-    found = dict(zip(ordered, gaps(np.arange(len(test))).tolist(), strict=True))
-    return estimate, {"factors": found, "samples": len(known.codes), "held_out": len(test)}
+    found = {name: Estimate(gap) for name, gap in zip(ordered, gaps(np.arange(len(test))).tolist(), strict=True)}
+    return CodeScore(estimate, found, {"samples": len(known.codes), "held_out": len(test)})
 
 
 def _right(codes: np.ndarray, factor: Factor, train: np.ndarray, test: np.ndarray, penalty: float) -> np.ndarray:
@@ -81,15 +81,11 @@ def dci(labelled: LabelledCodes, *, factors: str = "", trees: Literal["boosted",
         scores = [float(predictor.score(known.codes[test], wanted[test])) for predictor, wanted in fitted]
     importance = np.stack([predictor.feature_importances_ for predictor, _ in fitted], 1)
     disentanglement, completeness = _one_less_entropy(importance), _one_less_entropy(importance.T)
-    names = [one.name for one in known.factors]
-    beside = {
-        "completeness": completeness,
-        "informativeness": float(np.mean(scores)),
-        "factors": dict(zip(names, scores, strict=True)),
-        "importance": importance.T.tolist(),
-        "samples": len(known.codes),
-    }
-    return Estimate(disentanglement), beside
+    parts = {"completeness": Estimate(completeness), "informativeness": Estimate(float(np.mean(scores)))}
+    parts |= {one.name: Estimate(score) for one, score in zip(known.factors, scores, strict=True)}
+    return CodeScore(
+        Estimate(disentanglement), parts, {"importance": importance.T.tolist(), "samples": len(known.codes)}
+    )
 
 
 def _wanted(factor: Factor) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
@@ -30,20 +30,13 @@ def linear_probe(
     with scikit_learn():
         made = {one.name: _predicted(known.codes, one, train, test, penalty) for one in known.factors}
     scores = {one.name: _score(one, one.values[test], made[one.name]) for one in known.factors}
-    majority = {
-        one.name: float(np.bincount(one.values[test].astype(int)).max() / len(test))
-        for one in known.factors
-        if one.num_classes
-    }
-    beside: dict[str, Any] = {
-        "factors": {name: {"value": one.value, "std_error": one.std_error} for name, one in scores.items()},
-        "largest_class": majority, "samples": len(known.codes), "held_out": len(test),
-    }  # fmt: skip
+    classes = [one.values[test].astype(int) for one in known.factors if one.num_classes]
+    majority = float(np.mean([np.bincount(one).max() / len(test) for one in classes])) if classes else None
     mean = leave_groups_out(
         lambda rows: float(np.mean([_fit(one, one.values[test][rows], made[one.name][rows]) for one in known.factors])),
         len(test),
     )
-    return mean, beside
+    return CodeScore(mean, scores, {"samples": len(known.codes), "held_out": len(test), "largest_class": majority})
 
 
 def _predicted(codes: np.ndarray, factor: Factor, train: np.ndarray, test: np.ndarray, penalty: float) -> np.ndarray:

@@ -56,7 +56,7 @@ class Option:
         elif self.bounds is not None:  # of every number
             what = f"{'an integer' if self.kind is int else 'a number'} in {self.bounds}"
         else:
-            what = "true or false" if self.kind is bool else f"a {self.kind.__name__}"
+            what = "true or false" if self.kind is bool else "a text" if self.kind is str else f"a {self.kind.__name__}"
         return what + (" or none" if self.optional else "")
 
     @property
@@ -83,7 +83,7 @@ class Option:
         inside = number and self.bounds is not None and value in self.bounds
         fits = {
             bool: isinstance(value, bool),
-            str: isinstance(value, str) and value in self.choices,
+            str: isinstance(value, str) and (not self.choices or value in self.choices),
             int: inside and value == int(value),
             float: inside,
         }.get(self.kind, isinstance(value, self.kind))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,19 @@ _loaded: dict[tuple[str, str], Encoder] = {}
 _lock = threading.Lock()
 
 
-def load_encoder(kind_and_path: str, device: torch.device | str | None = None, sha256: str | None = None) -> Encoder:
+def load_encoder(
+    kind_and_path: str,
+    device: torch.device | str | None = None,
+    sha256: str | None = None,
+    *,
+    kinds: Mapping[str, Callable[[str], Encoder]] = ENCODERS,
+) -> Encoder:
     """The encoder that KIND=PATH names, on a device (a GPU, where there is one). The same call again in this process
     gives the same object.
 
-    sha256: the hash that was recorded when it was used; a DataError of one line where it is another's. Raises UserError
-    (unknown kind, nothing there, no GPU, a library is missing), DataError (what is there can't be loaded).
+    sha256: the hash that was recorded when it was used; a DataError of one line where it is another's.  kinds: which
+    are known, beside somebody else's. Raises UserError (unknown kind, nothing there, no GPU, a library is missing),
+    DataError (what is there can't be loaded).
     """
     kind, equals, path = kind_and_path.partition("=")
     if not equals or not path:
@@ -50,8 +57,8 @@ def load_encoder(kind_and_path: str, device: torch.device | str | None = None, s
     with _lock:
         key = (kind_and_path, at)
         if key not in _loaded:
-            made = _class_of(kind)(path)
-            if kind not in ENCODERS:
+            made = _class_of(kind, kinds)(path)
+            if kind not in kinds:
                 made.kind, made.path = kind, path
             _loaded[key] = made.to(at)
         found = _loaded[key]
@@ -97,7 +104,7 @@ def name_autoencoders(places: Sequence[str]) -> None:
         kind, equals, path = place.partition("=")
         if not equals or not path or "\n" in place:
             raise UserError(f"--autoencoder {shortened(place)}: write KIND=PATH, such as diffusers=FOLDER")
-        _class_of(kind)
+        _class_of(kind, ENCODERS)
     os.environ[VARIABLE] = "\n".join(f"{kind}={absolute(path)}" for kind, _, path in (p.partition("=") for p in places))
 
 
@@ -106,11 +113,11 @@ def environment() -> dict[str, str]:
     return {VARIABLE: os.environ[VARIABLE]} if os.environ.get(VARIABLE) else {}
 
 
-def _class_of(kind: str) -> Any:
-    if kind in ENCODERS:
-        return ENCODERS[kind]
+def _class_of(kind: str, kinds: Mapping[str, Callable[[str], Encoder]]) -> Any:
+    if kind in kinds:
+        return kinds[kind]
     if not own_code.is_own(kind):
-        raise UserError(f"encoder kind '{kind}': {nearest(kind, ENCODERS)}, or package.module:Name")
+        raise UserError(f"encoder kind '{kind}': {nearest(kind, kinds)}, or package.module:Name")
     found = own_code.load(kind, "encoder")
     if not (isinstance(found, type) and issubclass(found, Encoder)):
         raise UserError(f"encoder '{kind}': is no subclass of scoreray.trainer.encoders.base.Encoder")

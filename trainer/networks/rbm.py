@@ -102,6 +102,10 @@ class BoltzmannMachine(nn.Module):
         """h | v, all units at once, [B, num_hidden] of 0 and 1."""
         return _bernoulli(self.hidden_logits(v), source)
 
+    def visible_mean(self, h: Tensor) -> Tensor:
+        """E[v | h], [B, num_visible]; of h between 0 and 1, of the layer's probabilities, too."""
+        raise NotImplementedError
+
     def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
         """v | h, all units at once, [B, num_visible]."""
         raise NotImplementedError
@@ -183,8 +187,14 @@ class RBM(BoltzmannMachine):
 
     def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
         """v | h, all units at once, [B, num_visible] of 0 and 1."""
+        return _bernoulli(self._visible_logits(h), source)
+
+    def visible_mean(self, h: Tensor) -> Tensor:
+        return self._visible_logits(h).sigmoid()
+
+    def _visible_logits(self, h: Tensor) -> Tensor:
         weight, visible_bias, _ = self._wide
-        return _bernoulli(h @ weight.T + visible_bias, source)
+        return h @ weight.T + visible_bias
 
     def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
         """Data x [B, ...] in [-1, 1] as 0 and 1, [B, num_visible]: by `binarize` of RBMConfig."""
@@ -263,13 +273,16 @@ class GaussianBernoulliRBM(BoltzmannMachine):
 
     def sample_visible(self, h: Tensor, source: Source = None) -> Tensor:
         """v | h, all units at once, [B, num_visible]."""
-        weight, visible_bias, _ = self._wide
-        mean = visible_bias + h @ weight.T
+        mean = self.visible_mean(h)
         if isinstance(source, ChainNoise):
             z = source.normal(tuple(mean.shape[1:]), mean.dtype)
         else:
             z = torch.randn(mean.shape, generator=source, dtype=mean.dtype, device=mean.device)
         return mean + self.variance.sqrt() * z
+
+    def visible_mean(self, h: Tensor) -> Tensor:
+        weight, visible_bias, _ = self._wide
+        return visible_bias + h @ weight.T
 
     def visible(self, x: Tensor, seed: int, positions: Tensor) -> Tensor:
         """Data x [B, ...] as they are, [B, num_visible]."""
