@@ -39,6 +39,7 @@ from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.metrics.record import EvaluationRecord, read_record
 from scoreray.sampling.metrics.registry import METRICS
 from scoreray.sampling.model.load import LoadedAutoencoder, load_machine, load_model
+from scoreray.sampling.representations.scores import SCORES
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
 
@@ -242,7 +243,8 @@ MEASURED_ON = {
 
 
 def test_every_metric_is_measured_in_these_tests() -> None:
-    assert set(MEASURED_ON) == set(METRICS)
+    """Those of codes are in `tests/sampling/representations/`."""
+    assert {*MEASURED_ON, *SCORES} == set(METRICS)
 
 
 @pytest.fixture
