@@ -70,6 +70,10 @@ def described(found: MetricValue) -> str:
     for key, spec in (("scores", ".3f"), ("parts", ".4g")):
         for name, one in (found.get(key) or {}).items():
             text += f", {name} {as_text(one['value'], spec)}"
+    if found.get("bits_per_dim") is not None:
+        text += f"  {as_text(found.get('bits_per_dim')['value'], '.4g')} bits per dimension at most"
+    if found.get("ks_p_value") is not None:
+        text += f"  KS {as_text(found.get('ks'), '.3g')}, p = {as_text(found.get('ks_p_value'), '.3g')}"
     if found.get("nfe") is not None:
         text += f"  {found.get('nfe'):.0f} evaluations"
     return text

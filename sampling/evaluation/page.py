@@ -36,8 +36,16 @@ BESIDE = {
     "chance": "chance",
     "median_distance": "median distance to the reference",
     "median_distance_among_reference": "among the reference",
+    "ks": "Kolmogorov-Smirnov distance",
+    "ks_p_value": "its p-value",
 }
 """What a page shows beside a value, where a metric has it."""
+BY_LEVEL = {
+    "loss": ("Denoising loss by noise level", "The loss at each level, with 95% bars."),
+    "fisher": ("Divergence from the known score", "The part of the loss that is the model's error, with 95% bars."),
+    "calibration": ("Avoidable loss by noise level", "At least so much of the loss is avoidable, with 95% bars."),
+}
+"""Metrics with a curve over noise levels: title and caption."""
 Captioned = tuple[str, bytes]  # and its PNG
 
 
@@ -128,7 +136,7 @@ def _figures(stored: StoredChunks, drawn: dict[str, Any]) -> list[Captioned]:
         restorations = "Restorations: images, what is known of them, restored."
         shown = "Images (above) and their reconstructions (below)." if info.is_autoencoder else restorations
         found.append((shown, png_of_sheet(rows, len(restored))))
-    if "loss" in drawn or "fid" in drawn:
+    if any(name in drawn for name in (*BY_LEVEL, "fid")):
         found.append(_curves(drawn))
     if "spectrum" in drawn:
         found.append(_spectra(*drawn["spectrum"]))
@@ -183,15 +191,13 @@ def _points(stored: StoredChunks) -> Captioned:
 
 
 def _curves(drawn: dict[str, Any]) -> Captioned:
-    names = [name for name in ("loss", "fid") if name in drawn]
+    names = [name for name in (*BY_LEVEL, "fid") if name in drawn]
     figure = _new_figure(5 * len(names), 3.6)
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
-        if name == "loss":
-            sigmas, means, errors = drawn["loss"]
+        if name in BY_LEVEL:
+            sigmas, means, errors = drawn[name]
             axes.errorbar(sigmas, means, yerr=[2 * (error or 0) for error in errors], fmt="o-", lw=1.4, ms=4)
-            axes.set(
-                xscale="log", xlabel="noise level σ", ylabel="weighted error", title="Denoising loss by noise level"
-            )
+            axes.set(xscale="log", xlabel="noise level σ", ylabel="weighted error", title=BY_LEVEL[name][0])
         else:
             points = drawn["fid"]
             axes.plot([1 / n for n, _ in points], [d for _, d in points], "o")
@@ -203,8 +209,7 @@ def _curves(drawn: dict[str, Any]) -> Captioned:
                 xlabel="1 / number of samples", ylabel="Fréchet distance", title="To infinite count", xlim=(0, None)
             )
         axes.grid(alpha=0.3)
-    captions = {
-        "loss": "The loss at each level, with 95% bars.",
+    captions = {name: caption for name, (_, caption) in BY_LEVEL.items()} | {
         "fid": "Fréchet distance of parts of the samples, and of all.",
     }
     return " ".join(captions[name] for name in names), _saved(figure)

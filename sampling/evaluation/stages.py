@@ -18,6 +18,12 @@ import torch
 from torch import Tensor
 
 from scoreray.data.fields.normalisation import to_uint8, to_unit_range
+from scoreray.sampling.evaluation.density_chunks import (
+    bound_chunk,
+    fisher_chunk,
+    own_likelihood_chunk,
+    residual_chunk,
+)
 from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_chunk, num_ensembles
 from scoreray.sampling.evaluation.loaded import fixed_threads, loaded_denoiser, loaded_model, once
 from scoreray.sampling.evaluation.sample_chunks import (
@@ -220,6 +226,31 @@ def _code_protocol(inputs: EvaluationInputs) -> dict[str, Any]:
     return {"codes": asdict(inputs.settings.code_options())} if is_denoiser else {}
 
 
+def _of_densities(inputs: EvaluationInputs, count: int) -> dict[str, Any]:
+    """Of what density numbers are, and of how many of the reference's samples."""
+    low, high = inputs.info.sigma_range
+    dequantize = inputs.info.encoding is None and inputs.manifest.dtype == "uint8"
+    return {
+        "count": inputs.at_most(count),
+        "sigma_min": low,
+        "sigma_max": high,
+        "dequantize": dequantize,
+        **_of_latents(inputs),
+    }
+
+
+def _at_levels(inputs: EvaluationInputs) -> dict[str, Any]:
+    """How errors at the fixed noise levels are measured."""
+    return {
+        "count": inputs.at_most(inputs.settings.loss_count),
+        "sigma_min": inputs.info.sigma_range[0],
+        "sigma_max": inputs.info.sigma_range[1],
+        "levels": len(inputs.sigmas),
+        "sigma_data": inputs.info.config.denoiser.resolved_sigma_data,
+        **_of_latents(inputs),
+    }
+
+
 STAGES: dict[str, Stage] = {
     "reference": Stage(
         count=lambda inputs: inputs.num_reference,
@@ -259,31 +290,52 @@ STAGES: dict[str, Stage] = {
         count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),
         chunk_size=lambda inputs: LIKELIHOOD_CHUNK,
         protocol=lambda inputs: {
-            "count": inputs.at_most(inputs.settings.likelihood_count),
+            **_of_densities(inputs, inputs.settings.likelihood_count),
             "solver": "rk45",
             "rtol": inputs.settings.rtol,
             "trace": trace_of(inputs.info.image_shape),
             "probes": 1,
-            "sigma_min": inputs.info.sigma_range[0],
-            "sigma_max": inputs.info.sigma_range[1],
-            "dequantize": inputs.info.encoding is None and inputs.manifest.dtype == "uint8",
-            **_of_latents(inputs),
         },
         compute=_likelihood,
+        numbers=_own_rows,
+    ),
+    "bound": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),
+        chunk_size=lambda inputs: CHUNK,
+        protocol=lambda inputs: _of_densities(inputs, inputs.settings.likelihood_count),
+        compute=bound_chunk,
         numbers=_own_rows,
     ),
     "loss": Stage(
         count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
         chunk_size=lambda inputs: CHUNK,
-        protocol=lambda inputs: {
-            "count": inputs.at_most(inputs.settings.loss_count),
-            "sigma_min": inputs.info.sigma_range[0],
-            "sigma_max": inputs.info.sigma_range[1],
-            "levels": len(inputs.sigmas),
-            "sigma_data": inputs.info.config.denoiser.resolved_sigma_data,
-            **_of_latents(inputs),
-        },
+        protocol=_at_levels,
         compute=_loss,
+        numbers=_own_rows,
+    ),
+    "fisher": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
+        chunk_size=lambda inputs: CHUNK,
+        protocol=_at_levels,
+        compute=fisher_chunk,
+        numbers=_own_rows,
+    ),
+    "residuals": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
+        chunk_size=lambda inputs: CHUNK,
+        protocol=_at_levels,
+        compute=residual_chunk,
+        numbers=_own_rows,
+    ),
+    "own_likelihood": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),
+        chunk_size=lambda inputs: LIKELIHOOD_CHUNK,
+        protocol=lambda inputs: {
+            **_of_densities(inputs, inputs.settings.likelihood_count),
+            "rtol": inputs.settings.rtol,
+            "trace": trace_of(inputs.info.image_shape),
+        },
+        compute=own_likelihood_chunk,
         numbers=_own_rows,
     ),
     "restoration": Stage(

@@ -8,7 +8,7 @@ noisy images, and differences between models vary far less than their values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoreray.data.errors import UserError
 from scoreray.data.fields.encoding import drawn
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.reading.samples import SampleReader
+from scoreray.sampling.measures.diffusion_bound import DiffusionBound, Times, diffusion_bound
 from scoreray.sampling.measures.features import IDENTITY_VALUES
 from scoreray.sampling.measures.likelihood import Trace, dequantize, log_likelihood
 from scoreray.sampling.model.describe import ModelInfo
@@ -116,15 +118,41 @@ def denoising_errors(
     Its expectation at a level is E |D - D*|^2, D* the ideal denoiser, plus a constant of the data: so its order of
     models is that of their score error, sigma^2 |score error| (Vincent 2011).
     """
-    x0, errors = held.x0, []
-    for part in torch.arange(len(x0)).split(batch_size):
-        z = noise.normal(SAMPLING_SEED, held.numbers[part], tuple(x0.shape[1:]), stream=LOSS_STREAM).to(device)
-        clean = x0[part].to(device)
-        given = None if held.condition is None else encoded(denoiser, held.condition[part].to(device))
+    errors = []
+    for clean, z, given in noisy_batches(denoiser, held, batch_size, device):
         levels = []
         for sigma in sigmas:
-            denoised = denoiser(clean + sigma * z, torch.full((len(part),), sigma, device=device), given)
+            denoised = denoiser(clean + sigma * z, torch.full((len(clean),), sigma, device=device), given)
             levels.append((denoised - clean).double().flatten(1).square().mean(1))
+        errors.append(torch.stack(levels, 1).cpu())
+    return torch.cat(errors)
+
+
+def noisy_batches(
+    denoiser: Denoise, held: HeldOut, batch_size: int, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor, Condition | None]]:
+    """(clean samples [B, ...], their noise, what they are given), the same noise at every level and for every model."""
+    for part in torch.arange(len(held.x0)).split(batch_size):
+        shape = tuple(held.x0.shape[1:])
+        z = noise.normal(SAMPLING_SEED, held.numbers[part], shape, stream=LOSS_STREAM).to(device)
+        given = None if held.condition is None else encoded(denoiser, held.condition[part].to(device))
+        yield held.x0[part].to(device), z, given
+
+
+@torch.no_grad()
+def divergences(
+    denoiser: Denoise, known: Denoise, held: HeldOut, sigmas: Sequence[float], batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
+    """|D - D*|^2 per dimension at noisy samples, D* a `known` denoiser, float64 [n, levels]: sigma^4 / d times the
+    square of the difference of their scores (explicit score matching, Vincent 2011)."""
+    errors = []
+    for clean, z, given in noisy_batches(denoiser, held, batch_size, device):
+        arguments, levels = () if given is None else (given,), []
+        for sigma in sigmas:
+            noisy, level = clean + sigma * z, torch.full((len(clean),), sigma, device=device)
+            apart = denoiser(noisy, level, given) - known(noisy, level, *arguments)
+            levels.append(apart.double().flatten(1).square().mean(1))
         errors.append(torch.stack(levels, 1).cpu())
     return torch.cat(errors)
 
@@ -166,8 +194,7 @@ def held_out_likelihood(
     """
     nats, bits, nfe = [], [], []
     for part in torch.arange(len(held.images)).split(batch_size):
-        is_modelled = held.x0.shape == held.images.shape  # and not the latents of these images
-        if is_modelled and held.images.dtype == torch.uint8 and is_picture(held.images.shape[1:]):
+        if _is_8_bit(held):
             x, width = dequantize(held.images[part], held.numbers[part])
         else:
             x, width = held.x0[part], math.nan
@@ -187,6 +214,62 @@ def held_out_likelihood(
         bits.append(found.bits_per_dim(width).double().cpu() if width == width else nats[-1] * math.nan)
         nfe.append(found.nfe)
     return HeldOutLikelihood(torch.cat(nats), torch.cat(bits), sum(nfe) / len(nfe))
+
+
+@dataclass(frozen=True)
+class HeldOutBound:
+    """The diffusion bound [n], and `bpd` [n] bits per dimension (NaN unless the images are 8-bit)."""
+
+    bound: DiffusionBound
+    bpd: Tensor
+
+
+def held_out_bound(
+    denoiser: Denoise,
+    held: HeldOut,
+    *,
+    sigma_range: tuple[float, float],
+    levels: int,
+    times: Times,
+    discretised: bool = False,
+    batch_size: int = LIKELIHOOD_BATCH,
+    device: torch.device | str = "cpu",
+) -> HeldOutBound:
+    """Of the same values as `held_out_likelihood`, 8-bit images dequantised as there; or, `discretised`, of the pixels.
+
+    Raises UserError where discrete values are asked of other data."""
+    bounds, width = list[DiffusionBound](), math.nan
+    if discretised and not _is_8_bit(held):
+        raise UserError("elbo.reconstruction: 'discretised' is for 8-bit images; leave it out")
+    for part in torch.arange(len(held.images)).split(batch_size):
+        x = held.x0[part]
+        if _is_8_bit(held) and not discretised:
+            x, width = dequantize(held.images[part], held.numbers[part])
+        found = diffusion_bound(
+            denoiser,
+            x.to(device),
+            sigma_min=sigma_range[0],
+            sigma_max=sigma_range[1],
+            levels=levels,
+            times=times,
+            grid_step=1 / 127.5 if discretised else None,
+            seeds=held.numbers[part],
+            data_mean=held.mean.to(device),
+            condition=None if held.condition is None else held.condition[part].to(device),
+        )
+        bounds.append(found)
+    prior, diffusion, reconstruction = (
+        torch.cat([getattr(one, name).cpu() for one in bounds]) for name in ("prior", "diffusion", "reconstruction")
+    )
+    bound = DiffusionBound(prior, diffusion, reconstruction, bounds[0].nfe)
+    bits = -bound.nats / (held.x0[0].numel() * math.log(2))
+    return HeldOutBound(bound, bits if discretised else bits - math.log2(width))
+
+
+def _is_8_bit(held: HeldOut) -> bool:
+    """Whether what is modelled are 8-bit images, and not the latents of these."""
+    same = held.x0.shape == held.images.shape
+    return same and held.images.dtype == torch.uint8 and is_picture(held.images.shape[1:])
 
 
 def trace_of(shape: tuple[int, ...]) -> Trace:

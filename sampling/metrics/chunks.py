@@ -71,6 +71,36 @@ class LossChunk:
 
 
 @dataclass(frozen=True)
+class BoundChunk:
+    """prior, diffusion, reconstruction in nats, bpd [n]; nfe [], calls of the denoiser for each."""
+
+    prior: np.ndarray
+    diffusion: np.ndarray
+    reconstruction: np.ndarray
+    bpd: np.ndarray
+    nfe: np.ndarray
+
+
+@dataclass(frozen=True)
+class ResidualChunk:
+    """products [n, levels, K], among [n, levels, K, K]: `ResidualProducts`."""
+
+    products: np.ndarray
+    among: np.ndarray
+
+
+@dataclass(frozen=True)
+class OwnLikelihoodChunk:
+    """nats, background [n] of the reference, own, own_background [n] of the model's samples: log-likelihoods under the
+    model and under a Gaussian."""
+
+    nats: np.ndarray
+    background: np.ndarray
+    own: np.ndarray
+    own_background: np.ndarray
+
+
+@dataclass(frozen=True)
 class RestorationChunk:
     """psnr, ssim [n]; pictures uint8 [m, 3, C, H, W] of the first chunk: images, what is known of them, restored.
 
@@ -114,6 +144,9 @@ ChunkArrays = (
     FeatureChunk
     | EnsembleChunk
     | LikelihoodChunk
+    | BoundChunk
+    | ResidualChunk
+    | OwnLikelihoodChunk
     | LossChunk
     | RestorationChunk
     | AnnealingChunk

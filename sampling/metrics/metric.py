@@ -66,4 +66,4 @@ class EvaluationMetric:
     @property
     def draws(self) -> bool:
         """Whether settings of sampling change it."""
-        return bool({"samples", "ensembles", "restoration"} & set(self.needs))
+        return bool({"samples", "ensembles", "restoration", "own_likelihood"} & set(self.needs))

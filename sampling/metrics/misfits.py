@@ -26,6 +26,12 @@ def knows_noise_levels(info: ModelInfo, manifest: Manifest, extractor: Extractor
     return None
 
 
+def draws_data(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if info.encoding is not None:
+        return "the model has a density of latents, and samples of pictures"
+    return knows_noise_levels(info, manifest, extractor)
+
+
 def has_classes(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
     if extractor.kind in ("inception", "classifier", "torchscript"):
         return None

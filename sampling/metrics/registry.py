@@ -13,7 +13,8 @@ from typing import Any
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.own_code import code_hash, instance, is_own, or_own
 from scoreray.sampling.measures import frechet
-from scoreray.sampling.metrics import held_out_metrics, misfits, sample_metrics
+from scoreray.sampling.measures.calibration import FUNCTIONS
+from scoreray.sampling.metrics import density_metrics, held_out_metrics, misfits, sample_metrics
 from scoreray.sampling.metrics.chunks import PROJECTIONS
 from scoreray.sampling.metrics.metric import OF_CODES, OF_ENSEMBLES, OF_FEATURES, OF_RECONSTRUCTIONS, EvaluationMetric
 from scoreray.sampling.metrics.plan import EvaluationInputs
@@ -63,6 +64,22 @@ METRICS: dict[str, EvaluationMetric] = {
     ),
     "loss": EvaluationMetric(
         "Denoising loss, EDM-weighted", ("reference", "loss"), held_out_metrics.loss, misfit=misfits.knows_noise_levels
+    ),
+    "elbo": EvaluationMetric(
+        "Diffusion bound on the log-likelihood, nats", ("reference", "bound"), density_metrics.elbo,
+        misfit=misfits.knows_noise_levels, costly=True,
+    ),
+    "fisher": EvaluationMetric(
+        "Divergence from a known score, EDM-weighted", ("reference", "fisher"), density_metrics.fisher,
+        misfit=misfits.knows_noise_levels, costly=True,
+    ),
+    "calibration": EvaluationMetric(
+        "Avoidable part of the denoising loss, at least", ("reference", "residuals"), density_metrics.avoidable,
+        protocol=lambda inputs: {"functions": len(FUNCTIONS)}, misfit=misfits.knows_noise_levels, costly=True,
+    ),
+    "ood": EvaluationMetric(
+        "Share of outliers among samples of the model", ("reference", "own_likelihood"), density_metrics.ood,
+        misfit=misfits.draws_data, costly=True,
     ),
     "mse": EvaluationMetric(
         "Mean squared error of restorations or reconstructions", OF_RECONSTRUCTIONS,

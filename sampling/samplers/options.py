@@ -88,7 +88,7 @@ class Option:
             float: inside,
         }.get(self.kind, isinstance(value, self.kind))
         if not fits:
-            hint = f" ({nearest(value, self.choices)})" if self.kind is str and isinstance(value, str) else ""
+            hint = f" ({nearest(value, self.choices)})" if self.choices and isinstance(value, str) else ""
             raise UserError(f"{self.name} = {shortened(repr(value))}: must be {self.accepted}{hint}")
         return self.kind(value) if self.kind in (bool, str, int, float) else value
 

@@ -139,3 +139,43 @@ def test_ensembles_of_an_exact_model_have_the_scores_of_the_closed_form(
         assert found["channels"] == pytest.approx(channels.tolist(), rel=0.12), "kelvins and hectopascals"
         line = next(line for line in printed.splitlines() if line.strip().startswith(name))
         assert line.endswith("by channel " + ", ".join(f"{value:.4g}" for value in found["channels"]))
+
+
+def test_densities_of_an_exact_model_are_the_closed_form(
+    new_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given c, data are N(mu, P): the bound is that log-density, nothing of the loss is avoidable, and the data are no
+    outliers among the model's own samples. Against a zero denoiser the divergence is E |D|^2."""
+    pair, data = vector_pair(), str(tmp_path / "data")
+    x, c = pair.draw(RECORDS)
+    np.savez(tmp_path / "pairs.npz", state=x.numpy(), **{pair.name: c.numpy()})
+    pack(tmp_path / "pairs.npz", data, fields=parse_field_options(("state=state", f"{pair.name}={pair.name}")))
+    target = TargetField("state", "array", "float32", UNITS)
+    run = new_run(
+        str(tmp_path / "run"), shape=(2, *pair.grid), classes=[], target=target, conditions={pair.name: pair.spec}
+    )
+    (tmp_path / "truth.py").write_text("def nothing(x, sigma, condition):\n    return 0 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def exact(found: Description, device: object) -> LoadedDenoiser:
+        denoiser = LoadedDenoiser(Exact(pair), "denoised", SIGMA_DATA)
+        denoiser.info = found.info
+        return denoiser
+
+    monkeypatch.setattr(loaded, "load_described", exact)
+    monkeypatch.setattr(verb, "evaluate_on_ray", lambda settings, **options: evaluate(settings))
+    command = ["evaluate", run, "--reference", data, "--metrics", "elbo,fisher,calibration,ood", "--loss-count", "200",
+               "--likelihood-count", "64", "--batch-size", "64", "--steps", "12", "--metric-option",
+               "fisher.against=truth:nothing", "--metric-option", "ood.statistic=likelihood"]  # fmt: skip
+    cli.app([*command, "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    offset = (UNITS.apply(x).flatten(1).double() - c.flatten(1).double() @ pair.gain.T)[:: RECORDS // 64][:64]
+    exactly = torch.distributions.MultivariateNormal(torch.zeros(6).double(), pair.covariance).log_prob(offset)
+    assert abs(found["elbo"]["value"] - float(exactly.mean())) < 3 * found["elbo"]["std_error"] + 0.05
+    assert found["calibration"]["value"] < 3 * found["calibration"]["std_error"]
+    assert min(found["calibration"]["p_values"]) > 1e-4
+    assert found["ood"]["ks_p_value"] > 1e-3
+    assert 0 < found["fisher"]["divergence"][-1] < found["fisher"]["divergence"][0]
+    lowest = float(UNITS.apply(x).double().square().mean())
+    sigma = found["fisher"]["sigmas"][0]
+    assert found["fisher"]["divergence"][0] == pytest.approx(6 * lowest / sigma**4, rel=0.1)

@@ -102,7 +102,7 @@ def distance_to_exact(denoiser, sigma, class_labels=None) -> float:
 
 
 # Chains that persist stay at noise levels of their own, 256 of them, and are correlated: a noisier gradient.
-LIMIT = {"contrastive, persistent": 0.3}
+LIMIT = {"contrastive, persistent": 0.3, "recovery_likelihood": 0.25}  # of chains that have not quite mixed
 
 
 SLOW = {
