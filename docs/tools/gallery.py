@@ -28,6 +28,7 @@ PICTURES: dict[str, Callable[[], pictures.Figure]] = {
     "guidance": pictures.guidance,
     "inverse": pictures.inverse,
     "likelihood": pictures.likelihood,
+    "couplings": pictures.couplings,
 }
 """Every picture by its file's name, in the order of the page."""
 

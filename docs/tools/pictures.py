@@ -18,6 +18,7 @@ from scoreray.sampling.samplers.sample import SamplerState, drive, sample, start
 from scoreray.sampling.samplers.sigmas import GRIDS, from_process, geometric, karras
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.targets import Mixture, ring, sample_target
+from scoreray.trainer.flows.couplings import OptimalTransportCoupling
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -193,6 +194,36 @@ def inverse() -> Figure:
         ax.set_ylim(0, 1.2 * exact.max())
         _label(ax, f"inpaint, method {method}", "the coordinate that is not known", "density", legend=True)
     return figure
+
+
+def couplings() -> Figure:
+    """Paths of flows whose pairs are independent, optimal, and of two data sets, under their exact velocities."""
+    generator, count = torch.Generator().manual_seed(0), 1024
+    data, other = ring(std=0.03).sample(count, generator), 1.1 * sample_target("spirals", count, 1).double()
+    normal = torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    optimal = normal[OptimalTransportCoupling(count).partners(data, normal)]
+    shapes = {"independent pairs": normal, "optimal pairs": optimal, "from a data set": other}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
+    for ax, (name, source) in zip(axes, shapes.items(), strict=True):
+        exact, few = flow_paths(data, source, 60), flow_paths(data, source, 2)[-1]
+        for path in exact[:, :150].unbind(1):
+            ax.plot(*path.T, lw=0.4, color=MUTED, alpha=0.7)
+        ax.scatter(*source.T, s=1.5, color=COLORS[1], alpha=0.4)
+        ax.scatter(*exact[-1].T, s=2, color=COLORS[0])
+        error = (few - exact[-1]).square().sum(1).mean().sqrt()
+        _bare(ax, f"{name}: 2 steps of Euler err by {error:.2f}", 2.4)
+    return figure
+
+
+def flow_paths(x0: Tensor, x1: Tensor, num_steps: int, width: float = 0.06) -> Tensor:
+    """[num_steps + 1, n, 2]: x1 [n, 2] along Euler's steps on E[x1 - x0 | x_t] of the pairs (x0, x1), each a Gaussian
+    of this width: the flow that a network of infinite capacity would learn of them."""
+    path = [x1]
+    for k in range(num_steps, 0, -1):
+        t = k / num_steps
+        near = (-torch.cdist(path[-1], (1 - t) * x0 + t * x1).square() / (2 * width**2)).softmax(1)
+        path.append(path[-1] - near @ (x1 - x0) / num_steps)
+    return torch.stack(path)
 
 
 def likelihood() -> Figure:

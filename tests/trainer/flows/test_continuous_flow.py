@@ -13,6 +13,8 @@ from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective, NoisedBatch
 from scoreray.trainer.diffusion.process import EDM, FlowMatching
+from scoreray.trainer.diffusion.targets import Mixture
+from scoreray.trainer.networks.mlp import MLPConfig
 
 PROCESS = EDM(sigma_min=0.05, sigma_max=20.0)
 
@@ -93,3 +95,28 @@ def test_of_gaussian_data_the_loss_is_least_at_their_variance_and_there_their_en
     assert abs(float(truth.network.s.grad)) < 5e-3
     for other in (0.8 * s, 1.2 * s):
         assert float(objective.error(Denoiser(Linear(other)), data).mean()) > float(loss) + 0.01
+
+
+@pytest.mark.slow
+def test_a_trained_flow_reaches_the_entropy_of_a_mixture():
+    """By maximum likelihood alone: on held-out samples the loss comes within 0.03 nats a dimension of theirs."""
+    torch.manual_seed(0)
+    target = Mixture(torch.tensor([[0.6, 0.0], [-0.6, 0.3]], dtype=torch.float64), 0.25)
+    model = Denoiser(MLPConfig(hidden_size=32, num_layers=2).build((2,), {}))
+    objective = MaximumLikelihoodObjective(solver="midpoint", steps=8, trace="exact")
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    g = torch.Generator().manual_seed(1)
+
+    def loss(count: int) -> tuple[Tensor, Tensor]:
+        x = target.sample(count, g)
+        found = objective.error(model, NoisedBatch(x.float(), x.float(), torch.zeros(count), process=PROCESS))
+        return found.mean(), -target.log_density(x, PROCESS.sigma_min).mean() / 2
+
+    first = float(loss(512)[0].detach())
+    for step in range(250):
+        optimizer.zero_grad()
+        loss(128)[0].backward()
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 250)
+        optimizer.step()
+    last, entropy = (float(value.detach()) for value in loss(4000))
+    assert entropy - 0.01 < last < entropy + 0.03 < first - 0.05, (first, last, entropy)
