@@ -73,6 +73,13 @@ class WalkOptions:
             help="Of samples, width x height, from a run on data in buckets: 48x80. Default: the most frequent one.",
         ),
     ] = None
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Of a flow from a data set: sample i begins at record i of this one. Default: the run's, shuffled.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,7 @@ def sample(
         measurement=measured.parsed(),
         batch_size=batch_size,
         options=parse_options(option or []),
+        source=walk.source,
     )
     make_bucket(place.out)
     drawn = sample_to(

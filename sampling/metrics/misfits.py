@@ -20,6 +20,8 @@ Misfit = Callable[[ModelInfo, Manifest, ExtractorChoice], str | None]
 def knows_noise_levels(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
     if info.is_machine:
         return f"network.kind '{info.config.network.kind}' knows no noise level"
+    if info.source is not None:
+        return "the model begins from samples of a data set, not from noise"
     target = info.target
     if info.encoding is not None and target is not None and target.name not in {one.name for one in manifest.fields}:
         return f"it is of the latents that the model was trained on, and the reference has no field '{target.name}'"

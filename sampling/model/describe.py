@@ -33,6 +33,7 @@ from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.diffusion.process import VE
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform
 from scoreray.trainer.encoders.load import load_autoencoder
+from scoreray.trainer.flows.sources import DataSetSource
 from scoreray.trainer.networks.conditioning import resized
 from scoreray.trainer.networks.network import LadderNetworkConfig
 
@@ -173,6 +174,12 @@ class ModelInfo:
         """Samples in the units of the field that the network models: of latents, the encoder's own."""
         normaliser = None if self.target is None else self.target.normaliser
         return samples if normaliser is None else normaliser.invert(samples)
+
+    @property
+    def source(self) -> str | None:
+        """The data set that its samples begin from; None of a model that begins from noise."""
+        found = getattr(self.config.objective, "source", None)
+        return found.url if isinstance(found, DataSetSource) else None
 
     @property
     def is_machine(self) -> bool:

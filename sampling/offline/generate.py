@@ -22,10 +22,11 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, LoadedMo
 from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.conditions import far_from_data, read_condition
 from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
+from scoreray.sampling.offline.starts import SourceStarts
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
-from scoreray.sampling.samplers.sample import SAMPLERS, sample, sampler_of
+from scoreray.sampling.samplers.sample import ODE_SAMPLERS, SAMPLERS, sample, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.objective import ContrastiveObjective
@@ -59,6 +60,7 @@ class Request:
     null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out. prompt: a
     text for those conditions that take one, or a class (`model.prompts`).
     size: WIDTHxHEIGHT, of a model of data in buckets; None draws what most of its samples were.
+    source: a data set whose record i sample i begins at, of a flow from a data set; None takes the run's (`starts.py`).
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
 
@@ -76,6 +78,7 @@ class Request:
     conditions_from: ConditionsFrom | None = None
     prompt: str | None = None
     size: str | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -135,6 +138,14 @@ class Request:
             )
         contrastive = isinstance(info.config.objective, ContrastiveObjective)
         sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
+        adds_noise = sampler in SAMPLERS and (sampler not in ODE_SAMPLERS or bool(self.options.get("eta")))
+        if adds_noise and getattr(info.config.objective, "only_flow", False):
+            what = "a coupling" if info.source is None else "a flow from a data set"
+            raise RequestError(
+                f"sampler '{sampler}' needs the score, which {what} does not give, only the velocity; choose one of "
+                f"{', '.join(sorted(ODE_SAMPLERS))} (ddim without eta)",
+                "sampler",
+            )
         annealed = sampler in ("ncsn", "ncsnv2") or self.options.get(ANNEAL) is True
         levels = 18
         if annealed and self.steps is None:
@@ -279,13 +290,15 @@ def prepare(model: LoadedModel, request: Request) -> Draw:
     if isinstance(model, LoadedMachine):
         return partial(_draw_by_gibbs, model, request)
     assert isinstance(model, LoadedDenoiser)  # `fitted` refuses what draws nothing
-    return partial(_draw, steered(model, request.guided, request.measurement), model, request)
+    starts = SourceStarts.of(model.info, request.source)
+    return partial(_draw, steered(model, request.guided, request.measurement), model, request, starts)
 
 
 def _draw(
     denoise: Denoise,
     model: LoadedDenoiser,
     request: Request,
+    starts: SourceStarts | None,
     seeds: torch.Tensor,
     condition: AnyCondition,
     noise: torch.Tensor | None = None,
@@ -299,9 +312,10 @@ def _draw(
     seeds = seeds.to(device)
     if noise is None:
         noise = SampleNoise(seeds).normal((len(seeds), *model.info.image_shape), torch.float32, device)
+    noise, level = noise.to(device, torch.float32), float(sigmas[0])
     return sample(
         denoise,
-        noise.to(device, torch.float32) * float(sigmas[0]),
+        noise * level if starts is None else starts.at(seeds, noise, level),
         sigmas,
         sampler=request.sampler,
         generator=SampleNoise(seeds, draw=1, acceptance=acceptance),  # draw 0 is the initial noise

@@ -126,6 +126,7 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     del request["batch_size"]
     request["guidance"] = asdict(job.request.guided)
     for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"), (request, "size"),
+                        (request, "source"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
                         (fields, "conditions_sha256"), (fields, "raw"), (fields, "own_code")):  # fmt: skip
         if not where[name]:

@@ -59,6 +59,8 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
 }
 """Every sampler of ours, by the word that chooses it in a config, on the command line and in a request."""
 
+ODE_SAMPLERS = frozenset({"euler", "heun", "rk45", "dpm2", "dpmpp_2m", "unipc", "ddim"})
+"""Samplers that add no noise, ddim without eta: all that is right for a flow whose densities have no known score."""
 ADAPTIVE = frozenset({"rk45"})
 """Samplers whose number of calls depends on what they sample."""
 ADAPTIVE_COUNTED = 1000  # of their calls in a dry run

@@ -123,6 +123,11 @@ def look_up(
     adapters: (name, URL) pairs of LoRAs of this very model.
     """
     found = describe(url, ema)
+    if found.info.source is not None:
+        raise UserError(
+            f"{url}: begins from samples of {found.info.source}, which a request does not bring; `scoreray sample` "
+            "draws from it"
+        )
     if found.info.instead_of_denoiser:
         raise UserError(f"{url}: {found.info.instead_of_denoiser}")
     served = ServedModel(name, url, found.info, found.stored.lengths, found.follows_run, samplers=samplers)
