@@ -264,13 +264,14 @@ class SlicedVRObjective(_Sliced):
 class MaximumLikelihoodObjective(BaseObjective):
     """-ln p(x0; sigma_min) per dimension through the probability-flow ODE, in nats (Chen 2018; Grathwohl 2019, FFJORD).
 
-    solver: `steps` fixed ones (euler, midpoint, rk4), or adaptive ones to rtol and atol (bosh3, dopri5, dopri8), which
-    the samples of a micro-batch share.  adjoint: gradients by the adjoint equation, in the memory of one step, or
-    through the solver.  trace: of the velocity's Jacobian, exact or over num_probes random directions a sample.
+    solver: adaptive steps to rtol and atol (bosh3, dopri5, dopri8), which the samples of a micro-batch share, or so
+    many fixed `steps` (euler, midpoint, rk4): a network learns to exploit the error of too few.  adjoint: gradients by
+    the adjoint equation, in the memory of one step, or through the solver.  trace: of the velocity's Jacobian, exact or
+    over num_probes random directions a sample.
     """
 
     weighting: AnyWeighting = field(default=Constant())
-    solver: Solver = "rk4"
+    solver: Solver = "dopri5"
     steps: int = 16
     rtol: float = 1e-5
     atol: float = 1e-5

@@ -103,8 +103,8 @@ def test_a_trained_flow_reaches_the_entropy_of_a_mixture():
     torch.manual_seed(0)
     target = Mixture(torch.tensor([[0.6, 0.0], [-0.6, 0.3]], dtype=torch.float64), 0.25)
     model = Denoiser(MLPConfig(hidden_size=32, num_layers=2).build((2,), {}))
-    objective = MaximumLikelihoodObjective(solver="midpoint", steps=8, trace="exact")
-    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    objective = MaximumLikelihoodObjective(solver="dopri5", rtol=1e-4, atol=1e-4, trace="exact")
+    optimizer = torch.optim.Adam(model.parameters(), 6e-3)
     g = torch.Generator().manual_seed(1)
 
     def loss(count: int) -> tuple[Tensor, Tensor]:
@@ -113,10 +113,10 @@ def test_a_trained_flow_reaches_the_entropy_of_a_mixture():
         return found.mean(), -target.log_density(x, PROCESS.sigma_min).mean() / 2
 
     first = float(loss(512)[0].detach())
-    for step in range(250):
+    for step in range(60):
         optimizer.zero_grad()
         loss(128)[0].backward()
-        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 250)
+        optimizer.param_groups[0]["lr"] = 6e-3 * (1 - step / 60)
         optimizer.step()
     last, entropy = (float(value.detach()) for value in loss(4000))
-    assert entropy - 0.01 < last < entropy + 0.03 < first - 0.05, (first, last, entropy)
+    assert entropy - 0.01 < last < entropy + 0.03 < first - 0.1, (first, last, entropy)
