@@ -74,6 +74,8 @@ def described(found: MetricValue) -> str:
         text += f"  {as_text(found.get('bits_per_dim')['value'], '.4g')} bits per dimension at most"
     if found.get("ks_p_value") is not None:
         text += f"  KS {as_text(found.get('ks'), '.3g')}, p = {as_text(found.get('ks_p_value'), '.3g')}"
+    if found.get("p_value") is not None:
+        text += f"  p {found.get('p_value'):.3g}"
     if found.get("nfe") is not None:
         text += f"  {found.get('nfe'):.0f} evaluations"
     return text

@@ -31,6 +31,8 @@ BESIDE = {
     "nfe": "network evaluations",
     "log_z": "ln Z",
     "bandwidth": "bandwidth",
+    "covered": "share with a density",
+    "p_value": "p by relabelling",
     "on_reference": "of the reference",
     "largest_class": "share of the largest class",
     "chance": "chance",

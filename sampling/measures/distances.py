@@ -1,4 +1,5 @@
-"""Distances between sets of features beside Frechet's: KID, Inception Score, precision and recall, sliced Wasserstein.
+"""Distances between sets of features beside Frechet's: maximum mean discrepancy (KID is one of its kernels), Inception
+Score, precision and recall, sliced Wasserstein.
 
 Each takes features in fixed blocks, so that memory stays bounded and a result is the same wherever it is computed. All
 arithmetic is float64.
@@ -7,7 +8,7 @@ arithmetic is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,6 +21,7 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion import noise
 
 PROJECTION_SEED = 0x51CED
+PERMUTATION_SEED = 0x9E2A
 BLOCK = 1024  # rows of a distance matrix that are held at once
 
 
@@ -48,27 +50,93 @@ def jackknife(statistic: Callable[[Tensor], float], count: int) -> Estimate:
     return Estimate(statistic(every), error)
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD of features a [n, d], b [m, d] under (x.y / d + 1)^3 (Binkowski 2018): KID of one block.
+Kernel = Callable[[Tensor, Tensor], Tensor]
+"""k(x [n, d], y [m, d]) -> [n, m], symmetric and positive definite."""
+MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a bandwidth, in a mixture of Gaussian kernels (Li 2015)
 
-    Can be negative, as unbiased estimates of small numbers are. Raises UserError below two rows a side.
+
+def gaussian_kernel(bandwidth: float, factors: Sequence[float] = (1.0,)) -> Kernel:
+    """exp(-|x - y|^2 / (2 h^2)), the mean over bandwidths h of `factors` times `bandwidth`."""
+    return lambda x, y: torch.stack([
+        (-_distances(x, y).square() / (2 * (factor * bandwidth) ** 2)).exp() for factor in factors
+    ]).mean(0)  # fmt: skip
+
+
+def laplacian_kernel(bandwidth: float) -> Kernel:
+    """exp(-|x - y|_1 / h)."""
+    return lambda x, y: (-torch.cdist(x, y, p=1) / bandwidth).exp()
+
+
+def polynomial_kernel(degree: int = 3) -> Kernel:
+    """(x.y / d + 1)^degree: KID's at degree 3 (Binkowski 2018)."""
+    return lambda x, y: (x @ y.T / x.shape[1] + 1) ** degree
+
+
+def linear_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """x.y, under which the squared MMD is that of the means."""
+    return x @ y.T
+
+
+KID_KERNEL = polynomial_kernel()
+
+
+def median_distance(x: Tensor, p: float = 2.0, rows: int = BLOCK) -> float:
+    """Median of the distances between rows of x [n, d] in the p-norm, of at most `rows` spread evenly: the bandwidth by
+    the median heuristic (Gretton 2012). Raises UserError where it is 0."""
+    median = float(torch.pdist(x[:: -(-len(x) // rows)].double(), p).median())
+    if not median > 0:
+        raise UserError("most rows are equal, so their median distance is 0 and is no bandwidth: give one")
+    return median
+
+
+def kernel_distance(a: Tensor, b: Tensor, kernel: Kernel = KID_KERNEL, *, biased: bool = False) -> float:
+    """Squared MMD of features a [n, d], b [m, d] (Gretton 2012, eq. 3); under KID_KERNEL, KID of one block.
+
+    Can be negative, as unbiased estimates of small numbers are; biased (eq. 5), never, and is that of equal sets 0.
+    Raises UserError below two rows a side.
     """
     n, m = len(a), len(b)
     if n < 2 or m < 2:
-        raise UserError(f"KID of {n} and {m} samples: it needs at least two on each side")
+        raise UserError(f"kernel distance of {n} and {m} samples: it needs at least two on each side")
     a, b = a.double(), b.double()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
     aa, bb = kernel(a, a), kernel(b, b)
-    inner = (aa.sum() - aa.trace()) / (n * (n - 1)) + (bb.sum() - bb.trace()) / (m * (m - 1))
+    if biased:
+        inner = aa.mean() + bb.mean()
+    else:
+        inner = (aa.sum() - aa.trace()) / (n * (n - 1)) + (bb.sum() - bb.trace()) / (m * (m - 1))
     return float(inner - 2 * kernel(a, b).mean())
 
 
-def kid(blocks: Iterable[tuple[Tensor, Tensor]]) -> Estimate:
-    """KID over disjoint blocks of both sets: the mean is unbiased at any block size, and its error is honest."""
-    return mean_of(torch.tensor([kernel_distance(a, b) for a, b in blocks], dtype=torch.float64))
+def mmd(blocks: Iterable[tuple[Tensor, Tensor]], kernel: Kernel = KID_KERNEL, *, biased: bool = False) -> Estimate:
+    """Squared MMD over disjoint blocks of both sets: the mean, which is unbiased at any block size where the estimator
+    is, and whose error is honest. The biased one is too large by E k(x, x) - E k(x, x') times 1/n + 1/m of a block."""
+    return mean_of(torch.tensor([kernel_distance(a, b, kernel, biased=biased) for a, b in blocks], dtype=torch.float64))
+
+
+def permutation_p_value(
+    blocks: Iterable[tuple[Tensor, Tensor]], kernel: Kernel, permutations: int, *, biased: bool = False
+) -> float:
+    """How often sets of one distribution would be as far apart in squared MMD, or further (Gretton 2012): the share of
+    relabellings of the pooled rows, within blocks, (1 + number) / (1 + permutations). Always the same relabellings."""
+    totals = torch.zeros(permutations + 1, dtype=torch.float64)
+    for block, (a, b) in enumerate(blocks):
+        n, m = len(a), len(b)
+        pooled = torch.cat([a, b]).double()
+        keys = noise.uniform(PERMUTATION_SEED, block * permutations + torch.arange(permutations), (n + m,))
+        labels = torch.zeros(n + m, permutations + 1, dtype=torch.float64)  # 1 for a; the first as they are
+        labels[:n, 0] = 1
+        labels[:, 1:].scatter_(0, keys.argsort(1)[:, :n].T, 1.0)
+        matrix = kernel(pooled, pooled)
+        towards = matrix @ labels
+        aa, ab = (labels * towards).sum(0), ((1 - labels) * towards).sum(0)
+        bb = matrix.sum() - aa - 2 * ab
+        if biased:
+            totals += aa / n**2 + bb / m**2 - 2 * ab / (n * m)
+        else:
+            own = matrix.diagonal() @ labels
+            totals += (aa - own) / (n * (n - 1)) + (bb - matrix.trace() + own) / (m * (m - 1)) - 2 * ab / (n * m)
+    slack = 1e-12 * float(totals.abs().max())  # rounding of equal sums
+    return float(1 + (totals[1:] >= totals[0] - slack).sum()) / (1 + permutations)
 
 
 @dataclass

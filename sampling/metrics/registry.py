@@ -14,12 +14,13 @@ from scoreray.data.errors import UserError, nearest
 from scoreray.data.own_code import code_hash, instance, is_own, or_own
 from scoreray.sampling.measures import frechet
 from scoreray.sampling.measures.calibration import FUNCTIONS
-from scoreray.sampling.metrics import density_metrics, held_out_metrics, misfits, sample_metrics
+from scoreray.sampling.metrics import density_metrics, held_out_metrics, kernel_metrics, misfits, sample_metrics
 from scoreray.sampling.metrics.chunks import PROJECTIONS
+from scoreray.sampling.metrics.kernel_metrics import block_of
 from scoreray.sampling.metrics.metric import OF_CODES, OF_ENSEMBLES, OF_FEATURES, OF_RECONSTRUCTIONS, EvaluationMetric
 from scoreray.sampling.metrics.plan import EvaluationInputs
 from scoreray.sampling.metrics.representation_metrics import of_codes
-from scoreray.sampling.metrics.sample_metrics import COPY_RATIO, NEIGHBOURS, kid_block
+from scoreray.sampling.metrics.sample_metrics import COPY_RATIO, NEIGHBOURS
 from scoreray.sampling.representations.scores import SCORES
 from scoreray.sampling.samplers.options import check_options, options_of
 
@@ -29,9 +30,15 @@ METRICS: dict[str, EvaluationMetric] = {
         protocol=lambda inputs: {"covariance": "unbiased", "groups": frechet.GROUPS},
     ),
     "kid": EvaluationMetric(
-        "Kernel distance (KID)", OF_FEATURES, sample_metrics.kid,
+        "Kernel distance (KID)", OF_FEATURES, kernel_metrics.kid,
         protocol=lambda inputs: {"kernel": "(x.y / d + 1)^3", "rows": inputs.num_rows,
-                                 "block": kid_block(inputs.num_rows)},
+                                 "block": block_of(inputs.num_rows)},
+    ),
+    "mmd": EvaluationMetric(
+        "Squared maximum mean discrepancy", OF_FEATURES, kernel_metrics.mmd,
+        protocol=lambda inputs: {"kernel": "gaussian", "bandwidth": "median distance in the reference",
+                                 "rows": inputs.num_rows, "block": block_of(inputs.num_rows)},
+        costly=True,
     ),
     "is": EvaluationMetric(
         "Inception Score", ("samples", "extractor"), sample_metrics.inception_score,
@@ -50,8 +57,12 @@ METRICS: dict[str, EvaluationMetric] = {
         protocol=lambda inputs: {"rows": inputs.num_rows, "threshold": COPY_RATIO},
     ),
     "kde": EvaluationMetric(
-        "Log-density of the reference under samples, nats", ("reference", "samples"), sample_metrics.kernel_density,
-        protocol=lambda inputs: {"rows": inputs.num_rows, "bandwidth": "largest leave-one-out likelihood"},
+        "Log-density of the reference under samples, nats", ("reference", "samples"), kernel_metrics.kernel_density,
+        protocol=lambda inputs: {
+            "rows": inputs.num_rows,
+            **({} if "rule" in inputs.settings.metric_options.get("kde", {}) else
+               {"bandwidth": "largest leave-one-out likelihood"}),
+        },
         misfit=misfits.few_values,
     ),
     "bpd": EvaluationMetric(

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.own_code import instance, line_of
 from scoreray.data.storage.store import NotFound
-from scoreray.sampling.measures import distances, frechet, kde
+from scoreray.sampling.measures import distances, frechet
 from scoreray.sampling.measures.distances import Estimate, jackknife, mean_of
 from scoreray.sampling.measures.spectra import log_spectral_distance
 from scoreray.sampling.metrics.chunks import (
@@ -34,8 +33,6 @@ from scoreray.sampling.metrics.record import MetricResult, MetricValue, parts_of
 from scoreray.sampling.metrics.stored import StoredChunks, joined
 from scoreray.sampling.samplers.options import Range
 
-KID_BLOCK = 1000
-KID_BLOCKS = 10
 NEIGHBOURS = 3
 NEIGHBOUR_PICTURES = 16
 COPY_RATIO = 1 / 3  # of the distances to the nearest and to the next image of the reference (Yoon 2023)
@@ -116,19 +113,6 @@ def _reference_moments(stored: StoredChunks) -> frechet.Reference:
     return made
 
 
-def kid(stored: StoredChunks) -> MetricResult:
-    samples, reference = stored.both("features")
-    rows = stored.inputs.num_rows
-    blocks = max(1, rows // kid_block(rows))
-    estimate = distances.kid((samples[i::blocks], reference[i::blocks]) for i in range(blocks))
-    return MetricResult(estimate, {"blocks": blocks})
-
-
-def kid_block(rows: int) -> int:
-    """Rows of a block: at most 1,000, and so few that there are ten blocks to take an error from."""
-    return max(2, min(KID_BLOCK, rows // KID_BLOCKS))
-
-
 def inception_score(stored: StoredChunks) -> MetricResult:
     sums: list[distances.ClassSums] = []
     for chunk in stored.each("samples", FeatureChunk):
@@ -184,13 +168,6 @@ def copies(stored: StoredChunks, *, threshold: Annotated[float, Range(0, 1)] = C
 
 def _all_finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
-def kernel_density(stored: StoredChunks) -> MetricResult:
-    """Mean log-density of the reference under a kernel density of the samples, nats."""
-    samples, reference = map(to_unit_range, stored.both("values"))
-    bandwidth = kde.choose_bandwidth(samples[:2000])
-    return MetricResult(distances.mean_of(kde.log_density(reference, samples, bandwidth)), {"bandwidth": bandwidth})
 
 
 def accuracy(stored: StoredChunks) -> MetricResult:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.own_code import is_own
 from scoreray.data.yaml_text import parse_value
 from scoreray.trainer.diffusion.process import PROCESSES, GaussianProcess, process_of
 
@@ -36,8 +37,14 @@ class Range:
 
 
 @dataclass(frozen=True)
+class OrOwn:
+    """Stands in an Annotated[Literal[...], OrOwn()]: one of the words, or `package.module:Name`."""
+
+
+@dataclass(frozen=True)
 class Option:
-    """One option of a function: `kind` is its type; `bounds` for numbers, `choices` for words."""
+    """One option of a function: `kind` is its type; `bounds` for numbers, `choices` for words. or_own: whether it may
+    name code of somebody else's instead of a word."""
 
     name: str
     kind: type
@@ -45,12 +52,13 @@ class Option:
     bounds: Range | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    or_own: bool = False
 
     @property
     def accepted(self) -> str:
         """What may be given, in words for a message."""
         if self.choices:
-            what = "one of " + ", ".join(self.choices)
+            what = "one of " + ", ".join(self.choices) + (", or package.module:Name" if self.or_own else "")
         elif self.is_process:
             what = f"a process: {', '.join(PROCESSES)}, or its section as {{kind: vp, beta_max: 10}}"
         elif self.bounds is not None:  # of every number
@@ -83,7 +91,8 @@ class Option:
         inside = number and self.bounds is not None and value in self.bounds
         fits = {
             bool: isinstance(value, bool),
-            str: isinstance(value, str) and (not self.choices or value in self.choices),
+            str: isinstance(value, str)
+            and (not self.choices or value in self.choices or (self.or_own and is_own(value))),
             int: inside and value == int(value),
             float: inside,
         }.get(self.kind, isinstance(value, self.kind))
@@ -133,11 +142,11 @@ def _as_text(value: Any) -> str:
 
 
 def _option(name: str, hint: Any, default: Any) -> Option:
-    bounds, optional = None, False
+    mark, optional = None, False
     if typing.get_origin(hint) is typing.Annotated:
-        hint, bounds = typing.get_args(hint)
+        hint, mark = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         hint, optional = next(part for part in typing.get_args(hint) if part is not type(None)), True
     if typing.get_origin(hint) is Literal:
-        return Option(name, str, default, None, typing.get_args(hint), optional)
-    return Option(name, hint, default, bounds, (), optional)
+        return Option(name, str, default, None, typing.get_args(hint), optional, isinstance(mark, OrOwn))
+    return Option(name, hint, default, mark, (), optional)

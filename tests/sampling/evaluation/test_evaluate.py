@@ -242,6 +242,7 @@ MEASURED_ON = {
     "match": "pictures",
     "accuracy": "pictures",
     "spectrum": "pictures",
+    "mmd": "points",
 }
 """Every metric, and data of this module that it fits."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from scipy.stats import kstest
 from torch import Tensor
 
 from scoreray.data.errors import UserError
@@ -101,11 +102,76 @@ def test_kid_is_torchmetrics() -> None:
 def test_kid_is_unbiased() -> None:
     """Its mean over blocks of one distribution is 0 within its own error, where the biased one is far above."""
     a, b = normal(2000, 8), normal(2000, 8, 1)
-    estimate = distances.kid((a[i::20], b[i::20]) for i in range(20))
+    estimate = distances.mmd((a[i::20], b[i::20]) for i in range(20))
     assert estimate.std_error is not None
     assert abs(estimate.value) < 3 * estimate.std_error
     biased = np.mean([_biased_mmd(a[i::20].numpy(), b[i::20].numpy()) for i in range(20)])
     assert biased > 10 * estimate.std_error
+
+
+def squared_mmd_of_gaussians(h: float, dims: int, shift: float, a: float, b: float) -> float:
+    """Under exp(-|x - y|^2 / (2 h^2)), of N(0, a^2 I) and N(shift 1, b^2 I): each mean is that of a Gaussian."""
+
+    def mean(variance: float, square: float = 0.0) -> float:
+        return (h**2 / (h**2 + variance)) ** (dims / 2) * math.exp(-square / (2 * (h**2 + variance)))
+
+    return mean(2 * a**2) + mean(2 * b**2) - 2 * mean(a**2 + b**2, dims * shift**2)
+
+
+@pytest.mark.parametrize("factors", [(1.0,), distances.MIXTURE])
+def test_mmd_under_gaussian_kernels_is_the_closed_form(factors: tuple[float, ...]) -> None:
+    a, b = normal(3000, 3), normal(3000, 3, 1) * 1.3 + 0.4
+    blocks = [(a[i::6], b[i::6]) for i in range(6)]
+    exact = float(np.mean([squared_mmd_of_gaussians(0.8 * factor, 3, 0.4, 1.0, 1.3) for factor in factors]))
+    kernel = distances.gaussian_kernel(0.8, factors)
+    found = distances.mmd(blocks, kernel)
+    assert found.std_error is not None
+    assert abs(found.value - exact) < 4 * found.std_error < 0.5 * exact
+    bias = distances.mmd(blocks, kernel, biased=True).value - found.value
+    widths = 0.8 * np.array(factors)
+    same, other = (float(np.mean((widths**2 / (widths**2 + 2 * std**2)) ** 1.5)) for std in (1, 1.3))
+    assert bias == pytest.approx((1 - same) / 500 + (1 - other) / 500, rel=0.05)
+
+
+def test_mmd_under_a_linear_kernel_is_that_of_the_means_and_equal_sets_are_0_apart() -> None:
+    a, b = normal(60, 4), normal(80, 4, 1) + 1
+    apart = float((a.mean(0) - b.mean(0)).square().sum())
+    assert distances.kernel_distance(a, b, distances.linear_kernel, biased=True) == pytest.approx(apart)
+    for kernel in (distances.laplacian_kernel(1.0), distances.polynomial_kernel(2), distances.gaussian_kernel(0.5)):
+        assert distances.kernel_distance(a, a, kernel, biased=True) == pytest.approx(0, abs=1e-9)
+        assert distances.kernel_distance(a, b, kernel, biased=True) > 0
+
+
+def test_kernels_are_scikit_learns() -> None:
+    from sklearn.metrics import pairwise
+
+    x, y = normal(20, 5), normal(30, 5, 1)
+    named = {
+        "rbf": (distances.gaussian_kernel(0.7), {"gamma": 1 / (2 * 0.7**2)}),
+        "laplacian": (distances.laplacian_kernel(0.7), {"gamma": 1 / 0.7}),
+        "polynomial": (distances.polynomial_kernel(4), {"degree": 4, "gamma": 1 / 5, "coef0": 1}),
+        "linear": (distances.linear_kernel, {}),
+    }
+    for name, (kernel, options) in named.items():
+        theirs = pairwise.pairwise_kernels(x.numpy(), y.numpy(), metric=name, **options)
+        np.testing.assert_allclose(kernel(x, y).numpy(), theirs, rtol=1e-9)
+    apart = pairwise.euclidean_distances(x)[np.triu_indices(20, 1)]
+    assert distances.median_distance(x) == pytest.approx(np.median(apart), rel=0.02)
+
+
+def test_relabelling_is_uniform_where_sets_are_alike_and_sees_where_they_are_not() -> None:
+    kernel = distances.gaussian_kernel(1.0)
+    found = [
+        distances.permutation_p_value([(normal(20, 2, 2 * i), normal(20, 2, 2 * i + 1))], kernel, 99)
+        for i in range(100)
+    ]
+    assert kstest(found, "uniform").pvalue > 0.01
+    a, b = normal(120, 2), normal(120, 2, 1) + 0.5
+    blocks = [(a[i::2], b[i::2]) for i in range(2)]
+    for biased in (False, True):
+        assert distances.permutation_p_value(blocks, kernel, 199, biased=biased) == 1 / 200
+    # The statistic of the labels as they are is the estimate itself: with a and b swapped it stays the largest.
+    assert distances.permutation_p_value([(b, a) for a, b in blocks], kernel, 199) == 1 / 200
 
 
 def test_inception_score_is_torchmetrics_and_its_closed_forms() -> None:

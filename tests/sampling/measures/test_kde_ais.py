@@ -58,6 +58,74 @@ def test_the_chosen_bandwidth_is_near_the_best_one_for_normal_data_and_finds_nar
     assert kde.choose_bandwidth(modes) < 0.2 * kde.scott(modes)
 
 
+@pytest.mark.parametrize("kernel", kde.KERNELS)
+@pytest.mark.parametrize("dims", [1, 3])
+def test_every_kernel_is_scikit_learns_and_integrates_to_one(kernel, dims):
+    from sklearn.neighbors import KernelDensity
+
+    data, x = normal(60, dims), 1.2 * normal(40, dims, seed=1)
+    theirs = KernelDensity(bandwidth=0.9, kernel=kernel).fit(data.numpy()).score_samples(x.numpy())
+    np.testing.assert_allclose(kde.log_density(x, data, 0.9, kernel).numpy(), theirs, rtol=1e-6)
+    # By shells about one point: the density of a shell's radius times the surface of a sphere.
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) * 2e-4
+    line = torch.nn.functional.pad(u[:, None], (0, dims - 1))
+    surface = 2 * math.pi ** (dims / 2) / math.gamma(dims / 2) * u ** (dims - 1)
+    density = kde.log_density(line, torch.zeros(1, dims, dtype=torch.float64), 0.9, kernel).exp() * surface
+    assert float(density.sum()) * 2e-4 == pytest.approx(1, abs=1e-3)
+    second = float((density * u**2).sum()) * 2e-4 / dims
+    assert kde.KERNELS[kernel].std(dims) * 0.9 == pytest.approx(second**0.5, rel=1e-3)
+
+
+def test_a_bandwidth_of_each_dimension_divides_by_each():
+    data, x, h = normal(30, 2), normal(20, 2, seed=1), torch.tensor([0.3, 2.0], dtype=torch.float64)
+    product = torch.distributions.Normal(data, h).log_prob(x[:, None]).sum(2).logsumexp(1) - math.log(30)
+    torch.testing.assert_close(kde.log_density(x, data, h), product)
+    one = torch.full((2,), 0.5, dtype=torch.float64)
+    for kernel in kde.KERNELS:
+        torch.testing.assert_close(kde.log_density(x, data, one, kernel), kde.log_density(x, data, 0.5, kernel))
+        axis = torch.linspace(-18, 18, 300, dtype=torch.float64)
+        density = kde.log_density(torch.cartesian_prod(axis, axis), data[:8], h.clamp_min(0.5), kernel).exp()
+        assert float(density.sum()) * float(axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=5e-3), kernel
+    with pytest.raises(UserError, match=r"bandwidth of shape \[3\]: must be one number, or \[2\]"):
+        kde.log_density(x, data, torch.ones(3))
+    with pytest.raises(UserError, match="must be positive numbers"):
+        kde.log_density(x, data, torch.tensor([1.0, 0.0]))
+
+
+def test_bandwidths_of_dimensions_follow_their_scales_and_raise_the_likelihood():
+    data = normal(400, 2) * torch.tensor([1.0, 50.0])
+    chosen = kde.choose_bandwidths(data)
+    assert 25 < float(chosen[1] / chosen[0]) < 100
+    assert kde.leave_one_out(data, chosen) > kde.leave_one_out(data, kde.choose_bandwidth(data)) + 0.5
+    narrow = torch.cat(
+        [normal(400, 2) * 0.02 + torch.tensor([0.0, 0.0]), normal(400, 2, seed=1) * 0.02 + torch.tensor([4.0, 0])]
+    )
+    narrow[:, 1] = normal(800, 1, seed=2)[:, 0]  # one dimension has two narrow modes, the other is normal
+    found = kde.choose_bandwidths(narrow)
+    assert float(found[0]) < 0.05 < float(found[1])
+
+
+def test_rules_are_scipys_and_other_kernels_get_the_same_spread():
+    data = normal(200, 2) * torch.tensor([1.0, 3.0])
+    theirs = gaussian_kde(data.T.numpy())
+    stds = data.std(0)
+    for rule, factor in (("scott", theirs.scotts_factor()), ("silverman", theirs.silverman_factor())):
+        torch.testing.assert_close(kde.by_rule(data, rule, per_dimension=True), factor * stds)
+    tophat, gaussian = kde.by_rule(data, "scott", "tophat"), kde.by_rule(data, "scott")
+    assert tophat == pytest.approx(gaussian * 2)  # sqrt(d + 2) standard deviations
+
+
+def test_kernels_that_end_have_points_without_density_and_say_so():
+    data = torch.cat([normal(50, 1), torch.tensor([[1e6]], dtype=torch.float64)])
+    assert kde.log_density(data[-1:] / 2, data, 1.0, "tophat").item() == -math.inf
+    with pytest.raises(UserError, match=r"kernel 'tophat': some point has no other within .*take kernel gaussian"):
+        kde.choose_bandwidth(data, [0.1, 1.0], "tophat")
+    with pytest.raises(UserError, match="dimension 1 of the data has no spread"):
+        kde.choose_bandwidths(torch.nn.functional.pad(data, (0, 1)))
+    with pytest.raises(UserError, match="unknown kernel 'tophatt'; did you mean 'tophat'"):
+        kde.log_density(data, data, 1.0, "tophatt")
+
+
 def test_bad_points_and_bandwidths_are_refused():
     with pytest.raises(UserError, match="bandwidth = 0"):
         kde.log_density(normal(2, 2), normal(2, 2), 0.0)

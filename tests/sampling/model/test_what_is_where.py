@@ -145,8 +145,9 @@ def test_every_row_has_a_test_and_every_function_of_the_page_exists(row):
 
 def test_the_command_line_has_the_options_of_the_page():
     cli = importlib.import_module("scoreray.cluster.cli.main")
-    shown = CliRunner().invoke(cli.app, ["sample", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    shown = "".join(CliRunner().invoke(cli.app, [verb, "--help"], env=plain).output for verb in ("sample", "evaluate"))
     options = set(re.findall(r"`(--[\w-]+)", PAGE + DRAWING))
     assert options >= {"--sampler", "--guidance", "--autoguide", "--inpaint", "--inverse", "--grid"}
-    known = set(re.findall(r"--[\w-]+", shown.output))
+    known = set(re.findall(r"--[\w-]+", shown))
     assert options <= known, options - known
