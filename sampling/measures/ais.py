@@ -171,10 +171,8 @@ class GaussianRBMPath:
         return self._visible(self.rbm.visible_bias.expand(len(seeds), -1), seeds, 0)
 
     def log_density(self, x: Tensor, beta: float) -> Tensor:
-        visible, hidden = self.rbm.weight.shape
-        base = hidden * math.log(2) + visible / 2 * (2 * math.pi * self.rbm.variance).log()
-        quadratic = (x - self.rbm.visible_bias).square().sum(1) / (2 * self.rbm.variance)
-        return softplus(beta * self.rbm.hidden_logits(x)).sum(1) - quadratic - (1 - beta) * base
+        base = self.rbm.num_hidden * math.log(2) + self.rbm.log_gaussian
+        return softplus(beta * self.rbm.hidden_logits(x)).sum(1) - self.rbm.quadratic(x) - (1 - beta) * base
 
     def step(self, x: Tensor, beta: float, seeds: Tensor, number: int) -> Tensor:
         h = _bernoulli(beta * self.rbm.hidden_logits(x), seeds, 2 * number + 1)

@@ -58,7 +58,7 @@ MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a bandwidth, in a mixture of Gaussian
 def gaussian_kernel(bandwidth: float, factors: Sequence[float] = (1.0,)) -> Kernel:
     """exp(-|x - y|^2 / (2 h^2)), the mean over bandwidths h of `factors` times `bandwidth`."""
     return lambda x, y: torch.stack([
-        (-_distances(x, y).square() / (2 * (factor * bandwidth) ** 2)).exp() for factor in factors
+        (-_distances(x, y, y.mean(0)).square() / (2 * (factor * bandwidth) ** 2)).exp() for factor in factors
     ]).mean(0)  # fmt: skip
 
 

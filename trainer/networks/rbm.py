@@ -50,10 +50,15 @@ class RBMConfig(BaseNetworkConfig):
 
 @dataclass(frozen=True)
 class GaussianRBMConfig(BaseNetworkConfig):
-    """A machine with continuous visible units; `std` is theirs given the hidden ones, at the start of training."""
+    """A machine with continuous visible units; `std` is theirs given the hidden ones, at the start of training.
+
+    stds: one that all share and that is learned ("shared"), one learned for each unit ("each"; Cho 2011), or `std` as
+    it is given ("fixed"; Hinton 2010, section 13.2).
+    """
 
     num_hidden: int = 256
     std: float = 0.5
+    stds: Literal["shared", "each", "fixed"] = "shared"
     kind: Literal["gaussian_rbm"] = field(default="gaussian_rbm", kw_only=True)
 
     is_machine: ClassVar[bool] = True
@@ -63,7 +68,7 @@ class GaussianRBMConfig(BaseNetworkConfig):
         checks.positive("network", std=self.std)
 
     def build(self, image_shape: Sequence[int], conditions: Conditions | int = 0) -> GaussianBernoulliRBM:
-        return GaussianBernoulliRBM(math.prod(image_shape), self.num_hidden, self.std)
+        return GaussianBernoulliRBM(math.prod(image_shape), self.num_hidden, self.std, self.stds)
 
 
 class BoltzmannMachine(nn.Module):
@@ -234,36 +239,59 @@ class RBM(BoltzmannMachine):
 
 
 class GaussianBernoulliRBM(BoltzmannMachine):
-    """Continuous visible units: E(v, h) = |v - b|^2 / (2 s^2) - h . c - v W h / s^2, h in {0, 1}^num_hidden.
+    """Continuous visible units: E(v, h) = sum_i (v_i - b_i)^2 / (2 s_i^2) - h . c - sum_ij v_i W_ij h_j / s_i^2,
+    h in {0, 1}^num_hidden.
 
-    v | h is N(b + W h, s^2 I) (Cho 2011), so p(v) is a mixture of 2^num_hidden Gaussians. std: s, learned.
+    v | h is N(b + W h, diag(s^2)) (Cho 2011, who learn ln s^2), so p(v) is a mixture of 2^num_hidden Gaussians. stds:
+    as of GaussianRBMConfig.
     """
 
-    def __init__(self, num_visible: int, num_hidden: int, std: float = 1.0):
+    def __init__(self, num_visible: int, num_hidden: int, std: float = 1.0, stds: str = GaussianRBMConfig.stds):
         super().__init__(num_visible, num_hidden)
         checks.positive("rbm", std=std)
         self.initial_std = std
-        self.log_std = nn.Parameter(torch.tensor([math.log(std)]))  # [1]: DeepSpeed can't share out a scalar
+        # [1] where all share it: DeepSpeed can't share out a scalar
+        log_std = torch.full((num_visible if stds == "each" else 1,), math.log(std))
+        self.log_std = nn.Parameter(log_std, requires_grad=stds != "fixed")
 
     @property
     def variance(self) -> Tensor:
-        return (2 * self.log_std.to(self.dtype)).exp().squeeze(0)
+        """s^2, [] where all units share it, else [num_visible]."""
+        variance = (2 * self.log_std.to(self.dtype)).exp()
+        return variance.squeeze(0) if len(variance) == 1 else variance
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        """sum_i (v_i - b_i)^2 / (2 s_i^2) of v [B, num_visible] -> [B]."""
+        squares = (v - self._wide[1]).square()
+        return squares.sum(1) / (2 * self.variance) if self._is_shared else (squares / (2 * self.variance)).sum(1)
+
+    @property
+    def log_gaussian(self) -> Tensor:
+        """ln of the integral of exp(-quadratic(v))."""
+        logs = (2 * math.pi * self.variance).log()
+        return self.num_visible / 2 * logs if self._is_shared else logs.sum() / 2
+
+    @property
+    def _is_shared(self) -> bool:
+        """Sums over units are then divided once, as they were before units could differ: the same bits."""
+        return len(self.log_std) == 1
 
     def energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v [B, num_visible], h [B, num_hidden]) -> [B]."""
-        weight, visible_bias, hidden_bias = self._wide
-        quadratic = (v - visible_bias).square().sum(1) / (2 * self.variance)
-        return quadratic - h @ hidden_bias - ((v @ weight) * h).sum(1) / self.variance
+        return self.quadratic(v) - h @ self._wide[2] - (self._hidden_input(v) * h).sum(1)
 
     def free_energy(self, v: Tensor) -> Tensor:
         """-ln sum_h e^(-E(v, h)) of v [B, num_visible] -> [B]."""
         self._check(v)
-        quadratic = (v - self._wide[1]).square().sum(1) / (2 * self.variance)
-        return quadratic - F.softplus(self.hidden_logits(v)).sum(1)
+        return self.quadratic(v) - F.softplus(self.hidden_logits(v)).sum(1)
 
     def hidden_logits(self, v: Tensor) -> Tensor:
-        weight, _, hidden_bias = self._wide
-        return v @ weight / self.variance + hidden_bias
+        return self._hidden_input(v) + self._wide[2]
+
+    def _hidden_input(self, v: Tensor) -> Tensor:
+        """sum_i v_i W_ij / s_i^2, [B, num_hidden]."""
+        weight = self._wide[0]
+        return v @ weight / self.variance if self._is_shared else (v / self.variance) @ weight
 
     def score(self, v: Tensor) -> Tensor:
         """grad_v ln p(v) = (b + W E[h | v] - v) / s^2, [B, num_visible]."""
@@ -312,9 +340,11 @@ class GaussianBernoulliRBM(BoltzmannMachine):
         weight, visible_bias, hidden_bias = self._wide
         h = _states(hidden_bias)
         shift = h @ weight.T
-        mean_term = (shift @ visible_bias + shift.square().sum(1) / 2) / self.variance
-        gaussian = len(visible_bias) / 2 * (2 * math.pi * self.variance).log()
-        return torch.logsumexp(h @ hidden_bias + mean_term, 0) + gaussian
+        if self._is_shared:
+            mean_term = (shift @ visible_bias + shift.square().sum(1) / 2) / self.variance
+        else:
+            mean_term = ((shift * visible_bias + shift.square() / 2) / self.variance).sum(1)
+        return torch.logsumexp(h @ hidden_bias + mean_term, 0) + self.log_gaussian
 
 
 def _bernoulli(logits: Tensor, source: Source) -> Tensor:

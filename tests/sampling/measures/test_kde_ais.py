@@ -209,8 +209,10 @@ def test_ais_finds_the_partition_function_of_an_enumerated_rbm(base):
     assert found.std_error < 0.05
 
 
-def test_ais_finds_the_partition_function_of_an_enumerated_gaussian_bernoulli_rbm():
-    rbm = with_weights(GaussianBernoulliRBM(6, 7, std=0.8), 0.7)
+@pytest.mark.parametrize("stds", ["shared", "each"])
+def test_ais_finds_the_partition_function_of_an_enumerated_gaussian_bernoulli_rbm(stds):
+    rbm = with_weights(GaussianBernoulliRBM(6, 7, std=0.8, stds=stds), 0.7)
+    rbm.log_std.data += 0.3 * torch.linspace(-1, 1, len(rbm.log_std)) if stds == "each" else 0
     found = ais(GaussianRBMPath(rbm), torch.linspace(0, 1, 301), range(500))
     assert found.log_z == pytest.approx(rbm.log_partition().item(), abs=5 * found.std_error)
     assert found.std_error < 0.1
@@ -218,7 +220,10 @@ def test_ais_finds_the_partition_function_of_an_enumerated_gaussian_bernoulli_rb
 
 @pytest.mark.parametrize(
     "path",
-    [RBMPath(with_weights(RBM(5, 4), 1.0)), GaussianRBMPath(with_weights(GaussianBernoulliRBM(5, 4), 1.0))],
+    [
+        RBMPath(with_weights(RBM(5, 4), 1.0)),
+        GaussianRBMPath(with_weights(GaussianBernoulliRBM(5, 4, stds="each"), 1.0)),
+    ],
     ids=["binary", "gaussian"],
 )
 def test_a_path_to_an_rbm_ends_in_its_free_energy(path):

@@ -10,7 +10,7 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.contrastive import PersistentChains, contrastive_loss, gibbs_divergence
 from scoreray.trainer.energies.langevin import langevin_chain
-from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM, _states
+from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM, GaussianRBMConfig, _states
 
 F64 = torch.float64
 
@@ -26,14 +26,20 @@ def binary(num_visible=5, num_hidden=3) -> RBM:
     return randomise(RBM(num_visible, num_hidden))
 
 
-def gaussian(num_visible=2, num_hidden=3) -> GaussianBernoulliRBM:
-    model = randomise(GaussianBernoulliRBM(num_visible, num_hidden, 0.6))
+def gaussian(num_visible=2, num_hidden=3, stds="shared") -> GaussianBernoulliRBM:
+    model = randomise(GaussianBernoulliRBM(num_visible, num_hidden, 0.6, stds))
     model.log_std.data.fill_(math.log(0.6))
+    if stds == "each":
+        model.log_std.data += torch.linspace(0.1, 0.6, num_visible, dtype=F64)
     return model
 
 
+STDS = pytest.mark.parametrize("stds", ["shared", "each"])
+
+
 def test_free_energy_sums_the_hidden_units_out():
-    for model, v in ((binary(), _states(torch.zeros(5, dtype=F64))), (gaussian(), torch.randn(20, 2, dtype=F64))):
+    x = torch.randn(20, 2, dtype=F64)
+    for model, v in ((binary(), _states(torch.zeros(5, dtype=F64))), (gaussian(), x), (gaussian(stds="each"), x)):
         h = _states(torch.zeros(3, dtype=F64))
         energies = torch.stack([model.energy(v, state.expand(len(v), -1)) for state in h])
         torch.testing.assert_close(model.free_energy(v), -torch.logsumexp(-energies, 0))
@@ -46,16 +52,18 @@ def test_the_partition_function_of_a_binary_rbm_is_the_sum_over_all_states_by_ei
         torch.testing.assert_close(model.log_partition(), torch.logsumexp(-model.free_energy(v), 0))
 
 
-def test_the_density_of_a_gaussian_rbm_integrates_to_one():
-    model = gaussian()
+@STDS
+def test_the_density_of_a_gaussian_rbm_integrates_to_one(stds):
+    model = gaussian(stds=stds)
     axis = torch.linspace(-12, 12, 600, dtype=F64)
     grid = torch.cartesian_prod(axis, axis)
     density = (-model.free_energy(grid) - model.log_partition()).exp().detach()
     assert float(density.sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=1e-8)
 
 
-def test_the_score_of_a_gaussian_rbm_is_minus_the_gradient_of_its_free_energy():
-    model, v = gaussian(), torch.randn(20, 2, dtype=F64, requires_grad=True)
+@STDS
+def test_the_score_of_a_gaussian_rbm_is_minus_the_gradient_of_its_free_energy(stds):
+    model, v = gaussian(stds=stds), torch.randn(20, 2, dtype=F64, requires_grad=True)
     (gradient,) = torch.autograd.grad(model.free_energy(v).sum(), v)
     torch.testing.assert_close(model.score(v), -gradient)
 
@@ -71,11 +79,12 @@ def test_block_gibbs_on_a_binary_rbm_reaches_its_exact_distribution():
     assert ((seen - exact).abs() < 4.5 * (exact * (1 - exact) / count).sqrt() + 1e-12).all()
 
 
-def test_block_gibbs_on_a_gaussian_rbm_reaches_the_moments_of_its_mixture():
-    model, generator = gaussian(), torch.Generator().manual_seed(1)
+@STDS
+def test_block_gibbs_on_a_gaussian_rbm_reaches_the_moments_of_its_mixture(stds):
+    model, generator = gaussian(stds=stds), torch.Generator().manual_seed(1)
     h = _states(torch.zeros(3, dtype=F64))
     shift = h @ model.weight.T
-    log_weight = h @ model.hidden_bias + (shift @ model.visible_bias + shift.square().sum(1) / 2) / model.variance
+    log_weight = h @ model.hidden_bias + ((shift * model.visible_bias + shift.square() / 2) / model.variance).sum(1)
     weight, means = log_weight.softmax(0), model.visible_bias + shift
     mean = weight @ means
     second = weight @ (means**2 + model.variance)
@@ -100,6 +109,33 @@ def test_contrastive_divergence_with_exact_samples_has_the_gradient_of_the_likel
     sampled = contrastive_loss(model.free_energy, many, negatives).mean()
     for got, want in zip(torch.autograd.grad(sampled, list(model.parameters())), expected, strict=True):
         assert (got - want).abs().max() < 4.5 * 0.5 / math.sqrt(50_000)
+
+
+@STDS
+def test_contrastive_divergence_of_a_gaussian_rbm_has_the_gradient_of_its_enumerated_likelihood(stds):
+    """The negatives are a grid of points, as often as the model draws them; ln Z is summed over the hidden layer."""
+    model, data = gaussian(stds=stds), torch.randn(30, 2, generator=torch.Generator().manual_seed(3), dtype=F64)
+    expected = torch.autograd.grad(model.free_energy(data).mean() + model.log_partition(), list(model.parameters()))
+    axis = torch.linspace(-10, 10, 400, dtype=F64)
+    grid = torch.cartesian_prod(axis, axis)
+    probability = (-model.free_energy(grid) - model.log_partition()).exp().detach() * (axis[1] - axis[0]) ** 2
+    loss = model.free_energy(data).mean() - (probability * model.free_energy(grid)).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), expected)
+    assert expected[-1].shape == model.log_std.shape == ((2,) if stds == "each" else (1,))
+
+
+def test_units_of_equal_stds_are_the_machine_that_shares_one_and_a_fixed_one_is_not_trained():
+    shared, each = gaussian(), GaussianBernoulliRBM(2, 3, 0.6, "each").double()
+    each.load_state_dict({**shared.state_dict(), "log_std": shared.log_std.detach().expand(2)})
+    v, h = torch.randn(9, 2, dtype=F64), torch.ones(9, 3, dtype=F64)
+    for name in ("free_energy", "hidden_logits", "score", "quadratic"):
+        torch.testing.assert_close(getattr(each, name)(v), getattr(shared, name)(v))
+    torch.testing.assert_close(each.energy(v, h), shared.energy(v, h))
+    torch.testing.assert_close(each.log_partition(), shared.log_partition())
+    assert not GaussianBernoulliRBM(2, 3, 0.6, "fixed").log_std.requires_grad
+    before = GaussianRBMConfig(num_hidden=3)  # as a checkpoint's config from before there was a choice
+    assert before.build((2,)).state_dict()["log_std"].shape == (1,)
+    assert GaussianRBMConfig(num_hidden=3, stds="each").build((1, 2, 2)).log_std.shape == (4,)
 
 
 @pytest.mark.parametrize("persistent", [False, True], ids=["cd", "pcd"])
