@@ -30,6 +30,8 @@ BESIDE = {
     "floor": "two sets of real data",
     "nfe": "network evaluations",
     "log_z": "ln Z",
+    "effective_samples": "effective samples",
+    "elbo": "by one sample",
     "bandwidth": "bandwidth",
     "covered": "share with a density",
     "p_value": "p by relabelling",

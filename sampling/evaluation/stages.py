@@ -25,6 +25,7 @@ from scoreray.sampling.evaluation.density_chunks import (
     residual_chunk,
 )
 from scoreray.sampling.evaluation.ensembles import condition_hashes, ensemble_chunk, num_ensembles
+from scoreray.sampling.evaluation.importance_chunks import NUM_BETAS, importance_chunk
 from scoreray.sampling.evaluation.loaded import fixed_threads, loaded_denoiser, loaded_model, once
 from scoreray.sampling.evaluation.sample_chunks import (
     KEPT_PICTURES,
@@ -69,7 +70,6 @@ from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
 CHUNK = 256  # samples, about: a multiple of the batch
 LIKELIHOOD_CHUNK = 16  # each takes hundreds of passes
 REFERENCE_BYTES, MOST_REFERENCE = 64 << 20, 1024  # of a chunk of the reference, which costs less a sample
-NUM_BETAS = 500
 AIS_IMAGES = 1024  # whose energies stand beside a partition function
 
 _computing = threading.Lock()  # the number of torch's threads is the process's, and two would halve each other's speed
@@ -348,6 +348,17 @@ STAGES: dict[str, Stage] = {
             **({"brightness": list(BRIGHTNESS)} if inputs.settings.restoration == "gray" else {}),
         },
         compute=_restoration,
+        numbers=_own_rows,
+        exact=True,
+    ),
+    "importance": Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),
+        chunk_size=lambda inputs: inputs.settings.likelihood_count,
+        protocol=lambda inputs: {
+            "count": inputs.at_most(inputs.settings.likelihood_count),
+            **({"chains": inputs.settings.chains} if inputs.info.is_machine else {}),
+        },
+        compute=importance_chunk,
         numbers=_own_rows,
         exact=True,
     ),

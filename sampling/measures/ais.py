@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from scoreray.data.errors import UserError
+from scoreray.sampling.measures.importance import effective_samples
 from scoreray.sampling.samplers.noise import SAMPLING_SEED
 from scoreray.trainer.diffusion import noise as counter
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM
@@ -46,7 +47,7 @@ class PartitionEstimate:
     @property
     def effective_samples(self) -> float:
         """(sum w)^2 / sum w^2: as many equal weights would vary as much."""
-        return float((2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp())
+        return float(effective_samples(self.log_weights))
 
     @property
     def std_error(self) -> float:

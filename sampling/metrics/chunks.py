@@ -132,6 +132,15 @@ class CodesChunk:
 
 
 @dataclass(frozen=True)
+class ImportanceChunk:
+    """log_weights [n, samples] of latents; log_z [] of an RBM and its standard error [], 0 of a normalised model."""
+
+    log_weights: np.ndarray
+    log_z: np.ndarray
+    log_z_error: np.ndarray
+
+
+@dataclass(frozen=True)
 class ReferenceMoments:
     """`frechet.Reference` in the cache: mean [d], trace [], root [d, d]."""
 
@@ -151,6 +160,7 @@ ChunkArrays = (
     | RestorationChunk
     | AnnealingChunk
     | CodesChunk
+    | ImportanceChunk
     | ReferenceMoments
 )
 C = TypeVar("C", bound=ChunkArrays)

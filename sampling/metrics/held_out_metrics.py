@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,15 +18,18 @@ from torch import Tensor
 from scoreray.sampling.measures.distances import Estimate, mean_of
 from scoreray.sampling.measures.ensembles import EnsembleScores
 from scoreray.sampling.measures.held_out import edm_weighted
+from scoreray.sampling.measures.importance import effective_samples, log_mean_weight
 from scoreray.sampling.metrics.chunks import (
     AnnealingChunk,
     EnsembleChunk,
+    ImportanceChunk,
     LikelihoodChunk,
     LossChunk,
     RestorationChunk,
 )
 from scoreray.sampling.metrics.record import MetricResult, MetricValue
 from scoreray.sampling.metrics.stored import StoredChunks, joined
+from scoreray.sampling.samplers.options import Range
 
 FAR_FROM_CALIBRATED = 0.2  # of the spread-skill ratio from 1 that is worth a warning, beyond its interval
 
@@ -84,6 +88,29 @@ def annealed_likelihood(stored: StoredChunks) -> MetricResult:
     error = math.hypot(mean.std_error or 0.0, z_error)
     beside = {"log_z": log_z, "log_z_std_error": z_error, "effective_chains": effective}
     few = effective < 0.1 * len(weights)
+    return MetricResult(Estimate(mean.value - log_z, error), beside, (warning,) if few else ())
+
+
+def importance(
+    stored: StoredChunks,
+    *,
+    samples: Annotated[int, Range(1, 10_000)] = 64,
+    proposal: Literal["posterior", "prior"] = "posterior",
+    scale: Annotated[float | None, Range(0, 1e6, open_low=True)] = None,
+) -> MetricResult:
+    """Mean of ln of mean weights (Burda 2016), nats: below the log-likelihood in expectation, tighter with `samples`.
+
+    What the options change was computed with the chunk. scale: of the decoder, None by the objective's kl_weight.
+    """
+    chunk = next(stored.each("importance", ImportanceChunk))
+    weights, log_z = torch.from_numpy(chunk.log_weights), float(chunk.log_z)
+    mean, effective = mean_of(log_mean_weight(weights)), float(effective_samples(weights).mean())
+    warning = f"iwae: {effective:.1f} of {samples} samples carry the weight, so the value is too low: take more samples"
+    beside = {"effective_samples": effective, "elbo": float(weights.mean()) - log_z}
+    if log_z:
+        beside |= {"log_z": log_z, "log_z_std_error": float(chunk.log_z_error)}
+    error = math.hypot(mean.std_error or 0.0, float(chunk.log_z_error))
+    few = effective < 0.1 * samples
     return MetricResult(Estimate(mean.value - log_z, error), beside, (warning,) if few else ())
 
 

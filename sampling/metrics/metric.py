@@ -44,7 +44,7 @@ class EvaluationMetric:
 
     def unfit(self, info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
         """Why it makes no sense for a model, data and an extractor; None where it does."""
-        if info.is_autoencoder and not set(self.needs) <= {*OF_RECONSTRUCTIONS, "codes", "extractor"}:
+        if info.is_autoencoder and not set(self.needs) <= {*OF_RECONSTRUCTIONS, "codes", "importance", "extractor"}:
             return "an autoencoder draws no samples and knows no noise level"
         return self.misfit(info, manifest, extractor)
 

@@ -106,6 +106,12 @@ def has_energy(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) 
     return None
 
 
+def has_latent_variables(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if info.is_machine or info.is_autoencoder:
+        return None
+    return "it needs latent variables with a proposal: an RBM, or an autoencoder"
+
+
 def is_conditional(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
     if not info.conditions or info.is_machine:
         return "the model takes no condition"

@@ -112,6 +112,11 @@ METRICS: dict[str, EvaluationMetric] = {
         "Log-likelihood by AIS, nats", ("reference", "ais"), held_out_metrics.annealed_likelihood,
         misfit=misfits.has_energy, costly=True,
     ),
+    "iwae": EvaluationMetric(
+        "Log-likelihood by importance sampling, nats", ("reference", "importance"), held_out_metrics.importance,
+        protocol=lambda inputs: {"samples": 64, "proposal": "posterior"}, misfit=misfits.has_latent_variables,
+        costly=True,
+    ),
     "crps": EvaluationMetric(
         "CRPS of ensembles", OF_ENSEMBLES, held_out_metrics.crps,
         protocol=lambda inputs: {"estimator": "fair"}, misfit=misfits.is_conditional, costly=True,

@@ -207,6 +207,14 @@ def test_density_estimates_and_annealing(folder: Path, points: tuple[str, str]) 
     log_z = float(load_machine(machine).log_partition())
     assert abs(made.get("log_z") - log_z) < 4 * made.get("log_z_std_error") + 1e-3
 
+    sampled = EvaluationSettings(machine, binary, metrics=("iwae",), metric_options={"iwae": {"samples": 2}})
+    found, rbm = evaluate(sampled).record, load_machine(machine)
+    v = torch.from_numpy((SampleReader(binary).read(np.arange(64))[0].numpy() > 0).astype(np.float32)).flatten(1)
+    expected = float((-rbm.free_energy(v)).mean()) - log_z
+    assert found.metrics["iwae"].value == pytest.approx(expected, abs=1e-4)  # p(h | v) is its own posterior
+    assert found.metrics["iwae"].get("effective_samples") == pytest.approx(2)
+    assert found.protocol["iwae"] == {"samples": 2, "proposal": "posterior"}
+
 
 def test_an_energys_likelihood_by_annealing(energy: tuple[str, str]) -> None:
     """An energy model of N(0, s^2 I): ln Z at the noise level that AIS works at is the Gaussian's."""
@@ -243,6 +251,7 @@ MEASURED_ON = {
     "accuracy": "pictures",
     "spectrum": "pictures",
     "mmd": "points",
+    "iwae": "autoencoder",
 }
 """Every metric, and data of this module that it fits."""
 
