@@ -50,7 +50,7 @@ class EvaluationMetric:
 
     def is_default(self, info: ModelInfo) -> bool:
         """Whether a model is measured in it where no metrics are named."""
-        return not self.costly or (info.is_autoencoder and "codes" not in self.needs)
+        return not self.costly or (info.is_autoencoder and not {"codes", "importance"} & set(self.needs))
 
     @property
     def stages(self) -> set[str]:
