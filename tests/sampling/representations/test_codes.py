@@ -22,6 +22,7 @@ from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.load import load_machine
 from scoreray.sampling.representations.codes import CodeOptions
 from scoreray.sampling.representations.encoder import ModelEncoder, load_any_encoder
+from scoreray.sampling.representations.scores import measure_field
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
@@ -203,6 +204,19 @@ def test_metrics_of_codes_are_those_of_separate_clusters(points):
     assert made.record.metrics["probe"].get("largest_class") == pytest.approx(1 / 3, abs=0.15)
     with pytest.raises(UserError, match="metric dci does not fit: it needs 2 or more fields of kind class or scalar"):
         evaluate(EvaluationSettings(run, data, metrics=("dci",)))
+
+
+def test_codes_that_are_a_field_are_measured_by_the_same_scores(points):
+    """The data themselves are three clusters; what is no field of numbers, or no metric of codes, is one line."""
+    _, data = points
+    words = ("data", "codes", data, "--field", "array", "--metrics", "v_measure,probe,mig", "--metric-option")
+    found = json.loads(scoreray(*words, "mig.bins=5", "--json").stdout)
+    assert [found[name]["value"] for name in ("v_measure", "probe")] == pytest.approx([1, 1])
+    assert found["probe"]["parts"]["label"]["value"] == pytest.approx(1)
+    assert "probe 1" in scoreray("data", "codes", data, "--field", "array", "--metrics", "probe").stdout
+    for field, metrics, message in (("label", "probe", "codes are numbers"), ("array", "fid", "--metrics fid")):
+        with pytest.raises(UserError, match=message):
+            measure_field(data, field, (metrics,), {}, 100)
 
 
 @pytest.mark.parametrize(
