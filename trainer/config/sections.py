@@ -20,7 +20,13 @@ from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import AlignmentConfig, AnyObjective, AutoencodingObjective, EDMObjective
+from scoreray.trainer.diffusion.objective import (
+    AlignmentConfig,
+    AnyObjective,
+    AutoencodingObjective,
+    EDMObjective,
+    MaximumLikelihoodObjective,
+)
 from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
 from scoreray.trainer.networks.lora import LoRAConfig
@@ -290,7 +296,7 @@ class Config(Section):
         found = validation.mistakes(
             self.network, self.process, self.denoiser, self.objective, self.data.global_batch_size, self.engine.compile
         )
-        found += self._autoencoder_mistakes() + self._adjoint_mistakes() + self._lora_mistakes()
+        found += self._autoencoder_mistakes() + self._solver_mistakes() + self._lora_mistakes()
         validation.refuse(found + self._batch_mistakes())
         return self
 
@@ -340,12 +346,12 @@ class Config(Section):
             )
         return found
 
-    def _adjoint_mistakes(self) -> list[str]:
-        if not getattr(self.objective, "adjoint", False) or self.engine.zero_stage != 3:
+    def _solver_mistakes(self) -> list[str]:
+        if not isinstance(self.objective, MaximumLikelihoodObjective) or self.engine.zero_stage != 3:
             return []
         return [
-            "objective.adjoint: solves an equation in the backward pass, where engine.zero_stage 3 has let go of the "
-            "weights; set engine.zero_stage to 2 or less, or objective.adjoint=false"
+            "engine.zero_stage: objective 'maximum_likelihood' calls the network all along a path, and stage 3 lets go "
+            "of its weights in between; choose 2 or less"
         ]
 
     def _lora_mistakes(self) -> list[str]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from scoreray.data.errors import UserError
 from scoreray.sampling.measures.likelihood import log_likelihood
+from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective, NoisedBatch
@@ -95,6 +97,16 @@ def test_of_gaussian_data_the_loss_is_least_at_their_variance_and_there_their_en
     assert abs(float(truth.network.s.grad)) < 5e-3
     for other in (0.8 * s, 1.2 * s):
         assert float(objective.error(Denoiser(Linear(other)), data).mean()) > float(loss) + 0.01
+
+
+def test_what_it_can_not_be_trained_with_is_refused_in_a_line_each():
+    with pytest.raises(UserError) as refused:
+        load_config(
+            "configs/demo.yaml", ["objective={kind: maximum_likelihood, weighting: {kind: edm}}", "engine.zero_stage=3"]
+        )
+    text = str(refused.value)
+    assert "objective.weighting: kind 'maximum_likelihood' integrates over all noise levels" in text
+    assert "engine.zero_stage: objective 'maximum_likelihood'" in text
 
 
 @pytest.mark.slow
