@@ -318,7 +318,7 @@ class MachineModule(nn.Module):
         if self.chains is not None:
             start = self.chains.take(positions, start)
         loss: Tensor
-        loss, ends = machine(v, start, objective.num_steps, source)
+        loss, ends = machine(v, start=start, num_sweeps=objective.num_steps, source=source)
         if self.chains is not None and self.training:
             self.chains.put(positions, ends)
         return loss

@@ -86,12 +86,13 @@ class BoltzmannMachine(nn.Module):
         self.hidden_bias = nn.Parameter(torch.zeros(num_hidden))
 
     def forward(
-        self, v: Tensor, start: Tensor | None = None, num_sweeps: int = 0, source: Source = None
+        self, v: Tensor, *, start: Tensor | None = None, num_sweeps: int = 0, source: Source = None
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Contrastive divergence of v [B, num_visible] by chains from `start`: (loss [B], where they end). Without
         `start` the free energies [B].
 
-        What a training step calls, so that an engine that shards parameters has them whole meanwhile.
+        What a training step calls, so that an engine that shards parameters has them whole meanwhile. `start` is given
+        by name, so that a call with a noise level, as networks take one, is no call.
         """
         return self.free_energy(v) if start is None else gibbs_divergence(self, v, start, num_sweeps, source)
 
