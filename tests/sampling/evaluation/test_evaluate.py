@@ -290,7 +290,7 @@ def autoencoder(folder: Path, pictures: tuple[str, str]) -> tuple[str, str]:
     return trained(folder, pictures[1], "autoencoder", **sections), pictures[1]
 
 
-@pytest.mark.parametrize(("kind", "figures"), [("pictures", 6), ("points", 0), ("energy", 0), ("autoencoder", 1)])
+@pytest.mark.parametrize(("kind", "figures"), [("pictures", 6), ("points", 1), ("energy", 0), ("autoencoder", 1)])
 def test_every_metric_has_a_value_an_error_and_a_place_on_the_page(
     kind: str, figures: int, request: pytest.FixtureRequest
 ) -> None:
