@@ -10,6 +10,7 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.contrastive import PersistentChains, contrastive_loss, gibbs_divergence
 from scoreray.trainer.energies.langevin import langevin_chain
+from scoreray.trainer.networks.flops import training_flops
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM, GaussianRBMConfig, _states
 
 F64 = torch.float64
@@ -228,3 +229,9 @@ def test_mistakes_are_named():
         GaussianBernoulliRBM(4, 3).gibbs(torch.zeros(2, 4, dtype=torch.float64), 1)
     with pytest.raises(UserError, match="num_sweeps is -1"):
         RBM(4, 3).gibbs(torch.zeros(2, 4), -1)
+
+
+def test_a_machine_is_not_called_as_a_network_is_so_its_work_is_not_counted():
+    """A run shows FLOPs where it can count them; the call that counts must fail as a call of another signature."""
+    assert training_flops(RBM(4, 2), (1, 2, 2)) == 0
+    assert RBM(4, 2)(torch.zeros(3, 4)).shape == (3,)
