@@ -13,7 +13,7 @@ from scoreray.sampling.measures.calibration import FUNCTIONS, calibration
 from scoreray.sampling.measures.diffusion_bound import Times
 from scoreray.sampling.measures.distances import mean_of
 from scoreray.sampling.measures.held_out import edm_weighted
-from scoreray.sampling.measures.outliers import Statistic, out_of_distribution
+from scoreray.sampling.measures.likelihood import Statistic, out_of_distribution
 from scoreray.sampling.metrics.chunks import BoundChunk, LossChunk, OwnLikelihoodChunk, ResidualChunk
 from scoreray.sampling.metrics.record import MetricResult, MetricValue
 from scoreray.sampling.metrics.stored import StoredChunks, joined

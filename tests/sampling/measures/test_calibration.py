@@ -9,7 +9,7 @@ from scipy import stats
 from scoreray.sampling.measures.calibration import FUNCTIONS, calibration, residual_products
 from scoreray.sampling.measures.distances import mean_of
 from scoreray.sampling.measures.held_out import HeldOut
-from scoreray.sampling.measures.outliers import out_of_distribution
+from scoreray.sampling.measures.likelihood import out_of_distribution
 from scoreray.trainer.diffusion.targets import Mixture
 
 F64 = torch.float64
