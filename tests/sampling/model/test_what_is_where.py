@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.guidance.operators import OPERATORS
+from scoreray.sampling.metrics.registry import METRICS
 from scoreray.sampling.model.describe import PROCESS_GRID
 from scoreray.sampling.samplers.gibbs import GIBBS
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS
-from scoreray.trainer.diffusion.objective import OBJECTIVES, ContrastiveObjective
+from scoreray.trainer.diffusion.objective import OBJECTIVES, AutoencodingObjective, ContrastiveObjective
 from scoreray.trainer.diffusion.process import PROCESSES
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
@@ -129,7 +130,40 @@ def _is_a_key(section: str, key: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row not in ("row", "---")])
+METHODS = [line.split(" | ")[0][2:] for line in PAGE.split("| method |")[1].splitlines()[2:] if line.startswith("| ")]
+WORDS = {
+    "process.kind": PROCESSES,
+    "denoiser.parameterization": PARAMETERIZATIONS,
+    "objective.kind": {*OBJECTIVES, AutoencodingObjective.kind},
+    "objective.start": {"persistent"},
+    "objective.coupling": {"optimal_transport"},
+    "objective.source": {"data"},
+    "weighting.kind": WEIGHTINGS,
+    "sigma_sampling.kind": SIGMA_SAMPLINGS,
+    "network.kind": NETWORKS,
+    "network.stds": {"each"},
+    "optimizer.kind": {"adamw", "sgld"},
+    "--sampler": {*SAMPLERS, GIBBS},
+    "--metrics": METRICS,
+}
+"""Key -> the words that it takes; of those that have no list, the one that a row of the page is about."""
+
+
+def test_the_methods_of_the_literature_are_all_there():
+    assert len(METHODS) == len(set(METHODS)) >= 52
+    named = {word for row in METHODS for word in re.findall(r"`(\w+)`", ROWS[row][0])}
+    assert set(SAMPLERS) | set(OBJECTIVES) <= named
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_every_method_is_chosen_by_a_word_that_exists(row):
+    parts = ROWS[row][0].split("; ")
+    for part in parts:
+        key, *words = re.findall(r"`([^`]+)`", part)
+        assert set(words) <= set(WORDS[key]) if words else key.startswith(("--", "scoreray ")), part
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in ("row", "method", "---")])
 def test_every_row_has_a_test_and_every_function_of_the_page_exists(row):
     _, where, tests = ROWS[row]
     assert re.findall(r"`test_\w+\.py::test_\w+`", tests), (
