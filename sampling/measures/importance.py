@@ -24,7 +24,7 @@ Proposal = Literal["posterior", "prior"]
 """The model's own q(z | x), or what knows nothing of x."""
 
 
-class Autoencoder(Protocol):
+class LatentVariableModel(Protocol):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def decode(self, z: Tensor) -> Tensor: ...
@@ -54,7 +54,7 @@ def log_laplace(x: Tensor, mean: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def autoencoder_log_weights(
-    model: Autoencoder,
+    model: LatentVariableModel,
     x: Tensor,
     numbers: Tensor,
     num_samples: int,
