@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ class Lengths:
 class FieldSummary:
     """mean, std, low, high: of each channel, over the whole data set, in its own units. histogram: of each of the first
     CHANNELS channels, samples' values in BINS equal parts of [low, high]; longest: texts. Both are of the samples that
-    were read. encoding: which encoder made the values of which field. Of moments all is of what is drawn from them."""
+    were read. encoding: which encoder made the values of which field. Of moments all is of what is drawn from them, low
+    and high of the draws from the samples that were read, as the manifest has those of means."""
 
     name: str
     kind: str
@@ -67,6 +68,10 @@ def field_summaries(samples: SampleReader) -> list[FieldSummary]:
 
 
 def _summary(one: Field, values: torch.Tensor | None, mask: torch.Tensor | None) -> FieldSummary:
+    if values is not None and one.holds_moments:
+        values = drawn_for_statistics(values)
+        channels = values.movedim(1, 0).flatten(1)
+        one = replace(one, low=channels.amin(1).tolist(), high=channels.amax(1).tolist())
     known: dict[str, Any] = {
         "name": one.name, "kind": one.kind, "shape": one.shape, "dtype": one.dtype, "member": one.member,
         "normalisation": one.normalisation, "mean": one.mean, "std": one.std, "low": one.low, "high": one.high,
@@ -82,7 +87,6 @@ def _summary(one: Field, values: torch.Tensor | None, mask: torch.Tensor | None)
             texts = [bytes(values[i][mask[i]].tolist()).decode(errors="replace") for i in longest]
             known["longest"] = [text[:MOST_SHOWN] for text in texts]
     if values is not None and one.kind not in ("class", "text"):
-        values = drawn_for_statistics(values) if one.holds_moments else values
         known["histogram"] = _histograms(one, values if mask is None else values[mask][None])
     if one.encoding is not None:
         known["encoding"] = f"{'moments ' * one.holds_moments}by {one.encoding.name} of {one.encoding.of}"
@@ -98,7 +102,7 @@ def _histograms(one: Field, values: torch.Tensor) -> list[list[int]]:
         ends = (one.low[number], one.high[number]) if one.low else (channel.min(initial=0), channel.max(initial=0))
         # From 0 to 1: NumPy refuses bins narrower than the steps between floats, as of values near 2**63.
         spread = ends[1] - ends[0]
-        scaled = ((channel - ends[0]) / (spread or 1.0)).clip(0, 1)  # of moments other draws gave the ends
+        scaled = (channel - ends[0]) / (spread or 1.0)
         found.append(np.histogram(scaled, BINS, (0.0, 1.0) if spread else (-0.5, 0.5))[0].tolist())
     return found
 
