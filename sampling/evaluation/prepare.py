@@ -55,6 +55,7 @@ def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     chosen = choose_metrics(settings.metrics, model.info, reference.manifest, extractor, settings.restoration)
     settings = replace(settings, metric_options=checked_options(settings.metric_options, chosen))
     model.info.check_decodes()
+    settings.code_options().check_fits(model.info, "--codes")
     settings.request().labels(0, 1, model.info)
     if "match" in settings.metrics:
         load_scorer(settings.scorer)

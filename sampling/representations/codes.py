@@ -8,7 +8,7 @@ these; an autoencoder's, the means of its latents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.yaml_text import parse_options
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedAutoencoder, LoadedDenoiser, LoadedMachine, LoadedModel
 from scoreray.sampling.samplers.adaptive import integrate
 from scoreray.sampling.samplers.noise import SAMPLING_SEED, TorchNoise
@@ -51,6 +52,15 @@ class CodeOptions:
         given = parse_options([part for part in text.split(",") if part], flag, "NAME=VALUE,..., e.g. steps=64")
         given = {key: str(value) if key == "layer" else value for key, value in given.items()}
         return CodeOptions(**check_options("scoreray", CodeOptions, given, "encoder"))
+
+    def check_fits(self, info: ModelInfo, flag: str) -> None:
+        """Raises UserError where they would change nothing: other models than denoisers have one way to encode."""
+        if (info.is_autoencoder or info.is_machine) and self != CodeOptions():
+            given = ", ".join(name for name, value in asdict(self).items() if value != getattr(CodeOptions(), name))
+            raise UserError(
+                f"{flag}: {given}: options of denoisers, and the model is of network.kind "
+                f"'{info.config.network.kind}': leave them out"
+            )
 
 
 def encode(

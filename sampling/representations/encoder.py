@@ -37,6 +37,7 @@ class ModelEncoder(Encoder):
         self.options = CodeOptions.parse(options, f"scoreray={path}")
         self.path = absolute(url) + question + options
         found = describe(url)
+        self.options.check_fits(found.info, f"scoreray={path}")
         self.model = load_described(found, "cpu")
         self.module, self.info = self.model, found.info
         self.sha256 = hashlib.sha256(f"{found.sha256} {sorted(asdict(self.options).items())}".encode()).hexdigest()

@@ -82,7 +82,8 @@ def dci(labelled: LabelledCodes, *, factors: str = "", trees: Literal["boosted",
     importance = np.stack([predictor.feature_importances_ for predictor, _ in fitted], 1)
     disentanglement, completeness = _one_less_entropy(importance), _one_less_entropy(importance.T)
     parts = {"completeness": Estimate(completeness), "informativeness": Estimate(float(np.mean(scores)))}
-    parts |= {one.name: Estimate(score) for one, score in zip(known.factors, scores, strict=True)}
+    of_factors = zip(known.factors, scores, strict=True)
+    parts |= {f"informativeness of {one.name}": Estimate(score) for one, score in of_factors}
     return CodeScore(
         Estimate(disentanglement), parts, {"importance": importance.T.tolist(), "samples": len(known.codes)}
     )

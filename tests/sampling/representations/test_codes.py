@@ -150,6 +150,10 @@ def test_a_machines_code_is_its_hidden_probabilities(pictures, folder):
     machine, images = load_machine(run, device="cpu"), stored(pictures, "image")
     v = (images.flatten(1) > 127).float()
     torch.testing.assert_close(stored(folder / "hidden", "code"), (v @ machine.weight + machine.hidden_bias).sigmoid())
+    with pytest.raises(UserError, match=r"layer, sigma: options of denoisers, and the model is of network\.kind 'rbm'"):
+        load_any_encoder(f"scoreray={run}?layer=middle.0,sigma=1", "cpu")
+    with pytest.raises(UserError, match="--codes: steps: options of denoisers"):
+        evaluate(EvaluationSettings(run, pictures, metrics=("probe",), codes="steps=8"))
     made = evaluate(EvaluationSettings(run, pictures, metrics=("mse", "psnr", "probe", "v_measure")))
     decoded = (
         2 * ((v @ machine.weight + machine.hidden_bias).sigmoid() @ machine.weight.T + machine.visible_bias).sigmoid()
