@@ -36,6 +36,7 @@ from scoreray.sampling.offline.place import (
 )
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.offline.record import Digests, FileDigest, SampleJob, SampleRecord
+from scoreray.sampling.offline.starts import SourceStarts
 from scoreray.trainer.optim.ema import length_name
 
 SHARDS, MAX_SHARD_SAMPLES, MAX_SHARD_BYTES = 64, 4096, 64 << 20
@@ -89,8 +90,8 @@ def begin(
     size = samples_per_shard or default_shard(request.count, shape)
     job = SampleJob(
         _asked(checkpoint), model.info.url, model.info.ema, fingerprint(model), request, place.format, size,
-        precision, compile_, Form(), conditions_sha256=sha256_of(conditions.fixed), raw=raw,
-        own_code=code_hashes(request.sampler),
+        precision, compile_, Form(), conditions_sha256=sha256_of(conditions.fixed),
+        source_sha256=SourceStarts.sha256(model.info, request.source), raw=raw, own_code=code_hashes(request.sampler),
     )  # fmt: skip
     if before is None:
         place.store.check_writable()

@@ -27,6 +27,7 @@ from scoreray.sampling.offline.ensembles import NUMBERS
 from scoreray.sampling.offline.generate import Draw, SampleConditions, class_labels, prepare
 from scoreray.sampling.offline.place import shard_name, taken_over
 from scoreray.sampling.offline.record import SampleJob
+from scoreray.sampling.offline.starts import SourceStarts
 from scoreray.sampling.samplers.noise import Acceptance
 from scoreray.trainer.diffusion.condition import LABEL, Condition
 
@@ -118,6 +119,8 @@ class SamplePlan:
         if self._prepared is None:
             if sha256_of(self.conditions.fixed) != self.job.conditions_sha256:
                 raise DataError("--condition: a file holds other values than when this job began; give another --out")
+            if SourceStarts.sha256(self.model.info, self.job.request.source) != self.job.source_sha256:
+                raise DataError("--source: the data set was changed since this job began; give another --out")
             self._prepared = prepare(in_form(self.model, self.job.form), self.job.request)
         return self._prepared
 

@@ -27,7 +27,8 @@ class SampleJob:
 
     asked: the URL that was given; a run's stands for its newest checkpoint, and `checkpoint` is which that was.
     weights: their SHA-256. conditions_sha256: of the values of the request's conditions, which may be in files; ""
-    without any. raw: latents are not decoded. own_code: the hash of a sampler of somebody else's. request: with
+    without any. source_sha256: of the manifest of the data set that samples begin at, "" where they begin from noise.
+    raw: latents are not decoded. own_code: the hash of a sampler of somebody else's. request: with
     sampler, steps and grid filled in; its batch_size decides nothing.
     """
 
@@ -43,6 +44,7 @@ class SampleJob:
     form: Form
     version: int = VERSION
     conditions_sha256: str = ""
+    source_sha256: str = ""
     raw: bool = False
     own_code: dict[str, str] = field(default_factory=dict)
 
@@ -128,7 +130,8 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"), (request, "size"),
                         (request, "source"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
-                        (fields, "conditions_sha256"), (fields, "raw"), (fields, "own_code")):  # fmt: skip
+                        (fields, "conditions_sha256"), (fields, "source_sha256"), (fields, "raw"),
+                        (fields, "own_code")):  # fmt: skip
         if not where[name]:
             del where[name]
     return json.loads(json.dumps(fields))

@@ -51,6 +51,12 @@ class SourceStarts:
             )
         return SourceStarts(reader, fields.target, own.objective.source.gamma, url is not None)  # type: ignore[union-attr]
 
+    @staticmethod
+    def sha256(info: ModelInfo, url: str | None) -> str:
+        """Of the manifest of the data set that samples begin at; "" where they begin from noise. Raises as `of`."""
+        starts = SourceStarts.of(info, url)
+        return "" if starts is None else starts.reader.sha256
+
     def at(self, seeds: Tensor, noise: Tensor, sigma: float) -> Tensor:
         """States [b, ...] at noise level `sigma` of samples with these seeds, on the device of `noise` [b, ...]."""
         given, total = seeds.cpu().numpy(), self.reader.manifest.num_samples

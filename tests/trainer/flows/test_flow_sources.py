@@ -3,6 +3,7 @@ position."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError
+from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.samples import SampleReader
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
+from scoreray.sampling.offline.job import begin
+from scoreray.sampling.offline.place import place_of
+from scoreray.sampling.offline.plan import SamplePlan
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.checkpoints.checkpoint import latest
@@ -147,6 +151,22 @@ def test_the_source_is_read_once_an_epoch_of_its_own_and_samples_begin_from_it(s
     assert not torch.allclose(shuffled, drawn)
     with pytest.raises(UserError, match="needs the score"):
         next(iter(generate(model, Request(4, sampler="edm_sde"))))
+
+
+def test_a_sample_job_does_not_go_on_from_a_source_that_was_changed(sets, tmp_path):
+    c = prepare_run(config(sets, "b-job", OBJECTIVES["from b"].replace("SETS", str(sets)), "duration.images=48")).config
+    train(c)
+    shutil.copytree(sets / "b", tmp_path / "source")
+    place, request = place_of(str(tmp_path / "out"), "webdataset"), Request(8, steps=2, source=str(tmp_path / "source"))
+    job, model, _ = begin(place, run_store(c).url(), None, request)
+    assert begin(place, run_store(c).url(), None, request)[0] == job
+    plan = SamplePlan(job, str(tmp_path / "out"), model)
+    shutil.rmtree(tmp_path / "source")
+    shutil.copytree(sets / "c", tmp_path / "source")
+    with pytest.raises(UserError, match="source_sha256 '"):
+        begin(place, run_store(c).url(), None, request)
+    with pytest.raises(DataError, match="--source: the data set was changed"):
+        plan.make(0, tmp_path)
 
 
 def test_another_data_set_shape_or_source_is_refused(sets, tmp_path):
