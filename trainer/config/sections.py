@@ -20,13 +20,7 @@ from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import (
-    AlignmentConfig,
-    AnyObjective,
-    AutoencodingObjective,
-    EDMObjective,
-    MaximumLikelihoodObjective,
-)
+from scoreray.trainer.diffusion.objective import AlignmentConfig, AnyObjective, AutoencodingObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
 from scoreray.trainer.networks.lora import LoRAConfig
@@ -347,11 +341,12 @@ class Config(Section):
         return found
 
     def _solver_mistakes(self) -> list[str]:
-        if not isinstance(self.objective, MaximumLikelihoodObjective) or self.engine.zero_stage != 3:
+        highest = getattr(self.objective, "max_zero_stage", 3)
+        if self.engine.zero_stage == "auto" or self.engine.zero_stage <= highest:
             return []
         return [
-            "engine.zero_stage: objective 'maximum_likelihood' calls the network all along a path, and stage 3 lets go "
-            "of its weights in between; choose 2 or less"
+            f"engine.zero_stage: objective '{self.objective.kind}' calls the network all along a path, and stage 3 "
+            f"lets go of its weights in between; choose {highest} or less"
         ]
 
     def _lora_mistakes(self) -> list[str]:

@@ -118,6 +118,8 @@ class BaseObjective:
     only_flow: ClassVar[bool] = False
     """D gives the velocity of a flow whose densities are not those of x0 + sigma z with z independent of x0, so that
     (D - x) / sigma^2 is not their score: samplers of the ODE are right, those that add noise are not."""
+    max_zero_stage: ClassVar[Literal[0, 1, 2, 3]] = 3
+    """The highest `engine.zero_stage` that it can be trained under."""
 
     def __post_init__(self) -> None:
         checks.fraction("objective", label_dropout=self.label_dropout)
@@ -283,6 +285,7 @@ class MaximumLikelihoodObjective(BaseObjective):
 
     needs_jacobian = True
     has_noise_levels = False
+    max_zero_stage = 2  # the network is called all along a path, and stage 3 frees its weights in between
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,14 +27,15 @@ def build_engine(
     global_batch_size: int,
     world_size: int,
     device: torch.device,
+    max_stage: Stage = 3,
     note: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """The engine that `config` asks for; every rank calls it, and `module` has fp32 parameters, equal on all ranks.
 
-    note: gets a line about the stage that zero_stage "auto" stands for.
+    max_stage: the highest that "auto" may take.  note: gets a line about the stage that zero_stage "auto" stands for.
     """
     if config.zero_stage == "auto":
-        stage, why = _cheapest_stage(module, config, len(ema.names), world_size, device)
+        stage, why = _cheapest_stage(module, config, len(ema.names), world_size, device, max_stage)
         note(f"ZeRO-{stage}: {why}")
         config = replace(config, zero_stage=stage)
     engine = FlatEngine if config.zero_stage == 0 else DeepSpeedEngine
@@ -43,7 +44,12 @@ def build_engine(
 
 
 def _cheapest_stage(
-    module: torch.nn.Module, config: EngineConfig, num_averages: int, world_size: int, device: torch.device
+    module: torch.nn.Module,
+    config: EngineConfig,
+    num_averages: int,
+    world_size: int,
+    device: torch.device,
+    max_stage: Stage,
 ) -> tuple[Stage, str]:
     """(the stage that fits the rank with the least memory, so equal on all ranks; why)."""
     # Machines may differ, and ranks of different stages would wait for each other's collectives forever.
@@ -58,4 +64,5 @@ def _cheapest_stage(
         num_averages=num_averages,
         offload=config.offload != "none",
         num_frozen=sum(p.numel() for p in module.parameters() if not p.requires_grad),
+        max_stage=max_stage,
     )

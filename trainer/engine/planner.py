@@ -74,18 +74,20 @@ def choose_stage(
     num_averages: int = 1,
     offload: bool = False,
     num_frozen: int = 0,
+    max_stage: Stage = 3,
 ) -> tuple[Stage, str]:
-    """The first of `STAGES` whose state fits `STATE_SHARE` of a rank's memory (the last if none does), and why."""
+    """The first of `STAGES` up to `max_stage` whose state fits `STATE_SHARE` of a rank's memory (`max_stage` if none
+    does), and why."""
     budget = memory_bytes * STATE_SHARE
     settings: dict[str, Any] = {
         "half": half, "num_averages": num_averages, "offload": offload, "num_frozen": num_frozen,
     }  # fmt: skip
     needs = {
         stage: bytes_per_rank(num_params, stage, world_size, **settings)
-        for stage in (STAGES[1:] if offload else STAGES)
+        for stage in STAGES[1 if offload else 0 : max_stage + 1]
     }
     fitting = [stage for stage, need in needs.items() if need <= budget]
-    stage: Stage = fitting[0] if fitting else 3
+    stage: Stage = fitting[0] if fitting else max_stage
     fits = "fits" if fitting else "is more than"
     why = f"{_size(needs[stage])} of state a rank {fits} {STATE_SHARE:.0%} of its {_size(memory_bytes)}"
     if (below := stage - 1) in needs:

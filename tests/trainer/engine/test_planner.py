@@ -14,6 +14,7 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec, class_condition
 from scoreray.trainer.diffusion.condition_shapes import example_condition
+from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective
 from scoreray.trainer.engine.planner import (
     STATE_SHARE,
     Advice,
@@ -62,6 +63,12 @@ def test_the_cheapest_stage_that_fits_is_chosen_and_the_reason_given(num_params:
 def test_what_fits_nowhere_is_sharded_most_and_said_so() -> None:
     chosen, why = choose_stage(10**12, 8, 80 * GIB, half=True)
     assert chosen == 3
+    assert "is more than" in why
+
+
+def test_no_stage_above_the_highest_of_an_objective_is_chosen() -> None:
+    chosen, why = choose_stage(20 * 10**9, 16, 80 * GIB, half=True, max_stage=MaximumLikelihoodObjective.max_zero_stage)
+    assert chosen == 2
     assert "is more than" in why
 
 
