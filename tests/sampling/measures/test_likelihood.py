@@ -53,7 +53,7 @@ def test_the_change_of_variables_leaves_a_gaussians_density_exact_to_a_millionth
     assert (found.nats - mistaken + right - exact).abs().max() < 1e-6
 
 
-def test_gaussian_data_of_the_models_scale_take_two_steps_and_mixtures_half_of_what_ln_sigma_takes(mixture):
+def test_gaussian_data_of_the_models_scale_take_two_steps_and_mixtures_two_thirds_of_what_ln_sigma_takes(mixture):
     """At rtol 1e-5 steps in ln sigma took 127 calls for an error of 8e-5, and for the mixture 205 for 3e-4."""
 
     class Scaled:
@@ -68,7 +68,7 @@ def test_gaussian_data_of_the_models_scale_take_two_steps_and_mixtures_half_of_w
     assert (found.nats - gaussian_nats(x, 0.0, math.hypot(0.5, 0.002))).abs().max() < 1e-9
     x = mixture.draw(20, 0)
     found = log_likelihood(mixture, x, trace="exact", data_mean=mixture.mean, data_std=1.1, sigma_max=2000.0)
-    assert found.nfe <= 115
+    assert found.nfe <= 130
     assert (found.nats - mixture_nats(mixture, x)).abs().max() < 5e-5
 
 

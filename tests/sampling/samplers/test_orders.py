@@ -79,9 +79,10 @@ def test_rk45_takes_two_steps_for_gaussian_data_and_fewer_than_in_ln_sigma_for_a
     assert calls == 14  # the first slope, two steps, the end
     torch.testing.assert_close(samples, 0.25 / (0.25 + 0.002**2) * gaussian.ode_end(x, 80.0, 0.002), rtol=1e-12, atol=0)
     exact = sample(mixture, x, grid, sampler="rk45", rtol=1e-12, atol=1e-12)
-    samples, calls = drive(start("rk45", x, grid, sigma_data=1.1), mixture)
-    assert calls <= 100
-    assert (samples - exact).square().mean().sqrt() < 4e-6
+    for tolerance, most in ((1e-4, 85), (1e-5, 120)):
+        samples, calls = drive(start("rk45", x, grid, sigma_data=1.1, rtol=tolerance, atol=tolerance), mixture)
+        assert calls <= most
+        assert (samples - exact).square().mean().sqrt() < tolerance / 4
 
 
 def test_rk45_spends_calls_by_tolerance_and_finishes_rows_at_their_own_pace(mixture):
