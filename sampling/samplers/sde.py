@@ -83,7 +83,7 @@ def _euler_maruyama(sigmas: Levels, process: GaussianProcess | None) -> tuple[li
     if levels[0] > high * (1 + 1e-9) or levels[-1] < low * (1 - 1e-9):
         raise UserError(
             f"a grid from {levels[0]:g} to {levels[-1]:g} leaves the noise levels of {process}, {low:g} to {high:g}: "
-            "make it with from_process"
+            "take a process that has the grid's levels, or in Python a grid by from_process"
         )
     times = process.time(levels)
     alpha = process.alpha(times)

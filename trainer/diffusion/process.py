@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -271,6 +271,8 @@ def process_of(value: Any) -> GaussianProcess:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != kind)
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "unexpected_keyword_argument" and kind in PROCESSES:
+            message = f"unknown key; {nearest(where, [one.name for one in fields(PROCESSES[kind])])}"
         raise UserError(f"process.{where}: {message}" if where else message) from None
 
 

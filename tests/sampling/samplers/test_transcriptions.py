@@ -107,6 +107,10 @@ def test_reverse_sde_refuses_levels_that_its_process_does_not_have(mixture):
         sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process=VE())
     with pytest.raises(UserError, match=r"process = 'vq': accepted: cosine.* as \{kind: vp, beta_max: 10\}"):
         sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process="vq")
+    with pytest.raises(UserError, match=r"process\.beta_mx: unknown key; did you mean 'beta_max'"):
+        sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process={"kind": "vp", "beta_mx": 30})
+    with pytest.raises(UserError, match="take a process that has the grid's levels"):
+        sample(mixture, begin(80.0), karras(10), sampler="reverse_sde", process={"kind": "vp", "beta_max": 10})
 
 
 def test_a_process_is_given_by_its_kind_or_its_section_too(mixture):
