@@ -95,10 +95,15 @@ def listed(found: Iterable[str]) -> str:
     return ", ".join(one[: 2 * SHOWN] for one in items[:MOST_LISTED]) + more
 
 
+def did_you_mean(name: str, accepted: Iterable[str]) -> str:
+    """A question that names the accepted one that is closest to `name`, and ends in a space; '' where none is close."""
+    close = difflib.get_close_matches(name, sorted(accepted)[:MOST_COMPARED], n=1)
+    return f"did you mean '{close[0]}'? " if close else ""
+
+
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: the closest accepted one, and all of them if not many."""
     names = sorted(accepted)
-    close = difflib.get_close_matches(name, names[:MOST_COMPARED], n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    hint = did_you_mean(name, names)
     more = f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else ""
     return f"{hint}accepted: {', '.join(names[:MOST_NAMES])}{more}"

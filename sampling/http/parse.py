@@ -112,7 +112,7 @@ def _variant(one: dict[str, Any]) -> str:
     if "maxProperties" in one:
         values = one["additionalProperties"]
         each = values.get("description") or (_variant(values) if "type" in values else None)
-        words = f"each {each}" if each else "numbers, strings, true, false or null"
+        words = f"each {each}" if each else "numbers, strings, true, false, null or a process as an object"
         return f"an object of at most {one['maxProperties']} values: {words}"
     name = TYPES.get(one.get("type", ""), "a value")
     if "maxLength" in one:

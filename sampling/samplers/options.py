@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.errors import UserError, did_you_mean, nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.data.yaml_text import parse_value
 from scoreray.trainer.diffusion.process import PROCESSES, GaussianProcess, process_of
@@ -97,8 +97,8 @@ class Option:
             float: inside,
         }.get(self.kind, isinstance(value, self.kind))
         if not fits:
-            hint = f" ({nearest(value, self.choices)})" if self.choices and isinstance(value, str) else ""
-            raise UserError(f"{self.name} = {shortened(repr(value))}: must be {self.accepted}{hint}")
+            hint = did_you_mean(value, self.choices) if self.choices and isinstance(value, str) else ""
+            raise UserError(f"{self.name} = {shortened(repr(value))}: {hint}must be {self.accepted}")
         return self.kind(value) if self.kind in (bool, str, int, float) else value
 
 
