@@ -24,7 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from scoreray.cluster.cli.main import app
-from scoreray.cluster.verbs.pack import _check_nodes, map_on_ray, pack_with_bar
+from scoreray.cluster.verbs.pack import check_nodes, map_on_ray, pack_with_bar
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import SourcePlan, pack
 from scoreray.data.packing.shards import encode
@@ -139,14 +139,14 @@ def test_a_machine_that_does_not_see_the_source_is_named(
     monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")
     plan = SourcePlan(str(tmp_path / "set"), "x", open_source(pictures, SourceOptions(32)), 10, "png", 0)
     open_store(tmp_path / "set").put("packing/plan", plan.sha256.encode())
-    _check_nodes(plan)
+    check_nodes(plan, "--workers 1 packs here")
     elsewhere = replace(plan, source=replace(plan.source, path="/a/disk/of/another/machine"))
     with pytest.raises(
         UserError, match=r"Ray's machine [\d.]+ \(RAY_ADDRESS=ray-head:6379\): /a/disk.*no such file; put"
     ):
-        _check_nodes(elsewhere)
+        check_nodes(elsewhere, "--workers 1 packs here")
     with pytest.raises(UserError, match="is not the place that the packing began at; put the source"):
-        _check_nodes(replace(plan, url=str(tmp_path / "not shared")))
+        check_nodes(replace(plan, url=str(tmp_path / "not shared")), "--workers 1 packs here")
 
 
 # As `data pack`, which after four shards more than there were waits for its end.
