@@ -149,7 +149,7 @@ def _upwards(
     state: Tensor, sigma_min: float, sigma_max: float, scale: float, steps: int | None, rtol: float, atol: float
 ) -> Steps:
     if steps is None:
-        return integrate(state, sigma_min, sigma_max, scale, rtol, atol, 10_000)
+        return integrate(state, sigma_min, sigma_max, scale, rtol, atol, 10_000, power=1)
     return dpm2(state, karras(steps + 1, sigma_min, sigma_max).tolist()[-2::-1], TorchNoise())
 
 

@@ -376,10 +376,10 @@ class ContrastiveObjective(EnergyObjective):
 class NoiseContrastiveObjective(EnergyObjective):
     """Noise-contrastive estimation of an energy and of its log-normaliser (Gutmann & Hyvarinen 2010).
 
-    Each sample is told from `num_noise` values of noise. Of an energy parameterization: at each noise level, from
-    N(0, width^2 (sigma^2 + sigma_data^2) I), width 1 being the Gaussian of the noised data's own variance; of the
+    Each sample is classified against `num_noise` values of noise. Of an energy parameterization: at each noise level,
+    from N(0, width^2 (sigma^2 + sigma_data^2) I), width 1 being the Gaussian of the noised data's own variance; of the
     machines of `network.kind` rbm and gaussian_rbm: from independent units of the data's mean and variance.
-    Data that are easily told from this noise (many dimensions) teach little.
+    Data that this noise hardly resembles (many dimensions) teach little.
     """
 
     weighting: AnyWeighting = field(default=Constant())

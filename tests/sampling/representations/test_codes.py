@@ -227,7 +227,7 @@ def test_codes_that_are_a_field_are_measured_by_the_same_scores(points):
     ("text", "message"),
     [
         ("step=8", "encoder 'scoreray' has no option 'step': did you mean 'steps'|has no option 'step'"),
-        ("sampler=ddpm", "sampler = 'ddpm': must be one of euler, heun, dpm2, rk45"),
+        ("sampler=ddpm", r"sampler = 'ddpm': did you mean 'dpm2'\? must be one of euler, heun, dpm2, rk45"),
         ("steps=0", r"steps = 0: must be an integer in \[2, 10000\]"),
         ("steps", "write NAME=VALUE"),
     ],

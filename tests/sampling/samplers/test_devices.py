@@ -18,7 +18,7 @@ from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree
 from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import average_pool, gray, mask, matrix
 from scoreray.sampling.measures.ais import GaussianRBMPath, RBMPath
-from scoreray.sampling.measures.kde import _squares
+from scoreray.sampling.measures.kde import _distances
 from scoreray.sampling.measures.likelihood import _Augmented, _probes
 from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.sampling.samplers.noise import SampleNoise
@@ -210,4 +210,4 @@ def test_machines_chains_and_their_annealing_stay_on_the_device() -> None:
 
 def test_distances_of_a_kernel_density_estimate_stay_on_the_device() -> None:
     x, *_ = inputs()
-    assert _squares(x.flatten(1), x.flatten(1)).device.type == "meta"
+    assert _distances(x.flatten(1), x.flatten(1)).device.type == "meta"

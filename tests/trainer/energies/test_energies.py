@@ -111,7 +111,7 @@ def quadratic(sigma_data: float) -> Denoiser:
 
 
 @pytest.mark.parametrize("width", [1.0, 1.5])
-def test_noise_contrast_of_the_true_energy_has_no_gradient_and_what_cannot_be_told_costs_ln_4(width):
+def test_noise_contrast_of_the_true_energy_has_no_gradient_and_what_is_alike_costs_ln_4(width):
     objective = NoiseContrastiveObjective(Constant(), LogUniform(0.3, 1.0), width=width)
     step = TrainingModule(quadratic(0.7), objective, EDM(), seed=0, global_batch_size=5000).double()
     data = 0.7 * normal(9, torch.arange(5000), (3,), dtype=F64)
