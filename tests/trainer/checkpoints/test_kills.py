@@ -169,6 +169,7 @@ def test_a_run_whose_number_of_workers_changes_sees_each_sample_once(
         assert other == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow  # 27 s; one kill of such a run is in tests/trainer/on_ray/test_unpacked.py
 def test_tars_without_a_manifest_in_s3_are_gone_through_by_the_tar_over_kills_and_world_sizes(
     data_url: str, s3_url: str, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ LIMIT = {"contrastive, persistent": 0.3, "recovery_likelihood": 0.25}  # of chai
 
 SLOW = {
     "sliced_vr": pytest.mark.slow,  # 20 s for what "sliced" and "implicit" nearly are
+    "contrastive, persistent": pytest.mark.slow,  # 10 s for what "contrastive" is, and RBMs with such chains
     "noise_contrastive": pytest.mark.slow,  # whose closed forms are in tests/trainer/energies
     "recovery_likelihood": pytest.mark.slow,
 }
