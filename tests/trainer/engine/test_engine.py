@@ -16,6 +16,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 
+pytestmark = pytest.mark.timeout(700)  # on a machine that is busy with other tests, processes take minutes to start
 RANKS = Path(__file__).with_name("engine_ranks.py")
 KEYS = ("master", "exp_avg", "exp_avg_sq", "ema_0.050", "ema_0.100", "ema_half-life")
 
@@ -42,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for rank in range(world)
         ]
         try:
-            outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+            outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
         finally:
             for rank in ranks:  # a rank that hangs would slow the tests after this
                 rank.kill()
