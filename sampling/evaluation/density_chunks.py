@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.data.fields.normalisation import to_unit_range
 from scoreray.data.own_code import instance
 from scoreray.sampling.evaluation.loaded import loaded_denoiser, once
 from scoreray.sampling.evaluation.sample_chunks import drawn
 from scoreray.sampling.measures.calibration import residual_products
 from scoreray.sampling.measures.held_out import (
+    Denoise,
     HeldOut,
+    HeldOutLikelihood,
     divergences,
     held_out_bound,
     held_out_likelihood,
@@ -30,6 +31,7 @@ from scoreray.sampling.metrics.registry import all_options
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition
 from scoreray.trainer.diffusion.denoiser import like
 from scoreray.trainer.diffusion.targets import Mixture
+from scoreray.trainer.step import to_model_range
 
 OWN_NUMBERS = 1 << 40  # and from here on those that key a model's own samples, beside the reference's
 
@@ -115,21 +117,23 @@ def own_likelihood_chunk(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> O
     inputs = plan.inputs
     images = drawn(inputs, chunk.first, chunk.last, rows.condition, torch.arange(chunk.size))
     target = inputs.info.target
-    x0 = to_unit_range(images)
-    if target is not None and target.normaliser is not None:
-        x0 = target.normaliser.apply(images).float()
+    x0 = to_model_range(images, None if target is None else target.normaliser)
     own = replace(rows, images=images, x0=x0, numbers=torch.arange(chunk.first, chunk.last) + OWN_NUMBERS)
     (nats, background), (own_nats, own_background) = (_likelihoods(inputs, one) for one in (rows, own))
     return OwnLikelihoodChunk(nats, background, own_nats, own_background)
 
 
+def likelihood_of(inputs: EvaluationInputs, denoiser: Denoise, held: HeldOut) -> HeldOutLikelihood:
+    """Of all samples in one batch."""
+    return held_out_likelihood(
+        denoiser, held, sigma_range=inputs.info.sigma_range, rtol=inputs.settings.rtol,
+        batch_size=len(held.images), device=inputs.settings.device,
+    )  # fmt: skip
+
+
 def _likelihoods(inputs: EvaluationInputs, held: HeldOut) -> tuple[Any, Any]:
     """ln p of the model [n], and of the background: N(data's mean, sigma_data^2 I)."""
-    denoiser, settings = loaded_denoiser(inputs), inputs.settings
-    found = held_out_likelihood(
-        denoiser, held, sigma_range=inputs.info.sigma_range, rtol=settings.rtol, batch_size=len(held.images),
-        device=settings.device,
-    )  # fmt: skip
+    found = likelihood_of(inputs, loaded_denoiser(inputs), held)
     variance = inputs.info.config.denoiser.resolved_sigma_data**2
     offset = (held.x0 - held.mean).double().flatten(1)
     background = -(offset.square().sum(1) / variance + offset.shape[1] * math.log(2 * math.pi * variance)) / 2

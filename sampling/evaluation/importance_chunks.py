@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.loaded import loaded_model
-from scoreray.sampling.measures.ais import GaussianRBMPath, RBMPath, ais
+from scoreray.sampling.measures.ais import ais, machine_path
 from scoreray.sampling.measures.held_out import HeldOut
 from scoreray.sampling.measures.importance import (
     autoencoder_log_weights,
@@ -56,8 +56,7 @@ def log_partition(machine: RBM | GaussianBernoulliRBM, chains: int) -> tuple[flo
     if min(layers) <= MAX_ENUMERATED:
         with torch.no_grad():
             return float(machine.log_partition()), 0.0
-    path = RBMPath(machine) if isinstance(machine, RBM) else GaussianRBMPath(machine)
-    found = ais(path, torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64), range(chains))
+    found = ais(machine_path(machine), torch.linspace(0, 1, NUM_BETAS + 1, dtype=torch.float64), range(chains))
     return found.log_z, found.std_error
 
 

@@ -21,6 +21,7 @@ from scoreray.data.fields.normalisation import to_uint8, to_unit_range
 from scoreray.sampling.evaluation.density_chunks import (
     bound_chunk,
     fisher_chunk,
+    likelihood_of,
     own_likelihood_chunk,
     residual_chunk,
 )
@@ -45,7 +46,6 @@ from scoreray.sampling.measures.held_out import (
     LOSS_STREAM,
     HeldOut,
     denoising_errors,
-    held_out_likelihood,
     read_held_out,
     trace_of,
 )
@@ -126,15 +126,7 @@ def _own_rows(inputs: EvaluationInputs, chunk: Chunk) -> np.ndarray:
 
 
 def _likelihood(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> LikelihoodChunk:
-    inputs = plan.inputs
-    found = held_out_likelihood(
-        loaded_denoiser(inputs),
-        rows,
-        sigma_range=inputs.info.sigma_range,
-        rtol=inputs.settings.rtol,
-        batch_size=chunk.size,
-        device=inputs.settings.device,
-    )
+    found = likelihood_of(plan.inputs, loaded_denoiser(plan.inputs), rows)
     return LikelihoodChunk(found.nats.numpy(), found.bpd.numpy(), np.array(found.nfe))
 
 
@@ -189,7 +181,7 @@ def _ais(plan: EvaluationPlan, chunk: Chunk, rows: HeldOut) -> AnnealingChunk:
     if isinstance(model, LoadedMachine):
         machine = model.machine
         assert isinstance(machine, RBM | GaussianBernoulliRBM)
-        path: ais.Path = ais.RBMPath(machine) if isinstance(machine, RBM) else ais.GaussianRBMPath(machine)
+        path: ais.Path = ais.machine_path(machine)
         energies = machine.free_energy(machine.visible(x, SAMPLING_SEED, rows.numbers))
     else:
         assert isinstance(model, LoadedDenoiser)  # the plan has refused autoencoders
@@ -251,6 +243,17 @@ def _at_levels(inputs: EvaluationInputs) -> dict[str, Any]:
     }
 
 
+def _stage_of_levels(compute: Callable[[EvaluationPlan, Chunk, HeldOut], ChunkArrays]) -> Stage:
+    """A stage of errors at the fixed noise levels."""
+    return Stage(
+        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
+        chunk_size=lambda inputs: CHUNK,
+        protocol=_at_levels,
+        compute=compute,
+        numbers=_own_rows,
+    )
+
+
 STAGES: dict[str, Stage] = {
     "reference": Stage(
         count=lambda inputs: inputs.num_reference,
@@ -306,27 +309,9 @@ STAGES: dict[str, Stage] = {
         compute=bound_chunk,
         numbers=_own_rows,
     ),
-    "loss": Stage(
-        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
-        chunk_size=lambda inputs: CHUNK,
-        protocol=_at_levels,
-        compute=_loss,
-        numbers=_own_rows,
-    ),
-    "fisher": Stage(
-        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
-        chunk_size=lambda inputs: CHUNK,
-        protocol=_at_levels,
-        compute=fisher_chunk,
-        numbers=_own_rows,
-    ),
-    "residuals": Stage(
-        count=lambda inputs: inputs.at_most(inputs.settings.loss_count),
-        chunk_size=lambda inputs: CHUNK,
-        protocol=_at_levels,
-        compute=residual_chunk,
-        numbers=_own_rows,
-    ),
+    "loss": _stage_of_levels(_loss),
+    "fisher": _stage_of_levels(fisher_chunk),
+    "residuals": _stage_of_levels(residual_chunk),
     "own_likelihood": Stage(
         count=lambda inputs: inputs.at_most(inputs.settings.likelihood_count),
         chunk_size=lambda inputs: LIKELIHOOD_CHUNK,

@@ -185,6 +185,11 @@ class GaussianRBMPath:
         return mean + self.rbm.log_std.exp() * z
 
 
+def machine_path(machine: RBM | GaussianBernoulliRBM) -> RBMPath | GaussianRBMPath:
+    """The path to a machine."""
+    return RBMPath(machine) if isinstance(machine, RBM) else GaussianRBMPath(machine)
+
+
 def _bernoulli(logits: Tensor, seeds: Tensor, stream: int) -> Tensor:
     shape, device = tuple(logits.shape[1:]), logits.device
     u = counter.uniform(SAMPLING_SEED, seeds, shape, stream=stream, dtype=logits.dtype, device=device)

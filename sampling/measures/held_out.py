@@ -37,6 +37,8 @@ LOSS_STREAM = 1 << 22  # noise of the denoising error, far from a sampler's draw
 LIKELIHOOD_BATCH = 16  # samples that share an adaptive solver's calls; its gradients hold as many activations
 
 Denoise = Callable[..., Tensor]
+Truth = Callable[[Tensor, Tensor, Tensor, Condition | None], Tensor]
+"""(clean samples, noisy ones, their levels, what they are given) -> what a denoiser should give."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,7 @@ def denoising_errors(
     Its expectation at a level is E |D - D*|^2, D* the ideal denoiser, plus a constant of the data: so its order of
     models is that of their score error, sigma^2 |score error| (Vincent 2011).
     """
-    errors = []
-    for clean, z, given in noisy_batches(denoiser, held, batch_size, device):
-        levels = []
-        for sigma in sigmas:
-            denoised = denoiser(clean + sigma * z, torch.full((len(clean),), sigma, device=device), given)
-            levels.append((denoised - clean).double().flatten(1).square().mean(1))
-        errors.append(torch.stack(levels, 1).cpu())
-    return torch.cat(errors)
+    return _errors(denoiser, lambda clean, noisy, level, given: clean, held, sigmas, batch_size, device)
 
 
 def noisy_batches(
@@ -146,12 +141,21 @@ def divergences(
 ) -> Tensor:  # fmt: skip
     """|D - D*|^2 per dimension at noisy samples, D* a `known` denoiser, float64 [n, levels]: sigma^4 / d times the
     square of the difference of their scores (explicit score matching, Vincent 2011)."""
+    true: Truth = lambda clean, noisy, level, given: known(noisy, level, *(() if given is None else (given,)))  # noqa: E731
+    return _errors(denoiser, true, held, sigmas, batch_size, device)
+
+
+def _errors(
+    denoiser: Denoise, truth: Truth, held: HeldOut, sigmas: Sequence[float], batch_size: int,
+    device: torch.device | str,
+) -> Tensor:  # fmt: skip
+    """|D - truth|^2 per dimension at noisy samples, float64 [n, levels]."""
     errors = []
     for clean, z, given in noisy_batches(denoiser, held, batch_size, device):
-        arguments, levels = () if given is None else (given,), []
+        levels = []
         for sigma in sigmas:
             noisy, level = clean + sigma * z, torch.full((len(clean),), sigma, device=device)
-            apart = denoiser(noisy, level, given) - known(noisy, level, *arguments)
+            apart = denoiser(noisy, level, given) - truth(clean, noisy, level, given)
             levels.append(apart.double().flatten(1).square().mean(1))
         errors.append(torch.stack(levels, 1).cpu())
     return torch.cat(errors)

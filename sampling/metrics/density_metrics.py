@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -12,9 +12,9 @@ from scoreray.data.errors import UserError
 from scoreray.sampling.measures.calibration import FUNCTIONS, calibration
 from scoreray.sampling.measures.diffusion_bound import Times
 from scoreray.sampling.measures.distances import mean_of
-from scoreray.sampling.measures.held_out import edm_weighted
 from scoreray.sampling.measures.likelihood import Statistic, out_of_distribution
 from scoreray.sampling.metrics.chunks import BoundChunk, LossChunk, OwnLikelihoodChunk, ResidualChunk
+from scoreray.sampling.metrics.held_out_metrics import by_level
 from scoreray.sampling.metrics.record import MetricResult, MetricValue
 from scoreray.sampling.metrics.stored import StoredChunks, joined
 from scoreray.sampling.samplers.options import Range
@@ -46,7 +46,7 @@ def fisher(
     """E |D - D*|^2 weighted as `loss` is, so that it is the part of `loss` that is the model's error; by noise level
     also the Fisher divergence E |score - score*|^2 of all dimensions."""
     errors = joined(chunk.errors for chunk in stored.each("fisher", LossChunk))
-    return _by_level(stored, errors, {})
+    return by_level(stored, errors, _divergence(stored, errors))
 
 
 def avoidable(stored: StoredChunks) -> MetricResult:
@@ -66,21 +66,14 @@ def avoidable(stored: StoredChunks) -> MetricResult:
         f"{scores[name][worst]:.3g}, p = {found[worst].p_value:.2g} of all functions), so the score is not "
         "that of these data"
     )
-    result = _by_level(stored, torch.stack([level.removed for level in found], 1), beside)
-    doubtful = found[worst].p_value * len(found) < DOUBT
-    return MetricResult(result.estimate, result.beside, (warning,) if doubtful else (), result.drawn)
+    removed, doubtful = torch.stack([level.removed for level in found], 1), found[worst].p_value * len(found) < DOUBT
+    return by_level(stored, removed, _divergence(stored, removed) | beside, (warning,) if doubtful else ())
 
 
-def _by_level(stored: StoredChunks, errors: Tensor, more: Mapping[str, object]) -> MetricResult:
-    """Of squared errors per dimension [n, levels]: the weighted mean, its curve, and divergences of scores."""
-    info, sigmas = stored.inputs.info, stored.inputs.sigmas
-    weighted = edm_weighted(errors, sigmas, info.config.denoiser.resolved_sigma_data)
-    curve = [mean_of(column) for column in weighted.T]
-    means, std_errors = [point.value for point in curve], [point.std_error for point in curve]
-    dims = torch.Size(info.image_shape).numel()
-    divergence = [dims * float(error) / sigma**4 for error, sigma in zip(errors.mean(0), sigmas, strict=True)]
-    beside = {"sigmas": sigmas, "weighted": means, "std_errors": std_errors, "divergence": divergence, **more}
-    return MetricResult(mean_of(weighted.mean(1)), beside, drawn=(sigmas, means, std_errors))
+def _divergence(stored: StoredChunks, errors: Tensor) -> dict[str, object]:
+    """Divergences of scores, of all dimensions, by noise level: of squared errors per dimension [n, levels]."""
+    dims, sigmas = math.prod(stored.inputs.info.image_shape), stored.inputs.sigmas
+    return {"divergence": [dims * float(error) / sigma**4 for error, sigma in zip(errors.mean(0), sigmas, strict=True)]}
 
 
 def ood(

@@ -8,7 +8,7 @@ Those of ensembles are means over channels, in the data's own units; beside the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -47,12 +47,19 @@ def likelihood(name: str) -> Callable[[StoredChunks], MetricResult]:
 def loss(stored: StoredChunks) -> MetricResult:
     """EDM-weighted error at the fixed levels, and its curve over them; at the optimum it is 1 or below."""
     errors = joined(chunk.errors for chunk in stored.each("loss", LossChunk))
+    return by_level(stored, errors, {"errors": errors.mean(0).tolist()})
+
+
+def by_level(
+    stored: StoredChunks, errors: Tensor, more: Mapping[str, object], warnings: tuple[str, ...] = ()
+) -> MetricResult:
+    """Of squared errors per dimension [n, levels]: the EDM-weighted mean, and its curve; beside it also `more`."""
     sigmas = stored.inputs.sigmas
     weighted = edm_weighted(errors, sigmas, stored.inputs.info.config.denoiser.resolved_sigma_data)
     curve = [mean_of(column) for column in weighted.T]
     means, std_errors = [point.value for point in curve], [point.std_error for point in curve]
-    beside = {"sigmas": sigmas, "errors": errors.mean(0).tolist(), "weighted": means, "std_errors": std_errors}
-    return MetricResult(mean_of(weighted.mean(1)), beside, drawn=(sigmas, means, std_errors))
+    beside = {"sigmas": sigmas, "weighted": means, "std_errors": std_errors, **more}
+    return MetricResult(mean_of(weighted.mean(1)), beside, warnings, drawn=(sigmas, means, std_errors))
 
 
 def restoration(name: str) -> Callable[[StoredChunks], MetricResult]:

@@ -11,8 +11,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from scoreray.data.errors import UserError
-
 SIZE = {"cpu": 1024, "cuda": 8192}  # side of the square matrices: large enough that memory does not limit the rate
 
 
@@ -42,7 +40,7 @@ def training_flops(network: nn.Module, image_shape: Sequence[int]) -> int:
     autoencoder)."""
     try:
         return flops(network, image_shape, backward=True)
-    except (TypeError, AttributeError, RuntimeError, NotImplementedError, UserError):
+    except (TypeError, AttributeError, RuntimeError, NotImplementedError):
         return 0
 
 
