@@ -21,7 +21,7 @@ from scoreray.cluster.wheel import LEFT_OUT, build_wheel
 from scoreray.data.extras import EXTRAS, install
 from scoreray.data.presets import preset
 from scoreray.trainer.config import load_config
-from scoreray.trainer.diffusion.objective import EDMObjective
+from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -29,8 +29,9 @@ FOLDERS = ("data", "trainer", "sampling", "tune", "cluster")
 ROOMS = (
     "data", "data.own_code", "data.storage", "data.fields", "data.reading", "data.buckets", "data.sources",
     "data.tables", "data.packing", "data.unpacked", "data.webdataset",
-    "trainer.flows", "trainer.energies", "trainer.diffusion", "trainer.networks", "trainer.monitoring",
-    "trainer.optim", "trainer.engine", "trainer.config", "trainer.checkpoints", "trainer.encoders", "trainer",
+    "trainer.flows", "trainer.energies", "trainer.diffusion", "trainer.objectives", "trainer.networks",
+    "trainer.monitoring", "trainer.optim", "trainer.engine", "trainer.config", "trainer.checkpoints",
+    "trainer.encoders", "trainer",
     "trainer.tracking", "trainer.on_ray",
     "sampling.samplers", "sampling.model", "sampling.imports", "sampling.guidance", "sampling.measures",
     "sampling.offline", "sampling.representations", "sampling.encoding",

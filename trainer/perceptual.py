@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scoreray.data.errors import UserError
 from scoreray.data.own_code import instance, is_own, line_of
 from scoreray.data.storage.store import NotFound, open_store
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 
 SUFFIXES = (".pt", ".ts")
 SMALLEST = 1e-10  # of a feature's length: below, it has no direction

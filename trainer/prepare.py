@@ -15,12 +15,12 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
-from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective
 from scoreray.trainer.dry_run import dry_run
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows import continuous_flow
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
+from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
 from scoreray.trainer.source_data import check_source, with_source

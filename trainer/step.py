@@ -23,15 +23,6 @@ from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition,
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
-from scoreray.trainer.diffusion.objective import (
-    AutoencodingObjective,
-    ContrastiveObjective,
-    FlowMatchingObjective,
-    NoiseContrastiveObjective,
-    NoisedBatch,
-    ObjectiveConfig,
-    needs_second_derivatives,
-)
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
 from scoreray.trainer.energies.nce import LogPartition, noise_contrastive_loss
@@ -42,6 +33,11 @@ from scoreray.trainer.networks.autoencoder import AutoencoderNetwork, check_auto
 from scoreray.trainer.networks.lora import add_adapters
 from scoreray.trainer.networks.network import build_network, freeze
 from scoreray.trainer.networks.rbm import BoltzmannMachine, GaussianRBMConfig, RBMConfig
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.base import NoisedBatch
+from scoreray.trainer.objectives.denoising import FlowMatchingObjective
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective, NoiseContrastiveObjective
+from scoreray.trainer.objectives.objective import ObjectiveConfig, needs_second_derivatives
 from scoreray.trainer.perceptual import perceptual_distance
 
 

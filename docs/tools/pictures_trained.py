@@ -13,12 +13,12 @@ from scoreray.sampling.samplers.sample import SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import geometric, karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.noise import normal
-from scoreray.trainer.diffusion.objective import EDMObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogUniform
 from scoreray.trainer.diffusion.targets import ring, sample_target
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
 from scoreray.trainer.networks.mlp import MLPConfig
+from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.step import TrainingModule
 
 BATCH = 512

@@ -26,7 +26,7 @@ from scoreray.sampling.model.prompts import prompted
 from scoreray.trainer.config import MAX_GUIDANCE
 from scoreray.trainer.config.condition_values import condition_of
 from scoreray.trainer.diffusion.condition import encoded
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 
 Method = Literal["projection", "jacobian"]
 

@@ -29,13 +29,13 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.diffusion.process import VE
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows.sources import DataSetSource
 from scoreray.trainer.networks.conditioning import resized
 from scoreray.trainer.networks.network import LadderNetworkConfig
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 

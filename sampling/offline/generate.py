@@ -29,9 +29,9 @@ from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sample import ODE_SAMPLERS, SAMPLERS, sample, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
-from scoreray.trainer.diffusion.objective import ContrastiveObjective
 from scoreray.trainer.diffusion.process import process_section
 from scoreray.trainer.networks.ladder import levels_needed
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective
 
 MAX_SHEET = 256
 LOSSY_QUALITY = 95  # of jpeg and webp, of 100

@@ -12,13 +12,13 @@ from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import EDMObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine import build_engine
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import TrainingModule
 

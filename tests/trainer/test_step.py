@@ -12,18 +12,14 @@ from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig, augment, augmentation_mistakes
 from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
-from scoreray.trainer.diffusion.objective import (
-    OBJECTIVES,
-    ContrastiveObjective,
-    DenoisingObjective,
-    EDMObjective,
-    EnergyObjective,
-    SlicedVRObjective,
-)
 from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal, UniformT
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, Adaptive, Learned, LikelihoodWeighting
 from scoreray.trainer.networks.rbm import GaussianRBMConfig, RBMConfig
+from scoreray.trainer.objectives.denoising import DenoisingObjective, EDMObjective
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective
+from scoreray.trainer.objectives.objective import OBJECTIVES
+from scoreray.trainer.objectives.score_matching import SlicedVRObjective
 from scoreray.trainer.step import MachineModule, TrainingModule, drawn_latents
 
 B = 12

@@ -14,9 +14,9 @@ import torch
 
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 
 # Assumptions, not measured. Pictures in [-1, 1] have a standard deviation of 0.25 (dark) to 1 (black and white).
 FACTOR = 2.05  # between the data's standard deviation and sigma_data, beyond which that is said

@@ -23,7 +23,7 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import AutoencoderSection, ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
-from scoreray.trainer.diffusion.objective import AlignmentConfig
+from scoreray.trainer.objectives.base import AlignmentConfig
 
 KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
     "image": ("concat",),

@@ -20,12 +20,15 @@ from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import AlignmentConfig, AnyObjective, AutoencodingObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM, AnyProcess
 from scoreray.trainer.engine import EngineConfig
 from scoreray.trainer.networks.lora import LoRAConfig
 from scoreray.trainer.networks.network import AnyNetwork
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.base import AlignmentConfig
+from scoreray.trainer.objectives.denoising import EDMObjective
+from scoreray.trainer.objectives.objective import AnyObjective
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 from scoreray.trainer.optim.sgld import AnyOptimizer

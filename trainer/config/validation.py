@@ -9,20 +9,15 @@ from scoreray.data.errors import UserError
 from scoreray.data.own_code.part import OwnPart
 from scoreray.trainer.diffusion.condition import LABEL, Conditions
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
-from scoreray.trainer.diffusion.objective import (
-    AutoencodingObjective,
-    ContrastiveObjective,
-    EnergyObjective,
-    FlowMatchingObjective,
-    MaximumLikelihoodObjective,
-    NoiseContrastiveObjective,
-    ObjectiveConfig,
-    needs_second_derivatives,
-)
 from scoreray.trainer.diffusion.process import EDM, Process
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.dit import TransformerConfig
 from scoreray.trainer.networks.network import NetworkConfig
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.denoising import FlowMatchingObjective
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective, NoiseContrastiveObjective
+from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
+from scoreray.trainer.objectives.objective import ObjectiveConfig, needs_second_derivatives
 
 NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale", "width")  # of machines
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.checkpoints.stored_model import find_model
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.encoders.base import Autoencoder
 from scoreray.trainer.encoders.files import absolute, digest_of
 from scoreray.trainer.networks.autoencoder import check_autoencoder
 from scoreray.trainer.networks.network import build_network, load_weights
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 
 
 class ScorerayAutoencoder(Autoencoder):

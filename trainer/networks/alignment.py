@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import Field
-from scoreray.trainer.diffusion.objective import AlignmentConfig
 from scoreray.trainer.networks.dit import DiT
+from scoreray.trainer.objectives.base import AlignmentConfig
 
 
 class Alignment(nn.Module):

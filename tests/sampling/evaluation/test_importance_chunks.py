@@ -10,8 +10,8 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.importance_chunks import decoder_of, log_partition
-from scoreray.trainer.diffusion.objective import AutoencodingObjective
 from scoreray.trainer.networks.rbm import RBM
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 
 
 def inputs_of(objective: AutoencodingObjective) -> Any:

@@ -19,11 +19,13 @@ from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.samplers.sigmas import GRIDS
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS
-from scoreray.trainer.diffusion.objective import OBJECTIVES, AutoencodingObjective, ContrastiveObjective
 from scoreray.trainer.diffusion.process import PROCESSES
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
 from scoreray.trainer.networks.network import NETWORKS
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective
+from scoreray.trainer.objectives.objective import OBJECTIVES
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "mathematics.md").read_text()

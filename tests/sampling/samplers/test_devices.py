@@ -25,14 +25,6 @@ from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive
 from scoreray.sampling.samplers.sigmas import from_process, geometric
 from scoreray.trainer.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
-from scoreray.trainer.diffusion.objective import (
-    OBJECTIVES,
-    ContrastiveObjective,
-    DenoisingObjective,
-    EDMObjective,
-    EnergyObjective,
-    ObjectiveConfig,
-)
 from scoreray.trainer.diffusion.process import EDM, PROCESSES, VP, Process
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS
@@ -46,6 +38,9 @@ from scoreray.trainer.networks.rbm import (
     RBMConfig,
 )
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.denoising import DenoisingObjective, EDMObjective
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective
+from scoreray.trainer.objectives.objective import OBJECTIVES, ObjectiveConfig
 from scoreray.trainer.step import MachineModule, TrainingModule
 
 B, SHAPE = 3, (3, 4, 4)

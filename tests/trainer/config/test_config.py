@@ -15,10 +15,11 @@ from scoreray.data.reading.order import default_lanes
 from scoreray.data.storage.store import open_store
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import differing_keys, dump_config, leaves, load_config
-from scoreray.trainer.diffusion.objective import OBJECTIVES, EnergyObjective
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS, LadderUniform
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, MinSNR
+from scoreray.trainer.objectives.energy_based import EnergyObjective
+from scoreray.trainer.objectives.objective import OBJECTIVES
 from scoreray.trainer.run_folder import stored_config
 
 MINIMAL: dict[str, Any] = {

@@ -132,7 +132,7 @@ def function():
 MATHS = """
 from dataclasses import dataclass
 import torch
-from scoreray.trainer.diffusion.objective import BaseObjective
+from scoreray.trainer.objectives.base import BaseObjective
 from scoreray.trainer.process import GaussianProcess
 
 @dataclass(frozen=True)

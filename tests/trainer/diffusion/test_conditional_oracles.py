@@ -13,13 +13,13 @@ from scoreray.trainer.config.condition_values import normalised
 from scoreray.trainer.config.run_fields import TARGET_STD
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import EDMObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.targets import Mixture
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.step import TrainingModule
 
 B, STEPS, NOISE = 256, 400, 0.25

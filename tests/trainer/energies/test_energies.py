@@ -13,7 +13,6 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.config.validation import mistakes
 from scoreray.trainer.diffusion.denoiser import Denoiser, DenoiserConfig
 from scoreray.trainer.diffusion.noise import ChainNoise, normal
-from scoreray.trainer.diffusion.objective import NoiseContrastiveObjective, NoisedBatch, RecoveryLikelihoodObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogUniform
 from scoreray.trainer.diffusion.weighting import Adaptive, Constant, Sigma2
@@ -21,6 +20,8 @@ from scoreray.trainer.energies.langevin import recovery_chain
 from scoreray.trainer.energies.nce import LogPartition, noise_contrastive_loss
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.networks.rbm import RBM, GaussianBernoulliRBM, GaussianRBMConfig, RBMConfig, _states
+from scoreray.trainer.objectives.base import NoisedBatch
+from scoreray.trainer.objectives.energy_based import NoiseContrastiveObjective, RecoveryLikelihoodObjective
 from scoreray.trainer.step import MachineModule, TrainingModule
 
 F64 = torch.float64

@@ -25,7 +25,6 @@ from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import AutoencodingObjective, EDMObjective
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine import build_engine
 from scoreray.trainer.engine import deepspeed as by_deepspeed
@@ -33,6 +32,8 @@ from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.optim.sgld import SGLDConfig
 from scoreray.trainer.step import AutoencoderModule, TrainingModule
 

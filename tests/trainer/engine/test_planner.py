@@ -14,7 +14,6 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec, class_condition
 from scoreray.trainer.diffusion.condition_shapes import example_condition
-from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective
 from scoreray.trainer.engine.planner import (
     STATE_SHARE,
     Advice,
@@ -30,6 +29,7 @@ from scoreray.trainer.meta import meta_module
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.network import num_parameters
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 from scoreray.trainer.run_data import open_run_data
 
 GIB = 1 << 30

@@ -13,10 +13,11 @@ from scoreray.sampling.measures.likelihood import log_likelihood
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import MaximumLikelihoodObjective, NoisedBatch
 from scoreray.trainer.diffusion.process import EDM, FlowMatching
 from scoreray.trainer.diffusion.targets import Mixture
 from scoreray.trainer.networks.mlp import MLPConfig
+from scoreray.trainer.objectives.base import NoisedBatch
+from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 
 PROCESS = EDM(sigma_min=0.05, sigma_max=20.0)
 

@@ -14,11 +14,11 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion import noise
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import FlowMatchingObjective
 from scoreray.trainer.diffusion.process import FlowMatching
 from scoreray.trainer.diffusion.targets import Mixture
 from scoreray.trainer.flows.couplings import OptimalTransportCoupling, groups_of, paired
 from scoreray.trainer.networks.mlp import MLPConfig
+from scoreray.trainer.objectives.denoising import FlowMatchingObjective
 from scoreray.trainer.step import TrainingModule
 
 OT = OptimalTransportCoupling(8)

@@ -23,13 +23,14 @@ from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import AlignmentConfig, FlowMatchingObjective
 from scoreray.trainer.diffusion.process import FlowMatching
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.networks.alignment import Alignment
 from scoreray.trainer.networks.dit import DiT, DiTConfig
 from scoreray.trainer.networks.mmdit import MMDiTConfig
+from scoreray.trainer.objectives.base import AlignmentConfig
+from scoreray.trainer.objectives.denoising import FlowMatchingObjective
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import TrainingModule
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.objective import AutoencodingObjective, kl_from_standard_normal
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig, check_autoencoder
+from scoreray.trainer.objectives.autoencoding import AutoencodingObjective, kl_from_standard_normal
 from scoreray.trainer.perceptual import perceptual_distance
 from scoreray.trainer.step import AutoencoderModule
 

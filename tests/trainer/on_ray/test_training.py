@@ -8,18 +8,6 @@ import torch
 from scoreray.sampling.samplers.sample import sample
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
-from scoreray.trainer.diffusion.objective import (
-    ContrastiveObjective,
-    DDPMObjective,
-    DenoisingObjective,
-    EDMObjective,
-    FlowMatchingObjective,
-    ImplicitObjective,
-    NoiseContrastiveObjective,
-    RecoveryLikelihoodObjective,
-    SlicedObjective,
-    SlicedVRObjective,
-)
 from scoreray.trainer.diffusion.process import DDPM, EDM, VE, Cosine, FlowMatching, SubVP
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform, LogNormal
 from scoreray.trainer.diffusion.targets import Mixture
@@ -27,6 +15,13 @@ from scoreray.trainer.diffusion.weighting import Adaptive, EDMWeighting, Learned
 from scoreray.trainer.networks.ladder import OnLadder
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.networks.rbm import GaussianBernoulliRBM
+from scoreray.trainer.objectives.denoising import DDPMObjective, DenoisingObjective, EDMObjective, FlowMatchingObjective
+from scoreray.trainer.objectives.energy_based import (
+    ContrastiveObjective,
+    NoiseContrastiveObjective,
+    RecoveryLikelihoodObjective,
+)
+from scoreray.trainer.objectives.score_matching import ImplicitObjective, SlicedObjective, SlicedVRObjective
 from scoreray.trainer.step import MachineModule, TrainingModule
 
 MODES = Mixture(torch.tensor([[-0.6, 0.0], [0.4, 0.5], [0.4, -0.5]]), 0.15, component_labels=torch.arange(3))

@@ -14,24 +14,15 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.config.validation import objective_mistakes, refuse
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.noise import normal, rademacher
-from scoreray.trainer.diffusion.objective import (
-    OBJECTIVES,
-    ContrastiveObjective,
-    DDPMObjective,
-    DenoisingObjective,
-    EDMObjective,
-    EnergyObjective,
-    FlowMatchingObjective,
-    ImplicitObjective,
-    MaximumLikelihoodObjective,
-    NoisedBatch,
-    ObjectiveConfig,
-    SlicedObjective,
-    SlicedVRObjective,
-)
 from scoreray.trainer.diffusion.process import VP
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform, LogNormal, LogUniform, UniformT
 from scoreray.trainer.diffusion.weighting import Adaptive, Constant, EDMWeighting, Sigma2, Velocity
+from scoreray.trainer.objectives.base import NoisedBatch
+from scoreray.trainer.objectives.denoising import DDPMObjective, DenoisingObjective, EDMObjective, FlowMatchingObjective
+from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective
+from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
+from scoreray.trainer.objectives.objective import OBJECTIVES, ObjectiveConfig
+from scoreray.trainer.objectives.score_matching import ImplicitObjective, SlicedObjective, SlicedVRObjective
 from scoreray.trainer.step import TrainingModule
 
 F64 = torch.float64

@@ -1,0 +1,1 @@
+"""What is minimised in training, by the word that chooses it in a config."""
