@@ -12,6 +12,7 @@ import importlib
 import zipfile
 from pathlib import Path
 
+import scoreray
 from scoreray.data.presets import PRESETS
 
 PACKAGES = ("data", "trainer", "sampling", "tune", "cluster")
@@ -52,11 +53,13 @@ def _hash(files: dict[str, bytes]) -> str:
 
 def _files() -> dict[str, bytes]:
     """Name in the wheel -> content, of the packages and presets of this process, wherever they are installed."""
-    found: dict[str, bytes] = {}
+    # With its own __init__.py: a namespace on Ray's path would lose to the package that the cluster's image has.
+    home = Path(str(scoreray.__file__)).parent
+    found = {f"scoreray/{path.name}": path.read_bytes() for path in sorted(home.glob("*.py"))}
     folders = [Path(str(importlib.import_module(f"scoreray.{package}").__file__)).parent for package in PACKAGES]
     for folder in (*folders, PRESETS):
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.endswith(LEFT_OUT):
+            if path.is_file() and path.parent != home and not path.name.endswith(LEFT_OUT):
                 found[f"scoreray/{folder.name}/{path.relative_to(folder)}"] = path.read_bytes()
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,9 @@ ROOMS = (
     "cluster", "cluster.connect", "cluster.serve", "cluster.verbs", "cluster.doctor", "cluster.submit", "cluster.cli",
 )  # fmt: skip
 """Every package, in the order of imports: a module imports from its own room and from those before it, no others."""
+PACKAGE = (
+    "cluster/package"  # what `import scoreray` finds; a folder of that name in the repository would hide the others
+)
 SHORT_PATHS = {
     "data.stream": "data.reading.stream",
     "trainer.process": "trainer.diffusion.process",
@@ -77,6 +81,8 @@ def modules() -> dict[str, Path]:
     found = {}
     for folder in FOLDERS:
         for file in (ROOT / folder).rglob("*.py"):
+            if file.is_relative_to(ROOT / PACKAGE):
+                continue
             found[".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = file
     return found
 
@@ -191,8 +197,11 @@ def test_the_command_line_is_read_without_torch_and_ray() -> None:
 def test_packages_are_listed() -> None:
     """A sub-package that is not listed would work editable and be missing from the wheel."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(settings["packages"]) == sorted(f"scoreray.{name}" for name in (*ROOMS, "configs"))
-    assert settings["package-dir"] == {f"scoreray.{folder}": folder for folder in (*FOLDERS, "configs")}
+    assert sorted(settings["packages"]) == sorted(["scoreray", *(f"scoreray.{name}" for name in (*ROOMS, "configs"))])
+    assert settings["package-dir"] == {
+        "scoreray": PACKAGE,
+        **{f"scoreray.{folder}": folder for folder in (*FOLDERS, "configs")},
+    }
     for name in ROOMS:
         assert (ROOT / name.replace(".", "/") / "__init__.py").exists()
     for folder in FOLDERS:
@@ -210,7 +219,7 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        f"scoreray/{path.relative_to(ROOT)}"
+        f"scoreray/{path.relative_to(ROOT)}".replace(f"{PACKAGE}/", "")
         for folder in (*FOLDERS, "configs")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
@@ -231,6 +240,16 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert load_config(yaml.safe_load(result.stdout)) == load_config(ROOT / "configs" / "cifar10.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    for words in (
+        ["-m", "scoreray", "--version"],
+        ["-c", "import scoreray; print(scoreray.__version__, scoreray.__file__)"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-P", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment
+        )
+        assert result.stdout.split()[0] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert str(site) in result.stdout
 
 
 def test_a_local_file_comes_before_the_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,6 @@ app = typer.Typer(
     help="Train score-based generative models on Ray, draw samples from them. "
     "A URL is s3://bucket/prefix, gs://..., az://... or a path.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -18,8 +18,9 @@ OTHERS = {
 
 
 def rooms(folder: str) -> list[Path]:
-    """The folder itself, then its sub-packages."""
-    return [ROOT / folder, *sorted(path.parent for path in (ROOT / folder).glob("*/__init__.py"))]
+    """The folder itself, then its sub-packages; cluster/package is `scoreray` itself, a version and nothing else."""
+    inner = sorted(path.parent for path in (ROOT / folder).glob("*/__init__.py"))
+    return [ROOT / folder, *(room for room in inner if room.name != "package")]
 
 
 def files() -> dict[str, str]:

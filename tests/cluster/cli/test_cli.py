@@ -93,6 +93,17 @@ def test_the_version_needs_no_verb(words: list[str]) -> None:
     assert result.output == f"{version('scoreray')}\n"
 
 
+def test_a_shell_completes_verbs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from scoreray.cluster.cli.main import app
+
+    words = {"_SCORERAY_COMPLETE": "complete_bash", "COMP_WORDS": "scoreray ex", "COMP_CWORD": "1"}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        app(prog_name="scoreray")
+    assert capsys.readouterr().out.split() == ["export"]
+
+
 @pytest.mark.parametrize(
     ("library", "line"),
     [
