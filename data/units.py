@@ -29,5 +29,11 @@ def parse_count(value: Any) -> Any:
     return value
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, lt=10**12)]  # checkpoints are named by 12 digits
 CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+NumberAsText = Annotated[str, BeforeValidator(_as_text)]
+"""A name that may look like a number (an EMA length): what YAML reads as a number is one too."""

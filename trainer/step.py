@@ -38,6 +38,7 @@ from scoreray.trainer.objectives.base import NoisedBatch
 from scoreray.trainer.objectives.denoising import FlowMatchingObjective
 from scoreray.trainer.objectives.energy_based import ContrastiveObjective, NoiseContrastiveObjective
 from scoreray.trainer.objectives.objective import ObjectiveConfig, needs_second_derivatives
+from scoreray.trainer.objectives.teacher import Teacher
 from scoreray.trainer.perceptual import perceptual_distance
 
 
@@ -58,6 +59,7 @@ class TrainingModule(nn.Module):
     persistent chains need it; their pool is the buffer `chains.pool`.
     With `alignment` (parameters `alignment.*`) the features of the samples are a further argument. So is `source`
     [B, ...], what each sample is paired with in the place of the noise of its position (`paired_source`).
+    `teacher`: set before the first step where the objective names one; it is no submodule.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class TrainingModule(nn.Module):
         self.chains = build_chains(objective, seed, global_batch_size, shape)
         self.log_partition = objective.build_log_partition()
         self.alignment = alignment
+        self.teacher: Teacher | None = None
         if needs_second_derivatives(objective, denoiser.parameterization):
             allow_double_backward(denoiser)
 
@@ -118,7 +121,9 @@ class TrainingModule(nn.Module):
             x, x0 = interpolant(x0, source, level, self.objective.source.gamma, z)
         else:
             x = x0 + level * (z if source is None else source)
-        batch = NoisedBatch(x0, x, sigma, given, probes, positions, self.chains, self.process, self.log_partition)
+        batch = NoisedBatch(
+            x0, x, sigma, given, probes, positions, self.chains, self.process, self.log_partition, self.teacher
+        )
         error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
         loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
         importance = self.objective.sigma_sampling.importance(sigma, self.process)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from scoreray.data.errors import shortened
 from scoreray.data.fields.normalisation import Normalisation
 from scoreray.data.reading.order import default_lanes
-from scoreray.data.units import Count, CountOrZero
+from scoreray.data.units import Count, CountOrZero, NumberAsText
 from scoreray.trainer.config import validation
 from scoreray.trainer.diffusion.augmentation import AugmentationConfig
 from scoreray.trainer.diffusion.condition import ConditionKind
@@ -29,13 +29,13 @@ from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 from scoreray.trainer.objectives.base import AlignmentConfig
 from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.objectives.objective import AnyObjective
+from scoreray.trainer.objectives.teacher import MAX_GUIDANCE
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 from scoreray.trainer.optim.sgld import AnyOptimizer
 
 MAX_WORKERS = 100_000
 MAX_WAIT_S = 1e9  # what a system's timers take
-MAX_GUIDANCE = 100.0  # of either sign; beyond it samples are noise or not finite
 
 
 def _workers(value: Any) -> Any:
@@ -65,11 +65,6 @@ def check_run_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError("a run's name has letters, digits, '.', '_' and '-' only, 100 at most")
     return name
-
-
-def _ema_length(value: Any) -> Any:
-    """A length as a text: the number that YAML reads is one too."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _mlflow_uri(uri: str | None) -> str | None:
@@ -113,7 +108,7 @@ class InitSection(Section):
     """
 
     checkpoint: str
-    ema: Annotated[str | None, BeforeValidator(_ema_length)] = None
+    ema: NumberAsText | None = None
     strict: bool = True
 
 

@@ -31,6 +31,7 @@ from scoreray.data.fields.normalisation import Normaliser
 ConditionKind = Literal["class", "vector", "concat", "sequence", "text"]
 HAS_LENGTH: frozenset[ConditionKind] = frozenset({"sequence", "text"})
 LABEL = "label"  # the class condition's name where a config names none
+GUIDANCE_WEIGHT = "guidance_weight"  # the name of a few-step model's input that guidance was folded into
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ from scoreray.trainer.diffusion.weighting import (
     Sigma2,
     Weighting,
 )
+from scoreray.trainer.objectives.teacher import Teacher, TeacherConfig
+
+Map = Literal["none", "consistency", "flow_map", "progressive"]
+"""What a trained network gives: the denoiser at any noise level (none), the end of the probability-flow ODE's path
+through x (consistency), a point of it at any lower level (flow_map), or its point a step of a fixed grid further
+(progressive)."""
 
 AnyWeighting = Annotated[Weighting, PartOf("weighting", ("weight", "build"), BaseWeighting)]
 AnySampling = Annotated[SigmaSampling, PartOf("sigma sampling", ("quantile",), BaseSigmaSampling)]
@@ -36,7 +42,7 @@ class NoisedBatch:
     """x [B, ...] = x0 + sigma z at sigma [B]. probes: of `draw_probes`; chains: the persistent ones, of `positions`;
     process: of the run. Of an interpolant with noise of its own, x0 is what D is to estimate
     (`trainer/flows/sources.py`).  log_partition: the log-normaliser that an objective learns beside the energy, of
-    `build_log_partition`."""
+    `build_log_partition`.  teacher: of an objective that names one."""
 
     x0: Tensor
     x: Tensor
@@ -47,6 +53,7 @@ class NoisedBatch:
     chains: PersistentChains | None = None
     process: GaussianProcess | None = None
     log_partition: LevelFunction | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class BaseObjective:
     only_flow: ClassVar[bool] = False
     """D gives the velocity of a flow whose densities are not those of x0 + sigma z with z independent of x0, so that
     (D - x) / sigma^2 is not their score: samplers of the ODE are right, those that add noise are not."""
+    map: ClassVar[Map] = "none"
+    """What of the probability-flow ODE the network learns, which says how samples are drawn from it."""
     max_zero_stage: ClassVar[Literal[0, 1, 2, 3]] = 3
     """The highest `engine.zero_stage` that it can be trained under."""
 
@@ -114,3 +123,10 @@ class BaseObjective:
         """
         denoised = denoiser.denoise(batch.x, batch.sigma, batch.condition)
         return (denoised - batch.x0).flatten(1).square().mean(1)
+
+
+@dataclass(frozen=True)
+class FewStepObjective(BaseObjective):
+    """What objectives of few-step models share. teacher: whose probability-flow ODE they learn; None: the data's."""
+
+    teacher: TeacherConfig | None = field(default=None, kw_only=True)
