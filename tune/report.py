@@ -18,6 +18,7 @@ from scoreray.sampling.metrics.record import finite
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
 from scoreray.sampling.samplers.options import option_words
+from scoreray.sampling.samplers.sigmas import grid_text
 from scoreray.trainer.config import Config, dump_config
 from scoreray.tune.metric import levels_of
 from scoreray.tune.pictures import (
@@ -260,8 +261,9 @@ def _sample_command(plan: StudyPlan, best: Trial) -> str:
     """The command line that draws as the best trial was drawn from, for a shell."""
     drawn, report = draw_settings(plan.sweep, best.values), best.reports[-1]
     words = ["scoreray", "sample", report["checkpoint"], "--count", "64", "--out", "samples", "--ema", report["ema"]]
-    for key in ("sampler", "steps", "grid"):
+    for key in ("sampler", "steps"):
         words += [f"--{key}", str(drawn[key])] if drawn[key] is not None else []
+    words += ["--grid", grid_text(drawn["grid"])] if drawn["grid"] is not None else []
     words += ["--guidance", str(drawn["guidance"])] if drawn["guidance"] != 1.0 else []
     return shlex.join([*words, *option_words(drawn["options"]), *with_words()])
 

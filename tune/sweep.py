@@ -67,7 +67,7 @@ class MetricSection(Section):
     samples: int = Field(2000, ge=32)
     sampler: str | None = None
     steps: int | None = Field(None, ge=1)
-    grid: str | None = None
+    grid: str | tuple[float, ...] | None = None
     batch_size: int = Field(256, ge=1)
     ema: str | None = None
     extractor: str = "auto"

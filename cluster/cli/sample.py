@@ -63,7 +63,11 @@ class WalkOptions:
         int | None, typer.Option(help="Noise levels, 18 for heun; sweeps of gibbs, 1000 by default.", min=1)
     ] = None
     grid: Annotated[
-        str | None, typer.Option(help="Noise levels as karras, geometric, linear, or process (even in its t).")
+        str | None,
+        typer.Option(
+            help="Noise levels as karras, geometric, linear, interior (without the smallest), or process (even in its "
+            "t); or the levels themselves: 80,2.5."
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0
     size: Annotated[

@@ -50,7 +50,7 @@ def processes() -> Figure:
     _label(axes[0], "signal: alpha(t)", "t, from t_min to t_max", "", legend=True)
     _label(axes[1], "noise: sigma(t)", "t, from t_min to t_max", "")
     _label(axes[2], "noise level: sigma(t) / alpha(t)", "t, from t_min to t_max", "")
-    _label(axes[3], "18 steps of four grids", "step", "noise level", legend=True)
+    _label(axes[3], "18 steps of each grid", "step", "noise level", legend=True)
     return figure
 
 

@@ -141,6 +141,7 @@ def settings_of(config: Config, checkpoint_url: str) -> EvaluationSettings:
         reference_count=section.reference_count,
         sampler=section.sampler,
         steps=section.steps,
+        grid=section.grid,
         guidance=section.guidance,
         batch_size=section.batch_size,
     )

@@ -124,7 +124,7 @@ def make_plan(inputs: EvaluationInputs) -> EvaluationPlan:
             sampling=SamplingSettings(
                 sampler=request.sampler,
                 steps=request.steps,
-                grid=request.grid,
+                grid=request.grid if request.grid is None or isinstance(request.grid, str) else list(request.grid),
                 sigma_range=list(info.sigma_range),
                 seed=request.seed,
                 guidance=settings.guidance,

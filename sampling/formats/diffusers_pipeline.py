@@ -73,7 +73,7 @@ class ScorerayPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance: Mapping[str, float] | None = None,
         sampler: str | None = None,
-        grid: str | None = None,
+        grid: str | Sequence[float] | None = None,
         seed: int = 0,
         generator: torch.Generator | None = None,
         latents: torch.Tensor | None = None,

@@ -25,6 +25,7 @@ from scoreray.sampling.metrics.record import RecordHead, digest
 from scoreray.sampling.model.describe import Description, ModelInfo
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.representations.codes import CodeOptions
+from scoreray.sampling.samplers.sigmas import Grid
 
 FOLDER = "evaluations"  # in a run, where no other place is given
 SMALLEST_RTOL = 1e-14  # as of the sampler rk45
@@ -68,7 +69,7 @@ class EvaluationSettings:
     scorer: str = ""
     sampler: str | None = None
     steps: int | None = None
-    grid: str | None = None
+    grid: Grid | None = None
     seed: int = 0
     guidance: float = 1.0
     batch_size: int = 64

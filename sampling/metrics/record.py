@@ -45,7 +45,7 @@ class SamplingSettings(_Strict):
 
     sampler: str | None
     steps: int | None
-    grid: str | None
+    grid: str | list[float] | None
     sigma_range: list[float]
     seed: int
     guidance: float

@@ -20,7 +20,7 @@ from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import to_uint8
 from scoreray.sampling.model import decode
-from scoreray.sampling.samplers.sigmas import from_process, grid
+from scoreray.sampling.samplers.sigmas import Grid, from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.exported import ModelManifest
 from scoreray.trainer.checkpoints.marker import Marker
@@ -222,11 +222,12 @@ class ModelInfo:
         sampling = getattr(self.config.objective, "sigma_sampling", None)
         return sampling.num_levels if isinstance(sampling, LadderUniform) and isinstance(process, VE) else None
 
-    def sigmas(self, steps: int, name: str = "karras") -> torch.Tensor:
-        """A grid of `steps` levels: one of `sigmas.GRIDS` over `sigma_range`, or "process", even in the process's t."""
-        if name == PROCESS_GRID:
+    def sigmas(self, steps: int, given: Grid = "karras") -> torch.Tensor:
+        """A grid of `steps` levels: one of `sigmas.GRIDS` over `sigma_range`, "process", even in the process's t, or
+        levels as they are."""
+        if given == PROCESS_GRID:
             return from_process(self.config.process, steps)
-        return grid(name, steps, *self.sigma_range)
+        return grid(given, steps, *self.sigma_range)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sample import ODE_SAMPLERS, SAMPLERS, sample, sampler_of
-from scoreray.sampling.samplers.sigmas import GRIDS
+from scoreray.sampling.samplers.sigmas import GRIDS, Grid, grid_text, parse_grid
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.process import process_section
 from scoreray.trainer.networks.ladder import levels_needed
@@ -54,7 +54,8 @@ class RequestError(UserError):
 class Request:
     """Which samples: `count` of them, numbered, each with a seed of its own, so sample i is the same in any batch.
 
-    sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs.
+    sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs. grid: a
+    name, or levels in any form that `parse_grid` takes, of which there are then `steps`.
     class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes, where there are no conditions.
     conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
     null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out. prompt: a
@@ -72,7 +73,7 @@ class Request:
     guidance: float | Guidance = 1.0
     batch_size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
-    grid: str | None = None
+    grid: Grid | None = None
     measurement: Measurement | None = None
     conditions: dict[str, str] = field(default_factory=dict)
     conditions_from: ConditionsFrom | None = None
@@ -92,13 +93,13 @@ class Request:
             self.conditions_from.check_count(self.count)
         if not isinstance(self.guidance, Guidance):
             Guidance(self.guidance)  # raises on a weight that makes noise of samples
-        samplers, grids = (*SAMPLERS, GIBBS), (*GRIDS, PROCESS_GRID)
+        samplers = (*SAMPLERS, GIBBS)
         if self.sampler is not None and self.sampler not in samplers and not is_own(self.sampler):
             raise RequestError(
                 f"unknown sampler '{shortened(self.sampler)}': {nearest(self.sampler, samplers)}", "sampler"
             )
-        if self.grid is not None and self.grid not in grids:
-            raise RequestError(f"unknown noise grid '{shortened(self.grid)}': {nearest(self.grid, grids)}", "grid")
+        if self.grid is not None:
+            self._parse_grid(self.grid)
         if self.sampler not in (None, GIBBS):
             field = "sampler"
             try:
@@ -106,6 +107,23 @@ class Request:
                 check_options(self.sampler, sampler, self.options)
             except UserError as error:
                 raise RequestError(str(error), field) from None
+
+    def _parse_grid(self, given: Grid) -> None:
+        """Sets `grid`, and of levels their number as `steps`. Raises RequestError."""
+        try:
+            grid, names = parse_grid(given), (*GRIDS, PROCESS_GRID)
+        except UserError as error:
+            raise RequestError(str(error), "grid") from None
+        object.__setattr__(self, "grid", grid)
+        if isinstance(grid, str):
+            if grid not in names:
+                known = f"{nearest(grid, names)}, or noise levels as 80,0.8"
+                raise RequestError(f"unknown noise grid '{shortened(grid)}': {known}", "grid")
+            return
+        if self.steps not in (None, len(grid)):
+            shown = f"grid {shortened(grid_text(grid))} has {len(grid)} noise levels"
+            raise RequestError(f"steps = {self.steps}: {shown}; leave steps out", "steps")
+        object.__setattr__(self, "steps", len(grid))
 
     @property
     def guided(self) -> Guidance:
@@ -181,7 +199,7 @@ class Request:
         kind = info.config.network.kind
         refused = {
             f"--sampler {self.sampler}": self.sampler not in (None, GIBBS),
-            f"--grid {self.grid}": self.grid is not None,
+            f"--grid {grid_text(self.grid or '')}": self.grid is not None,
             f"--class-label {self.class_label}": self.class_label is not None,
             "--guidance": self.guided != Guidance(),
             "--condition": bool(self.conditions),

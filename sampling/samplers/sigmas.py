@@ -1,6 +1,7 @@
 """Noise grids: the decreasing noise levels that a sampler walks down.
 
 Every grid is a float64 CPU tensor [n + 1], strictly descending, whose last entry is 0; a sampler makes n steps on it.
+A last step goes from the smallest positive level to 0.
 Grids know nothing of samplers: any grid goes with any sampler.
 """
 
@@ -8,14 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from scoreray.data.errors import UserError, nearest
+from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.trainer.diffusion.process import GaussianProcess
 
 MAX_STEPS = 1_000_000
+LOWEST, HIGHEST = 1e-9, 1e9  # of a caller's own levels: float32 holds their squares
+
+Grid = str | Sequence[float]
+"""How a caller names noise levels: a word of GRIDS, or the levels themselves, descending (`parse_grid`)."""
 
 
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -46,6 +52,17 @@ def linear(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     return _finish(sigma_max + _ramp(n) * (sigma_min - sigma_max), sigma_min, sigma_max)
 
 
+def interior(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Karras' n + 1 levels without the smallest: for models of few steps, every call of which reaches noise level 0.
+
+    One step goes from sigma_max straight to 0, two by way of a level between the ends (2.5 for 0.002 and 80).
+    Returns float64 [n + 1]; raises UserError.
+    """
+    _check(n, sigma_min, sigma_max)
+    levels = karras(n + 1, sigma_min, sigma_max)
+    return torch.cat([levels[:n], levels[-1:]])
+
+
 def from_process(process: GaussianProcess, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:
     """Noise-to-signal ratios of a process at n times evenly spaced from `t_max` down to `t_min`.
 
@@ -64,15 +81,54 @@ def from_process(process: GaussianProcess, n: int, *, t_min: float | None = None
     return as_grid(torch.cat([levels, levels.new_zeros(1)]))
 
 
-GRIDS: dict[str, Callable[..., Tensor]] = {"karras": karras, "geometric": geometric, "linear": linear}
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "karras": karras,
+    "geometric": geometric,
+    "linear": linear,
+    "interior": interior,
+}
 """Grids by name, each `(n, sigma_min, sigma_max) -> [n + 1]`; a process's own grid is `from_process`."""
 
 
-def grid(name: str, n: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """The grid called `name` in GRIDS. Raises UserError, naming the nearest, on an unknown name."""
-    if name not in GRIDS:
-        raise UserError(f"unknown noise grid '{name}': {nearest(name, GRIDS)}")
-    return GRIDS[name](n, sigma_min, sigma_max)
+def grid(given: Grid, n: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """The grid of `n` steps of this name in GRIDS; of levels, these, whatever their number. Raises UserError, naming
+    the nearest, on an unknown name."""
+    found = parse_grid(given)
+    if not isinstance(found, str):
+        return as_grid([*found, 0.0])
+    if found not in GRIDS:
+        raise UserError(f"unknown noise grid '{found}': {nearest(found, GRIDS)}")
+    return GRIDS[found](n, sigma_min, sigma_max)
+
+
+def parse_grid(given: Grid) -> str | tuple[float, ...]:
+    """A grid as a command line, JSON or a config gives it: `80,0.8` and [80, 0.8] are levels, without the 0 that ends
+    every grid (they may have it too); any other text is a name, which is for the caller to know. Raises UserError."""
+    if isinstance(given, str):
+        words = given.split(",")
+        try:
+            given = [float(word) for word in words]
+        except ValueError:
+            if len(words) == 1:
+                return words[0]
+            raise UserError(f"grid {shortened(','.join(words))}: write a name, or noise levels as 80,0.8") from None
+    numbers = [level for level in given if isinstance(level, int | float) and not isinstance(level, bool)]
+    if not given or len(numbers) != len(given):
+        raise UserError(f"grid {shortened(str(list(given)))}: must be noise levels, such as [80, 0.8]")
+    if len(numbers) > 1 and numbers[-1] == 0:
+        numbers = numbers[:-1]
+    if wrong := [level for level in numbers if not LOWEST <= level <= HIGHEST]:
+        shown = f"{shortened(grid_text(given))}: noise level {shortened(str(wrong[0]))}"
+        raise UserError(f"grid {shown} must be from {LOWEST:g} to {HIGHEST:g}")
+    if rising := [pair for pair in pairwise(numbers) if pair[0] <= pair[1]]:
+        shown = f"{shortened(grid_text(given))}: {rising[0][0]:g} is followed by {rising[0][1]:g}"
+        raise UserError(f"grid {shown}, but noise levels must descend")
+    return tuple(map(float, numbers))
+
+
+def grid_text(given: Grid) -> str:
+    """A grid as a command line takes it."""
+    return given if isinstance(given, str) else ",".join(map(str, given))
 
 
 def as_grid(sigmas: Tensor | Sequence[float]) -> Tensor:

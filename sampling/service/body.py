@@ -81,11 +81,10 @@ class DrawFields(BaseModel):
         int | None, Field(ge=1, description="noise levels; if left out, what fits the sampler: 18 for heun")
     ] = None
     grid: Annotated[
-        str | None,
+        Annotated[str, Field(max_length=64)] | list[float] | None,
         Field(
-            max_length=64,
-            description="noise levels as karras, geometric, linear, or process (even in its t); if left out, what "
-            "fits the sampler",
+            description="noise levels as karras, geometric, linear, interior (without the smallest), or process (even "
+            "in its t); or the levels themselves, as [80, 2.5]; if left out, what fits the sampler",
         ),
     ] = None
     options: Annotated[
@@ -228,9 +227,10 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
     assert request.steps is not None
     assert request.grid is not None
     if request.steps > limits.max_steps:
-        fitting = "" if body.steps else f", as sampler '{request.sampler}' takes them on this model"
+        given = "steps" if isinstance(request.grid, str) else "grid"
+        fitting = f", as sampler '{request.sampler}' takes them on this model" if getattr(body, given) is None else ""
         message = f"steps = {request.steps}{fitting}: at most {limits.max_steps}"
-        raise Refused("too_many", message, field="steps")
+        raise Refused("too_many", message, field=given)
     sigmas = tuple(info.sigmas(request.steps, request.grid).tolist())
     options = check_options(request.sampler, sampler_of(request.sampler), request.options)
     counted = ((name, value) for name, value in sorted(options.items()) if isinstance(value, OptionValue))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the stores of keys do without torch
+    from scoreray.sampling.samplers.sigmas import Grid
     from scoreray.trainer.diffusion.condition import Condition
 
 log = logging.getLogger("scoreray.serve")
@@ -74,7 +75,7 @@ class SampleRequest:
 
     origin: Origin = NOT_SERVED
     ema: str = ""
-    grid: str = ""
+    grid: Grid = ""
     media: str = "application/json"
     format: str = "png"
     previews: int = 0

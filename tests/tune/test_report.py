@@ -12,15 +12,16 @@ import pytest
 from typer.main import get_command
 
 from scoreray.cluster.cli.main import app
+from scoreray.data.errors import UserError
 from scoreray.data.yaml_text import parse_options
 from scoreray.sampling.offline.generate import Request
 from scoreray.trainer.config import load_config
-from scoreray.tune.load import load_sweep
+from scoreray.tune.load import check_sweep, load_sweep
 from scoreray.tune.pictures import front_pictures, without_far
 from scoreray.tune.report import make_report
 from scoreray.tune.schedule import best_of
 from scoreray.tune.space import short_names
-from scoreray.tune.sweep import StudyPlan
+from scoreray.tune.sweep import StudyPlan, draw_settings
 from scoreray.tune.trial import Trial, study_store
 
 SPACE = {
@@ -178,3 +179,21 @@ def test_the_printed_line_that_draws_is_what_the_command_reads(sweep: dict[str, 
     options = parse_options(params["option"])
     assert options == {"s_noise": 1e-05, "s_churn": 7}
     assert Request(count=1, sampler="edm_sde", options=options).options == options
+
+
+def test_grids_are_searched_by_name_and_by_their_levels(sweep: dict[str, Any]) -> None:
+    space = {"sample.grid": {"choice": ["karras", [4.0, 0.5], [4.0, 1.0, 0.2]]}}
+    plan = load_sweep({**sweep, "space": space, "metric": {**sweep["metric"], "names": ["sw", "nfe"]}})
+    check_sweep(plan)
+    found = [draw_settings(plan.sweep, values)["grid"] for values in plan.space.grid(1, plan.base)]
+    assert found == ["karras", [4.0, 0.5], [4.0, 1.0, 0.2]]
+    assert plan.space.decoded(plan.space.encoded({"sample.grid": [4.0, 0.5]}), plan.base) == {"sample.grid": [4.0, 0.5]}
+    lines = make_report(plan, [made(plan, 0, {"sample.grid": [4.0, 0.5]}, [1.0])]).text().splitlines()
+    (line,) = [line for line in lines if line.startswith("draw: ")]
+    words = shlex.split(line.removeprefix("draw: scoreray sample "))
+    command: Any = get_command(app)
+    assert command.commands["sample"].make_context("sample", words).params["grid"] == "4.0,0.5"
+    space = {"sample.grid": {"choice": [[0.5, 4.0], "karras"]}}
+    rising = load_sweep({**sweep, "space": space, "metric": {**sweep["metric"], "names": ["sw", "nfe"]}})
+    with pytest.raises(UserError, match=r"space.sample.grid: at \[0.5, 4.0\]: grid 0.5,4.0: 0.5 is followed by 4"):
+        check_sweep(rising)

@@ -257,6 +257,7 @@ class EvaluationSection(Section):
     extractor: str = "auto"
     sampler: str | None = None
     steps: int | None = Field(None, ge=1)
+    grid: str | tuple[float, ...] | None = None
     guidance: float = Field(1.0, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
     batch_size: int = Field(64, ge=1)
 

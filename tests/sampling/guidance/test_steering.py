@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from scoreray.sampling.guidance.inverse import LinearInverse
 from scoreray.sampling.guidance.operators import average_pool, gray, mask
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered
 from scoreray.sampling.model.load import load, load_machine, load_model
-from scoreray.sampling.offline.generate import Request, generate, prepare
+from scoreray.sampling.offline.generate import Request, RequestError, generate, prepare
 from scoreray.sampling.samplers.gibbs import gibbs
 from scoreray.sampling.samplers.options import check_options
 from scoreray.sampling.samplers.sample import SAMPLERS
@@ -370,9 +371,29 @@ def test_the_sampler_fits_the_model_unless_a_word_says_otherwise(runs: dict[str,
     assert not torch.equal(own, drawn(runs["unet"], tmp_path / "none.npz", *words, "process=none"))
     with pytest.raises(UserError, match=r"process\.beta_max is -1\.0: give a finite number above 0"):
         Request(1, "reverse_sde", options={"process": {"kind": "vp", "beta_max": -1}})
-    for grid in ("karras", "geometric", "linear", "process"):
+    for grid in ("karras", "geometric", "linear", "interior", "process"):
         sigmas = unet.info.sigmas(9, grid)
         assert len(sigmas) == 10
         samples = drawn(runs["unet"], tmp_path / f"{grid}.npz", "--grid", grid)
         assert samples.isfinite().all()
     assert drawn(runs["energy"], tmp_path / "e.npz").shape == (3, 3, 8, 8)
+
+
+def test_levels_in_the_place_of_a_grids_name_are_the_steps(runs: dict[str, str], tmp_path: Path) -> None:
+    info = load(runs["unet"]).info
+    levels = info.sigmas(6)[:-1].tolist()
+    words = ",".join(map(str, levels))
+    assert torch.equal(
+        drawn(runs["unet"], tmp_path / "levels.npz", "--grid", words), drawn(runs["unet"], tmp_path / "named.npz")
+    )
+    fitted = Request(1, grid=[80, 2.5]).fitted(info)
+    assert (fitted.steps, fitted.grid) == (2, (80.0, 2.5))
+    assert replace(fitted, seed=3).fitted(info).steps == 2
+    for given, words in (
+        ({"grid": "80,2.5", "steps": 18}, r"steps = 18: grid 80.0,2.5 has 2 noise levels; leave steps out"),
+        ({"grid": "2.5,80"}, r"grid 2.5,80.0: 2.5 is followed by 80"),
+        ({"grid": "kerras"}, r"unknown noise grid 'kerras': did you mean 'karras'.*or noise levels as 80,0.8"),
+    ):
+        with pytest.raises(RequestError, match=words) as caught:
+            Request(1, **given)
+        assert caught.value.field == next(reversed(given))

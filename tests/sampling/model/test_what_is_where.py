@@ -58,7 +58,7 @@ REQUIRED = {
     ),
     "sigma sampling": (SIGMA_SAMPLINGS, "ladder uniform_t log_normal log_uniform logit_normal likelihood"),
     "networks": (NETWORKS, "mlp unet dit ladder rbm gaussian_rbm"),
-    "noise grids": ((*GRIDS, PROCESS_GRID), "karras geometric linear process"),
+    "noise grids": ((*GRIDS, PROCESS_GRID), "karras geometric linear interior process"),
     "inpainting, inverse problems": (set(OPERATORS) - {"inpaint"}, "superresolution gray matrix"),
     "samplers": (
         (*SAMPLERS, GIBBS),

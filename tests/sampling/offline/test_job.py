@@ -38,6 +38,7 @@ from scoreray.sampling.offline.generate import Request, prepare
 from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process
 from scoreray.sampling.offline.place import TakenOver, intact, place_of
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
+from scoreray.sampling.offline.record import SampleRecord
 from scoreray.sampling.samplers.sample import sample
 from scoreray.trainer.config.run_fields import TargetField
 
@@ -326,6 +327,23 @@ def test_samples_that_are_not_finite_are_the_callers_mistake(run_url: str, tmp_p
             Guidance(weight)
     with pytest.raises(UserError, match="ended in values that are not finite"):
         sample(lambda x, sigma: x * float("inf"), torch.ones(2, 3), torch.tensor([1.0, 0.5, 0.0]), sampler="heun")
+
+
+def test_levels_in_the_place_of_a_grid_are_recorded_and_draw_the_same_again(run_url: str, tmp_path: Path) -> None:
+    url, request = str(tmp_path / "samples"), replace(REQUEST, count=2, steps=None, grid="5,0.5")
+    draw(url, run_url, request)
+    stored = SampleRecord.from_json(open_store(url).get("sampling.json"), request.batch_size).job.request
+    assert (stored.grid, stored.steps) == ((5.0, 0.5), 2)
+    place = place_of(url, "auto")
+    *_, recorded = begin(place, run_url, None, replace(request, steps=2, grid=(5, 0.5)), samples_per_shard=SHARD)
+    assert recorded is not None
+    draw(str(tmp_path / "again"), run_url, stored)
+    first, again = contents(url), contents(str(tmp_path / "again"))
+    assert {key: data for key, data in first.items() if key.startswith("shards/")} == {
+        key: data for key, data in again.items() if key.startswith("shards/")
+    }
+    with pytest.raises(UserError, match="grid"):
+        begin(place, run_url, None, replace(request, grid="5,0.4"), samples_per_shard=SHARD)
 
 
 def test_another_request_at_the_same_place_is_refused(run_url: str, tmp_path: Path) -> None:

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.sampling.samplers.sigmas import GRIDS, as_grid, from_process, geometric, grid, karras, linear
+from scoreray.sampling.samplers.sigmas import (
+    GRIDS,
+    as_grid,
+    from_process,
+    geometric,
+    grid,
+    grid_text,
+    interior,
+    karras,
+    linear,
+    parse_grid,
+)
 from scoreray.trainer.diffusion.process import DDPM, PROCESSES, VE, VP, FlowMatching
 
 
@@ -45,7 +56,48 @@ def test_every_grid_is_float64_descends_to_0_and_holds_its_exact_ends(name, n):
     assert (sigmas[1:] < sigmas[:-1]).all()
     assert sigmas[-1] == 0
     assert sigmas[0] == 80.0
-    assert n == 1 or sigmas[-2] == 0.002
+    assert n == 1 or (sigmas[-2] == 0.002) == (name != "interior")  # whose promise is that it never goes that low
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 18])
+def test_interior_is_karras_without_its_smallest_level(n):
+    sigmas, longer = interior(n, 0.002, 80.0).tolist(), karras(n + 1, 0.002, 80.0).tolist()
+    assert sigmas == [*longer[:-2], 0]
+    assert n != 2 or sigmas == pytest.approx([80, 2.5152, 0], rel=1e-4)
+
+
+@pytest.mark.parametrize("given", ["80,0.8", "80, 0.8, 0", [80, 0.8], (80.0, 0.8, 0.0)])
+def test_levels_are_a_grid_as_a_word_a_list_or_a_tuple(given):
+    assert parse_grid(given) == (80.0, 0.8)
+    assert grid(given, 2, 0.002, 40.0).tolist() == [80, 0.8, 0]
+    assert parse_grid(grid_text(parse_grid(given))) == parse_grid(given)
+
+
+def test_one_level_is_a_grid_and_a_word_is_a_name():
+    assert parse_grid("80") == (80.0,)
+    assert parse_grid("karras") == grid_text("karras") == "karras"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("0.8,80", "0.8 is followed by 80"),
+        ("80,80", "must descend"),
+        ("80,0,0.8", "noise level 0"),
+        ("80,nan", "noise level nan"),
+        ("0", "noise level 0"),
+        ("80,-1", "noise level -1"),
+        ("1e30", "noise level 1e"),
+        ("80,x", "write a name, or noise levels"),
+        ([], "must be noise levels"),
+        ([80, True], "must be noise levels"),
+        ([80, "x"], "must be noise levels"),
+        ([10**400], "noise level 1000"),
+    ],
+)
+def test_levels_that_are_no_grid_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        parse_grid(given)
 
 
 def test_from_process_steps_evenly_in_time_between_the_processs_ends():

@@ -22,8 +22,9 @@ from scoreray.sampling.samplers.options import options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import ERRORS, Limits, Refused
+from scoreray.sampling.service.draw import SampleAnswer
 from scoreray.sampling.service.models import ServedModel, look_up
-from scoreray.sampling.service.request import SampleRequest
+from scoreray.sampling.service.request import Completed, SampleRequest
 from scoreray.trainer.config.condition_values import condition_of
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 
@@ -203,6 +204,10 @@ def test_any_depth_is_one_refusal(models: list[ServedModel]) -> None:
         ),
         ({"sampler": "edm_sde", "options": {"s_churn": "x" * 9999}}, "invalid", "options", "characters): must be"),
         ({"options": {"x" * 9999: 1}}, "invalid", "options", "characters)': "),
+        ({"steps": None, "grid": [0.8, 80]}, "invalid", "grid", "0.8 is followed by 80"),
+        ({"steps": None, "grid": [1e308]}, "invalid", "grid", "must be from 1e-09 to 1e+09"),
+        ({"steps": None, "grid": list(range(9, 0, -1))}, "too_many", "grid", "steps = 9: at most 6"),
+        ({"steps": 2, "grid": "9,8,7"}, "invalid", "steps", "has 3 noise levels; leave steps out"),
         ({"cou\ud800nt": 1}, "bad_json", None, r"'cou\ud800nt' is not of whole Unicode characters"),
         ({"options": {"\ud800": 1}}, "bad_json", None, "is not of whole Unicode characters"),
         ({"model\ud800" * 9999: 1}, "bad_json", None, "characters) is not of whole"),
@@ -215,6 +220,15 @@ def test_what_was_a_500_names_its_field(
     assert isinstance(refused, Refused)
     assert (refused.code, refused.field) == (code, field)
     assert words in refused.message
+
+
+def test_levels_are_a_grid_and_the_answer_repeats_them(models: list[ServedModel]) -> None:
+    found = answer(b'{"grid": [80, 0.8]}', models[0])
+    assert isinstance(found, SampleRequest)
+    assert found.sigmas == (80.0, 0.8, 0.0)
+    about = SampleAnswer.of(found, Completed(b"[]", "fp32", 0.0, 0.0)).about
+    assert json.loads(json.dumps({"grid": about["grid"], "steps": about["steps"]})) == {"grid": [80.0, 0.8], "steps": 2}
+    assert answer(json.dumps({"grid": about["grid"], "steps": 2}).encode(), models[0]) == found
 
 
 @pytest.mark.parametrize(
