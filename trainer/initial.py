@@ -23,6 +23,7 @@ from scoreray.trainer.config import Config, leaves
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.diffusion.condition import HAS_LENGTH, Conditions, ConditionSpec
+from scoreray.trainer.diffusion.levels import with_levels
 from scoreray.trainer.engine import Engine
 from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.conditioning import GRID_IN, Conditioning
@@ -86,8 +87,9 @@ def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> In
     """
     section, shape = config.init, model.page.image_shape
     assert section is not None
+    conditions = with_levels(fields.conditions, config.levels)
     try:
-        network = on_meta(lambda: build_network(config.network, fields.shape, fields.conditions))
+        network = on_meta(lambda: build_network(config.network, fields.shape, conditions))
         before = on_meta(lambda: build_network(config.network, shape, model.conditions))  # with what the model knew
     except UserError as error:
         raise UserError(f"init.checkpoint: {model.url}: {error}") from None
@@ -95,7 +97,7 @@ def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> In
     further_channels = range(shape[0], fields.shape[0]) if shape[1:] == fields.shape[1:] else range(0)
     if further_channels:
         found.notes.append(f"channels {further_channels[0]} to {further_channels[-1]}")
-    growths = _growths(found, before, network, model.conditions, fields.conditions)
+    growths = _growths(found, before, network, model.conditions, conditions)
     _match(found, _shapes(network), _shapes(before), model.shapes(), growths, bool(further_channels))
     misfits = "; ".join(found.misfits)
     if not found.kept and not found.grown:

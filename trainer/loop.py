@@ -24,6 +24,7 @@ from scoreray.trainer.checkpoints.marker import Ancestor, DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
+from scoreray.trainer.diffusion.levels import with_levels
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
 from scoreray.trainer.initial import begin
@@ -241,7 +242,7 @@ def _marker(
         data=DataSet.of(data),
         source=None if fields.source is None else DataSet.of(fields.source.manifest),
         target=fields.target,
-        conditions=fields.conditions,
+        conditions=dict(with_levels(fields.conditions, config.levels)),
         frozen=[name for name, one in module.named_parameters() if not one.requires_grad and config.lora is None],
         lineage=lineage,
         own_code=code_hashes(config.model_dump(mode="json")),

@@ -15,6 +15,7 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
+from scoreray.trainer.diffusion.levels import data_conditions
 from scoreray.trainer.dry_run import dry_run
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows import continuous_flow
@@ -130,7 +131,7 @@ def as_begun(config: Config, data: RunData, run: Store) -> tuple[Config, RunFiel
 def in_order_of_run(config: Config, newest: Checkpoint | None) -> Config:
     """`config` with `data.conditions` in the order of the run's newest checkpoint. A network adds embeddings and joins
     grids in this order, so in another one a grid would meet the weights of the other."""
-    given, stored = config.data.conditions, (newest and newest.marker.conditions) or {}
+    given, stored = config.data.conditions, data_conditions((newest and newest.marker.conditions) or {})
     if given is None or list(given) == list(stored):
         return config
     ordered = {name: given[name] for name in (*stored, *given) if name in given}

@@ -23,6 +23,7 @@ from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition,
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
+from scoreray.trainer.diffusion.levels import data_conditions, with_levels
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
 from scoreray.trainer.energies.nce import LogPartition, noise_contrastive_loss
@@ -87,7 +88,7 @@ class TrainingModule(nn.Module):
             + condition_mistakes(objective, self.conditions or {})
         )
         self.denoiser, self.normaliser, self.moments = denoiser, normaliser, moments
-        names = sorted(self.conditions or {})
+        names = sorted(data_conditions(self.conditions or {}))
         self.dropout = {name: (rate, names.index(name)) for name, rate in (dropout or {}).items() if rate}
         self.objective, self.process = objective, process
         self.augmentation = augmentation
@@ -391,7 +392,7 @@ def build_training_module(config: Config, fields: RunFields) -> RunModule:
     config = resolve_sigma_data(config, fields)
     refuse(augmentation_mistakes(config.augmentation, fields.shape) + bucket_mistakes(config, fields))
     objective, kind = config.objective, config.network.kind
-    network = build_network(config.network, fields.shape, fields.conditions)
+    network = build_network(config.network, fields.shape, with_levels(fields.conditions, config.levels))
     freeze(network, config.optimizer.frozen)
     if config.lora is not None:
         add_adapters(network, config.lora)

@@ -129,7 +129,7 @@ def _training(info: ModelInfo, page: ModelManifest) -> Iterator[Fact]:
 
     config = info.config
     with torch.device("meta"):
-        parameters = num_parameters(build_network(config.network, info.network_shape, info.conditions))
+        parameters = num_parameters(build_network(config.network, info.network_shape, info.network_conditions))
     yield Fact("checkpoint", _code(page.checkpoint))
     for origin in page.lineage:
         yield Fact("began from", _code(origin.text()))

@@ -44,7 +44,7 @@ class ScorerayDenoiser(ModelMixin, LoadedDenoiser, ConfigMixin):
         check_stored(page.config, page.own_code, page.checkpoint)
         config = load_config(page.config)
         info = info_of(page, page.checkpoint, ema, config)
-        network = build_network(config.network, info.network_shape, info.conditions)
+        network = build_network(config.network, info.network_shape, info.network_conditions)
         LoadedDenoiser.__init__(self, network, config.denoiser.parameterization, config.denoiser.resolved_sigma_data)
         self.info = info
 

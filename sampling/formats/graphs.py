@@ -56,7 +56,7 @@ class GraphDenoiser(nn.Module):
         self.denoiser = denoiser
 
     def forward(self, x: Tensor, sigma: Tensor, given: dict[str, Tensor] | None = None) -> Tensor:
-        names = self.denoiser.info.conditions if given else {}
+        names = self.denoiser.info.network_conditions if given else {}
         given = given or {}
         values = {name: given[f"condition_{name}"] for name in names}
         masks = {name: given[f"mask_{name}"] for name in names if f"mask_{name}" in given}
@@ -69,7 +69,7 @@ def graph_inputs(denoiser: LoadedDenoiser, rows: int) -> dict[str, Tensor]:
     low, high = info.sigma_range
     sigma = torch.logspace(0, 1, rows, base=high / low) * low
     x = torch.randn(rows, *info.image_shape, generator=torch.Generator().manual_seed(0))
-    given = example_condition(info.conditions, rows)
+    given = example_condition(info.network_conditions, rows)
     inputs = {"x": x * like((sigma**2 + denoiser.sigma_data**2).sqrt(), x), "sigma": sigma}
     if given is not None:
         inputs |= {f"condition_{name}": value for name, value in given.values.items()}

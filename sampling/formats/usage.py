@@ -164,8 +164,9 @@ USAGES: dict[str, Callable[[str, ModelManifest, ModelInfo], Usage]] = {
 
 def graph_input_names(info: ModelInfo) -> list[str]:
     """Of a graph of the denoiser, in order (`graphs.py`)."""
-    masks = [f"mask_{name}" for name, spec in info.conditions.items() if spec.kind != "class"]
-    return ["x", "sigma", *(f"condition_{name}" for name in info.conditions), *masks]
+    known = info.network_conditions
+    masks = [f"mask_{name}" for name, spec in known.items() if spec.kind != "class"]
+    return ["x", "sigma", *(f"condition_{name}" for name in known), *masks]
 
 
 def _place(out: str) -> str:

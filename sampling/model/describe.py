@@ -28,7 +28,8 @@ from scoreray.trainer.checkpoints.stored_model import StoredModel, conditions_of
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.condition_values import described
 from scoreray.trainer.config.run_fields import RunFields, TargetField
-from scoreray.trainer.diffusion.condition import ConditionSpec, classes_of
+from scoreray.trainer.diffusion.condition import Conditions, ConditionSpec, classes_of
+from scoreray.trainer.diffusion.levels import data_conditions, level_names, with_levels
 from scoreray.trainer.diffusion.process import VE
 from scoreray.trainer.diffusion.sigma_sampling import LadderUniform
 from scoreray.trainer.encoders.load import load_autoencoder
@@ -46,7 +47,8 @@ class ModelInfo:
 
     image_shape: of what its network models. sample_shape: of what is drawn, which differs where a network of latents
     has its samples decoded. raw: they are left as the latents that they are. image_shapes: of a run on data in buckets,
-    in each, the one with the most samples first; image_shape is the one of them that is drawn.
+    in each, the one with the most samples first; image_shape is the one of them that is drawn.  conditions: what of the
+    data conditions it; levels: further inputs, which samplers and requests set (`diffusion/levels.py`).
     """
 
     url: str
@@ -59,6 +61,7 @@ class ModelInfo:
     target: TargetField | None = None
     raw: bool = False
     image_shapes: tuple[tuple[int, ...], ...] = ()
+    levels: tuple[str, ...] = ()
 
     @staticmethod
     def planned(config: Config, fields: RunFields) -> ModelInfo:
@@ -66,13 +69,19 @@ class ModelInfo:
         length = config.ema.names[0]
         classes, shape = classes_of(fields.conditions), tuple(fields.shape)
         return ModelInfo(
-            "", 0, length, shape, classes, config, fields.conditions, fields.target, image_shapes=fields.shapes
-        )
+            "", 0, length, shape, classes, config, fields.conditions, fields.target, image_shapes=fields.shapes,
+            levels=config.levels,
+        )  # fmt: skip
 
     @property
     def network_shape(self) -> tuple[int, ...]:
         """What the network was built for, whichever of `image_shapes` is drawn."""
         return self.image_shapes[0] if self.image_shapes else self.image_shape
+
+    @property
+    def network_conditions(self) -> Conditions:
+        """All that the network was built for."""
+        return with_levels(self.conditions, self.levels)
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -261,8 +270,10 @@ def describe(url: str, ema: str | None = None) -> Description:
 
 def info_of(page: ModelManifest | Marker, url: str, ema: str, config: Config) -> ModelInfo:
     """What a page says of its model. config: the page's, loaded."""
-    conditions, shape = conditions_of_page(page), tuple(page.image_shape)
+    known, shape = conditions_of_page(page), tuple(page.image_shape)
+    conditions = data_conditions(known)
     shapes = tuple(map(tuple, page.image_shapes))
     return ModelInfo(
-        url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target, image_shapes=shapes
-    )
+        url, page.images_seen, ema, shape, classes_of(conditions), config, conditions, page.target, image_shapes=shapes,
+        levels=level_names(known),
+    )  # fmt: skip

@@ -113,7 +113,7 @@ def build_model(
 
 def _build(info: ModelInfo) -> LoadedModel:
     config = info.config
-    network = build_network(config.network, info.network_shape, info.conditions)
+    network = build_network(config.network, info.network_shape, info.network_conditions)
     if isinstance(network, BoltzmannMachine):
         return LoadedMachine(network, info)
     if info.is_autoencoder:

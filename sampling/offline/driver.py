@@ -66,9 +66,9 @@ class InRows(LoadedDenoiser):
     def forward(
         self, x: Tensor, sigma: Tensor | float, condition: AnyCondition = None, *, class_labels: Tensor | None = None
     ) -> Tensor:
-        condition = as_condition(class_labels if condition is None else condition, self.info.conditions)
+        condition = as_condition(class_labels if condition is None else condition, self.info.network_conditions)
         if condition is not None:
-            condition = complete(condition, self.info.conditions, len(x))
+            condition = complete(condition, self.info.network_conditions, len(x))
         if len(x) == self.rows:
             return super().forward(x, sigma, condition)
         if not isinstance(sigma, Tensor):
@@ -84,7 +84,7 @@ class InRows(LoadedDenoiser):
         condition = read_texts(condition, self.info.conditions)
         if not any(spec.kind == "text" for spec in self.info.conditions.values()):
             return condition
-        given = complete(condition, self.info.conditions, len(condition))
+        given = complete(condition, self.info.network_conditions, len(condition))
         parts = [super(InRows, self).encode(given[rows].fill(self.rows)) for rows in self._parts(len(given))]
         found = Condition.cat(parts, [self.rows] * len(parts))
         assert found is not None
@@ -219,7 +219,8 @@ def _marker(info: ModelInfo) -> Path:
     except (KeyError, OSError):  # a container's user may have no name
         user = f"uid_{os.getuid()}"
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir(), f"torchinductor_{user}")
-    parts: Sequence[object] = (torch.__version__, repr(info.config.network), info.image_shape, dict(info.conditions))
+    network = (repr(info.config.network), info.image_shape, dict(info.network_conditions))
+    parts: Sequence[object] = (torch.__version__, *network)
     return Path(cache, "scoreray-" + hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:16])
 
 

@@ -23,6 +23,7 @@ from scoreray.data.reading.manifest import Manifest
 from scoreray.trainer.config.condition_values import condition_of_fields
 from scoreray.trainer.config.sections import AutoencoderSection, ConditionSection, DataSection
 from scoreray.trainer.diffusion.condition import LABEL, Condition, ConditionKind, ConditionSpec
+from scoreray.trainer.diffusion.levels import LEVELS
 from scoreray.trainer.objectives.base import AlignmentConfig
 
 KINDS: dict[FieldKind, tuple[ConditionKind, ...]] = {
@@ -73,8 +74,8 @@ class RunFields:
 
     shape: of a sample of the target, as the network sees it; of data in buckets, in the one with the most samples.
     shapes, shares: of each bucket's samples, and what share of all it holds; none where all are of one shape.
-    conditions: what the network is built for, by name; sources: the field that each is read from; dropout: the share of
-    samples that lose each on its own.  requests: what a stream reads.
+    conditions: what of the data conditions the network, by name; sources: the field that each is read from; dropout:
+    the share of samples that lose each on its own.  requests: what a stream reads.
     mean, std: of each channel of the target as the network sees it; sigma_data: of all its values.  features: the field
     that `objective.alignment` names.  source: what is read of `objective.source`'s data set.
     """
@@ -249,6 +250,8 @@ def _condition(
     """Raises UserError, which begins with `key`."""
     if not re.fullmatch(NAME, name):
         raise UserError(f"{key}: a condition's name is lower-case letters, digits and '_', 64 at most, a letter first")
+    if name in LEVELS:
+        raise UserError(f"{key}: the name is reserved for an input that samplers and requests set; name it otherwise")
     wanted = section.field or name
     source = known.get(wanted)
     if source is None:

@@ -308,6 +308,11 @@ class Config(Section):
         return getattr(self.objective, "alignment", None)
 
     @property
+    def levels(self) -> tuple[str, ...]:
+        """Inputs that are no data and that the network is built for as well (`diffusion/levels.py`)."""
+        return getattr(self.objective, "levels", ())
+
+    @property
     def world_sizes(self) -> tuple[int, ...]:
         """The numbers of workers that the run may have, ascending: of scaling.workers, those that share the batch."""
         low, high = self.scaling.range

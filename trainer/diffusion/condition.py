@@ -6,10 +6,11 @@ A condition of kind
   concat    is float [B, C, ...] over the sample's grid or another one, joined to the sample's channels,
   sequence  is float [B, L, D],
   text      is uint8 [B, L], UTF-8 bytes, which an encoder inside the network reads, or float [B, L, width], what it
-            made of them (`encoded`).
-A mask says what is there: bool [B, L] of sequences and text, bool [B] of vectors and grids. Where all of a row's mask
-is False the row has none: the network puts what it learned for that in its place (the null of classifier-free
-guidance). What stands under a False mask is never looked at.
+            made of them (`encoded`),
+  level     is float [B, 1], an angle that is no data's: what a sampler or a request sets (`levels.py`).
+A mask says what is there: bool [B, L] of sequences and text, bool [B] of vectors, grids and levels. Where all of a
+row's mask is False the row has none: the network puts what it learned for that in its place (the null of
+classifier-free guidance). What stands under a False mask is never looked at.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.field_kinds import FieldDtype
 from scoreray.data.fields.normalisation import Normaliser
 
-ConditionKind = Literal["class", "vector", "concat", "sequence", "text"]
+ConditionKind = Literal["class", "vector", "concat", "sequence", "text", "level"]
 HAS_LENGTH: frozenset[ConditionKind] = frozenset({"sequence", "text"})
 LABEL = "label"  # the class condition's name where a config names none
 GUIDANCE_WEIGHT = "guidance_weight"  # the name of a few-step model's input that guidance was folded into
@@ -39,10 +40,10 @@ class ConditionSpec:
     """One condition that a network is built for, as configs and markers store it.
 
     shape: of a sample's values: () of a class, (D,) of a vector, (C, ...) of a grid, (L, D) of a sequence of at most L
-    tokens, (L,) of a text of at most L bytes.  classes: the names of a class condition's classes.  normaliser: what the
-    data's own units go through on their way to the network.  encoding: the encoder that made the data's values of a
-    text; of a sequence or vector then a text may be given as well (`is_unread`).  data_dtype: what the encoder's values
-    were rounded to in the data, None where it is not recorded.
+    tokens, (L,) of a text of at most L bytes, (1,) of a level.  classes: the names of a class condition's classes.
+    normaliser: what the data's own units go through on their way to the network.  encoding: the encoder that made the
+    data's values of a text; of a sequence or vector then a text may be given as well (`is_unread`).  data_dtype: what
+    the encoder's values were rounded to in the data, None where it is not recorded.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

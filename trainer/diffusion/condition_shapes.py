@@ -83,8 +83,8 @@ def check_value(name: str, spec: ConditionSpec, value: Tensor, mask: Tensor | No
 
 def example_condition(conditions: Conditions, rows: int, device: torch.device | str = "cpu") -> Condition | None:
     """A value of every name in the shapes that a network was built for, the same at every call, for probes and to warm
-    up: classes in turn, normal numbers, sequences and texts of the greatest length and of shorter ones. None of an
-    unconditional network."""
+    up: classes in turn, normal numbers, levels from 0 to 1, sequences and texts of the greatest length and of shorter
+    ones. None of an unconditional network."""
     generator = torch.Generator().manual_seed(0)
     values, masks = dict[str, Tensor](), dict[str, Tensor]()
     for name, spec in conditions.items():
@@ -94,6 +94,8 @@ def example_condition(conditions: Conditions, rows: int, device: torch.device | 
             continue
         if spec.kind == "text":
             value.random_(ord("a"), ord("z"), generator=generator)
+        elif spec.kind == "level":
+            value.uniform_(generator=generator)
         else:
             value.normal_(generator=generator)
         values[name], masks[name] = value, ~mask

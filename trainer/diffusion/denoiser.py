@@ -22,12 +22,14 @@ from scoreray.trainer.diffusion.condition import (
     AnyCondition,
     Condition,
     Conditions,
+    as_condition,
     conditions_of,
     encoded,
 )
 from scoreray.trainer.diffusion.condition_shapes import check_condition, check_labels
 from scoreray.trainer.diffusion.energy import conservative_output, energy
 from scoreray.trainer.diffusion.layers import allow_double_backward
+from scoreray.trainer.diffusion.levels import TARGET_LEVEL, with_own_level
 
 Parameterization = Literal[
     "edm", "noise", "score", "denoised", "velocity", "v", "energy_dot", "energy_residual", "energy_norm"
@@ -121,6 +123,7 @@ class Denoiser(nn.Module):
     out of the network (`energy.READOUTS`) and use its negative gradient as EDM's F: the score is then a gradient field.
 
     condition: a `Condition` of what the network was built for, or labels int64 [B] of its one class condition.
+    A network that takes a target level gives D(x, sigma, rho) (`levels.py`); rows without one have rho = sigma.
     sigma must be above 0 and finite, labels -1 (the null class) or below the network's num_classes, where it has any.
     A call checks values on the CPU only, where looking costs no synchronisation; `check_inputs` checks it anywhere.
     Raises UserError.
@@ -179,6 +182,9 @@ class Denoiser(nn.Module):
         """As calling the denoiser, without any check of values: for training steps, sigma [B] on the device of x."""
         wide = torch.promote_types(x.dtype, torch.float32)  # c_skip x + c_out F loses x's digits in bf16
         sigma = sigma.to(wide)
+        known = self.conditions
+        if known is not None and TARGET_LEVEL in known:
+            condition = with_own_level(as_condition(condition, known), sigma, self.sigma_data)
         output = self._output(x.to(wide), sigma, condition).to(wide)
         if output.shape != x.shape:
             raise UserError(f"the network gave {tuple(output.shape)} for x {tuple(x.shape)}: both must be the same")

@@ -5,6 +5,7 @@ class     a learned vector a class, added to the noise level's embedding
 vector    a perceptron's output, added to the embedding
 sequence  tokens that blocks attend to (cross-attention); their mean, through a layer, is added to the embedding
 text      the same, of what a small transformer makes of the text's bytes
+level     a perceptron's output of its sines and cosines, added to the embedding; 0 at the start and without a value
 concat    its grid, resized to the sample's, joined to the input channels with one that says where there is a grid
 
 Each has a learned null, which rows without the condition get: a class of its own, a vector, a token (which rows with
@@ -36,7 +37,7 @@ from scoreray.trainer.diffusion.condition import (
     is_encoded,
 )
 from scoreray.trainer.diffusion.condition_shapes import check_value
-from scoreray.trainer.diffusion.layers import MAX_LAYERS, Attention, call_block, grid_code, require, sinusoids
+from scoreray.trainer.diffusion.layers import MAX_LAYERS, Attention, call_block, grid_code, require, sinusoids, zero_
 
 MAX_WIDTH = 1 << 14
 GRID_IN = "grid_in.weight"  # of every network: the layer that reads `Conditioned.grids`, whose axis 1 they are
@@ -121,6 +122,8 @@ class Conditioning(nn.Module):
                         self.inputs[_key(name, spec)] = class_table(spec.num_classes, width)
                 case "vector":
                     self.inputs[_key(name, spec)] = VectorInput(spec.shape[0], width)
+                case "level":
+                    self.inputs[_key(name, spec)] = LevelInput(sinusoid_channels, width)
                 case "sequence":
                     read: nn.Module = SequenceReader(spec.shape, width)
                     self.inputs[_key(name, spec)] = TokenInput(read, width, cross_attention)
@@ -151,7 +154,7 @@ class Conditioning(nn.Module):
                 h = h + table(value + 1)
             elif spec.kind == "concat":
                 grids.append(grid_channels(value, mask, grid).to(dtype))
-            elif spec.kind == "vector":
+            elif spec.kind in ("vector", "level"):
                 h = h + self.inputs[_key(name, spec)](value, mask)
             else:
                 pooled, its_tokens, its_mask = self.inputs[_key(name, spec)](value, mask, is_encoded(spec, value))
@@ -176,7 +179,8 @@ class Conditioning(nn.Module):
             case "concat":
                 return []
             case kind:
-                layer = f"inputs.{key}.{'second' if kind == 'vector' else 'pool'}"
+                last = {"vector": "second", "level": "level_out"}.get(kind, "pool")
+                layer = f"inputs.{key}.{last}"
                 return [f"{layer}.weight", f"{layer}.bias"]
 
     @torch.no_grad()
@@ -260,6 +264,21 @@ class VectorInput(nn.Module):
     def forward(self, value: Tensor, mask: Tensor) -> Tensor:
         h = self.second(F.silu(self.first(value.to(self.first.weight.dtype))))
         return torch.where(mask[:, None], h, self.null.to(h.dtype))
+
+
+class LevelInput(nn.Module):
+    """(value [B, 1], mask bool [B]) -> [B, width]: 0 where the mask is False, and everywhere before it is trained, so
+    that a network that begins from one without it first gives what that one gives."""
+
+    def __init__(self, sinusoid_channels: int, width: int):
+        super().__init__()
+        self.sinusoid_channels = sinusoid_channels
+        self.first = nn.Linear(sinusoid_channels, width)
+        self.level_out = zero_(nn.Linear(width, width))
+
+    def forward(self, value: Tensor, mask: Tensor) -> Tensor:
+        code = sinusoids(value[:, 0], self.sinusoid_channels).to(self.first.weight.dtype)
+        return self.level_out(F.silu(self.first(code))).masked_fill(~mask[:, None], 0)
 
 
 class TokenInput(nn.Module):

@@ -161,7 +161,7 @@ class DiT(nn.Module):
         self.grid_in = nn.Linear(grid_channels * patch, width, bias=False) if grid_channels else None
         self.kept_block = 0  # number of the block whose output is left in `kept` by a call; 0: of none
         self.kept: Tensor | None = None
-        zeros = ("modulation", "modulation_out", "patch_out", "cross_attention.out")
+        zeros = ("modulation", "modulation_out", "patch_out", "cross_attention.out", "level_out")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(zeros):
                 nn.init.xavier_uniform_(module.weight)

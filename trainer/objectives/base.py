@@ -101,6 +101,8 @@ class BaseObjective:
     (D - x) / sigma^2 is not their score: samplers of the ODE are right, those that add noise are not."""
     map: ClassVar[Map] = "none"
     """What of the probability-flow ODE the network learns, which says how samples are drawn from it."""
+    levels: ClassVar[tuple[str, ...]] = ()
+    """Inputs beside the data's that the network is built for (`diffusion/levels.py`)."""
     max_zero_stage: ClassVar[Literal[0, 1, 2, 3]] = 3
     """The highest `engine.zero_stage` that it can be trained under."""
 
