@@ -7,7 +7,7 @@ A condition of kind
   sequence  is float [B, L, D],
   text      is uint8 [B, L], UTF-8 bytes, which an encoder inside the network reads, or float [B, L, width], what it
             made of them (`encoded`),
-  level     is float [B, 1], an angle that is no data's: what a sampler or a request sets (`levels.py`).
+  level     is float [B, 1], a number that is no data's: what a sampler or a request sets (`levels.py`).
 A mask says what is there: bool [B, L] of sequences and text, bool [B] of vectors, grids and levels. Where all of a
 row's mask is False the row has none: the network puts what it learned for that in its place (the null of
 classifier-free guidance). What stands under a False mask is never looked at.
@@ -32,7 +32,6 @@ from scoreray.data.fields.normalisation import Normaliser
 ConditionKind = Literal["class", "vector", "concat", "sequence", "text", "level"]
 HAS_LENGTH: frozenset[ConditionKind] = frozenset({"sequence", "text"})
 LABEL = "label"  # the class condition's name where a config names none
-GUIDANCE_WEIGHT = "guidance_weight"  # the name of a few-step model's input that guidance was folded into
 
 
 @dataclass(frozen=True)

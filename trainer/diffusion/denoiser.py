@@ -29,7 +29,7 @@ from scoreray.trainer.diffusion.condition import (
 from scoreray.trainer.diffusion.condition_shapes import check_condition, check_labels
 from scoreray.trainer.diffusion.energy import conservative_output, energy
 from scoreray.trainer.diffusion.layers import allow_double_backward
-from scoreray.trainer.diffusion.levels import TARGET_LEVEL, with_own_level
+from scoreray.trainer.diffusion.levels import as_angles, level_names
 
 Parameterization = Literal[
     "edm", "noise", "score", "denoised", "velocity", "v", "energy_dot", "energy_residual", "energy_norm"
@@ -183,8 +183,8 @@ class Denoiser(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)  # c_skip x + c_out F loses x's digits in bf16
         sigma = sigma.to(wide)
         known = self.conditions
-        if known is not None and TARGET_LEVEL in known:
-            condition = with_own_level(as_condition(condition, known), sigma, self.sigma_data)
+        if known is not None and level_names(known):
+            condition = as_angles(as_condition(condition, known), known, sigma, self.sigma_data)
         output = self._output(x.to(wide), sigma, condition).to(wide)
         if output.shape != x.shape:
             raise UserError(f"the network gave {tuple(output.shape)} for x {tuple(x.shape)}: both must be the same")

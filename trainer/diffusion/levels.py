@@ -1,14 +1,14 @@
 """Inputs of a network that are no data: the noise level that a step ends at, and the weight of guidance.
 
 Both are conditions of kind `level`, built, stored and grown as any other, and neither is anything that a user's data
-has: its name is reserved, samplers and requests set it. Each is an angle, so that any noise level is within [0, 1).
+has: its name is reserved, samplers and requests set it. A condition holds the number itself; the denoiser makes an
+angle of it, which is bounded, on the way to the network.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from scoreray.trainer.diffusion.condition import Condition, Conditions, ConditionSpec
 
 TARGET_LEVEL = "target_level"
-"""rho <= sigma, the level that one step is to reach (`mean_flow`). A denoiser gives rows without it that of sigma, at
-which D(x, sigma, rho) is the plain E[x_0 | x]."""
+"""rho <= sigma, the level that one step is to reach (`mean_flow`). Rows without it have rho = sigma, at which
+D(x, sigma, rho) is the plain E[x_0 | x]."""
 GUIDANCE_WEIGHT = "guidance_weight"
 """The weight of the guidance that the network is to act under; rows without it have weight 1, no guidance."""
 LEVELS = (TARGET_LEVEL, GUIDANCE_WEIGHT)
@@ -39,39 +39,42 @@ def level_names(conditions: Conditions) -> tuple[str, ...]:
     return tuple(name for name, spec in conditions.items() if spec.kind == "level")
 
 
-def with_target_level(condition: Condition | None, rho: Tensor | float, x: Tensor, sigma_data: float) -> Condition:
+def with_target_level(condition: Condition | None, rho: Tensor | float, x: Tensor) -> Condition:
     """`condition` of the rows of x [B, ...], with the level that their step is to reach: a number, or [B]."""
-    return _with(condition, TARGET_LEVEL, _angle(_rows(rho, x) / sigma_data))
+    return _with(condition, TARGET_LEVEL, rho, x)
 
 
 def with_guidance_weight(condition: Condition | None, weight: Tensor | float, x: Tensor) -> Condition:
-    """`condition` of the rows of x [B, ...], with the weight of guidance that the network acts under, above 0: a
-    number, or [B]."""
-    return _with(condition, GUIDANCE_WEIGHT, _angle(_rows(weight, x) - 1))
+    """`condition` of the rows of x [B, ...], with the weight of guidance that the network acts under: a number, or
+    [B]."""
+    return _with(condition, GUIDANCE_WEIGHT, weight, x)
 
 
-def with_own_level(condition: Condition | None, sigma: Tensor, sigma_data: float) -> Condition:
-    """`condition` where each row without a target level has that of its own sigma [B]: continuous in rho, as a null of
-    its own would not be."""
-    own = with_target_level(condition, sigma, sigma, sigma_data)
-    if condition is None or TARGET_LEVEL not in condition.values:
-        return own
-    found = condition.values[TARGET_LEVEL]
-    value = torch.where(condition.mask(TARGET_LEVEL)[:, None], found, own.values[TARGET_LEVEL].to(found.dtype))
-    return replace(own, values={**own.values, TARGET_LEVEL: value})
+def as_angles(condition: Condition | None, known: Conditions, sigma: Tensor, sigma_data: float) -> Condition | None:
+    """`condition` of rows at sigma [B] as a network built for `known` takes it: rho as 2/pi atan(rho / sigma_data), the
+    weight of guidance w as 2/pi atan(w - 1).
+
+    A row without a target level has that of its own sigma: so D is continuous where rho comes up to sigma, as it would
+    not be with a null that is learnt beside it.
+    """
+    if TARGET_LEVEL in known:
+        rho = sigma
+        if condition is not None and TARGET_LEVEL in condition.values:
+            given = condition.values[TARGET_LEVEL][:, 0].to(sigma)
+            rho = torch.where(condition.mask(TARGET_LEVEL), given, sigma)
+        condition = with_target_level(condition, 2 / math.pi * (rho / sigma_data).atan(), sigma)
+    if condition is not None and GUIDANCE_WEIGHT in condition.values and GUIDANCE_WEIGHT in known:
+        weight = condition.values[GUIDANCE_WEIGHT]
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        values = {**condition.values, GUIDANCE_WEIGHT: 2 / math.pi * (weight - 1).atan()}
+        condition = Condition(values, condition.masks)
+    return condition
 
 
-def _rows(value: Tensor | float, x: Tensor) -> Tensor:
-    """One number a row of x, float32 or wider: [B]."""
+def _with(condition: Condition | None, name: str, value: Tensor | float, x: Tensor) -> Condition:
+    """One number a row of x, float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.as_tensor(value, dtype=dtype, device=x.device).expand(x.shape[0])
-
-
-def _angle(value: Tensor) -> Tensor:
-    return 2 / math.pi * value.atan()
-
-
-def _with(condition: Condition | None, name: str, angle: Tensor) -> Condition:
+    found = torch.as_tensor(value, dtype=dtype, device=x.device).expand(x.shape[0])[:, None]
     values, masks = ({}, {}) if condition is None else (condition.values, condition.masks)
-    there = torch.ones_like(angle, dtype=torch.bool)
-    return Condition({**values, name: angle[:, None]}, {**masks, name: there})
+    there = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    return Condition({**values, name: found}, {**masks, name: there})

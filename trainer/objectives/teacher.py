@@ -13,13 +13,13 @@ from scoreray.data import checks
 from scoreray.data.errors import UserError, shortened
 from scoreray.data.units import NumberAsText
 from scoreray.trainer.diffusion.condition import (
-    GUIDANCE_WEIGHT,
     AnyCondition,
     Condition,
     Conditions,
     as_condition,
 )
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
+from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT
 
 MAX_GUIDANCE = 100.0  # of either sign; beyond it samples are noise or not finite
 

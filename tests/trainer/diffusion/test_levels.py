@@ -12,6 +12,7 @@ from scoreray.trainer.diffusion.levels import (
     GUIDANCE_WEIGHT,
     LEVELS,
     TARGET_LEVEL,
+    as_angles,
     data_conditions,
     level_names,
     with_guidance_weight,
@@ -30,7 +31,7 @@ MMDIT = MMDiTConfig(patch_size=4, hidden_size=16, depth=1, num_heads=2)
 MLP = MLPConfig(hidden_size=16, num_layers=2)
 each_network = pytest.mark.parametrize("config", [UNET, DIT, MMDIT, MLP], ids=lambda config: config.kind)
 CLASSES = class_condition(["a", "b"])
-ROWS, SIGMA_DATA = 3, 0.5
+ROWS = 3
 
 
 def denoiser(config: NetworkConfig, trained: bool) -> Denoiser:
@@ -39,32 +40,36 @@ def denoiser(config: NetworkConfig, trained: bool) -> Denoiser:
     for name, parameter in network.named_parameters():
         if trained or ".level_" not in name:  # a new network outputs 0 whatever its input
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return Denoiser(network, sigma_data=SIGMA_DATA)
+    return Denoiser(network)
 
 
 @each_network
 def test_a_level_acts_once_it_is_trained_and_a_row_without_one_has_its_own_sigmas(config: NetworkConfig) -> None:
     x, sigma = torch.randn(ROWS, 2, 8, 8), torch.tensor([0.1, 1.0, 20.0])
     labels = Condition({"label": torch.tensor([0, 1, -1])})
-    reached = with_guidance_weight(with_target_level(labels, sigma / 3, x, SIGMA_DATA), 3.0, x)
+    reached = with_guidance_weight(with_target_level(labels, sigma / 3, x), 3.0, x)
     begun = denoiser(config, trained=False)
     assert (begun(x, sigma, reached) == begun(x, sigma, labels)).all()
     trained = denoiser(config, trained=True)
     plain = trained(x, sigma, labels)
     assert ((trained(x, sigma, reached) - plain).flatten(1).abs().amax(1) > 1e-4).all()
-    assert (trained(x, sigma, with_target_level(labels, sigma, x, SIGMA_DATA)) == plain).all()
+    assert (trained(x, sigma, with_target_level(labels, sigma, x)) == plain).all()
     mixed = Condition.cat([reached[:1], labels[1:]], [1, 2])  # of a step batcher, say
     assert mixed is not None
     torch.testing.assert_close(trained(x, sigma, mixed)[1:], plain[1:])
     torch.testing.assert_close(trained(x, sigma, mixed)[:1], trained(x, sigma, reached)[:1])
 
 
-def test_a_level_is_an_angle_of_each_row() -> None:
-    x = torch.zeros(2, 3)
-    found = with_guidance_weight(with_target_level(None, torch.tensor([0.0, 0.5]), x, 0.5), 2.0, x)
-    torch.testing.assert_close(found.values[TARGET_LEVEL], torch.tensor([[0.0], [0.5]]))
-    torch.testing.assert_close(found.values[GUIDANCE_WEIGHT], torch.tensor([[0.5], [0.5]]))
-    assert with_target_level(found, 80.0, x.double(), 0.5).values[TARGET_LEVEL].dtype == torch.float64
+def test_a_network_sees_each_level_as_an_angle() -> None:
+    x, sigma = torch.zeros(2, 3), torch.tensor([1.0, 0.5])
+    given = with_guidance_weight(with_target_level(None, torch.tensor([0.0, 0.5]), x), 2.0, x)
+    seen = as_angles(given, with_levels({}, LEVELS), sigma, 0.5)
+    assert seen is not None
+    torch.testing.assert_close(seen.values[TARGET_LEVEL], torch.tensor([[0.0], [0.5]]))
+    torch.testing.assert_close(seen.values[GUIDANCE_WEIGHT], torch.tensor([[0.5], [0.5]]))
+    own = as_angles(given.drop(torch.tensor([True, False])), with_levels({}, LEVELS), sigma, 1.0)
+    assert own is not None
+    torch.testing.assert_close(own.values[TARGET_LEVEL][0], torch.tensor([0.5]))
 
 
 def test_conditions_are_split_into_the_datas_and_levels() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
-from scoreray.trainer.diffusion.condition import GUIDANCE_WEIGHT, LABEL, Condition
+from scoreray.trainer.diffusion.condition import LABEL, Condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.objectives.denoising import EDMObjective
