@@ -28,7 +28,7 @@ from gallery import save_small
 from pictures import DETERMINISTIC, draw_error_against_nfe
 
 from scoreray.sampling.samplers.noise import SampleNoise
-from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive, num_calls, start
+from scoreray.sampling.samplers.sample import ADAPTIVE, OF_MAPS, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.targets import ring
@@ -73,7 +73,7 @@ def overhead(arguments: argparse.Namespace, device: torch.device) -> tuple[objec
     network = UNetConfig(model_channels=32, channel_mult=(1, 2, 2), head_channels=32).build(SHAPE)
     parameters = num_parameters(network)
     denoiser = Denoiser(network.to(device).eval().requires_grad_(False))
-    rows: dict[str, dict[str, object]] = {name: {} for name in SAMPLERS if name not in ADAPTIVE}
+    rows: dict[str, dict[str, object]] = {name: {} for name in SAMPLERS if name not in ADAPTIVE | OF_MAPS}
     network_ms, pairs = {}, []
     for batch in arguments.batch:
         x = 80 * SampleNoise(range(batch)).normal((batch, *SHAPE)).to(device)

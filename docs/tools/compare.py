@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scoreray.sampling.samplers.noise import SampleNoise
-from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS, drive, num_calls, start
+from scoreray.sampling.samplers.sample import ADAPTIVE, OF_MAPS, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.trainer.diffusion.targets import Mixture
 
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ncsnv2": {"num_steps": 2},
     "edm_sde": {"s_churn": 20.0},
 }
-LEFT_OUT = ("langevin", "sgld", "baoab", "cld", "mala", "hmc")
+LEFT_OUT = ("langevin", "sgld", "baoab", "cld", "mala", "hmc", *OF_MAPS)
 TOLERANCES = (0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5)
 
 

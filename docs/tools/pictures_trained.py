@@ -9,7 +9,7 @@ import torch
 from pictures import COLORS, INK, _bare, _label, plt
 
 from scoreray.sampling.samplers.noise import SampleNoise
-from scoreray.sampling.samplers.sample import SAMPLERS, drive, num_calls, start
+from scoreray.sampling.samplers.sample import OF_MAPS, SAMPLERS, drive, num_calls, start
 from scoreray.sampling.samplers.sigmas import geometric, karras
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.noise import normal
@@ -72,10 +72,11 @@ def every_sampler() -> plt.Figure:
     """One network trained on the checkerboard, drawn from by every sampler within 64 calls (Langevin's kinds more)."""
     denoiser, count = checkerboard_denoiser(), 3000
     figure, axes = plt.subplots(3, 8, figsize=(16, 6.7), layout="constrained")
-    for ax in axes.flat[1 + len(SAMPLERS) :]:
+    names = [name for name in SAMPLERS if name not in OF_MAPS]
+    for ax in axes.flat[1 + len(names) :]:
         ax.axis("off")
     _scatter(axes.flat[0], sample_target("checkerboard", count), "data")
-    for ax, name in zip(axes.flat[1:], SAMPLERS, strict=False):
+    for ax, name in zip(axes.flat[1:], names, strict=False):
         noise = SampleNoise(range(count))
         sigmas, options = settings(name)
         x = float(sigmas[0]) * noise.normal((count, 2))

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.sampling.samplers.ode import Steps
+from scoreray.sampling.samplers.ode import DenoiserCall, Steps, Yielded
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, encoded
+from scoreray.trainer.diffusion.levels import LEVELS
 
 Denoise = Callable[..., Tensor]
 
@@ -97,9 +98,10 @@ class ClassifierFree:
         return encoded(self.denoiser, condition)
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: AnyCondition = None) -> Tensor:
-        if condition is None:
+        names = () if condition is None else condition_names(condition)
+        if condition is None or not names:
             raise UserError(f"guidance {self.weight:g} needs class_labels, or another condition: give one per row")
-        terms = guidance_terms(self.weight, condition_names(condition), self.weights)
+        terms = guidance_terms(self.weight, names, self.weights)
         if self.negative is not None:
             check_negative(self.negative.values, terms)
         rows = term_rows(condition, terms, self.negative)
@@ -107,8 +109,10 @@ class ClassifierFree:
 
 
 def condition_names(condition: Condition | Tensor) -> tuple[str, ...]:
-    """What guidance calls the conditions that are given; `label` of a plain tensor of labels."""
-    return (LABEL,) if isinstance(condition, Tensor) else tuple(condition.values)
+    """What guidance calls the conditions that are given, of the data; `label` of a plain tensor of labels."""
+    if isinstance(condition, Tensor):
+        return (LABEL,)
+    return tuple(name for name in condition.values if name not in LEVELS)
 
 
 def check_negative(names: Iterable[str], terms: Terms) -> None:
@@ -233,12 +237,17 @@ def classifier_free_steps(steps: Steps, terms: Terms) -> Steps:
 
     For a batcher, in which each request has weights of its own; the condition of its rows is `term_rows`.
     """
+
+    def of_all(call: Yielded) -> DenoiserCall:
+        x, sigma, target = DenoiserCall(*call)
+        sigma = torch.cat([sigma] * len(terms)) if isinstance(sigma, Tensor) else sigma
+        target = torch.cat([target] * len(terms)) if isinstance(target, Tensor) else target
+        return DenoiserCall(torch.cat([x] * len(terms)), sigma, target)
+
     try:
-        x, sigma = next(steps)
+        call = next(steps)
         while True:
-            levels = torch.cat([sigma] * len(terms)) if isinstance(sigma, Tensor) else sigma
-            denoised = yield torch.cat([x] * len(terms)), levels
-            x, sigma = steps.send(merged(denoised, terms))
+            call = steps.send(merged((yield of_all(call)), terms))
     except StopIteration as end:
         return end.value
 

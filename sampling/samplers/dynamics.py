@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scoreray.sampling.samplers.langevin import COUNT, STEP_SIZE, relative_step
 from scoreray.sampling.samplers.noise import Noise, acceptance_of
-from scoreray.sampling.samplers.ode import Levels, Steps, heun
+from scoreray.sampling.samplers.ode import Levels, Steps, Yielded, heun
 from scoreray.sampling.samplers.options import Range
 
 TIME_STEP = Range(1e-3, 2)
@@ -40,7 +40,7 @@ LOBATTO: tuple[tuple[tuple[float, ...], float, tuple[float, ...]], ...] = (
     ((0.5 - 0.5 * math.sqrt(3 / 7), 0.5, 0.5 + 0.5 * math.sqrt(3 / 7)), 1 / 20, (49 / 180, 16 / 45, 49 / 180)),
 )
 
-Asking = Generator[tuple[Tensor, float | Tensor], Tensor, tuple[Tensor, Tensor]]
+Asking = Generator[Yielded, Tensor, tuple[Tensor, Tensor]]
 """A part of a sampler that yields as all do, and ends in two tensors."""
 
 

@@ -2,8 +2,9 @@
 
 Every sampler of this package has one shape: `sampler(x, sigmas, noise, *, options)` is a generator over a state x
 [B, ...] that starts at noise level sigmas[0] and ends at 0. It yields `(x, sigma)` where it needs the network and is
-sent the denoised batch; it returns the samples. All work in the variance-exploding frame x = x0 + sigma z, in the dtype
-of x; coefficients that depend on the grid only are Python floats, and a tensor that was yielded is never changed.
+sent the denoised batch; it returns the samples. A third element is the level that a flow map is to reach
+(`DenoiserCall`). All work in the variance-exploding frame x = x0 + sigma z, in the dtype of x; coefficients that depend
+on the grid only are Python floats, and a tensor that was yielded is never changed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,20 @@ from torch import Tensor
 from scoreray.sampling.samplers.noise import Noise
 from scoreray.sampling.samplers.options import Range
 
-Steps = Generator[tuple[Tensor, float | Tensor], Tensor, Tensor]
+
+class DenoiserCall(NamedTuple):
+    """What a sampler waits for: D(x [B, ...], sigma), of a flow map D(x, sigma, target). Levels are numbers, or [B].
+
+    The target becomes the condition `target_level` of the call, which a network without that input refuses.
+    """
+
+    x: Tensor
+    sigma: float | Tensor
+    target: float | Tensor | None = None
+
+
+Yielded = tuple[Tensor, float | Tensor] | DenoiserCall
+Steps = Generator[Yielded, Tensor, Tensor]
 Levels = Sequence[float]
 
 

@@ -18,9 +18,10 @@ from scoreray.data.errors import ScorerayError, UserError, nearest, shortened
 from scoreray.data.own_code import is_own, line_of, load, or_own
 from scoreray.sampling.samplers.adaptive import rk45
 from scoreray.sampling.samplers.dynamics import baoab, cld, hmc, mala
+from scoreray.sampling.samplers.few_step import consistency, flow_map
 from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
 from scoreray.sampling.samplers.noise import Noise, SampleNoise, TorchNoise, as_noise
-from scoreray.sampling.samplers.ode import Steps, dpm2, dpmpp_2m, euler, heun, unipc
+from scoreray.sampling.samplers.ode import DenoiserCall, Steps, dpm2, dpmpp_2m, euler, heun, unipc
 from scoreray.sampling.samplers.options import check_options, options_of
 from scoreray.sampling.samplers.sde import (
     ddim,
@@ -32,7 +33,14 @@ from scoreray.sampling.samplers.sde import (
     reverse_sde,
 )
 from scoreray.sampling.samplers.sigmas import as_grid
-from scoreray.trainer.diffusion.condition import AnyCondition, encoded
+from scoreray.trainer.diffusion.condition import (
+    LABEL,
+    AnyCondition,
+    Condition,
+    class_name_of,
+    encoded,
+)
+from scoreray.trainer.diffusion.levels import with_target_level
 
 SAMPLERS: dict[str, Callable[..., Steps]] = {
     "langevin": langevin,
@@ -56,11 +64,15 @@ SAMPLERS: dict[str, Callable[..., Steps]] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m_sde": dpmpp_3m_sde,
     "unipc": unipc,
+    "consistency": consistency,
+    "flow_map": flow_map,
 }
 """Every sampler of ours, by the word that chooses it in a config, on the command line and in a request."""
 
 ODE_SAMPLERS = frozenset({"euler", "heun", "rk45", "dpm2", "dpmpp_2m", "unipc", "ddim"})
 """Samplers that add no noise, ddim without eta: all that is right for a flow whose densities have no known score."""
+OF_MAPS = frozenset({"consistency", "flow_map"})
+"""Samplers for networks that learned a map along the paths of the ODE: on a plain denoiser wrong or impossible."""
 ADAPTIVE = frozenset({"rk45"})
 """Samplers whose number of calls depends on what they sample."""
 ADAPTIVE_COUNTED = 1000  # of their calls in a dry run
@@ -113,7 +125,8 @@ def sample(
 ) -> Tensor:
     """Draws samples: takes `x` [B, ...] at noise level sigmas[0] down the grid to 0.
 
-    denoiser: `(x [B, ...], sigma [B], condition of B rows or None) -> denoised [B, ...]`, in the dtype of x.
+    denoiser: `(x [B, ...], sigma [B], condition of B rows or None) -> denoised [B, ...]`, in the dtype of x. Of
+        `flow_map`, and `consistency` with `target`, D(x, sigma, rho): rho is `condition.values["target_level"]` [B, 1].
     sigmas: a grid of `scoreray.sampling.samplers.sigmas`: [n + 1], descending, ending in 0.
     sampler: a name of SAMPLERS, or `package.module:Name`; `options` are its keyword-only parameters.
     generator: one integer seed for each row (its samples then don't depend on the batch), a torch.Generator, a Noise,
@@ -179,7 +192,7 @@ def _checked(name: str, steps: Steps, x: Tensor) -> Steps:
             raise
         except Exception as error:
             raise UserError(f"sampler '{name}' failed: {line_of(error)}") from error
-        if not isinstance(state, tuple) or len(state) != 2 or not same(state[0]):
+        if not isinstance(state, tuple) or len(state) not in (2, 3) or not same(state[0]):
             raise UserError(f"sampler '{name}': must yield (x {wanted}, sigma), not {_about(state)}")
         denoised = yield state
 
@@ -201,14 +214,16 @@ def drive(
     nfe = 0
     with torch.no_grad():
         try:
-            x, sigma = next(steps)
+            x, sigma, target = DenoiserCall(*next(steps))
         except StopIteration as end:
             return end.value, nfe
         check_rows(condition, len(x))
         condition = encoded(denoiser, condition)
         while True:
-            levels = per_row(sigma, x)
-            denoised = denoiser(x, levels) if condition is None else denoiser(x, levels, condition)
+            levels, given = per_row(sigma, x), condition
+            if target is not None:
+                given = with_target_level(_named(condition, denoiser), target, x)
+            denoised = denoiser(x, levels) if given is None else denoiser(x, levels, given)
             nfe += 1
             if denoised.shape != x.shape or denoised.dtype != x.dtype:
                 raise UserError(
@@ -218,9 +233,16 @@ def drive(
             if callback is not None:
                 callback(SamplerState(nfe, x, sigma, denoised))
             try:
-                x, sigma = steps.send(denoised)
+                x, sigma, target = DenoiserCall(*steps.send(denoised))
             except StopIteration as end:
                 return end.value, nfe
+
+
+def _named(condition: AnyCondition, denoiser: Denoise) -> Condition | None:
+    """Of class labels alone, the condition that they are to this denoiser."""
+    if not isinstance(condition, Tensor):
+        return condition
+    return Condition({class_name_of(getattr(denoiser, "conditions", None) or {}) or LABEL: condition})
 
 
 def per_row(sigma: float | Tensor, x: Tensor) -> Tensor:
@@ -245,9 +267,9 @@ def num_calls(sampler: str, sigmas: Tensor | Sequence[float], *, most: int | Non
         with torch.no_grad():
             x = sigmas[0] * SampleNoise([0]).normal((1, 64)) if adaptive else torch.zeros(1, 1)
             steps = start(sampler, x, sigmas, TorchNoise(torch.Generator()), **options)
-            x, sigma = next(steps)
+            x, sigma, _ = DenoiserCall(*next(steps))
             while (calls := calls + 1) <= counted:
-                x, sigma = steps.send(_of_two_kinds(x, sigma) if adaptive else x)
+                x, sigma, _ = DenoiserCall(*steps.send(_of_two_kinds(x, sigma) if adaptive else x))
     except StopIteration:
         pass
     except ScorerayError:  # more steps than it may take, which the draw says

@@ -21,11 +21,12 @@ from scoreray.sampling.guidance.guidance import (
     term_rows,
 )
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
-from scoreray.sampling.samplers.ode import Steps
+from scoreray.sampling.samplers.ode import DenoiserCall, Steps
 from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.diffusion.condition import Condition, encoded
+from scoreray.trainer.diffusion.levels import with_target_level
 
 ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
 """Called in the batcher's thread after each call of the network: (first row, sigma, denoised [b, *shape])."""
@@ -156,16 +157,17 @@ class Part:
         self._given, self._encoded = condition, False
         self.steps = classifier_free_steps(steps, ticket.terms) if len(ticket.terms) > 1 else steps
         with torch.no_grad():
-            self.x, self.sigma = next(self.steps)
+            self.x, self.sigma, self.target = DenoiserCall(*next(self.steps))
 
     def encoded(self, denoiser: Callable[..., Tensor]) -> Condition | None:
-        """What conditions a call's rows, of all terms of guidance. Texts are read once for all calls."""
+        """What conditions a call's rows, of all terms of guidance, and the level that a flow map is to reach. Texts are
+        read once for all calls."""
         if not self._encoded and self._given is not None:
             negative = self.ticket.request.negative
             instead = None if negative is None else encoded(denoiser, negative.to(self.ticket.device))
             self._given = term_rows(encoded(denoiser, self._given), self.ticket.terms, instead)
         self._encoded = True
-        return self._given
+        return self._given if self.target is None else with_target_level(self._given, self.target, self.x)
 
     def advance(self, denoised: Tensor | Exception) -> None:
         """Takes what the network gave: on to the next wait, to the end, or to the request's failure."""
@@ -183,7 +185,7 @@ class Part:
                 )
             if self.ticket.show is not None:
                 self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // len(self.ticket.terms)])
-            self.x, self.sigma = self.steps.send(denoised)
+            self.x, self.sigma, self.target = DenoiserCall(*self.steps.send(denoised))
         except StopIteration as end:
             self.ticket.finish(self, end.value)
         except Exception as error:

@@ -43,6 +43,8 @@ CALLS = {
     "dpmpp_2m_sde": N,
     "dpmpp_3m_sde": N,
     "unipc": N,
+    "consistency": N,
+    "flow_map": N,
 }
 SEEDS = torch.tensor([3, 14, 15, 92, 6])
 
@@ -80,7 +82,7 @@ def test_the_number_of_network_calls_is_exact(name, mixture):
 def test_samples_and_what_the_network_sees_keep_the_dtype(name, dtype, gaussian):
     seen = set()
 
-    def denoiser(x, sigma):
+    def denoiser(x, sigma, condition=None):
         seen.add((x.dtype, sigma.dtype))
         return gaussian(x, sigma)
 
@@ -338,7 +340,7 @@ def test_a_denoiser_that_changes_shape_or_dtype_is_refused(gaussian):
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_denoiser_that_gives_nan_is_reported_with_the_row(name, gaussian):
-    def broken(x, sigma):
+    def broken(x, sigma, condition=None):
         denoised = gaussian(x, sigma)
         denoised[2] = math.nan
         return denoised

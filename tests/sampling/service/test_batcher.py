@@ -26,20 +26,25 @@ SMALL = {"ncsn": {"num_steps": 2}, "ncsnv2": {"num_steps": 2}}
 
 
 class Recorder:
-    """Data N(label / 2, 0.5^2), element by element, so that a row has the same bits in any batch; keeps the batches."""
+    """Data N(label / 2, 0.5^2), element by element, so that a row has the same bits in any batch; keeps the batches. To
+    a level to reach it answers as an exact flow map."""
 
     def __init__(self):
         self.batches = []
 
     def __call__(self, x, sigma, condition=None):
         self.batches.append(len(x))
-        labels = None if condition is None else condition.values["label"]
+        labels = None if condition is None else condition.values.get("label")
         shape = (-1, *[1] * (x.ndim - 1))
         mean = 0.0 if labels is None else (labels.to(x.dtype) * 0.5).view(shape)
         if labels is None:
             mean = torch.full((len(x),), -0.5, dtype=x.dtype).view(shape)
-        kept = (0.25 / (0.25 + sigma**2)).to(x.dtype).view(shape)
-        return mean + (x - mean) * kept
+        kept = 0.25 / (0.25 + sigma**2)
+        if condition is not None and "target_level" in condition.values:
+            reached = condition.values["target_level"][:, 0] / sigma
+            mapped = ((0.25 + (reached * sigma) ** 2) / (0.25 + sigma**2)).sqrt()
+            kept = torch.where(condition.mask("target_level"), (mapped - reached) / (1 - reached), kept)
+        return mean + (x - mean) * kept.to(x.dtype).view(shape)
 
 
 def alone(request: SampleRequest, denoiser=None) -> torch.Tensor:
@@ -102,6 +107,12 @@ def test_interleaved_requests_of_every_sampler_get_bitwise_what_each_gets_alone(
     requests = [request(name, 1 + i % 5, 4 + i % 7, 100 * i) for i, name in enumerate(SAMPLERS)]
     labels = classes(1, 0, 2)
     requests += [request("heun", condition=labels), request("ddpm", guidance=2.5, condition=labels, first=50)]
+    requests += [request("flow_map", 4, steps, 60 + steps, options={"gamma": 0.5}) for steps in (1, 2)]
+    requests += [
+        request("flow_map", 3, 2, 70, condition=labels),
+        request("consistency", 2, 2, options={"target": True}),
+    ]
+    requests += [request("flow_map", guidance=2.5, condition=labels, first=80)]
     denoiser = Recorder()
     batcher = StepBatcher(denoiser, 24)
     tickets = []
