@@ -233,6 +233,8 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
         found.append("metric.names: bpd is of 8-bit images; use nats for these data")
     if "nats" in sweep.metric.names and is_8_bit:
         found.append("metric.names: nats is of real-valued data; use bpd for 8-bit images")
+    if info.instead_of_mean and (wrong := set(sweep.metric.names) & {"denoising", "bpd", "nats"}):
+        found.append(f"metric.names: {min(wrong)}: {info.instead_of_mean}; give fid, kid or sw")
     if found or not measured:
         return found
     try:

@@ -56,7 +56,7 @@ def load_inputs(settings: EvaluationSettings) -> EvaluationInputs:
     settings = replace(settings, metric_options=checked_options(settings.metric_options, chosen))
     model.info.check_decodes()
     settings.code_options().check_fits(model.info, "--codes")
-    settings.request().labels(0, 1, model.info)
+    inputs.request.labels(0, 1, model.info)
     if "match" in settings.metrics:
         load_scorer(settings.scorer)
     inputs = replace(inputs, settings=settings, extractor=extractor)

@@ -46,6 +46,11 @@ VERSION = "0.36.0"  # of diffusers, from which on folders of this form are known
 
 def write_plain_folder(model: ModelToExport, network: DiffusersNetworkConfig, store: Store) -> ModelManifest:
     """Writes the folder; returns its page, with the files. Raises UserError where no scheduler takes its output."""
+    if (info := model.info(model.default)).map != "none":
+        raise UserError(
+            f"{info.url}: no scheduler of diffusers draws from objective.kind "
+            f"'{info.config.objective.kind}'; export --format scoreray"
+        )
     part, (name, scheduler) = PARTS[network.class_name], scheduler_of(model.config, network)
     if open_store(model.page.checkpoint).root == store.root:
         raise UserError(f"{store.url()}: is the folder that it was imported from; give another one")

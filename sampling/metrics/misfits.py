@@ -22,6 +22,8 @@ def knows_noise_levels(info: ModelInfo, manifest: Manifest, extractor: Extractor
         return f"network.kind '{info.config.network.kind}' knows no noise level"
     if info.source is not None:
         return "the model begins from samples of a data set, not from noise"
+    if info.instead_of_mean:
+        return info.instead_of_mean
     target = info.target
     if info.encoding is not None and target is not None and target.name not in {one.name for one in manifest.fields}:
         return f"it is of the latents that the model was trained on, and the reference has no field '{target.name}'"
@@ -65,7 +67,13 @@ def reconstructs(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice
 def encodes_and_decodes(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
     if info.is_autoencoder or info.is_machine:
         return None
-    return knows_noise_levels(info, manifest, extractor) if info.encoding is None else "the model is of latents"
+    return _takes_measurements(info, manifest, extractor) if info.encoding is None else "the model is of latents"
+
+
+def _takes_measurements(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
+    if info.map == "flow_map":
+        return "restorations correct means E[x_0 | x], and the model is drawn by its flow map"
+    return knows_noise_levels(info, manifest, extractor)
 
 
 def _needs_factors(fewest: int, kinds: str) -> Misfit:
@@ -87,7 +95,7 @@ has_factors = _needs_factors(2, "class scalar")
 def restores_images(info: ModelInfo, manifest: Manifest, extractor: ExtractorChoice) -> str | None:
     if info.encoding is not None:
         return "it restores samples by what is known of their pixels, and the model is of latents"
-    unfit = None if info.is_machine else knows_noise_levels(info, manifest, extractor)
+    unfit = None if info.is_machine else _takes_measurements(info, manifest, extractor)
     if unfit or _is_8_bit(manifest):
         return unfit
     return f"it measures images, the reference has samples of shape {list(manifest.shape)}"

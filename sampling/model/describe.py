@@ -37,6 +37,7 @@ from scoreray.trainer.flows.sources import DataSetSource
 from scoreray.trainer.networks.conditioning import resized
 from scoreray.trainer.networks.network import LadderNetworkConfig
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.base import Map
 
 PROCESS_GRID = "process"  # the grid's name that means the process's own times
 
@@ -215,6 +216,18 @@ class ModelInfo:
                 "makes, and draw from that run; `scoreray evaluate` shows reconstructions"
             )
         return ""
+
+    @property
+    def map(self) -> Map:
+        """What of the probability-flow ODE its network learned, which says how it is drawn from."""
+        return getattr(self.config.objective, "map", "none")  # an objective of somebody else's may have none
+
+    @property
+    def instead_of_mean(self) -> str:
+        """Of a model whose network gives no mean E[x_0 | x], so no score: what it does, for a message. "" of others."""
+        maps = {"consistency": "where paths of the ODE end", "progressive": "the steps of its own grid"}
+        learned, kind = maps.get(self.map), self.config.objective.kind
+        return f"objective.kind '{kind}' learns {learned}, no mean E[x_0 | x]" if learned else ""
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -22,6 +22,13 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, LoadedMo
 from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.conditions import far_from_data, read_condition
 from scoreray.sampling.offline.ensembles import ConditionsFrom, EnsembleRecords
+from scoreray.sampling.offline.few_step import (
+    CONSISTENCY,
+    TARGET,
+    draws_by_map,
+    few_step_defaults,
+    few_step_mistake,
+)
 from scoreray.sampling.offline.starts import SourceStarts
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
@@ -133,8 +140,8 @@ class Request:
         """The request with all that was left out filled in for a model. Raises RequestError where it does not fit it.
 
         An RBM is drawn by Gibbs; an energy that contrastive divergence trained by annealed Langevin on NCSNv2's ladder,
-        geometric, of as many levels as the run was trained on, or else as its technique 2 takes; anything else by Heun
-        on 18 levels of Karras' grid.
+        geometric, of as many levels as the run was trained on, or else as its technique 2 takes; a model of few steps
+        by its own sampler (`few_step.py`); anything else by Heun on 18 levels of Karras' grid.
         A sampler whose steps fit the data's scale gets the run's sigma_data.
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
         from noise at the largest level. With `anneal` they work on the ladder of the annealed ones. Samplers that take
@@ -155,7 +162,13 @@ class Request:
                 f"sampler '{GIBBS}' is for RBMs, and network.kind is '{kind}'; leave --sampler out", "sampler"
             )
         contrastive = isinstance(info.config.objective, ContrastiveObjective)
-        sampler = self.sampler or ("ncsnv2" if contrastive else "heun")
+        own, own_steps, own_grid = few_step_defaults(info)
+        sampler = self.sampler or ("ncsnv2" if contrastive else own)
+        mistake = few_step_mistake(
+            info, sampler, self.steps, self.grid, self.options, self.guided, self.measurement is not None
+        )
+        if mistake is not None:
+            raise RequestError(*mistake)
         adds_noise = sampler in SAMPLERS and (sampler not in ODE_SAMPLERS or bool(self.options.get("eta")))
         if adds_noise and getattr(info.config.objective, "only_flow", False):
             what = "a coupling" if info.source is None else "a flow from a data set"
@@ -165,7 +178,7 @@ class Request:
                 "sampler",
             )
         annealed = sampler in ("ncsn", "ncsnv2") or self.options.get(ANNEAL) is True
-        levels = 18
+        levels, grid = (own_steps, own_grid) if draws_by_map(info, sampler) else (18, "karras")
         if annealed and self.steps is None:
             low, high = info.sigma_range
             levels = info.rungs or levels_needed(high, low, math.prod(info.image_shape))
@@ -174,6 +187,8 @@ class Request:
             options = {SIGMA_DATA: info.config.denoiser.sigma_data, **options}
         if PROCESS in known and known[PROCESS].is_process:
             options = {PROCESS: process_section(info.config.process), **options}
+        if sampler == CONSISTENCY and info.map == "flow_map":
+            options = {TARGET: True, **options}
         if WARM_START in known and not annealed:
             options = {WARM_START: True, **options}
             if self.steps == 1 and options[WARM_START]:
@@ -182,7 +197,7 @@ class Request:
             request,
             sampler=sampler,
             steps=self.steps or levels,
-            grid=self.grid or ("geometric" if annealed else "karras"),
+            grid=self.grid or ("geometric" if annealed else grid),
             options=options,
         )
 

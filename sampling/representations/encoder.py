@@ -38,6 +38,10 @@ class ModelEncoder(Encoder):
         self.path = absolute(url) + question + options
         found = describe(url)
         self.options.check_fits(found.info, f"scoreray={path}")
+        if found.info.instead_of_mean and not self.options.layer:
+            raise UserError(
+                f"scoreray={path}: codes are ends of the ODE upwards; {found.info.instead_of_mean}; give layer"
+            )
         self.model = load_described(found, "cpu")
         self.module, self.info = self.model, found.info
         self.sha256 = hashlib.sha256(f"{found.sha256} {sorted(asdict(self.options).items())}".encode()).hexdigest()

@@ -14,7 +14,7 @@ from scoreray.sampling.guidance.steering import joint_dropout, own_dropout
 from scoreray.sampling.model.adapters import find_adapters
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
 from scoreray.sampling.model.prompts import prompt_conditions
-from scoreray.sampling.offline.generate import Request
+from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.options import Option, options_of
 from scoreray.sampling.samplers.sample import SAMPLERS, sampler_of
 from scoreray.sampling.samplers.sigmas import GRIDS
@@ -101,7 +101,11 @@ class ServedModel:
             "process": type(info.config.process).__name__,
             "defaults": self.defaults(),
             "grids": [*GRIDS, PROCESS_GRID],
-            "samplers": {name: _options(name, info) for name in (*SAMPLERS, *self.samplers)},
+            "samplers": {
+                name: _options(name, fitted)
+                for name in (*SAMPLERS, *self.samplers)
+                if (fitted := _fitted(name, info)) is not None
+            },
             "limits": {
                 "count": limits.max_count,
                 "steps": limits.max_steps,
@@ -166,9 +170,17 @@ def _condition(spec: ConditionSpec) -> dict[str, Any]:
     return page
 
 
-def _options(sampler: str, info: ModelInfo) -> dict[str, Any]:
+def _fitted(sampler: str, info: ModelInfo) -> Request | None:
+    """A request by a sampler; None where the model's network does not give what the sampler needs."""
+    try:
+        return Request(1, sampler).fitted(info)
+    except RequestError:
+        return None
+
+
+def _options(sampler: str, fitted: Request) -> dict[str, Any]:
     """Those that JSON has a word for; `default` is what a request gets that does not name the option."""
-    filled_in = Request(1, sampler).fitted(info).options
+    filled_in = fitted.options
     return {
         name: {"accepted": option.accepted, "default": filled_in.get(name, option.default), "choices": _choices(option)}
         for name, option in options_of(sampler_of(sampler)).items()

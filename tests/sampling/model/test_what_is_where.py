@@ -63,10 +63,12 @@ REQUIRED = {
     "samplers": (
         (*SAMPLERS, GIBBS),
         "gibbs langevin sgld ncsn ncsnv2 baoab cld mala hmc ddpm ddim reverse_sde predictor_corrector euler heun rk45 "
-        "edm_sde dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde unipc",
+        "edm_sde dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde unipc consistency flow_map",
     ),
 }
-SAMPLER_ROWS = ("Langevin, Gibbs", "velocities, acceptance", "ancestral, reverse SDE", "probability-flow ODE")
+SAMPLER_ROWS = (
+    "Langevin, Gibbs", "velocities, acceptance", "ancestral, reverse SDE", "probability-flow ODE", "few steps"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("group", REQUIRED)
