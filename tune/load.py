@@ -33,7 +33,6 @@ from scoreray.tune.sweep import (
     OF_HELD_OUT,
     StudyPlan,
     Sweep,
-    calls_of,
     draw_settings,
     misshapen,
     need_of,
@@ -261,7 +260,7 @@ def _sample_mistakes(plan: StudyPlan, info: ModelInfo, lengths: Sequence[str]) -
                 choose_length(str(drawn["ema"]), lengths, info.url or "the trials' runs", info.config.ema.stds)
             request = Request(count=16, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
                               guidance=float(drawn["guidance"]), options=drawn["options"])  # fmt: skip
-            calls_of(request.fitted(info), info)
+            request.fitted(info).calls(info)
         except (ScorerayError, TypeError) as error:
             found.append(f"{where}{error}")
     return found

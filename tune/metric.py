@@ -30,7 +30,7 @@ from scoreray.sampling.metrics.plan import EvaluationSettings
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.load import LoadedDenoiser
 from scoreray.sampling.offline.generate import Request
-from scoreray.tune.sweep import MetricSection, calls_of, of_samples
+from scoreray.tune.sweep import MetricSection, of_samples
 
 
 @lru_cache(maxsize=2)
@@ -96,7 +96,7 @@ def measure(
     if "nfe" in section.names:
         request = Request(count=1, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"],
                           options=drawn["options"]).fitted(model.info)  # fmt: skip
-        found["nfe"] = float(calls_of(request, model.info))
+        found["nfe"] = float(request.calls(model.info))
     if wanted := of_samples(section.names):
         found |= _of_samples(model, url, section, drawn, place, wanted)
     metrics: dict[str, float] = {name: found[name] for name in section.names}

@@ -12,9 +12,6 @@ from pydantic import AfterValidator, Field
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import is_own, or_own
 from scoreray.data.units import Count
-from scoreray.sampling.model.describe import ModelInfo
-from scoreray.sampling.offline.generate import Request
-from scoreray.sampling.samplers.sample import num_calls
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
 from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
 
@@ -259,11 +256,3 @@ def draw_settings(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
         elif key.startswith(SAMPLE):
             settings[key[len(SAMPLE) :]] = value
     return settings
-
-
-def calls_of(request: Request, info: ModelInfo) -> int:
-    """How often the network is called for one sample."""
-    assert request.sampler is not None  # fitted, as the others
-    assert request.steps is not None
-    assert request.grid is not None
-    return num_calls(request.sampler, info.sigmas(request.steps, request.grid), **request.options)

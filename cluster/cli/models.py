@@ -193,6 +193,9 @@ class EvaluateOptions:
     sampler: Annotated[str | None, typer.Option(help="As for sample; default: what fits the model.")] = None
     steps: Annotated[int | None, typer.Option(help="Noise levels, or Gibbs sweeps.", min=1)] = None
     grid: Annotated[str | None, typer.Option(help="Noise levels, as for sample.")] = None
+    max_calls: Annotated[
+        int | None, typer.Option(metavar="N", help="Network calls a sample at most, as for sample.", min=1)
+    ] = None
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0)] = 0
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0
     ema: Ema = None

@@ -69,6 +69,15 @@ class WalkOptions:
             "t); or the levels themselves: 80,2.5."
         ),
     ] = None
+    max_calls: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Network calls a sample at most: the best sampler, steps and grid that fit, or checks those given. "
+            "Guidance costs rows, not calls.",
+            min=1,
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0
     size: Annotated[
         str | None,
@@ -246,6 +255,7 @@ def sample(
         count=place.count or (records.num_samples if records else 64),
         sampler=name_in_command(walk.sampler),
         steps=walk.steps,
+        max_calls=walk.max_calls,
         grid=walk.grid,
         seed=walk.seed,
         size=walk.size,

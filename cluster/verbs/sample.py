@@ -31,10 +31,11 @@ class SampleResult:
     out: list[str]
     images_seen: int
     acceptance: float | None = None  # of a Metropolis sampler's proposals
+    calls: int | float | None = None  # of the network for one sample
 
     def answer(self) -> dict[str, Any]:
         job = self.job
-        accepted = {} if self.acceptance is None else {"acceptance": self.acceptance}
+        counted = {"acceptance": self.acceptance, "calls": self.calls}
         return {
             "out": self.out,
             "count": job.request.count,
@@ -43,13 +44,14 @@ class SampleResult:
             "ema": job.ema,
             "format": job.format,
             "form": job.form.name,
-            **accepted,
+            **{name: value for name, value in counted.items() if value is not None},
         }
 
     def text(self) -> str:
         job = self.job
         accepted = "" if self.acceptance is None else f", {self.acceptance:.1%} of proposals accepted"
-        made = f"{job.request.count:,} samples of {job.checkpoint} (EMA {job.ema}, {job.form.name}{accepted})"
+        cost = "" if self.calls is None else f", {self.calls} {'call' if self.calls == 1 else 'calls'} a sample"
+        made = f"{job.request.count:,} samples of {job.checkpoint} (EMA {job.ema}, {job.form.name}{cost}{accepted})"
         return f"{made}: {', '.join(self.out)}"
 
 
@@ -109,7 +111,8 @@ def sample_to(
     if picture is not None:
         write_picture(sheet(place), picture)
     record = read_record(place, request.batch_size)
-    return SampleResult(job, [out], model.info.images_seen, None if record is None else record.acceptance)
+    assert record is not None  # of the job, which has finished
+    return SampleResult(job, [out], model.info.images_seen, record.acceptance, record.calls)
 
 
 def _needs_shards(request: Request, checkpoint: str, ema: str | None, raw: bool) -> bool:

@@ -142,6 +142,7 @@ def settings_of(config: Config, checkpoint_url: str) -> EvaluationSettings:
         sampler=section.sampler,
         steps=section.steps,
         grid=section.grid,
+        max_calls=section.max_calls,
         guidance=section.guidance,
         batch_size=section.batch_size,
     )

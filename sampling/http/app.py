@@ -65,6 +65,14 @@ def make_app(service: Service) -> FastAPI:
         """Draws samples: JSON with base64, or by Accept one PNG sheet or an npz; events when `stream`."""
         return await _answered(service, request, _samples)
 
+    of_json = response_descriptions("application/json")
+
+    @app.post("/v1/cost", openapi_extra=request_schema(SampleBody), responses=of_json)
+    async def cost(request: Request) -> Response:
+        """What a request for samples would cost, without drawing them: its sampler, steps and grid, `calls` of the
+        network for a sample, and the `rows` of all calls."""
+        return await _answered(service, request, _cost)
+
     @app.post(GENERATIONS, openapi_extra=request_schema(ImagesBody), responses=of_images)
     async def images(request: Request) -> Response:
         """Draws pictures for a prompt, as OpenAI's endpoint of this name does; `extra_body` of its client has room for
@@ -200,6 +208,10 @@ async def _samples(service: Service, request: Request, who: str, request_id: str
     body = await read_body(request, service.max_body_bytes, SampleBody)
     form = SamplesForm("application/json" if body.stream else choose_media(request.headers.get("accept")))
     return await _drawn(service, request, who, body, form, body.stream)
+
+
+async def _cost(service: Service, request: Request, who: str, request_id: str) -> Response:
+    return _json(await service.cost(await read_body(request, service.max_body_bytes, SampleBody)))
 
 
 async def _images(service: Service, request: Request, who: str, request_id: str) -> Response:

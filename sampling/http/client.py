@@ -28,7 +28,19 @@ FINAL = ("timed_out",)  # codes of 503 after which another try would only wait a
 LONGEST_PAUSE_S = 30.0
 ABOUT = "x-scoreray-"  # prefix of the headers that say what made the samples, where the answer is not JSON
 TYPED = frozenset(
-    ("images_seen", "seed", "steps", "count", "guidance", "conditions", "acceptance", "queued_s", "took_s")
+    (
+        "images_seen",
+        "seed",
+        "steps",
+        "count",
+        "guidance",
+        "conditions",
+        "acceptance",
+        "calls",
+        "rows",
+        "queued_s",
+        "took_s",
+    )
 )
 """Of these headers the value is JSON; the others are text."""
 

@@ -40,7 +40,7 @@ class EvaluationSettings:
 
     metrics: none takes those that fit and cost no more than features and a forward pass. metric_options: of some of
     them, by the metric's name.
-    sampler, steps, grid: None takes what fits the model.
+    sampler, steps, grid: None takes what fits the model, or `max_calls`, the network calls that a sample may take.
     count: samples drawn; reference_count: of the reference, spread evenly over it. likelihood_count, loss_count,
     restoration_count: of the reference, for bpd and nats, the loss, psnr and ssim. chains: of AIS.
     codes_count: of the reference, for representations; codes: how a denoiser encodes them (`CodeOptions.parse`).
@@ -70,6 +70,7 @@ class EvaluationSettings:
     sampler: str | None = None
     steps: int | None = None
     grid: Grid | None = None
+    max_calls: int | None = None
     seed: int = 0
     guidance: float = 1.0
     batch_size: int = 64
@@ -110,6 +111,7 @@ class EvaluationSettings:
             sampler=self.sampler,
             steps=self.steps,
             grid=self.grid,
+            max_calls=self.max_calls,
             seed=self.seed,
             guidance=self.guidance,
             batch_size=self.batch_size,

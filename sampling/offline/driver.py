@@ -30,7 +30,7 @@ from scoreray.sampling.model.load import LoadedDenoiser, LoadedMachine, SampledM
 from scoreray.sampling.model.text_encoding import read_texts
 from scoreray.sampling.offline.generate import Request
 from scoreray.sampling.samplers.noise import SampleNoise
-from scoreray.sampling.samplers.sample import ADAPTIVE, num_calls
+from scoreray.sampling.samplers.sample import ADAPTIVE
 from scoreray.trainer.diffusion.condition import AnyCondition, Condition, as_condition
 from scoreray.trainer.diffusion.condition_shapes import complete, example_condition
 
@@ -172,13 +172,7 @@ def choose_form(model: SampledModel, request: Request, *, precision: str, compil
 
 def network_calls(request: Request, info: ModelInfo, rows: int) -> int:
     """Calls of the network, of `rows` rows each, that a request takes in all, about."""
-    assert request.sampler is not None
-    assert request.steps is not None
-    assert request.grid is not None
-    if request.sampler in ADAPTIVE:
-        calls = ADAPTIVE_CALLS
-    else:
-        calls = num_calls(request.sampler, info.sigmas(request.steps, request.grid), **request.options)
+    calls = ADAPTIVE_CALLS if request.sampler in ADAPTIVE else request.calls(info)
     guided = len(guidance_terms(request.guided.weight, info.conditions, request.guided.weights)) or 1
     return calls * guided * math.ceil(request.count / rows)
 

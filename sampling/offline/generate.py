@@ -30,10 +30,19 @@ from scoreray.sampling.offline.few_step import (
     few_step_mistake,
 )
 from scoreray.sampling.offline.starts import SourceStarts
+from scoreray.sampling.samplers.budget import LARGEST_BUDGET, calls_worth_taking, most_steps, solver_within
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
-from scoreray.sampling.samplers.sample import ODE_SAMPLERS, SAMPLERS, sample, sampler_of
+from scoreray.sampling.samplers.sample import (
+    ADAPTIVE,
+    ODE_SAMPLERS,
+    SAMPLERS,
+    SamplerState,
+    num_calls,
+    sample,
+    sampler_of,
+)
 from scoreray.sampling.samplers.sigmas import GRIDS, Grid, grid_text, parse_grid
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, class_name_of
 from scoreray.trainer.diffusion.process import process_section
@@ -67,6 +76,7 @@ class Request:
     conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
     null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out. prompt: a
     text for those conditions that take one, or a class (`model.prompts`).
+    max_calls: network calls that a sample may take; sampler, steps and grid that are left out are the best that fit.
     size: WIDTHxHEIGHT, of a model of data in buckets; None draws what most of its samples were.
     source: a data set whose record i sample i begins at, of a flow from a data set; None takes the run's (`starts.py`).
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
@@ -87,6 +97,7 @@ class Request:
     prompt: str | None = None
     size: str | None = None
     source: str | None = None
+    max_calls: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -96,6 +107,9 @@ class Request:
         for name, value, most in (("steps", self.steps or 1, MOST_STEPS), ("batch_size", self.batch_size, 2**32)):
             if value > most:
                 raise RequestError(f"{name} = {shortened(str(value))}: must be at most {most:,}", name)
+        if self.max_calls is not None and not 1 <= self.max_calls <= LARGEST_BUDGET:
+            message = f"max_calls = {shortened(str(self.max_calls))}: must be 1 to {LARGEST_BUDGET:,} network calls"
+            raise RequestError(f"{message} a sample", "max_calls")
         if self.conditions_from is not None:
             self.conditions_from.check_count(self.count)
         if not isinstance(self.guidance, Guidance):
@@ -155,6 +169,8 @@ class Request:
             raise RequestError(f"--{error}", "size") from None
         if info.is_machine:
             return self._for_machine(info)
+        if self.max_calls is not None:
+            return self._within_budget(info)
         request = self.with_prompt(info)
         if self.sampler == GIBBS:
             kind = info.config.network.kind
@@ -177,7 +193,7 @@ class Request:
                 f"{', '.join(sorted(ODE_SAMPLERS))} (ddim without eta)",
                 "sampler",
             )
-        annealed = sampler in ("ncsn", "ncsnv2") or self.options.get(ANNEAL) is True
+        annealed = replace(self, sampler=sampler).is_annealed
         levels, grid = (own_steps, own_grid) if draws_by_map(info, sampler) else (18, "karras")
         if annealed and self.steps is None:
             low, high = info.sigma_range
@@ -201,6 +217,51 @@ class Request:
             options=options,
         )
 
+    def _within_budget(self, info: ModelInfo) -> Request:
+        """The request at no more than its `max_calls`, as docs/sampling.md describes. Raises RequestError where what it
+        names takes more."""
+        assert self.max_calls is not None
+        ours = self.sampler is None and not isinstance(info.config.objective, ContrastiveObjective)
+        sampler, grid = solver_within(self.max_calls) if ours else (self.sampler, None)
+        free = replace(self, max_calls=None, sampler=sampler, grid=self.grid or grid)
+        default = free.fitted(info)
+        if default.sampler in ADAPTIVE:
+            what = f"sampler '{default.sampler}' chooses its steps as it goes, so its calls are not known before"
+            raise RequestError(f"max_calls = {self.max_calls}: {what}; leave one of them out", "sampler")
+        fixed = self.steps is not None or default.is_annealed
+        if fixed and default.calls(info, most=self.max_calls) <= self.max_calls:
+            return default
+        most = calls_worth_taking(self.max_calls) if ours else self.max_calls
+        levels = default.grid if isinstance(default.grid, tuple) else None
+
+        def calls_of(steps: int) -> int:
+            given = {"steps": steps} if levels is None else {"steps": None, "grid": levels[:steps]}
+            return replace(default, **given).calls(info, most=most)
+
+        fitting = most_steps(most, calls_of)
+        if fitting and not fixed:
+            return replace(free, steps=fitting).fitted(info)
+        calls = default.calls(info, most=LARGEST_BUDGET)
+        taken = f"{calls:,}" if calls <= LARGEST_BUDGET else f"more than {LARGEST_BUDGET:,}"
+        what = f"sampler '{default.sampler}' with {default.steps} steps takes {taken} calls a sample"
+        unit = "steps" if levels is None else "noise levels"
+        advice = f"give at most {fitting} {unit}" if fitting else "choose another sampler, or fewer of its inner steps"
+        if self.sampler is None and self.steps is not None and fitting:
+            advice += ", or leave steps out"
+        raise RequestError(f"max_calls = {self.max_calls}: {what}; {advice}", "max_calls")
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether the sampler goes down a ladder of noise levels, whose number its theory says."""
+        return self.sampler in ("ncsn", "ncsnv2") or self.options.get(ANNEAL) is True
+
+    def calls(self, info: ModelInfo, most: int | None = None) -> int:
+        """Network calls for one sample, of a fitted request; `most` as of `num_calls`. Guidance adds rows to them."""
+        assert self.sampler is not None
+        assert self.steps is not None
+        assert self.grid is not None
+        return num_calls(self.sampler, info.sigmas(self.steps, self.grid), most=most, **self.options)
+
     def with_prompt(self, info: ModelInfo) -> Request:
         """The request with its prompt as the conditions that it means for a model. Raises UserError."""
         if self.prompt is None:
@@ -222,6 +283,7 @@ class Request:
             "--conditions-from": self.conditions_from is not None,
             "--inpaint and --inverse": self.measurement is not None,
             "--option": bool(self.options),
+            f"--max-calls {self.max_calls}": self.max_calls is not None,
         }
         wrong = [what for what, given in refused.items() if given]
         if wrong:
@@ -313,7 +375,8 @@ def class_labels(condition: Condition | None, rows: int) -> torch.Tensor:
 Draw = Callable[..., torch.Tensor]
 """`(seeds int64 [b], condition of b rows or None) -> samples float32 [b, ...] in the model's range`; each depends on
 its own seed and condition alone. A denoiser's takes standard normal numbers [b, ...] to begin from as a third argument,
-where they are not those of the seeds. `acceptance=` counts what Metropolis samplers accept."""
+where they are not those of the seeds. `acceptance=` counts what Metropolis samplers accept, `callback=` is called after
+each call of the network (`SamplerState`)."""
 
 
 def prepare(model: LoadedModel, request: Request) -> Draw:
@@ -336,6 +399,7 @@ def _draw(
     condition: AnyCondition,
     noise: torch.Tensor | None = None,
     acceptance: Acceptance | None = None,
+    callback: Callable[[SamplerState], None] | None = None,
 ) -> torch.Tensor:
     assert request.sampler is not None
     assert request.steps is not None
@@ -353,6 +417,7 @@ def _draw(
         sampler=request.sampler,
         generator=SampleNoise(seeds, draw=1, acceptance=acceptance),  # draw 0 is the initial noise
         condition=None if condition is None else condition.to(device),
+        callback=callback,
         **request.options,
     ).cpu()
 
@@ -363,6 +428,7 @@ def _draw_by_gibbs(
     seeds: torch.Tensor,
     condition: AnyCondition,
     acceptance: Acceptance | None = None,
+    callback: Callable[[SamplerState], None] | None = None,
 ) -> torch.Tensor:
     assert request.steps is not None
     v = gibbs(model.machine, seeds, request.steps)

@@ -37,6 +37,7 @@ from scoreray.sampling.offline.place import (
 from scoreray.sampling.offline.plan import Mapper, SamplePlan
 from scoreray.sampling.offline.record import Digests, FileDigest, SampleJob, SampleRecord
 from scoreray.sampling.offline.starts import SourceStarts
+from scoreray.sampling.samplers.sample import calls_each
 from scoreray.trainer.optim.ema import length_name
 
 SHARDS, MAX_SHARD_SAMPLES, MAX_SHARD_BYTES = 64, 4096, 64 << 20
@@ -155,7 +156,10 @@ def carry_out_job(place: Place, plan: SamplePlan, map_shards: Mapper, kept: Dige
     acceptance = None if before is None else before.acceptance  # of all shards, where only some are made again
     if acceptance is None and counts["proposed"]:
         acceptance = round(counts["accepted"] / counts["proposed"], 6)
-    record = SampleRecord(job, {name: files[name] for name in files_of(place, job)}, acceptance)
+    calls = None if before is None else before.calls
+    if calls is None and counts["calls"]:
+        calls = calls_each(counts["calls"], counts["samples"])
+    record = SampleRecord(job, {name: files[name] for name in files_of(place, job)}, acceptance, calls)
     store.put(place.record, record.to_json())
     place.clear()
     return store.url(place.result)

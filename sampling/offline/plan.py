@@ -29,6 +29,7 @@ from scoreray.sampling.offline.place import shard_name, taken_over
 from scoreray.sampling.offline.record import SampleJob
 from scoreray.sampling.offline.starts import SourceStarts
 from scoreray.sampling.samplers.noise import Acceptance
+from scoreray.sampling.samplers.sample import SamplerState
 from scoreray.trainer.diffusion.condition import LABEL, Condition
 
 Mapper = Callable[["SamplePlan", Sequence[int]], Iterable[PackedShard]]
@@ -129,13 +130,18 @@ class SamplePlan:
         job, request = self.job, self.job.request
         self.check_owner()
         draw = self._draw()
-        tar, numbers, acceptance = io.BytesIO(), job.shard_samples(number), Acceptance()
+        tar, numbers, acceptance, calls = io.BytesIO(), job.shard_samples(number), Acceptance(), 0
         writer = ShardWriter(tar, self.fields)
+
+        def count(state: SamplerState) -> None:
+            nonlocal calls
+            calls += len(state.x)
+
         for first in range(numbers.start, numbers.stop, request.batch_size):
             last = min(first + request.batch_size, numbers.stop)
             seeds, condition = request.sample_seeds(first, last), self.conditions.of(first, last)
             with span("sample.batch", first=first, rows=last - first, sampler=request.sampler):
-                x = draw(seeds, condition, acceptance=acceptance)
+                x = draw(seeds, condition, acceptance=acceptance, callback=count)
             labels = class_labels(condition, last - first).tolist()
             samples = self.model.info.in_data_units(x)
             if self.known is not None:
@@ -146,6 +152,7 @@ class SamplePlan:
                 note = {"sample": i, "seed": seed, "class_label": label if label >= 0 else None}
                 writer.add(f"{i:08d}", {self.fields[0].name: array, **others}, json.dumps(note).encode())
             self.done(last - first)
-        packed = replace(writer.finish(shard_name(number)), counts=acceptance.counts())
+        called = {"calls": calls, "samples": len(numbers)} if calls else {}  # no network in a Gibbs chain
+        packed = replace(writer.finish(shard_name(number)), counts={**acceptance.counts(), **called})
         self.check_owner()  # once more: another start may have begun while this shard was drawn
         return tar.getvalue(), packed

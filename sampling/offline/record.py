@@ -87,19 +87,22 @@ Digests = dict[str, FileDigest]
 class SampleRecord:
     """`sampling.json`: the job, and once it has finished the digest of every file that it made, by name.
 
-    acceptance: the share of a Metropolis sampler's proposals that were accepted; None of other samplers.
+    acceptance: the share of a Metropolis sampler's proposals that were accepted; None of other samplers. calls: of the
+    network for one sample, on average where they differ; None of a Gibbs chain.
     """
 
     job: SampleJob
     finished: Digests | None = None
     acceptance: float | None = None
+    calls: int | float | None = None
 
     def to_json(self) -> bytes:
         fields = _fields(self.job)
         if self.finished is not None:
             fields["finished"] = {name: asdict(digest) for name, digest in self.finished.items()}
-        if self.acceptance is not None:
-            fields["acceptance"] = self.acceptance
+        for name in ("acceptance", "calls"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
         return (json.dumps(fields, indent=1) + "\n").encode()
 
     @classmethod
@@ -107,7 +110,7 @@ class SampleRecord:
         """Raises ValueError, TypeError or KeyError where `data` is not what `to_json` wrote."""
         fields = json.loads(data)
         finished, request = fields.pop("finished", None), fields.pop("request")
-        acceptance = fields.pop("acceptance", None)
+        acceptance, calls = fields.pop("acceptance", None), fields.pop("calls", None)
         interval = request["guidance"]["interval"]
         guidance = Guidance(**{**request["guidance"], "interval": tuple(interval) if interval else None})
         measurement = Measurement(**request["measurement"]) if request["measurement"] else None
@@ -117,7 +120,7 @@ class SampleRecord:
         job = SampleJob(**{**fields, "request": whole, "form": Form(**fields["form"])})
         if not isinstance(finished, dict):
             return cls(job)
-        return cls(job, {name: FileDigest(**digest) for name, digest in finished.items()}, acceptance)
+        return cls(job, {name: FileDigest(**digest) for name, digest in finished.items()}, acceptance, calls)
 
 
 def _fields(job: SampleJob) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     del request["batch_size"]
     request["guidance"] = asdict(job.request.guided)
     for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"), (request, "size"),
-                        (request, "source"),
+                        (request, "source"), (request, "max_calls"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
                         (fields, "conditions_sha256"), (fields, "source_sha256"), (fields, "raw"),
                         (fields, "own_code")):  # fmt: skip

@@ -278,6 +278,11 @@ def num_calls(sampler: str, sigmas: Tensor | Sequence[float], *, most: int | Non
     return calls
 
 
+def calls_each(rows: int, samples: int) -> int | float:
+    """Calls of the network for one sample, from the rows of all calls: the mean where samples took unlike numbers."""
+    return rows // samples if rows % samples == 0 else round(rows / samples, 2)
+
+
 def _of_two_kinds(x: Tensor, sigma: float | Tensor) -> Tensor:
     """E[x0 | x] of numbers near 0.5 and near -0.5: for Gaussian ones, unlike for samples, `rk45` takes two steps.
 

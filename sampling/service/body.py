@@ -22,6 +22,7 @@ from scoreray.sampling.guidance.steering import Guidance
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.generate import Request, RequestError
+from scoreray.sampling.samplers.budget import LARGEST_BUDGET
 from scoreray.sampling.samplers.sample import SAMPLERS, check_options, num_calls, sampler_of
 from scoreray.sampling.service.answers import can_be_pictures
 from scoreray.sampling.service.config import Limits, Refused, refused_at
@@ -79,6 +80,15 @@ class DrawFields(BaseModel):
     ] = None
     steps: Annotated[
         int | None, Field(ge=1, description="noise levels; if left out, what fits the sampler: 18 for heun")
+    ] = None
+    max_calls: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=LARGEST_BUDGET,
+            description="calls of the network that a sample may take: the best sampler, steps and grid that fit, as "
+            "docs/sampling.md describes; those that are named must fit. Guidance costs rows, not calls",
+        ),
     ] = None
     grid: Annotated[
         Annotated[str, Field(max_length=64)] | list[float] | None,
@@ -188,7 +198,7 @@ class SampleBody(DrawFields):
     def fingerprint(self, media: str) -> str:
         """Of what the answer depends on: the same for a retry, whether it streams or not."""
         fields = self.model_dump(exclude={"stream", "previews", "idempotency_key", "condition"})
-        for name in ("adapter", "prompt", "negative_prompt", "size", "raw"):
+        for name in ("adapter", "max_calls", "prompt", "negative_prompt", "size", "raw"):
             if fields[name] in (None, False):
                 del fields[name]  # as of versions that did not know it, whose keys are stored
         found = hashlib.sha256(json.dumps([media, fields], sort_keys=True).encode())
@@ -250,7 +260,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         guidance=body.guidance if isinstance(body.guidance, float) else 1.0,
         weights=body.guidance if isinstance(body.guidance, dict) else {},
         expected_calls=calls,
-        max_calls=limits.max_calls,
+        calls_limit=limits.max_calls,
         origin=Origin(served.name, info.url, info.images_seen, seed),
         ema=ema,
         adapter=served.adapter(body.adapter, ema),
@@ -328,6 +338,7 @@ def _fitted(body: SampleBody, info: ModelInfo, seed: int) -> Request:
             count=body.count,
             sampler=body.sampler,
             steps=body.steps,
+            max_calls=body.max_calls,
             grid=body.grid,
             seed=seed,
             class_label=body.class_label,
@@ -337,6 +348,12 @@ def _fitted(body: SampleBody, info: ModelInfo, seed: int) -> Request:
         return request.fitted(info)
     except RequestError as error:
         raise Refused("invalid", str(error), field=error.field) from None
+    except (ArithmeticError, ValueError) as error:  # of a dry run, for `max_calls`
+        raise _not_finite(str(body.sampler), error) from None
+
+
+def _not_finite(sampler: str, error: Exception) -> Refused:
+    return Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options")
 
 
 @functools.lru_cache(1024)
@@ -345,4 +362,4 @@ def _calls(sampler: str, sigmas: tuple[float, ...], options: tuple[tuple[str, An
     try:
         return num_calls(sampler, sigmas, most=most, **dict(options))
     except (ArithmeticError, ValueError) as error:
-        raise Refused("not_finite", f"sampler '{sampler}' with these options: {error}", field="options") from None
+        raise _not_finite(sampler, error) from None

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from scoreray.sampling.samplers.sample import ADAPTIVE, calls_each
 from scoreray.sampling.service.config import Refused
 from scoreray.sampling.service.request import Completed, Preview, SampleRequest
+from scoreray.sampling.service.ticket import terms_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class SampleAnswer:
             "count": len(request.seeds),
             "format": request.format,
             **({} if drawn.acceptance is None else {"acceptance": round(drawn.acceptance, 6)}),
+            **_cost(request, drawn.rows),
             "queued_s": round(drawn.queued_s, 4),
             "took_s": round(drawn.took_s, 4),
         }
@@ -47,6 +50,26 @@ class SampleAnswer:
         """What made the samples, then `data`, an array that is already JSON."""
         head = json.dumps({"id": request_id, **self.about})
         return head[:-1].encode() + b', "data": ' + self.body + b"}"
+
+
+def expected_cost(request: SampleRequest) -> dict[str, Any]:
+    """What a request fills in, and what it will cost: exactly, or of rk45, which chooses its steps, about."""
+    return {
+        "sampler": request.sampler,
+        "steps": len(request.sigmas) - 1,
+        "grid": request.grid,
+        "calls": request.expected_calls,
+        "rows": request.expected_calls * len(request.seeds) * len(terms_of(request)),
+        "exact": request.sampler not in ADAPTIVE,
+    }
+
+
+def _cost(request: SampleRequest, rows: int | None) -> dict[str, Any]:
+    """calls: of the network for one sample, on average where they differ (rk45). rows: that these calls had in all;
+    guidance takes two or more of each call for a sample."""
+    if rows is None:
+        return {}
+    return {"calls": calls_each(rows, len(request.seeds) * len(terms_of(request))), "rows": rows}
 
 
 class Draw:

@@ -79,8 +79,7 @@ def key_reused() -> Refused:
 
 def facts(answer: Completed) -> str:
     """What is stored of an answer beside its body, as JSON."""
-    accepted = [] if answer.acceptance is None else [answer.acceptance]
-    return json.dumps([answer.precision, answer.queued_s, answer.took_s, *accepted])
+    return json.dumps([answer.precision, answer.queued_s, answer.took_s, answer.acceptance, answer.rows])
 
 
 SCHEMA = """

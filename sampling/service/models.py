@@ -72,9 +72,10 @@ class ServedModel:
         return bool(folders) and not self.info.url.endswith("/" + folders[-1])
 
     def defaults(self) -> dict[str, Any]:
-        """The sampler, steps and grid of a request that names none."""
+        """The sampler, steps and grid of a request that names none, and the network calls that a sample takes then."""
         request = Request(1).fitted(self.info)
-        return {"sampler": request.sampler, "steps": request.steps, "grid": request.grid}
+        calls = request.calls(self.info)
+        return {"sampler": request.sampler, "steps": request.steps, "grid": request.grid, "calls": calls}
 
     def page(self, limits: Limits) -> dict[str, Any]:
         """The JSON of it in GET /v1/model."""

@@ -125,7 +125,8 @@ class Replica:
                 values = await asyncio.wrap_future(model.decoding.submit(samples.cpu()))
             body = await asyncio.to_thread(_encoded, values, request, info)
             took_s = time.monotonic() - arrived
-            yield Completed(body, model.fast.name, ticket.queued_s or 0.0, took_s, ticket.acceptance.rate)
+            accepted = ticket.acceptance.rate
+            yield Completed(body, model.fast.name, ticket.queued_s or 0.0, took_s, accepted, ticket.rows)
         finally:
             if ticket.cancel():
                 self.meter["cancelled_rows"].inc(len(request.seeds))

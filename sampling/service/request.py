@@ -56,7 +56,8 @@ class SampleRequest:
     `weights`, by name (`guidance.guidance_terms`).
     adapter: the LoRA beside the network, "" for none.
     expected_calls: calls of the network that a sample is thought to take: orders requests, and estimates their wait.
-    max_calls: a sample that takes more fails, so that no sampler runs for ever.
+    calls_limit: the service's own: a sample that takes more fails, so that no sampler runs for ever. What a request may
+    cost by its own word (`max_calls`) is spent by then: it has become sampler, steps and grid.
     previews: how many are sent on the way, at most. raw: latents are not decoded, but in previews.
     """
 
@@ -70,7 +71,7 @@ class SampleRequest:
     guidance: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
     expected_calls: int = 1
-    max_calls: int | None = None
+    calls_limit: int | None = None
     adapter: str = ""
 
     origin: Origin = NOT_SERVED
@@ -112,8 +113,9 @@ class Completed:
     """The last event of a draw: the encoded samples.
 
     queued_s: before the first call of the network. took_s: in the replica, queue included. acceptance: the share of a
-    Metropolis sampler's proposals that were accepted. deaths: replicas that were lost on the way. kept: whether the
-    store of idempotency keys has it.
+    Metropolis sampler's proposals that were accepted. rows: that the network was called with for it, None of an answer
+    that was stored before they were counted. deaths: replicas that were lost on the way. kept: whether the store of
+    idempotency keys has it.
     """
 
     body: bytes
@@ -121,6 +123,7 @@ class Completed:
     queued_s: float
     took_s: float
     acceptance: float | None = None
+    rows: int | None = None
     deaths: int = 0
     kept: bool = False
 

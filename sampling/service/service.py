@@ -21,7 +21,7 @@ from scoreray.data.errors import ScorerayError, nearest
 from scoreray.sampling.service.access import Access
 from scoreray.sampling.service.body import SampleBody, made_from, make_request
 from scoreray.sampling.service.config import Refused, ServeConfig
-from scoreray.sampling.service.draw import Draw, SampleAnswer
+from scoreray.sampling.service.draw import Draw, SampleAnswer, expected_cost
 from scoreray.sampling.service.idempotency import Bills, begin_key, kept, open_key_store, seed_of
 from scoreray.sampling.service.key_store import KeyStore, key_reused
 from scoreray.sampling.service.metrics import SERVICE_METRICS, Meter, merged
@@ -161,6 +161,11 @@ class Service:
         draw.waiting += 1
         draw.joined += 1
         return draw
+
+    async def cost(self, body: SampleBody) -> dict[str, Any]:
+        """What a request would cost, as JSON has it. Raises Refused where it would be refused."""
+        served = self.served(body.model)
+        return expected_cost(await asyncio.to_thread(make_request, body, served, self.limits, "application/json", 0))
 
     def _under_way(self, claim: Claim | None) -> Draw | None:
         """The draw of a key that this ingress has begun. Raises Refused where the key came with another request."""

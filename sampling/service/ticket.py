@@ -55,7 +55,8 @@ class Ticket(Future[Tensor]):
     """A request in the batcher: the samples to come, [len(seeds), *shape], the parts that run and the rows not begun.
 
     `.result(timeout)` in a thread, `await` in asyncio, `.cancel()`. queued_s: how long the request waited for its first
-    call of the network, once that has come. The rest is the batcher's.
+    call of the network, once that has come. rows: that the network was called with for it so far, those of guidance
+    included. The rest is the batcher's.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Ticket(Future[Tensor]):
         self.part_rows = min(part_rows, max_batch // len(self.terms))
         self.most_parts = max_batch // self.part_rows
         self.queued_s: float | None = None
+        self.rows = 0
         self.acceptance = Acceptance()  # of all parts
         if len(request.seeds) < 1:
             raise UserError("a request for no samples: give at least one seed")
@@ -104,6 +106,7 @@ class Ticket(Future[Tensor]):
             taken += len(part.x)
         if taken and self.queued_s is None:
             self.queued_s = time.monotonic() - self.submitted
+        self.rows += taken
         self.work -= taken
         return taken
 
@@ -178,9 +181,9 @@ class Part:
         self.calls += 1
         request = self.ticket.request
         try:
-            if request.max_calls is not None and self.calls > request.max_calls:
+            if request.calls_limit is not None and self.calls > request.calls_limit:
                 raise UserError(
-                    f"sampler '{request.sampler}' needed more than {request.max_calls} calls of the network for a "
+                    f"sampler '{request.sampler}' needed more than {request.calls_limit} calls of the network for a "
                     "sample: take fewer steps or looser tolerances"
                 )
             if self.ticket.show is not None:

@@ -258,6 +258,7 @@ class EvaluationSection(Section):
     sampler: str | None = None
     steps: int | None = Field(None, ge=1)
     grid: str | tuple[float, ...] | None = None
+    max_calls: int | None = Field(None, ge=1, le=10_000)
     guidance: float = Field(1.0, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)
     batch_size: int = Field(64, ge=1)
 

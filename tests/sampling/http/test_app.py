@@ -249,7 +249,7 @@ def test_a_request_is_fitted_to_its_model_as_the_command_line_does(points_url: s
                 assert np.allclose(served, offline, rtol=1e-3, atol=1e-4), fields
                 if not fields:
                     about = (await call("GET", "/v1/model")).json["models"][0]
-                    assert about["defaults"] == {"sampler": "heun", "steps": 18, "grid": "karras"}
+                    assert about["defaults"] == {"sampler": "heun", "steps": 18, "grid": "karras", "calls": 35}
                     assert about["samplers"]["langevin"]["warm_start"]["default"] is True
                 if number in (0, 5, 6, 7):
                     assert np.allclose(offline, by_command(number, fields), rtol=1e-3, atol=1e-4), fields

@@ -17,6 +17,8 @@ import torch
 from scoreray.data.errors import StorageError, UserError
 from scoreray.data.reading.decode import npy_array
 from scoreray.sampling.http.client import Client, Declined, _body
+from scoreray.sampling.samplers.sample import num_calls
+from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.config import ServeConfig
 
 
@@ -49,6 +51,8 @@ def test_an_answer_of_a_metropolis_sampler_has_its_acceptance(url: str) -> None:
     assert about["acceptance"] == client.sample_json(seed=7, **fields)["acceptance"]
     assert 0 < about["acceptance"] < 1
     assert round(about["acceptance"] * 3 * 4 * 5, 3) in range(60)  # of 3 samples, 4 levels and 5 steps
+    calls = num_calls("mala", karras(4), anneal=True)
+    assert (about["calls"], about["rows"]) == (calls, 3 * calls)
     assert "acceptance" not in client.sample(seed=7, count=1, sampler="baoab", steps=4).about
 
 

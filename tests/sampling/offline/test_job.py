@@ -32,6 +32,7 @@ from scoreray.data.reading.stream import Stream
 from scoreray.data.reading.tars import Tape, members
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.guidance.steering import Guidance
+from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.load import LoadedDenoiser, load
 from scoreray.sampling.offline.driver import Form, InRows, choose_form, in_form, network_calls, steady_rows
 from scoreray.sampling.offline.generate import Request, prepare
@@ -108,6 +109,8 @@ def test_the_acceptance_of_a_metropolis_sampler_is_recorded_also_of_shards_that_
     draw(cut, run_url, replace(request, batch_size=9), format="webdataset")
     record = json.loads(open_store(whole).get("sampling.json"))
     assert round(record["acceptance"] * 70 * 3 * 2, 2) in range(421)  # of 70 samples, 3 levels and 2 steps
+    info = describe(run_url).info
+    assert record["calls"] == request.fitted(info).calls(info)
     assert contents(cut) == contents(whole)
     store = open_store(cut)
     store.delete(["shards/000000.tar"])

@@ -1,0 +1,83 @@
+"""Requests with a budget of network calls: what they become on a model, and which do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from scoreray.data.errors import UserError
+from scoreray.sampling.model.describe import ModelInfo, describe
+from scoreray.sampling.offline.generate import Request, RequestError
+from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS
+
+
+@pytest.fixture(scope="module")
+def info(new_run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
+    return describe(new_run(str(tmp_path_factory.mktemp("runs") / "small"))).info
+
+
+@pytest.mark.parametrize(
+    ("given", "becomes"),
+    [
+        ({"max_calls": 1}, ("dpmpp_2m", 1, "interior")),
+        ({"max_calls": 12}, ("dpmpp_2m", 12, "interior")),
+        ({"max_calls": 13}, ("unipc", 13, "interior")),
+        ({"max_calls": 5000}, ("unipc", 40, "interior")),
+        ({"max_calls": 36, "sampler": "heun"}, ("heun", 18, "karras")),
+        ({"max_calls": 200, "sampler": "euler"}, ("euler", 200, "karras")),
+        ({"max_calls": 9, "steps": 4, "grid": "geometric"}, ("dpmpp_2m", 4, "geometric")),
+        ({"max_calls": 9, "grid": (80, 5, 0.5)}, ("dpmpp_2m", 3, (80.0, 5.0, 0.5))),
+        ({"max_calls": 50, "sampler": "ncsnv2", "steps": 9}, ("ncsnv2", 9, "geometric")),
+    ],
+)
+def test_a_budget_becomes_sampler_steps_and_grid(info: ModelInfo, given: dict[str, Any], becomes: tuple[Any, ...]):
+    request = Request(1, **given).fitted(info)
+    assert (request.sampler, request.steps, request.grid) == becomes
+    assert request.max_calls is None, "it is spent: the record of a job is that of the same words without it"
+    assert request.calls(info) <= given["max_calls"]
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "message"),
+    [
+        (
+            {"max_calls": 10, "sampler": "heun", "steps": 18},
+            "max_calls",
+            "takes 35 calls a sample; give at most 5 steps",
+        ),
+        ({"max_calls": 10, "steps": 18}, "max_calls", "at most 10 steps, or leave steps out"),
+        (
+            {"max_calls": 2, "grid": (80, 5, 0.5)},
+            "max_calls",
+            "takes 3 calls a sample; give at most 2 noise levels",
+        ),
+        ({"max_calls": 50, "sampler": "rk45"}, "sampler", "chooses its steps as it goes"),
+        ({"max_calls": 50, "sampler": "ncsnv2"}, "max_calls", "with 42 steps takes 211 calls a sample; give at most 9"),
+        ({"max_calls": 3, "sampler": "langevin", "options": {"num_steps": 50}}, "max_calls", "choose another sampler"),
+        ({"max_calls": 0}, "max_calls", "must be 1 to 10,000"),
+        ({"max_calls": 20_000}, "max_calls", "must be 1 to 10,000"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(
+    info: ModelInfo, given: dict[str, Any], field: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as refused:
+        Request(1, **given).fitted(info)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - ADAPTIVE - {"ncsn", "ncsnv2"}))
+def test_every_sampler_fits_its_steps_to_a_budget(info: ModelInfo, sampler: str) -> None:
+    request = Request(1, sampler, max_calls=60).fitted(info)
+    assert request.steps is not None
+    more = Request(1, sampler, steps=request.steps + 1).fitted(info)
+    assert request.calls(info) <= 60 < more.calls(info)
+
+
+def test_a_model_that_is_drawn_by_gibbs_has_no_calls_to_limit(new_run: Callable[..., str], tmp_path: Any) -> None:
+    sections = {"objective": {"kind": "contrastive", "chain": "gibbs"}}
+    url = new_run(str(tmp_path / "rbm"), network={"kind": "rbm", "num_hidden": 4}, classes=0, sections=sections)
+    with pytest.raises(UserError, match=r"--max-calls 9: is not for network.kind 'rbm'"):
+        Request(1, max_calls=9).fitted(describe(url).info)
