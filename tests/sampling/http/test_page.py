@@ -176,11 +176,13 @@ def test_samples_form_on_the_page(
         curl = browser.text("#curl")
         assert '"count":6' in curl
         assert '"seed":5' in curl
+        browser.until("document.querySelector('#cost').innerText.includes('47 calls of the network. 282 rows')")
         browser.click("#draw")
         browser.until("document.querySelectorAll('#strip li').length >= 2")
         keep(browser, f"{name}-drawing")
         browser.until("document.querySelectorAll('#samples img').length === 6")
         assert "6 samples in" in browser.text("#status")
+        assert " · 47 calls each · " in browser.text("#status")
         assert browser.text("#draw") == "Draw"
         shown = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalWidth > 0)")
         assert all(shown)
@@ -224,6 +226,35 @@ def test_many_samples_are_large_enough_to_see(
         )
         assert seen, "the strip from noise to image is seen as a whole"
         keep(browser, f"{name}-many")
+
+
+def test_a_limit_of_calls_chooses_how_to_draw(browser: Browser, run_url: str, served: Any) -> None:
+    browser.size(*PHONE)
+    with served(config(run_url)) as (url, _):
+        open_page(browser, url)
+        browser.type("#count", "3")
+        browser.type("#guidance", "2")
+        for budget, chosen in (("1", ["dpmpp_2m", "1", "interior"]), ("20", ["unipc", "20", "interior"])):
+            browser.type("#budget", budget)
+            browser.until(f"document.querySelector('#steps').value === '{budget}'")
+            fields = "[...document.querySelectorAll('#sampler, #steps, #grid')]"
+            assert browser.run(f"return {fields}.map(e => e.value)") == chosen
+            assert browser.run(f"return {fields}.every(e => e.disabled)")
+            assert f'"max_calls":{budget}' in browser.text("#curl")
+            assert "sampler" not in browser.text("#curl")
+            each = "1 call" if budget == "1" else f"{budget} calls"
+            rows = f"{each} of the network, each 2 rows for guidance. {6 * int(budget)} rows in all."
+            assert rows in browser.text("#cost")
+            browser.click("#draw")
+            browser.until(f"document.querySelector('#status').innerText.includes('{each} each')")
+            browser.until("document.querySelector('#draw').innerText === 'Draw'")
+            keep(browser, f"phone-{budget}-calls")
+        browser.type("#budget", "0")
+        assert browser.text("#curl").startswith("Calls at most: ")
+        choose(browser, "#budget", "")
+        browser.until("document.querySelector('#cost').innerText.includes('35 calls')")
+        assert browser.run(f"return {fields}.map(e => e.value)") == ["heun", "18", ""]
+        assert browser.errors() == []
 
 
 def test_a_wrong_number_is_not_offered_as_a_curl_line(browser: Browser, run_url: str, served: Any) -> None:
