@@ -945,7 +945,8 @@ def test_pages_need_nothing_from_elsewhere_and_metrics_are_those_of_the_list(run
             schema = (await call("GET", "/openapi.json")).json
             assert schema["info"]["description"].startswith("Draws samples")
             openais = {"/v1/images/generations", "/v1/models"}
-            assert set(schema["paths"]) == {"/v1/samples", "/v1/model", "/metrics", "/healthz", "/readyz", *openais}
+            ours = {"/v1/samples", "/v1/cost", "/v1/model", "/metrics", "/healthz", "/readyz"}
+            assert set(schema["paths"]) == ours | openais
             text = (await call("GET", "/metrics")).body.decode()
             assert all(f"# HELP {m.name}" in text for m in (*REPLICA_METRICS, *SERVICE_METRICS))
 
@@ -958,6 +959,52 @@ def test_the_docs_name_every_field_limit_and_code() -> None:
     assert {*SampleBody.model_fields, *ImagesBody.model_fields} <= words
     assert set(vars(Limits())) <= words
     assert set(ERRORS) - {"bug"} <= words
+
+
+def test_an_answer_says_what_it_cost_as_it_was_said_before(run_url: str) -> None:
+    async def go() -> None:
+        async with serving(config(run_url)) as call:
+
+            async def expected(body: dict[str, Any]) -> Any:
+                reply = await call("POST", "/v1/cost", json.dumps(body).encode(), JSON)
+                assert reply.status == 200, reply.json
+                return reply.json
+
+            for body, made in (
+                ({"max_calls": 1}, {"sampler": "dpmpp_2m", "steps": 1, "grid": "interior", "calls": 1, "rows": 3}),
+                ({"max_calls": 2, "guidance": 2}, {"sampler": "dpmpp_2m", "steps": 2, "calls": 2, "rows": 12}),
+                ({"max_calls": 20, "sampler": "heun"}, {"steps": 10, "grid": "karras", "calls": 19, "rows": 57}),
+                ({}, {"sampler": "heun", "steps": 18, "grid": "karras", "calls": 35, "rows": 105}),
+            ):
+                said = await expected({**body, "count": 3})
+                assert made.items() <= said.items()
+                assert said.pop("exact")
+                streamed = await call.post({**body, "count": 3, "stream": True, "previews": 32})
+                events = [block.split("\n") for block in streamed.body.decode().split("\n\n") if block]
+                assert [lines[0] for lines in events[1:-1]] == ["event: preview"] * (len(events) - 2)
+                assert said.items() <= json.loads(events[-1][1].removeprefix("data: ")).items()
+                assert said.items() <= (await call.post({**body, "count": 3})).json.items()
+            adaptive = await expected({"sampler": "rk45"})
+            answer = (await call.post({"sampler": "rk45"})).json
+            assert not adaptive["exact"]
+            assert answer["calls"] == answer["rows"] > 20
+            images = await call("POST", GENERATIONS, json.dumps({"prompt": "class-1", "max_calls": 2}).encode(), JSON)
+            assert images.json["scoreray"]["calls"] == 2
+            for body, field, words in (
+                (
+                    {"max_calls": 9, "sampler": "heun", "steps": 18},
+                    "max_calls",
+                    "takes 35 calls a sample; give at most 5",
+                ),
+                ({"max_calls": 9, "sampler": "rk45"}, "sampler", "chooses its steps as it goes"),
+                ({"max_calls": 0}, "max_calls", "max_calls"),
+            ):
+                for path in ("/v1/cost", "/v1/samples"):
+                    refused = await call("POST", path, json.dumps(body).encode(), JSON)
+                    assert (refused.status, refused.code, refused.json["field"]) == (422, "invalid", field)
+                    assert words in refused.json["message"]
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("sampler", sorted(set(PLAIN) - {"rk45"}))
