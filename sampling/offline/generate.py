@@ -30,7 +30,7 @@ from scoreray.sampling.offline.few_step import (
     few_step_mistake,
 )
 from scoreray.sampling.offline.starts import SourceStarts
-from scoreray.sampling.samplers.budget import LARGEST_BUDGET, calls_worth_taking, most_steps, solver_within
+from scoreray.sampling.samplers.budget import LARGEST_BUDGET, best_within, most_steps
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
@@ -222,16 +222,18 @@ class Request:
         names takes more."""
         assert self.max_calls is not None
         ours = self.sampler is None and not isinstance(info.config.objective, ContrastiveObjective)
-        sampler, grid = solver_within(self.max_calls) if ours else (self.sampler, None)
-        free = replace(self, max_calls=None, sampler=sampler, grid=self.grid or grid)
+        best = best_within(self.max_calls, info.map)
+        free = replace(self, max_calls=None)
+        if ours:
+            free = replace(free, sampler=best.sampler, grid=self.grid or best.grid)
         default = free.fitted(info)
         if default.sampler in ADAPTIVE:
             what = f"sampler '{default.sampler}' chooses its steps as it goes, so its calls are not known before"
             raise RequestError(f"max_calls = {self.max_calls}: {what}; leave one of them out", "sampler")
-        fixed = self.steps is not None or default.is_annealed
+        fixed = self.steps is not None or default.is_annealed or info.map == "progressive"
         if fixed and default.calls(info, most=self.max_calls) <= self.max_calls:
             return default
-        most = calls_worth_taking(self.max_calls) if ours else self.max_calls
+        most = best.most_calls if ours else self.max_calls
         levels = default.grid if isinstance(default.grid, tuple) else None
 
         def calls_of(steps: int) -> int:
@@ -248,6 +250,8 @@ class Request:
         advice = f"give at most {fitting} {unit}" if fitting else "choose another sampler, or fewer of its inner steps"
         if self.sampler is None and self.steps is not None and fitting:
             advice += ", or leave steps out"
+        if info.map == "progressive":
+            advice = f"the model was distilled to these, so give max_calls = {taken}"
         raise RequestError(f"max_calls = {self.max_calls}: {what}; {advice}", "max_calls")
 
     @property

@@ -7,30 +7,36 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from typing import NamedTuple
 
 LARGEST_BUDGET = 10_000  # calls a sample: fitting steps are found by dry runs, which take milliseconds up to here
 UNIPC_FROM = 13  # calls
 ENOUGH_CALLS = 40
+FEW_CALLS = 4  # of a model of few steps, which was trained for one to four
+ODE_FROM = 8  # calls, of a flow map, whose network is a plain denoiser too (assumption: no trained map was measured)
 
 
-def solver_within(max_calls: int) -> tuple[str, str]:
-    """The solver of the probability-flow ODE with the smallest error at so many calls, and the grid for it.
+class BudgetChoice(NamedTuple):
+    """What a budget is best spent on. sampler, grid: None for the model's own. most_calls: what is worth taking."""
 
-    Measured (benchmarks/RESULTS.md) on mixtures of Gaussians with exact denoisers and on a network that was trained on
-    8 x 8 digits. Multistep solvers, a call a step, err less than heun and dpm2 at every budget up to 100 calls: 5 to 8
-    times less at 20. At fewer than UNIPC_FROM calls dpmpp_2m is as good as unipc or better, with more unipc is. Karras'
-    grid spends a call at the smallest level, where little is left to do: without it (`interior`) the error is a half at
-    7 calls, 0.7 of it at 13 and the same at 40.
+    sampler: str | None
+    grid: str | None
+    most_calls: int
+
+
+def best_within(max_calls: int, map_: str = "none") -> BudgetChoice:
+    """The sampler and grid that err least at so many calls on a model of this `map` (`ModelInfo.map`).
+
+    Measured (benchmarks/RESULTS.md) on mixtures of Gaussians with exact denoisers, a perceptron and a U-Net. Multistep
+    solvers, a call a step, err less than heun and dpm2 at every budget up to 100 calls: 5 to 8 times less at 20. At
+    fewer than UNIPC_FROM calls dpmpp_2m is as good as unipc or better, with more unipc is. Karras' grid spends a call
+    at the smallest level, where little is left to do: without it (`interior`) the error is a half at 7 calls, 0.7 of it
+    at 13 and the same at 40. Beyond ENOUGH_CALLS samples hardly change: there the error is about 0.0015 for data of
+    standard deviation 0.5 to 0.75, and a step of 8-bit grey is 0.008.
     """
-    return "dpmpp_2m" if max_calls < UNIPC_FROM else "unipc", "interior"
-
-
-def calls_worth_taking(max_calls: int) -> int:
-    """What a budget is spent on where the sampler is ours to choose: beyond ENOUGH_CALLS samples hardly change.
-
-    There unipc's error is about 0.0015 for data of standard deviation 0.5 to 0.75; a step of 8-bit grey is 0.008.
-    """
-    return min(max_calls, ENOUGH_CALLS)
+    if map_ in ("consistency", "progressive") or (map_ == "flow_map" and max_calls < ODE_FROM):
+        return BudgetChoice(None, None, min(max_calls, FEW_CALLS))
+    return BudgetChoice("dpmpp_2m" if max_calls < UNIPC_FROM else "unipc", "interior", min(max_calls, ENOUGH_CALLS))
 
 
 def most_steps(max_calls: int, calls: Callable[[int], int]) -> int:

@@ -100,6 +100,7 @@ class ServedModel:
             "prompt": list(prompt_conditions(info)),
             "classes": list(info.classes),
             "process": type(info.config.process).__name__,
+            "map": info.map,
             "defaults": self.defaults(),
             "grids": [*GRIDS, PROCESS_GRID],
             "samplers": {

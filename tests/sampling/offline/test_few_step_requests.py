@@ -59,6 +59,45 @@ def infos(served: ServedModel) -> dict[Map, ModelInfo]:
 
 
 @pytest.mark.parametrize(
+    ("map_", "max_calls", "becomes"),
+    [
+        ("consistency", 1, ("consistency", 1, "interior")),
+        ("consistency", 100, ("consistency", 4, "interior")),
+        ("flow_map", 3, ("flow_map", 3, "interior")),
+        ("flow_map", 7, ("flow_map", 4, "interior")),
+        ("flow_map", 8, ("dpmpp_2m", 8, "interior")),
+        ("flow_map", 30, ("unipc", 30, "interior")),
+        ("progressive", 4, ("euler", 4, "interior")),
+        ("progressive", 100, ("euler", 4, "interior")),
+    ],
+)
+def test_a_budget_of_calls_is_spent_on_the_models_own_sampler_for_a_few_steps(
+    infos: dict[Map, ModelInfo], map_: Map, max_calls: int, becomes: tuple[str, int, str]
+) -> None:
+    request = Request(1, max_calls=max_calls).fitted(infos[map_])
+    assert (request.sampler, request.steps, request.grid) == becomes
+    assert request.calls(infos[map_]) <= max_calls
+
+
+def test_a_budget_below_the_steps_that_a_model_was_distilled_to_is_refused(infos: dict[Map, ModelInfo]) -> None:
+    with pytest.raises(
+        RequestError, match="takes 4 calls a sample; the model was distilled to these, so give max_calls = 4"
+    ):
+        Request(1, max_calls=3).fitted(infos["progressive"])
+    with pytest.raises(RequestError, match="sampler 'heun' needs it"):
+        Request(1, "heun", max_calls=3).fitted(infos["consistency"])
+
+
+def test_the_models_page_has_its_map_its_calls_and_no_sampler_that_is_wrong(
+    served: ServedModel, infos: dict[Map, ModelInfo]
+) -> None:
+    page = replace(served, info=infos["consistency"]).page(Limits())
+    assert page["map"] == "consistency"
+    assert page["defaults"] == {"sampler": "consistency", "steps": 2, "grid": "interior", "calls": 2}
+    assert list(page["samplers"]) == ["consistency"]
+
+
+@pytest.mark.parametrize(
     ("map_", "defaults", "options"),
     [
         ("none", ("heun", 18, "karras"), {}),
