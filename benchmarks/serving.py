@@ -7,6 +7,7 @@
     python benchmarks/serving.py overhead                     the batcher's own time per step at 16 rows
     python benchmarks/serving.py scheduling                   its CPU time per step, with a network that does nothing
     python benchmarks/serving.py decoding                     rows/s where samples are decoded, against undecoded
+    python benchmarks/serving.py few-steps                    samples/s over HTTP by 2 calls each, against 35
 
 Requests ask for 1 to 8 samples of 10 to 100 Euler steps, both uniform, at most 32 rows a call. The policies:
 
@@ -23,6 +24,7 @@ capacity, as `saturation` measured it, and runs that baseline and step-level on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -35,20 +37,30 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import uvicorn
 from torch import Tensor
 
-from scoreray.sampling.model.row_queue import decode_queue
+from scoreray.sampling.http.app import make_app
+from scoreray.sampling.http.client import Client
+from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.row_queue import RowQueue, decode_queue
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import per_row, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
+from scoreray.sampling.service.config import Limits, ServeConfig
+from scoreray.sampling.service.models import ServedModel
+from scoreray.sampling.service.replica import Replica, _Model
 from scoreray.sampling.service.request import SampleRequest
+from scoreray.sampling.service.service import LocalBackend, Service
+from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.networks.unet import UNetConfig
 
@@ -492,6 +504,81 @@ def _rate_of_backlog(decoded: bool, seconds: float) -> float:
     return rate
 
 
+class StandInReplica(Replica):
+    """A replica whose one model is the stand-in; all else is the service's own: the batcher, encoding, answers."""
+
+    def _build(self, checkpoint: str, ema: str) -> Any:
+        batcher = StepBatcher(StandIn(), MAX_ROWS, observe=self._observe).start()
+        texts = RowQueue[Any, Any](lambda given: given, "texts")
+        return _Model(SimpleNamespace(info=stand_in_info()), batcher, SimpleNamespace(name="stand-in"), texts)  # type: ignore[arg-type]
+
+
+def stand_in_info() -> ModelInfo:
+    sections = {"run": {"name": "mine", "storage": "none"}, "data": {"url": "none", "global_batch_size": 16}}
+    return ModelInfo("stand-in", 0, "0.050", SHAPE, (), load_config({**sections, "duration": {"images": 1}}))
+
+
+def part_few_steps(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    """Clients over HTTP on loopback, 16 PNGs a request, in the process of the server: by 2 calls and by 35 in turns,
+    then as many of both at once, which share calls."""
+    kinds = {"2 calls": {"sampler": "consistency", "steps": 2, "grid": "interior"}, "35 calls": {}}
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    with http_service() as (url, replica):
+        for _ in range(3):
+            for name, found in rates.items():
+                found.append(_served_rate(url, [kinds[name]], arguments.seconds / 6))
+        calls, rows = _counts(replica)
+        mixed = _served_rate(url, list(kinds.values()), arguments.seconds / 6)
+        more_calls, more_rows = _counts(replica)
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    kept["few-steps"] = medians["2 calls"] / medians["35 calls"]
+    occupancy = (more_rows - rows) / ((more_calls - calls) * MAX_ROWS)
+    print(", ".join(f"{name} {rate:.0f} samples/s" for name, rate in medians.items()), end=", ")
+    print(f"ratio {kept['few-steps']:.1f}; as many requests of each at once {mixed:.0f}, calls {occupancy:.0%} full")
+
+
+def _counts(replica: Replica) -> tuple[int, int]:
+    batchers = [model.batcher for model in replica._models.values()]
+    return sum(one.calls for one in batchers), sum(one.rows for one in batchers)
+
+
+@contextlib.contextmanager
+def http_service() -> Iterator[tuple[str, Replica]]:
+    """The service on a port of this machine, with the stand-in for a model."""
+    limits = Limits(token_requests=10_000, token_rows=1_000_000, max_waiting_rows=100_000, max_wait_s=1e6)
+    config = ServeConfig((("mine", "stand-in"),), limits=limits, max_batch=MAX_ROWS)
+    replica = StandInReplica(config)
+    service = Service(config, LocalBackend(replica))
+    service.models["mine"] = ServedModel("mine", "stand-in", stand_in_info(), ("0.050",), follows=False)
+    service.ready = True
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", replica
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _served_rate(url: str, kinds: list[dict[str, Any]], seconds: float) -> float:
+    """Samples a second that clients are answered with, after a quarter of the time."""
+    end, answered = time.perf_counter() + seconds, list[float]()
+
+    def client(number: int) -> None:
+        mine = Client(url)
+        while time.perf_counter() < end:
+            mine.sample_json(count=16, **kinds[number % len(kinds)])
+            answered.append(time.perf_counter())
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(client, range(12)))
+    begin = end - 0.75 * seconds
+    return 16 * sum(begin <= at < end for at in answered) / (0.75 * seconds)
+
+
 def part_overhead(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
     """Everything that a step of the batcher does beside calling the network, at 16 rows."""
     denoiser = network(LARGE, LARGE_SHAPE)
@@ -553,6 +640,7 @@ PARTS: dict[str, Callable[..., Any]] = {
     "overhead": part_overhead,
     "scheduling": part_scheduling,
     "decoding": part_decoding,
+    "few-steps": part_few_steps,
 }
 
 

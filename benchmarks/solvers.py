@@ -1,4 +1,4 @@
-"""Calls and errors of the adaptive solver, drawing and measuring likelihoods, and of both curvatures of dpmpp_3m_sde.
+"""Errors of solvers: the adaptive one's by its calls, both curvatures of dpmpp_3m_sde, and all at budgets of calls.
 
     python benchmarks/solvers.py
 
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from scoreray.sampling.measures.likelihood import log_likelihood
+from scoreray.sampling.samplers.budget import most_steps
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.options import options_of
-from scoreray.sampling.samplers.sample import SAMPLERS, drive, sample, start
-from scoreray.sampling.samplers.sigmas import karras
+from scoreray.sampling.samplers.sample import SAMPLERS, drive, num_calls, sample, start
+from scoreray.sampling.samplers.sigmas import GRIDS, karras
 from scoreray.trainer.diffusion.targets import Mixture
 
 ROWS = 16
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 STEPS = (8, 10, 15, 20, 30, 40, 80)
+BUDGETS = (2, 3, 5, 7, 9, 13, 21, 29, 35, 41, 63, 99)
 ENDS = [80.0, 0.002, 0.0]
 SIGMA_MAX = 2000.0  # of likelihoods, so that the error is the solver's and not that of a normal prior at 80
 
@@ -69,6 +71,24 @@ def main() -> None:
             options = {"eta": 0.0, "curvature": choice} if choices else {"eta": 0.0}
             drawn = [sample(target, begin, karras(n), sampler="dpmpp_3m_sde", **options) for n in STEPS]
             _row(name, choice, [f"{_error(samples, end):.1e}" for samples in drawn])
+    _budgets()
+
+
+def _budgets() -> None:
+    """What `sampling/samplers/budget.py` chooses by: errors at so many calls, geometric means over the mixtures."""
+    print(f"\n| sampler | grid | {' | '.join(map(str, BUDGETS))} calls |")
+    ends = {name: sample(target, _noise(target), ENDS, sampler="rk45", rtol=1e-9, atol=1e-9)
+            for name, target in TARGETS.items()}  # fmt: skip
+    for sampler in ("euler", "dpmpp_2m", "unipc", "heun", "dpm2"):
+        for grid in ("karras", "interior"):
+            cells = []
+            for budget in BUDGETS:
+                steps = most_steps(budget, lambda n: num_calls(sampler, karras(n)))  # noqa: B023
+                levels = GRIDS[grid](steps, ENDS[1], ENDS[0])
+                errors = [_error(sample(target, _noise(target), levels, sampler=sampler), ends[name])
+                          for name, target in TARGETS.items()]  # fmt: skip
+                cells.append(f"{math.exp(sum(map(math.log, errors)) / len(errors)):.1e}")
+            _row(sampler, grid, cells)
 
 
 def _noise(target: Mixture) -> Tensor:

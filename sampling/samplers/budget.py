@@ -28,10 +28,10 @@ def best_within(max_calls: int, map_: str = "none") -> BudgetChoice:
     """The sampler and grid that err least at so many calls on a model of this `map` (`ModelInfo.map`).
 
     Measured (benchmarks/RESULTS.md) on mixtures of Gaussians with exact denoisers, a perceptron and a U-Net. Multistep
-    solvers, a call a step, err less than heun and dpm2 at every budget up to 100 calls: 5 to 8 times less at 20. At
-    fewer than UNIPC_FROM calls dpmpp_2m is as good as unipc or better, with more unipc is. Karras' grid spends a call
-    at the smallest level, where little is left to do: without it (`interior`) the error is a half at 7 calls, 0.7 of it
-    at 13 and the same at 40. Beyond ENOUGH_CALLS samples hardly change: there the error is about 0.0015 for data of
+    solvers, a call a step, err less than heun at every budget up to 99 calls: 5 to 8 times less at 21. At fewer than
+    UNIPC_FROM calls dpmpp_2m is as good as unipc or better, with more unipc is. Karras' grid spends a call at the
+    smallest level, where little is left to do: without it (`interior`) mixtures' error is a third at 7 calls, a half at
+    13 and 0.9 of it at 41. Beyond ENOUGH_CALLS samples hardly change: there the error is 0.001 to 0.002 for data of
     standard deviation 0.5 to 0.75, and a step of 8-bit grey is 0.008.
     """
     if map_ in ("consistency", "progressive") or (map_ == "flow_map" and max_calls < ODE_FROM):
