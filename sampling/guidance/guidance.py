@@ -29,7 +29,7 @@ from torch import Tensor
 from scoreray.data.errors import UserError, nearest
 from scoreray.sampling.samplers.ode import DenoiserCall, Steps, Yielded
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, encoded
-from scoreray.trainer.diffusion.levels import LEVELS
+from scoreray.trainer.diffusion.levels import LEVELS, with_guidance_weight
 
 Denoise = Callable[..., Tensor]
 
@@ -106,6 +106,20 @@ class ClassifierFree:
             check_negative(self.negative.values, terms)
         rows = term_rows(condition, terms, self.negative)
         return merged(self.denoiser(torch.cat([x] * len(terms)), torch.cat([sigma] * len(terms)), rows), terms)
+
+
+@dataclass(frozen=True)
+class LearnedGuidance:
+    """Guidance that a network learned from its teacher: the weight is an input, and each sample costs one row."""
+
+    denoiser: Denoise
+    weight: float
+
+    def encode(self, condition: Condition) -> Condition:
+        return encoded(self.denoiser, condition)
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
+        return self.denoiser(x, sigma, with_guidance_weight(condition, self.weight, x))
 
 
 def condition_names(condition: Condition | Tensor) -> tuple[str, ...]:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.fields.normalisation import Normaliser
-from scoreray.sampling.guidance.guidance import Autoguidance, ClassifierFree, Denoise, Interval, guidance_terms
+from scoreray.sampling.guidance.guidance import (
+    Autoguidance,
+    ClassifierFree,
+    Denoise,
+    Interval,
+    LearnedGuidance,
+    guidance_terms,
+)
 from scoreray.sampling.guidance.inverse import MOST_NOISE_STD, LinearInverse, inpaint
 from scoreray.sampling.guidance.known_pixels import KnownPixels
 from scoreray.sampling.guidance.observations import parse_value_range, read_observed
@@ -111,7 +118,7 @@ def untrained_estimate(info: ModelInfo, given: Iterable[str], guidance: Guidance
     set may lack a condition, and weights may have come from another run.
     """
     given, rates, together = list(given), own_dropout(info), joint_dropout(info)
-    if guidance.does_nothing or guidance.auto or not given:
+    if guidance.does_nothing or guidance.auto or not given or info.guidance_range is not None:
         return None
     instead = {} if guidance.negative is None else prompted(guidance.negative, info, "--negative-prompt")
     for term in guidance_terms(guidance.weight, given, guidance.weights):
@@ -210,13 +217,21 @@ def measurement_of(
     return None
 
 
+def learned_weight(weight: float, learned: tuple[float, float]) -> float:
+    """The weight that a network gets which learned those of a range: of none, which is 1, the nearest that it knows."""
+    low, high = learned
+    return min(max(weight, low), high)
+
+
 def steered(denoiser: LoadedDenoiser, guidance: Guidance, measurement: Measurement | None = None) -> Denoise:
     """The denoiser that samples under `guidance` and given `measurement`; `denoiser` itself where neither says more.
 
     Raises UserError where they do not fit the model, DataError and StorageError where a file can't be read.
     """
     guided: Denoise = denoiser
-    if not guidance.does_nothing:
+    if denoiser.info.guidance_range is not None:
+        guided = LearnedGuidance(denoiser, learned_weight(guidance.weight, denoiser.info.guidance_range))
+    elif not guidance.does_nothing:
         guided = _guided(denoiser, guidance)
         if guidance.interval is not None:
             guided = Interval(guided, denoiser, *guidance.interval)

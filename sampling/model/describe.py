@@ -223,6 +223,13 @@ class ModelInfo:
         return getattr(self.config.objective, "map", "none")  # an objective of somebody else's may have none
 
     @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The weights of guidance that its network takes as an input, as its teacher's were drawn; None where guidance
+        is made of several calls."""
+        teacher = getattr(self.config.objective, "teacher", None)
+        return None if teacher is None else teacher.guidance_range
+
+    @property
     def instead_of_mean(self) -> str:
         """Of a model whose network gives no mean E[x_0 | x], so no score: what it does, for a message. "" of others."""
         maps = {"consistency": "where paths of the ODE end", "progressive": "the steps of its own grid"}

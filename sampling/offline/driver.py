@@ -173,7 +173,9 @@ def choose_form(model: SampledModel, request: Request, *, precision: str, compil
 def network_calls(request: Request, info: ModelInfo, rows: int) -> int:
     """Calls of the network, of `rows` rows each, that a request takes in all, about."""
     calls = ADAPTIVE_CALLS if request.sampler in ADAPTIVE else request.calls(info)
-    guided = len(guidance_terms(request.guided.weight, info.conditions, request.guided.weights)) or 1
+    guided = 1
+    if info.guidance_range is None:
+        guided = len(guidance_terms(request.guided.weight, info.conditions, request.guided.weights)) or 1
     return calls * guided * math.ceil(request.count / rows)
 
 

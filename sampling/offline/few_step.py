@@ -57,11 +57,15 @@ def few_step_mistake(
         for name, given, learned in (("steps", steps, own_steps), ("grid", grid, own_grid)):
             if given not in (None, learned):
                 return f"{name} = {given}: {info.instead_of_mean}, {name} = {learned}; leave {name} out", name
+    if info.guidance_range is not None and not guidance.does_nothing:
+        low, high = info.guidance_range
+        if guidance != Guidance(guidance.weight):
+            return "guidance is one weight, an input of this model's network: leave all else of it out", "guidance"
+        if not low <= guidance.weight <= high:
+            return f"guidance = {guidance.weight:g}: this model learned weights from {low:g} to {high:g}", "guidance"
     if not draws_by_map(info, sampler):
         return None
-    teacher = getattr(info.config.objective, "teacher", None)
-    is_input = teacher is not None and teacher.guidance_range is not None and not guidance.auto
-    if not guidance.does_nothing and not is_input:
+    if not guidance.does_nothing and info.guidance_range is None:
         without = f"guidance adds up means E[x_0 | x], which sampler '{sampler}' does not take of this model"
         return f"{without}; leave it out, or train with objective.teacher.guidance", "guidance"
     if is_measured:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from scoreray.data.errors import nearest, shortened
 from scoreray.data.own_code import is_own
-from scoreray.sampling.guidance.steering import Guidance
+from scoreray.sampling.guidance.steering import Guidance, learned_weight
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.model.prompts import prompted
 from scoreray.sampling.offline.generate import Request, RequestError
@@ -38,6 +39,7 @@ from scoreray.trainer.config.condition_values import (
     from_json,
 )
 from scoreray.trainer.diffusion.condition import Condition, class_name_of
+from scoreray.trainer.diffusion.levels import with_guidance_weight
 
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 OptionValue = bool | int | float | str | None
@@ -249,13 +251,17 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         message = f"a sample would take more than {limits.max_calls} calls of the network: fewer steps"
         raise Refused("too_many", message, field="options" if body.options else "steps")
     ema = served.ema(body.ema_length)
+    condition = _condition(body, request, info, limits)
+    if info.guidance_range is not None:
+        weight = learned_weight(request.guided.weight, info.guidance_range)
+        condition = with_guidance_weight(condition, weight, torch.empty(body.count))
     fitted = SampleRequest(
         seeds=tuple(request.sample_seeds(0, body.count).tolist()),
         shape=info.image_shape,
         sigmas=sigmas,
         sampler=request.sampler,
         options=options,
-        condition=_condition(body, request, info, limits),
+        condition=condition,
         negative=negative,
         guidance=body.guidance if isinstance(body.guidance, float) else 1.0,
         weights=body.guidance if isinstance(body.guidance, dict) else {},

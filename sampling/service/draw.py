@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from scoreray.sampling.guidance.guidance import condition_names
 from scoreray.sampling.samplers.sample import ADAPTIVE, calls_each
 from scoreray.sampling.service.config import Refused
 from scoreray.sampling.service.request import Completed, Preview, SampleRequest
@@ -36,7 +37,7 @@ class SampleAnswer:
             "grid": request.grid,
             "seed": request.origin.seed,
             "guidance": dict(request.weights) or request.guidance,
-            "conditions": [] if request.condition is None else sorted(request.condition.values),
+            "conditions": [] if request.condition is None else sorted(condition_names(request.condition)),
             "count": len(request.seeds),
             "format": request.format,
             **({} if drawn.acceptance is None else {"acceptance": round(drawn.acceptance, 6)}),

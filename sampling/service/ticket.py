@@ -26,7 +26,7 @@ from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
 from scoreray.sampling.service.request import SampleRequest
 from scoreray.trainer.diffusion.condition import Condition, encoded
-from scoreray.trainer.diffusion.levels import with_target_level
+from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT, with_target_level
 
 ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
 """Called in the batcher's thread after each call of the network: (first row, sigma, denoised [b, *shape])."""
@@ -44,6 +44,10 @@ def terms_of(request: SampleRequest) -> Terms:
     if request.condition is None:
         if request.guidance != 1 or request.weights or request.negative is not None:
             raise UserError("guidance needs a condition: give one, with a row for each sample")
+        return guidance_terms(1, ())
+    if GUIDANCE_WEIGHT in request.condition.values:  # an input of the network
+        if request.negative is not None:
+            raise UserError("a negative prompt needs guidance of several calls, which this model has learned in one")
         return guidance_terms(1, ())
     terms = guidance_terms(request.guidance, request.condition.values, request.weights)
     if request.negative is not None:

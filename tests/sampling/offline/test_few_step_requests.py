@@ -8,18 +8,25 @@ from typing import Any, ClassVar, cast, get_args
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
+from scoreray.sampling.guidance.guidance import LearnedGuidance
 from scoreray.sampling.guidance.steering import Guidance, Measurement
 from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.metrics.registry import METRICS
 from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.sample import SAMPLERS
+from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.body import SampleBody, make_request
 from scoreray.sampling.service.config import Limits, Refused
+from scoreray.sampling.service.draw import SampleAnswer
 from scoreray.sampling.service.models import ServedModel, look_up
+from scoreray.sampling.service.request import Completed
+from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.objectives.base import BaseObjective, Map
 from scoreray.trainer.objectives.teacher import TeacherConfig
 
@@ -176,13 +183,58 @@ def test_of_a_flow_map_guidance_and_measurements_are_taken_by_samplers_of_the_me
     Request(1, "heun", measurement=MEASURED).fitted(infos["flow_map"])
 
 
-def test_a_weight_that_the_network_takes_is_no_mean_of_two(infos: dict[Map, ModelInfo]) -> None:
-    info = infos["consistency"]
-    objective = replace(cast(Any, info.config.objective), teacher=TeacherConfig("absent", guidance=(1.0, 4.0)))
-    info = replace(info, config=info.config.model_copy(update={"objective": objective}))
+def guided(info: ModelInfo) -> ModelInfo:
+    objective = replace(cast(Any, info.config.objective), teacher=TeacherConfig("absent", guidance=(1.5, 4.0)))
+    return replace(info, config=info.config.model_copy(update={"objective": objective}))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        (Guidance(2.0, ema="0.1"), "guidance is one weight, an input"),
+        (Guidance(2.0, negative="a"), "guidance is one weight, an input"),
+        (Guidance(weights={"label": 2.0}), "guidance is one weight, an input"),
+        (Guidance(2.0, interval=(1.0, 2.0)), "guidance is one weight, an input"),
+        (9.0, "guidance = 9: this model learned weights from 1.5 to 4"),
+    ],
+)
+def test_a_weight_that_is_an_input_is_one_of_those_learned(
+    infos: dict[Map, ModelInfo], guidance: float | Guidance, message: str
+) -> None:
+    info = guided(infos["consistency"])
     assert Request(1, guidance=2.0).fitted(info).guided.weight == 2
-    with pytest.raises(RequestError, match="guidance adds up means"):
-        Request(1, guidance=Guidance(2.0, ema="0.1")).fitted(info)
+    with pytest.raises(RequestError, match=message) as caught:
+        Request(1, guidance=guidance).fitted(info)
+    assert caught.value.field == "guidance"
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(2.5, 2.5), (1.0, 1.5)])
+def test_guidance_that_was_learned_is_an_input_of_every_call_and_costs_no_row(
+    infos: dict[Map, ModelInfo], served: ServedModel, weight: float, expected: float
+) -> None:
+    """Over HTTP and in the step batcher, and offline."""
+    seen: list[Condition] = []
+
+    def denoiser(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        seen.append(condition)
+        return x / 2
+
+    there = replace(served, info=guided(infos["consistency"]))
+    request = make_request(SampleBody(count=3, guidance=weight), there, Limits(), "application/json", 0)
+    batcher = StepBatcher(denoiser, 8)
+    batcher.submit(request)
+    while batcher.step():
+        pass
+    LearnedGuidance(denoiser, expected)(torch.ones(3, 1, 8, 8), torch.ones(3), Condition({"label": torch.arange(3)}))
+    assert sum(len(one) for one in seen[:-1]) == 3 * request.expected_calls == 6
+    for one in seen:
+        assert one.values["guidance_weight"].tolist() == [[expected]] * len(one)
+        assert "label" in one.values
+    about = SampleAnswer.of(request, Completed(b"[]", "fp32", 0.0, 0.0)).about
+    assert (about["guidance"], about["conditions"]) == (weight, ["label"])
+    refused = SampleBody(count=3, guidance=2.0, negative_prompt=served.info.classes[0])
+    with pytest.raises(Refused, match="a negative prompt needs guidance of several calls"):
+        make_request(refused, there, Limits(), "application/json", 0)
 
 
 @pytest.fixture(scope="module")
