@@ -12,7 +12,7 @@ from scoreray.trainer.config import refusal
 from scoreray.tune.plugins import CALLBACKS, SCHEDULERS, SEARCHERS
 from scoreray.tune.schedule import callback, scheduler
 from scoreray.tune.search import DRAWN, OPTUNA, searcher
-from scoreray.tune.space import OPTION, SAMPLE, SAMPLE_KEYS, inside
+from scoreray.tune.space import LEVEL, OPTION, SAMPLE, SAMPLE_KEYS, inside
 from scoreray.tune.sweep import METRICS, OF_HELD_OUT, OF_SAMPLES, POPULATIONS, StudyPlan, Sweep, of_samples
 
 SHARED = ("run", "duration")  # the same in all trials, so that they compare
@@ -37,7 +37,7 @@ def section_mistakes(sweep: Sweep) -> list[str]:
             found.append(f"scheduler.kind: '{scheduler.kind}' stops training, and nothing is trained from a checkpoint")
         found += [
             f"space.{key}: needs training, and this sweep draws from a checkpoint; give a base config, or keep to "
-            f"{SAMPLE}{{{', '.join(SAMPLE_KEYS)}}} and {OPTION}NAME"
+            f"{SAMPLE}{{{', '.join(SAMPLE_KEYS)}}}, {OPTION}NAME and {LEVEL}NAME"
             for key in sweep.space
             if not key.startswith(SAMPLE)
         ]
@@ -48,8 +48,11 @@ def section_mistakes(sweep: Sweep) -> list[str]:
             )
         if any(_touches(key, section) for section in UNSEEN):
             found.append(f"space.{key}: changes nothing that a metric sees; set it in the base config")
-        if key.startswith(SAMPLE) and not key.startswith(OPTION) and key[len(SAMPLE) :] not in SAMPLE_KEYS:
-            found.append(f"space.{key}: unknown key; {nearest(key[len(SAMPLE) :], (*SAMPLE_KEYS, 'options.NAME'))}")
+        if key.startswith(SAMPLE) and not key.startswith((OPTION, LEVEL)) and key[len(SAMPLE) :] not in SAMPLE_KEYS:
+            known = (*SAMPLE_KEYS, "options.NAME", "levels.NAME")
+            found.append(f"space.{key}: unknown key; {nearest(key[len(SAMPLE) :], known)}")
+        elif key in ("sample.steps", "sample.grid") and any(other.startswith(LEVEL) for other in sweep.space):
+            found.append(f"space.{key}: the levels under {LEVEL}NAME are the grid; search one or the other")
         elif metric.names and key.startswith(SAMPLE) and not _draws(key, metric.names):
             found.append(
                 f"space.{key}: changes nothing that metric.names ({', '.join(metric.names)}) measure; add one of "

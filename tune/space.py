@@ -26,6 +26,7 @@ from scoreray.trainer.config import Section, copied, kinds_first, set_key
 SAMPLE = "sample."
 SAMPLE_KEYS = ("sampler", "steps", "grid", "guidance", "ema")
 OPTION = "sample.options."
+LEVEL = "sample.levels."  # a noise level each; together, sorted, they are the grid
 Values = dict[str, Any]
 
 

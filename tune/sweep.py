@@ -13,7 +13,7 @@ from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import is_own, or_own
 from scoreray.data.units import Count
 from scoreray.trainer.config import Config, Section, check_run_name, load_config
-from scoreray.tune.space import OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
+from scoreray.tune.space import LEVEL, OPTION, SAMPLE, Dimension, DimensionSection, Space, Values, flat, with_values
 
 METRICS = ("denoising", "bpd", "nats", "fid", "kid", "sw", "nfe")
 MAXIMISED = ("nats",)
@@ -250,9 +250,14 @@ def draw_settings(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
     metric = sweep.metric
     settings: dict[str, Any] = {"sampler": metric.sampler, "steps": metric.steps, "grid": metric.grid, "guidance": 1.0,
                                 "ema": metric.ema, "options": {}}  # fmt: skip
+    levels = list[float]()
     for key, value in values.items():
         if key.startswith(OPTION):
             settings["options"][key[len(OPTION) :]] = value
+        elif key.startswith(LEVEL):
+            levels.append(float(value))
         elif key.startswith(SAMPLE):
             settings[key[len(SAMPLE) :]] = value
+    if levels:  # sorted, so that any values of the dimensions are a grid
+        settings |= {"grid": sorted(levels, reverse=True), "steps": None}
     return settings

@@ -18,6 +18,7 @@ import typer
 
 from scoreray.cluster.cli.data import inspect, pack, verify
 from scoreray.cluster.cli.encode import codes, encode, encode_by_model
+from scoreray.cluster.cli.grid import grid
 from scoreray.cluster.cli.imports import diffusers, edm, k_diffusion, lora
 from scoreray.cluster.cli.models import compare, evaluate, export, serve
 from scoreray.cluster.cli.options import ClickException
@@ -67,7 +68,19 @@ def common(
         context.with_resource(server_on(local_s3))
 
 
-VERBS: tuple[Callable[..., None], ...] = (demo, train, status, tune, sample, export, serve, evaluate, compare, doctor)
+VERBS: tuple[Callable[..., None], ...] = (
+    demo,
+    train,
+    status,
+    tune,
+    sample,
+    grid,
+    export,
+    serve,
+    evaluate,
+    compare,
+    doctor,
+)
 DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect, encode, codes)
 IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers, edm, k_diffusion, lora)
 for verb in VERBS:

@@ -65,8 +65,8 @@ class WalkOptions:
     grid: Annotated[
         str | None,
         typer.Option(
-            help="Noise levels as karras, geometric, linear, interior (without the smallest), or process (even in its "
-            "t); or the levels themselves: 80,2.5."
+            help="Noise levels as karras, geometric, linear, interior (without the smallest), process (even in its t), "
+            "or optimised (`scoreray grid`); or the levels themselves: 80,2.5."
         ),
     ] = None
     max_calls: Annotated[

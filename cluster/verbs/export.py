@@ -26,6 +26,7 @@ from scoreray.sampling.formats.graphs import SUFFIXES, WrittenGraph, write_graph
 from scoreray.sampling.formats.hub import export_target
 from scoreray.sampling.formats.lora_folder import write_lora_folder
 from scoreray.sampling.formats.usage import DIFFUSERS, LORA, SCORERAY, USAGES, Usage, usage_of
+from scoreray.sampling.grids.stored import copy_grids
 from scoreray.sampling.model.describe import Description, ModelInfo, describe
 from scoreray.sampling.model.export import ModelToExport, check_other_place, model_to_export, write_model
 from scoreray.sampling.model.load import build_model
@@ -122,6 +123,7 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
         model = model_to_export(found.stored, names, states)
         written = model_to_export(found.stored, names, states, adapters_alone=True) if one_lora else model
         page, graphs = _write(written, store, options)
+        copy_grids(found.stored.source.store, store)
         info = model.info(model.default)
         usage = usage_of(options.format, out, page, info)
         samples = _put_sheet(model, info, store, options.samples)

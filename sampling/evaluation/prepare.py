@@ -129,6 +129,7 @@ def make_plan(inputs: EvaluationInputs) -> EvaluationPlan:
                 seed=request.seed,
                 guidance=settings.guidance,
                 options=request.options,
+                grid_checkpoint=request.grid_checkpoint,
             ),
         ),
         protocol=_protocol(inputs, metrics),

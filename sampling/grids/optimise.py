@@ -29,7 +29,7 @@ class GridSearch:
     """What is searched: `steps` levels, between the ends of `sigma_range`, for a sampler with its options.
 
     named: the grids that it must beat, by name, each [steps + 1] from sigma_max on. budget: how many grids may be tried
-    in refining.
+    in refining, `steps` from each of two beginnings where it is less. num_fine: levels of the reference.
     """
 
     sampler: str

@@ -7,7 +7,6 @@ in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -50,21 +49,22 @@ class StoredGrid:
     format: Literal[1] = 1
 
     @property
+    def name(self) -> str:
+        return f"{self.sampler.replace(':', '.')}-{self.steps}"
+
+    @property
     def key(self) -> str:
         """Of its file, beside the model."""
-        return f"{FOLDER}/{self.sampler.replace(':', '.')}-{self.steps}.json"
+        return f"{FOLDER}/{self.name}.json"
 
     def to_json(self) -> bytes:
         """A field a line; sealed."""
         return sealed([f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(self).items()]).encode()
 
 
-StoredGrids = Mapping[str, StoredGrid | str]
-"""By the URL of each file; of one that can't be read, the reason: it is no reason to refuse all other grids."""
-
-
 def read_grids(store: Store) -> dict[str, StoredGrid | str]:
-    """Those beside the model whose folder this is. Raises StorageError."""
+    """Those beside the model whose folder this is, by URL; of one that can't be read the reason, which concerns
+    requests for an optimised grid alone. Raises StorageError."""
     found = dict[str, StoredGrid | str]()
     for key, _ in store.list(f"{FOLDER}/"):
         if key.endswith(".json"):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from scoreray.data.errors import DataError, UserError, shortened
 from scoreray.data.storage.store import NotFound, open_store
@@ -41,7 +41,8 @@ class EvaluatedCheckpoint(_Strict):
 
 
 class SamplingSettings(_Strict):
-    """How samples were drawn; null where a machine is drawn by Gibbs, which has no such setting."""
+    """How samples were drawn; null where a machine is drawn by Gibbs, which has no such setting. grid_checkpoint: which
+    one the levels were optimised on, where they were."""
 
     sampler: str | None
     steps: int | None
@@ -50,6 +51,13 @@ class SamplingSettings(_Strict):
     seed: int
     guidance: float
     options: dict[str, Any]
+    grid_checkpoint: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the checkpoint of a grid that has none: a record's digest is that of before there were any."""
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if name != "grid_checkpoint" or value is not None}
 
 
 class EvaluationSubject(_Strict):

@@ -15,10 +15,11 @@ import torch
 
 from scoreray.data.buckets.sizes import size_text
 from scoreray.data.classes import class_number
-from scoreray.data.errors import UserError, nearest, shortened
+from scoreray.data.errors import DataError, UserError, nearest, shortened
 from scoreray.data.fields.encoding import Encoding
 from scoreray.data.fields.limits import is_picture
 from scoreray.data.fields.normalisation import to_uint8
+from scoreray.sampling.grids.stored import StoredGrid, read_grids
 from scoreray.sampling.model import decode
 from scoreray.sampling.samplers.sigmas import Grid, from_process, grid
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
@@ -49,7 +50,8 @@ class ModelInfo:
     image_shape: of what its network models. sample_shape: of what is drawn, which differs where a network of latents
     has its samples decoded. raw: they are left as the latents that they are. image_shapes: of a run on data in buckets,
     in each, the one with the most samples first; image_shape is the one of them that is drawn.  conditions: what of the
-    data conditions it; levels: further inputs, which samplers and requests set (`diffusion/levels.py`).
+    data conditions it; levels: further inputs, which samplers and requests set (`diffusion/levels.py`). grids: those
+    that are stored beside it (`sampling/grids/stored.py`), by URL.
     """
 
     url: str
@@ -63,6 +65,7 @@ class ModelInfo:
     raw: bool = False
     image_shapes: tuple[tuple[int, ...], ...] = ()
     levels: tuple[str, ...] = ()
+    grids: Mapping[str, StoredGrid | str] = field(default_factory=dict)
 
     @staticmethod
     def planned(config: Config, fields: RunFields) -> ModelInfo:
@@ -251,6 +254,26 @@ class ModelInfo:
         sampling = getattr(self.config.objective, "sigma_sampling", None)
         return sampling.num_levels if isinstance(sampling, LadderUniform) and isinstance(process, VE) else None
 
+    def optimised_grid(self, sampler: str | None, steps: int | None) -> StoredGrid:
+        """The one that is stored for this sampler and number of steps; None for either takes the only one there is.
+
+        Raises UserError that names those that are stored, DataError where it can't be read.
+        """
+        whole = [one for one in self.grids.values() if isinstance(one, StoredGrid)]
+        found = [one for one in whole if sampler in (None, one.sampler) and steps in (None, one.steps)]
+        if len(found) == 1:
+            return found[0]
+        if damaged := [one for one in self.grids.values() if isinstance(one, str)]:
+            raise DataError(damaged[0])
+        stored = ", ".join(sorted(one.name for one in whole)) or "none"
+        which = " ".join([sampler or "any sampler", *([] if steps is None else [f"of {steps} steps"])])
+        if found:
+            raise UserError(f"grid optimised: say for which sampler and steps; stored are {stored}")
+        raise UserError(
+            f"grid optimised: none is stored for {which}, stored: {stored}; `scoreray grid {self.url} --sampler "
+            f"{sampler or 'dpmpp_2m'} --steps {steps or 6}` makes one"
+        )
+
     def sigmas(self, steps: int, given: Grid = "karras") -> torch.Tensor:
         """A grid of `steps` levels: one of `sigmas.GRIDS` over `sigma_range`, "process", even in the process's t, or
         levels as they are."""
@@ -285,7 +308,8 @@ class Description:
 def describe(url: str, ema: str | None = None) -> Description:
     """The model at a URL, at an EMA length; arguments and errors as of `find_model`."""
     stored = find_model(url, ema)
-    return Description(info_of(stored.page, stored.url, stored.ema, stored.config), stored)
+    info = info_of(stored.page, stored.url, stored.ema, stored.config)
+    return Description(replace(info, grids=read_grids(stored.source.store)), stored)
 
 
 def info_of(page: ModelManifest | Marker, url: str, ema: str, config: Config) -> ModelInfo:

@@ -11,6 +11,7 @@ from typing import Any
 from scoreray.data.errors import UserError
 from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.store import Store, open_store
+from scoreray.sampling.grids.stored import copy_grids
 from scoreray.sampling.model.describe import ModelInfo, info_of
 from scoreray.trainer.checkpoints.checkpoint import MARKER, Checkpoint
 from scoreray.trainer.checkpoints.exported import (
@@ -61,8 +62,10 @@ def export(checkpoint: str | Checkpoint, out: str, lengths: Sequence[str] = ()) 
     lengths: tracked EMA lengths ("0.050", "none" for raw weights); all tracked ones when empty.
     Raises UserError (not committed, no such length), DataError (damaged), StorageError.
     """
-    stored = find_model(checkpoint if isinstance(checkpoint, str) else checkpoint.url)
-    return page_fields(write_model(model_to_export(stored, lengths), open_store(out)))
+    stored, store = find_model(checkpoint if isinstance(checkpoint, str) else checkpoint.url), open_store(out)
+    page = write_model(model_to_export(stored, lengths), store)
+    copy_grids(stored.source.store, store)
+    return page_fields(page)
 
 
 def model_to_export(

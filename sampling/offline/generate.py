@@ -15,6 +15,7 @@ import torch
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.data.packing.inspect import picture_grid
+from scoreray.sampling.grids.optimise import OPTIMISED
 from scoreray.sampling.guidance.guidance import Denoise, check_negative, guidance_terms
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
@@ -39,6 +40,7 @@ from scoreray.sampling.samplers.sample import (
     ODE_SAMPLERS,
     SAMPLERS,
     SamplerState,
+    adds_noise,
     num_calls,
     sample,
     sampler_of,
@@ -71,7 +73,8 @@ class Request:
     """Which samples: `count` of them, numbered, each with a seed of its own, so sample i is the same in any batch.
 
     sampler, steps, grid: None takes what fits the model (`fitted`). steps: noise levels, or sweeps of Gibbs. grid: a
-    name, or levels in any form that `parse_grid` takes, of which there are then `steps`.
+    name, or levels in any form that `parse_grid` takes, of which there are then `steps`. grid_checkpoint: which one
+    levels were optimised on; `fitted` sets it.
     class_label: None draws classes in turn (0, 1, 2, ...) from a model that has classes, where there are no conditions.
     conditions: by name, as words of a command line (`conditions.py`), the same for all samples; what is left out is
     null. conditions_from: records of a data set that condition samples, whatever `conditions` leaves out. prompt: a
@@ -98,6 +101,7 @@ class Request:
     size: str | None = None
     source: str | None = None
     max_calls: int | None = None
+    grid_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -132,7 +136,7 @@ class Request:
     def _parse_grid(self, given: Grid) -> None:
         """Sets `grid`, and of levels their number as `steps`. Raises RequestError."""
         try:
-            grid, names = parse_grid(given), (*GRIDS, PROCESS_GRID)
+            grid, names = parse_grid(given), (*GRIDS, PROCESS_GRID, OPTIMISED)
         except UserError as error:
             raise RequestError(str(error), "grid") from None
         object.__setattr__(self, "grid", grid)
@@ -159,7 +163,7 @@ class Request:
         A sampler whose steps fit the data's scale gets the run's sigma_data.
         Samplers that stay at one noise level get a warm start: the walk down to it is theirs too, as a request begins
         from noise at the largest level. With `anneal` they work on the ladder of the annealed ones. Samplers that take
-        a process get the run's own.
+        a process get the run's own. An optimised grid becomes its levels.
         """
         if info.is_autoencoder:
             raise UserError(f"{info.url}: {info.instead_of_denoiser}")
@@ -169,6 +173,8 @@ class Request:
             raise RequestError(f"--{error}", "size") from None
         if info.is_machine:
             return self._for_machine(info)
+        if self.grid == OPTIMISED:
+            return self._on_optimised(info).fitted(info)
         if self.max_calls is not None:
             return self._within_budget(info)
         request = self.with_prompt(info)
@@ -185,8 +191,7 @@ class Request:
         )
         if mistake is not None:
             raise RequestError(*mistake)
-        adds_noise = sampler in SAMPLERS and (sampler not in ODE_SAMPLERS or bool(self.options.get("eta")))
-        if adds_noise and getattr(info.config.objective, "only_flow", False):
+        if adds_noise(sampler, self.options) and getattr(info.config.objective, "only_flow", False):
             what = "a coupling" if info.source is None else "a flow from a data set"
             raise RequestError(
                 f"sampler '{sampler}' needs the score, which {what} does not give, only the velocity; choose one of "
@@ -265,6 +270,15 @@ class Request:
         assert self.steps is not None
         assert self.grid is not None
         return num_calls(self.sampler, info.sigmas(self.steps, self.grid), most=most, **self.options)
+
+    def _on_optimised(self, info: ModelInfo) -> Request:
+        """On the levels that are stored beside the model. Raises RequestError, DataError."""
+        try:
+            found = info.optimised_grid(self.sampler, self.steps)
+        except UserError as error:
+            raise RequestError(str(error), "grid") from None
+        levels = tuple(found.levels)
+        return replace(self, sampler=found.sampler, steps=len(levels), grid=levels, grid_checkpoint=found.checkpoint)
 
     def with_prompt(self, info: ModelInfo) -> Request:
         """The request with its prompt as the conditions that it means for a model. Raises UserError."""
@@ -413,10 +427,9 @@ def _draw(
     seeds = seeds.to(device)
     if noise is None:
         noise = SampleNoise(seeds).normal((len(seeds), *model.info.image_shape), torch.float32, device)
-    noise, level = noise.to(device, torch.float32), float(sigmas[0])
     return sample(
         denoise,
-        noise * level if starts is None else starts.at(seeds, noise, level),
+        begin_at(float(sigmas[0]), noise.to(device, torch.float32), seeds, starts),
         sigmas,
         sampler=request.sampler,
         generator=SampleNoise(seeds, draw=1, acceptance=acceptance),  # draw 0 is the initial noise
@@ -424,6 +437,11 @@ def _draw(
         callback=callback,
         **request.options,
     ).cpu()
+
+
+def begin_at(level: float, noise: torch.Tensor, seeds: torch.Tensor, starts: SourceStarts | None) -> torch.Tensor:
+    """States [b, ...] at a noise level, of standard normal numbers [b, ...]: these alone, or samples of a data set."""
+    return noise * level if starts is None else starts.at(seeds, noise, level)
 
 
 def _draw_by_gibbs(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,11 @@ ADAPTIVE = frozenset({"rk45"})
 ADAPTIVE_COUNTED = 1000  # of their calls in a dry run
 
 Denoise = Callable[..., Tensor]
+
+
+def adds_noise(sampler: str, options: Mapping[str, Any]) -> bool:
+    """Whether a sampler of ours adds noise as it goes; of somebody else's it is not known, and taken as not."""
+    return sampler in SAMPLERS and (sampler not in ODE_SAMPLERS or bool(options.get("eta")))
 
 
 @dataclass(frozen=True)

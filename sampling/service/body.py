@@ -95,8 +95,9 @@ class DrawFields(BaseModel):
     grid: Annotated[
         Annotated[str, Field(max_length=64)] | list[float] | None,
         Field(
-            description="noise levels as karras, geometric, linear, interior (without the smallest), or process (even "
-            "in its t); or the levels themselves, as [80, 2.5]; if left out, what fits the sampler",
+            description="noise levels as karras, geometric, linear, interior (without the smallest), process (even "
+            "in its t), or optimised, one of `optimised_grids` of `/v1/model`; or the levels themselves, as [80, 2.5]; "
+            "if left out, what fits the sampler",
         ),
     ] = None
     options: Annotated[
@@ -271,6 +272,7 @@ def make_request(body: SampleBody, served: ServedModel, limits: Limits, media: s
         ema=ema,
         adapter=served.adapter(body.adapter, ema),
         grid=request.grid,
+        grid_checkpoint=request.grid_checkpoint,
         media=media,
         format=format_,
         previews=body.previews if body.stream else 0,

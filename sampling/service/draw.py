@@ -35,6 +35,7 @@ class SampleAnswer:
             "sampler": request.sampler,
             "steps": len(request.sigmas) - 1,
             "grid": request.grid,
+            **({"grid_checkpoint": request.grid_checkpoint} if request.grid_checkpoint else {}),
             "seed": request.origin.seed,
             "guidance": dict(request.weights) or request.guidance,
             "conditions": [] if request.condition is None else sorted(condition_names(request.condition)),

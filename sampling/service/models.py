@@ -10,6 +10,8 @@ import torch
 
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.storage.store import open_store
+from scoreray.sampling.grids.optimise import OPTIMISED
+from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.guidance.steering import joint_dropout, own_dropout
 from scoreray.sampling.model.adapters import find_adapters
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
@@ -102,7 +104,12 @@ class ServedModel:
             "process": type(info.config.process).__name__,
             "map": info.map,
             "defaults": self.defaults(),
-            "grids": [*GRIDS, PROCESS_GRID],
+            "grids": [*GRIDS, PROCESS_GRID, *([OPTIMISED] if info.grids else [])],
+            "optimised_grids": [
+                {"sampler": one.sampler, "steps": one.steps, "levels": one.levels, "checkpoint": one.checkpoint}
+                for one in info.grids.values()
+                if isinstance(one, StoredGrid)
+            ],
             "samplers": {
                 name: _options(name, fitted)
                 for name in (*SAMPLERS, *self.samplers)

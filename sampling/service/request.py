@@ -77,6 +77,7 @@ class SampleRequest:
     origin: Origin = NOT_SERVED
     ema: str = ""
     grid: Grid = ""
+    grid_checkpoint: str | None = None
     media: str = "application/json"
     format: str = "png"
     previews: int = 0

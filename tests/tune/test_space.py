@@ -6,6 +6,7 @@ import copy
 import random
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import yaml
 from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.samples import read_samples
+from scoreray.sampling.offline.generate import Request
 from scoreray.tune.load import check_room, check_sweep, load_sweep
 from scoreray.tune.metric import held_out
 from scoreray.tune.space import with_values
-from scoreray.tune.sweep import goals
+from scoreray.tune.sweep import draw_settings, goals
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tune"
 MEAN = "objective.sigma_sampling.P_mean"
@@ -182,6 +184,19 @@ def test_the_sweep_of_the_weighting_searches_nothing_else() -> None:
     assert all(key.startswith("objective.weighting.") for key in space)
 
 
+def test_levels_that_are_searched_one_by_one_are_a_grid_whatever_they_are() -> None:
+    plan = load_sweep(CONFIGS / "grid.yaml")
+    for seed in range(20):
+        values = plan.space.draw(random.Random(seed), plan.base)
+        drawn = draw_settings(plan.sweep, values)
+        request = Request(count=1, sampler=drawn["sampler"], steps=drawn["steps"], grid=drawn["grid"])
+        assert (request.steps, request.grid[0]) == (6, 80.0)
+        assert all(high > low for high, low in pairwise(request.grid))
+        assert sorted(request.grid) == sorted(v for key, v in values.items() if key.startswith("sample.levels."))
+    with pytest.raises(UserError, match=r"space.sample.steps: the levels under sample.levels.NAME are the grid"):
+        load_sweep(CONFIGS / "grid.yaml", ["space={sample.levels.0: {log: [1, 2]}, sample.steps: {int: [4, 9]}}"])
+
+
 def test_a_base_given_on_the_command_line_is_loaded(sweep: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(sweep["base"]))
     plan = load_sweep(sweep, [f"base={tmp_path / 'base.yaml'}", "base.duration.images=4096"])
@@ -303,4 +318,4 @@ def test_an_ema_length_that_is_searched_is_tracked_by_the_one_run(sweep: dict[st
 def test_ready_spaces_are_valid(file: Path) -> None:
     plan = load_sweep(file)
     assert load_sweep(plan.sweep.dump()) == plan  # as study.json and report.json hold it
-    assert plan.space.trains == (file.stem not in ("sampler", "curvature"))
+    assert plan.space.trains == (file.stem not in ("sampler", "curvature", "grid"))

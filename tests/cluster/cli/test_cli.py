@@ -61,8 +61,8 @@ def config_file(packed: str, tmp_path: Path) -> Path:
     return file
 
 
-VERBS = ("train", "tune", "sample", "serve", "evaluate", "compare", "export", "doctor", "submit", "demo", "data",
-         "data pack", "data verify", "data inspect")  # fmt: skip
+VERBS = ("train", "tune", "sample", "grid", "serve", "evaluate", "compare", "export", "doctor", "submit", "demo",
+         "data", "data pack", "data verify", "data inspect")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

@@ -97,8 +97,8 @@ def test_what_is_left_of_an_error_is_measured(gaussian):
     reference = make_reference([batch(gaussian, 8)], *RANGE)
     sigmas = reference.sigmas[:-1].numpy()
     exact = 0.5 / np.sqrt(0.25 + sigmas**2)
-    inside = slice(4, 61)  # between the levels at which it was measured
-    assert reference.gains[inside] == pytest.approx(exact[inside], rel=0.04)
+    assert reference.gains[8:57:8] == pytest.approx(exact[8:57:8], rel=0.01)  # where it was measured
+    assert reference.gains[8:57] == pytest.approx(exact[8:57], rel=0.12)  # and between
 
 
 def test_parameters_are_any_numbers_and_give_levels_that_descend():
