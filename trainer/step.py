@@ -127,7 +127,7 @@ class TrainingModule(nn.Module):
         )
         error = one_per_sample("objective", self.objective, self.objective.error(self.denoiser, batch), sigma)
         loss = one_per_sample("weighting", self.objective.weighting, self.weighting(error, sigma), sigma)
-        importance = self.objective.sigma_sampling.importance(sigma, self.process)
+        importance = self.objective.level_sampling.importance(sigma, self.process)
         if importance is not None:
             loss = loss * importance
         if self.alignment is not None:
@@ -175,7 +175,7 @@ class TrainingModule(nn.Module):
         batch = self.global_batch_size
         if self.chains is not None:  # a persistent chain stays at its noise level, so its samples come at that one
             positions, batch = positions % self.chains.count, self.chains.count
-        sampling = self.objective.sigma_sampling
+        sampling = self.objective.level_sampling
         sigma = sample_sigma(sampling, self.process, self.seed, positions, batch, dtype)
         return one_per_sample("sigma_sampling", sampling, sigma, positions)
 

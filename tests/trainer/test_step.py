@@ -20,6 +20,7 @@ from scoreray.trainer.objectives.denoising import DenoisingObjective, EDMObjecti
 from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective
 from scoreray.trainer.objectives.objective import OBJECTIVES
 from scoreray.trainer.objectives.score_matching import SlicedVRObjective
+from scoreray.trainer.objectives.teacher import Teacher
 from scoreray.trainer.step import MachineModule, TrainingModule, drawn_latents
 
 B = 12
@@ -51,7 +52,10 @@ class Small(nn.Module):
 def module(objective=None, parameterization="edm", process=None, seed=5, conditions=None, **settings) -> TrainingModule:
     denoiser = Denoiser(Small(conditions), parameterization)
     objective, process = objective or EDMObjective(), process or EDM()
-    return TrainingModule(denoiser, objective, process, seed=seed, global_batch_size=B, **settings)
+    made = TrainingModule(denoiser, objective, process, seed=seed, global_batch_size=B, **settings)
+    if getattr(objective, "needs_teacher", False):
+        made.teacher = Teacher(Denoiser(Small(conditions)))
+    return made
 
 
 def images() -> Tensor:

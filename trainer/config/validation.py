@@ -14,10 +14,12 @@ from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.dit import TransformerConfig
 from scoreray.trainer.networks.network import NetworkConfig
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.base import FewStepObjective
 from scoreray.trainer.objectives.denoising import FlowMatchingObjective
 from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective, NoiseContrastiveObjective
 from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 from scoreray.trainer.objectives.objective import ObjectiveConfig, needs_second_derivatives
+from scoreray.trainer.objectives.progressive import ProgressiveObjective
 
 NO_NOISE_LEVEL = ("weighting", "sigma_sampling", "label_dropout", "step_size", "noise_scale", "width")  # of machines
 
@@ -53,7 +55,8 @@ def mistakes(
             f"denoiser.sigma_data: {denoiser.sigma_data} scales the input otherwise than network.kind '{network.kind}' "
             f"was trained on; set it to {required:g}"
         )
-    found += objective_mistakes(objective, denoiser.parameterization) + _flow_mistakes(objective)
+    found += objective_mistakes(objective, denoiser.parameterization)
+    found += _flow_mistakes(objective) + _few_step_mistakes(objective)
     if compile and needs_second_derivatives(objective, denoiser.parameterization):
         found.append(
             f"engine.compile: objective '{objective.kind}' with parameterization '{denoiser.parameterization}' "
@@ -108,6 +111,22 @@ def _flow_mistakes(objective: ObjectiveConfig) -> list[str]:
         for name in ("weighting", "sigma_sampling", "alignment")
         if getattr(objective, name) != _default(objective, name)
     ]
+
+
+def _few_step_mistakes(objective: ObjectiveConfig) -> list[str]:
+    """What an objective of few-step models lacks, or has no use for."""
+    if not isinstance(objective, FewStepObjective):
+        return []
+    found = []
+    if objective.needs_teacher and objective.teacher is None:
+        found.append(f"objective.teacher: kind '{objective.kind}' needs one; name its checkpoint")
+    if isinstance(objective, ProgressiveObjective) and objective.sigma_sampling != _default(
+        objective, "sigma_sampling"
+    ):
+        found.append(
+            "objective.sigma_sampling: kind 'progressive' trains at the levels of objective.steps; leave it out"
+        )
+    return found
 
 
 def condition_mistakes(objective: ObjectiveConfig, conditions: Conditions) -> list[str]:

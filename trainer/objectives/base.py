@@ -109,6 +109,11 @@ class BaseObjective:
     def __post_init__(self) -> None:
         checks.fraction("objective", label_dropout=self.label_dropout)
 
+    @property
+    def level_sampling(self) -> SigmaSampling:
+        """What a training step draws noise levels by."""
+        return self.sigma_sampling
+
     def draw_probes(self, seed: int, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The random directions [B, P, *shape] that `error` needs beside the noise; None where it needs none."""
         return None
@@ -132,3 +137,5 @@ class FewStepObjective(BaseObjective):
     """What objectives of few-step models share. teacher: whose probability-flow ODE they learn; None: the data's."""
 
     teacher: TeacherConfig | None = field(default=None, kw_only=True)
+
+    needs_teacher: ClassVar[bool] = False

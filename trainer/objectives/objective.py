@@ -8,7 +8,8 @@ Stein's identity gives the same error in expectation from D and its Jacobian alo
 
 which for D = x + sigma^2 s is implicit score matching, 2 sigma^4 (tr ds/dx + |s|^2 / 2), plus a constant
 (Hyvarinen 2005; Stein 1981). Contrastive divergence has the gradient of the same error. So any weighting goes with any
-objective, and all but the losses of energies (`EnergyObjective`) can be compared.
+objective, and all but the losses of energies (`EnergyObjective`) and of few-step models can be compared. These
+(`FewStepObjective`) train no denoiser but a map along the paths of its probability-flow ODE.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, get_args
 from scoreray.data.own_code.part import PartOf
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 from scoreray.trainer.objectives.base import BaseObjective
+from scoreray.trainer.objectives.consistency import ConsistencyObjective
 from scoreray.trainer.objectives.denoising import DDPMObjective, DenoisingObjective, EDMObjective, FlowMatchingObjective
 from scoreray.trainer.objectives.energy_based import (
     ContrastiveObjective,
@@ -25,6 +27,7 @@ from scoreray.trainer.objectives.energy_based import (
     RecoveryLikelihoodObjective,
 )
 from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
+from scoreray.trainer.objectives.progressive import ProgressiveObjective
 from scoreray.trainer.objectives.score_matching import ImplicitObjective, SlicedObjective, SlicedVRObjective
 
 ObjectiveConfig = (
@@ -39,6 +42,8 @@ ObjectiveConfig = (
     | ContrastiveObjective
     | NoiseContrastiveObjective
     | RecoveryLikelihoodObjective
+    | ConsistencyObjective
+    | ProgressiveObjective
 )
 
 

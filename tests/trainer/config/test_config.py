@@ -18,6 +18,7 @@ from scoreray.trainer.config import differing_keys, dump_config, leaves, load_co
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS, LadderUniform
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, MinSNR
+from scoreray.trainer.objectives.base import FewStepObjective
 from scoreray.trainer.objectives.energy_based import EnergyObjective
 from scoreray.trainer.objectives.objective import OBJECTIVES
 from scoreray.trainer.run_folder import stored_config
@@ -303,7 +304,13 @@ KINDS = (
     *(f"process.kind={kind}" for kind in PROCESSES),
     *(f"objective.sigma_sampling.kind={kind}" for kind in SIGMA_SAMPLINGS),
     *(f"objective.weighting.kind={kind}" for kind in WEIGHTINGS),
-    *(f"objective.kind={kind}" for kind, one in OBJECTIVES.items() if not issubclass(one, EnergyObjective)),
+    *(
+        f"objective={{kind: {kind}, teacher: {{checkpoint: t}}}}"
+        if issubclass(one, FewStepObjective)
+        else f"objective.kind={kind}"
+        for kind, one in OBJECTIVES.items()
+        if not issubclass(one, EnergyObjective)
+    ),
     "network.kind=dit",
     "network.kind=mlp",
 )
