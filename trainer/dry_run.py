@@ -5,6 +5,7 @@ What its parts raise or give is then a line in a second, and not a failure of ev
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from scoreray.trainer.diffusion.condition_shapes import example_condition
 from scoreray.trainer.networks.base import BaseNetworkConfig
 from scoreray.trainer.networks.flops import training_flops
 from scoreray.trainer.networks.network import num_parameters
-from scoreray.trainer.step import AutoencoderModule, MachineModule, RunModule, build_training_module
+from scoreray.trainer.objectives.teacher import Teacher
+from scoreray.trainer.step import AutoencoderModule, MachineModule, RunModule, TrainingModule, build_training_module
 
 ROWS = 2  # so that [B, 1] in the place of [B] shows
 MOST_PARAMETERS = 20e6  # of a network that is run: 160 MB with their gradients, and 0.2 s to fill them
@@ -85,6 +87,8 @@ def _try_step(config: Config, fields: RunFields, stored: dict[str, Any]) -> None
 
 def _step(config: Config, fields: RunFields) -> None:
     module = build_training_module(config, replace(fields, features=None))  # what they would add is ours
+    if isinstance(module, TrainingModule) and getattr(config.objective, "needs_teacher", False):
+        module.teacher = Teacher(copy.deepcopy(module.denoiser))  # whose weights are not read yet
     channels, *grid = fields.shape
     stored = 2 * channels if fields.target.holds_moments else channels
     images, given = torch.zeros(ROWS, stored, *grid), example_condition(fields.conditions, ROWS)

@@ -18,7 +18,7 @@ from scoreray.data.errors import UserError, listed
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.exported import PREFIX
 from scoreray.trainer.checkpoints.marker import Ancestor
-from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base, find_model
+from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base, find_named
 from scoreray.trainer.config import Config, leaves
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.buffers import state_buffers
@@ -29,7 +29,7 @@ from scoreray.trainer.meta import on_meta
 from scoreray.trainer.networks.conditioning import GRID_IN, Conditioning
 from scoreray.trainer.networks.lora import base_name
 from scoreray.trainer.networks.network import build_network
-from scoreray.trainer.optim.ema import RAW, described_length
+from scoreray.trainer.optim.ema import described_length
 from scoreray.trainer.optim.fragments import MASTER, Fragment
 from scoreray.trainer.ranks import from_rank_0
 
@@ -71,12 +71,7 @@ class InitialWeights:
 def find_initial(config: Config) -> StoredModel | None:
     """The model that `init` names; None where it names none. Raises UserError, DataError, StorageError."""
     section = config.init
-    if section is None:
-        return None
-    try:
-        return find_model(section.checkpoint, RAW if section.ema == "weights" else section.ema)
-    except UserError as error:
-        raise UserError(f"init.checkpoint: {error}") from None
+    return None if section is None else find_named("init", section.checkpoint, section.ema)
 
 
 def initial_weights(model: StoredModel, config: Config, fields: RunFields) -> InitialWeights:

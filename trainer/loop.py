@@ -42,6 +42,7 @@ from scoreray.trainer.run_data import FinishedTars, RunData, open_batches, open_
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.source_data import check_source, source_batches
 from scoreray.trainer.step import RunModule, TrainingModule, build_training_module
+from scoreray.trainer.teacher import load_teacher
 
 T = TypeVar("T")
 
@@ -92,6 +93,10 @@ def train(
             lineage = []
         if checkpoint is not None:
             check_source(checkpoint, fields)
+        with span("train.teacher"):
+            teacher, origin = load_teacher(config, fields, engine.device, rank, world_size, checkpoint)
+        if isinstance(module, TrainingModule):
+            module.teacher = teacher
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)
@@ -103,7 +108,7 @@ def train(
         sources = source_batches(config, fields, images_seen, rank, world_size, device)
         work = partial(training_work, config, fields, world_size, device) if rank == 0 else None
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
-    marker = _marker(config, data, fields, module, engine, world_size, lineage)
+    marker = replace(_marker(config, data, fields, module, engine, world_size, lineage), teacher=origin)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
     records: list[TrainingRecord] = []
     norm, decided = 0.0, LoopRequest.NOTHING

@@ -25,6 +25,7 @@ from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObje
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
 from scoreray.trainer.source_data import check_source, with_source
+from scoreray.trainer.teacher import check_teacher, find_teacher, pinned
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PreparedRun:
     newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
     the scale of the data; "" where it is what the model expects.  notes: what was not tried, what tars without a
     manifest don't promise, and what is new beside the weights that the run begins from.  initial: where these are; None
-    of a run that goes on.
+    of a run that goes on.  teacher: of `objective.teacher`.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class PreparedRun:
     warning: str = ""
     notes: tuple[str, ...] = ()
     initial: StoredModel | None = None
+    teacher: StoredModel | None = None
 
 
 def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
@@ -70,6 +72,9 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
         if newest.marker.is_lora:
             find_base(newest.url, newest.marker)
     initial = find_initial(config) if newest is None else None
+    teacher = find_teacher(config, newest)
+    if teacher is not None:
+        check_teacher(config, fields, teacher)
     notes = [*([unrun] if unrun else []), *(data.notes() if isinstance(data, UnpackedTars) else ())]
     if initial is not None:
         new = initial_weights(initial, config, fields)
@@ -77,7 +82,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     found = misfit(with_sigma_data(config, fields, newest, initial), fields)
     if found and found.hopeless and newest is None:  # a run that has begun may go on: its config can't change
         raise UserError(found.text)
-    return PreparedRun(config, data, fields, newest, found.text if found else "", tuple(notes), initial)
+    return PreparedRun(config, data, fields, newest, found.text if found else "", tuple(notes), initial, teacher)
 
 
 def _check_autoencoder(config: Config, fields: RunFields) -> None:
@@ -114,6 +119,8 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     if config.init is not None and checked.initial is not None:  # all starts of its workers take the same, also of a
         found = {"checkpoint": checked.initial.url, "ema": checked.initial.ema}  # run that goes on meanwhile
         config = config.model_copy(update={"init": config.init.model_copy(update=found)})
+    if checked.teacher is not None:
+        config = pinned(config, checked.teacher)
     return replace(checked, config=config)
 
 

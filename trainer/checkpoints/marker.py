@@ -86,7 +86,8 @@ class Marker:
     of which only the master is stored.  lineage: what the run began from, what that began from, and so on.
     Of a LoRA only what is trained is stored, and has its shape in `shapes`; what it adapts is the first of the lineage.
     own_code: SHA-256 of the code of each part of somebody else's that the config names.
-    source: the data set of `objective.source`, where a flow starts from one.
+    source: the data set of `objective.source`, where a flow starts from one.  teacher: the model of
+    `objective.teacher`, exactly.
     """
 
     __pydantic_config__ = _CONFIG
@@ -110,6 +111,7 @@ class Marker:
     lineage: list[Ancestor] = field(default_factory=list)
     own_code: dict[str, Sha256] = field(default_factory=dict)
     source: DataSet | None = None
+    teacher: Ancestor | None = None
     format: Annotated[int, Field(ge=UNSEALED, le=FORMAT)] = FORMAT
 
     def __post_init__(self) -> None:
@@ -182,10 +184,10 @@ class Marker:
 
 def page_fields(page: Any) -> dict[str, Any]:
     """`asdict` of a dataclass that has a `target` and `conditions`: without `encoding` and `data_dtype` of what no
-    encoder made, without `image_shapes` where there is one, and without `source` where it is noise, as before there
-    were any, so that earlier versions read it."""
+    encoder made, without `image_shapes` where there is one, without `source` where it is noise, and without
+    `teacher` where there is none, as before there were any, so that earlier versions read it."""
     found = asdict(page)
-    for key in ("image_shapes", "source"):
+    for key in ("image_shapes", "source", "teacher"):
         if not found.get(key, True):
             del found[key]
     for one in (found["target"], *(found["conditions"] or {}).values()):

@@ -157,6 +157,15 @@ def find_model(url: str, ema: str | None = None) -> StoredModel:
     return StoredModel(source, config, lengths, chosen or choose_length(ema, lengths, url, config.ema.stds))
 
 
+def find_named(section: str, checkpoint: str, ema: str | None) -> StoredModel:
+    """The model that a section of a config names by `checkpoint` and `ema`, "weights" for those without averaging.
+    Errors as of `find_model`, in the section's words."""
+    try:
+        return find_model(checkpoint, RAW if ema == "weights" else ema)
+    except UserError as error:
+        raise UserError(f"{section}.checkpoint: {error}") from None
+
+
 def find_base(url: str, page: ModelManifest | Marker) -> StoredModel:
     """The model that a LoRA at `url` adapts. Raises UserError where it is gone or another than it was trained on."""
     if not page.lineage:

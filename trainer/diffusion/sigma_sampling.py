@@ -157,7 +157,7 @@ SIGMA_SAMPLINGS: dict[str, type[SigmaSampling]] = {config.kind: config for confi
 
 
 def sample_sigma(
-    sampling: SigmaSampling,
+    sampling: BaseSigmaSampling,
     process: Process,
     seed: int,
     positions: Tensor,

@@ -110,7 +110,7 @@ class BaseObjective:
         checks.fraction("objective", label_dropout=self.label_dropout)
 
     @property
-    def level_sampling(self) -> SigmaSampling:
+    def level_sampling(self) -> BaseSigmaSampling:
         """What a training step draws noise levels by."""
         return self.sigma_sampling
 

@@ -37,7 +37,7 @@ class TeacherConfig:
     """The model whose probability-flow ODE a student learns.
 
     checkpoint: a run (its newest checkpoint), one checkpoint's folder, or an exported or imported model.  ema: a length
-    that it holds, "none" for the weights without averaging; None takes its first length.  guidance: the weight of
+    that it holds, or "weights" without averaging; None takes its first length.  guidance: the weight of
     classifier-free guidance that the student learns as its own (1 is none), or [lowest, highest]: drawn for each
     sample, and given to the student as its condition `guidance_weight`.
     """

@@ -50,7 +50,7 @@ REQUIRED = {
     "objectives": (
         OBJECTIVES,
         "denoising implicit sliced sliced_vr flow_matching ddpm edm maximum_likelihood contrastive noise_contrastive "
-        "recovery_likelihood",
+        "recovery_likelihood consistency progressive",
     ),
     "weightings": (
         WEIGHTINGS,
@@ -103,6 +103,7 @@ GROUPS = {
         "noise-contrastive estimation, recovery likelihood",
         "flows",
         "maximum likelihood",
+        "maps of few steps",
     ],
     "weightings": ["weightings"],
     "sigma sampling": ["sigma sampling"],
@@ -125,7 +126,8 @@ def test_every_row_is_chosen_by_a_word(row):
 
 def _is_a_key(section: str, key: str) -> bool:
     """Whether a config accepts `section.key`, where a section may also be nested in the objective."""
-    words = ["objective.kind=contrastive"] if key in ("start", "chain") else []
+    kinds = {"start": "contrastive", "chain": "contrastive", "teacher": "consistency"}
+    words = [f"objective.kind={kinds[key]}"] if key in kinds else []
     prefix = "objective." if section in ("weighting", "sigma_sampling") else ""
     try:
         load_config(MINIMAL, [*words, f"{prefix}{section}.{key}=?"])
