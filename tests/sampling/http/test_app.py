@@ -961,6 +961,33 @@ def test_the_docs_name_every_field_limit_and_code() -> None:
     assert set(ERRORS) - {"bug"} <= words
 
 
+def test_requests_of_one_and_two_calls_share_those_of_long_ones(run_url: str) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"sampler": "heun", "steps": 12, "guidance": 2},
+        {"sampler": "consistency", "steps": 1},
+        {"sampler": "consistency", "steps": 2, "stream": True},
+        {"max_calls": 2, "class_label": 1},
+    ]
+
+    def samples(reply: Reply) -> Any:
+        text = reply.body.decode()
+        answer = json.loads(text.split("event: done\ndata: ")[1]) if text.startswith("event") else reply.json
+        return answer["data"], answer["calls"]
+
+    async def main() -> None:
+        async with serving(config(run_url)) as call:
+            (batcher,) = (model.batcher for model in call.replica._models.values())
+            drawn = [call.post({**body, "count": 3, "seed": i}) for i, body in enumerate(bodies)]
+            together = [samples(reply) for reply in await asyncio.gather(*drawn)]
+            shared = batcher.calls
+            alone = [samples(await call.post({**body, "count": 3, "seed": i})) for i, body in enumerate(bodies)]
+            assert together == alone, "what is drawn depends on no other request, and costs the same"
+            assert [calls for _, calls in alone] == [23, 1, 2, 2]
+            assert shared < batcher.calls - shared, "calls are shared"
+
+    asyncio.run(main())
+
+
 def test_an_answer_says_what_it_cost_as_it_was_said_before(run_url: str) -> None:
     async def go() -> None:
         async with serving(config(run_url)) as call:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from scoreray.data.fields.normalisation import Normaliser
+from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.samplers.options import options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.access import hash_of
@@ -391,6 +392,34 @@ def test_nothing_is_wider_than_the_screen_with_long_names_and_many_samples(
         assert_all_in_sight(browser, "sheet")
         browser.run("notice('error', arguments[0], ['Try again', () => {}])", LONG * 4)
         assert_all_in_sight(browser, "notice")
+        assert browser.errors() == []
+
+
+def test_a_model_of_few_steps_shows_its_own_sampler_and_calls(
+    browser: Browser, long_names_url: str, run_url: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = property(lambda info: "consistency" if info.url.startswith(long_names_url) else "none")
+    monkeypatch.setattr(ModelInfo, "map", few)
+    settings = replace(config(run_url), models=(("small", run_url), ("few", long_names_url)))
+    fields = "[...document.querySelectorAll('#sampler, #steps')].map(e => e.value)"
+    with served(settings) as (url, _):
+        open_page(browser, url)
+        browser.type("#count", "1")
+        browser.until("document.querySelector('#cost b')?.innerText === '35 calls'")
+        choose(browser, "#model", "few")
+        browser.until("document.querySelector('#cost b')?.innerText === '2 calls'")
+        assert browser.run(f"return {fields}") == ["consistency", "2"]
+        assert browser.run("return document.querySelectorAll('#sampler option').length") == 1
+        browser.click("#draw")
+        browser.until("document.querySelector('#status').innerText.includes(' · 2 calls each · ')")
+        keep(browser, "few-steps")
+        browser.type("#budget", "3")
+        browser.until("document.querySelector('#cost b')?.innerText === '3 calls'")
+        choose(browser, "#model", "small")
+        browser.until("document.querySelector('#sampler').value === 'dpmpp_2m'")
+        choose(browser, "#budget", "")
+        browser.until("document.querySelector('#cost b')?.innerText === '35 calls'")
+        assert browser.run(f"return {fields}") == ["heun", "18"]
         assert browser.errors() == []
 
 
