@@ -16,6 +16,7 @@ from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.data.packing.inspect import picture_grid
 from scoreray.sampling.grids.optimise import OPTIMISED
+from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.guidance.guidance import Denoise, check_negative, guidance_terms
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
@@ -226,7 +227,8 @@ class Request:
         """The request at no more than its `max_calls`, as docs/sampling.md describes. Raises RequestError where what it
         names takes more."""
         assert self.max_calls is not None
-        ours = self.sampler is None and not isinstance(info.config.objective, ContrastiveObjective)
+        contrastive = isinstance(info.config.objective, ContrastiveObjective)
+        ours = self.sampler is None and self.grid != OPTIMISED and not contrastive
         best = best_within(self.max_calls, info.map)
         free = replace(self, max_calls=None)
         if ours:
@@ -235,11 +237,11 @@ class Request:
         if default.sampler in ADAPTIVE:
             what = f"sampler '{default.sampler}' chooses its steps as it goes, so its calls are not known before"
             raise RequestError(f"max_calls = {self.max_calls}: {what}; leave one of them out", "sampler")
-        fixed = self.steps is not None or default.is_annealed or info.map == "progressive"
-        if fixed and default.calls(info, most=self.max_calls) <= self.max_calls:
-            return default
-        most = best.most_calls if ours else self.max_calls
         levels = default.grid if isinstance(default.grid, tuple) else None
+        fixed = levels is not None or self.steps is not None or default.is_annealed or info.map == "progressive"
+        if fixed and default.calls(info, most=self.max_calls) <= self.max_calls:
+            return self._on_stored(default, info)
+        most = best.most_calls if ours else self.max_calls
 
         def calls_of(steps: int) -> int:
             given = {"steps": steps} if levels is None else {"steps": None, "grid": levels[:steps]}
@@ -247,7 +249,7 @@ class Request:
 
         fitting = most_steps(most, calls_of)
         if fitting and not fixed:
-            return replace(free, steps=fitting).fitted(info)
+            return self._on_stored(replace(free, steps=fitting).fitted(info), info)
         calls = default.calls(info, most=LARGEST_BUDGET)
         taken = f"{calls:,}" if calls <= LARGEST_BUDGET else f"more than {LARGEST_BUDGET:,}"
         what = f"sampler '{default.sampler}' with {default.steps} steps takes {taken} calls a sample"
@@ -258,6 +260,13 @@ class Request:
         if info.map == "progressive":
             advice = f"the model was distilled to these, so give max_calls = {taken}"
         raise RequestError(f"max_calls = {self.max_calls}: {what}; {advice}", "max_calls")
+
+    def _on_stored(self, fitted: Request, info: ModelInfo) -> Request:
+        """`fitted` on the grid that was optimised for its sampler and steps, where there is one and none was named."""
+        stored = [one for one in info.grids.values() if isinstance(one, StoredGrid)]
+        if self.grid is None and any((one.sampler, one.steps) == (fitted.sampler, fitted.steps) for one in stored):
+            return replace(fitted, grid=OPTIMISED).fitted(info)
+        return fitted
 
     @property
     def is_annealed(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from scoreray.data.errors import UserError
+from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.model.describe import ModelInfo, describe
 from scoreray.sampling.offline.generate import Request, RequestError
 from scoreray.sampling.samplers.sample import ADAPTIVE, SAMPLERS
@@ -74,6 +76,20 @@ def test_every_sampler_fits_its_steps_to_a_budget(info: ModelInfo, sampler: str)
     assert request.steps is not None
     more = Request(1, sampler, steps=request.steps + 1).fitted(info)
     assert request.calls(info) <= 60 < more.calls(info)
+
+
+def test_a_grid_that_is_stored_for_the_sampler_and_steps_is_taken(info: ModelInfo) -> None:
+    levels = [80.0, 9.0, 2.0, 0.5]
+    stored = StoredGrid("dpmpp_2m", 4, levels, "optimised", {}, "s3://runs/r", 5, "0.050", "0" * 64, 0, 256)
+    optimised = replace(info, grids={"s3://runs/r/grids/dpmpp_2m-4.json": stored})
+    for given in ({}, {"sampler": "dpmpp_2m"}, {"steps": 4}, {"grid": "optimised"}):
+        request = Request(1, max_calls=4, **given).fitted(optimised)
+        assert (request.sampler, request.grid, request.calls(info)) == ("dpmpp_2m", tuple(levels), 4)
+    assert Request(1, max_calls=9, grid="optimised").fitted(optimised).steps == 4
+    for given in ({"max_calls": 5}, {"max_calls": 4, "grid": "karras"}, {"max_calls": 7, "sampler": "heun"}):
+        assert Request(1, **given).fitted(optimised).grid == Request(1, **given).fitted(info).grid
+    with pytest.raises(RequestError, match="takes 4 calls a sample; give at most 3 noise levels"):
+        Request(1, max_calls=3, grid="optimised").fitted(optimised)
 
 
 def test_a_model_that_is_drawn_by_gibbs_has_no_calls_to_limit(new_run: Callable[..., str], tmp_path: Any) -> None:
