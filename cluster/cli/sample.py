@@ -55,8 +55,8 @@ class WalkOptions:
     sampler: Annotated[
         str | None,
         typer.Option(
-            help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; gibbs for RBMs; package.module:Name. Default: what fits "
-            "the model."
+            help="heun, ddim, dpmpp_2m, edm_sde, ncsnv2, ...; consistency and flow_map for models of few steps; gibbs "
+            "for RBMs; package.module:Name. Default: what fits the model."
         ),
     ] = None
     steps: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,12 +86,18 @@ def load_model(checkpoint_url: str, ema: str | None = None, device: torch.device
 
 
 def load_to_sample(
-    checkpoint_url: str, ema: str | None = None, device: torch.device | str | None = None
+    checkpoint_url: str,
+    ema: str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    check: Callable[[ModelInfo], object] = lambda info: None,
 ) -> SampledModel:
-    """The model, if samples can be drawn from it; arguments and errors as for `load_model`."""
+    """The model, if samples can be drawn from it; arguments and errors as for `load_model`. check: raises what else
+    there is against it, before its weights are read."""
     found = describe(checkpoint_url, ema)
     if found.info.is_autoencoder:
         raise UserError(f"{checkpoint_url}: {found.info.instead_of_denoiser}")
+    check(found.info)
     model = load_described(found, device)
     assert not isinstance(model, LoadedAutoencoder)
     return model

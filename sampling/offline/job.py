@@ -70,9 +70,9 @@ def begin(
         refuse_strangers(place)
     begun = None if before is None else before.job
     if begun is not None and begun.asked == _asked(checkpoint) and (ema is None or length_name(ema) == begun.ema):
-        model = load_to_sample(begun.checkpoint, begun.ema)
+        model = load_to_sample(begun.checkpoint, begun.ema, check=request.fitted)
     else:
-        model = load_to_sample(checkpoint, ema)
+        model = load_to_sample(checkpoint, ema, check=request.fitted)
     if raw:
         model.info = model.info.as_latents()
     request = replace(request.fitted(model.info), guidance=request.guided)

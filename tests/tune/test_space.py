@@ -18,6 +18,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.samples import read_samples
 from scoreray.sampling.offline.generate import Request
+from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.tune.load import check_room, check_sweep, load_sweep
 from scoreray.tune.metric import held_out
 from scoreray.tune.space import with_values
@@ -319,3 +320,16 @@ def test_ready_spaces_are_valid(file: Path) -> None:
     plan = load_sweep(file)
     assert load_sweep(plan.sweep.dump()) == plan  # as study.json and report.json hold it
     assert plan.space.trains == (file.stem not in ("sampler", "curvature", "grid"))
+
+
+def test_models_of_few_steps_are_compared_by_samples_of_their_own_sampler(
+    sweep: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EDMObjective, "map", "consistency")
+    with pytest.raises(UserError, match=r"metric.names: denoising: objective.kind 'edm' learns where .*; give fid"):
+        check_sweep(load_sweep(sweep))
+    space = {"sample.sampler": {"choice": ["heun", "consistency"]}}
+    drawn = load_sweep({**sweep, "space": space, "metric": {**sweep["metric"], "names": ["sw", "nfe"]}})
+    with pytest.raises(UserError, match=r"space.sample.sampler: at 'heun': sampler 'heun' needs") as caught:
+        check_sweep(drawn)
+    assert "at 'consistency'" not in str(caught.value)

@@ -115,7 +115,7 @@ def model(mlp_config: Config, monkeypatch: pytest.MonkeyPatch) -> LoadedDenoiser
     found = LoadedDenoiser(OfRecord(), "denoised", SIGMA_DATA).eval()
     target = TargetField("height", "array", "float32", Normaliser("channel", (100.0, 100.0), (10.0, 10.0)))
     found.info = ModelInfo("none", 0, "none", (2, 3), SPECS["kind"].classes, mlp_config, SPECS, target)
-    monkeypatch.setattr(job_module, "load_to_sample", lambda url, ema: found)
+    monkeypatch.setattr(job_module, "load_to_sample", lambda url, ema, check: found)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, cast, get_args
 
 import numpy as np
@@ -17,8 +18,10 @@ from scoreray.sampling.guidance.guidance import LearnedGuidance
 from scoreray.sampling.guidance.steering import Guidance, Measurement
 from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.metrics.registry import METRICS
-from scoreray.sampling.model.describe import ModelInfo
+from scoreray.sampling.model.describe import Description, ModelInfo
 from scoreray.sampling.offline.generate import Request, RequestError
+from scoreray.sampling.offline.job import begin
+from scoreray.sampling.offline.place import place_of
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.body import SampleBody, make_request
@@ -150,6 +153,16 @@ def test_a_flow_map_is_asked_for_the_end_by_consistency_and_for_the_mean_by_ever
     assert (plain.steps, plain.grid, plain.options) == (18, "karras", {})
     assert Request(1, "consistency").fitted(infos["none"]).options == {}
     assert Request(1, "flow_map", grid="80,0.8").fitted(infos["flow_map"]).steps == 2
+
+
+def test_what_is_refused_is_refused_before_weights_are_read(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Description, "weights", lambda self: pytest.fail("the weights were read"))
+    place = place_of(str(tmp_path / "samples.npz"), "npz")
+    with pytest.raises(RequestError, match="sampler 'flow_map' needs a network that takes the level to reach"):
+        begin(place, served.url, None, Request(1, "flow_map"))
+    assert not list(tmp_path.iterdir())
 
 
 MEASURED = Measurement("gray", "absent.png")
