@@ -23,7 +23,7 @@ from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition,
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.layers import allow_double_backward
-from scoreray.trainer.diffusion.levels import data_conditions, with_levels
+from scoreray.trainer.diffusion.levels import data_conditions, with_guidance_weight, with_levels
 from scoreray.trainer.diffusion.process import Process
 from scoreray.trainer.diffusion.sigma_sampling import sample_sigma
 from scoreray.trainer.energies.nce import LogPartition, noise_contrastive_loss
@@ -115,7 +115,7 @@ class TrainingModule(nn.Module):
         sigma = self._sigma(positions, x0.dtype)
         level = like(sigma, x0)
         z = noise.normal(self.seed, positions, shape, stream=noise.STREAM_NOISE, dtype=x0.dtype)
-        given = self._given(condition, positions)
+        given = self._with_guidance(self._given(condition, positions), positions, x0)
         probes = self.objective.draw_probes(self.seed, positions, shape, x0.dtype)
         if isinstance(self.objective, FlowMatchingObjective) and isinstance(self.objective.source, DataSetSource):
             assert source is not None, "a flow from a data set needs its samples"
@@ -190,6 +190,15 @@ class TrainingModule(nn.Module):
         if self.conditions:
             condition = normalised(self._augmented(condition, positions), self.conditions)
         return self._dropped(condition, positions)
+
+    def _with_guidance(self, condition: Condition | None, positions: Tensor, x0: Tensor) -> Condition | None:
+        """With a weight of the teacher's guidance for each sample, where the network learns any."""
+        teacher = getattr(self.objective, "teacher", None)
+        if teacher is None or teacher.guidance_range is None:
+            return condition
+        low, high = teacher.guidance_range
+        u = noise.uniform(self.seed, positions, stream=noise.STREAM_GUIDANCE, dtype=x0.dtype)
+        return with_guidance_weight(condition, low + (high - low) * u, x0)
 
     def _augmented(self, condition: Condition, positions: Tensor) -> Condition:
         """Grids are flipped with the images that they belong to."""

@@ -50,8 +50,8 @@ class ModelInfo:
     image_shape: of what its network models. sample_shape: of what is drawn, which differs where a network of latents
     has its samples decoded. raw: they are left as the latents that they are. image_shapes: of a run on data in buckets,
     in each, the one with the most samples first; image_shape is the one of them that is drawn.  conditions: what of the
-    data conditions it; levels: further inputs, which samplers and requests set (`diffusion/levels.py`). grids: those
-    that are stored beside it (`sampling/grids/stored.py`), by URL.
+    data conditions it; levels: further inputs, which samplers and requests set (`trainer/diffusion/levels.py`). grids:
+    those that are stored beside it (`sampling/grids/stored.py`), by URL.
     """
 
     url: str

@@ -310,7 +310,7 @@ class Config(Section):
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """Inputs that are no data and that the network is built for as well (`diffusion/levels.py`)."""
+        """Inputs that are no data and that the network is built for as well (`trainer/diffusion/levels.py`)."""
         return getattr(self.objective, "levels", ())
 
     @property

@@ -11,12 +11,15 @@ from scoreray.trainer.diffusion.condition import LABEL, Conditions
 from scoreray.trainer.diffusion.denoiser import DenoiserConfig
 from scoreray.trainer.diffusion.process import EDM, Process
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
+from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 from scoreray.trainer.networks.dit import TransformerConfig
-from scoreray.trainer.networks.network import NetworkConfig
+from scoreray.trainer.networks.network import LadderNetworkConfig, NetworkConfig
+from scoreray.trainer.networks.preconditioned import PreconditionedNetworkConfig
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 from scoreray.trainer.objectives.base import FewStepObjective
 from scoreray.trainer.objectives.denoising import FlowMatchingObjective
 from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective, NoiseContrastiveObjective
+from scoreray.trainer.objectives.flow_maps import FlowMapObjective
 from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 from scoreray.trainer.objectives.objective import ObjectiveConfig, needs_second_derivatives
 from scoreray.trainer.objectives.progressive import ProgressiveObjective
@@ -56,7 +59,7 @@ def mistakes(
             f"was trained on; set it to {required:g}"
         )
     found += objective_mistakes(objective, denoiser.parameterization)
-    found += _flow_mistakes(objective) + _few_step_mistakes(objective)
+    found += _flow_mistakes(objective) + _few_step_mistakes(objective) + _level_mistakes(objective, network)
     if compile and needs_second_derivatives(objective, denoiser.parameterization):
         found.append(
             f"engine.compile: objective '{objective.kind}' with parameterization '{denoiser.parameterization}' "
@@ -67,6 +70,11 @@ def mistakes(
 
 def objective_mistakes(objective: ObjectiveConfig, parameterization: str) -> list[str]:
     """Where an objective can't train a parameterization."""
+    if isinstance(objective, FlowMapObjective) and parameterization.startswith("energy_"):
+        return [
+            f"denoiser.parameterization: '{parameterization}' is a gradient, whose derivative along a path objective "
+            f"'{objective.kind}' would need; choose another, or objective.kind consistency"
+        ]
     if not isinstance(objective, EnergyObjective):
         return []
     found = []
@@ -125,6 +133,23 @@ def _few_step_mistakes(objective: ObjectiveConfig) -> list[str]:
     ):
         found.append(
             "objective.sigma_sampling: kind 'progressive' trains at the levels of objective.steps; leave it out"
+        )
+    return found
+
+
+def _level_mistakes(objective: ObjectiveConfig, network: NetworkConfig) -> list[str]:
+    """Inputs that a network of another library, or one of a ladder, can't take or be differentiated by."""
+    found = []
+    if isinstance(network, DiffusersNetworkConfig | PreconditionedNetworkConfig) and objective.levels:
+        found.append(
+            f"objective.kind: '{objective.kind}' gives the network {' and '.join(objective.levels)}, which "
+            f"network.kind '{network.kind}' can't take; choose objective.kind consistency with one number for "
+            "objective.teacher.guidance"
+        )
+    if isinstance(network, LadderNetworkConfig) and isinstance(objective, FlowMapObjective):
+        found.append(
+            f"objective.kind: '{objective.kind}' differentiates by the noise level, and network.kind 'ladder' knows "
+            "its rungs only; choose network.network's kind, or objective.kind consistency"
         )
     return found
 

@@ -25,6 +25,8 @@ STREAM_RESTART = 6
 STREAM_BINARIZE = 7
 STREAM_AUGMENTATION = 8
 STREAM_LATENT = 9  # of latents that are drawn from moments
+STREAM_TARGET = 10  # of the level that a flow map's step is to reach
+STREAM_GUIDANCE = 11  # of weights of guidance
 STREAM_ENCODING = 1 << 17  # of latents that are drawn when they are stored, one for each encoder
 STREAM_CONDITION_DROPOUT = 1 << 16  # and from here on one for each condition, by its place in their names' order
 

@@ -73,6 +73,7 @@ class DeepSpeedEngine:
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        _differentiate_forward(module)
         if config.compile:
             self._engine.compile()
         self.module = self._engine
@@ -194,6 +195,15 @@ def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
 def _part(num_params: int, share: int) -> int:
     elements = min(max(num_params // share, 1 << 21), num_params, 200_000_000)
     return -(-elements // ALIGNED) * ALIGNED
+
+
+def _differentiate_forward(module: torch.nn.Module) -> None:
+    """Stage 3 hangs an identity with a backward of its own on each submodule's input and output, which has no forward
+    derivative (0.19); objectives of flow maps need one. Without these attributes nothing is done."""
+    for one in module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            if function := one.__dict__.get(name):
+                function.jvp = staticmethod(lambda ctx, tangent: tangent.view_as(tangent))
 
 
 def zero_settings(config: EngineConfig, precision: torch.dtype, num_params: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from scoreray.trainer.diffusion.condition import AnyCondition
 from scoreray.trainer.diffusion.contrastive import PersistentChains
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.gaussian_process import GaussianProcess
+from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT, TARGET_LEVEL
 from scoreray.trainer.diffusion.sigma_sampling import (
     BaseSigmaSampling,
     SigmaSampling,
@@ -102,7 +103,7 @@ class BaseObjective:
     map: ClassVar[Map] = "none"
     """What of the probability-flow ODE the network learns, which says how samples are drawn from it."""
     levels: ClassVar[tuple[str, ...]] = ()
-    """Inputs beside the data's that the network is built for (`diffusion/levels.py`)."""
+    """Inputs beside the data's that the network is built for (`trainer/diffusion/levels.py`)."""
     max_zero_stage: ClassVar[Literal[0, 1, 2, 3]] = 3
     """The highest `engine.zero_stage` that it can be trained under."""
 
@@ -139,3 +140,8 @@ class FewStepObjective(BaseObjective):
     teacher: TeacherConfig | None = field(default=None, kw_only=True)
 
     needs_teacher: ClassVar[bool] = False
+
+    @property
+    def levels(self) -> tuple[str, ...]:  # type: ignore[override]
+        guided = self.teacher is not None and self.teacher.guidance_range is not None
+        return (TARGET_LEVEL,) * (self.map == "flow_map") + (GUIDANCE_WEIGHT,) * guided

@@ -26,6 +26,7 @@ from scoreray.trainer.objectives.energy_based import (
     NoiseContrastiveObjective,
     RecoveryLikelihoodObjective,
 )
+from scoreray.trainer.objectives.flow_maps import ContinuousConsistencyObjective, MeanFlowObjective
 from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 from scoreray.trainer.objectives.progressive import ProgressiveObjective
 from scoreray.trainer.objectives.score_matching import ImplicitObjective, SlicedObjective, SlicedVRObjective
@@ -44,6 +45,8 @@ ObjectiveConfig = (
     | RecoveryLikelihoodObjective
     | ConsistencyObjective
     | ProgressiveObjective
+    | ContinuousConsistencyObjective
+    | MeanFlowObjective
 )
 
 

@@ -50,7 +50,7 @@ REQUIRED = {
     "objectives": (
         OBJECTIVES,
         "denoising implicit sliced sliced_vr flow_matching ddpm edm maximum_likelihood contrastive noise_contrastive "
-        "recovery_likelihood consistency progressive",
+        "recovery_likelihood consistency progressive continuous_consistency mean_flow",
     ),
     "weightings": (
         WEIGHTINGS,

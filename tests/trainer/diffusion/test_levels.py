@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from scoreray.trainer.diffusion.condition import Condition, class_condition
 from scoreray.trainer.diffusion.condition_shapes import check_condition, complete, example_condition
-from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.denoiser import Denoiser, like
+from scoreray.trainer.diffusion.jacobian import path_derivative
 from scoreray.trainer.diffusion.levels import (
     GUIDANCE_WEIGHT,
     LEVELS,
@@ -58,6 +60,27 @@ def test_a_level_acts_once_it_is_trained_and_a_row_without_one_has_its_own_sigma
     assert mixed is not None
     torch.testing.assert_close(trained(x, sigma, mixed)[1:], plain[1:])
     torch.testing.assert_close(trained(x, sigma, mixed)[:1], trained(x, sigma, reached)[:1])
+
+
+@each_network
+def test_a_networks_derivative_along_a_path_is_the_finite_difference(config: NetworkConfig) -> None:
+    x, slope = torch.randn(2, ROWS, 2, 8, 8, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64)
+    made = denoiser(config, trained=True).double()
+    given = with_guidance_weight(
+        with_target_level(Condition({"label": torch.tensor([0, 1, -1])}), sigma / 3, x), 3.0, x
+    )
+
+    def function(x: Tensor, sigma: Tensor) -> Tensor:
+        return made.denoise(x, sigma, given)
+
+    found, step = path_derivative(function, x, sigma, slope), 1e-5 * sigma
+    with torch.no_grad():
+        ends = [function(x + sign * like(step, x) * slope, sigma + sign * step) for sign in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / like(2 * step, x), rtol=1e-5, atol=1e-6)
+    made.bfloat16()
+    rounded = path_derivative(function, x, sigma, slope)
+    assert (rounded - found).norm() < 0.03 * found.norm()
 
 
 def test_a_network_sees_each_level_as_an_angle() -> None:
