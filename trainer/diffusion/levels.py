@@ -54,21 +54,23 @@ def as_angles(condition: Condition | None, known: Conditions, sigma: Tensor, sig
     """`condition` of rows at sigma [B] as a network built for `known` takes it: rho as 2/pi atan(rho / sigma_data), the
     weight of guidance w as 2/pi atan(w - 1).
 
-    A row without a target level has that of its own sigma: so D is continuous where rho comes up to sigma, as it would
-    not be with a null that is learnt beside it.
+    A row without a target level has that of its own sigma, and one without a weight of guidance weight 1: so D is
+    continuous where rho comes up to sigma, as it would not be with a null that is learnt beside it.
     """
     if TARGET_LEVEL in known:
-        rho = sigma
-        if condition is not None and TARGET_LEVEL in condition.values:
-            given = condition.values[TARGET_LEVEL][:, 0].to(sigma)
-            rho = torch.where(condition.mask(TARGET_LEVEL), given, sigma)
+        rho = _filled(condition, TARGET_LEVEL, sigma)
         condition = with_target_level(condition, 2 / math.pi * (rho / sigma_data).atan(), sigma)
-    if condition is not None and GUIDANCE_WEIGHT in condition.values and GUIDANCE_WEIGHT in known:
-        weight = condition.values[GUIDANCE_WEIGHT]
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        values = {**condition.values, GUIDANCE_WEIGHT: 2 / math.pi * (weight - 1).atan()}
-        condition = Condition(values, condition.masks)
+    if GUIDANCE_WEIGHT in known:
+        weight = _filled(condition, GUIDANCE_WEIGHT, torch.ones_like(sigma))
+        condition = with_guidance_weight(condition, 2 / math.pi * (weight - 1).atan(), sigma)
     return condition
+
+
+def _filled(condition: Condition | None, name: str, without: Tensor) -> Tensor:
+    """A level of each row [B], and `without` [B] in rows that have none."""
+    if condition is None or name not in condition.values:
+        return without
+    return torch.where(condition.mask(name), condition.values[name][:, 0].to(without), without)
 
 
 def _with(condition: Condition | None, name: str, value: Tensor | float, x: Tensor) -> Condition:

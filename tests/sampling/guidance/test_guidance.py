@@ -13,6 +13,7 @@ from scoreray.sampling.guidance.guidance import (
     ClassifierFree,
     ClassifierGuidance,
     Interval,
+    LearnedGuidance,
     classifier_free_steps,
     guidance_terms,
     term_rows,
@@ -22,8 +23,10 @@ from scoreray.sampling.guidance.operators import mask, matrix
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sample import drive, sample, start
 from scoreray.sampling.samplers.sigmas import karras
-from scoreray.trainer.diffusion.condition import Condition
+from scoreray.trainer.diffusion.condition import Condition, class_condition
 from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT, with_guidance_weight, with_levels
+from scoreray.trainer.objectives.teacher import Teacher
 
 MEANS = torch.tensor([-1.0, 2.0], dtype=torch.float64)
 STD = 0.4
@@ -192,3 +195,30 @@ def test_guidance_without_labels_without_classes_or_without_a_number_is_refused(
         ClassifierFree(TwoClasses(), math.nan)
     with pytest.raises(UserError, match=r"interval \[2, 1\]: must be 0 <= low < high"):
         Interval(TwoClasses(), TwoClasses(), 2.0, 1.0)
+
+
+def test_a_weight_that_the_network_takes_costs_one_row_and_is_taught_by_guidance_outside():
+    class Recorded(torch.nn.Module):
+        conditions = with_levels(class_condition(["a", "b"]), [GUIDANCE_WEIGHT])
+
+        def forward(self, x, c_noise, condition):
+            self.seen = condition
+            return x * condition.values["label"][:, None]
+
+    network, labels, sigma = Recorded(), torch.tensor([0, 1, -1]), torch.tensor([0.5, 1.0, 2.0])
+    denoiser, x = Denoiser(network), torch.randn(3, 2)
+    LearnedGuidance(denoiser, 3.0)(x, sigma, Condition({"label": labels}))
+    torch.testing.assert_close(network.seen.values[GUIDANCE_WEIGHT], torch.full((3, 1), 2 / math.pi * math.atan(2)))
+    denoiser(x, sigma, labels)
+    assert not network.seen.values[GUIDANCE_WEIGHT].any()  # without a weight the network has weight 1
+
+    class Plain(torch.nn.Module):
+        conditions = class_condition(["a", "b"])
+
+        def forward(self, x, c_noise, condition):
+            return x * (1 + condition.values["label"][:, None])
+
+    plain = Denoiser(Plain())
+    given = with_guidance_weight(Condition({"label": labels}), 3.0, x)
+    outside = ClassifierFree(plain, 3.0)(x, sigma, Condition({"label": labels}))
+    torch.testing.assert_close(Teacher(plain).denoise(x, sigma, given), outside)
