@@ -2,12 +2,13 @@
 
 Checkpoints at another world size need to know which elements of which parameter a rank's flat fp32 partition holds. No
 public function of DeepSpeed's says so: it is the arithmetic of `_layout`, which every new engine compares with the
-weights themselves. Two names of DeepSpeed's that are not documented are looked for before they are used:
+weights themselves. Names of DeepSpeed's that are not documented are looked for before they are used:
 
 | name | without it |
 |---|---|
 | `fp32_partitioned_groups_flat` of the ZeRO-3 optimizer | stage 3 is refused with a line; the other stages work |
 | `ops.__compatible_ops__` | on a CPU DeepSpeed compiles an extension for inference at its first start |
+| `pre_bwd_fn`, `post_bwd_fn` of stage 3's modules, `zero3_linear_wrap` | flow maps are refused with a line at stage 3 |
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.engine.base import EngineConfig, fragment_of, resolve_precision
@@ -30,6 +32,7 @@ from scoreray.trainer.optim.optimizer import OptimizerConfig
 from scoreray.trainer.optim.sgld import SGLDConfig
 
 ALIGNED = 128  # elements; DeepSpeed takes even buffers only
+LINEAR = F.linear  # torch's own: DeepSpeed's stage 3 puts another one in its place
 PARTITIONS = "fp32_partitioned_groups_flat"  # attribute of DeepSpeed's ZeRO-3 optimizer
 
 
@@ -198,12 +201,20 @@ def _part(num_params: int, share: int) -> int:
 
 
 def _differentiate_forward(module: torch.nn.Module) -> None:
-    """Stage 3 hangs an identity with a backward of its own on each submodule's input and output, which has no forward
-    derivative (0.19); objectives of flow maps need one. Without these attributes nothing is done."""
+    """Gives what stage 3 puts around layers (0.19) a forward derivative, which objectives of flow maps need: identities
+    on each submodule's input and output, and a `linear` whose own backward has no use where there is no gradient.
+    Without these names nothing is done."""
     for one in module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             if function := one.__dict__.get(name):
                 function.jvp = staticmethod(lambda ctx, tangent: tangent.view_as(tangent))
+    found = F.linear
+    if getattr(found, "__name__", "") == "zero3_linear_wrap":
+
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            return (found if torch.is_grad_enabled() else LINEAR)(x, weight, bias)
+
+        F.linear = linear
 
 
 def zero_settings(config: EngineConfig, precision: torch.dtype, num_params: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition, ConditionSpec
 from scoreray.trainer.diffusion.denoiser import Denoiser
+from scoreray.trainer.diffusion.levels import with_levels
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine import build_engine
 from scoreray.trainer.engine import deepspeed as by_deepspeed
@@ -34,6 +35,7 @@ from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 from scoreray.trainer.objectives.denoising import EDMObjective
+from scoreray.trainer.objectives.flow_maps import MeanFlowObjective
 from scoreray.trainer.optim.sgld import SGLDConfig
 from scoreray.trainer.step import AutoencoderModule, TrainingModule
 
@@ -96,12 +98,12 @@ CONDITIONS = {
 }
 
 
-def train_conditioned(case) -> list[float]:
+def train_conditioned(case, objective) -> list[float]:
     """Norms of a few steps of a network with cross-attention that recomputes its activations, given conditions."""
     torch.manual_seed(0)
     network = UNetConfig(8, (1,), 1, (4,), activation_checkpointing=True, text_encoder=TextEncoderConfig(8, 1, 2))
     module = TrainingModule(
-        Denoiser(network.build((1, 4, 4), CONDITIONS)), EDMObjective(label_dropout=0.2), EDM(), seed=0,
+        Denoiser(network.build((1, 4, 4), with_levels(CONDITIONS, objective.levels))), objective, EDM(), seed=0,
         global_batch_size=BATCH, dropout={"place": 0.3},
     )  # fmt: skip
     engine, norms = engine_of(module, case), []
@@ -248,7 +250,8 @@ def main() -> None:
         engine, module, _ = train(SGLD[name])
         save(engine, module, FOLDER / f"{name}-{WORLD}")
     for name in CONDITIONED if WORLD == 2 else ("flat",):
-        facts[f"{name}, conditions"] = train_conditioned(CASES[name])
+        facts[f"{name}, conditions"] = train_conditioned(CASES[name], EDMObjective(label_dropout=0.2))
+        facts[f"{name}, flow map"] = train_conditioned(CASES[name], MeanFlowObjective(label_dropout=0.2))
         facts[f"{name}, autoencoder"] = train_autoencoder(CASES[name])
     for name in BEGUN if WORLD == 2 else ("flat",):
         train_from_another(name)
