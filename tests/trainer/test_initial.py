@@ -68,7 +68,7 @@ def trained(settings: dict[str, Any], *overrides: str) -> Config:
 def test_new_conditions_change_no_bit(
     small_run: SmallRun, conditioned_set: str, conditions: dict[str, Any], tmp_path: Path, kind: str, before: str
 ) -> None:
-    """Of every kind at once: neither without a value nor, before the first step, with one."""
+    """Of every kind at once, a flow map's level too: neither without a value nor, before the first step, with one."""
     known = {"label": conditions["label"]} if before == "label" else {}
     sections = {
         "data": {"url": conditioned_set, "global_batch_size": 16, "conditions": known},
@@ -78,6 +78,7 @@ def test_new_conditions_change_no_bit(
     base = trained(small_run("base", tmp_path, 32, **sections))
     url = run_store(base).url()
     sections["data"] = {**sections["data"], "conditions": conditions}
+    sections["objective"] = {"kind": "mean_flow"}
     module, engine = begun(load_config(small_run("tuned", tmp_path, 32, **sections, init={"checkpoint": url})))
     model = load(url, device="cpu")
     everything = example_condition(module.conditions, 4)
