@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.data.storage.store import open_store
+from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.generate import Request, generate
+from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
 from scoreray.trainer.diffusion.jacobian import path_derivative
-from scoreray.trainer.diffusion.levels import LEVEL, TARGET_LEVEL, with_levels, with_target_level
+from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT, LEVEL, TARGET_LEVEL, with_levels, with_target_level
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal, LogUniform
 from scoreray.trainer.diffusion.targets import Mixture, ring
+from scoreray.trainer.loop import train
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.objectives.base import NoisedBatch
 from scoreray.trainer.objectives.flow_maps import (
@@ -27,6 +36,7 @@ from scoreray.trainer.objectives.flow_maps import (
     residual_of,
 )
 from scoreray.trainer.objectives.teacher import Teacher
+from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.step import TrainingModule
 
 MEAN, STD, B = 0.7, 0.4, 64
@@ -175,6 +185,36 @@ def test_dropout_is_the_same_on_both_sides() -> None:
     first, second = network.masks
     assert (first == second).all()
     assert first.unique().tolist() == [0.0, 2.0]
+
+
+def test_a_run_goes_on_bitwise_and_its_model_is_drawn_in_two_steps(
+    small_run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """With a teacher, from which it begins, and the weight of its guidance as an input."""
+    network = {"kind": "mlp", "hidden_size": 8, "num_layers": 1}
+    teacher = small_run("teacher", tmp_path, 32, network=network, objective={"kind": "edm", "label_dropout": 0.2})
+    train(prepare_run(load_config(teacher)).config)
+    guided = {"checkpoint": f"{tmp_path}/teacher", "guidance": [1.0, 3.0]}
+    sections = {
+        "network": network,
+        "objective": {"kind": "mean_flow", "teacher": guided},
+        "init": {"checkpoint": f"{tmp_path}/teacher"},
+    }
+    for name, parts in (("whole", (64,)), ("parts", (32, 64))):
+        for images in parts:
+            train(prepare_run(load_config(small_run(name, tmp_path, images, **sections))).config)
+    whole, parts = (latest(open_store(f"{tmp_path}/{name}")) for name in ("whole", "parts"))
+    assert whole is not None
+    assert parts is not None
+    for key in ("master", "exp_avg_sq", "ema_0.050"):
+        one, other = whole.full_state(key), parts.full_state(key)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    model = load(f"{tmp_path}/whole", device="cpu")
+    assert list(model.info.conditions) == ["label"]
+    assert model.info.levels == (TARGET_LEVEL, GUIDANCE_WEIGHT)
+    samples, labels = next(iter(generate(model, Request(3, guidance=2.0))))
+    assert samples.isfinite().all()
+    assert len(samples) == len(labels) == 3
 
 
 def reached(denoiser: Denoiser, x: Tensor, steps: int) -> Tensor:
