@@ -122,6 +122,8 @@ def test_the_statistics_of_a_normalised_target_are_those_of_its_values() -> None
         ({"conditions": {"cls": {"normalisation": "range"}}}, "cls.normalisation: 'range' is for numbers, and"),
         ({"conditions": {"clip": {"normalisation": "channel"}}}, "pack it as a sequence"),
         ({"conditions": {"a.b": {"field": "text"}}}, "data.conditions.a.b: a condition's name is"),
+        ({"conditions": {"target_level": {"field": "place"}}}, "data.conditions.target_level: the name is reserved"),
+        ({"conditions": {"place": {"kind": "level"}}}, "place.kind: level: field 'place' is of kind vector [2]; "),
         ({"conditions": {"a": {"field": "text"}, "b": {"field": "text"}}}, "b: field 'text' conditions the network"),
     ],
 )  # fmt: skip

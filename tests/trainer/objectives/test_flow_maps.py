@@ -170,6 +170,27 @@ def test_an_operation_without_forward_derivative_is_refused_in_one_line() -> Non
         SCM.error(denoiser, batch())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["network.kind=ladder"], "knows its rungs only"),
+        (["denoiser.parameterization=energy_dot"], "objective.kind consistency"),
+        (
+            ["network={kind: preconditioned, module: 'net:Net', arguments: {}}"],
+            "gives the network target_level, which network.kind 'preconditioned' can't take",
+        ),
+    ],
+)
+def test_what_can_not_be_a_flow_map_is_one_line_of_the_config(
+    small_run: Callable[..., dict[str, Any]], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    settings = small_run("x", tmp_path, 32, objective={"kind": "mean_flow"})
+    settings.pop("network")
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(settings, overrides)
+    assert str(caught.value).count("\n") == 0
+
+
 def test_dropout_is_the_same_on_both_sides() -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
