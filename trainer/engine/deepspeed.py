@@ -211,8 +211,8 @@ def _differentiate_forward(module: torch.nn.Module) -> None:
     found = F.linear
     if getattr(found, "__name__", "") == "zero3_linear_wrap":
 
-        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            return (found if torch.is_grad_enabled() else LINEAR)(x, weight, bias)
+        def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            return (found if torch.is_grad_enabled() else LINEAR)(input, weight, bias)
 
         F.linear = linear
 
