@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import UserError
 from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.model.describe import ModelInfo, describe
@@ -97,3 +99,18 @@ def test_a_model_that_is_drawn_by_gibbs_has_no_calls_to_limit(new_run: Callable[
     url = new_run(str(tmp_path / "rbm"), network={"kind": "rbm", "num_hidden": 4}, classes=0, sections=sections)
     with pytest.raises(UserError, match=r"--max-calls 9: is not for network.kind 'rbm'"):
         Request(1, max_calls=9).fitted(describe(url).info)
+
+
+def test_the_command_draws_within_a_budget_and_says_what_a_sample_took(
+    new_run: Callable[..., str], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, out = new_run(str(tmp_path / "small")), tmp_path / "drawn"
+    words = ["sample", url, "--count", "2", "--max-calls", "3", "--out", str(out)]
+    cli.app(words, standalone_mode=False)
+    assert ", 3 calls a sample): " in capsys.readouterr().out
+    record = json.loads((out / "sampling.json").read_text())
+    assert record["calls"] == 3
+    assert [record["request"][name] for name in ("sampler", "steps", "grid")] == ["dpmpp_2m", 3, "interior"]
+    assert "max_calls" not in record["request"]
+    cli.app([*words, "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["calls"] == 3, "also of samples that were there"
