@@ -254,7 +254,7 @@ def test_the_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
 
 def test_a_local_file_comes_before_the_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("configs/demo.yaml", "./configs/tune/both.yaml"):
+    for name in ("configs/demo.yaml", "configs/few-step/consistency.yaml", "./configs/tune/both.yaml"):
         assert preset(Path(name)) == ROOT / name
     for name in ("configs/nope.yaml", "configs", "demo.yaml", "configs/tune"):
         assert preset(Path(name)) == Path(name)
@@ -283,9 +283,12 @@ def test_what_installs_an_extra_is_what_pyproject_lists_for_it() -> None:
             assert f"'.[{name}]'" not in text or install(name) in text, page
 
 
-@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+PRESETS = (path for folder in ("configs", "configs/few-step") for path in (ROOT / folder).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", sorted(str(path.relative_to(ROOT)) for path in PRESETS))
 def test_presets_are_valid(preset: str) -> None:
-    config = load_config(ROOT / "configs" / preset)
+    config = load_config(ROOT / preset)
     assert config.duration.images >= config.data.global_batch_size
 
 
