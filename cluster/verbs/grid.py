@@ -19,10 +19,10 @@ from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 
 @dataclass(frozen=True)
 class GridResult:
-    """asked: the URL that was given; out, picture: URLs of what was written."""
+    """url: the one that was given; out, picture: URLs of what was written."""
 
     grid: StoredGrid
-    asked: str
+    url: str
     out: str
     picture: str
 
@@ -38,7 +38,7 @@ class GridResult:
             f"{grid.sampler}, {grid.steps} steps, of {grid.checkpoint} (EMA {grid.ema}): {levels}\n"
             f"error at the end, on {grid.samples - grid.samples // 2} samples that were held out: "
             f"{', '.join(f'{name} {error:.4g}' for name, error in errors)}{kept}\n{self.out}, {self.picture}\n"
-            f"next: scoreray sample {self.asked} --sampler {grid.sampler} --steps {grid.steps} --grid optimised "
+            f"next: scoreray sample {self.url} --sampler {grid.sampler} --steps {grid.steps} --grid optimised "
             "--out samples"
         )
 

@@ -1,8 +1,8 @@
 """Of all grids whose levels are fine levels of the reference, the one whose steps' errors sum to the least.
 
 Each step is taken from the reference trajectory, so that its error is its own, and counts by how much of it is left at
-the end (`Reference.gains`). Dynamic programming finds the least sum over all grids of n levels: the error of a step
-of a one-step sampler depends on two levels, of DPM-Solver++(2M) on three.
+the end (`ReferencePaths.gains`). Dynamic programming finds the least sum over all grids of n levels: the error of a
+step of a one-step sampler depends on two levels, of DPM-Solver++(2M) on three.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreray.sampling.grids.reference import Reference
+from scoreray.sampling.grids.reference import ReferencePaths
 
 ONE_STEP = frozenset({"euler", "ddim"})
 """Samplers whose step is Euler's; the errors of all others are taken as those of DPM-Solver++(2M), which is exact for
 it alone, and for the others of second order a grid to begin from."""
 
 
-def step_errors(reference: Reference, sampler: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def step_errors(reference: ReferencePaths, sampler: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the steps between fine levels add to the error at the end, root mean square.
 
     Returns those of the first step, to each level [F]; of a step to level j from i where k was the level before i,
@@ -44,7 +44,7 @@ def step_errors(reference: Reference, sampler: str) -> tuple[np.ndarray, np.ndar
     return first, between, last
 
 
-def best_levels(reference: Reference, sampler: str, n: int) -> Tensor:
+def best_levels(reference: ReferencePaths, sampler: str, n: int) -> Tensor:
     """The grid [n + 1] of n fine levels, the first of them the first, whose steps add the least. Needs n <= F."""
     first, between, last = step_errors(reference, sampler)
     if n == 1:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scoreray.sampling.grids.dynamic import best_levels
-from scoreray.sampling.grids.reference import NUM_FINE, Batch, fine_levels, make_reference, num_reference_rows
+from scoreray.sampling.grids.reference import NUM_FINE, NoiseBatch, fine_levels, make_reference, num_reference_rows
 from scoreray.sampling.grids.refine import refine
 from scoreray.sampling.samplers.sample import num_calls
 
@@ -55,14 +55,14 @@ class GridSearch:
 @dataclass(frozen=True)
 class FoundGrid:
     """levels: float64 [n + 1]; name: OPTIMISED, or the named grid that was no worse. errors: the root mean square
-    distance of held-out samples to the reference's, by name of grid; None of the optimised one where none was made."""
+    distance of held-out samples to the reference's, by name of grid."""
 
     levels: Tensor
     name: str
     errors: dict[str, float]
 
 
-def optimise(search: GridSearch, fitted: list[Batch], held_out: list[Batch]) -> FoundGrid:
+def optimise(search: GridSearch, fitted: list[NoiseBatch], held_out: list[NoiseBatch]) -> FoundGrid:
     """The best grid found. fitted: samples that it is fitted to; held_out: others, that decide between it and the named
     ones, so that it is never worse than the best of these there. Raises UserError, as `sample`."""
     low, high = search.sigma_range

@@ -29,7 +29,7 @@ Starts = Callable[[float], Tensor]
 
 
 @dataclass(frozen=True)
-class Batch:
+class NoiseBatch:
     """Samples that every grid is tried on. starts: their states [b, ...] at a noise level, the same at each call;
     seeds: int64 [b], of whatever else the sampler draws; denoiser, condition: as `sample` takes them."""
 
@@ -63,7 +63,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferencePaths:
     """The fine trajectories of some batches.
 
     sigmas: fine levels [F + 1], the last one 0. products: float64 [2 F + 1, 2 F + 1], the mean over samples and
@@ -92,7 +92,9 @@ def num_reference_rows(batches: list[int], num_fine: int = NUM_FINE) -> int:
     return (2 * num_fine - 1) * sum(batches) + min(GAIN_ROWS, batches[0]) * carried
 
 
-def make_reference(batches: list[Batch], sigma_min: float, sigma_max: float, num_fine: int = NUM_FINE) -> Reference:
+def make_reference(
+    batches: list[NoiseBatch], sigma_min: float, sigma_max: float, num_fine: int = NUM_FINE
+) -> ReferencePaths:
     """Draws every batch on `num_fine` levels of Karras' grid.
 
     The gains are measured, on the first samples of the first batch: at every eighth level they get the error that
@@ -119,7 +121,7 @@ def make_reference(batches: list[Batch], sigma_min: float, sigma_max: float, num
         ends.append(end)
         if number == 0:
             gains = _measured_gains(batch, sigmas, states, estimates, end)
-    return Reference(sigmas, products / weight, gains, ends)
+    return ReferencePaths(sigmas, products / weight, gains, ends)
 
 
 def _gain_levels(num_fine: int) -> range:
@@ -127,7 +129,7 @@ def _gain_levels(num_fine: int) -> range:
 
 
 def _measured_gains(
-    batch: Batch, sigmas: Tensor, states: list[Tensor], estimates: list[Tensor], end: Tensor
+    batch: NoiseBatch, sigmas: Tensor, states: list[Tensor], estimates: list[Tensor], end: Tensor
 ) -> np.ndarray:
     rows = min(GAIN_ROWS, len(end))
     at, gains = [*_gain_levels(len(states))], []

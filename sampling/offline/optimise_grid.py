@@ -11,7 +11,7 @@ import torch
 
 from scoreray.data.errors import UserError
 from scoreray.sampling.grids.optimise import GridSearch, optimise
-from scoreray.sampling.grids.reference import Batch
+from scoreray.sampling.grids.reference import NoiseBatch
 from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.guidance.steering import steered
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
@@ -73,8 +73,23 @@ def optimise_grid(
         done += rows
         progress(done, total)
 
-    make = partial(_batch, model, request, called)
-    found = optimise(search, *([make(*one) for one in part] for part in cuts))
+    device = next(model.parameters()).device
+    denoiser, starts = steered(model, request.guided, request.measurement), SourceStarts.of(info, request.source)
+    conditions = SampleConditions(request, info)
+
+    def batch(first: int, last: int) -> NoiseBatch:
+        seeds = request.sample_seeds(first, last).to(device)
+        noise = SampleNoise(seeds).normal((len(seeds), *info.image_shape), torch.float32, device)
+        condition = conditions.of(first, last)
+        return NoiseBatch(
+            denoiser,
+            partial(begin_at, noise=noise, seeds=seeds, starts=starts),
+            seeds,
+            None if condition is None else condition.to(device),
+            called,
+        )
+
+    found = optimise(search, *([batch(*one) for one in part] for part in cuts))
     progress(total, total)
     return StoredGrid(
         request.sampler, request.steps, found.levels[:-1].tolist(), found.name, found.errors, info.url,
@@ -90,19 +105,3 @@ def named_grids(info: ModelInfo, steps: int) -> dict[str, torch.Tensor]:
     with contextlib.suppress(UserError):
         found[PROCESS_GRID] = info.sigmas(steps, PROCESS_GRID)
     return found
-
-
-def _batch(model: LoadedDenoiser, request: Request, called: Callable[[int], None], first: int, last: int) -> Batch:
-    """Samples [first, last) of the request, as it would draw them."""
-    device = next(model.parameters()).device
-    seeds = request.sample_seeds(first, last).to(device)
-    noise = SampleNoise(seeds).normal((len(seeds), *model.info.image_shape), torch.float32, device)
-    starts = SourceStarts.of(model.info, request.source)
-    condition = SampleConditions(request, model.info).of(first, last)
-    return Batch(
-        steered(model, request.guided, request.measurement),
-        partial(begin_at, noise=noise, seeds=seeds, starts=starts),
-        seeds,
-        None if condition is None else condition.to(device),
-        called,
-    )

@@ -10,7 +10,7 @@ import torch
 
 from scoreray.sampling.grids.dynamic import best_levels, step_errors
 from scoreray.sampling.grids.optimise import OPTIMISED, GridSearch, distance, optimise
-from scoreray.sampling.grids.reference import Batch, make_reference
+from scoreray.sampling.grids.reference import NoiseBatch, make_reference
 from scoreray.sampling.grids.refine import to_levels, to_parameters
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.sigmas import GRIDS, geometric, karras
@@ -18,10 +18,10 @@ from scoreray.sampling.samplers.sigmas import GRIDS, geometric, karras
 RANGE = LOW, HIGH = 0.002, 80.0
 
 
-def batch(denoiser, count: int, first: int = 0, called=lambda rows: None) -> Batch:
+def batch(denoiser, count: int, first: int = 0, called=lambda rows: None) -> NoiseBatch:
     seeds = torch.arange(first, first + count)
     noise = SampleNoise(seeds).normal((count, 2), torch.float64)
-    return Batch(denoiser, lambda sigma: noise * sigma, seeds, called=called)
+    return NoiseBatch(denoiser, lambda sigma: noise * sigma, seeds, called=called)
 
 
 def named(steps: int) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_the_errors_of_steps_are_those_of_the_sampler_itself(sampler, mixture):
 
     reference = make_reference([one], *RANGE, num_fine=16)
     one.drawn(reference.sigmas, callback=keep)
-    stored = Batch(lambda x, sigma: estimates[float(sigma[0])], one.starts, one.seeds)
+    stored = NoiseBatch(lambda x, sigma: estimates[float(sigma[0])], one.starts, one.seeds)
     seen = []
     levels = torch.cat([reference.sigmas[[0, 3, 5]], torch.zeros(1)])
     end = stored.drawn(levels, sampler, callback=lambda state: seen.append(state.x))

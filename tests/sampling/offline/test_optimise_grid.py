@@ -16,6 +16,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.grids.stored import StoredGrid, read_grids
 from scoreray.sampling.metrics.plan import EvaluationSettings
+from scoreray.sampling.metrics.record import SamplingSettings
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import load
@@ -42,14 +43,14 @@ def drawn(url: str, request: Request) -> torch.Tensor:
 
 
 def test_it_is_stored_beside_the_model_with_what_made_it(made: GridResult) -> None:
-    store = open_store(made.asked)
+    store = open_store(made.url)
     stored = read_grids(store)
     assert stored == {made.out: made.grid}
     assert made.grid.key == "grids/dpmpp_2m-4.json"
     assert store.get("grids/dpmpp_2m-4.png").startswith(b"\x89PNG")
-    info = describe(made.asked).info
+    info = describe(made.url).info
     assert (made.grid.checkpoint, made.grid.ema, made.grid.samples) == (info.url, "0.050", 16)
-    assert made.grid.sha256 == describe(made.asked).sha256
+    assert made.grid.sha256 == describe(made.url).sha256
     assert made.grid.guidance["weight"] == 1.5
     assert made.grid.errors[made.grid.grid] == min(made.grid.errors.values())
     assert {"karras", "geometric", "linear", "interior"} < set(made.grid.errors)
@@ -63,22 +64,22 @@ def test_it_is_stored_beside_the_model_with_what_made_it(made: GridResult) -> No
 def test_its_name_draws_on_its_levels_and_the_job_records_them(made: GridResult, tmp_path: Path) -> None:
     by_name = Request(count=3, sampler="dpmpp_2m", steps=4, grid="optimised")
     by_levels = Request(count=3, sampler="dpmpp_2m", grid=made.grid.levels)
-    assert torch.equal(drawn(made.asked, by_name), drawn(made.asked, by_levels))
-    alone = Request(count=1, grid="optimised").fitted(describe(made.asked).info)  # the only one there is
+    assert torch.equal(drawn(made.url, by_name), drawn(made.url, by_levels))
+    alone = Request(count=1, grid="optimised").fitted(describe(made.url).info)  # the only one there is
     assert (alone.sampler, alone.steps, alone.grid) == ("dpmpp_2m", 4, tuple(made.grid.levels))
-    job, _, _ = begin(place_of(str(tmp_path / "drawn.npz"), "auto"), made.asked, None, by_name, precision="fp32",
+    job, _, _ = begin(place_of(str(tmp_path / "drawn.npz"), "auto"), made.url, None, by_name, precision="fp32",
                       compile_="off")  # fmt: skip
     fields = json.loads(job.to_json())["request"]
     assert fields["grid"] == made.grid.levels
     assert fields["grid_checkpoint"] == made.grid.checkpoint
     assert SampleRecord.from_json(job.to_json(), job.request.batch_size).job == job
     assert "grid_checkpoint" not in json.loads(begin(
-        place_of(str(tmp_path / "other.npz"), "auto"), made.asked, None, by_levels, precision="fp32", compile_="off"
+        place_of(str(tmp_path / "other.npz"), "auto"), made.url, None, by_levels, precision="fp32", compile_="off"
     )[0].to_json())["request"]  # fmt: skip
 
 
 def test_a_service_draws_on_it_without_reading_the_store(made: GridResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = look_up("m", made.asked)
+    served = look_up("m", made.url)
     monkeypatch.setattr("scoreray.sampling.model.describe.read_grids", None)
     body = SampleBody(sampler="dpmpp_2m", steps=4, grid="optimised")
     request = make_request(body, served, Limits(), "application/json", 0)
@@ -135,7 +136,7 @@ def test_one_that_is_damaged_or_not_there_is_one_line(new_run: Callable[..., str
 )
 def test_what_no_grid_can_be_optimised_for_is_refused(made: GridResult, request_: Request, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        optimise_to(made.asked, None, request_, 10)
+        optimise_to(made.url, None, request_, 10)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -156,12 +157,21 @@ def test_a_stored_grid_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert "damaged" in str(read_grids(store)[store.url(grid.key)])
 
 
+def test_the_record_of_an_evaluation_names_the_checkpoint_of_a_grid_that_has_one() -> None:
+    """Without one the record, and the digest that names it, are those of before there were optimised grids."""
+    plain = SamplingSettings(sampler="heun", steps=2, grid="karras", sigma_range=[0.1, 1.0], seed=0, guidance=1.0,
+                             options={})  # fmt: skip
+    assert "grid_checkpoint" not in plain.model_dump()
+    there = plain.model_copy(update={"grid": [80.0, 1.0], "grid_checkpoint": "runs/a"})
+    assert SamplingSettings.model_validate(there.model_dump()).grid_checkpoint == "runs/a"
+
+
 def test_a_model_of_few_steps_has_no_trajectory_to_follow(made: GridResult) -> None:
     class EndsOfPaths(BaseObjective):
         kind: str = "a_consistency"
         map: ClassVar[Map] = "consistency"
 
-    info = describe(made.asked).info
+    info = describe(made.url).info
     few = replace(info, config=info.config.model_copy(update={"objective": EndsOfPaths()}))
     with pytest.raises(UserError, match="learns where paths of the ODE end, no mean"):
         check_grid_request(Request(count=16, sampler="euler", steps=4), few)
