@@ -74,7 +74,7 @@ def grid_picture(grid: StoredGrid, info: ModelInfo) -> bytes:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = {OPTIMISED: grid.levels, **{name: one[:-1].tolist() for name, one in named_grids(info, grid.steps).items()}}
+    rows = {name: one[:-1].tolist() for name, one in named_grids(info, grid.steps).items()} | {grid.grid: grid.levels}
     names = [name for name in sorted(grid.errors, key=lambda name: -grid.errors[name]) if name in rows]
     colours = ["C0" if name == OPTIMISED else "0.6" for name in names]
     for height, (name, colour) in enumerate(zip(names, colours, strict=True)):
