@@ -21,6 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# For numpy, torch and all processes that tests start: threads of one process that spin while they wait for one another
+# take the cores from the tests beside it (small trainings then took 5 to 30 times their CPU time).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import psutil
 import pytest

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from scoreray.sampling.service.config import ServeConfig
     from scoreray.sampling.service.service import Service
 
-torch.set_num_threads(1)
-
 
 def rows(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
