@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # For numpy, torch and all processes that tests start: threads of one process that spin while they wait for one another
 # take the cores from the tests beside it (small trainings then took 5 to 30 times their CPU time).
@@ -61,6 +62,36 @@ def s3_url(local_s3: LocalS3, request: pytest.FixtureRequest) -> str:
     """A prefix of its own for this test: s3://scoreray-tests/<test>."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
     return f"s3://scoreray-tests/{os.getpid()}-{name}"
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def scoreray() -> Command:
+    """The command: in this process, or with `env`, where the environment matters, in one of its own."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        if env is not None:
+            command = [sys.executable, "-m", "scoreray.cluster.cli", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+        from scoreray.cluster.cli import main as cli
+
+        out, errors = io.StringIO(), io.StringIO()
+        handler, status = signal.getsignal(signal.SIGTERM), 0
+        with (
+            mock.patch.object(sys, "argv", ["scoreray", *arguments]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+        ):
+            try:
+                cli.main()
+            except SystemExit as end:
+                status = int(end.code or 0)
+        signal.signal(signal.SIGTERM, handler)
+        return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
+
+    return run
 
 
 @pytest.fixture
