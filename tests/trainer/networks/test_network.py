@@ -160,10 +160,13 @@ def test_compiles_as_one_graph(config):
     ("block", "x"),
     [
         (lambda: dit.DiTBlock(DIT), torch.randn(2, 6, 16)),
-        (lambda: unet.ResidualBlock(8, 16, 16, heads=2, resample="down"), torch.randn(2, 8, 6, 4)),
+        pytest.param(
+            lambda: unet.ResidualBlock(8, 16, 16, heads=2, resample="down"), torch.randn(2, 8, 6, 4),
+            marks=pytest.mark.slow,  # 10 s: "dit" is of the same promise, and U-Nets are one graph above
+        ),
     ],
     ids=["dit", "unet"],
-)
+)  # fmt: skip
 def test_inductor_computes_what_eager_does(block, x):
     """Blocks stand for the networks, which compile for up to a minute (`benchmarks/sampling.py` compiles them whole).
 
