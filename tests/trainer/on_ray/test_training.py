@@ -105,6 +105,8 @@ SLOW = {
     "contrastive, persistent": pytest.mark.slow,  # 10 s for what "contrastive" is, and RBMs with such chains
     "noise_contrastive": pytest.mark.slow,  # whose closed forms are in tests/trainer/energies
     "recovery_likelihood": pytest.mark.slow,
+    # Their closed forms are in test_objective.py, diffusion/test_weighting.py and diffusion/test_denoiser.py.
+    **dict.fromkeys(("implicit", "learned uncertainty", "adaptive", "v", "score"), pytest.mark.slow),
 }
 
 
@@ -122,7 +124,7 @@ def test_every_objective_recovers_the_mixture(name):
     assert distance.median().sqrt() == pytest.approx(0.15 * 1.1774, rel=0.3)  # the median of a Rayleigh law
 
 
-@pytest.mark.parametrize("start", ["data", "persistent"])
+@pytest.mark.parametrize("start", [pytest.param("data", marks=pytest.mark.slow), "persistent"])
 def test_a_gaussian_rbm_trained_by_gibbs_has_nearly_the_likelihood_of_the_mixture(start):
     torch.manual_seed(0)
     machine = GaussianBernoulliRBM(2, 8, 0.3)
