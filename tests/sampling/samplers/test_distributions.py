@@ -55,7 +55,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+SLOW = ("reverse_sde sub-vp", "predictor_corrector sub-vp")  # a second each: the SDE's numbers are test_process.py's
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SETTINGS]
+)
 def test_samples_of_a_mixture_have_its_moments_and_its_projections(setting, mixture, distance):
     sigmas, options = SETTINGS[setting]
     samples = run(mixture, setting.split()[0], sigmas, **options)

@@ -39,7 +39,9 @@ CHURN: dict[str, object] = {"sampler": "edm_sde", "options": {"s_churn": 10.0}}
 
 
 @pytest.mark.parametrize(
-    ("count", "fields"), [(1, {}), (16, {}), (64, {}), (256, {}), (64, CHURN), (64, {"guidance": 2.0})], ids=str
+    ("count", "fields"),
+    [(1, {}), (16, {}), (64, {}), pytest.param(256, {}, marks=pytest.mark.slow), (64, CHURN), (64, {"guidance": 2.0})],
+    ids=str,
 )
 def test_sigma_falls_from_sheet_to_sheet_however_many_samples(
     run_url: str, count: int, fields: dict[str, object]
