@@ -26,6 +26,7 @@ from scoreray.trainer.networks.network import build_network, num_parameters
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import build_training_module
+from scoreray.trainer.teacher import check_teacher, find_teacher
 
 PARTS = ("weights", "gradients", "masters", "moments", "averages", "buffers", "activations")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -52,7 +53,13 @@ def examine(config: Config | None, machine: Machine | None = None) -> list[Findi
     if shape is None:
         text = "can't be planned without the samples' shape; fix data.url, or give --shape 3x64x64"
         return [*found, Finding("memory", "problem", text)]
-    return [*found, *initial(config, fields), *evaluation(config, data), *plan(config, fields, shape, machine)]
+    return [
+        *found,
+        *initial(config, fields),
+        *teacher(config, fields),
+        *evaluation(config, data),
+        *plan(config, fields, shape, machine),
+    ]
 
 
 def software() -> Finding:
@@ -103,6 +110,18 @@ def initial(config: Config, fields: RunFields | None) -> list[Finding]:
     except ScorerayError as error:
         return [Finding("init", "problem", str(error))]
     return [Finding("init", "note" if found.misfits else "good", begins_from(model, found))]
+
+
+def teacher(config: Config, fields: RunFields | None) -> list[Finding]:
+    """What the run learns from, where the config names a model and the data set can be read."""
+    try:
+        model = None if fields is None else find_teacher(config, None)
+        if model is None or fields is None:
+            return []
+        check_teacher(config, fields, model)
+    except ScorerayError as error:
+        return [Finding("teacher", "problem", str(error))]
+    return [Finding("teacher", "good", f"learns from {model.lineage()[0].text()}")]
 
 
 def evaluation(config: Config, data: RunData | None) -> list[Finding]:

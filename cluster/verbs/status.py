@@ -32,9 +32,11 @@ class Status:
     lora: LoRAConfig | None = None
     frozen: list[str] = field(default_factory=list)
     lineage: list[Ancestor] = field(default_factory=list)
+    teacher: Ancestor | None = None
 
     def answer(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        return found if self.teacher is not None else {key: found[key] for key in found if key != "teacher"}
 
     def text(self) -> str:
         total = f" of {self.images_total:,}" if self.committed_s is not None else ""
@@ -52,6 +54,7 @@ class Status:
             lines.append(f"  frozen      {len(self.frozen):,} tensors")
         lines += [f"  began from  {origin.text()}" for origin in self.lineage[:1]]
         lines += [f"  and that    {origin.text()}" for origin in self.lineage[1:]]
+        lines += [f"  taught by   {origin.text()}" for origin in [self.teacher] if origin is not None]
         return "\n".join(lines)
 
 
@@ -63,7 +66,12 @@ def status_of(url: str) -> Status:
     about: dict[str, Any] = {"lora": stored.config.lora}
     if isinstance(stored.source, Checkpoint):
         marker = stored.source.marker
-        about |= {"committed_s": marker.time, "world_size": marker.world_size, "frozen": marker.frozen}
+        about |= {
+            "committed_s": marker.time,
+            "world_size": marker.world_size,
+            "frozen": marker.frozen,
+            "teacher": marker.teacher,
+        }
         run, of_run, _ = stored.url.rpartition(f"/{FOLDER}/")
         records = read_metrics(open_store(run), stored.source) if of_run else []
         about["loss"] = records[-1].loss if records else None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from scoreray.cluster.verbs.status import status_of
 from scoreray.data.errors import UserError
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.model.load import load
@@ -74,6 +75,7 @@ def test_a_student_resumes_bitwise_with_the_teacher_it_began_with_and_teaches_th
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert not any("teacher" in name for name in ends[0])
 
+    assert f"taught by   {exact.checkpoint} at 16 images" in status_of(newest(whole).url).text()
     two = student("two", 16, **taught("progressive", run_store(whole).url(), steps=2))
     train(two)
     with torch.no_grad():
