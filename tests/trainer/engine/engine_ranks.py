@@ -29,13 +29,16 @@ from scoreray.trainer.diffusion.levels import with_levels
 from scoreray.trainer.diffusion.process import EDM
 from scoreray.trainer.engine import build_engine
 from scoreray.trainer.engine import deepspeed as by_deepspeed
+from scoreray.trainer.engine.base import resolve_precision
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
+from scoreray.trainer.objectives.consistency import ConsistencyObjective
 from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.objectives.flow_maps import MeanFlowObjective
+from scoreray.trainer.objectives.teacher import Teacher
 from scoreray.trainer.optim.sgld import SGLDConfig
 from scoreray.trainer.step import AutoencoderModule, TrainingModule
 
@@ -99,14 +102,21 @@ CONDITIONS = {
 }
 
 
-def train_conditioned(case, objective) -> list[float]:
-    """Norms of a few steps of a network with cross-attention that recomputes its activations, given conditions."""
+def train_conditioned(case, objective, guidance: float | None = None) -> list[float]:
+    """Norms of a few steps of a network with cross-attention that recomputes its activations, given conditions.
+    guidance: of a teacher with the same network and other weights, if there is one."""
     torch.manual_seed(0)
     network = UNetConfig(8, (1,), 1, (4,), activation_checkpointing=True, text_encoder=TextEncoderConfig(8, 1, 2))
     module = TrainingModule(
         Denoiser(network.build((1, 4, 4), with_levels(CONDITIONS, objective.levels))), objective, EDM(), seed=0,
         global_batch_size=BATCH, dropout={"place": 0.3},
     )  # fmt: skip
+    if guidance is not None:
+        torch.manual_seed(1)
+        teacher = Denoiser(network.build((1, 4, 4), CONDITIONS))
+        for parameter in teacher.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        module.teacher = Teacher(teacher.to(resolve_precision(case.engine.precision, torch.device("cpu"))), guidance)
     engine, norms = engine_of(module, case), []
     for step in range(FEW_STEPS):
         g = torch.Generator().manual_seed(step)
@@ -253,6 +263,8 @@ def main() -> None:
     for name in CONDITIONED if WORLD == 2 else ("flat",):
         facts[f"{name}, conditions"] = train_conditioned(CASES[name], EDMObjective(label_dropout=0.2))
         facts[f"{name}, flow map"] = train_conditioned(CASES[name], MeanFlowObjective(label_dropout=0.2))
+        student = ConsistencyObjective(label_dropout=0.2, stage_images=BATCH, metric="squared")
+        facts[f"{name}, student"] = train_conditioned(CASES[name], student, guidance=2.0)
         facts[f"{name}, autoencoder"] = train_autoencoder(CASES[name])
     for name in BEGUN if WORLD == 2 else ("flat",):
         train_from_another(name)

@@ -83,10 +83,10 @@ def test_langevin_dynamics_on_weights_draws_the_same_noise_under_every_stage(tra
 
 
 @pytest.mark.parametrize("name", ["flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16"])
-@pytest.mark.parametrize("what", ["conditions", "flow map", "autoencoder"])
+@pytest.mark.parametrize("what", ["conditions", "flow map", "student", "autoencoder"])
 def test_steps_of_other_modules_are_those_of_one_process(trained: Path, name: str, what: str) -> None:
-    """Of a denoiser and a flow map with conditions of every kind, and of an autoencoder; under each stage, in
-    micro-batches, offloaded, with activations recomputed; in bf16 to its rounding."""
+    """Of a denoiser, a flow map and a guided teacher's student with conditions of every kind, and of an autoencoder;
+    under each stage, in micro-batches, offloaded, with activations recomputed; in bf16 to its rounding."""
     norms, one = facts(trained, 2)[f"{name}, {what}"], facts(trained, 1)[f"flat, {what}"]
     assert norms == pytest.approx(one, rel=0.1 if "bf16" in name else 1e-3)
     assert min(one) > 0
