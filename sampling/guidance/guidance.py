@@ -249,19 +249,23 @@ class Interval:
 def classifier_free_steps(steps: Steps, terms: Terms) -> Steps:
     """A sampler's generator under classifier-free guidance: it yields x for each term and merges what comes back.
 
-    For a batcher, in which each request has weights of its own; the condition of its rows is `term_rows`.
+    For a batcher, in which each request has weights of its own; the condition of its rows is `term_rows`, of a sampler
+    that is parallel in time `term_rows` for each of its copies.
     """
 
-    def of_all(call: Yielded) -> DenoiserCall:
-        x, sigma, target = DenoiserCall(*call)
-        sigma = torch.cat([sigma] * len(terms)) if isinstance(sigma, Tensor) else sigma
-        target = torch.cat([target] * len(terms)) if isinstance(target, Tensor) else target
-        return DenoiserCall(torch.cat([x] * len(terms)), sigma, target)
+    def each(rows: Any, copies: int) -> Any:
+        """Copies of rows -> copies of terms of rows; a number as it is."""
+        if not isinstance(rows, Tensor):
+            return rows
+        return torch.cat([rows.unflatten(0, (copies, -1))] * len(terms), 1).flatten(0, 1)
 
     try:
-        call = next(steps)
+        call = DenoiserCall(*next(steps))
         while True:
-            call = steps.send(merged((yield of_all(call)), terms))
+            x, sigma, target, copies = call
+            denoised = yield DenoiserCall(each(x, copies), each(sigma, copies), each(target, copies), copies)
+            by_term = denoised.unflatten(0, (copies, len(terms), -1)).transpose(0, 1).flatten(0, 2)
+            call = DenoiserCall(*steps.send(merged(by_term, terms)))
     except StopIteration as end:
         return end.value
 

@@ -26,11 +26,13 @@ class DenoiserCall(NamedTuple):
     """What a sampler waits for: D(x [B, ...], sigma), of a flow map D(x, sigma, target). Levels are numbers, or [B].
 
     The target becomes the condition `target_level` of the call, which a network without that input refuses.
+    copies: states of each sample that x holds, one state of all samples after another (`parallel.py`).
     """
 
     x: Tensor
     sigma: float | Tensor
     target: float | Tensor | None = None
+    copies: int = 1
 
 
 Yielded = tuple[Tensor, float | Tensor] | DenoiserCall

@@ -23,6 +23,7 @@ from scoreray.sampling.samplers.langevin import langevin, ncsn, ncsnv2, sgld
 from scoreray.sampling.samplers.noise import Noise, SampleNoise, TorchNoise, as_noise
 from scoreray.sampling.samplers.ode import DenoiserCall, Steps, dpm2, dpmpp_2m, euler, heun, unipc
 from scoreray.sampling.samplers.options import check_options, options_of
+from scoreray.sampling.samplers.parallel import Parallel, check_parallel, in_parallel
 from scoreray.sampling.samplers.sde import (
     ddim,
     ddpm,
@@ -39,6 +40,7 @@ from scoreray.trainer.diffusion.condition import (
     Condition,
     class_name_of,
     encoded,
+    tiled,
 )
 from scoreray.trainer.diffusion.levels import with_target_level
 
@@ -126,6 +128,7 @@ def sample(
     condition: AnyCondition = None,
     class_labels: Tensor | None = None,
     callback: Callable[[SamplerState], None] | None = None,
+    parallel: Parallel | None = None,
     **options: Any,
 ) -> Tensor:
     """Draws samples: takes `x` [B, ...] at noise level sigmas[0] down the grid to 0.
@@ -138,10 +141,12 @@ def sample(
         or None for torch's global generator.
     condition: a `Condition` of B rows, or class labels int64 [B], -1 for none; class_labels: the latter's other name.
     callback: called with a SamplerState after each call of the network.
+    parallel: several steps in each call of the network (`parallel.py`), whose rows a denoiser of rows that each have
+        something of their own must know by their condition; None for one step after another.
     Returns samples in the shape, dtype and device of `x`. Raises UserError on a bad argument, and when the samples are
     not finite.
     """
-    steps = start(sampler, x, sigmas, generator, **options)
+    steps = start(sampler, x, sigmas, generator, parallel=parallel, **options)
     samples, _ = drive(steps, denoiser, condition=class_labels if condition is None else condition, callback=callback)
     good = torch.isfinite(samples)
     if not bool(good.all()):
@@ -158,6 +163,8 @@ def start(
     x: Tensor,
     sigmas: Tensor | Sequence[float],
     generator: Noise | torch.Generator | Tensor | Sequence[int] | None = None,
+    *,
+    parallel: Parallel | None = None,
     **options: Any,
 ) -> Steps:
     """A sampler's generator on checked arguments, for `drive` or a batcher; arguments and errors as in `sample`."""
@@ -173,6 +180,9 @@ def start(
         if len(noise.seeds) != len(x):
             raise UserError(f"{len(noise.seeds)} seeds for {len(x)} rows of x: must be one seed per row")
         noise.expect(len(levels) - 2)  # one for each step but the last, as most samplers draw
+    if parallel is not None:
+        check_parallel(sampler)
+        return in_parallel(lambda x, noise: function(x, levels, noise, **options), x, noise, parallel)
     steps = function(x, levels, noise, **options)
     return _checked(sampler, steps, x) if is_own(sampler) else steps
 
@@ -219,15 +229,15 @@ def drive(
     nfe = 0
     with torch.no_grad():
         try:
-            x, sigma, target = DenoiserCall(*next(steps))
+            x, sigma, target, copies = DenoiserCall(*next(steps))
         except StopIteration as end:
             return end.value, nfe
-        check_rows(condition, len(x))
+        check_rows(condition, len(x) // copies)
         condition = encoded(denoiser, condition)
         while True:
-            levels, given = per_row(sigma, x), condition
+            levels, given = per_row(sigma, x), tiled(condition, copies)
             if target is not None:
-                given = with_target_level(_named(condition, denoiser), target, x)
+                given = with_target_level(_named(given, denoiser), target, x)
             denoised = denoiser(x, levels) if given is None else denoiser(x, levels, given)
             nfe += 1
             if denoised.shape != x.shape or denoised.dtype != x.dtype:
@@ -238,7 +248,7 @@ def drive(
             if callback is not None:
                 callback(SamplerState(nfe, x, sigma, denoised))
             try:
-                x, sigma, target = DenoiserCall(*steps.send(denoised))
+                x, sigma, target, copies = DenoiserCall(*steps.send(denoised))
             except StopIteration as end:
                 return end.value, nfe
 
@@ -272,9 +282,9 @@ def num_calls(sampler: str, sigmas: Tensor | Sequence[float], *, most: int | Non
         with torch.no_grad():
             x = sigmas[0] * SampleNoise([0]).normal((1, 64)) if adaptive else torch.zeros(1, 1)
             steps = start(sampler, x, sigmas, TorchNoise(torch.Generator()), **options)
-            x, sigma, _ = DenoiserCall(*next(steps))
+            x, sigma, *_ = DenoiserCall(*next(steps))
             while (calls := calls + 1) <= counted:
-                x, sigma, _ = DenoiserCall(*steps.send(_of_two_kinds(x, sigma) if adaptive else x))
+                x, sigma, *_ = DenoiserCall(*steps.send(_of_two_kinds(x, sigma) if adaptive else x))
     except StopIteration:
         pass
     except ScorerayError:  # more steps than it may take, which the draw says

@@ -37,6 +37,8 @@ class StepBatcher:
     still need (highest response ratio next, Brinch Hansen 1971): short ones end soon, one sample does not wait behind
     4,096, and these, as they age, not for ever behind a stream of single ones. A request is split into parts of
     `part_rows`, begun one after another. A ticket that is cancelled frees its rows before the next call.
+    parallel: whether a request that is alone, of few samples, runs in parallel in time (`samplers/parallel.py`) until
+    others come; equal to the other way to `parallel.TOLERANCE`.
     batch_sizes: sizes to pad up to, for a network compiled for these; none by default.
     observe: called in the batcher's thread as (rows, seconds) after each call of the network.
     choose: called before each with the `adapter` of each row's request; rows of one are next to each other.
@@ -50,6 +52,7 @@ class StepBatcher:
         max_batch: int = 32,
         *,
         part_rows: int | None = None,
+        parallel: bool = False,
         batch_sizes: Sequence[int] = (),
         device: torch.device | str = "cpu",
         observe: Callable[[int, float], None] | None = None,
@@ -62,6 +65,7 @@ class StepBatcher:
         if not 1 <= self.part_rows <= max_batch // 2:
             raise UserError(f"part_rows = {part_rows}: must be in [1, max_batch / 2 = {max_batch // 2}]")
         self.batch_sizes = sorted(batch_sizes)
+        self._is_alone = self._alone if parallel else None
         self.calls = self.rows = 0
         self.seconds_per_call = 0.0
         self._observe, self._choose_adapters = observe, choose
@@ -72,7 +76,7 @@ class StepBatcher:
 
     def submit(self, request: SampleRequest, show: ShowEstimate | None = None) -> Ticket:
         """Queues a request. Raises UserError at once on bad arguments; a failure on the way is the ticket's."""
-        ticket = Ticket(request, self.part_rows, self.max_batch, self.device, show)
+        ticket = Ticket(request, self.part_rows, self.max_batch, self.device, show, self._is_alone)
         ticket.arrived = self.calls
         with self._changed:
             if self._closing:
@@ -153,6 +157,10 @@ class StepBatcher:
                     if self._closing:
                         return
                     self._changed.wait()
+
+    def _alone(self, ticket: Ticket) -> bool:
+        with self._changed:
+            return all(other is ticket or other.done() for other in self._tickets)
 
     def _choose(self) -> list[Part]:
         """The parts of the next call, all of one sample shape; rotates the requests, so each is first in its turn."""

@@ -22,10 +22,11 @@ from scoreray.sampling.guidance.guidance import (
 )
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.ode import DenoiserCall, Steps
+from scoreray.sampling.samplers.parallel import MOST_CALLS, PARALLEL, Parallel
 from scoreray.sampling.samplers.sample import check_rows, start
 from scoreray.sampling.samplers.sigmas import as_grid
 from scoreray.sampling.service.request import SampleRequest
-from scoreray.trainer.diffusion.condition import Condition, encoded
+from scoreray.trainer.diffusion.condition import Condition, encoded, tiled
 from scoreray.trainer.diffusion.levels import GUIDANCE_WEIGHT, with_target_level
 
 ShowEstimate = Callable[[int, float | Tensor, Tensor], None]
@@ -60,11 +61,20 @@ class Ticket(Future[Tensor]):
 
     `.result(timeout)` in a thread, `await` in asyncio, `.cancel()`. queued_s: how long the request waited for its first
     call of the network, once that has come. rows: that the network was called with for it so far, those of guidance
-    included. The rest is the batcher's.
+    included. parallel: whether steps of a sample shared calls so far. The rest is the batcher's.
+
+    is_alone: whether no other request waits, called before each call of the network: it may then run in parallel in
+    time, in half of the network's rows, so that one that comes has the others at once. None: never.
     """
 
     def __init__(
-        self, request: SampleRequest, part_rows: int, max_batch: int, device: torch.device, show: ShowEstimate | None
+        self,
+        request: SampleRequest,
+        part_rows: int,
+        max_batch: int,
+        device: torch.device,
+        show: ShowEstimate | None,
+        is_alone: Callable[[Ticket], bool] | None = None,
     ) -> None:
         super().__init__()
         self.request, self.device, self.show = request, device, show
@@ -78,6 +88,8 @@ class Ticket(Future[Tensor]):
         self.most_parts = max_batch // self.part_rows
         self.queued_s: float | None = None
         self.rows = 0
+        self.parallel = False
+        self._is_alone, self._half_batch = is_alone, max_batch // 2
         self.acceptance = Acceptance()  # of all parts
         if len(request.seeds) < 1:
             raise UserError("a request for no samples: give at least one seed")
@@ -135,12 +147,23 @@ class Ticket(Future[Tensor]):
         noise = SampleNoise(self.seeds[rows], acceptance=self.acceptance)
         x = noise.normal((len(noise.seeds), *self.request.shape), torch.float32, self.device)
         x = x * float(self.sigmas[0])
-        steps = start(self.request.sampler, x, self.sigmas, noise, **self.request.options)
+        steps = start(self.request.sampler, x, self.sigmas, noise, parallel=self._in_time(), **self.request.options)
         condition = self.request.condition
         part = Part(self, self.begun, steps, None if condition is None else condition[rows].to(self.device))
         self.begun += len(x)
         self.parts.append(part)
         return part
+
+    def _in_time(self) -> Parallel | None:
+        """Parallel in time where it may be and is of use now; a part that begins beside others goes step by step."""
+        known = self.request.sampler in PARALLEL and self.request.expected_calls <= MOST_CALLS
+        return Parallel(limit=self._states) if known and self._states(2) > 1 else None
+
+    def _states(self, wanted: int) -> int:
+        """How many states of each sample the next call of a part may hold, of so many."""
+        if self._is_alone is None or not self._is_alone(self):
+            return 1
+        return min(wanted, self._half_batch // (len(self.terms) * self.remaining))
 
     def finish(self, part: Part, samples: Tensor) -> None:
         if not bool(torch.isfinite(samples).all()):
@@ -164,7 +187,7 @@ class Part:
         self._given, self._encoded = condition, False
         self.steps = classifier_free_steps(steps, ticket.terms) if len(ticket.terms) > 1 else steps
         with torch.no_grad():
-            self.x, self.sigma, self.target = DenoiserCall(*next(self.steps))
+            self.x, self.sigma, self.target, self.copies = DenoiserCall(*next(self.steps))
 
     def encoded(self, denoiser: Callable[..., Tensor]) -> Condition | None:
         """What conditions a call's rows, of all terms of guidance, and the level that a flow map is to reach. Texts are
@@ -174,7 +197,8 @@ class Part:
             instead = None if negative is None else encoded(denoiser, negative.to(self.ticket.device))
             self._given = term_rows(encoded(denoiser, self._given), self.ticket.terms, instead)
         self._encoded = True
-        return self._given if self.target is None else with_target_level(self._given, self.target, self.x)
+        given = tiled(self._given, self.copies)
+        return given if self.target is None else with_target_level(given, self.target, self.x)
 
     def advance(self, denoised: Tensor | Exception) -> None:
         """Takes what the network gave: on to the next wait, to the end, or to the request's failure."""
@@ -183,6 +207,7 @@ class Part:
             self.ticket.fail(denoised)
             return
         self.calls += 1
+        self.ticket.parallel |= self.copies > 1
         request = self.ticket.request
         try:
             if request.calls_limit is not None and self.calls > request.calls_limit:
@@ -191,8 +216,9 @@ class Part:
                     "sample: take fewer steps or looser tolerances"
                 )
             if self.ticket.show is not None:
-                self.ticket.show(self.first, self.sigma, denoised[: len(denoised) // len(self.ticket.terms)])
-            self.x, self.sigma, self.target = DenoiserCall(*self.steps.send(denoised))
+                rows = len(denoised) // (len(self.ticket.terms) * self.copies)
+                self.ticket.show(self.first, self.sigma, denoised[:rows])
+            self.x, self.sigma, self.target, self.copies = DenoiserCall(*self.steps.send(denoised))
         except StopIteration as end:
             self.ticket.finish(self, end.value)
         except Exception as error:

@@ -259,6 +259,19 @@ def encoded(denoiser: Callable[..., Tensor], condition: AnyCondition) -> AnyCond
     return condition if encode is None or not isinstance(condition, Condition) else encode(condition)
 
 
+@overload
+def tiled(condition: Condition | None, copies: int) -> Condition | None: ...
+@overload
+def tiled(condition: AnyCondition, copies: int) -> AnyCondition: ...
+def tiled(condition: AnyCondition, copies: int) -> AnyCondition:
+    """All rows of `condition` so many times, one after another."""
+    if condition is None or copies == 1:
+        return condition
+    if isinstance(condition, Tensor):
+        return condition.repeat(copies)
+    return Condition.cat([condition] * copies, [len(condition)] * copies)
+
+
 def is_encoded(spec: ConditionSpec, value: Tensor) -> bool:
     """Whether a condition's value is a text that was read already."""
     return spec.kind == "text" and value.is_floating_point()
