@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
-from scoreray.sampling.samplers.ode import DenoiserCall, Steps, Yielded
+from scoreray.sampling.samplers.ode import DenoiserCall, Steps
 from scoreray.trainer.diffusion.condition import LABEL, AnyCondition, Condition, encoded
 from scoreray.trainer.diffusion.levels import LEVELS, with_guidance_weight
 

@@ -68,7 +68,9 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if not 2 <= self.window <= MOST_CALLS:
-            raise UserError(f"parallel window {self.window}: must be in [2, {MOST_CALLS}], states of a sample in a call")
+            raise UserError(
+                f"parallel window {self.window}: must be in [2, {MOST_CALLS}], states of a sample in a call"
+            )
         if not 0 <= self.tolerance <= 1:
             raise UserError(f"parallel tolerance {self.tolerance}: must be in [0, 1], in noise levels; 0 is exact")
 
@@ -168,9 +170,9 @@ class _Ahead:
 
     def reach(self, count: int, x: Tensor) -> None:
         """Draws until there are `count`, of the shape of x."""
-        for self._made in range(self._made, count):
+        while self._made < count:
             self._drawn[self._made] = self._noise.like(x).flatten()
-        self._made = max(self._made, count)
+            self._made += 1
 
     def like(self, x: Tensor) -> Tensor:
         self._taken += 1
