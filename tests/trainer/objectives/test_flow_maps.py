@@ -17,6 +17,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, generate
+from scoreray.sampling.samplers.sigmas import grid
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.condition import Condition
@@ -239,11 +240,9 @@ def test_a_run_goes_on_bitwise_and_its_model_is_drawn_in_two_steps(
 
 
 def reached(denoiser: Denoiser, x: Tensor, steps: int) -> Tensor:
-    """Samples by the map, on levels that are even in the angle."""
-    levels = [*(80 ** (1 - i / 3) if i else 80.0 for i in range(steps)), 0.0] if steps < 4 else None
-    levels = levels or [*torch.logspace(math.log10(80), -1, steps).tolist(), 0.0]
+    """Samples by the map."""
     with torch.no_grad():
-        for sigma, rho in pairwise(levels):
+        for sigma, rho in pairwise(grid("interior", steps, 0.002, 80.0).float().tolist()):
             denoised = denoiser(x, sigma, with_target_level(None, rho, x))
             x = rho / sigma * x + (1 - rho / sigma) * denoised
     return x
@@ -260,7 +259,7 @@ def exact_end(target: Mixture, x: Tensor) -> Tensor:
     return target(x, levels[-1]).float()
 
 
-def trained(objective: MeanFlowObjective, target: Mixture, steps: int, count: int = 512) -> Denoiser:
+def trained(objective: MeanFlowObjective, target: Mixture, steps: int, count: int = 256) -> Denoiser:
     torch.manual_seed(0)
     network = MLPConfig(hidden_size=96, num_layers=3).build((2,), with_levels({}, [TARGET_LEVEL]))
     denoiser = Denoiser(network)
@@ -284,9 +283,11 @@ def trained(objective: MeanFlowObjective, target: Mixture, steps: int, count: in
 def test_a_small_network_learns_the_map_of_a_mixture() -> None:
     target = ring(num_modes=3, std=0.15)
     objective = MeanFlowObjective(sigma_sampling=LogUniform(0.02, 80, stratified=True))
-    denoiser = trained(objective, target, steps=2000)
+    denoiser = trained(objective, target, steps=1000)
     x = 80 * torch.randn(512, 2, generator=torch.Generator().manual_seed(2))
     wanted = exact_end(target, x)
-    errors = {steps: (reached(denoiser, x, steps) - wanted).square().mean().sqrt().item() for steps in (1, 2, 4, 8)}
-    print(errors)
-    assert errors[1] < 0.15
+    errors = [(reached(denoiser, x, steps) - wanted).square().mean().sqrt().item() for steps in (1, 2, 4, 8)]
+    assert errors[0] < 0.25  # 0.15, of samples whose standard deviation is 0.52; the plain denoiser's mean errs by that
+    assert errors[1] < 0.8 * errors[0]  # 0.078
+    assert errors[2] < errors[1]  # 0.049
+    assert errors[3] < 1.1 * errors[2]  # 0.036: what is left is the network's
