@@ -37,8 +37,8 @@ class StepBatcher:
     still need (highest response ratio next, Brinch Hansen 1971): short ones end soon, one sample does not wait behind
     4,096, and these, as they age, not for ever behind a stream of single ones. A request is split into parts of
     `part_rows`, begun one after another. A ticket that is cancelled frees its rows before the next call.
-    parallel: whether a request that is alone, of few samples, runs in parallel in time (`samplers/parallel.py`) until
-    others come; equal to the other way to `parallel.TOLERANCE`.
+    parallel: whether a request that is alone, of few samples, runs in parallel in time until others come
+    (`sampling/samplers/parallel.py`); equal to the other way to `parallel.TOLERANCE`.
     batch_sizes: sizes to pad up to, for a network compiled for these; none by default.
     observe: called in the batcher's thread as (rows, seconds) after each call of the network.
     choose: called before each with the `adapter` of each row's request; rows of one are next to each other.
