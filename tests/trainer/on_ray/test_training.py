@@ -105,7 +105,7 @@ SLOW = {
     "contrastive, persistent": pytest.mark.slow,  # 10 s for what "contrastive" is, and RBMs with such chains
     "noise_contrastive": pytest.mark.slow,  # whose closed forms are in tests/trainer/energies
     "recovery_likelihood": pytest.mark.slow,
-    # Their closed forms are in test_objective.py, diffusion/test_weighting.py and diffusion/test_denoiser.py.
+    # Their closed forms are in the tests of objectives, of weightings and of the denoiser.
     **dict.fromkeys(("implicit", "learned uncertainty", "adaptive", "v", "score"), pytest.mark.slow),
 }
 
