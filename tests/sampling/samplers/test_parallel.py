@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from scoreray.data.errors import UserError
+from scoreray.sampling.guidance.guidance import ClassifierFree, Interval
 from scoreray.sampling.samplers.noise import SampleNoise
 from scoreray.sampling.samplers.parallel import MOST_ROWS, PARALLEL, Parallel
 from scoreray.sampling.samplers.sample import SAMPLERS, drive, num_calls, sample, start
 from scoreray.sampling.samplers.sigmas import karras
 from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.request import SampleRequest
+from scoreray.trainer.diffusion.condition import Condition
 
 OPTIONS = {"ddim": {"eta": 0.5}, "edm_sde": {"s_churn": 4.0}}
 SEEDS = [3, 4]
@@ -69,6 +71,49 @@ def test_a_condition_is_repeated_for_each_state_of_a_sample():
         for parallel in (None, Parallel())
     ]
     assert torch.allclose(*drawn, atol=0.01)
+
+
+@pytest.mark.parametrize("interval", [None, (0.5, 20.0)])
+def test_classifier_free_guidance_is_of_each_state_of_a_sample(interval):
+    grid, labels = karras(18), torch.tensor([0, 3])
+
+    def denoiser(x, sigma, labels):
+        middle = torch.where(labels < 0, 1.0, labels.to(x))[:, None]
+        return middle + (x - middle) * (0.25 / (0.25 + sigma**2))[:, None]
+
+    guided = ClassifierFree(denoiser, 2.0)
+    if interval is not None:
+        guided = Interval(guided, denoiser, *interval)
+    plain, drawn = [
+        sample(guided, begin(grid), grid, sampler="heun", condition=labels, parallel=parallel)
+        for parallel in (None, Parallel())
+    ]
+    assert torch.allclose(drawn, plain, atol=0.01)
+    unguided = sample(denoiser, begin(grid), grid, sampler="heun", condition=labels)
+    assert (plain - unguided).abs().min() > 0.1
+
+
+def test_a_batcher_guides_each_state_of_a_lone_request():
+    def denoiser(x, sigma, condition):
+        given = condition.values["label"]
+        middle = torch.where(given < 0, 1.0, given.to(x))[:, None]
+        return middle + (x - middle) * (0.25 / (0.25 + sigma**2))[:, None]
+
+    def drawn(parallel):
+        batcher = StepBatcher(denoiser, 32, parallel=parallel)
+        condition = Condition({"label": torch.tensor([3])})
+        ticket = batcher.submit(
+            SampleRequest([7], (2,), karras(18).tolist(), "euler", condition=condition, guidance=2.0, expected_calls=18)
+        )
+        while batcher.step():
+            pass
+        return ticket, batcher
+
+    (plain, sequential), (ticket, batcher) = drawn(False), drawn(True)
+    assert torch.allclose(ticket.result(0), plain.result(0), atol=0.02)
+    assert batcher.calls < sequential.calls
+    assert ticket.parallel
+    assert ticket.rows == batcher.rows > sequential.rows
 
 
 def test_a_sampler_whose_states_are_not_known_from_its_denoised_batches_is_refused_in_one_line(mixture):
