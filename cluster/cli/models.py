@@ -92,6 +92,9 @@ def serve(
     cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1.0,
     gpus_per_replica: Annotated[float, typer.Option(min=0)] = 0.0,
     threads: Annotated[int | None, typer.Option(help="Of a replica's network on CPUs.", min=1)] = None,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Several steps a call for a lone request of few samples, on GPUs.")
+    ] = False,
     reload_s: Annotated[float, typer.Option(help="How often a run is asked for a newer checkpoint.", min=0.1)] = 10.0,
     drain_s: Annotated[float, typer.Option(help="At the end, for requests under way.", min=0)] = 60.0,
     limit: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_count=64; see docs/serving.md.")] = None,
@@ -121,6 +124,7 @@ def serve(
         cpus_per_replica=cpus_per_replica,
         gpus_per_replica=gpus_per_replica,
         threads=threads,
+        parallel=parallel,
         reload_s=reload_s,
         drain_s=drain_s,
         limit=limit or [],

@@ -77,6 +77,7 @@ class ServeOptions(BaseModel):
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     threads: int | None = None
+    parallel: bool = False
     reload_s: float = 10.0
     drain_s: float = 60.0
     limit: list[str] = []
@@ -125,6 +126,7 @@ class ServeOptions(BaseModel):
             precision=self.precision,
             compile=self.compile,
             threads=self.threads,
+            parallel=self.parallel,
             reload_s=self.reload_s,
             limits=make_limits(self.limit),
             samplers=_own_samplers(self.samplers),

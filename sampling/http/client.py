@@ -38,6 +38,7 @@ TYPED = frozenset(
         "acceptance",
         "calls",
         "rows",
+        "parallel",
         "queued_s",
         "took_s",
     )

@@ -41,7 +41,8 @@ class ServeConfig:
 
     adapters: (name, URL) pairs of LoRAs of the one model, both URLs of checkpoints, so that all replicas have the same.
     ema: the default length, None for each run's first. max_models: weights that a replica keeps in memory at once.
-    precision, compile: see `fast.py`. reload_s: how often runs are searched for a newer checkpoint.
+    precision, compile: see `fast.py`. parallel: whether a request that is alone, of few samples, runs in parallel in
+    time (`sampling/samplers/parallel.py`). reload_s: how often runs are searched for a newer checkpoint.
     keys: where idempotency keys are stored (`open_key_store`); empty for the memory of the process that answers HTTP.
     tokens: (name, SHA-256 of the token in hex) pairs; empty lets everybody in. hosts: Host headers that are answered,
     empty for all. samplers: `package.module:Name` of those of somebody else's that requests may name.
@@ -56,6 +57,7 @@ class ServeConfig:
     compile: str = "auto"
     warmup_s: float = 120.0
     threads: int | None = None
+    parallel: bool = False
     reload_s: float = 10.0
     limits: Limits = field(default_factory=Limits)
     keys: str = ""

@@ -43,6 +43,7 @@ class SampleAnswer:
             "format": request.format,
             **({} if drawn.acceptance is None else {"acceptance": round(drawn.acceptance, 6)}),
             **_cost(request, drawn.rows),
+            **({"parallel": True} if drawn.parallel else {}),
             "queued_s": round(drawn.queued_s, 4),
             "took_s": round(drawn.took_s, 4),
         }
@@ -67,7 +68,8 @@ def expected_cost(request: SampleRequest) -> dict[str, Any]:
 
 
 def _cost(request: SampleRequest, rows: int | None) -> dict[str, Any]:
-    """calls: of the network for one sample, on average where they differ (rk45). rows: that these calls had in all;
+    """calls: of the network for one sample, on average where they differ (rk45), and in parallel in time as if each of
+    its states had one of its own. rows: that these calls had in all;
     guidance takes two or more of each call for a sample."""
     if rows is None:
         return {}

@@ -111,7 +111,11 @@ class Replica:
         loop, estimates = asyncio.get_running_loop(), asyncio.Queue[DenoisedEstimate | None]()
         arrived, info = time.monotonic(), model.denoiser.info
         show = PreviewSender(request, lambda estimate: loop.call_soon_threadsafe(estimates.put_nowait, estimate))
-        ticket = model.batcher.submit(request, show if request.previews else None)
+        shown = show if request.previews else None
+        if self.config.parallel:
+            ticket = model.batcher.queue(await asyncio.to_thread(model.batcher.ticket, request, shown))
+        else:
+            ticket = model.batcher.submit(request, shown)
         ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(estimates.put_nowait, None))
         try:
             while (estimate := await estimates.get()) is not None:
@@ -126,7 +130,8 @@ class Replica:
             body = await asyncio.to_thread(_encoded, values, request, info)
             took_s = time.monotonic() - arrived
             accepted = ticket.acceptance.rate
-            yield Completed(body, model.fast.name, ticket.queued_s or 0.0, took_s, accepted, ticket.rows)
+            queued_s = ticket.queued_s or 0.0
+            yield Completed(body, model.fast.name, queued_s, took_s, accepted, ticket.rows, parallel=ticket.parallel)
         finally:
             if ticket.cancel():
                 self.meter["cancelled_rows"].inc(len(request.seeds))
@@ -234,7 +239,9 @@ class Replica:
             drawn_by, at_once = in_same_rows(denoiser, most), 1
         called = drawn_by.network
         choose = called.choose if isinstance(called, AdaptedNetwork) else None
-        batcher = StepBatcher(drawn_by, most, device=device, observe=self._observe, choose=choose)
+        batcher = StepBatcher(
+            drawn_by, most, parallel=config.parallel, device=device, observe=self._observe, choose=choose
+        )
         log.info("model %s, EMA %s: ready, %s", checkpoint, ema, fast.name)
         try:
             load_text_encoders(denoiser.info.conditions)

@@ -115,8 +115,8 @@ class Completed:
 
     queued_s: before the first call of the network. took_s: in the replica, queue included. acceptance: the share of a
     Metropolis sampler's proposals that were accepted. rows: that the network was called with for it, None of an answer
-    that was stored before they were counted. deaths: replicas that were lost on the way. kept: whether the store of
-    idempotency keys has it.
+    that was stored before they were counted. parallel: whether steps of a sample shared calls. deaths: replicas that
+    were lost on the way. kept: whether the store of idempotency keys has it.
     """
 
     body: bytes
@@ -125,6 +125,7 @@ class Completed:
     took_s: float
     acceptance: float | None = None
     rows: int | None = None
+    parallel: bool = False
     deaths: int = 0
     kept: bool = False
 

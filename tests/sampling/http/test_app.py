@@ -988,6 +988,22 @@ def test_requests_of_one_and_two_calls_share_those_of_long_ones(run_url: str) ->
     asyncio.run(main())
 
 
+def test_a_service_in_parallel_in_time_says_so_where_steps_shared_calls(run_url: str) -> None:
+    body = {"count": 1, "sampler": "euler", "steps": 18, "seed": 3}
+
+    async def drawn(parallel: bool) -> tuple[dict[str, Any], int]:
+        async with serving(config(run_url, parallel=parallel)) as call:
+            found = await call.post(body)
+            (model,) = call.replica._models.values()
+            return found.json, model.batcher.calls
+
+    (plain, sequential), (found, calls) = (asyncio.run(drawn(parallel)) for parallel in (False, True))
+    assert "parallel" not in plain
+    assert (plain["calls"], sequential) == (18, 18)
+    assert found["parallel"] is True
+    assert calls < 18 < found["calls"] == found["rows"]
+
+
 def test_an_answer_says_what_it_cost_as_it_was_said_before(run_url: str) -> None:
     async def go() -> None:
         async with serving(config(run_url)) as call:

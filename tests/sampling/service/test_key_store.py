@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_a_key_is_answered_from_one_draw_and_billed_once(opened: Open) -> None:
     assert (again.origin, again.answer) == (ORIGIN, answer())
     assert second.finish(claim(owner="second"), answer(b"others"), 3) == answer()  # drawn twice: the first one counts
     assert second.bill("second", {}) == {"ana": 3}
+
+
+def test_an_answer_that_was_drawn_in_parallel_in_time_stays_one(opened: Open) -> None:
+    store, drawn = opened(), replace(answer(), rows=40, parallel=True)
+    store.begin(claim(), ORIGIN)
+    assert store.finish(claim(), drawn, 1) == drawn
+    assert store.begin(claim(), ORIGIN).answer == drawn
 
 
 def test_a_key_belongs_to_its_token_and_to_one_request(opened: Open) -> None:
