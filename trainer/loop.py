@@ -93,8 +93,7 @@ def train(
             lineage = []
         if checkpoint is not None:
             check_source(checkpoint, fields)
-        with span("train.teacher"):
-            teacher, origin = load_teacher(config, fields, engine.device, rank, world_size, checkpoint)
+        teacher, origin = load_teacher(config, fields, engine.device, rank, world_size, checkpoint)
         if isinstance(module, TrainingModule):
             module.teacher = teacher
         if rank == 0:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import UserError
+from scoreray.data.traces import span
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.marker import Ancestor
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_named
@@ -83,7 +84,8 @@ def load_teacher(
     check_teacher(config, fields, model)
     shape = (*model.page.image_shapes, model.page.image_shape)[0]
     network, theirs = build_network(model.config.network, shape, model.conditions), model.config.denoiser
-    load_weights(network, model.weights(), model.url)
+    with span("train.teacher", checkpoint=model.url):
+        load_weights(network, model.weights(), model.url)
     denoiser = Denoiser(network, theirs.parameterization, theirs.resolved_sigma_data)
     denoiser = denoiser.to(device, resolve_precision(config.engine.precision, device))
     weight = 1.0 if isinstance(section.guidance, tuple) else section.guidance

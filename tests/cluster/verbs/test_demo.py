@@ -13,11 +13,11 @@ from PIL import Image
 
 from scoreray.trainer.config import load_config
 
-# The command, its 8,000 images cut to 2,000: what is held is that all links join, whatever the number of steps.
+# The command, its 8,000 images cut to 2,048: what is held is that all links join, whatever the number of steps.
 SHORTER = """
 from scoreray.cluster.cli.__main__ import main
 from scoreray.cluster.verbs import demo
-demo.QUICK = (*demo.QUICK, "duration.images=2k", "checkpoint.every_images=1k")
+demo.QUICK = (*demo.QUICK, "duration.images=2048", "checkpoint.every_images=1024")
 main()
 """
 

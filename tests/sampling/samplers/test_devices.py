@@ -38,9 +38,11 @@ from scoreray.trainer.networks.rbm import (
     RBMConfig,
 )
 from scoreray.trainer.networks.unet import UNetConfig
+from scoreray.trainer.objectives.base import FewStepObjective
 from scoreray.trainer.objectives.denoising import DenoisingObjective, EDMObjective
 from scoreray.trainer.objectives.energy_based import ContrastiveObjective, EnergyObjective
 from scoreray.trainer.objectives.objective import OBJECTIVES, ObjectiveConfig
+from scoreray.trainer.objectives.teacher import Teacher
 from scoreray.trainer.step import MachineModule, TrainingModule
 
 B, SHAPE = 3, (3, 4, 4)
@@ -157,6 +159,8 @@ def test_rbms_train_on_the_device(config: NetworkConfig, start: str) -> None:
 def loss_of(denoiser: Denoiser, objective: ObjectiveConfig, process: Process) -> None:
     """One training step, forward and backward, on uint8 images."""
     step = TrainingModule(denoiser, objective, process, seed=0, global_batch_size=B, shape=SHAPE).to("meta")
+    if isinstance(objective, FewStepObjective):
+        step.teacher = Teacher(Denoiser(MLPConfig(8, 1).build(SHAPE)).to("meta"))
     images = torch.empty(B, *SHAPE, dtype=torch.uint8, device="meta")
     loss, sigma = step(images, inputs()[2], inputs()[2])
     loss.mean().backward()
