@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.trainer.diffusion.process import GaussianProcess
+from scoreray.trainer.objectives.progressive import interior_levels
 
 MAX_STEPS = 1_000_000
 LOWEST, HIGHEST = 1e-9, 1e9  # of a caller's own levels: float32 holds their squares
@@ -59,8 +60,7 @@ def interior(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tenso
     Returns float64 [n + 1]; raises UserError.
     """
     _check(n, sigma_min, sigma_max)
-    levels = karras(n + 1, sigma_min, sigma_max)
-    return torch.cat([levels[:n], levels[-1:]])
+    return as_grid(interior_levels(n, sigma_min, sigma_max))
 
 
 def from_process(process: GaussianProcess, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Tensor:

@@ -53,7 +53,7 @@ class ProgressiveObjective(FewStepObjective):
         assert batch.teacher is not None
         assert batch.process is not None
         teacher, x, sigma = batch.teacher, batch.x, batch.sigma
-        levels = interior(2 * self.steps, *batch.process.sampling_range(), sigma.device).to(sigma.dtype)
+        levels = interior_levels(2 * self.steps, *batch.process.sampling_range(), sigma.device).to(sigma.dtype)
         at = 2 * (levels[:-1:2] - sigma[:, None]).abs().argmin(1)
         with torch.no_grad():
             ends = x
@@ -74,15 +74,15 @@ class GridUniform(BaseSigmaSampling):
     stratified = True
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
-        levels = interior(self.steps, *process.sampling_range(), u.device)
+        levels = interior_levels(self.steps, *process.sampling_range(), u.device)
         return levels[(u * self.steps).long().clamp(max=self.steps - 1)]
 
 
-def interior(steps: int, sigma_min: float, sigma_max: float, device: torch.device | str = "cpu") -> Tensor:
+def interior_levels(steps: int, sigma_min: float, sigma_max: float, device: torch.device | str = "cpu") -> Tensor:
     """`steps` levels from sigma_max down, and 0: float64 [steps + 1]. They go evenly in sigma^(1/7) towards sigma_min
-    (Karras 2022, eq. 5) and leave it out, so that every second one of 2 n is a level of n."""
+    (Karras 2022, eq. 5) and leave it out, so that every second one of 2 n is a level of n (to rounding)."""
     low, high = sigma_min ** (1 / 7), sigma_max ** (1 / 7)
-    ramp = torch.arange(steps, dtype=torch.float64, device=device) / steps
-    levels = (high + ramp * (low - high)) ** 7
+    ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)
+    levels = ((high + ramp * (low - high)) ** 7)[:steps]
     levels[0] = sigma_max  # powers round
     return torch.cat([levels, levels.new_zeros(1)])

@@ -24,7 +24,7 @@ from scoreray.trainer.diffusion.targets import Mixture
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.objectives.base import FewStepObjective, NoisedBatch
 from scoreray.trainer.objectives.consistency import ConsistencyObjective, ode_step
-from scoreray.trainer.objectives.progressive import ProgressiveObjective, interior
+from scoreray.trainer.objectives.progressive import ProgressiveObjective, interior_levels
 from scoreray.trainer.objectives.teacher import Teacher
 from scoreray.trainer.step import TrainingModule
 
@@ -156,7 +156,7 @@ def trained(objective: FewStepObjective, data: Mixture, teacher: Any, images: in
 def error_of_the_map(denoiser: Denoiser, data: Mixture) -> float:
     """Of one call at sigma 80 against a fine Heun walk, as a share of the data's own standard deviation."""
     x = 80 * normal(7, torch.arange(512), (1,), dtype=F64)
-    exact = sample(data, x, interior(128, 0.002, 80.0), sampler="heun")
+    exact = sample(data, x, interior_levels(128, 0.002, 80.0), sampler="heun")
     with torch.no_grad():
         found = denoiser(x.float(), 80.0)
     return float((found - exact).square().mean().sqrt() / exact.std())
@@ -192,7 +192,7 @@ def test_a_network_learns_the_map_of_a_mixture(taught):
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
 def test_a_progressive_student_that_is_right_makes_two_of_its_teachers_steps_in_one(steps):
-    levels, teacher = interior(2 * steps, *EDM().sampling_range()), Linear(POSTERIOR_MEAN)
+    levels, teacher = interior_levels(2 * steps, *EDM().sampling_range()), Linear(POSTERIOR_MEAN)
 
     class Right:
         """(x'' - kept x) / (1 - kept), where one step of the student's leaves the share `kept` of x."""
@@ -209,7 +209,7 @@ def test_a_progressive_student_that_is_right_makes_two_of_its_teachers_steps_in_
         assert expected(objective, student, teacher, sigma, 0) < 1e-24
         assert expected(objective, teacher, teacher, sigma, 0) > 1e-9  # twice its steps are not the teacher's one
     x = 80 * normal(1, torch.arange(4), (1,), dtype=F64)
-    grid = interior(steps, *EDM().sampling_range())
+    grid = interior_levels(steps, *EDM().sampling_range())
     with torch.no_grad():
         one = sample(lambda x, sigma, *_: student.denoise(x, sigma), x, grid, sampler="euler")
         two = sample(lambda x, sigma, *_: teacher.denoise(x, sigma), x, levels, sampler="euler")
@@ -217,10 +217,10 @@ def test_a_progressive_student_that_is_right_makes_two_of_its_teachers_steps_in_
 
 
 def test_every_level_of_a_progressive_students_grid_is_drawn_and_no_other_and_is_its_teachers():
-    levels = interior(6, 0.002, 80.0)
+    levels = interior_levels(6, 0.002, 80.0)
     assert levels[0] == 80
     assert levels[-1] == 0
-    assert torch.equal(interior(12, 0.002, 80.0)[::2], levels)
+    assert torch.equal(interior_levels(12, 0.002, 80.0)[::2], levels)
     module = TrainingModule(
         Denoiser(MLPConfig(hidden_size=4).build([1])),
         ProgressiveObjective(steps=6),
