@@ -21,6 +21,7 @@ from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows import continuous_flow
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
+from scoreray.trainer.objectives.consistency import ConsistencyObjective
 from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
@@ -35,8 +36,8 @@ class PreparedRun:
     fields: what of the data is modelled, and what conditions it.
     newest: the run's newest checkpoint at that time; the workers look again.  warning: what a person should know about
     the scale of the data; "" where it is what the model expects.  notes: what was not tried, what tars without a
-    manifest don't promise, and what is new beside the weights that the run begins from.  initial: where these are; None
-    of a run that goes on.  teacher: of `objective.teacher`.
+    manifest don't promise, stages that the run is too short for, and what is new beside the weights that it begins
+    from.  initial: where these are; None of a run that goes on.  teacher: of `objective.teacher`.
     """
 
     config: Config
@@ -76,6 +77,8 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
     if teacher is not None:
         check_teacher(config, fields, teacher)
     notes = [*([unrun] if unrun else []), *(data.notes() if isinstance(data, UnpackedTars) else ())]
+    if too_long := _too_long_stages(config):
+        notes.append(too_long)
     if initial is not None:
         new = initial_weights(initial, config, fields)
         notes.append(begins_from(initial, new))
@@ -90,6 +93,18 @@ def _check_autoencoder(config: Config, fields: RunFields) -> None:
     one that the data set alone names may be missing. Raises UserError, DataError, StorageError."""
     if config.autoencoder is not None and fields.target.encoding is not None:
         load_autoencoder(fields.target.encoding, "cpu").decoded_shape(fields.shape)
+
+
+def _too_long_stages(config: Config) -> str:
+    """Of a consistency run that ends in its first stage, which trains a plain denoiser; "" of any other."""
+    objective, images = config.objective, config.duration.images
+    if not isinstance(objective, ConsistencyObjective) or objective.num_stages == 1 or images > objective.stage_images:
+        return ""
+    return (
+        f"objective.stage_images is {objective.stage_images:,} and duration.images {images:,}: the run ends in the "
+        f"first of {objective.num_stages} stages, a plain denoiser; set "
+        f"objective.stage_images={max(1, images // objective.num_stages)} (duration.images / objective.num_stages)"
+    )
 
 
 def _check_packages(config: Config) -> None:

@@ -132,3 +132,16 @@ def test_another_model_in_the_teachers_place_ends_a_resume(
     exact.store.put(f"{exact.folder}/COMMITTED.json", later.to_json())
     with pytest.raises(UserError, match=r"is another model than .* was trained by"):
         check_run(load_config(settings))
+
+
+def test_a_consistency_run_that_ends_in_its_first_stage_is_noted(small_run: SmallRun, tmp_path: Path) -> None:
+    def notes(**objective: Any) -> tuple[str, ...]:
+        settings = small_run("few", tmp_path, 800, objective={"kind": "consistency", **objective})
+        return check_run(load_config(settings)).notes
+
+    (note,) = notes()
+    assert "\n" not in note
+    assert "objective.stage_images is 1,000,000 and duration.images 800: the run ends in the first of 8 stages" in note
+    assert "set objective.stage_images=100 " in note
+    assert notes(stage_images=100) == ()
+    assert notes(num_stages=1) == ()
