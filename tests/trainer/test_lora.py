@@ -15,6 +15,7 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import load
+from scoreray.sampling.offline.generate import Request, generate
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
@@ -152,3 +153,20 @@ def test_mistakes_are_a_line(base: Config, tmp_path: Path, overrides: list[str],
 def test_a_base_of_other_classes_is_a_line(base: Config, conditioned_set: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has to fit as it is|does not fit"):
         prepare_run(lora_of(base, tmp_path, f"data.url={conditioned_set}"))
+
+
+def test_a_lora_learns_from_its_base_in_few_steps(base: Config, tmp_path: Path) -> None:
+    url = run_store(base).url()
+    objective = f"objective={{kind: consistency, stage_images: 16, num_stages: 2, teacher: {{checkpoint: {url}}}}}"
+    student = newest(trained(lora_of(base, tmp_path, objective).model_dump(mode="json")))
+    assert student.marker.is_lora
+    assert student.marker.teacher is not None
+    assert all(".lora_" in name and value.any() for name, value in student.full_state("master").items())
+    model, plain = load(student.url, device="cpu"), load(url, device="cpu")
+    assert model.info.map == "consistency"
+    one, other = (next(iter(generate(m, Request(2, sampler=s)))) for m, s in ((model, None), (plain, "euler")))
+    assert one[0].isfinite().all()
+    assert not torch.equal(one[0], other[0])
+    for few in (objective.replace("}}", ", guidance: [1, 3]}}"), "objective={kind: mean_flow}"):
+        with pytest.raises(UserError, match="has to fit as it is, as its weights are not trained: condition '"):
+            prepare_run(lora_of(base, tmp_path, few, "run.name=other"))
