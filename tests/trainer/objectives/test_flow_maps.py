@@ -209,8 +209,9 @@ def test_dropout_is_the_same_on_both_sides() -> None:
     assert first.unique().tolist() == [0.0, 2.0]
 
 
+@pytest.mark.parametrize("kind", ["mean_flow", "consistency"])
 def test_a_run_goes_on_bitwise_and_its_model_is_drawn_in_two_steps(
-    small_run: Callable[..., dict[str, Any]], tmp_path: Path
+    small_run: Callable[..., dict[str, Any]], tmp_path: Path, kind: str
 ) -> None:
     """With a teacher, from which it begins, and the weight of its guidance as an input."""
     network = {"kind": "mlp", "hidden_size": 8, "num_layers": 1}
@@ -219,7 +220,7 @@ def test_a_run_goes_on_bitwise_and_its_model_is_drawn_in_two_steps(
     guided = {"checkpoint": f"{tmp_path}/teacher", "guidance": [1.0, 3.0]}
     sections = {
         "network": network,
-        "objective": {"kind": "mean_flow", "teacher": guided},
+        "objective": {"kind": kind, "teacher": guided},
         "init": {"checkpoint": f"{tmp_path}/teacher"},
     }
     for name, parts in (("whole", (64,)), ("parts", (32, 64))):
@@ -233,10 +234,17 @@ def test_a_run_goes_on_bitwise_and_its_model_is_drawn_in_two_steps(
         assert all(torch.equal(one[name], other[name]) for name in one)
     model = load(f"{tmp_path}/whole", device="cpu")
     assert list(model.info.conditions) == ["label"]
-    assert model.info.levels == (TARGET_LEVEL, GUIDANCE_WEIGHT)
+    assert model.info.levels == (TARGET_LEVEL,) * (kind == "mean_flow") + (GUIDANCE_WEIGHT,)
+    rows = list[int]()
+    model.network.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
     samples, labels = next(iter(generate(model, Request(3, guidance=2.0))))
     assert samples.isfinite().all()
     assert len(samples) == len(labels) == 3
+    assert rows == [3, 3]  # one a sample in each of two calls: guidance is an input
+    stronger, _ = next(iter(generate(model, Request(3, guidance=3.0))))
+    assert not torch.equal(samples, stronger)
+    with pytest.raises(UserError, match="guidance = 4: this model learned weights from 1 to 3"):
+        list(generate(model, Request(3, guidance=4.0)))
 
 
 def reached(denoiser: Denoiser, x: Tensor, steps: int) -> Tensor:
