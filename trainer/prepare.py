@@ -96,13 +96,14 @@ def _check_autoencoder(config: Config, fields: RunFields) -> None:
 
 
 def _too_long_stages(config: Config) -> str:
-    """Of a consistency run that ends in its first stage, which trains a plain denoiser; "" of any other."""
+    """Of a consistency run that ends in its first stage, whose gap between noise levels is nearly a denoiser's; "" of
+    any other."""
     objective, images = config.objective, config.duration.images
     if not isinstance(objective, ConsistencyObjective) or objective.num_stages == 1 or images > objective.stage_images:
         return ""
     return (
         f"objective.stage_images is {objective.stage_images:,} and duration.images {images:,}: the run ends in the "
-        f"first of {objective.num_stages} stages, a plain denoiser; set "
+        f"first of {objective.num_stages} stages, where the gap between noise levels is largest; set "
         f"objective.stage_images={max(1, images // objective.num_stages)} (duration.images / objective.num_stages)"
     )
 
