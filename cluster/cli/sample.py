@@ -78,6 +78,9 @@ class WalkOptions:
             min=1,
         ),
     ] = None
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Several steps a call of the network: lower latency for few samples.")
+    ] = False
     seed: Annotated[int, typer.Option(help="Sample i of a seed is always the same picture.", min=0)] = 0
     size: Annotated[
         str | None,
@@ -268,6 +271,7 @@ def sample(
         batch_size=batch_size,
         options=parse_options(option or []),
         source=walk.source,
+        parallel=walk.parallel,
     )
     make_bucket(place.out)
     drawn = sample_to(

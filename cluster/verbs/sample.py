@@ -18,6 +18,7 @@ from scoreray.sampling.offline.job import begin, carry_out_job, in_this_process,
 from scoreray.sampling.offline.place import files_of, intact, place_of, refuse_same
 from scoreray.sampling.offline.plan import SamplePlan
 from scoreray.sampling.offline.record import SampleJob
+from scoreray.sampling.samplers.parallel import FEW
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap
 
 MOST_NAMED = 3  # of the files that are missing or damaged
@@ -85,6 +86,8 @@ def sample_to(
     options = {**options, "pictures": picture is not None}
     job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **options)
     plan = SamplePlan(job, place.shards.url(), model)
+    if request.parallel and request.count > FEW:
+        say(f"--parallel: of no use for {request.count:,} samples, which fill the network's calls; leave it out")
     for line in plan.conditions.warnings:
         say(line)
     out = place.store.url(place.result)

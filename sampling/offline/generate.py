@@ -36,6 +36,7 @@ from scoreray.sampling.samplers.budget import LARGEST_BUDGET, best_within, most_
 from scoreray.sampling.samplers.gibbs import GIBBS, NUM_SWEEPS, gibbs
 from scoreray.sampling.samplers.noise import Acceptance, SampleNoise
 from scoreray.sampling.samplers.options import check_options, options_of
+from scoreray.sampling.samplers.parallel import FEW, Parallel, check_parallel
 from scoreray.sampling.samplers.sample import (
     ADAPTIVE,
     ODE_SAMPLERS,
@@ -82,6 +83,8 @@ class Request:
     text for those conditions that take one, or a class (`model.prompts`).
     max_calls: network calls that a sample may take; sampler, steps and grid that are left out are the best that fit.
     size: WIDTHxHEIGHT, of a model of data in buckets; None draws what most of its samples were.
+    parallel: several steps in each call of the network (`parallel.py`), for FEW samples together whatever `batch_size`
+    says: these decide together which steps are taken, so that a sample would depend on it.
     source: a data set whose record i sample i begins at, of a flow from a data set; None takes the run's (`starts.py`).
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
@@ -103,6 +106,7 @@ class Request:
     source: str | None = None
     max_calls: int | None = None
     grid_checkpoint: str | None = None
+    parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.steps is not None and self.steps < 1) or self.batch_size < 1:
@@ -115,6 +119,8 @@ class Request:
         if self.max_calls is not None and not 1 <= self.max_calls <= LARGEST_BUDGET:
             message = f"max_calls = {shortened(str(self.max_calls))}: must be 1 to {LARGEST_BUDGET:,} network calls"
             raise RequestError(f"{message} a sample", "max_calls")
+        if self.parallel:
+            object.__setattr__(self, "batch_size", FEW)
         if self.conditions_from is not None:
             self.conditions_from.check_count(self.count)
         if not isinstance(self.guidance, Guidance):
@@ -187,6 +193,7 @@ class Request:
         contrastive = isinstance(info.config.objective, ContrastiveObjective)
         own, own_steps, own_grid = few_step_defaults(info)
         sampler = self.sampler or ("ncsnv2" if contrastive else own)
+        self._check_parallel(sampler)
         mistake = few_step_mistake(
             info, sampler, self.steps, self.grid, self.options, self.guided, self.measurement is not None
         )
@@ -222,6 +229,17 @@ class Request:
             grid=self.grid or ("geometric" if annealed else grid),
             options=options,
         )
+
+    def _check_parallel(self, sampler: str) -> None:
+        """Raises RequestError where the request can't be drawn in parallel in time as it says."""
+        if not self.parallel:
+            return
+        if self.measurement is not None:
+            raise RequestError("--parallel: not with --inpaint and --inverse; leave one of them out")
+        try:
+            check_parallel(sampler)
+        except UserError as error:
+            raise RequestError(str(error), "sampler") from None
 
     def _within_budget(self, info: ModelInfo) -> Request:
         """The request at no more than its `max_calls`, as docs/sampling.md describes. Raises RequestError where what it
@@ -310,6 +328,7 @@ class Request:
             "--conditions-from": self.conditions_from is not None,
             "--inpaint and --inverse": self.measurement is not None,
             "--option": bool(self.options),
+            "--parallel": self.parallel,
             f"--max-calls {self.max_calls}": self.max_calls is not None,
         }
         wrong = [what for what, given in refused.items() if given]
@@ -444,6 +463,7 @@ def _draw(
         generator=SampleNoise(seeds, draw=1, acceptance=acceptance),  # draw 0 is the initial noise
         condition=None if condition is None else condition.to(device),
         callback=callback,
+        parallel=Parallel() if request.parallel else None,
         **request.options,
     ).cpu()
 

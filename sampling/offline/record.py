@@ -132,7 +132,7 @@ def _fields(job: SampleJob) -> dict[str, Any]:
     request["guidance"] = asdict(job.request.guided)
     for where, name in ((request, "conditions"), (request, "conditions_from"), (request, "prompt"), (request, "size"),
                         (request, "source"), (request, "max_calls"),
-                        (request, "grid_checkpoint"),
+                        (request, "grid_checkpoint"), (request, "parallel"),
                         (request["guidance"], "weights"), (request["guidance"], "negative"),
                         (fields, "conditions_sha256"), (fields, "source_sha256"), (fields, "raw"),
                         (fields, "own_code")):  # fmt: skip

@@ -47,6 +47,7 @@ MOST_ROWS = 2.5  # times the rows that the sequential sampler takes, never more:
 MORE = 3  # states of a call beyond as many as the last one advanced; measured: more cost rows and gain no calls
 WINDOW = 16
 TOLERANCE = 0.005
+FEW = 8  # samples at most that are drawn together; more fill calls of the network without it
 
 
 def _always(window: int) -> int:
