@@ -20,6 +20,7 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.diffusion.denoiser import Denoiser
 from scoreray.trainer.diffusion.noise import normal
 from scoreray.trainer.diffusion.process import EDM
+from scoreray.trainer.diffusion.sigma_sampling import LogUniform
 from scoreray.trainer.diffusion.targets import Mixture
 from scoreray.trainer.networks.mlp import MLPConfig
 from scoreray.trainer.objectives.base import FewStepObjective, NoisedBatch
@@ -183,11 +184,14 @@ def test_a_network_learns_the_map_of_a_gaussian():
 @pytest.mark.slow
 @pytest.mark.parametrize("taught", [True, False], ids=["teacher", "data"])
 def test_a_network_learns_the_map_of_a_mixture(taught):
-    """The posterior mean at sigma 80 is the middle between the modes: a map that had learnt it would be 1 off."""
-    data = Mixture(torch.tensor([[-0.5], [0.5]]), 0.1)
-    objective = ConsistencyObjective(stage_images=256 * 400, num_stages=7)
-    student = trained(objective, data, _Exact(data) if taught else None, 256 * 3200)
-    assert error_of_the_map(student, data) < (0.15 if taught else 0.3)
+    """A map that had learnt the posterior mean at sigma 80, the middle between the modes, would be 1 off, and one whose
+    gap stays the first stage's is 0.53 off. The modes overlap: the jump between narrow ones is too steep for a small
+    network (of std 0.1 it is 0.17 off after 1,500 steps)."""
+    data = Mixture(torch.tensor([[-0.5], [0.5]]), 0.2)
+    levels = LogUniform(0.02, 80, stratified=True)  # of the default's, 1% are above 40
+    objective = ConsistencyObjective(sigma_sampling=levels, stage_images=256 * 100, num_stages=6)
+    student = trained(objective, data, _Exact(data) if taught else None, 256 * 600)
+    assert error_of_the_map(student, data) < (0.2 if taught else 0.3)  # 0.12, 0.18
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
