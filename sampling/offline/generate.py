@@ -83,8 +83,8 @@ class Request:
     text for those conditions that take one, or a class (`model.prompts`).
     max_calls: network calls that a sample may take; sampler, steps and grid that are left out are the best that fit.
     size: WIDTHxHEIGHT, of a model of data in buckets; None draws what most of its samples were.
-    parallel: several steps in each call of the network (`samplers.parallel`), for FEW samples together whatever `batch_size`
-    says: these decide together which steps are taken, so that a sample would depend on it.
+    parallel: several steps in each call of the network (`samplers.parallel`), for FEW samples together whatever
+    `batch_size` says: these decide together which steps are taken, so that a sample would depend on it.
     source: a data set whose record i sample i begins at, of a flow from a data set; None takes the run's (`starts.py`).
     guidance: classifier-free, 1 for none; or a `Guidance`. measurement: what each sample must agree with.
     """
