@@ -269,6 +269,8 @@ class ModelInfo:
         which = " ".join([sampler or "any sampler", *([] if steps is None else [f"of {steps} steps"])])
         if found:
             raise UserError(f"grid optimised: say for which sampler and steps; stored are {stored}")
+        if self.instead_of_mean:
+            raise UserError(f"grid optimised: {self.instead_of_mean}, so none can be made; leave the grid out")
         raise UserError(
             f"grid optimised: none is stored for {which}, stored: {stored}; `scoreray grid {self.url} --sampler "
             f"{sampler or 'dpmpp_2m'} --steps {steps or 6}` makes one"

@@ -51,7 +51,7 @@ def few_step_mistake(
         return f"{what} needs a network that takes the level to reach; objective.kind '{kind}' trains none", field
     allowed = [own, *(["ddim"] if info.map == "progressive" and not options.get("eta") else [])]
     if info.instead_of_mean and sampler not in allowed and not is_own(sampler):
-        return f"sampler '{sampler}' needs it: {info.instead_of_mean}; choose {own}", "sampler"
+        return f"sampler '{sampler}' needs E[x_0 | x]: {info.instead_of_mean}; choose {own}", "sampler"
     if info.map == "progressive":
         _, own_steps, own_grid = few_step_defaults(info)
         for name, given, learned in (("steps", steps, own_steps), ("grid", grid, own_grid)):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.manifest import Manifest
 from scoreray.sampling.guidance.guidance import LearnedGuidance
@@ -94,8 +95,15 @@ def test_a_budget_below_the_steps_that_a_model_was_distilled_to_is_refused(infos
         RequestError, match="takes 4 calls a sample; the model was distilled to these, so give max_calls = 4"
     ):
         Request(1, max_calls=3).fitted(infos["progressive"])
-    with pytest.raises(RequestError, match="sampler 'heun' needs it"):
+    with pytest.raises(RequestError, match=r"sampler 'heun' needs E\[x_0 \| x\]"):
         Request(1, "heun", max_calls=3).fitted(infos["consistency"])
+
+
+def test_an_optimised_grid_of_a_consistency_model_is_refused_without_naming_a_command_that_is_refused_too(
+    infos: dict[Map, ModelInfo],
+) -> None:
+    with pytest.raises(UserError, match="so none can be made; leave the grid out"):
+        infos["consistency"].optimised_grid(None, None)
 
 
 def test_the_models_page_has_its_map_its_calls_and_no_sampler_that_is_wrong(
