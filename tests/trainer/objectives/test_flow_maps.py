@@ -29,7 +29,8 @@ from scoreray.trainer.diffusion.sigma_sampling import LogNormal, LogUniform
 from scoreray.trainer.diffusion.targets import Mixture, ring
 from scoreray.trainer.loop import train
 from scoreray.trainer.networks.mlp import MLPConfig
-from scoreray.trainer.objectives.base import NoisedBatch
+from scoreray.trainer.objectives.base import FewStepObjective, NoisedBatch
+from scoreray.trainer.objectives.consistency import ConsistencyObjective
 from scoreray.trainer.objectives.flow_maps import (
     ContinuousConsistencyObjective,
     FlowMapObjective,
@@ -299,3 +300,17 @@ def test_a_small_network_learns_the_map_of_a_mixture() -> None:
     assert errors[1] < 0.8 * errors[0]  # 0.078
     assert errors[2] < errors[1]  # 0.049
     assert errors[3] < 1.1 * errors[2]  # 0.036: what is left is the network's
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", [ConsistencyObjective(), MeanFlowObjective()], ids=lambda o: o.kind)
+def test_a_compiled_step_is_the_eager_one(objective: FewStepObjective, backend: str) -> None:
+    torch._dynamo.reset()
+    network = MLPConfig(hidden_size=8, num_layers=1).build([1], with_levels({}, list(objective.levels)))
+    module = TrainingModule(Denoiser(network), objective, EDM(), seed=0, global_batch_size=16)
+    given = torch.randn(16, 1), None, torch.arange(16)
+    results = []
+    for step in (module, torch.compile(module, dynamic=False, backend=backend)):
+        loss, _ = step(*given)
+        results.append([loss, *torch.autograd.grad(loss.mean(), list(network.parameters()), allow_unused=True)])
+    torch.testing.assert_close(*results)
