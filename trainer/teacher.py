@@ -104,7 +104,7 @@ def _no_teacher_for(config: Config, model: StoredModel) -> list[str]:
         return []
     assert isinstance(objective, FewStepObjective)
     if objective.teacher is not None and objective.teacher.guidance != 1:
-        return [f"a few-step model ('{kind}') has its guidance already; leave objective.teacher.guidance out"]
+        return [f"a few-step model ('{kind}') keeps what guidance it learned; leave objective.teacher.guidance out"]
     if theirs.objective.map == "flow_map":  # with its own level as the target it is the plain denoiser
         return []
     if not isinstance(theirs.objective, ProgressiveObjective) or not isinstance(objective, ProgressiveObjective):

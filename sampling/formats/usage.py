@@ -135,7 +135,7 @@ def _onnx(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
         "python",
         "import onnxruntime\n\n"
         f'session = onnxruntime.InferenceSession("{_place(out)}/{_first_file(page)}")\n'
-        f"(denoised,) = session.run(None, {{{inputs}}})  # x [B, ...], sigma [B]: E[x_0 | x_0 + sigma z = x]",
+        f"(denoised,) = session.run(None, {{{inputs}}})  # x [B, ...], sigma [B]: {_given_by(info)}",
     )
 
 
@@ -148,7 +148,7 @@ def _torch_export(out: str, page: ModelManifest, info: ModelInfo) -> Usage:
         "python",
         "import torch\n\n"
         f'denoiser = torch.export.load("{_place(out)}/{_first_file(page)}").module()\n'
-        f"denoised = denoiser({inputs})  # x [B, ...], sigma [B]: E[x_0 | x_0 + sigma z = x]",
+        f"denoised = denoiser({inputs})  # x [B, ...], sigma [B]: {_given_by(info)}",
     )
 
 
@@ -160,6 +160,11 @@ USAGES: dict[str, Callable[[str, ModelManifest, ModelInfo], Usage]] = {
     TORCH_EXPORT: _torch_export,
 }
 """Every format that `scoreray export` knows."""
+
+
+def _given_by(info: ModelInfo) -> str:
+    """What a call of the graph gives, for a comment."""
+    return "its path's end" if info.instead_of_mean else "E[x_0 | x_0 + sigma z = x]"
 
 
 def graph_input_names(info: ModelInfo) -> list[str]:

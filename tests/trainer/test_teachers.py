@@ -99,7 +99,7 @@ def test_models_that_cannot_teach_a_run_are_refused_in_one_line(
     for objective, said in (
         (taught("consistency", few), "no plain denoiser; name the teacher that it had"),
         (taught("progressive", few, steps=2), "no plain denoiser"),
-        ({"kind": "consistency", "teacher": {"checkpoint": few, "guidance": 3}}, "has its guidance already"),
+        ({"kind": "consistency", "teacher": {"checkpoint": few, "guidance": 3}}, "keeps what guidance it learned"),
         (taught("consistency", str(tmp_path / "nothing")), "objective.teacher.checkpoint: "),
         ({"kind": "consistency", "teacher": {"checkpoint": url, "ema": 0.33}}, "0.33"),
     ):
