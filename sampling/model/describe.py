@@ -254,12 +254,17 @@ class ModelInfo:
         sampling = getattr(self.config.objective, "sigma_sampling", None)
         return sampling.num_levels if isinstance(sampling, LadderUniform) and isinstance(process, VE) else None
 
+    @property
+    def stored_grids(self) -> list[StoredGrid]:
+        """Those of `grids` that could be read."""
+        return [one for one in self.grids.values() if isinstance(one, StoredGrid)]
+
     def optimised_grid(self, sampler: str | None, steps: int | None) -> StoredGrid:
         """The one that is stored for this sampler and number of steps; None for either takes the only one there is.
 
         Raises UserError that names those that are stored, DataError where it can't be read.
         """
-        whole = [one for one in self.grids.values() if isinstance(one, StoredGrid)]
+        whole = self.stored_grids
         found = [one for one in whole if sampler in (None, one.sampler) and steps in (None, one.steps)]
         if len(found) == 1:
             return found[0]

@@ -16,7 +16,6 @@ from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import is_own
 from scoreray.data.packing.inspect import picture_grid
 from scoreray.sampling.grids.optimise import OPTIMISED
-from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.guidance.guidance import Denoise, check_negative, guidance_terms
 from scoreray.sampling.guidance.steering import Guidance, Measurement, steered, untrained_estimate
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo
@@ -281,8 +280,8 @@ class Request:
 
     def _on_stored(self, fitted: Request, info: ModelInfo) -> Request:
         """`fitted` on the grid that was optimised for its sampler and steps, where there is one and none was named."""
-        stored = [one for one in info.grids.values() if isinstance(one, StoredGrid)]
-        if self.grid is None and any((one.sampler, one.steps) == (fitted.sampler, fitted.steps) for one in stored):
+        stored = {(one.sampler, one.steps) for one in info.stored_grids}
+        if self.grid is None and (fitted.sampler, fitted.steps) in stored:
             return replace(fitted, grid=OPTIMISED).fitted(info)
         return fitted
 

@@ -11,7 +11,6 @@ import torch
 from scoreray.data.errors import UserError, nearest
 from scoreray.data.storage.store import open_store
 from scoreray.sampling.grids.optimise import OPTIMISED
-from scoreray.sampling.grids.stored import StoredGrid
 from scoreray.sampling.guidance.steering import joint_dropout, own_dropout
 from scoreray.sampling.model.adapters import find_adapters
 from scoreray.sampling.model.describe import PROCESS_GRID, ModelInfo, describe
@@ -107,8 +106,7 @@ class ServedModel:
             "grids": [*GRIDS, PROCESS_GRID, *([OPTIMISED] if info.grids else [])],
             "optimised_grids": [
                 {"sampler": one.sampler, "steps": one.steps, "levels": one.levels, "checkpoint": one.checkpoint}
-                for one in info.grids.values()
-                if isinstance(one, StoredGrid)
+                for one in info.stored_grids
             ],
             "samplers": {
                 name: _options(name, fitted)
