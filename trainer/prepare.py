@@ -26,7 +26,7 @@ from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObje
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
 from scoreray.trainer.source_data import check_source, with_source
-from scoreray.trainer.teacher import check_teacher, find_teacher, pinned
+from scoreray.trainer.teacher import fitting_teacher, pinned
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
         if newest.marker.is_lora:
             find_base(newest.url, newest.marker)
     initial = find_initial(config) if newest is None else None
-    teacher = find_teacher(config, newest)
-    if teacher is not None:
-        check_teacher(config, fields, teacher)
+    teacher = fitting_teacher(config, fields, newest)
     notes = [*([unrun] if unrun else []), *(data.notes() if isinstance(data, UnpackedTars) else ())]
     if too_long := _too_long_stages(config):
         notes.append(too_long)

@@ -64,6 +64,14 @@ def check_teacher(config: Config, fields: RunFields, model: StoredModel) -> None
         raise UserError(f"objective.teacher.checkpoint: {model.url} can't teach this run: {'; '.join(found)}")
 
 
+def fitting_teacher(config: Config, fields: RunFields, newest: Checkpoint | None) -> StoredModel | None:
+    """`find_teacher`, checked by `check_teacher`."""
+    model = find_teacher(config, newest)
+    if model is not None:
+        check_teacher(config, fields, model)
+    return model
+
+
 def pinned(config: Config, model: StoredModel) -> Config:
     """`config` with the exact checkpoint and EMA length of its teacher, so that all starts of its workers take it."""
     objective: Any = config.objective

@@ -27,7 +27,7 @@ from scoreray.trainer.initial import find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.optim.ema import RAW, choose_length, length_name
 from scoreray.trainer.run_data import RunData, open_run_data
-from scoreray.trainer.teacher import check_teacher, find_teacher
+from scoreray.trainer.teacher import fitting_teacher
 from scoreray.tune.checks import refused, schedule_mistakes, section_mistakes
 from scoreray.tune.space import SAMPLE, Space, build_space
 from scoreray.tune.sweep import (
@@ -204,8 +204,7 @@ def _described(plan: StudyPlan) -> Any:
             meta_module(config, fields)
             if (initial := find_initial(config)) is not None:
                 initial_weights(initial, config, fields)
-            if (teacher := find_teacher(config, None)) is not None:
-                check_teacher(config, fields, teacher)
+            fitting_teacher(config, fields, None)
         except UserError as error:
             shown = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"space: at {shown}: {error}") from None

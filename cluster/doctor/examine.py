@@ -26,7 +26,7 @@ from scoreray.trainer.networks.network import build_network, num_parameters
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import run_store
 from scoreray.trainer.step import build_training_module
-from scoreray.trainer.teacher import check_teacher, find_teacher
+from scoreray.trainer.teacher import fitting_teacher
 
 PARTS = ("weights", "gradients", "masters", "moments", "averages", "buffers", "activations")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -115,13 +115,10 @@ def initial(config: Config, fields: RunFields | None) -> list[Finding]:
 def teacher(config: Config, fields: RunFields | None) -> list[Finding]:
     """What the run learns from, where the config names a model and the data set can be read."""
     try:
-        model = None if fields is None else find_teacher(config, None)
-        if model is None or fields is None:
-            return []
-        check_teacher(config, fields, model)
+        model = None if fields is None else fitting_teacher(config, fields, None)
     except ScorerayError as error:
         return [Finding("teacher", "problem", str(error))]
-    return [Finding("teacher", "good", f"learns from {model.lineage()[0].text()}")]
+    return [] if model is None else [Finding("teacher", "good", f"learns from {model.lineage()[0].text()}")]
 
 
 def evaluation(config: Config, data: RunData | None) -> list[Finding]:
