@@ -29,7 +29,7 @@ from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.run_folder import run_store
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
-CIFAR = 3  # channels, by which widths and k-diffusion's two configs are told apart
+CIFAR = 3  # channels: which of k-diffusion's two configs is taken
 Denoise = Callable[..., Tensor]
 
 
