@@ -188,8 +188,14 @@ def verified_copy(store: Store, key: str, about: StoredFile) -> Iterator[Path]:
 
 def committed(run: Store, place: str = FOLDER) -> list[str]:
     """Folders of a run's committed checkpoints (or `SNAPSHOTS`), oldest first; `place` "": those of this very store."""
-    end, prefix = "/" + MARKER, f"{place}/" if place else ""
-    found = (key.removesuffix(end) for key, _ in run.list(prefix) if key.endswith(end))
+    prefix = f"{place}/" if place else ""
+    return committed_of((key for key, _ in run.list(prefix)), prefix)
+
+
+def committed_of(keys: Iterable[str], prefix: str = f"{FOLDER}/") -> list[str]:
+    """`committed`, of the keys that a listing of `prefix` has found."""
+    end = "/" + MARKER
+    found = (key.removesuffix(end) for key in keys if key.endswith(end))
     return sorted(folder for folder in found if "/" not in folder.removeprefix(prefix))
 
 

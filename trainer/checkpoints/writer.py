@@ -21,7 +21,7 @@ from scoreray.data.scratch import scratch_file
 from scoreray.data.storage.lease import Lease, TakenOver
 from scoreray.data.storage.store import NotFound, Store
 from scoreray.data.traces import span
-from scoreray.trainer.checkpoints.checkpoint import BUFFERS, FOLDER, MARKER, OWNER, SNAPSHOTS, committed
+from scoreray.trainer.checkpoints.checkpoint import BUFFERS, FOLDER, MARKER, OWNER, SNAPSHOTS, committed_of
 from scoreray.trainer.checkpoints.marker import Marker, Share, StoredFile
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
 from scoreray.trainer.diffusion.buffers import state_buffers
@@ -30,6 +30,7 @@ from scoreray.trainer.optim.fragments import MASTER, Fragment
 PART_BYTES = 512 << 20  # a larger share is split into files of this size, so that readers of a range read little else
 Row = tuple[str, int, int]  # a fragment: parameter, first element, how many
 LEASE_EVERY_S = 10.0  # how often a run that trains checks whether it still is this start's
+TABLES_AT_ONCE = 16  # requests of rank 0 for the tables of other ranks' shares
 WAITING_EVERY_S = 2.0  # and while it waits for the other ranks' shares
 SWEPT = (FOLDER, SNAPSHOTS, "metrics", "tensorboard", "quarantined")  # where a start writes
 Tensors = dict[str, torch.Tensor]
@@ -43,6 +44,8 @@ class CheckpointWriter:
     a rank that is late or dead would block.
     Making one on rank 0 takes the run over: a writer of an earlier start raises TakenOver instead of committing.
     `attempt`: a token shared by the ranks of this start of the worker group; no two attempts write the same key.
+    `num_shares`: how many ranks store something, from rank 0 on; 1 where every rank holds the whole state. The others
+    store nothing, and are not waited for. None: all.
     `keep`, `keep_every_images`: which checkpoints stay, see `kept`.
     """
 
@@ -55,9 +58,11 @@ class CheckpointWriter:
         world_size: int,
         keep: int,
         keep_every_images: int | None = None,
+        num_shares: int | None = None,
         timeout_s: float = 1800,
     ):
         self._run, self._attempt, self._rank, self._world_size = run, attempt, rank, world_size
+        self._num_shares = num_shares or world_size
         self._keep, self._keep_every, self._timeout_s = keep, keep_every_images, timeout_s
         self._swept = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -89,6 +94,8 @@ class CheckpointWriter:
         Errors of a save are raised by the next call or `wait`.
         """
         self.wait()
+        if self._rank >= self._num_shares:
+            return
         tensors = {
             f"{key}/{fragment.name}@{fragment.start}": value.detach().to("cpu", copy=True).contiguous()
             for fragment in fragments
@@ -176,7 +183,7 @@ class CheckpointWriter:
             files[name] = self._put(f"{folder}/{name}", buffers, [])
         self._run.put(f"{folder}/{share}.json", Share(files).to_json())
         if self._rank == 0:
-            files = self._collect(folder)
+            files |= self._collect(folder)
             text = replace(marker, world_size=self._world_size, files=files, time=time.time()).to_json()
             Marker.from_json(text, self._run.url(f"{folder}/{MARKER}"))  # what could not be read is not committed
             self.check_lease()
@@ -196,20 +203,31 @@ class CheckpointWriter:
         return StoredFile(size, digest, fragments)
 
     def _collect(self, folder: str) -> dict[str, StoredFile]:
-        """Every rank's files, once the table of each rank is stored."""
+        """The other ranks' files, once the table of each rank is stored. A listing says which are: 1,000 in a request,
+        where a look for each would take as many requests, one after another."""
         files: dict[str, StoredFile] = {}
+        missing = {f"{folder}/rank-{rank:05d}.json" for rank in range(1, self._num_shares)}
         deadline, pause_s = time.monotonic() + self._timeout_s, 0.02
-        for rank in range(self._world_size):
-            key = f"{folder}/rank-{rank:05d}.json"
-            while True:
-                try:
-                    files |= Share.from_json(self._run.get(key), self._run.url(key)).files
-                    break
-                except NotFound:
-                    self._check_waiting(deadline, f"{self._run.url(folder)}: rank {rank}'s share did not arrive")
+        with ThreadPoolExecutor(TABLES_AT_ONCE) as pool:
+            while missing:
+                stored = {key: size for key, size in self._run.list(f"{folder}/rank-") if key in missing}
+                for key, share in zip(stored, pool.map(self._share, stored, stored.values()), strict=True):
+                    if share is not None:
+                        files |= share.files
+                        missing.remove(key)
+                if missing:
+                    first = min(missing).rpartition("-")[2].removesuffix(".json")
+                    self._check_waiting(deadline, f"{self._run.url(folder)}: rank {int(first)}'s share did not arrive")
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, 1.0)
         return files
+
+    def _share(self, key: str, size: int) -> Share | None:
+        """None where a newer start has removed it."""
+        with contextlib.suppress(NotFound):
+            data = self._run.get(key, 0, size)  # of a known size: from S3 a tenth of the CPU time
+            return Share.from_json(data, self._run.url(key))
+        return None
 
     def _check_waiting(self, deadline: float, otherwise: str) -> None:
         """Raises where what is waited for won't come: the time is up, or a newer start removes what we have stored."""
@@ -228,17 +246,20 @@ class CheckpointWriter:
 
     def _clean(self) -> None:
         """Remove committed checkpoints that need not stay; their markers go first."""
-        folders = committed(self._run)
+        keys = [key for key, _ in self._run.list(f"{FOLDER}/")]
+        folders = committed_of(keys)
         old = set(folders) - kept(folders, self._keep, self._keep_every)
-        self._run.delete([f"{folder}/{MARKER}" for folder in sorted(old)])
-        self._remove(old)
+        markers = [f"{folder}/{MARKER}" for folder in sorted(old)]
+        self._run.delete(markers)
+        self._run.delete([key for key in keys if key.rpartition("/")[0] in old and key not in set(markers)])
 
     def _uncommitted(self) -> set[str]:
         """Folders without a marker."""
-        keys = [key for place in (FOLDER, SNAPSHOTS) for key, _ in self._run.list(place + "/")]
-        return (
-            {key.rpartition("/")[0] for key in keys} - set(committed(self._run)) - set(committed(self._run, SNAPSHOTS))
-        )
+        found = set[str]()
+        for prefix in (f"{FOLDER}/", f"{SNAPSHOTS}/"):
+            keys = [key for key, _ in self._run.list(prefix)]
+            found |= {key.rpartition("/")[0] for key in keys} - set(committed_of(keys, prefix))
+        return found
 
     def _remove(self, folders: set[str]) -> None:
         self._run.delete([key for folder in sorted(folders) for key, _ in self._run.list(folder + "/")])
