@@ -24,6 +24,7 @@ from scoreray.trainer.checkpoints.marker import Ancestor, DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
+from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.diffusion.levels import with_levels
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
@@ -36,7 +37,7 @@ from scoreray.trainer.monitoring.vote import Vote
 from scoreray.trainer.optim.fragments import Fragment, parameter_shapes
 from scoreray.trainer.prepare import as_begun
 from scoreray.trainer.quarantined import QuarantineLog
-from scoreray.trainer.ranks import from_all_ranks, from_rank_0
+from scoreray.trainer.ranks import from_all_ranks, from_rank_0, tensors_from_rank_0
 from scoreray.trainer.records import record_objects, remove_uncommitted
 from scoreray.trainer.run_data import FinishedTars, RunData, open_batches, open_run_data
 from scoreray.trainer.run_folder import run_store
@@ -71,11 +72,11 @@ def train(
         note = lambda line: None  # noqa: E731
     with span("train.start", run=config.run.name, rank=rank, world_size=world_size):
         run, data = run_store(config), open_run_data(config)
-        config, fields = as_begun(config, data, run)
+        config, fields = as_begun(config, data, run, rank, world_size)
         optimizer = config.optimizer.for_run(config.run.seed, data.num_samples)
         built = config.model_copy(update={"optimizer": optimizer})
         module, engine = _build(built, fields, world_size, device, note)
-        writer, checkpoint = _take_over(config, data, run, rank, world_size)
+        writer, checkpoint = _take_over(config, data, run, rank, world_size, 1 if engine.replicated else None)
         images_seen = num_steps = skipped = 0
         if checkpoint is not None:
             images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
@@ -83,7 +84,7 @@ def train(
             with span("train.restore", checkpoint=checkpoint.folder, images=images_seen), writer.while_reading():
                 if checkpoint.marker.is_lora:
                     begin(config, fields, engine, module, rank, world_size, checkpoint)
-                checkpoint.restore(_stored_fragments(config, engine), module)
+                _restore(checkpoint, _stored_fragments(config, engine), module, engine, rank, world_size)
             engine.publish(num_steps)
             lineage = checkpoint.marker.lineage
         elif config.init is not None:
@@ -99,8 +100,8 @@ def train(
         if rank == 0:
             writer.check_lease()  # else these may be a newer start's
             remove_uncommitted(run, images_seen)
-        unreadable = QuarantineLog(run, config.data, world_size, checkpoint)
-        finished = FinishedTars(run, data, world_size, checkpoint)
+        unreadable = QuarantineLog(run, config.data, rank, world_size, checkpoint)
+        finished = FinishedTars(run, data, rank, world_size, checkpoint)
         stream = open_batches(
             config, data, fields, images_seen, rank, world_size, device, unreadable.quarantine, finished.known
         )
@@ -143,7 +144,7 @@ def train(
                 snapshot = _crosses(saved, images_seen, config.checkpoint.snapshot_every_images)
                 writer.save(
                     replace(marker, images_seen=images_seen, num_steps=num_steps, skipped_steps=skipped),
-                    _stored_fragments(config, engine) if rank == 0 or not engine.replicated else [],
+                    _stored_fragments(config, engine),
                     module,
                     record_objects(images_seen, records, plots)
                     + unreadable.objects(images_seen)
@@ -192,13 +193,25 @@ def _build(
     return module, engine
 
 
+def _restore(
+    checkpoint: Checkpoint, fragments: list[Fragment], module: RunModule, engine: Engine, rank: int, world_size: int
+) -> None:
+    """The state of `checkpoint`. Where every rank holds all of it rank 0 alone reads, and sends it to the others: the
+    store would have to send it once for each."""
+    if rank == 0 or not engine.replicated:
+        checkpoint.restore(fragments, module)
+    if engine.replicated:
+        tensors = [tensor for fragment in fragments for tensor in fragment.tensors.values()]
+        tensors_from_rank_0([*tensors, *state_buffers(module).values()], world_size, engine.device)
+
+
 def _stored_fragments(config: Config, engine: Engine) -> list[Fragment]:
     """What checkpoints hold of this rank: of a LoRA what is trained alone."""
     return [*engine.fragments(), *(engine.frozen_fragments() if config.lora is None else ())]
 
 
 def _take_over(
-    config: Config, data: RunData, run: Store, rank: int, world_size: int
+    config: Config, data: RunData, run: Store, rank: int, world_size: int, num_shares: int | None
 ) -> tuple[CheckpointWriter, Checkpoint | None]:
     """This start becomes the run's only writer; returns its writer, and the checkpoint that all ranks resume from.
 
@@ -214,6 +227,7 @@ def _take_over(
         world_size=world_size,
         keep=config.checkpoint.keep,
         keep_every_images=config.checkpoint.keep_every_images,
+        num_shares=num_shares,
     )
     checkpoint = from_rank_0(latest(run) if rank == 0 else None, world_size)
     if checkpoint is not None:

@@ -23,6 +23,7 @@ from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.objectives.consistency import ConsistencyObjective
 from scoreray.trainer.objectives.maximum_likelihood import MaximumLikelihoodObjective
+from scoreray.trainer.ranks import from_rank_0
 from scoreray.trainer.run_data import RunData, open_run_data
 from scoreray.trainer.run_folder import claim, run_store, with_unused_name
 from scoreray.trainer.source_data import check_source, with_source
@@ -138,11 +139,14 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     return replace(checked, config=config)
 
 
-def as_begun(config: Config, data: RunData, run: Store) -> tuple[Config, RunFields]:
-    """The config as the run began, and its fields. Only a start without `claim_run` comes with a config that leaves
-    `sigma_data` to the data, or that names its conditions in another order."""
+def as_begun(config: Config, data: RunData, run: Store, rank: int, world_size: int) -> tuple[Config, RunFields]:
+    """The config as the run began, and its fields; every rank calls it, and rank 0 alone looks for the checkpoint. Only
+    a start without `claim_run` comes with a config that leaves `sigma_data` to the data, or that names its conditions
+    in another order."""
     auto = config.denoiser.sigma_data == "auto"
-    newest = latest(run) if auto or len(config.data.conditions or ()) > 1 else None
+    newest = None
+    if auto or len(config.data.conditions or ()) > 1:
+        newest = from_rank_0(latest(run) if rank == 0 else None, world_size)
     config = in_order_of_run(config, newest)
     fields = with_source(config, run_fields(config.data, data, config.autoencoder, config.alignment))
     initial = find_initial(config) if auto and newest is None else None

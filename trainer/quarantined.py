@@ -13,7 +13,7 @@ from scoreray.data.storage.store import Store
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.config import DataSection
-from scoreray.trainer.ranks import from_all_ranks
+from scoreray.trainer.ranks import from_all_ranks, from_rank_0
 
 FOLDER = "quarantined"  # under the run: one file of JSON lines for each checkpoint that found more
 QUARANTINED = Segments(FOLDER, TypeAdapter(Unreadable))
@@ -31,13 +31,16 @@ class QuarantineLog:
     restart or in its next epoch, count once.
     """
 
-    def __init__(self, run: Store, data: DataSection, world_size: int, newest: Checkpoint | None = None) -> None:
-        """`newest`: the checkpoint that the run resumes from."""
+    def __init__(
+        self, run: Store, data: DataSection, rank: int, world_size: int, newest: Checkpoint | None = None
+    ) -> None:
+        """Every rank makes one; rank 0 alone reads. `newest`: the checkpoint that the run resumes from."""
         self.quarantine: Quarantine | None = None
         self._world_size, self._budget = world_size, data.quarantine_budget
         self._found, self._committed = Entries(), set[Unreadable]()
         if data.on_error == "quarantine":
-            self._found = Entries(read_quarantined(run, newest))
+            known = read_quarantined(run, newest) if rank == 0 else []
+            self._found = Entries(from_rank_0(known, world_size))
             self._committed = set(self._found)
             self.quarantine = Quarantine(self._budget, self._found)
 

@@ -21,7 +21,7 @@ from scoreray.trainer.checkpoints.checkpoint import Checkpoint
 from scoreray.trainer.checkpoints.segments import Segments
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
-from scoreray.trainer.ranks import from_all_ranks
+from scoreray.trainer.ranks import from_all_ranks, from_rank_0
 from scoreray.trainer.records import FINISHED_TARS
 
 RunData = Manifest | BucketedSet | UnpackedTars
@@ -81,10 +81,12 @@ class FinishedTars:
     """Which tars a run has gone through, committed with its checkpoints: a resume goes on with the others. Of packed
     data nothing, where the position says it all."""
 
-    def __init__(self, run: Store, data: RunData, world_size: int, newest: Checkpoint | None) -> None:
-        """`newest`: the checkpoint that the run resumes from."""
+    def __init__(self, run: Store, data: RunData, rank: int, world_size: int, newest: Checkpoint | None) -> None:
+        """Every rank makes one; rank 0 alone reads. `newest`: the checkpoint that the run resumes from."""
         self._world_size = world_size
-        self.known = FINISHED.read(run, newest) if newest and isinstance(data, UnpackedTars) else []
+        self.known: list[FinishedTar] = []
+        if newest and isinstance(data, UnpackedTars):
+            self.known = from_rank_0(FINISHED.read(run, newest) if rank == 0 else [], world_size)
 
     def objects(self, stream: BatchStream, images_seen: int) -> list[tuple[str, bytes]]:
         """(key, bytes) of those that all ranks finished since the last call; every rank calls it."""

@@ -72,10 +72,10 @@ class RankLanes:
 
     def positions(self, start: int, num_batches: int) -> np.ndarray:
         """int64: the rank's positions of `num_batches` global batches from `start` on, ascending."""
-        positions = np.arange(start, start + num_batches * self.global_batch_size, dtype=np.int64)
-        lanes = positions % self.num_lanes
-        first = self.rank * self.count
-        return positions[(lanes >= first) & (lanes < first + self.count)]
+        end, first = start + num_batches * self.global_batch_size, self.rank * self.count
+        rounds = np.arange(start // self.num_lanes, -(-end // self.num_lanes), dtype=np.int64)[:, None]
+        positions = (rounds * self.num_lanes + np.arange(first, first + self.count)).reshape(-1)
+        return positions[(positions >= start) & (positions < end)]
 
 
 class BatchStream(abc.ABC):

@@ -22,6 +22,7 @@ from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.on_ray.workers import interface_of
 
 NOTICE_POLL_S = 2.0  # between two looks for a preemption notice
+NOTICES_PER_S = 128  # looks of all workers, which one actor of Ray Train's answers
 
 
 @dataclass
@@ -123,10 +124,12 @@ def watch_for_preemption() -> None:
     In a thread, as `get_preemption_info` waits until all ranks call it.
     """
 
+    pause_s = max(NOTICE_POLL_S, ray.train.get_context().get_world_size() / NOTICES_PER_S)
+
     def look() -> None:
         with contextlib.suppress(Exception):  # the group is ending
             while ray.train.get_preemption_info() is None:
-                time.sleep(NOTICE_POLL_S)
+                time.sleep(pause_s)
             _of_process["request"] = LoopRequest.PREEMPT
 
     if hasattr(ray.train, "get_preemption_info"):

@@ -30,6 +30,8 @@ from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.run_folder import run_store
 
 POLL_S = 0.25
+INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+CHECKS_PER_S = 512  # of workers, by Ray Train's controller: at most, as one check of each is some ms of its process
 END_S = 10.0  # in which Ray Train ends after its workers have been
 SCRAPED_S = 30.0  # Ray exports each 10 s, Prometheus scrapes each 15 s (k8s/base/platform/pod-monitor.yaml)
 
@@ -53,6 +55,8 @@ def fit(
         return before.images_seen
     monitor, done, alone = _start_monitor(config, before), threading.Event(), on_one_machine()
     # The controller and the workers inherit these.
+    interval_s = max(float(os.environ.get(INTERVAL, 2)), config.world_sizes[-1] / CHECKS_PER_S)
+    os.environ[INTERVAL] = str(interval_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.hang_timeout_s - POLL_S - 1)
     if alone:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # our own machine gives no notice, but takes a process
@@ -244,6 +248,9 @@ def _report_nonfinite(monitor: Any, note: Callable[[str], None]) -> None:
 def worker_environment(config: Config, *, alone: bool = False) -> dict[str, str]:
     """Environment variables that a training worker must have from its start; `alone`: on an embedded cluster."""
     environment = {
+        # Connections between two workers when they first send each other something: else each has one to every other,
+        # whose addresses all read from one store.
+        "TORCH_GLOO_LAZY_INIT": "1",
         # Large tensors from the heap instead of fresh mappings: page faults cost a third of a small step on a CPU.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
