@@ -54,7 +54,7 @@ def main() -> None:
 
 
 class Run:
-    """Moments by name; `fit` is told to go on or to end by what its watch sees."""
+    """Moments by name. What its watch sees decides when a worker is killed and when the run is stopped."""
 
     def __init__(self, folder: Path, workers: int, data: str, storage: str) -> None:
         from simulated_ranks import requests_at
