@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,32 @@ from scoreray.data.storage.local_s3 import LocalS3
 def pytest_collection_finish() -> None:
     """Ray reads its environment on import: before that `connected` sets it, else Ray listens on all addresses."""
     assert "ray" not in sys.modules, "a test module imports Ray at its top: import it in functions"
+
+
+# What a test waits at most for anything that must come: far above what it takes on an idle machine (seconds), so that
+# only what never comes fails, and under pytest's own limit of a test, so that the failure says what was waited for.
+PATIENCE_S = 240.0
+
+
+@pytest.fixture(scope="session")
+def patience_s() -> float:
+    return PATIENCE_S
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., Any]:
+    """wait_until(condition, what): the condition's first true value. The failure where there is none in PATIENCE_S has
+    `what` in it: a text, or a function that makes one then."""
+
+    def wait(condition: Callable[[], Any], what: str | Callable[[], object], every_s: float = 0.05) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := condition()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {PATIENCE_S:.0f} s: {what if isinstance(what, str) else what()}")
+            time.sleep(every_s)
+        return found
+
+    return wait
 
 
 @pytest.fixture(scope="session")

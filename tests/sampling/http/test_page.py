@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,21 +39,38 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's name for an eleme
 SECRET = "a-secret-of-thirty-characters!"
 
 
+class WebDriverError(Exception):
+    """What chromedriver answers instead of a result: a script's error, a page that does not load in time."""
+
+
 class Browser:
     """A Chromium by the WebDriver protocol: as much of it as these tests need."""
 
-    def __init__(self, port: int, dark: bool = False) -> None:
-        self._url = f"http://127.0.0.1:{port}/session"
+    def __init__(self, port: int, wait_until: Callable[..., Any], patience_s: float) -> None:
+        self._url, self._wait_until, self._patience_s = f"http://127.0.0.1:{port}/session", wait_until, patience_s
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-        options = {"args": arguments + (["--force-dark-mode"] if dark else [])}
-        wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
-        self._url += "/" + self._request("", {"capabilities": wanted})["sessionId"]
+        wanted = {
+            "goog:chromeOptions": {"args": arguments},
+            "goog:loggingPrefs": {"browser": "ALL"},
+            "timeouts": {"script": int(1000 * patience_s), "pageLoad": int(1000 * patience_s)},
+        }
+        self._url += "/" + self._request("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
 
     def _request(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=self._patience_s) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:  # its body says what it is, its status only "500"
+            raise WebDriverError(f"{path} {data!r}: {error.code} {error.read().decode()[:2000]}") from None
+
+    def clear(self) -> None:
+        """An empty page of the window's own size, and nothing in the log. Each service has an origin of its own, so
+        nothing that one stored is seen by another's page."""
+        self.open("about:blank")
+        self.cdp("Emulation.clearDeviceMetricsOverride")
+        self.errors()
 
     def size(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 800}
@@ -85,12 +102,18 @@ class Browser:
     def text(self, selector: str) -> str:
         return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
 
-    def until(self, script: str, within_s: float = 20.0) -> Any:
-        deadline = time.monotonic() + within_s
-        while not (found := self.run(f"return {script}")):
-            assert time.monotonic() < deadline, f"{script} stays false: {self.text('main')}"
-            time.sleep(0.05)
-        return found
+    def until(self, script: str) -> Any:
+        """Its first true value. An error may pass: the page is still loading, an element is not yet there."""
+        last: list[object] = []
+
+        def found() -> Any:
+            try:
+                return self.run(f"return {script}")
+            except (WebDriverError, TimeoutError) as error:
+                last[:] = [error]
+                return None
+
+        return self._wait_until(found, lambda: f"{script}; last error: {last}; the page: {self.text('main')}")
 
     def errors(self) -> list[str]:
         log = self._request("/se/log", {"type": "browser"})
@@ -108,33 +131,28 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def driver_port() -> Iterator[int]:
+def chromium(wait_until: Callable[..., Any], patience_s: float) -> Iterator[Browser]:
+    """One for all tests: each of its starts takes longer than most of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen([str(PROGRAMS[1]), f"--port={port}"], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        yield port
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "chromedriver listens")
+        browser = Browser(port, wait_until, patience_s)
+        try:
+            yield browser
+        finally:
+            browser.close()
     finally:
         process.terminate()
         process.wait()
 
 
 @pytest.fixture
-def browser(driver_port: int) -> Iterator[Browser]:
-    browser = Browser(driver_port)
-    try:
-        yield browser
-    finally:
-        browser.close()
+def browser(chromium: Browser) -> Browser:
+    chromium.clear()
+    return chromium
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +236,7 @@ def test_many_samples_are_large_enough_to_see(
         browser.type("#count", "256")
         browser.type("#steps", "8")
         browser.click("#draw")
-        browser.until("document.querySelectorAll('#samples img').length === 256", 60)
+        browser.until("document.querySelectorAll('#samples img').length === 256")
         sizes = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.clientWidth)")
         assert min(sizes) >= 64, min(sizes)
         seen = browser.run(
@@ -308,7 +326,7 @@ def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_ur
         assert SECRET not in browser.run("return document.documentElement.outerHTML")
 
 
-def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> None:
+def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any, wait_until: Callable[..., Any]) -> None:
     with served(config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000))) as (url, service):
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")
@@ -328,10 +346,7 @@ def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> Non
         browser.until("document.querySelectorAll('#strip li').length >= 1")
         browser.click("#draw")
         browser.until("document.querySelector('#status').innerText === 'Stopped.'")
-        deadline = time.monotonic() + 10
-        while service.under_way():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: not service.under_way(), "the stopped request ends")
 
 
 def choose(browser: Browser, field: str, value: str) -> None:
@@ -384,7 +399,7 @@ def test_nothing_is_wider_than_the_screen_with_long_names_and_many_samples(
             browser.type("#count", str(count))
             browser.type("#steps", "16")
             browser.click("#draw")
-            browser.until(f"document.querySelectorAll('#samples img').length === {count}", 60)
+            browser.until(f"document.querySelectorAll('#samples img').length === {count}")
             assert captions(browser)[:3] == [LONG + "0", "many words " * 20, "1"]
             assert_all_in_sight(browser, f"{count}-samples")
         browser.click("#strip li:first-child button")
@@ -435,7 +450,7 @@ def test_another_model_chosen_meanwhile_leaves_the_pictures_their_names(
         browser.until("document.querySelectorAll('#strip li').length >= 1")
         choose(browser, "#model", "long")
         assert browser.run("return document.querySelector('#samples') === null"), "it is drawn while the model changes"
-        browser.until("document.querySelectorAll('#samples img').length === 3", 60)
+        browser.until("document.querySelectorAll('#samples img').length === 3")
         own = ["class-0", "class-1", "class-2"]
         assert captions(browser) == own
         assert browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.naturalHeight)") == [8] * 3
