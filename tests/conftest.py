@@ -16,7 +16,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import psutil
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import FORMATS, digest, index_bytes
@@ -38,36 +38,35 @@ from scoreray.data.reading.manifest import INDEX, MANIFEST, Index, Manifest, Sha
 from scoreray.data.reading.records import chunk_digests, records_sha256
 from scoreray.data.storage.local_s3 import LocalS3
 
+# Begun first, in this order: a long file that is begun last, on one core, leaves the others idle.
+LONGEST = (
+    "tests/trainer/on_ray/test_training.py",
+    "tests/trainer/engine/test_engine.py",
+    "tests/test_layout.py",
+    "tests/trainer/checkpoints/test_checkpoint.py",
+    "tests/sampling/http/test_page.py",
+    "tests/sampling/http/test_app.py",
+    "tests/trainer/networks/test_conditioning.py",
+    "tests/trainer/test_step.py",
+    "tests/sampling/formats/test_lora_folder.py",
+    "tests/sampling/evaluation/test_evaluate.py",
+    "tests/trainer/test_buckets.py",
+    "tests/trainer/engine/test_overlap.py",
+    "tests/trainer/config/test_config.py",
+    "tests/sampling/imports/test_import_diffusers.py",
+    "tests/trainer/checkpoints/test_posthoc.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Else as they stand: the order of the tests of a file is kept."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
 
 def pytest_collection_finish() -> None:
     """Ray reads its environment on import: before that `connected` sets it, else Ray listens on all addresses."""
     assert "ray" not in sys.modules, "a test module imports Ray at its top: import it in functions"
-
-
-# What a test waits at most for anything that must come: far above what it takes on an idle machine (seconds), so that
-# only what never comes fails, and under pytest's own limit of a test, so that the failure says what was waited for.
-PATIENCE_S = 240.0
-
-
-@pytest.fixture(scope="session")
-def patience_s() -> float:
-    return PATIENCE_S
-
-
-@pytest.fixture(scope="session")
-def wait_until() -> Callable[..., Any]:
-    """wait_until(condition, what): the condition's first true value. The failure where there is none in PATIENCE_S has
-    `what` in it: a text, or a function that makes one then."""
-
-    def wait(condition: Callable[[], Any], what: str | Callable[[], object], every_s: float = 0.05) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (found := condition()):
-            if time.monotonic() > deadline:
-                pytest.fail(f"not within {PATIENCE_S:.0f} s: {what if isinstance(what, str) else what()}")
-            time.sleep(every_s)
-        return found
-
-    return wait
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +100,9 @@ def scoreray() -> Command:
     def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         if env is not None:
             command = [sys.executable, "-m", "scoreray.cluster.cli", *arguments]
-            return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, **env}
+            )
         from scoreray.cluster.cli import main as cli
 
         out, errors = io.StringIO(), io.StringIO()
@@ -128,6 +129,8 @@ def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     from scoreray.data.own_code import bring, code_hash, gate, part
 
     before, meta_path = dict(gate._names), list(sys.meta_path)
+    # A module that is written twice within a second, at one length, would be taken from what was compiled of the first.
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     made = list(gate._paths)
 
     def forget() -> None:
@@ -153,6 +156,7 @@ def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     gate._names.clear()
     gate._names.update(before)
     sys.meta_path[:] = meta_path
+    sys.dont_write_bytecode = write_bytecode
     forget()
 
 
@@ -335,7 +339,7 @@ class Nodes:
         if node == 0:
             command.append(f"--temp-dir={self.folder}/ray")
         shell = ["sh", "-ec", f'{before}; exec "$@"', "sh", *command, "--object-store-memory=100000000", *options]
-        self.run(node, shell, environment, timeout=120, check=True)
+        self.run(node, shell, environment, timeout=PATIENCE_S, check=True)
 
     def run(
         self, node: int, command: list[str], environment: dict[str, str] | None = None, **options: Any

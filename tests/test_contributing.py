@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -67,7 +68,7 @@ def test_the_code_of_every_habit_works_where_the_guide_puts_it(copy: Path) -> No
     script.write_text(start + "\n".join(tried))
     done = subprocess.run(
         [sys.executable, str(script)], cwd=copy.parent, env={"PYTHONPATH": str(copy.parent), "PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -27,6 +27,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+from waiting import PATIENCE_S
 
 from scoreray.data.packing.pack import pack
 from scoreray.sampling.http.client import Client
@@ -159,7 +160,7 @@ def family(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def wait_for_commit(config: Config, driver: subprocess.Popen[str], after: int) -> int:
     """Images seen of a checkpoint that was committed after that of `after` images."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_S
     while (newest := latest(run_store(config))) is None or newest.images_seen <= after:
         assert time.monotonic() < deadline, "no further checkpoint within 150 s"
         assert driver.poll() is None, "the run ended before it could be killed"
@@ -185,7 +186,7 @@ def test_a_run_whose_worker_and_then_whose_driver_is_killed_ends_bitwise_as_one_
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     driver.wait()
-    psutil.wait_procs(everything, timeout=30)
+    psutil.wait_procs(everything, timeout=PATIENCE_S)
     assert "died" in log.read_text()
     assert "goes on from" in scoreray(python, *words)
     (expected, losses), (state, again) = outcome(whole), outcome(config)
@@ -224,7 +225,7 @@ def service(python: str, url: str) -> Iterator[str]:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["url"]
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()

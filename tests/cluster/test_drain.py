@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.drain import drivers, main
 
@@ -31,7 +32,7 @@ def in_a_pod(nodes: Any, script: str) -> tuple[int, float, str]:
     hosts.write_text(f"127.0.0.1 localhost\n{nodes.addresses[1]} second\n")
     began = time.monotonic()
     inside = ["sh", "-c", f"hostname second && mount --bind {hosts} /etc/hosts && {script}"]
-    done = nodes.run(1, ["unshare", "--uts", "--pid", "--fork", "--mount-proc", *inside], timeout=240)
+    done = nodes.run(1, ["unshare", "--uts", "--pid", "--fork", "--mount-proc", *inside], timeout=PATIENCE_S)
     return done.returncode, time.monotonic() - began, done.stdout + done.stderr
 
 
@@ -52,7 +53,7 @@ def test_a_driver_alone_gets_sigterm_and_without_one_the_node_ends(nodes: Any) -
     status, took_s, printed = in_a_pod(nodes, f"{DRAIN} {head}")
     assert status == 0, printed
     assert took_s < 110, printed
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while raylets(nodes, 1):
         assert time.monotonic() < deadline, printed
         time.sleep(0.2)
@@ -63,7 +64,7 @@ def test_a_driver_is_known_by_its_name(tmp_path: Path) -> None:
     named = tmp_path / "scoreray"
     named.symlink_to(shutil.which("sleep") or "/bin/sleep")
     with subprocess.Popen([str(named), "60"]) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while process.pid not in drivers():
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster import drain, hooks
 from scoreray.cluster.hooks import WITHOUT, hook, replaced
@@ -80,7 +81,9 @@ with connected(num_cpus=1):
 
 def test_a_ray_without_them_works_all_the_same() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", ABSENT], capture_output=True, text=True, timeout=PATIENCE_S, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "7 False\n"
     assert done.stderr.count("note: Ray ") == 3  # two waits while it starts, and its lines on standard output

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from typer.main import get_command
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.cli.options import parsed
@@ -98,7 +99,7 @@ def test_the_whole_line_without_a_change_to_ours(
         request = urllib.request.Request(
             f"{url}/v1/samples", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
             assert len(json.load(response)["data"]) == 2
 
     parse = functools.partial(parsed, get_command(app))

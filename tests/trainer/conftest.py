@@ -1,8 +1,12 @@
-"""What several tests of whole runs share: the command, started as a person starts it."""
+"""What several tests of whole runs share: the command, started as a person starts it; ranks; a data set."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.data.fields.field import Field
 from scoreray.data.reading.manifest import Manifest
@@ -32,7 +37,7 @@ class Driver:
         for line in self.process.stderr:
             self.lines.append(line.rstrip())
 
-    def wait_for(self, pattern: str, timeout_s: float = 150) -> re.Match[str]:
+    def wait_for(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         deadline = time.monotonic() + timeout_s
         while True:
             for line in list(self.lines):
@@ -42,18 +47,61 @@ class Driver:
             assert self.process.poll() is None, (pattern, self.lines)
             time.sleep(0.1)
 
-    def end(self, timeout_s: float = 90) -> int:
+    def end(self, timeout_s: float = PATIENCE_S) -> int:
         try:
             return self.process.wait(timeout=timeout_s)
         finally:
             self.process.kill()
-            self._reader.join(timeout=10)
+            self._reader.join(timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="session")
 def start_train() -> Callable[..., Driver]:
     """start_train(config file, within=[...], environment={...})"""
     return Driver
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., str]:
+    """run_ranks(script, *arguments, worlds=(2,), modules=("what to import before",)): the ranks' output. Each is
+    `script RANK WORLD ARGUMENT...`; see `tests/trainer/fork_ranks.py`."""
+
+    def run(
+        script: Path,
+        *arguments: str,
+        worlds: tuple[int, ...] = (2,),
+        modules: tuple[str, ...] = ("scoreray.trainer.loop",),
+    ) -> str:
+        forks, sizes = Path(__file__).with_name("fork_ranks.py"), ",".join(map(str, worlds))
+        command = [sys.executable, "-W", "ignore", str(forks), sizes, ",".join(modules), str(script), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            output, _ = ranks.communicate(timeout=2 * PATIENCE_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # a rank that hangs would slow the tests after this
+                os.killpg(ranks.pid, signal.SIGKILL)
+        assert ranks.returncode == 0, output[-6000:]
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
 
 
 @pytest.fixture(scope="session")

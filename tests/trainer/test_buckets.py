@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +100,12 @@ def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(
         assert torch.equal(one, other)
 
 
-def test_it_goes_on_at_two_ranks(data_url: str, whole: Config, tmp_path: Path) -> None:
+def test_it_goes_on_at_two_ranks(data_url: str, whole: Config, tmp_path: Path, run_ranks: Callable[..., str]) -> None:
     """The same samples at the same noise: losses agree to the rounding of sums over ranks."""
     c = prepare_run(config(data_url, tmp_path / "runs")).config
     part(c, 7)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(c.model_dump(mode="json")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, RANKS, str(r), "2", str(tmp_path)], env=environment) for r in range(2)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    run_ranks(RANKS, str(tmp_path))
     assert final(c).marker.world_size == 2
     losses = [{record.images: record.loss for record in read_metrics(run_store(one))} for one in (whole, c)]
     common = sorted(losses[0].keys() & losses[1].keys())

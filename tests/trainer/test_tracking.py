@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config, load_config
@@ -161,7 +162,7 @@ def server(tmp_path: Path) -> Iterator[Any]:
         command = [sys.executable, "-c", SERVER, str(port), database, "me", "hunter2"]
         environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             assert started[-1].poll() is None, "MLflow's server ended"
             assert time.monotonic() < deadline, "MLflow's server did not answer within 60 s"
@@ -196,7 +197,7 @@ def test_a_server_that_dies_and_hangs_costs_one_line_and_comes_to_have_everythin
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     with tracked(c, notes.append):
         train(c, requested=stop_after(96))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not run_store(c).exists(mlflow.KEY) or not any(plotted(server.uri).values()):
             assert time.monotonic() < deadline
             time.sleep(0.2)

@@ -21,11 +21,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # some 8 s a kill where nothing else runs
 
 MEAN, RATE = "objective.sigma_sampling.P_mean", "optimizer.learning_rate"
-LONGEST_S = 240.0  # from one kill to the next, on a machine that does much else
 LOOK_S = 0.02
 # What is waited for before a kill, and how long at most after it. A start takes some 5 s until the first trial trains.
 EVENTS = {"start": 6.0, "record": 1.0, "commit": 0.2, "report": 0.3, "end": 0.3}
@@ -121,7 +121,7 @@ def wait(driver: subprocess.Popen, event: str, delay: float, study: Study, trial
     """Until `delay` seconds after the event. Fails where the command ends before that."""
     seen: Any = {"record": study.records, "commit": study.commits, "report": study.reports,
                  "end": lambda: trials, "start": int}[event]()  # fmt: skip
-    deadline = time.monotonic() + LONGEST_S
+    deadline = time.monotonic() + PATIENCE_S
     while event != "start" and not happened(event, study, seen):
         assert time.monotonic() < deadline, f"waited for a {event} in vain"
         if driver.poll() is not None:
@@ -142,7 +142,7 @@ def kill(driver: subprocess.Popen, whole: bool) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     if whole:
-        psutil.wait_procs(family, timeout=30)
+        psutil.wait_procs(family, timeout=PATIENCE_S)
 
 
 def killed_and_continued(study: Study, trials: int, seed: int, **counts: int) -> list[str]:
@@ -268,7 +268,7 @@ def test_a_killed_trial_goes_on_and_the_others_do_not_notice(sweep: dict[str, An
                   for process in psutil.Process(driver.pid).children(recursive=True)}  # fmt: skip
         for name in ("Trainable", "TrialMonitor"):
             next(process for process, title in titles.items() if title.startswith("ray::") and name in title).kill()
-        _, errors = driver.communicate(timeout=LONGEST_S)
+        _, errors = driver.communicate(timeout=PATIENCE_S)
     finally:
         kill(driver, whole=True)
     assert driver.returncode == 0, errors

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import UserError
 from scoreray.data.storage.arrow import arrow_location
@@ -90,7 +91,7 @@ def test_asha_stops_trials_and_later_ones_get_their_resources(ray_cluster: None,
     assert sum(trial.images for trial in trials) < 0.6 * 20 * plan.total
     best = best_of(plan, trials)[0]
     assert -3.5 < best.values[MEAN] < 1.5  # the metric's levels are 0.02 to 5, ln sigma -3.9 to 1.6
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while trial_processes():
         assert time.monotonic() < deadline, "processes of trials are left"
         time.sleep(0.1)
@@ -156,7 +157,7 @@ def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
                "base.checkpoint.every_images=1024"]  # fmt: skip
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     store, family = study_store(plan.sweep), list[psutil.Process]()
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.communicate()
@@ -168,7 +169,7 @@ def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
         time.sleep(0.02)
     driver.kill()
     driver.wait()
-    psutil.wait_procs(family, timeout=30)  # its trials may commit once more before their Ray ends
+    psutil.wait_procs(family, timeout=PATIENCE_S)  # its trials may commit once more before their Ray ends
     dead_at = time.time()
     before = {trial.number: trial for trial in read_trials(store)}
     half = {t.number: latest(run_store(trial_config(plan, t.values))) for t in under_way}
@@ -286,20 +287,20 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_a_best_config_that_trains(
     plan = load_sweep(file, ["base.duration.images=65536"])
     tune = [sys.executable, "-m", "scoreray.cluster.cli", "tune", str(file), "base.duration.images=65536"]
     driver = subprocess.Popen(tune, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    store, deadline = study_store(plan.sweep), time.monotonic() + 200
+    store, deadline = study_store(plan.sweep), time.monotonic() + PATIENCE_S
     while not any(key.endswith("/config.yaml") for key, _ in store.list("runs/")):
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.2)
     family = psutil.Process(driver.pid).children(recursive=True)
     os.killpg(driver.pid, signal.SIGINT)
-    out, errors = driver.communicate(timeout=120)
+    out, errors = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 130, errors
     assert out == ""
     assert errors.splitlines()[-1] == "scoreray: stopped; the same command goes on from what is committed"
     assert "Traceback" not in errors
     assert "Unhandled error" not in errors  # Ray's, with a stack but without that word
-    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not psutil.wait_procs(family, timeout=PATIENCE_S)[1]
     saved = {trial.number: latest(run_store(trial_config(plan, trial.values))) for trial in read_trials(store)}
     assert not any(checkpoint and checkpoint.images_seen >= plan.total for checkpoint in saved.values())
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli import options
 from scoreray.data.errors import UserError
@@ -117,7 +118,7 @@ def test_ctrl_c_while_the_command_is_being_imported(library: str, line: str) -> 
     while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert errors.splitlines() == [f"scoreray: {line}"]
 
@@ -134,18 +135,22 @@ def test_the_config_is_checked_before_anything_starts(scoreray: Any, config_file
     assert_refused(scoreray("train", "absent.yaml"), 2, "absent.yaml")
 
 
-def test_storage_that_cannot_be_used(scoreray: Any, config_file: Path) -> None:
+def test_storage_that_cannot_be_used(scoreray: Any, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = ["train", str(config_file), "--check"]
     assert scoreray(*check).stdout.strip().endswith("good")
     assert_refused(scoreray(*check, "data.url=s3://no-such-bucket/data"), 3, "no-such-bucket")
     assert_refused(scoreray(*check, "run.storage=s3://no-such-bucket/runs"), 3, "no-such-bucket")
     assert_refused(scoreray(*check, "data.url=s3://scoreray-tests/nothing"), 2, "nothing")
     assert_refused(scoreray(*check, "evaluation.reference=/nope"), 2, "evaluation.reference: ", "/nope: no data set")
-    assert_refused(scoreray(*check, env={"AWS_SECRET_ACCESS_KEY": "wrong"}), 3, "credentials")
+    with monkeypatch.context() as environment:
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        assert_refused(scoreray(*check), 3, "credentials")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": endpoint, "AWS_ENDPOINT_URL_S3": endpoint}), 3, endpoint)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, endpoint)
+    assert_refused(scoreray(*check), 3, endpoint)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(scoreray: Any, ray_cluster: None, config_file: Path) -> None:
@@ -161,7 +166,7 @@ def test_a_ray_that_cannot_be_started_is_one_line_at_once(config_file: Path) -> 
         "from scoreray.cluster.cli.__main__ import main; main()"
     )
     result = subprocess.run(
-        [sys.executable, "-c", few_files, "train", str(config_file)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", few_files, "train", str(config_file)], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert result.returncode == 3, result.stderr
     assert "Traceback" not in result.stderr
@@ -266,9 +271,12 @@ def test_a_plan_needs_a_config(scoreray: Any) -> None:
     assert_refused(scoreray("doctor", "--nodes", "4"), 2, "--nodes", "CONFIG")
 
 
-def test_more_that_people_get_wrong(scoreray: Any, config_file: Path, packed: str) -> None:
-    check = ["train", str(config_file), "--check"]
-    assert_refused(scoreray(*check, env={"AWS_ENDPOINT_URL": "127.0.0.1:99"}), 2, "http://")
+def test_more_that_people_get_wrong(
+    scoreray: Any, config_file: Path, packed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", "127.0.0.1:99")
+        assert_refused(scoreray("train", str(config_file), "--check"), 2, "http://")
     nobody = {"RAY_ADDRESS": "127.0.0.1:1"}
     assert_refused(scoreray("train", str(config_file), "run.name=nobody", env=nobody), 2, "RAY_ADDRESS", "127.0.0.1:1")
 

@@ -19,6 +19,7 @@ import grpc
 import psutil
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.cluster.connect import local_ray
 from scoreray.cluster.connect import start as ray_start
@@ -84,7 +85,7 @@ def test_what_still_writes_into_the_folder_is_ended_but_not_its_owner() -> None:
         log = open(folder / "log", "w")  # noqa: SIM115
         left = subprocess.Popen(["sleep", "600"], stdout=log)
     with log:
-        assert left.wait(60) == -9
+        assert left.wait(PATIENCE_S) == -9
 
 
 def test_a_folder_for_ray_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +297,7 @@ def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) 
         victim = daemon_of(process, daemon)
         folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
         victim.kill()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     name = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}[daemon]
     assert errors.splitlines()[-1] == f"scoreray: {name} {ENDED}"
@@ -315,7 +316,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
@@ -400,7 +401,7 @@ def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
         daemon_of(process, daemon).kill()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     assert errors.splitlines()[-1].endswith(ENDED)
     assert "Traceback" not in errors
@@ -423,7 +424,7 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
         family = psutil.Process(process.pid)
         until(lambda: any(child.name() == daemon for child in family.children()), "a daemon")
         daemon_of(process, daemon).kill()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     assert errors.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
     assert errors.splitlines()[-1].endswith(f"its {daemon} has ended")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli import options
 from scoreray.data.storage.local_s3 import _arguments, _program
@@ -84,9 +85,9 @@ def cluster(nodes: Any) -> Iterator[Any]:
         np.savez(folder / "p.npz", images=images)
         make = "import boto3; boto3.client('s3').create_bucket(Bucket='bucket')"
         until = f'until {sys.executable} -c "{make}"; do sleep 1; done'
-        nodes.run(0, ["sh", "-c", until], timeout=90, check=True)
+        nodes.run(0, ["sh", "-c", until], timeout=PATIENCE_S, check=True)
         pack = ["-m", "scoreray.cluster.cli", "data", "pack", f"{folder}/p.npz", "s3://bucket/data"]
-        nodes.run(0, [sys.executable, *pack], timeout=120, check=True)
+        nodes.run(0, [sys.executable, *pack], timeout=PATIENCE_S, check=True)
         settings = {
             "run": {"name": "two", "storage": "s3://bucket/runs"},
             "data": {"url": "s3://bucket/data", "global_batch_size": 16, "cache_dir": f"{folder}/scratch"},
@@ -114,7 +115,7 @@ def second(cluster: Any) -> Iterator[Any]:
     with contextlib.suppress(OSError):
         (raylet,) = [pid for pid in pids if "/raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(int(raylet), signal.SIGTERM)  # it signs off
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while Path(f"/proc/{raylet}").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
     cluster.kill(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.connect.open_ports import OpenPort, judge_ports, open_ports
 from scoreray.cluster.doctor.facts import Clock, NodeFacts, NodeReport, RunNeeds, StorageProbe, facts_of_node
@@ -161,7 +162,7 @@ def test_listening_sockets_of_processes_are_found(tmp_path: Path) -> None:
         everywhere, loopback, six = map(int, process.stdout.readline().split())
         found = {one.port: one for one in open_ports(str(tmp_path))}
         assert not open_ports(str(tmp_path / "other"))
-        process.communicate(b"", timeout=30)
+        process.communicate(b"", timeout=PATIENCE_S)
     assert found[everywhere] == OpenPort("raylet", "0.0.0.0", everywhere)
     assert found[six].address == "::"
     assert loopback not in found
@@ -175,7 +176,7 @@ def test_agents_are_known_by_the_names_that_they_give_themselves(tmp_path: Path)
         assert process.stdout is not None
         process.stdout.readline()
         (found,) = open_ports(str(tmp_path))
-        process.communicate(b"\n", timeout=30)
+        process.communicate(b"\n", timeout=PATIENCE_S)
     assert found.process == "agent"
 
 
@@ -200,7 +201,7 @@ def test_two_processes_meet_over_gloo() -> None:
     meet = ("127.0.0.1", _free_port())
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = [pool.submit(Prober().reduce, meet, rank, 2, 60.0) for rank in range(2)]
-        assert judge_pair("a", "b", [one.result(timeout=120) for one in results]).state == "good"
+        assert judge_pair("a", "b", [one.result(timeout=PATIENCE_S) for one in results]).state == "good"
 
 
 def _free_port() -> int:

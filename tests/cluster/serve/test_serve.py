@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.serve import command
 from scoreray.cluster.serve.command import _errors, _key_file, served
@@ -191,7 +192,7 @@ def test_other_applications_of_a_serve_outlive_the_service(ray_cluster: None, mo
             return "7"
 
     def answer(url: str) -> bytes:
-        with urllib.request.urlopen(url, timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as response:
             return bytes(response.read())
 
     seven = serve.deployment(Seven, ray_actor_options={"num_cpus": 0.1}).bind()

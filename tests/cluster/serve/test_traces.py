@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.verbs.sample import sample_to
 from scoreray.data import traces
@@ -169,7 +170,7 @@ def test_without_an_endpoint_nothing_is_imported() -> None:
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
         "assert not traces._made"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.connect.folder import private_folder
 from scoreray.cluster.wheel import PACKAGES, build_wheel
@@ -136,21 +137,21 @@ def command(port: int, token: str | None, *words: str) -> tuple[list[str], dict[
 
 def run(port: int, token: str | None, *words: str) -> subprocess.CompletedProcess[str]:
     line, environment = command(port, token, *words)
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def api(port: int, token: str, path: str, method: str = "GET") -> Any:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/api/jobs/{path}", headers={"Authorization": f"Bearer {token}"}, method=method
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return json.load(answer)
 
 
 def test_without_a_token_nothing_is_answered(head: tuple[int, str]) -> None:
     port, _ = head
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=10)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=PATIENCE_S)
     assert refused.value.code == 401
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(lambda token: run(port, token, "list"), (None, "x" * 64)))
@@ -171,7 +172,8 @@ def test_the_address_that_is_given_is_the_one_that_counts(head: tuple[int, str])
     commands = [(line, both), (line, {"RAY_ADDRESS": nobody}), (without, own)]
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(lambda one: subprocess.run(
-            one[0], env=environment | one[1], capture_output=True, text=True, timeout=120), commands))  # fmt: skip
+            one[0], env=environment | one[1], capture_output=True, text=True, timeout=PATIENCE_S
+        ), commands))  # fmt: skip
     for done in answers:
         assert done.returncode == 0, done.stderr
         assert isinstance(json.loads(done.stdout), list)
@@ -224,7 +226,7 @@ def test_a_second_job_of_one_run_is_refused_and_following_a_job_that_is_gone_end
     port, token = head
     _, environment = command(port, token)
     line = [sys.executable, "-c", CLUSTER, f"http://127.0.0.1:{port}"]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["gone"][0] == 3
@@ -252,7 +254,7 @@ def test_ctrl_c_before_anything_was_submitted_says_so() -> None:
             silent.settimeout(60)
             connection, _ = silent.accept()
             waiting.send_signal(signal.SIGINT)
-            _, err = waiting.communicate(timeout=60)
+            _, err = waiting.communicate(timeout=PATIENCE_S)
             connection.close()
     assert waiting.returncode == 130
     assert err == "stopped; nothing was submitted\n"
@@ -281,7 +283,7 @@ def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, s
     proxy = Proxy(port)
     line, environment = command(proxy.port, token, "--env", "OMP_NUM_THREADS=1", "train", str(config))
     with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while committed(config) < 800 and follower.poll() is None and time.monotonic() < deadline:
             time.sleep(0.3)
         proxy.cut(2.0)
@@ -289,7 +291,7 @@ def test_follow_lose_the_connection_reconnect_stop_and_resume(head: tuple[int, s
         again = run(port, token, "train", str(config))
         renamed = run(port, token, "--name", "other", "train", str(config))
         stopped = run(port, token, "stop", "scoreray-train-sent-1")
-        out, err = follower.communicate(timeout=180)
+        out, err = follower.communicate(timeout=PATIENCE_S)
     assert committed(config) >= 800, out + err
     found = json.loads(shown.stdout)
     assert (found["id"], found["status"], found["run"]) == ("scoreray-train-sent-1", "RUNNING", "sent")
@@ -365,7 +367,7 @@ def test_pack_and_train_run_from_the_wheel_alone(head: tuple[int, str], small_ru
     look = "import scoreray.data.packing.pack as a, scoreray.trainer.on_ray.run as b; print(a.__file__, b.__file__)"
     _, environment = command(port, token)
     line = [sys.executable, "-c", WHEEL_JOB, f"http://127.0.0.1:{port}", look]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     files = [word for word in done.stdout.split() if word.endswith(".py")]
     assert len(files) == 2, done.stdout
@@ -389,7 +391,7 @@ def test_an_encoding_from_s3_to_s3_has_the_bytes_of_one_without_a_cluster(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"encoded 64 samples in 4 shards at {s3_url}/latents" in done.stdout
     line = [sys.executable, "-m", "scoreray.cluster.cli", "data", "encode", small_set, str(tmp_path / "here")]
-    subprocess.run([*line, *encoder, *sizes, "--actors", "0"], check=True, timeout=240)
+    subprocess.run([*line, *encoder, *sizes, "--actors", "0"], check=True, timeout=PATIENCE_S)
     store = open_store(f"{s3_url}/latents")
     whole = {one.relative_to(tmp_path / "here").as_posix(): one for one in (tmp_path / "here").rglob("*.*")}
     assert {key: store.get(key) for key, _ in store.list()} == {key: one.read_bytes() for key, one in whole.items()}
@@ -406,7 +408,7 @@ def test_the_doctor_as_a_job_and_by_the_address(head: tuple[int, str], config: P
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_ADDRESS": f"127.0.0.1:{GCS[port]}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     line = [sys.executable, "-m", "scoreray.cluster.cli", "doctor", str(config), "--json"]
-    directly = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    directly = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert directly.returncode == 0, directly.stderr
     for answer in (page, directly.stdout):
         found = {one["topic"]: one for one in json.loads(answer) if one["state"] != "problem"}

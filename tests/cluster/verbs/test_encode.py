@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.connect.local_ray import set_environment
 from scoreray.cluster.verbs.encode import encode_to
@@ -66,7 +67,7 @@ def test_kills_at_ten_points_end_in_the_same_bytes(small_set: str, tiny_vae: str
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.01)
             process.send_signal((signal.SIGKILL, signal.SIGINT)[kill % 2])
-            assert process.wait(120) == (-signal.SIGKILL, 130)[kill % 2]
+            assert process.wait(PATIENCE_S) == (-signal.SIGKILL, 130)[kill % 2]
     subprocess.run(command("killed", 2), check=True)
     assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.verbs.beside_run import beside
 from scoreray.cluster.verbs.evaluate import workers_of
@@ -78,7 +79,7 @@ def test_workers_and_kills_do_not_change_a_record(
 
 def _kill_one(out: Path, killed: list[int]) -> None:
     """SIGKILL to an actor that is at work, once the first chunk of samples is stored."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not killed and time.monotonic() < deadline:
         if list(out.glob("*/samples/*.npz")):
             for process in psutil.Process().children(recursive=True):
@@ -135,7 +136,7 @@ def test_evaluation_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> Non
     priorities: list[int] = []
     with beside(config, notes.append):
         train(config)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while 19 not in priorities and time.monotonic() < deadline:
             time.sleep(0.1)
             family = psutil.Process().children(recursive=True)

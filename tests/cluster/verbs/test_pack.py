@@ -22,6 +22,7 @@ import pytest
 import webdataset
 from PIL import Image
 from typer.testing import CliRunner
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.verbs.pack import check_nodes, map_on_ray, pack_with_bar
@@ -181,7 +182,7 @@ def test_a_pack_with_fields_that_was_stopped_or_killed_leaves_nothing_running_an
     url, finished, fields = tmp_path / "set", 0, parse_field_options(FIELDS)
     for kill in (signal.SIGINT, signal.SIGKILL):
         process = start(pictures, url)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while num_finished(url) < finished + 3:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -189,12 +190,12 @@ def test_a_pack_with_fields_that_was_stopped_or_killed_leaves_nothing_running_an
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) > 2
         process.send_signal(kill)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_S)
         if kill == signal.SIGINT:
             assert process.returncode == 130, said
             assert said.strip().splitlines()[-1].startswith("scoreray: stopped; the same command goes on")
             assert "Traceback" not in said
-        _, alive = psutil.wait_procs(family, timeout=20)
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
         assert not alive, alive
         finished = num_finished(url)
         assert not (url / "manifest.json").exists()

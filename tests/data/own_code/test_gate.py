@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import UserError
 from scoreray.data.own_code import (
@@ -169,7 +170,9 @@ def test_another_process_has_the_same_by_a_variable_or_an_entry_point(
     )
     variables = {**os.environ, **environment(), "PYTHONPATH": str(installed)}
     assert variables[VARIABLE].split(":")[0] == str(folder)
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.stdout == "One Two\n", done.stderr
     assert environment(on_cluster=True)[VARIABLE].split(":")[0] == "theirs_f"  # Ray has copied the folder there
 

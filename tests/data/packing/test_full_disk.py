@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import DataError, ScorerayError
 from scoreray.data.packing.pack import pack
@@ -27,7 +28,7 @@ from scoreray.data.storage.store import open_store
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
     call = [sys.executable, "-m", "scoreray.cluster.cli", "data", "pack", *arguments, "--workers", "1"]
-    return subprocess.run(call, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE_S, **options)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from scoreray.data.packing.pack import pack
 from scoreray.data.reading.batches import Batch
@@ -74,7 +75,7 @@ def used(folder: Path) -> int:
 
 
 def finish(process: subprocess.Popen[str]) -> int:
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     return int(output.split()[-1])
 

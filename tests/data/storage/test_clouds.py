@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from obstore.store import AzureStore, GCSStore, MemoryStore
 from PIL import Image
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import StorageError
 from scoreray.data.packing.pack import pack
@@ -153,7 +154,7 @@ def test_a_fork_is_refused_in_one_line(memory: None) -> None:
         except StorageError as error:
             os._exit(0 if "start processes by spawn" in str(error) else 2)
         os._exit(1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert done == (child, 0)

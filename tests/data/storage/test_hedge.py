@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from waiting import PATIENCE_S
 
 import scoreray.data.storage.hedge as module
 from scoreray.data.errors import StorageError
@@ -106,7 +107,7 @@ def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch:
         time.sleep(0.5)
         assert reader.is_alive(), errors
         get.close()
-        reader.join(timeout=20)
+        reader.join(timeout=PATIENCE_S)
         assert not reader.is_alive()
         assert len(errors) == 1
         assert stats.num_retries >= 1  # counted, and shown in the run's metrics

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import trustme
+from waiting import PATIENCE_S
 
 import scoreray.data.storage.s3 as s3
 import scoreray.data.storage.s3_access as s3_access
@@ -90,7 +91,7 @@ def test_a_fork_reads_through_boto3(s3_url: str, local_s3: LocalS3) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0 if store.get("key", 2, 5) == b"234" and not clouds.usable_here() else 1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert done == (child, 0)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from scoreray.cluster.verbs.evaluate import checked_inputs
 from scoreray.data.errors import DataError, UserError
@@ -481,7 +482,7 @@ def test_a_killed_evaluation_resumes_to_the_same_record(pictures: tuple[str, str
     run, data = pictures
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", KILLED, run, data, str(out)])
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE_S
     while not list(out.glob("*/samples/*.npz")):
         assert process.poll() is None
         assert time.monotonic() < deadline

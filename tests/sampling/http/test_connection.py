@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import uvicorn
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.cluster.connect.local_ray import QUIET_AND_LOCAL
 from scoreray.sampling.http.connection import ConnectionTimeouts, JsonRefusals, TimedHttpProtocol, in_serves_proxy
@@ -55,7 +56,7 @@ class Server:
             self.left.set()
 
     def connect(self, data: bytes = b"") -> socket.socket:
-        made = socket.create_connection(self.address, timeout=30)
+        made = socket.create_connection(self.address, timeout=PATIENCE_S)
         made.sendall(data)
         return made
 
@@ -147,7 +148,7 @@ def test_a_request_that_is_answered_slowly_is_answered(server: Server) -> None:
 
 def test_a_client_that_reads_nothing_is_cut_off(server: Server) -> None:
     with server.connect(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
-        assert server.left.wait(30)
+        assert server.left.wait(PATIENCE_S)
         assert len(until_closed(connection)) < LONG
 
 
@@ -206,7 +207,7 @@ def test_every_connection_is_closed(server: Server) -> None:
     for connection in connections:
         until_closed(connection)
         connection.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while server.num_connections:
         assert time.monotonic() < deadline
         time.sleep(0.01)

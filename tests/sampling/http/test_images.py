@@ -14,6 +14,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import UserError
@@ -54,7 +55,7 @@ def service(urls: dict[str, str], served: Any) -> Iterator[tuple[str, Service]]:
 
 @pytest.fixture
 def client(service: tuple[str, Service]) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{service[0]}v1", api_key=SECRET, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{service[0]}v1", api_key=SECRET, max_retries=0, timeout=PATIENCE_S)
 
 
 def opened(picture: str | None) -> Image.Image:
@@ -66,7 +67,7 @@ def ours(service: tuple[str, Service], **fields: Any) -> dict[str, Any]:
     """The answer of `POST /v1/samples`."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {SECRET}"}
     request = urllib.request.Request(f"{service[0]}v1/samples", json.dumps(fields).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return json.load(answer)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import PATIENCE_S, wait_until
 
 from scoreray.data.fields.normalisation import Normaliser
 from scoreray.sampling.model.describe import ModelInfo
@@ -46,13 +47,13 @@ class WebDriverError(Exception):
 class Browser:
     """A Chromium by the WebDriver protocol: as much of it as these tests need."""
 
-    def __init__(self, port: int, wait_until: Callable[..., Any], patience_s: float) -> None:
-        self._url, self._wait_until, self._patience_s = f"http://127.0.0.1:{port}/session", wait_until, patience_s
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/session"
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         wanted = {
             "goog:chromeOptions": {"args": arguments},
             "goog:loggingPrefs": {"browser": "ALL"},
-            "timeouts": {"script": int(1000 * patience_s), "pageLoad": int(1000 * patience_s)},
+            "timeouts": dict.fromkeys(("script", "pageLoad"), int(1000 * PATIENCE_S)),
         }
         self._url += "/" + self._request("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
 
@@ -60,7 +61,7 @@ class Browser:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=self._patience_s) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:  # its body says what it is, its status only "500"
             raise WebDriverError(f"{path} {data!r}: {error.code} {error.read().decode()[:2000]}") from None
@@ -113,7 +114,7 @@ class Browser:
                 last[:] = [error]
                 return None
 
-        return self._wait_until(found, lambda: f"{script}; last error: {last}; the page: {self.text('main')}")
+        return wait_until(found, lambda: f"{script}; last error: {last}; the page: {self.text('main')}")
 
     def errors(self) -> list[str]:
         log = self._request("/se/log", {"type": "browser"})
@@ -131,7 +132,7 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def chromium(wait_until: Callable[..., Any], patience_s: float) -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     """One for all tests: each of its starts takes longer than most of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -139,7 +140,7 @@ def chromium(wait_until: Callable[..., Any], patience_s: float) -> Iterator[Brow
     process = subprocess.Popen([str(PROGRAMS[1]), f"--port={port}"], stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, "chromedriver listens")
-        browser = Browser(port, wait_until, patience_s)
+        browser = Browser(port)
         try:
             yield browser
         finally:
@@ -326,7 +327,7 @@ def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_ur
         assert SECRET not in browser.run("return document.documentElement.outerHTML")
 
 
-def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any, wait_until: Callable[..., Any]) -> None:
+def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> None:
     with served(config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000))) as (url, service):
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")

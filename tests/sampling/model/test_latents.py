@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.normalisation import to_uint8
@@ -346,7 +347,7 @@ def test_decodes_that_wait_are_done_together_and_an_error_is_its_requests_own() 
 
     def decode(z: torch.Tensor) -> torch.Tensor:
         begun.set()
-        go.wait(10)
+        go.wait(PATIENCE_S)
         sizes.append(len(z))
         if z.isnan().any():
             raise UserError("not finite")
@@ -354,20 +355,20 @@ def test_decodes_that_wait_are_done_together_and_an_error_is_its_requests_own() 
 
     waiting = decode_queue(decode)
     first = waiting.submit(torch.zeros(1, 2))
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE_S)
     others = [waiting.submit(torch.full((n, 2), float(n))) for n in (2, 3)]
     go.set()
-    assert [tuple(one.result(10).shape) for one in (first, *others)] == [(1, 2), (2, 2), (3, 2)]
+    assert [tuple(one.result(PATIENCE_S).shape) for one in (first, *others)] == [(1, 2), (2, 2), (3, 2)]
     assert torch.equal(others[1].result(), torch.full((3, 2), 6.0))
     assert sizes == [1, 5]
     begun.clear()
     go.clear()
     first = waiting.submit(torch.zeros(1, 2))
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE_S)
     bad, good = waiting.submit(torch.full((1, 2), torch.nan)), waiting.submit(torch.ones(1, 2))
     go.set()
     with pytest.raises(UserError, match="not finite"):
-        bad.result(10)
-    assert torch.equal(good.result(10), torch.full((1, 2), 2.0)), "though they were in one call"
+        bad.result(PATIENCE_S)
+    assert torch.equal(good.result(PATIENCE_S), torch.full((1, 2), 2.0)), "though they were in one call"
     assert sizes[2:] == [1, 2, 1, 1]
     waiting.close()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli import main as cli
 from scoreray.data.errors import DataError
@@ -137,7 +138,7 @@ def test_texts_that_wait_are_read_together_and_kept(letters: list[list[str]], mo
 
     def slow(self: Letters, batch: Any) -> dict[str, torch.Tensor]:
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(PATIENCE_S)
         return encode(self, batch)
 
     letters.clear()
@@ -145,12 +146,12 @@ def test_texts_that_wait_are_read_together_and_kept(letters: list[list[str]], mo
     queue = RowQueue[Condition, Condition](lambda given: read_all(given, specs), "texts")
     texts = [condition_of({"tokens": text}, specs) for text in ("x", "yy", "zzz", "yy")]
     first = queue.submit(texts[0])  # type: ignore[arg-type]
-    assert begun.wait(20)
+    assert begun.wait(PATIENCE_S)
     others = [queue.submit(one) for one in texts[1:]]  # type: ignore[arg-type]
     others[1].cancel()
     go_on.set()
-    assert int(first.result(20).mask("tokens").sum()) == 1
-    assert [int(others[i].result(20).mask("tokens").sum()) for i in (0, 2)] == [2, 2]
+    assert int(first.result(PATIENCE_S).mask("tokens").sum()) == 1
+    assert [int(others[i].result(PATIENCE_S).mask("tokens").sum()) for i in (0, 2)] == [2, 2]
     assert letters == [["x"], ["yy"]], "those that came meanwhile in one pass, what nobody waits for in none"
     queue.close()
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli import main as cli
 from scoreray.cluster.verbs.sample import sample_to
@@ -167,7 +168,7 @@ def test_a_driver_that_is_killed_goes_on(run_url: str, expected: dict[str, bytes
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (url / "packing" / "000000").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None

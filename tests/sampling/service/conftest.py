@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.sampling.service import idempotency
 
@@ -42,7 +43,7 @@ def redis_url() -> Iterator[str]:
     words = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--requirepass", PASSWORD, "--save", ""]
     server = subprocess.Popen([program, *words, "--appendonly", "yes"], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert time.monotonic() < deadline
             time.sleep(0.02)

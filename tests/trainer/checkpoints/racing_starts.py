@@ -93,7 +93,7 @@ def race(url: str, tokens: list[str], choose: random.Random, facts: dict[str, in
     run = open_store(url)
     before = latest(run)
     seen = before.images_seen if before else 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while ((newest := latest(run)) is None or newest.images_seen < seen + 200) and time.monotonic() < deadline:
         time.sleep(0.02)  # it is the newest, and it goes on
     os.kill(child, signal.SIGTERM)

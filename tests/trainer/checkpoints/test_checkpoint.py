@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.scratch import scratch_file
@@ -395,12 +396,15 @@ def test_unfinished_uploads_of_killed_starts_are_aborted(s3_url: str) -> None:
     assert not client().list_multipart_uploads(Bucket=bucket, Prefix=place["Key"]).get("Uploads")
 
 
-@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_while_checkpoints_are_written(kills: int, tmp_path: Path) -> None:
     """SIGKILL at random moments: the newest committed checkpoint always loads, and what is left never piles up."""
     helper = Path(__file__).with_name("checkpoint_kills.py")
     done = subprocess.run(
-        [sys.executable, str(helper), str(tmp_path), str(kills)], capture_output=True, text=True, timeout=200
+        [sys.executable, str(helper), str(tmp_path), str(kills)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout)
@@ -535,10 +539,13 @@ def test_of_several_starts_at_once_exactly_the_newest_goes_on(
     tmp_path: Path, request: pytest.FixtureRequest, remote: bool
 ) -> None:
     """Processes that take one run over within 50 ms: all but the last to do so end as taken over, the last commits."""
-    url, rounds, starts = (request.getfixturevalue("s3_url"), 2, 3) if remote else (str(tmp_path / "run"), 12, 4)
+    url, rounds, starts = (request.getfixturevalue("s3_url"), 2, 3) if remote else (str(tmp_path / "run"), 5, 4)
     helper = Path(__file__).with_name("racing_starts.py")
     done = subprocess.run(
-        [sys.executable, str(helper), url, str(rounds), str(starts)], capture_output=True, text=True, timeout=200
+        [sys.executable, str(helper), url, str(rounds), str(starts)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout)

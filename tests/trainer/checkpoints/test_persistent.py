@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +119,16 @@ def test_micro_batches_do_not_change_where_chains_go(wholes: Path, data_url: str
 
 
 @pytest.mark.slow
-def test_chains_go_on_at_another_world_size_under_every_zero_stage(wholes: Path, data_url: str, tmp_path: Path) -> None:
+def test_chains_go_on_at_another_world_size_under_every_zero_stage(
+    wholes: Path, data_url: str, tmp_path: Path, run_ranks: Callable[..., str]
+) -> None:
     """Half of each run on one process, the rest on two, sharded: the same chains to the rounding of the reduction."""
     stages = {"energy": (0, 1, 2, 3), "rbm": (1, 3), "gaussian_rbm": (2, 3)}
     cases = {f"{case}-zero{stage}": (case, stage) for case in CASES for stage in stages[case]}
     for name, (case, stage) in cases.items():
         at_half(wholes / case, tmp_path / name)
         (tmp_path / f"{name}.yaml").write_text(dump_config(config(data_url, tmp_path / name, case, zero_stage=stage)))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RANKS), str(rank), "2", str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_ranks(RANKS, str(tmp_path), modules=("scoreray.trainer.loop", "deepspeed"))
     for name, (case, _) in cases.items():
         sharded = state(tmp_path / name)
         for key, value in state(wholes / case).items():

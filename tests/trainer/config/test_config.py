@@ -317,13 +317,15 @@ KINDS = (
 
 
 def test_no_number_of_a_config_may_be_beyond_what_float32_holds() -> None:
+    """Each number of each kind once: those of other sections are the same whatever the kind."""
     numbers = {
         (kind, key)
-        for kind in KINDS
+        for kind in ("run.seed=0", *KINDS)
         for key, value in leaves(load_config(MINIMAL, [kind]).model_dump())
         if isinstance(value, int | float) and not isinstance(value, bool)
+        if kind == "run.seed=0" or key.startswith(kind.partition("=")[0].removesuffix("kind"))
     }
-    assert len(numbers) > 400
+    assert len(numbers) > 120
     for kind, key in numbers:
         for value in ("1e300", "-1e300"):
             with pytest.raises(UserError, match=key.rpartition(".")[2]):

@@ -186,6 +186,8 @@ SGLD = {
 
 
 CONDITIONED = ("flat", "flat-micro", "zero1", "zero2-micro", "zero2-offload", "zero3", "zero3-bf16")
+# Of other modules: what differs in their forward and backward passes. ZeRO-1 and offloading differ in the step alone.
+OTHERS = ("flat-micro", "zero2-micro", "zero3", "zero3-bf16")
 
 
 BEGUN = {"flat": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-bf16": 3}
@@ -262,6 +264,8 @@ def main() -> None:
         save(engine, module, FOLDER / f"{name}-{WORLD}")
     for name in CONDITIONED if WORLD == 2 else ("flat",):
         facts[f"{name}, conditions"] = train_conditioned(CASES[name], EDMObjective(label_dropout=0.2))
+        if WORLD == 2 and name not in OTHERS:
+            continue
         facts[f"{name}, flow map"] = train_conditioned(CASES[name], MeanFlowObjective(label_dropout=0.2))
         student = ConsistencyObjective(label_dropout=0.2, stage_images=BATCH, metric="squared")
         facts[f"{name}, student"] = train_conditioned(CASES[name], student, guidance=2.0)

@@ -1,4 +1,4 @@
-"""One of two ranks that sum gradients behind the backward pass, a process of test_overlap.py: `RANK FOLDER PORT`."""
+"""One of two ranks that sum gradients behind the backward pass, a process of test_overlap.py: `RANK 2 FOLDER PORT`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scoreray.trainer.config import load_config
 from scoreray.trainer.engine import overlap
 from scoreray.trainer.engine.flat import FlatEngine
 
-RANK, WORLD, FOLDER = int(sys.argv[1]), 2, Path(sys.argv[2])
+RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 ROWS = 6
 
 
@@ -127,10 +127,10 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{sys.argv[3]}",
+        init_method=f"tcp://127.0.0.1:{sys.argv[4]}",
         rank=RANK,
         world_size=WORLD,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(minutes=4),  # of a busy machine
     )
     facts = {}
     for name, case in CASES.items():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,23 +16,12 @@ CASES = ("plain", "micro", "half", "second", "no rank", "one rank")
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def facts(
+    run_ranks: Callable[..., str], free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict]:
     """Of both ranks: a case's name -> gradients, and the order of events in its first step."""
     folder = tmp_path_factory.mktemp("overlap")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RANKS), str(rank), str(folder), str(port)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_ranks(RANKS, str(folder), str(free_port()), modules=("scoreray.trainer.config", "scoreray.trainer.engine.flat"))
     return [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.trainer.monitoring.controller_watch import LATE, ControllerWatch, state_of
 from scoreray.trainer.monitoring.metrics import TrainingProgress
@@ -27,7 +28,7 @@ def looked(process: subprocess.Popen[bytes], looks: int, committed: int) -> tupl
     watch = ControllerWatch(5.0, notes.append)
     for _ in range(looks):
         watch.look(process.pid, TrainingProgress(100, 100, 1.0, 1.0, 0.0, committed))
-    return notes, process.wait(60) if notes else None
+    return notes, process.wait(PATIENCE_S) if notes else None
 
 
 def test_one_that_is_stopped_is_ended_after_a_hangs_time(process: subprocess.Popen[bytes]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
@@ -79,7 +80,7 @@ def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_p
     assert len(orphans) == 2
     assert len(notes) == 1
     assert "controller died" in notes[0]
-    assert not psutil.wait_procs(orphans, timeout=30)[1], "workers of a dead controller are left"
+    assert not psutil.wait_procs(orphans, timeout=PATIENCE_S)[1], "workers of a dead controller are left"
     alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1}))).config
     train(alone)
     pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
@@ -133,7 +134,7 @@ def test_a_run_ends_with_its_caller(ray_cluster: None, data_url: str, tmp_path: 
     config = prepare_run(load_config(settings(data_url, tmp_path, "run", duration={"images": 10_000_000}))).config
     trial = ray.remote(num_cpus=0)(Trial).remote()
     trial.train.remote(config)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_S
     while latest(run_store(config)) is None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -141,7 +142,7 @@ def test_a_run_ends_with_its_caller(ray_cluster: None, data_url: str, tmp_path: 
     assert len(workers) == 2
     assert len(held()) == 1
     ray.kill(trial)
-    assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert not psutil.wait_procs(workers, timeout=PATIENCE_S)[1]
     while held():
         assert time.monotonic() < deadline, held()
         time.sleep(0.2)
@@ -162,7 +163,7 @@ def test_a_stopped_controller_is_ended(ray_cluster: None, data_url: str, tmp_pat
 
     assert fit(config, meddle, notes.append) == TOTAL
     assert notes[0] == "Ray Train's controller was stopped for 3 s, and is ended"
-    assert not psutil.wait_procs(stopped, timeout=30)[1]
+    assert not psutil.wait_procs(stopped, timeout=PATIENCE_S)[1]
     alone = prepare_run(load_config(settings(data_url, tmp_path, "alone", scaling={"workers": 1}))).config
     train(alone)
     pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
@@ -228,7 +229,7 @@ def test_a_second_ctrl_c_ends_at_once(data_url: str, tmp_path: Path, start_train
     assert status == 130, driver.lines
     assert "Traceback" not in "\n".join(driver.lines)
     assert committed(run_store(load_config(file))) == []
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
 
 
@@ -270,7 +271,7 @@ def test_a_node_that_is_drained_is_left_with_everything_saved(drained: tuple[Any
     images, yet all was saved at once, and the run goes on from there on the other node."""
     nodes, driver, file = drained
     head = f"{nodes.addresses[0]}:6399"
-    done = nodes.run(0, [sys.executable, "-c", DRAIN, head, nodes.addresses[1]], timeout=60)
+    done = nodes.run(0, [sys.executable, "-c", DRAIN, head, nodes.addresses[1]], timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     saved = driver.wait_for(r"all was saved at ([\d,]+) images")
     saved_at = int(saved[1].replace(",", ""))
@@ -278,7 +279,7 @@ def test_a_node_that_is_drained_is_left_with_everything_saved(drained: tuple[Any
     first = latest(run)
     assert first is not None
     assert (first.images_seen, first.marker.world_size) == (saved_at, 2)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while True:  # on one node, from there
         shown = [re.search(r"train ([\d,]+)/", line) for line in list(driver.lines)]
         if any(int(found[1].replace(",", "")) > saved_at for found in shown if found):

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import ScorerayError
 from scoreray.trainer.config import load_config
@@ -34,7 +35,7 @@ def scraped(run: str) -> dict[str, float]:
     import ray
 
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"
-    with urllib.request.urlopen(url, timeout=10) as page:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
         lines = page.read().decode().splitlines()
     found = [re.match(r"ray_scoreray_(\w+)\{(.*)\} (\S+)$", line) for line in lines]
     return {one[1]: float(one[3]) for one in found if one and f'run="{run}"' in one[2]}
@@ -175,7 +176,7 @@ def test_the_command_ends_with_one_line_and_no_bug(small_run: Settings, tmp_path
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(small_run("diverges", tmp_path, 100_000, **wild)))
     command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 3, done.stderr
     assert "sample" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.packing.pack import pack
@@ -158,7 +159,7 @@ def test_a_killed_driver_resumes_by_the_same_command(
     command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     family: list[psutil.Process] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while latest(run_store(config)) is None:
         assert time.monotonic() < deadline, "no checkpoint within 120 s"
         assert driver.poll() is None, "the run ended before it could be killed"
@@ -169,7 +170,7 @@ def test_a_killed_driver_resumes_by_the_same_command(
             process.suspend()
         driver.kill()
         driver.wait()
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     finally:
         for process in storage:
             process.resume()
@@ -271,5 +272,5 @@ def test_a_driver_that_gets_ctrl_c_or_sigterm_saves_first(
     checkpoint = latest(run_store(load_config(file)))
     assert checkpoint is not None
     assert shown <= checkpoint.images_seen < 900_000
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not alive

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import latest
@@ -52,7 +53,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, s
         nodes.kill(1)
         driver.wait_for("workers are started again")
         before = latest(run_store(load_config(settings)))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:  # it trains on, on one node
             newest = latest(run_store(load_config(settings)))
             if newest is not None and newest.marker.world_size == 1:
@@ -69,7 +70,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(nodes: Any, tmp_path: Path, s
     finally:
         driver.process.send_signal(signal.SIGINT)
         try:
-            driver.process.wait(timeout=60)
+            driver.process.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             driver.process.kill()
     assert driver.process.returncode == 130, driver.lines

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
+from waiting import PATIENCE_S
 
 from scoreray.data.packing.shards import encode
 from scoreray.data.storage.store import open_store
@@ -62,7 +63,7 @@ def test_a_run_over_tars_in_s3_goes_on_after_a_kill(
     first.end()
 
     command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert re.search(r"goes on from [\d,]+ images", done.stderr)
     assert done.stderr.count("tars without a manifest") == 1, "said once"
@@ -90,4 +91,4 @@ def test_a_run_over_tars_in_s3_goes_on_after_a_kill(
         "--out",
         str(tmp_path / "s"),
     ]
-    assert subprocess.run([*sample, "--steps", "2", "--class-label", "3"], timeout=200).returncode == 0
+    assert subprocess.run([*sample, "--steps", "2", "--class-label", "3"], timeout=PATIENCE_S).returncode == 0
