@@ -84,7 +84,7 @@ def run_ranks() -> Callable[..., str]:
             start_new_session=True,
         )
         try:
-            output, _ = ranks.communicate(timeout=2 * PATIENCE_S)
+            output, _ = ranks.communicate()  # as long as pytest lets a test last
         finally:
             with contextlib.suppress(ProcessLookupError):  # a rank that hangs would slow the tests after this
                 os.killpg(ranks.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.data.storage.store import open_store
 from scoreray.trainer.checkpoints.checkpoint import latest
 
-pytestmark = pytest.mark.timeout(700)  # on a machine that is busy with other tests, processes take minutes to start
+pytestmark = pytest.mark.timeout(1800)  # on a machine that is busy with other tests, processes take minutes to start
 RANKS = Path(__file__).with_name("engine_ranks.py")
 KEYS = ("master", "exp_avg", "exp_avg_sq", "ema_0.050", "ema_0.100", "ema_half-life")
 
