@@ -187,7 +187,7 @@ def _build(
         global_batch_size=config.data.global_batch_size,
         world_size=world_size,
         device=device,
-        max_stage=getattr(config.objective, "max_zero_stage", 3),
+        max_stage=config.max_zero_stage,
         note=note,
     )
     return module, engine

@@ -245,8 +245,7 @@ def _fits(
         available = memory_of_rank(torch.device("cuda" if gpu else "cpu"))
         if not gpu and "RAY_ADDRESS" not in os.environ:
             available /= workers
-    highest = getattr(config.objective, "max_zero_stage", 3)
-    plans = {(s, o): plan for (s, o), plan in plans.items() if s <= highest}
+    plans = {(s, o): plan for (s, o), plan in plans.items() if s <= config.max_zero_stage}
     advice = advise(plans, available, world_size=workers, num_nodes=num_nodes)
     facts = {"memory_bytes": available, **asdict(advice)}
     if advice.stage is None:

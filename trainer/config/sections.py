@@ -346,13 +346,29 @@ class Config(Section):
         return found
 
     def _solver_mistakes(self) -> list[str]:
-        highest = getattr(self.objective, "max_zero_stage", 3)
-        if self.engine.zero_stage == "auto" or self.engine.zero_stage <= highest:
-            return []
-        return [
-            f"engine.zero_stage: objective '{self.objective.kind}' calls the network all along a path, and stage 3 "
-            f"lets go of its weights in between; choose {highest} or less"
-        ]
+        highest, stage = getattr(self.objective, "max_zero_stage", 3), self.engine.zero_stage
+        found = []
+        if stage != "auto" and stage > highest:
+            found.append(
+                f"engine.zero_stage: objective '{self.objective.kind}' calls the network all along a path, and stage 3 "
+                f"lets go of its weights in between; choose {highest} or less"
+            )
+        highest = getattr(self.optimizer, "max_zero_stage", 3)
+        if self.engine.offload != "none" and not highest:
+            found.append(
+                f"engine.offload: optimizer '{self.optimizer.kind}' goes without ZeRO, which offloads; leave it out"
+            )
+        if stage != "auto" and stage > highest:
+            found.append(
+                f"engine.zero_stage: optimizer '{self.optimizer.kind}' needs each matrix whole on its rank, and stage "
+                f"{stage} cuts them; choose {highest} or auto, or optimizer.kind adamw"
+            )
+        return found
+
+    @property
+    def max_zero_stage(self) -> Literal[0, 1, 2, 3]:
+        """The highest ZeRO stage that both objective and optimizer can be trained with."""
+        return min(getattr(part, "max_zero_stage", 3) for part in (self.objective, self.optimizer))
 
     def _lora_mistakes(self) -> list[str]:
         if self.lora is None:

@@ -1,14 +1,16 @@
-"""Layers that networks share: attention, patches over any number of dimensions, checkpointed calls."""
+"""Layers that networks share: attention, norms, patches over any number of dimensions, checkpointed calls."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from scoreray.data.errors import UserError
@@ -141,10 +143,120 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     return weights.bmm(v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
+def group_norm(channels: int) -> GroupNorm:
+    """GroupNorm with up to 32 groups of 4 channels or more; its moments are float32."""
+    groups = next(n for n in range(min(32, max(1, channels // 4)), 0, -1) if channels % n == 0)
+    return GroupNorm(groups, channels, eps=1e-5)
+
+
+class GroupNorm(nn.GroupNorm):
+    """(x [B, C, *grid], scale and shift [B, C] or None) -> norm(x) (1 + scale) + shift, [B, C, *grid].
+
+    plain: made of torch's own operations alone, which can be differentiated twice.
+    """
+
+    plain = False
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if not self.plain and _is_channels_last(x):
+            return cast(Tensor, _ChannelsLast.apply(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps))
+        x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if scale is None or shift is None:
+            return x
+        scale, shift = (part[(..., *[None] * (x.ndim - 2))] for part in (scale, shift))
+        return x * (scale + 1) + shift  # on a CPU faster than addcmul with a broadcast
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """x in the layout in which norms like this one and the convolutions between them are fastest: on a CPU with
+        matrix units (AMX), bf16 images have their channels innermost. Everything else is left as it is."""
+        wanted = x.ndim == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if not wanted or self.plain or torch.compiler.is_compiling() or _has_slope(x) or not _has_matrix_units():
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    innermost = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return innermost and x.device.type == "cpu" and not torch.compiler.is_compiling() and not _has_slope(x)
+
+
+def _has_slope(x: Tensor) -> bool:
+    """Whether a forward derivative is taken along x, which `_ChannelsLast` has none of."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """norm(x) (1 + scale) + shift as A x + D, with A and D [B, C] from float32 sums over the grid.
+
+    torch's own GroupNorm takes 10 times as long in this layout as in the usual one, in which convolutions are slow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+        num_groups: int, eps: float,
+    ) -> Tensor:  # fmt: skip
+        values = _rows(x)
+        means = _means(values.shape[1], values.shape[2], num_groups)
+        wide = values.float()
+        sums = [wide.sum(1), (wide.square() if wide is values else wide.square_()).sum(1)]
+        mean, square = (torch.cat(sums) @ means).chunk(2)
+        inverse = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
+        gain, offset = weight, bias
+        if scale is not None and shift is not None:
+            gain, offset = torch.addcmul(weight, weight, scale), torch.addcmul(shift + bias, bias, scale)
+        factor = inverse * gain
+        addend = (offset - factor * mean).to(x.dtype)
+        factor = factor.to(x.dtype)
+        ctx.save_for_backward(x, weight, bias, scale, gain, factor, mean, inverse, means)
+        return _like(torch.addcmul(addend[:, None], values, factor[:, None]), x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale, gain, factor, mean, inverse, means = ctx.saved_tensors
+        values, given = _rows(x), _rows(dy.contiguous(memory_format=torch.channels_last))
+        total = given.sum(1)
+        d_gain = ((given * values).sum(1) - mean * total).mul_(inverse)  # of xhat = (x - mean) inverse
+        # dx = inverse (g - mean of g - xhat mean of g xhat), with g = gain dy and means over a group
+        along, constant = (torch.cat([gain * d_gain, (gain * total).float()]) @ means).chunk(2)
+        along = along.mul_(inverse).mul_(inverse)
+        constant = (along * mean).addcmul_(constant, inverse, value=-1).to(x.dtype)
+        dx = torch.addcmul(constant[:, None], values, along.to(x.dtype)[:, None], value=-1)
+        dx = dx.addcmul_(given, factor[:, None])
+        if scale is None:
+            return _like(dx, x), d_gain.sum(0).to(weight.dtype), total.sum(0), None, None, None, None
+        d_scale = torch.addcmul(total * bias, d_gain.to(x.dtype), weight)
+        d_weight, d_bias = (part.addcmul(part, scale).sum(0) for part in (d_gain.to(x.dtype), total))
+        return _like(dx, x), d_weight, d_bias, d_scale, total, None, None
+
+
+@functools.lru_cache(64)
+def _means(num_places: int, num_channels: int, num_groups: int) -> Tensor:
+    """[C, C] that makes of sums over a grid, [B, C], each channel's mean over its group."""
+    size = num_channels // num_groups
+    return torch.block_diag(*[torch.full((size, size), 1 / (size * num_places))] * num_groups)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] with channels innermost -> [B, H W, C], a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """`_rows` undone, in the shape of x."""
+    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
 def allow_double_backward(network: nn.Module) -> nn.Module:
-    """Make every attention layer in `network` twice differentiable on every device; gives the same network back."""
+    """Make every attention layer and norm in `network` twice differentiable on every device; gives the network back."""
     for module in network.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | GroupNorm):
             module.plain = True
     return network
 

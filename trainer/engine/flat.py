@@ -71,6 +71,8 @@ class FlatEngine:
         self.optimizer = optimizer.build([self._master], ema)
         self.optimizer.init_state(self._master)
         self.optimizer.place(self._master, 0, offset, 0)
+        shapes = [(name, start, p.shape) for (name, start, _), (_, p) in zip(self._slices, named, strict=True)]
+        self.optimizer.place_matrices(self._master, shapes, precision)
         self.module: Any = torch.compile(module, dynamic=False) if config.compile else module
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -14,9 +14,9 @@ from scoreray.data.errors import UserError
 from scoreray.data.own_code import line_of
 from scoreray.trainer.diffusion.condition import Conditions
 from scoreray.trainer.diffusion.denoiser import like
-from scoreray.trainer.diffusion.layers import call_block, from_patches, require, spatial_shape, to_patches
+from scoreray.trainer.diffusion.layers import call_block, from_patches, group_norm, require, spatial_shape, to_patches
 from scoreray.trainer.networks.base import BaseNetworkConfig
-from scoreray.trainer.networks.unet import CONVOLUTIONS, ResidualBlock, check_sizes, group_norm, num_heads
+from scoreray.trainer.networks.unet import CONVOLUTIONS, ResidualBlock, check_sizes, num_heads
 
 LOG_VARIANCE = (-30.0, 20.0)  # of a latent; beyond, its exponential is no number that float32 can learn from
 

@@ -20,6 +20,7 @@ from scoreray.trainer.diffusion.layers import (
     check_call,
     cropped,
     from_patches,
+    group_norm,
     num_patches,
     require,
     spatial_shape,
@@ -140,10 +141,9 @@ class ResidualBlock(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        h = self.norm_out(self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample)))
-        if self.modulation is not None:
-            scale, shift = self.modulation(emb)[(..., *[None] * (x.ndim - 2))].chunk(2, dim=1)
-            h = h * (scale + 1) + shift  # on a CPU faster than addcmul with a broadcast
+        h = self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample))
+        modulation = (None, None) if self.modulation is None else self.modulation(emb).chunk(2, dim=1)
+        h = self.norm_out(h, *modulation)
         h = self.conv_out(F.dropout(F.silu(h), self.dropout, self.training))
         x = resampled(x, self.resample)
         # Two independent paths of unit variance sum to variance 2; sqrt(1/2) keeps it at 1 at any depth (Song 2021).
@@ -240,7 +240,7 @@ class UNet(nn.Module):
         given: Conditioned = self.embedding(c_noise, condition, x.shape[2:])
         emb, tokens, mask = given.embedding, given.tokens, given.mask
         recompute = self.config.activation_checkpointing and self.training
-        h = self.conv_in(to_patches(x.to(self.conv_in.weight.dtype), patch))
+        h = self.norm_out.laid_out(self.conv_in(to_patches(x.to(self.conv_in.weight.dtype), patch)))
         if self.grid_in is not None and given.grids is not None:
             h = h + self.grid_in(to_patches(given.grids, patch))
         skips = [h]
@@ -267,12 +267,6 @@ def resampled(x: Tensor, resample: str) -> Tensor:
     if resample == "up":
         return F.interpolate(x, scale_factor=2, mode="nearest")
     return x
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups of 4 channels or more; torch accumulates its moments in float32."""
-    groups = next(n for n in range(min(32, max(1, channels // 4)), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 def num_heads(channels: int, head_channels: int) -> int:

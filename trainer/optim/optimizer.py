@@ -7,9 +7,9 @@ communication and are partitioned, saved and resharded exactly as the moments ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import ConfigDict
@@ -48,6 +48,8 @@ class OptimizerConfig:
     skip_nonfinite: CountOrZero = 0
     frozen: tuple[str, ...] = ()
     kind: Literal["adamw"] = field(default="adamw", kw_only=True)
+
+    max_zero_stage: ClassVar[Literal[0, 1, 2, 3]] = 3
 
     def __post_init__(self) -> None:
         checks.positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
@@ -108,6 +110,11 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def place(self, parameter: torch.Tensor, offset: int, length: int, position: int) -> None:
         """Says that elements [offset, offset + length) of a parameter are the run's from `position` on, of all its
         trained parameters one after another. For noise that no partition changes."""
+
+    def place_matrices(
+        self, parameter: torch.Tensor, named: Iterable[tuple[str, int, Sequence[int]]], dtype: torch.dtype
+    ) -> None:
+        """Says which tensors a flat parameter holds whole: (name, first element, shape); dtype: of the weights."""
 
     def prepare_step(self, learning_rate: float, decays: list[float]) -> None:
         """Set the next step's learning rate and each average's decay (`EMAConfig.decays`)."""

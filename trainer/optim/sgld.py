@@ -16,6 +16,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.units import Count, CountOrZero
 from scoreray.trainer.diffusion.noise import STREAM_WEIGHTS, normal
 from scoreray.trainer.optim.ema import EMAConfig
+from scoreray.trainer.optim.muon import MuonConfig
 from scoreray.trainer.optim.optimizer import AveragingOptimizer, OptimizerConfig
 
 CHUNK = 1 << 20  # elements whose noise is made at once: 8 MiB of hashes
@@ -89,7 +90,7 @@ class SGLDConfig:
         return AveragingSGLD(params, self, ema)
 
 
-AnyOptimizer = Annotated[OptimizerConfig | SGLDConfig, Field(discriminator="kind")]
+AnyOptimizer = Annotated[OptimizerConfig | MuonConfig | SGLDConfig, Field(discriminator="kind")]
 """The type of a config's `optimizer` section."""
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scoreray.trainer.diffusion.layers import Attention, from_patches, to_patches
-from scoreray.trainer.networks.unet import UNet, UNetConfig, group_norm, resampled
+from scoreray.trainer.diffusion.layers import Attention, from_patches, group_norm, to_patches
+from scoreray.trainer.networks.unet import UNet, UNetConfig, resampled
 
 SMALL = UNetConfig(model_channels=8, channel_mult=(1, 2, 2), num_blocks=1)
 
