@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -158,10 +159,16 @@ def folder_of(chosen: argparse.Namespace) -> Path:
     return chosen.out / "weights" / f"{chosen.data}-{title}-{chosen.seed}"
 
 
+def fresh(folder: Path) -> Path:
+    """An empty folder: a run in what an interrupted one left would go on from there, in less than its own time."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def probe(chosen: argparse.Namespace) -> tuple[float, float]:
     """(images a second, seconds before the first step), by user time."""
-    folder = folder_of(chosen) / "probe"
-    folder.mkdir(parents=True)
+    folder = fresh(folder_of(chosen) / "probe")
     task, seen = task_of(chosen, 10_000_000, folder), [(0, 0.0)]
     began = user_seconds()
 
@@ -184,7 +191,7 @@ def train_line(chosen: argparse.Namespace) -> None:
     rate, start = json.loads((folder / "probe.json").read_text())
     batch = 64  # whole batches
     total = max(1, int(rate * (chosen.budget - start) / batch)) * batch
-    task, points = task_of(chosen, total, folder), list[tuple[float, int]]()
+    task, points = task_of(chosen, total, fresh(folder / "kept")), list[tuple[float, int]]()
     left = [chosen.budget / 2**k for k in range(chosen.points - 1, 0, -1)]
     began, seen = user_seconds(), 0
 
@@ -209,7 +216,10 @@ def measure_line(chosen: argparse.Namespace) -> None:
     """OUT/<data>-<line>-<seed>.json."""
     folder = folder_of(chosen)
     trained = json.loads((folder / "points.json").read_text())
-    judge, line = Judge(chosen.data, chosen.out), line_of(chosen.line, task_of(chosen, trained["total"], folder))
+    judge, line = (
+        Judge(chosen.data, chosen.out),
+        line_of(chosen.line, task_of(chosen, trained["total"], folder / "kept")),
+    )
     points, seeds = list(enumerate(trained["points"])), list(range(chosen.count))
     if chosen.line in HUGE:
         points, seeds = points[-1:], seeds[:128]

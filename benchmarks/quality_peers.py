@@ -71,7 +71,12 @@ class Diffusers(Discrete):
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
         )
-        self.schedule = get_scheduler("cosine", self.optimizer, self.warmup, max(1, self.task.total // self.batch_size))
+        self.schedule = get_scheduler(
+            "cosine",
+            self.optimizer,
+            num_warmup_steps=self.warmup,
+            num_training_steps=self.task.total // self.batch_size,
+        )
         self.noising = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
 
     def loss(self, batch: Tensor) -> Tensor:
