@@ -187,6 +187,7 @@ def _build(
         global_batch_size=config.data.global_batch_size,
         world_size=world_size,
         device=device,
+        image_shape=fields.shape,
         max_stage=config.max_zero_stage,
         note=note,
     )

@@ -141,7 +141,11 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from scoreray.cluster.doctor.examine import Machine, examine, parse_bytes, parse_shape
+    from scoreray.cluster.connect.local_ray import connected
+    from scoreray.cluster.doctor.examine import examine
+    from scoreray.cluster.doctor.facts import RunNeeds
+    from scoreray.cluster.doctor.machine import Machine, parse_bytes, parse_shape
+    from scoreray.cluster.doctor.nodes import examine_cluster, resources_of_nodes
     from scoreray.data.errors import UserError
     from scoreray.trainer.config import load_config
 
@@ -149,14 +153,12 @@ def doctor(
         raise UserError("--memory, --nodes and --shape are for the plan of a CONFIG; give one")
     loaded = load_config(config, overrides or ()) if config else None
     machine = Machine(parse_bytes(memory) if memory else None, nodes, parse_shape(shape) if shape else None)
-    found = examine(loaded, machine)
     if os.environ.get("RAY_ADDRESS"):
-        from scoreray.cluster.connect.local_ray import connected
-        from scoreray.cluster.doctor.facts import RunNeeds
-        from scoreray.cluster.doctor.nodes import examine_cluster
-
         with connected() as dashboard:
+            found = examine(loaded, machine.on_nodes(resources_of_nodes()))
             found += examine_cluster(RunNeeds.of(loaded), dashboard)
+    else:
+        found = examine(loaded, machine)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found]))
     else:

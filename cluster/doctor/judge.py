@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from scoreray.cluster.connect.open_ports import judge_ports
 from scoreray.cluster.doctor.facts import Clock, NodeFacts, NodeReport, RunNeeds, StorageProbe
+from scoreray.cluster.doctor.machine import gpu_kind
 from scoreray.cluster.finding import Finding
 
 CLOCK_S, DISK_BYTES, SHM_BYTES = 2.0, 20 << 30, 1 << 30
@@ -47,11 +48,7 @@ def judge_room(resources: dict[str, dict[str, float]], needs: RunNeeds, *, grows
     """
     from scoreray.trainer.on_ray.workers import workers_that_fit
 
-    kinds = {
-        node: next((key.partition(":")[2] for key in has if key.startswith("accelerator_type:")), "GPUs")
-        for node, has in resources.items()
-        if has.get("GPU", 0) > 0
-    }
+    kinds = {node: gpu_kind(has) or "GPUs" for node, has in resources.items() if has.get("GPU", 0) > 0}
     gpus = ", ".join(f"{node} {resources[node]['GPU']:g} x {kind}" for node, kind in kinds.items()) or "no GPUs"
     found = [Finding("GPUs", "note" if len(set(kinds.values())) > 1 else "good", gpus, {"kinds": kinds})]
     if needs.workers:

@@ -14,6 +14,13 @@ from scoreray.cluster.finding import Finding, error_line
 WITHIN_S = 60.0
 
 
+def resources_of_nodes() -> list[dict[str, float]]:
+    """Of each node of the cluster that this process is connected to."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def examine_cluster(needs: RunNeeds, dashboard: str = "") -> list[Finding]:
     """All nodes of the cluster that this process is connected to, and its dashboard at HOST:PORT."""
     import ray

@@ -6,19 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scaling import (
-    SIZES,
-    WAYS,
-    WORKS,
-    Cluster,
-    Work,
-    all_gather_s,
-    all_reduce_s,
-    efficiency,
-    step_s,
-    table,
-    table_of_zero0,
-)
+from scaling import NODES, SIZES, WAYS, WORKS, efficiency, table, table_of_zero0
+
+from scoreray.trainer.engine.communication import GpuNodes, Work, all_gather_s, all_reduce_s, step_time
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text()
 
@@ -35,7 +25,7 @@ def test_the_page_states_what_less_overlap_would_cost() -> None:
 def test_sums_of_large_messages_are_no_faster_than_what_is_published() -> None:
     """Bus bandwidth of H100 nodes with 400 Gb/s a GPU: 400 to 450 GB/s (nccl-tests, 8 GB)."""
     for num_gpus in (16, 64, 256, 1024):
-        assert 250e9 < 2 * 8e9 / all_reduce_s(8e9, num_gpus, Cluster()) < 450e9
+        assert 250e9 < 2 * 8e9 / all_reduce_s(8e9, num_gpus, NODES) < 450e9
 
 
 def test_goals_of_the_recommended_stage() -> None:
@@ -47,7 +37,7 @@ def test_goals_of_the_recommended_stage() -> None:
 
 def test_collectives_without_latency_move_the_bytes_that_they_must() -> None:
     """A ring's bound inside a node; between nodes each adapter carries its GPU's part."""
-    free = Cluster(inside_latency_s=0, between_latency_s=0, inside_bytes_per_s=100.0, between_bytes_per_s=10.0)
+    free = GpuNodes(inside_latency_s=0, between_latency_s=0, inside_bytes_per_s=100.0, between_bytes_per_s=10.0)
     assert all_gather_s(800, 8, free) == pytest.approx(800 * 7 / 8 / 100)
     assert all_reduce_s(800, 8, free) == pytest.approx(2 * 800 * 7 / 8 / 100)
     assert all_gather_s(800, 16, free) == pytest.approx(max(7.0, 800 / 2 / 80))
@@ -69,4 +59,5 @@ def test_efficiency_at_its_limits(way: str) -> None:
 def test_a_partition_group_is_never_slower_than_none() -> None:
     for work in WORKS.values():
         for num_gpus in SIZES:
-            assert step_s("hpz", num_gpus, work, Cluster())[1] <= step_s("zero3", num_gpus, work, Cluster())[1]
+            grouped, all_ranks = (step_time(WAYS[way], num_gpus, work, NODES) for way in ("hpz", "zero3"))
+            assert grouped.exposed_s <= all_ranks.exposed_s

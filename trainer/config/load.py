@@ -25,8 +25,8 @@ MAX_MISTAKES = 100  # that an error lists
 # Keys that may change when a run is resumed: they decide where and how long it computes, not what it learns.
 CHANGEABLE = ("run.storage", "scaling", "checkpoint", "log", "evaluation",
               "engine.zero_stage", "engine.micro_batch_size",
-              "engine.offload", "engine.compile", "engine.partition_group", "data.url", "data.prefetch_batches",
-              "data.cache_dir", "data.cache_bytes",
+              "engine.offload", "engine.compile", "engine.partition_group", "engine.internode_gbit_s",
+              "data.url", "data.prefetch_batches", "data.cache_dir", "data.cache_bytes",
               "data.on_error", "data.quarantine_budget", "autoencoder.kind", "autoencoder.path",
               "duration")  # fmt: skip
 

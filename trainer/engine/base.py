@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 
 from scoreray.data.errors import UserError
 from scoreray.data.units import Count
+from scoreray.trainer.engine.communication import GBIT_S
 from scoreray.trainer.engine.cpu import has_bf16_units
 from scoreray.trainer.optim.fragments import MASTER, Fragment
 from scoreray.trainer.optim.optimizer import AveragingOptimizer
@@ -25,10 +26,12 @@ class EngineConfig:
     """How one step is computed. None of it changes what is learnt, except `precision`, by rounding.
 
     `micro_batch_size`: rows per forward pass on one worker; None takes the worker's whole share of the batch.
-    `zero_stage`: "auto" takes the cheapest stage whose state fits a rank's memory, and says which.
+    `zero_stage`: "auto" takes the stage with the quickest predicted step whose state fits a rank's memory (on CPUs the
+    lowest), may set a `partition_group`, and says which.
     `precision`: "bf16" keeps bf16 weights with fp32 masters; "auto" takes bf16 where the device gains from it.
     `partition_group`: with ZeRO-3, ranks (those of a node) that hold a second copy of the weights among them, so that
     the backward pass gathers inside the node only (ZeRO++ hpZ, Wang 2023); 1 for none.
+    `internode_gbit_s`: what the network between nodes carries each way for each GPU, by which steps are predicted.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -39,6 +42,7 @@ class EngineConfig:
     offload: Literal["none", "optimizer"] = "none"
     compile: bool = False
     partition_group: Annotated[int, Field(ge=1)] = 1
+    internode_gbit_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = GBIT_S
 
     def __post_init__(self) -> None:
         if self.offload != "none" and self.zero_stage == 0:

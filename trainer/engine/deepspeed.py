@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.engine.base import EngineConfig, fragment_of, resolve_precision
+from scoreray.trainer.engine.buckets import bucket_sizes
 from scoreray.trainer.engine.frozen import FrozenParameters
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
@@ -31,7 +32,6 @@ from scoreray.trainer.optim.fragments import Fragment
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 from scoreray.trainer.optim.sgld import SGLDConfig
 
-ALIGNED = 128  # elements; DeepSpeed takes even buffers only
 LINEAR = F.linear  # torch's own: DeepSpeed's stage 3 puts another one in its place
 PARTITIONS = "fp32_partitioned_groups_flat"  # attribute of DeepSpeed's ZeRO-3 optimizer
 
@@ -170,34 +170,6 @@ class DeepSpeedEngine:
         for parameter, whole in chain(trained, self._frozen.whole(self.device)):
             with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=self._stage == 3):
                 parameter.data.copy_(whole.view(parameter.shape))
-
-
-def bucket_sizes(num_params: int, stage: int) -> dict[str, int]:
-    """Elements of DeepSpeed's communication buffers, as parts of the model.
-
-    DeepSpeed's defaults are 500 M elements (2 GB) for each buffer, and at stage 3 they keep a network of less than a
-    billion parameters gathered after its first use: a small model would cost a rank twice what ZeRO promises
-    (benchmarks/RESULTS.md). At least 2 M elements (8 MB): below that, sums and gathers cost more than they save. So of
-    a network of less than 2 M parameters stage 3 keeps all weights gathered between steps, and a partition group (hpZ)
-    has no backward gathers left to spare.
-    """
-    bucket = _part(num_params, 16 if stage == 3 else 8)
-    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if stage == 3:
-        ahead = _part(num_params, 32)
-        sizes |= {
-            "stage3_max_live_parameters": ahead,
-            "stage3_max_reuse_distance": ahead,
-            "stage3_prefetch_bucket_size": ahead,
-            "stage3_param_persistence_threshold": min(10_000, ahead),
-            "sub_group_size": bucket,
-        }
-    return sizes
-
-
-def _part(num_params: int, share: int) -> int:
-    elements = min(max(num_params // share, 1 << 21), num_params, 200_000_000)
-    return -(-elements // ALIGNED) * ALIGNED
 
 
 def _differentiate_forward(module: torch.nn.Module) -> None:

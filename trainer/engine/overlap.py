@@ -7,15 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-SMALLEST, LARGEST = 1 << 18, 1 << 25  # elements of a bucket: 1 and 128 MiB in fp32
-
-
-def bucket_elements(num_params: int) -> int:
-    """How many elements are summed at once: a 32nd of the model, so that the last sum, which nothing hides, is small.
-
-    Not below what a collective's latency costs, and not above what keeps a link busy.
-    """
-    return min(max(num_params // 32, SMALLEST), LARGEST)
+from scoreray.trainer.engine.buckets import bucket_elements
 
 
 class OverlappedSum:

@@ -1,4 +1,4 @@
-"""What training costs in memory, by ZeRO stage, and the cheapest stage whose share of it fits a rank.
+"""What training costs in memory, by ZeRO stage, and the quickest stage whose share of it fits a rank.
 
 Bytes per parameter (after Rajbhandari 2020, table 1, with our averages and fp32 gradients), N ranks, k averages:
 
@@ -17,42 +17,55 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 
-Stage = Literal[0, 1, 2, 3]
-STAGES: tuple[Stage, ...] = (0, 1, 2, 3)  # from the cheapest in time to the cheapest in memory
+from scoreray.trainer.engine.communication import Sharding, Stage, StepTime, Work, shardings
+from scoreray.trainer.networks.flops import training_flops
+
+K = TypeVar("K")
+
 STATE_SHARE = 0.6  # of a rank's memory; the rest is for activations, buffers and the libraries (assumption)
+# Of the step: what a higher stage must be predicted to save. The model leaves out what DeepSpeed's hooks on every layer
+# cost: stage 3 ran at 0.73 of a bare loop on two CPU cores (benchmarks/RESULTS.md); on GPUs it was not measured.
+WORTH = 0.05
 
 
 def bytes_per_parameter(
-    stage: int, world_size: int, *, half: bool, num_averages: int = 1, offload: bool = False
-) -> float:
-    """Bytes on one rank for each parameter; `half`: bf16 weights; `offload`: optimizer state in host memory."""
-    weights = _bytes_of_weight(stage, world_size, half)
-    gradients = (2 if half else 4) / (world_size if stage >= 2 else 1)
-    if stage == 0 and not half:
-        weights = gradients = 0.0  # the weights are the master, their gradients the step's own
-    stepping = (4 + 12 + 4 * num_averages) / (world_size if stage > 0 else 1)
-    return weights + gradients + (0.0 if offload else stepping)
-
-
-def bytes_per_rank(
-    num_params: int,
     stage: int,
     world_size: int,
     *,
     half: bool,
     num_averages: int = 1,
     offload: bool = False,
-    num_frozen: int = 0,
+    partition_group: int = 1,
+) -> float:
+    """Bytes on one rank for each parameter; `half`: bf16 weights; `offload`: optimizer state in host memory.
+
+    `partition_group`: ranks that hold a second copy of the weights among them (hpZ, stage 3; 1 for none).
+    """
+    weights = _bytes_of_weight(stage, world_size, half)
+    gradients = (2 if half else 4) / (world_size if stage >= 2 else 1)
+    if stage == 0 and not half:
+        weights = gradients = 0.0  # the weights are the master, their gradients the step's own
+    if partition_group > 1:
+        weights += (2 if half else 4) / partition_group
+    stepping = (4 + 12 + 4 * num_averages) / (world_size if stage > 0 else 1)
+    return weights + gradients + (0.0 if offload else stepping)
+
+
+def bytes_per_rank(
+    num_params: int, stage: int, world_size: int, *, half: bool, num_frozen: int = 0, **settings: Any
 ) -> int:
-    """Bytes of weights, gradients, masters, moments and averages on one rank; `num_frozen`: beside `num_params`."""
-    each = bytes_per_parameter(stage, world_size, half=half, num_averages=num_averages, offload=offload)
+    """Bytes of weights, gradients, masters, moments and averages on one rank; `num_frozen`: beside `num_params`.
+
+    `settings`: of `bytes_per_parameter`.
+    """
+    each = bytes_per_parameter(stage, world_size, half=half, **settings)
     return round(num_params * each + frozen_bytes(num_frozen, stage, world_size, half=half))
 
 
@@ -65,7 +78,13 @@ def _bytes_of_weight(stage: int, world_size: int, half: bool) -> float:
     return (2 if half else 4) / (world_size if stage == 3 else 1)
 
 
-def choose_stage(
+def quickest(times: Mapping[K, float]) -> K:
+    """The first whose predicted seconds are within `WORTH` of the least; they come in the order of preference."""
+    least = min(times.values())
+    return next(key for key, seconds in times.items() if seconds <= (1 + WORTH) * least)
+
+
+def choose_sharding(
     num_params: int,
     world_size: int,
     memory_bytes: int,
@@ -75,24 +94,38 @@ def choose_stage(
     offload: bool = False,
     num_frozen: int = 0,
     max_stage: Stage = 3,
-) -> tuple[Stage, str]:
-    """The first of `STAGES` up to `max_stage` whose state fits `STATE_SHARE` of a rank's memory (`max_stage` if none
-    does), and why."""
+    ranks_per_node: int = 1,
+    predict: Callable[[Sharding], StepTime] | None = None,
+) -> tuple[Sharding, str]:
+    """What `zero_stage: auto` takes, and why: of the stages up to `max_stage` whose state fits `STATE_SHARE` of a
+    rank's memory the `quickest` by `predict`, the lowest without it; `max_stage` if none fits.
+
+    A partition group of a node's ranks is one more choice, where `predict` can say what it saves.
+    """
     budget = memory_bytes * STATE_SHARE
     settings: dict[str, Any] = {
         "half": half, "num_averages": num_averages, "offload": offload, "num_frozen": num_frozen,
     }  # fmt: skip
     needs = {
-        stage: bytes_per_rank(num_params, stage, world_size, **settings)
-        for stage in STAGES[1 if offload else 0 : max_stage + 1]
+        one: bytes_per_rank(num_params, one.stage, world_size, partition_group=one.partition_group, **settings)
+        for one in shardings(world_size, ranks_per_node if predict else 1, 1 if offload else 0, max_stage)
     }
-    fitting = [stage for stage, need in needs.items() if need <= budget]
-    stage: Stage = fitting[0] if fitting else max_stage
-    fits = "fits" if fitting else "is more than"
-    why = f"{_size(needs[stage])} of state a rank {fits} {STATE_SHARE:.0%} of its {_size(memory_bytes)}"
-    if (below := stage - 1) in needs:
-        why += f", ZeRO-{below}'s {_size(needs[below])} {'does not' if fitting else 'even less so'}"
-    return stage, why
+    times = {one: predict(one).total_s if predict else 0.0 for one, need in needs.items() if need <= budget}
+    chosen = quickest(times) if times else Sharding(max_stage)
+    fits = "fits" if times else "is more than"
+    why = f"{_size(needs[chosen])} of state a rank {fits} {STATE_SHARE:.0%} of its {_size(memory_bytes)}"
+    below = [one for one in needs if one.stage < chosen.stage and one not in times]
+    if below:
+        why += f", {below[-1]}'s {_size(needs[below[-1]])} {'does not' if times else 'even less so'}"
+    if predict and len(times) > 1:
+        others = ", ".join(f"{one} {_seconds(seconds)}" for one, seconds in times.items() if one != chosen)
+        why += f"; predicted {_seconds(times[chosen])} a step, {others}"
+    return chosen, why
+
+
+def ranks_of_node() -> int:
+    """Ranks on this machine, as the launcher says."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def memory_of_rank(device: torch.device) -> int:
@@ -106,7 +139,7 @@ def memory_of_rank(device: torch.device) -> int:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(Path(limit).read_text()))
-    return total // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return total // ranks_of_node()
 
 
 def _size(num_bytes: float) -> str:
@@ -115,6 +148,10 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:,.1f} GiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.4g} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 @dataclass(frozen=True)
@@ -231,6 +268,24 @@ def activation_bytes(network: torch.nn.Module, image_shape: Sequence[int], dtype
     return sum(kept.values()), kept[-1] + sum(inputs.values()) + max(own, default=0)
 
 
+def work_of_rank(
+    module: torch.nn.Module, image_shape: Sequence[int] | None, rows: int, num_micro_batches: int, *, half: bool
+) -> Work:
+    """What a rank computes of `rows` images in a step of `module` (a run's, or a network). Before it is sharded."""
+    network = getattr(getattr(module, "denoiser", module), "network", module)
+    groups = [group for group in network.modules() if isinstance(group, torch.nn.ModuleList)]
+    trained = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
+    return Work(
+        num_params=sum(trained),
+        flops_per_image=training_flops(network, image_shape) if image_shape else 0,
+        images_per_gpu=rows,
+        num_layers=max(1, sum(map(len, groups))),
+        num_micro_batches=num_micro_batches,
+        num_frozen=sum(parameter.numel() for parameter in module.parameters()) - sum(trained),
+        weight_bytes=2 if half else 4,
+    )
+
+
 USABLE = 0.9  # of a rank's memory; the rest is for libraries and the allocator's fragments (assumption)
 NODE_RANKS = 8
 
@@ -245,27 +300,30 @@ class Advice:
     why: str
 
 
-def advise(plans: dict[tuple[int, bool], Memory], memory_bytes: float, *, world_size: int, num_nodes: int) -> Advice:
-    """The first plan that fits: stages from the cheapest in time, then those with the optimizer in the host's memory.
-
-    plans: by (stage, offload). hpZ is advised where ZeRO-3 spans nodes and its second copy of the weights fits.
-    """
+def advise(
+    plans: Mapping[tuple[Sharding, bool], Memory],
+    memory_bytes: float,
+    predict: Callable[[Sharding], StepTime] | None = None,
+) -> Advice:
+    """Of the plans, by (sharding, offload), that fit a rank at their peak the `quickest` by `predict`, the first
+    without it; those with the optimizer in the host's memory only where no other fits."""
     usable = USABLE * memory_bytes
-    for (stage, offload), plan in sorted(plans.items(), key=lambda item: (item[0][1], item[0][0])):
-        if plan.total > usable:
+    for offload in (False, True):
+        fitting = [one for (one, o), plan in plans.items() if o is offload and plan.total <= usable]
+        if not fitting:
             continue
+        chosen = quickest({one: predict(one).total_s if predict else 0.0 for one in fitting})
+        plan = plans[chosen, offload]
         why = f"{_size(plan.total)} of {_size(memory_bytes)}"
-        less = [p for (s, o), p in plans.items() if (o, s) < (offload, stage)]
+        less = [
+            p.total for (one, o), p in plans.items() if (o, one.stage) < (offload, chosen.stage) and p.total > usable
+        ]
         if less:
-            why += f"; the stages before it take {_size(min(p.total for p in less))} or more"
-        group = world_size // num_nodes if stage == 3 and num_nodes > 1 else 1
-        if group > 1:
-            copy = plan.weights * world_size / group
-            if plan.total + copy > usable:
-                group = 1
-            else:
-                why += f"; a second copy of the weights in a node ({_size(copy)} a rank) spares the network"
-        return Advice(stage, offload, group, why)
+            why += f"; the stages before it that do not fit take {_size(min(less))} or more"
+        if chosen.partition_group > 1:
+            copy = plan.weights - plans[Sharding(3), offload].weights
+            why += f"; a second copy of the weights in a node ({_size(copy)} a rank) spares the network"
+        return Advice(chosen.stage, offload, chosen.partition_group, why)
     return Advice(
         None, False, 1, f"the least is {_size(min(p.total for p in plans.values()))}, there is {_size(memory_bytes)}"
     )

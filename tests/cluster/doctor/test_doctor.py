@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from scoreray.cluster.doctor.examine import Machine, examine, parse_bytes, parse_shape
+from scoreray.cluster.doctor.examine import examine
+from scoreray.cluster.doctor.machine import Machine, parse_bytes, parse_shape
 from scoreray.cluster.finding import Finding
 from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config, load_config
@@ -86,11 +87,33 @@ def test_presets_fit_what_they_are_for(preset: str) -> None:
 
 def test_nodes_bring_a_partition_group() -> None:
     preset = load_config(ROOT / "configs" / "multinode.yaml")
-    found = by_topic(examine(preset, Machine(int(2.4 * 2**30), 2, (3, 64, 64))))
+    found = by_topic(examine(preset, Machine(int(2.6 * 2**30), 2, (3, 64, 64))))
     assert found["fit"].facts["partition_group"] == 8
     assert "engine.partition_group=8" in found["fit"].text
     with pytest.raises(UserError, match="--nodes 5"):
         examine(preset, Machine(1 << 30, 5, (3, 64, 64)))
+
+
+def test_the_doctor_predicts_by_the_clusters_nodes_and_says_what_auto_takes() -> None:
+    """Of the fewest and the most workers; a slower network makes every step longer, and nodes of four GPUs other
+    groups."""
+
+    def found(gbit_s: float, machine: Machine, stage: str = "auto") -> dict[str, Finding]:
+        keys = (f"engine.internode_gbit_s={gbit_s}", f"engine.zero_stage={stage}")
+        return by_topic(examine(load_config(ROOT / "configs" / "multinode.yaml", keys), machine))
+
+    machine = Machine(80 << 30, None, (3, 64, 64)).on_nodes([{"CPU": 8}, {"GPU": 4, "accelerator_type:A100": 1}])
+    assert (machine.gpus_per_node, machine.gpu) == (4, "A100")
+    fast, slow = found(400, machine), found(10, machine)
+    times = {gbit: one["step time"].facts["predictions"] for gbit, one in ((400, fast), (10, slow))}
+    assert {one["workers"] for one in times[400]} == {16, 32}
+    assert {one["partition_group"] for one in times[400]} == {1, 4}
+    assert all(a["exposed_s"] < b["exposed_s"] for a, b in zip(times[400], times[10], strict=True))
+    assert "156 TFLOP/s" in fast["step time"].text
+    assert fast["memory"].facts["nodes"] == 4
+    assert (fast["fit"].facts["auto"]["stage"], slow["fit"].facts["auto"]["stage"]) == (0, 3)
+    assert "auto takes ZeRO-3 in groups of 4: " in slow["fit"].text
+    assert "auto" not in found(400, machine, "3")["fit"].facts
 
 
 def test_sizes_and_shapes() -> None:

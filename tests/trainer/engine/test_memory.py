@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scoreray.trainer.engine.deepspeed import bucket_sizes
+from scoreray.trainer.engine.buckets import bucket_sizes
 from scoreray.trainer.engine.planner import bytes_per_parameter
 
 pytestmark = pytest.mark.timeout(700)  # on a machine that is busy with other tests, processes take minutes to start

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scoreray.trainer.engine.overlap import LARGEST, SMALLEST, bucket_elements
+from scoreray.trainer.engine.buckets import LARGEST, SMALLEST, bucket_elements
 
 RANKS = Path(__file__).with_name("overlap_ranks.py")
 CASES = ("plain", "micro", "half", "second", "no rank", "one rank")
