@@ -309,7 +309,7 @@ def test_advice_is_the_quickest_that_fits_at_its_peak() -> None:
         predict = (lambda one: step_time(one, 16, SLOW, nodes)) if nodes else None
         return advise(plans(activations), gib * GIB, predict)
 
-    assert [advice(gib, nodes=None).stage for gib in (80, 8, 4.4, 3.1)] == [0, 1, 2, 3]
+    assert [advice(gib, nodes=None).stage for gib in (80, 8, 5, 3.1)] == [0, 1, 2, 3]
     assert (advice(80, nodes=FREE).stage, advice(80, nodes=FREE).offload) == (0, False)
     assert (advice(80).stage, advice(80).partition_group) == (3, 8)
     assert (advice(8, nodes=HOPS).stage, advice(8, nodes=FREE).stage) == (1, 3)
@@ -317,7 +317,8 @@ def test_advice_is_the_quickest_that_fits_at_its_peak() -> None:
     assert "a second copy of the weights in a node" in advice(3.3).why
     assert (advice(3.3).stage, advice(3.3).partition_group) == (3, 8)
     assert (advice(3.1).stage, advice(3.1).partition_group) == (3, 1)  # the second copy would not fit
-    assert advice(1.6).offload
+    assert (advice(1.65).offload, advice(1.65).partition_group) == (True, 8)
+    assert (advice(1.5).offload, advice(1.5).partition_group) == (True, 1)
     assert advice(0.5).stage is None
     assert "the least is" in advice(0.5).why
     assert advice(80, activations=100 * GIB).stage is None
