@@ -282,9 +282,9 @@ def _kept(config: Config, num_params: int, num_frozen: int) -> Finding:
 
 def table(plans: dict[tuple[Sharding, bool], Memory], num_params: int) -> str:
     """A row for each plan: bytes per parameter of the state, then GiB of each part."""
-    lines = [f"  {'':27}{'B/param':>8}" + "".join(f"{part:>13}" for part in PARTS) + f"{'total':>13}{'on host':>13}"]
+    lines = [f"  {'':33}{'B/param':>8}" + "".join(f"{part:>13}" for part in PARTS) + f"{'total':>13}{'on host':>13}"]
     for (one, offload), p in sorted(plans.items(), key=lambda item: item[0][1]):
         name = f"{one}" + (", offloaded" if offload else "")
         row = "".join(f" {gib(getattr(p, part)):>12}" for part in PARTS)
-        lines.append(f"  {name:27}{p.state / num_params:8.2f}{row} {gib(p.total):>12} {gib(p.host):>12}")
+        lines.append(f"  {name:33}{p.state / num_params:8.2f}{row} {gib(p.total):>12} {gib(p.host):>12}")
     return "\n".join(lines)
