@@ -45,6 +45,11 @@ def _by_sigma(records: list[TrainingRecord]) -> tuple[list[float], list[float]]:
     return levels, losses
 
 
+def _engine(config: Config) -> str:
+    stage = config.engine.zero_stage
+    return f"DeepSpeed ZeRO-{stage}" if stage else "the whole state on each (ZeRO-0)"
+
+
 def _precision(config: Config) -> str:
     import torch
 
@@ -75,7 +80,7 @@ def summary_page(
         "mean loss of the last record": "-" if trained.loss is None else f"{trained.loss:.4f}",
         "training rate": f"{rates[len(rates) // 2]:,.0f} images/s (median)" if rates else "-",
         "waiting for data": f"{max(record.data_stall for record in records[-3:]):.1%}" if records else "-",
-        "workers": f"{low if low == high else f'{low} to {high}'}, DeepSpeed ZeRO-{config.engine.zero_stage}",
+        "workers": f"{low if low == high else f'{low} to {high}'}, {_engine(config)}",
         "precision": _precision(config),
         "network": config.network.kind,
         "process": config.process.kind,

@@ -33,7 +33,7 @@ def test_the_quick_demo(tmp_path: Path) -> None:
     config = load_config(out / "config.yaml")
     assert answer["images_seen"] == config.duration.images
     assert config.scaling.workers == 2
-    assert config.engine.zero_stage == 2
+    assert config.engine.zero_stage == 0
     sheet = np.asarray(Image.open(out / "samples.png"))
     assert min(sheet.shape[:2]) > 400
     assert sheet.std() > 20
