@@ -328,7 +328,9 @@ def test_a_token_is_asked_for_and_the_keyboard_suffices(browser: Browser, run_ur
 
 
 def test_busy_error_and_stop(browser: Browser, run_url: str, served: Any) -> None:
-    with served(config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000))) as (url, service):
+    with served(
+        config(run_url, limits=Limits(token_requests=1, max_count=8, max_steps=1000, max_request_s=PATIENCE_S))
+    ) as (url, service):
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")
         browser.run("document.querySelector('#count').max = 99")
