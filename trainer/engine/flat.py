@@ -85,25 +85,31 @@ class FlatEngine:
             self._collect(slice(0, len(self._master)))
 
     def _collect(self, part: slice) -> None:
-        """Move half-precision gradients of a range into the fp32 sum; fp32 ones were accumulated there already."""
+        """Move half-precision gradients of a range into the fp32 sum; fp32 ones were accumulated there already.
+
+        A step's first overwrite the sum, which so need not be set to zero before.
+        """
         gradient = self._master.grad
         assert gradient is not None
         if self._gradient is gradient:
             return
         for total, half in zip(gradient[part].split(CHUNK), self._gradient[part].split(CHUNK), strict=True):
-            total.add_(half)  # in chunks: torch widens the half-precision part first
+            if self._micro_batches_done == 1:
+                total.copy_(half)
+            else:
+                total.add_(half)  # in chunks: torch widens the half-precision part first
             half.zero_()
 
     def step(self, learning_rate: float, decays: list[float]) -> float:
         gradient = self._master.grad
         assert gradient is not None
-        self._micro_batches_done = 0
         if self._sum is not None:
             self._sum.finish()
+        self._micro_batches_done = 0
         scale = 1 / self._world_size
         norm = float(torch.linalg.vector_norm(gradient)) * scale
         if not math.isfinite(norm):  # all ranks summed the same gradient, so all raise
-            gradient.zero_()
+            self._clear()
             raise NonFiniteError(f"the gradient's norm is {norm}")
         if 0 < self._clip < norm:
             scale *= self._clip / norm
@@ -111,9 +117,14 @@ class FlatEngine:
             gradient.mul_(scale)
         self.optimizer.prepare_step(learning_rate, decays)
         self.optimizer.step()
-        gradient.zero_()
+        self._clear()
         self._copy_to_weights()
         return norm
+
+    def _clear(self) -> None:
+        """Ready for the next step's gradients, which are added where they are fp32."""
+        if self._gradient is self._master.grad:
+            self._gradient.zero_()
 
     def fragments(self) -> Iterator[Fragment]:
         for name, offset, length in self._slices:
