@@ -1,20 +1,31 @@
 """The training step alone on one GPU, without Ray: images/s and MFU against the measured matmul rate.
 
     python benchmarks/gpu.py [--case dit unet dit-text] [--batch 64 256] [--no-compile] [--steps 30]
-    python benchmarks/gpu.py --device cpu --tiny          the same path on a CPU, in seconds
+    python benchmarks/gpu.py --quick [--out DIR] [--minutes 3]      all that is asked of a new card
+    python benchmarks/gpu.py --device cpu --tiny          the same path on a CPU, in seconds (--quick too)
 
 A DiT of 130 M parameters on 32 x 32 x 4 latents and a U-Net of 131 M on 64 x 64 x 3, both with classes, and the DiT
 with 1 to 77 tokens of 768 numbers that every block attends to. bf16 weights with fp32 masters, AdamW with two averages
 in the step (the engine at zero_stage 0), torch.compile on. FLOPs are the network's forward and backward pass, counted
 on the meta device; the rate is the best of square bf16 matrix products on the same device.
+
+--quick runs the tests that need CUDA and, beside them, compiles the DiT and the U-Net, each in a process of its own:
+Inductor keeps the kernels on disk. Then each is measured alone, from these. What fails or runs out of time is said, and
+the case measured without compiling. Prints as it goes, and writes gpu.json, rewritten after each measurement, and each
+part's output to DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +51,10 @@ TINY: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
 }
 TINY["dit-text"] = TINY["dit"]
 WARM_UP = 5
+ROOT = Path(__file__).resolve().parents[1]
+CUDA_TESTS = ["tests/trainer/test_gpu.py", "tests/sampling/test_gpu.py"]
+QUICK = {"dit": 256, "unet": 64}  # the batch of each
+PREPARING, MEASURING = 0.56, 0.22  # of the time of --quick: tests and compiling, each case's measurement
 
 
 def main() -> None:
@@ -51,10 +66,16 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small networks, to try the path anywhere")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the CUDA tests, the DiT and the U-Net")
+    parser.add_argument("--minutes", type=float, default=3.0, help="that --quick takes at most")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="of --quick")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is here; --device cpu --tiny tries the same path")
+    if arguments.quick:
+        quick(arguments)
+        return
     rows: list[dict[str, Any]] = []
     for name in arguments.case:
         for batch in [8] if arguments.tiny else arguments.batch:
@@ -63,6 +84,78 @@ def main() -> None:
                 show(rows[-1], first=len(rows) == 1)
     if arguments.json:
         print(json.dumps(rows))
+
+
+def quick(arguments: argparse.Namespace) -> None:
+    """Tests and compiling at once, then a measurement of each case alone."""
+    began, whole_s = time.perf_counter(), 60 * arguments.minutes
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    passed_on = ["--device", arguments.device, *["--tiny"] * arguments.tiny, *["--no-compile"] * arguments.no_compile]
+    parts: list[Part] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the parts end with it
+
+    def begin(name: str, command: list[str]) -> Part:
+        parts.append(Part([sys.executable, *command], arguments.out / f"gpu-{name}.log"))
+        return parts[-1]
+
+    def case(name: str, kind: str, steps: int, *more: str) -> Part:
+        asked = ["--case", name, "--batch", str(QUICK[name]), "--steps", str(steps), "--json", *passed_on, *more]
+        return begin(f"{name}-{kind}", [__file__, *asked])
+
+    try:
+        tests = begin("tests", ["-m", "pytest", "-q", "-rs", *[str(ROOT / test) for test in CUDA_TESTS]])
+        prepared = {name: case(name, "first-steps", 1) for name in QUICK}
+        until = began + PREPARING * whole_s
+        failures = {name: why for name, part in prepared.items() if (why := part.failure(until))}
+        record: dict[str, Any] = {
+            "tests": tests.failure(until) or tests.last_line(),
+            "first_steps": failures,
+            "rows": [],
+        }
+        for what, found in {"CUDA tests": record["tests"], **failures}.items():
+            print(f"{what}: {found}", flush=True)
+        for name in QUICK:
+            part = case(name, "measured", arguments.steps, *["--no-compile"] * (name in failures))
+            if why := part.failure(time.perf_counter() + MEASURING * whole_s):
+                print(f"{name}: {why}", flush=True)
+                record["rows"].append({"case": name, "failure": why})
+            else:
+                record["rows"].extend(json.loads(part.last_line()))
+                show(record["rows"][-1], first=name == next(iter(QUICK)))
+            record["seconds"] = time.perf_counter() - began
+            (arguments.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    finally:
+        for part in parts:
+            part.stop()
+    print(f"{time.perf_counter() - began:.0f} s in all.")
+
+
+class Part:
+    """A command in a process of its own, its output in a file."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    def failure(self, deadline: float) -> str | None:
+        """Why it did not end well by `deadline`, of time.perf_counter(), at which it is stopped; None if it did."""
+        try:
+            status = self._process.wait(max(0.0, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return f"stopped, as its time was over: {self.last_line()} ({self._log})"
+        return None if status == 0 else f"status {status}: {self.last_line()} ({self._log})"
+
+    def last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
+
+    def stop(self) -> None:
+        """With all processes that it began, as the compiler does."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def show(row: dict[str, Any], *, first: bool) -> None:
