@@ -10,7 +10,7 @@ import functools
 import io
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
@@ -18,15 +18,10 @@ import simplejpeg
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import MAX_CLASSES
 from scoreray.data.fields.limits import check_label
+from scoreray.data.fields.png_rows import Members, png_rows, pyspng
 from scoreray.data.fields.record_layout import FORMATS
 
-try:
-    import pyspng
-except ImportError:  # no wheel for this platform: Pillow decodes the same, at a third of the speed
-    pyspng = None
-
 MAX_PIXELS = 1 << 25
-Members = Iterable[tuple[int, bytes | None]]  # (row, member), None for one that is quarantined
 
 
 def decode(data: bytes, code: int, shape: tuple[int, ...], dtype: np.dtype, name: Callable[[], str]) -> np.ndarray:
@@ -216,24 +211,10 @@ _ARRAY_DECODERS = _DECODERS | {FORMATS["npy"]: lambda data, out: npy_array(data)
 
 
 def _png_rows(members: Members, out: np.ndarray) -> list[int]:
-    if pyspng is None or out.dtype != np.uint8 or out.ndim != 4 or out.shape[3] not in (1, 3):
-        return [row for row, _ in members]
-    grey = out.shape[3] == 1
-    head = b"\x89PNG\r\n\x1a\n" + struct.pack(
-        ">I4sIIBBBBB", 13, b"IHDR", *out.shape[2:0:-1], 8, 0 if grey else 2, 0, 0, 0
-    )
-    if not 0 < out.shape[1] * out.shape[2] <= MAX_PIXELS:
-        return [row for row, _ in members]
-    load, kind, left = pyspng.c.spng_decode_image_bytes, pyspng.c.SPNG_FMT_G8 if grey else pyspng.c.SPNG_FMT_RGB8, []
-    for row, member in members:
-        if member is not None and member.startswith(head):
-            try:
-                out[row] = load(member, kind)
-                continue
-            except Exception:  # a decoder of untrusted bytes may raise anything
-                pass
-        left.append(row)
-    return left
+    is_picture = out.dtype == np.uint8 and out.ndim == 4 and out.shape[3] in (1, 3)
+    if is_picture and 0 < out.shape[1] * out.shape[2] <= MAX_PIXELS:
+        return png_rows(members, out)
+    return _no_rows(members, out)
 
 
 def _jpg_rows(members: Members, out: np.ndarray) -> list[int]:

@@ -31,6 +31,7 @@ MAX_REQUEST_BYTES = 16 << 20
 REREADS = 8  # of bytes that are not what the index says, from a remote store: the fault may be the network's
 REREAD_S = 0.5  # the longest pause before one
 GROUP = 8  # samples that follow each other in a shard and have one tag
+SMALL_GROUP_BYTES = GROUP * 4096  # most of a group up to this is headers and padding: its tag is of the members alone
 MAX_TAG_BYTES = 64 << 20
 WORTH_A_VIEW = 0.75  # of a request's bytes: a view of one member keeps all of them in memory
 # A member to be read: which of the shard's samples it is of, the column of the record, and what that says of it.
@@ -66,15 +67,15 @@ class Tags:
             if j - i == min(GROUP, count - group * GROUP) * num_columns
         ]
 
-    def has(self, group: int, offset: int, data: memoryview) -> bool:
-        """Whether these are the bytes of the group, from `offset` of its shard on, that were kept."""
+    def has(self, group: int, offset: int, data: bytes | memoryview) -> bool:
+        """Whether these are the bytes of the group, which begins at `offset` of its shard, that were kept."""
         known = int(self._tags[group])
         return known != 0 and known == self._tag(offset, data)
 
-    def keep(self, group: int, offset: int, data: memoryview) -> None:
+    def keep(self, group: int, offset: int, data: bytes | memoryview) -> None:
         self._tags[group] = self._tag(offset, data)
 
-    def _tag(self, offset: int, data: memoryview) -> int:
+    def _tag(self, offset: int, data: bytes | memoryview) -> int:
         return int.from_bytes(self._encrypt(offset.to_bytes(12, "little"), b"", data)[:8], "little")
 
 
@@ -244,7 +245,9 @@ class Reader:
         if tags is not None:
             columns = int((wanted["place"] == wanted["place"][0]).sum())
             for group, i, j in reversed(tags.groups(shard, wanted, columns)):
-                span = int(wanted["offset"][i]), memoryview(data)[places[i][0] : places[j - 1][1]]
+                begin, end = places[i][0], places[j - 1][1]
+                small = end - begin <= SMALL_GROUP_BYTES
+                span = int(wanted["offset"][i]), b"".join(members[i:j]) if small else memoryview(data)[begin:end]
                 if tags.has(group, *span):
                     del left[i:j]
                 else:
