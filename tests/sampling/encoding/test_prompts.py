@@ -1,8 +1,11 @@
-"""A prompt to a model of encoded captions: the same bits as the stored values of that caption."""
+"""A prompt to a model of encoded captions: the same samples as of the stored values of that caption."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,22 +56,25 @@ def test_a_prompt_draws_what_the_stored_values_of_its_caption_draw(
         replica = Replica(ServeConfig((("run", url),), precision="fp32", compile="off"), "cpu")
         served = look_up("run", url)
 
-        async def drawn(**given: Any) -> bytes:
+        async def drawn(**given: Any) -> np.ndarray:
             request = make_request(SampleBody(steps=3, format="npy", **given), served, Limits(), "application/json", 5)
             events = [event async for event in replica.draw(request)]
             assert isinstance(events[-1], Completed), events[-1]
-            return events[-1].body
+            (sample,) = json.loads(events[-1].body)
+            return np.load(io.BytesIO(base64.b64decode(sample["b64_json"])))
 
-        found = set[bytes]()
+        found = []
         for row in (i for i in range(4) if captions[i]):
             stored = {
                 name: (rows.fields[name][row][rows.masks[name][row]] if name in rows.masks else rows.fields[name][row])
                 for name in NAMES
             }
             values = {name: value.float().tolist() for name, value in stored.items()}
-            assert await drawn(prompt=captions[row]) == await drawn(condition=values), captions[row]
-            found.add(await drawn(condition=values))
-        assert len(found) > 1, "captions differ"
+            found.append(await drawn(condition=values))
+            # Some CPUs' float16 products depend in their last place on how many captions are encoded at once.
+            np.testing.assert_allclose(await drawn(prompt=captions[row]), found[-1], rtol=0, atol=0.005)
+        differ = max(float(abs(a - b).max()) for a in found for b in found)
+        assert differ > 0.02, "captions differ"
         await replica.close()
 
     asyncio.run(main())
