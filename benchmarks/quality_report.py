@@ -31,7 +31,7 @@ def report(out: Path, picture: Path | None) -> str:
     records, lines = read(out), list[str]()
     for data, of_line in sorted(records.items(), reverse=True):
         floor = next(iter(of_line.values()))[0]["floor"]
-        lines += [f"{TITLES[data]}; as many real images that were held out: {pm(floor['fid'], floor['error'])}", ""]
+        lines += [f"{TITLES[data]} (1,000 held-out images themselves: {pm(floor['fid'], floor['error'])})", ""]
         lines += [*table(of_line), "", *by_own(of_line), ""]
     if picture is not None:
         draw(records, picture)
@@ -64,8 +64,11 @@ def table(of_line: dict[str, list[dict[str, Any]]]) -> list[str]:
     ours = of_line.get(OURS)
     names = sorted(of_line, key=lambda name: -float(np.mean(curve(of_line[name])[1][:, -1])))
     times = curve(of_line[names[-1]])[0]
-    head = " | ".join(f"at {one:.0f} s" for one in times)
-    lines = [f"| | parameters | MFLOPs | images | {head} | seeds, last | ours takes |", "|---" * (len(times) + 6) + "|"]
+    head = " | ".join([*(f"at {one:.0f} s" for one in times[:-1]), "last"])
+    lines = [
+        f"| | parameters | MFLOPs | images | CPU s | {head} | seeds, last | ours takes |",
+        "|---" * (len(times) + 7) + "|",
+    ]
     for name in names:
         seeds = of_line[name]
         seconds, fids = curve(seeds)
@@ -75,9 +78,9 @@ def table(of_line: dict[str, list[dict[str, Any]]]) -> list[str]:
         if ours and name != OURS:
             taken = seconds_to(ours, float(np.exp(np.log(fids[:, -1]).mean()))) / seconds[-1]
             first = taken * seconds[-1] <= curve(ours)[0][0]
-            ratio = "never" if taken == math.inf else f"{'at most ' if first else ''}{taken:.2f} of its time"
+            ratio = "longer" if taken == math.inf else f"{'at most ' if first else ''}{taken:.2f} of its time"
         images = np.mean([one["points"][-1]["images"] for one in seeds])
-        about = f"{seeds[0]['parameters'] / 1e6:.2f} M | {seeds[0]['mflops']:.0f} | {images:,.0f}"
+        about = f"{seeds[0]['parameters'] / 1e6:.2f} M | {seeds[0]['mflops']:.0f} | {images:,.0f} | {seconds[-1]:.0f}"
         lines.append(f"| {name} | {about} | {' | '.join(cells)} | {last} | {ratio} |")
     return lines
 
