@@ -63,7 +63,7 @@ def seconds_to(seeds: list[dict[str, Any]], goal: float) -> float:
 def table(of_line: dict[str, list[dict[str, Any]]]) -> list[str]:
     ours = of_line.get(OURS)
     names = sorted(of_line, key=lambda name: -float(np.mean(curve(of_line[name])[1][:, -1])))
-    times = curve(of_line[names[-1]])[0]
+    times = curve(max(of_line.values(), key=lambda seeds: len(seeds[0]["points"])))[0]
     head = " | ".join([*(f"at {one:.0f} s" for one in times[:-1]), "last"])
     lines = [
         f"| | parameters | MFLOPs | images | CPU s | {head} | seeds, last | ours takes |",
@@ -72,7 +72,9 @@ def table(of_line: dict[str, list[dict[str, Any]]]) -> list[str]:
     for name in names:
         seeds = of_line[name]
         seconds, fids = curve(seeds)
-        cells = [""] * (len(times) - len(seconds)) + [f"{value:.3g}" for value in fids.mean(0)]
+        cells = [""] * len(times)  # a line of another budget, or measured less often, has its values at its own times
+        for at, value in zip(seconds, fids.mean(0), strict=True):
+            cells[int(np.abs(np.log(times / at)).argmin())] = f"{value:.3g}"
         last = ", ".join(pm(one["points"][-1]["fid"], one["points"][-1]["error"]) for one in seeds)
         ratio = ""
         if ours and name != OURS:
