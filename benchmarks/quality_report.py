@@ -16,7 +16,7 @@ Records = dict[str, dict[str, list[dict[str, Any]]]]
 TITLES = {"fashion": "Fashion-MNIST, 12,000 images", "cifar": "CIFAR-10, 8,000 images"}
 OURS = "ours"
 HALF = "ours in half the time"  # `--budget` halved: what the peers' last FID is compared with where OURS was not run
-COLOURS = ("#8a909c", "#2563a8", "#0f8b8d", "#d1495b", "#7b4fa3", "#e08e1b", "#a05a2c", "#5c6770")
+COLOURS = ("#8a909c", "#2563a8", "#0f8b8d", "#d1495b", "#7b4fa3", "#e08e1b", "#a05a2c", "#c2a500", "#1f2430")
 
 
 def read(out: Path) -> Records:
@@ -130,7 +130,7 @@ def draw(records: Records, path: Path) -> None:
         floor = next(iter(of_line.values()))[0]["floor"]["fid"]
         ax.axhline(floor, color="#1f2430", lw=0.8, ls=":")
         ax.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one core", title=TITLES[data])
-        ticks = curve(max(of_line.values(), key=len))[0]
+        ticks = curve(max(of_line.values(), key=lambda seeds: len(seeds[0]["points"])))[0]
         ax.set_xticks(ticks, [f"{one:.0f}" for one in ticks])
         ax.xaxis.minorticks_off()
         ax.yaxis.set_major_formatter(plain)
