@@ -406,7 +406,11 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
                 demo_config(workers=arguments.workers).model_dump(mode="json")
                 | {"network": NETWORKS[arguments.network]}
                 | {"engine": {"precision": arguments.precision, "zero_stage": stage}},
-                [f"data.global_batch_size={arguments.batch}", f"duration.images={arguments.images}"],
+                [
+                    f"data.global_batch_size={arguments.batch}",
+                    f"duration.images={arguments.images}",
+                    f"scaling.cpus_per_worker={threads(arguments)}",  # as many threads as the other cases have
+                ],
             )
         )
         return [record.images_per_s for record in train_to_end(prepared).records[1:]]

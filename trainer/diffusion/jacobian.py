@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scoreray.data.errors import UserError
+from scoreray.trainer.diffusion.layers import outside_graphs
 
 
 def exact_trace(outputs: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -34,7 +35,7 @@ def projected_trace(outputs: Tensor, x: Tensor, directions: Tensor, *, create_gr
     return total / directions.shape[1]
 
 
-@torch.compiler.disable(recursive=True)  # type: ignore[untyped-decorator]
+@outside_graphs
 @torch.no_grad()
 def path_derivative(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, slope: Tensor) -> Tensor:
     """d function(x, sigma) / dsigma along dx/dsigma = slope, [B, ...] like x [B, ...]; sigma [B].

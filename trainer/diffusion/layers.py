@@ -1,11 +1,11 @@
-"""Layers that networks share: attention, norms, patches over any number of dimensions, checkpointed calls."""
+"""Layers that networks share: attention, norms, patches over any number of dimensions, calls outside graphs."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from scoreray.data.errors import UserError
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 Output = TypeVar("Output")
+Arguments = ParamSpec("Arguments")
 
 # c_noise = ln(sigma)/4 spans [-1.6, 1.1] for sigma in [0.002, 80]. Wavelengths from 8 (nearly linear over that span)
 # down to 1/4 (a factor e in sigma): every noise level has its own code, and neighbours have similar ones.
@@ -58,6 +59,22 @@ def check_call(x: Tensor, c_noise: Tensor, accepted: bool, shape: str) -> None:
         raise UserError(f"samples of shape {tuple(x.shape[1:])}: this network was built for {shape}")
     if c_noise.shape != x.shape[:1]:
         raise UserError(f"c_noise of shape {tuple(c_noise.shape)} for {len(x)} samples: give one noise level a sample")
+
+
+def outside_graphs(function: Callable[Arguments, Output]) -> Callable[Arguments, Output]:
+    """A decorator: `function` and what it calls run as they are, also in a module that is compiled.
+
+    `torch.compiler.disable` alone imports the compiler where it decorates, which takes every process that imports the
+    module longer than torch itself. Here it is called while a graph is traced, when the compiler is there already.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
+
+    return call
 
 
 def sinusoids(c_noise: Tensor, channels: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from scoreray.data import checks
 from scoreray.data.units import Count
 from scoreray.trainer.diffusion.denoiser import Denoiser, like
+from scoreray.trainer.diffusion.layers import outside_graphs
 from scoreray.trainer.diffusion.sigma_sampling import LogNormal
 from scoreray.trainer.diffusion.weighting import Constant
 from scoreray.trainer.objectives.base import AnySampling, AnyWeighting, FewStepObjective, Map, NoisedBatch
@@ -109,13 +110,13 @@ def _positive(rho: Tensor) -> Tensor:
     return torch.where(rho > 0, rho, 1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 def _dropout_state(x: Tensor) -> tuple[Tensor, list[int], list[Tensor]]:
     """Of torch's generators, from which a network on the device of x draws what it drops."""
     return torch.get_rng_state(), *get_device_states(x)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 def _repeat_dropout(state: tuple[Tensor, list[int], list[Tensor]]) -> None:
     """The next call of a network drops the same units as the one after `_dropout_state`."""
     cpu, devices, states = state
