@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.connect.local_ray import set_environment
+from scoreray.cluster.connect.start import patience
 
 CPUS_PER_NODE = 8  # slots of a Ray node: as many workers as a node has GPUs
 COMMITS, STEPS = 4, 40  # that are measured
@@ -41,8 +42,9 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(shutdown_at_exit=True)
-    for _ in range(-(-workers // CPUS_PER_NODE)):
-        cluster.add_node(num_cpus=CPUS_PER_NODE, include_dashboard=False)
+    with patience(600):
+        for _ in range(-(-workers // CPUS_PER_NODE)):
+            cluster.add_node(num_cpus=CPUS_PER_NODE, include_dashboard=False)
     os.environ["RAY_ADDRESS"] = cluster.address
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:

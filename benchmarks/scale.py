@@ -66,12 +66,12 @@ class Row:
     @property
     def at_most_ranks(self) -> float:
         """At 1,024 ranks: measured, or by the line through all sizes, but no less than the largest measured; of what
-        every step costs, that."""
+        every step costs, the median."""
         if MOST in self.values:
             return self.values[MOST]
         points = np.array(sorted(self.values.items()))
         if len(points) < 2 or self.may_grow == 0:
-            return float(points[:, 1].max())
+            return float(np.median(points[:, 1]))
         slope, at_0 = np.polyfit(*points.T, 1)
         return float(max(points[:, 1].max(), at_0 + slope * MOST))
 
@@ -272,8 +272,9 @@ def report(found: Mapping[str, Any]) -> None:
     print("|---|" + "---:|" * (len(sizes) + 3))
     for row in rows:
         cells = [short(row.values[n]) if n in row.values else "" for n in sizes]
-        print(f"| {row.name} | {' | '.join(cells)} | {row.exponent:.2f} | {short(row.per_worker)} | "
-              f"{short(row.at_most_ranks)}{'' if MOST in row.values else ' (line)'} |")  # fmt: skip
+        by = "" if MOST in row.values else " (line)" if row.may_grow else " (median)"
+        fit = f"{row.exponent:.2f} | {short(row.per_worker)} | {short(row.at_most_ranks)}{by}"
+        print(f"| {row.name} | {' | '.join(cells)} | {fit} |")
     print()
     for line in prediction(rows):
         print(line)
@@ -284,16 +285,18 @@ def short(value: float) -> str:
 
 
 def prediction(rows: list[Row]) -> list[str]:
-    """What the control plane adds to a step at 1,024 GPUs, beside what communication does (docs/tools/scaling.py)."""
+    """What the control plane adds to a step at 1,024 GPUs, beside what communication does (trainer/engine/communication.py)."""
     sys.path.insert(0, str(ROOT / "docs" / "tools"))
-    from scaling import WORKS, Cluster, efficiency, step_s
+    from scaling import NODES, WAYS, WORKS
+
+    from scoreray.trainer.engine.communication import step_time
 
     by_name = {row.name: row for row in rows}
     name, work = next(iter(WORKS.items()))
-    compute, exposed = step_s("zero0", MOST, work, Cluster())
-    lines = [f"{name}, zero_stage 0, {MOST:,} GPUs: {1e3 * compute:.1f} ms of computing in a step, "
-             f"communication leaves {efficiency('zero0', MOST, work):.1%}"]  # fmt: skip
-    total = compute + exposed
+    step = step_time(WAYS["zero0"], MOST, work, NODES)
+    lines = [f"{name}, zero_stage 0, {MOST:,} GPUs: {1e3 * step.compute_s:.1f} ms of computing in a step, "
+             f"communication leaves {step.efficiency:.1%}"]  # fmt: skip
+    total = step.total_s
     for what, row, each_s in (
         ("the vote's CPU time", "step, each rank: CPU of the vote, us", None),
         ("positions of the batch", "step, each rank: CPU of a batch's positions, us", None),
@@ -308,7 +311,7 @@ def prediction(rows: list[Row]) -> list[str]:
             )
     if "a sum around a ring instead: CPU of all ranks, us" in by_name:
         cpu_ms = by_name["a sum around a ring instead: CPU of all ranks, us"].at_most_ranks / 1e3
-        ring_ms = cpu_ms + 1e3 * 2 * (MOST - 1) * Cluster().between_latency_s
+        ring_ms = cpu_ms + 1e3 * 2 * (MOST - 1) * NODES.between_latency_s
         lines.append(
             f"  a vote around a ring, one message after another: {ring_ms:.0f} ms in a step of {1e3 * total:.1f} ms"
         )

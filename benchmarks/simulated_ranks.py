@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -188,13 +187,13 @@ def opened_stream(url: str, rank: int, ranks: int) -> dict[str, float]:
     from scoreray.data.reading.stream import Stream
 
     found: dict[str, float] = {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_kb()
     wall, cpu = time.perf_counter(), time.process_time()
 
     def note(what: str) -> None:
         nonlocal wall, cpu
         found[f"{what}: s"], found[f"{what}: CPU s"] = time.perf_counter() - wall, time.process_time() - cpu
-        found[f"{what}: MB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        found[f"{what}: MB"] = (most_kb() - before) / 1024
         wall, cpu = time.perf_counter(), time.process_time()
 
     as_many_shards()
@@ -209,6 +208,12 @@ def opened_stream(url: str, rank: int, ranks: int) -> dict[str, float]:
             rows.lanes.positions(start + i * batch, 1)
         found["positions of a batch: CPU us"] = (time.process_time() - cpu) / 100 * 1e6
     return found
+
+
+def most_kb() -> int:
+    """The most memory that this process has had; `getrusage` would include that of the process that started it."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1])
 
 
 def as_many_shards() -> None:

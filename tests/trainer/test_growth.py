@@ -25,6 +25,7 @@ from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.monitoring.meter import SHOW_EVERY_S, StepMeter
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.monitoring.vote import Vote
+from scoreray.trainer.on_ray.run import check_interval_s
 from scoreray.trainer.optim.fragments import MASTER, Fragment
 
 SIZES = (2, 8)
@@ -172,6 +173,12 @@ def test_progress_is_reported_by_time_and_not_by_step() -> None:
         meter.show(shown.append, images, 1000, None, 0)
     meter.record(200, 1e-3, 1.0, 0, 0, ReadStats())
     assert len(shown) <= 2, f"more than one each {SHOW_EVERY_S} s"
+
+
+def test_checks_of_workers_are_no_more_a_second_with_more_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    assert [check_interval_s(workers) for workers in (2, 8, 256)] == [0.5] * 3
+    assert 8192 / check_interval_s(8192) == 1024 / check_interval_s(1024)
 
 
 def test_a_start_and_a_commit_of_other_ranks_ask_nothing_of_the_store(

@@ -55,8 +55,7 @@ def fit(
         return before.images_seen
     monitor, done, alone = _start_monitor(config, before), threading.Event(), on_one_machine()
     # The controller and the workers inherit these.
-    interval_s = max(float(os.environ.get(INTERVAL, 2)), config.world_sizes[-1] / CHECKS_PER_S)
-    os.environ[INTERVAL] = str(interval_s)
+    os.environ[INTERVAL] = str(check_interval_s(config.world_sizes[-1]))
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.hang_timeout_s - POLL_S - 1)
     if alone:
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # our own machine gives no notice, but takes a process
@@ -78,6 +77,12 @@ def fit(
             watcher.join(timeout=5)
             monitor.close.remote()
     return _images_committed(config)
+
+
+def check_interval_s(num_workers: int) -> float:
+    """Between two checks of every worker by Ray Train's controller: what the environment says (Ray's default is 2), or
+    longer, so that there are no more than CHECKS_PER_S."""
+    return max(float(os.environ.get(INTERVAL, 2)), num_workers / CHECKS_PER_S)
 
 
 def _start_monitor(config: Config, before: Checkpoint | None) -> Any:
