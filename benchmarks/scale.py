@@ -285,7 +285,7 @@ def short(value: float) -> str:
 
 
 def prediction(rows: list[Row]) -> list[str]:
-    """What the control plane adds to a step at 1,024 GPUs, beside what communication does (trainer/engine/communication.py)."""
+    """What the control plane adds to a step at 1,024 GPUs, beside what communication does."""
     sys.path.insert(0, str(ROOT / "docs" / "tools"))
     from scaling import NODES, WAYS, WORKS
 
