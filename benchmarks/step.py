@@ -40,6 +40,7 @@ from pathlib import Path
 
 TURN_S, WARM_UP = 1.0, 2  # a case's turn; steps before the first one
 MOST_ROUNDS = 12
+ADAMW = "optimizer.kind=adamw"  # what every case steps by; the demo takes Muon, which ZeRO can not shard
 NETWORKS = {
     "demo": {"kind": "unet", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "patch_size": 2},
     "unet": {"kind": "unet", "model_channels": 48, "channel_mult": [1, 2], "num_blocks": 1},
@@ -148,7 +149,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         demo_config(workers=world).model_dump(mode="json")
         | {"network": NETWORKS[arguments.network]}
         | {"engine": {"precision": arguments.precision}},
-        [f"data.global_batch_size={arguments.batch}"],
+        [f"data.global_batch_size={arguments.batch}", ADAMW],
     )
     precision = resolve_precision(config.engine.precision, torch.device("cpu"))
     rows = config.data.global_batch_size // world
@@ -409,6 +410,7 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
                 [
                     f"data.global_batch_size={arguments.batch}",
                     f"duration.images={arguments.images}",
+                    ADAMW,
                     f"scaling.cpus_per_worker={threads(arguments)}",  # as many threads as the other cases have
                 ],
             )

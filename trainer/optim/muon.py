@@ -70,9 +70,10 @@ class AveragingMuon(AveragingAdamW):
         rate, beta, decay = group["lr"], group["betas"][0], group["weight_decay"]
         for parameter, old in zip(parameters, before, strict=True):
             assert parameter.grad is not None
+            assert parameter in self._matrices, "an engine that cuts matrices would take AdamW's steps without a word"
             weights = parameter.detach()
             ahead = torch.lerp(parameter.grad, self.state[parameter]["exp_avg"], beta).to(self._dtype)
-            for (rows, columns), starts in self._matrices.get(parameter, {}).items():
+            for (rows, columns), starts in self._matrices[parameter].items():
                 size = rows * columns
                 steps = orthogonal(
                     torch.stack([ahead[start : start + size] for start in starts]).view(-1, rows, columns)
