@@ -16,9 +16,13 @@ WITHIN_S = 60.0
 
 def resources_of_nodes() -> list[dict[str, float]]:
     """Of each node of the cluster that this process is connected to."""
+    return [node["Resources"] for node in _alive()]
+
+
+def _alive() -> list[dict[str, Any]]:
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def examine_cluster(needs: RunNeeds, dashboard: str = "") -> list[Finding]:
@@ -26,7 +30,7 @@ def examine_cluster(needs: RunNeeds, dashboard: str = "") -> list[Finding]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _alive()
     names = _names(nodes)
     on = {
         name: {"scheduling_strategy": On(node["NodeID"], soft=False)} for name, node in zip(names, nodes, strict=True)

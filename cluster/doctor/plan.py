@@ -30,7 +30,7 @@ from scoreray.trainer.engine.planner import (
     memory_of_rank,
     work_of_rank,
 )
-from scoreray.trainer.networks.network import build_network, num_parameters
+from scoreray.trainer.networks.network import build_network, num_frozen_parameters, num_parameters
 from scoreray.trainer.step import build_training_module
 
 PARTS = ("weights", "gradients", "masters", "moments", "averages", "buffers", "activations")
@@ -64,7 +64,7 @@ def plan(config: Config, fields: RunFields | None, shape: tuple[int, ...], machi
     except UserError as error:
         return [Finding("network", "problem", str(error))]
     num_params = num_parameters(module)
-    num_frozen = sum(parameter.numel() for parameter in module.parameters()) - num_params
+    num_frozen = num_frozen_parameters(module)
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         half = config.engine.precision != "fp32"

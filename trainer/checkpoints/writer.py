@@ -249,9 +249,9 @@ class CheckpointWriter:
         keys = [key for key, _ in self._run.list(f"{FOLDER}/")]
         folders = committed_of(keys)
         old = set(folders) - kept(folders, self._keep, self._keep_every)
-        markers = [f"{folder}/{MARKER}" for folder in sorted(old)]
-        self._run.delete(markers)
-        self._run.delete([key for key in keys if key.rpartition("/")[0] in old and key not in set(markers)])
+        markers = {f"{folder}/{MARKER}" for folder in old}
+        self._run.delete(sorted(markers))
+        self._run.delete([key for key in keys if key.rpartition("/")[0] in old and key not in markers])
 
     def _uncommitted(self) -> set[str]:
         """Folders without a marker."""

@@ -175,7 +175,7 @@ class GroupNorm(nn.GroupNorm):
     plain = False
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if not self.plain and _is_channels_last(x):
+        if _is_channels_last(x) and self._may_be_fused(x):
             return cast(Tensor, _ChannelsLast.apply(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps))
         x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if scale is None or shift is None:
@@ -186,20 +186,18 @@ class GroupNorm(nn.GroupNorm):
     def laid_out(self, x: Tensor) -> Tensor:
         """x in the layout in which norms like this one and the convolutions between them are fastest: on a CPU with
         matrix units (AMX), bf16 images have their channels innermost. Everything else is left as it is."""
-        wanted = x.ndim == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if not wanted or self.plain or torch.compiler.is_compiling() or _has_slope(x) or not _has_matrix_units():
-            return x
-        return x.contiguous(memory_format=torch.channels_last)
+        wanted = x.ndim == 4 and x.dtype == torch.bfloat16 and self._may_be_fused(x)
+        return x.contiguous(memory_format=torch.channels_last) if wanted and _has_matrix_units() else x
+
+    def _may_be_fused(self, x: Tensor) -> bool:
+        """Whether `_ChannelsLast` may compute this: on a CPU, not traced, and no forward derivative, which it lacks."""
+        if self.plain or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return forward_ad.unpack_dual(x).tangent is None
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    innermost = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return innermost and x.device.type == "cpu" and not torch.compiler.is_compiling() and not _has_slope(x)
-
-
-def _has_slope(x: Tensor) -> bool:
-    """Whether a forward derivative is taken along x, which `_ChannelsLast` has none of."""
-    return forward_ad.unpack_dual(x).tangent is not None
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache

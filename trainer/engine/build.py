@@ -14,7 +14,7 @@ from scoreray.trainer.engine.communication import GpuNodes, Sharding, Stage, Ste
 from scoreray.trainer.engine.deepspeed import DeepSpeedEngine
 from scoreray.trainer.engine.flat import FlatEngine
 from scoreray.trainer.engine.planner import choose_sharding, memory_of_rank, ranks_of_node, work_of_rank
-from scoreray.trainer.networks.network import num_parameters
+from scoreray.trainer.networks.network import num_frozen_parameters, num_parameters
 from scoreray.trainer.optim.ema import EMAConfig
 from scoreray.trainer.optim.optimizer import OptimizerConfig
 from scoreray.trainer.optim.sgld import SGLDConfig
@@ -82,7 +82,7 @@ def _chosen(
         half=half,
         num_averages=num_averages,
         offload=config.offload != "none",
-        num_frozen=sum(p.numel() for p in module.parameters() if not p.requires_grad),
+        num_frozen=num_frozen_parameters(module),
         max_stage=max_stage,
         ranks_per_node=int(fewest) if fewest == -most else 1,
         predict=predict,

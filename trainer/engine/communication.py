@@ -61,8 +61,8 @@ class GpuNodes:
 
     gpus_per_node: int = 8
     flops_per_s: float = GPUS["H100"][0] * MFU
-    inside_bytes_per_s: float = 350e9  # of NVLink 4's 450
-    between_bytes_per_s: float = 42e9  # of 50, GBIT_S
+    inside_bytes_per_s: float = GPUS["H100"][1] * INSIDE
+    between_bytes_per_s: float = GBIT_S / 8 * 1e9 * BETWEEN
     inside_latency_s: float = 3e-6  # assumption
     between_latency_s: float = 12e-6  # assumption
     pipelined: bool = True  # of a sum's parts inside a node and between nodes the slower one counts, not both

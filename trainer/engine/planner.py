@@ -26,6 +26,7 @@ import torch
 
 from scoreray.trainer.engine.communication import Sharding, Stage, StepTime, Work, shardings
 from scoreray.trainer.networks.flops import training_flops
+from scoreray.trainer.networks.network import num_frozen_parameters, num_parameters
 
 K = TypeVar("K")
 
@@ -89,23 +90,20 @@ def choose_sharding(
     world_size: int,
     memory_bytes: int,
     *,
-    half: bool,
-    num_averages: int = 1,
     offload: bool = False,
-    num_frozen: int = 0,
     max_stage: Stage = 3,
     ranks_per_node: int = 1,
     predict: Callable[[Sharding], StepTime] | None = None,
+    **settings: Any,
 ) -> tuple[Sharding, str]:
     """What `zero_stage: auto` takes, and why: of the stages up to `max_stage` whose state fits `STATE_SHARE` of a
     rank's memory the `quickest` by `predict`, the lowest without it; `max_stage` if none fits.
 
     A partition group of a node's ranks is one more choice, where `predict` can say what it saves.
+    `settings`: of `bytes_per_rank`.
     """
     budget = memory_bytes * STATE_SHARE
-    settings: dict[str, Any] = {
-        "half": half, "num_averages": num_averages, "offload": offload, "num_frozen": num_frozen,
-    }  # fmt: skip
+    settings["offload"] = offload
     needs = {
         one: bytes_per_rank(num_params, one.stage, world_size, partition_group=one.partition_group, **settings)
         for one in shardings(world_size, ranks_per_node if predict else 1, 1 if offload else 0, max_stage)
@@ -274,14 +272,13 @@ def work_of_rank(
     """What a rank computes of `rows` images in a step of `module` (a run's, or a network). Before it is sharded."""
     network = getattr(getattr(module, "denoiser", module), "network", module)
     groups = [group for group in network.modules() if isinstance(group, torch.nn.ModuleList)]
-    trained = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
     return Work(
-        num_params=sum(trained),
+        num_params=num_parameters(module),
         flops_per_image=training_flops(network, image_shape) if image_shape else 0,
         images_per_gpu=rows,
         num_layers=max(1, sum(map(len, groups))),
         num_micro_batches=num_micro_batches,
-        num_frozen=sum(parameter.numel() for parameter in module.parameters()) - sum(trained),
+        num_frozen=num_frozen_parameters(module),
         weight_bytes=2 if half else 4,
     )
 

@@ -142,6 +142,11 @@ def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
+def num_frozen_parameters(network: nn.Module) -> int:
+    """Number of values that are not trained, beside `num_parameters`."""
+    return sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
+
+
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     """Excludes from training the parameters that `optimizer.frozen` names: by globs, of which the last that fits a name
     decides; one that begins with "!" trains. Raises UserError where one fits no name, or none is left to train."""
