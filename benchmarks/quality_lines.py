@@ -70,7 +70,22 @@ class Task:
                     yield self.images[rows].float() / 127.5 - 1
 
 
-class Ours:
+class Line:
+    """What is trained, measured and drawn from, by the loop of a run or of a peer."""
+
+    task: Task
+
+    @property
+    def drawn_shape(self) -> tuple[int, ...]:
+        """Of what the network models."""
+        return self.task.shape
+
+    def as_images(self, drawn: Tensor) -> Tensor:
+        """Samples [B, *drawn_shape] in the shape of the images."""
+        return drawn
+
+
+class Ours(Line):
     """A run in one process without Ray, by `trainer/loop.py`: stream, keyed noise, engine, EMA, commits."""
 
     def __init__(self, task: Task, config: str = "", precision: str = "") -> None:
@@ -114,18 +129,11 @@ class Ours:
     def own_samples(self, denoise: Denoise, count: int, seeds: list[int]) -> Tensor:
         return heun(denoise, self.task.shape, seeds)
 
-    @property
-    def drawn_shape(self) -> tuple[int, ...]:
-        return self.task.shape
-
-    def as_images(self, drawn: Tensor) -> Tensor:
-        return drawn
-
     def network(self) -> nn.Module:
         return of_config(self.path, self.task.shape)
 
 
-class Peer:
+class Peer(Line):
     """A plain loop of somebody else's. Subclasses set network, optimizer, average and batch size, and give a loss."""
 
     batch_size: int
@@ -187,15 +195,6 @@ class Peer:
     def own_samples(self, denoise: Denoise, count: int, seeds: list[int]) -> Tensor:
         """[count, C, H, W] in [-1, 1] by the peer's own default sampler; `seeds` where it takes any."""
         raise NotImplementedError
-
-    @property
-    def drawn_shape(self) -> tuple[int, ...]:
-        """Of what the network models."""
-        return self.task.shape
-
-    def as_images(self, drawn: Tensor) -> Tensor:
-        """Samples [B, *drawn_shape] in the shape of the images."""
-        return drawn
 
     def network(self) -> nn.Module:
         """What is called with one sample of `drawn_shape` and one number: to count FLOPs."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,9 @@ RANKS = Path(__file__).with_name("hpz_ranks.py")
 
 
 @pytest.mark.slow
-def test_a_partition_group_changes_no_step() -> None:
+def test_a_partition_group_changes_no_step(free_port: Callable[[], int]) -> None:
     """Four ranks in groups of two: each holds half of every weight beside its quarter, and the norms are equal."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(RANKS), str(rank), str(port)],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,8 @@ OF_ITS_OWN_MAPPING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_
 
 
 @pytest.fixture(scope="module")
-def peaks() -> dict[str, float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def peaks(free_port: Callable[[], int]) -> dict[str, float]:
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(RANKS), str(rank), "2", str(port)],
