@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def main() -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
+    if "stop" not in moments:
+        sys.exit(f"ended after {', '.join(moments)}")
     (folder / "moments.json").write_text(json.dumps(moments))
 
 
@@ -78,7 +81,7 @@ class Run:
             "cpu": cpu_seconds(),
             "requests": self._requests_at(self._port),
             "messages": messages,
-            "images": progress.images_seen if progress else 0,
+            "images": progress.images if progress else 0,
             "committed": progress.committed if progress else 0,
         }
 
@@ -116,7 +119,15 @@ class Run:
         return self._moments
 
     def watch(self, progress: Any) -> None:
-        """Called by the driver with each new progress."""
+        """Called by the driver with each new progress, in a thread; a fault here ends the run instead of the thread."""
+        try:
+            self._watch(progress)
+        except Exception:
+            traceback.print_exc()
+            os.kill(os.getpid(), signal.SIGINT)
+            raise
+
+    def _watch(self, progress: Any) -> None:
         self.note("first step", progress)
         interval = STEPS_PER_COMMIT * IMAGES_PER_WORKER * self._workers
         first = self._moments.get("training")
