@@ -38,6 +38,7 @@ def main() -> None:
     folder, workers, data, storage = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     for name, seconds in PATIENT.items():
         os.environ.setdefault(name, seconds)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background command begins with it ignored
     set_environment()
     import ray
     from ray.cluster_utils import Cluster
