@@ -29,7 +29,7 @@ from scoreray.sampling.encoding.carried import carried_values
 from scoreray.sampling.encoding.encode import BatchEncoder, Columns, FieldEncoder, as_columns, empty_columns, value_of
 from scoreray.sampling.offline.place import shard_name
 
-VERSION = 1  # raised when the bytes that the same plan makes change
+VERSION = 2  # raised when the bytes that the same plan makes change
 CHUNK_BYTES = 16 << 20  # of samples that are read, encoded and sent to the writer together, decoded and encoded
 
 OVERFLOW = "; float16 ends at 65504: --dtype bfloat16 or float32"

@@ -16,7 +16,7 @@ from scoreray.sampling.offline.driver import Form
 from scoreray.sampling.offline.ensembles import ConditionsFrom
 from scoreray.sampling.offline.generate import Request
 
-VERSION = 1  # raised when the bytes that the same job makes change
+VERSION = 2  # raised when the bytes that the same job makes change
 Format = Literal["webdataset", "png", "npz"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 

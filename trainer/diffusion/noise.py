@@ -2,7 +2,8 @@
 
 Training draws no numbers from a generator with state. A sample's noise is a hash of its place in the run, so it is
 the same on any rank, at any world size, after any resume, and no state of a generator is ever saved. The hash is the
-finalizer of SplitMix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic that torch has on every device.
+finalizer of SplitMix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic that torch has on every device. Normal
+numbers are read off the hash through a table by operations that every device rounds alike, so all have the same bits.
 """
 
 from __future__ import annotations
@@ -33,9 +34,16 @@ STREAM_CONDITION_DROPOUT = 1 << 16  # and from here on one for each condition, b
 STREAM_WEIGHTS = 1 << 40  # of noise on weights: from here on one for each step
 _CHAIN_DRAWS = 1 << 20  # a chain's draws have the streams from here on, one each
 
+_BLOCK = 1 << 15
+"""Hashes that a CPU makes at once: 256 KiB, so that the passes over them stay in a core's cache."""
+
+_SEGMENT_BITS, _SEGMENT_SHIFT = 8, np.uint32(23 - 8)
+"""Of a float's significand, that number the segments of an octave in the table of quantiles."""
+
 _BITS = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_ROUNDS = [(np.uint64(30), np.uint64(_FACTORS[0])), (np.uint64(27), np.uint64(_FACTORS[1])), (np.uint64(31), None)]
 
 
 def uniform(
@@ -70,7 +78,9 @@ def normal(
 ) -> Tensor:
     """Standard normal numbers, [B, *shape]; arguments as for `uniform`.
 
-    Box-Muller makes two of each 64-bit hash: 32 bits of radius, which end the tails at 6.77 sigma, and 32 of angle.
+    Each half of a 64-bit hash is a signed number of 32 bits, of which the inverse of the normal distribution is taken.
+    It is a line on each of 7,936 segments, 256 to an octave of the tail's probability: off by 7e-7 at most, rounding
+    included, and 6.23 sigma is the largest number. All dtypes get the same numbers: float32's, or a rounding of them.
     """
     return normals(seed, positions, shape, streams=[stream], dtype=dtype, device=device)[0]
 
@@ -86,9 +96,16 @@ def normals(
 ) -> Tensor:
     """What `normal` gives for each of `streams`, [len(streams), B, *shape]: sooner than one after another."""
     positions, count = _on(positions, device), math.prod(shape)
-    hashed = _hash(seed, positions, (count + 1) // 2, streams)
-    pairs = _box_muller(hashed, torch.float64 if dtype == torch.float64 else torch.float32)
-    return pairs.flatten(1)[:, :count].to(dtype).reshape(len(streams), len(positions), *shape)
+    num_hashes = (count + 1) // 2
+    if torch.compiler.is_compiling():
+        hashed = _hash(seed, positions, num_hashes, streams)
+        halves = torch.stack([hashed.to(torch.int32), (hashed >> 32).to(torch.int32)], dim=-1)
+        values = _quantile(halves.flatten(1))
+    elif positions.device.type == "cpu":
+        values = _normals_in_blocks(_keys_by_numpy(seed, positions, streams), _unsigned(_elements(num_hashes, "cpu")))
+    else:
+        values = _quantile(_hash(seed, positions, num_hashes, streams).view(torch.int32))
+    return values[:, :count].to(dtype).reshape(len(streams), len(positions), *shape)
 
 
 def rademacher(
@@ -122,51 +139,127 @@ def _on(positions: Tensor, device: torch.device | str | None) -> Tensor:
 
 def _hash(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
     """[S B, count] int64, each a hash of its (seed, stream, position, element)."""
-    root = _mix_int(seed + _GOLDEN)
-    bases = torch.tensor([_signed(_mix_int(root + stream * _GOLDEN)) for stream in streams], device=positions.device)
-    keys = _mix(positions.to(torch.int64) * _signed(_GOLDEN) + bases[:, None]).flatten()
     if torch.compiler.is_compiling():
         # The exclusive or with 0 changes nothing, but hides the range from Inductor, which would take range times
         # constant for an index, in 32 bits on a GPU, where the constant does not fit (Triton: "out of range").
         numbers = torch.arange(1, count + 1, device=positions.device) ^ 0
-        return _mix(keys[:, None] + _mix(numbers * _signed(_GOLDEN)))
-    elements = _elements(count, positions.device)
+        return _mix(_keys(seed, positions, streams)[:, None] + _mix(numbers * _signed(_GOLDEN)))
+    elements = _elements(count, str(positions.device))
     if positions.device.type == "cpu":
-        # numpy has unsigned shifts, so a hash takes two thirds of torch's operations; both wrap alike.
-        hashed = np.add.outer(_unsigned(keys), _unsigned(elements))
+        hashed = np.add.outer(_keys_by_numpy(seed, positions, streams), _unsigned(elements))
         return torch.from_numpy(_mix_unsigned(hashed).view(np.int64))
-    return _mix(keys[:, None] + elements)
+    return _mix(_keys(seed, positions, streams)[:, None] + elements)
+
+
+def _bases(seed: int, streams: Sequence[int]) -> list[int]:
+    root = _mix_int(seed + _GOLDEN)
+    return [_mix_int(root + stream * _GOLDEN) for stream in streams]
+
+
+def _keys(seed: int, positions: Tensor, streams: Sequence[int]) -> Tensor:
+    """[S B] int64, a hash of each (seed, stream, position)."""
+    bases = torch.tensor([_signed(base) for base in _bases(seed, streams)], device=positions.device)
+    return _mix(positions.to(torch.int64) * _signed(_GOLDEN) + bases[:, None]).flatten()
+
+
+def _keys_by_numpy(seed: int, positions: Tensor, streams: Sequence[int]) -> np.ndarray:
+    """The same as uint64. numpy has unsigned shifts, so a hash takes two thirds of torch's operations; both wrap."""
+    keys = _unsigned(positions.to(torch.int64)) * np.uint64(_GOLDEN)
+    return _mix_unsigned(np.add.outer(np.array(_bases(seed, streams), dtype=np.uint64), keys)).ravel()
 
 
 @functools.lru_cache(8)
-def _elements(count: int, device: torch.device) -> Tensor:
+def _elements(count: int, device: str) -> Tensor:
     """Elements' numbers, hashed before they meet the position: two positions then share single values by chance at
     most, never a run of them, as counters that overlap would."""
     return _mix(torch.arange(1, count + 1, device=device) * _signed(_GOLDEN))
 
 
-def _box_muller(hashed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two normals of each 64-bit hash, [..., 2]: 32 bits of radius, never of ln 0, and 32 of angle."""
-    radius = _shift(hashed, 32).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = hashed.to(torch.int32).to(dtype).mul_(math.pi * 2.0**-31)
-    if torch.compiler.is_compiling():  # Inductor makes no kernels for complex numbers
-        return torch.stack([angle.cos() * radius, angle.sin() * radius], dim=-1)
-    real = angle.cos().mul_(radius)
-    return torch.view_as_real(torch.complex(real, angle.sin_().mul_(radius)))
+def _normals_in_blocks(keys: np.ndarray, elements: np.ndarray) -> Tensor:
+    """[rows, 2 n] float32 of keys [rows] and elements [n], uint64: `_quantile` of all their hashes, by numpy.
+
+    Block after block in the same three buffers: all hashes at once would leave the cache.
+    """
+    columns = max(1, min(_BLOCK, len(elements)))
+    rows = max(1, min(len(keys), _BLOCK // columns))
+    values, buffers = np.empty((len(keys), 2 * len(elements)), np.float32), np.empty((3, rows * columns), np.uint64)
+    intercepts, slopes = _lines("cpu")
+    for top in range(0, len(keys), rows):
+        for left in range(0, len(elements), columns):
+            some, others = keys[top : top + rows], elements[left : left + columns]
+            hashed, k, product = buffers[:, : len(some) * len(others)]
+            np.add.outer(some, others, out=hashed.reshape(len(some), len(others)))
+            _mix_unsigned(hashed, k)
+            k, product = k.view(np.float32), product.view(np.float32)
+            np.copyto(k, hashed.view(np.int32), casting="same_kind")
+            segments = np.right_shift(k.view(np.uint32), _SEGMENT_SHIFT, out=hashed.view(np.uint32))
+            at = torch.from_numpy(segments.view(np.int32))
+            torch.index_select(slopes, 0, at, out=torch.from_numpy(product))
+            np.multiply(product, k, out=product)
+            torch.index_select(intercepts, 0, at, out=torch.from_numpy(k))
+            block = values[top : top + rows, 2 * left : 2 * (left + columns)]
+            np.add(product.reshape(block.shape), k.reshape(block.shape), out=block)
+    return torch.from_numpy(values)
+
+
+def _quantile(halves: Tensor) -> Tensor:
+    """Standard normal numbers, float32, of int32 k: the x of k's sign beyond which |k| / 2^32 of a normal's mass is.
+
+    Conversion, bits, table, one product and one sum: every device rounds each alike.
+    """
+    k = halves.to(torch.float32)
+    intercepts, slopes = (_lines_of_graph if torch.compiler.is_compiling() else _lines)(str(halves.device))
+    segment = (k.view(torch.int32) >> (23 - _SEGMENT_BITS)).bitwise_and_((2 << (8 + _SEGMENT_BITS)) - 1).flatten()
+    slope = slopes.index_select(0, segment).view(k.shape)
+    intercept = intercepts.index_select(0, segment).view(k.shape)
+    if torch.compiler.is_compiling():
+        # A compiler may make one operation of product and sum, rounded once. The product of two float32 is exact in
+        # float64, so its rounding to float32 is what eager code gets, and it stands between the two.
+        return (k.double() * slope.double()).float() + intercept
+    return slope.mul_(k).add_(intercept)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _lines_of_graph(device: str) -> Tensor:
+    """`_lines` as a constant of a compiled graph, which would compute them at each call."""
+    return _lines(device)
+
+
+@functools.lru_cache(8)
+def _lines(device: str) -> Tensor:
+    """[2, 2^17] float32: intercept and slope of the line of each segment, by sign, exponent and first bits of float32.
+
+    Both are 0 where k is 0 or +-2^31. The middle of a segment is as far off as its ends, on the other side.
+    """
+    first, last = 127 << _SEGMENT_BITS, (127 + 31) << _SEGMENT_BITS  # exponents of 1 and of 2^31
+    with torch.inference_mode(False):
+        numbers = torch.arange(first, last + 1, dtype=torch.int32, device="cpu")
+        k = (numbers << (23 - _SEGMENT_BITS)).view(torch.float32).double()
+        x = -torch.special.ndtri(k * 2.0**-32)
+        slope = (x.diff() / k.diff()).float()
+        off = [at - slope.double() * k for at, k in ((x[:-1], k[:-1]), (x[1:], k[1:]))]
+        middle = (k[:-1] + k[1:]) / 2
+        off_middle = -torch.special.ndtri(middle * 2.0**-32) - slope.double() * middle
+        intercept = (((off[0] + off[1]) / 2 + off_middle) / 2).float()
+        lines = torch.zeros(2, 2 << (8 + _SEGMENT_BITS), device="cpu")
+        negative = 1 << (8 + _SEGMENT_BITS)
+        lines[:, first:last] = torch.stack([intercept, slope])
+        lines[:, negative + first : negative + last] = torch.stack([-intercept, slope])
+        return lines.to(device)
 
 
 def _unsigned(z: Tensor) -> np.ndarray:
     return z.numpy().view(np.uint64)
 
 
-def _mix_unsigned(z: np.ndarray) -> np.ndarray:
-    """`_mix` of uint64, in place."""
-    shifted = np.empty_like(z)
-    for bits, factor in ((30, _FACTORS[0]), (27, _FACTORS[1]), (31, 1)):
-        np.right_shift(z, np.uint64(bits), out=shifted)
+def _mix_unsigned(z: np.ndarray, shifted: np.ndarray | None = None) -> np.ndarray:
+    """`_mix` of uint64, in place; `shifted`: a buffer of the same shape."""
+    shifted = np.empty_like(z) if shifted is None else shifted
+    for bits, factor in _ROUNDS:
+        np.right_shift(z, bits, out=shifted)
         np.bitwise_xor(z, shifted, out=z)
-        if factor != 1:
-            np.multiply(z, np.uint64(factor), out=z)
+        if factor is not None:
+            np.multiply(z, factor, out=z)
     return z
 
 
