@@ -1,6 +1,6 @@
 """What samplers cost and what they give; under 4 minutes on 2 cores.
 
-    python benchmarks/sampling.py [--out DIR] [--batch 16 64] [--only overhead error compile]
+    PYTHONPATH=docs/tools python benchmarks/sampling.py [--out DIR] [--batch 16 64] [--only overhead error compile schedulers]
 
 1. overhead: the time that a sampler and its driver add to the network's calls, with a U-Net of 1.9 M parameters on
    32 x 32 x 3. Their own time is taken with a denoiser that does nothing and set against one call of the real one: the
@@ -8,6 +8,8 @@
    over interleaved pairs.
 2. error: every sampler on a mixture of Gaussians with its exact denoiser, at growing numbers of calls.
 3. compile: a U-Net's and a DiT's forward pass eager and under torch.compile (inductor), the best of alternating calls.
+4. schedulers: a step of a sampler and its driver against one of diffusers' scheduler, with a network that does
+   nothing, at the first batch: CPU time of one thread in turns, so that other load counts little.
 
 Prints tables, and writes sampling.json and sampling.png to DIR.
 """
@@ -21,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from compare import error_against_nfe
@@ -41,6 +44,13 @@ NULL_STEPS = 40
 PAIRED = {"dpmpp_2m": 4, "ddpm": 4}  # steps of each
 NUM_PAIRS = 9
 BUDGETS = (8, 12, 18, 32, 64, 128)
+SCHEDULERS = {
+    "euler": "EulerDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "ddpm": "DDPMScheduler",
+}
+NUM_TURNS = 21
 COMPILED = {
     "U-Net": (UNetConfig(model_channels=32, channel_mult=(1, 2), num_blocks=1, patch_size=2), SHAPE),
     "DiT": (DiTConfig(patch_size=4, hidden_size=128, depth=4, num_heads=4), SHAPE),
@@ -180,6 +190,52 @@ def compiled(arguments: argparse.Namespace, device: torch.device) -> tuple[objec
     return record, table
 
 
+def schedulers(arguments: argparse.Namespace, device: torch.device) -> tuple[object, list[str]]:
+    """Microseconds of a step with a null network, ours and diffusers', and of the noise that a step of DDPM draws."""
+    import diffusers
+
+    batch, threads = arguments.batch[0], torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.randn(batch, *SHAPE)
+    noise, generator = SampleNoise(range(batch)), torch.Generator().manual_seed(0)
+    table = [
+        f"## A step with a null network, batch {batch} of 32 x 32 x 3, us of one CPU thread, diffusers "
+        f"{diffusers.__version__}",
+        "",
+        "| sampler | scoreray | diffusers | ratio, median (least to most) |",
+        "|---|---|---|---|",
+    ]
+    turns: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
+    for name, peer in SCHEDULERS.items():
+        scheduler = getattr(diffusers, peer)()
+        turns[name] = (lambda name=name: own_run(name, x), lambda s=scheduler: peer_run(s, x, generator), NULL_STEPS)  # type: ignore[misc]
+    turns["noise alone"] = (lambda: noise.like(x), lambda: torch.randn(x.shape, generator=generator), 1)
+    record = {}
+    with torch.no_grad():
+        for name, (ours, theirs, steps) in turns.items():
+            pairs = [[1e6 * cpu_s(run) / steps for run in (ours, theirs)] for _ in range(NUM_TURNS + 1)][1:]
+            own, peers = (statistics.median(times) for times in zip(*pairs, strict=True))
+            ratios = sorted(a / b for a, b in pairs)
+            record[name] = {"own_us": own, "diffusers_us": peers, "ratios": ratios}
+            low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
+            table.append(f"| {name} | {own:.0f} | {peers:.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+    torch.set_num_threads(threads)
+    return record, table
+
+
+def own_run(sampler: str, x: torch.Tensor) -> None:
+    denoised = torch.zeros_like(x)
+    drive(start(sampler, x, karras(NULL_STEPS), torch.arange(len(x))), lambda x, sigma: denoised)
+
+
+def peer_run(scheduler: Any, x: torch.Tensor, generator: torch.Generator) -> None:
+    predicted = torch.zeros_like(x)
+    scheduler.set_timesteps(NULL_STEPS)
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(predicted, t, x, generator=generator).prev_sample
+
+
 def options_of(sampler: str) -> dict[str, int]:
     return {"num_steps": 1} if sampler.startswith("ncsn") else {}
 
@@ -200,7 +256,13 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-PARTS = {"overhead": overhead, "error": error, "compile": compiled}
+def cpu_s(run: Callable[[], object]) -> float:
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+PARTS = {"overhead": overhead, "error": error, "compile": compiled, "schedulers": schedulers}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from scoreray.sampling.encoding.carried import carried_values
 from scoreray.sampling.encoding.encode import BatchEncoder, Columns, FieldEncoder, as_columns, empty_columns, value_of
 from scoreray.sampling.offline.place import shard_name
 
-VERSION = 2  # raised when the bytes that the same plan makes change
+VERSION = 1  # raised when the bytes that the same plan makes change
+DRAWS_VERSION = 2  # raised where those of draws alone do, with the keyed noise
 CHUNK_BYTES = 16 << 20  # of samples that are read, encoded and sent to the writer together, decoded and encoded
 
 OVERFLOW = "; float16 ends at 65504: --dtype bfloat16 or float32"
@@ -102,7 +103,7 @@ class EncodePlan:
         for one in made:
             one["encoding"] = {k: v for k, v in one["encoding"].items() if k not in ("path", "preview")}
         is_drawn = any(one.is_drawn for one in self.encoders)
-        noise = 0 if not is_drawn else [self.seed, self.first_sample] if self.first_sample else self.seed
+        noise = [DRAWS_VERSION, self.seed, self.first_sample] if is_drawn else 0
         parts = ["encode", VERSION, SHARD_FORMAT, self.name, self.source.manifest.identity, made, noise,
                  [one.name for one in self.carried], self.batch_size, self.samples_per_shard]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -34,8 +34,8 @@ STREAM_CONDITION_DROPOUT = 1 << 16  # and from here on one for each condition, b
 STREAM_WEIGHTS = 1 << 40  # of noise on weights: from here on one for each step
 _CHAIN_DRAWS = 1 << 20  # a chain's draws have the streams from here on, one each
 
-_BLOCK = 1 << 15
-"""Hashes that a CPU makes at once: 256 KiB, so that the passes over them stay in a core's cache."""
+_BLOCK = 1 << 14
+"""Hashes that a CPU makes at once: three buffers of 128 KiB, so that the passes over them stay in a core's cache."""
 
 _SEGMENT_BITS, _SEGMENT_SHIFT = 8, np.uint32(23 - 8)
 """Of a float's significand, that number the segments of an octave in the table of quantiles."""
@@ -81,6 +81,7 @@ def normal(
     Each half of a 64-bit hash is a signed number of 32 bits, of which the inverse of the normal distribution is taken.
     It is a line on each of 7,936 segments, 256 to an octave of the tail's probability: off by 7e-7 at most, rounding
     included, and 6.23 sigma is the largest number. All dtypes get the same numbers: float32's, or a rounding of them.
+    Compiled code gets the same bits (Inductor may skip the rounding to bfloat16 of what it goes on computing with).
     """
     return normals(seed, positions, shape, streams=[stream], dtype=dtype, device=device)[0]
 
@@ -229,23 +230,31 @@ def _lines_of_graph(device: str) -> Tensor:
 def _lines(device: str) -> Tensor:
     """[2, 2^17] float32: intercept and slope of the line of each segment, by sign, exponent and first bits of float32.
 
-    Both are 0 where k is 0 or +-2^31. The middle of a segment is as far off as its ends, on the other side.
+    Both are 0 where k is 0 or +-2^31. The middle of a segment is as far off as its ends, on the other side. Slopes have
+    15 bits: so no value is within 1e-12 of where its rounding changes, a thousand times what libraries' logarithms may
+    differ by, and every machine makes the same table.
     """
     first, last = 127 << _SEGMENT_BITS, (127 + 31) << _SEGMENT_BITS  # exponents of 1 and of 2^31
     with torch.inference_mode(False):
         numbers = torch.arange(first, last + 1, dtype=torch.int32, device="cpu")
         k = (numbers << (23 - _SEGMENT_BITS)).view(torch.float32).double()
         x = -torch.special.ndtri(k * 2.0**-32)
-        slope = (x.diff() / k.diff()).float()
+        slope = _to_15_bits(x.diff() / k.diff())
         off = [at - slope.double() * k for at, k in ((x[:-1], k[:-1]), (x[1:], k[1:]))]
         middle = (k[:-1] + k[1:]) / 2
         off_middle = -torch.special.ndtri(middle * 2.0**-32) - slope.double() * middle
         intercept = (((off[0] + off[1]) / 2 + off_middle) / 2).float()
-        lines = torch.zeros(2, 2 << (8 + _SEGMENT_BITS), device="cpu")
+        lines = torch.zeros(2, 2 << (8 + _SEGMENT_BITS), dtype=torch.float32, device="cpu")
         negative = 1 << (8 + _SEGMENT_BITS)
         lines[:, first:last] = torch.stack([intercept, slope])
         lines[:, negative + first : negative + last] = torch.stack([-intercept, slope])
         return lines.to(device)
+
+
+def _to_15_bits(x: Tensor) -> Tensor:
+    """As float32 of a significand of 15 bits, the nearest one."""
+    kept, exponent = torch.frexp(x)
+    return torch.ldexp((kept * 2.0**15).round(), exponent - 15).float()
 
 
 def _unsigned(z: Tensor) -> np.ndarray:

@@ -371,6 +371,10 @@ def test_another_request_at_the_same_place_is_refused(run_url: str, tmp_path: Pa
     *_, recorded = begin(place_of(url, "png"), run_url, None, request, samples_per_shard=SHARD)
     assert recorded is not None
     assert list(recorded) == ["000000.png to 000003.png", "samples.png"]
+    store = open_store(url)
+    store.put("sampling.json", json.dumps(json.loads(store.get("sampling.json")) | {"version": 1}).encode())
+    with pytest.raises(UserError, match=r"another request are there \(version 1, not 2\)"):  # of another keyed noise
+        begin(place_of(url, "png"), run_url, None, request, samples_per_shard=SHARD)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "000000.png").write_bytes(b"mine")
     with pytest.raises(UserError, match="of another origin"):
