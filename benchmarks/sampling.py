@@ -1,6 +1,7 @@
 """What samplers cost and what they give; under 4 minutes on 2 cores.
 
-    PYTHONPATH=docs/tools python benchmarks/sampling.py [--out DIR] [--batch 16 64] [--only overhead error compile schedulers]
+    PYTHONPATH=docs/tools python benchmarks/sampling.py [--out DIR] [--batch 16 64]
+                                                        [--only overhead error compile schedulers]
 
 1. overhead: the time that a sampler and its driver add to the network's calls, with a U-Net of 1.9 M parameters on
    32 x 32 x 3. Their own time is taken with a denoiser that does nothing and set against one call of the real one: the
