@@ -24,7 +24,7 @@ uv = UV_SYSTEM_CERTS=1 UV_FIND_LINKS="$(call pip_setting,find-links)" UV_DEFAULT
 install = { $(PIP) install uv && $(uv) -c constraints.txt $(1); } 2>/dev/null || $(PIP) install -c constraints.txt $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check benchmarks clean
+.PHONY: help setup demo test test-all check benchmarks site clean
 
 help:
 	@echo "make demo        train on this machine and look at the samples (a few minutes on 2 cores)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-all    all of it: ten kills in a row, two nodes, whole studies, overload"
 	@echo "make check       ruff, mypy and the test suite"
 	@echo "make benchmarks  speed, as ratios measured in one run"
+	@echo "make site        the documentation as a site, in site/: open site/index.html"
 	@echo "make clean       remove the virtual environment and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=folder the environment's place"
 
@@ -75,5 +76,9 @@ check: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/step.py
 
+# The theme's authors announce its successor at each start.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -281,7 +281,7 @@ def test_every_config_that_the_docs_name_is_a_preset(tmp_path: Path, monkeypatch
 def test_what_installs_an_extra_is_what_pyproject_lists_for_it() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: tuple(listed[name]) for name in EXTRAS} == EXTRAS
-    assert set(listed) == {*EXTRAS, "dev", "benchmarks"}
+    assert set(listed) == {*EXTRAS, "dev", "benchmarks", "docs"}
     for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
         text = page.read_text()
         assert "pip install 'scoreray[" not in text, page

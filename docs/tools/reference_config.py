@@ -1,0 +1,215 @@
+"""The site's page of a config's keys: type, default, description and kinds, from the models that a config is read into.
+
+A key's description stands in its class's docstring, or in that of a class that it inherits from: "`key`: what it is."
+or, on a line of its own, "key: what it is."
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from reference_tables import keys
+
+from scoreray.data.own_code.part import PartOf
+from scoreray.trainer.config import Config
+
+HEAD = """# Keys of a config
+
+Every section and key, with its type, default and meaning. How configs are written, overridden and resumed:
+docs/config.md. `scoreray train CONFIG --print-config` prints a config with all defaults filled in.
+
+A count may be written `200k`, `1.5M` or `2G`. `null` (None) is a value that is left out. Of a section with kinds,
+`kind` chooses one, and the keys are that kind's; where it says so, `package.module:Name` is a class of yours
+(docs/own-code.md).
+"""
+TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A section, `objective.weighting`: the classes that it may be, one a kind; own: or somebody else's class."""
+
+    path: str
+    classes: tuple[type, ...]
+    own: bool
+
+
+def page() -> str:
+    return "\n".join([HEAD, *(_group(group) for group in groups())])
+
+
+@cache
+def groups() -> tuple[Group, ...]:
+    """Every section, each before those inside it; a class that several hold stands at the first."""
+    return tuple(_groups(Config, ""))
+
+
+def described() -> dict[str, str]:
+    """Key with its section and kind, `process.vp.beta_min` -> its description, "" where there is none."""
+    return {
+        _id(group, cls, name): description(cls, name)
+        for group in groups()
+        for cls in group.classes
+        for name in annotations(cls)
+        if name != "kind" or not kind_of(cls)
+    }
+
+
+def _groups(cls: type, path: str) -> Iterator[Group]:
+    seen: set[type] = set()
+
+    def within(cls: type, path: str) -> Iterator[Group]:
+        for name, annotation in annotations(cls).items():
+            classes = tuple(one for one in _classes(annotation) if one not in seen)
+            seen.update(classes)
+            place = f"{path}{name}"
+            if classes:
+                yield Group(place, classes, _takes_own(annotation))
+            for one in classes:
+                yield from within(one, f"{place}.")
+
+    return within(cls, path)
+
+
+@cache
+def annotations(cls: type) -> dict[str, Any]:
+    """Key -> its type, of a section's class."""
+    if issubclass(cls, BaseModel):
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {name: hints[name] for name in cls.model_fields}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _classes(annotation: Any) -> list[type]:
+    """The sections' classes in a type."""
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return [annotation]
+    return [one for inner in typing.get_args(annotation) for one in _classes(inner)]
+
+
+def _takes_own(annotation: Any) -> bool:
+    return isinstance(annotation, PartOf) or any(_takes_own(inner) for inner in _parts(annotation))
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    return (*typing.get_args(annotation), *getattr(annotation, "__metadata__", ()))
+
+
+def kind_of(cls: type) -> str | None:
+    return getattr(cls, "kind", None) if "kind" in annotations(cls) else None
+
+
+def description(cls: type, name: str) -> str:
+    """What a docstring says of a key."""
+    for base in cls.__mro__:
+        if name in (found := _descriptions(base, tuple(annotations(cls)))):
+            return found[name]
+    return ""
+
+
+@cache
+def _descriptions(cls: type, names: tuple[str, ...]) -> dict[str, str]:
+    """Key -> its words, of those that this class's own docstring describes."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    one = rf"`?(?:{'|'.join(names)})`?"
+    begin = rf"(?:^|(?<=  )|(?<=[.;] ))({one}(?:, {one})*): "
+    found = {}
+    for match in re.finditer(rf"{begin}(.*?)(?=\s*(?:{begin}|\n\n|\Z))", doc, re.M | re.S):
+        for name in re.findall(r"\w+", match[1]):
+            found[name] = re.sub(r"\s+", " ", match[2]).strip().rstrip(";.")
+    return found
+
+
+def _group(group: Group) -> str:
+    level = "#" * min(2 + group.path.count("."), 3)
+    lines = [f"{level} `{group.path}` {{ #{group.path} }}", ""]
+    if group.path == "data.conditions":
+        lines += ["By name, each a section:", ""]
+    kinds = {kind: cls for cls in group.classes if (kind := kind_of(cls))}
+    if len(kinds) < 2 and not group.own:
+        (cls,) = group.classes
+        return "\n".join([*lines, _summary(cls), "", _keys(group, cls), ""])
+    named = [f"[`{kind}`](#{group.path}.{kind})" for kind in kinds]
+    own = " or `package.module:Name`, a class of yours" if group.own else ""
+    lines += [f"`kind`: {', '.join(named)}{own}.", ""]
+    for kind, cls in kinds.items():
+        lines += [f"{level}# `{group.path}.kind: {kind}` {{ #{group.path}.{kind} }}", "", _summary(cls), ""]
+        lines += [_keys(group, cls), ""]
+    return "\n".join(lines)
+
+
+def _summary(cls: type) -> str:
+    """A docstring's first paragraph."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _id(group: Group, cls: type, name: str) -> str:
+    kind = kind_of(cls)
+    return ".".join((group.path, *([kind] if kind and (len(group.classes) > 1 or group.own) else []), name))
+
+
+def _keys(group: Group, cls: type) -> str:
+    schema = _schemas()[cls.__name__]
+    rows = []
+    for name, about in schema["properties"].items():
+        if name == "kind" and kind_of(cls):
+            continue
+        default = f"`{_plain(about['default'])}`" if "default" in about else "required"
+        place = _id(group, cls, name)
+        anchor = "" if any(other.path == place for other in groups()) else f"{{ #{place} }}"  # its own section has it
+        rows.append((f"`{name}`{anchor}", in_words(about, annotations(cls)[name]), default, description(cls, name)))
+    return keys(("key", "type", "default", "description"), rows) if rows else ""
+
+
+@cache
+def _schemas() -> dict[str, dict[str, Any]]:
+    """Class -> JSON schema."""
+    schema = Config.model_json_schema()
+    return schema["$defs"]
+
+
+def _plain(value: Any) -> str:
+    """A default as YAML in one line has it; of a section its kind, or that it is the section's own."""
+    if isinstance(value, dict):
+        return f"{{kind: {value['kind']}}}" if "kind" in value else "{}"
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def in_words(about: dict[str, Any], annotation: Any) -> str:
+    """A JSON schema in plain words: "whole number from 1 to 1,024"."""
+    if classes := _classes(annotation):
+        group = next(group for group in groups() if classes[0] in group.classes)
+        words = f"[section](#{group.path})" if len(classes) == 1 else f"[one of {len(classes)} kinds](#{group.path})"
+        return f"{words} or null" if about.get("default", 0) is None else words
+    if options := about.get("anyOf") or about.get("oneOf"):
+        return " or ".join(dict.fromkeys(in_words(one, None) for one in options))
+    if "enum" in about or "const" in about:
+        return " or ".join(f"`{json.dumps(value)}`" for value in about.get("enum", [about.get("const")]))
+    if about.get("type") == "array":
+        inner = about.get("items") or (about.get("prefixItems") or [{}])[0]
+        size = f"{about['minItems']} " if about.get("minItems") == about.get("maxItems", 0) else ""
+        return f"list of {size}{in_words(inner, None)}" if inner is not True else "list"
+    if about.get("type") == "object":
+        return "names with values"
+    return TYPES.get(about.get("type", ""), "any value") + _range(about)
+
+
+def _range(about: dict[str, Any]) -> str:
+    above, below = about.get("exclusiveMinimum"), about.get("exclusiveMaximum", about.get("lt"))
+    low, high = about.get("minimum", about.get("ge")), about.get("maximum")
+    bounds = [
+        *([f"above {above:,g}"] if above is not None else []),
+        *([f"from {low:,g}"] if low is not None else []),
+        *([f"to {high:,g}"] if high is not None else []),
+        *([f"below {below:,g}"] if below is not None else []),
+    ]
+    return f" {' '.join(bounds)}" if bounds else ""

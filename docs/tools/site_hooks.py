@@ -1,0 +1,48 @@
+"""Hooks of `mkdocs build` (`mkdocs.yml`): pages from outside docs/, those made from the code, navigation, links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import reference_cli
+import reference_config
+import reference_http
+import reference_python
+import site_pages
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds what docs/ does not hold, then names every page in the navigation."""
+    for path, uri in site_pages.FROM_ELSEWHERE.items():
+        files.append(File.generated(config, uri, content=(ROOT / path).read_text()))
+        for picture in site_pages.pictures(path):
+            target = site_pages.PICTURES + Path(picture).name
+            files.append(File.generated(config, target, abs_src_path=str(ROOT / picture)))
+    for uri, text in generated().items():
+        files.append(File.generated(config, uri, content=site_pages.with_links_to_pages(text, uri)))
+    config.nav = site_pages.expanded(config.nav or [], _texts(files))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links as the repository has them become links of the site."""
+    return site_pages.with_site_links(markdown, page.file.src_uri, _texts(files), config.repo_url)
+
+
+def generated() -> dict[str, str]:
+    """Page -> text, of the reference."""
+    return {
+        "reference/cli.md": reference_cli.page(),
+        "reference/config.md": reference_config.page(),
+        "reference/http.md": reference_http.page(),
+        **reference_python.pages(),
+    }
+
+
+def _texts(files: Files) -> dict[str, str]:
+    return {file.src_uri: file.content_string for file in files.documentation_pages()}
