@@ -28,8 +28,7 @@ def markdown(text: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    pieces = [piece if piece.startswith("`") else _escaped(piece) for piece in CODE.split(text)]
-    head, *described = DESCRIBES.split("".join(pieces))
+    head, *described = DESCRIBES.split(escaped(text))
     if not described:
         return head
     items = [
@@ -39,5 +38,7 @@ def _paragraph(text: str) -> str:
     return "\n".join([*([head.rstrip(), ""] if head.strip() else []), *items])
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"([\[\]<*])", r"\\\1", text)
+def escaped(text: str) -> str:
+    """`text` with what Markdown would take for a link, a tag or emphasis outside code as it is written."""
+    pieces = CODE.split(text)
+    return "".join(one if one.startswith("`") else re.sub(r"([\[\]<*])", r"\\\1", one) for one in pieces)

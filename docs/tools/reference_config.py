@@ -1,7 +1,7 @@
 """The site's page of a config's keys: type, default, description and kinds, from the models that a config is read into.
 
-A key's description stands in its class's docstring, or in that of a class that it inherits from: "`key`: what it is."
-or, on a line of its own, "key: what it is."
+A key's description stands in its class's docstring, or in that of a class that it inherits from: "`key`: what it is.",
+at the beginning of a line or after two spaces; else it is the first sentence there that names it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import docstrings
 from pydantic import BaseModel
 from reference_tables import keys
 
@@ -109,24 +110,38 @@ def kind_of(cls: type) -> str | None:
 
 
 def description(cls: type, name: str) -> str:
-    """What a docstring says of a key."""
+    """What a docstring says of a key, "" where it says nothing."""
     for base in cls.__mro__:
-        if name in (found := _descriptions(base, tuple(annotations(cls)))):
-            return found[name]
-    return ""
+        if found := _descriptions(base, tuple(annotations(cls))).get(name):
+            return found
+    return next((found for base in cls.__mro__ if (found := _sentence(base, name))), "")
 
 
 @cache
 def _descriptions(cls: type, names: tuple[str, ...]) -> dict[str, str]:
     """Key -> its words, of those that this class's own docstring describes."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
     one = rf"`?(?:{'|'.join(names)})`?"
-    begin = rf"(?:^|(?<=  )|(?<=[.;] ))({one}(?:, {one})*): "
+    begin = rf"(?:^|(?<=  )|(?<=[.;] )){one}(?:, {one})*: "
     found = {}
-    for match in re.finditer(rf"{begin}(.*?)(?=\s*(?:{begin}|\n\n|\Z))", doc, re.M | re.S):
-        for name in re.findall(r"\w+", match[1]):
-            found[name] = re.sub(r"\s+", " ", match[2]).strip().rstrip(";.")
+    for words in re.split(rf"(?={begin})|\n\n", _doc(cls), flags=re.M):
+        if match := re.match(rf"({one}(?:, {one})*): (.*)", words, re.S):
+            found |= dict.fromkeys(re.findall(r"\w+", match[1]), _in_one_line(match[2]))
     return found
+
+
+def _sentence(cls: type, name: str) -> str:
+    sentences = re.split(r"(?<=\.)\s+(?=[A-Z`])|\n\n|  ", _doc(cls))
+    return next((_in_one_line(one) for one in sentences if re.search(rf"\b{name}\b", one)), "")
+
+
+def _doc(cls: type) -> str:
+    """A class's own docstring; a dataclass without one has its signature there."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    return "" if doc.startswith(f"{cls.__name__}(") else doc
+
+
+def _in_one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().rstrip(";.")
 
 
 def _group(group: Group) -> str:
@@ -148,8 +163,9 @@ def _group(group: Group) -> str:
 
 
 def _summary(cls: type) -> str:
-    """A docstring's first paragraph."""
-    return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    """What a class's docstring says before its keys."""
+    begin = rf"`?(?:{'|'.join(annotations(cls))})`?(?:, `?\w+`?)*: "
+    return docstrings.markdown(re.split(rf"(?:^|(?<=  )){begin}", _doc(cls), maxsplit=1, flags=re.M)[0].strip())
 
 
 def _id(group: Group, cls: type, name: str) -> str:
@@ -166,7 +182,14 @@ def _keys(group: Group, cls: type) -> str:
         default = f"`{_plain(about['default'])}`" if "default" in about else "required"
         place = _id(group, cls, name)
         anchor = "" if any(other.path == place for other in groups()) else f"{{ #{place} }}"  # its own section has it
-        rows.append((f"`{name}`{anchor}", in_words(about, annotations(cls)[name]), default, description(cls, name)))
+        rows.append(
+            (
+                f"`{name}`{anchor}",
+                in_words(about, annotations(cls)[name]),
+                default,
+                docstrings.escaped(description(cls, name)),
+            )
+        )
     return keys(("key", "type", "default", "description"), rows) if rows else ""
 
 
@@ -204,12 +227,15 @@ def in_words(about: dict[str, Any], annotation: Any) -> str:
 
 
 def _range(about: dict[str, Any]) -> str:
-    above, below = about.get("exclusiveMinimum"), about.get("exclusiveMaximum", about.get("lt"))
-    low, high = about.get("minimum", about.get("ge")), about.get("maximum")
-    bounds = [
-        *([f"above {above:,g}"] if above is not None else []),
-        *([f"from {low:,g}"] if low is not None else []),
-        *([f"to {high:,g}"] if high is not None else []),
-        *([f"below {below:,g}"] if below is not None else []),
-    ]
-    return f" {' '.join(bounds)}" if bounds else ""
+    """The bounds that a person may meet: not those of what a file's name or a 64-bit number holds."""
+    bounds = {
+        "above": about.get("exclusiveMinimum"),
+        "from": about.get("minimum", about.get("ge")),
+        "to": about.get("maximum"),
+        "below": about.get("exclusiveMaximum", about.get("lt")),
+    }
+    return "".join(f" {word} {_number(bound)}" for word, bound in bounds.items() if bound is not None and bound < 1e12)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

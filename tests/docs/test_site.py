@@ -107,11 +107,18 @@ def test_every_key_of_a_config_is_on_its_page(site: Path) -> None:
     assert {f"objective.weighting.{name}" for name in WEIGHTINGS} <= {*found}
 
 
+def test_every_key_of_a_config_has_a_description() -> None:
+    """A key without one: a line "`key`: what it is." in the docstring of its section's class."""
+    described = reference_config.described()
+    assert len(described) > 300
+    assert not [key for key, words in described.items() if not words]
+
+
 def test_a_row_of_a_key_has_type_default_and_description(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", text_of(site / "reference" / "config.html"))
     row = re.search(r"\nprefetch_batches\n(.*)\n(.*)\n(.*)\n", text)
     assert row
-    assert row.groups()[:2] == ("whole number from 1 to 1,024", "4")
+    assert row.groups() == ("whole number from 1 to 1,024", "4", "batches that a rank reads ahead of its step")
 
 
 def test_every_field_of_a_request_is_on_the_page_of_http(site: Path) -> None:
@@ -186,7 +193,7 @@ def test_docstrings_are_plain_text() -> None:
     assert docstrings.markdown(text) == expected
 
 
-def test_a_keys_description_is_that_of_its_docstring_or_of_a_base() -> None:
+def test_a_keys_description_is_that_of_its_docstring_or_of_a_bases() -> None:
     @dataclasses.dataclass
     class Base:
         """What all have.
@@ -201,8 +208,14 @@ def test_a_keys_description_is_that_of_its_docstring_or_of_a_base() -> None:
 
     @dataclasses.dataclass
     class Own(Base):
-        """One. `rate`: another number; see paper."""
+        """One.  `rate`: another number; see paper.
+
+        Not more than mean_rate, whatever size has.
+        """
+
+        size: int = 1
 
     assert reference_config.description(Own, "width") == "of the network, in layers"
     assert reference_config.description(Own, "rate") == "another number; see paper"
+    assert reference_config.description(Own, "size") == "Not more than mean_rate, whatever size has"
     assert reference_config.description(Base, "rate") == "a number"

@@ -91,7 +91,11 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where the run lives: everything it writes goes under `<storage>/<name>`."""
+    """Where the run lives, and what its randomness is drawn from.
+
+    `name`: of the run; letters, digits, ".", "_" and "-".  `storage`: a URL; everything that the run writes goes under
+    `<storage>/<name>`.  `seed`: of initial weights, the order of samples, noise and noise levels.
+    """
 
     name: Annotated[str, AfterValidator(check_run_name)]
     storage: str
@@ -117,7 +121,7 @@ class ConditionSection(Section):
 
     `field`: None takes the one of the condition's own name.  `kind`: how it enters (docs/networks.md); None: as the
     field's own kind says (an image or array as `concat`, a scalar as `vector`).
-    `max_length`: of a sequence's tokens or a text's bytes; longer ones are cut, or with `too_long: refuse` refused.
+    `max_length`: of a sequence's tokens or a text's bytes.  `too_long`: whether longer ones are cut or refused.
     `dropout`: share of samples whose condition is dropped on its own, beside `objective.label_dropout`, which drops all
     at once.  `normalisation`: None takes the data set's for the field.
     """
@@ -134,13 +138,19 @@ class DataSection(Section):
     """The data set (`scoreray data pack`) and how much of it makes one optimizer step.
 
     `url`: where its manifest is; or tars without one, in brace notation (`s3://bucket/photos-{000000..000099}.tar`), as
-    a list of these, or the folder that holds them. For such tars alone: `num_classes`, 0 trains without; `image_size`:
-    the shorter side of pictures is resized to it and the centre cropped.
+    a list of these, or the folder that holds them.
+    `num_classes`: of such tars alone; 0 trains without.  `image_size`: of such tars alone; the shorter side of pictures
+    is resized to it and the centre cropped.
     `on_error`: a sample that can't be read stops the run, or, with "quarantine", is named, counted and replaced by
     another one, up to `quarantine_budget` samples in the whole run.
     `target`: what is modelled; None: the first image, else array, vector, scalar.  `normalisation`: of the target; None
     takes the data set's.  `conditions`: by name; None: the data set's classes, where it has any, as `label`.
-    `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read, up to `cache_bytes`.
+    `global_batch_size`: samples of one optimizer step, over all workers and micro-batches.
+    `num_lanes`: parts of an epoch's order, which the numbers of workers must divide, as it must divide the batch; None:
+    the largest divisor of the batch up to 128.  `shuffle_block`: samples that a lane shuffles at once; None: up to
+    1,000.  `prefetch_batches`: batches that a rank reads ahead of its step.
+    `cache_dir`: a folder of each machine that keeps the shards' bytes that its ranks read.  `cache_bytes`: at most so
+    many of them.
     """
 
     url: Annotated[str | tuple[str, ...], BeforeValidator(_url_of_data)]
@@ -181,6 +191,8 @@ class ScalingSection(Section):
     """Workers: a number, or [fewest, most] for a run that shrinks and grows with the cluster. Both must divide the
     batch's lanes; of the numbers between, the run takes those that do.
 
+    `workers`: how many, or [fewest, most].  `use_gpu`: a GPU for each.  `cpus_per_worker`: CPU cores that Ray reserves
+    for each.
     `max_failures`: failures of workers without a commit in between, after which the run ends; -1 never ends it.
     `hang_timeout_s`: a worker whose process does not answer for so long is ended, and all start again.
     `resize_every_s`: how often a run that could be larger looks whether the cluster has room.
@@ -204,12 +216,18 @@ class ScalingSection(Section):
 
 
 class DurationSection(Section):
+    """How long the run is.
+
+    `images`: samples seen, those of earlier starts included, at which it ends.
+    """
+
     images: Count
 
 
 class CheckpointSection(Section):
-    """A checkpoint every so many images (and at the end); the newest `keep` stay.
+    """A checkpoint every so many images (and at the end), of which the newest stay.
 
+    `every_images`: images between two checkpoints.  `keep`: how many of the newest stay.
     `keep_every_images`: of the older ones, the first at or after each multiple of this stays too.
     `snapshot_every_images`: with the first checkpoint after each so many images the averages alone are kept too, in
     fp16 and for good (2 bytes per parameter and EMA length each), from which `scoreray export --ema` makes lengths that
@@ -226,8 +244,9 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """A line of metrics every so many images; `tensorboard`: also as files under `<run>/tensorboard`.
+    """A line of metrics every so many images, and where it goes.
 
+    `every_images`: images between two lines.  `tensorboard`: also as files under `<run>/tensorboard`.
     `mlflow`: also to this MLflow, "https://...", "http://...", "sqlite:///FILE" or "databricks".  `wandb`: also to
     this project of Weights & Biases, "project" or "entity/project". Each needs its package.
     """
@@ -244,7 +263,12 @@ class EvaluationSection(Section):
     `metrics`: as of `scoreray evaluate`; none measures nothing. `metric_options`: of some, by the metric's name.
     `sheet`: samples in a picture of each checkpoint.
     `every_images`: only the first checkpoint after each so many images; 0 takes every one (the newest, where evaluation
-    is slower than training). `reference`: a packed data set; None takes `data.url`.
+    is slower than training).  `reference`: a packed data set; None takes `data.url`.
+    `count`: samples that are drawn.  `reference_count`: at most so many of the reference.  `extractor`: of features: a
+    name, a file or a class of yours, as of `scoreray evaluate`; "auto" takes what fits the data.
+    `sampler`, `steps`, `grid`: how samples are drawn; None takes what fits the model.  `max_calls`: of the network for
+    a sample; the best sampler, steps and grid within it.  `guidance`: weight; 1 is none.
+    `batch_size`: samples of one call of the network.
     """
 
     metrics: tuple[str, ...] = ()

@@ -94,6 +94,8 @@ def _number_or_auto(value: Any) -> Any:
 class DenoiserConfig:
     """What the network outputs, and the standard deviation of the data that its scaling assumes.
 
+    `parameterization`: what the network outputs: EDM's F, the noise, the score, the clean sample ("denoised"), flow
+    matching's "velocity", "v" of VP processes, or an energy whose gradient is used (docs/mathematics.md).
     `sigma_data`: "auto" takes the manifest's; a run keeps the number that it began with (`data_scale.py`).
     """
 

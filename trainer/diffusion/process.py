@@ -29,8 +29,9 @@ BetaSchedule = Literal["linear", "scaled_linear", "squared_cosine"]
 class VE(GaussianProcess):
     """Variance exploding, SMLD: sigma(t) = sigma_min (sigma_max / sigma_min)^t (Song 2021).
 
-    By default twice the paper's 0.01 to 50: its pictures are from 0 to 1, ours from -1 to 1. sigma_max should be about
-    the largest distance of two samples (technique 1 of Song & Ermon 2020), which `scoreray data inspect` shows.
+    By default twice the paper's 0.01 to 50: its pictures are from 0 to 1, ours from -1 to 1.
+    sigma_min: the lowest noise level.  sigma_max: the highest; about the largest distance of two samples (technique 1
+    of Song & Ermon 2020), which `scoreray data inspect` shows.
     """
 
     sigma_min: float = 0.02
@@ -57,7 +58,10 @@ class VE(GaussianProcess):
 
 @dataclass(frozen=True)
 class _LinearBeta(GaussianProcess):
-    """alpha = e^(-B/2), B the integral of a beta(t) that rises linearly from beta_min to beta_max."""
+    """alpha = e^(-B/2), B the integral of a beta(t) that rises linearly from beta_min to beta_max.
+
+    beta_min: beta at t = 0.  beta_max: beta at t = 1.  t_min: the smallest t that training sees.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -110,6 +114,7 @@ class DDPM(GaussianProcess):
     """The DDPM's discrete ladder: alpha-bar_k = prod(1 - beta_i) over num_steps (Ho 2020).
 
     Step k is t = k / num_steps; between steps ln alpha-bar is linear in t. At the steps it is the ladder exactly.
+    num_steps: of the ladder.  beta_min: of its first step.  beta_max: of its last.
     schedule: beta rises from beta_min to beta_max, linearly ("linear"), or its square root does ("scaled_linear",
     Rombach 2022); or alpha-bar is a squared cosine and no beta above 0.999 ("squared_cosine", Nichol 2021, eq. 17),
     which knows neither end.  betas: num_steps numbers in the schedule's place.
@@ -166,7 +171,8 @@ class DDPM(GaussianProcess):
 class FlowMatching(GaussianProcess):
     """Flow matching along straight lines: alpha = 1 - t, sigma = t (Lipman 2023; Liu 2023).
 
-    The signal is gone at t = 1 and the noise at t = 0, so t stays between t_min and t_max.
+    The signal is gone at t = 1 and the noise at t = 0, between which t stays.
+    t_min: the smallest t.  t_max: the largest.
     shift: above 1, even steps of t dwell at high noise: sigma = shift t / (1 + (shift - 1) t), so that sigma / alpha is
     shift times what it is without (Esser 2024, eq. 23).
     """
@@ -193,7 +199,10 @@ class FlowMatching(GaussianProcess):
 
 @dataclass(frozen=True)
 class Cosine(GaussianProcess):
-    """The cosine schedule: alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol 2021; Kingma 2021 without offset)."""
+    """The cosine schedule: alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol 2021; Kingma 2021 without offset).
+
+    t_min: the smallest t, where hardly any noise is left.  t_max: the largest, where hardly any signal is.
+    """
 
     t_min: float = 1e-3
     t_max: float = 0.999
@@ -215,7 +224,10 @@ class Cosine(GaussianProcess):
 
 @dataclass(frozen=True)
 class EDM(GaussianProcess):
-    """alpha = 1 and sigma = t, so that t is the noise level itself (Karras 2022)."""
+    """alpha = 1 and sigma = t, so that t is the noise level itself (Karras 2022).
+
+    sigma_min: the lowest noise level.  sigma_max: the highest.
+    """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

@@ -23,7 +23,10 @@ MAX_P_STD = 5.0  # of ln sigma: 1% of the noise levels are then more than a fact
 
 
 class BaseSigmaSampling:
-    """A subclass is a frozen dataclass with a `kind` and `quantile`, and `stratified` where a person may choose it."""
+    """A subclass is a frozen dataclass with a `kind` and `quantile`, and `stratified` where a person may choose it.
+
+    `stratified`: the noise levels of one batch are spread evenly over their law, which keeps it and varies less.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -40,7 +43,10 @@ class BaseSigmaSampling:
 
 @dataclass(frozen=True)
 class LogNormal(BaseSigmaSampling):
-    """ln sigma is normal with mean P_mean and standard deviation P_std (Karras 2022, table 1)."""
+    """ln sigma is normal (Karras 2022, table 1).
+
+    P_mean: its mean.  P_std: its standard deviation.
+    """
 
     P_mean: float = -1.2
     P_std: float = 1.2
@@ -58,7 +64,10 @@ class LogNormal(BaseSigmaSampling):
 
 @dataclass(frozen=True)
 class LogUniform(BaseSigmaSampling):
-    """ln sigma is uniform between sigma_min and sigma_max, the process's own range where they are None."""
+    """ln sigma is uniform.
+
+    sigma_min, sigma_max: between which; None: the process's own end.
+    """
 
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -90,7 +99,10 @@ class UniformT(BaseSigmaSampling):
 
 @dataclass(frozen=True)
 class LogitNormal(BaseSigmaSampling):
-    """The logit of t, scaled to [0, 1], is normal: the middle of the way is seen most (Esser 2024, eq. 19)."""
+    """The logit of t, scaled to [0, 1], is normal: the middle of the way is seen most (Esser 2024, eq. 19).
+
+    mean: of the logit.  std: its standard deviation.
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -110,8 +122,9 @@ class LogitNormal(BaseSigmaSampling):
 
 @dataclass(frozen=True)
 class LadderUniform(BaseSigmaSampling):
-    """Each of `num_levels` noise levels equally often: the process's ladder, even in t.
+    """Each noise level of the process's ladder, even in t, equally often.
 
+    num_levels: rungs of the ladder.
     With VE it is NCSN's geometric ladder, with DDPM(num_steps=num_levels) the DDPM's steps (Song 2019; Ho 2020).
     """
 

@@ -94,7 +94,10 @@ class Velocity(BaseWeighting):
 
 @dataclass(frozen=True)
 class MinSNR(BaseWeighting):
-    """min(SNR, gamma), SNR = 1 / sigma^2 (Hang 2023)."""
+    """min(SNR, gamma), SNR = 1 / sigma^2 (Hang 2023).
+
+    gamma: the largest weight.
+    """
 
     gamma: float = 5.0
     kind: Literal["min_snr"] = field(default="min_snr", kw_only=True)
@@ -108,7 +111,10 @@ class MinSNR(BaseWeighting):
 
 @dataclass(frozen=True)
 class SoftMinSNR(BaseWeighting):
-    """gamma SNR / (SNR + gamma) = 1 / (sigma^2 + 1 / gamma) (Crowson 2024)."""
+    """gamma SNR / (SNR + gamma) = 1 / (sigma^2 + 1 / gamma) (Crowson 2024).
+
+    gamma: what the weight tends to where the noise goes.
+    """
 
     gamma: float = 4.0
     kind: Literal["soft_min_snr"] = field(default="soft_min_snr", kw_only=True)
@@ -124,7 +130,7 @@ class SoftMinSNR(BaseWeighting):
 class Adaptive(BaseWeighting):
     """1 / E(sigma), E the running mean of the error in bins of ln sigma, so that every noise level's loss is about 1.
 
-    `half_life` is the number of samples of a bin after which an old error counts half.
+    num_bins: of ln sigma.  half_life: samples of a bin after which an old error counts half.
     """
 
     num_bins: int = 64
@@ -143,7 +149,10 @@ class Adaptive(BaseWeighting):
 
 @dataclass(frozen=True)
 class Learned(BaseWeighting):
-    """EDM's lambda / e^u(sigma), plus u(sigma): u is trained with the network (Karras 2024, eq. 14)."""
+    """EDM's lambda / e^u(sigma), plus u(sigma): u is trained with the network (Karras 2024, eq. 14).
+
+    num_features: of ln sigma, which u is made from.
+    """
 
     num_features: int = 64
     kind: Literal["learned"] = field(default="learned", kw_only=True)

@@ -31,6 +31,8 @@ class EngineConfig:
     `precision`: "bf16" keeps bf16 weights with fp32 masters; "auto" takes bf16 where the device gains from it.
     `partition_group`: with ZeRO-3, ranks (those of a node) that hold a second copy of the weights among them, so that
     the backward pass gathers inside the node only (ZeRO++ hpZ, Wang 2023); 1 for none.
+    `offload`: "optimizer" keeps masters, moments and averages in the host's memory, with ZeRO stages 1 to 3.
+    `compile`: the network by torch.compile.
     `internode_gbit_s`: what the network between nodes carries each way for each GPU, by which steps are predicted.
     """
 

@@ -20,7 +20,10 @@ from scoreray.data.own_code.part import PartOf
 
 @dataclass(frozen=True)
 class BaseCoupling:
-    """A subclass is a frozen dataclass with a `kind`, a `group_size` and `partners`."""
+    """A subclass is a frozen dataclass with a `kind`, a `group_size` and `partners`.
+
+    group_size: samples that are paired among themselves; it divides the rows of every rank.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -41,9 +41,10 @@ class AutoencoderNetwork(Protocol):
 class AutoencoderConfig(BaseNetworkConfig):
     """The autoencoder's size. Raises UserError on a value that no sample could go with.
 
-    model_channels times channel_mult[i] is the width at resolution level i; each level after the first halves every
-    spatial axis, and patch_size divides them before: latents are patch_size 2^(levels - 1) times smaller along each
-    axis, with latent_channels channels.
+    Latents are patch_size 2^(levels - 1) times smaller along each axis than samples.
+    model_channels: times channel_mult[i] the width at resolution level i.  channel_mult: a factor for each level; each
+    level after the first halves every spatial axis.  num_blocks: residual blocks at each level.
+    latent_channels: channels of a latent.  patch_size: what every axis is divided by before the first level.
     attention: the middle of encoder and decoder attends to itself; head_channels: of its heads.
     activation_checkpointing: keep only each block's input for the backward pass; a third more work, far less memory.
     """

@@ -45,7 +45,10 @@ GRID_IN = "grid_in.weight"  # of every network: the layer that reads `Conditione
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """The transformer that reads the bytes of a text condition, trained with the rest of the network."""
+    """The transformer that reads the bytes of a text condition, trained with the rest of the network.
+
+    hidden_size: of a byte's token.  depth: blocks.  num_heads: of attention, in each block.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

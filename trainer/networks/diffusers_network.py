@@ -88,8 +88,10 @@ class DiffusersNetworkConfig(BaseNetworkConfig):
 
     class_name, config: as its config.json has them.
     schedule: the process by whose times it knows noise levels: DDPM's steps 0 to num_steps - 1, flow matching's t times
-    `timestep_scale` (1000; 1 where a class takes t itself), EDM's c_noise, or VE's sigma (of pictures from 0 to 1: half
-    of ours, whose pictures are from -1 to 1; Song 2021's NCSN++).
+    timestep_scale, EDM's c_noise, or VE's sigma (of pictures from 0 to 1: half of ours, whose pictures are from -1 to
+    1; Song 2021's NCSN++).
+    timestep_scale: of flow matching's t; 1 where a class takes t itself.
+    activation_checkpointing: as diffusers' gradient checkpointing; a third more work, far less memory.
     timesteps: between two steps of a DDPM it is given the number between ("interpolate") or the nearer step ("round").
     null_class: the class number that means none.  null_length: of the null sequence, the tokens that are attended to.
     resolution: height and width in pixels, which PixArt and SDXL take beside the latents.

@@ -38,6 +38,7 @@ class TransformerConfig(BaseNetworkConfig):
 
     patch_size: pixels along a patch's side; an image becomes ceil(H / patch_size) ceil(W / patch_size) tokens, a
     signal or a volume as many as its one or three axes give.
+    hidden_size: of a token inside.  depth: blocks.  num_heads: of attention, in each block.  dropout: a probability.
     mlp_ratio: hidden width of a block's MLP, in units of hidden_size.
     activation_checkpointing: keep only each block's input for the backward pass; a third more work, far less memory.
     positions: what is added to each token for its place: "learned" for a grid of one size, from sines and cosines on;

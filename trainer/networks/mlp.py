@@ -21,7 +21,10 @@ SINUSOID_CHANNELS = 32
 
 @dataclass(frozen=True)
 class MLPConfig(BaseNetworkConfig):
-    """The perceptron's size: `num_layers` residual layers of `hidden_size`. text_encoder: of text conditions."""
+    """The perceptron's size.
+
+    num_layers: residual layers.  hidden_size: width of each.  text_encoder: of text conditions.
+    """
 
     hidden_size: int = 128
     num_layers: int = 3

@@ -37,7 +37,12 @@ AnySingleNetwork = Annotated[SingleNetworkConfig, OWN_NETWORK]
 
 @dataclass(frozen=True)
 class LadderNetworkConfig(BaseNetworkConfig):
-    """A network that knows the rungs of a geometric ladder only (`OnLadder`), around any other network."""
+    """A network that knows the rungs of a geometric ladder only (`OnLadder`), around any other network.
+
+    network: the one inside.  sigma_min, sigma_max: ends of the ladder.  num_levels: its rungs.
+    conditioning: "learned": the network is given an embedding of the rung; "none": it knows no noise level, and its
+    output is scaled by the rung's.
+    """
 
     network: AnySingleNetwork = field(default=UNetConfig())
     sigma_min: float = VE.sigma_min

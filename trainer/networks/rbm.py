@@ -32,8 +32,11 @@ Source = torch.Generator | ChainNoise | None
 
 @dataclass(frozen=True)
 class RBMConfig(BaseNetworkConfig):
-    """A machine of binary units. Data in [-1, 1] become 0 and 1: above 0 is 1 ("threshold"), or 1 with the probability
-    (x + 1) / 2, drawn again each time that a sample is seen ("sample"; Salakhutdinov & Murray 2008)."""
+    """A machine of binary units, on data in [-1, 1].
+
+    num_hidden: hidden units.  binarize: how data become 0 and 1: above 0 is 1 ("threshold"), or 1 with the probability
+    (x + 1) / 2, drawn again each time that a sample is seen ("sample"; Salakhutdinov & Murray 2008).
+    """
 
     num_hidden: int = 256
     binarize: Literal["threshold", "sample"] = "threshold"
@@ -50,8 +53,9 @@ class RBMConfig(BaseNetworkConfig):
 
 @dataclass(frozen=True)
 class GaussianRBMConfig(BaseNetworkConfig):
-    """A machine with continuous visible units; `std` is theirs given the hidden ones, at the start of training.
+    """A machine with continuous visible units.
 
+    num_hidden: hidden units.  std: of visible units given the hidden ones, at the start of training.
     stds: one that all share and that is learned ("shared"), one learned for each unit ("each"; Cho 2011), or `std` as
     it is given ("fixed"; Hinton 2010, section 13.2).
     """

@@ -39,7 +39,9 @@ AVERAGES: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 
 class UNetConfig(BaseNetworkConfig):
     """The U-Net's size. Raises UserError on a value that no sample could go with.
 
-    model_channels times channel_mult[i] is the width at resolution level i; each level halves every spatial axis.
+    model_channels: times channel_mult[i] the width at resolution level i.  channel_mult: a factor for each level; each
+    level after the first halves every spatial axis.  num_blocks: residual blocks at each level.
+    head_channels: of each head of attention.  dropout: in each block, a probability.
     attention_resolutions: sizes, along the first spatial axis (an image's height, a signal's length, a volume's depth),
     of the feature maps that attend to themselves and to tokens of conditions; the middle of the network always does.
     patch_size: work on space-to-depth patches of this size (2 makes a 28x28 image 14x14: a quarter of the work).

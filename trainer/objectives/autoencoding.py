@@ -17,8 +17,12 @@ class AutoencodingObjective:
 
     Of a sample of d values with latent z ~ N(mean, std^2): (|x - decode(z)| or its square, summed, + kl_weight
     KL(N(mean, std^2) | N(0, 1))) / d, and perceptual_weight times the distance of features where `perceptual` names
-    what takes them: `package.module:Name`, or a file of TorchScript (`trainer/perceptual.py`). With "mse", kl_weight is
-    twice the variance of the Gaussian decoder whose evidence bound is maximised (docs/mathematics.md).
+    what takes them.
+    reconstruction: the square of the difference ("mse") or its absolute value ("l1").
+    kl_weight: of the divergence; with "mse", twice the variance of the Gaussian decoder whose evidence bound is
+    maximised (docs/mathematics.md).
+    perceptual: `package.module:Name`, or a file of TorchScript (`trainer/perceptual.py`); None for none.
+    perceptual_weight: of the distance of features.
     """
 
     reconstruction: Literal["mse", "l1"] = "mse"

@@ -83,6 +83,9 @@ class BaseObjective:
     """What every objective has: its weighting, its noise levels, and the error that both are of.
 
     A subclass is a frozen dataclass with a `kind`; what it does not override is denoising score matching.
+    weighting: lambda(sigma), the weight of each noise level's error.  sigma_sampling: how often each is drawn.
+    label_dropout: share of samples whose conditions are all dropped, so that the network also learns to do without, as
+    guidance needs.  alignment: None for none.
     """
 
     weighting: AnyWeighting = field(default=Sigma2())

@@ -32,7 +32,10 @@ class ConsistencyObjective(FewStepObjective):
     `solver`. Where rho is 0 the other side is x_rho itself.
 
     1 - rho / sigma is (1 + gap_scale / (1 + exp(gap_slope sigma))) / gap_base^(1 + stage), at most 1 (Geng 2024, q, k,
-    b): of `num_stages`, each `stage_images` long, the last goes on to the run's end.  metric: of the difference's root
+    b).
+    num_stages: of the gap; the last goes on to the run's end.  stage_images: length of each of the others.
+    gap_base, gap_scale, gap_slope: in the formula above.  huber: in the metric's.  solver: of the teacher's ODE.
+    metric: of the difference's root
     mean square r, sqrt(r^2 + huber^2) - huber or r^2, over sigma - rho.
     """
 

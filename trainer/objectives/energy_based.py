@@ -32,12 +32,14 @@ class EnergyObjective(BaseObjective):
 class ContrastiveObjective(EnergyObjective):
     """Contrastive divergence of an energy by short chains (Hinton 2002).
 
-    `chain`: "langevin" for an energy parameterization, at each noise level, num_steps of step_size sigma^2 with
-    noise_scale times Langevin's noise; "gibbs" for the machines of `network.kind` rbm and gaussian_rbm, num_steps
-    block-Gibbs sweeps, without noise levels and weighting.
+    `chain`: "langevin" for an energy parameterization, at each noise level; "gibbs" for the machines of `network.kind`
+    rbm and gaussian_rbm: block-Gibbs sweeps, without noise levels and weighting.
+    `num_steps`: Langevin steps, or sweeps.  `step_size`: of a Langevin step, in units of sigma^2.  `noise_scale`: times
+    Langevin's noise.
     `start`: where chains begin: at the (noised) sample ("data"), at noise ("noise"; Nijkamp 2019), or where they ended
-    last ("persistent"; Tieleman 2008; Du 2019): num_chains of them, None for one a sample of the global batch, each
-    restarting with probability `restart` and each at a noise level of its own, that its samples share.
+    last ("persistent"; Tieleman 2008; Du 2019).
+    `num_chains`: persistent ones, each at a noise level of its own, that its samples share; None for one a sample of
+    the global batch.  `restart`: probability with which such a chain begins again.
     """
 
     num_steps: int = 1
@@ -87,6 +89,7 @@ class NoiseContrastiveObjective(EnergyObjective):
     Each sample is classified against `num_noise` values of noise. Of an energy parameterization: at each noise level,
     from N(0, width^2 (sigma^2 + sigma_data^2) I), width 1 being the Gaussian of the noised data's own variance; of the
     machines of `network.kind` rbm and gaussian_rbm: from independent units of the data's mean and variance.
+    num_noise: values of noise for each sample.  width: of that Gaussian, relative.
     Data that this noise hardly resembles (many dimensions) teach little.
     """
 
@@ -131,6 +134,7 @@ class RecoveryLikelihoodObjective(EnergyObjective):
     With x~ = x + s z, s^2 = (ratio^2 - 1) sigma^2, so that x~ is at noise level ratio sigma, p(x | x~) has the energy
     E(x; sigma) + |x~ - x|^2 / (2 s^2): nearly a Gaussian where the ratio is near 1, which num_steps of Langevin
     dynamics from x~ sample, each over a time of step_size s^2 (`recovery_chain`).
+    ratio: of the two noise levels, above 1.  num_steps: of Langevin dynamics.  step_size: of one, in units of s^2.
     """
 
     ratio: float = 1.2

@@ -75,7 +75,9 @@ class ContinuousConsistencyObjective(FlowMapObjective):
     """A consistency model in continuous time (sCM; Lu & Song 2024): the network gives D(x, sigma, 0) alone.
 
     The tangent is normalised: the gradient has r / (|r| + tangent_constant), |r| the root mean square in the network's
-    output units. Over the first `warmup_images` r goes from that of rho = sigma, denoising, to that of rho = 0.
+    output units.
+    tangent_constant: in that formula.  warmup_images: over which r goes from that of rho = sigma, denoising, to that of
+    rho = 0.
     """
 
     tangent_constant: float = 0.1

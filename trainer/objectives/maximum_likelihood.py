@@ -23,10 +23,11 @@ from scoreray.trainer.objectives.score_matching import Probe, draw_directions
 class MaximumLikelihoodObjective(BaseObjective):
     """-ln p(x0; sigma_min) per dimension through the probability-flow ODE, in nats (Chen 2018; Grathwohl 2019, FFJORD).
 
-    solver: adaptive steps to rtol and atol (bosh3, dopri5, dopri8), which the samples of a micro-batch share, or so
-    many fixed `steps` (euler, midpoint, rk4): a network learns to exploit the error of too few.  adjoint: gradients by
-    the adjoint equation, in the memory of one step, or through the solver.  trace: of the velocity's Jacobian, exact or
-    over num_probes random directions a sample.
+    solver: adaptive steps (bosh3, dopri5, dopri8), which the samples of a micro-batch share, or fixed ones (euler,
+    midpoint, rk4).  rtol, atol: relative and absolute tolerance of adaptive steps.  steps: how many fixed ones; a
+    network learns to exploit the error of too few.  adjoint: gradients by the adjoint equation, in the memory of one
+    step, or through the solver.  trace: of the velocity's Jacobian, exact or over random directions.
+    num_probes: random directions a sample.  probe: their law, of unit variance in each dimension.
     """
 
     weighting: AnyWeighting = field(default=Constant())

@@ -61,6 +61,8 @@ def draw_directions(
 
 @dataclass(frozen=True)
 class _Sliced(_ByJacobian):
+    """num_probes: random directions a sample.  probe: their law, of unit variance in each dimension."""
+
     num_probes: int = 1
     probe: Probe = "rademacher"
 

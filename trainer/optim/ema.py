@@ -27,8 +27,8 @@ class EMAConfig:
     """Lengths that a run averages its weights over; each costs 4 bytes per parameter, sharded like the moments.
 
     `stds`: power-function lengths, each the profile's relative standard deviation (0.05 averages about the last 10 to
-    15% of the run so far). `half_life_images`: plain EMA, 0 for none; its half-life is at most `ramp_up` of the images
-    seen, so that a short run is not held back by its random start.
+    15% of the run so far). `half_life_images`: plain EMA of this half-life, 0 for none.  `ramp_up`: its half-life is at
+    most this share of the images seen, so that a short run is not held back by its random start.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]

@@ -27,6 +27,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OptimizerConfig:
     """AdamW and its learning rate as a function of images seen.
 
+    `learning_rate`: after the warm-up.  `betas`: factors of the moments' averages.  `eps`: beside the second moment's
+    root.  `weight_decay`: decoupled, in units of the learning rate.  `gradient_clip`: the gradient's largest norm; 0
+    for none.  `warmup_images`: images of the linear warm-up.  `decay_images`: of "inverse_sqrt" alone.
     `skip_nonfinite`: how many steps of a run may have a loss or gradient that is not finite; such a step changes
     nothing and is counted. One more stops the run; the default stops at the first.
     `schedule`: after a linear warm-up over `warmup_images`, "constant"; "cosine" down to 0 at the run's end; or

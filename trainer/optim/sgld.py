@@ -34,6 +34,8 @@ class SGLDConfig:
     the paper's with its step size eps = 2 learning_rate / num_data, so that a learning rate is of the usual size.
     G is 1, or with `preconditioned` 1 / (eps + sqrt(v)), v the average of squared gradients with factor `beta`, without
     the derivative of G, as Li 2016 leave it out.
+    `learning_rate`: of the first step.  `temperature`: 1 is the posterior's.  `preconditioned`: by RMSprop.  `beta`,
+    `eps`: of the preconditioner.  `decay`, `decay_images`: of the polynomial schedule.
     `num_data`: None takes the data set's number of samples. `prior_std`: null for a flat prior. `seed`: null takes the
     run's. `schedule`: "polynomial" is learning_rate (1 + images / decay_images)^-decay, the paper's; or "constant".
     `gradient_clip`: 0 for none; clipped gradients are another law's. `skip_nonfinite`, `frozen`: as of adamw.
