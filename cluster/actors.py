@@ -12,14 +12,17 @@ end.
 from __future__ import annotations
 
 import contextlib
+import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from scoreray.data.errors import ScorerayError, StorageError
 
-AHEAD = 4  # calls begun past the oldest that is not finished, as a multiple of those at once: results don't pile up
+AHEAD = 8  # calls begun past the oldest that is not finished, as a multiple of those at once: results don't pile up
+LEAST_AHEAD = 1024  # of few calls at once: while one process starts again, the others make many items
 T = TypeVar("T")
 
 Call = Callable[[T], Any]
@@ -68,20 +71,38 @@ def completed(
     ahead: values begun past the oldest one that isn't finished, at most. poll: called after every result, and every
     `poll_s` seconds without one. Raises what a call raised first; StorageError where its process died
     `retries.times` + 1 times. What still runs then, or when this iterator is closed, is left to end by itself.
-    """
-    import ray
 
+    A result costs as much with a thousand calls under way as with two: each future says itself that it is done, where
+    `ray.wait` looks at all of them.
+    """
     waiting, free = deque(enumerate(values)), deque(calls)
-    running: dict[Any, tuple[int, T, Call[T]]] = {}
-    while waiting or running:
-        oldest = min((number for number, _, _ in running.values()), default=waiting[0][0] if waiting else 0)
+    running: dict[Future[Any], tuple[int, T, Call[T]]] = {}
+    ended: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+    oldest, finished = 0, set[int]()  # all values below `oldest` are finished, and these
+
+    def begin() -> None:
         while waiting and free and (ahead is None or waiting[0][0] < oldest + ahead):
             (number, value), call = waiting.popleft(), free.popleft()
-            running[call(value)] = number, value, call
-        for ref in ray.wait(list(running), timeout=poll_s)[0]:
-            number, value, call = running.pop(ref)
-            free.append(call)
-            yield number, _result(ref, value, retries)
+            future = call(value).future()
+            running[future] = number, value, call
+            future.add_done_callback(ended.put)
+
+    begin()
+    while running:
+        try:
+            future = ended.get(timeout=poll_s)
+        except queue.Empty:
+            poll()
+            continue
+        number, value, call = running.pop(future)
+        result = _result(future, value, retries)
+        free.append(call)
+        finished.add(number)
+        while oldest in finished:
+            finished.remove(oldest)
+            oldest += 1
+        begin()  # before the caller does something with the result
+        yield number, result
         poll()
 
 
@@ -89,18 +110,19 @@ def in_order(calls: Sequence[Call[T]], values: Iterable[T], retries: Retries, **
     """The results of `completed`, in the order of `values`."""
     finished: dict[int, Any] = {}
     turn = 0
-    for number, result in completed(calls, values, retries, ahead=AHEAD * len(calls), **options):
+    ahead = max(LEAST_AHEAD, AHEAD * len(calls))
+    for number, result in completed(calls, values, retries, ahead=ahead, **options):
         finished[number] = result
         while turn in finished:
             yield finished.pop(turn)
             turn += 1
 
 
-def _result(ref: Any, value: Any, retries: Retries) -> Any:
+def _result(future: Future[Any], value: Any, retries: Retries) -> Any:
     import ray
 
     try:
-        return ray.get(ref)
+        return future.result()
     except ray.exceptions.RayTaskError as error:
         # A mistake's own line, without the remote traceback that Ray puts before it; a bug keeps that.
         raise error.cause if isinstance(error.cause, ScorerayError) else error from None

@@ -29,6 +29,7 @@ RETRIES = Retries(
 )
 CALLS_AT_ONCE = 2  # of an actor: it draws one shard while the other waits in its queue, so that it is never idle
 POLL_S = 0.5
+MOST_ASKED = 256  # actors a second, so that a thousand of them leave the driver its time
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class _Watch:
         self._next_s = 0.0
         self._states: dict[str, ActorState] = {}
         self._processes: dict[str, list[str]] = {}  # an actor's, in the order in which they were seen
-        self._calls: dict[Any, Any] = {}  # ObjectRef of a state -> its actor
+        self._calls: dict[Any, int] = {}  # ObjectRef of a state -> the number of its actor
+        self._poll_s = max(POLL_S, len(drawing) / MOST_ASKED)
 
     def finished(self, state: ActorState, packed: PackedShard) -> None:
         self._update(state)
@@ -133,16 +135,17 @@ class _Watch:
 
         if time.monotonic() < self._next_s:
             return
-        self._next_s = time.monotonic() + POLL_S
+        self._next_s = time.monotonic() + self._poll_s
         ready = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)[0] if self._calls else []
         for ref in ready:
             del self._calls[ref]
             with contextlib.suppress(ray.exceptions.RayError):  # it is being started again
                 self._update(ray.get(ref))
-        for actor in self._drawing:
-            if actor not in self._calls.values():
+        asked = set(self._calls.values())
+        for number, actor in enumerate(self._drawing):
+            if number not in asked:
                 state = actor.state.options(concurrency_group="state", max_task_retries=0)
-                self._calls[state.remote()] = actor
+                self._calls[state.remote()] = number
         self.show()
 
     def _update(self, state: ActorState) -> None:
