@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from scoreray.cluster.doctor import plan
 from scoreray.cluster.doctor.examine import examine
 from scoreray.cluster.doctor.machine import Machine, parse_bytes, parse_shape
 from scoreray.cluster.finding import Finding
 from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.engine import planner
 
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once() -> Iterator[None]:
+    """A network's FLOPs and activations, which take a second or two of a large one, are counted once for all tests."""
+    counted: dict[tuple[str, str, object], Any] = {}
+
+    def once(count: Callable[..., Any]) -> Callable[..., Any]:
+        def look(network: torch.nn.Module, *about: object) -> Any:
+            key = (count.__name__, str(network), about)
+            if key not in counted:
+                counted[key] = count(network, *about)
+            return counted[key]
+
+        return look
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "training_flops", once(planner.training_flops))
+        patch.setattr(plan, "activation_bytes", once(plan.activation_bytes))
+        yield
 
 
 def config(url: str, storage: Path, *overrides: str) -> Config:

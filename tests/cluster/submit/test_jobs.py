@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.cli.options import parsed
-from scoreray.cluster.submit.credentials import shape_of
+from scoreray.cluster.submit.credentials import refuse_text, shape_of
 from scoreray.cluster.submit.jobs import JobMetadata, Submission, prepared
 from scoreray.cluster.submit.jobs_api import checked_address
 from scoreray.data.errors import UserError
@@ -205,7 +205,7 @@ def test_what_is_no_credential_is_sent(config: Path) -> None:
     sent = made("train", str(config), env=("TOKENIZERS_PARALLELISM=false", "RAY_AUTH_MODE=token", "PATH=/bin"))
     assert sent.runtime_env["env_vars"]["TOKENIZERS_PARALLELISM"] == "false"
     for example in sorted(Path(__file__).parents[3].glob("configs/*.yaml")):
-        made("train", str(example))
+        refuse_text(example.name, example.read_text(), yaml.safe_load(example.read_text()))
 
 
 def test_names_of_jobs(config: Path) -> None:

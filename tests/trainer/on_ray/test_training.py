@@ -66,7 +66,7 @@ RUNS = {
 }
 
 
-def train(objective, process, parameterization, num_steps=400, network=None, num_classes=0) -> Denoiser:
+def train(objective, process, parameterization, num_steps=200, network=None, num_classes=0) -> Denoiser:
     torch.manual_seed(0)
     network = network or MLPConfig(48, 2).build((2,), num_classes)
     denoiser = Denoiser(network, parameterization)
@@ -100,19 +100,14 @@ def distance_to_exact(denoiser, sigma, class_labels=None) -> float:
 LIMIT = {"contrastive, persistent": 0.3, "recovery_likelihood": 0.25}  # of chains that have not quite mixed
 
 
-SLOW = {
-    "sliced_vr": pytest.mark.slow,  # 20 s for what "sliced" and "implicit" nearly are
-    "contrastive, persistent": pytest.mark.slow,  # 10 s for what "contrastive" is, and RBMs with such chains
-    "noise_contrastive": pytest.mark.slow,  # whose closed forms are in tests/trainer/energies
-    "recovery_likelihood": pytest.mark.slow,
-    # Their closed forms are in the tests of objectives, of weightings and of the denoiser.
-    **dict.fromkeys(("implicit", "learned uncertainty", "adaptive", "v", "score"), pytest.mark.slow),
-}
+# One for each form of target, in few steps that come well under the limit. The closed forms of the others, values
+# and gradients, are in the tests of objectives, energies, weightings and the denoiser.
+QUICK = ("edm", "denoising", "flow_matching")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS])
 def test_every_objective_recovers_the_mixture(name):
-    denoiser = train(*RUNS[name])
+    denoiser = train(*RUNS[name], num_steps=200 if name in QUICK else 400)
     for sigma in (0.1, 0.2, 0.4):  # where the modes are separate
         assert distance_to_exact(denoiser, sigma) < LIMIT.get(name, 0.15), f"sigma {sigma}"
     z = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0))
@@ -158,6 +153,6 @@ def test_a_ladder_network_with_a_code_for_each_rung_recovers_the_mixture():
 
 
 def test_labels_are_learnt_and_what_is_dropped_trains_the_unconditional_denoiser():
-    denoiser = train(EDMObjective(label_dropout=0.3), EDM(), "edm", num_classes=3)
+    denoiser = train(EDMObjective(label_dropout=0.3), EDM(), "edm", num_steps=400, num_classes=3)
     for label in (-1, 0, 1, 2):
         assert distance_to_exact(denoiser, 0.3, torch.full((4000,), label)) < 0.15
